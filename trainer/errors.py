@@ -1,0 +1,55 @@
+"""The two ways in which a command fails on purpose, and how each ends the process."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class ConfigError(ValueError):
+    """Bad input, found before anything has started. The process exits with status 2.
+
+    Args:
+        field: The parameter as a user writes it, for example `elastic.min_nodes`.
+        value: What it was.
+        allowed: What is allowed, as the rest of a sentence: "must be a multiple of …".
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(field, value, allowed)
+        self.field, self.value, self.allowed = field, value, allowed
+
+    def __str__(self) -> str:
+        shown = str(self.value) if isinstance(self.value, int | float) else repr(str(self.value))
+        return f"{self.field} = {shown}: {self.allowed}"
+
+
+class TrainingError(RuntimeError):
+    """A run that failed for a reason which a person can read and act on. The process exits with status 1."""
+
+
+class Interrupted(BaseException):  # noqa: N818 - like KeyboardInterrupt, a request and not an error
+    """SIGTERM: leave now, with everything saved. The process exits with status 143."""
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """Call `main` and end the process with its status, or with an error's one line and status."""
+    try:
+        status = main()
+    except ConfigError as error:
+        status = _fail(str(error), 2)
+    except TrainingError as error:
+        status = _fail(str(error), 1)
+    except KeyboardInterrupt:
+        status = _fail("interrupted", 130)
+    except Interrupted:
+        status = 143
+    except BrokenPipeError:  # `… | head` closed the pipe: not worth a word
+        sys.stderr.close()
+        status = 0
+    sys.exit(status)
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,69 @@
+"""Where a run and its workers keep their files (DESIGN: files a run writes).
+
+`<run dir>/worker-<i>/` here is what `/data` is in a pod: one worker's own volume.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import TrainingConfig
+
+_DEFAULTS = TrainingConfig.model_fields
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One worker's directories.
+
+    Attributes:
+        root: Holds what the worker writes about the run: `metrics.jsonl`, `config.json`.
+        models: Precached models.
+        datasets: Precached datasets.
+        checkpoints: Checkpoints of this run.
+    """
+
+    root: Path
+    models: Path
+    datasets: Path
+    checkpoints: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @classmethod
+    def of(cls, config: TrainingConfig, local_rank: int = 0) -> "Volume":
+        """The volume of a worker whose own configuration this is (`worker_configs`, or a pod's).
+
+        Several workers of one node share its models and datasets; what they write lies apart, those of local rank r > 0
+        under `process-<r>/`.
+        """
+        checkpoints = Path(config.checkpoint_path)
+        if checkpoints.suffix in (".pth", ".pt"):  # the reference names a file: ours are directories beside it
+            checkpoints = checkpoints.parent
+        root = Path(config.run_dir)
+        if local_rank > 0:
+            root, checkpoints = root / f"process-{local_rank}", checkpoints / f"process-{local_rank}"
+        return cls(root, Path(config.model_cache_dir), Path(config.dataset_cache_dir), checkpoints / config.run_id)
+
+
+def worker_configs(config: TrainingConfig) -> list[TrainingConfig]:
+    """The configuration of each node of a run on this machine, with a volume of its own: `<run dir>/worker-<i>`.
+
+    Model and dataset directories that the user has chosen are kept, and so shared by all workers of this machine.
+    """
+    return [_own_volume(config, Path(config.run_dir).absolute() / f"worker-{node}") for node in range(config.nodes)]
+
+
+def _own_volume(config: TrainingConfig, root: Path) -> TrainingConfig:
+    own = {"model_cache_dir": "models", "dataset_cache_dir": "datasets", "checkpoint_path": "checkpoints"}
+    unset = {
+        name: str(root / folder) for name, folder in own.items() if getattr(config, name) == _DEFAULTS[name].default
+    }
+    return config.with_values(run_dir=str(root), **unset)
+
+
+def worker_roots(run_dir: Path) -> list[Path]:
+    """The workers' volumes below a run directory, by number."""
+    roots = [path for path in run_dir.glob("worker-*") if path.name.removeprefix("worker-").isdigit()]
+    return sorted(roots, key=lambda path: int(path.name.removeprefix("worker-")))
