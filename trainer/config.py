@@ -12,6 +12,7 @@ needed, and nowhere else.
 
 import argparse
 import difflib
+import itertools
 import os
 import secrets
 import time
@@ -24,7 +25,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from trainer.errors import ConfigError
 
@@ -46,7 +46,7 @@ class Later:
 class Group(BaseModel):
     """A group of parameters: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
 
 class StorageConfig(Group):
@@ -159,10 +159,8 @@ class GpuConfig(Group):
     amd: VendorConfig = Field(default_factory=VendorConfig)
 
 
-class TrainingConfig(BaseSettings):
+class TrainingConfig(Group):
     """Every parameter of a training. See the module's docstring; `parameters()` lists the leaves."""
-
-    model_config = SettingsConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
     # Model and data
     model: str = Field(
@@ -363,12 +361,6 @@ class TrainingConfig(BaseSettings):
     etcd: EtcdConfig = Field(default_factory=EtcdConfig)
     gpu: GpuConfig = Field(default_factory=GpuConfig)
 
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # `load_config` reads the other sources: a constructed value is a pure one
-
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
         """Everything that can be checked without looking at the machine."""
@@ -396,7 +388,7 @@ class TrainingConfig(BaseSettings):
             ("etcd_outage_limit", self.etcd_outage_limit),
             ("elastic.rdzv_timeout", self.elastic.rdzv_timeout),
         )
-        for (shorter, low), (longer, high) in zip(order, order[1:], strict=False):
+        for (shorter, low), (longer, high) in itertools.pairwise(order):
             if low > high or (low == high and shorter != "lease_ttl"):
                 relation = "at least" if shorter == "lease_ttl" else "greater than"
                 raise ConfigError(longer, high, f"must be {relation} {shorter} ({low})")

@@ -27,7 +27,7 @@ class TrainingError(RuntimeError):
     """A run that failed for a reason which a person can read and act on. The process exits with status 1."""
 
 
-class Interrupted(BaseException):  # noqa: N818 - like KeyboardInterrupt, a request and not an error
+class Interrupted(BaseException):
     """SIGTERM: leave now, with everything saved. The process exits with status 143."""
 
 

@@ -1,0 +1,122 @@
+"""Models: one file a family. A family is a `ModelFamily` named `FAMILY` in a module of this package.
+
+A model is asked for as `family` or `family:size`. Precaching writes it into a directory of a worker's volume, which is
+all that `build` needs: training never touches the hub.
+"""
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import TrainingConfig
+from trainer.errors import ConfigError
+from trainer.files import read_json, whole_directory, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+READY = "READY"
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A family of models.
+
+    Attributes:
+        name: What a user writes before the colon.
+        task: Name of the task in `trainer.tasks` that trains it.
+        sizes: Named sizes; each a mapping of what distinguishes it (for Hugging Face models: fields of their config).
+        default_size: The size meant by the bare name.
+        default_tokenizer: Hub id of the tokenizer that it is published with ("" where there is none).
+        write: `write(directory, size, data)` puts what `build` needs into the directory; `data` tells of the dataset
+            what a model has to know (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
+        build: `build(directory)` makes the module, with random weights drawn from torch's global generator.
+    """
+
+    name: str
+    task: str
+    sizes: Mapping[str, Mapping[str, Any]]
+    default_size: str
+    default_tokenizer: str
+    write: "Callable[[Path, Mapping[str, Any], Mapping[str, Any]], None]"
+    build: "Callable[[Path], torch.nn.Module]"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A family and one of its sizes."""
+
+    family: ModelFamily
+    size: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.family.name}:{self.size}"
+
+
+@cache
+def families() -> dict[str, ModelFamily]:
+    """Every family in this package, by name."""
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {module.FAMILY.name: module.FAMILY for module in modules}
+
+
+def resolve(spec: str) -> ModelSpec:
+    """The model that a user asks for. Raises ConfigError for an unknown family or size."""
+    name, _, size = spec.partition(":")
+    if name not in families():
+        raise ConfigError("model", spec, f"no such model; there are {', '.join(sorted(families()))}")
+    family = families()[name]
+    if size and size not in family.sizes:
+        raise ConfigError("model", spec, f"no such size of {name}; there are {', '.join(family.sizes)}")
+    return ModelSpec(family, size or family.default_size)
+
+
+def directory(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> Path:
+    """Where the model for this data lies below a volume's models directory."""
+    spec = resolve(config.model)
+    inputs = json.dumps({"model": spec.name, "definition": spec.family.sizes[spec.size], "data": data}, sort_keys=True)
+    return models_root / f"{spec.family.name}-{spec.size}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
+
+
+def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> tuple[Path, bool]:
+    """Write the model into its directory, whole or not at all.
+
+    Args:
+        data: What the model has to know of the dataset (see `ModelFamily.write`).
+
+    Returns:
+        The directory, and whether it had to be written (False: it was there).
+    """
+    spec = resolve(config.model)
+    path = directory(config, data, models_root)
+    if (path / READY).exists():
+        return path, False
+    with whole_directory(path) as temporary:
+        spec.family.write(temporary, spec.family.sizes[spec.size], data)
+        write_json(temporary / "model.json", {"model": spec.name, "family": spec.family.name})
+        (temporary / READY).touch()
+    return path, True
+
+
+def build(path: Path, seed: int) -> "torch.nn.Module":
+    """The model that `precache` wrote into `path`; random weights are drawn from `seed`, on the CPU, on every machine alike.
+
+    The caller's random number generator is left as it was.
+    """
+    import torch
+
+    if not (path / READY).exists():
+        raise ConfigError(
+            "model", path.name, f"is not precached in {path.parent}: run `python -m trainer precache` first"
+        )
+    family = families()[read_json(path / "model.json")["family"]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return family.build(path)
