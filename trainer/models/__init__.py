@@ -106,7 +106,7 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
 
 
 def build(path: Path, seed: int) -> "torch.nn.Module":
-    """The model that `precache` wrote into `path`; random weights are drawn from `seed`, on the CPU, on every machine alike.
+    """The model that `precache` wrote into `path`, on the CPU; random weights are drawn from `seed`.
 
     The caller's random number generator is left as it was.
     """

@@ -1,0 +1,227 @@
+"""DiLoCo against a reference in plain PyTorch, written here: one process, the replicas looped over."""
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.diloco import DDP, Commit, DiLoCo, LocalQuorum, Nesterov
+from trainer.diloco.codecs import Codec
+
+
+class ThreadQuorum:
+    """Members that are threads of this process: the mean is computed by the definition, in rank order."""
+
+    def __init__(
+        self, rank: int, world_size: int, barrier: threading.Barrier, table: dict[int, tuple[Tensor, float]]
+    ) -> None:
+        self.rank, self.world_size, self._barrier, self._table, self._round = rank, world_size, barrier, table, 0
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
+        self._table[self.rank] = (pseudo_gradient, weight)
+        self._barrier.wait(30)
+        parts = [self._table[rank] for rank in range(self.world_size)]
+        total = sum(part[1] for part in parts)
+        mean = sum((part[0] * (part[1] / total) for part in parts), torch.zeros_like(pseudo_gradient))
+        self._barrier.wait(30)
+        self._round += 1
+        members = tuple(str(rank) for rank in range(self.world_size))
+        return Commit(self._round, 1, members, mean, total, 0, 0, 0.0)
+
+
+def make_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batches(rank: int, steps: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(100 + rank)
+    return [(torch.randn(5, 6, generator=generator), torch.randn(5, 3, generator=generator)) for _ in range(steps)]
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def reference(
+    workers: int, steps: int, every: int, lr: float, momentum: float, weights: list[float]
+) -> tuple[list[list[float]], list[Tensor]]:
+    """DiLoCo by its definition (arXiv 2311.08105, algorithm 1), with torch's own SGD as outer optimizer."""
+    shared = make_model()
+    outer = torch.optim.SGD(shared.parameters(), lr=lr, momentum=momentum, nesterov=momentum > 0)
+    replicas = [copy.deepcopy(shared) for _ in range(workers)]
+    optimizers = [adamw(replica) for replica in replicas]
+    data = [batches(rank, steps) for rank in range(workers)]
+    losses: list[list[float]] = [[] for _ in range(workers)]
+    for start in range(0, steps, every):
+        for rank, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
+            for step in range(start, min(start + every, steps)):
+                optimizer.zero_grad()
+                loss = loss_of(replica, data[rank][step])
+                loss.backward()
+                optimizer.step()
+                losses[rank].append(loss.item())
+        with torch.no_grad():
+            for index, parameter in enumerate(shared.parameters()):
+                deltas = [parameter - list(replica.parameters())[index] for replica in replicas]
+                parameter.grad = sum(w * d for w, d in zip(weights, deltas, strict=True)) / sum(weights)
+        outer.step()
+        for replica in replicas:
+            replica.load_state_dict(shared.state_dict())
+    return losses, [parameter.detach() for parameter in shared.parameters()]
+
+
+def run_worker(
+    diloco_of: Callable[[nn.Module, torch.optim.Optimizer], DiLoCo], rank: int, steps: int, samples: float
+) -> tuple[list[float], nn.Module, DiLoCo]:
+    model = make_model()
+    optimizer = adamw(model)
+    diloco = diloco_of(model, optimizer)
+    losses = []
+    for batch in batches(rank, steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        diloco.before_optimizer_step(samples)
+        optimizer.step()
+        losses.append(loss.item())
+        diloco.after_inner_step(samples)
+    return losses, model, diloco
+
+
+def run_threads(
+    workers: int, steps: int, weights: list[float], make: Callable[..., DiLoCo]
+) -> list[tuple[list[float], nn.Module, DiLoCo]]:
+    barrier, table = threading.Barrier(workers), {}
+    results: list = [None] * workers
+    models = [make_model() for _ in range(workers)]  # torch's global generator is not for threads
+
+    def worker(rank: int) -> None:
+        quorum = ThreadQuorum(rank, workers, barrier, table)
+        optimizer = adamw(models[rank])
+        diloco = make(models[rank], optimizer, quorum)
+        losses = []
+        for batch in batches(rank, steps):
+            optimizer.zero_grad()
+            loss = loss_of(models[rank], batch)
+            loss.backward()
+            diloco.before_optimizer_step(weights[rank])
+            optimizer.step()
+            losses.append(loss.item())
+            diloco.after_inner_step(weights[rank])
+        results[rank] = (losses, models[rank], diloco)
+
+    threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_losses_and_parameters_are_those_of_the_reference(workers: int, momentum: float) -> None:
+    weights = [5.0, 2.0, 1.0][:workers]
+    steps, every = 22, 5  # the last round is a short one
+    expected_losses, expected = reference(workers, steps, every, 0.7, momentum, weights)
+    results = run_threads(
+        workers,
+        steps,
+        weights,
+        lambda model, optimizer, quorum: DiLoCo(
+            model, optimizer, outer=Nesterov(0.7, momentum), sync_every=every, quorum=quorum, total_steps=steps
+        ),
+    )
+    for rank, (losses, model, diloco) in enumerate(results):
+        assert losses == pytest.approx(expected_losses[rank], rel=1e-4)
+        for parameter, reference_parameter in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.detach(), reference_parameter, rtol=1e-4, atol=1e-6)
+        assert (diloco.round, diloco.step, diloco.inner_steps) == (5, 22, 0)
+    assert len({diloco.global_hash() for _, _, diloco in results}) == 1
+
+
+def test_one_worker_with_outer_sgd_of_rate_one_is_the_inner_optimizer_exactly() -> None:
+    losses, model, _ = run_worker(
+        lambda model, optimizer: DiLoCo(model, optimizer, outer=Nesterov(lr=1, momentum=0), sync_every=1), 0, 50, 5
+    )
+    plain = make_model()
+    optimizer = adamw(plain)
+    for batch, loss in zip(batches(0, 50), losses, strict=True):
+        optimizer.zero_grad()
+        plain_loss = loss_of(plain, batch)
+        plain_loss.backward()
+        optimizer.step()
+        assert plain_loss.item() == loss
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_ddp_is_one_model_trained_on_everybodys_batches() -> None:
+    weights = [5.0, 3.0]
+    results = run_threads(
+        2, 12, weights, lambda model, optimizer, quorum: DDP(model, optimizer, sync_every=4, quorum=quorum)
+    )
+    model = make_model()
+    optimizer = adamw(model)
+    for first, second in zip(batches(0, 12), batches(1, 12), strict=True):
+        optimizer.zero_grad()
+        ((5 * loss_of(model, first) + 3 * loss_of(model, second)) / 8).backward()
+        optimizer.step()
+    for _, replica, ddp in results:
+        assert ddp.round == 3
+        for ours, theirs in zip(replica.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pseudo_gradient_that_is_not_finite_moves_nothing() -> None:
+    model = make_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    diloco = DiLoCo(model, adamw(model), sync_every=1, quorum=LocalQuorum())
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = float("nan")
+    commit = diloco.after_inner_step(4)
+    assert commit is not None
+    assert commit.weight == 0
+    for parameter, original in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, original)
+
+
+def test_state_goes_on_where_it_was_inside_a_round() -> None:
+    def diloco_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> DiLoCo:
+        return DiLoCo(model, optimizer, sync_every=4)
+
+    whole, whole_model, _ = run_worker(diloco_of, 0, 11, 5)
+    first, model, diloco = run_worker(diloco_of, 0, 6, 5)
+    saved_global = {name: tensor.clone() for name, tensor in diloco.global_tensors().items()}
+    saved_worker = copy.deepcopy(diloco.worker_state())
+
+    model = make_model(seed=1)
+    optimizer = adamw(model)
+    diloco = diloco_of(model, optimizer)
+    diloco.load_global(saved_global, round=1, round_start=4)
+    diloco.load_worker_state(saved_worker)
+    rest = []
+    for batch in batches(0, 11)[6:]:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        rest.append(loss.item())
+        diloco.after_inner_step(5)
+    assert first + rest == whole
+    for ours, theirs in zip(model.parameters(), whole_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_global_state_of_another_model_is_refused() -> None:
+    diloco = DiLoCo(make_model(), adamw(make_model()), sync_every=1)
+    with pytest.raises(ValueError, match="differs"):
+        diloco.load_global({"model.other": torch.zeros(1)}, 0, 0)

@@ -1,0 +1,82 @@
+"""The one entry of a synchronisation: `synchronise(pseudo_gradient, weight) → committed mean`.
+
+`DiLoCo` knows a quorum only as this protocol. `LocalQuorum` is the quorum of a worker alone; `trainer.elastic` has the
+one over the network.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.diloco.codecs import Codec
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What all members of a round's quorum agreed on.
+
+    Attributes:
+        round: The round, counted from 1.
+        attempt: Which attempt at the round committed, counted from 1.
+        members: The members of the attempt, in rank order.
+        mean: The weighted mean of their pseudo-gradients, float32 (n,). It may be overwritten, and is valid until the
+            next synchronisation.
+        weight: The sum of their weights. 0: nobody had anything finite to say, and there is no outer step.
+        bytes_sent, bytes_received: What this member's collectives moved, as its kernel counted it; None where the
+            kernel does not tell.
+        seconds: Duration of the synchronisation, waiting for other members included.
+    """
+
+    round: int
+    attempt: int
+    members: tuple[str, ...]
+    mean: Tensor
+    weight: float
+    bytes_sent: int | None
+    bytes_received: int | None
+    seconds: float
+
+
+class Quorum(Protocol):
+    """The members that synchronise a round."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
+        """Agree with the other members on the weighted mean.
+
+        Args:
+            pseudo_gradient: float32 (n,), on the host, contiguous. It is not changed, so that a failed attempt can be
+                made again.
+            weight: The samples that this member's pseudo-gradient stands for.
+            codec: How it is put on the wire.
+
+        Raises:
+            TrainingError: The round cannot be committed. Nobody has applied anything.
+        """
+
+
+class LocalQuorum:
+    """One worker alone: its pseudo-gradient is the mean."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self) -> None:
+        self._round = 0
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
+        self._round += 1
+        counted = weight if is_finite(pseudo_gradient) else 0.0
+        return Commit(self._round, 1, ("local",), pseudo_gradient.clone(), counted, 0, 0, 0.0)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all numbers are finite. One pass and no temporary: a sum is not finite if one of its terms is not."""
+    return bool(torch.isfinite(values.sum(dtype=torch.float64)))
