@@ -1,0 +1,134 @@
+"""One node's torchrun agent, with manners: `python -m trainer.elastic.agent --config FILE [-- command …]`.
+
+It is torch's own `LocalElasticAgent` with the rendezvous `etcd3-diloco`; plain `torchrun --rdzv-backend etcd3-diloco`
+does the same work. What differs:
+
+- SIGTERM: the workers get it, may take `SHUTDOWN_TIMEOUT` to save (torchrun: 30 s), this node's keys are given back
+  (torchrun leaves them to their lease), and the exit status is 143 (torchrun: 1, after a traceback). SIGINT: 130.
+- A worker that ends for good is not restarted: 2 (bad configuration: it would end so again) and 143 (told to leave).
+- Workers die with their agent, even by kill -9.
+- When the restarts are used up, the verdict "failed" is written, with the reason: the other nodes need not wait for us.
+
+Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 143, or 1.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+from trainer.config import TrainingConfig
+from trainer.elastic.process import dying_with_parent
+from trainer.errors import TrainingError, run_main
+from trainer.files import read_json
+
+SHUTDOWN_TIMEOUT = 120  # seconds that workers may take to save; a cluster's grace period is what limits it there
+_FINAL = (2, 143)  # a worker's exit statuses that a restart does not mend
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.elastic.agent", description="One node's torchrun agent.")
+    parser.add_argument("--config", type=Path, required=True, help="the node's resolved configuration (JSON)")
+    parser.add_argument("--slot", type=int, help="the slot it would like to have")
+    parser.add_argument("command", nargs="*", help="the worker; by default `python -m trainer train --config FILE`")
+    parsed = parser.parse_args(arguments)
+    config = TrainingConfig.model_validate(read_json(parsed.config))
+    worker = [sys.executable, "-u", "-m", "trainer", "train", "--config", str(parsed.config)]
+    return run_agent(config, parsed.command or worker, parsed.slot)
+
+
+def run_agent(config: TrainingConfig, command: list[str], slot: int | None = None) -> int:
+    """Run this node's workers until they are done; returns the exit status. Needs the main thread (signals)."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+
+    from trainer.elastic.etcd import EtcdClient, EtcdError, local_address
+    from trainer.elastic.record import finish, verdict
+    from trainer.elastic.rendezvous import BACKEND, NodeRendezvous
+
+    class Agent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            if any(failure.exitcode in _FINAL for failure in result.failures.values()):
+                self._remaining_restarts = 0
+            return result
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        # torch installs the same when it starts workers; this one serves until then, while we wait for other nodes.
+        raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is our own, shorter message
+
+    etcd = config.etcd
+    handler = NodeRendezvous(
+        RendezvousParameters(
+            BACKEND,
+            ",".join(etcd.endpoints),
+            config.run_id,
+            config.min_nodes,
+            config.max_nodes,
+            config.advertise_address or local_address(etcd.endpoints[0]),
+            prefix=config.elastic.etcd.prefix,
+            timeout=config.elastic.rdzv_timeout,
+            lease_ttl=config.lease_ttl,
+            **({} if slot is None else {"slot": slot}),
+            **{name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")},
+        )
+    )
+    executable, *rest = dying_with_parent(command)
+    agent = Agent(
+        WorkerSpec(
+            role="worker",
+            local_world_size=config.elastic.nproc_per_node,
+            rdzv_handler=handler,
+            max_restarts=config.elastic.max_restarts,
+            monitor_interval=0.1,
+            entrypoint=executable,
+            args=tuple(rest),
+            master_addr=None,
+            master_port=None,
+        ),
+        logs_specs=DefaultLogsSpecs(),
+        exit_barrier_timeout=0,
+        shutdown_timeout=SHUTDOWN_TIMEOUT,
+    )
+    try:
+        result = agent.run()
+        if not result.is_failed():
+            return 0
+        status = _status([failure.exitcode for failure in result.failures.values()])
+        if status != 143:  # one that leaves does not speak for the run
+            with EtcdClient.of(config) as client:
+                finish(client, "failed", f"the worker of node {handler.slot} failed with status {status}")
+        return status
+    except SignalException as error:
+        return 128 + error.sigval
+    except RendezvousClosedError as error:
+        with EtcdClient.of(config) as client:
+            if verdict(client).status == "succeeded":
+                return 0
+        raise TrainingError(str(error)) from None
+    except (RendezvousError, EtcdError) as error:
+        raise TrainingError(str(error)) from None
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; the keys are given back in peace
+        handler.shutdown()
+
+
+def _status(exit_codes: list[int]) -> int:
+    """The agent's exit status for its workers' (negative: the signal that killed one)."""
+    failed = [code for code in exit_codes if code]
+    return next((code for code in _FINAL if code in failed), 1)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,403 @@
+"""Fixed membership: every worker of the run is a member of every quorum.
+
+    quorum = FixedQuorum.join(config, fingerprint)
+    commit = quorum.synchronise(pseudo_gradient, weight, codec)
+
+*Forming.* A worker registers as a member, under a lease, with an incarnation of its own, and waits until all
+`nodes` × `nproc_per_node` members are there. The worker of rank 0 hosts a TCPStore and creates `groups/<generation>`
+with the incarnations it sees; each listed member connects. Members that are all listed, and that all have connected,
+are a quorum. If one of them is restarted meanwhile, its incarnation in the list is stale: everybody abandons the
+generation, and rank 0 creates the next.
+
+*Synchronising.* First all members arrive, at the store: this may take as long as the slowest one's inner steps, and the
+ones that wait watch the others' leases. Then the collective runs, with a short timeout without progress, because nobody
+has a reason to be slow now.
+
+*Losing a member.* A connection that broke, a lease that ended, an incarnation that changed: `LostMember`, within a
+second of the event being visible. The process is expected to end with status 1; its agent starts it again, all members
+form a new generation, and go on from their checkpoints.
+
+No member waits for anything without a limit, and no pickle is sent.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor, uint8
+from torch.distributed import BroadcastOptions, DistError, DistStoreError, PrefixStore, ProcessGroupGloo, TCPStore
+
+from trainer.diloco.collective import CHUNK_BYTES, weighted_mean
+from trainer.diloco.quorum import Commit
+from trainer.diloco.wire import WireMeter
+from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
+from trainer.elastic.process import listen
+from trainer.elastic.record import SLOT_VARIABLE, Status, finish, verdict
+from trainer.errors import Interrupted, TrainingError
+
+if TYPE_CHECKING:
+    from trainer.config import TrainingConfig
+    from trainer.diloco.codecs import Codec
+
+log = logging.getLogger(__name__)
+
+FORM_TIMEOUT = 30.0  # seconds for the members, once all are there, to connect; then rank 0 tries a new generation
+CONNECT_TIMEOUT = 5.0
+LEAVE_TIMEOUT = 5.0  # seconds that rank 0 stays for the others at the end
+LOOK_INTERVAL = 0.25  # seconds between two looks at the other members while waiting for them
+
+Group = dict[str, Any]  # {incarnations: by rank, store: host:port}
+
+
+class LostMember(TrainingError):
+    """Another member is gone. No fault of this worker's: it only cannot go on without."""
+
+
+class _Abandoned(Exception):
+    """The generation cannot be formed any more: one of its members is gone, or a newer one exists."""
+
+
+class FixedQuorum:
+    """This worker's place in the quorum of all the run's workers. Made by `join`; a context manager that leaves."""
+
+    def __init__(self, config: "TrainingConfig", stopping: Callable[[], bool]) -> None:
+        local_rank, slot = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get(SLOT_VARIABLE, "0"))
+        self.rank = slot * config.elastic.nproc_per_node + local_rank
+        self.world_size = config.nodes * config.elastic.nproc_per_node
+        self.generation = 0
+        self._config, self._stopping = config, stopping
+        self._client = EtcdClient.of(config)
+        address = config.advertise_address or local_address(config.etcd.endpoints[0])
+        self._me = {
+            "incarnation": uuid.uuid4().hex,
+            "slot": slot,
+            "local_rank": local_rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "address": address,
+        }
+        self._host_store: TCPStore | None = None
+        if self.rank == 0:
+            listener = listen(address, config.port_range)
+            self._me["port"] = listener.getsockname()[1]
+            self._host_store = TCPStore(
+                address,
+                self._me["port"],
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=FORM_TIMEOUT),
+                master_listen_fd=listener.detach(),
+            )
+        self._lease: Lease | None = None
+        self._changed = threading.Event()
+        self._watch = self._client.watch("members/", self._changed.set)
+        self._incarnations: list[str] = []
+        self._hosts: list[str] = [f"worker {rank}" for rank in range(self.world_size)]
+        self._group: ProcessGroupGloo | None = None
+        self._store: PrefixStore | None = None
+        self._meter: WireMeter | None = None
+        self._gathered = self._round = 0
+        self._looked = time.monotonic()
+
+    @classmethod
+    def join(
+        cls, config: "TrainingConfig", fingerprint: Mapping[str, Json], stopping: Callable[[], bool] = lambda: False
+    ) -> Self:
+        """Register this worker, and wait until all workers of the run have met.
+
+        Args:
+            config: The worker's; `etcd.endpoints` names the etcd. Node slot and local rank come from the environment
+                that the agent gives its workers.
+            fingerprint: What all workers must have in common, by name.
+            stopping: Whether this process has been told to end: every wait then raises `Interrupted`.
+
+        Raises:
+            TrainingError: A worker is missing after `elastic.rdzv_timeout`; the fingerprint differs from the run's;
+                the run has its verdict already; etcd cannot be used.
+            ConfigError: No port of `port_range` is free.
+            Interrupted: `stopping()`.
+        """
+        quorum = cls(config, stopping)
+        try:
+            quorum._agree_on(fingerprint)
+            quorum._form()
+        except BaseException:
+            quorum.leave()
+            raise
+        return quorum
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.leave(together=kind is None)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The members' ids, in rank order."""
+        return tuple(_id(rank) for rank in range(self.world_size))
+
+    # What members do together. All of them call the same methods in the same order.
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: "Codec") -> Commit:
+        """See `trainer.diloco.Quorum`. Waits for the slowest member's inner steps.
+
+        Raises:
+            LostMember: A member is gone, or does not answer any more.
+            Interrupted: `stopping()` while waiting for the others; nothing has been sent.
+        """
+        started = time.monotonic()
+        self._gather("synchronise", None)
+        before = self._wire()
+        mean, total = self._collective(
+            lambda group, timeout: weighted_mean(group, pseudo_gradient, weight, codec, timeout)
+        )
+        after = self._wire()
+        sent, received = (after[0] - before[0], after[1] - before[1]) if before and after else (None, None)
+        self._round += 1
+        return Commit(self._round, 1, self.members, mean, total, sent, received, time.monotonic() - started)
+
+    def exchange(self, value: Json) -> list[Json]:
+        """Every member's small value (JSON), in rank order."""
+        return self._gather("exchange", value)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Fill `tensor` (contiguous, on the host, of the same shape and type everywhere) with rank `source`'s."""
+        self._gather("broadcast", [source, str(tensor.dtype), list(tensor.shape)], same=True)
+        chunks = tensor.detach().view(-1).view(uint8).split(CHUNK_BYTES)
+
+        def send(group: Any, timeout: timedelta) -> None:
+            options = BroadcastOptions()
+            options.rootRank, options.rootTensor, options.timeout = source, 0, timeout
+            for chunk in chunks:
+                group.broadcast([chunk], options).wait(timeout)
+
+        self._collective(send)
+
+    def finish(self, status: Status, reason: str = "") -> None:
+        """Write the run's verdict. The first one stands."""
+        finish(self._client, status, reason)
+
+    def leave(self, together: bool = False) -> None:
+        """Give the lease back at once, so that the others notice. Nothing else can be called afterwards.
+
+        Args:
+            together: All members leave now. Rank 0 is then the last: the others may still be reading from its store.
+        """
+        self._watch.close()
+        if together and self.rank == 0:
+            with suppress(EtcdError):
+                self._client.wait_for(self._others_left, LEAVE_TIMEOUT, "members/")
+        if self._lease is not None:
+            self._lease.revoke()
+        if self._meter is not None:
+            self._meter.close()
+        self._client.close()
+        self._lease, self._meter, self._group, self._store, self._host_store = None, None, None, None, None
+
+    def _others_left(self) -> bool:
+        now = self._registered()
+        return self._stopping() or all(now[rank] != self._incarnations[rank] for rank in range(1, self.world_size))
+
+    # Forming
+
+    def _agree_on(self, fingerprint: Mapping[str, Json]) -> None:
+        mine = json.loads(json.dumps(dict(fingerprint)))
+        _, entry = self._client.swap("fingerprint", mine, None)
+        theirs = entry.value if entry else mine
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                raise TrainingError(
+                    f"worker {self.rank} does not fit the run {self._config.run_id}: "
+                    f"its {name} is {mine.get(name)!r}, the run's is {theirs.get(name)!r}"
+                )
+
+    def _form(self) -> None:
+        self._lease = self._client.lease(self._config.lease_ttl)
+        self._lease.put(f"members/{_id(self.rank)}", self._me)
+        timeout = self._config.elastic.rdzv_timeout
+        formed = self._client.wait_for(self._try_to_form, timeout, on_wait=lambda: log.warning(self._waiting_for()))
+        if not formed:
+            raise TrainingError(f"{self._waiting_for()}, for {timeout:.0f} s (elastic.rdzv_timeout)")
+
+    def _try_to_form(self) -> bool:
+        if self._stopping():
+            raise Interrupted
+        result = verdict(self._client)
+        if result.terminal:
+            raise TrainingError(str(result))
+        registered = self._registered()
+        incarnations = [incarnation for incarnation in registered if incarnation]
+        if len(incarnations) < self.world_size:
+            return False
+        newest = self._newest_group()
+        generation = newest[0] if newest else 0
+        if newest is None or generation <= self.generation or newest[1]["incarnations"] != incarnations:
+            if self.rank == 0:
+                store = f"{self._me['address']}:{self._me['port']}"
+                group = {"incarnations": incarnations, "store": store}
+                self._client.swap(_group_key(generation + 1), group, None)  # seen again through the watch
+                self._client.delete(_group_key(generation - 1))
+            return False
+        self.generation, group = newest
+        self._incarnations = group["incarnations"]
+        try:
+            self._connect(group)
+        except (_Abandoned, LostMember, RuntimeError) as error:
+            log.warning("generation %d could not be formed, trying again: %s", self.generation, error)
+            self._group = self._store = None
+            return False
+        return True
+
+    def _connect(self, group: Group) -> None:
+        """Connect to all members of the group; returns when all of them have connected to all."""
+        host, _, port = group["store"].rpartition(":")
+        limit = timedelta(seconds=FORM_TIMEOUT)
+        try:  # TCPStore would go on trying for the whole limit
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
+        except OSError as error:
+            raise _Abandoned(f"{self._hosts[0]} does not answer at {group['store']}: {error}") from None
+        store = self._host_store or TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=limit)
+        self._store = PrefixStore(f"{self.generation}", store)
+        self._gathered = 0
+        self._gather("connect", None, timeout=FORM_TIMEOUT)  # only members that are really there go on
+        with WireMeter.watching() as meter:
+            self._group = ProcessGroupGloo(
+                PrefixStore("gloo", self._store), self.rank, self.world_size, self._gloo_options(limit)
+            )
+        self._meter = meter
+        self._gather("formed", None, timeout=FORM_TIMEOUT)
+
+    def _gloo_options(self, timeout: timedelta) -> Any:
+        """Which interface gloo listens on: the one named, or the one that has our address."""
+        gloo: Any = ProcessGroupGloo  # its stubs know little of it
+        options = gloo._Options()
+        if self._config.network_interface:
+            options._devices = [gloo.create_device(interface=self._config.network_interface)]
+        else:
+            options._devices = [gloo.create_device(hostname=self._me["address"])]
+        options._timeout = timeout
+        return options
+
+    def _registered(self) -> list[str | None]:
+        """The incarnation of each rank's member; None where there is no such member now."""
+        found = self._client.list("members/")
+        incarnations: list[str | None] = [None] * self.world_size
+        for rank in range(self.world_size):
+            entry = found.get(f"members/{_id(rank)}")
+            if entry:
+                incarnations[rank] = entry.value["incarnation"]
+                self._hosts[rank] = f"worker {rank} ({entry.value['host']}, process {entry.value['pid']})"
+        return incarnations
+
+    def _newest_group(self) -> tuple[int, Group] | None:
+        entry = max(self._client.list("groups/").values(), key=lambda entry: entry.key, default=None)
+        return (int(entry.key.removeprefix("groups/")), entry.value) if entry else None
+
+    def _waiting_for(self) -> str:
+        try:
+            missing = [str(rank) for rank, incarnation in enumerate(self._registered()) if incarnation is None]
+        except EtcdError as error:
+            return f"waiting for etcd: {error}"
+        if missing:
+            here = self.world_size - len(missing)
+            return f"waiting for worker {', '.join(missing)}: {here} of {self.world_size} are here"
+        return f"waiting for all {self.world_size} workers to connect to each other"
+
+    # Working
+
+    def _gather(self, what: str, value: Json, timeout: float | None = None, same: bool = False) -> list[Json]:
+        """Wait until all members have called this, and return what each of them says, in rank order.
+
+        It goes through the TCPStore, not through gloo: a wait can be interrupted, and needs no etcd.
+
+        Args:
+            timeout: Seconds; None: as long as all members live.
+            same: Whether all must say the same.
+        """
+        assert self._store is not None
+        self._gathered += 1
+        keys = [f"{self._gathered}/{rank}" for rank in range(self.world_size)]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            self._store.set(keys[self.rank], json.dumps([what, value], allow_nan=False))
+            while True:
+                try:
+                    self._store.wait(keys, timedelta(seconds=LOOK_INTERVAL))
+                    break
+                except DistStoreError:  # not yet
+                    self._look_at_members(deadline)
+            said = [json.loads(text) for text in self._store.multi_get(keys)]
+            if self._gathered > 2:  # all have called the previous one, so nobody still reads the one before that
+                self._store.delete_key(f"{self._gathered - 2}/{self.rank}")
+        except DistError as error:
+            raise self._lost(error) from None
+        wrong = [other for other in said if other[0] != what or (same and other[1] != value)]
+        if wrong:
+            raise TrainingError(f"the workers do not do the same: {[what, value]} here, {wrong[0]} there")
+        return [other[1] for other in said]
+
+    def _collective(self, run: "Callable[[ProcessGroupGloo, timedelta], Any]") -> Any:
+        assert self._group is not None
+        try:
+            return run(self._group, timedelta(seconds=self._config.collective_timeout))
+        except RuntimeError as error:
+            raise self._lost(error) from None
+
+    def _look_at_members(self, deadline: float | None) -> None:
+        """Raise if this process is to stop, or a member is gone, or (while forming) the generation is out of date."""
+        if self._stopping():
+            raise Interrupted
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            raise _Abandoned(f"not all members connected within {FORM_TIMEOUT:.0f} s")
+        # The watch says when to look; now and then in any case, should it have missed something.
+        if not self._changed.is_set() and now - self._looked < self._config.lease_ttl / 3:
+            return
+        self._changed.clear()
+        self._looked = now
+        try:
+            gone = self._gone()
+            newest = self._newest_group() if deadline is not None else None
+        except EtcdError as error:  # etcd is away: that nobody can be seen does not mean that nobody is there
+            log.warning("waiting for the other workers: %s", error)
+            return
+        if gone:
+            raise LostMember(gone)
+        if newest and newest[0] > self.generation:
+            raise _Abandoned(f"generation {newest[0]} exists")
+
+    def _gone(self) -> str:
+        """Which members of the group are there no more, in words; "" if all are."""
+        now = self._registered()  # our own place is the lease's business: it registers us again
+        others = (rank for rank in range(self.world_size) if rank != self.rank)
+        gone = [rank for rank in others if now[rank] != self._incarnations[rank]]
+        return ", ".join(f"{self._hosts[rank]} {'is gone' if now[rank] is None else 'was restarted'}" for rank in gone)
+
+    def _lost(self, error: Exception) -> TrainingError:
+        """What to raise for a connection that broke. Which member it was, etcd may know by now."""
+        if self._stopping():
+            raise Interrupted from None
+        gone = ""
+        with suppress(EtcdError):
+            gone = self._gone()
+        return LostMember(gone or f"the connection to another worker broke: {str(error).splitlines()[0]}")
+
+    def _wire(self) -> tuple[int, int] | None:
+        return self._meter.read() if self._meter else None
+
+
+def _id(rank: int) -> str:
+    return f"{rank:04d}"
+
+
+def _group_key(generation: int) -> str:
+    return f"groups/{generation:08d}"

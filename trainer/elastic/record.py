@@ -1,0 +1,68 @@
+"""What etcd holds of a run, below `{prefix}/{run id}/`, and who writes it. Values are JSON.
+
+run                 {status: open | succeeded | failed, reason}   `launch` opens it; the first verdict stands:
+                                                                  workers write success, agents failure
+nodes/<uuid>        {host, pid, slot}             agent, under the node's lease; slot None: a spare
+slots/<number>      {node, host, pid}             agent, under the node's lease; created, never overwritten
+started             {nodes}                       the agent that sees `min_nodes` slots held at once
+members/<rank>      {incarnation, slot, local_rank, host, pid, address, port}   worker, under the member's lease
+fingerprint         {field: value}                the first worker; a worker that differs is refused
+groups/<generation> {incarnations, store}         the worker of rank 0; created, never overwritten
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.elastic.etcd import EtcdClient
+
+SLOT_VARIABLE = "ELASTIC_SLOT"  # in a worker's environment: the slot of its node
+Status = Literal["open", "succeeded", "failed"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The run record: whether the run is over, and why."""
+
+    status: Status
+    reason: str = ""
+
+    @property
+    def terminal(self) -> bool:
+        return self.status != "open"
+
+    def __str__(self) -> str:
+        return f"the run has {self.status}" + (f": {self.reason}" if self.reason else "")
+
+
+def verdict(client: EtcdClient) -> Verdict:
+    """The run's verdict; "open" if there is none."""
+    entry = client.get("run")
+    return Verdict(entry.value["status"], entry.value["reason"]) if entry else Verdict("open")
+
+
+def finish(client: EtcdClient, status: Status, reason: str = "") -> None:
+    """Write the run's verdict. The first one stands."""
+    entry = client.get("run")
+    if entry is None or entry.value["status"] == "open":
+        client.swap("run", {"status": status, "reason": reason}, entry.revision if entry else None)
+
+
+def reopen(client: EtcdClient) -> None:
+    """Take back a verdict of failure: someone has started the run again. A run that has succeeded stays closed."""
+    if verdict(client).status != "succeeded":
+        client.put("run", {"status": "open", "reason": ""})
+
+
+def free_slot(client: EtcdClient, slot: int) -> None:
+    """Give back at once what a dead agent held: its node, its slot, its members."""
+    entry = client.get(f"slots/{slot}")
+    if entry:
+        client.revoke(entry.lease)
+    bury_members(client, slot)
+
+
+def bury_members(client: EtcdClient, slot: int) -> None:
+    """End the leases of the members of a node whose workers are dead."""
+    for entry in client.list("members/").values():
+        if entry.value["slot"] == slot:
+            client.revoke(entry.lease)
