@@ -1,0 +1,68 @@
+# Everything starts here: `make run`, `make test`. Both set up what is missing first.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+RECIPE ?= trainer/recipes/stdlib.yaml
+ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+SOURCES := pipelines components trainer tests
+
+help:  ## list these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv with everything that is needed, pinned
+
+$(READY): pyproject.toml constraints.txt
+	@for python in python3.12 python3.11 python3 none; do \
+	    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && break; \
+	done; \
+	if [ $$python = none ]; then \
+	    echo 'error: Python 3.11 or 3.12 is needed: none of python3.12, python3.11 and python3 on the PATH is one' >&2; \
+	    exit 1; \
+	fi; \
+	echo "setting up $(VENV) with $$($$python --version): some minutes, once"; \
+	$$python -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[local,dev]' \
+	    | { grep --line-buffered -oE 'Downloading [^ ]+ \([0-9.]+ (MB|GB)\)|Installing collected|Successfully' || true; }
+	@touch $@
+
+run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, ARGS="--total-steps 100 ...")
+	@$(BIN)/python -m pipelines run --config $(RECIPE) $(ARGS)
+
+test: lint  ## lint, then all tests that need no cluster and no GPU (ARGS="-k name")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+test-faults: $(READY)  ## tests that kill real processes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
+
+bench: $(READY)  ## benchmarks: overhead over a bare loop, DiLoCo against DDP
+	@$(BIN)/python -m pytest -q -s tests/benchmarks $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/ruff format --check --quiet $(SOURCES)
+	@$(BIN)/mypy --no-error-summary
+
+format: $(READY)  ## rewrite the sources as ruff wants them
+	@$(BIN)/ruff check --quiet --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+compile: $(READY)  ## write the pipeline's YAML to build/
+	@$(BIN)/python -m pipelines compile $(ARGS)
+
+build:  ## build the container image (not available yet: it comes with the cluster's issue)
+	@echo 'error: there is no Dockerfile yet: the image comes with the cluster work' >&2; exit 1
+
+clean:  ## remove build outputs and caches; the environment and the runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-runs:  ## remove runs/: every checkpoint, model and report in it
+	rm -rf runs
+
+.PHONY: help setup run test test-faults bench lint format compile build clean clean-runs

@@ -1,0 +1,1 @@
+"""Step 4: score the exported model on held-out data, and write the run's report."""

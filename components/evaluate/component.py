@@ -1,0 +1,19 @@
+"""The evaluate component."""
+
+from kfp import dsl
+
+from components.step import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def evaluate(
+    config: dict,
+    model: dsl.Input[dsl.Model],
+    precached: dsl.Input[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+) -> None:
+    """Score the exported model on held-out data that training never saw, and write the run's report."""
+    from components.evaluate.run import run
+
+    run(config, metrics, report)

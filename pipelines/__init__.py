@@ -1,0 +1,1 @@
+"""The KFP pipeline and its commands: `python -m pipelines`."""
