@@ -77,9 +77,11 @@ def whole_directory(final: Path) -> Iterator[Path]:
             else:
                 fsync_directory(path)
         fsync_directory(temporary)
+        replaced = final.with_name(f".{final.name}.old.{os.getpid()}.tmp")
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         temporary.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -1,0 +1,89 @@
+"""`python -m trainer <command>`: one command for each step of a training."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from trainer.config import add_config_flags, config_from_arguments
+from trainer.errors import ConfigError, run_main
+
+# What a command needs is imported when it runs: `--help` answers at once.
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, run the command, and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train models with DiLoCo, step by step.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in {
+        "precache": "put the dataset and the model onto each worker's volume",
+        "launch": "train here: an embedded etcd and one torchrun agent for each node",
+        "train": "train as one worker; a torchrun agent starts it",
+        "export": "write the trained model as a Hugging Face directory",
+        "evaluate": "score the exported model on held-out data, and write the report",
+    }.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        if name == "launch":
+            command.add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
+        add_config_flags(command)
+    report = commands.add_parser("report", help="write a run's report, at any time", allow_abbrev=False)
+    report.add_argument("run_dir", type=Path, help="the run's directory")
+    report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html]")
+    schema = commands.add_parser("schema", help="print the JSON schema of the parameters", allow_abbrev=False)
+    del schema
+    return _run(parser.parse_args(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if arguments.command == "schema":
+        import json
+
+        from trainer.config import TrainingConfig
+
+        print(json.dumps(TrainingConfig.model_json_schema(), indent=2))
+        return 0
+    if arguments.command == "report":
+        from trainer.report import write_report
+
+        if not arguments.run_dir.is_dir():
+            raise ConfigError("run_dir", arguments.run_dir, "no such directory")
+        print(write_report(arguments.run_dir, arguments.output))
+        return 0
+    if getattr(arguments, "etcd", None):
+        setattr(arguments, "parameter:etcd_endpoints", arguments.etcd)
+    config = config_from_arguments(arguments)
+    if arguments.command in ("train", "export", "evaluate") and not config.run_id:
+        raise ConfigError("run_id", "", "must name the run")
+    config = config.resolved()
+    if arguments.command == "train":
+        from trainer.loop import train
+
+        return train(config)
+    if arguments.command == "launch":
+        from trainer.elastic.launch import launch
+
+        return launch(config)
+    if arguments.command == "precache":
+        from trainer.data import precache_all
+        from trainer.preflight import check
+
+        check(config)
+        precache_all(config)
+        print(f"run id {config.run_id}, in {config.run_dir}")
+    elif arguments.command == "export":
+        from trainer.export import export
+
+        print(export(config))
+    else:
+        from trainer.evaluate import evaluate
+
+        for name, value in evaluate(config).items():
+            if isinstance(value, int | float):
+                print(f"{name:>28}  {value:,.4g}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

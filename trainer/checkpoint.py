@@ -1,0 +1,242 @@
+"""Atomic checkpoints: one directory each, written whole or not at all, verified when read.
+
+    round-000012-step-00000600/
+        global.safetensors   the global state, the same in all workers: `model.<parameter>`, `outer.<state>.<parameter>`
+        worker.safetensors   the worker's own: inner optimizer, RNG and, inside a round, its parameters
+        state.json           everything that is not a tensor
+        manifest.json        sha256 and size of each file; written last
+
+A directory whose manifest is missing or does not match is torn or corrupt: it is passed over, with a warning that
+names it, and the one before it is used.
+"""
+
+import logging
+import queue
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.errors import TrainingError
+from trainer.files import read_json, sha256, whole_directory, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_NAME = re.compile(r"round-(\d+)-step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files have been verified.
+
+    Attributes:
+        path: Its directory.
+        round: Committed rounds.
+        step: Schedule position, in inner steps; beyond the round's start if it was taken inside a round.
+        state: What `state.json` holds.
+    """
+
+    path: Path
+    round: int
+    step: int
+    state: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether this is its run's final checkpoint."""
+        return bool(self.state["complete"])
+
+    @cached_property
+    def global_tensors(self) -> dict[str, Tensor]:
+        """`model.<parameter>` and `outer.<state>.<parameter>`, float32."""
+        return load_file(self.path / "global.safetensors")
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The global parameters by name, float32."""
+        prefix = "model."
+        return {
+            name.removeprefix(prefix): value for name, value in self.global_tensors.items() if name.startswith(prefix)
+        }
+
+    def worker(self) -> dict[str, Any]:
+        """The worker's own state, as it was given to `save`."""
+        return _join(self.state["worker"], load_file(self.path / "worker.safetensors"))
+
+
+def read(path: Path) -> Checkpoint:
+    """Verify and open one checkpoint.
+
+    Raises:
+        TrainingError: It is not a checkpoint, or it is torn or corrupt; says which file.
+    """
+    try:
+        manifest = read_json(path / "manifest.json")
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+                raise TrainingError(f"checkpoint {path} is corrupt: {name} is not what was written")
+        state = read_json(path / "state.json")
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(f"checkpoint {path} is torn: {type(error).__name__}: {error}") from None
+    return Checkpoint(path, state["round"], state["step"], state)
+
+
+def paths(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, newest first, not verified."""
+    found = [path for path in directory.glob("round-*") if _NAME.fullmatch(path.name)] if directory.is_dir() else []
+    return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], reverse=True)
+
+
+def newest(directory: Path, warn: Callable[[str], None] = logger.warning) -> Checkpoint | None:
+    """The newest checkpoint in `directory` that verifies; `warn` is told of each newer one that does not."""
+    for path in paths(directory):
+        try:
+            return read(path)
+        except TrainingError as error:
+            warn(f"{error}; going back to the one before it")
+    return None
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the newest checkpoint in `directory` is its run's final one. Cheap: tensors are not read."""
+    for path in paths(directory):
+        try:
+            return bool(read_json(path / "state.json")["complete"]) and (path / "manifest.json").exists()
+        except (OSError, ValueError, KeyError):
+            continue
+    return False
+
+
+class Checkpointer:
+    """Saves checkpoints off the training thread, one at a time, and keeps the newest few.
+
+    Args:
+        directory: Of this worker and run.
+        keep: How many are kept.
+        saved: Told of each checkpoint that has become durable: path, seconds, bytes.
+    """
+
+    def __init__(self, directory: Path, keep: int, saved: Callable[[Path, float, int], None]) -> None:
+        self._directory, self._keep, self._saved = directory, keep, saved
+        self._queue: queue.Queue[tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]] | None] = queue.Queue(1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
+        self._thread.start()
+
+    def save(
+        self,
+        global_tensors: Mapping[str, Tensor],
+        worker: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        complete: bool,
+    ) -> None:
+        """Copy the state and return; it is written meanwhile. Waits if the previous one is still being written.
+
+        Args:
+            global_tensors: Written to `global.safetensors`.
+            worker: Nested dicts and lists of tensors and JSON values.
+            state: JSON values, with `round` and `step`.
+            complete: This is the run's final checkpoint.
+
+        Raises:
+            TrainingError: An earlier checkpoint could not be written.
+        """
+        self._raise()
+        tree, own = _split(worker)
+        document = {**state, "format": FORMAT, "complete": complete, "worker": tree}
+        self._queue.put((document, {k: _copy(v) for k, v in global_tensors.items()}, own))
+
+    def wait(self) -> None:
+        """Return when everything is durable. Raises TrainingError if it could not be written."""
+        self._queue.join()
+        self._raise()
+
+    def close(self) -> None:
+        """Finish what was begun, and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise TrainingError(f"a checkpoint could not be written to {self._directory}: {self._error}")
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            try:
+                self._write(*job)
+            except Exception as error:
+                self._error = error
+            finally:
+                self._queue.task_done()
+
+    def _write(self, state: dict[str, Any], global_tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+        started = time.perf_counter()
+        path = self._directory / f"round-{state['round']:06d}-step-{state['step']:08d}"
+        with whole_directory(path) as temporary:
+            save_file(global_tensors, temporary / "global.safetensors")
+            save_file(own, temporary / "worker.safetensors")
+            write_json(temporary / "state.json", state)
+            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            files = {name: {"sha256": sha256(temporary / name), "bytes": size} for name, size in sizes.items()}
+            write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
+        self._saved(path, time.perf_counter() - started, sum(sizes.values()))
+        for old in paths(self._directory)[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _split(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """A tree of tensors and JSON values as JSON (a tensor becomes its name), and copies of the tensors by name."""
+    if isinstance(value, Tensor):
+        return {"tensor": path}, {path: _copy(value)}
+    if isinstance(value, Mapping):
+        # Optimizers number their parameters: JSON's keys are text, so the keys' own types are kept beside them.
+        parts = {str(key): _split(part, f"{path}/{key}") for key, part in value.items()}
+        numbers = [str(key) for key in value if isinstance(key, int)]
+        tensors = {name: tensor for _, found in parts.values() for name, tensor in found.items()}
+        return {"map": {key: tree for key, (tree, _) in parts.items()}, "numbers": numbers}, tensors
+    if isinstance(value, list | tuple):
+        items = [_split(part, f"{path}/{index}") for index, part in enumerate(value)]
+        return {"list": [tree for tree, _ in items]}, {name: t for _, found in items for name, t in found.items()}
+    return {"value": value}, {}
+
+
+def _join(tree: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_split`; tuples come back as lists."""
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "map" in tree:
+        numbers = set(tree["numbers"])
+        return {int(key) if key in numbers else key: _join(part, tensors) for key, part in tree["map"].items()}
+    if "list" in tree:
+        return [_join(part, tensors) for part in tree["list"]]
+    return tree["value"]
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's random number generators, on the CPU and on every GPU."""
+    return {
+        "cpu": torch.random.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Undo what has happened since `random_state`; a machine with other GPUs keeps their generators as they are."""
+    torch.random.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,124 @@
+"""Who reads what, in which order, and how it gets to the training thread in time."""
+
+import itertools
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import isqrt
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer.data.dataset import Split
+
+if TYPE_CHECKING:
+    import torch
+
+_FEISTEL_ROUNDS = 8
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class SampleOrder:
+    """The one order in which all workers go through the samples, epoch after epoch.
+
+    Position p is sample `permutation(seed, p // num_samples)[p % num_samples]`. The permutation is computed, not stored:
+    a Feistel network over pairs of digits (Luby and Rackoff 1988; "cycle-walking" after Black and Rogaway 2002). It
+    takes no memory at any number of samples, any position costs the same, and as it is integer arithmetic alone it is
+    the same on every platform and with every version of numpy, which promises that for its own shuffle no longer.
+
+    Args:
+        num_samples: Samples in an epoch.
+        seed: Another seed, another order.
+    """
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        if num_samples < 1:
+            raise ValueError(f"an order needs at least one sample, not {num_samples}")
+        self.num_samples = num_samples
+        self.seed = seed
+        # Pairs of digits in this base are the smallest square that holds every sample.
+        self._base = np.uint64(isqrt(num_samples - 1) + 1)
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at these positions: int64, any shape in, the same shape out."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, within = np.divmod(positions.ravel(), self.num_samples)
+        keys = _mix(_mix(np.uint64(self.seed % 2**64)) ^ epochs.astype(np.uint64))
+        samples = self._permute(within.astype(np.uint64), keys)
+        # The square holds up to 2 * sqrt(num_samples) values too many: what lands there walks on until it is inside.
+        while (outside := np.flatnonzero(samples >= self.num_samples)).size:
+            samples[outside] = self._permute(samples[outside], keys[outside])
+        return samples.astype(np.int64).reshape(positions.shape)
+
+    def _permute(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(values, self._base)
+        for number in range(_FEISTEL_ROUNDS):
+            left, right = right, (left + _mix(keys + np.uint64(number) + (right << np.uint64(8)))) % self._base
+        return left * self._base + right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014): 64 bits in, 64 well mixed bits out."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what is meant
+        values = values + np.uint64(_GOLDEN)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def deal(position: int, members: int, samples_each: int) -> tuple[list[range], int]:
+    """Reserve the next positions for a round.
+
+    Args:
+        position: The first position that has not been dealt yet.
+        members: How many share the round.
+        samples_each: Samples for each of them.
+
+    Returns:
+        One range of positions for each member, by rank, disjoint and without gaps; and the position after them.
+    """
+    starts = range(position, position + (members + 1) * samples_each, samples_each)
+    return [range(start, start + samples_each) for start in starts[:-1]], starts[-1]
+
+
+def batches(
+    split: Split,
+    order: SampleOrder,
+    positions: range,
+    batch_size: int,
+    *,
+    prefetch: int = 4,
+    pin_memory: bool = False,
+) -> Generator[dict[str, "torch.Tensor"], None, None]:
+    """The samples at `positions`, in order, in batches that a thread reads ahead.
+
+    Args:
+        batch_size: Samples in a batch; the last one may be smaller.
+        prefetch: Batches that are read ahead.
+        pin_memory: Whether the tensors lie in pinned memory, so that copies to a GPU can overlap.
+
+    Yields:
+        The columns of `Split` as tensors: `input_ids` int64 (batch_size, sequence_length).
+
+    An error while reading is raised at the batch that it belongs to. Closing the iterator ends the thread.
+    """
+    import torch
+
+    def read(chosen: range) -> dict[str, "torch.Tensor"]:
+        columns = split[order.indices(np.arange(chosen.start, chosen.stop))]
+        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
+
+    shares = (positions[start : start + batch_size] for start in range(0, len(positions), batch_size))
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
+        ahead: deque[Future[dict[str, torch.Tensor]]] = deque(
+            thread.submit(read, share) for share in itertools.islice(shares, prefetch)
+        )
+        try:
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(thread.submit(read, share) for share in itertools.islice(shares, 1))
+                yield batch
+        finally:
+            for future in ahead:
+                future.cancel()

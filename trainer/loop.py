@@ -1,0 +1,417 @@
+"""The inner loop: what one worker does from its start to the run's final checkpoint."""
+
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer import checkpoint, data, models
+from trainer.checkpoint import Checkpoint, Checkpointer
+from trainer.config import TrainingConfig
+from trainer.diloco import DDP, Commit, DiLoCo, Nesterov
+from trainer.elastic.quorum import FixedQuorum
+from trainer.errors import ConfigError, Interrupted, TrainingError
+from trainer.files import require_free_space
+from trainer.metrics import Metrics, sinks
+from trainer.tasks import tasks
+from trainer.volume import Volume
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = 1  # what members say to each other; those of another version are refused
+CLIP_NORM = 1.0
+CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
+
+
+def train(config: TrainingConfig) -> int:
+    """Train as one worker, under a torchrun agent, until the run's final checkpoint is committed.
+
+    Args:
+        config: The worker's own (see `trainer.volume.worker_configs`); the data and the model are precached.
+
+    Returns:
+        0, the exit status: the run is complete.
+
+    Raises:
+        ConfigError: This worker cannot take part as it is configured.
+        TrainingError: The run failed, or another worker is gone and this one should be started again.
+        Interrupted: Told to leave (SIGTERM, SIGINT), with everything saved.
+    """
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with ExitStack() as resources:
+        return Worker(config, stopping, resources).run()
+
+
+class Worker:
+    """One worker of a run. `run` is the whole story; the rest says how each sentence of it is done."""
+
+    def __init__(self, config: TrainingConfig, stopping: threading.Event, resources: ExitStack) -> None:
+        self.config, self.stopping = config, stopping
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.volume = Volume.of(config, local_rank)
+        self.device = device_of(config, local_rank)
+        spec = models.resolve(config.model)
+        self.task = tasks()[spec.family.task]
+        self.dataset = data.open_dataset(data.directory(config, self.volume.datasets))
+        manifest = self.dataset.manifest
+        model = models.build(models.directory(config, manifest.for_model, self.volume.models), config.seed)
+        self.model = model.to(self.device)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = inner_optimizer(config, self.parameters)
+        size = sum(parameter.numel() for parameter in self.parameters)
+        require_free_space(
+            self.volume.checkpoints, size * CHECKPOINT_BYTES * (config.keep_checkpoints + 1), "checkpoint_path"
+        )
+
+        fingerprint = {
+            "protocol": PROTOCOL,
+            "model": spec.name,
+            "dataset": manifest.hash,
+            "optim_method": config.optim_method,
+            "codec": config.codec,
+            "local_steps": config.local_steps,
+            "batch_size": config.batch_size,
+        }
+        self.quorum = resources.enter_context(FixedQuorum.join(config, fingerprint, stopping.is_set))
+        rank, world_size = self.quorum.rank, self.quorum.world_size
+        self.metrics = resources.enter_context(Metrics(self.volume.metrics, sinks(config, rank, self.volume.root)))
+        self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
+            self.model,
+            self.optimizer,
+            outer=Nesterov(config.outer_lr, config.outer_momentum),
+            sync_every=config.local_steps,
+            quorum=self.quorum,
+            total_steps=config.total_steps,
+        )
+        self.checkpointer = resources.enter_context(
+            closing(Checkpointer(self.volume.checkpoints, config.keep_checkpoints, self._saved))
+        )
+        torch.manual_seed(config.seed + 1 + rank)  # of dropout and the like: each worker its own
+        self.order = data.SampleOrder(len(self.dataset.train), config.seed)
+        self.position = 0  # the first sample position that has not been dealt: part of the global state
+        self.share = range(0)  # this worker's positions in the open round
+        self.skipped = self.skipped_in_a_row = 0
+        self.samples = 0  # consumed by this process
+        self.last_saved_step = 0
+        resumed = self._resume()
+        self.metrics.write(
+            "start",
+            run_id=config.run_id,
+            worker=rank,
+            rank=rank,
+            world_size=world_size,
+            pid=os.getpid(),
+            host=platform.node(),
+            device=str(self.device),
+            parameters=size,
+            resumed_round=resumed,
+            config=config.model_dump(mode="json"),
+            versions=versions(),
+        )
+        self.metrics.write(
+            "membership", change="formed", members=self.quorum.members, generation=self.quorum.generation
+        )
+
+    def run(self) -> int:
+        """Train to the end."""
+        try:
+            if self.diloco.step == 0:
+                self._evaluate()
+            while self.diloco.step < self.config.total_steps or self.diloco.due:
+                self._train_round()
+            self._save(complete=True)
+            self.checkpointer.wait()
+            self.quorum.exchange("saved")  # nobody says that the run is complete before everybody's is durable
+            self.quorum.finish("succeeded")
+        except Interrupted:
+            self._save()
+            self.checkpointer.wait()
+            self._end("stopped", "told to leave")
+            raise
+        except Exception as error:
+            self._end("failed", str(error) or type(error).__name__)
+            raise
+        self._end("complete")
+        return 0
+
+    def _train_round(self) -> None:
+        """Inner steps up to the round's end, the synchronisation, and what is due after it."""
+        if self.diloco.inner_steps == 0:
+            samples = self.diloco.round_length * self.config.batch_size
+            shares, _ = data.deal(self.position, self.quorum.world_size, samples)
+            self.share = shares[self.quorum.rank]
+        started = time.perf_counter()
+        losses: list[float] = []
+        commit = None
+        batches = self._batches(self.share[self.diloco.inner_steps * self.config.batch_size :])
+        with closing(batches):
+            while commit is None:
+                if self.stopping.is_set():
+                    raise Interrupted
+                # After a resume, everything but the synchronisation may have been done.
+                commit = self.diloco.synchronise() if self.diloco.due else self._inner_step(batches, losses)
+        # Every member was dealt as many samples as this one.
+        self.position += len(self.share) * self.quorum.world_size
+        self._report_round(commit, losses, time.perf_counter() - started)
+        last = self.diloco.step >= self.config.total_steps
+        interval = self.config.eval_interval
+        if interval and (last or self.diloco.round % interval == 0):
+            self._evaluate()
+        if not last and self.diloco.step - self.last_saved_step >= self.config.checkpoint_interval:
+            self._save()
+
+    def _inner_step(self, batches: Iterator[dict[str, Tensor]], losses: list[float]) -> Commit | None:
+        """One inner step, over `accumulation_steps` micro-batches; the round's commit if it was the round's last."""
+        started = time.perf_counter()
+        step, accumulation = self.diloco.step, self.config.accumulation_steps
+        lr = learning_rate(step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.device)
+        tokens = 0
+        for _ in range(accumulation):
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
+            with self._autocast():
+                loss = self.task.loss(self.model, batch) / accumulation
+            loss.backward()
+            total += loss.detach()
+            tokens += self.task.tokens(batch)
+        self.diloco.before_optimizer_step(self.config.batch_size)
+        norm = nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        # One look for both, since on a GPU a look is a wait.
+        mean_loss, gradient_norm = torch.stack([total, norm.to(total.dtype)]).tolist()
+        finite = math.isfinite(mean_loss) and math.isfinite(gradient_norm)
+        if finite:
+            self.optimizer.step()
+            losses.append(mean_loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        samples = self.config.batch_size if finite else 0
+        self.samples += samples
+        self.metrics.write(
+            "step",
+            round=self.diloco.round + 1,
+            step=step + 1,
+            loss=mean_loss,
+            lr=lr,
+            gradient_norm=gradient_norm,
+            samples=samples,
+            tokens=tokens,
+            seconds=time.perf_counter() - started,
+        )
+        self._count_skipped(finite, step + 1)
+        return self.diloco.after_inner_step(samples)
+
+    def _count_skipped(self, finite: bool, step: int) -> None:
+        if finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.metrics.warn(f"step {step} is skipped: its loss or gradient is not finite")
+        if self.skipped_in_a_row > self.config.max_skipped_steps:
+            reason = (
+                f"{self.skipped_in_a_row} inner steps in a row had a loss or gradient that is not finite "
+                f"(max_skipped_steps = {self.config.max_skipped_steps}): try a lower lr or a longer warm-up"
+            )
+            self.quorum.finish("failed", reason)  # it would end so again: nobody should start it again
+            raise TrainingError(reason)
+
+    def _report_round(self, commit: Commit, losses: list[float], seconds: float) -> None:
+        if commit.weight == 0:
+            self.metrics.warn(f"round {self.diloco.round} moved nothing: no worker's pseudo-gradient was finite")
+        self.metrics.write(
+            "round",
+            round=self.diloco.round,
+            attempt=commit.attempt,
+            step=self.diloco.step,
+            world_size=len(commit.members),
+            members=commit.members,
+            loss=sum(losses) / len(losses) if losses else math.nan,
+            bytes_sent=commit.bytes_sent,
+            bytes_received=commit.bytes_received,
+            sync_seconds=commit.seconds,
+            exposed_seconds=self.diloco.exposed_seconds,
+            seconds=seconds,
+            samples=len(losses) * self.config.batch_size,
+        )
+
+    def _evaluate(self) -> None:
+        """Score this worker's share of the held-out samples: all workers' together are the score."""
+        started = time.perf_counter()
+        chosen = np.arange(min(len(self.dataset.validation), self.config.eval_samples))
+        chosen = chosen[self.quorum.rank :: self.quorum.world_size]
+        sums: dict[str, float] = {}
+        self.model.eval()
+        with torch.inference_mode(), self._autocast():
+            for part in np.array_split(chosen, math.ceil(len(chosen) / self.config.per_device_train_batch_size) or 1):
+                if not len(part):
+                    continue
+                columns = self.dataset.validation[part]
+                batch = {name: torch.from_numpy(column).to(self.device) for name, column in columns.items()}
+                for name, value in self.task.score(self.model, batch).items():
+                    sums[name] = sums.get(name, 0.0) + value
+        self.model.train()
+        if sums:
+            scores = self.task.metrics(sums)
+            self.metrics.write(
+                "eval",
+                round=self.diloco.round,
+                step=self.diloco.step,
+                samples=len(chosen),
+                seconds=time.perf_counter() - started,
+                **scores,
+            )
+
+    def _resume(self) -> int | None:
+        """Agree with the others on where to go on: at the newest round that any of them has, or can be given.
+
+        Returns:
+            The round, or None for a fresh start.
+        """
+        own = self._own_checkpoint()
+        if own is not None:
+            self.diloco.load_global(own.global_tensors, own.round, own.state["round_start"])
+            self.position = own.state["position"]
+        offers = self.quorum.exchange(
+            {
+                "round": own.round if own else 0,
+                "round_start": self.diloco.round_start,
+                "position": self.position,
+                "hash": self.diloco.global_hash(),
+            }
+        )
+        source = max(range(len(offers)), key=lambda rank: (offers[rank]["round"], -rank))
+        donor = offers[source]
+        if any(offer["hash"] != donor["hash"] for offer in offers):
+            # Some worker is behind, or has another kind of CPU that initialises with other last bits.
+            logger.info("taking the global state of round %d from worker %d", donor["round"], source)
+            for flat in self.diloco.flat_global_state():
+                self.quorum.broadcast(flat, source)
+            self.diloco.adopt(donor["round"], donor["round_start"])
+        self.position = donor["position"]
+        if own is not None:
+            self._take_own_state(own)
+        self.last_saved_step = self.diloco.step
+        return int(donor["round"]) or None
+
+    def _own_checkpoint(self) -> Checkpoint | None:
+        own = checkpoint.newest(self.volume.checkpoints, self.metrics.warn)
+        if own is None and self.config.resume not in ("auto", "never"):
+            own = checkpoint.read(Path(self.config.resume))
+        return own
+
+    def _take_own_state(self, own: Checkpoint) -> None:
+        """Inner optimizer, RNG, and the open round as far as it got, if they belong to where we go on."""
+        place = {"rank": self.quorum.rank, "world_size": self.quorum.world_size, "run_id": self.config.run_id}
+        if own.round != self.diloco.round or own.state["place"] != place:
+            self.metrics.warn(f"the inner optimizer starts anew: {own.path.name} was taken elsewhere, or earlier")
+            return
+        state = own.worker()
+        self.diloco.load_worker_state(state["diloco"])
+        checkpoint.restore_random_state(state["random"])
+        self.share = range(*own.state["share"])
+        self.skipped, self.skipped_in_a_row = own.state["skipped"]
+
+    def _save(self, *, complete: bool = False) -> None:
+        place = {"rank": self.quorum.rank, "world_size": self.quorum.world_size, "run_id": self.config.run_id}
+        self.checkpointer.save(
+            self.diloco.global_tensors(),
+            {"diloco": self.diloco.worker_state(), "random": checkpoint.random_state()},
+            {
+                "round": self.diloco.round,
+                "step": self.diloco.step,
+                "round_start": self.diloco.round_start,
+                "position": self.position,
+                "share": [self.share.start, self.share.stop],
+                "skipped": [self.skipped, self.skipped_in_a_row],
+                "place": place,
+                "global_hash": self.diloco.global_hash(),
+                "config": self.config.model_dump(mode="json"),
+                "dataset": self.dataset.manifest.hash,
+                "versions": versions(),
+            },
+            complete=complete,
+        )
+        self.last_saved_step = self.diloco.step
+
+    def _saved(self, path: Path, seconds: float, size: int) -> None:
+        numbers = path.name.split("-")
+        self.metrics.write(
+            "checkpoint", round=int(numbers[1]), step=int(numbers[3]), path=str(path), seconds=seconds, bytes=size
+        )
+
+    def _end(self, status: str, reason: str = "") -> None:
+        self.metrics.write(
+            "end",
+            status=status,
+            reason=reason,
+            round=self.diloco.round,
+            step=self.diloco.step,
+            skipped_steps=self.skipped,
+            samples=self.samples,
+            global_hash=self.diloco.global_hash(),
+        )
+
+    def _batches(self, positions: range) -> Generator[dict[str, Tensor], None, None]:
+        return data.batches(
+            self.dataset.train,
+            self.order,
+            positions,
+            self.config.per_device_train_batch_size,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+def device_of(config: TrainingConfig, local_rank: int = 0) -> torch.device:
+    """The device of a node's worker. Raises ConfigError if this machine does not have it."""
+    if not config.device.startswith("cuda"):
+        return torch.device(config.device)
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device", config.device, "there is no GPU here that torch can use; on a CPU, say --device cpu"
+        )
+    device = torch.device(config.device if ":" in config.device else f"cuda:{local_rank}")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError("device", str(device), f"this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def inner_optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as in DiLoCo's and Chinchilla's settings; weight decay acts on matrices, not on biases and norms."""
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": 0.1},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True
+    )
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`; `step` counts from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    remaining = max(config.total_steps - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / remaining))
+
+
+def versions() -> dict[str, str]:
+    """Of what the run's numbers depend on."""
+    packages = ("torch", "transformers", "datasets", "numpy", "diloco-pipelines")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

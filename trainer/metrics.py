@@ -1,0 +1,133 @@
+"""What a worker tells of itself: `metrics.jsonl`, and Weights & Biases.
+
+`metrics.jsonl` is the record that everything else reads: one JSON object a line, flushed as it happens. `event` is one of
+start, step, round, eval, checkpoint, membership, warning and end, `time` is in Unix seconds. Numbers that JSON does not
+have (NaN, infinities) are null.
+"""
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from trainer.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Something else that takes events."""
+
+    def write(self, event: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Writes events to a file, and to sinks that may fail without harm."""
+
+    def __init__(self, path: Path, sinks: list[Sink] | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _end_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._sinks = sinks or []
+        self._lock = threading.Lock()  # checkpoints report from a thread of their own
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event. `time` is added."""
+        record = {"event": event, **{key: _plain(value) for key, value in fields.items()}, "time": time.time()}
+        with self._lock:
+            self._file.write(json.dumps(record, allow_nan=False, default=str) + "\n")
+            self._file.flush()
+            for sink in list(self._sinks):
+                try:
+                    sink.write(record)
+                except Exception as error:
+                    self._sinks.remove(sink)
+                    logger.warning("%s is switched off: %s", type(sink).__name__, error)
+
+    def warn(self, message: str) -> None:
+        """Log a warning, and keep it as an event."""
+        logger.warning(message)
+        self.write("warning", message=message)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class WandbSink:
+    """One Weights & Biases run for a worker, grouped with the others'; resumes under the same id.
+
+    Offline without WANDB_API_KEY: nothing is asked and nothing is sent. (`wandb sync` uploads what was kept.)
+    """
+
+    def __init__(self, config: TrainingConfig, worker: int, directory: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.wandb_project_name,
+            group=config.wandb_group,
+            id=f"{config.wandb_run_id or config.run_id}-{worker}",
+            name=f"{config.run_id} worker {worker}",
+            notes=config.experiment_description,
+            tags=config.experiment_tags,
+            config=config.model_dump(mode="json"),
+            dir=str(directory),
+            resume="allow",
+            mode="online" if os.environ.get("WANDB_API_KEY") else "offline",
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+        for unit in ("step", "round"):
+            self._run.define_metric(f"{unit}/*", step_metric=f"{unit}/{unit}")
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        kind = event["event"]
+        if kind in ("step", "round", "eval"):
+            self._run.log({f"{kind}/{key}": value for key, value in event.items() if isinstance(value, int | float)})
+
+    def close(self) -> None:
+        # A server that does not answer must not keep a finished training from ending.
+        closing = threading.Thread(target=self._run.finish, kwargs={"quiet": True}, daemon=True)
+        closing.start()
+        closing.join(30)
+
+
+def sinks(config: TrainingConfig, worker: int, directory: Path) -> list[Sink]:
+    """The sinks that the configuration asks for; one that cannot be set up is left out, with a warning."""
+    if not config.wandb_logging:
+        return []
+    try:
+        return [WandbSink(config, worker, directory)]
+    except Exception as error:
+        logger.warning("no Weights & Biases: %s", error)
+        return []
+
+
+def _plain(value: Any) -> Any:
+    """JSON has neither NaN nor infinities."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _end_torn_line(path: Path) -> None:
+    """A process that was killed may have left half a line: end it, so that the next event has a line of its own."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
