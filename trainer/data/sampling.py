@@ -21,10 +21,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 class SampleOrder:
     """The one order in which all workers go through the samples, epoch after epoch.
 
-    Position p is sample `permutation(seed, p // num_samples)[p % num_samples]`. The permutation is computed, not stored:
-    a Feistel network over pairs of digits (Luby and Rackoff 1988; "cycle-walking" after Black and Rogaway 2002). It
-    takes no memory at any number of samples, any position costs the same, and as it is integer arithmetic alone it is
-    the same on every platform and with every version of numpy, which promises that for its own shuffle no longer.
+    Position p is sample `permutation(seed, p // num_samples)[p % num_samples]`, which is computed and not stored: a
+    Feistel network over pairs of digits (Luby and Rackoff 1988; "cycle-walking" after Black and Rogaway 2002). It takes
+    no memory at any number of samples, every position costs the same, and as it is integer arithmetic alone it is the
+    same on every platform and with every version of numpy, whose own shuffle may change between versions.
 
     Args:
         num_samples: Samples in an epoch.
@@ -43,7 +43,7 @@ class SampleOrder:
         """The samples at these positions: int64, any shape in, the same shape out."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, within = np.divmod(positions.ravel(), self.num_samples)
-        keys = _mix(_mix(np.uint64(self.seed % 2**64)) ^ epochs.astype(np.uint64))
+        keys = _mix(_mix(np.array(self.seed % 2**64, dtype=np.uint64)) ^ epochs.astype(np.uint64))
         samples = self._permute(within.astype(np.uint64), keys)
         # The square holds up to 2 * sqrt(num_samples) values too many: what lands there walks on until it is inside.
         while (outside := np.flatnonzero(samples >= self.num_samples)).size:

@@ -1,0 +1,28 @@
+"""Datasets: one file a family. A family is a `DatasetFamily` named `FAMILY` in a module of this package.
+
+`precache` reads a dataset once, at its source, and leaves on a worker's volume what training reads fastest; training
+itself never touches the hub. Every worker's volume holds the whole dataset; `SampleOrder` is the one order in which all
+of them go through it, and a range of its positions is a disjoint share.
+"""
+
+from trainer.data.dataset import Dataset, Manifest, Split, SplitCounts, open_dataset
+from trainer.data.precache import check, directory, precache
+from trainer.data.registry import DatasetFamily, families, resolve
+from trainer.data.sampling import SampleOrder, batches, deal
+
+__all__ = [
+    "Dataset",
+    "DatasetFamily",
+    "Manifest",
+    "SampleOrder",
+    "Split",
+    "SplitCounts",
+    "batches",
+    "check",
+    "deal",
+    "directory",
+    "families",
+    "open_dataset",
+    "precache",
+    "resolve",
+]

@@ -1,0 +1,179 @@
+"""Precaching: from a dataset's source to a directory that training reads, whole or not at all.
+
+`<datasets>/<name>-<fingerprint>/` holds `<split>-<number>.arrow`, `tokenizer/`, `manifest.json`, and `READY`, which is
+written last and holds the manifest's sha256.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer import models
+from trainer.config import TrainingConfig
+from trainer.data.dataset import MANIFEST, READY, FileRecord, Manifest, read_manifest
+from trainer.data.registry import DatasetFamily, Log, resolve
+from trainer.errors import ConfigError, TrainingError
+from trainer.files import require_free_space, sha256, whole_directory, write_json, write_text
+from trainer.volume import Volume
+
+_FORMAT = 1  # of the files: another one, another directory
+_CHEAP_BYTES = 2**30  # read again and compared every time; more than that only when asked
+
+
+def check(config: TrainingConfig) -> None:
+    """Raise ConfigError for a dataset or tokenizer that cannot work. Cheap, and without network."""
+    dataset = resolve(config)
+    task = models.resolve(config.model).family.task
+    if dataset.task != task:
+        raise ConfigError("dataset", config.dataset, f"is for {dataset.task}, but {config.model} is for {task}")
+    dataset.check()
+
+
+def directory(config: TrainingConfig, datasets: Path) -> Path:
+    """Where the dataset lies below a volume's datasets directory. Reads neither the source nor the hub."""
+    dataset = resolve(config)
+    inputs = json.dumps({"format": _FORMAT, "source": dataset.identity(), **dataset.inputs()}, sort_keys=True)
+    return datasets / f"{dataset.name}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
+
+
+def precache(
+    config: TrainingConfig, volume: Volume, log: Log = print, *, source: Path | None = None, verify: bool = False
+) -> Manifest:
+    """Put the dataset and the model of `config` onto a worker's volume, unless they are there.
+
+    What is there is checked first: all of it if it is small, sizes alone beyond 1 GiB. What is torn or corrupt, or was
+    made of a local source that has changed since, is made anew. Several processes may do this at once.
+
+    Args:
+        log: Prints a line.
+        source: Another volume's datasets directory: what has been precached there is linked or copied from it, if it
+            is intact, rather than made again.
+        verify: Read and compare every byte, however large it is.
+
+    Raises:
+        ConfigError: Something in the configuration cannot work, or the disk has no room.
+        TrainingError: The source cannot be read, or the disk has filled up.
+    """
+    check(config)
+    dataset, path = resolve(config), directory(config, volume.datasets)
+    with _disk_errors(volume.datasets), _locked(path, log):
+        manifest = _usable(path, dataset, log, verify)
+        if manifest:
+            log(f"dataset {dataset.spec} is already precached in {path}")
+        else:
+            manifest = _taken(path, dataset, source, log) or _made(path, dataset, log)
+            log(
+                f"dataset {dataset.spec}: {manifest.train.sequences} sequences of {manifest.sequence_length} tokens to "
+                f"train on, {manifest.validation.sequences} held out, in {path}"
+            )
+    with _disk_errors(volume.models):
+        model, written = models.precache(config, manifest.for_model, volume.models)
+    log(f"model {config.model} {'written into' if written else 'is already precached in'} {model}")
+    return manifest
+
+
+def damage(path: Path, thorough: bool = True) -> str | None:
+    """What is wrong with the dataset in `path`, in a few words; None if nothing is.
+
+    Args:
+        thorough: Whether to compare every file's sha256, and not its size alone.
+    """
+    if not (path / READY).exists():
+        return f"{READY} is missing"
+    manifest = read_manifest(path)
+    if manifest is None or (path / READY).read_text(encoding="utf-8").strip() != sha256(path / MANIFEST):
+        return f"{MANIFEST} is corrupt"
+    for name, record in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != record.bytes:
+            return f"{name} has {size} bytes instead of {record.bytes}"
+        if thorough and sha256(file) != record.sha256:
+            return f"{name} is corrupt"
+    return None
+
+
+def _usable(path: Path, dataset: DatasetFamily, log: Log, verify: bool) -> Manifest | None:
+    """The manifest of what is there, if it can be trusted; says why if not."""
+    if not path.exists():
+        return None
+    total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if problem := damage(path, thorough=verify or total <= _CHEAP_BYTES):
+        log(f"repairing {path}: {problem}")
+        return None
+    manifest = read_manifest(path)
+    assert manifest is not None  # nothing is damaged
+    if dataset.local and manifest.revision != dataset.revision():
+        log(f"making {path} anew: its source has changed")
+        return None
+    return manifest
+
+
+def _taken(path: Path, dataset: DatasetFamily, source: Path | None, log: Log) -> Manifest | None:
+    """The same dataset from another volume, if it lies there intact."""
+    if source is None or (other := source / path.name).resolve() == path.resolve() or damage(other):
+        return None
+    manifest = read_manifest(other)
+    if manifest is None or (dataset.local and manifest.revision != dataset.revision()):
+        return None
+    log(f"taking dataset {dataset.spec} from {other}")
+    with whole_directory(path) as temporary:
+        shutil.copytree(other, temporary, dirs_exist_ok=True, copy_function=_link_or_copy)
+    return manifest
+
+
+def _made(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
+    """The dataset from its source."""
+    require_free_space(path.parent, dataset.estimated_size(), "dataset_cache_dir")
+    revision = dataset.revision()
+    with whole_directory(path) as temporary:
+        manifest = dataset.prepare(temporary, revision, log)
+        files = {
+            file.relative_to(temporary).as_posix(): FileRecord(bytes=file.stat().st_size, sha256=sha256(file))
+            for file in sorted(temporary.rglob("*"))
+            if file.is_file()
+        }
+        manifest = manifest.model_copy(update={"files": files})
+        write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
+        write_text(temporary / READY, sha256(temporary / MANIFEST) + "\n")
+    return manifest
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """One file under two names where the file system allows it: read once from disk, held once in memory."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _locked(path: Path, log: Log) -> Iterator[None]:
+    """One process at a time makes `path`. The lock goes with its process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting for another process that precaches {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TrainingError(f"the disk of {place} is full: free some space and precache again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ConfigError("dataset_cache_dir", place, f"cannot be written: {error.strerror}") from error
+        raise

@@ -1,0 +1,86 @@
+"""What a dataset family is, and how one is found by name."""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import trainer.data
+from trainer.config import TrainingConfig
+from trainer.data.dataset import Manifest
+from trainer.errors import ConfigError
+
+Log = Callable[[str], None]
+
+
+class DatasetFamily(ABC):
+    """A dataset that a user asks for as `name` or `name:argument`.
+
+    Subclass the one that fits the task (`trainer.data.text.TextDataset`) rather than this.
+
+    Attributes:
+        name: What a user writes before the colon.
+        task: Name of the task in `trainer.tasks` that its samples are for.
+        local: Whether `revision` needs no network, so that precaching again can ask whether the source has changed.
+    """
+
+    name: ClassVar[str]
+    task: ClassVar[str]
+    local: ClassVar[bool] = True
+
+    def __init__(self, argument: str, config: TrainingConfig) -> None:
+        self.argument = argument
+        self.config = config
+
+    @property
+    def spec(self) -> str:
+        """As a user writes it."""
+        return f"{self.name}:{self.argument}" if self.argument else self.name
+
+    def identity(self) -> str:
+        """What is known of the source without reading it: names the directory of the precached dataset."""
+        return self.spec
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot work. Cheap, and without network: called before anything starts."""
+        if self.argument:
+            raise ConfigError("dataset", self.spec, f"takes no argument: just {self.name!r}")
+
+    def inputs(self) -> dict[str, object]:
+        """Every parameter, beside the source, that changes what is precached."""
+        return {}
+
+    @abstractmethod
+    def revision(self) -> str:
+        """Which content the source has now: equal on two machines when their content is."""
+
+    @abstractmethod
+    def estimated_size(self) -> int:
+        """About how many bytes `prepare` will write."""
+
+    @abstractmethod
+    def prepare(self, directory: Path, revision: str, log: Log) -> Manifest:
+        """Read the source and write the samples, ready for training, into `directory`.
+
+        Returns:
+            The manifest, but for `files`.
+        """
+
+
+@cache
+def families() -> dict[str, type[DatasetFamily]]:
+    """Every family in this package, by name."""
+    path, package = trainer.data.__path__, trainer.data.__name__
+    modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(path)]
+    return {module.FAMILY.name: module.FAMILY for module in modules if hasattr(module, "FAMILY")}
+
+
+def resolve(config: TrainingConfig) -> DatasetFamily:
+    """The dataset that `config` asks for. Raises ConfigError for an unknown one."""
+    name, _, argument = config.dataset.partition(":")
+    if name not in families():
+        raise ConfigError("dataset", config.dataset, f"no such dataset; there are {', '.join(sorted(families()))}")
+    return families()[name](argument, config)

@@ -1,0 +1,61 @@
+"""Python's own standard library: about 12 MB of real text that is on every machine."""
+
+import hashlib
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from trainer.data.text import TextDataset
+from trainer.errors import ConfigError
+
+# Packages that other projects put there, and tests, which not every distribution ships and which are larger than the
+# library itself.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Written when Python was built: they differ between machines.
+_SKIPPED_NAMES = ("_sysconfigdata", "python-config", "_sysconfig_vars")
+
+
+class Stdlib(TextDataset):
+    """A document is a module; their order is that of their paths."""
+
+    name = "stdlib"
+
+    def identity(self) -> str:
+        return f"{self.name} of Python {platform.python_version()}"
+
+    def check(self) -> None:
+        super().check()
+        if not self._modules:
+            raise ConfigError("dataset", self.spec, f"this Python has no sources of its library in {self._root}")
+
+    def revision(self) -> str:
+        digest = hashlib.sha256()
+        for path in self._modules:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return f"Python {platform.python_version()}, sha256 {digest.hexdigest()}"
+
+    def text_size(self) -> int:
+        return sum(path.stat().st_size for path in self._modules[: self.config.max_samples])
+
+    def documents(self, revision: str) -> Iterator[str]:
+        return (path.read_text(encoding="utf-8", errors="replace") for path in self._modules)
+
+    @property
+    def _root(self) -> Path:
+        return Path(sysconfig.get_path("stdlib"))
+
+    @cached_property
+    def _modules(self) -> list[Path]:
+        modules = []
+        for folder, folders, names in os.walk(self._root):
+            folders[:] = set(folders) - _SKIPPED_FOLDERS
+            modules += [
+                Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(_SKIPPED_NAMES)
+            ]
+        return sorted(modules, key=Path.as_posix)
+
+
+FAMILY = Stdlib

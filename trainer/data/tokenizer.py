@@ -1,0 +1,204 @@
+"""Tokenizers: a model's own from the hub, one from a directory, bytes, or one trained on the data.
+
+All of them are Hugging Face fast tokenizers with an end-of-text token, which separates documents.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer import models
+from trainer.config import TrainingConfig
+from trainer.data.hub import hub_errors
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Enough for any vocabulary, and read in about a minute.
+_TRAINING_BYTES = 256 * 2**20
+
+
+def resolve(config: TrainingConfig) -> str:
+    """The tokenizer that `config` asks for: its own word, or the model's default. Raises ConfigError if neither is."""
+    spec = config.tokenizer or models.resolve(config.model).family.default_tokenizer
+    if not spec:
+        raise ConfigError("tokenizer", "", f"{config.model} brings none: name one, for example bytes or bpe:4096")
+    return spec
+
+
+def check(spec: str) -> None:
+    """Raise ConfigError for a tokenizer that cannot be. Asks no hub."""
+    if spec == "bytes":
+        return
+    if spec == "bpe" or spec.startswith("bpe:"):
+        _bpe_size(spec)
+    elif _is_path(spec):
+        path = Path(spec).expanduser()
+        if not path.is_dir():
+            raise ConfigError("tokenizer", spec, "no such directory")
+        if not (path / "tokenizer_config.json").exists() and not (path / "tokenizer.json").exists():
+            raise ConfigError("tokenizer", spec, "holds neither tokenizer.json nor tokenizer_config.json")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+        raise ConfigError("tokenizer", spec, "must be a Hub id, a directory, bytes or bpe:<vocabulary size>")
+
+
+def load(spec: str, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerFast":
+    """Make the tokenizer, or fetch it.
+
+    Args:
+        spec: `bytes`, `bpe:<vocabulary size>`, a directory or a Hub id.
+        texts: Gives the training text from its start, for a tokenizer that is trained.
+
+    Raises:
+        ConfigError: There is no such tokenizer, or none that can be used here.
+        TrainingError: The hub cannot be reached.
+    """
+    if spec == "bytes":
+        return _wrap(_byte_level())
+    if spec.startswith("bpe:"):
+        return _wrap(_trained(_bpe_size(spec), texts()))
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if _is_path(spec):
+        tokenizer = AutoTokenizer.from_pretrained(Path(spec).expanduser(), local_files_only=True)
+    else:
+        with hub_errors("tokenizer", spec, "or give a directory, bytes or bpe:<vocabulary size>"):
+            tokenizer = _from_hub(spec)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError("tokenizer", spec, "is a slow tokenizer: a fast one (tokenizer.json) is needed")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("tokenizer", spec, "has no end-of-text token, which separates documents")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
+    """The tokens of each text: nothing added, and what looks like a special token is taken for the text that it is."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
+    """The UTF-8 bytes of text that each token stands for, by token id.
+
+    Exact for byte-level tokenizers, and for SentencePiece's but for the space that some put before a text. Special
+    tokens stand for none.
+    """
+    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
+    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+
+    def content(token: str) -> bytes:
+        if "ByteLevel" in decoder:
+            return bytes(byte_of[character] for character in token)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.removeprefix("##").replace("▁", " ").encode()
+
+    added = tokenizer.added_tokens_decoder
+    special = set(tokenizer.all_special_ids)
+    contents = [b""] * vocabulary_size(tokenizer)
+    for token, number in tokenizer.get_vocab().items():
+        if number in added:  # these are kept as plain text
+            contents[number] = b"" if added[number].special or number in special else token.encode()
+        elif number not in special:
+            contents[number] = content(token)
+    return contents
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """How many UTF-8 bytes of text each token stands for (see `token_contents`): int64 (vocabulary_size,)."""
+    return np.array([len(content) for content in token_contents(tokenizer)], dtype=np.int64)
+
+
+def _from_hub(name: str) -> Any:
+    """From the hub, or from its cache on this machine when the hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from transformers import AutoTokenizer
+
+    try:
+        # One plain question first: the loaders below ask again and again for a minute when there is no network.
+        revision = HfApi().model_info(name).sha
+    except Exception:
+        try:
+            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except Exception:
+            pass  # not cached either: the hub's own answer is the one that helps
+        raise
+    return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def _is_path(spec: str) -> bool:
+    return spec.startswith(("/", "./", "../", "~")) or spec in (".", "..") or Path(spec).exists()
+
+
+def _bpe_size(spec: str) -> int:
+    number = spec.removeprefix("bpe").removeprefix(":")
+    # 256 bytes and the end of text are always there.
+    if not number.isdecimal() or not 257 <= int(number) <= 1_000_000:
+        raise ConfigError("tokenizer", spec, "must be bpe:<vocabulary size>, from 257 to 1000000, for example bpe:4096")
+    return int(number)
+
+
+def _byte_characters() -> list[str]:
+    """The characters by which byte-level tokenizers write the 256 bytes: themselves where they can be seen (GPT-2)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = (chr(number) for number in range(256, 512))
+    return [chr(byte) if byte in visible else next(hidden) for byte in range(256)]
+
+
+def _byte_level() -> "Tokenizer":
+    """Every byte is a token, and its value is the token's id."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE(vocab={character: byte for byte, character in enumerate(_byte_characters())}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _trained(size: int, texts: Iterable[str]) -> "Tokenizer":
+    """A byte-level BPE tokenizer, trained on the first 256 MiB; the same text gives the same tokenizer."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_bytes(texts, _TRAINING_BYTES), trainer)
+    return tokenizer
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        if limit <= 0:
+            return
+        limit -= len(text)
+        yield text
+
+
+def _wrap(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
