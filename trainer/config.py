@@ -354,7 +354,7 @@ class TrainingConfig(Group):
     gpu_type: Annotated[str, Later("launcher=pytorchjob")] = Field("A100", description="Type of the GPUs.")
     gpu_memory: Annotated[Positive, Later("launcher=pytorchjob")] = Field(80, description="Memory of a GPU, in GB.")
     sites: Annotated[list[dict[str, Any]], Later("sites")] = Field(
-        [], description="Pools of workers: name, replicas, nodeSelector, tolerations, image, GPU resource, …"
+        [], description="Pools of workers: name, replicas, nodeSelector, tolerations, image, GPU resource, storage class."
     )
     storage: StorageConfig = Field(default_factory=StorageConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)

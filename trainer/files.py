@@ -59,11 +59,12 @@ def whole_directory(final: Path) -> Iterator[Path]:
     """Yield a temporary sibling that becomes `final` when the block ends, and vanishes when it raises.
 
     Every file is fsynced before the rename, so after a crash `final` holds either all of it or is not there.
-    An existing `final` is replaced. Temporary siblings of dead processes are removed on the way.
+    An existing `final` is replaced. What dead processes have left half-written beside it is removed on the way.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(f".{final.name}.*.tmp"):
-        if not psutil.pid_exists(int(stale.name.split(".")[-2])):
+    for stale in final.parent.glob(".*.*.tmp"):
+        writer = stale.name.split(".")[-2]
+        if writer.isdigit() and not psutil.pid_exists(int(writer)):
             shutil.rmtree(stale, ignore_errors=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -103,7 +103,7 @@ class WandbSink:
 
     def close(self) -> None:
         # A server that does not answer must not keep a finished training from ending.
-        closing = threading.Thread(target=self._run.finish, kwargs={"quiet": True}, daemon=True)
+        closing = threading.Thread(target=self._run.finish, daemon=True)
         closing.start()
         closing.join(30)
 

@@ -1,0 +1,142 @@
+"""`TrainingConfig`: precedence, names, refusals."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config import TrainingConfig, load_config
+from trainer.errors import ConfigError
+
+
+def test_flag_beats_environment_beats_yaml_beats_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("local_steps: 5\nlr: 0.5\nseed: 1\nelastic:\n  max_restarts: 7\n")
+    config = load_config(
+        file, {"local_steps": "9"}, {"DILOCO_LOCAL_STEPS": "8", "DILOCO_LR": "0.25", "DILOCO_ELASTIC_ETCD_PREFIX": "/x"}
+    )
+    assert (config.local_steps, config.lr, config.seed, config.outer_lr) == (9, 0.25, 1, 0.7)
+    assert (config.elastic.max_restarts, config.elastic.etcd.prefix) == (7, "/x")
+
+
+REFUSED = {
+    "unknown flag value": ({"optim_method": "adam"}, "optim_method = 'adam': must be one of sgd, demo, ddp"),
+    "indivisible batch": (
+        {"batch_size": 30, "per_device_train_batch_size": 4},
+        "batch_size = 30: must be a multiple of per_device_train_batch_size (4)",
+    ),
+    "too long a warm-up": ({"total_steps": 10}, "warmup_steps = 1000: must be at most total_steps (10)"),
+    "timeouts out of order": ({"grace_period": 20}, "lease_ttl = 15.0: must be greater than grace_period (20.0)"),
+    "not available": ({"codec": "int8"}, "codec = 'int8': not available yet: codecs other than fp32"),
+    "not available, nested": ({"storage_size_gb": 5}, "storage.size_gb = 5: not available yet: storage on the cluster"),
+    "elastic": ({"elastic_min_nodes": 1}, "elastic.min_nodes = 1: not available yet"),
+    "ports": ({"port_range": "9-3"}, "port_range = '9-3': must be low-high"),
+    "port of etcd": ({"etcd_endpoints": ["etcd"]}, "etcd.endpoints = 'etcd': must be host:port"),
+    "alias that disagrees": (
+        {"etcd_endpoints": ["a:1"], "elastic_etcd_external_endpoint": "b:2"},
+        "elastic.etcd.external_endpoint = 'b:2': disagrees",
+    ),
+    "half a client certificate": (
+        {"etcd_cert": "c.pem"},
+        "etcd.key = '': etcd.cert and etcd.key must be given together",
+    ),
+    "upload without a name": ({"hf_upload": True}, "trained_model_hf_name = '': must name a repository"),
+    "text for a number": ({"lr": "fast"}, "lr = 'fast': must be a valid number"),
+    "slash in the run id": ({"run_id": "../x"}, "run_id = '../x'"),
+    "device": ({"device": "tpu"}, "device = 'tpu'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_values_are_refused_with_field_value_and_what_is_allowed(name: str) -> None:
+    values, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TrainingConfig.from_flat(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("locl_steps: 3", "locl_steps = 3: no such parameter; did you mean local_steps?"),
+        ("elastic:\n  min_node: 3", "elastic.min_node = 3: no such parameter; did you mean elastic.min_nodes?"),
+        ("elastic: 3", "elastic = 3"),
+        ("- a", "must hold a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_yaml_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(file, {}, {})
+
+
+def test_a_misspelt_variable_is_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean DILOCO_LOCAL_STEPS"):
+        load_config(None, {}, {"DILOCO_LOCAL_STEP": "3"})
+
+
+@pytest.mark.parametrize("name", ["wandb_user_key", "huggingface_token", "etcd.password"])
+def test_a_secret_is_refused_and_not_shown(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "config.yaml"
+    group, _, leaf = name.rpartition(".")
+    file.write_text(yaml.safe_dump({group: {leaf: "s3cret"}} if group else {leaf: "s3cret"}))
+    with pytest.raises(ConfigError, match="is a secret") as caught:
+        load_config(file, {}, {})
+    assert "s3cret" not in str(caught.value)
+
+
+def test_lists_and_none_from_text() -> None:
+    config = load_config(None, {"experiment_tags": "a, b", "max_samples": "none", "sites": "[]"}, {})
+    assert (config.experiment_tags, config.max_samples, config.sites) == (["a", "b"], None, [])
+    assert load_config(None, {"experiment_tags": '["x, y"]'}, {}).experiment_tags == ["x, y"]
+
+
+def test_flat_names_are_unique_and_round_trip() -> None:
+    parameters = TrainingConfig.parameters()
+    assert len({parameter.name for parameter in parameters}) == len(parameters)
+    assert all(parameter.description.endswith(".") for parameter in parameters)
+    assert {parameter.type for parameter in parameters} <= {str, int, float, bool, list, dict}
+    config = TrainingConfig.from_flat({"nodes": 3, "etcd_endpoints": ["h:1"], "experiment_description": 'say "hi"'})
+    assert TrainingConfig.from_flat(config.to_flat()) == config
+    assert TrainingConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_every_parameter_of_the_reference_is_there() -> None:
+    """The names of the reference, in snake_case, and their defaults."""
+    reference = {
+        "deployment_name": "diloco-training-job", "deployment_namespace": "default", "nodes": 2, "cpu_cores": 16,
+        "memory_gb": 32, "ephemeral_storage_gb": 100, "gpu_count": 1, "gpu_vendor": "NVIDIA", "gpu_type": "A100",
+        "gpu_memory": 80, "storage_enabled": True, "storage_size_gb": 100, "storage_storage_class_name": "",
+        "storage_access_mode": "ReadWriteOnce", "elastic_nproc_per_node": 1, "elastic_max_restarts": 3,
+        "elastic_rdzv_timeout": 1800, "elastic_gpu_distribution": "auto", "elastic_nccl_debug": "INFO",
+        "elastic_nccl_async_error_handling": 1, "elastic_nccl_timeout": 1800, "elastic_nccl_ib_timeout": 22,
+        "elastic_nccl_nsocks_per_thread": 8, "elastic_nccl_socket_nthreads": 4, "elastic_nccl_socket_ifname": "",
+        "elastic_etcd_external_endpoint": "", "elastic_etcd_prefix": "/torchelastic", "elastic_etcd_protocol": "http",
+        "elastic_etcd_run_id": "", "etcd_enabled": True, "etcd_replica_count": 3, "etcd_heartbeat_interval": 500,
+        "etcd_election_timeout": 5000, "etcd_snapshot_count": 100000, "etcd_auto_compaction_mode": "periodic",
+        "etcd_auto_compaction_retention": "1h", "gpu_nvidia_enabled": True, "gpu_nvidia_min_nodes": None,
+        "gpu_nvidia_max_nodes": None, "gpu_nvidia_runtime_class_name": "nvidia", "gpu_amd_enabled": True,
+        "gpu_amd_runtime_class_name": "", "model": "gpt-neo-x", "dataset": "c4", "local_steps": 128, "lr": 4e-4,
+        "outer_lr": 0.7, "warmup_steps": 1000, "total_steps": 30000, "per_device_train_batch_size": 32,
+        "batch_size": 512, "optim_method": "sgd", "quantization": False, "async_communication": False,
+        "model_cache_dir": "/data/models", "dataset_cache_dir": "/data/datasets",
+        "checkpoint_path": "/data/checkpoints/checkpoint.pth", "checkpoint_interval": 512, "device": "cuda",
+        "wandb_project_name": "diloco", "wandb_group": "diloco-gptneo-c4", "wandb_run_id": "", "heterogeneous": False,
+        "min_batch_size": 16, "max_batch_size": 512, "group_perc_variance": 0.15, "compression_decay": 0.9,
+        "compression_topk": 32, "seed": 42, "wandb_logging": True, "compile_model": False,
+        "compile_backend": "inductor", "compile_mode": "default", "hf_upload": False, "trained_model_hf_name": "",
+        "pgroup_backend": "",
+    }  # fmt: skip
+    ours = TrainingConfig().to_flat()
+    assert {name: ours[name] for name in reference} == reference
+    assert {"deployment_image", "gpu_nvidia_image", "gpu_amd_image", "experiment_description"} <= ours.keys()
+    config = TrainingConfig()
+    assert (config.min_nodes, config.max_nodes) == (2, 2)
+
+
+def test_resolved_fills_run_id_and_run_dir() -> None:
+    config = TrainingConfig().resolved()
+    assert config.run_dir == f"runs/{config.run_id}"
+    assert TrainingConfig(run_id="mine", run_dir="there").resolved().run_dir == "there"
