@@ -13,7 +13,6 @@ Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 14
 """
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -42,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_agent(config: TrainingConfig, command: list[str], slot: int | None = None) -> int:
     """Run this node's workers until they are done; returns the exit status. Needs the main thread (signals)."""
+    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):  # torch's own; our messages about lost peers are shorter
+        os.environ.setdefault(name, "ERROR")
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -64,8 +65,6 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is our own, shorter message
 
     etcd = config.etcd
     handler = NodeRendezvous(
@@ -97,17 +96,17 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
             master_port=None,
         ),
         logs_specs=DefaultLogsSpecs(),
-        exit_barrier_timeout=0,
         shutdown_timeout=SHUTDOWN_TIMEOUT,
     )
     try:
         result = agent.run()
         if not result.is_failed():
             return 0
-        status = _status([failure.exitcode for failure in result.failures.values()])
+        codes = [failure.exitcode for failure in result.failures.values()]
+        status = next((code for code in _FINAL if code in codes), 1)
         if status != 143:  # one that leaves does not speak for the run
             with EtcdClient.of(config) as client:
-                finish(client, "failed", f"the worker of node {handler.slot} failed with status {status}")
+                finish(client, "failed", f"the worker of node {handler.slot} {_end(codes)}", handler.slot)
         return status
     except SignalException as error:
         return 128 + error.sigval
@@ -124,10 +123,12 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
         handler.shutdown()
 
 
-def _status(exit_codes: list[int]) -> int:
-    """The agent's exit status for its workers' (negative: the signal that killed one)."""
-    failed = [code for code in exit_codes if code]
-    return next((code for code in _FINAL if code in failed), 1)
+def _end(exit_codes: list[int]) -> str:
+    """How workers ended, in words. A negative exit code is the signal that killed one."""
+    code = next(code for code in exit_codes if code)
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+    return f"ended with status {code}"
 
 
 if __name__ == "__main__":

@@ -223,8 +223,8 @@ class EtcdClient:
     ) -> T | None:
         """Wait until `predicate()` is neither None nor False, and return that; None when `timeout` seconds are over.
 
-        The predicate is asked again after every change below `prefix`, and each `POLL_INTERVAL` in any case. An etcd that
-        cannot be reached meanwhile is waited for, too.
+        The predicate is asked again after every change below `prefix`, and each `POLL_INTERVAL` in any case. An etcd
+        that cannot be reached meanwhile is waited for, too.
 
         Args:
             on_wait: Called each `every` seconds of waiting, to say what is being waited for; it may raise.

@@ -76,7 +76,7 @@ class FixedQuorum:
         self._config, self._stopping = config, stopping
         self._client = EtcdClient.of(config)
         address = config.advertise_address or local_address(config.etcd.endpoints[0])
-        self._me = {
+        self._me: dict[str, Any] = {
             "incarnation": uuid.uuid4().hex,
             "slot": slot,
             "local_rank": local_rank,
@@ -101,7 +101,7 @@ class FixedQuorum:
         self._watch = self._client.watch("members/", self._changed.set)
         self._incarnations: list[str] = []
         self._hosts: list[str] = [f"worker {rank}" for rank in range(self.world_size)]
-        self._group: ProcessGroupGloo | None = None
+        self._group: Any = None  # a ProcessGroupGloo; its stubs do not make it a ProcessGroup
         self._store: PrefixStore | None = None
         self._meter: WireMeter | None = None
         self._gathered = self._round = 0
@@ -248,7 +248,7 @@ class FixedQuorum:
                 self._client.delete(_group_key(generation - 1))
             return False
         self.generation, group = newest
-        self._incarnations = group["incarnations"]
+        self._incarnations = incarnations
         try:
             self._connect(group)
         except (_Abandoned, LostMember, RuntimeError) as error:
@@ -345,8 +345,7 @@ class FixedQuorum:
             raise TrainingError(f"the workers do not do the same: {[what, value]} here, {wrong[0]} there")
         return [other[1] for other in said]
 
-    def _collective(self, run: "Callable[[ProcessGroupGloo, timedelta], Any]") -> Any:
-        assert self._group is not None
+    def _collective(self, run: Callable[[Any, timedelta], Any]) -> Any:
         try:
             return run(self._group, timedelta(seconds=self._config.collective_timeout))
         except RuntimeError as error:

@@ -10,7 +10,7 @@ fingerprint         {field: value}                the first worker; a worker tha
 groups/<generation> {incarnations, store}         the worker of rank 0; created, never overwritten
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from trainer.elastic.etcd import EtcdClient
@@ -21,10 +21,11 @@ Status = Literal["open", "succeeded", "failed"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The run record: whether the run is over, and why."""
+    """The run record: whether the run is over, why, and (None: nobody's) by which node's failure."""
 
     status: Status
     reason: str = ""
+    slot: int | None = None
 
     @property
     def terminal(self) -> bool:
@@ -37,20 +38,19 @@ class Verdict:
 def verdict(client: EtcdClient) -> Verdict:
     """The run's verdict; "open" if there is none."""
     entry = client.get("run")
-    return Verdict(entry.value["status"], entry.value["reason"]) if entry else Verdict("open")
+    return Verdict(**entry.value) if entry else Verdict("open")
 
 
-def finish(client: EtcdClient, status: Status, reason: str = "") -> None:
+def finish(client: EtcdClient, status: Status, reason: str = "", slot: int | None = None) -> None:
     """Write the run's verdict. The first one stands."""
     entry = client.get("run")
     if entry is None or entry.value["status"] == "open":
-        client.swap("run", {"status": status, "reason": reason}, entry.revision if entry else None)
+        client.swap("run", asdict(Verdict(status, reason, slot)), entry.revision if entry else None)
 
 
 def reopen(client: EtcdClient) -> None:
-    """Take back a verdict of failure: someone has started the run again. A run that has succeeded stays closed."""
-    if verdict(client).status != "succeeded":
-        client.put("run", {"status": "open", "reason": ""})
+    """Take the verdict back: someone who knows that the run is not complete has started it again."""
+    client.put("run", asdict(Verdict("open")))
 
 
 def free_slot(client: EtcdClient, slot: int) -> None:

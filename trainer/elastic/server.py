@@ -51,16 +51,26 @@ class EmbeddedEtcd:
         return self._process.pid if self._process else None
 
     def __enter__(self) -> Self:
-        binary = _binary()
         self.directory.mkdir(parents=True, exist_ok=True)
         client = listen(self._address, self._port_range, self._port)
-        peer = listen("127.0.0.1")
-        self._port, peer_port = client.getsockname()[1], peer.getsockname()[1]
+        self._port = client.getsockname()[1]
         client.close()
+        self._start()
+        return self
+
+    def restart_if_dead(self) -> bool:
+        """Start it again, on the same port with the same data, if it has died; whether it had."""
+        if self._process is None or self._process.poll() is None:
+            return False
+        self._start()
+        return True
+
+    def _start(self) -> None:
+        peer = listen("127.0.0.1")
+        client_url, peer_url = f"http://{self.endpoint}", f"http://127.0.0.1:{peer.getsockname()[1]}"
         peer.close()
-        client_url, peer_url = f"http://{self.endpoint}", f"http://127.0.0.1:{peer_port}"
         command = [
-            str(binary),
+            str(_binary()),
             *("--name", "embedded"),
             *("--data-dir", str(self.directory / "data")),
             *("--listen-client-urls", client_url),
@@ -86,7 +96,6 @@ class EmbeddedEtcd:
         except BaseException:
             self._stop()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
