@@ -1,5 +1,6 @@
 """What all steps have in common: their image, how they end, and how they hand files on."""
 
+import logging
 import math
 import os
 import select
@@ -39,7 +40,8 @@ def step(name: str) -> Iterator[None]:
         threading.Thread(target=_end_with, args=(int(runner),), daemon=True).start()
     print(STARTED.format(name=name, pid=os.getpid()), flush=True)
     try:
-        yield
+        with _plain_logging():
+            yield
     except (ConfigError, TrainingError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -82,6 +84,19 @@ def _end_with(runner: int) -> None:
     with suppress(ProcessLookupError):
         select.select([os.pidfd_open(runner)], [], [])
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _plain_logging() -> Iterator[None]:
+    """The trainer's own log lines as they are, without the prefix that kfp's executor gives to its own."""
+    before = [(handler, handler.formatter) for handler in logging.getLogger().handlers]
+    for handler, _ in before:
+        handler.setFormatter(None)
+    try:
+        yield
+    finally:
+        for handler, formatter in before:
+            handler.setFormatter(formatter)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments
+from trainer.errors import ConfigError
 from trainer.files import read_json, write_text
 
 
@@ -38,7 +39,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_config_flags(running)
     running.set_defaults(command=_run)
+
+    submitting = commands.add_parser(
+        "submit",
+        help="run the pipeline once on a Kubeflow Pipelines backend",
+        description="Compile the pipeline and run it on a Kubeflow Pipelines backend.",
+    )
+    _add_cluster_flags(submitting)
+    submitting.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment of the run [diloco]")
+    submitting.add_argument("--run-name", default="", metavar="NAME", help="name of the run in the UI")
+    submitting.add_argument("--wait", action="store_true", help="follow the run, and exit as it ends")
+    add_config_flags(submitting)
+    submitting.set_defaults(command=_submit)
+
+    scheduling = commands.add_parser("schedule", help="run the pipeline again and again").add_subparsers(
+        required=True, metavar="CHANGE"
+    )
+    creating = scheduling.add_parser("create", help="make a schedule; each of its runs has a run id of its own")
+    _add_cluster_flags(creating)
+    creating.add_argument("name", help="name of the schedule")
+    creating.add_argument("--cron", required=True, metavar="EXPRESSION", help="minute hour day month weekday")
+    creating.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment of the runs [diloco]")
+    add_config_flags(creating)
+    creating.set_defaults(command=_create_schedule)
+    listing = scheduling.add_parser("list", help="show all schedules")
+    _add_cluster_flags(listing)
+    listing.set_defaults(command=_list_schedules)
+    for change in ("pause", "resume", "delete"):
+        changing = scheduling.add_parser(change, help=f"{change} a schedule")
+        _add_cluster_flags(changing)
+        changing.add_argument("name", help="name or id of the schedule")
+        changing.set_defaults(command=_change_schedule, change=change)
     return parser
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host", default="", metavar="URL", help="the backend's API [KF_PIPELINES_ENDPOINT, or the current cluster's]"
+    )
+    parser.add_argument("--namespace", default="", help="the user's namespace, on a multi-user installation")
 
 
 def _compile(options: argparse.Namespace) -> int:
@@ -51,23 +90,55 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from pipelines import local
+    from trainer import preflight
 
     config = config_from_arguments(options).resolved()
-    _check(config)
+    preflight.check(config)
     print(f"run {config.run_id} in {config.run_dir}; --run-id {config.run_id} resumes it", flush=True)
     local.run(config)
     print(outcome(config))
     return 0
 
 
-def _check(config: TrainingConfig) -> None:
-    """Find what can be found to be wrong before anything starts. Raises ConfigError."""
-    from trainer import data, models
-    from trainer.files import require_writable
+def _submit(options: argparse.Namespace) -> int:
+    from pipelines.cluster import Cluster, arguments_of
 
-    models.resolve(config.model)
-    data.check(config)
-    require_writable(Path(config.run_dir), "run_dir")
+    arguments = arguments_of(config_from_arguments(options))
+    cluster = Cluster(options.host, options.namespace)
+    run_id = cluster.submit(arguments, options.experiment, options.run_name)
+    print(f"run {run_id}", flush=True)
+    if options.wait:
+        cluster.wait(run_id)
+        print(f"run {run_id} has succeeded")
+    return 0
+
+
+def _create_schedule(options: argparse.Namespace) -> int:
+    from pipelines.cluster import Cluster, arguments_of, six_fields
+
+    config = config_from_arguments(options)
+    if config.run_id:
+        raise ConfigError("run_id", config.run_id, "must be left out: every run of a schedule has its own")
+    six_fields(options.cron)
+    cluster = Cluster(options.host, options.namespace)
+    print(f"schedule {cluster.schedule(arguments_of(config), options.experiment, options.name, options.cron)}")
+    return 0
+
+
+def _list_schedules(options: argparse.Namespace) -> int:
+    from pipelines.cluster import Cluster
+
+    for one in Cluster(options.host, options.namespace).schedules():
+        cron = one.trigger.cron_schedule.cron if one.trigger and one.trigger.cron_schedule else ""
+        print(f"{one.recurring_run_id}  {str(one.status).lower():9}  {cron:20}  {one.display_name}")
+    return 0
+
+
+def _change_schedule(options: argparse.Namespace) -> int:
+    from pipelines.cluster import Cluster
+
+    Cluster(options.host, options.namespace).change(options.name, options.change)
+    return 0
 
 
 def outcome(config: TrainingConfig) -> str:

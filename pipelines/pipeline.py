@@ -10,6 +10,7 @@ checks them before anything else starts, and hands on the resolved configuration
 import inspect
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 
@@ -80,6 +81,7 @@ def describe(parameter: Parameter) -> str:
 diloco_training = training_pipeline(TrainingConfig.parameters())
 
 
+@cache
 def compiled() -> str:
     """The pipeline as YAML: what the Kubeflow UI, `kfp run create` and our own `submit` take."""
     with tempfile.TemporaryDirectory() as directory:

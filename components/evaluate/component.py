@@ -16,4 +16,4 @@ def evaluate(
     """Score the exported model on held-out data that training never saw, and write the run's report."""
     from components.evaluate.run import run
 
-    run(config, metrics, report)
+    run(config, precached, metrics, report)

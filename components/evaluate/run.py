@@ -9,19 +9,19 @@ from components.step import hand_on, log_metrics, step
 from trainer.config import TrainingConfig
 
 
-def run(config: dict[str, Any], metrics: dsl.Metrics, report: dsl.HTML) -> None:
-    """Evaluate the export, and write the run's summary and report.
+def run(config: dict[str, Any], precached: dsl.Dataset, metrics: dsl.Metrics, report: dsl.HTML) -> None:
+    """Score the run's export on the held-out shard, and hand on the scores and the run's report.
 
     Args:
         config: The resolved configuration, by flat name.
-        metrics: Output artifact: the scores.
-        report: Output artifact: the report.
+        precached: Input artifact: the held-out shard.
+        metrics: Output artifact.
+        report: Output artifact.
     """
     with step("evaluate"):
         from trainer.evaluate import evaluate
-        from trainer.report import write_report, write_summary
 
         settings = TrainingConfig.from_flat(config)
-        log_metrics(metrics, evaluate(settings))
-        write_summary(Path(settings.run_dir))
-        hand_on(write_report(Path(settings.run_dir)), report.path)
+        scores = evaluate(settings, dataset=precached.path)
+        log_metrics(metrics, {name: value for name, value in scores.items() if name != "time"})
+        hand_on(Path(settings.run_dir) / "report.html", report.path)

@@ -1,6 +1,5 @@
 """What the export component does."""
 
-from pathlib import Path
 from typing import Any
 
 from kfp import dsl
@@ -20,6 +19,6 @@ def run(config: dict[str, Any], model: dsl.Model) -> None:
         from trainer.export import export
 
         settings = TrainingConfig.from_flat(config)
-        directory = Path(export(settings))
+        directory = export(settings)
         hand_on(directory, model.path)
         model.metadata.update({"run_id": settings.run_id, "model": settings.model, "path": str(directory)})

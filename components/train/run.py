@@ -18,20 +18,18 @@ def run(config: dict[str, Any], model: dsl.Model, metrics: dsl.Metrics) -> None:
         metrics: Output artifact: final losses, rounds, bytes, goodput.
     """
     with step("train"):
-        from trainer import checkpoint
         from trainer.elastic.launch import launch
+        from trainer.export import TrainedRun
         from trainer.report import read_run, summary
-        from trainer.volume import Volume, worker_configs
 
         settings = TrainingConfig.from_flat(config)
         launch(settings)  # `launcher` chooses here, once there is more than "local"
 
-        found = [checkpoint.newest(Volume.of(own).checkpoints) for own in worker_configs(settings)]
-        newest = max((one for one in found if one), key=lambda one: one.round)
-        hand_on(newest.path / "global.safetensors", f"{model.path}/global.safetensors")
+        trained = TrainedRun.find(settings).checkpoint
+        hand_on(trained.path / "global.safetensors", f"{model.path}/global.safetensors")
         content = summary(read_run(Path(settings.run_dir)))
         model.metadata.update(
-            {"run_id": settings.run_id, "path": str(newest.path), "round": newest.round, "step": newest.step}
+            {"run_id": settings.run_id, "path": str(trained.path), "round": trained.round, "step": trained.step}
             | {name: content[name] for name in ("status", "parameters", "samples", "tokens")}
         )
         names = ("rounds", "steps", "skipped_steps", "samples", "bytes_sent", "bytes_received", "goodput")

@@ -1,0 +1,115 @@
+"""What all components share, and how precache names a run."""
+
+import inspect
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from kfp import dsl
+
+from components.precache.component import precache
+from components.precache.run import resolve
+from components.step import hand_on, log_metrics, step
+from trainer.config import TrainingConfig
+from trainer.errors import ConfigError, TrainingError
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (TrainingError("the quorum is lost"), "error: the quorum is lost"),
+        (ConfigError("nodes", 0, "must be at least 1"), "error: nodes = 0: must be at least 1"),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_a_step_ends_with_its_reason(error: BaseException, status: object) -> None:
+    with pytest.raises(SystemExit) as ended, step("train"):
+        raise error
+    assert ended.value.code == status
+
+
+def test_any_other_error_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), step("train"):
+        _ = 1 / 0
+
+
+def test_sigterm_ends_a_step_after_its_clean_up() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    saved = False
+    with pytest.raises(SystemExit) as ended, step("train"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 10)  # the handler runs before this returns
+        finally:
+            saved = True
+    assert (ended.value.code, saved) == (143, True)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_log_lines_of_a_step_have_no_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[KFP Executor]: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        with step("train"):
+            logging.getLogger("trainer").warning("going back one checkpoint")
+        logging.getLogger("kfp").warning("done")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert capsys.readouterr().err.splitlines() == ["going back one checkpoint", "[KFP Executor]: done"]
+
+
+def test_hand_on_links_what_it_can(tmp_path: Path) -> None:
+    (tmp_path / "export" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "export" / "tokenizer" / "vocabulary.json").write_text("{}")
+    (tmp_path / "report.html").write_text("<html>")
+    for _ in range(2):  # again, as a retried step does
+        hand_on(tmp_path / "export", str(tmp_path / "artifacts" / "model"))
+        hand_on(tmp_path / "report.html", str(tmp_path / "artifacts" / "report"))
+    assert (tmp_path / "artifacts" / "model" / "tokenizer" / "vocabulary.json").read_text() == "{}"
+    assert (tmp_path / "artifacts" / "report").samefile(tmp_path / "report.html")
+
+
+def test_hand_on_copies_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "report.html").write_text("<html>")
+    hand_on(tmp_path / "report.html", str(tmp_path / "artifacts" / "report"))
+    assert (tmp_path / "artifacts" / "report").read_text() == "<html>"
+
+
+def test_only_finite_numbers_are_metrics() -> None:
+    metrics = dsl.Metrics()
+    log_metrics(metrics, {"loss": 2.5, "rounds": 3, "nan": float("nan"), "none": None, "done": True, "run_id": "x"})
+    assert metrics.metadata == {"loss": 2.5, "rounds": 3.0}
+
+
+def test_precache_has_exactly_the_parameters_of_the_configuration() -> None:
+    own = ("precached", "config", "job_id")
+    found = inspect.signature(precache.python_func).parameters
+    assert [name for name in found if name not in own] == [p.name for p in TrainingConfig.parameters()]
+    for parameter in TrainingConfig.parameters():
+        assert found[parameter.name].default == parameter.default
+
+
+@pytest.mark.parametrize(
+    ("values", "job_id", "run_id"),
+    [
+        ({}, "4f2c", "4f2c"),
+        ({"run_id": "mine"}, "4f2c", "mine"),
+        ({"elastic_etcd_run_id": "mine"}, "4f2c", "mine"),
+    ],
+)
+def test_a_run_is_named_by_its_parameter_or_else_by_the_job(values: dict[str, str], job_id: str, run_id: str) -> None:
+    config = resolve(values, job_id)
+    assert config.run_id == run_id
+    assert Path(config.run_dir).name == run_id
+    assert resolve(config.to_flat()) == config
+
+
+def test_a_run_without_any_name_gets_one() -> None:
+    assert resolve({}).run_id
