@@ -75,7 +75,7 @@ def losses_over_steps(run: RunRecord) -> Chart | None:
     if len(steps) > len(x):
         caption += f" Each point is the mean of about {round(len(steps) / len(x))} steps."
     if skipped:
-        caption += f" {skipped} steps had a loss that is not finite: they were skipped, and leave a gap."
+        caption += f" {skipped} steps were skipped, because their loss or gradient was not finite."
     return _chart("losses-over-steps", "Loss over inner steps", caption, [draw], WHOLE)
 
 

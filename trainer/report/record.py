@@ -53,8 +53,8 @@ class Series:
 class Worker:
     """One worker's file.
 
-    `steps["seconds"]` is what a step took, `rounds["seconds"]` what a round took with its synchronisation; both are
-    measured between the lines of the file. What was done again after a resume is held once, as it was last time.
+    `steps["seconds"]` is what a step took, `rounds["seconds"]` what a round took with its synchronisation. What was
+    done again after a resume is held once, as it was last time.
     """
 
     name: str
@@ -83,8 +83,13 @@ class Worker:
 
     @property
     def useful_seconds(self) -> float:
-        """Seconds in inner steps that were kept and moved the parameters (a non-finite loss does not)."""
-        return float(np.nansum(self.steps["seconds"][np.isfinite(self.steps["loss"])]))
+        """Seconds in inner steps that were kept, and were not skipped."""
+        return float(np.nansum(self.steps["seconds"][~self.skipped]))
+
+    @property
+    def skipped(self) -> NDArray[np.bool_]:
+        """Which steps were skipped, because their loss or gradient was not finite: they consumed no samples."""
+        return ~np.isfinite(self.steps["loss"]) | (self.steps["samples"] == 0)
 
     @property
     def goodput(self) -> float:
@@ -214,12 +219,12 @@ class RunRecord:
 
     @property
     def tokens(self) -> float:
-        return float(sum(np.nansum(worker.steps["tokens"]) for worker in self.workers))
+        return float(sum(np.nansum(worker.steps["tokens"][~worker.skipped]) for worker in self.workers))
 
     @property
     def skipped_steps(self) -> int:
-        """Steps whose loss was not finite, so that they were skipped."""
-        return int(sum(np.sum(~np.isfinite(worker.steps["loss"])) for worker in self.workers))
+        """Steps of all workers that were skipped, because their loss or gradient was not finite."""
+        return int(sum(np.sum(worker.skipped) for worker in self.workers))
 
     @property
     def goodput(self) -> float:
@@ -318,9 +323,8 @@ def number(value: object) -> float:
 
 def finite(value: Any) -> Any:
     """The same JSON value with null for every number that is not finite, and whole floats as integers."""
-    if isinstance(value, float | np.floating):
-        whole = math.isfinite(value) and value == int(value) and abs(value) < 2**53
-        return int(value) if whole else float(value) if math.isfinite(value) else None
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, Mapping):
         return {str(name): finite(item) for name, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
@@ -385,9 +389,7 @@ def _read_worker(path: Path, run_dir: Path) -> Worker:
     events: list[Event] = []
     unreadable = 0
     resumed = False  # since the last `start`, no step has come yet
-    step_from = round_from = math.nan  # when the step, and the round, that comes next began
-    previous = math.nan  # the time of the line before
-    wall = 0.0
+    previous, wall = math.nan, 0.0  # the time of the line before; seconds so far
     for event in _lines(path):
         if event is None:
             unreadable += 1
@@ -398,26 +400,24 @@ def _read_worker(path: Path, run_dir: Path) -> Worker:
             wall += time - previous
         previous = time if math.isfinite(time) else previous
         if kind == "start":
-            resumed, step_from, round_from = True, math.nan, math.nan
-        key = number(event.get("step" if kind == "step" else "round"))
-        if kind not in tables or not math.isfinite(key):
-            if kind not in tables:
-                events.append(event)
-            continue
-        if kind == "step":
-            if resumed:  # a new life goes on from a checkpoint: what an earlier one did beyond it is void
+            resumed = True
+            if any(old["event"] == "start" and old.get("run_id") != event.get("run_id") for old in events):
+                events, wall = [], 0.0  # another run on this volume: the newest is meant
                 for table in tables.values():
-                    for void in [k for k, row in table.items() if number(row.get("step")) >= key]:
-                        del table[void]
-                resumed = False
-            event["seconds"] = max(time - step_from, 0.0)
-            if math.isnan(round_from):
-                round_from, event["opens"] = time, True
-        elif kind == "round":
-            event["seconds"], round_from = max(time - round_from, 0.0), time
+                    table.clear()
+        if kind not in tables:
+            events.append(event)
+            continue
+        key = number(event.get("step" if kind == "step" else "round"))
+        if not math.isfinite(key):
+            unreadable += 1
+            continue
+        if kind == "step" and resumed:  # a new life goes on from a checkpoint: what an earlier did beyond it is void
+            resumed = False
+            for table in tables.values():
+                for void in [k for k, row in table.items() if number(row.get("step")) >= key]:
+                    del table[void]
         tables[kind][int(key)] = event
-        step_from = time
-    _first_steps(tables)
     name = path.parent.relative_to(run_dir).as_posix()
     if name == ".":
         name = str(next((e["worker"] for e in events if "worker" in e), run_dir.resolve().name))
@@ -431,16 +431,3 @@ def _read_worker(path: Path, run_dir: Path) -> Worker:
         wall_seconds=wall,
         unreadable_lines=unreadable,
     )
-
-
-def _first_steps(tables: dict[str, dict[int, Event]]) -> None:
-    """Give the first step of each life, before which there is no line to measure from, the median step's seconds."""
-    steps, rounds = tables["step"], tables["round"]
-    measured = [row["seconds"] for row in steps.values() if math.isfinite(row["seconds"])]
-    typical = float(np.median(measured)) if measured else math.nan
-    for row in steps.values():
-        if row.get("opens"):
-            row["seconds"] = typical
-            opened = next((r for k, r in sorted(rounds.items()) if number(r.get("step")) >= number(row["step"])), None)
-            if opened is not None and math.isfinite(typical):
-                opened["seconds"] = opened.get("seconds", 0.0) + typical

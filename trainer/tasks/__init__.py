@@ -5,7 +5,7 @@ The loop, DiLoCo, elasticity and checkpoints know a task only through the interf
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -33,6 +33,16 @@ class Task(Protocol):
 
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
         """Write the model into `directory` in the format its users load; `data` is the dataset it was trained on."""
+
+    def load(self, directory: Path) -> "nn.Module":
+        """The model that `export` wrote into `directory`, in float32."""
+
+    def baseline(self, data: Path) -> "Callable[[Mapping[str, Tensor]], dict[str, float]]":
+        """The simplest model that knows the training data: gives sums over a held-out batch, as `score` does, which
+        `metrics` makes into scores for comparison."""
+
+    def sample(self, model: "nn.Module", directory: Path, batch: "Mapping[str, Tensor]", seed: int) -> dict[str, str]:
+        """What a person would look at: what the model makes of a held-out batch. `directory` is the export."""
 
 
 @cache

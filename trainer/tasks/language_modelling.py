@@ -1,12 +1,18 @@
 """Causal language modelling: predict each token of a sequence from those before it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from trainer.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+# Of the text that an evaluation shows.
+MOST_PROMPT, MOST_NEW = 128, 256  # tokens
+TEMPERATURE, TOP_P = 0.8, 0.95
 
 
 class LanguageModelling:
@@ -35,11 +41,14 @@ class LanguageModelling:
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """`loss` in nats a token, `perplexity`, and `bits_per_byte`, which compares across tokenizers."""
         loss = sums["nats"] / sums["tokens"]
-        return {
+        scores = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": sums["nats"] / math.log(2) / sums["bytes"],
         }
+        if "unigram_nats" in sums:
+            scores["unigram_bits_per_byte"] = sums["unigram_nats"] / math.log(2) / sums["bytes"]
+        return scores
 
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
         """A Hugging Face directory: `AutoModelForCausalLM` and `AutoTokenizer` load it."""
@@ -49,6 +58,56 @@ class LanguageModelling:
         model.save_pretrained(directory)
         AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True).save_pretrained(directory)
         GenerationConfig.from_model_config(model.config).save_pretrained(directory)
+
+    def load(self, directory: Path) -> "nn.Module":
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+
+    def baseline(self, data: Path) -> "Callable[[Mapping[str, Tensor]], dict[str, float]]":
+        """The unigram byte model: it knows how often each byte occurs in the training text (add-one smoothed), and pays
+        for exactly the bytes that the model is scored on; the ends of texts cost it nothing."""
+        import numpy as np
+        import torch
+        from transformers import AutoTokenizer
+
+        from trainer.data.tokenizer import token_contents
+
+        counts = np.array(read_json(data / "manifest.json")["byte_counts"], dtype=np.float64) + 1
+        nats = -np.log(counts / counts.sum())
+        tokenizer: Any = AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True)
+        contents = token_contents(tokenizer)
+        cost = torch.tensor([nats[list(content)].sum() for content in contents], dtype=torch.float64)
+        return lambda batch: {"unigram_nats": cost[batch["input_ids"][:, 1:].cpu()].sum().item()}
+
+    def sample(self, model: "nn.Module", directory: Path, batch: "Mapping[str, Tensor]", seed: int) -> dict[str, str]:
+        """`prompt`, the start of the batch's first sequence; `continuation`, by the model; `how` it was drawn."""
+        import torch
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        writer: Any = model  # of transformers, so that it can generate
+        tokens = batch["input_ids"][:1]
+        prompt = tokens[:, : min(MOST_PROMPT, tokens.shape[1] // 2)]
+        new = min(MOST_NEW, writer.config.max_position_embeddings - prompt.shape[1])
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed)
+            drawn = writer.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=new,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                top_k=0,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], drawn[0]))
+        if not whole.startswith(before):  # the prompt ended inside a character
+            whole = before + tokenizer.decode(drawn[0, prompt.shape[1] :], skip_special_tokens=True)
+        how = f"drawn at temperature {TEMPERATURE}, top-p {TOP_P}, seed {seed}"
+        return {"prompt": before, "continuation": whole.removeprefix(before), "how": how}
 
 
 TASK = LanguageModelling()
