@@ -6,7 +6,7 @@ of them go through it, and a range of its positions is a disjoint share.
 """
 
 from trainer.data.dataset import Dataset, Manifest, Split, SplitCounts, open_dataset
-from trainer.data.precache import check, directory, precache
+from trainer.data.precache import check, directory, precache, precache_all
 from trainer.data.registry import DatasetFamily, families, resolve
 from trainer.data.sampling import SampleOrder, batches, deal
 
@@ -24,5 +24,6 @@ __all__ = [
     "families",
     "open_dataset",
     "precache",
+    "precache_all",
     "resolve",
 ]

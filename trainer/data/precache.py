@@ -20,7 +20,7 @@ from trainer.data.dataset import MANIFEST, READY, FileRecord, Manifest, read_man
 from trainer.data.registry import DatasetFamily, Log, resolve
 from trainer.errors import ConfigError, TrainingError
 from trainer.files import require_free_space, sha256, whole_directory, write_json, write_text
-from trainer.volume import Volume
+from trainer.volume import Volume, worker_configs
 
 _FORMAT = 1  # of the files: another one, another directory
 _CHEAP_BYTES = 2**30  # read again and compared every time; more than that only when asked
@@ -75,6 +75,15 @@ def precache(
     with _disk_errors(volume.models):
         model, written = models.precache(config, manifest.for_model, volume.models)
     log(f"model {config.model} {'written into' if written else 'is already precached in'} {model}")
+    return manifest
+
+
+def precache_all(config: TrainingConfig, log: Log = print) -> Manifest:
+    """`precache` for every worker of a run on this machine: made for the first, taken from there by the others."""
+    first, *others = worker_configs(config)
+    manifest = precache(first, Volume.of(first), log)
+    for own in others:
+        precache(own, Volume.of(own), log, source=Volume.of(first).datasets)
     return manifest
 
 

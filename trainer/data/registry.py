@@ -24,11 +24,13 @@ class DatasetFamily(ABC):
     Attributes:
         name: What a user writes before the colon.
         task: Name of the task in `trainer.tasks` that its samples are for.
+        takes_argument: Whether something may follow the name.
         local: Whether `revision` needs no network, so that precaching again can ask whether the source has changed.
     """
 
     name: ClassVar[str]
     task: ClassVar[str]
+    takes_argument: ClassVar[bool] = False
     local: ClassVar[bool] = True
 
     def __init__(self, argument: str, config: TrainingConfig) -> None:
@@ -46,8 +48,8 @@ class DatasetFamily(ABC):
 
     def check(self) -> None:
         """Raise ConfigError for what cannot work. Cheap, and without network: called before anything starts."""
-        if self.argument:
-            raise ConfigError("dataset", self.spec, f"takes no argument: just {self.name!r}")
+        if self.argument and not self.takes_argument:
+            raise ConfigError("dataset", self.spec, f"takes no argument: just {self.name}")
 
     def inputs(self) -> dict[str, object]:
         """Every parameter, beside the source, that changes what is precached."""

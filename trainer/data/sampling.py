@@ -77,8 +77,8 @@ def deal(position: int, members: int, samples_each: int) -> tuple[list[range], i
     Returns:
         One range of positions for each member, by rank, disjoint and without gaps; and the position after them.
     """
-    starts = range(position, position + (members + 1) * samples_each, samples_each)
-    return [range(start, start + samples_each) for start in starts[:-1]], starts[-1]
+    starts = [position + member * samples_each for member in range(members + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(starts)], starts[-1]
 
 
 def batches(

@@ -67,12 +67,13 @@ class TextDataset(DatasetFamily):
         length, fraction = config.sequence_length, config.validation_fraction
 
         def documents() -> Iterator[str]:
-            return itertools.islice(self.documents(revision), config.max_samples)
+            for text in itertools.islice(self.documents(revision), config.max_samples):
+                yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of surrogate pairs
 
         if spec.startswith("bpe:"):
             log(f"training tokenizer {spec}")
         tokenizer = tokenizers.load(
-            spec, lambda: (text for text in documents() if content_hash(_utf8(text)) >= fraction)
+            spec, lambda: (text for text in documents() if content_hash(text.encode()) >= fraction)
         )
         tokenizer.save_pretrained(directory / "tokenizer")
         sizes = tokenizers.token_bytes(tokenizer)
@@ -85,7 +86,7 @@ class TextDataset(DatasetFamily):
         with Progress(f"tokenising {self.spec}", self.text_size(), log) as progress:
             for texts in _batched(documents(), _BATCH_CHARACTERS):
                 for text, tokens in zip(texts, tokenizers.encode(tokenizer, texts), strict=True):
-                    raw = _utf8(text)
+                    raw = text.encode()
                     tokens.append(end)
                     place = content_hash(raw)
                     smallest_hash = min(smallest_hash, place) if len(tokens) >= length else smallest_hash
@@ -214,10 +215,6 @@ class _Packer:
         if self._writer is not None:
             self._writer.finalize()
             self._writer = None
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # JSON can hold halves of surrogate pairs
 
 
 def _batched(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

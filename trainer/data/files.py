@@ -1,0 +1,150 @@
+"""A user's own text: a file, or a folder of files of plain text, JSON lines or Parquet."""
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trainer.data.text import TextDataset
+from trainer.errors import ConfigError, TrainingError
+from trainer.files import sha256
+
+# What `datasets` calls the loader, and the names it is for; each may end in .gz too, but Parquet, which is compressed.
+_LOADERS = {
+    "text": (
+        *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".xml"),
+        *(".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql"),
+    ),
+    "json": (".jsonl", ".json", ".ndjson"),
+    "parquet": (".parquet",),
+}
+_COMPRESSED = 4  # times smaller than the text inside, about
+_PIECE = 32 * 2**10  # characters: a longer plain text is cut, or a single long one could not be held out in part
+
+
+class Files(TextDataset):
+    """`files:<path>`. A document is a file of plain text, or the field `text` of a row of JSON lines or Parquet.
+
+    A plain text of more than 32768 characters becomes several documents, cut at the ends of lines. Files come in the
+    order of their paths, first plain text, then JSON lines, then Parquet; hidden ones are skipped.
+    """
+
+    name = "files"
+    takes_argument = True
+
+    def identity(self) -> str:
+        return f"{self.name}:{self._root.absolute()}"
+
+    def check(self) -> None:
+        if not self.argument:
+            raise ConfigError("dataset", self.spec, "must name a file or a folder: files:<path>")
+        if not self._root.exists():
+            raise ConfigError("dataset", self.spec, "no such file or folder")
+        if not self._files:
+            endings = " ".join(ending for endings in _LOADERS.values() for ending in endings)
+            problem = "holds no text" if self._root.is_dir() else "is of no kind that can be read"
+            raise ConfigError("dataset", self.spec, f"{problem}; looked for {endings} (and .gz of these)")
+        if not any(path.stat().st_size for _, path in self._files):
+            raise ConfigError("dataset", self.spec, "holds only empty files")
+        super().check()
+        for loader, path in self._first_of_each_loader():
+            self._check_columns(loader, path)
+
+    def revision(self) -> str:
+        digest = hashlib.sha256()
+        for loader, path in self._files:
+            digest.update(f"{loader} {sha256(path)}\n".encode())
+        return f"sha256 {digest.hexdigest()}"
+
+    def text_size(self) -> int:
+        return sum(
+            path.stat().st_size * (_COMPRESSED if path.suffix in (".gz", ".parquet") else 1) for _, path in self._files
+        )
+
+    def documents(self, revision: str) -> Iterator[str]:
+        from datasets import load_dataset
+
+        for loader, path in self._files:
+            if not path.stat().st_size:
+                continue
+            try:
+                if loader == "text":
+                    yield from _pieces(path)
+                    continue
+                # One file at a time: what two of them hold beside `text` need not agree.
+                options: dict[str, Any] = {"columns": ["text"]} if loader == "parquet" else {}
+                rows = load_dataset(loader, data_files=[str(path)], split="train", streaming=True, **options)
+                for row in rows:
+                    text = row.get("text", 0)
+                    if isinstance(text, str):
+                        yield text
+                    elif text is not None:
+                        raise ConfigError("dataset", self.spec, f"{path.name} has a row without a text in `text`")
+            except ConfigError:
+                raise
+            except Exception as error:
+                raise TrainingError(f"dataset {self.spec}: {path} cannot be read as {loader}: {error}") from error
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.argument).expanduser()
+
+    @cached_property
+    def _files(self) -> list[tuple[str, Path]]:
+        """Every file that can be read, with its loader."""
+        if self._root.is_file():
+            paths = [self._root]
+        else:
+            paths = []
+            for folder, folders, names in os.walk(self._root):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                paths += [Path(folder, name) for name in names if not name.startswith(".")]
+        return [
+            (loader, path)
+            for loader, endings in _LOADERS.items()
+            for path in sorted(paths, key=Path.as_posix)
+            if path.name.lower().removesuffix(".gz").endswith(endings)
+        ]
+
+    def _first_of_each_loader(self) -> list[tuple[str, Path]]:
+        first: dict[str, Path] = {}
+        for loader, path in self._files:
+            if path.stat().st_size:
+                first.setdefault(loader, path)
+        return list(first.items())
+
+    def _check_columns(self, loader: str, path: Path) -> None:
+        """Raise ConfigError if the file has no column `text`, as far as can be seen at its start."""
+        if loader == "parquet":
+            import pyarrow.parquet as pq
+
+            try:
+                columns = pq.read_schema(path).names
+            except (OSError, ValueError) as error:
+                raise ConfigError("dataset", self.spec, f"{path.name} is no Parquet file: {error}") from None
+        elif loader == "json" and path.suffix != ".gz":
+            with path.open(encoding="utf-8", errors="replace") as file:
+                line = file.readline(2**20)
+            try:
+                columns = list(json.loads(line))
+            except (ValueError, TypeError):
+                return  # a list over several lines, or a very long line: the loader will tell
+        else:
+            return
+        if "text" not in columns:
+            raise ConfigError("dataset", self.spec, f"{path.name} has no column `text`; it has {', '.join(columns)}")
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """A plain text in pieces that end with a line, unless that is as long as a piece. Line ends stay as they are."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
+        while piece := file.read(_PIECE) + file.readline(_PIECE):
+            yield piece
+
+
+FAMILY = Files
