@@ -52,9 +52,8 @@ def losses_over_steps(run: RunRecord) -> Chart | None:
     if not np.isfinite(mean).any():
         return None
     _, losses = run.over_steps("loss")
-    x, workers = _thin(steps, losses)
-    _, lines = _thin(steps, mean[None])
-    over = len(losses)
+    x, lines = _thin(steps, np.vstack([mean, losses]))
+    workers, over = lines[1:], len(losses)
 
     def draw(axes: "Axes") -> None:
         if 1 < over <= MOST_LINES:
@@ -66,7 +65,7 @@ def losses_over_steps(run: RunRecord) -> Chart | None:
             axes.fill_between(x, low, high, color=MUTED, alpha=0.25, linewidth=0, label=f"range of {over} workers")
         axes.plot(x, lines[0], color=FIRST, linewidth=1.6, marker=_marker(x), label="mean" if over > 1 else "loss")
         _end_label(axes, x, lines[0], FIRST)
-        _robust_top(axes, lines[0])
+        _robust_limits(axes, mean)
         axes.set_xlabel("inner step")
         axes.set_ylabel(f"loss ({run.loss_unit})" if run.loss_unit else "loss")
 
@@ -90,7 +89,7 @@ def losses_over_rounds(run: RunRecord) -> Chart | None:
     def draw(axes: "Axes") -> None:
         if np.isfinite(losses).any():
             axes.plot(x, lines[0], color=FIRST, linewidth=1.6, marker=_marker(x), label="training")
-            _robust_top(axes, losses, held_out)
+            _robust_limits(axes, losses, held_out)
         if np.isfinite(held_out).any():
             kept = np.isfinite(held_out)
             axes.plot(
@@ -99,7 +98,7 @@ def losses_over_rounds(run: RunRecord) -> Chart | None:
                 color=SECOND,
                 linewidth=1.4,
                 linestyle=DASHED,
-                marker="D",
+                marker="D" if kept.sum() <= 30 else "",
                 markersize=4.5,
                 markerfacecolor=SURFACE,
                 label="held out",
@@ -107,8 +106,7 @@ def losses_over_rounds(run: RunRecord) -> Chart | None:
             _end_label(axes, scored, held_out, SECOND)
         elif np.isfinite(losses).any():
             _end_label(axes, x, lines[0], FIRST)
-        _whole_numbers(axes)
-        axes.set_xlabel("round")
+        _round_axis(axes, np.union1d(rounds, scored))
         axes.set_ylabel(f"loss ({run.loss_unit})" if run.loss_unit else "loss")
 
     caption = "Training: the samples-weighted mean of the workers' losses in the round."
@@ -128,8 +126,7 @@ def bytes_over_rounds(run: RunRecord) -> Chart | None:
     def draw(axes: "Axes") -> None:
         _bars(axes, rounds, total / scale, FIRST)
         axes.set_ylim(bottom=0)
-        _whole_numbers(axes)
-        axes.set_xlabel("round")
+        _round_axis(axes, rounds)
         axes.set_ylabel(f"sent ({unit})")
 
     caption = f"Bytes that all workers together sent in each round; {_bytes(float(total.sum()))} in all."
@@ -153,17 +150,15 @@ def exposed_over_rounds(run: RunRecord) -> Chart | None:
         if len(exposed) > 1 and len(rounds) <= MOST_BARS:
             axes.vlines(rounds, *_range(exposed), color=INK, linewidth=0.9, label="lowest to highest worker")
         axes.set_ylim(bottom=0)
-        _whole_numbers(axes)
-        axes.set_xlabel("round")
+        _round_axis(axes, rounds)
         axes.set_ylabel("exposed (s)")
 
     def draw_share(axes: "Axes") -> None:
         x, lines = _thin(rounds, share[None])
         axes.plot(x, lines[0], color=SECOND, linewidth=1.4, linestyle=DASHED, marker=_marker(x))
-        _end_label(axes, x, lines[0], SECOND, "{:.1f} %")
+        _end_label(axes, x, lines[0], SECOND, " %")
         axes.set_ylim(bottom=0, top=max(1.0, 1.15 * float(np.nanmax(share))) if np.isfinite(share).any() else 1)
-        _whole_numbers(axes)
-        axes.set_xlabel("round")
+        _round_axis(axes, rounds)
         axes.set_ylabel("share (%)")
 
     caption = (
@@ -185,8 +180,7 @@ def throughput_over_rounds(run: RunRecord) -> Chart | None:
         axes.plot(x, lines[0], color=FIRST, linewidth=1.6, marker=_marker(x))
         _end_label(axes, x, lines[0], FIRST)
         axes.set_ylim(bottom=0, top=1.15 * float(np.nanmax(lines)))
-        _whole_numbers(axes)
-        axes.set_xlabel("round")
+        _round_axis(axes, rounds)
         axes.set_ylabel("samples a second")
 
     caption = "Samples that all workers together trained on, over the time of the round with its synchronisation."
@@ -282,7 +276,7 @@ def _inline(svg: str, name: str, title: str) -> str:
 
 
 def _thin(x: FloatArray, lines: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """At most MOST_POINTS points over all lines, each the mean of equally many neighbours.
+    """About MOST_POINTS points over all lines that are drawn, each the mean of equally many neighbours.
 
     Args:
         x: Shape (points,).
@@ -292,7 +286,7 @@ def _thin(x: FloatArray, lines: FloatArray) -> tuple[FloatArray, FloatArray]:
         The same with fewer points.
     """
     lines = np.where(np.isfinite(lines), lines, np.nan)
-    size = -(-x.size // max(50, min(600, MOST_POINTS // max(1, len(lines)))))
+    size = -(-x.size // max(50, min(600, MOST_POINTS // min(len(lines), MOST_LINES))))
     if size <= 1:
         return x, lines
     starts = np.arange(0, x.size, size)
@@ -328,12 +322,12 @@ def _marker(x: FloatArray) -> str:
     return "o" if len(x) <= 30 else ""
 
 
-def _end_label(axes: "Axes", x: FloatArray, y: FloatArray, color: str, form: str = "{:.3g}") -> None:
+def _end_label(axes: "Axes", x: FloatArray, y: FloatArray, color: str, unit: str = "") -> None:
     """Write the last value beside the end of its line."""
     known = np.isfinite(y)
     if known.any():
         axes.annotate(
-            form.format(last_finite(y)),
+            _digits(last_finite(y)) + unit,
             (float(x[known][-1]), last_finite(y)),
             xytext=(8, 0),
             textcoords="offset points",
@@ -344,11 +338,13 @@ def _end_label(axes: "Axes", x: FloatArray, y: FloatArray, color: str, form: str
         )
 
 
-def _robust_top(axes: "Axes", *lines: FloatArray) -> None:
+def _robust_limits(axes: "Axes", *lines: FloatArray) -> None:
     """Keep a few spikes from flattening everything else."""
     values = np.concatenate([line[np.isfinite(line)] for line in lines])
-    if len(values) and (usual := float(np.quantile(values, 0.97))) > 0 and values.max() > 4 * usual:
-        axes.set_ylim(top=1.5 * usual)
+    usual = float(np.quantile(values, 0.97))
+    if usual > 0 and values.max() > 4 * usual:
+        low, high = float(values.min()), 1.3 * usual
+        axes.set_ylim(low - 0.05 * (high - low), high)
 
 
 def _locator(ticks: int) -> Any:
@@ -357,10 +353,19 @@ def _locator(ticks: int) -> Any:
     return MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10])
 
 
-def _whole_numbers(axes: "Axes") -> None:
+def _round_axis(axes: "Axes", rounds: FloatArray) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    if len(rounds) <= 8:
+        axes.set_xticks(rounds, [f"{number:.0f}" for number in rounds])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("round")
+
+
+def _digits(value: float) -> str:
+    """A number in about three digits: `1.59`, `12.3`, `1,358`."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _byte_unit(largest: float) -> tuple[float, str]:

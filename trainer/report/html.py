@@ -138,7 +138,9 @@ def _tiles(run: RunRecord) -> list[Tile]:
         tiles.append(Tile("Final training loss", f"{final[-1]:.3f}", run.loss_unit, note))
     if len(rounds):
         steps = len(run.step_losses[0])
-        tiles.append(Tile("Rounds", count(rounds[-1]), "", f"{count(steps)} inner steps, {count(run.samples)} samples"))
+        note = f"{count(steps)} inner steps, {count(run.samples)} samples"
+        note += f", {count(run.skipped_steps)} steps skipped" if run.skipped_steps else ""
+        tiles.append(Tile("Rounds", count(rounds[-1]), "", note))
         value, unit = byte_count(sent / max(1, workers)).split(" ")
         note = f"{byte_count(sent)} by {workers} workers" if workers > 1 else "one worker"
         tiles.append(Tile("Bytes sent", value, f"{unit} a worker", note))
@@ -292,7 +294,7 @@ def seconds(value: float) -> str:
     """A duration: `0.8 s`, `45 s`, `12 min 3 s`, `5 h 40 min`."""
     if not math.isfinite(value):
         return "?"
-    if value < 60:
+    if value < 59.5:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
@@ -302,15 +304,15 @@ def seconds(value: float) -> str:
 def byte_count(value: float) -> str:
     """`0 bytes`, `1.5 kB`, `23.4 MB`, in powers of 1000."""
     for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}" if value < 999.5 * scale else f"{value / scale:,.0f} {unit}"
+        if value >= 0.9995 * scale:
+            return f"{value / scale:,.0f} {unit}" if value >= 999.5 * scale else f"{value / scale:.3g} {unit}"
     return f"{value:.0f} bytes"
 
 
 def short(value: float) -> str:
     """A number in three digits: `812`, `12.3k`, `4.56M`."""
     for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
+        if value >= 0.9995 * scale:
             return f"{value / scale:.3g}{letter}"
     return f"{value:.3g}"
 

@@ -1,0 +1,343 @@
+"""The report and the record it is made from, on run directories as training writes them (DESIGN §7)."""
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.config import TrainingConfig
+from trainer.report import read_run, summary, write_report, write_summary
+from trainer.report.html import byte_count, seconds
+from trainer.report.record import weighted_mean
+
+START = 1_790_000_000.0
+
+
+def events(
+    worker: int = 0,
+    workers: int = 2,
+    rounds: int = 6,
+    local_steps: int = 10,
+    first_round: int = 1,
+    start: float = START,
+    step_seconds: float = 0.5,
+    exposed: float = 0.5,
+    end: str | None = "complete",
+    seed: int = 0,
+    **config: Any,
+) -> Iterator[dict[str, Any]]:
+    """One life of one worker: losses that fall, rounds with bytes, a held-out score every second round."""
+    draw = random.Random(f"{seed}-{worker}-{first_round}")
+    time = start
+    values = {"model": "gpt-neo-x:tiny", "dataset": "stdlib", "local_steps": local_steps, "batch_size": 32, **config}
+    nested = TrainingConfig.model_validate({"run_id": "a-run", "device": "cpu", **values}).model_dump(mode="json")
+    versions = {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0", "kfp": "2.17.0"}
+    yield {"event": "start", "run_id": "a-run", "worker": worker, "rank": worker, "world_size": workers, "pid": 7,
+           "config": nested, "versions": versions, "parameters": 1_234_567, "resumed_round": first_round - 1,
+           "time": time}  # fmt: skip
+    time += 2.0
+    names = [f"worker-{i}" for i in range(workers)]
+    yield {"event": "membership", "change": "formed", "members": names, "generation": 1, "time": time}
+    for number in range(first_round, first_round + rounds):
+        losses = []
+        for step in range((number - 1) * local_steps + 1, number * local_steps + 1):
+            time += step_seconds
+            losses.append(1.6 + 4.0 * math.exp(-step / 60) + draw.gauss(0, 0.08))
+            yield {"event": "step", "round": number, "step": step, "loss": losses[-1], "lr": 4e-4, "samples": 32,
+                   "tokens": 32 * 256, "seconds": step_seconds, "time": time}  # fmt: skip
+        time += exposed
+        yield {"event": "round", "round": number, "attempt": 1, "step": number * local_steps, "world_size": workers,
+               "members": names, "loss": sum(losses) / len(losses), "bytes_sent": 4_938_268,
+               "bytes_received": 4_938_268, "sync_seconds": exposed, "exposed_seconds": exposed,
+               "samples": 32 * local_steps, "seconds": exposed + local_steps * step_seconds, "time": time}  # fmt: skip
+        if number % 2 == 0:
+            yield {"event": "eval", "round": number, "step": number * local_steps, "loss": losses[-1] + 0.05 + worker,
+                   "samples": 100 * (worker + 1), "time": time}  # fmt: skip
+    if end:
+        yield {"event": "end", "status": end, "round": first_round + rounds - 1, "step": number * local_steps,
+               "global_hash": "c0ffee" * 8, "reason": "" if end == "complete" else "asked to leave",
+               "skipped_steps": 0, "samples": 32 * local_steps * rounds, "time": time}  # fmt: skip
+
+
+def write(directory: Path, *lives: Any, mode: str = "w") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "metrics.jsonl").open(mode, encoding="utf-8") as file:
+        for life in lives:
+            file.writelines(json.dumps(event) + "\n" for event in life)
+    return directory
+
+
+EVALUATION = {
+    "loss": 1.62, "perplexity": 5.05, "bits_per_byte": 2.337, "unigram_bits_per_byte": 4.861, "tokens_per_second": 5120,
+    "sequences": 96, "tokens": 24480, "bytes": 24480, "device": "cpu",
+    "sample": {"prompt": "def main(argv=None):\n    ", "continuation": "parser = argparse.ArgumentParser()\n"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A whole run of two workers, evaluated."""
+    for worker in range(2):
+        write(tmp_path / f"worker-{worker}", events(worker))
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    return tmp_path
+
+
+def test_series_and_totals(run_dir: Path) -> None:
+    run = read_run(run_dir)
+
+    assert [worker.name for worker in run.workers] == ["worker-0", "worker-1"]
+    assert (run.run_id, run.status, run.parameters) == ("a-run", "complete", 1_234_567)
+    steps, losses = run.over_steps("loss")
+    assert steps.tolist() == list(range(1, 61)) and losses.shape == (2, 60)
+    assert run.step_losses[1] == pytest.approx(losses.mean(axis=0))
+    assert run.total("bytes_sent") == 2 * 6 * 4_938_268
+    assert run.samples == 2 * 60 * 32 and run.tokens == run.samples * 256
+    # 60 steps of 0.5 s, 6 synchronisations of 0.5 s, and 2 s before the first step.
+    assert run.wall_seconds == pytest.approx(35) and run.goodput == pytest.approx(30 / 35)
+    assert run.exposed_share == pytest.approx(3 / 33)
+    assert run.exposed_shares[1] == pytest.approx(np.full(6, 0.5 / 5.5))
+    assert run.round_throughput[1] == pytest.approx(np.full(6, 2 * 320 / 5.5))
+
+
+def test_held_out_loss_is_the_samples_weighted_mean_of_the_shares(run_dir: Path) -> None:
+    first, second = (worker.evals["loss"] for worker in read_run(run_dir).workers)
+    rounds, losses = read_run(run_dir).held_out_losses
+    assert rounds.tolist() == [2, 4, 6]
+    assert losses == pytest.approx((100 * first + 200 * second) / 300)
+
+
+def test_a_mean_leaves_out_what_is_missing() -> None:
+    values = np.array([[1.0, math.nan, math.inf], [3.0, 2.0, math.nan]])
+    assert weighted_mean(values, np.array([[3.0, 1.0, 1.0], [1.0, math.nan, 1.0]]))[:2].tolist() == [1.5, 2.0]
+    assert math.isnan(weighted_mean(values, np.ones((2, 3)))[2])
+
+
+def test_torn_lines_are_left_out(tmp_path: Path) -> None:
+    directory = write(tmp_path / "worker-0", events(rounds=1, end=None))
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "round": 2, "st\n[1, 2]\n{"event": 3}\n{"event": "step", "step": null}\n\n')
+        file.write('{"event": "step", "round": 2, "step": 11, "loss": 1.0}\n{"event": "step", "round": 2, "ste')
+    run = read_run(tmp_path)
+    assert run.workers[0].unreadable_lines == 5
+    assert run.step_losses[0].tolist() == list(range(1, 12))
+    assert run.status == "unfinished"
+
+
+def test_after_a_resume_the_last_line_of_a_step_wins_and_what_was_given_up_is_gone(tmp_path: Path) -> None:
+    # Killed in round 4; resumed from round 2 an hour later; told to leave after round 3.
+    first = [event for event in events(rounds=4, end=None) if event.get("step", 0) <= 35]
+    second = list(events(rounds=1, first_round=3, start=first[-1]["time"] + 3600, end="stopped"))
+    third = list(events(rounds=1, first_round=4, start=second[-1]["time"] + 86_400, seed=1))
+    write(tmp_path / "worker-0", first, second)
+
+    run = read_run(tmp_path)
+    assert run.step_losses[0].tolist() == list(range(1, 31)), "steps 31 to 35 never became part of the run"
+    redone = [event["loss"] for event in second if event["event"] == "step"]
+    assert run.workers[0].steps["loss"][20:].tolist() == redone
+    assert run.round_losses[0].tolist() == [1, 2, 3] and run.samples == 30 * 32
+    assert run.status == "stopped" and run.reason == "asked to leave"
+    # The hour in which nothing ran counts; the 15 steps that were given up do too.
+    assert run.goodput == pytest.approx(15 / (3600 + 2 + 35 * 0.5 + 3 * 0.5 + 2 + 5.5))
+
+    write(tmp_path / "worker-0", third, mode="a")
+    again = read_run(tmp_path)
+    assert again.status == "complete" and again.step_losses[0].tolist() == list(range(1, 41))
+    assert again.wall_seconds == pytest.approx(run.wall_seconds + 2 + 5.5), "a pause after an orderly end is no loss"
+
+
+def test_the_newest_run_on_a_volume_is_meant(tmp_path: Path) -> None:
+    older = [{**event, "run_id": "older"} if "run_id" in event else event for event in events(rounds=9)]
+    write(tmp_path, older, events(rounds=2, start=START + 9999))  # in a pod: the run directory is the worker's own
+    run = read_run(tmp_path)
+    assert run.run_id == "a-run" and run.round_losses[0].tolist() == [1, 2] and run.wall_seconds < 30
+
+
+def test_skipped_steps_are_counted_and_not_averaged(tmp_path: Path) -> None:
+    life = list(events(rounds=2))
+    step = next(event for event in life if event.get("step") == 5)
+    step.update(loss=None, samples=0)
+    write(tmp_path / "worker-0", life)
+    run = read_run(tmp_path)
+    assert run.skipped_steps == 1 and run.samples == 19 * 32 and run.tokens == 19 * 32 * 256
+    assert np.isnan(run.step_losses[1]).tolist() == [number == 5 for number in range(1, 21)]
+    assert run.workers[0].useful_seconds == pytest.approx(9.5)
+
+
+def test_workers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("worker-10", "worker-2/process-1", "worker-2"):
+        write(tmp_path / name, events(rounds=1))
+    assert [w.name for w in read_run(tmp_path).workers] == ["worker-2", "worker-2/process-1", "worker-10"]
+
+
+def test_summary_holds_what_design_promises_and_is_json(run_dir: Path) -> None:
+    content = json.loads(write_summary(run_dir).read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert content["run_id"] == "a-run" and content["status"] == "complete" and content["rounds"] == 6
+    assert content["config"]["elastic"]["max_restarts"] == 3 and content["versions"]["torch"] == "2.13.0+cpu"
+    assert content["final"]["loss"] == pytest.approx(read_run(run_dir).round_losses[1][-1])
+    assert content["evaluation"] == EVALUATION
+    assert content["bytes_sent"] == 2 * 6 * 4_938_268 and 0.8 < content["goodput"] < 0.9
+    assert content["global_hashes"] == {"worker-0": "c0ffee" * 8, "worker-1": "c0ffee" * 8}
+
+
+def test_summary_of_nothing_is_nulls(tmp_path: Path) -> None:
+    content = summary(read_run(tmp_path))
+    assert content["status"] == "not started" and content["final"] == {"loss": None, "held_out_loss": None}
+    json.dumps(content, allow_nan=False)
+
+
+class Page(HTMLParser):
+    """What a page holds; fails for tags that are not closed, ids that are not unique, and anything that is fetched."""
+
+    VOID = {"meta", "input", "br", "link", "img", "path", "use", "rect", "circle"}  # noqa: RUF012
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: set[str] = set()
+        self.references: set[str] = set()
+        self.text: list[str] = []
+        self.count: dict[str, int] = {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+        assert self.references <= self.ids
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        for name, value in attributes:
+            value = value or ""
+            if name == "id":
+                assert value not in self.ids, value
+                self.ids.add(value)
+            elif name.endswith(("href", "src", "action")):
+                assert value.startswith("#"), f"{name} fetches {value}"
+                self.references.add(value[1:])
+            assert "http" not in value and not name.startswith("on"), value
+            self.references |= set(re.findall(r"url\(#([^)]+)\)", value))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+        else:
+            assert "@import" not in data and "url(" not in data
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def page(path: Path) -> Page:
+    assert path.stat().st_size < 500_000
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_report_is_one_whole_self_contained_page(run_dir: Path) -> None:
+    path = write_report(run_dir)
+    found = page(path)
+
+    assert path == run_dir / "report.html" and (run_dir / "summary.json").exists()
+    assert {"training", "evaluation", "rounds", "history", "configuration"} <= found.ids
+    assert found.count["figure"] == 5 and found.count["svg"] == 10, "each chart for a wide page and for a phone"
+    for words in ("gpt-neo-x:tiny on stdlib", "Complete", "2.337", "4.861", "52 % less", "inner step",
+                  "loss (nats a token)", "sent (MB)", "exposed (s)", "share (%)", "samples a second", "parser = argparse",
+                  "each of 2 workers", "held out", "elastic.max_restarts", "2.13.0+cpu",
+                  "ended with the same global state"):  # fmt: skip
+        assert words in found.words, words
+    text = path.read_text()
+    assert not re.search(r"#0[1-6]0[1-6]0[1-6]", text), "every colour is the page's"
+    assert "default-src 'none'" in text
+    again = write_report(run_dir, run_dir / "again.html").read_text()
+    cut = slice(text.index("<figure"), text.rindex("</figure>"))
+    assert again[cut] == text[cut], "the same run gives the same charts"
+
+
+def test_what_a_user_wrote_is_text_and_not_markup(run_dir: Path) -> None:
+    hostile = "<script>alert(1)</script>'\"><img src=http://x onerror=y>{{ 7 * 7 }}"
+    write(run_dir / "worker-0", events(dataset=f"files:{hostile}", experiment_description=hostile))
+    with (run_dir / "worker-0" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "warning", "message": hostile, "time": START}) + "\n")
+    sample = {"prompt": hostile, "continuation": hostile}
+    (run_dir / "evaluation.json").write_text(json.dumps({**EVALUATION, "sample": sample, "device": hostile}))
+    found = page(write_report(run_dir))
+    assert found.count["script"] == 1 and "img" not in found.count
+    assert found.words.count("alert(1)") >= 5 and "{{ 7 * 7 }}" in found.words
+
+
+@pytest.mark.parametrize(
+    ("lives", "words"),
+    [
+        ([], ("Nothing was written", "No inner step", "No round", "Not evaluated")),
+        ([[]], ("Nothing was written", "1 worker")),
+        ([list(events(rounds=3))[:1]], ("Unfinished", "No inner step")),
+        ([list(events(rounds=3))[:3]], ("Unfinished", "No round was committed")),
+        ([events(rounds=1, end="failed")], ("Failed", "asked to leave", "one round", "Not evaluated")),
+        ([[{**event, "loss": None} for event in events(rounds=4)]], ("not finite", "40 steps skipped")),
+        ([[{"event": "round", "round": 1}, {"event": "eval", "round": 1}, {"event": "end"}]], ("Stopped",)),
+    ],
+    ids=[
+        "nothing",
+        "empty file",
+        "died at once",
+        "died in the first step",
+        "one round",
+        "no finite loss",
+        "bare events",
+    ],
+)
+def test_a_report_of_any_run(tmp_path: Path, lives: list[Any], words: tuple[str, ...]) -> None:
+    for number, life in enumerate(lives):
+        write(tmp_path / f"worker-{number}", life)
+    found = page(write_report(tmp_path))
+    for word in words:
+        assert word in found.words, word
+
+
+def test_a_long_run_of_many_workers_stays_small(tmp_path: Path) -> None:
+    for worker in range(24):
+        write(tmp_path / f"worker-{worker}", events(worker, workers=24, rounds=300, local_steps=8))
+    found = page(write_report(tmp_path))
+    assert "range of 24 workers" in found.words and "(200 of 300 rounds)" in found.words
+    assert "all workers" in found.words, "what all say alike is said once"
+
+
+def test_a_broken_evaluation_is_none_and_disagreeing_global_states_are_shouted(run_dir: Path) -> None:
+    (run_dir / "evaluation.json").write_text('{"loss": ')
+    text = (run_dir / "worker-1" / "metrics.jsonl").read_text()
+    (run_dir / "worker-1" / "metrics.jsonl").write_text(text.replace("c0ffee", "decade"))
+    words = page(write_report(run_dir)).words
+    assert "Not evaluated" in words and "global states differ" in words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.84, "0.8 s"), (45, "45 s"), (59.7, "1 min 0 s"), (723, "12 min 3 s"), (20400, "5 h 40 min"), (math.nan, "?")],
+)
+def test_durations(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (999_600, "1 MB"), (23.44e6, "23.4 MB"), (5e15, "5,000 TB")],
+)
+def test_byte_counts(value: float, text: str) -> None:
+    assert byte_count(value) == text
