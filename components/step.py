@@ -38,6 +38,7 @@ def step(name: str) -> Iterator[None]:
     if runner := os.environ.get(RUNNER_PID):
         os.setpgid(0, 0)  # a terminal's Ctrl-C goes to the runner alone, which passes it on once
         threading.Thread(target=_end_with, args=(int(runner),), daemon=True).start()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a step has no terminal for bars
     print(STARTED.format(name=name, pid=os.getpid()), flush=True)
     try:
         with _plain_logging():

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments
 from trainer.errors import ConfigError
@@ -20,9 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(options.command(options))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes flags as they are called, and no abbreviations: those change their meaning with the next parameter."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines", description="The KFP pipeline diloco-training.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     compiling = commands.add_parser(
         "compile",
@@ -53,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     submitting.set_defaults(command=_submit)
 
     scheduling = commands.add_parser("schedule", help="run the pipeline again and again").add_subparsers(
-        required=True, metavar="CHANGE"
+        required=True, metavar="CHANGE", parser_class=_Parser
     )
     creating = scheduling.add_parser("create", help="make a schedule; each of its runs has a run id of its own")
     _add_cluster_flags(creating)
@@ -89,10 +97,10 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    config = config_from_arguments(options).resolved()
     from pipelines import local
     from trainer import preflight
 
-    config = config_from_arguments(options).resolved()
     preflight.check(config)
     print(f"run {config.run_id} in {config.run_dir}; --run-id {config.run_id} resumes it", flush=True)
     local.run(config)

@@ -6,6 +6,7 @@ from kfp import dsl
 
 from components.step import hand_on, step
 from trainer.config import TrainingConfig
+from trainer.files import read_json
 
 
 def run(config: dict[str, Any], model: dsl.Model) -> None:
@@ -16,9 +17,12 @@ def run(config: dict[str, Any], model: dsl.Model) -> None:
         model: Output artifact: what `from_pretrained` takes.
     """
     with step("export"):
-        from trainer.export import export
+        from trainer.export import FACTS, export
 
         settings = TrainingConfig.from_flat(config)
         directory = export(settings)
         hand_on(directory, model.path)
-        model.metadata.update({"run_id": settings.run_id, "model": settings.model, "path": str(directory)})
+        facts = read_json(directory / FACTS)
+        names = ("run_id", "model", "parameters", "complete", "round", "step", "samples", "tokens")
+        model.metadata.update({"path": str(directory)} | {name: facts[name] for name in names})
+        print(f"model of round {facts['round']}, step {facts['step']}, exported to {directory}")

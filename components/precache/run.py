@@ -26,12 +26,10 @@ def run(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapping[s
         from trainer.volume import Volume, worker_configs
 
         config = resolve(values, job_id)
-        volumes = [(own, Volume.of(own)) for own in worker_configs(config)]
-        for own, volume in volumes:
-            source = volumes[0][1].datasets
-            manifest = data.precache(own, volume, source=None if volume.datasets == source else source)
+        manifest = data.precache_all(config)
 
-        directory = data.directory(*volumes[0])
+        worker = worker_configs(config)[0]
+        directory = data.directory(worker, Volume.of(worker).datasets)
         precached.metadata.update(
             {"path": str(directory)}
             | {f"train_{name}": value for name, value in manifest.train}

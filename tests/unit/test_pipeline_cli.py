@@ -1,0 +1,70 @@
+"""`python -m pipelines`: what is refused before anything starts, and what it says at the end."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import main, outcome
+from trainer.config import TrainingConfig
+from trainer.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--dataset", "files:nowhere"], "dataset"),
+        (["--dataset", "stdlibb"], "dataset"),
+        (["--model", "gpt-neo-z"], "model"),
+        (["--device", "cuda:99"], "device"),
+        (["--batch-size", "6"], "batch_size"),
+        (["--launcher", "pytorchjob"], "launcher"),
+        (["--config", "missing.yaml"], "--config"),
+        (["--resume", "nowhere"], "resume"),
+        (["--run-dir", "file"], "run_dir"),
+    ],
+)
+def test_bad_input(flags: list[str], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a directory")
+    good = ["--dataset", "stdlib", "--tokenizer", "bytes", "--device", "cpu", "--per-device-train-batch-size", "4"]
+    with pytest.raises(ConfigError) as refused:
+        main(["run", *good, "--batch-size", "8", *flags])
+    assert refused.value.field == field
+
+
+def test_a_misspelt_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--total-step", "5"], ["--learning-rate", "1"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["run", *flags])
+        assert ended.value.code == 2
+        assert flags[0] in capsys.readouterr().err
+
+
+def test_the_outcome_names_model_scores_and_report(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps({"bits_per_byte": 2.5, "unigram_bits_per_byte": 4.75}))
+    config = TrainingConfig.from_flat({"run_dir": str(tmp_path), "run_id": "x"})
+    assert outcome(config).splitlines() == [
+        "",
+        f"model       {tmp_path}/export",
+        f"evaluation  {tmp_path}/evaluation.json: 2.500 bits per byte; the frequencies of bytes alone give 4.750",
+        f"report      {tmp_path}/report.html",
+    ]
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["submit"], ["schedule", "create"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    script = (
+        "import sys; from pipelines.cli import main\n"
+        f"try: main([*{command!r}, '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'kfp', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m pipelines" in done.stdout
+    assert time.monotonic() - began < 10  # well below a second; this machine may be busy
