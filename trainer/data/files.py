@@ -50,6 +50,8 @@ class Files(TextDataset):
             raise ConfigError("dataset", self.spec, f"{problem}; looked for {endings} (and .gz of these)")
         if not any(path.stat().st_size for _, path in self._files):
             raise ConfigError("dataset", self.spec, "holds only empty files")
+        if unreadable := [path for _, path in self._files if not os.access(path, os.R_OK)]:
+            raise ConfigError("dataset", self.spec, f"{unreadable[0]} may not be read")
         super().check()
         for loader, path in self._first_of_each_loader():
             self._check_columns(loader, path)
@@ -130,9 +132,12 @@ class Files(TextDataset):
             with path.open(encoding="utf-8", errors="replace") as file:
                 line = file.readline(2**20)
             try:
-                columns = list(json.loads(line))
-            except (ValueError, TypeError):
-                return  # a list over several lines, or a very long line: the loader will tell
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                return  # a list, or a very long line: the loader will tell
+            columns = list(row)
         else:
             return
         if "text" not in columns:

@@ -19,7 +19,7 @@ from trainer.config import TrainingConfig
 from trainer.data.dataset import MANIFEST, READY, FileRecord, Manifest, read_manifest
 from trainer.data.registry import DatasetFamily, Log, resolve
 from trainer.errors import ConfigError, TrainingError
-from trainer.files import require_free_space, sha256, whole_directory, write_json, write_text
+from trainer.files import require_free_space, require_writable, sha256, whole_directory, write_json, write_text
 from trainer.volume import Volume, worker_configs
 
 _FORMAT = 1  # of the files: another one, another directory
@@ -62,6 +62,8 @@ def precache(
     """
     check(config)
     dataset, path = resolve(config), directory(config, volume.datasets)
+    require_writable(volume.datasets, "dataset_cache_dir")
+    require_writable(volume.models, "model_cache_dir")
     with _disk_errors(volume.datasets), _locked(path, log):
         manifest = _usable(path, dataset, log, verify)
         if manifest:
@@ -72,9 +74,10 @@ def precache(
                 f"dataset {dataset.spec}: {manifest.train.sequences} sequences of {manifest.sequence_length} tokens to "
                 f"train on, {manifest.validation.sequences} held out, in {path}"
             )
-    with _disk_errors(volume.models):
-        model, written = models.precache(config, manifest.for_model, volume.models)
-    log(f"model {config.model} {'written into' if written else 'is already precached in'} {model}")
+    path = models.directory(config, manifest.for_model, volume.models)
+    with _disk_errors(volume.models), _locked(path, log):
+        _, written = models.precache(config, manifest.for_model, volume.models)
+    log(f"model {config.model} {'written into' if written else 'is already precached in'} {path}")
     return manifest
 
 
@@ -166,7 +169,6 @@ def _link_or_copy(source: str, target: str) -> None:
 @contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
     """One process at a time makes `path`. The lock goes with its process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f".{path.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,6 +185,4 @@ def _disk_errors(place: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TrainingError(f"the disk of {place} is full: free some space and precache again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ConfigError("dataset_cache_dir", place, f"cannot be written: {error.strerror}") from error
         raise
