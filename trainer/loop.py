@@ -288,9 +288,9 @@ class Worker:
         offers = self.quorum.exchange(
             {
                 "round": own.round if own else 0,
-                "round_start": self.diloco.round_start,
+                "round_start": self.diloco.state.step,
                 "position": self.position,
-                "hash": self.diloco.global_hash(),
+                "hash": self.diloco.state.hash(),
             }
         )
         source = max(range(len(offers)), key=lambda rank: (offers[rank]["round"], -rank))
@@ -298,9 +298,11 @@ class Worker:
         if any(offer["hash"] != donor["hash"] for offer in offers):
             # Some worker is behind, or has another kind of CPU that initialises with other last bits.
             logger.info("taking the global state of round %d from worker %d", donor["round"], source)
-            for flat in self.diloco.flat_global_state():
+            tensors = self.diloco.state.tensors
+            for flat in tensors.values():
                 self.quorum.broadcast(flat, source)
-            self.diloco.adopt(donor["round"], donor["round_start"])
+            self.diloco.state.load(donor["round"], donor["round_start"], tensors)
+            self.diloco.begin_round()
         self.position = donor["position"]
         if own is not None:
             self._take_own_state(own)
@@ -333,12 +335,12 @@ class Worker:
             {
                 "round": self.diloco.round,
                 "step": self.diloco.step,
-                "round_start": self.diloco.round_start,
+                "round_start": self.diloco.state.step,
                 "position": self.position,
                 "share": [self.share.start, self.share.stop],
                 "skipped": [self.skipped, self.skipped_in_a_row],
                 "place": place,
-                "global_hash": self.diloco.global_hash(),
+                "global_hash": self.diloco.state.hash(),
                 "config": self.config.model_dump(mode="json"),
                 "dataset": self.dataset.manifest.hash,
                 "versions": versions(),
@@ -362,7 +364,7 @@ class Worker:
             step=self.diloco.step,
             skipped_steps=self.skipped,
             samples=self.samples,
-            global_hash=self.diloco.global_hash(),
+            global_hash=self.diloco.state.hash(),
         )
 
     def _batches(self, positions: range) -> Generator[dict[str, Tensor], None, None]:

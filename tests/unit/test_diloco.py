@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.diloco import DDP, Commit, DiLoCo, LocalQuorum, Nesterov
+from trainer.diloco import DDP, Commit, DiLoCo, GlobalState, LocalQuorum, Nesterov
 from trainer.diloco.codecs import Codec
 
 
@@ -30,6 +30,15 @@ class ThreadQuorum:
         self._round += 1
         members = tuple(str(rank) for rank in range(self.world_size))
         return Commit(self._round, 1, members, mean, total, 0, 0, 0.0)
+
+    def superseded(self) -> bool:
+        return False
+
+    def catch_up(self, state: GlobalState) -> None:
+        raise AssertionError
+
+    def applied(self, commit: Commit, state: GlobalState) -> None:
+        pass
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -145,7 +154,7 @@ def test_losses_and_parameters_are_those_of_the_reference(workers: int, momentum
         for parameter, reference_parameter in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.detach(), reference_parameter, rtol=1e-4, atol=1e-6)
         assert (diloco.round, diloco.step, diloco.inner_steps) == (5, 22, 0)
-    assert len({diloco.global_hash() for _, _, diloco in results}) == 1
+    assert len({diloco.state.hash() for _, _, diloco in results}) == 1
 
 
 def test_one_worker_with_outer_sgd_of_rate_one_is_the_inner_optimizer_exactly() -> None:
@@ -206,7 +215,7 @@ def test_state_goes_on_where_it_was_inside_a_round() -> None:
     model = make_model(seed=1)
     optimizer = adamw(model)
     diloco = diloco_of(model, optimizer)
-    diloco.load_global(saved_global, round=1, round_start=4)
+    diloco.load_global(saved_global, round=1, step=4)
     diloco.load_worker_state(saved_worker)
     rest = []
     for batch in batches(0, 11)[6:]:

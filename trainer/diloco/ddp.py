@@ -1,6 +1,7 @@
 """The baseline: data parallelism, which averages gradients at every inner step."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from trainer.diloco.diloco import DiLoCo
@@ -16,10 +17,7 @@ class DDP(DiLoCo):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._commit: Commit | None = None
-        self._exposed = 0.0
-        self._sent: int | None = 0
-        self._received: int | None = 0
+        self._total: Commit | None = None  # what the open round's synchronisations have summed up to
 
     def before_optimizer_step(self, samples: float = 1.0) -> None:
         """Average the gradients. A worker whose gradients are not finite counts nothing; if that is all of them, the
@@ -31,29 +29,27 @@ class DDP(DiLoCo):
         flat = self._layout.gather(self._scratch, gradients)
         commit = self.quorum.synchronise(flat, samples, self.codec)
         self._layout.scatter(commit.mean if commit.weight > 0 else commit.mean.fill_(float("nan")), gradients)
-        self._commit = commit
-        self._sent = None if self._sent is None or commit.bytes_sent is None else self._sent + commit.bytes_sent
-        if self._received is not None:
-            self._received = None if commit.bytes_received is None else self._received + commit.bytes_received
-        self._exposed += time.perf_counter() - started
+        last = self._total
+        self._total = replace(
+            commit,
+            weight=commit.weight + (last.weight if last else 0),
+            bytes_sent=_sum(commit.bytes_sent, last.bytes_sent if last else 0),
+            bytes_received=_sum(commit.bytes_received, last.bytes_received if last else 0),
+            seconds=time.perf_counter() - started + (last.seconds if last else 0),
+        )
 
     def synchronise(self) -> Commit:
         """End the round: the global parameters are the parameters."""
-        assert self._commit is not None
-        self._layout.gather(self._global)
-        self.round += 1
-        self.round_start += self.inner_steps
-        commit = Commit(
-            self.round,
-            self._commit.attempt,
-            self._commit.members,
-            self._global,
-            self.samples * self.quorum.world_size,
-            self._sent,
-            self._received,
-            self._exposed,
-        )
-        self.exposed_seconds = self._exposed
+        assert self._total is not None
+        parameters = self._layout.gather(self._scratch)
+        tensors = {**self.state.tensors, "model": parameters}
+        self.state.load(self.state.round + 1, self.state.step + self.inner_steps, tensors)
+        commit = replace(self._total, round=self.state.round, mean=parameters)
+        self.exposed_seconds = commit.seconds
+        self._total = None
         self.inner_steps, self.samples = 0, 0.0
-        self._exposed, self._sent, self._received = 0.0, 0, 0
         return commit
+
+
+def _sum(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second

@@ -1,8 +1,8 @@
 """DiLoCo (arXiv 2311.08105): many inner steps, then one outer step on the workers' mean pseudo-gradient."""
 
-import hashlib
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.flat import FlatLayout
 from trainer.diloco.outer import Nesterov, OuterOptimizer
-from trainer.diloco.quorum import Commit, LocalQuorum, Quorum
+from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, Superseded
+from trainer.diloco.state import GlobalState
 
 
 class DiLoCo:
@@ -23,6 +24,10 @@ class DiLoCo:
         Δᵢ = θ − θᵢ,   Δ = Σ wᵢ Δᵢ / Σ wᵢ,   θ ← outer(θ, Δ),   θᵢ ← θ,
 
     where wᵢ counts the samples that worker i consumed in the round.
+
+    A worker that is late (its round has been committed without it) takes over the new θ at its next inner step, and
+    carries its work: the pseudo-gradient that it sends next is the sample-weighted mean of the carried one and the new
+    one, with the sum of their weights. Inner steps that it has carried count towards the round that it goes on with.
 
     Example:
         diloco = DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum)
@@ -38,12 +43,12 @@ class DiLoCo:
         sync_every: Inner steps a round (H).
         quorum: With whom to synchronise; by default nobody.
         total_steps: The last round is shortened to end at this step.
+        late_policy: What a late worker does with its work: "carry" it, or "drop" it.
 
     Attributes:
-        round: Committed rounds.
-        round_start: Schedule position (inner steps) at which the open round began: part of the global state.
-        inner_steps: Inner steps of the open round so far.
-        samples: Samples consumed in the open round so far.
+        state: The global state.
+        inner_steps: Inner steps towards the open round so far.
+        samples: Samples that the pseudo-gradient stands for so far, without what is carried.
         exposed_seconds: How long the inner loop stood still for the last synchronisation.
     """
 
@@ -57,31 +62,39 @@ class DiLoCo:
         sync_every: int,
         quorum: Quorum | None = None,
         total_steps: int | None = None,
+        late_policy: Literal["carry", "drop"] = "carry",
     ) -> None:
         self.inner_optimizer = inner_optimizer
-        self.outer = outer or Nesterov()
         self.codec = codec or Fp32()
         self.sync_every = sync_every
         self.quorum = quorum or LocalQuorum()
         self.total_steps = total_steps
-        self.round = self.round_start = self.inner_steps = 0
+        self.late_policy = late_policy
+        self.inner_steps = 0
         self.samples = 0.0
         self.exposed_seconds = 0.0
         self._layout = FlatLayout(model)
-        self._global = self._layout.gather(self._layout.empty())
+        self.state = GlobalState(self._layout.gather(self._layout.empty()), outer or Nesterov())
         self._scratch = self._layout.empty()
+        self._carried: Tensor | None = None
+        self._carried_samples = 0.0
+
+    @property
+    def round(self) -> int:
+        """Committed rounds."""
+        return self.state.round
 
     @property
     def step(self) -> int:
         """The schedule position: inner steps since the training began."""
-        return self.round_start + self.inner_steps
+        return self.state.step + self.inner_steps
 
     @property
     def round_length(self) -> int:
-        """Inner steps in the open round."""
+        """Inner steps in the open round; 0: the training is complete."""
         if self.total_steps is None:
             return self.sync_every
-        return min(self.sync_every, self.total_steps - self.round_start)
+        return min(self.sync_every, self.total_steps - self.state.step)
 
     @property
     def due(self) -> bool:
@@ -92,7 +105,7 @@ class DiLoCo:
         """DiLoCo has nothing to do here; a baseline that averages gradients does (`DDP`)."""
 
     def after_inner_step(self, samples: float = 1.0) -> Commit | None:
-        """Count an inner step, and synchronise if it was the round's last.
+        """Count an inner step; synchronise if it was the round's last; catch up if the others have gone on.
 
         Args:
             samples: Samples that the step consumed: the weight it adds to this worker's pseudo-gradient. 0 for a step
@@ -103,73 +116,89 @@ class DiLoCo:
         """
         self.inner_steps += 1
         self.samples += samples
+        if self.quorum.superseded():
+            self.catch_up()
+            return None
         return self.synchronise() if self.due else None
 
-    def synchronise(self) -> Commit:
+    def synchronise(self) -> Commit | None:
         """End the open round here: exchange pseudo-gradients and take the outer step.
+
+        Returns:
+            The commit; None if the round was committed without this worker, which has caught up then.
 
         Raises:
             TrainingError: From the quorum. The worker's state is then as before the call.
         """
         started = time.perf_counter()
-        local = self._layout.gather(self._scratch)
-        pseudo_gradient = self._global - local
-        commit = self.quorum.synchronise(pseudo_gradient, self.samples, self.codec)
+        pseudo_gradient, weight = self._contribution()
+        try:
+            commit = self.quorum.synchronise(pseudo_gradient, weight, self.codec)
+        except Superseded:
+            self.catch_up()
+            return None
         if commit.weight > 0:
-            update = self.outer.update(commit.mean)
-            if len(commit.members) == 1 and torch.equal(update, pseudo_gradient):
+            alone = len(commit.members) == 1 and torch.equal(commit.mean, pseudo_gradient)
+            update = self.state.apply(commit.mean, self.round_length, self._scratch)
+            if alone and update is commit.mean and self._carried is None:
                 # θ − (θ − θᵢ) is θᵢ but for rounding: with one worker and outer SGD of rate 1, exactly so.
-                self._global.copy_(local)
-            else:
-                self._global.sub_(update)
-        self._layout.scatter(self._global)
-        self.round += 1
-        self.round_start += self.inner_steps
-        self.inner_steps, self.samples = 0, 0.0
+                self._layout.gather(self.state.parameters)
+        else:
+            self.state.skip(self.round_length)
+        self.begin_round()
+        self.quorum.applied(commit, self.state)
         self.exposed_seconds = time.perf_counter() - started
         return commit
+
+    def catch_up(self) -> None:
+        """Take over the global state of the last committed round, and carry this worker's work (or drop it)."""
+        carried, carried_samples = self._contribution()
+        carried = carried.clone()  # it is in the scratch memory that catching up needs
+        steps = self.inner_steps
+        self.quorum.catch_up(self.state)
+        self.begin_round()
+        if self.late_policy == "carry" and carried_samples > 0:
+            self._carried, self._carried_samples = carried, carried_samples
+            # What it has done counts towards the open round; but a whole round of it is sent with another one.
+            self.inner_steps = steps if steps < self.round_length else 0
+
+    def _contribution(self) -> tuple[Tensor, float]:
+        """The pseudo-gradient to send, in the scratch memory, and its weight: what is carried included."""
+        pseudo_gradient = self._layout.gather(self._scratch)
+        torch.sub(self.state.parameters, pseudo_gradient, out=pseudo_gradient)
+        weight = self.samples + self._carried_samples
+        if self._carried is not None and weight > 0:
+            pseudo_gradient.lerp_(self._carried, self._carried_samples / weight)
+        return pseudo_gradient, weight
+
+    def begin_round(self) -> None:
+        """Begin a round from the global state as it now stands: what was done towards an open one is given up."""
+        self._layout.scatter(self.state.parameters)
+        self.inner_steps, self.samples = 0, 0.0
+        self._carried, self._carried_samples = None, 0.0
 
     def global_tensors(self) -> dict[str, Tensor]:
         """The global state, the same in every worker: `model.<parameter>` and `outer.<state>.<parameter>`, float32.
 
         These are views of the state itself: copy them before the next synchronisation.
         """
-        tensors = {f"model.{name}": view for name, view in self._layout.named(self._global).items()}
-        for state, flat in self.outer.state(self._layout.size).items():
-            tensors |= {f"outer.{state}.{name}": view for name, view in self._layout.named(flat).items()}
-        return tensors
+        return {
+            f"{name}.{parameter}": view
+            for name, flat in self.state.tensors.items()
+            for parameter, view in self._layout.named(flat).items()
+        }
 
-    def load_global(self, tensors: dict[str, Tensor], round: int, round_start: int) -> None:
-        """Take over a global state, and begin a round from it: the open round's inner steps are given up.
+    def load_global(self, tensors: Mapping[str, Tensor], round: int, step: int) -> None:
+        """Take over a global state as `global_tensors` gave it, and begin a round from it.
 
         Raises:
-            ValueError: A tensor is missing or has another shape.
+            ValueError: It is not of this model and outer optimizer.
         """
         own = self.global_tensors()
         if own.keys() != tensors.keys():
             raise ValueError(f"global state differs in {sorted(own.keys() ^ tensors.keys())[:3]}")
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
-            tensor.copy_(tensors[name])
-        self.adopt(round, round_start)
-
-    def flat_global_state(self) -> list[Tensor]:
-        """The global state as few large vectors, float32 (n,): θ first. The state itself, to send or receive into."""
-        return [self._global, *self.outer.state(self._layout.size).values()]
-
-    def adopt(self, round: int, round_start: int) -> None:
-        """Begin a round from the global state as it now stands, for example received into `flat_global_state`."""
-        self._layout.scatter(self._global)
-        self.round, self.round_start = round, round_start
-        self.inner_steps, self.samples = 0, 0.0
-
-    def global_hash(self) -> str:
-        """sha256 of the global state's bytes: equal in all workers after every commit."""
-        digest = hashlib.sha256()
-        for flat in self.flat_global_state():
-            digest.update(flat.numpy().data)
-        return digest.hexdigest()
+        self.state.load(round, step, {name: self._layout.join(tensors, name) for name in self.state.tensors})
+        self.begin_round()
 
     def worker_state(self) -> dict[str, Any]:
         """What is this worker's own: inner optimizer, the open round's progress and, inside a round, its parameters.
@@ -180,15 +209,19 @@ class DiLoCo:
             "inner_optimizer": self.inner_optimizer.state_dict(),
             "inner_steps": self.inner_steps,
             "samples": self.samples,
+            "carried_samples": self._carried_samples,
         }
         if self.inner_steps:
             state["parameters"] = [parameter.detach() for parameter in self._layout.parameters]
+        if self._carried is not None:
+            state["carried"] = self._carried
         return state
 
-    def load_worker_state(self, state: dict[str, Any]) -> None:
+    def load_worker_state(self, state: Mapping[str, Any]) -> None:
         """Restore `worker_state`; the global state that it belongs to has been loaded before."""
         self.inner_optimizer.load_state_dict(state["inner_optimizer"])
         self.inner_steps, self.samples = state["inner_steps"], state["samples"]
+        self._carried, self._carried_samples = state.get("carried"), state["carried_samples"]
         if self.inner_steps:
             with torch.no_grad():
                 for parameter, saved in zip(self._layout.parameters, state["parameters"], strict=True):

@@ -1,6 +1,6 @@
 """A model's parameters as one contiguous float32 vector on the host."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ class FlatLayout:
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """The vector's parts by parameter name: views, not copies."""
         return dict(zip(self._names, self.views(flat), strict=True))
+
+    def join(self, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+        """The flat vector of the parts `<prefix>.<parameter>`: a new one."""
+        return self.gather(self.empty(), (tensors[f"{prefix}.{name}"] for name in self._names))
 
     def gather(self, flat: Tensor, tensors: Iterable[Tensor] | None = None) -> Tensor:
         """Copy the parameters (or other tensors of the same shapes) into `flat`, and return it."""

@@ -7,17 +7,22 @@ from torch import Tensor
 
 
 class OuterOptimizer(Protocol):
-    """One flat vector in, one flat vector out; the state is flat too, so that it is checkpointed and sent as it is."""
+    """A rule without memory of its own: its state is flat, and part of the global state."""
 
-    def update(self, pseudo_gradient: Tensor) -> Tensor:
-        """What to subtract from the global parameters.
+    def initial_state(self, size: int) -> dict[str, Tensor]:
+        """The state for n = `size` parameters before the first step, float32 (n,) each, by name."""
+
+    def update(self, mean: Tensor, state: dict[str, Tensor], out: Tensor) -> Tensor:
+        """What to subtract from the global parameters; `state` moves on, in place.
 
         Args:
-            pseudo_gradient: The committed mean, float32 (n,). It is overwritten with the result.
-        """
+            mean: The committed mean pseudo-gradient, float32 (n,). Not changed.
+            state: As `initial_state` gave it.
+            out: float32 (n,), to put the result into.
 
-    def state(self, size: int) -> dict[str, Tensor]:
-        """The state for n = `size` parameters by name, float32 (n,) each: the tensors themselves, not copies."""
+        Returns:
+            `out`, or `mean` itself if that is the result.
+        """
 
 
 class Nesterov:
@@ -28,18 +33,12 @@ class Nesterov:
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.9) -> None:
         self.lr, self.momentum = lr, momentum
-        self._velocity: Tensor | None = None
 
-    def update(self, pseudo_gradient: Tensor) -> Tensor:
-        state = self.state(pseudo_gradient.numel())
-        if state:
-            velocity = state["momentum"].mul_(self.momentum).add_(pseudo_gradient)
-            pseudo_gradient.add_(velocity, alpha=self.momentum)
-        return pseudo_gradient if self.lr == 1 else pseudo_gradient.mul_(self.lr)
+    def initial_state(self, size: int) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros(size)} if self.momentum else {}
 
-    def state(self, size: int) -> dict[str, Tensor]:
-        if self.momentum == 0:
-            return {}
-        if self._velocity is None:
-            self._velocity = torch.zeros(size)
-        return {"momentum": self._velocity}
+    def update(self, mean: Tensor, state: dict[str, Tensor], out: Tensor) -> Tensor:
+        if self.momentum:
+            velocity = state["momentum"].mul_(self.momentum).add_(mean)
+            return torch.add(mean, velocity, alpha=self.momentum, out=out).mul_(self.lr)
+        return mean if self.lr == 1 else torch.mul(mean, self.lr, out=out)

@@ -1,7 +1,7 @@
 """The one entry of a synchronisation: `synchronise(pseudo_gradient, weight) → committed mean`.
 
-`DiLoCo` knows a quorum only as this protocol. `LocalQuorum` is the quorum of a worker alone; `trainer.elastic` has the
-one over the network.
+`DiLoCo` knows a quorum only as this protocol. `LocalQuorum` is the quorum of a worker alone; `trainer.elastic` has
+those over the network.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.diloco.codecs import Codec
+from trainer.diloco.state import GlobalState
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Commit:
         round: The round, counted from 1.
         attempt: Which attempt at the round committed, counted from 1.
         members: The members of the attempt, in rank order.
-        mean: The weighted mean of their pseudo-gradients, float32 (n,). It may be overwritten, and is valid until the
-            next synchronisation.
+        mean: The weighted mean of their pseudo-gradients, float32 (n,).
         weight: The sum of their weights. 0: nobody had anything finite to say, and there is no outer step.
         bytes_sent, bytes_received: What this member's collectives moved, as its kernel counted it; None where the
             kernel does not tell.
@@ -39,14 +39,12 @@ class Commit:
     seconds: float
 
 
+class Superseded(Exception):
+    """The round has been committed without this member: it has to catch up."""
+
+
 class Quorum(Protocol):
     """The members that synchronise a round."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
 
     def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
         """Agree with the other members on the weighted mean.
@@ -58,15 +56,22 @@ class Quorum(Protocol):
             codec: How it is put on the wire.
 
         Raises:
+            Superseded: See there. `catch_up` is next.
             TrainingError: The round cannot be committed. Nobody has applied anything.
         """
+
+    def superseded(self) -> bool:
+        """Whether the open round has been committed without this member. Cheap: asked after every inner step."""
+
+    def catch_up(self, state: GlobalState) -> None:
+        """Bring the global state to the last committed round."""
+
+    def applied(self, commit: Commit, state: GlobalState) -> None:
+        """Told when the outer step of `commit` has been taken."""
 
 
 class LocalQuorum:
     """One worker alone: its pseudo-gradient is the mean."""
-
-    rank = 0
-    world_size = 1
 
     def __init__(self) -> None:
         self._round = 0
@@ -75,6 +80,15 @@ class LocalQuorum:
         self._round += 1
         counted = weight if is_finite(pseudo_gradient) else 0.0
         return Commit(self._round, 1, ("local",), pseudo_gradient.clone(), counted, 0, 0, 0.0)
+
+    def superseded(self) -> bool:
+        return False
+
+    def catch_up(self, state: GlobalState) -> None:
+        raise AssertionError("nobody can commit a round without a worker that is alone")
+
+    def applied(self, commit: Commit, state: GlobalState) -> None:
+        pass
 
 
 def is_finite(values: Tensor) -> bool:

@@ -46,6 +46,7 @@ from trainer.errors import Interrupted, TrainingError
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
     from trainer.diloco.codecs import Codec
+    from trainer.diloco.state import GlobalState
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +165,15 @@ class FixedQuorum:
         sent, received = (after[0] - before[0], after[1] - before[1]) if before and after else (None, None)
         self._round += 1
         return Commit(self._round, 1, self.members, mean, total, sent, received, time.monotonic() - started)
+
+    def superseded(self) -> bool:
+        return False
+
+    def catch_up(self, state: "GlobalState") -> None:
+        raise AssertionError("with fixed membership, no round is committed without a member")
+
+    def applied(self, commit: Commit, state: "GlobalState") -> None:
+        pass
 
     def exchange(self, value: Json) -> list[Json]:
         """Every member's small value (JSON), in rank order."""

@@ -1,0 +1,506 @@
+"""The protocol by which members agree on rounds: states, transitions, and the pure functions that decide them.
+
+One key, `round`, holds the *record* of the open round. Every transition is a compare-and-swap on its mod_revision, so
+all transitions of a run are in one order, and there is one quorum at most for each (term, round, attempt).
+
+    nothing ──found──▶ gather 1 ──decide──▶ reduce 1 ──commit──▶ gather 1 of the next round
+                          ▲                    │
+                          └─ gather a + 1 ◀────┘ retry            (any) ──found again, term + 1──▶ gather 1
+
+| key               | written by                | when                                                             |
+|-------------------|---------------------------|------------------------------------------------------------------|
+| members/<id>      | the member, under a lease | at its start, and when its lease was lost: who and where it is,   |
+|                   |                           | and which committed state it holds                                |
+| arrivals/<id>     | the member                | its inner steps are done, or the attempt it was in has failed:    |
+|                   |                           | "count me in for attempt a", with whom it suspects                |
+| votes/<id>        | the member                | the collective is done: the hash of the reduced buffer            |
+| ready/<id>        | the member                | it holds the last committed state, and asks for a share of data   |
+| left/<id>         | the member                | it leaves: the unused part of its share                           |
+| durable/<id>      | the member                | a checkpoint of its is on disk: the round                         |
+| decider           | one member, under a lease | created: it holds the role until it dies, then another takes it   |
+| round, commits/<k>| the decider               | every transition; `commits/<k>` in the same transaction           |
+
+An `<id>` is an *incarnation*: a process that was started again has another one, so that nothing its predecessor wrote
+counts for it. Several deciders at once (a lease lost unnoticed) are harmless: their swaps exclude each other.
+
+Why it is safe. A member applies round k only when it reads a record in which k is committed by an attempt that it was
+in. Commit needs equal votes of all members of the attempt, and a member votes only after its collective is done. A
+member that has voted waits for the outcome; one that cannot finish the collective has not voted, never will for this
+attempt, and says so by arriving for the next. Hence either all members of an attempt have the reduced buffer when it
+commits, or it never commits, and the next attempt begins from pseudo-gradients that nobody has touched.
+
+Why it is live. Whoever does not arrive is waited for `grace_period` at most, and a member whose lease ended, or whom
+another suspects, not at all. Whoever does not vote is waited for `grace_period` after the first vote. A retry is waited
+for `collective_timeout` + 1 s at most, because all members of a failed collective notice within that time.
+
+Everything below is a pure function of a record, a view of the other keys, and how long a situation has lasted.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Range = tuple[int, int]  # sample positions, from the first up to but without the second
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a run's members decide by."""
+
+    min_nodes: int
+    max_nodes: int
+    grace_period: float
+    retry_period: float
+    forget_period: float
+    local_steps: int
+    total_steps: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A process that takes part: the value of `members/<id>`.
+
+    Attributes:
+        node: Its node; `min_nodes` counts distinct ones.
+        order: Ranks follow it: (slot, local rank).
+        address: host:port where it serves state, and hosts the store of a process group.
+        holds: The committed state that it held when it registered.
+    """
+
+    node: str
+    order: tuple[int, int]
+    address: str
+    holds: "State"
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where in the samples the training is.
+
+    Attributes:
+        position: The first sample position that has not been dealt.
+        tails: Dealt positions that were given back unused; they are dealt first.
+    """
+
+    position: int = 0
+    tails: tuple[Range, ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """A committed global state, without its tensors.
+
+    Attributes:
+        round: Which one; round 0 is the initialisation.
+        step: The schedule position, in inner steps.
+        cursor: Where the next round's samples begin.
+        hash: Of its tensors; "" where nobody has said it yet.
+    """
+
+    round: int = 0
+    step: int = 0
+    cursor: Cursor = Cursor()
+    hash: str = ""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """`arrivals/<id>`: a member is done with its inner steps.
+
+    Attributes:
+        state: Hash of the global state that it began from.
+        unused: What it has not used of its share.
+        suspects: Members that did not answer when the attempt before failed.
+    """
+
+    term: int
+    round: int
+    attempt: int
+    state: str
+    unused: tuple[Range, ...] = ()
+    suspects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Vote:
+    """`votes/<id>`: what a member got out of the collective; `weight` is the sum of all members' weights."""
+
+    term: int
+    round: int
+    attempt: int
+    hash: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Ready:
+    """`ready/<id>`: a member holds the state of `round` (the last committed one), and has no share of data."""
+
+    term: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """`left/<id>`: what a member that leaves has not used of the share dealt in `round`."""
+
+    round: int
+    unused: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The sample positions dealt to a member when `round` opened, or when it joined it."""
+
+    round: int
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A committed round: the value of `commits/<round>`."""
+
+    term: int
+    round: int
+    attempt: int
+    members: tuple[str, ...]
+    hash: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """The open round: the value of `round`.
+
+    Attributes:
+        term: Counts how often the run had to go back to a checkpoint.
+        round: The open round, counted from 1.
+        attempt: The attempt at it that gathers or reduces, counted from 1.
+        phase: gather: members arrive. reduce: `members` run the collective, and vote.
+        expected: Whom a gather waits for.
+        members: The members of the attempt, in rank order (reduce).
+        astray: Members that arrived with another global state than most (reduce): they have to take it anew.
+        base: The committed state that the round begins from.
+        cursor: What of the samples has been dealt by now.
+        length: Inner steps of the round; 0: the training is complete.
+        shares: Which samples a member trains on.
+        committed: How the round before was committed; None at the beginning of a term.
+    """
+
+    term: int
+    round: int
+    attempt: int
+    phase: Literal["gather", "reduce"]
+    expected: tuple[str, ...]
+    members: tuple[str, ...]
+    astray: tuple[str, ...]
+    base: State
+    cursor: Cursor
+    length: int
+    shares: Mapping[str, Share]
+    committed: Outcome | None
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return self.term, self.round, self.attempt
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Record":
+        shares = {id: Share(share["round"], _ranges(share["ranges"])) for id, share in value["shares"].items()}
+        committed = value["committed"]
+        return cls(
+            **{
+                **value,
+                "expected": tuple(value["expected"]),
+                "members": tuple(value["members"]),
+                "astray": tuple(value["astray"]),
+                "base": state_from_json(value["base"]),
+                "cursor": cursor_from_json(value["cursor"]),
+                "shares": shares,
+                "committed": outcome_from_json(committed) if committed else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything else that the decider sees."""
+
+    members: Mapping[str, Member] = field(default_factory=dict)
+    arrivals: Mapping[str, Arrival] = field(default_factory=dict)
+    votes: Mapping[str, Vote] = field(default_factory=dict)
+    ready: Mapping[str, Ready] = field(default_factory=dict)
+    left: Mapping[str, Left] = field(default_factory=dict)
+    durable: int = 0
+
+
+def cursor_from_json(value: Mapping[str, Any]) -> Cursor:
+    return Cursor(value["position"], _ranges(value["tails"]))
+
+
+def state_from_json(value: Mapping[str, Any]) -> State:
+    return State(**{**value, "cursor": cursor_from_json(value["cursor"])})
+
+
+def outcome_from_json(value: Mapping[str, Any]) -> Outcome:
+    return Outcome(**{**value, "members": tuple(value["members"])})
+
+
+def member_from_json(value: Mapping[str, Any]) -> Member:
+    """A member from `members/<id>`, which may say more than the protocol needs."""
+    slot, local_rank = value["order"]
+    return Member(value["node"], (slot, local_rank), value["address"], state_from_json(value["holds"]))
+
+
+def arrival_from_json(value: Mapping[str, Any]) -> Arrival:
+    return Arrival(**{**value, "unused": _ranges(value["unused"]), "suspects": tuple(value["suspects"])})
+
+
+def left_from_json(value: Mapping[str, Any]) -> Left:
+    return Left(value["round"], _ranges(value["unused"]))
+
+
+def situation(record: Record | None, view: View, rules: Rules) -> tuple[Any, ...] | None:
+    """What is being waited for, as a value that stays equal for as long as it is the same wait; None: nothing.
+
+    The decider measures how long it lasts, and says so to `decide`.
+    """
+    if record is None:
+        return ("found",) if _nodes(view.members, view.members) >= rules.min_nodes else None
+    if not _holders(record) & view.members.keys():
+        return ("found again", record.term) if _nodes(view.members, view.members) >= rules.min_nodes else None
+    if record.phase == "gather":
+        return ("gather", *record.place) if _arrived(record, view) else None
+    return ("reduce", *record.place) if _votes(record, view) else None
+
+
+def decide(record: Record | None, view: View, waited: float, rules: Rules) -> Record | None:
+    """The next record; None: it stays as it is.
+
+    Args:
+        waited: How long the present `situation` has lasted, in seconds.
+    """
+    if record is None:
+        return _found(1, view, waited, rules)
+    if record.length == 0:
+        return None
+    if not _holders(record) & view.members.keys():
+        # Everybody who held the state is gone. Their leases may only have been lost: give them time to come back.
+        return _found(record.term + 1, view, waited, rules) if waited >= rules.forget_period else None
+    if record.phase == "gather":
+        return _gather(record, view, waited, rules) or _keep_books(record, view, rules)
+    return _reduce(record, view, waited, rules) or _keep_books(record, view, rules)
+
+
+Action = Literal["wait", "arrive", "reduce", "apply", "catch up"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a member is with synchronising a round.
+
+    Attributes:
+        term, round: What it is about to synchronise.
+        arrived: The last attempt that it has arrived for; 0: none.
+        voted: The last attempt that it has voted in; 0: none.
+    """
+
+    term: int
+    round: int
+    arrived: int = 0
+    voted: int = 0
+
+
+def action(id: str, progress: Progress, record: Record, outcome: Outcome | None) -> Action:
+    """What a member does next.
+
+    Args:
+        outcome: How the member's round was committed, if it was.
+    """
+    if record.term != progress.term:
+        return "catch up"
+    if record.round > progress.round:
+        applies = outcome is not None and id in outcome.members and outcome.attempt == progress.voted
+        return "apply" if applies else "catch up"
+    if record.round < progress.round:
+        return "wait"  # what it has read is older than what it has done
+    if record.phase == "gather":
+        return "arrive" if progress.arrived < record.attempt else "wait"
+    taking_part = id in record.members and progress.arrived == record.attempt
+    return "reduce" if taking_part and progress.voted < record.attempt else "wait"
+
+
+def deal(cursor: Cursor, samples: int) -> tuple[Cursor, tuple[Range, ...]]:
+    """Take `samples` positions: those that were given back first, then new ones."""
+    dealt: list[Range] = []
+    tails = list(cursor.tails)
+    position = cursor.position
+    while samples > 0:
+        start, stop = tails.pop(0) if tails else (position, position + samples)
+        take = min(stop - start, samples)
+        dealt.append((start, start + take))
+        samples -= take
+        if start == position:
+            position += take
+        elif start + take < stop:
+            tails.insert(0, (start + take, stop))
+    return Cursor(position, tuple(tails)), tuple(dealt)
+
+
+def unused(ranges: Iterable[Range], used: int) -> tuple[Range, ...]:
+    """What is left of a share when its first `used` positions have been consumed."""
+    rest: list[Range] = []
+    for start, stop in ranges:
+        skipped = min(used, stop - start)
+        used -= skipped
+        if start + skipped < stop:
+            rest.append((start + skipped, stop))
+    return tuple(rest)
+
+
+def _found(term: int, view: View, waited: float, rules: Rules) -> Record | None:
+    """Begin a term from the newest state that a member holds, never from one older than what was durable."""
+    nodes = _nodes(view.members, view.members)
+    if nodes < rules.min_nodes or (nodes < rules.max_nodes and waited < rules.grace_period):
+        return None
+    newest = max(member.holds.round for member in view.members.values())
+    if newest < view.durable:
+        return None
+    ranked = _ranked(view.members, view.members)
+    holding = [id for id in ranked if view.members[id].holds.round == newest]
+    common = _most_common(view.members[id].holds.hash for id in holding)
+    expected = tuple(id for id in holding if view.members[id].holds.hash == common)
+    return _open(term, expected, view.members[expected[0]].holds, {}, None, rules)
+
+
+def _open(
+    term: int,
+    members: tuple[str, ...],
+    base: State,
+    kept: Mapping[str, Share],
+    committed: Outcome | None,
+    rules: Rules,
+) -> Record:
+    """The round after `base` at its beginning, with a new share for each of `members`."""
+    length = rules.local_steps if rules.total_steps is None else min(rules.local_steps, rules.total_steps - base.step)
+    cursor, shares = base.cursor, dict(kept)
+    for id in members:
+        cursor, ranges = deal(cursor, length * rules.batch_size)
+        shares[id] = Share(base.round + 1, ranges)
+    return Record(term, base.round + 1, 1, "gather", members, (), (), base, cursor, length, shares, committed)
+
+
+def _gather(record: Record, view: View, waited: float, rules: Rules) -> Record | None:
+    arrived = _arrived(record, view)
+    if _nodes(arrived, view.members) < rules.min_nodes:
+        return None
+    astray = _here(record, view) - arrived
+    awaited = _alive(record.expected, view) - _suspects(record, view) - astray
+    patience = rules.grace_period if record.attempt == 1 else rules.retry_period
+    if not awaited <= arrived and waited < patience:
+        return None
+    return replace(record, phase="reduce", members=_ranked(arrived, view.members), astray=tuple(sorted(astray)))
+
+
+def _reduce(record: Record, view: View, waited: float, rules: Rules) -> Record | None:
+    votes = _votes(record, view)
+    missing = [id for id in record.members if id not in votes]
+    if not missing and len({(vote.hash, vote.weight) for vote in votes.values()}) == 1:
+        vote = next(iter(votes.values()))
+        outcome = Outcome(record.term, record.round, record.attempt, record.members, vote.hash, vote.weight)
+        back = tuple(part for id in record.members for part in _unused_by(record, view, id))
+        cursor = replace(record.cursor, tails=(*record.cursor.tails, *back))
+        base = State(record.round, record.base.step + record.length, cursor)
+        kept = {id: share for id, share in record.shares.items() if id in view.members and id not in record.members}
+        alive = tuple(id for id in record.members if id in view.members)
+        return _open(record.term, alive, base, kept, outcome, rules)
+    failed = any(_arrived_for(record, view, id, record.attempt + 1) for id in record.members)
+    gone = any(id not in view.members for id in missing)
+    if missing and not failed and not gone and waited < rules.grace_period:
+        return None
+    waiting = set(missing) if waited >= rules.grace_period else set()  # silent after others have voted
+    expected = tuple(id for id in record.members if id in view.members and id not in waiting)
+    return replace(record, attempt=record.attempt + 1, phase="gather", expected=expected, members=(), astray=())
+
+
+def _keep_books(record: Record, view: View, rules: Rules) -> Record | None:
+    """Deal to members that are ready, and take back what leaving ones have not used."""
+    shares, cursor = dict(record.shares), record.cursor
+    for id, left in sorted(view.left.items()):
+        if id in shares and shares[id].round == left.round:
+            del shares[id]
+            cursor = replace(cursor, tails=(*cursor.tails, *left.unused))
+    for id, ready in sorted(view.ready.items()):
+        current = ready.term == record.term and ready.round == record.round - 1
+        if current and id in view.members and (id not in shares or shares[id].round < record.round):
+            cursor, ranges = deal(cursor, record.length * rules.batch_size)
+            shares[id] = Share(record.round, ranges)
+    return replace(record, shares=shares, cursor=cursor) if shares != dict(record.shares) else None
+
+
+def _holders(record: Record) -> set[str]:
+    """Who holds the state that the open round begins from, or is about to take the step that leads to it."""
+    dealt = {id for id, share in record.shares.items() if share.round == record.round}
+    return {*record.expected, *record.members, *dealt, *(record.committed.members if record.committed else ())}
+
+
+def _here(record: Record, view: View) -> set[str]:
+    """Live members that have arrived for the record's attempt."""
+    return {id for id in view.arrivals if id in view.members and _arrived_for(record, view, id, record.attempt)}
+
+
+def _arrived(record: Record, view: View) -> set[str]:
+    """Those of them that began from the state that most of them began from."""
+    here = _here(record, view)
+    common = _most_common(view.arrivals[id].state for id in _ranked(here, view.members))
+    return {id for id in here if view.arrivals[id].state == common}
+
+
+def _arrived_for(record: Record, view: View, id: str, attempt: int) -> bool:
+    arrival = view.arrivals.get(id)
+    return arrival is not None and (arrival.term, arrival.round, arrival.attempt) == (
+        record.term,
+        record.round,
+        attempt,
+    )
+
+
+def _most_common(hashes: Iterable[str]) -> str:
+    counted = Counter(hashes).most_common(1)  # equal counts: the one that was met first
+    return counted[0][0] if counted else ""
+
+
+def _unused_by(record: Record, view: View, id: str) -> tuple[Range, ...]:
+    """What the member has not used of the share that it has now."""
+    return view.arrivals[id].unused if id in record.shares and _arrived_for(record, view, id, record.attempt) else ()
+
+
+def _suspects(record: Record, view: View) -> set[str]:
+    here = _here(record, view)
+    return {suspect for id in here for suspect in view.arrivals[id].suspects} - here
+
+
+def _votes(record: Record, view: View) -> dict[str, Vote]:
+    votes = {id: view.votes[id] for id in record.members if id in view.votes}
+    return {id: vote for id, vote in votes.items() if (vote.term, vote.round, vote.attempt) == record.place}
+
+
+def _alive(ids: Iterable[str], view: View) -> set[str]:
+    return {id for id in ids if id in view.members}
+
+
+def _nodes(ids: Iterable[str], members: Mapping[str, Member]) -> int:
+    return len({members[id].node for id in ids})
+
+
+def _ranked(ids: Iterable[str], members: Mapping[str, Member]) -> tuple[str, ...]:
+    return tuple(sorted(ids, key=lambda id: (members[id].order, id)))
+
+
+def _ranges(value: Iterable[Iterable[int]]) -> tuple[Range, ...]:
+    return tuple((start, stop) for start, stop in value)
