@@ -149,6 +149,8 @@ def export(config: TrainingConfig, output: Path | str | None = None) -> Path:
         facts = _facts(run, sum(parameter.numel() for parameter in model.parameters()))
         write_json(temporary / FACTS, facts)
         write_text(temporary / "README.md", model_card(facts))
+        for path in temporary.rglob("*"):  # safetensors keeps its files from others, who are to load them
+            path.chmod(path.stat().st_mode | 0o444)
     push(run.config, directory)
     return directory
 

@@ -106,6 +106,7 @@ def test_export_holds_the_newest_committed_global_parameters(run_dir: Path) -> N
         assert torch.equal(parameter, saved[f"model.{name}"])
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.decode(tokenizer("Älteste Eiche ✓").input_ids) == "Älteste Eiche ✓"
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in directory.iterdir()), "others may read it"
     assert not list(run_dir.glob(".export*")), "nothing half-written stays behind"
 
 

@@ -258,8 +258,8 @@ def test_report_is_one_whole_self_contained_page(run_dir: Path) -> None:
     assert {"training", "evaluation", "rounds", "history", "configuration"} <= found.ids
     assert found.count["figure"] == 5 and found.count["svg"] == 10, "each chart for a wide page and for a phone"
     for words in ("gpt-neo-x:tiny on stdlib", "Complete", "2.337", "4.861", "52 % less", "inner step",
-                  "loss (nats a token)", "sent (MB)", "exposed (s)", "share (%)", "samples a second", "parser = argparse",
-                  "each of 2 workers", "held out", "elastic.max_restarts", "2.13.0+cpu",
+                  "loss (nats a token)", "sent (MB)", "exposed (s)", "share (%)", "samples a second",
+                  "parser = argparse", "each of 2 workers", "held out", "elastic.max_restarts", "2.13.0+cpu",
                   "ended with the same global state"):  # fmt: skip
         assert words in found.words, words
     text = path.read_text()

@@ -1,6 +1,7 @@
 """Causal language modelling: predict each token of a sequence from those before it."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ class LanguageModelling:
         from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
         assert isinstance(model, PreTrainedModel)
+        _no_bars_into_logs()
         model.save_pretrained(directory)
         AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True).save_pretrained(directory)
         GenerationConfig.from_model_config(model.config).save_pretrained(directory)
@@ -63,6 +65,7 @@ class LanguageModelling:
         import torch
         from transformers import AutoModelForCausalLM
 
+        _no_bars_into_logs()
         return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
 
     def baseline(self, data: Path) -> "Callable[[Mapping[str, Tensor]], dict[str, float]]":
@@ -108,6 +111,14 @@ class LanguageModelling:
             whole = before + tokenizer.decode(drawn[0, prompt.shape[1] :], skip_special_tokens=True)
         how = f"drawn at temperature {TEMPERATURE}, top-p {TOP_P}, seed {seed}"
         return {"prompt": before, "continuation": whole.removeprefix(before), "how": how}
+
+
+def _no_bars_into_logs() -> None:
+    """Keep transformers' progress bars for terminals."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 TASK = LanguageModelling()
