@@ -142,7 +142,8 @@ class EtcdClient:
         return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)}
 
     def put(self, key: str, value: Json, lease: int = 0) -> None:
-        self._call(lambda etcd: etcd.put(self.prefix + key, _encode(value), lease or None))
+        text = _encode(value)
+        self._call(lambda etcd: etcd.put(self.prefix + key, text, lease or None))
 
     def delete(self, key: str) -> bool:
         """Delete the key; whether it was there."""
@@ -287,6 +288,8 @@ class EtcdClient:
                     **self._tls,
                     **self._credentials,
                 )
+                # The token is in every request's metadata; gRPC refuses to send it as a credential without TLS.
+                self._connection.call_credentials = None
             return self._connection
 
     def _drop(self, connection: Any) -> None:
@@ -436,9 +439,7 @@ class Watch:
             yield request
             stream_ended.wait()  # the server ends the watch when the requests end
 
-        stream = rpc.WatchStub(connection.channel).Watch(
-            requests(), metadata=connection.metadata, credentials=connection.call_credentials
-        )
+        stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=connection.metadata)
         self._stream = stream
         stream.add_callback(stream_ended.set)
         if self._ended.is_set():

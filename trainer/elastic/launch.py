@@ -9,12 +9,12 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trainer.config import ENV_PREFIX, TrainingConfig
 from trainer.elastic import record
-from trainer.elastic.etcd import EtcdClient
+from trainer.elastic.etcd import EtcdClient, EtcdError
 from trainer.elastic.process import dying_with_parent
 from trainer.elastic.progress import View, WorkerProgress, view
 from trainer.elastic.server import EmbeddedEtcd
@@ -118,7 +118,10 @@ class _Run:
             return 0
         if failure:
             raise TrainingError(f"{failure} (logs: {self._run_dir / 'logs'})")
-        print(f"run {self._config.run_id} is stopped and resumable: run the same command with --run-id", flush=True)
+        print(
+            f"run {self._config.run_id} is stopped; the same command with --run-id {self._config.run_id} goes on",
+            flush=True,
+        )
         if self._signals[0] == signal.SIGINT:
             raise KeyboardInterrupt
         raise Interrupted
@@ -149,14 +152,18 @@ class _Run:
                     continue
                 failure = self._reason(agent)
                 shown.show("the run has failed: stopping the other workers")
-                record.finish(self._client, "failed", failure)
+                with suppress(EtcdError):
+                    record.finish(self._client, "failed", failure)
                 for other in self._agents:
                     other.terminate()
         return failure
 
     def _reason(self, agent: "_Agent") -> str:
         """Why the run failed, in the words of the worker that began it: others only report that they lost it."""
-        result = record.verdict(self._client)
+        try:
+            result = record.verdict(self._client)
+        except EtcdError as error:
+            return str(error)
         if result.terminal and result.slot is None:
             return result.reason
         first = self._agents[result.slot] if result.terminal and result.slot is not None else agent
@@ -175,7 +182,7 @@ class _Run:
                 if event["event"] == "warning":
                     shown.show(f"worker {worker.number}: {event['message']}")
                 elif event["event"] == "end" and event["status"] == "failed":
-                    shown.show(f"worker {worker.number} failed: {event['reason']}")
+                    shown.show(f"worker {worker.number} ended: {event['reason']}")
         shown.refresh()
 
     @contextmanager

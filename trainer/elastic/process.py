@@ -25,6 +25,7 @@ def dying_with_parent(command: list[str]) -> list[str]:
 def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     """A listening TCP socket on `port`, or on the first free port of `port_range` ("low-high"), or on any.
 
+    IPv6 for an IPv6 address, else IPv4.
     An address that no interface of this machine has (a NAT's, a service's) is bound as any address.
 
     Raises:
@@ -33,7 +34,7 @@ def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     low, high = map(int, port_range.split("-")) if port_range and not port else (port, port)
     for candidate in range(low, high + 1):
         for host in (address, ""):
-            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((host, candidate))

@@ -56,7 +56,7 @@ class WorkerProgress:
         self.step = self.round = self.bytes = 0
         self.loss: float | None = None
         self.speed = self.step_rate = 0.0
-        self._last_step = 0.0
+        self._last_step: float | None = None  # when it ended
         self.last_round: Event | None = None
         self.held_out: float | None = None
         self.reason = ""
@@ -71,16 +71,17 @@ class WorkerProgress:
         return events
 
     def _on_start(self, event: Event) -> None:
-        self.state, self._last_step = "training", 0.0
+        self.state, self._last_step = "training", None
 
     def _on_step(self, event: Event) -> None:
         self.state, self.step = "training", event["step"]
         if event.get("loss") is not None:
             self.loss = _smooth(self.loss, event["loss"])
-        elapsed, self._last_step = event["time"] - self._last_step, event["time"]
-        if 0 < elapsed < 3600:  # the first step of a life has no step before it
+        if self._last_step is not None and event["time"] > self._last_step:
+            elapsed = event["time"] - self._last_step
             self.speed = _smooth(self.speed or None, event["samples"] / elapsed)
             self.step_rate = _smooth(self.step_rate or None, 1 / elapsed)
+        self._last_step = event["time"]
 
     def _on_round(self, event: Event) -> None:
         self.round, self.step, self.last_round = event["round"], event["step"], event
@@ -148,7 +149,7 @@ class Plain:
         remaining = time_left(workers, self._total)
         if remaining is not None:
             parts.append(f"{_duration(remaining)} left")
-        idle = [f"worker {worker.number} is {worker.state}" for worker in workers if worker.state != "training"]
+        idle = [f"worker {worker.number}: {worker.state}" for worker in workers if worker.state != "training"]
         self._write("  ".join(parts + idle))
 
 

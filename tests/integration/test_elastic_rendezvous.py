@@ -1,0 +1,177 @@
+"""The torchrun backend `etcd3-diloco`: torch's registry, real agents, a real etcd."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+)
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from trainer.elastic.etcd import EtcdClient
+from trainer.elastic.record import SLOT_VARIABLE, finish, free_slot
+from trainer.elastic.rendezvous import BACKEND, NodeRendezvous
+
+MakeNode = Callable[..., NodeRendezvous]
+
+
+@pytest.fixture
+def client(etcd: str, request: pytest.FixtureRequest) -> Iterator[EtcdClient]:
+    with EtcdClient([etcd], f"/rendezvous/{request.node.name}") as client:
+        yield client
+
+
+@pytest.fixture
+def node(etcd: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeNode]:
+    """Makes an agent's handler, as torchrun does."""
+    monkeypatch.delenv(SLOT_VARIABLE, raising=False)
+    made: list[NodeRendezvous] = []
+
+    def make(nodes: str = "2:2", **settings: object) -> NodeRendezvous:
+        low, high = map(int, nodes.split(":"))
+        options = {"prefix": "/rendezvous", "lease_ttl": "2", "timeout": "30", **settings}
+        parameters = RendezvousParameters(BACKEND, etcd, request.node.name, low, high, **options)
+        handler = get_rendezvous_handler(parameters)
+        assert isinstance(handler, NodeRendezvous)
+        made.append(handler)
+        return handler
+
+    yield make
+    for handler in made:
+        handler.shutdown()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[NodeRendezvous], "Future[RendezvousInfo]"]]:
+    """Runs a handler's `next_rendezvous` in a thread, as another agent would in its process."""
+    with ThreadPoolExecutor() as pool:
+        yield lambda handler: pool.submit(handler.next_rendezvous)
+
+
+def nodes_are(client: EtcdClient, *slots: int | None) -> bool:
+    """Wait until there are nodes with exactly these slots."""
+
+    def present() -> bool:
+        found = [entry.value["slot"] for entry in client.list("nodes/").values()]
+        return sorted(found, key=str) == sorted(slots, key=str)
+
+    return bool(client.wait_for(present, 30, "nodes/"))
+
+
+def test_two_nodes_meet_and_each_has_a_world_of_its_own(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    one, two = node(), node()
+    first = start(one)
+    assert client.wait_for(lambda: client.get("slots/0"), 30)
+    assert not first.done()
+    second = start(two)
+    for info in (first.result(), second.result()):
+        assert (info.rank, info.world_size) == (0, 1)
+        info.store.set("mine", "1")
+    assert first.result().store.port != second.result().store.port
+    assert {one.slot, two.slot} == {0, 1}
+    assert os.environ[SLOT_VARIABLE] in ("0", "1")
+    assert one.num_nodes_waiting() == two.num_nodes_waiting() == 0
+    assert nodes_are(client, 0, 1)
+    one.shutdown()
+    assert nodes_are(client, 1 if two.slot == 1 else 0)  # only its own keys are gone
+    assert not two.is_closed()
+
+
+def test_later_start_returns_at_once_and_buries_its_own_dead_workers(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    one, two = node(slot=0), node(slot=1)
+    first, second = start(one), start(two)
+    first.result()
+    second.result()
+    two.shutdown()
+    for rank, slot in (("0000", 0), ("0001", 1)):
+        client.put(f"members/{rank}", {"slot": slot}, client.grant(60))
+    again = one.next_rendezvous()  # `min_nodes` is 2, and it is alone: it does not wait
+    assert again.world_size == 1
+    assert list(client.list("members/")) == ["members/0001"]
+
+
+def test_preferred_slot(node, start) -> None:  # type: ignore[no-untyped-def]
+    one, two = node(slot=1), node(slot=0)
+    for future in [start(one), start(two)]:
+        future.result()
+    assert (one.slot, two.slot) == (1, 0)
+
+
+def test_spare_waits_and_steps_in(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    one = node("1:1")
+    one.next_rendezvous()
+    spare = node("1:1")
+    future = start(spare)
+    assert nodes_are(client, 0, None)
+    assert not future.done()
+    one.shutdown()
+    assert future.result(30).world_size == 1
+    assert spare.slot == 0 and nodes_are(client, 0)
+
+
+def test_slot_of_a_killed_agent_is_freed(node, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    one = node("1:1")
+    one.next_rendezvous()
+    assert one._lease
+    one._lease._ended.set()  # as after kill -9: nobody keeps the lease alive
+    free_slot(client, 0)
+    two = node("1:1")
+    two.next_rendezvous()
+    assert two.slot == 0
+
+
+def test_verdict_closes(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    waiting = node()
+    future = start(waiting)
+    assert client.wait_for(lambda: client.get("slots/0"), 30)
+    finish(client, "failed", "no more money")
+    finish(client, "succeeded")  # the first verdict stands
+    with pytest.raises(RendezvousClosedError, match="failed: no more money"):
+        future.result(30)
+    late = node()
+    assert late.is_closed()
+    with pytest.raises(RendezvousClosedError, match="no more money"):
+        late.next_rendezvous()
+    assert client.list("nodes/") == {} and client.list("slots/") == {}
+
+
+def test_too_few_nodes(node, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(RendezvousTimeoutError, match="only 1 of at least 2 nodes came within 1 s"):
+        node(timeout="1").next_rendezvous()
+    assert client.list("slots/") == {}
+
+
+def test_etcd_out_of_reach() -> None:
+    handler = NodeRendezvous(RendezvousParameters(BACKEND, "127.0.0.1:1", "run", 1, 1))
+    with pytest.raises(RendezvousConnectionError, match="cannot reach etcd"):
+        handler.next_rendezvous()
+
+
+def test_plain_torchrun(etcd: str, tmp_path: Path) -> None:
+    """Any torchrun script: the workers of a node are a world, through the environment that torchrun promises."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "total = torch.tensor(dist.get_rank() + 1.0)\n"
+        "dist.all_reduce(total)\n"
+        "print('slot', os.environ['ELASTIC_SLOT'], 'of', dist.get_world_size(), 'sum', total.item(), flush=True)\n"
+        "dist.destroy_process_group()\n"
+    )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", BACKEND, "--rdzv-endpoint", etcd),
+        *("--rdzv-id", "plain-torchrun", "--rdzv-conf", "prefix=/rendezvous,timeout=60", "--nnodes", "1"),
+        *("--nproc-per-node", "2", str(script)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agent = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert agent.stdout.splitlines() == ["slot 0 of 2 sum 3.0"] * 2

@@ -1,0 +1,55 @@
+"""What `launch` refuses before it starts anything."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer.config import TrainingConfig
+from trainer.elastic.launch import _environment, _locked, launch
+from trainer.elastic.process import listen
+from trainer.elastic.server import EmbeddedEtcd
+from trainer.errors import ConfigError
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_second_launch_is_refused_and_names_the_first(tmp_path: Path) -> None:
+    config = TrainingConfig.from_flat({"run_id": "r", "run_dir": str(tmp_path), "device": "cpu"})
+    with _locked(tmp_path), pytest.raises(ConfigError, match=r"in use by another launch \(process \d+\)"):
+        launch(config, command=["true"])
+    with _locked(tmp_path):
+        pass  # the first has given it back
+
+
+def test_port_range_without_a_free_port(tmp_path: Path, taken: int) -> None:
+    values = {"run_id": "r", "run_dir": str(tmp_path), "device": "cpu", "port_range": f"{taken}-{taken}"}
+    with pytest.raises(ConfigError, match=r"port_range.*has no free port left"):
+        launch(TrainingConfig.from_flat(values), command=["true"])
+
+
+def test_port_range_passes_over_taken_ports(taken: int) -> None:
+    with listen("127.0.0.1", f"{taken}-{taken + 20}") as listener:
+        assert taken < listener.getsockname()[1] <= taken + 20
+
+
+def test_embedded_etcd_on_a_taken_port(tmp_path: Path, taken: int) -> None:
+    with pytest.raises(ConfigError, match=f"port = {taken}: is taken"), EmbeddedEtcd(tmp_path, port=taken):
+        pass
+
+
+def test_workers_share_the_cores_and_get_their_configuration_from_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("DILOCO_RUN_DIR", "elsewhere")
+    monkeypatch.setenv("ETCD_PASSWORD", "kept")
+    environment = _environment(workers=1000)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert "DILOCO_RUN_DIR" not in environment
+    assert environment["ETCD_PASSWORD"] == "kept"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert _environment(workers=1000)["OMP_NUM_THREADS"] == "7"
