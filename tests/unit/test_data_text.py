@@ -72,13 +72,13 @@ def test_tokens_round_trip_through_a_directory(some_tokenizer: Any, tmp_path: Pa
     assert again.eos_token_id == some_tokenizer.eos_token_id
     for one in TEXTS:
         [tokens] = tokenizer.encode(some_tokenizer, [one])
-        assert tokens == tokenizer.encode(again, [one])[0] == again(one)["input_ids"]
+        assert tokens.tolist() == tokenizer.encode(again, [one])[0].tolist() == again(one)["input_ids"]
         assert again.decode(tokens) == one
 
 
 def test_a_byte_is_its_own_token() -> None:
     made = tokenizer.load("bytes", list)
-    assert tokenizer.encode(made, ["aé\0"]) == [[97, 195, 169, 0]]
+    assert tokenizer.encode(made, ["aé\0"])[0].tolist() == [97, 195, 169, 0]
     assert (tokenizer.vocabulary_size(made), made.eos_token_id) == (257, 256)
 
 
@@ -201,7 +201,7 @@ def test_packing_loses_the_tail_alone(
         sizes = np.arange(257)
         packer = text._Packer(directory, "validation", length, np.dtype(np.uint16), sizes)
         for document in documents:
-            packer.add([*document, 256], len(document))
+            packer.add(np.array(document, dtype=np.int64), 256, len(document))
         counts = packer.close()
     stream = [token for document in documents for token in (*document, 256)]
     rows = np.array(stream[: len(stream) // length * length], dtype=np.int64).reshape(-1, length)
@@ -223,7 +223,7 @@ def test_content_does_not_depend_on_how_it_is_cut_into_files(tmp_path: Path, mon
         (tmp_path / str(number)).mkdir()
         packer = text._Packer(tmp_path / str(number), "train", 8, np.dtype(np.uint16))
         for start in range(0, 600, 30):
-            packer.add(list(range(start, start + 30)), 30)
+            packer.add(np.arange(start, start + 29), start + 29, 29)
         packer.close()
         digests.append(packer.digest)
     assert len(set(digests)) == 1

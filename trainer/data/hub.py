@@ -19,7 +19,7 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
         ConfigError: There is nothing of that name, or the user may not have it.
         TrainingError: The hub cannot be reached, or failed.
     """
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     also = f", {instead}" if instead else ""
@@ -35,6 +35,8 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
     except (RepositoryNotFoundError, DatasetNotFoundError):
         reason = "is not on the hub, or is private: check its name, or set HF_TOKEN in the environment"
         raise ConfigError(field, name, reason + also) from None
+    except DataFilesNotFoundError as error:
+        raise ConfigError(field, name, f"is not laid out as it should be: {_first_line(error)}") from None
     except HfHubHTTPError as error:
         raise TrainingError(f"{field} {name}: the hub answered with an error: {_first_line(error)}") from error
     except Exception as error:

@@ -87,13 +87,12 @@ class TextDataset(DatasetFamily):
             for texts in _batched(documents(), _BATCH_CHARACTERS):
                 for text, tokens in zip(texts, tokenizers.encode(tokenizer, texts), strict=True):
                     raw = text.encode()
-                    tokens.append(end)
                     place = content_hash(raw)
                     smallest_hash = min(smallest_hash, place) if len(tokens) >= length else smallest_hash
                     if place < fraction:
-                        validation.add(tokens, len(raw))
+                        validation.add(tokens, end, len(raw))
                     else:
-                        train.add(tokens, len(raw))
+                        train.add(tokens, end, len(raw))
                         byte_counts += np.bincount(np.frombuffer(raw, dtype=np.uint8), minlength=256)
                     progress.update(len(raw))
         counts, held_out = train.close(), validation.close()
@@ -164,10 +163,10 @@ class _Packer:
         self._documents = self._sequences = self._bytes = 0
         self._hash = hashlib.sha256()
 
-    def add(self, tokens: list[int], size: int) -> None:
-        """Append a document of `size` bytes, its separator included in `tokens`."""
-        self._waiting.append(np.asarray(tokens, dtype=self._dtype))
-        self._waiting_tokens += len(tokens)
+    def add(self, tokens: np.ndarray, end: int, size: int) -> None:
+        """Append a document of `size` bytes, and the token that ends it."""
+        self._waiting += [tokens.astype(self._dtype), np.array([end], dtype=self._dtype)]
+        self._waiting_tokens += len(tokens) + 1
         self._documents += 1
         self._bytes += size
         while self._waiting_tokens >= self._chunk_rows * self._length:

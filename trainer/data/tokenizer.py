@@ -84,11 +84,16 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.ndarray]:
     """The tokens of each text: nothing added, and what looks like a special token is taken for the text that it is."""
+    if _is_bytes(tokenizer):  # a hundred times faster, and the same
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return [
+        np.array(encoding.ids, dtype=np.int64)
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
 
 def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
@@ -157,6 +162,11 @@ def _byte_characters() -> list[str]:
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = (chr(number) for number in range(256, 512))
     return [chr(byte) if byte in visible else next(hidden) for byte in range(256)]
+
+
+def _is_bytes(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether this is `_byte_level`."""
+    return tokenizer.get_vocab() == {token: byte for byte, token in enumerate((*_byte_characters(), END_OF_TEXT))}
 
 
 def _byte_level() -> "Tokenizer":
