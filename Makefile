@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "setting up $(VENV) with $$($$python --version): some minutes, once"; \
 	$$python -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[local,dev]' \
-	    | { grep --line-buffered -oE 'Downloading [^ ]+ \([0-9.]+ (MB|GB)\)|Installing collected|Successfully' || true; }
+	    | { grep --line-buffered -oE 'Downloading [^ ]+ \([0-9.]+ (MB|GB)\)|Installing collected packages' || true; }
 	@touch $@
 
 run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, ARGS="--total-steps 100 ...")
