@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "httpx2"):  # one or the other is beneath huggingface_hub
+        logging.getLogger(library).setLevel(logging.WARNING)
     if arguments.command == "schema":
         import json
 

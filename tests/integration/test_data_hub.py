@@ -163,6 +163,7 @@ def test_c4_is_streamed_from_the_hub(tmp_path: Path, hub: tuple[str, list[tuple[
     for file in (tmp_path / "run").rglob("*"):
         assert not file.is_file() or TOKEN.encode() not in file.read_bytes()
     assert TOKEN not in done.stdout + done.stderr
+    assert "HTTP Request" not in done.stderr
 
     asked.clear()
     again = precache(tmp_path, "http://127.0.0.1:9")

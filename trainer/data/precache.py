@@ -175,6 +175,9 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
         except BlockingIOError:
             log(f"waiting for another process that precaches {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
+        # Who holds the lock is alone: these are of processes that died, whatever their ids may be taken for today.
+        for torn in path.parent.glob(f".{path.name}.*.tmp"):
+            shutil.rmtree(torn, ignore_errors=True)
         yield
 
 
