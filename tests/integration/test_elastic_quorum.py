@@ -14,6 +14,7 @@ import torch
 
 from trainer.config import TrainingConfig
 from trainer.diloco import Fp32
+from trainer.elastic import quorum as quorum_module
 from trainer.elastic.etcd import EtcdClient
 from trainer.elastic.quorum import FixedQuorum, LostMember
 from trainer.elastic.record import SLOT_VARIABLE, finish
@@ -68,14 +69,19 @@ def _serve(pipe: Connection, config: TrainingConfig, rank: int, fingerprint: dic
         quorum.broadcast(tensor, source)
         return torch.equal(tensor, torch.arange(size, dtype=torch.float64))
 
+    def die_inside(quorum: FixedQuorum) -> None:
+        setattr(quorum_module, "weighted_mean", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
+        quorum.synchronise(torch.ones(1), 1.0, Fp32())
+
     actions: dict[str, Callable[..., Any]] = {
+        "die_inside": die_inside,
         "synchronise": synchronise,
         "broadcast": broadcast,
         "exchange": lambda quorum, value: quorum.exchange(value),
         "finish": lambda quorum, status: quorum.finish(status),
     }
     try:
-        with FixedQuorum.join(config, fingerprint, lambda: bool(told)) as quorum:
+        with FixedQuorum.meet(config, fingerprint, lambda: bool(told)) as quorum:
             pipe.send((quorum.rank, quorum.world_size, quorum.generation))
             while (order := pipe.recv())[0] != "leave":
                 pipe.send(actions[order[0]](quorum, *order[1]))
@@ -92,11 +98,8 @@ def config(etcd: str) -> TrainingConfig:
             "run_id": uuid.uuid4().hex,
             "elastic_etcd_prefix": "/quorum",
             "etcd_endpoints": [etcd],
-            "collective_timeout": 2,
-            "grace_period": 2.5,
-            "lease_ttl": 3,
-            "etcd_outage_limit": 4,
-            "elastic_rdzv_timeout": 30,
+            "etcd_outage_limit": 30,
+            "elastic_rdzv_timeout": WAIT,
         }
     )
 
@@ -187,15 +190,15 @@ def test_killed_member_is_noticed_and_a_new_generation_forms(start: Callable[...
 def test_death_inside_the_collective(start: Callable[..., Member]) -> None:
     one, two = start(0), start(1)
     one.answer(), two.answer()
-    size = 50_000_000  # enough to be killed in the middle
-    one.ask("synchronise", 1.0, 1.0, size)
-    two.ask("synchronise", 1.0, 1.0, size)
-    two.stop()
-    assert isinstance(one.answer(), LostMember)
+    one.ask("synchronise", 1.0, 1.0, 20_000_000)
+    two.ask("die_inside")
+    error = one.answer()  # all had arrived; no lease has ended, and no agent has told
+    assert isinstance(error, LostMember) and "broke" in str(error)
 
 
 def test_frozen_member_is_given_up_when_its_lease_ends(start: Callable[..., Member]) -> None:
-    one, two = start(0), start(1)
+    short = {"collective_timeout": 1, "grace_period": 1.5, "lease_ttl": 2}
+    one, two = start(0, **short), start(1, **short)
     one.answer(), two.answer()
     two.stop(signal.SIGSTOP)
     one.ask("synchronise", 1.0, 1.0, 1000)
@@ -203,12 +206,11 @@ def test_frozen_member_is_given_up_when_its_lease_ends(start: Callable[..., Memb
     assert isinstance(error, LostMember) and "worker 1" in str(error)
 
 
-def test_slow_member_is_waited_for(start: Callable[..., Member], config: TrainingConfig, client: EtcdClient) -> None:
-    one, two = start(0), start(1)
+def test_slow_member_is_waited_for(start: Callable[..., Member]) -> None:
+    one, two = start(0, collective_timeout=0.5), start(1, collective_timeout=0.5)
     one.answer(), two.answer()
     one.ask("exchange", "early")
-    # Longer than the collective's timeout, while it gives signs of life.
-    assert not one._pipe.poll(config.collective_timeout + 1)
+    assert not one._pipe.poll(1.5)  # longer than the collective's timeout
     two.ask("exchange", "late")
     assert one.answer() == two.answer() == ["early", "late"]
 
@@ -233,21 +235,20 @@ def test_stale_incarnation_leads_to_a_new_generation(start: Callable[..., Member
     assert two.answer() == (1, 2, 2)
 
 
-def test_other_fingerprint_is_refused(start: Callable[..., Member]) -> None:
+def test_other_fingerprint_is_refused(start: Callable[..., Member], client: EtcdClient) -> None:
     start(0)
-    start(1)
-    other = start(1, fingerprint={**FINGERPRINT, "local_steps": 31})
-    error = other.answer()
-    while not isinstance(error, TrainingError):
-        error = other.answer()
+    assert client.wait_for(lambda: client.get("fingerprint"), WAIT)
+    error = start(1, fingerprint={**FINGERPRINT, "local_steps": 31}).answer()
+    assert isinstance(error, TrainingError)
     assert "its local_steps is 31, the run's is 30" in str(error)
 
 
 def test_missing_worker_is_named(start: Callable[..., Member]) -> None:
-    one = start(0, 3, elastic_rdzv_timeout=4.5)
+    short = {"collective_timeout": 0.1, "grace_period": 0.2, "lease_ttl": 1, "etcd_outage_limit": 1}
+    one = start(0, 3, elastic_rdzv_timeout=1.5, **short)
     error = one.answer()
     assert isinstance(error, TrainingError)
-    assert "waiting for worker 1, 2: 1 of 3 are here, for 4 s (elastic.rdzv_timeout)" in str(error)
+    assert "waiting for worker 1, 2: 1 of 3 are here, for 2 s (elastic.rdzv_timeout)" in str(error)
 
 
 def test_waiting_ends_with_the_runs_verdict_and_with_sigterm(start: Callable[..., Member], client: EtcdClient) -> None:

@@ -1,0 +1,159 @@
+"""`launch` with real agents and a real etcd, and a worker that does nothing but say what it would do."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+LAUNCH = """
+import sys
+from trainer.config import TrainingConfig
+from trainer.elastic.launch import launch
+from trainer.errors import run_main
+config = TrainingConfig.from_flat({"run_id": "r", "run_dir": sys.argv[1], "device": "cpu", "elastic_max_restarts": 1,
+                                   "total_steps": 2, "warmup_steps": 0})
+run_main(lambda: launch(config, [sys.executable, *sys.argv[2:]]))
+"""
+
+# Tells the test that it is here, does what the test's `act` does, and is done when the test says so.
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+run, slot = Path(sys.argv[1]), os.environ["ELASTIC_SLOT"]
+life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+def say(event, **fields):
+    with (run / f"worker-{slot}" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\\n")
+def leave(*_):
+    say("end", status="stopped", step=1, reason="told to leave")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, leave)
+say("start")
+say("step", step=1, loss=2.5, samples=8)
+print("here", os.getpid(), flush=True)
+ACT
+while not (run / "go").exists():
+    time.sleep(0.05)
+say("round", round=1, step=2, bytes_sent=1000, bytes_received=1000)
+say("end", status="complete", step=2, reason="")
+"""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a launch whose workers run WORKER; nothing of it is left running in the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(act: str = "pass") -> "subprocess.Popen[str]":
+        (tmp_path / "worker.py").write_text(WORKER.replace("ACT", textwrap.dedent(act)))
+        command = [sys.executable, "-c", LAUNCH, str(tmp_path), str(tmp_path / "worker.py"), str(tmp_path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DILOCO_SEED": "not for workers"}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def until(predicate: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+    """Wait for the predicate while the launch lives."""
+    while not predicate():
+        try:
+            process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+        raise AssertionError(f"launch ended with {process.returncode}: {process.communicate()}")
+
+
+def workers_here(run: Path, slot: int) -> list[int]:
+    """Process ids of the workers that a slot has had, in order."""
+    log = run / "logs" / f"worker-{slot}.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [int(line.split()[1]) for line in lines if line.startswith("here ")]
+
+
+def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path: Path) -> None:
+    launch = start()
+    until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
+
+    os.kill(workers_here(tmp_path, 0)[0], signal.SIGKILL)
+    until(lambda: len(workers_here(tmp_path, 0)) == 2, launch)  # its agent has started it again
+
+    worker = psutil.Process(workers_here(tmp_path, 1)[0])
+    agent = worker.parent()
+    assert agent and "trainer.elastic.agent" in agent.cmdline()
+    agent.kill()
+    assert_gone([worker])  # with its agent
+    until(lambda: len(workers_here(tmp_path, 1)) == 2, launch)
+
+    everybody = family(launch)
+    (tmp_path / "go").touch()
+    output, errors = launch.communicate()
+    assert (launch.returncode, errors) == (0, "")
+    assert "the agent of worker 1 was killed: starting it again" in output
+    assert "round 1  step 2/2  loss 2.5000" in output
+    assert output.splitlines()[-1] == f"run r is complete: {tmp_path}"
+    assert_gone(everybody)
+
+
+def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
+    launch = start('if slot == "1": raise ValueError("the moon is full")')
+    output, errors = launch.communicate()
+    assert launch.returncode == 1
+    assert "Traceback" not in output + errors
+    assert errors.splitlines()[-1].startswith("error: worker 1: ValueError: the moon is full (logs: ")
+    assert len(workers_here(tmp_path, 1)) == 2  # it was started again, once
+    assert "told to leave" in (tmp_path / "worker-0" / "metrics.jsonl").read_text()
+
+
+def test_bad_configuration_is_not_tried_again(start: Start, tmp_path: Path) -> None:
+    act = 'if slot == "0": print("error: lr = 0: must be more", file=sys.stderr, flush=True); sys.exit(2)'
+    launch = start(act)
+    _, errors = launch.communicate()
+    assert launch.returncode == 1
+    assert "error: worker 0: lr = 0: must be more" in errors.splitlines()[-1]
+    assert len(workers_here(tmp_path, 0)) == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_path: Path) -> None:
+    launch = start()
+    until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
+    everybody = family(launch)
+    launch.send_signal(number)
+    output, errors = launch.communicate()
+    assert launch.returncode == status
+    assert "Traceback" not in output + errors
+    assert "--run-id r goes on" in output
+    for slot in (0, 1):
+        assert "told to leave" in (tmp_path / f"worker-{slot}" / "metrics.jsonl").read_text()
+    assert_gone(everybody)
+
+
+def test_nothing_outlives_a_killed_launch(start: Start, tmp_path: Path) -> None:
+    launch = start()
+    until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
+    everybody = family(launch)
+    assert any("etcd" in process.name() for process in everybody)
+    launch.kill()
+    assert_gone(everybody)
