@@ -35,7 +35,7 @@ run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, 
 	@$(BIN)/python -m pipelines run --config $(RECIPE) $(ARGS)
 
 test: lint  ## lint, then all tests that need no cluster and no GPU (ARGS="-k name")
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-faults: $(READY)  ## tests that kill real processes (not available yet)
 	@if ! ls tests/faults/test_*.py >/dev/null 2>&1; then \

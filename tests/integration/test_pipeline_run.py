@@ -19,6 +19,8 @@ from components.train.component import train
 from pipelines import local
 from trainer.config import TrainingConfig
 
+pytestmark = pytest.mark.timeout(400)  # the first test pays for the run
+
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {
     "model": "gpt-neo-x:tiny",
@@ -84,7 +86,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("pipeline"))
 
 
-@pytest.mark.timeout(300)
 def test_the_run_succeeds_and_says_where_everything_is(run: Run) -> None:
     assert run.done.returncode == 0, run.done.stdout + run.done.stderr
     shown = run.done.stdout.splitlines()
