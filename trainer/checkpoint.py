@@ -94,7 +94,13 @@ def read(path: Path) -> Checkpoint:
 def paths(directory: Path) -> list[Path]:
     """The checkpoints in a directory, newest first, not verified."""
     found = [path for path in directory.glob("round-*") if _NAME.fullmatch(path.name)] if directory.is_dir() else []
-    return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], reverse=True)
+    return sorted(found, key=place_of, reverse=True)
+
+
+def place_of(path: Path) -> tuple[int, int]:
+    """The round and the step of the checkpoint in this directory, by its name."""
+    round, step = re.findall(r"\d+", path.name)
+    return int(round), int(step)
 
 
 def newest(directory: Path, warn: Callable[[str], None] = logger.warning) -> Checkpoint | None:

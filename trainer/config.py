@@ -92,7 +92,7 @@ class ElasticEtcdConfig(Group):
 
 class ElasticConfig(Group):
     min_nodes: Positive | None = Field(
-        None, description="Fewest nodes that train together. Default: as many as `nodes` (fixed membership)."
+        None, description="Fewest nodes that train together. Default: as many as `nodes`."
     )
     max_nodes: Positive | None = Field(
         None, description="Most nodes that train together; further ones wait as spares. Default: as many as `nodes`."
@@ -297,15 +297,13 @@ class TrainingConfig(Group):
         5.0, description="Longest time without progress inside a collective, in seconds, before it fails."
     )
     etcd_outage_limit: Seconds = Field(300.0, description="Longest absence of etcd that a run survives, in seconds.")
-    late_policy: Annotated[Literal["carry", "drop"], Later("stragglers")] = Field(
+    late_policy: Literal["carry", "drop"] = Field(
         "carry", description="What a late worker does with its work: carry it into the next round, or drop it."
     )
-    joiner_moments: Annotated[Literal["donor", "warmup"], Later("joiners")] = Field(
-        "donor", description="Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
+    joiner_moments: Literal["donor", "warmup"] = Field(
+        "donor", description="Where a joiner's inner optimizer state comes from: a donor, or it starts at zero."
     )
-    catch_up_rounds: Annotated[Positive, Later("joiners")] = Field(
-        8, description="Rounds whose committed means are kept for members that catch up."
-    )
+    catch_up_rounds: Positive = Field(8, description="Rounds whose committed means are kept for members that catch up.")
     advertise_address: str = Field("", description="Address by which other workers reach this one. Empty: detected.")
     network_interface: str = Field("", description="Network interface of the collectives. Empty: detected.")
     port_range: str = Field(
@@ -354,7 +352,8 @@ class TrainingConfig(Group):
     gpu_type: Annotated[str, Later("launcher=pytorchjob")] = Field("A100", description="Type of the GPUs.")
     gpu_memory: Annotated[Positive, Later("launcher=pytorchjob")] = Field(80, description="Memory of a GPU, in GB.")
     sites: Annotated[list[dict[str, Any]], Later("sites")] = Field(
-        [], description="Pools of workers: name, replicas, nodeSelector, tolerations, image, GPU resource, storage class."
+        [],
+        description="Pools of workers: name, replicas, nodeSelector, tolerations, image, GPU resource, storage class.",
     )
     storage: StorageConfig = Field(default_factory=StorageConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
@@ -374,13 +373,13 @@ class TrainingConfig(Group):
             )
         if self.warmup_steps > self.total_steps:
             raise ConfigError("warmup_steps", self.warmup_steps, f"must be at most total_steps ({self.total_steps})")
-        for name, nodes in (("min_nodes", self.min_nodes), ("max_nodes", self.max_nodes)):
-            if nodes != self.nodes:
-                raise ConfigError(
-                    f"elastic.{name}",
-                    nodes,
-                    f"not available yet: a number other than nodes ({self.nodes}), elastic membership",
-                )
+        if not self.min_nodes <= self.nodes <= self.max_nodes:
+            allowed = f"must be from elastic.min_nodes ({self.min_nodes}) to elastic.max_nodes ({self.max_nodes})"
+            raise ConfigError("nodes", self.nodes, allowed)
+        if self.optim_method == "ddp" and self.min_nodes != self.max_nodes:
+            raise ConfigError(
+                "elastic.min_nodes", self.min_nodes, "must equal elastic.max_nodes when optim_method is ddp"
+            )
         order = (
             ("collective_timeout", self.collective_timeout),
             ("grace_period", self.grace_period),

@@ -1,5 +1,6 @@
 """The inner loop: what one worker does from its start to the run's final checkpoint."""
 
+import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from trainer import checkpoint, data, models
 from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import TrainingConfig
-from trainer.diloco import DDP, Commit, DiLoCo, Nesterov
+from trainer.diloco import DDP, Commit, DiLoCo, Nesterov, Superseded
+from trainer.elastic.member import ElasticQuorum, Hooks
+from trainer.elastic.protocol import Cursor, Range, cursor_from_json, unused
 from trainer.elastic.quorum import FixedQuorum
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.files import require_free_space
@@ -85,9 +88,13 @@ class Worker:
             "local_steps": config.local_steps,
             "batch_size": config.batch_size,
         }
-        self.quorum = resources.enter_context(FixedQuorum.join(config, fingerprint, stopping.is_set))
-        rank, world_size = self.quorum.rank, self.quorum.world_size
-        self.metrics = resources.enter_context(Metrics(self.volume.metrics, sinks(config, rank, self.volume.root)))
+        # Data parallelism averages every step's gradients: a member less is a world that starts again.
+        kind: type[FixedQuorum | ElasticQuorum] = FixedQuorum if config.optim_method == "ddp" else ElasticQuorum
+        hooks = Hooks(self._unused, self._save_in_need, self._moments, self._progress)
+        self.quorum = kind(config, fingerprint, stopping.is_set, hooks)
+        resources.enter_context(self.quorum)
+        worker = self.quorum.worker
+        self.metrics = resources.enter_context(Metrics(self.volume.metrics, sinks(config, worker, self.volume.root)))
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,
@@ -95,46 +102,50 @@ class Worker:
             sync_every=config.local_steps,
             quorum=self.quorum,
             total_steps=config.total_steps,
+            late_policy=config.late_policy,
         )
         self.checkpointer = resources.enter_context(
             closing(Checkpointer(self.volume.checkpoints, config.keep_checkpoints, self._saved))
         )
-        torch.manual_seed(config.seed + 1 + rank)  # of dropout and the like: each worker its own
+        torch.manual_seed(config.seed + 1 + worker)  # of dropout and the like: each worker its own
         self.order = data.SampleOrder(len(self.dataset.train), config.seed)
-        self.position = 0  # the first sample position that has not been dealt: part of the global state
-        self.share = range(0)  # this worker's positions in the open round
+        self.share: tuple[Range, ...] = ()  # the sample positions that this worker trains on
+        self.share_round = 0  # the round in which they were dealt
+        self.used = 0  # how many of them it has consumed
         self.skipped = self.skipped_in_a_row = 0
         self.samples = 0  # consumed by this process
+        self.last_loss = math.nan
         self.last_saved_step = 0
-        resumed = self._resume()
+        self.members: tuple[str, ...] = ()  # of the last quorum; this worker's place among them
+        self.rank, self.world_size = 0, 1
+        own = self._own_checkpoint()
+        self._join(own)
         self.metrics.write(
             "start",
             run_id=config.run_id,
-            worker=rank,
-            rank=rank,
-            world_size=world_size,
+            worker=worker,
+            member=self.quorum.id,
+            world_size=len(self.quorum.members),
             pid=os.getpid(),
             host=platform.node(),
             device=str(self.device),
             parameters=size,
-            resumed_round=resumed,
+            resumed_round=self.diloco.round or None,
             config=config.model_dump(mode="json"),
             versions=versions(),
         )
-        self.metrics.write(
-            "membership", change="formed", members=self.quorum.members, generation=self.quorum.generation
-        )
+        self.metrics.write("membership", change="joined", members=self.quorum.members, round=self.diloco.round)
 
     def run(self) -> int:
         """Train to the end."""
         try:
             if self.diloco.step == 0:
                 self._evaluate()
-            while self.diloco.step < self.config.total_steps or self.diloco.due:
+            while self.diloco.round_length:
                 self._train_round()
             self._save(complete=True)
             self.checkpointer.wait()
-            self.quorum.exchange("saved")  # nobody says that the run is complete before everybody's is durable
+            self.quorum.wait_for_others()
             self.quorum.finish("succeeded")
         except Interrupted:
             self._save()
@@ -149,29 +160,38 @@ class Worker:
 
     def _train_round(self) -> None:
         """Inner steps up to the round's end, the synchronisation, and what is due after it."""
-        if self.diloco.inner_steps == 0:
-            samples = self.diloco.round_length * self.config.batch_size
-            shares, _ = data.deal(self.position, self.quorum.world_size, samples)
-            self.share = shares[self.quorum.rank]
         started = time.perf_counter()
         losses: list[float] = []
+        before = self.diloco.round
         commit = None
-        batches = self._batches(self.share[self.diloco.inner_steps * self.config.batch_size :])
-        with closing(batches):
-            while commit is None:
-                if self.stopping.is_set():
-                    raise Interrupted
-                # After a resume, everything but the synchronisation may have been done.
-                commit = self.diloco.synchronise() if self.diloco.due else self._inner_step(batches, losses)
-        # Every member was dealt as many samples as this one.
-        self.position += len(self.share) * self.quorum.world_size
-        self._report_round(commit, losses, time.perf_counter() - started)
-        last = self.diloco.step >= self.config.total_steps
+        # After a resume, everything but the synchronisation may have been done.
+        while commit is None and self.diloco.round_length:
+            if self.diloco.due:
+                commit = self.diloco.synchronise()
+                continue
+            try:
+                self._take_share()
+            except Superseded:
+                self.diloco.catch_up()
+                continue
+            with closing(self._batches()) as batches:
+                while commit is None and not self.diloco.due and unused(self.share, self.used):
+                    if self.stopping.is_set():
+                        raise Interrupted
+                    commit = self._inner_step(batches, losses)
+        self._report_round(commit, before, losses, time.perf_counter() - started)
+        last = self.diloco.round_length == 0
         interval = self.config.eval_interval
         if interval and (last or self.diloco.round % interval == 0):
             self._evaluate()
         if not last and self.diloco.step - self.last_saved_step >= self.config.checkpoint_interval:
             self._save()
+
+    def _take_share(self) -> None:
+        """See that there are samples to train on: the rest of this worker's share, or a new one."""
+        if not unused(self.share, self.used):
+            share = self.quorum.share(after=self.share_round)
+            self.share, self.share_round, self.used = share.ranges, share.round, 0
 
     def _inner_step(self, batches: Iterator[dict[str, Tensor]], losses: list[float]) -> Commit | None:
         """One inner step, over `accumulation_steps` micro-batches; the round's commit if it was the round's last."""
@@ -200,6 +220,8 @@ class Worker:
         self.optimizer.zero_grad(set_to_none=True)
         samples = self.config.batch_size if finite else 0
         self.samples += samples
+        self.used += self.config.batch_size
+        self.last_loss = mean_loss
         self.metrics.write(
             "step",
             round=self.diloco.round + 1,
@@ -229,9 +251,19 @@ class Worker:
             self.quorum.finish("failed", reason)  # it would end so again: nobody should start it again
             raise TrainingError(reason)
 
-    def _report_round(self, commit: Commit, losses: list[float], seconds: float) -> None:
+    def _report_round(self, commit: Commit | None, before: int, losses: list[float], seconds: float) -> None:
+        """Tell of the round that this worker has taken part in, and of those that were committed without it."""
+        own = self.diloco.round - (commit is not None)
+        if own > before:
+            self.metrics.write("membership", change="caught up", round=own, missed=own - before)
+        if commit is None:
+            return
         if commit.weight == 0:
             self.metrics.warn(f"round {self.diloco.round} moved nothing: no worker's pseudo-gradient was finite")
+        self.rank, self.world_size = commit.members.index(self.quorum.id), len(commit.members)
+        if commit.members != self.members:
+            self.members = commit.members
+            self.metrics.write("membership", change="quorum", members=commit.members, round=self.diloco.round)
         self.metrics.write(
             "round",
             round=self.diloco.round,
@@ -252,7 +284,7 @@ class Worker:
         """Score this worker's share of the held-out samples: all workers' together are the score."""
         started = time.perf_counter()
         chosen = np.arange(min(len(self.dataset.validation), self.config.eval_samples))
-        chosen = chosen[self.quorum.rank :: self.quorum.world_size]
+        chosen = chosen[self.rank :: self.world_size]
         sums: dict[str, float] = {}
         self.model.eval()
         with torch.inference_mode(), self._autocast():
@@ -275,39 +307,22 @@ class Worker:
                 **scores,
             )
 
-    def _resume(self) -> int | None:
-        """Agree with the others on where to go on: at the newest round that any of them has, or can be given.
-
-        Returns:
-            The round, or None for a fresh start.
-        """
-        own = self._own_checkpoint()
+    def _join(self, own: Checkpoint | None) -> None:
+        """Become a member, and go on where the run is: with this worker's own checkpoint, or with what others have."""
+        cursor, term = Cursor(), 0
         if own is not None:
-            self.diloco.load_global(own.global_tensors, own.round, own.state["round_start"])
-            self.position = own.state["position"]
-        offers = self.quorum.exchange(
-            {
-                "round": own.round if own else 0,
-                "round_start": self.diloco.state.step,
-                "position": self.position,
-                "hash": self.diloco.state.hash(),
-            }
-        )
-        source = max(range(len(offers)), key=lambda rank: (offers[rank]["round"], -rank))
-        donor = offers[source]
-        if any(offer["hash"] != donor["hash"] for offer in offers):
-            # Some worker is behind, or has another kind of CPU that initialises with other last bits.
-            logger.info("taking the global state of round %d from worker %d", donor["round"], source)
-            tensors = self.diloco.state.tensors
-            for flat in tensors.values():
-                self.quorum.broadcast(flat, source)
-            self.diloco.state.load(donor["round"], donor["round_start"], tensors)
-            self.diloco.begin_round()
-        self.position = donor["position"]
-        if own is not None:
-            self._take_own_state(own)
+            self.diloco.load_global(own.global_tensors, own.round, own.state["base_step"])
+            cursor, term = cursor_from_json(own.state["cursor"]), own.state["term"]
+        self.quorum.join(self.diloco.state, cursor, term)
+        self.diloco.begin_round()
+        self.members = self.quorum.members
+        if self.quorum.id in self.members:
+            self.rank, self.world_size = self.members.index(self.quorum.id), len(self.members)
         self.last_saved_step = self.diloco.step
-        return int(donor["round"]) or None
+        if own is not None and own.state["worker"] == self.quorum.worker:
+            self._take_own_state(own)
+        elif self.diloco.round and self.config.joiner_moments == "donor":
+            self._take_moments()
 
     def _own_checkpoint(self) -> Checkpoint | None:
         own = checkpoint.newest(self.volume.checkpoints, self.metrics.warn)
@@ -316,30 +331,73 @@ class Worker:
         return own
 
     def _take_own_state(self, own: Checkpoint) -> None:
-        """Inner optimizer, RNG, and the open round as far as it got, if they belong to where we go on."""
-        place = {"rank": self.quorum.rank, "world_size": self.quorum.world_size, "run_id": self.config.run_id}
-        if own.round != self.diloco.round or own.state["place"] != place:
-            self.metrics.warn(f"the inner optimizer starts anew: {own.path.name} was taken elsewhere, or earlier")
-            return
+        """The inner optimizer, and, if it belongs to the open round, what was done towards that."""
         state = own.worker()
-        self.diloco.load_worker_state(state["diloco"])
         checkpoint.restore_random_state(state["random"])
-        self.share = range(*own.state["share"])
         self.skipped, self.skipped_in_a_row = own.state["skipped"]
+        share = tuple((start, stop) for start, stop in own.state["share"])
+        dealt = self.quorum.dealt
+        if own.round == self.diloco.round and dealt is not None and dealt.ranges == share:
+            self.diloco.load_worker_state(state["diloco"])
+            self.share, self.share_round, self.used = share, dealt.round, own.state["used"]
+        else:  # the samples of the open round have been dealt anew: what was done with them is done again
+            self.optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
+
+    def _take_moments(self) -> None:
+        """Another member's inner optimizer state: Adam's moments, which would take long to build up."""
+        found = self.quorum.fetch_moments()
+        own = self.optimizer.state_dict()
+        if found is None:
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        shapes = [parameter.shape for group in self.optimizer.param_groups for parameter in group["params"]]
+        for name, tensor in found.items():
+            index, _, key = name.partition(".")
+            shape = shapes[int(index)] if tensor.numel() > 1 else torch.Size(())
+            state.setdefault(int(index), {})[key] = tensor.view(shape) if tensor.numel() > 1 else tensor.reshape(())
+        self.optimizer.load_state_dict({**own, "state": state})
+        self.metrics.write("membership", change="took moments", round=self.diloco.round)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The inner optimizer's state, flat, for a joiner. It goes on changing meanwhile; that does no harm."""
+        state = self.optimizer.state_dict()["state"]
+        return {
+            f"{index}.{key}": value.detach().to("cpu").reshape(-1)
+            for index, values in state.items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _unused(self) -> tuple[Range, ...]:
+        return unused(self.share, self.used)
+
+    def _progress(self) -> dict[str, float | int | None]:
+        """What `status` shows of this worker."""
+        loss = self.last_loss if math.isfinite(self.last_loss) else None
+        return {"step": self.diloco.step, "round": self.diloco.round, "loss": loss, "samples": self.samples}
+
+    def _save_in_need(self) -> None:
+        """Too few workers are left to go on: what there is should be durable while the others are waited for."""
+        self.metrics.warn("too few nodes are left to go on: saving, and waiting for others")
+        self._save()
 
     def _save(self, *, complete: bool = False) -> None:
-        place = {"rank": self.quorum.rank, "world_size": self.quorum.world_size, "run_id": self.config.run_id}
+        base = self.quorum.base
         self.checkpointer.save(
             self.diloco.global_tensors(),
             {"diloco": self.diloco.worker_state(), "random": checkpoint.random_state()},
             {
                 "round": self.diloco.round,
                 "step": self.diloco.step,
-                "round_start": self.diloco.state.step,
-                "position": self.position,
-                "share": [self.share.start, self.share.stop],
+                "base_step": self.diloco.state.step,
+                "term": self.quorum.term,
+                "cursor": dataclasses.asdict(base.cursor),
+                "share": self.share,
+                "share_round": self.share_round,
+                "used": self.used,
                 "skipped": [self.skipped, self.skipped_in_a_row],
-                "place": place,
+                "run_id": self.config.run_id,
+                "worker": self.quorum.worker,
                 "global_hash": self.diloco.state.hash(),
                 "config": self.config.model_dump(mode="json"),
                 "dataset": self.dataset.manifest.hash,
@@ -350,10 +408,9 @@ class Worker:
         self.last_saved_step = self.diloco.step
 
     def _saved(self, path: Path, seconds: float, size: int) -> None:
-        numbers = path.name.split("-")
-        self.metrics.write(
-            "checkpoint", round=int(numbers[1]), step=int(numbers[3]), path=str(path), seconds=seconds, bytes=size
-        )
+        round, step = checkpoint.place_of(path)
+        self.metrics.write("checkpoint", round=round, step=step, path=str(path), seconds=seconds, bytes=size)
+        self.quorum.durable(round)
 
     def _end(self, status: str, reason: str = "") -> None:
         self.metrics.write(
@@ -367,11 +424,11 @@ class Worker:
             global_hash=self.diloco.state.hash(),
         )
 
-    def _batches(self, positions: range) -> Generator[dict[str, Tensor], None, None]:
+    def _batches(self) -> Generator[dict[str, Tensor], None, None]:
         return data.batches(
             self.dataset.train,
             self.order,
-            positions,
+            np.concatenate([np.arange(start, stop) for start, stop in self._unused()]),
             self.config.per_device_train_batch_size,
             pin_memory=self.device.type == "cuda",
         )

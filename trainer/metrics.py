@@ -1,8 +1,8 @@
 """What a worker tells of itself: `metrics.jsonl`, and Weights & Biases.
 
-`metrics.jsonl` is the record that everything else reads: one JSON object a line, flushed as it happens. `event` is one of
-start, step, round, eval, checkpoint, membership, warning and end, `time` is in Unix seconds. Numbers that JSON does not
-have (NaN, infinities) are null.
+`metrics.jsonl` is the record that everything else reads: one JSON object a line, flushed as it happens. `event` is one
+of start, step, round, eval, checkpoint, membership, warning and end, `time` is in Unix seconds. Numbers that JSON does
+not have (NaN, infinities) are null.
 """
 
 import json

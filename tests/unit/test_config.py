@@ -30,7 +30,11 @@ REFUSED = {
     "timeouts out of order": ({"grace_period": 20}, "lease_ttl = 15.0: must be greater than grace_period (20.0)"),
     "not available": ({"codec": "int8"}, "codec = 'int8': not available yet: codecs other than fp32"),
     "not available, nested": ({"storage_size_gb": 5}, "storage.size_gb = 5: not available yet: storage on the cluster"),
-    "elastic": ({"elastic_min_nodes": 1}, "elastic.min_nodes = 1: not available yet"),
+    "too few nodes": (
+        {"elastic_min_nodes": 3},
+        "nodes = 2: must be from elastic.min_nodes (3) to elastic.max_nodes (2)",
+    ),
+    "elastic baseline": ({"optim_method": "ddp", "elastic_min_nodes": 1}, "elastic.min_nodes = 1: must equal"),
     "ports": ({"port_range": "9-3"}, "port_range = '9-3': must be low-high"),
     "port of etcd": ({"etcd_endpoints": ["etcd"]}, "etcd.endpoints = 'etcd': must be host:port"),
     "alias that disagrees": (

@@ -84,7 +84,7 @@ def deal(position: int, members: int, samples_each: int) -> tuple[list[range], i
 def batches(
     split: Split,
     order: SampleOrder,
-    positions: range,
+    positions: "np.ndarray | range",
     batch_size: int,
     *,
     prefetch: int = 4,
@@ -93,6 +93,7 @@ def batches(
     """The samples at `positions`, in order, in batches that a thread reads ahead.
 
     Args:
+        positions: int64 (samples,).
         batch_size: Samples in a batch; the last one may be smaller.
         prefetch: Batches that are read ahead.
         pin_memory: Whether the tensors lie in pinned memory, so that copies to a GPU can overlap.
@@ -104,12 +105,13 @@ def batches(
     """
     import torch
 
-    def read(chosen: range) -> dict[str, "torch.Tensor"]:
-        columns = split[order.indices(np.arange(chosen.start, chosen.stop))]
+    def read(chosen: np.ndarray) -> dict[str, "torch.Tensor"]:
+        columns = split[order.indices(chosen)]
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
-    shares = (positions[start : start + batch_size] for start in range(0, len(positions), batch_size))
+    wanted = np.asarray(positions, dtype=np.int64)
+    shares = (wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
         ahead: deque[Future[dict[str, torch.Tensor]]] = deque(
             thread.submit(read, share) for share in itertools.islice(shares, prefetch)

@@ -48,6 +48,7 @@ class DDP(DiLoCo):
         self.exposed_seconds = commit.seconds
         self._total = None
         self.inner_steps, self.samples = 0, 0.0
+        self.quorum.applied(commit, self.state)
         return commit
 
 

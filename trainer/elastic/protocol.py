@@ -253,8 +253,9 @@ def outcome_from_json(value: Mapping[str, Any]) -> Outcome:
 
 def member_from_json(value: Mapping[str, Any]) -> Member:
     """A member from `members/<id>`, which may say more than the protocol needs."""
-    slot, local_rank = value["order"]
-    return Member(value["node"], (slot, local_rank), value["address"], state_from_json(value["holds"]))
+    return Member(
+        value["node"], (value["slot"], value["local_rank"]), value["address"], state_from_json(value["holds"])
+    )
 
 
 def arrival_from_json(value: Mapping[str, Any]) -> Arrival:

@@ -1,6 +1,6 @@
 """Fixed membership: every worker of the run is a member of every quorum.
 
-    quorum = FixedQuorum.join(config, fingerprint)
+    quorum = FixedQuorum.meet(config, fingerprint)
     commit = quorum.synchronise(pseudo_gradient, weight, codec)
 
 *Forming.* A worker registers as a member, under a lease, with an incarnation of its own, and waits until all
@@ -29,6 +29,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,6 +41,7 @@ from trainer.diloco.quorum import Commit
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
 from trainer.elastic.process import listen
+from trainer.elastic.protocol import Cursor, Share, State, deal, state_from_json
 from trainer.elastic.record import SLOT_VARIABLE, Status, finish, verdict
 from trainer.errors import Interrupted, TrainingError
 
@@ -69,12 +71,21 @@ class _Abandoned(Exception):
 class FixedQuorum:
     """This worker's place in the quorum of all the run's workers. Made by `join`; a context manager that leaves."""
 
-    def __init__(self, config: "TrainingConfig", stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: "TrainingConfig",
+        fingerprint: Mapping[str, Json],
+        stopping: Callable[[], bool] = lambda: False,
+        hooks: object = None,
+    ) -> None:
         local_rank, slot = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get(SLOT_VARIABLE, "0"))
         self.rank = slot * config.elastic.nproc_per_node + local_rank
         self.world_size = config.nodes * config.elastic.nproc_per_node
         self.generation = 0
-        self._config, self._stopping = config, stopping
+        self._config, self._fingerprint, self._stopping = config, fingerprint, stopping
+        self.id, self.worker, self.term = _id(self.rank), self.rank, 1
+        self.base = self._next = State()
+        self.dealt: Share | None = None
         self._client = EtcdClient.of(config)
         address = config.advertise_address or local_address(config.etcd.endpoints[0])
         self._me: dict[str, Any] = {
@@ -109,16 +120,20 @@ class FixedQuorum:
         self._looked = time.monotonic()
 
     @classmethod
-    def join(
+    def meet(
         cls, config: "TrainingConfig", fingerprint: Mapping[str, Json], stopping: Callable[[], bool] = lambda: False
     ) -> Self:
-        """Register this worker, and wait until all workers of the run have met.
+        """Register this worker, and wait until all workers of the run have met. Raises as `form` does."""
+        quorum = cls(config, fingerprint, stopping)
+        try:
+            quorum.form()
+        except BaseException:
+            quorum.leave()
+            raise
+        return quorum
 
-        Args:
-            config: The worker's; `etcd.endpoints` names the etcd. Node slot and local rank come from the environment
-                that the agent gives its workers.
-            fingerprint: What all workers must have in common, by name.
-            stopping: Whether this process has been told to end: every wait then raises `Interrupted`.
+    def form(self) -> None:
+        """Register this worker, and wait until all workers of the run have met.
 
         Raises:
             TrainingError: A worker is missing after `elastic.rdzv_timeout`; the fingerprint differs from the run's;
@@ -126,14 +141,54 @@ class FixedQuorum:
             ConfigError: No port of `port_range` is free.
             Interrupted: `stopping()`.
         """
-        quorum = cls(config, stopping)
-        try:
-            quorum._agree_on(fingerprint)
-            quorum._form()
-        except BaseException:
-            quorum.leave()
-            raise
-        return quorum
+        self._agree_on(self._fingerprint)
+        self._form()
+
+    def join(self, state: "GlobalState", cursor: Cursor, term: int = 0) -> None:
+        """Meet the other workers, and go on from the newest state that one of them has.
+
+        Args:
+            state: What this worker holds: a checkpoint's, or the initialisation. Overwritten if another's is newer.
+            cursor: Where in the samples it ends.
+        """
+        self.form()
+        offers = self.exchange(asdict(State(state.round, state.step, cursor, state.hash())))
+        held = [state_from_json(offer) for offer in offers]
+        source = max(range(len(held)), key=lambda rank: (held[rank].round, -rank))
+        self.base = held[source]
+        if any(other.hash != self.base.hash for other in held):
+            # Some worker is behind, or has another kind of CPU that initialises with other last bits.
+            log.info("taking the global state of round %d from worker %d", self.base.round, source)
+            tensors = state.tensors
+            for flat in tensors.values():
+                self.broadcast(flat, source)
+            state.load(self.base.round, self.base.step, tensors)
+        self._deal()
+
+    def share(self, after: int) -> Share:
+        """This worker's samples for the open round."""
+        assert self.dealt is not None
+        return self.dealt
+
+    def durable(self, round: int) -> None:
+        """Fixed membership asks at the start who has the newest checkpoint: nothing needs to be remembered."""
+
+    def wait_for_others(self) -> None:
+        """Nobody says that the run is complete before everybody's final checkpoint is durable."""
+        self.exchange("saved")
+
+    def fetch_moments(self) -> None:
+        """Every worker has its own checkpoint."""
+
+    def _deal(self) -> None:
+        config = self._config
+        length = min(config.local_steps, config.total_steps - self.base.step)
+        cursor = self.base.cursor
+        for rank in range(self.world_size):
+            cursor, ranges = deal(cursor, length * config.batch_size)
+            if rank == self.rank:
+                self.dealt = Share(self.base.round + 1, ranges)
+        self._next = State(self.base.round + 1, self.base.step + length, cursor)
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +228,8 @@ class FixedQuorum:
         raise AssertionError("with fixed membership, no round is committed without a member")
 
     def applied(self, commit: Commit, state: "GlobalState") -> None:
-        pass
+        self.base = self._next
+        self._deal()
 
     def exchange(self, value: Json) -> list[Json]:
         """Every member's small value (JSON), in rank order."""

@@ -1,0 +1,135 @@
+"""The decider: the one member at a time that turns what it sees in etcd into the record's next transition."""
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from contextlib import suppress
+from typing import Any
+
+from trainer.elastic.etcd import Entry, EtcdClient, EtcdError, Lease
+from trainer.elastic.protocol import (
+    Ready,
+    Record,
+    Rules,
+    View,
+    Vote,
+    arrival_from_json,
+    decide,
+    left_from_json,
+    member_from_json,
+    situation,
+)
+
+log = logging.getLogger(__name__)
+
+KEPT_OUTCOMES = 64  # rounds whose `commits/<k>` are kept, for members that were away
+IDLE = 1.0  # seconds between two looks when nothing seems to happen
+TICK = 0.05  # seconds between two looks while something lasts
+
+
+class Decider:
+    """A thread that stands for election, and decides while it is elected.
+
+    Every transition is a compare-and-swap, so nothing goes wrong if two processes believe that they are elected.
+
+    Args:
+        client: Its own, which it closes at its end.
+        lease: The member's; the role ends with it.
+        id: The member's.
+    """
+
+    def __init__(self, client: EtcdClient, lease: Lease, id: str, rules: Rules) -> None:
+        self._client, self._lease, self._id, self._rules = client, lease, id, rules
+        self._ended, self._changed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="decider", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._changed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                if self._elected():
+                    with self._client.watch("", self._changed.set):
+                        self._preside()
+            except EtcdError as error:
+                log.debug("decider: %s", error)
+            self._ended.wait(TICK)
+        self._client.close()
+
+    def _elected(self) -> bool:
+        """Wait until this member has the role, or something changed."""
+        if self._lease.create("decider", {"member": self._id}):
+            log.debug("member %s decides", self._id)
+            return True
+        with self._client.watch("decider", self._changed.set):
+            self._changed.clear()
+            entry = self._client.get("decider")
+            if entry is not None and entry.value["member"] == self._id:
+                return True
+            if entry is not None:
+                self._changed.wait(IDLE * 5)
+        return False
+
+    def _preside(self) -> None:
+        """Decide, until the role is somebody else's."""
+        wait: tuple[Any, ...] | None = None
+        since = time.monotonic()
+        told = 0  # the round whose outcome `commits/` has from us
+        while not self._ended.is_set():
+            self._changed.clear()
+            entries = self._client.list("")
+            mine = entries.get("decider")
+            if mine is None or mine.value["member"] != self._id:
+                return
+            entry = entries.get("round")
+            record = Record.from_json(entry.value) if entry else None
+            if record and record.committed and record.committed.round != told:
+                # Before the next transition: whoever missed this one must be able to look it up.
+                self._tell(record, entries)
+                told = record.committed.round
+            view = view_of(entries)
+            current = situation(record, view, self._rules)
+            if current != wait:
+                wait, since = current, time.monotonic()
+            decided = decide(record, view, time.monotonic() - since, self._rules)
+            if decided is not None:
+                self._client.swap("round", decided.to_json(), entry.revision if entry else None)
+                continue
+            self._changed.wait(IDLE if current is None else TICK * 4)
+
+    def _tell(self, record: Record, entries: dict[str, Entry]) -> None:
+        """Keep the outcome of the last round, and tidy up what nobody reads any more."""
+        assert record.committed is not None
+        self._client.put(f"commits/{record.committed.round:08d}", record.to_json()["committed"])
+        outcomes = [key for key in entries if key.startswith("commits/")]
+        stale = outcomes[: max(0, len(outcomes) - KEPT_OUTCOMES)]
+        alive = {key.partition("/")[2] for key in entries if key.startswith("members/")}
+        known = alive | set(record.members) | set(record.shares)
+        for key in entries:
+            room, _, id = key.partition("/")
+            if room in ("arrivals", "votes", "ready", "left") and id not in known:
+                stale.append(key)
+        for key in stale:
+            with suppress(EtcdError):
+                self._client.delete(key)
+
+
+def view_of(entries: dict[str, Entry]) -> View:
+    """What the decider sees of a run's keys (all of them, by key)."""
+    rooms: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, entry in entries.items():
+        room, _, id = key.partition("/")
+        rooms[room][id] = entry.value
+    return View(
+        members={id: member_from_json(value) for id, value in rooms["members"].items()},
+        arrivals={id: arrival_from_json(value) for id, value in rooms["arrivals"].items()},
+        votes={id: Vote(**value) for id, value in rooms["votes"].items()},
+        ready={id: Ready(**value) for id, value in rooms["ready"].items()},
+        left={id: left_from_json(value) for id, value in rooms["left"].items()},
+        durable=max((value["round"] for value in rooms["durable"].values()), default=0),
+    )

@@ -1,0 +1,729 @@
+"""Elastic membership: workers come, go and die; nobody waits for them, and nobody restarts. See `protocol`.
+
+quorum = ElasticQuorum(config, fingerprint, stopping)
+diloco = DiLoCo(model, optimizer, quorum=quorum, …)
+quorum.join(diloco.state, cursor)      # the state is now that of the open round
+…                                      # inner steps; DiLoCo calls synchronise, superseded, catch_up, applied
+quorum.leave(unused)
+"""
+
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+from trainer.diloco.collective import weighted_mean
+from trainer.diloco.quorum import Commit, Superseded, is_finite
+from trainer.diloco.state import GlobalState, hash_of
+from trainer.diloco.wire import WireMeter
+from trainer.elastic.decider import Decider
+from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
+from trainer.elastic.process import listen
+from trainer.elastic.protocol import (
+    Action,
+    Arrival,
+    Cursor,
+    Left,
+    Outcome,
+    Progress,
+    Range,
+    Ready,
+    Record,
+    Rules,
+    Share,
+    State,
+    Vote,
+    action,
+    outcome_from_json,
+)
+from trainer.elastic.record import SLOT_VARIABLE, Status, finish, verdict
+from trainer.elastic.transfer import Donor, Offer, TransferError, fetch
+from trainer.errors import Interrupted, TrainingError
+
+if TYPE_CHECKING:
+    from trainer.config import TrainingConfig
+    from trainer.diloco.codecs import Codec
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LOOK_INTERVAL = 0.25  # seconds between two looks at the clock and at `stopping` while waiting
+REFRESH_INTERVAL = 2.0  # seconds after which the record is read again although no watch has told of a change
+SAY_INTERVAL = 5.0  # seconds between two words on what is being waited for
+PROBE_TIMEOUT = 1.0  # seconds in which a member's port must answer, or it is suspect
+CATCH_UP_TIMEOUT = 600.0  # seconds to fetch a state in, as long as it is the one to fetch
+MEAN_TIMEOUT = 5.0  # seconds to find a donor that still has a round's mean
+
+
+@dataclass
+class Hooks:
+    """What the quorum asks its worker.
+
+    Attributes:
+        unused: What is left of the worker's share.
+        shortage: Called once when fewer nodes than `min_nodes` are left: time to save.
+        moments: The inner optimizer's state by name, live tensors, for a joiner.
+        progress: What else to say of the worker in etcd, for `status`.
+    """
+
+    unused: Callable[[], tuple[Range, ...]] = tuple
+    shortage: Callable[[], None] = lambda: None
+    moments: Callable[[], dict[str, Tensor]] = dict
+    progress: Callable[[], dict[str, Json]] = dict
+
+
+@dataclass
+class _Group:
+    """A process group, and who is in it."""
+
+    members: tuple[str, ...]
+    group: Any  # a ProcessGroupGloo, whose stubs do not make it a ProcessGroup; None: a member alone
+    meter: WireMeter | None = None
+    store: TCPStore | None = field(default=None, repr=False)
+
+
+class ElasticQuorum:
+    """This process's membership of a run. A context manager that leaves at its end.
+
+    Args:
+        config: The worker's; `etcd.endpoints` names the etcd. Node slot and local rank come from the environment that
+            the agent gives its workers.
+        fingerprint: What all members must have in common, by name.
+        stopping: Whether this process has been told to end: every wait then raises `Interrupted`.
+        hooks: What the quorum asks its worker.
+
+    Raises:
+        TrainingError: The fingerprint differs from the run's; the run has its verdict already; etcd cannot be used.
+        ConfigError: No port of `port_range` is free.
+    """
+
+    def __init__(
+        self,
+        config: "TrainingConfig",
+        fingerprint: Mapping[str, Json],
+        stopping: Callable[[], bool] = lambda: False,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self._config, self._stopping, self.hooks = config, stopping, hooks or Hooks()
+        slot, local_rank = int(os.environ.get(SLOT_VARIABLE, "0")), int(os.environ.get("LOCAL_RANK", "0"))
+        self.worker = slot * config.elastic.nproc_per_node + local_rank
+        self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
+        self.rules = Rules(
+            min_nodes=config.min_nodes,
+            max_nodes=config.max_nodes,
+            grace_period=config.grace_period,
+            retry_period=config.collective_timeout + 1,
+            forget_period=config.lease_ttl + 2,
+            local_steps=config.local_steps,
+            total_steps=config.total_steps,
+            batch_size=config.batch_size,
+        )
+        self._client = EtcdClient.of(config)
+        self._agree_on(fingerprint)
+        self._secret = self._run_secret()
+        address = config.advertise_address or local_address(config.etcd.endpoints[0])
+        self._address = address
+        listener = listen(address, config.port_range)
+        port = listener.getsockname()[1]
+        self._store = TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        self._donor = Donor(self._find, self._secret, address, config.port_range)
+        self._me: dict[str, Json] = {
+            "slot": slot,
+            "local_rank": local_rank,
+            "node": f"{slot}",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "address": self._donor.endpoint,
+            "store": f"{address}:{port}",
+        }
+        self.healed = 0  # how often this member's global state had to be taken anew
+        self._condition = threading.Condition()
+        self._record: Record | None = None
+        self._revision = 0
+        self._heard = self._read = time.monotonic()  # from etcd at all; the record
+        self._term = 0
+        self._state: GlobalState | None = None
+        self._base = State()
+        self._share: Share | None = None
+        self._group: _Group | None = None
+        self._means: deque[tuple[tuple[int, int], Offer]] = deque()
+        self._chores = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
+        self._hash: Future[str] | None = None
+        self._steps = 0  # inner steps of the last committed round
+        self._astray_now = False
+        self._lease: Lease | None = None
+        self._decider: Decider | None = None
+        self._watch = self._client.watch("round", self._refresh)
+
+    # Coming and going
+
+    def join(self, state: GlobalState, cursor: Cursor, term: int = 0) -> None:
+        """Register, wait until the run begins or has begun, and bring `state` to where it is.
+
+        Args:
+            state: What this worker holds: a checkpoint's, or the initialisation. It is offered to others from now on.
+            cursor: Where in the samples it ends.
+            term: The term that it is of.
+
+        Raises:
+            TrainingError: The run does not begin within `elastic.rdzv_timeout`, or has ended.
+        """
+        self._check_verdict()
+        self._state, self._term = state, term
+        self._base = State(state.round, state.step, cursor, state.hash())
+        self._me["holds"] = asdict(self._base)
+        self._lease = self._patiently(lambda: self._client.lease(self._config.lease_ttl))
+        self._patiently(lambda: self._must_lease.put(f"members/{self.id}", self._me))
+        self._decider = Decider(EtcdClient.of(self._config), self._must_lease, self.id, self.rules)
+        self._wait(lambda record: record, "the run to begin", shortage=True)
+        self.catch_up(state)
+
+    def leave(self) -> None:
+        """Give the lease back at once, so that the others notice, and the unused part of the share. The end."""
+        if self._decider is not None:
+            self._decider.close()
+        if self._lease is not None and self._share is not None and not self._complete:
+            left = Left(self._share.round, self.hooks.unused())
+            with suppress(EtcdError):
+                self._client.put(f"left/{self.id}", asdict(left))
+        self._watch.close()
+        if self._lease is not None:
+            self._lease.revoke()
+        self._donor.close()
+        self._drop_group()
+        self._chores.shutdown(wait=True)
+        self._client.close()
+
+    def finish(self, status: Status, reason: str = "") -> None:
+        """Write the run's verdict. The first one stands."""
+        self._patiently(lambda: finish(self._client, status, reason))
+
+    def durable(self, round: int) -> None:
+        """Tell that a checkpoint of `round` is on this worker's disk: nobody may go on from less."""
+        self._patiently(lambda: self._client.put(f"durable/{self.worker:03d}", {"round": round, "member": self.id}))
+
+    def wait_for_others(self) -> None:
+        """At the end of the run: give members that are still saving `grace_period` to be done."""
+        assert self._record is not None
+        final, deadline = self._record.base.round, time.monotonic() + self.rules.grace_period
+        while time.monotonic() < deadline and not self._stopping():
+            alive = {key.partition("/")[2] for key in self._patiently(lambda: self._client.list("members/"))}
+            saved = self._patiently(lambda: self._client.list("durable/")).values()
+            if alive <= {entry.value["member"] for entry in saved if entry.value["round"] >= final}:
+                return
+            time.sleep(LOOK_INTERVAL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.leave()
+
+    # What the worker knows
+
+    @property
+    def base(self) -> State:
+        """The committed state that the open round begins from."""
+        return self._base
+
+    @property
+    def term(self) -> int:
+        """The term of `base`."""
+        return self._term
+
+    @property
+    def dealt(self) -> Share | None:
+        """The share that this member has been dealt last, if any."""
+        return self._share
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The members of the last quorum, in rank order; before the first one, those it is expected to have."""
+        record = self._record
+        if record is None:
+            return ()
+        return record.committed.members if record.committed else record.expected
+
+    def share(self, after: int) -> Share:
+        """This member's samples for the open round: waits for one that was dealt after round `after`.
+
+        Raises:
+            Superseded: The round has been committed meanwhile.
+        """
+        if self._share is None or self._share.round <= after:
+            ready = Ready(self._term, self._base.round)
+            self._patiently(lambda: self._client.put(f"ready/{self.id}", asdict(ready)))
+
+            def dealt(record: Record) -> Share | None:
+                if self._behind(record):
+                    raise Superseded
+                found = record.shares.get(self.id)
+                return found if found and found.round > after else None
+
+            self._share = self._wait(dealt, "a share of the data")
+        return self._share
+
+    # What DiLoCo asks (trainer.diloco.quorum.Quorum)
+
+    def superseded(self) -> bool:
+        record = self._record
+        return record is not None and self._behind(record)
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: "Codec") -> Commit:
+        """See `trainer.diloco.quorum.Quorum`, and `protocol` for how.
+
+        Raises:
+            Superseded: The round was committed without this member.
+            Interrupted: `stopping()` while waiting.
+            TrainingError: Fewer than `min_nodes` nodes for `elastic.rdzv_timeout`; etcd was away for longer than
+                `etcd_outage_limit`, or has lost the record.
+        """
+        started = time.monotonic()
+        progress = Progress(self._term, self._base.round + 1)
+        reduced: tuple[Tensor, float, tuple[int, int] | None] | None = None
+        suspects: tuple[str, ...] = ()
+        sent = received = 0
+        counted = True
+        while True:
+            what, record = self._wait(
+                partial(self._next, progress), f"the others, in round {progress.round}", shortage=True
+            )
+            match what:
+                case "arrive":
+                    self._arrive(progress, record.attempt, suspects)
+                    progress = replace(progress, arrived=record.attempt)
+                case "reduce":
+                    try:
+                        mean, total, wire = self._reduce(record, pseudo_gradient, weight, codec)
+                    except (RuntimeError, OSError) as error:
+                        suspects = self._suspects(record)
+                        log.warning("attempt %d at round %d failed: %s", record.attempt, record.round, _line(error))
+                        self._drop_group()
+                        self._arrive(progress, record.attempt + 1, suspects)
+                        progress = replace(progress, arrived=record.attempt + 1)
+                        continue
+                    reduced = mean, total, wire
+                    if wire is None:
+                        counted = False
+                    else:
+                        sent, received = sent + wire[0], received + wire[1]
+                    vote = Vote(*record.place, hash_of(mean), total)
+                    self._patiently(partial(self._client.put, f"votes/{self.id}", asdict(vote)))
+                    progress = replace(progress, voted=record.attempt)
+                case "apply":
+                    assert reduced is not None
+                    outcome = self._outcome(record, progress.round)
+                    assert outcome is not None
+                    mean, total, _ = reduced
+                    base = self._state_after(record, outcome)
+                    self._steps = base.step - self._base.step
+                    self._adopt(record, base)
+                    return Commit(
+                        outcome.round,
+                        outcome.attempt,
+                        outcome.members,
+                        mean,
+                        total,
+                        sent if counted else None,
+                        received if counted else None,
+                        time.monotonic() - started,
+                    )
+                case _:
+                    raise Superseded
+
+    def applied(self, commit: Commit, state: GlobalState) -> None:
+        """Hash the new state, and say in etcd that this member holds it, while the next inner steps run."""
+        self._keep(commit.round, commit.mean, commit.weight, self._steps, state)
+        self._announce(state)
+
+    def catch_up(self, state: GlobalState) -> None:
+        """Bring `state` to the base of the open round: by the means that it lacks, or as a whole, from donors.
+
+        Raises:
+            TrainingError: Nobody has it (any more) within `elastic.rdzv_timeout`.
+        """
+        deadline = time.monotonic() + self._config.elastic.rdzv_timeout
+        while True:
+            record = self._wait(lambda record: record, "the run's record")
+            if self.id in record.astray:
+                self._heal()
+            if self._holds(record, state):
+                break
+            try:
+                if not self._replay(record, state):
+                    self._fetch_state(record, state)
+            except TransferError as error:
+                if time.monotonic() > deadline:
+                    raise TrainingError(f"round {record.base.round} cannot be had from anybody: {error}") from None
+                log.info("round %d cannot be had yet: %s", record.base.round, error)
+                with self._condition:
+                    self._condition.wait(LOOK_INTERVAL)
+        self._adopt(record, record.base)
+        self._announce(state)
+
+    def fetch_moments(self) -> dict[str, Tensor] | None:
+        """Another member's inner optimizer state (`Hooks.moments`); None if nobody has any."""
+        for endpoint in self._donors():
+            with suppress(TransferError):
+                return fetch("moments", [endpoint], self._secret, stopping=self._stopping, timeout=60)[1]
+        return None
+
+    # The record
+
+    def _refresh(self) -> None:
+        """Read the record; called on the watch's thread, and now and then by whoever waits."""
+        entry = self._client.get("round")
+        with self._condition:
+            self._heard = self._read = time.monotonic()
+            if entry is None:
+                if self._record is not None:
+                    self._revision = -1  # gone: whoever waits finds out
+            elif entry.revision > self._revision >= 0:
+                self._record, self._revision = Record.from_json(entry.value), entry.revision
+            self._condition.notify_all()
+
+    def _wait(self, ready: Callable[[Record], T | None], what: str, *, shortage: bool = False) -> T:
+        """Wait until `ready` says something of the record, and return that.
+
+        Args:
+            what: What is being waited for, to tell.
+            shortage: Whether too few nodes are a reason for the wait: it is then limited to `rdzv_timeout`.
+        """
+        started = said = time.monotonic()
+        saved = False
+        while True:
+            with self._condition:
+                if self._revision < 0:
+                    raise TrainingError("etcd has lost the run's record: start the run again, and it resumes")
+                if self._record is not None and (result := ready(self._record)) is not None:
+                    return result
+                self._condition.wait(LOOK_INTERVAL)
+            if self._stopping():
+                raise Interrupted
+            now = time.monotonic()
+            if now - self._read > REFRESH_INTERVAL:
+                self._patiently(self._refresh)
+            if now - said > SAY_INTERVAL:
+                said = now
+                nodes = self._live_nodes()
+                self._check_verdict()
+                few = shortage and nodes < self.rules.min_nodes
+                log.info("waiting for %s (%d of at least %d nodes are here)", what, nodes, self.rules.min_nodes)
+                if few and not saved:
+                    saved = True
+                    self.hooks.shortage()
+                if few and now - started > self._config.elastic.rdzv_timeout:
+                    raise TrainingError(
+                        f"only {nodes} of at least {self.rules.min_nodes} nodes for "
+                        f"{self._config.elastic.rdzv_timeout:.0f} s (elastic.rdzv_timeout); the run can be resumed"
+                    )
+                if not few:
+                    started = now
+
+    def _check_verdict(self) -> None:
+        result = self._patiently(lambda: verdict(self._client))
+        if result.terminal:
+            raise TrainingError(str(result))
+
+    def _next(self, progress: Progress, record: Record) -> tuple[Action, Record] | None:
+        """What to do next in this round; None: wait."""
+        what = action(self.id, progress, record, self._outcome(record, progress.round))
+        return None if what == "wait" else (what, record)
+
+    def _outcome(self, record: Record, round: int) -> Outcome | None:
+        """How `round` was committed; None if it is not, or nobody knows any more."""
+        if record.round <= round:
+            return None
+        if record.committed is not None and record.committed.round == round:
+            return record.committed
+        entry = self._patiently(lambda: self._client.get(f"commits/{round:08d}"))
+        outcome = outcome_from_json(entry.value) if entry else None
+        return outcome if outcome and outcome.term == record.term else None
+
+    def _behind(self, record: Record) -> bool:
+        return (record.term, record.base.round) != (self._term, self._base.round)
+
+    def _holds(self, record: Record, state: GlobalState) -> bool:
+        """Whether `state` is the base of the open round."""
+        if state.round != record.base.round or self._astray_now:
+            return False
+        # A founding record says the hash. Later ones do not, but within a term there is one state a round.
+        return state.hash() == record.base.hash if record.base.hash else record.term == self._term
+
+    def _adopt(self, record: Record, base: State) -> None:
+        """Work on the round after `base` from now on: the open one, if the record has not gone further meanwhile."""
+        self._term, self._base = record.term, base
+        if self.id in record.shares:
+            self._share = record.shares[self.id]
+
+    def _state_after(self, record: Record, outcome: Outcome) -> State:
+        """The state that `outcome` has led to, as the record has it, or (the record has gone further) as we know it."""
+        if record.base.round == outcome.round:
+            return record.base
+        rest = self.rules.local_steps if self.rules.total_steps is None else self.rules.total_steps - self._base.step
+        return State(outcome.round, self._base.step + min(self.rules.local_steps, rest), self._base.cursor)
+
+    @property
+    def _complete(self) -> bool:
+        return self._record is not None and self._record.length == 0
+
+    # Arriving, reducing
+
+    def _arrive(self, progress: Progress, attempt: int, suspects: tuple[str, ...]) -> None:
+        assert self._hash is not None
+        arrival = Arrival(progress.term, progress.round, attempt, self._hash.result(), self.hooks.unused(), suspects)
+        self._patiently(lambda: self._client.put(f"arrivals/{self.id}", asdict(arrival)))
+
+    def _reduce(
+        self, record: Record, values: Tensor, weight: float, codec: "Codec"
+    ) -> tuple[Tensor, float, tuple[int, int] | None]:
+        """The collective of an attempt: mean, sum of weights, bytes sent and received.
+
+        Raises:
+            RuntimeError, OSError: It failed: a member is gone, or silent.
+        """
+        together = record.committed is not None and record.committed.members == record.members
+        if self._group is None or self._group.members != record.members or record.attempt > 1 or not together:
+            self._drop_group()
+            self._group = self._form(record)
+        group = self._group
+        if group.group is None:
+            total = weight if is_finite(values) else 0.0
+            return values.clone() if total else torch.zeros_like(values), total, (0, 0)
+        before = group.meter.read() if group.meter else None
+        timeout = timedelta(seconds=self._config.collective_timeout)
+        mean, total = weighted_mean(group.group, values, weight, codec, timeout)
+        after = group.meter.read() if group.meter else None
+        return mean, total, (after[0] - before[0], after[1] - before[1]) if before and after else None
+
+    def _form(self, record: Record) -> _Group:
+        """Connect to the other members of the attempt, all of whom are doing the same now."""
+        if len(record.members) == 1:
+            return _Group(record.members, None)
+        timeout = timedelta(seconds=self._config.collective_timeout)
+        store = self._store
+        if record.members[0] != self.id:
+            entry = self._patiently(lambda: self._client.get(f"members/{record.members[0]}"))
+            if entry is None:
+                raise RuntimeError(f"member {record.members[0]} is gone")
+            host, _, port = entry.value["store"].rpartition(":")
+            with socket.create_connection((host, int(port)), PROBE_TIMEOUT):
+                pass  # TCPStore would keep knocking at a closed door until its timeout
+            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+        prefix = PrefixStore("/".join(map(str, record.place)), store)
+        self._meet(record, prefix)
+        gloo: Any = ProcessGroupGloo  # its stubs know little of it
+        options = gloo._Options()
+        interface = {"interface": self._config.network_interface} if self._config.network_interface else {}
+        options._devices = [ProcessGroupGloo.create_device(**interface or {"hostname": self._address})]
+        options._timeout = timeout
+        options._threads = 2
+        with WireMeter.watching() as meter:
+            group = ProcessGroupGloo(
+                PrefixStore("gloo", prefix), record.members.index(self.id), len(record.members), options
+            )
+        return _Group(record.members, group, meter, store)
+
+    def _meet(self, record: Record, store: PrefixStore) -> None:
+        """Wait until all members of the attempt are at the store, or one of them is gone, or the attempt is over."""
+        store.set(f"here/{self.id}", "")
+        keys = [f"here/{id}" for id in record.members]
+        deadline = time.monotonic() + self._config.collective_timeout
+        while not store.check(keys):
+            if self._record is not None and self._record.place != record.place:
+                raise RuntimeError("the attempt is over")
+            if time.monotonic() > deadline:
+                raise RuntimeError("not all members of the attempt have come")
+            with self._condition:
+                self._condition.wait(0.01)
+
+    def _suspects(self, record: Record) -> tuple[str, ...]:
+        """The members of a failed attempt whose ports do not answer."""
+        with suppress(EtcdError):
+            members = self._client.list("members/")
+            return tuple(
+                id
+                for id in record.members
+                if id != self.id
+                and (f"members/{id}" not in members or not _answers(members[f"members/{id}"].value["store"]))
+            )
+        return ()
+
+    def _drop_group(self) -> None:
+        if self._group is not None and self._group.meter is not None:
+            self._group.meter.close()
+        self._group = None
+
+    # Donors, and what they give
+
+    def _find(self, what: str) -> Offer | None:
+        """What this member can give; called on the donor's threads."""
+        state = self._state
+        kind, _, place = what.partition("/")
+        if state is None:
+            return None
+        if kind == "mean":
+            return next((offer for key, offer in list(self._means) if what == "mean/{}.{}".format(*key)), None)
+        if kind == "moments":
+            moments = self.hooks.moments()
+            return Offer({"member": self.id}, moments) if moments else None
+        if place != f"{self._term}.{state.round}":
+            return None
+        round, step, tensors = state.borrow()
+        return Offer({"round": round, "step": step}, tensors) if place == f"{self._term}.{round}" else None
+
+    def _donors(self) -> list[str]:
+        members = self._patiently(lambda: self._client.list("members/"))
+        return [entry.value["address"] for key, entry in members.items() if key != f"members/{self.id}"]
+
+    def _replay(self, record: Record, state: GlobalState) -> bool:
+        """Take the outer steps that `state` lacks, from their means; whether all of them could be had."""
+        lacking = record.base.round - state.round
+        if record.term != self._term or self._astray_now or not 0 < lacking <= self._kept_rounds(state):
+            return False
+        donors = self._donors()
+        for round in range(state.round + 1, record.base.round + 1):
+            try:
+                meta, buffers = fetch(
+                    f"mean/{record.term}.{round}", donors, self._secret, stopping=self._stopping, timeout=MEAN_TIMEOUT
+                )
+            except TransferError:
+                return False
+            mean = buffers["mean"]
+            if meta["weight"] > 0:
+                state.apply(mean, meta["steps"], torch.empty_like(mean))
+            else:
+                state.skip(meta["steps"])
+            self._keep(round, mean, meta["weight"], meta["steps"], state)
+        return True
+
+    def _fetch_state(self, record: Record, state: GlobalState) -> None:
+        donors = self._donors()
+        place = f"{record.term}.{record.base.round}"
+        started = record.place[:2]
+
+        def over() -> bool:
+            current = self._record
+            return self._stopping() or (current is not None and current.place[:2] != started)
+
+        try:
+            meta, buffers = fetch(f"state/{place}", donors, self._secret, stopping=over, timeout=CATCH_UP_TIMEOUT)
+        except Interrupted:
+            if self._stopping():
+                raise
+            return  # the round was committed meanwhile: there is a newer state to fetch
+        state.load(meta["round"], meta["step"], buffers)
+        self._term, self._astray_now = record.term, False
+        self._means.clear()
+
+    def _heal(self) -> None:
+        if not self._astray_now:
+            self._astray_now = True
+            self.healed += 1
+            log.warning("this member's global state differs from the others': taking it anew")
+            if self.healed > 1:
+                raise TrainingError(
+                    "this member's global state has differed from the others' twice: its arithmetic cannot be trusted"
+                )
+
+    def _keep(self, round: int, mean: Tensor, weight: float, steps: int, state: GlobalState) -> None:
+        """Keep a committed mean for members that lack it."""
+        self._means.append(((self._term, round), Offer({"weight": weight, "steps": steps}, {"mean": mean})))
+        while len(self._means) > self._kept_rounds(state):
+            self._means.popleft()
+
+    def _kept_rounds(self, state: GlobalState) -> int:
+        """As many as are asked for, but no more than are cheaper to send than the state itself."""
+        return min(self._config.catch_up_rounds, len(state.tensors))
+
+    # etcd
+
+    @property
+    def _must_lease(self) -> Lease:
+        assert self._lease is not None
+        return self._lease
+
+    def _patiently(self, operation: Callable[[], T]) -> T:
+        """Do something with etcd; while it is away, wait for it, up to `etcd_outage_limit`."""
+        while True:
+            try:
+                result = operation()
+            except EtcdError as error:
+                if error.kind != "unreachable":
+                    raise
+                if self._stopping():
+                    raise Interrupted from None
+                away = time.monotonic() - self._heard
+                if away > self._config.etcd_outage_limit:
+                    raise TrainingError(f"etcd was away for {away:.0f} s (etcd_outage_limit): {error}") from None
+                log.warning("waiting for etcd: %s", error)
+                with self._condition:
+                    self._condition.wait(1.0)
+            else:
+                self._heard = time.monotonic()
+                return result
+
+    def _agree_on(self, fingerprint: Mapping[str, Json]) -> None:
+        mine = json.loads(json.dumps(dict(fingerprint)))
+        _, entry = self._client.swap("fingerprint", mine, None)
+        theirs = entry.value if entry else mine
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                raise TrainingError(
+                    f"this worker does not fit the run {self._config.run_id}: "
+                    f"its {name} is {mine.get(name)!r}, the run's is {theirs.get(name)!r}"
+                )
+
+    def _run_secret(self) -> bytes:
+        """What donors and fetchers share: whoever may read the run's keys in etcd may have the state."""
+        _, entry = self._client.swap("secret", {"hex": secrets.token_hex(32)}, None)
+        assert entry is not None
+        return bytes.fromhex(entry.value["hex"])
+
+    def _announce(self, state: GlobalState) -> None:
+        """Hash the state, and say in etcd that this member holds it; on a thread, while the next inner steps run."""
+        base, progress = self._base, self.hooks.progress()
+        hashed = self._hash = self._chores.submit(state.hash)
+
+        def tell() -> None:
+            self._me = {**self._me, "holds": asdict(replace(base, hash=hashed.result())), "progress": progress}
+            with suppress(EtcdError):  # it will be told next time
+                self._must_lease.put(f"members/{self.id}", self._me)
+
+        self._chores.submit(tell)
+
+    def _live_nodes(self) -> int:
+        members = self._patiently(lambda: self._client.list("members/"))
+        return len({entry.value["node"] for entry in members.values()})
+
+
+def _answers(endpoint: str) -> bool:
+    host, _, port = endpoint.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), PROBE_TIMEOUT):
+            return True
+    except OSError:
+        return False
+
+
+def _line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
