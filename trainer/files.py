@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,9 +94,10 @@ def require_writable(directory: Path, field: str) -> None:
     """Raise ConfigError unless files can be created in `directory` (made if it is missing)."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe.{os.getpid()}"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        # Its name is its own: processes in two containers, with the same id, may share the directory.
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe.") as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
     except OSError as error:
         raise ConfigError(field, directory, f"cannot be written: {error.strerror or error}") from None
 
