@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from trainer.errors import TrainingError
+from trainer.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
@@ -113,8 +113,14 @@ class EtcdClient:
 
     @classmethod
     def of(cls, config: "TrainingConfig") -> Self:
-        """A client of the run's keys: everything lies below `{elastic.etcd.prefix}/{run_id}/`."""
+        """A client of the run's keys: everything lies below `{elastic.etcd.prefix}/{run_id}/`.
+
+        Raises:
+            ConfigError: No endpoint is given.
+        """
         etcd = config.etcd
+        if not etcd.endpoints:
+            raise ConfigError("etcd.endpoints", "[]", "must name an etcd; `python -m trainer launch` starts one")
         prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
         return cls(etcd.endpoints, prefix, ca=etcd.ca, cert=etcd.cert, key=etcd.key, user=etcd.user)
 

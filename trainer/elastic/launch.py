@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,8 @@ import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from trainer.config import ENV_PREFIX, TrainingConfig
 from trainer.elastic import record
@@ -47,6 +50,7 @@ def launch(config: TrainingConfig, command: list[str] | None = None) -> int:
     run_dir = Path(config.run_dir).absolute()
     config = config.with_values(run_dir=str(run_dir))
     workers = worker_configs(config)
+    _check_network(config)
     with ExitStack() as resources:
         require_writable(run_dir, "run_dir")
         resources.enter_context(_locked(run_dir))
@@ -56,7 +60,7 @@ def launch(config: TrainingConfig, command: list[str] | None = None) -> int:
                 return 0
             _check(config, workers)
         if not config.etcd.endpoints:
-            address = config.advertise_address or "127.0.0.1"
+            address = socket.gethostbyname(config.advertise_address or "127.0.0.1")
             etcd = resources.enter_context(
                 EmbeddedEtcd(run_dir / "etcd", address=address, port_range=config.port_range)
             )
@@ -194,7 +198,10 @@ class _Run:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        # A hang-up that is ignored (nohup) stays ignored.
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield
         finally:
@@ -300,6 +307,17 @@ def _check(config: TrainingConfig, workers: list[TrainingConfig]) -> None:
     preflight.check(config)
     for worker in workers:
         data.open_dataset(data.directory(worker, Volume.of(worker).datasets))
+
+
+def _check_network(config: TrainingConfig) -> None:
+    interfaces = psutil.net_if_addrs()
+    if config.network_interface and config.network_interface not in interfaces:
+        raise ConfigError("network_interface", config.network_interface, f"must be one of {', '.join(interfaces)}")
+    if config.advertise_address:
+        try:
+            socket.create_server((config.advertise_address, 0)).close()
+        except OSError:
+            raise ConfigError("advertise_address", config.advertise_address, "is no address of this machine") from None
 
 
 def _environment(workers: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import TrainingConfig
+from trainer.elastic.etcd import EtcdClient
 from trainer.elastic.launch import _environment, _locked, launch
 from trainer.elastic.process import listen
 from trainer.elastic.server import EmbeddedEtcd
@@ -31,6 +32,26 @@ def test_port_range_without_a_free_port(tmp_path: Path, taken: int) -> None:
     values = {"run_id": "r", "run_dir": str(tmp_path), "device": "cpu", "port_range": f"{taken}-{taken}"}
     with pytest.raises(ConfigError, match=r"port_range.*has no free port left"):
         launch(TrainingConfig.from_flat(values), command=["true"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("network_interface", "nope0", r"must be one of .*\blo\b"),
+        ("advertise_address", "192.0.2.1", "is no address of this machine"),
+        ("advertise_address", "nowhere.invalid", "is no address of this machine"),
+    ],
+)
+def test_network_that_this_machine_does_not_have(field: str, value: str, message: str, tmp_path: Path) -> None:
+    config = TrainingConfig.from_flat({"run_id": "r", "run_dir": str(tmp_path / "run"), "device": "cpu", field: value})
+    with pytest.raises(ConfigError, match=f"{field}.*{message}"):
+        launch(config, command=["true"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_worker_without_etcd() -> None:
+    with pytest.raises(ConfigError, match=r"etcd\.endpoints.*launch"):
+        EtcdClient.of(TrainingConfig.from_flat({"run_id": "r"}))
 
 
 def test_port_range_passes_over_taken_ports(taken: int) -> None:
