@@ -9,7 +9,7 @@ import pytest
 from trainer.config import TrainingConfig
 from trainer.elastic.etcd import EtcdClient
 from trainer.elastic.launch import _environment, _locked, launch
-from trainer.elastic.process import listen
+from trainer.elastic.process import gloo_device, listen
 from trainer.elastic.server import EmbeddedEtcd
 from trainer.errors import ConfigError
 
@@ -47,6 +47,13 @@ def test_network_that_this_machine_does_not_have(field: str, value: str, message
     with pytest.raises(ConfigError, match=f"{field}.*{message}"):
         launch(config, command=["true"])
     assert not (tmp_path / "run").exists()
+
+
+def test_gloo_device_that_this_machine_does_not_have() -> None:
+    with pytest.raises(ConfigError, match="network_interface"):
+        gloo_device("nope0", "127.0.0.1")
+    with pytest.raises(ConfigError, match="advertise_address"):
+        gloo_device("", "192.0.2.1")
 
 
 def test_worker_without_etcd() -> None:

@@ -34,7 +34,7 @@ from trainer.diloco.state import GlobalState, hash_of
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.decider import Decider
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
-from trainer.elastic.process import listen
+from trainer.elastic.process import gloo_device, listen
 from trainer.elastic.protocol import (
     Action,
     Arrival,
@@ -50,6 +50,7 @@ from trainer.elastic.protocol import (
     State,
     Vote,
     action,
+    holders,
     outcome_from_json,
 )
 from trainer.elastic.record import SLOT_VARIABLE, Status, finish, verdict
@@ -139,7 +140,7 @@ class ElasticQuorum:
         self._agree_on(fingerprint)
         self._secret = self._run_secret()
         address = config.advertise_address or local_address(config.etcd.endpoints[0])
-        self._address = address
+        self._device = gloo_device(config.network_interface, address)
         listener = listen(address, config.port_range)
         port = listener.getsockname()[1]
         self._store = TCPStore(
@@ -194,7 +195,7 @@ class ElasticQuorum:
         self._lease = self._patiently(lambda: self._client.lease(self._config.lease_ttl))
         self._patiently(lambda: self._must_lease.put(f"members/{self.id}", self._me))
         self._decider = Decider(EtcdClient.of(self._config), self._must_lease, self.id, self.rules)
-        self._wait(lambda record: record, "the run to begin", shortage=True)
+        self._wait(self._under_way, "the run to begin", shortage=True)
         self.catch_up(state)
 
     def leave(self) -> None:
@@ -459,6 +460,13 @@ class ElasticQuorum:
         outcome = outcome_from_json(entry.value) if entry else None
         return outcome if outcome and outcome.term == record.term else None
 
+    def _under_way(self, record: Record) -> bool | None:
+        """Whether somebody holds what the record says, so that one can join; else it is about to be founded again."""
+        if self.id in record.shares:
+            return True
+        alive = {key.partition("/")[2] for key in self._patiently(lambda: self._client.list("members/"))}
+        return bool(holders(record) & alive) or None
+
     def _behind(self, record: Record) -> bool:
         return (record.term, record.base.round) != (self._term, self._base.round)
 
@@ -533,8 +541,7 @@ class ElasticQuorum:
         self._meet(record, prefix)
         gloo: Any = ProcessGroupGloo  # its stubs know little of it
         options = gloo._Options()
-        interface = {"interface": self._config.network_interface} if self._config.network_interface else {}
-        options._devices = [ProcessGroupGloo.create_device(**interface or {"hostname": self._address})]
+        options._devices = [self._device]
         options._timeout = timeout
         options._threads = 2
         with WireMeter.watching() as meter:

@@ -40,7 +40,7 @@ from trainer.diloco.collective import CHUNK_BYTES, weighted_mean
 from trainer.diloco.quorum import Commit
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
-from trainer.elastic.process import listen
+from trainer.elastic.process import gloo_device, listen
 from trainer.elastic.protocol import Cursor, Share, State, deal, state_from_json
 from trainer.elastic.record import SLOT_VARIABLE, Status, finish, verdict
 from trainer.errors import Interrupted, TrainingError
@@ -88,6 +88,7 @@ class FixedQuorum:
         self.dealt: Share | None = None
         self._client = EtcdClient.of(config)
         address = config.advertise_address or local_address(config.etcd.endpoints[0])
+        self._device = gloo_device(config.network_interface, address)
         self._me: dict[str, Any] = {
             "incarnation": uuid.uuid4().hex,
             "slot": slot,
@@ -335,23 +336,13 @@ class FixedQuorum:
         self._store = PrefixStore(f"{self.generation}", store)
         self._gathered = 0
         self._gather("connect", None, timeout=FORM_TIMEOUT)  # only members that are really there go on
-        with WireMeter.watching() as meter:
-            self._group = ProcessGroupGloo(
-                PrefixStore("gloo", self._store), self.rank, self.world_size, self._gloo_options(limit)
-            )
-        self._meter = meter
-        self._gather("formed", None, timeout=FORM_TIMEOUT)
-
-    def _gloo_options(self, timeout: timedelta) -> Any:
-        """Which interface gloo listens on: the one named, or the one that has our address."""
         gloo: Any = ProcessGroupGloo  # its stubs know little of it
         options = gloo._Options()
-        if self._config.network_interface:
-            options._devices = [gloo.create_device(interface=self._config.network_interface)]
-        else:
-            options._devices = [gloo.create_device(hostname=self._me["address"])]
-        options._timeout = timeout
-        return options
+        options._devices, options._timeout = [self._device], limit
+        with WireMeter.watching() as meter:
+            self._group = gloo(PrefixStore("gloo", self._store), self.rank, self.world_size, options)
+        self._meter = meter
+        self._gather("formed", None, timeout=FORM_TIMEOUT)
 
     def _registered(self) -> list[str | None]:
         """The incarnation of each rank's member; None where there is no such member now."""
