@@ -43,6 +43,15 @@ def get_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
     return NodeRendezvous
 
 
+def client_of(parameters: RendezvousParameters) -> EtcdClient:
+    """The client that torchrun's endpoint (`host:port`, or several with commas) and `--rdzv-conf` describe."""
+    return EtcdClient(
+        parameters.endpoint.split(","),
+        run_prefix(parameters.get("prefix", "/torchelastic"), parameters.run_id),
+        **{name: parameters.get(name, "") for name in ("ca", "cert", "key", "user")},
+    )
+
+
 class NodeRendezvous(RendezvousHandler):
     """One agent's part: see the module's docstring.
 
@@ -57,11 +66,7 @@ class NodeRendezvous(RendezvousHandler):
         self._ttl = float(parameters.get("lease_ttl", 15))
         self._preferred = parameters.get_as_int("slot")
         self._address = parameters.local_addr or "127.0.0.1"
-        self._client = EtcdClient(
-            parameters.endpoint.split(","),
-            run_prefix(parameters.get("prefix", "/torchelastic"), parameters.run_id),
-            **{name: parameters.get(name, "") for name in ("ca", "cert", "key", "user")},
-        )
+        self._client = client_of(parameters)
         self._node = uuid.uuid4().hex
         self._lease: Lease | None = None
         self._store: TCPStore | None = None
