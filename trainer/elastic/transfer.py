@@ -4,7 +4,7 @@
         ...
     meta, buffers = fetch("state/12", endpoints, secret, into=None, stopping=stopping, timeout=60)
 
-*Striping.* The buffers are cut into chunks, and a few connections to several donors draw chunks from one queue. A chunk
+*Striping.* The buffers are cut into chunks, and a connection to each of several donors draws from one queue. A chunk
 that does not arrive whole goes back into the queue, and its donor is charged with a failure; a donor with too many is
 dropped. A chunk that has arrived is never asked for again. Donors whose meta or layout differs from that of the first
 one to answer have another state, and are not mixed: the caller puts a hash of the content into the meta.
@@ -24,12 +24,15 @@ reordered. The checksum is of the bytes as they were sent. It is no cryptographi
 themselves are neither encrypted nor safe from someone who can alter packets on their way.
 """
 
+import atexit
 import hmac
 import json
 import logging
+import os
 import secrets
 import socket
 import struct
+import sys
 import threading
 import time
 import uuid
@@ -58,8 +61,9 @@ SLOWEST = 256 << 10  # bytes a second: a connection slower than this over a whol
 RETRY_INTERVAL = 0.25  # seconds until a donor that failed, or had nothing yet, is asked again
 FAILURES = 3  # after which a donor is dropped
 FORGIVEN = 0.1  # of a failure, by each good chunk: a long transfer survives a connection that breaks now and then
-CONNECTIONS = 8  # of a fetcher
-CONNECTIONS_PER_DONOR = 2  # one receives while the other one's chunk is checked
+CONNECTIONS = 8  # of a fetcher: it draws from so many donors at a time
+ASKED = 2  # chunks that are asked for ahead, so that one is on its way while the one before it is checked
+NICENESS = 5  # of the threads: where processors are scarce, training comes first, here and in workers beside
 HOLD_SECONDS = 30.0  # for which an offer stays available after its last use
 MAX_CONNECTIONS = 128  # of a donor; further ones wait in the kernel's queue
 MIN_SECRET_BYTES = 16
@@ -154,15 +158,14 @@ class _Channel:
             raise _Failure("sent a message that is too long")
         body = self._read_bytes(length)
         if not hmac.compare_digest(head[_LENGTH.size :], self._mac(1 - self._side, body)):
-            raise _Forbidden("does not have this run's secret")
+            raise _Forbidden("sent what was not made with this run's secret")
         message = json.loads(body)
         if not isinstance(message, dict):
             raise _Failure("sent a message that is none")
         return message
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request, and return the reply."""
-        self.send(request)
+    def receive_reply(self) -> dict[str, Any]:
+        """The donor's next message."""
         reply = self.receive(REPLY_BYTES)
         if "error" in reply:
             raise _Failure(str(reply["error"]))
@@ -178,10 +181,6 @@ class _Channel:
             view = view[received:]
             if view and time.monotonic() > deadline:
                 raise TimeoutError
-
-    def abort(self) -> None:
-        """End the connection under the thread that uses it, which closes it."""
-        _abort(self._connection)
 
     def _read_bytes(self, count: int) -> bytes:
         buffer = bytearray(count)
@@ -223,12 +222,15 @@ class Donor:
         self.endpoint = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}  # by id
-        self._connections: set[socket.socket] = set()
+        self._serving: dict[threading.Thread, socket.socket] = {}
         self._places = threading.Semaphore(MAX_CONNECTIONS)
         self._closing = threading.Event()
         self._listener.settimeout(1.0)  # how often offers that nobody uses any more are let go
-        self._thread = threading.Thread(target=self._accept, name="donor", daemon=True)
-        self._thread.start()
+        # Threads that still run while the interpreter is torn down can abort the process (C++ code cannot bear being
+        # unwound by it), and that would turn its exit status 0 into 134: so there are none by then.
+        atexit.register(self.close)
+        self._accepting = threading.Thread(target=self._accept, name="donor", daemon=True)
+        self._accepting.start()
 
     def __enter__(self) -> Self:
         return self
@@ -238,12 +240,18 @@ class Donor:
 
     def close(self) -> None:
         """Serve nobody any more. Fetchers turn to other donors at once."""
+        atexit.unregister(self.close)
         self._closing.set()
+        _abort(self._listener)
+        self._accepting.join()
         with self._lock:
-            for connection in (self._listener, *self._connections):
-                _abort(connection)
+            serving = dict(self._serving)
             self._held.clear()
-        self._thread.join()
+        for connection in serving.values():
+            _abort(connection)
+        deadline = time.monotonic() + STALL_TIMEOUT
+        for thread in serving:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept(self) -> None:
         with self._listener:
@@ -253,7 +261,10 @@ class Donor:
                     continue
                 try:
                     connection, (host, *_) = self._listener.accept()
-                    threading.Thread(target=self._serve, args=(connection, host), name="donor", daemon=True).start()
+                    thread = threading.Thread(target=self._serve, args=(connection, host), name="donor", daemon=True)
+                    with self._lock:
+                        thread.start()
+                        self._serving[thread] = connection
                 except TimeoutError:  # nobody came
                     self._places.release()
                 except (OSError, RuntimeError):  # no descriptors or threads left, for example: they may come back
@@ -261,8 +272,7 @@ class Donor:
                     self._closing.wait(1.0)
 
     def _serve(self, connection: socket.socket, host: str) -> None:
-        with self._lock:
-            self._connections.add(connection)
+        _let_training_go_first()
         try:
             channel = _Channel(connection, self._secret, _DONOR)
             try:
@@ -277,7 +287,7 @@ class Donor:
             log.exception("donor: a request from %s failed", host)
         finally:
             with self._lock:
-                self._connections.discard(connection)
+                del self._serving[threading.current_thread()]
             connection.close()
             self._places.release()
 
@@ -370,7 +380,7 @@ class _Peer:
 
     endpoint: str
     offer: str | None = None  # the id of what we draw from; None: not known yet
-    connections: int = 0
+    busy: bool = False  # a thread draws from it
     not_before: float = 0.0  # when it may be asked again, on the monotonic clock
     failures: float = 0.0
     reason: str = "has not answered"
@@ -381,7 +391,10 @@ class _Peer:
 
 
 class _Transfer:
-    """One `fetch`. Its threads serve whichever donor has the fewest of them; all state is guarded by one condition."""
+    """One `fetch`. A thread draws from a donor as long as that goes well, then turns to the one that waited longest.
+
+    All state is guarded by one condition.
+    """
 
     def __init__(self, what: str, donors: Sequence[str], secret: bytes) -> None:
         self._what, self._secret = what, secret
@@ -391,16 +404,17 @@ class _Transfer:
         self._pending: deque[_Chunk] = deque()
         self._missing: int | None = None  # chunks that are not here; None: not known yet
         self._in_hand = 0  # of these, with a thread
-        self._channels: set[_Channel] = set()
+        self._connections: set[socket.socket] = set()
         self._over = False
 
     def run(
         self, into: Callable[["Json", Layout], dict[str, Tensor]] | None, stopping: Callable[[], bool], timeout: float
     ) -> tuple["Json", dict[str, Tensor]]:
         started = time.monotonic()
-        for _ in range(min(CONNECTIONS, CONNECTIONS_PER_DONOR * len(self._peers))):
-            threading.Thread(target=self._work, name="fetch", daemon=True).start()
         try:
+            for _ in range(min(CONNECTIONS, len(self._peers))):
+                # No daemon threads, for the same reason as a donor's; they end soon after `_over` is set.
+                threading.Thread(target=self._work, name="fetch").start()
             self._wait(lambda: self._content is not None, stopping, started, timeout)
             assert self._content is not None
             meta, layout = self._content
@@ -448,14 +462,15 @@ class _Transfer:
         """Close the connections, and return when nothing is written into the caller's tensors any more."""
         with self._changed:
             self._over = True
-            for channel in self._channels:
-                channel.abort()
+            for connection in self._connections:
+                _abort(connection)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._in_hand == 0, STALL_TIMEOUT)
 
     # On the threads
 
     def _work(self) -> None:
+        _let_training_go_first()
         while peer := self._next_peer():
             failure = None
             try:
@@ -478,23 +493,19 @@ class _Transfer:
                 wanted = [peer for peer in self._peers if self._is_wanted(peer)]
                 ready = [peer for peer in wanted if peer.not_before <= now]
                 if ready:
-                    peer = min(ready, key=lambda peer: (peer.connections, peer.not_before))
-                    peer.connections += 1
+                    peer = min(ready, key=lambda peer: peer.not_before)
+                    peer.busy = True
                     return peer
                 self._changed.wait(min(peer.not_before for peer in wanted) - now if wanted else None)
             return None
 
     def _is_wanted(self, peer: _Peer) -> bool:
-        if peer.dropped:
-            return False
-        if peer.offer is None:
-            return peer.connections == 0
-        return bool(self._pending) and peer.connections < CONNECTIONS_PER_DONOR
+        return not peer.busy and not peer.dropped and (peer.offer is None or bool(self._pending))
 
     def _leave(self, peer: _Peer, failure: _Failure | None) -> None:
         with self._changed:
-            peer.connections -= 1
-            if failure and not self._over and not peer.dropped:
+            peer.busy = False
+            if failure and not self._over:
                 peer.failures += failure.cost
                 peer.not_before = time.monotonic() + RETRY_INTERVAL
                 peer.reason = str(failure)
@@ -504,22 +515,27 @@ class _Transfer:
 
     def _draw(self, peer: _Peer) -> None:
         """Over one connection to the donor: find the offer, then chunk after chunk, until there is none to ask for."""
+        asked: deque[_Chunk] = deque()
         host, _, port = peer.endpoint.rpartition(":")
-        connection = socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT)
-        with connection:
-            channel = _Channel(connection, self._secret, _FETCHER)
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT) as connection:
             with self._changed:
                 if self._over:
                     return
-                self._channels.add(channel)
+                self._connections.add(connection)
             try:
+                channel = _Channel(connection, self._secret, _FETCHER)
                 if peer.offer is None:
-                    self._agree(peer, channel.ask({"find": self._what}))
-                while chunk := self._take(peer):
-                    self._receive(peer, channel, chunk)
+                    channel.send({"find": self._what})
+                    self._agree(peer, channel.receive_reply())
+                while self._ask(peer, channel, asked):
+                    self._receive(peer, channel, asked[0])
+                    asked.popleft()
             finally:
                 with self._changed:
-                    self._channels.discard(channel)
+                    self._connections.discard(connection)
+                    self._in_hand -= len(asked)
+                    self._pending.extendleft(reversed(asked))
+                    self._changed.notify_all()
 
     def _agree(self, peer: _Peer, reply: dict[str, Any]) -> None:
         if reply.get("missing"):
@@ -532,42 +548,46 @@ class _Transfer:
             peer.offer, peer.reason = reply["offer"], "had not sent all of it"
             self._changed.notify_all()
 
-    def _take(self, peer: _Peer) -> _Chunk | None:
-        """The next chunk to ask for; None if there is none for a while, or the donor was dropped."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._over or self._missing == 0, LINGER)
-            if not self._pending or self._over or peer.dropped:
-                return None
-            self._in_hand += 1
-            return self._pending.popleft()
+    def _ask(self, peer: _Peer, channel: _Channel, asked: deque[_Chunk]) -> bool:
+        """Ask for chunks ahead. Whether any is now on its way; False if there was none to ask for, for a while."""
+        while len(asked) < ASKED:
+            with self._changed:
+                if not asked:
+                    self._changed.wait_for(lambda: self._pending or self._over or self._missing == 0, LINGER)
+                if not self._pending or self._over:
+                    break
+                chunk = self._pending.popleft()
+                self._in_hand += 1
+                asked.append(chunk)
+            channel.send({"offer": peer.offer, "buffer": chunk.buffer, "start": chunk.start, "stop": chunk.stop})
+        return bool(asked)
 
     def _receive(self, peer: _Peer, channel: _Channel, chunk: _Chunk) -> None:
-        arrived = False
-        try:
-            request = {"offer": peer.offer, "buffer": chunk.buffer, "start": chunk.start, "stop": chunk.stop}
-            reply = channel.ask(request)
-            if reply.get("missing"):
-                peer.offer = None  # it was restarted, or we were away for long: look it up again
-                raise _Failure("does not have it any more", cost=0)
-            channel.read(chunk.view)
-            if xxh3_128_hexdigest(chunk.view) != reply["checksum"]:
-                raise _Failure("sent a chunk that does not match its checksum")
-            arrived = True
-        finally:
-            with self._changed:
-                self._in_hand -= 1
-                if arrived:
-                    assert self._missing is not None
-                    self._missing -= 1
-                    if not peer.dropped:
-                        peer.failures = max(0.0, peer.failures - FORGIVEN)
-                else:
-                    self._pending.appendleft(chunk)
-                if not arrived or self._missing == 0 or self._over:
-                    self._changed.notify_all()
+        reply = channel.receive_reply()
+        if reply.get("missing"):
+            peer.offer = None  # it was restarted, or we were away for long: look it up again
+            raise _Failure("does not have it any more", cost=0)
+        channel.read(chunk.view)
+        if xxh3_128_hexdigest(chunk.view) != reply["checksum"]:
+            raise _Failure("sent a chunk that does not match its checksum")
+        with self._changed:
+            assert self._missing is not None
+            self._missing -= 1
+            self._in_hand -= 1
+            peer.failures = max(0.0, peer.failures - FORGIVEN)
+            if self._missing == 0:
+                self._changed.notify_all()
+
+
+def _let_training_go_first() -> None:
+    """Lower the priority of this thread. On Linux alone it is a thread's own."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _abort(connection: socket.socket) -> None:
+    """End a connection under the thread that uses it, which then closes it."""
     with suppress(OSError):  # it has ended already
         connection.shutdown(socket.SHUT_RDWR)
 

@@ -1,0 +1,98 @@
+"""State transfer on loopback: how fast, and what it costs a donor's training thread.
+
+    python tests/benchmarks/bench_transfer.py [--parameters 100000000] [--repeats 5]
+
+Donor processes serve a global state as DiLoCo has it: parameters and outer momentum, float32. Each trains meanwhile: a
+loop of small matrix products on its main thread. Windows without and with a transfer alternate, and the same steps are
+compared. Each donor, and the fetcher, may use the processors that the kernel gives it: with fewer processors than
+busy threads, part of the dent is the fetcher's own work, which in a real run is another machine's.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import time
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+
+from trainer.elastic.transfer import Donor, Offer, fetch
+
+SECRET = b"a secret of this benchmark alone"
+WINDOW = 1.0  # seconds without a transfer, before each
+
+
+def donor(parent: Connection, parameters: int) -> None:
+    """Serve, and train until told to stop; then report (start, duration) of every step, on the system's clock."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.rand(parameters, generator=generator) for name in ("parameters", "momentum")}
+    weights, steps = torch.rand(192, 192, generator=generator), []
+    with Donor({"state/1": Offer({"round": 1}, state)}.get, SECRET, "127.0.0.1") as server:
+        parent.send(server.endpoint)
+        while not parent.poll():
+            started = time.monotonic()
+            x = weights
+            for _ in range(30):
+                x = torch.tanh(x @ weights)
+            steps.append((started, time.monotonic() - started))
+    parent.send(steps)
+
+
+def measure(donors: int, parameters: int, repeats: int) -> tuple[list[float], list[float], list[float]]:
+    """Seconds of each transfer, and of each donor step without and with one."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(donors)]
+    processes = [context.Process(target=donor, args=(theirs, parameters), daemon=True) for _, theirs in pipes]
+    for process in processes:
+        process.start()
+    endpoints = [ours.recv() for ours, _ in pipes]
+    target = {name: torch.zeros(parameters) for name in ("parameters", "momentum")}  # its pages are there already
+
+    def into(meta: object, layout: object) -> dict[str, Tensor]:
+        return target
+
+    fetch("state/1", endpoints, SECRET, into=into, timeout=120)  # caches and buffers are warm from here on
+    idle, busy = [], []
+    for _ in range(repeats):
+        started = time.monotonic()
+        time.sleep(WINDOW)
+        between = time.monotonic()
+        fetch("state/1", endpoints, SECRET, into=into, timeout=120)
+        idle.append((started, between))
+        busy.append((between, time.monotonic()))
+    for ours, _ in pipes:
+        ours.send("stop")
+    steps = [step for ours, _ in pipes for step in ours.recv()]
+    for process in processes:
+        process.join()
+
+    def inside(windows: list[tuple[float, float]]) -> list[float]:
+        return [d for at, d in steps if any(low <= at and at + d <= high for low, high in windows)]
+
+    return [high - low for low, high in busy], inside(idle), inside(busy)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=100_000_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    size = 2 * 4 * arguments.parameters / 1e9
+    print(f"{size:.2f} GB of state, {arguments.repeats} transfers each, {os.cpu_count()} processors; medians")
+    print("donors  seconds    GB/s   step, alone   step, serving   ratio   ratio of means")
+    for donors in (1, 2):
+        seconds, idle, busy = measure(donors, arguments.parameters, arguments.repeats)
+        took, alone, serving = (statistics.median(values) for values in (seconds, idle, busy))
+        means = statistics.mean(busy) / statistics.mean(idle)
+        print(
+            f"{donors:>6} {took:>8.2f} {size / took:>7.2f} {alone * 1e3:>10.2f} ms {serving * 1e3:>12.2f} ms "
+            f"{serving / alone:>7.2f} {means:>16.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
