@@ -70,7 +70,7 @@ class Checkpoint:
 
     def worker(self) -> dict[str, Any]:
         """The worker's own state, as it was given to `save`."""
-        return _join(self.state["worker"], load_file(self.path / "worker.safetensors"))
+        return _join(self.state["worker_state"], load_file(self.path / "worker.safetensors"))
 
 
 def read(path: Path) -> Checkpoint:
@@ -160,7 +160,7 @@ class Checkpointer:
         """
         self._raise()
         tree, own = _split(worker)
-        document = {**state, "format": FORMAT, "complete": complete, "worker": tree}
+        document = {**state, "format": FORMAT, "complete": complete, "worker_state": tree}
         self._queue.put((document, {k: _copy(v) for k, v in global_tensors.items()}, own))
 
     def wait(self) -> None:
@@ -197,7 +197,9 @@ class Checkpointer:
             files = {name: {"sha256": sha256(temporary / name), "bytes": size} for name, size in sizes.items()}
             write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
         self._saved(path, time.perf_counter() - started, sum(sizes.values()))
-        for old in paths(self._directory)[self._keep :]:
+        found = paths(self._directory)
+        abandoned = found[: found.index(path)]  # by a run that has gone back to an earlier round
+        for old in (*abandoned, *found[len(abandoned) + self._keep :]):
             shutil.rmtree(old, ignore_errors=True)
 
 
