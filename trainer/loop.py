@@ -22,7 +22,7 @@ from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import TrainingConfig
 from trainer.diloco import DDP, Commit, DiLoCo, Nesterov, Superseded
 from trainer.elastic.member import ElasticQuorum, Hooks
-from trainer.elastic.protocol import Cursor, Range, cursor_from_json, unused
+from trainer.elastic.protocol import Cursor, Range, Share, cursor_from_json, deal, unused
 from trainer.elastic.quorum import FixedQuorum
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.files import require_free_space
@@ -90,7 +90,7 @@ class Worker:
         }
         # Data parallelism averages every step's gradients: a member less is a world that starts again.
         kind: type[FixedQuorum | ElasticQuorum] = FixedQuorum if config.optim_method == "ddp" else ElasticQuorum
-        hooks = Hooks(self._unused, self._save_in_need, self._moments, self._progress)
+        hooks = Hooks(self._rest_of_share, self._save_in_need, self._moments, self._progress)
         self.quorum = kind(config, fingerprint, stopping.is_set, hooks)
         resources.enter_context(self.quorum)
         worker = self.quorum.worker
@@ -110,11 +110,13 @@ class Worker:
         torch.manual_seed(config.seed + 1 + worker)  # of dropout and the like: each worker its own
         self.order = data.SampleOrder(len(self.dataset.train), config.seed)
         self.share: tuple[Range, ...] = ()  # the sample positions that this worker trains on
-        self.share_round = 0  # the round in which they were dealt
+        self.share_place = (0, 0)  # the term and round in which they were dealt
         self.used = 0  # how many of them it has consumed
         self.skipped = self.skipped_in_a_row = 0
-        self.samples = 0  # consumed by this process
+        self.samples = self.steps_taken = 0  # consumed, and made, by this process
+        self.ramp = 1  # inner steps over which a joiner's learning rate rises while its moments build up
         self.last_loss = math.nan
+        self.told = (0, time.time())  # samples, and when, that `status` has been told of
         self.last_saved_step = 0
         self.members: tuple[str, ...] = ()  # of the last quorum; this worker's place among them
         self.rank, self.world_size = 0, 1
@@ -175,10 +177,12 @@ class Worker:
                 self.diloco.catch_up()
                 continue
             with closing(self._batches()) as batches:
-                while commit is None and not self.diloco.due and unused(self.share, self.used):
+                while commit is None and not self.diloco.due and self._unused():
                     if self.stopping.is_set():
                         raise Interrupted
                     commit = self._inner_step(batches, losses)
+        if commit is not None:
+            self.used = sum(stop - start for start, stop in self.share)  # what was left has been given back with it
         self._report_round(commit, before, losses, time.perf_counter() - started)
         last = self.diloco.round_length == 0
         interval = self.config.eval_interval
@@ -189,15 +193,15 @@ class Worker:
 
     def _take_share(self) -> None:
         """See that there are samples to train on: the rest of this worker's share, or a new one."""
-        if not unused(self.share, self.used):
-            share = self.quorum.share(after=self.share_round)
-            self.share, self.share_round, self.used = share.ranges, share.round, 0
+        if not self._unused():
+            share = self.quorum.share(after=self.share_place)
+            self.share, self.share_place, self.used = share.ranges, share.place, 0
 
     def _inner_step(self, batches: Iterator[dict[str, Tensor]], losses: list[float]) -> Commit | None:
         """One inner step, over `accumulation_steps` micro-batches; the round's commit if it was the round's last."""
         started = time.perf_counter()
         step, accumulation = self.diloco.step, self.config.accumulation_steps
-        lr = learning_rate(step, self.config)
+        lr = learning_rate(step, self.config) * min(1.0, (self.steps_taken + 1) / self.ramp)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.device)
@@ -220,7 +224,9 @@ class Worker:
         self.optimizer.zero_grad(set_to_none=True)
         samples = self.config.batch_size if finite else 0
         self.samples += samples
+        _, positions = deal(Cursor(tails=self._unused()), self.config.batch_size)
         self.used += self.config.batch_size
+        self.steps_taken += 1
         self.last_loss = mean_loss
         self.metrics.write(
             "step",
@@ -230,6 +236,7 @@ class Worker:
             lr=lr,
             gradient_norm=gradient_norm,
             samples=samples,
+            positions=positions,
             tokens=tokens,
             seconds=time.perf_counter() - started,
         )
@@ -321,8 +328,8 @@ class Worker:
         self.last_saved_step = self.diloco.step
         if own is not None and own.state["worker"] == self.quorum.worker:
             self._take_own_state(own)
-        elif self.diloco.round and self.config.joiner_moments == "donor":
-            self._take_moments()
+        elif self.diloco.round and not (self.config.joiner_moments == "donor" and self._take_moments()):
+            self.ramp = self.config.local_steps
 
     def _own_checkpoint(self) -> Checkpoint | None:
         own = checkpoint.newest(self.volume.checkpoints, self.metrics.warn)
@@ -339,16 +346,17 @@ class Worker:
         dealt = self.quorum.dealt
         if own.round == self.diloco.round and dealt is not None and dealt.ranges == share:
             self.diloco.load_worker_state(state["diloco"])
-            self.share, self.share_round, self.used = share, dealt.round, own.state["used"]
+            self.share, self.share_place, self.used = share, dealt.place, own.state["used"]
         else:  # the samples of the open round have been dealt anew: what was done with them is done again
             self.optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
 
-    def _take_moments(self) -> None:
-        """Another member's inner optimizer state: Adam's moments, which would take long to build up."""
+    def _take_moments(self) -> bool:
+        """Another member's inner optimizer state: Adam's moments, which would take long to build up. Whether there was
+        any."""
         found = self.quorum.fetch_moments()
         own = self.optimizer.state_dict()
-        if found is None:
-            return
+        if not found:
+            return False
         state: dict[int, dict[str, Tensor]] = {}
         shapes = [parameter.shape for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, tensor in found.items():
@@ -357,6 +365,7 @@ class Worker:
             state.setdefault(int(index), {})[key] = tensor.view(shape) if tensor.numel() > 1 else tensor.reshape(())
         self.optimizer.load_state_dict({**own, "state": state})
         self.metrics.write("membership", change="took moments", round=self.diloco.round)
+        return True
 
     def _moments(self) -> dict[str, Tensor]:
         """The inner optimizer's state, flat, for a joiner. It goes on changing meanwhile; that does no harm."""
@@ -369,12 +378,24 @@ class Worker:
         }
 
     def _unused(self) -> tuple[Range, ...]:
-        return unused(self.share, self.used)
+        """What is left of this worker's share. Nothing in another term: that deals the same samples anew."""
+        return unused(self.share, self.used) if self.share_place[0] == self.quorum.term else ()
+
+    def _rest_of_share(self) -> Share:
+        return Share(*self.share_place, self._unused())
 
     def _progress(self) -> dict[str, float | int | None]:
-        """What `status` shows of this worker."""
-        loss = self.last_loss if math.isfinite(self.last_loss) else None
-        return {"step": self.diloco.step, "round": self.diloco.round, "loss": loss, "samples": self.samples}
+        """What `status` shows of this worker: told after each commit, so the speed is the last round's."""
+        (before, since), now = self.told, time.time()
+        self.told = self.samples, now
+        return {
+            "step": self.diloco.step,
+            "round": self.diloco.round,
+            "loss": self.last_loss if math.isfinite(self.last_loss) else None,
+            "samples": self.samples,
+            "speed": (self.samples - before) / (now - since) if now > since else 0.0,
+            "time": now,
+        }
 
     def _save_in_need(self) -> None:
         """Too few workers are left to go on: what there is should be durable while the others are waited for."""
@@ -393,7 +414,6 @@ class Worker:
                 "term": self.quorum.term,
                 "cursor": dataclasses.asdict(base.cursor),
                 "share": self.share,
-                "share_round": self.share_round,
                 "used": self.used,
                 "skipped": [self.skipped, self.skipped_in_a_row],
                 "run_id": self.config.run_id,

@@ -1,0 +1,160 @@
+"""kill -9, at any moment and of anyone."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import Pod, Run, check_survivor, of
+from trainer import checkpoint
+from trainer.elastic.server import EmbeddedEtcd
+
+pytestmark = pytest.mark.faults
+
+KILLS = 30
+SEED = 20
+MOMENTS = ("inner step", "gather", "collective", "vote")
+
+
+def wait_for_moment(run: Run, victim: Pod, moment: str, chance: random.Random) -> None:
+    """Return at a random moment of this kind in the victim's life."""
+    member, client = victim.member, run.client
+
+    def place() -> tuple[int, str, list[str]] | None:
+        entry = client.get("round")
+        return (entry.value["round"], entry.value["phase"], entry.value["members"]) if entry else None
+
+    def reached() -> bool:
+        if over(run):
+            return True
+        now = place()
+        if now is None:
+            return False
+        if moment == "collective":
+            return now[1] == "reduce" and member in now[2]
+        entry = client.get(f"{'arrivals' if moment == 'gather' else 'votes'}/{member}")
+        return entry is not None and entry.value["round"] == now[0]
+
+    if moment == "inner step":
+        steps = len(of("step", victim.life)) + chance.randint(1, 8)
+        run.until(lambda: over(run) or len(of("step", victim.life)) >= steps, f"inner steps of worker {victim.slot}")
+    else:
+        run.until_etcd(reached, f"{moment} of worker {victim.slot}")
+
+
+def over(run: Run) -> bool:
+    """Whether the run is so near its end that there may be no commit to wait for after a fault."""
+    return run.committed() * run.config.local_steps >= run.config.total_steps - 3 * run.config.local_steps
+
+
+@pytest.mark.timeout(900)
+def test_kills_at_random_moments(server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]) -> None:
+    chance = random.Random(SEED)
+    rows: list[dict[str, Any]] = []
+    moments = [MOMENTS[number % len(MOMENTS)] for number in range(KILLS)]
+    chance.shuffle(moments)
+    runs = 0
+    while moments:
+        run = begin(f"run-{runs}", [server.endpoint], total_steps=480)
+        pods = [run.start(slot) for slot in range(3)]
+        survivor = pods[runs % 3]  # by turns the first member, which the decider often is, and others
+        runs += 1
+        run.until_quorum(pods)
+        while moments and not over(run):
+            victim = chance.choice([pod for pod in pods if pod is not survivor])
+            wait_until_training(run, victim)
+            if over(run):
+                break
+            wait_for_moment(run, victim, moments[-1], chance)
+            if over(run):
+                break
+            row = run.report(moments[-1], victim.kill_worker(), [survivor], [victim])
+            rows.append({**row, "moment": moments.pop(), "victim": victim.slot})
+        run.finish(pods)
+        run.check([survivor])
+        run.close()
+    for moment in MOMENTS:
+        chosen = [row for row in rows if row["moment"] == moment]
+        table.append(
+            {
+                "fault": f"kill -9 of a worker, {moment}: median of {len(chosen)}",
+                "seconds": statistics.median(row["seconds"] for row in chosen),
+                "without": statistics.median(row["without"] for row in chosen),
+                "exposed": statistics.median(row["exposed"] for row in chosen),
+                "attempt": statistics.median_high(row["attempt"] for row in chosen),
+                "lost_steps": sum(row["lost_steps"] for row in chosen),
+                "each": chosen,
+            }
+        )
+    worst = max(rows, key=lambda row: row["seconds"])
+    table.append({**worst, "fault": f"kill -9 of a worker, {worst['moment']}: the slowest of {KILLS}"})
+
+
+def wait_until_training(run: Run, pod: Pod) -> None:
+    """Wait until the worker's process that runs now has taken part in a round."""
+    run.until(lambda: over(run) or (pod.alive and of("round", pod.life)), f"worker {pod.slot} to train")
+
+
+def test_kill_of_the_first_of_all_but_one_and_of_all(
+    server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]
+) -> None:
+    run = begin("run", [server.endpoint], total_steps=960)
+    pods = [run.start(slot) for slot in range(3)]
+    run.until_quorum(pods)
+
+    table.append(run.report("kill -9 of the first member", pods[0].kill_worker(), pods[1:], pods[:1]))
+    run.until_quorum(pods)
+    for pod in pods[1:]:
+        check_survivor(run.lives(pod.slot), pod.slot)
+
+    survivor, *others = pods[1], pods[0], pods[2]
+    killed = [pod.kill_worker() for pod in others]
+    table.append(run.report("kill -9 of all but one", killed[-1], [survivor], others))
+    run.until_quorum(pods)
+    check_survivor(run.lives(survivor.slot), survivor.slot)
+
+    before = run.committed()
+    killed = [pod.kill() for pod in pods]
+    newest = max(durable(run, pod) for pod in pods)
+    assert newest >= before - 2
+    begun = time.time()
+    pods = [run.start(slot) for slot in range(3)]
+    after = run.until_quorum(pods, after=0)
+    started = min(pod.life[0]["time"] for pod in pods)
+    resumed = [pod.life[0]["resumed_round"] for pod in pods]
+    assert min(resumed) >= newest, f"resumed from {resumed}, although round {newest} was durable"
+    assert after > newest
+    row = run.report("kill -9 of all pods, then new ones", killed[-1], pods)
+    table.append({**row, "from_new_pods": row["seconds"] - (begun - killed[-1]), "process_start": started - begun})
+    run.finish(pods)
+    run.check(reset=True)
+
+
+def durable(run: Run, pod: Pod) -> int:
+    own = checkpoint.newest(pod.root / "checkpoints" / run.config.run_id)
+    return own.round if own else 0
+
+
+def test_pod_killed_and_replaced_on_the_same_volume(
+    server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]
+) -> None:
+    run = begin("run", [server.endpoint], total_steps=480)
+    pods = [run.start(slot) for slot in range(3)]
+    run.until_quorum(pods)
+    run.until(lambda: durable(run, pods[1]) > 0, "a checkpoint of worker 1")
+    row = run.report("kill -9 of a whole pod", pods[1].kill(), [pods[0], pods[2]], [pods[1]])
+    held = durable(run, pods[1])
+    started = time.time()
+    pods[1] = run.start(1)
+    run.until_quorum(pods)
+    assert pods[1].life[0]["resumed_round"] >= held
+    table.append({**row, "rejoined_after": run_start(pods[1]) - started})
+    run.finish(pods)
+    run.check([pods[0], pods[2]])
+
+
+def run_start(pod: Pod) -> float:
+    return float(of("step", pod.life)[0]["time"])

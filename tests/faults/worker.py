@@ -1,0 +1,29 @@
+"""The real worker, `trainer train`, whose inner steps take `STEP_SECONDS` longer, without work for the CPU.
+
+On two cores three workers would otherwise keep a fourth from starting, and what is measured would be that. When the
+file `hurry` is in the run's directory, there is nothing more to measure, and steps take as long as they take.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer import loop
+from trainer.config import TrainingConfig
+from trainer.errors import run_main
+from trainer.files import read_json
+
+STEP_SECONDS = 0.08
+
+if __name__ == "__main__":
+    config = Path(sys.argv[1])
+    inner_step = loop.Worker._inner_step
+
+    def slow_step(worker: loop.Worker, *arguments: Any) -> Any:
+        if not (config.parents[1] / "hurry").exists():
+            time.sleep(STEP_SECONDS)
+        return inner_step(worker, *arguments)
+
+    loop.Worker._inner_step = slow_step  # type: ignore[method-assign]
+    run_main(lambda: loop.train(TrainingConfig.model_validate(read_json(config))))
