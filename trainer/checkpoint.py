@@ -20,18 +20,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import TrainingError
 from trainer.files import read_json, sha256, whole_directory, write_json
 
+if TYPE_CHECKING:  # `launch` looks at checkpoints, and need not import torch for that
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+_Job = tuple[dict[str, Any], "dict[str, Tensor]", "dict[str, Tensor]"]
 _NAME = re.compile(r"round-(\d+)-step-(\d+)")
 
 
@@ -57,11 +57,13 @@ class Checkpoint:
         return bool(self.state["complete"])
 
     @cached_property
-    def global_tensors(self) -> dict[str, Tensor]:
+    def global_tensors(self) -> "dict[str, Tensor]":
         """`model.<parameter>` and `outer.<state>.<parameter>`, float32."""
+        from safetensors.torch import load_file
+
         return load_file(self.path / "global.safetensors")
 
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self) -> "dict[str, Tensor]":
         """The global parameters by name, float32."""
         prefix = "model."
         return {
@@ -70,6 +72,8 @@ class Checkpoint:
 
     def worker(self) -> dict[str, Any]:
         """The worker's own state, as it was given to `save`."""
+        from safetensors.torch import load_file
+
         return _join(self.state["worker_state"], load_file(self.path / "worker.safetensors"))
 
 
@@ -134,14 +138,14 @@ class Checkpointer:
 
     def __init__(self, directory: Path, keep: int, saved: Callable[[Path, float, int], None]) -> None:
         self._directory, self._keep, self._saved = directory, keep, saved
-        self._queue: queue.Queue[tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]] | None] = queue.Queue(1)
+        self._queue: queue.Queue[_Job | None] = queue.Queue(1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
         self._thread.start()
 
     def save(
         self,
-        global_tensors: Mapping[str, Tensor],
+        global_tensors: "Mapping[str, Tensor]",
         worker: Mapping[str, Any],
         state: Mapping[str, Any],
         *,
@@ -186,7 +190,9 @@ class Checkpointer:
             finally:
                 self._queue.task_done()
 
-    def _write(self, state: dict[str, Any], global_tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    def _write(self, state: dict[str, Any], global_tensors: "dict[str, Tensor]", own: "dict[str, Tensor]") -> None:
+        from safetensors.torch import save_file
+
         started = time.perf_counter()
         path = self._directory / f"round-{state['round']:06d}-step-{state['step']:08d}"
         with whole_directory(path) as temporary:
@@ -203,12 +209,14 @@ class Checkpointer:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def _copy(tensor: "Tensor") -> "Tensor":
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _split(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+def _split(value: Any, path: str = "") -> "tuple[Any, dict[str, Tensor]]":
     """A tree of tensors and JSON values as JSON (a tensor becomes its name), and copies of the tensors by name."""
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         return {"tensor": path}, {path: _copy(value)}
     if isinstance(value, Mapping):
@@ -223,7 +231,7 @@ def _split(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     return {"value": value}, {}
 
 
-def _join(tree: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _join(tree: dict[str, Any], tensors: "Mapping[str, Tensor]") -> Any:
     """The inverse of `_split`; tuples come back as lists."""
     if "tensor" in tree:
         return tensors[tree["tensor"]]
@@ -237,6 +245,8 @@ def _join(tree: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
 
 def random_state() -> dict[str, Any]:
     """The state of torch's random number generators, on the CPU and on every GPU."""
+    import torch
+
     return {
         "cpu": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -245,6 +255,8 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Undo what has happened since `random_state`; a machine with other GPUs keeps their generators as they are."""
+    import torch
+
     torch.random.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

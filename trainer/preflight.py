@@ -18,11 +18,12 @@ def check(config: TrainingConfig) -> None:
     Raises:
         ConfigError: Model, dataset or device are not there, the run directory cannot be written, and so on.
     """
-    from trainer.loop import device_of
-
     models.resolve(config.model)
     data.check(config)
-    device_of(config)
+    if config.device != "cpu":  # else torch need not be imported
+        from trainer.loop import device_of
+
+        device_of(config)
     for name in ("ca", "cert", "key"):
         path = getattr(config.etcd, name)
         if path and not Path(path).is_file():

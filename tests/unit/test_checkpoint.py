@@ -50,6 +50,16 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_one_that_the_run_has_gone_back_from_is_removed(tmp_path: Path) -> None:
+    save(tmp_path, range(1, 5))
+    save(tmp_path, range(3, 4))
+    assert [path.name for path in checkpoint.paths(tmp_path)] == [
+        "round-000003-step-00000015",
+        "round-000002-step-00000010",
+        "round-000001-step-00000005",
+    ]
+
+
 def truncate(path: Path) -> None:
     os.truncate(path / "global.safetensors", 50)
 
