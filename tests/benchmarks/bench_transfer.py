@@ -3,9 +3,10 @@
     python tests/benchmarks/bench_transfer.py [--parameters 100000000] [--repeats 5]
 
 Donor processes serve a global state as DiLoCo has it: parameters and outer momentum, float32. Each trains meanwhile: a
-loop of small matrix products on its main thread. Windows without and with a transfer alternate, and the same steps are
-compared. Each donor, and the fetcher, may use the processors that the kernel gives it: with fewer processors than
-busy threads, part of the dent is the fetcher's own work, which in a real run is another machine's.
+loop of small matrix products on its main thread. Windows without and with a transfer alternate, and their steps are
+compared. The last row is a control: its donor does not train, and the steps are those of a bystander, a process that
+serves nobody. What it loses too is lost to the processors' being busy, with the fetcher among others, which in a real
+run is another machine; only what a donor loses beyond that is the price of serving.
 """
 
 import argparse
@@ -24,15 +25,15 @@ SECRET = b"a secret of this benchmark alone"
 WINDOW = 1.0  # seconds without a transfer, before each
 
 
-def donor(parent: Connection, parameters: int) -> None:
-    """Serve, and train until told to stop; then report (start, duration) of every step, on the system's clock."""
+def worker(parent: Connection, parameters: int, serves: bool, trains: bool) -> None:
+    """Serve or train until told to stop; then report (start, duration) of every step, on the system's clock."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    state = {name: torch.rand(parameters, generator=generator) for name in ("parameters", "momentum")}
+    state = {name: torch.rand(parameters if serves else 0, generator=generator) for name in ("parameters", "momentum")}
     weights, steps = torch.rand(192, 192, generator=generator), []
-    with Donor({"state/1": Offer({"round": 1}, state)}.get, SECRET, "127.0.0.1") as server:
-        parent.send(server.endpoint)
-        while not parent.poll():
+    with Donor({"state/1": Offer({"round": 1}, state)}.get, SECRET, "127.0.0.1") as donor:
+        parent.send(donor.endpoint if serves else None)
+        while not parent.poll(None if not trains else 0):
             started = time.monotonic()
             x = weights
             for _ in range(30):
@@ -41,14 +42,20 @@ def donor(parent: Connection, parameters: int) -> None:
     parent.send(steps)
 
 
-def measure(donors: int, parameters: int, repeats: int) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of each transfer, and of each donor step without and with one."""
+Role = tuple[bool, bool]  # serves, trains
+
+
+def measure(roles: list[Role], parameters: int, repeats: int) -> tuple[list[float], list[float], list[float]]:
+    """Seconds of each transfer, and of each step without and with one."""
     context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(donors)]
-    processes = [context.Process(target=donor, args=(theirs, parameters), daemon=True) for _, theirs in pipes]
+    pipes = [context.Pipe() for _ in roles]
+    processes = [
+        context.Process(target=worker, args=(theirs, parameters, *role), daemon=True)
+        for (_, theirs), role in zip(pipes, roles, strict=True)
+    ]
     for process in processes:
         process.start()
-    endpoints = [ours.recv() for ours, _ in pipes]
+    endpoints = [endpoint for ours, _ in pipes if (endpoint := ours.recv())]
     target = {name: torch.zeros(parameters) for name in ("parameters", "momentum")}  # its pages are there already
 
     def into(meta: object, layout: object) -> dict[str, Tensor]:
@@ -83,14 +90,20 @@ def main() -> None:
     torch.set_num_threads(1)
     size = 2 * 4 * arguments.parameters / 1e9
     print(f"{size:.2f} GB of state, {arguments.repeats} transfers each, {os.cpu_count()} processors; medians")
-    print("donors  seconds    GB/s   step, alone   step, serving   ratio   ratio of means")
-    for donors in (1, 2):
-        seconds, idle, busy = measure(donors, arguments.parameters, arguments.repeats)
-        took, alone, serving = (statistics.median(values) for values in (seconds, idle, busy))
+    print("donors             seconds    GB/s   step, alone   step, during   ratio   ratio of means")
+    rows: dict[str, list[Role]] = {
+        "1": [(True, True)],
+        "2": [(True, True)] * 2,
+        "1, and bystander": [(True, False), (False, True)],
+    }
+    for name, roles in rows.items():
+        seconds, idle, busy = measure(roles, arguments.parameters, arguments.repeats)
+        took, alone, during = (statistics.median(values) for values in (seconds, idle, busy))
         means = statistics.mean(busy) / statistics.mean(idle)
         print(
-            f"{donors:>6} {took:>8.2f} {size / took:>7.2f} {alone * 1e3:>10.2f} ms {serving * 1e3:>12.2f} ms "
-            f"{serving / alone:>7.2f} {means:>16.2f}"
+            f"{name:<17} {took:>8.2f} {size / took:>7.2f} {alone * 1e3:>10.2f} ms {during * 1e3:>11.2f} ms "
+            f"{during / alone:>7.2f} {means:>16.2f}",
+            flush=True,
         )
 
 
