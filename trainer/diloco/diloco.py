@@ -154,13 +154,16 @@ class DiLoCo:
         """Take over the global state of the last committed round, and carry this worker's work (or drop it)."""
         carried, carried_samples = self._contribution()
         carried = carried.clone()  # it is in the scratch memory that catching up needs
-        steps = self.inner_steps
-        self.quorum.catch_up(self.state)
+        steps, round = self.inner_steps, self.round
+        counts = self.quorum.catch_up(self.state)
         self.begin_round()
+        if not counts:
+            return
+        # Its steps count towards the open round even if it drops them: it is in step with the others then, and not late
+        # for ever. But a whole round is followed by another one, unless it was this one (it has taken its state anew).
+        self.inner_steps = steps if steps < self.round_length or self.round == round else 0
         if self.late_policy == "carry" and carried_samples > 0:
             self._carried, self._carried_samples = carried, carried_samples
-            # What it has done counts towards the open round; but a whole round of it is sent with another one.
-            self.inner_steps = steps if steps < self.round_length else 0
 
     def _contribution(self) -> tuple[Tensor, float]:
         """The pseudo-gradient to send, in the scratch memory, and its weight: what is carried included."""

@@ -63,8 +63,12 @@ class Quorum(Protocol):
     def superseded(self) -> bool:
         """Whether the open round has been committed without this member. Cheap: asked after every inner step."""
 
-    def catch_up(self, state: GlobalState) -> None:
-        """Bring the global state to the last committed round."""
+    def catch_up(self, state: GlobalState) -> bool:
+        """Bring the global state to the last committed round.
+
+        Returns:
+            Whether this member's work can still be counted: it may then carry it.
+        """
 
     def applied(self, commit: Commit, state: GlobalState) -> None:
         """Told when the outer step of `commit` has been taken."""
@@ -84,7 +88,7 @@ class LocalQuorum:
     def superseded(self) -> bool:
         return False
 
-    def catch_up(self, state: GlobalState) -> None:
+    def catch_up(self, state: GlobalState) -> bool:
         raise AssertionError("nobody can commit a round without a worker that is alone")
 
     def applied(self, commit: Commit, state: GlobalState) -> None:

@@ -18,6 +18,7 @@ from trainer.elastic.protocol import (
     decide,
     left_from_json,
     member_from_json,
+    outcome_key,
     situation,
 )
 
@@ -79,7 +80,7 @@ class Decider:
         """Decide, until the role is somebody else's."""
         wait: tuple[Any, ...] | None = None
         since = time.monotonic()
-        told = 0  # the round whose outcome `commits/` has from us
+        told = (0, 0)  # the term and round whose outcome `commits/` has from us
         while not self._ended.is_set():
             self._changed.clear()
             entries = self._client.list("")
@@ -88,10 +89,10 @@ class Decider:
                 return
             entry = entries.get("round")
             record = Record.from_json(entry.value) if entry else None
-            if record and record.committed and record.committed.round != told:
+            if record and record.committed and (record.term, record.committed.round) != told:
                 # Before the next transition: whoever missed this one must be able to look it up.
                 self._tell(record, entries)
-                told = record.committed.round
+                told = record.term, record.committed.round
             view = view_of(entries)
             current = situation(record, view, self._rules)
             if current != wait:
@@ -105,18 +106,19 @@ class Decider:
     def _tell(self, record: Record, entries: dict[str, Entry]) -> None:
         """Keep the outcome of the last round, and tidy up what nobody reads any more."""
         assert record.committed is not None
-        self._client.put(f"commits/{record.committed.round:08d}", record.to_json()["committed"])
+        self._client.put(outcome_key(record.term, record.committed.round), record.to_json()["committed"])
         outcomes = [key for key in entries if key.startswith("commits/")]
         stale = outcomes[: max(0, len(outcomes) - KEPT_OUTCOMES)]
-        alive = {key.partition("/")[2] for key in entries if key.startswith("members/")}
-        known = alive | set(record.members) | set(record.shares)
-        for key in entries:
+        for key, entry in entries.items():
             room, _, id = key.partition("/")
-            if room in ("arrivals", "votes", "ready", "left") and id not in known:
-                stale.append(key)
+            if room in ("arrivals", "votes", "ready", "left"):
+                # Whose lease was lost may be back by now: what it has said of this round, or says from now on, stays.
+                past = (entry.value["term"], entry.value["round"]) < (record.term, record.base.round)
+                if past and f"members/{id}" not in entries and id not in record.shares:
+                    stale.append(key)
         for key in stale:
             with suppress(EtcdError):
-                self._client.delete(key)
+                self._client.delete(key, entries[key].revision)
 
 
 def view_of(entries: dict[str, Entry]) -> View:

@@ -151,9 +151,17 @@ class EtcdClient:
         text = _encode(value)
         self._call(lambda etcd: etcd.put(self.prefix + key, text, lease or None))
 
-    def delete(self, key: str) -> bool:
-        """Delete the key; whether it was there."""
-        return bool(self._call(lambda etcd: etcd.delete(self.prefix + key)))
+    def delete(self, key: str, token: int | None = None) -> bool:
+        """Delete the key (if its `revision` is `token`, where one is given); whether it was deleted."""
+        path = self.prefix + key
+
+        def transaction(etcd: Any) -> bool:
+            etcd_ = etcd.transactions
+            compare = [] if token is None else [etcd_.mod(path) == token]
+            won, responses = etcd.transaction(compare=compare, success=[etcd_.delete(path)], failure=[])
+            return bool(won and responses[0].response_delete_range.deleted)
+
+        return self._call(transaction)
 
     def delete_prefix(self, prefix: str) -> int:
         """Delete every key that begins with `prefix`; how many there were."""
@@ -274,6 +282,8 @@ class EtcdClient:
                 connection = self._connect()
                 return operation(connection)
             except Exception as exception:
+                if not _is_etcds(exception):  # a signal's, for one: torch's agent raises it wherever it happens to be
+                    raise
                 error, stale = self._explain(exception)
                 if stale:
                     with self._lock:
@@ -468,6 +478,14 @@ def local_address(endpoint: str) -> str:
             return str(probe.getsockname()[0])
         except OSError as error:
             raise EtcdError(f"cannot reach etcd at {endpoint}: {error.strerror or error}", "unreachable") from None
+
+
+def _is_etcds(exception: Exception) -> bool:
+    """Whether it is etcd's, or the connection's, and not some other code's."""
+    import grpc
+
+    known = (EtcdError, grpc.RpcError, _import_etcd3().exceptions.Etcd3Exception, OSError, ValueError)
+    return isinstance(exception, known)
 
 
 def _encode(value: Json) -> str:

@@ -42,7 +42,6 @@ from trainer.elastic.protocol import (
     Left,
     Outcome,
     Progress,
-    Range,
     Ready,
     Record,
     Rules,
@@ -52,6 +51,7 @@ from trainer.elastic.protocol import (
     action,
     holders,
     outcome_from_json,
+    outcome_key,
 )
 from trainer.elastic.record import SLOT_VARIABLE, Status, finish, verdict
 from trainer.elastic.transfer import Donor, Offer, TransferError, fetch
@@ -78,13 +78,13 @@ class Hooks:
     """What the quorum asks its worker.
 
     Attributes:
-        unused: What is left of the worker's share.
+        unused: What is left of the worker's share, and which one it is.
         shortage: Called once when fewer nodes than `min_nodes` are left: time to save.
         moments: The inner optimizer's state by name, live tensors, for a joiner.
         progress: What else to say of the worker in etcd, for `status`.
     """
 
-    unused: Callable[[], tuple[Range, ...]] = tuple
+    unused: Callable[[], Share] = lambda: Share(0, 0, ())
     shortage: Callable[[], None] = lambda: None
     moments: Callable[[], dict[str, Tensor]] = dict
     progress: Callable[[], dict[str, Json]] = dict
@@ -170,7 +170,7 @@ class ElasticQuorum:
         self._chores = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
         self._hash: Future[str] | None = None
         self._steps = 0  # inner steps of the last committed round
-        self._astray_now = False
+        self._in_doubt = False  # whether this member's work may have been counted in a round long past
         self._lease: Lease | None = None
         self._decider: Decider | None = None
         self._watch = self._client.watch("round", self._refresh)
@@ -195,15 +195,16 @@ class ElasticQuorum:
         self._lease = self._patiently(lambda: self._client.lease(self._config.lease_ttl))
         self._patiently(lambda: self._must_lease.put(f"members/{self.id}", self._me))
         self._decider = Decider(EtcdClient.of(self._config), self._must_lease, self.id, self.rules)
-        self._wait(self._under_way, "the run to begin", shortage=True)
+        self._wait(self._under_way, "the run to begin", in_need=lambda: None)  # what there is has been saved
         self.catch_up(state)
 
     def leave(self) -> None:
         """Give the lease back at once, so that the others notice, and the unused part of the share. The end."""
         if self._decider is not None:
             self._decider.close()
-        if self._lease is not None and self._share is not None and not self._complete:
-            left = Left(self._share.round, self.hooks.unused())
+        if self._lease is not None and not self._complete:
+            share = self.hooks.unused()
+            left = Left(share.term, share.round, share.ranges)
             with suppress(EtcdError):
                 self._client.put(f"left/{self.id}", asdict(left))
         self._watch.close()
@@ -264,13 +265,13 @@ class ElasticQuorum:
             return ()
         return record.committed.members if record.committed else record.expected
 
-    def share(self, after: int) -> Share:
-        """This member's samples for the open round: waits for one that was dealt after round `after`.
+    def share(self, after: tuple[int, int]) -> Share:
+        """This member's samples for the open round: waits for a share that was dealt after `after`, a share's place.
 
         Raises:
             Superseded: The round has been committed meanwhile.
         """
-        if self._share is None or self._share.round <= after:
+        if self._share is None or self._share.place <= after:
             ready = Ready(self._term, self._base.round)
             self._patiently(lambda: self._client.put(f"ready/{self.id}", asdict(ready)))
 
@@ -278,7 +279,7 @@ class ElasticQuorum:
                 if self._behind(record):
                     raise Superseded
                 found = record.shares.get(self.id)
-                return found if found and found.round > after else None
+                return found if found and found.place > after else None
 
             self._share = self._wait(dealt, "a share of the data")
         return self._share
@@ -299,14 +300,15 @@ class ElasticQuorum:
                 `etcd_outage_limit`, or has lost the record.
         """
         started = time.monotonic()
-        progress = Progress(self._term, self._base.round + 1)
+        assert self._hash is not None
+        progress = Progress(self._term, self._base.round + 1, self._hash.result())
         reduced: tuple[Tensor, float, tuple[int, int] | None] | None = None
         suspects: tuple[str, ...] = ()
         sent = received = 0
         counted = True
         while True:
             what, record = self._wait(
-                partial(self._next, progress), f"the others, in round {progress.round}", shortage=True
+                partial(self._next, progress), f"the others, in round {progress.round}", self.hooks.shortage
             )
             match what:
                 case "arrive":
@@ -335,9 +337,8 @@ class ElasticQuorum:
                     outcome = self._outcome(record, progress.round)
                     assert outcome is not None
                     mean, total, _ = reduced
-                    base = self._state_after(record, outcome)
-                    self._steps = base.step - self._base.step
-                    self._adopt(record, base)
+                    self._steps = outcome.base.step - self._base.step
+                    self._adopt(record, outcome.base)
                     return Commit(
                         outcome.round,
                         outcome.attempt,
@@ -349,6 +350,7 @@ class ElasticQuorum:
                         time.monotonic() - started,
                     )
                 case _:
+                    self._in_doubt = what == "start over"
                     raise Superseded
 
     def applied(self, commit: Commit, state: GlobalState) -> None:
@@ -356,23 +358,29 @@ class ElasticQuorum:
         self._keep(commit.round, commit.mean, commit.weight, self._steps, state)
         self._announce(state)
 
-    def catch_up(self, state: GlobalState) -> None:
+    def catch_up(self, state: GlobalState) -> bool:
         """Bring `state` to the base of the open round: by the means that it lacks, or as a whole, from donors.
 
+        Returns:
+            Whether this member's work can still be counted (see `protocol.action`).
+
         Raises:
-            TrainingError: Nobody has it (any more) within `elastic.rdzv_timeout`.
+            TrainingError: Nobody has it (any more) within `elastic.rdzv_timeout`; it had to be taken anew twice.
         """
         deadline = time.monotonic() + self._config.elastic.rdzv_timeout
+        term, healing = self._term, False
         while True:
             record = self._wait(lambda record: record, "the run's record")
-            if self.id in record.astray:
-                self._heal()
             if self._holds(record, state):
                 break
+            if not healing and (record.term, record.base.round) == (term, state.round):
+                healing = True
+                self._heal()
             try:
                 if not self._replay(record, state):
                     self._fetch_state(record, state)
             except TransferError as error:
+                self._check_verdict()  # who had it may be done with the run, and gone
                 if time.monotonic() > deadline:
                     raise TrainingError(f"round {record.base.round} cannot be had from anybody: {error}") from None
                 log.info("round %d cannot be had yet: %s", record.base.round, error)
@@ -380,6 +388,8 @@ class ElasticQuorum:
                     self._condition.wait(LOOK_INTERVAL)
         self._adopt(record, record.base)
         self._announce(state)
+        counts, self._in_doubt = record.term == term and not self._in_doubt, False
+        return counts
 
     def fetch_moments(self) -> dict[str, Tensor] | None:
         """Another member's inner optimizer state (`Hooks.moments`); None if nobody has any."""
@@ -402,15 +412,16 @@ class ElasticQuorum:
                 self._record, self._revision = Record.from_json(entry.value), entry.revision
             self._condition.notify_all()
 
-    def _wait(self, ready: Callable[[Record], T | None], what: str, *, shortage: bool = False) -> T:
+    def _wait(self, ready: Callable[[Record], T | None], what: str, in_need: Callable[[], None] | None = None) -> T:
         """Wait until `ready` says something of the record, and return that.
 
         Args:
             what: What is being waited for, to tell.
-            shortage: Whether too few nodes are a reason for the wait: it is then limited to `rdzv_timeout`.
+            in_need: Called once when the run lacks something that it cannot go on without (`_lack`); such a wait is
+                limited to `rdzv_timeout`. None: no need to look.
         """
         started = said = time.monotonic()
-        saved = False
+        told = False
         while True:
             with self._condition:
                 if self._revision < 0:
@@ -425,20 +436,33 @@ class ElasticQuorum:
                 self._patiently(self._refresh)
             if now - said > SAY_INTERVAL:
                 said = now
-                nodes = self._live_nodes()
                 self._check_verdict()
-                few = shortage and nodes < self.rules.min_nodes
-                log.info("waiting for %s (%d of at least %d nodes are here)", what, nodes, self.rules.min_nodes)
-                if few and not saved:
-                    saved = True
-                    self.hooks.shortage()
-                if few and now - started > self._config.elastic.rdzv_timeout:
+                lack = self._lack() if in_need else ""
+                log.info("waiting for %s%s", what, lack and f": {lack}")
+                if lack and in_need and not told:
+                    told = True
+                    in_need()
+                if lack and now - started > self._config.elastic.rdzv_timeout:
                     raise TrainingError(
-                        f"only {nodes} of at least {self.rules.min_nodes} nodes for "
-                        f"{self._config.elastic.rdzv_timeout:.0f} s (elastic.rdzv_timeout); the run can be resumed"
+                        f"{lack}, for {self._config.elastic.rdzv_timeout:.0f} s (elastic.rdzv_timeout); "
+                        "the run can be resumed"
                     )
-                if not few:
+                if not lack:
                     started = now
+
+    def _lack(self) -> str:
+        """What the run cannot go on without, in words; "" if it has everything."""
+        members = [entry.value for entry in self._patiently(lambda: self._client.list("members/")).values()]
+        nodes = len({member["node"] for member in members})
+        if nodes < self.rules.min_nodes:
+            return f"only {nodes} of at least {self.rules.min_nodes} nodes"
+        if self._record is None or not self._under_way(self._record):
+            saved = self._patiently(lambda: self._client.list("durable/")).values()
+            durable = max((entry.value["round"] for entry in saved), default=0)
+            held = max(member["holds"]["round"] for member in members)
+            if held < durable:
+                return f"round {durable} was saved once, but no worker here holds more than round {held}"
+        return ""
 
     def _check_verdict(self) -> None:
         result = self._patiently(lambda: verdict(self._client))
@@ -456,9 +480,8 @@ class ElasticQuorum:
             return None
         if record.committed is not None and record.committed.round == round:
             return record.committed
-        entry = self._patiently(lambda: self._client.get(f"commits/{round:08d}"))
-        outcome = outcome_from_json(entry.value) if entry else None
-        return outcome if outcome and outcome.term == record.term else None
+        entry = self._patiently(lambda: self._client.get(outcome_key(record.term, round)))
+        return outcome_from_json(entry.value) if entry else None
 
     def _under_way(self, record: Record) -> bool | None:
         """Whether somebody holds what the record says, so that one can join; else it is about to be founded again."""
@@ -472,9 +495,9 @@ class ElasticQuorum:
 
     def _holds(self, record: Record, state: GlobalState) -> bool:
         """Whether `state` is the base of the open round."""
-        if state.round != record.base.round or self._astray_now:
+        if state.round != record.base.round:
             return False
-        # A founding record says the hash. Later ones do not, but within a term there is one state a round.
+        # Until the open round's members have agreed on its hash: within a term there is one state a round.
         return state.hash() == record.base.hash if record.base.hash else record.term == self._term
 
     def _adopt(self, record: Record, base: State) -> None:
@@ -483,13 +506,6 @@ class ElasticQuorum:
         if self.id in record.shares:
             self._share = record.shares[self.id]
 
-    def _state_after(self, record: Record, outcome: Outcome) -> State:
-        """The state that `outcome` has led to, as the record has it, or (the record has gone further) as we know it."""
-        if record.base.round == outcome.round:
-            return record.base
-        rest = self.rules.local_steps if self.rules.total_steps is None else self.rules.total_steps - self._base.step
-        return State(outcome.round, self._base.step + min(self.rules.local_steps, rest), self._base.cursor)
-
     @property
     def _complete(self) -> bool:
         return self._record is not None and self._record.length == 0
@@ -497,8 +513,7 @@ class ElasticQuorum:
     # Arriving, reducing
 
     def _arrive(self, progress: Progress, attempt: int, suspects: tuple[str, ...]) -> None:
-        assert self._hash is not None
-        arrival = Arrival(progress.term, progress.round, attempt, self._hash.result(), self.hooks.unused(), suspects)
+        arrival = Arrival(progress.term, progress.round, attempt, progress.state, self.hooks.unused().ranges, suspects)
         self._patiently(lambda: self._client.put(f"arrivals/{self.id}", asdict(arrival)))
 
     def _reduce(
@@ -605,7 +620,7 @@ class ElasticQuorum:
     def _replay(self, record: Record, state: GlobalState) -> bool:
         """Take the outer steps that `state` lacks, from their means; whether all of them could be had."""
         lacking = record.base.round - state.round
-        if record.term != self._term or self._astray_now or not 0 < lacking <= self._kept_rounds(state):
+        if record.term != self._term or not 0 < lacking <= self._kept_rounds(state):
             return False
         donors = self._donors()
         for round in range(state.round + 1, record.base.round + 1):
@@ -639,18 +654,16 @@ class ElasticQuorum:
                 raise
             return  # the round was committed meanwhile: there is a newer state to fetch
         state.load(meta["round"], meta["step"], buffers)
-        self._term, self._astray_now = record.term, False
+        self._term = record.term
         self._means.clear()
 
     def _heal(self) -> None:
-        if not self._astray_now:
-            self._astray_now = True
-            self.healed += 1
-            log.warning("this member's global state differs from the others': taking it anew")
-            if self.healed > 1:
-                raise TrainingError(
-                    "this member's global state has differed from the others' twice: its arithmetic cannot be trusted"
-                )
+        self.healed += 1
+        log.warning("this member's global state differs from the others': taking it anew")
+        if self.healed > 1:
+            raise TrainingError(
+                "this member's global state has differed from the others' twice: its arithmetic cannot be trusted"
+            )
 
     def _keep(self, round: int, mean: Tensor, weight: float, steps: int, state: GlobalState) -> None:
         """Keep a committed mean for members that lack it."""
@@ -717,10 +730,6 @@ class ElasticQuorum:
                 self._must_lease.put(f"members/{self.id}", self._me)
 
         self._chores.submit(tell)
-
-    def _live_nodes(self) -> int:
-        members = self._patiently(lambda: self._client.list("members/"))
-        return len({entry.value["node"] for entry in members.values()})
 
 
 def _answers(endpoint: str) -> bool:

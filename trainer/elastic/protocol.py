@@ -39,6 +39,7 @@ Everything below is a pure function of a record, a view of the other keys, and h
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 Range = tuple[int, int]  # sample positions, from the first up to but without the second
@@ -96,7 +97,7 @@ class State:
         round: Which one; round 0 is the initialisation.
         step: The schedule position, in inner steps.
         cursor: Where the next round's samples begin.
-        hash: Of its tensors; "" where nobody has said it yet.
+        hash: Of its tensors; "" until a quorum that begins from it has agreed.
     """
 
     round: int = 0
@@ -144,8 +145,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class Left:
-    """`left/<id>`: what a member that leaves has not used of the share dealt in `round`."""
+    """`left/<id>`: a member leaves, and has not used this of the share dealt in `round` (0: it has seen none)."""
 
+    term: int
     round: int
     unused: tuple[Range, ...]
 
@@ -154,13 +156,18 @@ class Left:
 class Share:
     """The sample positions dealt to a member when `round` opened, or when it joined it."""
 
+    term: int
     round: int
     ranges: tuple[Range, ...]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.term, self.round
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A committed round: the value of `commits/<round>`."""
+    """A committed round: the value of `commits/<term>.<round>`; `base` is the state that it has led to."""
 
     term: int
     round: int
@@ -168,6 +175,7 @@ class Outcome:
     members: tuple[str, ...]
     hash: str
     weight: float
+    base: State
 
 
 @dataclass(frozen=True)
@@ -181,8 +189,8 @@ class Record:
         phase: gather: members arrive. reduce: `members` run the collective, and vote.
         expected: Whom a gather waits for.
         members: The members of the attempt, in rank order (reduce).
-        astray: Members that arrived with another global state than most (reduce): they have to take it anew.
-        base: The committed state that the round begins from.
+        base: The committed state that the round begins from. Its hash is that of most members that have arrived: who
+            holds another one has to take the state anew.
         cursor: What of the samples has been dealt by now.
         length: Inner steps of the round; 0: the training is complete.
         shares: Which samples a member trains on.
@@ -195,7 +203,6 @@ class Record:
     phase: Literal["gather", "reduce"]
     expected: tuple[str, ...]
     members: tuple[str, ...]
-    astray: tuple[str, ...]
     base: State
     cursor: Cursor
     length: int
@@ -211,14 +218,13 @@ class Record:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Record":
-        shares = {id: Share(share["round"], _ranges(share["ranges"])) for id, share in value["shares"].items()}
+        shares = {id: share_from_json(share) for id, share in value["shares"].items()}
         committed = value["committed"]
         return cls(
             **{
                 **value,
                 "expected": tuple(value["expected"]),
                 "members": tuple(value["members"]),
-                "astray": tuple(value["astray"]),
                 "base": state_from_json(value["base"]),
                 "cursor": cursor_from_json(value["cursor"]),
                 "shares": shares,
@@ -238,6 +244,11 @@ class View:
     left: Mapping[str, Left] = field(default_factory=dict)
     durable: int = 0
 
+    @cached_property
+    def present(self) -> frozenset[str]:
+        """Live members that are not about to leave."""
+        return frozenset(self.members) - self.left.keys()
+
 
 def cursor_from_json(value: Mapping[str, Any]) -> Cursor:
     return Cursor(value["position"], _ranges(value["tails"]))
@@ -248,7 +259,16 @@ def state_from_json(value: Mapping[str, Any]) -> State:
 
 
 def outcome_from_json(value: Mapping[str, Any]) -> Outcome:
-    return Outcome(**{**value, "members": tuple(value["members"])})
+    return Outcome(**{**value, "members": tuple(value["members"]), "base": state_from_json(value["base"])})
+
+
+def outcome_key(term: int, round: int) -> str:
+    """Where a round's outcome is kept: keys are in the order of commits."""
+    return f"commits/{term:04d}.{round:08d}"
+
+
+def share_from_json(value: Mapping[str, Any]) -> Share:
+    return Share(**{**value, "ranges": _ranges(value["ranges"])})
 
 
 def member_from_json(value: Mapping[str, Any]) -> Member:
@@ -263,7 +283,7 @@ def arrival_from_json(value: Mapping[str, Any]) -> Arrival:
 
 
 def left_from_json(value: Mapping[str, Any]) -> Left:
-    return Left(value["round"], _ranges(value["unused"]))
+    return Left(**{**value, "unused": _ranges(value["unused"])})
 
 
 def situation(record: Record | None, view: View, rules: Rules) -> tuple[Any, ...] | None:
@@ -271,13 +291,11 @@ def situation(record: Record | None, view: View, rules: Rules) -> tuple[Any, ...
 
     The decider measures how long it lasts, and says so to `decide`.
     """
-    if record is None:
-        return ("found",) if _nodes(view.members, view.members) >= rules.min_nodes else None
-    if not _holders(record) & view.members.keys():
-        return ("found again", record.term) if _nodes(view.members, view.members) >= rules.min_nodes else None
-    if record.phase == "gather":
-        return ("gather", *record.place) if _arrived(record, view) else None
-    return ("reduce", *record.place) if _votes(record, view) else None
+    if record is None or _forgotten(record, view):
+        term = record.term if record else 0
+        return ("found", term + 1) if _nodes(view.present, view) >= rules.min_nodes else None
+    lasting = _here(record, view) if record.phase == "gather" else _votes(record, view)
+    return (record.phase, *record.place) if lasting else None
 
 
 def decide(record: Record | None, view: View, waited: float, rules: Rules) -> Record | None:
@@ -288,17 +306,16 @@ def decide(record: Record | None, view: View, waited: float, rules: Rules) -> Re
     """
     if record is None:
         return _found(1, view, waited, rules)
-    if record.length == 0:
-        return None
-    if not _holders(record) & view.members.keys():
+    if _forgotten(record, view):
         # Everybody who held the state is gone. Their leases may only have been lost: give them time to come back.
         return _found(record.term + 1, view, waited, rules) if waited >= rules.forget_period else None
-    if record.phase == "gather":
-        return _gather(record, view, waited, rules) or _keep_books(record, view, rules)
-    return _reduce(record, view, waited, rules) or _keep_books(record, view, rules)
+    if record.length == 0:
+        return None
+    step = _gather if record.phase == "gather" else _reduce
+    return step(record, view, waited, rules) or _keep_books(record, view, rules)
 
 
-Action = Literal["wait", "arrive", "reduce", "apply", "catch up"]
+Action = Literal["wait", "arrive", "reduce", "apply", "catch up", "start over"]
 
 
 @dataclass(frozen=True)
@@ -307,12 +324,14 @@ class Progress:
 
     Attributes:
         term, round: What it is about to synchronise.
+        state: Hash of the global state that it began from.
         arrived: The last attempt that it has arrived for; 0: none.
         voted: The last attempt that it has voted in; 0: none.
     """
 
     term: int
     round: int
+    state: str
     arrived: int = 0
     voted: int = 0
 
@@ -320,16 +339,22 @@ class Progress:
 def action(id: str, progress: Progress, record: Record, outcome: Outcome | None) -> Action:
     """What a member does next.
 
+    "start over" is to catch up without its work, which cannot be counted any more: another term deals its samples anew;
+    or it has voted and nobody knows by now how the round was committed, so that it may have been counted.
+
     Args:
-        outcome: How the member's round was committed, if it was.
+        outcome: How the member's round was committed, if it was, and if anybody still knows.
     """
     if record.term != progress.term:
-        return "catch up"
+        return "start over"
     if record.round > progress.round:
-        applies = outcome is not None and id in outcome.members and outcome.attempt == progress.voted
-        return "apply" if applies else "catch up"
+        if outcome is None:
+            return "start over" if progress.voted else "catch up"
+        return "apply" if id in outcome.members and outcome.attempt == progress.voted else "catch up"
     if record.round < progress.round:
         return "wait"  # what it has read is older than what it has done
+    if record.base.hash not in ("", progress.state):
+        return "catch up"
     if record.phase == "gather":
         return "arrive" if progress.arrived < record.attempt else "wait"
     taking_part = id in record.members and progress.arrived == record.attempt
@@ -366,13 +391,13 @@ def unused(ranges: Iterable[Range], used: int) -> tuple[Range, ...]:
 
 def _found(term: int, view: View, waited: float, rules: Rules) -> Record | None:
     """Begin a term from the newest state that a member holds, never from one older than what was durable."""
-    nodes = _nodes(view.members, view.members)
+    ranked = _ranked(view.present, view)
+    nodes = _nodes(ranked, view)
     if nodes < rules.min_nodes or (nodes < rules.max_nodes and waited < rules.grace_period):
         return None
-    newest = max(member.holds.round for member in view.members.values())
+    newest = max(view.members[id].holds.round for id in ranked)
     if newest < view.durable:
         return None
-    ranked = _ranked(view.members, view.members)
     holding = [id for id in ranked if view.members[id].holds.round == newest]
     common = _most_common(view.members[id].holds.hash for id in holding)
     expected = tuple(id for id in holding if view.members[id].holds.hash == common)
@@ -392,20 +417,23 @@ def _open(
     cursor, shares = base.cursor, dict(kept)
     for id in members:
         cursor, ranges = deal(cursor, length * rules.batch_size)
-        shares[id] = Share(base.round + 1, ranges)
-    return Record(term, base.round + 1, 1, "gather", members, (), (), base, cursor, length, shares, committed)
+        shares[id] = Share(term, base.round + 1, ranges)
+    return Record(term, base.round + 1, 1, "gather", members, (), base, cursor, length, shares, committed)
 
 
 def _gather(record: Record, view: View, waited: float, rules: Rules) -> Record | None:
-    arrived = _arrived(record, view)
-    if _nodes(arrived, view.members) < rules.min_nodes:
-        return None
-    astray = _here(record, view) - arrived
-    awaited = _alive(record.expected, view) - _suspects(record, view) - astray
+    here = _here(record, view)
+    suspects = {suspect for id in here for suspect in view.arrivals[id].suspects}
+    awaited = (view.present & set(record.expected)) - suspects - here
     patience = rules.grace_period if record.attempt == 1 else rules.retry_period
-    if not awaited <= arrived and waited < patience:
+    if _nodes(here, view) < rules.min_nodes or (awaited and waited < patience):
         return None
-    return replace(record, phase="reduce", members=_ranked(arrived, view.members), astray=tuple(sorted(astray)))
+    agreed = record.base.hash or _most_common(view.arrivals[id].state for id in _ranked(here, view))
+    alike = {id for id in here if view.arrivals[id].state == agreed}
+    agreeing = replace(record, base=replace(record.base, hash=agreed))
+    if _nodes(alike, view) < rules.min_nodes:  # it takes the others, too, who have to take the agreed state first
+        return agreeing if agreeing != record else None
+    return replace(agreeing, phase="reduce", members=_ranked(alike, view))
 
 
 def _reduce(record: Record, view: View, waited: float, rules: Rules) -> Record | None:
@@ -413,53 +441,55 @@ def _reduce(record: Record, view: View, waited: float, rules: Rules) -> Record |
     missing = [id for id in record.members if id not in votes]
     if not missing and len({(vote.hash, vote.weight) for vote in votes.values()}) == 1:
         vote = next(iter(votes.values()))
-        outcome = Outcome(record.term, record.round, record.attempt, record.members, vote.hash, vote.weight)
         back = tuple(part for id in record.members for part in _unused_by(record, view, id))
         cursor = replace(record.cursor, tails=(*record.cursor.tails, *back))
         base = State(record.round, record.base.step + record.length, cursor)
-        kept = {id: share for id, share in record.shares.items() if id in view.members and id not in record.members}
-        alive = tuple(id for id in record.members if id in view.members)
-        return _open(record.term, alive, base, kept, outcome, rules)
+        outcome = Outcome(record.term, record.round, record.attempt, record.members, vote.hash, vote.weight, base)
+        kept = {id: share for id, share in record.shares.items() if id in view.present and id not in record.members}
+        present = tuple(id for id in record.members if id in view.present)
+        opened = _open(record.term, present, base, kept, outcome, rules)
+        # Who came too late begins the next round a little later than the others, and would be too late again.
+        late = {id for id in view.present - {*record.members} if _arrived_for(record, view, id, record.attempt)}
+        return replace(opened, expected=(*present, *_ranked(late, view)))
     failed = any(_arrived_for(record, view, id, record.attempt + 1) for id in record.members)
-    gone = any(id not in view.members for id in missing)
+    gone = any(id not in view.present for id in missing)
     if missing and not failed and not gone and waited < rules.grace_period:
         return None
-    waiting = set(missing) if waited >= rules.grace_period else set()  # silent after others have voted
-    expected = tuple(id for id in record.members if id in view.members and id not in waiting)
-    return replace(record, attempt=record.attempt + 1, phase="gather", expected=expected, members=(), astray=())
+    silent = set(missing) if waited >= rules.grace_period else set()  # although others have voted long ago
+    expected = tuple(id for id in record.members if id in view.present and id not in silent)
+    return replace(record, attempt=record.attempt + 1, phase="gather", expected=expected, members=())
 
 
 def _keep_books(record: Record, view: View, rules: Rules) -> Record | None:
     """Deal to members that are ready, and take back what leaving ones have not used."""
     shares, cursor = dict(record.shares), record.cursor
     for id, left in sorted(view.left.items()):
-        if id in shares and shares[id].round == left.round:
-            del shares[id]
-            cursor = replace(cursor, tails=(*cursor.tails, *left.unused))
+        if share := shares.pop(id, None):
+            # If it speaks of an older share, it has not seen this one: what it has not used of that came back before.
+            back = left.unused if share.place == (left.term, left.round) else share.ranges
+            cursor = replace(cursor, tails=(*cursor.tails, *back))
     for id, ready in sorted(view.ready.items()):
-        current = ready.term == record.term and ready.round == record.round - 1
-        if current and id in view.members and (id not in shares or shares[id].round < record.round):
+        current = (ready.term, ready.round) == (record.term, record.base.round)
+        if current and id in view.present and (id not in shares or shares[id].round < record.round):
             cursor, ranges = deal(cursor, record.length * rules.batch_size)
-            shares[id] = Share(record.round, ranges)
+            shares[id] = Share(record.term, record.round, ranges)
     return replace(record, shares=shares, cursor=cursor) if shares != dict(record.shares) else None
 
 
-def _holders(record: Record) -> set[str]:
+def holders(record: Record) -> set[str]:
     """Who holds the state that the open round begins from, or is about to take the step that leads to it."""
     dealt = {id for id, share in record.shares.items() if share.round == record.round}
-    return {*record.expected, *record.members, *dealt, *(record.committed.members if record.committed else ())}
+    return {*record.members, *dealt, *(record.committed.members if record.committed else ())}
+
+
+def _forgotten(record: Record, view: View) -> bool:
+    """Whether nobody is left who holds the state that the open round begins from."""
+    return not (holders(record) & view.present or _here(record, view))
 
 
 def _here(record: Record, view: View) -> set[str]:
-    """Live members that have arrived for the record's attempt."""
-    return {id for id in view.arrivals if id in view.members and _arrived_for(record, view, id, record.attempt)}
-
-
-def _arrived(record: Record, view: View) -> set[str]:
-    """Those of them that began from the state that most of them began from."""
-    here = _here(record, view)
-    common = _most_common(view.arrivals[id].state for id in _ranked(here, view.members))
-    return {id for id in here if view.arrivals[id].state == common}
+    """Who has arrived for the record's attempt."""
+    return {id for id in view.arrivals if id in view.present and _arrived_for(record, view, id, record.attempt)}
 
 
 def _arrived_for(record: Record, view: View, id: str, attempt: int) -> bool:
@@ -477,13 +507,9 @@ def _most_common(hashes: Iterable[str]) -> str:
 
 
 def _unused_by(record: Record, view: View, id: str) -> tuple[Range, ...]:
-    """What the member has not used of the share that it has now."""
-    return view.arrivals[id].unused if id in record.shares and _arrived_for(record, view, id, record.attempt) else ()
-
-
-def _suspects(record: Record, view: View) -> set[str]:
-    here = _here(record, view)
-    return {suspect for id in here for suspect in view.arrivals[id].suspects} - here
+    """What a member of the attempt has not used of its share, unless it has left and that was taken back already."""
+    taken_back = id in view.left and id not in record.shares
+    return () if taken_back else view.arrivals[id].unused
 
 
 def _votes(record: Record, view: View) -> dict[str, Vote]:
@@ -491,16 +517,12 @@ def _votes(record: Record, view: View) -> dict[str, Vote]:
     return {id: vote for id, vote in votes.items() if (vote.term, vote.round, vote.attempt) == record.place}
 
 
-def _alive(ids: Iterable[str], view: View) -> set[str]:
-    return {id for id in ids if id in view.members}
+def _nodes(ids: Iterable[str], view: View) -> int:
+    return len({view.members[id].node for id in ids})
 
 
-def _nodes(ids: Iterable[str], members: Mapping[str, Member]) -> int:
-    return len({members[id].node for id in ids})
-
-
-def _ranked(ids: Iterable[str], members: Mapping[str, Member]) -> tuple[str, ...]:
-    return tuple(sorted(ids, key=lambda id: (members[id].order, id)))
+def _ranked(ids: Iterable[str], view: View) -> tuple[str, ...]:
+    return tuple(sorted(ids, key=lambda id: (view.members[id].order, id)))
 
 
 def _ranges(value: Iterable[Iterable[int]]) -> tuple[Range, ...]:

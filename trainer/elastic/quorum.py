@@ -166,7 +166,7 @@ class FixedQuorum:
             state.load(self.base.round, self.base.step, tensors)
         self._deal()
 
-    def share(self, after: int) -> Share:
+    def share(self, after: tuple[int, int]) -> Share:
         """This worker's samples for the open round."""
         assert self.dealt is not None
         return self.dealt
@@ -188,7 +188,7 @@ class FixedQuorum:
         for rank in range(self.world_size):
             cursor, ranges = deal(cursor, length * config.batch_size)
             if rank == self.rank:
-                self.dealt = Share(self.base.round + 1, ranges)
+                self.dealt = Share(self.term, self.base.round + 1, ranges)
         self._next = State(self.base.round + 1, self.base.step + length, cursor)
 
     def __enter__(self) -> Self:
@@ -225,7 +225,7 @@ class FixedQuorum:
     def superseded(self) -> bool:
         return False
 
-    def catch_up(self, state: "GlobalState") -> None:
+    def catch_up(self, state: "GlobalState") -> bool:
         raise AssertionError("with fixed membership, no round is committed without a member")
 
     def applied(self, commit: Commit, state: "GlobalState") -> None:
