@@ -355,9 +355,9 @@ def action(id: str, progress: Progress, record: Record, outcome: Outcome | None)
         return "wait"  # what it has read is older than what it has done
     if record.base.hash not in ("", progress.state):
         return "catch up"
-    if record.phase == "gather":
-        return "arrive" if progress.arrived < record.attempt else "wait"
-    taking_part = id in record.members and progress.arrived == record.attempt
+    if progress.arrived < record.attempt:
+        return "arrive"  # even if it is too late: the next round waits for those who were
+    taking_part = record.phase == "reduce" and id in record.members and progress.arrived == record.attempt
     return "reduce" if taking_part and progress.voted < record.attempt else "wait"
 
 
