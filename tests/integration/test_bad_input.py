@@ -1,0 +1,44 @@
+"""Bad input as a user gives it: one clear line, exit status 2, no traceback, and nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GOOD = ["--model", "gpt-neo-x:test", "--dataset", "stdlib", "--tokenizer", "bytes", "--device", "cpu"]
+CASES = {
+    "unknown model": (["--model", "gpt-9"], "model = 'gpt-9': no such model; there are "),
+    "unknown size": (["--model", "gpt-neo-x:huge"], "model = 'gpt-neo-x:huge': no such size of gpt-neo-x; there are "),
+    "indivisible batch": (["--batch-size", "30"], "batch_size = 30: must be a multiple of per_device_train_batch_size"),
+    "no GPU": (["--device", "cuda"], "on a CPU, say --device cpu"),
+    "missing data": (["--dataset", "files:{tmp}/nowhere"], "dataset = 'files:{tmp}/nowhere': "),
+    "empty data": (["--dataset", "files:{tmp}/empty"], "dataset = 'files:{tmp}/empty': "),
+    "misspelt flag": (["--locl-steps", "3"], "unrecognized arguments: --locl-steps"),
+    "misspelt key": (["--config", "{tmp}/misspelt.yaml"], "did you mean local_steps?"),
+    "run directory that cannot be written": (["--run-dir", "{tmp}/file/run"], "run_dir = '{tmp}/file/run': "),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launch_refuses(name: str, tmp_path: Path) -> None:
+    flags, message = CASES[name]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "misspelt.yaml").write_text("locl_steps: 3\n")
+    run_dir = [] if "--run-dir" in flags else ["--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "trainer", "launch", "--run-id", "r", *GOOD, *run_dir]
+    command += [flag.format(tmp=tmp_path) for flag in flags]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2, refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert message.format(tmp=tmp_path) in refused.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run").glob("worker-*"))
+
+
+def test_training_without_precaching_names_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainer", "launch", "--run-id", "r", "--run-dir", str(tmp_path), *GOOD]
+    refused = subprocess.run([*command, "--nodes", "1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2, refused.stderr
+    assert "run `python -m trainer precache` first" in refused.stderr.splitlines()[-1]

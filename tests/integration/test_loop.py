@@ -1,0 +1,134 @@
+"""The inner loop in this process, on a real etcd: what is skipped, what stops a run, what is told."""
+
+import itertools
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer import checkpoint, data
+from trainer.config import TrainingConfig
+from trainer.errors import TrainingError
+from trainer.loop import Worker, learning_rate
+from trainer.tasks.language_modelling import LanguageModelling
+from trainer.volume import Volume, worker_configs
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def configure(tmp_path: Path, shared: Path, etcd: str) -> Callable[..., TrainingConfig]:
+    """One worker's configuration, its data and model precached."""
+
+    def make(**values: Any) -> TrainingConfig:
+        tiny = {
+            "model": "gpt-neo-x:test", "dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32,
+            "max_samples": 30, "validation_fraction": 0.1, "device": "cpu", "nodes": 1, "total_steps": 12,
+            "local_steps": 4, "batch_size": 4, "per_device_train_batch_size": 2, "warmup_steps": 2,
+            "checkpoint_interval": 4, "eval_interval": 1, "eval_samples": 4, "wandb_logging": False,
+            "run_dir": str(tmp_path), "run_id": tmp_path.name, "etcd_endpoints": [etcd],
+            "dataset_cache_dir": str(shared / "datasets"), "model_cache_dir": str(shared / "models"),
+        }  # fmt: skip
+        (config,) = worker_configs(TrainingConfig.from_flat({**tiny, **values}))
+        data.precache(config, Volume.of(config), log=lambda line: None)
+        return config
+
+    return make
+
+
+def run(config: TrainingConfig) -> None:
+    with ExitStack() as resources:
+        assert Worker(config, threading.Event(), resources).run() == 0
+
+
+def events(config: TrainingConfig, kind: str) -> list[dict[str, Any]]:
+    parsed = [json.loads(line) for line in Volume.of(config).metrics.read_text().splitlines()]
+    return [event for event in parsed if event["event"] == kind]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[int], bool]) -> None:
+    """Make the loss of some micro-batches NaN, by their number."""
+    plain, count = LanguageModelling.loss, iter(range(10**9))
+
+    def loss(self: LanguageModelling, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        value = plain(self, model, batch)
+        return value * math.nan if model.training and spoilt(next(count)) else value
+
+    monkeypatch.setattr(LanguageModelling, "loss", loss)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_told(
+    configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda number: number in (7, 12))  # one micro-batch of steps 4 and 7
+    config = configure()
+    run(config)
+    (end,) = events(config, "end")
+    assert (end["status"], end["skipped_steps"], end["samples"]) == ("complete", 2, 10 * 4)
+    steps = events(config, "step")
+    assert [event["step"] for event in steps] == list(range(1, 13))
+    assert [event["step"] for event in steps if event["loss"] is None] == [4, 7]
+    assert [event["samples"] for event in events(config, "round")] == [12, 12, 16]
+    assert len(events(config, "warning")) == 2
+    final = checkpoint.newest(Volume.of(config).checkpoints, pytest.fail)
+    assert final is not None
+    assert final.complete
+    assert all(torch.isfinite(tensor).all() for tensor in final.global_tensors.values())
+
+
+def test_too_many_of_them_in_a_row_stop_the_run_with_the_reason(
+    configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda number: number >= 10)
+    config = configure(max_skipped_steps=3)
+    with pytest.raises(TrainingError, match="4 inner steps in a row had a loss or gradient that is not finite"):
+        run(config)
+    (end,) = events(config, "end")
+    assert end["status"] == "failed"
+    assert "lower lr" in end["reason"]
+    with pytest.raises(TrainingError, match="the run has failed: 4 inner steps"):  # for whoever would start it again
+        run(config)
+
+
+def test_rounds_scores_and_checkpoints_are_told(configure: Callable[..., TrainingConfig]) -> None:
+    config = configure(total_steps=10)  # the last round is shorter
+    run(config)
+    assert [event["step"] for event in events(config, "round")] == [4, 8, 10]
+    assert [event["step"] for event in events(config, "eval")] == [0, 4, 8, 10]
+    assert {(event["round"], event["step"]) for event in events(config, "checkpoint")} == {(1, 4), (2, 8), (3, 10)}
+    (start,) = events(config, "start")
+    assert start["config"]["total_steps"] == 10
+    assert "torch" in start["versions"]
+    for event in events(config, "round"):
+        assert {"attempt", "members", "bytes_sent", "bytes_received", "sync_seconds", "exposed_seconds"} <= event.keys()
+
+
+def test_wandb_without_a_key_is_offline_and_asks_nothing(
+    configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
+    config = configure(wandb_logging=True, total_steps=4)
+    run(config)
+    (kept,) = (Volume.of(config).root / "wandb").glob("offline-run-*")
+    assert list(kept.glob("*.wandb"))
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
+    config = TrainingConfig(total_steps=100, warmup_steps=10, lr=1.0)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
