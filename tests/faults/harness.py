@@ -40,7 +40,7 @@ Event = dict[str, Any]
 
 WORKER = Path(__file__).with_name("worker.py")
 HURRY = "hurry"  # a file in the run's directory: see the worker
-PATIENCE = 90.0  # seconds for what takes a second or two on a machine with nothing else to do
+PATIENCE = 180.0  # seconds for what takes a second or two on a machine with nothing else to do
 _pause = threading.Event()  # never set: what is polled here tells nobody of its changes
 
 BASE: dict[str, Any] = {

@@ -11,7 +11,7 @@ import pytest
 from tests.faults.harness import EtcdCluster, Network, Pod, Run, of
 from trainer.elastic.server import EmbeddedEtcd
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 def weights(run: Run) -> float:

@@ -1,5 +1,6 @@
 """kill -9, at any moment and of anyone."""
 
+import itertools
 import random
 import statistics
 import time
@@ -12,7 +13,7 @@ from tests.faults.harness import Pod, Run, check_survivor, of
 from trainer import checkpoint
 from trainer.elastic.server import EmbeddedEtcd
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 KILLS = 30
 SEED = 20
@@ -50,32 +51,31 @@ def over(run: Run) -> bool:
     return run.committed() * run.config.local_steps >= run.config.total_steps - 3 * run.config.local_steps
 
 
-@pytest.mark.timeout(900)
 def test_kills_at_random_moments(server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]) -> None:
     chance = random.Random(SEED)
     rows: list[dict[str, Any]] = []
     moments = [MOMENTS[number % len(MOMENTS)] for number in range(KILLS)]
     chance.shuffle(moments)
-    runs = 0
-    while moments:
-        run = begin(f"run-{runs}", [server.endpoint], total_steps=480)
+    for number in itertools.count():
+        run = begin(f"run-{number}", [server.endpoint], total_steps=2000)
         pods = [run.start(slot) for slot in range(3)]
-        survivor = pods[runs % 3]  # by turns the first member, which the decider often is, and others
-        runs += 1
+        survivor = pods[number % 3]  # by turns the first member, and others; who decides is chance
         run.until_quorum(pods)
-        while moments and not over(run):
+        killed = 0
+        while moments and killed < KILLS / 3 and not over(run):
             victim = chance.choice([pod for pod in pods if pod is not survivor])
             wait_until_training(run, victim)
-            if over(run):
-                break
             wait_for_moment(run, victim, moments[-1], chance)
             if over(run):
                 break
             row = run.report(moments[-1], victim.kill_worker(), [survivor], [victim])
             rows.append({**row, "moment": moments.pop(), "victim": victim.slot})
+            killed += 1
         run.finish(pods)
         run.check([survivor])
         run.close()
+        if not moments:
+            break
     for moment in MOMENTS:
         chosen = [row for row in rows if row["moment"] == moment]
         table.append(

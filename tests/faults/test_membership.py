@@ -9,7 +9,7 @@ import pytest
 from tests.faults.harness import Pod, Run, of
 from trainer.elastic.server import EmbeddedEtcd
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 def leave(pod: Pod) -> float:
@@ -19,7 +19,6 @@ def leave(pod: Pod) -> float:
     return told
 
 
-@pytest.mark.timeout(400)
 def test_five_joins_and_leaves(server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]) -> None:
     run = begin("run", [server.endpoint], total_steps=1200, elastic_max_nodes=4)
     stayers = [run.start(slot) for slot in range(2)]

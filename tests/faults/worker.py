@@ -4,6 +4,7 @@ On two cores three workers would otherwise keep a fourth from starting, and what
 file `hurry` is in the run's directory, there is nothing more to measure, and steps take as long as they take.
 """
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from trainer.files import read_json
 STEP_SECONDS = 0.08
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = Path(sys.argv[1])
     inner_step = loop.Worker._inner_step
 

@@ -1,0 +1,34 @@
+"""The quickest of the fault tests (all of them: `make test-faults`): a kill, a join and a leave under real workers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Run, of, precache
+
+
+@pytest.fixture
+def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
+    run = Run(tmp_path / f"faults-{tmp_path.name}", precache(tmp_path / "source"), [etcd], total_steps=320)
+    yield run
+    run.close()
+
+
+def test_kill_join_and_sigterm(run: Run) -> None:
+    stayer, killed = run.start(0), run.start(1)
+    run.until_quorum([stayer, killed])
+    steps = len(of("step", killed.events))
+    run.until(lambda: len(of("step", killed.events)) >= steps + 3, "some inner steps")
+    joiner = run.start(2)
+    row = run.report("kill -9 in the middle of a round", killed.kill_worker(), [stayer], [killed])
+    assert row["exposed"] < run.config.lease_ttl  # its agent has told of its death
+    run.until_quorum([stayer, killed, joiner])  # its agent has started it again; the joiner took its state from donors
+
+    joiner.agent.terminate()
+    assert joiner.agent.wait() == 143
+    row = run.report("SIGTERM", of("end", joiner.life)[0]["time"], [stayer], [joiner])
+    assert row["exposed"] < run.config.grace_period  # nobody waited for it, nor for its lease
+    assert of("end", joiner.life)[0]["status"] == "stopped"
+    run.finish([stayer, killed])
+    run.check([stayer])
