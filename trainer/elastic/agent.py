@@ -7,7 +7,8 @@ does the same work. What differs:
   (torchrun leaves them to their lease), and the exit status is 143 (torchrun: 1, after a traceback). SIGINT: 130.
 - A worker that ends for good is not restarted: 2 (bad configuration: it would end so again) and 143 (told to leave).
 - Workers die with their agent, even by kill -9.
-- When the restarts are used up, the verdict "failed" is written, with the reason: the other nodes need not wait for us.
+- When the restarts are used up, and the other nodes are fewer than `min_nodes`, the verdict "failed" is written, with
+  the reason: they need not wait for us.
 
 Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 143, or 1.
 """
@@ -104,10 +105,12 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
             return 0
         codes = [failure.exitcode for failure in result.failures.values()]
         status = next((code for code in _FINAL if code in codes), 1)
-        if status != 143:  # one that leaves does not speak for the run
-            with EtcdClient.of(config) as client:
+        if status == 143:  # one that leaves does not speak for the run
+            return status
+        with EtcdClient.of(config) as client:
+            if len(client.list("slots/")) - 1 < config.min_nodes:  # else the others go on without us
                 finish(client, "failed", f"the worker of node {handler.slot} {_end(codes)}", handler.slot)
-        return status
+            return 0 if verdict(client).status == "succeeded" else status  # the others may have been done without it
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousClosedError as error:
