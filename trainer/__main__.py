@@ -21,10 +21,17 @@ def main(arguments: list[str] | None = None) -> int:
         "train": "train as one worker; a torchrun agent starts it",
         "export": "write the trained model as a Hugging Face directory",
         "evaluate": "score the exported model on held-out data, and write the report",
+        "status": "show a run as its etcd has it",
+        "scale": "give a running launch more or fewer nodes",
     }.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        if name == "launch":
+        if name in ("launch", "status", "scale"):
             command.add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
+        if name == "status":
+            command.add_argument("--watch", action="store_true", help="go on showing it until it is over")
+            command.add_argument("--json", action="store_true", help="print a JSON object a line")
+        if name == "scale":
+            command.add_argument("count", metavar="N", help="how many nodes it shall have")
         add_config_flags(command)
     report = commands.add_parser("report", help="write a run's report, at any time", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, help="the run's directory")
@@ -55,6 +62,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if getattr(arguments, "etcd", None):
         setattr(arguments, "parameter:etcd_endpoints", arguments.etcd)
     config = config_from_arguments(arguments)
+    if arguments.command == "status":
+        from trainer.elastic.status import status
+
+        return status(config, watch=arguments.watch, as_json=arguments.json)
+    if arguments.command == "scale":
+        from trainer.elastic.running import scale
+
+        if not arguments.count.isdigit():
+            raise ConfigError("N", arguments.count, "must be a number of nodes")
+        scale(config, int(arguments.count))
+        return 0
     if arguments.command in ("train", "export", "evaluate") and not config.run_id:
         raise ConfigError("run_id", "", "must name the run")
     config = config.resolved()

@@ -20,6 +20,7 @@ from trainer.elastic import record
 from trainer.elastic.etcd import EtcdClient, EtcdError
 from trainer.elastic.process import dying_with_parent
 from trainer.elastic.progress import View, WorkerProgress, view
+from trainer.elastic.running import LAUNCHED, WANTED, with_nodes
 from trainer.elastic.server import EmbeddedEtcd
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.files import require_writable, write_json
@@ -64,45 +65,56 @@ def launch(config: TrainingConfig, command: list[str] | None = None) -> int:
             etcd = resources.enter_context(
                 EmbeddedEtcd(run_dir / "etcd", address=address, port_range=config.port_range)
             )
-            workers = [worker.with_values(etcd_endpoints=[etcd.endpoint]) for worker in workers]
+            config = config.with_values(etcd_endpoints=[etcd.endpoint])
         else:
             etcd = None
-        client = resources.enter_context(EtcdClient.of(workers[0]))
+        client = resources.enter_context(EtcdClient.of(config))
         if etcd is not None:  # nobody else uses it: what it says of living nodes and workers is of the dead
-            for prefix in ("nodes/", "slots/", "members/", "started"):
+            for prefix in record.LIVING:
                 client.delete_prefix(prefix)
+        client.delete(WANTED)
         record.reopen(client)
-        run = _Run(config, workers, client, etcd, command)
-        return run.follow()
+        write_json(run_dir / LAUNCHED, config.model_dump(mode="json"))  # by which others find the run
+        run = _Run(config, client, etcd, command)
+        with client.watch(WANTED, run.wished.set):
+            return run.follow()
 
 
 class _Run:
-    """The agents of a run, and what is seen of them."""
+    """The agents of a run, and what is seen of them.
+
+    Attributes:
+        wished: Set when somebody may have asked for another number of nodes (`trainer.elastic.running.scale`).
+    """
 
     def __init__(
-        self,
-        config: TrainingConfig,
-        workers: list[TrainingConfig],
-        client: EtcdClient,
-        etcd: EmbeddedEtcd | None,
-        command: list[str] | None,
+        self, config: TrainingConfig, client: EtcdClient, etcd: EmbeddedEtcd | None, command: list[str] | None
     ) -> None:
-        self._config, self._client, self._etcd = config, client, etcd
+        self._config, self._client, self._etcd, self._command = config, client, etcd, command
         self._run_dir = Path(config.run_dir)
-        self._logs = [self._run_dir / "logs" / f"worker-{node}.log" for node in range(len(workers))]
         self._agents: list[_Agent] = []
-        processes = config.elastic.nproc_per_node
-        self._progress = [
-            WorkerProgress(node * processes + local_rank, Volume.of(worker, local_rank).metrics)
-            for node, worker in enumerate(workers)
-            for local_rank in range(processes)
-        ]
-        for node, (worker, log) in enumerate(zip(workers, self._logs, strict=True)):
-            path = Path(worker.run_dir) / "config.json"
-            write_json(path, worker.model_dump(mode="json"))
-            self._agents.append(_Agent(node, path, log, command, _environment(len(self._progress))))
+        self._progress: list[WorkerProgress] = []
+        self._add(config.nodes)
+        self.wished = threading.Event()
         self._signals: list[int] = []  # that we have got
         self._wake = threading.Event()
+
+    def _add(self, nodes: int) -> None:
+        """Prepare agents, so that there are `nodes` of them."""
+        self._wanted = nodes
+        processes = self._config.elastic.nproc_per_node
+        environment = _environment(nodes * processes)
+        for node, worker in enumerate(worker_configs(with_nodes(self._config, nodes))):
+            if node < len(self._agents):
+                continue
+            path = Path(worker.run_dir) / "config.json"
+            write_json(path, worker.model_dump(mode="json"))
+            log = self._run_dir / "logs" / f"worker-{node}.log"
+            self._agents.append(_Agent(node, path, log, self._command, environment))
+            self._progress += [
+                WorkerProgress(node * processes + local_rank, Volume.of(worker, local_rank).metrics)
+                for local_rank in range(processes)
+            ]
 
     def follow(self) -> int:
         """Start the agents, and show how they do until all have ended."""
@@ -117,7 +129,7 @@ class _Run:
                 for agent in self._agents:
                     agent.kill()
             self._update(shown)
-        if all(agent.status == 0 for agent in self._agents):
+        if all(agent.status == 0 for agent in self._agents if not agent.leaving):
             print(f"run {self._config.run_id} is complete: {self._run_dir}", flush=True)
             return 0
         if failure:
@@ -145,14 +157,24 @@ class _Run:
                     shown.show("stopping: the workers save and leave; a second signal kills them")
                 for agent in self._agents:
                     agent.terminate() if told == 1 else agent.kill()
+            if self.wished.is_set() and not self._signals and not failure:
+                self._scale(shown)
             for agent in self._agents:
                 if not agent.just_ended() or agent.status == 0 or self._signals or failure:
+                    continue
+                if agent.leaving:
+                    shown.show(f"worker {agent.node} has left")
+                    self._return(agent)
                     continue
                 if agent.killed and agent.restarts < self._config.elastic.max_restarts:
                     shown.show(f"the agent of worker {agent.node} was killed: starting it again")
                     record.free_slot(self._client, agent.node)
                     agent.restarts += 1
                     agent.start()
+                    continue
+                if sum(other.running for other in self._agents) >= self._config.min_nodes:
+                    agent.leaving = True
+                    shown.show(f"{self._reason(agent)}: the others go on")
                     continue
                 failure = self._reason(agent)
                 shown.show("the run has failed: stopping the other workers")
@@ -161,6 +183,37 @@ class _Run:
                 for other in self._agents:
                     other.terminate()
         return failure
+
+    def _scale(self, shown: View) -> None:
+        """Start further agents, or tell the last ones to leave, as somebody has asked for."""
+        self.wished.clear()
+        try:
+            wish = self._client.get(WANTED)
+            if wish is None:
+                return
+            if not self._client.delete(WANTED, wish.revision):  # deleting it says that it has been seen
+                self.wished.set()  # there is a newer one
+                return
+        except EtcdError:
+            self.wished.set()  # the next turn tries again
+            return
+        self._add(min(int(wish.value["nodes"]), self._config.max_nodes))
+        shown.show(f"{self._wanted} nodes are wanted")
+        for agent in self._agents:
+            if agent.node >= self._wanted and agent.running:
+                agent.leaving = True
+                agent.terminate()
+            elif agent.node < self._wanted:
+                self._return(agent)
+
+    def _return(self, agent: "_Agent") -> None:
+        """Start an agent that is new, or has left and is wanted again."""
+        if agent.node < self._wanted and not agent.running and (agent.leaving or not agent.started):
+            agent.leaving = False
+            agent.start()
+            for worker in self._progress:
+                if worker.number // self._config.elastic.nproc_per_node == agent.node:
+                    worker.state = "joining"
 
     def _reason(self, agent: "_Agent") -> str:
         """Why the run failed, in the words of the worker that began it: others only report that they lost it."""
@@ -216,6 +269,7 @@ class _Agent:
         self, node: int, config: Path, log: Path, command: list[str] | None, environment: dict[str, str]
     ) -> None:
         self.node, self.log, self.restarts = node, log, 0
+        self.leaving = False  # told to leave by `scale`: that it ends is no failure
         self._command = [sys.executable, "-m", "trainer.elastic.agent", "--config", str(config), "--slot", str(node)]
         if command:
             self._command += ["--", *command]
@@ -229,6 +283,10 @@ class _Agent:
     def status(self) -> int | None:
         """Exit status; None while it runs, negative for the signal that killed it."""
         return self._process.poll() if self._process else None
+
+    @property
+    def started(self) -> bool:
+        return self._process is not None
 
     @property
     def running(self) -> bool:

@@ -43,7 +43,8 @@ class WorkerProgress:
     """What one worker's events say about where it is.
 
     Attributes:
-        state: "starting", "training", "stopped", "failed" or "complete"; `launch` may set others.
+        state: "starting", "training", "stopped", "failed" or "complete"; "joining" is set by `launch`, for one that
+            starts while others train, and lasts until its first step.
         speed: Samples a second, smoothed; 0 before the second step.
         bytes: Sent and received by this worker, since it was started.
         loss: Smoothed; None before the first step.
@@ -71,7 +72,7 @@ class WorkerProgress:
         return events
 
     def _on_start(self, event: Event) -> None:
-        self.state, self._last_step = "training", None
+        self.state, self._last_step = ("joining" if self.state == "joining" else "training"), None
 
     def _on_step(self, event: Event) -> None:
         self.state, self.step = "training", event["step"]
@@ -134,7 +135,7 @@ class Plain:
         self._write(message)
 
     def refresh(self) -> None:
-        workers, now = self._workers, time.monotonic()
+        workers, now = _under_way(self._workers), time.monotonic()
         done = min(worker.round for worker in workers)
         if done <= self._round and now - self._said < PLAIN_INTERVAL:
             return
@@ -149,7 +150,7 @@ class Plain:
         remaining = time_left(workers, self._total)
         if remaining is not None:
             parts.append(f"{_duration(remaining)} left")
-        idle = [f"worker {worker.number}: {worker.state}" for worker in workers if worker.state != "training"]
+        idle = [f"worker {worker.number}: {worker.state}" for worker in self._workers if worker.state != "training"]
         self._write("  ".join(parts + idle))
 
 
@@ -184,21 +185,20 @@ class Live:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for column in ("worker", "state", "step", "round", "loss", "held-out loss", "samples/s", "exchanged"):
-            table.add_column(column, justify="left" if column in ("worker", "state") else "right")
-        for worker in self._workers:
-            table.add_row(
-                str(worker.number),
-                worker.state,
-                f"{worker.step}/{self._total}",
-                str(worker.round),
-                _number(worker.loss),
-                _number(worker.held_out),
-                f"{worker.speed:.1f}",
-                _bytes(worker.bytes),
-            )
-        step = min(worker.step for worker in self._workers)
+        rows = [
+            {
+                "worker": str(worker.number),
+                "state": worker.state,
+                "step": f"{worker.step}/{self._total}",
+                "round": str(worker.round),
+                "loss": number(worker.loss),
+                "held-out loss": number(worker.held_out),
+                "samples/s": f"{worker.speed:.1f}",
+                "exchanged": _bytes(worker.bytes),
+            }
+            for worker in self._workers
+        ]
+        step = min(worker.step for worker in _under_way(self._workers))
         remaining = time_left(self._workers, self._total)
         bar = Table.grid(padding=(0, 2))
         bar.add_row(
@@ -207,11 +207,12 @@ class Live:
             f"{_duration(time.monotonic() - self._started)} so far",
             "" if remaining is None else f"{_duration(remaining)} left",
         )
-        return Group(table, bar)
+        return Group(table(rows), bar)
 
 
 def time_left(workers: list[WorkerProgress], total_steps: int) -> float | None:
     """Seconds until the slowest worker is done, at its present rate; None before anything is known."""
+    workers = _under_way(workers)
     if any(worker.step_rate == 0 for worker in workers):
         return None
     return max((total_steps - worker.step) / worker.step_rate for worker in workers)
@@ -221,7 +222,24 @@ def _smooth(old: float | None, new: float) -> float:
     return new if old is None else old + _SMOOTHING * (new - old)
 
 
-def _number(value: float | None) -> str:
+def _under_way(workers: list[WorkerProgress]) -> list[WorkerProgress]:
+    """Those that say where the run is: not one that joins it, or has left. All, if there is no other."""
+    return [worker for worker in workers if worker.state not in ("joining", "stopped")] or workers
+
+
+def table(rows: list[dict[str, str]]) -> Any:
+    """A rich table of workers: columns as the first row names them, text on the left, numbers on the right."""
+    from rich.table import Table
+
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for column in rows[0] if rows else ():
+        drawn.add_column(column, justify="left" if column in ("worker", "state", "host") else "right")
+    for row in rows:
+        drawn.add_row(*row.values())
+    return drawn
+
+
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 

@@ -7,6 +7,7 @@ slots/<number>      {node, host, pid}             agent, under the node's lease;
 started             {nodes}                       the agent that sees `min_nodes` slots held at once
 members/<rank>      {incarnation, slot, local_rank, host, pid, address, port}   worker, under the member's lease
 fingerprint         {field: value}                the first worker; a worker that differs is refused
+wanted              {nodes}                       `scale`: how many nodes there shall be; `launch` deletes it
 groups/<generation> {incarnations, store}         the worker of rank 0; created, never overwritten
 """
 
@@ -17,6 +18,12 @@ from trainer.elastic.etcd import EtcdClient
 
 SLOT_VARIABLE = "ELASTIC_SLOT"  # in a worker's environment: the slot of its node
 Status = Literal["open", "succeeded", "failed"]
+
+# What is said by processes that live, or is true as long as they do: untrue when all of them are dead.
+LIVING = (
+    *("nodes/", "slots/", "started", "members/", "groups/"),
+    *("round", "decider", "arrivals/", "votes/", "ready/", "left/", "commits/"),
+)
 
 
 @dataclass(frozen=True)
