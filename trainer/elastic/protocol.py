@@ -312,7 +312,8 @@ def decide(record: Record | None, view: View, waited: float, rules: Rules) -> Re
     if record.length == 0:
         return None
     step = _gather if record.phase == "gather" else _reduce
-    return step(record, view, waited, rules) or _keep_books(record, view, rules)
+    # The books first: a commit forgets the share of whoever has left.
+    return _keep_books(record, view, rules) or step(record, view, waited, rules)
 
 
 Action = Literal["wait", "arrive", "reduce", "apply", "catch up", "start over"]
@@ -441,7 +442,8 @@ def _reduce(record: Record, view: View, waited: float, rules: Rules) -> Record |
     missing = [id for id in record.members if id not in votes]
     if not missing and len({(vote.hash, vote.weight) for vote in votes.values()}) == 1:
         vote = next(iter(votes.values()))
-        back = tuple(part for id in record.members for part in _unused_by(record, view, id))
+        # What a leaver has not used was taken back when it left.
+        back = tuple(part for id in record.members if id not in view.left for part in view.arrivals[id].unused)
         cursor = replace(record.cursor, tails=(*record.cursor.tails, *back))
         base = State(record.round, record.base.step + record.length, cursor)
         outcome = Outcome(record.term, record.round, record.attempt, record.members, vote.hash, vote.weight, base)
@@ -504,12 +506,6 @@ def _arrived_for(record: Record, view: View, id: str, attempt: int) -> bool:
 def _most_common(hashes: Iterable[str]) -> str:
     counted = Counter(hashes).most_common(1)  # equal counts: the one that was met first
     return counted[0][0] if counted else ""
-
-
-def _unused_by(record: Record, view: View, id: str) -> tuple[Range, ...]:
-    """What a member of the attempt has not used of its share, unless it has left and that was taken back already."""
-    taken_back = id in view.left and id not in record.shares
-    return () if taken_back else view.arrivals[id].unused
 
 
 def _votes(record: Record, view: View) -> dict[str, Vote]:
