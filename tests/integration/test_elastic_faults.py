@@ -15,6 +15,7 @@ def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
     run.close()
 
 
+@pytest.mark.timeout(600)  # a machine with other work takes minutes to start eight processes that import torch
 def test_kill_join_and_sigterm(run: Run) -> None:
     stayer, killed = run.start(0), run.start(1)
     run.until_quorum([stayer, killed])

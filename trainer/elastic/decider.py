@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from trainer.elastic.etcd import Entry, EtcdClient, EtcdError, Lease
+from trainer.elastic.process import refused
 from trainer.elastic.protocol import (
     Ready,
     Record,
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 KEPT_OUTCOMES = 64  # rounds whose `commits/<k>` are kept, for members that were away
 IDLE = 1.0  # seconds between two looks when nothing seems to happen
+PROBE_INTERVAL = 1.0  # seconds between two looks at whether the decider lives, by each of the others
 TICK = 0.05  # seconds between two looks while something lasts
 
 
@@ -68,13 +70,24 @@ class Decider:
             log.debug("member %s decides", self._id)
             return True
         with self._client.watch("decider", self._changed.set):
-            self._changed.clear()
-            entry = self._client.get("decider")
-            if entry is not None and entry.value["member"] == self._id:
-                return True
-            if entry is not None:
-                self._changed.wait(IDLE * 5)
+            while not self._ended.is_set():
+                self._changed.clear()
+                entry = self._client.get("decider")
+                if entry is None or entry.value["member"] == self._id:
+                    return entry is not None
+                if not self._changed.wait(PROBE_INTERVAL):
+                    self._bury_if_dead(entry)
         return False
+
+    def _bury_if_dead(self, decider: Entry) -> None:
+        """Give the decider's lease back for it if its machine says that nobody listens there any more.
+
+        Its agent would have done so, if it had not died with it. A member that lives all the same registers again.
+        """
+        member = self._client.get(f"members/{decider.value['member']}")
+        if member is not None and refused(member.value["store"]):
+            log.debug("the decider %s is dead", decider.value["member"])
+            self._client.revoke(decider.lease)
 
     def _preside(self) -> None:
         """Decide, until the role is somebody else's."""

@@ -66,3 +66,15 @@ def gloo_device(interface: str, address: str) -> Any:
         if interface:
             raise ConfigError("network_interface", interface, "is no interface of this machine") from None
         raise ConfigError("advertise_address", address, "is no address of this machine") from None
+
+
+def refused(endpoint: str, timeout: float = 1.0) -> bool:
+    """Whether the machine of `endpoint` (host:port) answers that nobody listens there. Silence is no answer."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
