@@ -10,6 +10,12 @@ from trainer.errors import ConfigError, run_main
 
 # What a command needs is imported when it runs: `--help` answers at once.
 
+# What it takes to find a run: all that a command needs which looks at one.
+_WHICH_RUN = (
+    *("run_id", "run_dir", "elastic_etcd_prefix", "elastic_etcd_protocol"),
+    *("etcd_endpoints", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user"),
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the command, and return its exit status."""
@@ -32,12 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--json", action="store_true", help="print a JSON object a line")
         if name == "scale":
             command.add_argument("count", metavar="N", help="how many nodes it shall have")
-        add_config_flags(command)
+        add_config_flags(command, _WHICH_RUN if name in ("status", "scale") else None)
     report = commands.add_parser("report", help="write a run's report, at any time", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, help="the run's directory")
     report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html]")
-    schema = commands.add_parser("schema", help="print the JSON schema of the parameters", allow_abbrev=False)
-    del schema
+    commands.add_parser("schema", help="print the JSON schema of the parameters", allow_abbrev=False)
     return _run(parser.parse_args(arguments))
 
 

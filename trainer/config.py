@@ -18,7 +18,7 @@ import secrets
 import time
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -535,11 +535,13 @@ def load_config(
     return _validate(tree)
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Give the parser `--config FILE` and one flag for each parameter."""
+def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Give the parser `--config FILE` and one flag for each parameter, or for those whose flat names are given."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with parameters")
     group = parser.add_argument_group("parameters", "also as DILOCO_<NAME> in the environment, and in the YAML file")
     for parameter in TrainingConfig.parameters():
+        if names is not None and parameter.name not in names:
+            continue
         flag = "--" + parameter.name.replace("_", "-")
         default = "none" if parameter.default is None else parameter.default
         text = f"{parameter.description} [{default}]" if default != "" else parameter.description
