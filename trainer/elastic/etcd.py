@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import socket
 import sys
@@ -27,9 +28,11 @@ from trainer.errors import ConfigError, TrainingError
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Json = Any
-Kind = Literal["unreachable", "certificate", "credentials", "permission", "request"]
+Kind = Literal["unreachable", "certificate", "credentials", "permission", "lease", "request"]
 
 CALL_TIMEOUT = 5.0  # seconds that one request may take on one endpoint
 POLL_INTERVAL = 1.0  # seconds after which `wait_for` looks again although no watch has told it to
@@ -48,7 +51,7 @@ class EtcdError(TrainingError):
 
     Attributes:
         kind: "unreachable" (nobody answers), "certificate" (TLS failed), "credentials" (user or password is wrong or
-            missing), "permission" (the user may not touch the key), "request" (anything else).
+            missing), "permission" (the user may not touch the key), "lease" (it has ended), "request" (anything else).
     """
 
     def __init__(self, message: str, kind: Kind) -> None:
@@ -86,6 +89,9 @@ class EtcdClient:
         user: etcd user.
         password: Its password; by default the environment's ETCD_PASSWORD.
 
+    Raises (at once):
+        ConfigError: An endpoint is not `host:port`; a client certificate without its key, or without the authority.
+
     Raises (every method):
         EtcdError: See its `kind`.
     """
@@ -101,12 +107,23 @@ class EtcdClient:
         user: str = "",
         password: str | None = None,
     ) -> None:
+        for endpoint in endpoints:
+            host, _, port = endpoint.rpartition(":")
+            if not host or "/" in host or not port.isdigit():
+                raise ConfigError("etcd.endpoints", endpoint, "must be host:port")
+        if bool(cert) != bool(key):
+            raise ConfigError(
+                "etcd.key" if cert else "etcd.cert", "", "must be given too: certificate and key go together"
+            )
+        if cert and not ca:
+            raise ConfigError("etcd.ca", "", "must name the authority: without it there is no TLS, and no certificate")
         self.endpoints = list(endpoints)
         self.prefix = prefix.rstrip("/") + "/"
         self._tls: dict[str, str | None] = {"ca_cert": ca or None, "cert_cert": cert or None, "cert_key": key or None}
         secret = os.environ.get("ETCD_PASSWORD", "") if password is None else password
         self._credentials = {"user": user, "password": secret} if user else {}
         self._next = 0
+        self._answered = False  # ever
         self._connection: Any = None
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -214,7 +231,7 @@ class EtcdClient:
         try:
             self._call(lambda etcd: etcd.revoke_lease(lease))
         except EtcdError as error:
-            if error.kind != "request":
+            if error.kind != "lease":
                 raise
 
     def refresh(self, lease: int) -> bool:
@@ -280,7 +297,9 @@ class EtcdClient:
             connection = None
             try:
                 connection = self._connect()
-                return operation(connection)
+                result = operation(connection)
+                self._answered = True
+                return result
             except Exception as exception:
                 if not _is_etcds(exception):  # a signal's, for one: torch's agent raises it wherever it happens to be
                     raise
@@ -316,6 +335,12 @@ class EtcdClient:
             if connection is not None:
                 connection.close()
 
+    def _failed(self, connection: Any, exception: Exception) -> None:
+        """Take note of what befell a connection outside of `_call`."""
+        if _is_etcds(exception) and self._explain(exception)[1]:
+            with self._lock:
+                self._drop(connection)
+
     def _explain(self, exception: Exception) -> tuple[EtcdError, bool]:
         """What went wrong, in words, and whether a new connection may help."""
         import grpc
@@ -330,6 +355,14 @@ class EtcdClient:
         lower = details.lower()
         if isinstance(exception, FileNotFoundError | PermissionError):
             return EtcdError(f"cannot read the certificate {exception.filename}", "certificate"), False
+        if any(word in lower for word in ("socket closed", "connection reset")) and "ssl_error" not in lower:
+            # An etcd that has just died, or the one speaks TLS and the other does not.
+            hint = " (does it speak TLS, as etcd.ca says?)"
+            if not self._tls["ca_cert"]:
+                hint = " (does it want TLS? no etcd.ca is set)"
+            if self._answered:
+                hint = ""
+            return EtcdError(f"cannot reach etcd at {where}{hint}: {details}", "unreachable"), True
         if any(word in lower for word in ("ssl", "tls", "certificate", "handshake")):
             hint = "" if self._tls["ca_cert"] else " (no etcd.ca is set)"
             return EtcdError(f"etcd at {where}: the TLS certificates do not fit{hint}: {details}", "certificate"), False
@@ -340,7 +373,10 @@ class EtcdClient:
             ), False
         if "user name is empty" in lower:
             return EtcdError(f"etcd at {where} asks for a user: set etcd.user, and ETCD_PASSWORD", "credentials"), False
-        if code == grpc.StatusCode.UNAUTHENTICATED:  # the token is too old, or of a server that was restarted
+        if "requested lease not found" in lower:
+            return EtcdError(f"etcd at {where}: the lease has ended", "lease"), False
+        # The token is too old, or of a server that was restarted, or of a time when users had other rights.
+        if code == grpc.StatusCode.UNAUTHENTICATED or "revision of auth store is old" in lower:
             return EtcdError(f"etcd at {where}: {details}", "credentials"), True
         if code == grpc.StatusCode.PERMISSION_DENIED:
             return EtcdError(f"etcd at {where} denies access below {self.prefix}: {details}", "permission"), False
@@ -370,6 +406,7 @@ class Lease:
     def __init__(self, client: EtcdClient, ttl: float) -> None:
         self._client, self._ttl = client, ttl
         self._keys: dict[str, tuple[Json, bool]] = {}
+        self._complete = True
         self._ended = threading.Event()
         self._lock = threading.RLock()
         self.lost = threading.Event()
@@ -380,13 +417,13 @@ class Lease:
     def put(self, key: str, value: Json) -> None:
         """Put a key under the lease, whoever had it before."""
         with self._lock:
-            self._client.put(key, value, self.id)
+            self._under_lease(lambda: self._client.put(key, value, self.id))
             self._keys[key] = (value, False)
 
     def create(self, key: str, value: Json) -> bool:
         """Create a key under the lease; False if somebody has it."""
         with self._lock:
-            won, _ = self._client.swap(key, value, None, self.id)
+            won, _ = self._under_lease(lambda: self._client.swap(key, value, None, self.id))
             if won:
                 self._keys[key] = (value, True)
             return won
@@ -399,26 +436,45 @@ class Lease:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    def _under_lease(self, operation: Callable[[], T]) -> T:
+        """Do it; once more with a new lease if ours turns out to be lost, before its thread has noticed."""
+        try:
+            return operation()
+        except EtcdError as error:
+            if error.kind != "lease":
+                raise
+        self._register_again()
+        return operation()
+
     def _keep_alive(self) -> None:
         while not self._ended.wait(self._ttl / 3):
             with suppress(EtcdError):  # etcd is away: the next turn tries again
-                if not self._client.refresh(self.id):
+                if not self._client.refresh(self.id) or not self._complete:
                     self._register_again()
 
     def _register_again(self) -> None:
         with self._lock:
             if self._ended.is_set():
                 return
-            self.id = self._client.grant(self._ttl)
+            if not self._client.refresh(self.id):
+                self.id = self._client.grant(self._ttl)
+            self._complete = False  # until all keys are there: etcd may go away in the middle
             for key, (value, exclusive) in self._keys.items():
                 if not exclusive:
                     self._client.put(key, value, self.id)
-                elif not self._client.swap(key, value, None, self.id)[0]:
+                    continue
+                won, entry = self._client.swap(key, value, None, self.id)
+                if not won and (entry is None or entry.lease != self.id):
                     self.lost.set()
+            self._complete = True
 
 
 class Watch:
-    """Calls `notify` after every change below a prefix. It ends quietly when the connection does: poll, too."""
+    """Calls `notify` after changes below a prefix, and whenever some may have been missed: then look at what there is.
+
+    It is made anew when its connection, its member of etcd or that one's leader is lost. Each begins with what is to
+    come, so no compaction of the past can end it.
+    """
 
     def __init__(self, client: EtcdClient, prefix: str, notify: Callable[[], None]) -> None:
         self._client, self._prefix, self._notify = client, (client.prefix + prefix).encode(), notify
@@ -440,10 +496,21 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            with suppress(Exception):  # whatever it was, the next turn tries again
-                self._follow(self._client._connect())
-            self._notify()  # changes may have been missed
+            connection = None
+            try:
+                connection = self._client._connect()
+                self._follow(connection)
+            except Exception as exception:
+                if not self._ended.is_set():  # else it was us who ended it
+                    self._client._failed(connection, exception)
+            self._tell()
             self._ended.wait(POLL_INTERVAL)
+
+    def _tell(self) -> None:
+        try:
+            self._notify()
+        except Exception as error:  # whoever is told asks etcd, perhaps, which may be away: the watch must not end
+            log.debug("after a change below %s: %s", self._prefix, error)
 
     def _follow(self, connection: Any) -> None:
         rpc = importlib.import_module("etcd3.etcdrpc")
@@ -455,13 +522,18 @@ class Watch:
             yield request
             stream_ended.wait()  # the server ends the watch when the requests end
 
-        stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=connection.metadata)
+        # A member that is cut off from the others says nothing for ever, unless it is told to need a leader.
+        metadata = (*(connection.metadata or ()), ("hasleader", "true"))
+        stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=metadata)
         self._stream = stream
         stream.add_callback(stream_ended.set)
         if self._ended.is_set():
             stream.cancel()
-        for _ in stream:  # the first answer says that the watch stands: what came before it must be looked at
-            self._notify()
+        for answer in stream:  # the first one says that the watch stands: what came before it must be looked at
+            if answer.canceled:  # we may not read this, or no longer; the stream itself would stay open
+                stream.cancel()
+                return
+            self._tell()
 
 
 def run_prefix(prefix: str, run_id: str) -> str:

