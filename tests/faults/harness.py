@@ -340,8 +340,9 @@ class Run:
         assert ends, self.story()
         assert len({event["global_hash"] for event in ends.values()}) == 1, ends
         assert {event["step"] for event in ends.values()} == {self.config.total_steps}
-        check_quorums(self.history("round"))
-        check_states(self.history("members/"))
+        history = self.history("")
+        check_quorums(history)
+        check_states(history)
         if not reset:
             check_samples([event for slot in slots for event in of("step", self.events(slot))])
 
@@ -412,12 +413,17 @@ def check_quorums(records: list[tuple[str, Any]]) -> None:
     assert {place: found for place, found in outcomes.items() if len(found) > 1} == {}
 
 
-def check_states(members: list[tuple[str, Any]]) -> None:
-    """After every commit, all who say that they hold its state hold the same."""
-    hashes: dict[int, set[str]] = defaultdict(set)
-    for _, value in members:
-        hashes[value["holds"]["round"]].add(value["holds"]["hash"])
-    assert {round: found for round, found in hashes.items() if len(found) > 1} == {}
+def check_states(history: list[tuple[str, Any]]) -> None:
+    """After every commit, all who say that they hold its state hold the same. Another term does rounds again."""
+    hashes: dict[tuple[int, int], set[str]] = defaultdict(set)
+    term = 0
+    for key, value in history:
+        if key == "round":
+            term = value["term"]
+        elif key.startswith("members/"):
+            hashes[term, value["holds"]["round"]].add(value["holds"]["hash"])
+    assert len(hashes) > 1
+    assert {place: found for place, found in hashes.items() if len(found) > 1} == {}
 
 
 def check_samples(steps: list[Event]) -> None:
