@@ -1,8 +1,6 @@
 """kill -9, at any moment and of anyone."""
 
-import itertools
 import random
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -51,46 +49,25 @@ def over(run: Run) -> bool:
     return run.committed() * run.config.local_steps >= run.config.total_steps - 3 * run.config.local_steps
 
 
-def test_kills_at_random_moments(server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]) -> None:
-    chance = random.Random(SEED)
-    rows: list[dict[str, Any]] = []
-    moments = [MOMENTS[number % len(MOMENTS)] for number in range(KILLS)]
+@pytest.mark.parametrize("survivor", range(3))  # the first member, and others; who decides is chance
+def test_kills_at_random_moments(
+    survivor: int, server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]
+) -> None:
+    chance = random.Random(SEED + survivor)
+    moments = [MOMENTS[number % len(MOMENTS)] for number in range(KILLS // 3)]
     chance.shuffle(moments)
-    for number in itertools.count():
-        run = begin(f"run-{number}", [server.endpoint], total_steps=2000)
-        pods = [run.start(slot) for slot in range(3)]
-        survivor = pods[number % 3]  # by turns the first member, and others; who decides is chance
-        run.until_quorum(pods)
-        killed = 0
-        while moments and killed < KILLS / 3 and not over(run):
-            victim = chance.choice([pod for pod in pods if pod is not survivor])
-            wait_until_training(run, victim)
-            wait_for_moment(run, victim, moments[-1], chance)
-            if over(run):
-                break
-            row = run.report(moments[-1], victim.kill_worker(), [survivor], [victim])
-            rows.append({**row, "moment": moments.pop(), "victim": victim.slot})
-            killed += 1
-        run.finish(pods)
-        run.check([survivor])
-        run.close()
-        if not moments:
-            break
-    for moment in MOMENTS:
-        chosen = [row for row in rows if row["moment"] == moment]
-        table.append(
-            {
-                "fault": f"kill -9 of a worker, {moment}: median of {len(chosen)}",
-                "seconds": statistics.median(row["seconds"] for row in chosen),
-                "without": statistics.median(row["without"] for row in chosen),
-                "exposed": statistics.median(row["exposed"] for row in chosen),
-                "attempt": statistics.median_high(row["attempt"] for row in chosen),
-                "lost_steps": sum(row["lost_steps"] for row in chosen),
-                "each": chosen,
-            }
-        )
-    worst = max(rows, key=lambda row: row["seconds"])
-    table.append({**worst, "fault": f"kill -9 of a worker, {worst['moment']}: the slowest of {KILLS}"})
+    run = begin("run", [server.endpoint], total_steps=2400)
+    pods = [run.start(slot) for slot in range(3)]
+    run.until_quorum(pods)
+    for moment in moments:
+        victim = chance.choice([pod for pod in pods if pod.slot != survivor])
+        wait_until_training(run, victim)
+        wait_for_moment(run, victim, moment, chance)
+        assert not over(run), "the run is too short for all kills"
+        row = run.report(f"kill -9 of a worker: {moment}", victim.kill_worker(), [pods[survivor]], [victim])
+        table.append({**row, "victim": victim.slot})
+    run.finish(pods)
+    run.check([pods[survivor]])
 
 
 def wait_until_training(run: Run, pod: Pod) -> None:
