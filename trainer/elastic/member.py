@@ -32,7 +32,7 @@ from trainer.diloco.collective import weighted_mean
 from trainer.diloco.quorum import Commit, Superseded, is_finite
 from trainer.diloco.state import GlobalState, hash_of
 from trainer.diloco.wire import WireMeter
-from trainer.elastic.decider import Decider
+from trainer.elastic.decider import Decider, view_of
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
 from trainer.elastic.process import gloo_device, listen
 from trainer.elastic.protocol import (
@@ -49,7 +49,7 @@ from trainer.elastic.protocol import (
     State,
     Vote,
     action,
-    holders,
+    forgotten,
     outcome_from_json,
     outcome_key,
 )
@@ -485,10 +485,7 @@ class ElasticQuorum:
 
     def _under_way(self, record: Record) -> bool | None:
         """Whether somebody holds what the record says, so that one can join; else it is about to be founded again."""
-        if self.id in record.shares:
-            return True
-        alive = {key.partition("/")[2] for key in self._patiently(lambda: self._client.list("members/"))}
-        return bool(holders(record) & alive) or None
+        return None if forgotten(record, view_of(self._patiently(lambda: self._client.list("")))) else True
 
     def _behind(self, record: Record) -> bool:
         return (record.term, record.base.round) != (self._term, self._base.round)

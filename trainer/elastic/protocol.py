@@ -7,33 +7,51 @@ all transitions of a run are in one order, and there is one quorum at most for e
                           ▲                    │
                           └─ gather a + 1 ◀────┘ retry            (any) ──found again, term + 1──▶ gather 1
 
-| key               | written by                | when                                                             |
-|-------------------|---------------------------|------------------------------------------------------------------|
-| members/<id>      | the member, under a lease | at its start, and when its lease was lost: who and where it is,   |
-|                   |                           | and which committed state it holds                                |
-| arrivals/<id>     | the member                | its inner steps are done, or the attempt it was in has failed:    |
-|                   |                           | "count me in for attempt a", with whom it suspects                |
-| votes/<id>        | the member                | the collective is done: the hash of the reduced buffer            |
-| ready/<id>        | the member                | it holds the last committed state, and asks for a share of data   |
-| left/<id>         | the member                | it leaves: the unused part of its share                           |
-| durable/<id>      | the member                | a checkpoint of its is on disk: the round                         |
-| decider           | one member, under a lease | created: it holds the role until it dies, then another takes it   |
-| round, commits/<k>| the decider               | every transition; `commits/<k>` in the same transaction           |
+| key             | written by                | when                                                               |
+|-----------------|---------------------------|--------------------------------------------------------------------|
+| members/<id>    | the member, under a lease | at its start, with every commit, and when its lease was lost:      |
+|                 |                           | who and where it is, and which committed state it holds            |
+| arrivals/<id>   | the member                | its inner steps are done, or the attempt it was in has failed:     |
+|                 |                           | "count me in for attempt a", with whom it suspects                 |
+| votes/<id>      | the member                | the collective is done: the hash of the reduced buffer             |
+| ready/<id>      | the member                | it holds the last committed state, and asks for a share of data    |
+| left/<id>       | the member                | it leaves: the unused part of its share                            |
+| durable/<worker>| the member                | a checkpoint of it is on its disk: the round                       |
+| decider         | one member, under a lease | created: it holds the role until it dies, then another takes it    |
+| round           | the decider               | every transition, and whenever the books change (shares, tails)    |
+| commits/<t>.<k> | the decider               | after it has read that round k of term t is committed, and before  |
+|                 |                           | any further transition; only the last ones are kept                |
 
 An `<id>` is an *incarnation*: a process that was started again has another one, so that nothing its predecessor wrote
-counts for it. Several deciders at once (a lease lost unnoticed) are harmless: their swaps exclude each other.
+counts for it. Several deciders at once (a lease lost unnoticed, a process that stood still) are harmless: a swap fails
+unless the record is the one that was decided upon, and what they saw of other keys only ever grows truer: a vote is
+final, and an attempt that was given up too early costs time.
 
-Why it is safe. A member applies round k only when it reads a record in which k is committed by an attempt that it was
-in. Commit needs equal votes of all members of the attempt, and a member votes only after its collective is done. A
-member that has voted waits for the outcome; one that cannot finish the collective has not voted, never will for this
-attempt, and says so by arriving for the next. Hence either all members of an attempt have the reduced buffer when it
-commits, or it never commits, and the next attempt begins from pseudo-gradients that nobody has touched.
+Why it is safe. A member applies round k only when it learns that k was committed by the attempt that it has voted in.
+Commit needs equal votes of all members of the attempt, and a member votes only when it has the reduced buffer. A member
+that has voted waits for the outcome; one that cannot finish the collective has not voted, never will for this attempt,
+and says so by arriving for the next. Hence either all members of an attempt have the reduced buffer when it commits,
+or it never commits, and the next attempt begins from pseudo-gradients that nobody has touched. A member that was not in
+the committed attempt has not been counted: it carries its work. One that cannot know (`start over`) drops it.
+
+Why members hold the same. They begin a round from one committed state and apply one buffer. Where their arithmetic
+differs in a last bit, the gather agrees on the hash that most have arrived with (`base.hash`); the others are not in
+the quorum until they have taken that state anew. A term is founded on the newest state that a live member holds, and
+never on one older than the newest durable one.
+
+Why no sample is used twice. A position is dealt to one member, by a transition. It is dealt again only if that member
+has given it back: with the arrival that was committed (it then drops the rest of that share), or by leaving, after
+which nothing is dealt to it. Another term deals again what its base does not contain: shares and work do not cross
+terms. Lost is the share of a member whose lease has ended: what it had not seen, and what it had done if it is dead.
 
 Why it is live. Whoever does not arrive is waited for `grace_period` at most, and a member whose lease ended, or whom
 another suspects, not at all. Whoever does not vote is waited for `grace_period` after the first vote. A retry is waited
-for `collective_timeout` + 1 s at most, because all members of a failed collective notice within that time.
+for `collective_timeout` + 1 s at most, because all members of a failed collective notice within that time. Who arrives
+too late for an attempt is waited for in the next round, or it would be too late for ever. If nobody is left who holds
+the state, the run goes on, after `forget_period`, from what there is.
 
 Everything below is a pure function of a record, a view of the other keys, and how long a situation has lasted.
+`tests/unit/test_protocol_model.py` runs it through random schedules of faults.
 """
 
 from collections import Counter
@@ -291,7 +309,7 @@ def situation(record: Record | None, view: View, rules: Rules) -> tuple[Any, ...
 
     The decider measures how long it lasts, and says so to `decide`.
     """
-    if record is None or _forgotten(record, view):
+    if record is None or forgotten(record, view):
         term = record.term if record else 0
         return ("found", term + 1) if _nodes(view.present, view) >= rules.min_nodes else None
     lasting = _here(record, view) if record.phase == "gather" else _votes(record, view)
@@ -306,7 +324,7 @@ def decide(record: Record | None, view: View, waited: float, rules: Rules) -> Re
     """
     if record is None:
         return _found(1, view, waited, rules)
-    if _forgotten(record, view):
+    if forgotten(record, view):
         # Everybody who held the state is gone. Their leases may only have been lost: give them time to come back.
         return _found(record.term + 1, view, waited, rules) if waited >= rules.forget_period else None
     if record.length == 0:
@@ -478,15 +496,15 @@ def _keep_books(record: Record, view: View, rules: Rules) -> Record | None:
     return replace(record, shares=shares, cursor=cursor) if shares != dict(record.shares) else None
 
 
-def holders(record: Record) -> set[str]:
+def _holders(record: Record) -> set[str]:
     """Who holds the state that the open round begins from, or is about to take the step that leads to it."""
     dealt = {id for id, share in record.shares.items() if share.round == record.round}
     return {*record.members, *dealt, *(record.committed.members if record.committed else ())}
 
 
-def _forgotten(record: Record, view: View) -> bool:
+def forgotten(record: Record, view: View) -> bool:
     """Whether nobody is left who holds the state that the open round begins from."""
-    return not (holders(record) & view.present or _here(record, view))
+    return not (_holders(record) & view.present or _here(record, view))
 
 
 def _here(record: Record, view: View) -> set[str]:
