@@ -122,6 +122,8 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
             members.kill(leader)  # and it is the one that the client talks to
             more()
             members.start(leader)
+            with EtcdClient([members.endpoints[leader]]) as again:  # without it, there would be no majority below
+                assert again.wait_for(lambda: again.get("here"), 60)
             frozen = members.processes[order[client._next % 3]]  # the one it talks to now: nothing says that it is gone
             os.kill(frozen.pid, signal.SIGSTOP)
             more()

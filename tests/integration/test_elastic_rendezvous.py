@@ -164,7 +164,8 @@ def test_plain_torchrun(etcd: str, tmp_path: Path) -> None:
         "dist.init_process_group('gloo')\n"
         "total = torch.tensor(dist.get_rank() + 1.0)\n"
         "dist.all_reduce(total)\n"
-        "print('slot', os.environ['ELASTIC_SLOT'], 'of', dist.get_world_size(), 'sum', total.item(), flush=True)\n"
+        "line = f\"slot {os.environ['ELASTIC_SLOT']} of {dist.get_world_size()} sum {total.item()}\\n\"\n"
+        "os.write(1, line.encode())\n"  # whole: both workers write to one pipe
         "dist.destroy_process_group()\n"
     )
     command = [
