@@ -12,15 +12,13 @@ from trainer.elastic.server import EmbeddedEtcd
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
-def leave(pod: Pod) -> float:
-    told = time.time()
+def leave(pod: Pod) -> None:
     pod.agent.terminate()
     assert pod.agent.wait() == 143, pod.log()
-    return told
 
 
 def test_five_joins_and_leaves(server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]) -> None:
-    run = begin("run", [server.endpoint], total_steps=1200, elastic_max_nodes=4)
+    run = begin("run", [server.endpoint], total_steps=2400, elastic_max_nodes=4)
     stayers = [run.start(slot) for slot in range(2)]
     run.until_quorum(stayers)
 
@@ -28,9 +26,12 @@ def test_five_joins_and_leaves(server: EmbeddedEtcd, begin: Callable[..., Run], 
     run.until_quorum([*stayers, *joiners])
     joined = max(pod.life[0]["time"] for pod in joiners)
     table.append(run.report("2 workers join 2", joined, stayers))
-    told = [leave(pod) for pod in joiners]
+    told = time.time()
+    for pod in joiners:
+        pod.agent.terminate()
+    assert [pod.agent.wait() for pod in joiners] == [143, 143], run.story()
     run.until_quorum(stayers)
-    table.append(run.report("2 of 4 leave", told[0], stayers, joiners))
+    table.append(run.report("2 of 4 leave", told, stayers, joiners))
 
     for slot in (2, 3, 2):
         pod = run.start(slot)
