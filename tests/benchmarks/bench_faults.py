@@ -1,7 +1,7 @@
 """What a fault costs those who survive it: ours, torchrun's restart-the-world, and torchft's DiLoCo, on the same work.
 
-    python tests/benchmarks/bench_faults.py [--repetitions 3] [--workers 3] [--systems ours torchrun torchft]
-        [--torchft DIRECTORY] [--defaults] [--directory DIRECTORY]
+    python tests/benchmarks/bench_faults.py [--repetitions 3] [--workers 3] [--local-steps 20]
+        [--systems ours torchrun torchft] [--torchft DIRECTORY] [--defaults] [--directory DIRECTORY]
 
 torchft is no dependency of ours. To have it measured, install it elsewhere and name the place; else it is left out:
 
@@ -41,6 +41,7 @@ the machine's mean number of runnable processes while it ran; about 2 of them ar
 """
 
 import argparse
+import ctypes
 import importlib
 import itertools
 import json
@@ -55,7 +56,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -426,7 +427,7 @@ class Torchft(System):
         self._lighthouse = self._spawn(command, settings, self.directory / "lighthouse" / "log")
         self.until(path.exists, "the lighthouse")
         address = read_json(path).rpartition(":")[2]
-        self.work = Work(**{**asdict(self.work), "lighthouse": f"http://127.0.0.1:{address}"})
+        self.work = replace(self.work, lighthouse=f"http://127.0.0.1:{address}")
 
     def start(self, slot: int) -> None:
         own = self.directory / f"worker-{slot}"
@@ -582,11 +583,10 @@ def why_not_torchft(torchft: Path | None) -> str | None:
     return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
-def precache(directory: Path) -> Path:
+def precache(directory: Path, work: Work) -> Path:
     """The data and the model of all; returns the model's directory."""
     from tests.faults import harness
 
-    work = Work("")
     harness.WORKER = Path(__file__)
     harness.BASE |= {"model": "gpt-neo-x:tiny", "sequence_length": work.sequence, "local_steps": work.local_steps}
     harness.BASE |= {"batch_size": work.batch, "per_device_train_batch_size": work.batch}
@@ -618,11 +618,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--local-steps", type=int, default=20, help="inner steps in a round")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--torchft", type=Path, help="where torchft is installed (`pip install --target`)")
     parser.add_argument("--directory", type=Path, help="keep the runs and their records there; a new one")
     parser.add_argument("--defaults", action="store_true", help="each with its own default timeouts, not equal ones")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left running
     systems = [name for name in SYSTEMS if name in arguments.systems]
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
@@ -632,7 +634,8 @@ def main() -> None:
         print(f"torchft is left out: {reason}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.directory or Path(temporary)
-        model = precache(directory)
+        common = Work("", local_steps=arguments.local_steps)
+        common = replace(common, model=str(precache(directory, common)))
         for repetition in range(arguments.repetitions):
             for name in systems:
                 timeouts = DEFAULTS[name] if arguments.defaults else EQUAL
@@ -641,7 +644,7 @@ def main() -> None:
                 victim = arguments.workers - 1 - repetition % arguments.workers
                 with ExitStack() as resources:
                     loads = resources.enter_context(watching_load())
-                    work = Work(name, str(model))
+                    work = replace(common, system=name)
                     system = SYSTEMS[name](own, arguments.workers, work, timeouts, arguments.torchft)
                     resources.callback(system.close)
                     for row in faults(system, victim):
@@ -654,11 +657,12 @@ def main() -> None:
     chosen = {name: asdict(DEFAULTS[name] if arguments.defaults else EQUAL) for name in systems}
     OUTPUT.parent.mkdir(exist_ok=True)
     facts = {"workers": arguments.workers, "load": load, "cores": os.cpu_count(), "timeouts": chosen}
-    write_json(OUTPUT, {**facts, "work": asdict(Work("")), "skipped": skipped, "rows": rows})
+    write_json(OUTPUT, {**facts, "work": asdict(common), "skipped": skipped, "rows": rows})
 
 
 if __name__ == "__main__":
     if WORK in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: torchrun's workers would outlive their agent
         worker = Work(**json.loads(os.environ[WORK]))
         ROLES[worker.system](worker, sys.argv[1])
     else:
