@@ -279,16 +279,20 @@ class Process:
         yield from self.patiently(lambda: self.world.etcd.put(self, key, value))
 
     def keep_lease(self) -> Thread:
-        etcd = self.world.etcd
+        etcd, complete = self.world.etcd, True
         while True:
             yield TTL / 3
             try:
-                if self.lease and not etcd.refresh(self, self.lease):
-                    self.lease = etcd.grant(self)
+                if not self.lease:
+                    continue
+                if not etcd.refresh(self, self.lease):
+                    self.lease, complete = etcd.grant(self), False
+                if not complete:
                     yield "registering again"
                     etcd.put(self, f"members/{self.id}", self.member, self.lease)
                     if self.decides:
                         etcd.swap(self, "decider", self.id, None, self.lease)
+                    complete = True
             except Away:
                 pass
 
@@ -1049,7 +1053,7 @@ def check(seed: int) -> World:
     raise AssertionError(f"{error}\n\nseed {seed}, {world.rules}, carry {world.carry}\n{faults}\n\n{told}") from error
 
 
-SCHEDULES = int(os.environ.get("MODEL_SCHEDULES", "2000"))
+SCHEDULES = int(os.environ.get("MODEL_SCHEDULES", "1200"))
 
 
 @pytest.mark.parametrize("part", range(4))
