@@ -180,6 +180,7 @@ class Run:
         self.config = _config(directory, source, **self.values, etcd_endpoints=self.endpoints)
         self.client = EtcdClient.of(self.config)
         self.pods: list[Pod] = []
+        self.settled = 0.0  # when the first quorum that a test has waited for stood: faults come after it
         self._read: dict[int, tuple[int, list[Event]]] = {}
 
     def start(self, slot: int, inside: Sequence[str] = ()) -> Pod:
@@ -258,7 +259,9 @@ class Run:
                         return int(event["round"])
             return 0
 
-        return int(self.until(formed, f"a quorum of workers {[pod.slot for pod in pods]}"))
+        round = int(self.until(formed, f"a quorum of workers {[pod.slot for pod in pods]}"))
+        self.settled = self.settled or time.time()
+        return round
 
     def until_committed(self, round: int, pods: Collection[Pod]) -> None:
         """Wait until all these workers have committed the round, or a later one."""
@@ -321,7 +324,7 @@ class Run:
             "without": max(events[-1]["time"] for events in told) - at,
             "exposed": max(event["exposed_seconds"] for events in told for event in events),
             "attempt": max(event["attempt"] for events in told for event in events),
-            "lost_steps": sum(lost_steps(pod.life) for pod in survivors),
+            "lost_steps": sum(lost_steps(pod.life, self.settled) for pod in survivors),
         }
 
     def check(self, survivors: Collection[Pod] = (), *, reset: bool = False) -> None:
@@ -332,7 +335,7 @@ class Run:
             reset: Whether everybody has died in between, and work after the last checkpoint was done again.
         """
         for pod in survivors:
-            check_survivor(self.lives(pod.slot), pod.slot)
+            check_survivor(self.lives(pod.slot), pod.slot, self.settled)
         slots = sorted({pod.slot for pod in self.pods})
         ends = {
             slot: event for slot in slots for event in of("end", self.events(slot)) if event["status"] == "complete"
@@ -379,16 +382,16 @@ def of(kind: str, events: list[Event]) -> list[Event]:
     return [event for event in events if event["event"] == kind]
 
 
-def lost_steps(life: list[Event]) -> int:
+def lost_steps(life: list[Event], since: float) -> int:
     """Inner steps of a process that are missing, or were made again."""
-    steps = [event["step"] for event in of("step", life)]
+    steps = [event["step"] for event in of("step", life) if event["time"] > since]
     return sum(abs(after - before - 1) for before, after in itertools.pairwise(steps))
 
 
-def check_survivor(lives: list[list[Event]], slot: int) -> None:
-    """One process from its start to the end, every inner step once, every round from its first."""
+def check_survivor(lives: list[list[Event]], slot: int, since: float) -> None:
+    """One process from its start to the end, and since then every inner step once and every round."""
     assert len(lives) == 1, f"worker {slot} was started {len(lives)} times"
-    (life,) = lives
+    life = [event for event in lives[0] if event["time"] > since]
     caught_up = [event for event in of("membership", life) if event["change"] == "caught up"]
     assert caught_up == [], f"worker {slot}: {caught_up}"
     for kind in ("step", "round"):

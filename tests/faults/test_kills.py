@@ -85,13 +85,13 @@ def test_kill_of_the_first_of_all_but_one_and_of_all(
     table.append(run.report("kill -9 of the first member", pods[0].kill_worker(), pods[1:], pods[:1]))
     run.until_quorum(pods)
     for pod in pods[1:]:
-        check_survivor(run.lives(pod.slot), pod.slot)
+        check_survivor(run.lives(pod.slot), pod.slot, run.settled)
 
     survivor, *others = pods[1], pods[0], pods[2]
     killed = [pod.kill_worker() for pod in others]
     table.append(run.report("kill -9 of all but one", killed[-1], [survivor], others))
     run.until_quorum(pods)
-    check_survivor(run.lives(survivor.slot), survivor.slot)
+    check_survivor(run.lives(survivor.slot), survivor.slot, run.settled)
 
     before = run.committed()
     killed = [pod.kill() for pod in pods]
