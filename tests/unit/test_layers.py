@@ -18,6 +18,8 @@ LAYERS = [
         "trainer.elastic.launch",
         "trainer.elastic.progress",
         "trainer.elastic.agent",
+        "trainer.elastic.running",
+        "trainer.elastic.status",
     },
     {"trainer.preflight"},
     {"trainer.loop"},

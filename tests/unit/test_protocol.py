@@ -159,7 +159,15 @@ def test_who_holds_the_state(present: str, known: bool) -> None:
 
 @pytest.mark.parametrize(
     ("arrived", "waited", "quorum"),
-    [("", LONG, None), ("ab", LONG, "ab"), ("ab", 9, None), ("abc", 0, "abc"), ("abcd", 0, "abcd"), ("d", LONG, "d")],
+    [
+        ("", LONG, None),
+        ("ab", LONG, "ab"),
+        ("ab", 9, None),
+        ("abc", 0, "abc"),
+        ("abcd", 0, "abcd"),
+        ("d", LONG, None),
+        ("ad", LONG, "ad"),
+    ],
 )
 def test_a_gather_waits_for_the_expected_members_up_to_the_grace_period(
     arrived: str, waited: float, quorum: str | None

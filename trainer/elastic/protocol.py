@@ -44,8 +44,8 @@ has given it back: with the arrival that was committed (it then drops the rest o
 which nothing is dealt to it. Another term deals again what its base does not contain: shares and work do not cross
 terms. Lost is the share of a member whose lease has ended: what it had not seen, and what it had done if it is dead.
 
-Why it is live. Whoever does not arrive is waited for `grace_period` at most, and a member whose lease ended, or whom
-another suspects, not at all. Whoever does not vote is waited for `grace_period` after the first vote. A retry is waited
+Why it is live. Once no more members are missing than have arrived, those are waited for `grace_period` at most, and a
+member whose lease ended, or whom another suspects, not at all. Whoever does not vote is waited for `grace_period` after the first vote. A retry is waited
 for `collective_timeout` + 1 s at most, because all members of a failed collective notice within that time. Who arrives
 too late for an attempt is waited for in the next round, or it would be too late for ever. If nobody is left who holds
 the state, the run goes on, after `forget_period`, from what there is.
@@ -312,7 +312,7 @@ def situation(record: Record | None, view: View, rules: Rules) -> tuple[Any, ...
     if record is None or forgotten(record, view):
         term = record.term if record else 0
         return ("found", term + 1) if _nodes(view.present, view) >= rules.min_nodes else None
-    lasting = _here(record, view) if record.phase == "gather" else _votes(record, view)
+    lasting = _most_are_here(record, view) if record.phase == "gather" else bool(_votes(record, view))
     return (record.phase, *record.place) if lasting else None
 
 
@@ -442,10 +442,9 @@ def _open(
 
 def _gather(record: Record, view: View, waited: float, rules: Rules) -> Record | None:
     here = _here(record, view)
-    suspects = {suspect for id in here for suspect in view.arrivals[id].suspects}
-    awaited = (view.present & set(record.expected)) - suspects - here
     patience = rules.grace_period if record.attempt == 1 else rules.retry_period
-    if _nodes(here, view) < rules.min_nodes or (awaited and waited < patience):
+    patient = waited < patience or not _most_are_here(record, view)
+    if _nodes(here, view) < rules.min_nodes or (_awaited(record, view) and patient):
         return None
     agreed = record.base.hash or _most_common(view.arrivals[id].state for id in _ranked(here, view))
     alike = {id for id in here if view.arrivals[id].state == agreed}
@@ -505,6 +504,23 @@ def _holders(record: Record) -> set[str]:
 def forgotten(record: Record, view: View) -> bool:
     """Whether nobody is left who holds the state that the open round begins from."""
     return not (_holders(record) & view.present or _here(record, view))
+
+
+def _awaited(record: Record, view: View) -> set[str]:
+    """Whom the gather waits for."""
+    here = _here(record, view)
+    suspects = {suspect for id in here for suspect in view.arrivals[id].suspects}
+    return (view.present & set(record.expected)) - suspects - here
+
+
+def _most_are_here(record: Record, view: View) -> bool:
+    """Whether no more members are awaited than have arrived: only then does anybody's lateness begin.
+
+    Else one that is early (it has carried a part of its steps, say, or is faster than all others) would end the round
+    without them.
+    """
+    here = _here(record, view)
+    return bool(here) and len(here) >= len(_awaited(record, view))
 
 
 def _here(record: Record, view: View) -> set[str]:
