@@ -44,11 +44,11 @@ has given it back: with the arrival that was committed (it then drops the rest o
 which nothing is dealt to it. Another term deals again what its base does not contain: shares and work do not cross
 terms. Lost is the share of a member whose lease has ended: what it had not seen, and what it had done if it is dead.
 
-Why it is live. Once no more members are missing than have arrived, those are waited for `grace_period` at most, and a
-member whose lease ended, or whom another suspects, not at all. Whoever does not vote is waited for `grace_period` after the first vote. A retry is waited
-for `collective_timeout` + 1 s at most, because all members of a failed collective notice within that time. Who arrives
-too late for an attempt is waited for in the next round, or it would be too late for ever. If nobody is left who holds
-the state, the run goes on, after `forget_period`, from what there is.
+Why it is live. Once no more members are missing than have arrived, those are waited for `grace_period` at most; one
+whose lease ended, or whom another suspects, not at all. Whoever does not vote is waited for `grace_period` after the
+first vote. A retry is waited for `collective_timeout` + 1 s at most, because all members of a failed collective notice
+within that time. Who arrives too late for an attempt is waited for in the next round, or it would be too late for ever.
+If nobody is left who holds the state, the run goes on, after `forget_period`, from what there is.
 
 Everything below is a pure function of a record, a view of the other keys, and how long a situation has lasted.
 `tests/unit/test_protocol_model.py` runs it through random schedules of faults.
@@ -506,7 +506,7 @@ def forgotten(record: Record, view: View) -> bool:
     return not (_holders(record) & view.present or _here(record, view))
 
 
-def _awaited(record: Record, view: View) -> set[str]:
+def _awaited(record: Record, view: View) -> frozenset[str]:
     """Whom the gather waits for."""
     here = _here(record, view)
     suspects = {suspect for id in here for suspect in view.arrivals[id].suspects}
