@@ -19,8 +19,8 @@ from trainer.files import write_json
 ROOT = Path(__file__).parents[2]
 METHODS = {
     "ddp": ["--optim-method", "ddp"],
-    "DiLoCo": ["--optim-method", "sgd"],
-    "DiLoCo, outer momentum 0.5": ["--optim-method", "sgd", "--outer-lr", "0.8", "--outer-momentum", "0.5"],
+    "DiLoCo, Nesterov 0.7 / 0.9": ["--optim-method", "sgd", "--outer-lr", "0.7", "--outer-momentum", "0.9"],
+    "DiLoCo, Nesterov 0.8 / 0.5": ["--optim-method", "sgd", "--outer-lr", "0.8", "--outer-momentum", "0.5"],
 }
 
 
