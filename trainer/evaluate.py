@@ -45,6 +45,7 @@ def evaluate(
     import numpy as np
     import torch
 
+    from trainer.data.sampling import evenly
     from trainer.loop import device_of
     from trainer.report import write_report
     from trainer.report.record import finite
@@ -67,7 +68,7 @@ def evaluate(
     def batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(values).to(device) for name, values in held_out[indices].items()}
 
-    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(len(held_out), config.eval_samples)).astype(np.int64))
+    chosen = evenly(len(held_out), config.eval_samples)
     sums: dict[str, float] = {}
     seconds = 0.0
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

@@ -290,8 +290,7 @@ class Worker:
     def _evaluate(self) -> None:
         """Score this worker's share of the held-out samples: all workers' together are the score."""
         started = time.perf_counter()
-        chosen = np.arange(min(len(self.dataset.validation), self.config.eval_samples))
-        chosen = chosen[self.rank :: self.world_size]
+        chosen = data.evenly(len(self.dataset.validation), self.config.eval_samples)[self.rank :: self.world_size]
         sums: dict[str, float] = {}
         self.model.eval()
         with torch.inference_mode(), self._autocast():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data import SampleOrder, batches, deal
+from trainer.data import SampleOrder, batches, evenly
 
 
 class Numbers:
@@ -92,13 +92,13 @@ def test_an_order_needs_samples() -> None:
         SampleOrder(0, 1)
 
 
-@given(st.integers(0, 10**12), st.integers(1, 64), st.integers(0, 10**6))
-def test_shares_are_disjoint_and_leave_no_gap(position: int, members: int, samples_each: int) -> None:
-    shares, after = deal(position, members, samples_each)
-    assert [len(share) for share in shares] == [samples_each] * members
-    ends = [position, *(share.stop for share in shares)]
-    assert [share.start for share in shares] == ends[:-1]
-    assert ends[-1] == after
+@given(st.integers(1, 10**6), st.integers(1, 1000))
+def test_what_is_scored_is_spread_over_the_whole_split(count: int, limit: int) -> None:
+    chosen = evenly(count, limit)
+    assert len(chosen) == min(count, limit)
+    assert chosen[0] == 0 and (len(chosen) == 1 or chosen[-1] == count - 1)
+    gaps = np.diff(chosen)
+    assert not len(gaps) or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
 
 
 @pytest.mark.parametrize(("first", "last", "size"), [(0, 64, 8), (5, 26, 8), (3, 4, 8), (90, 130, 7), (4, 4, 2)])

@@ -8,7 +8,7 @@ of them go through it, and a range of its positions is a disjoint share.
 from trainer.data.dataset import Dataset, Manifest, Split, SplitCounts, open_dataset
 from trainer.data.precache import check, directory, precache, precache_all
 from trainer.data.registry import DatasetFamily, families, resolve
-from trainer.data.sampling import SampleOrder, batches, deal
+from trainer.data.sampling import SampleOrder, batches, evenly
 
 __all__ = [
     "Dataset",
@@ -19,8 +19,8 @@ __all__ = [
     "SplitCounts",
     "batches",
     "check",
-    "deal",
     "directory",
+    "evenly",
     "families",
     "open_dataset",
     "precache",

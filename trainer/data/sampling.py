@@ -18,6 +18,11 @@ _FEISTEL_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
+def evenly(count: int, limit: int) -> np.ndarray:
+    """At most `limit` indices below `count`, evenly spread and in order: what is scored of a held-out split."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).astype(np.int64))
+
+
 class SampleOrder:
     """The one order in which all workers go through the samples, epoch after epoch.
 
@@ -64,21 +69,6 @@ def _mix(values: np.ndarray) -> np.ndarray:
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return values ^ (values >> np.uint64(31))
-
-
-def deal(position: int, members: int, samples_each: int) -> tuple[list[range], int]:
-    """Reserve the next positions for a round.
-
-    Args:
-        position: The first position that has not been dealt yet.
-        members: How many share the round.
-        samples_each: Samples for each of them.
-
-    Returns:
-        One range of positions for each member, by rank, disjoint and without gaps; and the position after them.
-    """
-    starts = [position + member * samples_each for member in range(members + 1)]
-    return [range(start, end) for start, end in itertools.pairwise(starts)], starts[-1]
 
 
 def batches(
