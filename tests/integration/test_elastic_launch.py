@@ -1,5 +1,6 @@
 """`launch` with real agents and a real etcd, and a worker that does nothing but say what it would do."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -92,6 +94,11 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
+def summary_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
 def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path: Path) -> None:
     launch = start()
     until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
@@ -114,6 +121,8 @@ def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path:
     assert "round 1  step 2/2  loss 2.5000" in output
     assert output.splitlines()[-1] == f"run r is complete: {tmp_path}"
     assert_gone(everybody)
+    summary = summary_of(tmp_path)
+    assert (summary["status"], summary["rounds"], summary["bytes_sent"]) == ("complete", 1, 2000)
 
 
 def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
@@ -124,6 +133,7 @@ def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
     assert errors.splitlines()[-1].startswith("error: worker 1: ValueError: the moon is full (logs: ")
     assert len(workers_here(tmp_path, 1)) == 2  # it was started again, once
     assert "told to leave" in (tmp_path / "worker-0" / "metrics.jsonl").read_text()
+    assert summary_of(tmp_path)["workers"].keys() == {"worker-0", "worker-1"}
 
 
 def test_bad_configuration_is_not_tried_again(start: Start, tmp_path: Path) -> None:
@@ -133,6 +143,7 @@ def test_bad_configuration_is_not_tried_again(start: Start, tmp_path: Path) -> N
     assert launch.returncode == 1
     assert "error: worker 0: lr = 0: must be more" in errors.splitlines()[-1]
     assert len(workers_here(tmp_path, 0)) == 1
+    assert summary_of(tmp_path)["status"] != "complete"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -148,6 +159,7 @@ def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_pat
     for slot in (0, 1):
         assert "told to leave" in (tmp_path / f"worker-{slot}" / "metrics.jsonl").read_text()
     assert_gone(everybody)
+    assert summary_of(tmp_path)["status"] == "stopped"
 
 
 def test_nothing_outlives_a_killed_launch(start: Start, tmp_path: Path) -> None:

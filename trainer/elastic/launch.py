@@ -76,6 +76,7 @@ def launch(config: TrainingConfig, command: list[str] | None = None) -> int:
         record.reopen(client)
         write_json(run_dir / LAUNCHED, config.model_dump(mode="json"))  # by which others find the run
         run = _Run(config, client, etcd, command)
+        resources.callback(_summarise, run_dir)
         with client.watch(WANTED, run.wished.set):
             return run.follow()
 
@@ -350,6 +351,16 @@ def _locked(run_dir: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _summarise(run_dir: Path) -> None:
+    """Leave `summary.json`, however the run has ended. That it cannot be written must not hide why it did."""
+    from trainer.report import write_summary
+
+    try:
+        write_summary(run_dir)
+    except OSError as error:
+        print(f"warning: no summary.json: {error}", file=sys.stderr, flush=True)
 
 
 def _complete(workers: list[TrainingConfig]) -> bool:
