@@ -185,7 +185,7 @@ class Checkpointer:
         while (job := self._queue.get()) is not None:
             try:
                 self._write(*job)
-            except Exception as error:
+            except BaseException as error:  # whoever waits for this thread must not wait for ever
                 self._error = error
             finally:
                 self._queue.task_done()

@@ -65,7 +65,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     for stale in final.parent.glob(".*.*.tmp"):
         writer = stale.name.split(".")[-2]
-        if writer.isdigit() and not psutil.pid_exists(int(writer)):
+        if writer.isdigit() and not _alive_since(int(writer), stale):
             shutil.rmtree(stale, ignore_errors=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -88,6 +88,14 @@ def whole_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(final.parent)
+
+
+def _alive_since(pid: int, path: Path) -> bool:
+    """Whether the process is there that made `path`. (In a container, each has its predecessor's id.)"""
+    try:
+        return psutil.Process(pid).create_time() <= path.stat().st_mtime
+    except (psutil.NoSuchProcess, OSError):
+        return False
 
 
 def require_writable(directory: Path, field: str) -> None:

@@ -75,9 +75,8 @@ class Worker:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = inner_optimizer(config, self.parameters)
         size = sum(parameter.numel() for parameter in self.parameters)
-        require_free_space(
-            self.volume.checkpoints, size * CHECKPOINT_BYTES * (config.keep_checkpoints + 1), "checkpoint_path"
-        )
+        missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(self.volume.checkpoints)))
+        require_free_space(self.volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")
 
         fingerprint = {
             "protocol": PROTOCOL,
@@ -87,10 +86,20 @@ class Worker:
             "codec": config.codec,
             "local_steps": config.local_steps,
             "batch_size": config.batch_size,
+            "total_steps": config.total_steps,
+            "outer_lr": config.outer_lr,
+            "outer_momentum": config.outer_momentum,
+            "seed": config.seed,
         }
         # Data parallelism averages every step's gradients: a member less is a world that starts again.
         kind: type[FixedQuorum | ElasticQuorum] = FixedQuorum if config.optim_method == "ddp" else ElasticQuorum
-        hooks = Hooks(self._rest_of_share, self._save_in_need, self._moments, self._progress)
+        hooks = Hooks(
+            self._rest_of_share,
+            self._save_in_need,
+            self._moments,
+            self._progress,
+            lambda message: self.metrics.warn(message),  # which do not exist yet
+        )
         self.quorum = kind(config, fingerprint, stopping.is_set, hooks)
         resources.enter_context(self.quorum)
         worker = self.quorum.worker
@@ -118,6 +127,7 @@ class Worker:
         self.last_loss = math.nan
         self.told = (0, time.time())  # samples, and when, that `status` has been told of
         self.last_saved_step = 0
+        self.saved: tuple[int, int] | None = None  # the last checkpoint's round and step
         self.members: tuple[str, ...] = ()  # of the last quorum; this worker's place among them
         self.rank, self.world_size = 0, 1
         own = self._own_checkpoint()
@@ -143,7 +153,7 @@ class Worker:
         try:
             if self.diloco.step == 0:
                 self._evaluate()
-            while self.diloco.round_length:
+            while self.diloco.round_length or not self._settled():
                 self._train_round()
             self._save(complete=True)
             self.checkpointer.wait()
@@ -190,6 +200,15 @@ class Worker:
             self._evaluate()
         if not last and self.diloco.step - self.last_saved_step >= self.config.checkpoint_interval:
             self._save()
+
+    def _settled(self) -> bool:
+        """Whether the final state is the one that most members hold; if not, it has been taken anew."""
+        try:
+            self.quorum.settle(self.diloco.state)
+        except Superseded:
+            self.diloco.catch_up()
+            return False
+        return True
 
     def _take_share(self) -> None:
         """See that there are samples to train on: the rest of this worker's share, or a new one."""
@@ -269,6 +288,8 @@ class Worker:
             self.metrics.warn(f"round {self.diloco.round} moved nothing: no worker's pseudo-gradient was finite")
         self.rank, self.world_size = commit.members.index(self.quorum.id), len(commit.members)
         if commit.members != self.members:
+            if set(self.members) - set(commit.members):
+                self.last_saved_step = -self.config.checkpoint_interval  # their volumes may have the newest checkpoint
             self.members = commit.members
             self.metrics.write("membership", change="quorum", members=commit.members, round=self.diloco.round)
         self.metrics.write(
@@ -295,6 +316,8 @@ class Worker:
         self.model.eval()
         with torch.inference_mode(), self._autocast():
             for part in np.array_split(chosen, math.ceil(len(chosen) / self.config.per_device_train_batch_size) or 1):
+                if self.stopping.is_set():
+                    raise Interrupted
                 if not len(part):
                     continue
                 columns = self.dataset.validation[part]
@@ -317,6 +340,8 @@ class Worker:
         """Become a member, and go on where the run is: with this worker's own checkpoint, or with what others have."""
         cursor, term = Cursor(), 0
         if own is not None:
+            if own.state["worker"] == self.quorum.worker:
+                self.quorum.durable(own.round)  # it may have told of a newer one, which turned out to be corrupt
             self.diloco.load_global(own.global_tensors, own.round, own.state["base_step"])
             cursor, term = cursor_from_json(own.state["cursor"]), own.state["term"]
         self.quorum.join(self.diloco.state, cursor, term)
@@ -402,7 +427,11 @@ class Worker:
         self._save()
 
     def _save(self, *, complete: bool = False) -> None:
-        base = self.quorum.base
+        base, place = self.quorum.base, (self.diloco.round, self.diloco.step)
+        # There is nothing new; or it has been interrupted on the way to a newer state, and the older is on the disk.
+        if not complete and (place == self.saved or base.round != self.diloco.round):
+            return
+        self.saved = place
         self.checkpointer.save(
             self.diloco.global_tensors(),
             {"diloco": self.diloco.worker_state(), "random": checkpoint.random_state()},

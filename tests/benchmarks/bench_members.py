@@ -126,6 +126,7 @@ def main() -> None:
         grace_period=10.0,
         retry_period=5.0,
         forget_period=60.0,
+        stall_limit=600.0,
         local_steps=1,
         total_steps=None,
         batch_size=1,

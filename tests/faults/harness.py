@@ -493,8 +493,8 @@ class Network:
 
     def __init__(self, count: int) -> None:
         self._bridge, self._names = f"dlb{os.getpid()}", [f"dl{os.getpid()}n{number}" for number in range(count)]
-        net = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
-        self.address = f"{net}.1"
+        self._net = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
+        self.address = f"{self._net}.1"
         try:
             self._ip("link", "add", self._bridge, "type", "bridge")
             self._ip("addr", "add", f"{self.address}/24", "dev", self._bridge)
@@ -504,7 +504,7 @@ class Network:
                 self._ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
                 self._ip("link", "set", name, "master", self._bridge, "up")
                 inside = ("netns", "exec", name, "ip")
-                self._ip(*inside, "addr", "add", f"{net}.{10 + number}/24", "dev", "eth0")
+                self._ip(*inside, "addr", "add", f"{self._host(number)}/24", "dev", "eth0")
                 self._ip(*inside, "link", "set", "eth0", "up")
                 self._ip(*inside, "link", "set", "lo", "up")
         except BaseException:
@@ -533,6 +533,15 @@ class Network:
     def heal(self, number: int) -> float:
         self._ip("link", "set", self._names[number], "up")
         return time.time()
+
+    def wall(self, one: int, other: int, built: bool = True) -> float:
+        """Keep two pods from talking to each other, while both talk to everybody else; or let them again."""
+        for here, there in ((one, other), (other, one)):
+            self._ip(*self.inside(here)[1:], "ip", "route", "add" if built else "del", "blackhole", self._host(there))
+        return time.time()
+
+    def _host(self, number: int) -> str:
+        return f"{self._net}.{10 + number}"
 
     @staticmethod
     def _ip(*arguments: str) -> None:

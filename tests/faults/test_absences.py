@@ -131,3 +131,37 @@ def test_network_cut_and_healed(tmp_path: Path, begin: Callable[..., Run], table
         run.check(survivors)
         assert len(run.lives(1)) == 1
         assert weights(run) == samples(run, pods)
+
+
+def test_two_that_cannot_talk_to_each_other(
+    tmp_path: Path, begin: Callable[..., Run], table: list[dict[str, Any]]
+) -> None:
+    """Each of the two talks to the third, and to etcd: one is left out, both are named, nobody is lost."""
+    try:
+        network = Network(3)
+    except PermissionError as error:
+        pytest.skip(f"network namespaces are not permitted here: {error}")
+    with network, EmbeddedEtcd(tmp_path / "etcd", address=network.address) as etcd:
+        run = begin("run", [etcd.endpoint], total_steps=600)
+        network.wall(0, 2)  # from the start
+        pods = [run.start(slot, network.inside(slot)) for slot in range(3)]
+        run.until_quorum(pods[:2])
+        for here, there in ((0, 2), (2, 0)):
+            run.until(lambda: f"worker {there} (" in warnings(pods[here]), "the pair to be named")
+        before = run.committed()
+        healed = network.wall(0, 2, built=False)
+        together = run.until_quorum(pods, after=before)
+        built = network.wall(0, 2)  # amid the run
+        run.until_quorum(pods[:2], after=together)
+        table.append(run.report("two of three cannot talk to each other", built, pods[:2], [pods[2]]))
+        before = run.committed()
+        network.wall(0, 2, built=False)
+        run.until_quorum(pods, after=before)
+        assert built > healed
+        run.finish(pods)
+        run.check(pods)
+        assert weights(run) == samples(run, pods)
+
+
+def warnings(pod: Pod) -> str:
+    return "\n".join(event["message"] for event in of("warning", pod.events))

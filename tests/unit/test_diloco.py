@@ -3,12 +3,13 @@
 import copy
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.diloco import DDP, Commit, DiLoCo, GlobalState, LocalQuorum, Nesterov
+from trainer.diloco import DDP, Commit, DiLoCo, GlobalState, LocalQuorum, Nesterov, Superseded
 from trainer.diloco.codecs import Codec
 
 
@@ -234,3 +235,76 @@ def test_a_global_state_of_another_model_is_refused() -> None:
     diloco = DiLoCo(make_model(), adamw(make_model()), sync_every=1)
     with pytest.raises(ValueError, match="differs"):
         diloco.load_global({"model.other": torch.zeros(1)}, 0, 0)
+
+
+class Late:
+    """A quorum that goes on without its only member when told to, with means that the test gives."""
+
+    def __init__(self) -> None:
+        self.behind = self.refuses = False
+        self.sent: list[tuple[Tensor, float]] = []
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
+        if self.refuses:
+            self.refuses = False
+            raise Superseded
+        self.sent.append((pseudo_gradient.clone(), weight))
+        return Commit(1, 1, ("late",), torch.zeros_like(pseudo_gradient), weight, 0, 0, 0.0)
+
+    def superseded(self) -> bool:
+        behind, self.behind = self.behind, False
+        return behind
+
+    def catch_up(self, state: GlobalState) -> bool:
+        state.apply(torch.ones_like(state.parameters), 4, torch.empty_like(state.parameters))
+        return True
+
+    def applied(self, commit: Commit, state: GlobalState) -> None:
+        pass
+
+
+def displaced_by(model: nn.Module, amount: float) -> None:
+    """An inner step that moves every parameter by the same amount."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= amount
+
+
+@pytest.mark.parametrize(("policy", "sent"), [("carry", (1 + 2 + 4 + 8, 40.0)), ("drop", (4 + 8, 20.0))])
+def test_the_steps_of_an_unfinished_round_are_part_of_the_next(
+    policy: Literal["carry", "drop"], sent: tuple[float, float]
+) -> None:
+    model, quorum = make_model(), Late()
+    diloco = DiLoCo(model, adamw(model), sync_every=4, quorum=quorum, late_policy=policy, outer=Nesterov(0.5, 0.0))
+    for amount in (1.0, 2.0):
+        displaced_by(model, amount)
+        quorum.behind = amount == 2
+        assert diloco.after_inner_step(10) is None
+    assert (diloco.round, diloco.inner_steps) == (1, 2)  # it has caught up
+    for amount in (4.0, 8.0):
+        displaced_by(model, amount)
+        commit = diloco.after_inner_step(10)
+    assert commit and diloco.round == 2
+    ((pseudo_gradient, weight),) = quorum.sent
+    torch.testing.assert_close(pseudo_gradient, torch.full_like(pseudo_gradient, sent[0]))
+    assert weight == sent[1]
+
+
+def test_a_whole_round_that_came_too_late_is_averaged_with_the_next() -> None:
+    model, quorum = make_model(), Late()
+    diloco = DiLoCo(model, adamw(model), sync_every=2, quorum=quorum, outer=Nesterov(0.5, 0.0))
+    quorum.refuses = True
+    for amount in (1.0, 2.0):
+        displaced_by(model, amount)
+        assert diloco.after_inner_step(10) is None
+    assert (diloco.round, diloco.inner_steps, diloco.work) == (1, 0, 2)
+    saved = copy.deepcopy(diloco.worker_state())  # what is carried survives a restart
+    again = DiLoCo(model, adamw(model), sync_every=2, quorum=quorum, outer=Nesterov(0.5, 0.0))
+    again.load_global(diloco.global_tensors(), diloco.round, diloco.state.step)
+    again.load_worker_state(saved)
+    for amount in (4.0, 8.0):
+        displaced_by(model, amount)
+        again.after_inner_step(10)
+    ((pseudo_gradient, weight),) = quorum.sent
+    torch.testing.assert_close(pseudo_gradient, torch.full_like(pseudo_gradient, (1 + 2 + 4 + 8) / 2))
+    assert weight == 40

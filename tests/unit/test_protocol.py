@@ -39,6 +39,7 @@ RULES = Rules(
     grace_period=10,
     retry_period=3,
     forget_period=30,
+    stall_limit=300,
     local_steps=4,
     total_steps=None,
     batch_size=2,
@@ -148,10 +149,25 @@ def test_a_complete_run_that_nobody_holds_is_founded_again() -> None:
 @pytest.mark.parametrize(("present", "known"), [("ab", True), ("b", True), ("c", True), ("d", False)])
 def test_who_holds_the_state(present: str, known: bool) -> None:
     record = decided(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
-    record = decided(record, View(members("abc"), ready={"c": Ready(1, 1)}))  # c has been dealt a share
-    assert forgotten(record, View(members(present))) != known
-    view = View(members(present))
+    everyone = members("abd", c=member("c", round=1))  # c has caught up
+    view = View({id: everyone[id] for id in present})
+    assert forgotten(record, view) != known
     assert (decide(record, view, LONG, RULES) is None) == known
+
+
+def test_a_state_that_only_the_dead_held_is_forgotten() -> None:
+    record = decided(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
+    agreed = replace(record, base=replace(record.base, hash="of a"))
+    b = member("b", round=1, hash="of b")  # it has lost, by a tie
+    assert not forgotten(agreed, View({"a": member("a", round=1, hash="of a"), "b": b}))
+    assert forgotten(agreed, View({"b": b}))
+    assert decided(agreed, View({"b": b}), LONG).base == b.holds  # a new term goes on from what there is
+
+
+def test_a_term_whose_founder_has_moved_on_is_founded_again() -> None:
+    newer = View(members("a", b=member("b", round=3)))
+    assert forgotten(founded("a"), View({"a": member("a", round=3)}))
+    assert not forgotten(founded("a"), newer)
 
 
 # Gathering
@@ -165,7 +181,8 @@ def test_who_holds_the_state(present: str, known: bool) -> None:
         ("ab", 9, None),
         ("abc", 0, "abc"),
         ("abcd", 0, "abcd"),
-        ("d", LONG, None),
+        ("d", RULES.stall_limit - 1, None),
+        ("d", RULES.stall_limit, "d"),
         ("ad", LONG, "ad"),
     ],
 )
@@ -196,10 +213,47 @@ def test_the_dead_the_leaving_and_the_suspects_are_not_waited_for() -> None:
     assert decided(record, view).members == ("a",)
 
 
-def test_a_suspect_that_has_arrived_takes_part() -> None:
-    record = replace(founded("ab"), attempt=2)
-    view = View(members("ab"), {"a": arrival(2, suspects="b"), "b": arrival(2)})
-    assert decided(record, view).members == ("a", "b")
+def test_a_suspect_that_has_arrived_is_tried_once_more_and_then_left_out() -> None:
+    for attempt, together in ((1, ("a",)), (2, ("a", "b")), (3, ("a",))):
+        record = replace(founded("ab"), attempt=attempt)
+        view = View(members("ab"), {"a": arrival(attempt, suspects="b"), "b": arrival(attempt, suspects="a")})
+        assert decided(record, view).members == together
+
+
+def test_as_few_as_can_be_are_left_out() -> None:
+    here = {"a": arrival(suspects="b"), "b": arrival(), "c": arrival(suspects="b"), "d": arrival()}
+    assert decided(founded("abcd"), View(members("abcd"), here)).members == ("a", "c", "d")
+
+
+def test_nobody_is_left_out_if_too_few_can_talk_to_each_other() -> None:
+    view = View(members("ab"), {"a": arrival(suspects="b"), "b": arrival()})
+    assert decided(founded("ab", TWO), view, rules=TWO).members == ("a", "b")
+
+
+def test_the_final_state_is_that_of_most() -> None:
+    record = replace(founded("abc"), length=0, base=State(4, 16))
+    some = {"a": arrival(state="odd"), "b": arrival(state="common")}
+    assert decide(record, View(members("abc"), some), 0, RULES) is None  # c is awaited
+    everyone = View(members("abc"), {**some, "c": arrival(state="common")})
+    settled = decided(record, everyone)
+    assert settled == replace(record, base=replace(record.base, hash="common"))
+    assert decide(settled, everyone, LONG, RULES) is None  # that was all
+    assert action("a", Progress(1, 1, "odd", arrived=1), settled, None) == "catch up"
+    assert action("b", Progress(1, 1, "common", arrived=1), settled, None) == "wait"
+    without = View(members("ab"), some)  # c is dead
+    assert decided(record, without).base.hash == "odd"  # as many hold it: the first one's
+
+
+def test_different_results_are_counted() -> None:
+    record = replace(founded("ab"), phase="reduce", members=("a", "b"))
+    for count in (1, 2):
+        votes = {id: Vote(*record.place, hash=id, weight=1.0) for id in "ab"}
+        record = decided(record, View(members("ab"), arrivals("ab", record.attempt), votes))
+        assert (record.phase, record.disputed) == ("gather", count)
+        record = decided(record, View(members("ab"), arrivals("ab", record.attempt)))
+        assert (record.phase, record.disputed) == ("reduce", count)
+    votes = {id: Vote(*record.place, hash="same", weight=1.0) for id in "ab"}
+    assert decided(record, View(members("ab"), arrivals("ab", record.attempt), votes)).disputed == 0
 
 
 @pytest.mark.parametrize(("attempt", "patience"), [(1, RULES.grace_period), (2, RULES.retry_period)])

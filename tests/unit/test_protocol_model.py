@@ -44,7 +44,7 @@ from trainer.elastic.protocol import (
 )
 
 # Simulated seconds, in the order that the configuration demands.
-COLLECTIVE, GRACE, TTL = 1.5, 2.5, 4.0
+COLLECTIVE, GRACE, TTL, ROLE_TTL = 1.5, 2.5, 4.0, 1.5
 POLL = 0.3  # between two looks of whoever waits
 STEP = 0.4  # an inner step
 FAULTS_END = 16.0  # no fault strikes, nor lasts, any longer
@@ -175,17 +175,17 @@ class Etcd:
             self.revision += 1
             del self.entries[key]
 
-    def grant(self, process: "Process") -> int:
+    def grant(self, process: "Process", ttl: float = TTL) -> int:
         self.reach(process)
         lease = max(self.leases, default=0) + 1 + self.revision
-        self.leases[lease] = self.world.now + TTL
+        self.leases[lease] = self.world.now + ttl
         return lease
 
-    def refresh(self, process: "Process", lease: int) -> bool:
+    def refresh(self, process: "Process", lease: int, ttl: float = TTL) -> bool:
         self.reach(process)
         if lease not in self.leases:
             return False
-        self.leases[lease] = self.world.now + TTL
+        self.leases[lease] = self.world.now + ttl
         return True
 
     def revoke(self, lease: int) -> None:
@@ -243,7 +243,7 @@ class Process:
         self.armed: list[Fault] = []
         self.lease = 0
         self.member: Member | None = None
-        self.decides, self.view = False, View()
+        self.role, self.view = 0, View()
         self.record: Record | None = None
         self.seen = 0  # how many records it has seen
         own = world.volumes.get(worker)
@@ -257,8 +257,14 @@ class Process:
         self.work: list[int] = []
         self.carried: list[int] = []
         self.in_doubt = False
+        self.unreachable: tuple[str, ...] = ()
         self.means: deque[tuple[int, int, Any, int]] = deque(maxlen=KEPT_MEANS)
-        for name, thread in (("main", self.main()), ("decider", self.decider()), ("lease", self.keep_lease())):
+        for name, thread in (
+            ("main", self.main()),
+            ("decider", self.decider()),
+            ("lease", self.keep_lease()),
+            ("role", self.keep_role()),
+        ):
             world.start(self, name, thread)
 
     def say(self, *what: Any) -> None:
@@ -290,9 +296,19 @@ class Process:
                 if not complete:
                     yield "registering again"
                     etcd.put(self, f"members/{self.id}", self.member, self.lease)
-                    if self.decides:
-                        etcd.swap(self, "decider", self.id, None, self.lease)
                     complete = True
+            except Away:
+                pass
+
+    def keep_role(self) -> Thread:
+        """The role's lease is a short one of its own."""
+        etcd = self.world.etcd
+        while True:
+            yield ROLE_TTL / 3
+            try:
+                if self.role and not etcd.refresh(self, self.role, ROLE_TTL):
+                    self.role = etcd.grant(self, ROLE_TTL)
+                    etcd.swap(self, "decider", self.id, None, self.role)
             except Away:
                 pass
 
@@ -326,14 +342,21 @@ class Process:
         while True:
             try:
                 found = etcd.get(self, "decider")
-                if found is None and etcd.swap(self, "decider", self.id, None, self.lease):
-                    self.decides = True
-                elif found is not None and found.value == self.id:
-                    self.decides = True
+                if self.role and found is not None and found.lease == self.role:
                     yield from self.preside()
+                elif self.role:
+                    self.resign()
+                elif found is None:
+                    self.role = etcd.grant(self, ROLE_TTL)
+                    etcd.swap(self, "decider", self.id, None, self.role)
             except Away:
                 pass
             yield POLL
+
+    def resign(self) -> None:
+        role, self.role = self.role, 0
+        self.world.etcd.reach(self)
+        self.world.etcd.revoke(role)
 
     def preside(self) -> Thread:
         etcd, rules = self.world.etcd, self.world.rules
@@ -409,6 +432,8 @@ class Process:
         assert self.member
         self.member = replace(self.member, holds=replace(self.base, hash=self.state.hash))
         yield from self.announce()
+        if self.record is not None:
+            self.look_for_culprits({*self.record.expected, *self.record.shares} - {self.id})
 
     def outcome(self, record: Record, round: int) -> Thread:
         if record.round <= round:
@@ -447,9 +472,9 @@ class Process:
         contribution = (*self.work, *self.carried)
         reduced: Any = None
 
-        def arrive(attempt: int, suspects: tuple[str, ...]) -> Thread:
+        def arrive(attempt: int) -> Thread:
             rest = self.rest()
-            arrival = Arrival(progress.term, progress.round, attempt, progress.state, rest, suspects)
+            arrival = Arrival(progress.term, progress.round, attempt, progress.state, rest, self.unreachable)
             yield from self.put(f"arrivals/{self.id}", arrival)
             yield "arrived"
 
@@ -458,18 +483,17 @@ class Process:
             what = action(self.id, progress, record, outcome)
             return None if what == "wait" else (what, record, outcome)
 
-        suspects: tuple[str, ...] = ()
         while True:
             what, record, outcome = yield from self.wait(following)
             self.say(what, record.place)
             if what == "arrive":
-                yield from arrive(record.attempt, suspects)
+                yield from arrive(record.attempt)
                 progress = replace(progress, arrived=record.attempt)
             elif what == "reduce":
                 result = yield from self.collective(record, contribution)
                 if result is None:
-                    suspects = tuple(id for id in record.members if not self.world.answers(id))
-                    yield from arrive(record.attempt + 1, suspects)
+                    self.look_for_culprits(record.members)
+                    yield from arrive(record.attempt + 1)
                     progress = replace(progress, arrived=record.attempt + 1)
                     continue
                 reduced = result
@@ -485,6 +509,10 @@ class Process:
                 self.in_doubt = what == "start over"
                 raise Superseded
 
+    def look_for_culprits(self, ids: Iterable[str]) -> None:
+        world = self.world
+        self.unreachable = tuple(id for id in ids if not (world.answers(id) and world.connected(self.id, id)))
+
     def collective(self, record: Record, contribution: tuple[int, ...]) -> Thread:
         """What each member has contributed; None: it has failed."""
         meeting = self.world.meetings[record.place]
@@ -492,7 +520,8 @@ class Process:
         meeting[self.id] = contribution
         deadline = self.world.now + COLLECTIVE
         yield "entering"
-        while not meeting.keys() >= set(record.members):
+        walled = any(not self.world.connected(self.id, id) for id in record.members)
+        while walled or not meeting.keys() >= set(record.members):
             self.refresh()
             if self.world.now > deadline or (self.record is not None and self.record.place != record.place):
                 return None
@@ -601,7 +630,13 @@ class Process:
             yield self.random.random()
             yield from self.join()
             self.restore()
-            yield from self.train()
+            while True:
+                yield from self.train()
+                try:
+                    yield from self.settle()
+                    break
+                except Superseded:
+                    yield from self.catch_up()
             yield from self.save()
             self.done = True
             self.say("done")
@@ -610,6 +645,27 @@ class Process:
         except Interrupted:
             self.leaving = True
             yield from self.leave()
+
+    def settle(self) -> Thread:
+        progress = Progress(self.term, self.base.round + 1, self.state.hash)
+
+        def following(record: Record) -> Thread:
+            if record.place[:2] == (progress.term, progress.round) and record.base.hash == progress.state:
+                return "settled", record
+            what = action(self.id, progress, record, (yield from self.outcome(record, progress.round)))
+            return None if what == "wait" else (what, record)
+
+        while True:
+            what, record = yield from self.wait(following)
+            self.say(what, record.place)
+            if what == "settled":
+                return
+            if what != "arrive":
+                raise Superseded
+            arrival = Arrival(progress.term, progress.round, record.attempt, progress.state)
+            yield from self.put(f"arrivals/{self.id}", arrival)
+            yield "arrived"
+            progress = replace(progress, arrived=record.attempt)
 
     def train(self) -> Thread:
         while self.length:
@@ -664,7 +720,7 @@ class Process:
                 self.world.etcd.put(self, f"left/{self.id}", Left(*self.share.place, self.rest()))
                 self.world.said_what_is_left.add(self.id)
             yield "left"
-            self.world.etcd.reach(self)
+            self.resign()
             self.world.etcd.revoke(self.lease)
         except Away:
             pass
@@ -702,6 +758,7 @@ class World:
         self.consumed: dict[int, dict[int, str]] = defaultdict(dict)
         self.dealt: dict[int, list[tuple[str, Share]]] = defaultdict(list)
         self.given_up: set[int] = set()
+        self.walls: dict[frozenset[int], float] = {}  # workers that cannot talk to each other, and until when
         self.lease_lost: set[str] = set()
         self.said_what_is_left: set[str] = set()
         for fault in self.faults:
@@ -777,6 +834,8 @@ class World:
             self.at(until, self.etcd.back)
         elif fault.what == "shaky collectives":
             self.shaky_until = until
+        elif fault.what == "wall":
+            self.walls[frozenset((fault.worker, (fault.worker + 1) % self.nodes))] = until
         elif fault.what == "start":
             if process is None:
                 self.launch(fault.worker)
@@ -824,6 +883,10 @@ class World:
 
     def live(self) -> list[Process]:
         return [process for process in self.processes.values() if not process.dead]
+
+    def connected(self, one: str, other: str) -> bool:
+        pair = frozenset((self.processes[one].worker, self.processes[other].worker))
+        return self.walls.get(pair, 0.0) <= self.now
 
     def answers(self, id: str) -> bool:
         process = self.processes[id]
@@ -921,9 +984,7 @@ class World:
                 return False
             live = done
             assert len({process.state.positions for process in live}) == 1, "states differ at the end"
-            # A last bit that differs after the last commit is the only one that nobody sees.
-            flips = any(fault.what == "flip" for fault in self.faults)
-            assert flips or len({process.state.hash for process in live}) == 1, "states differ at the end"
+            assert len({process.state.hash for process in live}) == 1, "states differ at the end"
         else:
             newest = self.etcd.records[-1].committed if self.etcd.records else None
             if newest is None or {process.id for process in live} != set(newest.members):
@@ -999,13 +1060,15 @@ def schedule_of(seed: int) -> World:
         grace_period=GRACE,
         retry_period=COLLECTIVE + 1,
         forget_period=TTL + 2,
+        stall_limit=30.0,
         local_steps=chance.choice([2, 3]),
         total_steps=chance.choice([None, 5, 17]),
         batch_size=2,
     )
     faults = [Fault(0.0 if worker < 2 else chance.uniform(0, 10), "start", worker) for worker in range(workers)]
     kinds = ["kill", "kill", "freeze", "freeze", "leave", "cut", "lose lease", "slow", "etcd away", "shaky collectives"]
-    places, anywhere = WHERE, ("start", "slow", "flip", "etcd away", "shaky collectives")
+    kinds.append("wall")
+    places, anywhere = WHERE, ("start", "slow", "flip", "etcd away", "shaky collectives", "wall")
     if seed % 4 == 1:
         kinds = ["kill", "kill all", "start"]
     elif seed % 4 == 2:  # around a commit

@@ -437,7 +437,7 @@ def test_a_donor_that_does_not_have_it_yet_is_asked_again() -> None:
     with Donor(later(0, 3), SECRET, LOCAL) as one, Donor(later(1, 1000), SECRET, LOCAL) as two:
         _, received = fetch("state/12", [two.endpoint, one.endpoint], SECRET, timeout=20)
         assert same(received, offer.buffers) and asked[0] == 4
-        with pytest.raises(TransferError, match=f"not complete after 0 s: {two.endpoint} does not have it"):
+        with pytest.raises(TransferError, match=f"nothing has come for 0 s: {two.endpoint} does not have it"):
             fetch("state/12", [two.endpoint], SECRET, timeout=0.3)
 
 

@@ -26,8 +26,9 @@ class DiLoCo:
     where wᵢ counts the samples that worker i consumed in the round.
 
     A worker that is late (its round has been committed without it) takes over the new θ at its next inner step, and
-    carries its work: the pseudo-gradient that it sends next is the sample-weighted mean of the carried one and the new
-    one, with the sum of their weights. Inner steps that it has carried count towards the round that it goes on with.
+    carries its work, with the weight of all samples in it. If it had not finished the round, its inner steps count
+    towards the one that it goes on with, and what it sends is the sum of all displacements: a round's worth. If it had,
+    a whole round follows, and it sends their mean.
 
     Example:
         diloco = DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum)
@@ -48,7 +49,8 @@ class DiLoCo:
     Attributes:
         state: The global state.
         inner_steps: Inner steps towards the open round so far.
-        samples: Samples that the pseudo-gradient stands for so far, without what is carried.
+        samples: Samples that the pseudo-gradient stands for so far, carried ones included.
+        work: Inner steps that it stands for, carried ones included.
         exposed_seconds: How long the inner loop stood still for the last synchronisation.
     """
 
@@ -72,12 +74,12 @@ class DiLoCo:
         self.late_policy = late_policy
         self.inner_steps = 0
         self.samples = 0.0
+        self.work = 0
         self.exposed_seconds = 0.0
         self._layout = FlatLayout(model)
         self.state = GlobalState(self._layout.gather(self._layout.empty()), outer or Nesterov())
         self._scratch = self._layout.empty()
-        self._carried: Tensor | None = None
-        self._carried_samples = 0.0
+        self._carried: Tensor | None = None  # the displacements of carried steps: a sum, float32 (n,)
 
     @property
     def round(self) -> int:
@@ -116,6 +118,7 @@ class DiLoCo:
         """
         self.inner_steps += 1
         self.samples += samples
+        self.work += samples > 0
         if self.quorum.superseded():
             self.catch_up()
             return None
@@ -131,9 +134,11 @@ class DiLoCo:
             TrainingError: From the quorum. The worker's state is then as before the call.
         """
         started = time.perf_counter()
-        pseudo_gradient, weight = self._contribution()
+        pseudo_gradient = self._displacement()
+        if self.work > self.round_length:  # more than one round's: a whole one was carried
+            pseudo_gradient.mul_(self.round_length / self.work)
         try:
-            commit = self.quorum.synchronise(pseudo_gradient, weight, self.codec)
+            commit = self.quorum.synchronise(pseudo_gradient, self.samples, self.codec)
         except Superseded:
             self.catch_up()
             return None
@@ -152,9 +157,8 @@ class DiLoCo:
 
     def catch_up(self) -> None:
         """Take over the global state of the last committed round, and carry this worker's work (or drop it)."""
-        carried, carried_samples = self._contribution()
-        carried = carried.clone()  # it is in the scratch memory that catching up needs
-        steps, round = self.inner_steps, self.round
+        carried = self._displacement().clone()  # it is in the scratch memory that catching up needs
+        samples, work, steps, round = self.samples, self.work, self.inner_steps, self.round
         counts = self.quorum.catch_up(self.state)
         self.begin_round()
         if not counts:
@@ -162,23 +166,19 @@ class DiLoCo:
         # Its steps count towards the open round even if it drops them: it is in step with the others then, and not late
         # for ever. But a whole round is followed by another one, unless it was this one (it has taken its state anew).
         self.inner_steps = steps if steps < self.round_length or self.round == round else 0
-        if self.late_policy == "carry" and carried_samples > 0:
-            self._carried, self._carried_samples = carried, carried_samples
+        if self.late_policy == "carry" and work:
+            self._carried, self.samples, self.work = carried, samples, work
 
-    def _contribution(self) -> tuple[Tensor, float]:
-        """The pseudo-gradient to send, in the scratch memory, and its weight: what is carried included."""
-        pseudo_gradient = self._layout.gather(self._scratch)
-        torch.sub(self.state.parameters, pseudo_gradient, out=pseudo_gradient)
-        weight = self.samples + self._carried_samples
-        if self._carried is not None and weight > 0:
-            pseudo_gradient.lerp_(self._carried, self._carried_samples / weight)
-        return pseudo_gradient, weight
+    def _displacement(self) -> Tensor:
+        """How far this worker's steps have gone from θ, those that are carried included; in the scratch memory."""
+        displacement = self._layout.gather(self._scratch)
+        torch.sub(self.state.parameters, displacement, out=displacement)
+        return displacement if self._carried is None else displacement.add_(self._carried)
 
     def begin_round(self) -> None:
         """Begin a round from the global state as it now stands: what was done towards an open one is given up."""
         self._layout.scatter(self.state.parameters)
-        self.inner_steps, self.samples = 0, 0.0
-        self._carried, self._carried_samples = None, 0.0
+        self.inner_steps, self.samples, self.work, self._carried = 0, 0.0, 0, None
 
     def global_tensors(self) -> dict[str, Tensor]:
         """The global state, the same in every worker: `model.<parameter>` and `outer.<state>.<parameter>`, float32.
@@ -212,7 +212,7 @@ class DiLoCo:
             "inner_optimizer": self.inner_optimizer.state_dict(),
             "inner_steps": self.inner_steps,
             "samples": self.samples,
-            "carried_samples": self._carried_samples,
+            "work": self.work,
         }
         if self.inner_steps:
             state["parameters"] = [parameter.detach() for parameter in self._layout.parameters]
@@ -223,8 +223,8 @@ class DiLoCo:
     def load_worker_state(self, state: Mapping[str, Any]) -> None:
         """Restore `worker_state`; the global state that it belongs to has been loaded before."""
         self.inner_optimizer.load_state_dict(state["inner_optimizer"])
-        self.inner_steps, self.samples = state["inner_steps"], state["samples"]
-        self._carried, self._carried_samples = state.get("carried"), state["carried_samples"]
+        self.inner_steps, self.samples, self.work = state["inner_steps"], state["samples"], state["work"]
+        self._carried = state.get("carried")
         if self.inner_steps:
             with torch.no_grad():
                 for parameter, saved in zip(self._layout.parameters, state["parameters"], strict=True):

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -95,8 +96,13 @@ class GlobalState:
 
     def _own(self) -> None:
         if self._borrowed:
-            self._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
+            self._tensors = {name: _copy(tensor) for name, tensor in self._tensors.items()}
             self._borrowed = False
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy that is pinned if `tensor` is."""
+    return torch.empty_like(tensor, pin_memory=tensor.is_pinned()).copy_(tensor)
 
 
 def hash_of(*tensors: Tensor) -> str:

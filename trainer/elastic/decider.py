@@ -28,22 +28,26 @@ log = logging.getLogger(__name__)
 KEPT_OUTCOMES = 64  # rounds whose `commits/<k>` are kept, for members that were away
 IDLE = 1.0  # seconds between two looks when nothing seems to happen
 PROBE_INTERVAL = 1.0  # seconds between two looks at whether the decider lives, by each of the others
+ROLE_TTL = 3.0  # seconds that the role outlives its holder's last sign of life
 TICK = 0.05  # seconds between two looks while something lasts
 
 
 class Decider:
     """A thread that stands for election, and decides while it is elected.
 
-    Every transition is a compare-and-swap, so nothing goes wrong if two processes believe that they are elected.
+    Every transition is a compare-and-swap, so nothing goes wrong if two processes believe that they are elected. The
+    role has a short lease of its own, so that one that stands still is replaced long before it stops being a member.
 
     Args:
         client: Its own, which it closes at its end.
-        lease: The member's; the role ends with it.
         id: The member's.
+        lease_ttl: The members'.
     """
 
-    def __init__(self, client: EtcdClient, lease: Lease, id: str, rules: Rules) -> None:
-        self._client, self._lease, self._id, self._rules = client, lease, id, rules
+    def __init__(self, client: EtcdClient, id: str, rules: Rules, lease_ttl: float) -> None:
+        self._client, self._id, self._rules = client, id, rules
+        self._ttl = min(ROLE_TTL, lease_ttl)
+        self._role: Lease | None = None  # while elected
         self._ended, self._changed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="decider", daemon=True)
         self._thread.start()
@@ -61,33 +65,49 @@ class Decider:
                         self._preside()
             except EtcdError as error:
                 log.debug("decider: %s", error)
+            except Exception:
+                log.exception("this member cannot decide; another one may")
+                self._resign()
+                self._ended.wait(IDLE)
             self._ended.wait(TICK)
+        self._resign()
         self._client.close()
 
     def _elected(self) -> bool:
-        """Wait until this member has the role, or something changed."""
-        if self._lease.create("decider", {"member": self._id}):
-            log.debug("member %s decides", self._id)
-            return True
+        """Wait until this member has the role (True), or is to end."""
         with self._client.watch("decider", self._changed.set):
             while not self._ended.is_set():
                 self._changed.clear()
                 entry = self._client.get("decider")
-                if entry is None or entry.value["member"] == self._id:
-                    return entry is not None
-                if not self._changed.wait(PROBE_INTERVAL):
+                if self._role is not None:
+                    if entry is not None and entry.lease == self._role.id:
+                        return True  # etcd was away, no more
+                    self._resign()
+                elif entry is None:
+                    self._role = self._client.lease(self._ttl)
+                    if self._role.create("decider", {"member": self._id}):
+                        log.debug("member %s decides", self._id)
+                        return True
+                elif not self._changed.wait(PROBE_INTERVAL):
                     self._bury_if_dead(entry)
         return False
 
+    def _resign(self) -> None:
+        if self._role is not None:
+            self._role.revoke()
+            self._role = None
+
     def _bury_if_dead(self, decider: Entry) -> None:
-        """Give the decider's lease back for it if its machine says that nobody listens there any more.
+        """Give the decider's leases back for it if its machine says that nobody listens there any more.
 
         Its agent would have done so, if it had not died with it. A member that lives all the same registers again.
         """
         member = self._client.get(f"members/{decider.value['member']}")
-        if member is not None and refused(member.value["store"]):
+        if member is None or refused(member.value["store"]):
             log.debug("the decider %s is dead", decider.value["member"])
-            self._client.revoke(decider.lease)
+            for entry in (member, decider):
+                if entry is not None:
+                    self._client.revoke(entry.lease)
 
     def _preside(self) -> None:
         """Decide, until the role is somebody else's."""

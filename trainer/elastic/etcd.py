@@ -382,7 +382,12 @@ class EtcdClient:
             return EtcdError(f"etcd at {where} denies access below {self.prefix}: {details}", "permission"), False
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
             return EtcdError(f"cannot reach etcd at {where}: {details}", "unreachable"), True
-        if isinstance(exception, ValueError) and "closed channel" in lower:  # another thread has just dropped it
+        # It is there, but overburdened ("too many requests"), or what stands in between has cut the connection.
+        passing = code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+        if passing and any(words in lower for words in ("too many requests", "stream removed", "rst_stream")):
+            return EtcdError(f"cannot reach etcd at {where}: {details}", "unreachable"), True
+        # Another thread has just dropped it; gRPC has several words for that.
+        if isinstance(exception, ValueError) and "channel" in lower and "closed" in lower:
             return EtcdError(f"cannot reach etcd at {where}: {details}", "unreachable"), True
         return EtcdError(f"etcd at {where}: {details or repr(exception)}", "request"), False
 
@@ -448,9 +453,13 @@ class Lease:
 
     def _keep_alive(self) -> None:
         while not self._ended.wait(self._ttl / 3):
-            with suppress(EtcdError):  # etcd is away: the next turn tries again
+            try:
                 if not self._client.refresh(self.id) or not self._complete:
                     self._register_again()
+            except EtcdError as error:  # etcd is away: the next turn tries again
+                log.debug("lease: %s", error)
+            except Exception:
+                log.exception("a lease could not be kept alive; trying again")
 
     def _register_again(self) -> None:
         with self._lock:

@@ -169,7 +169,8 @@ class _Run:
                     continue
                 if agent.killed and agent.restarts < self._config.elastic.max_restarts:
                     shown.show(f"the agent of worker {agent.node} was killed: starting it again")
-                    record.free_slot(self._client, agent.node)
+                    with suppress(EtcdError):  # etcd is away: its slot is free when its lease ends
+                        record.free_slot(self._client, agent.node)
                     agent.restarts += 1
                     agent.start()
                     continue

@@ -7,7 +7,6 @@ quorum.join(diloco.state, cursor)      # the state is now that of the open round
 quorum.leave(unused)
 """
 
-import json
 import logging
 import os
 import secrets
@@ -16,13 +15,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,7 +52,8 @@ from trainer.elastic.protocol import (
     outcome_from_json,
     outcome_key,
 )
-from trainer.elastic.record import SLOT_VARIABLE, Status, finish, verdict
+from trainer.elastic.reach import Reach
+from trainer.elastic.record import SLOT_VARIABLE, Status, agree, finish, verdict
 from trainer.elastic.transfer import Donor, Offer, TransferError, fetch
 from trainer.errors import Interrupted, TrainingError
 
@@ -69,8 +69,8 @@ LOOK_INTERVAL = 0.25  # seconds between two looks at the clock and at `stopping`
 REFRESH_INTERVAL = 2.0  # seconds after which the record is read again although no watch has told of a change
 SAY_INTERVAL = 5.0  # seconds between two words on what is being waited for
 PROBE_TIMEOUT = 1.0  # seconds in which a member's port must answer, or it is suspect
-CATCH_UP_TIMEOUT = 600.0  # seconds to fetch a state in, as long as it is the one to fetch
-MEAN_TIMEOUT = 5.0  # seconds to find a donor that still has a round's mean
+DISPUTES = 3  # attempts at one round whose votes differ: then nobody can be trusted
+FIND_TIMEOUT = 5.0  # seconds to find a donor that has what is asked for
 
 
 @dataclass
@@ -82,12 +82,14 @@ class Hooks:
         shortage: Called once when fewer nodes than `min_nodes` are left: time to save.
         moments: The inner optimizer's state by name, live tensors, for a joiner.
         progress: What else to say of the worker in etcd, for `status`.
+        warn: Told what a person should know.
     """
 
     unused: Callable[[], Share] = lambda: Share(0, 0, ())
     shortage: Callable[[], None] = lambda: None
     moments: Callable[[], dict[str, Tensor]] = dict
     progress: Callable[[], dict[str, Json]] = dict
+    warn: Callable[[str], None] = log.warning
 
 
 @dataclass
@@ -132,13 +134,16 @@ class ElasticQuorum:
             grace_period=config.grace_period,
             retry_period=config.collective_timeout + 1,
             forget_period=config.lease_ttl + 2,
+            stall_limit=config.elastic.rdzv_timeout,
             local_steps=config.local_steps,
             total_steps=config.total_steps,
             batch_size=config.batch_size,
         )
+        self._condition = threading.Condition()
+        self._heard = self._read = time.monotonic()  # from etcd at all; the record
         self._client = EtcdClient.of(config)
-        self._agree_on(fingerprint)
-        self._secret = self._run_secret()
+        self._patiently(lambda: agree(self._client, f"worker {self.worker}", fingerprint))
+        self._secret = self._patiently(self._run_secret)
         address = config.advertise_address or local_address(config.etcd.endpoints[0])
         self._device = gloo_device(config.network_interface, address)
         listener = listen(address, config.port_range)
@@ -157,18 +162,18 @@ class ElasticQuorum:
             "store": f"{address}:{port}",
         }
         self.healed = 0  # how often this member's global state had to be taken anew
-        self._condition = threading.Condition()
         self._record: Record | None = None
         self._revision = 0
-        self._heard = self._read = time.monotonic()  # from etcd at all; the record
         self._term = 0
         self._state: GlobalState | None = None
         self._base = State()
         self._share: Share | None = None
         self._group: _Group | None = None
         self._means: deque[tuple[tuple[int, int], Offer]] = deque()
+        self._reach = Reach(self.hooks.warn)
         self._chores = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
         self._hash: Future[str] | None = None
+        self._durable: int | None = None  # a round that etcd has not been told of
         self._steps = 0  # inner steps of the last committed round
         self._in_doubt = False  # whether this member's work may have been counted in a round long past
         self._lease: Lease | None = None
@@ -194,7 +199,7 @@ class ElasticQuorum:
         self._me["holds"] = asdict(self._base)
         self._lease = self._patiently(lambda: self._client.lease(self._config.lease_ttl))
         self._patiently(lambda: self._must_lease.put(f"members/{self.id}", self._me))
-        self._decider = Decider(EtcdClient.of(self._config), self._must_lease, self.id, self.rules)
+        self._decider = Decider(EtcdClient.of(self._config), self.id, self.rules, self._config.lease_ttl)
         self._wait(self._under_way, "the run to begin", in_need=lambda: None)  # what there is has been saved
         self.catch_up(state)
 
@@ -213,6 +218,7 @@ class ElasticQuorum:
         self._donor.close()
         self._drop_group()
         self._chores.shutdown(wait=True)
+        self._reach.close()
         self._client.close()
 
     def finish(self, status: Status, reason: str = "") -> None:
@@ -221,13 +227,48 @@ class ElasticQuorum:
 
     def durable(self, round: int) -> None:
         """Tell that a checkpoint of `round` is on this worker's disk: nobody may go on from less."""
-        self._patiently(lambda: self._client.put(f"durable/{self.worker:03d}", {"round": round, "member": self.id}))
+        self._durable = round
+        self._tell_durable()
+
+    def _tell_durable(self) -> None:
+        """Say so in etcd; if that is away, with the next commit. Never waits: it is called by who saves."""
+        round = self._durable
+        if round is None:
+            return
+        with suppress(EtcdError):
+            self._client.put(f"durable/{self.worker:03d}", {"round": round, "member": self.id})
+            if self._durable == round:
+                self._durable = None
+
+    def settle(self, state: GlobalState) -> None:
+        """At the end of the run: see that this member's final state is the one that most members hold.
+
+        Raises:
+            Superseded: It is not, or the run has gone back: `catch_up` is next.
+        """
+        assert self._hash is not None
+        progress = Progress(self._term, self._base.round + 1, self._hash.result())
+
+        def next_step(record: Record) -> tuple[Action | Literal["settled"], Record] | None:
+            if record.place[:2] == (progress.term, progress.round) and record.base.hash == progress.state:
+                return "settled", record
+            return self._next(progress, record)
+
+        while True:
+            what, record = self._wait(next_step, "the others, at the end of the run")
+            if what == "settled":
+                return
+            if what != "arrive":
+                raise Superseded
+            self._arrive(progress, record.attempt)
+            progress = replace(progress, arrived=record.attempt)
 
     def wait_for_others(self) -> None:
         """At the end of the run: give members that are still saving `grace_period` to be done."""
         assert self._record is not None
         final, deadline = self._record.base.round, time.monotonic() + self.rules.grace_period
         while time.monotonic() < deadline and not self._stopping():
+            self._tell_durable()
             alive = {key.partition("/")[2] for key in self._patiently(lambda: self._client.list("members/"))}
             saved = self._patiently(lambda: self._client.list("durable/")).values()
             if alive <= {entry.value["member"] for entry in saved if entry.value["round"] >= final}:
@@ -281,7 +322,7 @@ class ElasticQuorum:
                 found = record.shares.get(self.id)
                 return found if found and found.place > after else None
 
-            self._share = self._wait(dealt, "a share of the data")
+            self._share = self._wait(dealt, "a share of the data", self.hooks.shortage)
         return self._share
 
     # What DiLoCo asks (trainer.diloco.quorum.Quorum)
@@ -303,7 +344,7 @@ class ElasticQuorum:
         assert self._hash is not None
         progress = Progress(self._term, self._base.round + 1, self._hash.result())
         reduced: tuple[Tensor, float, tuple[int, int] | None] | None = None
-        suspects: tuple[str, ...] = ()
+        failing: float | None = None  # since when attempts fail
         sent = received = 0
         counted = True
         while True:
@@ -312,16 +353,22 @@ class ElasticQuorum:
             )
             match what:
                 case "arrive":
-                    self._arrive(progress, record.attempt, suspects)
+                    self._arrive(progress, record.attempt)
                     progress = replace(progress, arrived=record.attempt)
                 case "reduce":
                     try:
                         mean, total, wire = self._reduce(record, pseudo_gradient, weight, codec)
                     except (RuntimeError, OSError) as error:
-                        suspects = self._suspects(record)
                         log.warning("attempt %d at round %d failed: %s", record.attempt, record.round, _line(error))
                         self._drop_group()
-                        self._arrive(progress, record.attempt + 1, suspects)
+                        self._look_for_culprits(record)
+                        failing = failing or time.monotonic()
+                        if time.monotonic() - failing > self._config.elastic.rdzv_timeout:
+                            raise TrainingError(
+                                f"all attempts at round {record.round} have failed for "
+                                f"{self._config.elastic.rdzv_timeout:.0f} s (elastic.rdzv_timeout): {_line(error)}"
+                            ) from None
+                        self._arrive(progress, record.attempt + 1)
                         progress = replace(progress, arrived=record.attempt + 1)
                         continue
                     reduced = mean, total, wire
@@ -367,6 +414,8 @@ class ElasticQuorum:
         Raises:
             TrainingError: Nobody has it (any more) within `elastic.rdzv_timeout`; it had to be taken anew twice.
         """
+        if self._hash is not None:
+            self._hash.result()  # it is of the state as it is
         deadline = time.monotonic() + self._config.elastic.rdzv_timeout
         term, healing = self._term, False
         while True:
@@ -395,7 +444,7 @@ class ElasticQuorum:
         """Another member's inner optimizer state (`Hooks.moments`); None if nobody has any."""
         for endpoint in self._donors():
             with suppress(TransferError):
-                return fetch("moments", [endpoint], self._secret, stopping=self._stopping, timeout=60)[1]
+                return fetch("moments", [endpoint], self._secret, stopping=self._stopping, timeout=FIND_TIMEOUT)[1]
         return None
 
     # The record
@@ -471,6 +520,13 @@ class ElasticQuorum:
 
     def _next(self, progress: Progress, record: Record) -> tuple[Action, Record] | None:
         """What to do next in this round; None: wait."""
+        if record.disputed >= DISPUTES and record.place[:2] == (progress.term, progress.round):
+            reason = (
+                f"the members got different results from the same collective in {record.disputed} attempts at round "
+                f"{record.round}: some network or machine between {', '.join(record.expected)} corrupts data"
+            )
+            self.finish("failed", reason)
+            raise TrainingError(reason)
         what = action(self.id, progress, record, self._outcome(record, progress.round))
         return None if what == "wait" else (what, record)
 
@@ -509,7 +565,8 @@ class ElasticQuorum:
 
     # Arriving, reducing
 
-    def _arrive(self, progress: Progress, attempt: int, suspects: tuple[str, ...]) -> None:
+    def _arrive(self, progress: Progress, attempt: int) -> None:
+        suspects = tuple(sorted(self._reach.unreachable))
         arrival = Arrival(progress.term, progress.round, attempt, progress.state, self.hooks.unused().ranges, suspects)
         self._patiently(lambda: self._client.put(f"arrivals/{self.id}", asdict(arrival)))
 
@@ -550,7 +607,7 @@ class ElasticQuorum:
                 pass  # TCPStore would keep knocking at a closed door until its timeout
             store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
         prefix = PrefixStore("/".join(map(str, record.place)), store)
-        self._meet(record, prefix)
+        self._gather_at(record, prefix)
         gloo: Any = ProcessGroupGloo  # its stubs know little of it
         options = gloo._Options()
         options._devices = [self._device]
@@ -562,7 +619,7 @@ class ElasticQuorum:
             )
         return _Group(record.members, group, meter, store)
 
-    def _meet(self, record: Record, store: PrefixStore) -> None:
+    def _gather_at(self, record: Record, store: PrefixStore) -> None:
         """Wait until all members of the attempt are at the store, or one of them is gone, or the attempt is over."""
         store.set(f"here/{self.id}", "")
         keys = [f"here/{id}" for id in record.members]
@@ -575,17 +632,23 @@ class ElasticQuorum:
             with self._condition:
                 self._condition.wait(0.01)
 
-    def _suspects(self, record: Record) -> tuple[str, ...]:
-        """The members of a failed attempt whose ports do not answer."""
+    def _look_for_culprits(self, record: Record) -> None:
+        """After a failed attempt: see which of its members' ports do not answer."""
         with suppress(EtcdError):
-            members = self._client.list("members/")
-            return tuple(
-                id
-                for id in record.members
-                if id != self.id
-                and (f"members/{id}" not in members or not _answers(members[f"members/{id}"].value["store"]))
-            )
-        return ()
+            self._reach.check(self._registered(set(record.members) - {self.id}), PROBE_TIMEOUT)
+
+    def _meet(self) -> None:
+        """Try to connect to those of the open round whom this member has not met yet."""
+        record = self._record
+        if record is not None:
+            strangers = self._reach.strangers({*record.expected, *record.shares} - {self.id})
+            if strangers:
+                self._reach.meet(self._registered(strangers))
+
+    def _registered(self, ids: Set[str]) -> dict[str, dict[str, Json]]:
+        """What those of `ids` that live say of themselves."""
+        found = {key.partition("/")[2]: entry.value for key, entry in self._client.list("members/").items()}
+        return {id: found[id] for id in ids if id in found}
 
     def _drop_group(self) -> None:
         if self._group is not None and self._group.meter is not None:
@@ -620,11 +683,16 @@ class ElasticQuorum:
         if record.term != self._term or not 0 < lacking <= self._kept_rounds(state):
             return False
         donors = self._donors()
+        over = partial(self._too_late, record, state)
         for round in range(state.round + 1, record.base.round + 1):
             try:
                 meta, buffers = fetch(
-                    f"mean/{record.term}.{round}", donors, self._secret, stopping=self._stopping, timeout=MEAN_TIMEOUT
+                    f"mean/{record.term}.{round}", donors, self._secret, stopping=over, timeout=FIND_TIMEOUT
                 )
+            except Interrupted:
+                if self._stopping():
+                    raise
+                return False
             except TransferError:
                 return False
             mean = buffers["mean"]
@@ -638,21 +706,22 @@ class ElasticQuorum:
     def _fetch_state(self, record: Record, state: GlobalState) -> None:
         donors = self._donors()
         place = f"{record.term}.{record.base.round}"
-        started = record.place[:2]
-
-        def over() -> bool:
-            current = self._record
-            return self._stopping() or (current is not None and current.place[:2] != started)
-
+        over = partial(self._too_late, record, state)
         try:
-            meta, buffers = fetch(f"state/{place}", donors, self._secret, stopping=over, timeout=CATCH_UP_TIMEOUT)
+            meta, buffers = fetch(f"state/{place}", donors, self._secret, stopping=over, timeout=FIND_TIMEOUT)
         except Interrupted:
             if self._stopping():
                 raise
-            return  # the round was committed meanwhile: there is a newer state to fetch
+            return  # there is a newer state to fetch
         state.load(meta["round"], meta["step"], buffers)
         self._term = record.term
         self._means.clear()
+
+    def _too_late(self, record: Record, state: GlobalState) -> bool:
+        """Whether what `record` begins from is not worth fetching any more: the rest could not be replayed then."""
+        now = self._record
+        behind = now is not None and now.base.round - record.base.round > self._kept_rounds(state)
+        return self._stopping() or behind or (now is not None and now.term != record.term)
 
     def _heal(self) -> None:
         self.healed += 1
@@ -681,6 +750,7 @@ class ElasticQuorum:
 
     def _patiently(self, operation: Callable[[], T]) -> T:
         """Do something with etcd; while it is away, wait for it, up to `etcd_outage_limit`."""
+        began = time.monotonic()
         while True:
             try:
                 result = operation()
@@ -689,7 +759,7 @@ class ElasticQuorum:
                     raise
                 if self._stopping():
                     raise Interrupted from None
-                away = time.monotonic() - self._heard
+                away = time.monotonic() - max(began, self._heard)  # nobody asks it during inner steps
                 if away > self._config.etcd_outage_limit:
                     raise TrainingError(f"etcd was away for {away:.0f} s (etcd_outage_limit): {error}") from None
                 log.warning("waiting for etcd: %s", error)
@@ -698,17 +768,6 @@ class ElasticQuorum:
             else:
                 self._heard = time.monotonic()
                 return result
-
-    def _agree_on(self, fingerprint: Mapping[str, Json]) -> None:
-        mine = json.loads(json.dumps(dict(fingerprint)))
-        _, entry = self._client.swap("fingerprint", mine, None)
-        theirs = entry.value if entry else mine
-        for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
-                raise TrainingError(
-                    f"this worker does not fit the run {self._config.run_id}: "
-                    f"its {name} is {mine.get(name)!r}, the run's is {theirs.get(name)!r}"
-                )
 
     def _run_secret(self) -> bytes:
         """What donors and fetchers share: whoever may read the run's keys in etcd may have the state."""
@@ -725,17 +784,10 @@ class ElasticQuorum:
             self._me = {**self._me, "holds": asdict(replace(base, hash=hashed.result())), "progress": progress}
             with suppress(EtcdError):  # it will be told next time
                 self._must_lease.put(f"members/{self.id}", self._me)
+                self._tell_durable()
+                self._meet()
 
         self._chores.submit(tell)
-
-
-def _answers(endpoint: str) -> bool:
-    host, _, port = endpoint.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), PROBE_TIMEOUT):
-            return True
-    except OSError:
-        return False
 
 
 def _line(error: BaseException) -> str:

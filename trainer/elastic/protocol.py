@@ -17,7 +17,8 @@ all transitions of a run are in one order, and there is one quorum at most for e
 | ready/<id>      | the member                | it holds the last committed state, and asks for a share of data    |
 | left/<id>       | the member                | it leaves: the unused part of its share                            |
 | durable/<worker>| the member                | a checkpoint of it is on its disk: the round                       |
-| decider         | one member, under a lease | created: it holds the role until it dies, then another takes it    |
+| decider         | one member, under a short | created: it holds the role until it dies or stands still, then     |
+|                 | lease of its own          | another takes it                                                   |
 | round           | the decider               | every transition, and whenever the books change (shares, tails)    |
 | commits/<t>.<k> | the decider               | after it has read that round k of term t is committed, and before  |
 |                 |                           | any further transition; only the last ones are kept                |
@@ -36,18 +37,20 @@ the committed attempt has not been counted: it carries its work. One that cannot
 
 Why members hold the same. They begin a round from one committed state and apply one buffer. Where their arithmetic
 differs in a last bit, the gather agrees on the hash that most have arrived with (`base.hash`); the others are not in
-the quorum until they have taken that state anew. A term is founded on the newest state that a live member holds, and
-never on one older than the newest durable one.
+the quorum until they have taken that state anew. After the last round they arrive once more, for this alone. A term is
+founded on the newest state that a live member holds, and never on one older than the newest durable one.
 
 Why no sample is used twice. A position is dealt to one member, by a transition. It is dealt again only if that member
 has given it back: with the arrival that was committed (it then drops the rest of that share), or by leaving, after
 which nothing is dealt to it. Another term deals again what its base does not contain: shares and work do not cross
 terms. Lost is the share of a member whose lease has ended: what it had not seen, and what it had done if it is dead.
 
-Why it is live. Once no more members are missing than have arrived, those are waited for `grace_period` at most; one
-whose lease ended, or whom another suspects, not at all. Whoever does not vote is waited for `grace_period` after the
-first vote. A retry is waited for `collective_timeout` + 1 s at most, because all members of a failed collective notice
-within that time. Who arrives too late for an attempt is waited for in the next round, or it would be too late for ever.
+Why it is live. Once no more members are missing than have arrived, those are waited for `grace_period` at most (while
+more are missing, for `stall_limit`); one whose lease ended, or whom another suspects, not at all. Whoever does not vote
+is waited for `grace_period` after the first vote. A retry is waited for `collective_timeout` + 1 s at most, because all
+members of a failed collective notice within that time. Of two that cannot talk to each other (their arrivals say so
+again) one is left out. Who arrives too late for an attempt is waited for in the next round, or it would be too late for
+ever.
 If nobody is left who holds the state, the run goes on, after `forget_period`, from what there is.
 
 Everything below is a pure function of a record, a view of the other keys, and how long a situation has lasted.
@@ -65,13 +68,24 @@ Range = tuple[int, int]  # sample positions, from the first up to but without th
 
 @dataclass(frozen=True)
 class Rules:
-    """What a run's members decide by."""
+    """What a run's members decide by.
+
+    Attributes:
+        min_nodes, max_nodes: Nodes that a quorum needs; that a run waits for at its start, for `grace_period`.
+        grace_period: Seconds for which the late ones are waited for, once they are the fewer.
+        retry_period: As `grace_period`, in a further attempt.
+        forget_period: Seconds for which nobody holds the open round's state, before it is given up.
+        stall_limit: Seconds for which late ones are waited for that are the most.
+        local_steps, total_steps: Of a round; of the run (None: it does not end).
+        batch_size: Samples of an inner step.
+    """
 
     min_nodes: int
     max_nodes: int
     grace_period: float
     retry_period: float
     forget_period: float
+    stall_limit: float
     local_steps: int
     total_steps: int | None
     batch_size: int
@@ -85,7 +99,7 @@ class Member:
         node: Its node; `min_nodes` counts distinct ones.
         order: Ranks follow it: (slot, local rank).
         address: host:port where it serves state, and hosts the store of a process group.
-        holds: The committed state that it held when it registered.
+        holds: The committed state that it has last told of.
     """
 
     node: str
@@ -213,6 +227,7 @@ class Record:
         length: Inner steps of the round; 0: the training is complete.
         shares: Which samples a member trains on.
         committed: How the round before was committed; None at the beginning of a term.
+        disputed: Attempts at the round whose members got different results.
     """
 
     term: int
@@ -226,6 +241,7 @@ class Record:
     length: int
     shares: Mapping[str, Share]
     committed: Outcome | None
+    disputed: int = 0
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -312,8 +328,9 @@ def situation(record: Record | None, view: View, rules: Rules) -> tuple[Any, ...
     if record is None or forgotten(record, view):
         term = record.term if record else 0
         return ("found", term + 1) if _nodes(view.present, view) >= rules.min_nodes else None
-    lasting = _most_are_here(record, view) if record.phase == "gather" else bool(_votes(record, view))
-    return (record.phase, *record.place) if lasting else None
+    if record.phase == "gather":
+        return ("gather", *record.place, _most_are_here(record, view)) if _here(record, view) else None
+    return ("reduce", *record.place) if _votes(record, view) else None
 
 
 def decide(record: Record | None, view: View, waited: float, rules: Rules) -> Record | None:
@@ -328,7 +345,7 @@ def decide(record: Record | None, view: View, waited: float, rules: Rules) -> Re
         # Everybody who held the state is gone. Their leases may only have been lost: give them time to come back.
         return _found(record.term + 1, view, waited, rules) if waited >= rules.forget_period else None
     if record.length == 0:
-        return None
+        return _settle(record, view, waited, rules)
     step = _gather if record.phase == "gather" else _reduce
     # The books first: a commit forgets the share of whoever has left.
     return _keep_books(record, view, rules) or step(record, view, waited, rules)
@@ -442,16 +459,49 @@ def _open(
 
 def _gather(record: Record, view: View, waited: float, rules: Rules) -> Record | None:
     here = _here(record, view)
-    patience = rules.grace_period if record.attempt == 1 else rules.retry_period
-    patient = waited < patience or not _most_are_here(record, view)
-    if _nodes(here, view) < rules.min_nodes or (_awaited(record, view) and patient):
+    if _nodes(here, view) < rules.min_nodes or not _gathered(record, view, waited, rules):
         return None
-    agreed = record.base.hash or _most_common(view.arrivals[id].state for id in _ranked(here, view))
-    alike = {id for id in here if view.arrivals[id].state == agreed}
-    agreeing = replace(record, base=replace(record.base, hash=agreed))
+    agreeing = _agree(record, view)
+    alike = {id for id in here if view.arrivals[id].state == agreeing.base.hash}
     if _nodes(alike, view) < rules.min_nodes:  # it takes the others, too, who have to take the agreed state first
         return agreeing if agreeing != record else None
-    return replace(agreeing, phase="reduce", members=_ranked(alike, view))
+    connected = _connected(alike, view)
+    # Who is suspected for the first time, but is here, is tried once more: the network may have healed.
+    excluding = record.attempt != 2 and _nodes(connected, view) >= rules.min_nodes
+    members = connected if excluding else alike
+    return replace(agreeing, phase="reduce", members=_ranked(members, view))
+
+
+def _settle(record: Record, view: View, waited: float, rules: Rules) -> Record | None:
+    """After the last round: agree on the final state's hash. There is nothing more to reduce."""
+    settled = record.base.hash or not _here(record, view) or not _gathered(record, view, waited, rules)
+    return None if settled else _agree(record, view)
+
+
+def _gathered(record: Record, view: View, waited: float, rules: Rules) -> bool:
+    """Whether nobody is waited for any more."""
+    patience = rules.grace_period if record.attempt == 1 else rules.retry_period
+    return not _awaited(record, view) or waited >= (patience if _most_are_here(record, view) else rules.stall_limit)
+
+
+def _agree(record: Record, view: View) -> Record:
+    """The record with the hash that most of those who are here hold, unless it has been agreed on before."""
+    common = _most_common(view.arrivals[id].state for id in _ranked(_here(record, view), view))
+    return replace(record, base=replace(record.base, hash=record.base.hash or common))
+
+
+def _connected(ids: Iterable[str], view: View) -> set[str]:
+    """Those of `ids` of whom nobody suspects another: who is in most suspicions goes, the last in rank of such first.
+
+    They have all arrived, so that they live: who suspects another cannot talk to it.
+    """
+    left = list(_ranked(ids, view))
+    while True:
+        pairs = {frozenset((id, other)) for id in left for other in view.arrivals[id].suspects if other in left}
+        suspicions = Counter(id for pair in pairs for id in pair)
+        if not suspicions:
+            return set(left)
+        left.remove(max(left, key=lambda id: (suspicions[id], left.index(id))))
 
 
 def _reduce(record: Record, view: View, waited: float, rules: Rules) -> Record | None:
@@ -476,7 +526,9 @@ def _reduce(record: Record, view: View, waited: float, rules: Rules) -> Record |
         return None
     silent = set(missing) if waited >= rules.grace_period else set()  # although others have voted long ago
     expected = tuple(id for id in record.members if id in view.present and id not in silent)
-    return replace(record, attempt=record.attempt + 1, phase="gather", expected=expected, members=())
+    disputed = record.disputed + (not missing)
+    following = replace(record, attempt=record.attempt + 1, disputed=disputed)
+    return replace(following, phase="gather", expected=expected, members=())
 
 
 def _keep_books(record: Record, view: View, rules: Rules) -> Record | None:
@@ -495,15 +547,17 @@ def _keep_books(record: Record, view: View, rules: Rules) -> Record | None:
     return replace(record, shares=shares, cursor=cursor) if shares != dict(record.shares) else None
 
 
-def _holders(record: Record) -> set[str]:
-    """Who holds the state that the open round begins from, or is about to take the step that leads to it."""
-    dealt = {id for id, share in record.shares.items() if share.round == record.round}
-    return {*record.members, *dealt, *(record.committed.members if record.committed else ())}
-
-
 def forgotten(record: Record, view: View) -> bool:
-    """Whether nobody is left who holds the state that the open round begins from."""
-    return not (_holders(record) & view.present or _here(record, view))
+    """Whether nobody is left who holds the state that the open round begins from, or is about to."""
+    base = record.base
+    if any(not base.hash or view.arrivals[id].state == base.hash for id in _here(record, view)):
+        return False
+    if not base.hash and record.committed and view.present & set(record.committed.members):
+        return False  # they take the step that leads to it
+    return not any(
+        held.round == base.round and base.hash in ("", held.hash)
+        for held in (view.members[id].holds for id in view.present)
+    )
 
 
 def _awaited(record: Record, view: View) -> frozenset[str]:
@@ -514,7 +568,7 @@ def _awaited(record: Record, view: View) -> frozenset[str]:
 
 
 def _most_are_here(record: Record, view: View) -> bool:
-    """Whether no more members are awaited than have arrived: only then does anybody's lateness begin.
+    """Whether no more members are awaited than have arrived: only then is it the others that are late.
 
     Else one that is early (it has carried a part of its steps, say, or is faster than all others) would end the round
     without them.

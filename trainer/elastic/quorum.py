@@ -42,7 +42,7 @@ from trainer.diloco.wire import WireMeter
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
 from trainer.elastic.process import gloo_device, listen
 from trainer.elastic.protocol import Cursor, Share, State, deal, state_from_json
-from trainer.elastic.record import SLOT_VARIABLE, Status, finish, verdict
+from trainer.elastic.record import SLOT_VARIABLE, Status, agree, finish, verdict
 from trainer.errors import Interrupted, TrainingError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class FixedQuorum:
             ConfigError: No port of `port_range` is free.
             Interrupted: `stopping()`.
         """
-        self._agree_on(self._fingerprint)
+        agree(self._client, f"worker {self.worker}", self._fingerprint)
         self._form()
 
     def join(self, state: "GlobalState", cursor: Cursor, term: int = 0) -> None:
@@ -173,6 +173,12 @@ class FixedQuorum:
 
     def durable(self, round: int) -> None:
         """Fixed membership asks at the start who has the newest checkpoint: nothing needs to be remembered."""
+
+    def settle(self, state: "GlobalState") -> None:
+        """At the end of the run: a worker whose state differs from the others' must not go unnoticed."""
+        hashes = self.exchange(state.hash())
+        if len(set(hashes)) > 1:
+            log.warning("the workers' final states differ: %s", hashes)
 
     def wait_for_others(self) -> None:
         """Nobody says that the run is complete before everybody's final checkpoint is durable."""
@@ -275,17 +281,6 @@ class FixedQuorum:
         return self._stopping() or all(now[rank] != self._incarnations[rank] for rank in range(1, self.world_size))
 
     # Forming
-
-    def _agree_on(self, fingerprint: Mapping[str, Json]) -> None:
-        mine = json.loads(json.dumps(dict(fingerprint)))
-        _, entry = self._client.swap("fingerprint", mine, None)
-        theirs = entry.value if entry else mine
-        for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
-                raise TrainingError(
-                    f"worker {self.rank} does not fit the run {self._config.run_id}: "
-                    f"its {name} is {mine.get(name)!r}, the run's is {theirs.get(name)!r}"
-                )
 
     def _form(self) -> None:
         self._lease = self._client.lease(self._config.lease_ttl)

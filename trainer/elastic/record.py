@@ -11,10 +11,13 @@ wanted              {nodes}                       `scale`: how many nodes there 
 groups/<generation> {incarnations, store}         the worker of rank 0; created, never overwritten
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from trainer.elastic.etcd import EtcdClient
+from trainer.elastic.etcd import EtcdClient, Json
+from trainer.errors import TrainingError
 
 SLOT_VARIABLE = "ELASTIC_SLOT"  # in a worker's environment: the slot of its node
 Status = Literal["open", "succeeded", "failed"]
@@ -55,6 +58,22 @@ def finish(client: EtcdClient, status: Status, reason: str = "", slot: int | Non
         client.swap("run", asdict(Verdict(status, reason, slot)), entry.revision if entry else None)
 
 
+def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> None:
+    """See that a worker fits the run: the first one's fingerprint is the run's.
+
+    Raises:
+        TrainingError: It does not; with the field that differs.
+    """
+    mine = json.loads(json.dumps(dict(fingerprint)))
+    _, entry = client.swap("fingerprint", mine, None)
+    theirs = entry.value if entry else mine
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise TrainingError(
+                f"{worker} does not fit the run: its {name} is {mine.get(name)!r}, the run's is {theirs.get(name)!r}"
+            )
+
+
 def reopen(client: EtcdClient) -> None:
     """Take the verdict back: someone who knows that the run is not complete has started it again."""
     client.put("run", asdict(Verdict("open")))
@@ -69,7 +88,10 @@ def free_slot(client: EtcdClient, slot: int) -> None:
 
 
 def bury_members(client: EtcdClient, slot: int) -> None:
-    """End the leases of the members of a node whose workers are dead."""
-    for entry in client.list("members/").values():
+    """End the leases of the members of a node whose workers are dead, and of the decider if it was one of them."""
+    decider = client.get("decider")
+    for key, entry in client.list("members/").items():
         if entry.value["slot"] == slot:
             client.revoke(entry.lease)
+            if decider is not None and key == f"members/{decider.value['member']}":
+                client.revoke(decider.lease)

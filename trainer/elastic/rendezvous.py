@@ -88,9 +88,10 @@ class NodeRendezvous(RendezvousHandler):
             RendezvousConnectionError: etcd cannot be reached, or refuses us.
         """
         try:
-            self._refuse_if_closed()
-            if self.slot is not None:
-                bury_members(self._client, self.slot)  # a restart: our workers are dead, nobody need wait for a lease
+            if self.slot is None:
+                self._refuse_if_closed()
+            else:  # a restart, which an etcd that is away must not prevent
+                self._client.wait_for(self._refuse_if_closed_or(self._bury_own), self._timeout)
             self._take_slot()
             self._wait_for_start()
         except EtcdError as error:
@@ -128,6 +129,12 @@ class NodeRendezvous(RendezvousHandler):
         finally:
             self._lease, self.slot, self._store = None, None, None
             self._client.close()
+        return True
+
+    def _bury_own(self) -> bool:
+        """Our workers are dead: nobody need wait for their leases."""
+        assert self.slot is not None
+        bury_members(self._client, self.slot)
         return True
 
     def _take_slot(self) -> None:

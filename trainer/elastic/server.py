@@ -79,6 +79,7 @@ class EmbeddedEtcd:
             *("--initial-advertise-peer-urls", peer_url),
             *("--initial-cluster", f"embedded={peer_url}"),
             "--experimental-initial-corrupt-check",  # 3.5.0 to 3.5.2 can lose consistency when killed
+            *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"),  # else it fills up in weeks
             *("--log-level", "warn"),
         ]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}

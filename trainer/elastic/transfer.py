@@ -354,7 +354,7 @@ def fetch(
         into: Called once, on this thread, with the offer's meta and layout, for tensors to receive into: contiguous,
             on the host, of that type and size. None: new ones.
         stopping: Whether this process has been told to end.
-        timeout: Seconds for all of it.
+        timeout: Seconds to find a donor that has it. What has been found may take as long as something comes.
 
     Returns:
         The offer's meta and its buffers: new flat tensors, or those of `into`.
@@ -406,6 +406,7 @@ class _Transfer:
         self._in_hand = 0  # of these, with a thread
         self._connections: set[socket.socket] = set()
         self._over = False
+        self._progressed = time.monotonic()  # when something came last
 
     def run(
         self, into: Callable[["Json", Layout], dict[str, Tensor]] | None, stopping: Callable[[], bool], timeout: float
@@ -415,12 +416,12 @@ class _Transfer:
             for _ in range(min(CONNECTIONS, len(self._peers))):
                 # No daemon threads, for the same reason as a donor's; they end soon after `_over` is set.
                 threading.Thread(target=self._work, name="fetch").start()
-            self._wait(lambda: self._content is not None, stopping, started, timeout)
+            self._wait(lambda: self._content is not None, stopping, timeout)
             assert self._content is not None
             meta, layout = self._content
             buffers = into(meta, layout) if into else _allocate(layout)
             self._plan(buffers, layout)
-            self._wait(lambda: self._missing == 0, stopping, started, timeout)
+            self._wait(lambda: self._missing == 0, stopping, 2 * (STALL_TIMEOUT + CHUNK_BYTES / SLOWEST))
         finally:
             self._end()
         size, seconds = sum(buffer.nbytes for buffer in buffers.values()), time.monotonic() - started
@@ -429,16 +430,16 @@ class _Transfer:
 
     # On the caller's thread
 
-    def _wait(self, ready: Callable[[], bool], stopping: Callable[[], bool], started: float, timeout: float) -> None:
+    def _wait(self, ready: Callable[[], bool], stopping: Callable[[], bool], timeout: float) -> None:
         while True:
             if stopping():
                 raise Interrupted
             with self._changed:
                 if ready():
                     return
-                late = time.monotonic() > started + timeout
+                late = time.monotonic() > self._progressed + timeout
                 if late or all(peer.dropped for peer in self._peers):
-                    why = f"not complete after {timeout:.0f} s" if late else "no donor is left"
+                    why = f"nothing has come for {timeout:.0f} s" if late else "no donor is left"
                     said = "; ".join(f"{peer.endpoint} {peer.reason}" for peer in self._peers) or "there was none"
                     raise TransferError(f"fetching {self._what}: {why}: {said}")
                 self._changed.wait(0.1)  # stopping() tells nobody
@@ -546,6 +547,7 @@ class _Transfer:
             if self._content != (reply["meta"], layout):
                 raise _Failure(f"has another state than the first one to answer: {reply['meta']}", cost=FAILURES)
             peer.offer, peer.reason = reply["offer"], "had not sent all of it"
+            self._progressed = time.monotonic()
             self._changed.notify_all()
 
     def _ask(self, peer: _Peer, channel: _Channel, asked: deque[_Chunk]) -> bool:
@@ -574,6 +576,7 @@ class _Transfer:
             assert self._missing is not None
             self._missing -= 1
             self._in_hand -= 1
+            self._progressed = time.monotonic()
             peer.failures = max(0.0, peer.failures - FORGIVEN)
             if self._missing == 0:
                 self._changed.notify_all()
