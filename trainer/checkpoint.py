@@ -118,10 +118,12 @@ def newest(directory: Path, warn: Callable[[str], None] = logger.warning) -> Che
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the newest checkpoint in `directory` is its run's final one. Cheap: tensors are not read."""
+    """Whether the newest whole checkpoint in `directory` is its run's final one. Cheap: tensors are not read."""
     for path in paths(directory):
         try:
-            return bool(read_json(path / "state.json")["complete"]) and (path / "manifest.json").exists()
+            files = read_json(path / "manifest.json")["files"]
+            if all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items()):
+                return bool(read_json(path / "state.json")["complete"])
         except (OSError, ValueError, KeyError):
             continue
     return False

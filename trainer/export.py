@@ -164,6 +164,8 @@ def _as_trained(recorded: TrainingConfig, now: TrainingConfig) -> TrainingConfig
             values[name] = given[name]
         elif Path(then[name]).is_relative_to(then["run_dir"]):
             values[name] = default[name]
+        elif name == "checkpoint_path" and Path(then[name]).name == Path(then["run_dir"]).name:
+            values[name] = str(Path(then[name]).parent)  # each worker has its own below the one that was chosen
     return recorded.with_values(**values)
 
 

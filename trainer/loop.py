@@ -339,9 +339,10 @@ class Worker:
     def _join(self, own: Checkpoint | None) -> None:
         """Become a member, and go on where the run is: with this worker's own checkpoint, or with what others have."""
         cursor, term = Cursor(), 0
+        if checkpoint.paths(self.volume.checkpoints) and (own is None or own.state["worker"] == self.quorum.worker):
+            # This worker may have told of a newer one, which turned out to be corrupt: nobody need wait for it.
+            self.quorum.durable(own.round if own else 0)
         if own is not None:
-            if own.state["worker"] == self.quorum.worker:
-                self.quorum.durable(own.round)  # it may have told of a newer one, which turned out to be corrupt
             self.diloco.load_global(own.global_tensors, own.round, own.state["base_step"])
             cursor, term = cursor_from_json(own.state["cursor"]), own.state["term"]
         self.quorum.join(self.diloco.state, cursor, term)
@@ -423,7 +424,6 @@ class Worker:
 
     def _save_in_need(self) -> None:
         """Too few workers are left to go on: what there is should be durable while the others are waited for."""
-        self.metrics.warn("too few nodes are left to go on: saving, and waiting for others")
         self._save()
 
     def _save(self, *, complete: bool = False) -> None:

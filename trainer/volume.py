@@ -38,10 +38,7 @@ class Volume:
         Several workers of one node share its models and datasets; what they write lies apart, those of local rank r > 0
         under `process-<r>/`.
         """
-        checkpoints = Path(config.checkpoint_path)
-        if checkpoints.suffix in (".pth", ".pt"):  # the reference names a file: ours are directories beside it
-            checkpoints = checkpoints.parent
-        root = Path(config.run_dir)
+        root, checkpoints = Path(config.run_dir), _checkpoint_directory(config)
         if local_rank > 0:
             root, checkpoints = root / f"process-{local_rank}", checkpoints / f"process-{local_rank}"
         return cls(root, Path(config.model_cache_dir), Path(config.dataset_cache_dir), checkpoints / config.run_id)
@@ -50,7 +47,8 @@ class Volume:
 def worker_configs(config: TrainingConfig) -> list[TrainingConfig]:
     """The configuration of each node of a run on this machine, with a volume of its own: `<run dir>/worker-<i>`.
 
-    Model and dataset directories that the user has chosen are kept, and so shared by all workers of this machine.
+    Model and dataset directories that the user has chosen are kept, and so shared by all workers of this machine; below
+    a chosen `checkpoint_path` each has its own.
     """
     return [_own_volume(config, Path(config.run_dir).absolute() / f"worker-{node}") for node in range(config.nodes)]
 
@@ -60,7 +58,15 @@ def _own_volume(config: TrainingConfig, root: Path) -> TrainingConfig:
     unset = {
         name: str(root / folder) for name, folder in own.items() if getattr(config, name) == _DEFAULTS[name].default
     }
+    if "checkpoint_path" not in unset:
+        unset["checkpoint_path"] = str(_checkpoint_directory(config) / root.name)
     return config.with_values(run_dir=str(root), **unset)
+
+
+def _checkpoint_directory(config: TrainingConfig) -> Path:
+    """The reference names a file (`.pth`): ours are directories beside it."""
+    path = Path(config.checkpoint_path)
+    return path.parent if path.suffix in (".pth", ".pt") else path
 
 
 def worker_roots(run_dir: Path) -> list[Path]:

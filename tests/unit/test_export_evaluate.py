@@ -16,7 +16,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
 from trainer.evaluate import evaluate
-from trainer.export import export
+from trainer.export import TrainedRun, export
 from trainer.files import read_json
 from trainer.metrics import Metrics
 from trainer.volume import Volume, worker_configs
@@ -151,6 +151,18 @@ def test_what_cannot_be_exported_is_refused(run_dir: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"no checkpoint to export; looked in .*worker-0.*worker-1"):
         export(of(run_dir))
     assert not (run_dir / "export").exists()
+
+
+def test_below_a_chosen_checkpoint_path_each_worker_has_its_own(tmp_path: Path) -> None:
+    run_dir, chosen = tmp_path / "run", tmp_path / "elsewhere"
+    config = of(run_dir, run_id="oak", checkpoint_path=str(chosen), nodes=2)
+    places = [Volume.of(own).checkpoints for own in worker_configs(config)]
+    assert places == [chosen / "worker-0" / "oak", chosen / "worker-1" / "oak"]
+    for own in worker_configs(config):
+        with Metrics(Volume.of(own).metrics) as metrics:
+            metrics.write("start", run_id="oak", config=own.model_dump(mode="json"))
+    found = TrainedRun.find(of(run_dir))  # what the run was told need not be said again
+    assert [volume.checkpoints for volume in found.volumes[:2]] == places
 
 
 def test_a_checkpoint_of_another_model_is_refused(run_dir: Path) -> None:

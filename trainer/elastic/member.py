@@ -430,11 +430,15 @@ class ElasticQuorum:
                     self._fetch_state(record, state)
             except TransferError as error:
                 self._check_verdict()  # who had it may be done with the run, and gone
-                if time.monotonic() > deadline:
-                    raise TrainingError(f"round {record.base.round} cannot be had from anybody: {error}") from None
                 log.info("round %d cannot be had yet: %s", record.base.round, error)
                 with self._condition:
                     self._condition.wait(LOOK_INTERVAL)
+            if time.monotonic() > deadline and not self._holds(record, state):
+                raise TrainingError(
+                    f"the state of round {record.base.round} could not be had from the other members for "
+                    f"{self._config.elastic.rdzv_timeout:.0f} s (elastic.rdzv_timeout): they do not have it, or the "
+                    "network is too slow for this model and these rounds"
+                )
         self._adopt(record, record.base)
         self._announce(state)
         counts, self._in_doubt = record.term == term and not self._in_doubt, False
@@ -490,6 +494,7 @@ class ElasticQuorum:
                 log.info("waiting for %s%s", what, lack and f": {lack}")
                 if lack and in_need and not told:
                     told = True
+                    self.hooks.warn(f"{lack}: waiting, for {self._config.elastic.rdzv_timeout:.0f} s at most")
                     in_need()
                 if lack and now - started > self._config.elastic.rdzv_timeout:
                     raise TrainingError(
