@@ -141,15 +141,13 @@ def main() -> None:
         for process in hosts:
             process.start()
         client = EtcdClient([etcd.endpoint], PREFIX)
-        lease = client.lease(TTL)
-        decider = Decider(EtcdClient([etcd.endpoint], PREFIX), lease, "decider", rules)
+        decider = Decider(EtcdClient([etcd.endpoint], PREFIX), "decider", rules, TTL)
         phases = follow(client, arguments.rounds)
         ended.set()
         requests = [count for _ in hosts for count in results.get()[1:]]
         for process in hosts:
             process.join()
         decider.close()
-        lease.revoke()
     print(f"{'round':>6}{'members':>9}{'gathered (s)':>14}{'reduced (s)':>13}{'round (s)':>11}")
     for row in phases:
         print(f"{row['round']:>6}{row['members']:>9}{row['gather']:>14.2f}{row['reduce']:>13.2f}{row['total']:>11.2f}")

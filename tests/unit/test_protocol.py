@@ -26,6 +26,7 @@ from trainer.elastic.protocol import (
     deal,
     decide,
     forgotten,
+    late,
     left_from_json,
     member_from_json,
     outcome_key,
@@ -228,6 +229,14 @@ def test_as_few_as_can_be_are_left_out() -> None:
 def test_nobody_is_left_out_if_too_few_can_talk_to_each_other() -> None:
     view = View(members("ab"), {"a": arrival(suspects="b"), "b": arrival()})
     assert decided(founded("ab", TWO), view, rules=TWO).members == ("a", "b")
+
+
+def test_who_is_late() -> None:
+    assert late(founded("abc"), View(members("abc"))) == set()  # nobody waits yet
+    assert late(founded("abc"), View(members("abc"), arrivals("a"))) == set("bc")
+    assert late(founded("abc"), View(members("abc"), {"a": arrival(suspects="b")})) == {"c"}
+    assert late(reducing("abc"), View(members("abc"), arrivals("abc"))) == set()
+    assert late(reducing("abc"), View(members("abc"), arrivals("abc"), votes("ab"))) == {"c"}
 
 
 def test_the_final_state_is_that_of_most() -> None:

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainer.elastic.protocol import (
     Vote,
     arrival_from_json,
     decide,
+    late,
     left_from_json,
     member_from_json,
     outcome_key,
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 KEPT_OUTCOMES = 64  # rounds whose `commits/<k>` are kept, for members that were away
 IDLE = 1.0  # seconds between two looks when nothing seems to happen
-PROBE_INTERVAL = 1.0  # seconds between two looks at whether the decider lives, by each of the others
+PROBE_INTERVAL = 1.0  # seconds between two looks at whether one who is waited for lives
 ROLE_TTL = 3.0  # seconds that the role outlives its holder's last sign of life
 TICK = 0.05  # seconds between two looks while something lasts
 
@@ -88,8 +90,8 @@ class Decider:
                     if self._role.create("decider", {"member": self._id}):
                         log.debug("member %s decides", self._id)
                         return True
-                elif not self._changed.wait(PROBE_INTERVAL):
-                    self._bury_if_dead(entry)
+                elif not self._changed.wait(PROBE_INTERVAL) and self._bury_if_dead(entry.value["member"]):
+                    self._client.revoke(entry.lease)
         return False
 
     def _resign(self) -> None:
@@ -97,22 +99,29 @@ class Decider:
             self._role.revoke()
             self._role = None
 
-    def _bury_if_dead(self, decider: Entry) -> None:
-        """Give the decider's leases back for it if its machine says that nobody listens there any more.
+    def _bury_if_dead(self, id: str) -> bool:
+        """Give a member's lease back for it if its machine says that nobody listens there any more; whether it is dead.
 
         Its agent would have done so, if it had not died with it. A member that lives all the same registers again.
         """
-        member = self._client.get(f"members/{decider.value['member']}")
-        if member is None or refused(member.value["store"]):
-            log.debug("the decider %s is dead", decider.value["member"])
-            for entry in (member, decider):
-                if entry is not None:
-                    self._client.revoke(entry.lease)
+        member = self._client.get(f"members/{id}")
+        dead = member is None or refused(member.value["store"])
+        if dead and member is not None:
+            log.debug("member %s is dead", id)
+            self._client.revoke(member.lease)
+        return dead
+
+    def _bury(self, ids: Iterable[str]) -> None:
+        """On a thread of its own: `_bury_if_dead` each of them, because others wait for it."""
+        for id in ids:
+            with suppress(EtcdError):
+                self._bury_if_dead(id)
 
     def _preside(self) -> None:
         """Decide, until the role is somebody else's."""
         wait: tuple[Any, ...] | None = None
-        since = time.monotonic()
+        since = probed = time.monotonic()
+        undertaker = threading.Thread()
         told = (0, 0)  # the term and round whose outcome `commits/` has from us
         while not self._ended.is_set():
             self._changed.clear()
@@ -130,6 +139,10 @@ class Decider:
             current = situation(record, view, self._rules)
             if current != wait:
                 wait, since = current, time.monotonic()
+            if record and time.monotonic() - max(since, probed) > PROBE_INTERVAL and not undertaker.is_alive():
+                probed = time.monotonic()
+                undertaker = threading.Thread(target=self._bury, args=(late(record, view),), daemon=True)
+                undertaker.start()
             decided = decide(record, view, time.monotonic() - since, self._rules)
             if decided is not None:
                 self._client.swap("round", decided.to_json(), entry.revision if entry else None)

@@ -560,6 +560,14 @@ def forgotten(record: Record, view: View) -> bool:
     )
 
 
+def late(record: Record, view: View) -> frozenset[str]:
+    """Who keeps the others, who are done, from going on."""
+    if record.phase == "gather":
+        return _awaited(record, view) if _here(record, view) else frozenset()
+    voted = _votes(record, view)
+    return frozenset(record.members) - voted.keys() if voted else frozenset()
+
+
 def _awaited(record: Record, view: View) -> frozenset[str]:
     """Whom the gather waits for."""
     here = _here(record, view)
