@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from trainer.diloco.collective import weighted_mean
 from trainer.diloco.quorum import Commit, Superseded, is_finite
@@ -33,7 +33,8 @@ from trainer.diloco.state import GlobalState, hash_of
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.decider import Decider, view_of
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
-from trainer.elastic.process import gloo_device, listen
+from trainer.elastic.group import connect_store, form_group, gloo_device
+from trainer.elastic.process import listen
 from trainer.elastic.protocol import (
     Action,
     Arrival,
@@ -607,22 +608,13 @@ class ElasticQuorum:
             entry = self._patiently(lambda: self._client.get(f"members/{record.members[0]}"))
             if entry is None:
                 raise RuntimeError(f"member {record.members[0]} is gone")
-            host, _, port = entry.value["store"].rpartition(":")
-            with socket.create_connection((host, int(port)), PROBE_TIMEOUT):
-                pass  # TCPStore would keep knocking at a closed door until its timeout
-            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+            store = connect_store(entry.value["store"], PROBE_TIMEOUT, timeout)
         prefix = PrefixStore("/".join(map(str, record.place)), store)
         self._gather_at(record, prefix)
-        gloo: Any = ProcessGroupGloo  # its stubs know little of it
-        options = gloo._Options()
-        options._devices = [self._device]
-        options._timeout = timeout
-        options._threads = 2
-        with WireMeter.watching() as meter:
-            group = ProcessGroupGloo(
-                PrefixStore("gloo", prefix), record.members.index(self.id), len(record.members), options
-            )
-        return _Group(record.members, group, meter, store)
+        rank, size = record.members.index(self.id), len(record.members)
+        return _Group(
+            record.members, *form_group(PrefixStore("gloo", prefix), rank, size, self._device, timeout), store
+        )
 
     def _gather_at(self, record: Record, store: PrefixStore) -> None:
         """Wait until all members of the attempt are at the store, or one of them is gone, or the attempt is over."""

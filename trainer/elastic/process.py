@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-from typing import Any
 
 from trainer.errors import ConfigError
 
@@ -48,24 +47,6 @@ def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     if port_range and not port:
         raise ConfigError("port_range", port_range, "has no free port left")
     raise ConfigError("port", port, "is taken by another process, or may not be used")
-
-
-def gloo_device(interface: str, address: str) -> Any:
-    """What gloo listens on: the interface, if one is named, else the one that has the address.
-
-    Raises:
-        ConfigError: This machine does not have it. (Behind a NAT no address of ours is the advertised one: gloo's
-            peers must be able to reach each other directly.)
-    """
-    from torch.distributed import ProcessGroupGloo
-
-    gloo: Any = ProcessGroupGloo  # its stubs know little of it
-    try:
-        return gloo.create_device(interface=interface) if interface else gloo.create_device(hostname=address)
-    except RuntimeError:
-        if interface:
-            raise ConfigError("network_interface", interface, "is no interface of this machine") from None
-        raise ConfigError("advertise_address", address, "is no address of this machine") from None
 
 
 def refused(endpoint: str, timeout: float = 1.0) -> bool:

@@ -34,13 +34,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, uint8
-from torch.distributed import BroadcastOptions, DistError, DistStoreError, PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import BroadcastOptions, DistError, DistStoreError, PrefixStore, TCPStore
 
 from trainer.diloco.collective import CHUNK_BYTES, weighted_mean
 from trainer.diloco.quorum import Commit
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
-from trainer.elastic.process import gloo_device, listen
+from trainer.elastic.group import connect_store, form_group, gloo_device
+from trainer.elastic.process import listen
 from trainer.elastic.protocol import Cursor, Share, State, deal, state_from_json
 from trainer.elastic.record import SLOT_VARIABLE, Status, agree, finish, verdict
 from trainer.errors import Interrupted, TrainingError
@@ -321,22 +322,16 @@ class FixedQuorum:
 
     def _connect(self, group: Group) -> None:
         """Connect to all members of the group; returns when all of them have connected to all."""
-        host, _, port = group["store"].rpartition(":")
         limit = timedelta(seconds=FORM_TIMEOUT)
-        try:  # TCPStore would go on trying for the whole limit
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
+        try:
+            store = self._host_store or connect_store(group["store"], CONNECT_TIMEOUT, limit)
         except OSError as error:
             raise _Abandoned(f"{self._hosts[0]} does not answer at {group['store']}: {error}") from None
-        store = self._host_store or TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=limit)
         self._store = PrefixStore(f"{self.generation}", store)
         self._gathered = 0
         self._gather("connect", None, timeout=FORM_TIMEOUT)  # only members that are really there go on
-        gloo: Any = ProcessGroupGloo  # its stubs know little of it
-        options = gloo._Options()
-        options._devices, options._timeout = [self._device], limit
-        with WireMeter.watching() as meter:
-            self._group = gloo(PrefixStore("gloo", self._store), self.rank, self.world_size, options)
-        self._meter = meter
+        gloo_store = PrefixStore("gloo", self._store)
+        self._group, self._meter = form_group(gloo_store, self.rank, self.world_size, self._device, limit)
         self._gather("formed", None, timeout=FORM_TIMEOUT)
 
     def _registered(self) -> list[str | None]:
