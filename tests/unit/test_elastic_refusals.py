@@ -8,8 +8,8 @@ import pytest
 
 from trainer.config import TrainingConfig
 from trainer.elastic.etcd import EtcdClient
-from trainer.elastic.launch import _environment, _locked, launch
 from trainer.elastic.group import gloo_device
+from trainer.elastic.launch import _environment, _locked, launch
 from trainer.elastic.process import listen
 from trainer.elastic.server import EmbeddedEtcd
 from trainer.errors import ConfigError
