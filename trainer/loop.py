@@ -151,7 +151,7 @@ class Worker:
     def run(self) -> int:
         """Train to the end."""
         try:
-            if self.diloco.step == 0:
+            if self.diloco.step == 0 and self.config.eval_interval:
                 self._evaluate()
             while self.diloco.round_length or not self._settled():
                 self._train_round()

