@@ -22,8 +22,8 @@ from typing import Any
 
 from trainer.elastic.decider import Decider
 from trainer.elastic.etcd import EtcdClient
-from trainer.elastic.protocol import Arrival, Outcome, Progress, Ready, Record, Rules, State, Vote, action
 from trainer.elastic.process import listen
+from trainer.elastic.protocol import Arrival, Outcome, Progress, Ready, Record, Rules, State, Vote, action
 from trainer.elastic.server import EmbeddedEtcd
 from trainer.files import write_json
 
@@ -134,10 +134,12 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory, EmbeddedEtcd(Path(directory)) as etcd:
         ended, results = context.Event(), context.Queue()
-        store = "127.0.0.1:%d" % listen("127.0.0.1").getsockname()[1]  # a port that answers: all of them live
+        answering = listen("127.0.0.1")  # all of them live
+        store = f"127.0.0.1:{answering.getsockname()[1]}"
         share = arguments.members // arguments.processes
+        rest = (share, arguments.churn, ended, results)
         hosts = [
-            context.Process(target=host, args=(etcd.endpoint, store, number * share, share, arguments.churn, ended, results))
+            context.Process(target=host, args=(etcd.endpoint, store, number * share, *rest))
             for number in range(arguments.processes)
         ]
         for process in hosts:
@@ -150,6 +152,7 @@ def main() -> None:
         for process in hosts:
             process.join()
         decider.close()
+        answering.close()
     print(f"{'round':>6}{'members':>9}{'gathered (s)':>14}{'reduced (s)':>13}{'round (s)':>11}")
     for row in phases:
         print(f"{row['round']:>6}{row['members']:>9}{row['gather']:>14.2f}{row['reduce']:>13.2f}{row['total']:>11.2f}")
