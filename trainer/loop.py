@@ -22,6 +22,7 @@ from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import TrainingConfig
 from trainer.diloco import DDP, Commit, DiLoCo, Nesterov, Superseded
 from trainer.elastic.member import ElasticQuorum, Hooks
+from trainer.elastic.process import number_from
 from trainer.elastic.protocol import Cursor, Range, Share, cursor_from_json, deal, unused
 from trainer.elastic.quorum import FixedQuorum
 from trainer.errors import ConfigError, Interrupted, TrainingError
@@ -63,7 +64,7 @@ class Worker:
 
     def __init__(self, config: TrainingConfig, stopping: threading.Event, resources: ExitStack) -> None:
         self.config, self.stopping = config, stopping
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = number_from("LOCAL_RANK")
         self.volume = Volume.of(config, local_rank)
         self.device = device_of(config, local_rank)
         spec = models.resolve(config.model)
