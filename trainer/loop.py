@@ -104,7 +104,8 @@ class Worker:
         self.quorum = kind(config, fingerprint, stopping.is_set, hooks)
         resources.enter_context(self.quorum)
         worker = self.quorum.worker
-        self.metrics = resources.enter_context(Metrics(self.volume.metrics, sinks(config, worker, self.volume.root)))
+        self.metrics = resources.enter_context(Metrics(self.volume.metrics))
+        self.metrics.sinks += sinks(config, worker, self.volume.root, self.metrics.warn)
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,
