@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from trainer.data import precache_all
         from trainer.preflight import check
 
-        check(config)
+        check(config, network=False)  # nothing listens here
         precache_all(config)
         print(f"run id {config.run_id}, in {config.run_dir}")
     elif arguments.command == "export":
