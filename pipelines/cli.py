@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments
 from trainer.errors import ConfigError
-from trainer.files import read_json, write_text
+from trainer.files import read_json, require_output, write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +89,7 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _compile(options: argparse.Namespace) -> int:
+    require_output(options.output, "--output")
     from pipelines.pipeline import compiled
 
     write_text(options.output, compiled())

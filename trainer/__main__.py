@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -58,13 +59,19 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(TrainingConfig.model_json_schema(), indent=2))
         return 0
     if arguments.command == "report":
+        from trainer.files import require_output, require_writable
         from trainer.report import write_report
 
         if not arguments.run_dir.is_dir():
             raise ConfigError("run_dir", arguments.run_dir, "no such directory")
+        require_writable(arguments.run_dir, "run_dir")
+        if arguments.output:
+            require_output(arguments.output, "--output")
         print(write_report(arguments.run_dir, arguments.output))
         return 0
-    if getattr(arguments, "etcd", None):
+    if getattr(arguments, "etcd", None) is not None:
+        if not arguments.etcd.strip(" ,[]"):
+            raise ConfigError("--etcd", arguments.etcd, "must be host:port")
         setattr(arguments, "parameter:etcd_endpoints", arguments.etcd)
     config = config_from_arguments(arguments)
     if arguments.command == "status":
@@ -74,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "scale":
         from trainer.elastic.running import scale
 
-        if not arguments.count.isdigit():
+        if not re.fullmatch("[0-9]{1,9}", arguments.count):
             raise ConfigError("N", arguments.count, "must be a number of nodes")
         scale(config, int(arguments.count))
         return 0
@@ -93,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from trainer.data import precache_all
         from trainer.preflight import check
 
-        check(config)
+        check(config, network=False)  # nothing listens here
         precache_all(config)
         print(f"run id {config.run_id}, in {config.run_dir}")
     elif arguments.command == "export":

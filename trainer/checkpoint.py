@@ -90,9 +90,9 @@ def read(path: Path) -> Checkpoint:
             if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
                 raise TrainingError(f"checkpoint {path} is corrupt: {name} is not what was written")
         state = read_json(path / "state.json")
-    except (OSError, ValueError, KeyError) as error:
+        return Checkpoint(path, state["round"], state["step"], state)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise TrainingError(f"checkpoint {path} is torn: {type(error).__name__}: {error}") from None
-    return Checkpoint(path, state["round"], state["step"], state)
 
 
 def paths(directory: Path) -> list[Path]:
@@ -117,16 +117,21 @@ def newest(directory: Path, warn: Callable[[str], None] = logger.warning) -> Che
     return None
 
 
-def is_complete(directory: Path) -> bool:
-    """Whether the newest whole checkpoint in `directory` is its run's final one. Cheap: tensors are not read."""
+def newest_state(directory: Path) -> dict[str, Any]:
+    """`state.json` of the newest whole checkpoint in `directory`; {} if there is none. Cheap: tensors are not read."""
     for path in paths(directory):
         try:
             files = read_json(path / "manifest.json")["files"]
             if all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items()):
-                return bool(read_json(path / "state.json")["complete"])
-        except (OSError, ValueError, KeyError):
+                return dict(read_json(path / "state.json"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
-    return False
+    return {}
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the newest whole checkpoint in `directory` is its run's final one. Cheap, as `newest_state`."""
+    return bool(newest_state(directory).get("complete"))
 
 
 class Checkpointer:

@@ -14,6 +14,7 @@ import argparse
 import difflib
 import itertools
 import os
+import re
 import secrets
 import time
 import types
@@ -34,6 +35,22 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Nodes = Annotated[int, Field(gt=0, le=64)]  # one that sums for all others would be the bottleneck of more
+Tag = Annotated[str, Field(min_length=1, max_length=64)]  # Weights & Biases takes no other
+
+_RUN_ID = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})?$"  # it names directories, keys and Weights & Biases runs
+_WANDB_PROJECT = r"^[^/\\#?%:]{0,128}$"
+_WANDB_RUN_ID = r"^[^\s:;,#?/']{0,120}$"
+_PORT_RANGE = r"^([0-9]{1,5}-[0-9]{1,5})?$"
+_DEVICE = r"^(cpu|cuda(:\d+)?)$"
+_IN_WORDS = {
+    _RUN_ID: "must be at most 63 letters, digits and . _ -, the first of them a letter or a digit",
+    _WANDB_PROJECT: "must be at most 128 characters, none of them / \\ # ? % :",
+    _WANDB_RUN_ID: "must be at most 120 characters, none of them a space or : ; , # ? / '",
+    _PORT_RANGE: "must be low-high, for example 7000-7099",
+    _DEVICE: "must be cpu, cuda or cuda:<index>",
+}
+_ENDPOINT = re.compile(r"[^\s/@]+:([0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Later:
 class Group(BaseModel):
     """A group of parameters: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class StorageConfig(Group):
@@ -87,14 +104,14 @@ class ElasticEtcdConfig(Group):
     )
     prefix: str = Field("/torchelastic", pattern=r"^/[\w./-]*$", description="Prefix of every key in etcd.")
     protocol: Literal["http", "https"] = Field("http", description="https needs `etcd.ca`.")
-    run_id: str = Field("", description="Another name of `run_id`.")
+    run_id: str = Field("", pattern=_RUN_ID, description="Another name of `run_id`.")
 
 
 class ElasticConfig(Group):
     min_nodes: Positive | None = Field(
         None, description="Fewest nodes that train together. Default: as many as `nodes`."
     )
-    max_nodes: Positive | None = Field(
+    max_nodes: Nodes | None = Field(
         None, description="Most nodes that train together; further ones wait as spares. Default: as many as `nodes`."
     )
     nproc_per_node: Positive = Field(1, description="Workers (processes, usually one a GPU) on each node.")
@@ -177,7 +194,7 @@ class TrainingConfig(Group):
     validation_fraction: float = Field(
         0.01, gt=0, lt=1, description="Share of the documents held out for evaluation, chosen by their content's hash."
     )
-    seed: NonNegative = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         42, description="Seed of the initialisation, the data order and every other random choice."
     )
 
@@ -236,9 +253,7 @@ class TrainingConfig(Group):
 
     # The run
     run_id: str = Field(
-        "",
-        pattern=r"^[A-Za-z0-9]?[A-Za-z0-9._-]{0,62}$",
-        description="Name of the run; an unfinished one resumes. Empty: generated.",
+        "", pattern=_RUN_ID, description="Name of the run; an unfinished one resumes. Empty: generated."
     )
     run_dir: str = Field("", description="Where the run writes. Empty: runs/<run_id>.")
     resume: str = Field(
@@ -249,9 +264,7 @@ class TrainingConfig(Group):
     launcher: Literal["local", "pytorchjob"] = Field(
         "local", description="How the pipeline's train step starts workers: local processes, or a PyTorchJob a worker."
     )
-    device: str = Field(
-        "cuda", pattern=r"^(cpu|cuda(:\d+)?)$", description="Device that trains: cuda, cuda:<index> or cpu."
-    )
+    device: str = Field("cuda", pattern=_DEVICE, description="Device that trains: cuda, cuda:<index> or cpu.")
     model_cache_dir: str = Field("/data/models", min_length=1, description="Directory of models on a worker's volume.")
     dataset_cache_dir: str = Field(
         "/data/datasets", min_length=1, description="Directory of datasets on a worker's volume."
@@ -288,7 +301,7 @@ class TrainingConfig(Group):
     )
 
     # Membership
-    nodes: Positive = Field(2, description="Nodes that train.")
+    nodes: Nodes = Field(2, description="Nodes that train.")
     lease_ttl: Annotated[float, Field(ge=1)] = Field(
         15.0, description="Time to live of a member's lease in etcd, in seconds."
     )
@@ -307,7 +320,7 @@ class TrainingConfig(Group):
     advertise_address: str = Field("", description="Address by which other workers reach this one. Empty: detected.")
     network_interface: str = Field("", description="Network interface of the collectives. Empty: detected.")
     port_range: str = Field(
-        "", pattern=r"^(\d+-\d+)?$", description="Ports to listen on, `low-high`. Empty: ephemeral ones."
+        "", pattern=_PORT_RANGE, description="Ports to listen on, `low-high`. Empty: ephemeral ones."
     )
     pgroup_backend: Annotated[Literal["", "gloo", "nccl"], Later("nccl process groups")] = Field(
         "", description="Backend of process groups. Empty: gloo, so that unequal devices share a group."
@@ -315,13 +328,15 @@ class TrainingConfig(Group):
 
     # Watching
     wandb_logging: bool = Field(True, description="Log to Weights & Biases; offline when WANDB_API_KEY is not set.")
-    wandb_project_name: str = Field("diloco", description="Weights & Biases project.")
+    wandb_project_name: str = Field("diloco", pattern=_WANDB_PROJECT, description="Weights & Biases project.")
     wandb_group: str = Field("diloco-gptneo-c4", description="Weights & Biases group of the run's workers.")
     wandb_run_id: str = Field(
-        "", description="Weights & Biases run id; a worker appends its number. Empty: from run_id."
+        "",
+        pattern=_WANDB_RUN_ID,
+        description="Weights & Biases run id; a worker appends its number. Empty: from run_id.",
     )
     experiment_description: str = Field("DiLoCo distributed training", description="Description of the experiment.")
-    experiment_tags: list[str] = Field(["diloco", "gpt-neo-x", "c4"], description="Tags of the experiment.")
+    experiment_tags: list[Tag] = Field(["diloco", "gpt-neo-x", "c4"], description="Tags of the experiment.")
     metrics_port: Annotated[Annotated[int, Field(gt=0, lt=65536)] | None, Later("Prometheus metrics")] = Field(
         None, description="Port that serves Prometheus metrics. Empty: none."
     )
@@ -402,6 +417,8 @@ class TrainingConfig(Group):
         if bool(self.etcd.cert) != bool(self.etcd.key):
             missing = "etcd.key" if self.etcd.cert else "etcd.cert"
             raise ConfigError(missing, "", "etcd.cert and etcd.key must be given together")
+        if not self.etcd.endpoints:
+            self._refuse_what_an_embedded_etcd_has_not()
         if not self.etcd.enabled and not self.etcd.endpoints:
             raise ConfigError("etcd.endpoints", "[]", "must name an etcd when etcd.enabled is false")
         if self.launcher == "pytorchjob":
@@ -415,6 +432,14 @@ class TrainingConfig(Group):
             if parameter.later and value != parameter.default and (parameter.name, value) != ("optim_method", "ddp"):
                 raise ConfigError(".".join(parameter.path), value, f"not available yet: {parameter.later}")
 
+    def _refuse_what_an_embedded_etcd_has_not(self) -> None:
+        without = "needs an etcd of your own (etcd.endpoints): the embedded one has neither TLS nor users"
+        for name in ("ca", "cert", "key", "user"):
+            if value := getattr(self.etcd, name):
+                raise ConfigError(f"etcd.{name}", value, without)
+        if self.elastic.etcd.protocol == "https":
+            raise ConfigError("elastic.etcd.protocol", "https", without)
+
     def _merge_aliases(self) -> None:
         """Two of the reference's names say what a name of ours says: take either, refuse two that disagree."""
         external = self.elastic.etcd.external_endpoint
@@ -425,9 +450,9 @@ class TrainingConfig(Group):
         if external:
             self.etcd.endpoints = [external]
         for endpoint in self.etcd.endpoints:
-            host, _, port = endpoint.rpartition(":")
-            if not host or not port.isdigit():
-                raise ConfigError("etcd.endpoints", endpoint, "must be host:port")
+            found = _ENDPOINT.fullmatch(endpoint)
+            if not found or not 0 < int(found[1]) < 65536:
+                raise ConfigError("etcd.endpoints", endpoint, "must be host:port, with a port from 1 to 65535")
         run_id = self.elastic.etcd.run_id
         if run_id and self.run_id not in ("", run_id):
             raise ConfigError("elastic.etcd.run_id", run_id, f"disagrees with run_id {self.run_id!r}")
@@ -470,6 +495,13 @@ class TrainingConfig(Group):
                 raise ConfigError(name, "…" if _is_secret(name) else value, _unknown(name, known))
             if value is not None:
                 _set(tree, known[name].path, value)
+        return _validate(tree)
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> "TrainingConfig":
+        """Build from the tree of parameters, as `model_dump` and JSON files have it. Raises ConfigError."""
+        if not isinstance(tree, dict):
+            raise ConfigError("configuration", type(tree).__name__, "must be a mapping of parameters")
         return _validate(tree)
 
     def to_flat(self) -> dict[str, Any]:
@@ -598,14 +630,20 @@ def _parse(text: str, parameter: Parameter) -> Any:
         return text
     if parameter.type in (list, dict):
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = _load_yaml(text, ".".join(parameter.path))
+        except ConfigError:
+            raise
+        except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         return [part.strip() for part in text.split(",") if part.strip()] if isinstance(value, str | None) else value
     return text
 
 
 def _validate(tree: dict[str, Any]) -> TrainingConfig:
+    for parameter in TrainingConfig.parameters():
+        value = _find(tree, parameter.path)
+        if isinstance(value, bool) and parameter.type in (int, float):  # Python, and pydantic, take them for 0 and 1
+            raise ConfigError(".".join(parameter.path), value, "must be a number")
     try:
         return TrainingConfig(**tree)
     except ValidationError as error:
@@ -626,6 +664,8 @@ def _first_error(error: ValidationError) -> ConfigError:
         return ConfigError(location, "…" if _is_secret(location) else details["input"], _unknown(location, known))
     if field in known and known[field].choices:
         return ConfigError(field, details["input"], f"must be one of {', '.join(known[field].choices or ())}")
+    if words := _IN_WORDS.get(details.get("ctx", {}).get("pattern", "")):
+        return ConfigError(field, details["input"], words)
     message = details["msg"].replace("Input should be", "must be").replace("String should", "must")
     return ConfigError(field, details["input"], message[0].lower() + message[1:])
 
@@ -644,14 +684,55 @@ def _is_secret(name: str) -> bool:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _load_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError("--config", path, f"cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError("--config", path, "is nested too deeply") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such date
         raise ConfigError("--config", path, f"is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict | None):
         raise ConfigError("--config", path, "must hold a mapping of parameters")
     return tree or {}
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    """`yaml.safe_load`, which would let the last of two equal keys win, and lets keys be numbers."""
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            shown = (
+                "…" if _is_secret(str(key.value)) else value.value if isinstance(value, yaml.ScalarNode) else value.id
+            )
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                named = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+                raise ConfigError(named, shown, f"a parameter's name must be a word ({self.name}, line {line})")
+            if key.value in lines:
+                twice = f"is given twice: in lines {lines[key.value]} and {line} of {self.name}"
+                raise ConfigError(key.value, shown, twice)
+            lines[key.value] = line
+        return node
+
+
+def _find(tree: Any, path: tuple[str, ...]) -> Any:
+    """What the tree holds there; None if it is not given."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

@@ -31,6 +31,12 @@ class Interrupted(BaseException):
     """SIGTERM: leave now, with everything saved. The process exits with status 143."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception of somebody else's code says, short enough for the end of a sentence."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 300 else f"{said[:299]}…"
+
+
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Call `main` and end the process with its status, or with an error's one line and status."""
     try:

@@ -72,7 +72,11 @@ class TrainedRun:
             raise ConfigError("run_id", config.run_id, f"the run in {directory} is {recorded.get('run_id')}")
         config = config.with_values(run_dir=str(directory))
         if recorded:
-            config = _as_trained(TrainingConfig.model_validate(recorded), config)
+            try:
+                trained = TrainingConfig.from_tree(recorded)
+            except ConfigError as error:  # another version's, or damaged
+                raise ConfigError("run_dir", directory, f"what its workers recorded cannot be used: {error}") from None
+            config = _as_trained(trained, config)
         # In a pod the run directory is a worker's own volume; on one machine it holds one for each worker.
         return cls(directory, config, tuple(map(Volume.of, (*worker_configs(config), config))))
 

@@ -98,23 +98,42 @@ def _alive_since(pid: int, path: Path) -> bool:
         return False
 
 
-def require_writable(directory: Path, field: str) -> None:
-    """Raise ConfigError unless files can be created in `directory` (made if it is missing)."""
+def require_writable(directory: Path, field: str, *, make: bool = True) -> None:
+    """Raise ConfigError unless files can be created in `directory`.
+
+    Args:
+        make: Make it if it is missing; else see whether the directory that it would be made in can be written.
+    """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if make:
+            directory.mkdir(parents=True, exist_ok=True)
         # Its name is its own: processes in two containers, with the same id, may share the directory.
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe.") as probe:
+        with tempfile.NamedTemporaryFile(dir=directory if make else _existing(directory), prefix=".probe.") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
     except OSError as error:
         raise ConfigError(field, directory, f"cannot be written: {error.strerror or error}") from None
 
 
+def require_output(path: Path, field: str) -> None:
+    """Raise ConfigError unless the file `path` can be written (its directory is made if it is missing)."""
+    if path.is_dir():
+        raise ConfigError(field, path, "is a directory")
+    try:
+        require_writable(path.parent, field)
+    except ConfigError as error:
+        raise ConfigError(field, path, error.allowed) from None
+
+
 def require_free_space(directory: Path, needed: int, field: str) -> None:
     """Raise ConfigError unless the file system of `directory` has `needed` bytes free."""
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(directory)).free
     if free < needed:
         raise ConfigError(
             field, directory, f"needs {needed / 1e9:.2f} GB, but its disk has only {free / 1e9:.2f} GB free"
         )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest one above it that is there."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())

@@ -22,6 +22,7 @@ from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import TrainingConfig
 from trainer.diloco import DDP, Commit, DiLoCo, Nesterov, Superseded
 from trainer.elastic.member import ElasticQuorum, Hooks
+from trainer.elastic.process import number_from
 from trainer.elastic.protocol import Cursor, Range, Share, cursor_from_json, deal, unused
 from trainer.elastic.quorum import FixedQuorum
 from trainer.errors import ConfigError, Interrupted, TrainingError
@@ -63,7 +64,7 @@ class Worker:
 
     def __init__(self, config: TrainingConfig, stopping: threading.Event, resources: ExitStack) -> None:
         self.config, self.stopping = config, stopping
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = number_from("LOCAL_RANK")
         self.volume = Volume.of(config, local_rank)
         self.device = device_of(config, local_rank)
         spec = models.resolve(config.model)
@@ -103,7 +104,8 @@ class Worker:
         self.quorum = kind(config, fingerprint, stopping.is_set, hooks)
         resources.enter_context(self.quorum)
         worker = self.quorum.worker
-        self.metrics = resources.enter_context(Metrics(self.volume.metrics, sinks(config, worker, self.volume.root)))
+        self.metrics = resources.enter_context(Metrics(self.volume.metrics))
+        self.metrics.sinks += sinks(config, worker, self.volume.root, self.metrics.warn)
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,

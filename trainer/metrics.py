@@ -11,12 +11,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from trainer.config import TrainingConfig
+from trainer.errors import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +25,25 @@ logger = logging.getLogger(__name__)
 class Sink(Protocol):
     """Something else that takes events."""
 
+    name: str
+
     def write(self, event: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Metrics:
-    """Writes events to a file, and to sinks that may fail without harm."""
+    """Writes events to a file, and to sinks that may fail without harm.
 
-    def __init__(self, path: Path, sinks: list[Sink] | None = None) -> None:
+    Attributes:
+        sinks: Those that take events; one that fails is taken out, with a warning.
+    """
+
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
-        self._sinks = sinks or []
+        self.sinks: list[Sink] = []
         self._lock = threading.Lock()  # checkpoints report from a thread of their own
 
     def write(self, event: str, **fields: Any) -> None:
@@ -45,12 +52,9 @@ class Metrics:
         with self._lock:
             self._file.write(json.dumps(record, allow_nan=False, default=str) + "\n")
             self._file.flush()
-            for sink in list(self._sinks):
-                try:
-                    sink.write(record)
-                except Exception as error:
-                    self._sinks.remove(sink)
-                    logger.warning("%s is switched off: %s", type(sink).__name__, error)
+            warnings = [warning for sink in list(self.sinks) if (warning := self._tell(sink, record))]
+        for warning in warnings:
+            self.warn(warning)
 
     def warn(self, message: str) -> None:
         """Log a warning, and keep it as an event."""
@@ -58,9 +62,18 @@ class Metrics:
         self.write("warning", message=message)
 
     def close(self) -> None:
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.close()
         self._file.close()
+
+    def _tell(self, sink: Sink, record: Mapping[str, Any]) -> str:
+        """Why the sink is told no more; "" if it took the event."""
+        try:
+            sink.write(record)
+        except Exception as error:
+            self.sinks.remove(sink)
+            return f"{sink.name} is switched off: {one_line(error)}"
+        return ""
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +89,8 @@ class WandbSink:
 
     Offline without WANDB_API_KEY: nothing is asked and nothing is sent. (`wandb sync` uploads what was kept.)
     """
+
+    name = "Weights & Biases"
 
     def __init__(self, config: TrainingConfig, worker: int, directory: Path) -> None:
         import wandb
@@ -108,14 +123,14 @@ class WandbSink:
         closing.join(30)
 
 
-def sinks(config: TrainingConfig, worker: int, directory: Path) -> list[Sink]:
-    """The sinks that the configuration asks for; one that cannot be set up is left out, with a warning."""
+def sinks(config: TrainingConfig, worker: int, directory: Path, warn: Callable[[str], None]) -> list[Sink]:
+    """The sinks that the configuration asks for; `warn` is told of one that cannot be set up, and is left out."""
     if not config.wandb_logging:
         return []
     try:
         return [WandbSink(config, worker, directory)]
     except Exception as error:
-        logger.warning("no Weights & Biases: %s", error)
+        warn(f"{WandbSink.name} is switched off: {one_line(error)}")
         return []
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,9 +181,26 @@ def test_rows_without_text_and_torn_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a.jsonl has a row without a text in `text`"):
         documents(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").unlink()
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
-    with pytest.raises(TrainingError, match=r"a.txt.gz cannot be read as text"):
-        documents(f"files:{tmp_path}")
+    for name, content, message in (
+        ("a.txt.gz", gzip.compress(b"text" * 1000)[:-20], "is no whole gzip file: Compressed file ended"),
+        ("a.txt.gz", b"no gzip", "is no whole gzip file: Not a gzipped file"),
+        ("a.txt", b"GIF89\0", "is no text in UTF-8: it has bytes of value 0"),
+        ("a.jsonl", b'{"text": "x"\n', "line 1: is no JSON: "),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert f"{tmp_path / name}" in (said := refusal(f"files:{tmp_path / name}")) and message in said
+    # Further on, it is noticed when it is read; so is every file but the first.
+    for name, content, message in (
+        (
+            "b.txt.gz",
+            gzip.compress(random.Random(1).randbytes(20_000).hex().encode())[:-20],
+            "cannot be read as compressed text: ",
+        ),
+        ("b.jsonl", b'{"text": "x"}\n{"text": \n', "cannot be read as JSON lines: "),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name} {message}"):
+            documents(f"files:{tmp_path / name}")
 
 
 @pytest.fixture

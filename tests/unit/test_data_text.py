@@ -153,6 +153,17 @@ def test_a_folder_without_a_tokenizer_is_refused_early(memory: object, tmp_path:
         resolve(config(tokenizer=str(tmp_path))).check()
 
 
+def test_a_broken_tokenizer_is_refused(memory: object, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(ConfigError, match=r"tokenizer = .*: its tokenizer.json cannot be read: "):
+        resolve(config(tokenizer=str(tmp_path))).check()
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    resolve(config(tokenizer=str(tmp_path))).check()
+    with pytest.raises(ConfigError, match=r"tokenizer = .*: cannot be loaded: "):
+        tokenizer.load(str(tmp_path), list)
+
+
 def test_a_tokenizer_from_a_directory(some_tokenizer: Any, tmp_path: Path) -> None:
     some_tokenizer.save_pretrained(tmp_path)
     assert tokenizer.load(str(tmp_path), list).get_vocab() == some_tokenizer.get_vocab()

@@ -158,6 +158,13 @@ def test_losses_and_parameters_are_those_of_the_reference(workers: int, momentum
     assert len({diloco.state.hash() for _, _, diloco in results}) == 1
 
 
+def test_a_state_beyond_the_end_leaves_nothing_to_do() -> None:
+    model = make_model()
+    diloco = DiLoCo(model, adamw(model), sync_every=5, total_steps=8)
+    diloco.load_global(diloco.global_tensors(), round=2, step=10)
+    assert (diloco.round_length, diloco.due) == (0, False)
+
+
 def test_one_worker_with_outer_sgd_of_rate_one_is_the_inner_optimizer_exactly() -> None:
     losses, model, _ = run_worker(
         lambda model, optimizer: DiLoCo(model, optimizer, outer=Nesterov(lr=1, momentum=0), sync_every=1), 0, 50, 5

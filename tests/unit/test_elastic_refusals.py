@@ -10,7 +10,9 @@ from trainer.config import TrainingConfig
 from trainer.elastic.etcd import EtcdClient
 from trainer.elastic.group import gloo_device
 from trainer.elastic.launch import _environment, _locked, launch
-from trainer.elastic.process import listen
+from trainer.elastic.member import ElasticQuorum
+from trainer.elastic.process import listen, number_from
+from trainer.elastic.record import SLOT_VARIABLE
 from trainer.elastic.server import EmbeddedEtcd
 from trainer.errors import ConfigError
 
@@ -30,9 +32,28 @@ def test_second_launch_is_refused_and_names_the_first(tmp_path: Path) -> None:
 
 
 def test_port_range_without_a_free_port(tmp_path: Path, taken: int) -> None:
-    values = {"run_id": "r", "run_dir": str(tmp_path), "device": "cpu", "port_range": f"{taken}-{taken}"}
     with pytest.raises(ConfigError, match=r"port_range.*has no free port left"):
+        listen("127.0.0.1", f"{taken}-{taken}")
+    values = {"run_id": "r", "run_dir": str(tmp_path / "run"), "device": "cpu", "port_range": f"{taken}-{taken}"}
+    with pytest.raises(ConfigError, match=r"port_range.*must hold 5 ports"):
         launch(TrainingConfig.from_flat(values), command=["true"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_refused_launch_leaves_nothing(tmp_path: Path) -> None:
+    values = {"run_id": "r", "run_dir": str(tmp_path / "run"), "device": "cpu", "model": "gpt-neo-x:test"}
+    with pytest.raises(ConfigError, match="run `python -m trainer precache` first"):
+        launch(TrainingConfig.from_flat({**values, "dataset": "stdlib", "tokenizer": "bytes"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", SLOT_VARIABLE])
+def test_worker_whose_agent_tells_it_no_number(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "first")
+    with pytest.raises(ConfigError, match=f"{variable} = 'first': must be a number"):
+        ElasticQuorum(TrainingConfig.from_flat({"run_id": "r"}), {})
+    monkeypatch.setenv(variable, "3")
+    assert number_from(variable) == 3
 
 
 @pytest.mark.parametrize(

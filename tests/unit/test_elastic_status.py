@@ -148,6 +148,13 @@ def test_run_is_found_by_what_launch_has_left(tmp_path: Path) -> None:
         find(TrainingConfig.from_flat({"run_dir": str(tmp_path / "elsewhere")}))
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"nodes": 0}', '{"nodez": 1}'])
+def test_what_launch_has_left_may_be_broken(content: str, tmp_path: Path) -> None:
+    (tmp_path / LAUNCHED).write_text(content)
+    with pytest.raises(ConfigError, match=r"run_dir = .*: its launch.json cannot be used: "):
+        find(TrainingConfig.from_flat({"run_dir": str(tmp_path)}))
+
+
 def test_completed(tmp_path: Path) -> None:
     path = tmp_path / "worker-0" / "metrics.jsonl"
     path.parent.mkdir()

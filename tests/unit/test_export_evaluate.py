@@ -165,6 +165,13 @@ def test_below_a_chosen_checkpoint_path_each_worker_has_its_own(tmp_path: Path) 
     assert [volume.checkpoints for volume in found.volumes[:2]] == places
 
 
+def test_a_recorded_configuration_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with Metrics(tmp_path / "worker-0" / "metrics.jsonl") as metrics:
+        metrics.write("start", run_id="oak", worker=0, config={"run_id": "oak", "nodez": 2})
+    with pytest.raises(ConfigError, match=r"what its workers recorded cannot be used: nodez = 2: no such parameter"):
+        export(of(tmp_path))
+
+
 def test_a_checkpoint_of_another_model_is_refused(run_dir: Path) -> None:
     save(Volume.of(worker_configs(of(run_dir, run_id="oak"))[0]), torch.nn.Linear(2, 2), 9, 18, 0.0, complete=True)
     with pytest.raises(TrainingError, match="is not of this model"):

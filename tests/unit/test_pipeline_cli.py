@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import main, outcome
+from trainer.__main__ import main as train_main
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 
@@ -25,6 +26,8 @@ from trainer.errors import ConfigError
         (["--config", "missing.yaml"], "--config"),
         (["--resume", "nowhere"], "resume"),
         (["--run-dir", "file"], "run_dir"),
+        (["--network-interface", "nope0"], "network_interface"),
+        (["--port-range", "7000-7001"], "port_range"),
     ],
 )
 def test_bad_input(flags: list[str], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +37,27 @@ def test_bad_input(flags: list[str], field: str, tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError) as refused:
         main(["run", *good, "--batch-size", "8", *flags])
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize("output", [".", "file/pipeline.yaml"])
+def test_an_output_that_cannot_be_written(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match=f"--output = '{output}': "):
+        main(["compile", "--output", output])
+    with pytest.raises(ConfigError, match=f"--output = '{output}': "):
+        train_main(["report", "run", "--output", output])
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_numbers_and_addresses_of_commands(tmp_path: Path) -> None:
+    for count in ("²", "-1", "9" * 5000):
+        with pytest.raises(ConfigError, match=r"N = .*: must be a number of nodes"):
+            train_main(["scale", "--", count])
+    for endpoint in ("", ",", "[]"):
+        with pytest.raises(ConfigError, match=r"--etcd = .*: must be host:port"):
+            train_main(["status", "--etcd", endpoint, "--run-dir", str(tmp_path)])
 
 
 def test_a_misspelt_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,14 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trainer.data.text import TextDataset
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.files import sha256
 
 # What `datasets` calls the loader, and the names it is for; each may end in .gz too, but Parquet, which is compressed.
@@ -54,6 +55,7 @@ class Files(TextDataset):
             raise ConfigError("dataset", self.spec, f"{unreadable[0]} may not be read")
         super().check()
         for loader, path in self._first_of_each_loader():
+            self._check_start(loader, path)
             self._check_columns(loader, path)
 
     def revision(self) -> str:
@@ -75,6 +77,7 @@ class Files(TextDataset):
                 continue
             try:
                 if loader == "text":
+                    self._check_start(loader, path)
                     yield from _pieces(path)
                     continue
                 # One file at a time: what two of them hold beside `text` need not agree.
@@ -89,7 +92,11 @@ class Files(TextDataset):
             except ConfigError:
                 raise
             except Exception as error:
-                raise TrainingError(f"dataset {self.spec}: {path} cannot be read as {loader}: {error}") from error
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the file's
+                    raise TrainingError(f"dataset {self.spec}: {path} cannot be read: {error}") from error
+                raise ConfigError(
+                    "dataset", self.spec, f"{path} cannot be read as {_kind(loader, path)}: {one_line(error)}"
+                ) from None
 
     @property
     def _root(self) -> Path:
@@ -119,6 +126,16 @@ class Files(TextDataset):
                 first.setdefault(loader, path)
         return list(first.items())
 
+    def _check_start(self, loader: str, path: Path) -> None:
+        """Raise ConfigError for a file that is not what its name says, as far as can be seen at its start."""
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                start = file.read(8192)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ConfigError("dataset", self.spec, f"{path} is no whole gzip file: {one_line(error)}") from None
+        if loader == "text" and b"\0" in start:
+            raise ConfigError("dataset", self.spec, f"{path} is no text in UTF-8: it has bytes of value 0")
+
     def _check_columns(self, loader: str, path: Path) -> None:
         """Raise ConfigError if the file has no column `text`, as far as can be seen at its start."""
         if loader == "parquet":
@@ -133,7 +150,10 @@ class Files(TextDataset):
                 line = file.readline(2**20)
             try:
                 row = json.loads(line)
-            except ValueError:
+            except ValueError as error:
+                if path.suffix != ".json" and line.strip() and len(line) < 2**20:  # that may be one value in many lines
+                    problem = f"{path}, line 1: is no JSON: {one_line(error)}"
+                    raise ConfigError("dataset", self.spec, problem) from None
                 row = None
             if not isinstance(row, dict):
                 return  # a list, or a very long line: the loader will tell
@@ -142,6 +162,12 @@ class Files(TextDataset):
             return
         if "text" not in columns:
             raise ConfigError("dataset", self.spec, f"{path.name} has no column `text`; it has {', '.join(columns)}")
+
+
+def _kind(loader: str, path: Path) -> str:
+    """What the file should have been, in words."""
+    what = {"text": "text", "json": "JSON lines", "parquet": "Parquet"}[loader]
+    return f"compressed {what}" if path.suffix == ".gz" else what
 
 
 def _pieces(path: Path) -> Iterator[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from trainer import models
 from trainer.config import TrainingConfig
 from trainer.data.hub import hub_errors
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,6 +46,11 @@ def check(spec: str) -> None:
             raise ConfigError("tokenizer", spec, "no such directory")
         if not (path / "tokenizer_config.json").exists() and not (path / "tokenizer.json").exists():
             raise ConfigError("tokenizer", spec, "holds neither tokenizer.json nor tokenizer_config.json")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            try:
+                json.loads((path / name).read_bytes() if (path / name).exists() else "{}")
+            except (OSError, ValueError) as error:
+                raise ConfigError("tokenizer", spec, f"its {name} cannot be read: {one_line(error)}") from None
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise ConfigError("tokenizer", spec, "must be a Hub id, a directory, bytes or bpe:<vocabulary size>")
 
@@ -68,7 +73,10 @@ def load(spec: str, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerF
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if _is_path(spec):
-        tokenizer = AutoTokenizer.from_pretrained(Path(spec).expanduser(), local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(Path(spec).expanduser(), local_files_only=True)
+        except Exception as error:  # each library beneath has its own
+            raise ConfigError("tokenizer", spec, f"cannot be loaded: {one_line(error)}") from None
     else:
         with hub_errors("tokenizer", spec, "or give a directory, bytes or bpe:<vocabulary size>"):
             tokenizer = _from_hub(spec)

@@ -96,7 +96,7 @@ class DiLoCo:
         """Inner steps in the open round; 0: the training is complete."""
         if self.total_steps is None:
             return self.sync_every
-        return min(self.sync_every, self.total_steps - self.state.step)
+        return max(0, min(self.sync_every, self.total_steps - self.state.step))
 
     @property
     def due(self) -> bool:

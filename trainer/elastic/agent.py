@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--slot", type=int, help="the slot it would like to have")
     parser.add_argument("command", nargs="*", help="the worker; by default `python -m trainer train --config FILE`")
     parsed = parser.parse_args(arguments)
-    config = TrainingConfig.model_validate(read_json(parsed.config))
+    config = TrainingConfig.from_tree(read_json(parsed.config))
     worker = [sys.executable, "-u", "-m", "trainer", "train", "--config", str(parsed.config)]
     return run_agent(config, parsed.command or worker, parsed.slot)
 

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from trainer.config import ENV_PREFIX, TrainingConfig
 from trainer.elastic import record
 from trainer.elastic.etcd import EtcdClient, EtcdError
@@ -47,19 +45,21 @@ def launch(config: TrainingConfig, command: list[str] | None = None) -> int:
         TrainingError: The run has failed, with the reason.
         KeyboardInterrupt, Interrupted: Ctrl-C, SIGTERM; everything is saved.
     """
+    from trainer import preflight
+
     config = config.resolved()
     run_dir = Path(config.run_dir).absolute()
     config = config.with_values(run_dir=str(run_dir))
-    workers = worker_configs(config)
-    _check_network(config)
+    if command is not None:
+        preflight.check_network(config)
+    elif _complete(worker_configs(config)):
+        print(f"run {config.run_id} is complete already: {run_dir}", flush=True)
+        return 0
+    else:
+        preflight.check(config, precached=True)
+    require_writable(run_dir, "run_dir")
     with ExitStack() as resources:
-        require_writable(run_dir, "run_dir")
         resources.enter_context(_locked(run_dir))
-        if command is None:
-            if _complete(workers):
-                print(f"run {config.run_id} is complete already: {run_dir}", flush=True)
-                return 0
-            _check(config, workers)
         if not config.etcd.endpoints:
             address = socket.gethostbyname(config.advertise_address or "127.0.0.1")
             etcd = resources.enter_context(
@@ -369,25 +369,6 @@ def _complete(workers: list[TrainingConfig]) -> bool:
     from trainer import checkpoint
 
     return any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in workers)
-
-
-def _check(config: TrainingConfig, workers: list[TrainingConfig]) -> None:
-    from trainer import data, preflight
-
-    preflight.check(config)
-    for worker in workers:
-        data.open_dataset(data.directory(worker, Volume.of(worker).datasets))
-
-
-def _check_network(config: TrainingConfig) -> None:
-    interfaces = psutil.net_if_addrs()
-    if config.network_interface and config.network_interface not in interfaces:
-        raise ConfigError("network_interface", config.network_interface, f"must be one of {', '.join(interfaces)}")
-    if config.advertise_address:
-        try:
-            socket.create_server((config.advertise_address, 0)).close()
-        except OSError:
-            raise ConfigError("advertise_address", config.advertise_address, "is no address of this machine") from None
 
 
 def _environment(workers: int) -> dict[str, str]:

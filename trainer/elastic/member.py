@@ -34,7 +34,7 @@ from trainer.diloco.wire import WireMeter
 from trainer.elastic.decider import Decider, view_of
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
 from trainer.elastic.group import connect_store, form_group, gloo_device
-from trainer.elastic.process import listen
+from trainer.elastic.process import listen, number_from
 from trainer.elastic.protocol import (
     Action,
     Arrival,
@@ -126,7 +126,7 @@ class ElasticQuorum:
         hooks: Hooks | None = None,
     ) -> None:
         self._config, self._stopping, self.hooks = config, stopping, hooks or Hooks()
-        slot, local_rank = int(os.environ.get(SLOT_VARIABLE, "0")), int(os.environ.get("LOCAL_RANK", "0"))
+        slot, local_rank = number_from(SLOT_VARIABLE), number_from("LOCAL_RANK")
         self.worker = slot * config.elastic.nproc_per_node + local_rank
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
         self.rules = Rules(

@@ -49,6 +49,14 @@ def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     raise ConfigError("port", port, "is taken by another process, or may not be used")
 
 
+def number_from(variable: str) -> int:
+    """What the agent tells its workers by an environment variable; 0 without one. Raises ConfigError for no number."""
+    text = os.environ.get(variable, "0")
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(variable, text, "must be a number: torchrun, or `launch`, sets it")
+    return int(text)
+
+
 def refused(endpoint: str, timeout: float = 1.0) -> bool:
     """Whether the machine of `endpoint` (host:port) answers that nobody listens there. Silence is no answer."""
     host, _, port = endpoint.rpartition(":")

@@ -41,7 +41,7 @@ from trainer.diloco.quorum import Commit
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
 from trainer.elastic.group import connect_store, form_group, gloo_device
-from trainer.elastic.process import listen
+from trainer.elastic.process import listen, number_from
 from trainer.elastic.protocol import Cursor, Share, State, deal, state_from_json
 from trainer.elastic.record import SLOT_VARIABLE, Status, agree, finish, verdict
 from trainer.errors import Interrupted, TrainingError
@@ -79,7 +79,7 @@ class FixedQuorum:
         stopping: Callable[[], bool] = lambda: False,
         hooks: object = None,
     ) -> None:
-        local_rank, slot = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get(SLOT_VARIABLE, "0"))
+        local_rank, slot = number_from("LOCAL_RANK"), number_from(SLOT_VARIABLE)
         self.rank = slot * config.elastic.nproc_per_node + local_rank
         self.world_size = config.nodes * config.elastic.nproc_per_node
         self.generation = 0

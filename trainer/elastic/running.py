@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.config import TrainingConfig
 from trainer.elastic.etcd import EtcdClient, EtcdError
 from trainer.elastic.record import verdict
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.files import read_json
 from trainer.volume import Volume, worker_configs, worker_roots
 
@@ -103,4 +103,9 @@ def _precache(config: TrainingConfig, nodes: int) -> None:
 
 def _left_behind(directory: Path) -> TrainingConfig | None:
     path = directory / LAUNCHED
-    return TrainingConfig.model_validate(read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return TrainingConfig.from_tree(read_json(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError("run_dir", directory, f"its {LAUNCHED} cannot be used: {one_line(error)}") from None
