@@ -123,7 +123,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     rules = Rules(
         min_nodes=max(1, arguments.members // 2),
-        max_nodes=arguments.members,
+        max_members=arguments.members,
         grace_period=10.0,
         retry_period=5.0,
         forget_period=60.0,

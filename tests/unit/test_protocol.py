@@ -36,7 +36,7 @@ from trainer.elastic.protocol import (
 
 RULES = Rules(
     min_nodes=1,
-    max_nodes=4,
+    max_members=4,
     grace_period=10,
     retry_period=3,
     forget_period=30,

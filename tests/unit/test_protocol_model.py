@@ -1056,7 +1056,7 @@ def schedule_of(seed: int) -> World:
     nodes = chance.choice([workers, workers, max(2, workers - 1)])
     rules = Rules(
         min_nodes=chance.choice([1, 1, 2]),
-        max_nodes=nodes,
+        max_members=workers,
         grace_period=GRACE,
         retry_period=COLLECTIVE + 1,
         forget_period=TTL + 2,

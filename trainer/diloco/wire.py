@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (4.2 and 4.19).
-_BYTES_RECEIVED, _BYTES_SENT, _LENGTH = 128, 200, 208
+# Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (4.2, 4.6 and 4.19).
+_BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _LENGTH = 128, 144, 200, 208
 
 
 class WireMeter:
@@ -43,7 +43,8 @@ class WireMeter:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             if len(info) < _LENGTH:
                 return None
-            sent += struct.unpack_from("=Q", info, _BYTES_SENT)[0]
+            # A collective is over when its last bytes are the kernel's: what is still in its queue is on the way.
+            sent += struct.unpack_from("=Q", info, _BYTES_SENT)[0] + struct.unpack_from("=I", info, _NOT_SENT_BYTES)[0]
             received += struct.unpack_from("=Q", info, _BYTES_RECEIVED)[0]
         return sent, received
 

@@ -131,7 +131,7 @@ class ElasticQuorum:
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
         self.rules = Rules(
             min_nodes=config.min_nodes,
-            max_nodes=config.max_nodes,
+            max_members=config.max_nodes * config.elastic.nproc_per_node,
             grace_period=config.grace_period,
             retry_period=config.collective_timeout + 1,
             forget_period=config.lease_ttl + 2,

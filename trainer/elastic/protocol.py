@@ -71,7 +71,8 @@ class Rules:
     """What a run's members decide by.
 
     Attributes:
-        min_nodes, max_nodes: Nodes that a quorum needs; that a run waits for at its start, for `grace_period`.
+        min_nodes: Nodes that a quorum needs.
+        max_members: As many as there can be: a run waits for them at its start, for `grace_period`.
         grace_period: Seconds for which the late ones are waited for, once they are the fewer.
         retry_period: As `grace_period`, in a further attempt.
         forget_period: Seconds for which nobody holds the open round's state, before it is given up.
@@ -81,7 +82,7 @@ class Rules:
     """
 
     min_nodes: int
-    max_nodes: int
+    max_members: int
     grace_period: float
     retry_period: float
     forget_period: float
@@ -429,7 +430,7 @@ def _found(term: int, view: View, waited: float, rules: Rules) -> Record | None:
     """Begin a term from the newest state that a member holds, never from one older than what was durable."""
     ranked = _ranked(view.present, view)
     nodes = _nodes(ranked, view)
-    if nodes < rules.min_nodes or (nodes < rules.max_nodes and waited < rules.grace_period):
+    if nodes < rules.min_nodes or (len(ranked) < rules.max_members and waited < rules.grace_period):
         return None
     newest = max(view.members[id].holds.round for id in ranked)
     if newest < view.durable:
