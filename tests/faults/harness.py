@@ -41,6 +41,7 @@ Event = dict[str, Any]
 WORKER = Path(__file__).with_name("worker.py")
 HURRY = "hurry"  # a file in the run's directory: see the worker
 PATIENCE = 180.0  # seconds for what takes a second or two on a machine with nothing else to do
+_letters = itertools.cycle("abcdefgh")  # of networks
 _pause = threading.Event()  # never set: what is polled here tells nobody of its changes
 
 BASE: dict[str, Any] = {
@@ -492,7 +493,8 @@ class Network:
     """
 
     def __init__(self, count: int) -> None:
-        self._bridge, self._names = f"dlb{os.getpid()}", [f"dl{os.getpid()}n{number}" for number in range(count)]
+        own = f"dl{os.getpid()}{next(_letters)}"  # what is deleted vanishes a little later
+        self._bridge, self._names = f"{own}b", [f"{own}{number}" for number in range(count)]
         self._net = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
         self.address = f"{self._net}.1"
         try:
@@ -519,7 +521,7 @@ class Network:
 
     def close(self) -> None:
         for command in (("link", "del", self._bridge), *(("netns", "del", name) for name in self._names)):
-            with suppress(PermissionError):
+            with suppress(PermissionError, RuntimeError):
                 self._ip(*command)
 
     def inside(self, number: int) -> list[str]:
@@ -550,4 +552,5 @@ class Network:
         except FileNotFoundError:
             raise PermissionError("there is no `ip` command") from None
         if done.returncode:
-            raise PermissionError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+            said = f"ip {' '.join(arguments)}: {done.stderr.strip()}"
+            raise PermissionError(said) if "ermi" in done.stderr else RuntimeError(said)
