@@ -536,7 +536,7 @@ class Process:
 
     def take_state(self) -> Thread:
         """ElasticQuorum.catch_up: whether this member's work can still be counted."""
-        term, healing = self.term, False
+        term, healing, moved = self.term, False, False
 
         def any_record(record: Record) -> Thread:
             yield from ()
@@ -548,6 +548,8 @@ class Process:
             agreed = record.base.hash
             if same and (self.state.hash == agreed if agreed else record.term == self.term):
                 break
+            if moved:
+                yield from self.hold()
             if not healing and (record.term, record.base.round) == (term, self.state.round):
                 healing = True
                 self.say("heals")
@@ -557,6 +559,9 @@ class Process:
                     donor = self.random.choice(donors)
                     self.state, self.term = donor.state, record.term
                     self.means.clear()
+            outcome = yield from self.outcome(record, self.state.round)
+            base = record.base if self.state.round == record.base.round else outcome and outcome.base
+            moved, self.base = base is not None, base or self.base
             yield "catching up"
             if self.stopping:
                 raise Interrupted

@@ -415,25 +415,32 @@ class ElasticQuorum:
         Raises:
             TrainingError: Nobody has it (any more) within `elastic.rdzv_timeout`; it had to be taken anew twice.
         """
-        if self._hash is not None:
-            self._hash.result()  # it is of the state as it is
         deadline = time.monotonic() + self._config.elastic.rdzv_timeout
-        term, healing = self._term, False
+        term, healing, moved = self._term, False, False
         while True:
             record = self._wait(lambda record: record, "the run's record")
             if self._holds(record, state):
                 break
+            if moved:  # the record has moved on meanwhile: a term must not be founded on what is not held any more
+                self._announce(state)
+                moved = False
+            if self._hash is not None:
+                self._hash.result()  # it is of the state as it is
             if not healing and (record.term, record.base.round) == (term, state.round):
                 healing = True
                 self._heal()
+            round = state.round
             try:
-                if not self._replay(record, state):
-                    self._fetch_state(record, state)
+                moved = self._replay(record, state) or self._fetch_state(record, state)
             except TransferError as error:
                 self._check_verdict()  # who had it may be done with the run, and gone
                 log.info("round %d cannot be had yet: %s", record.base.round, error)
                 with self._condition:
                     self._condition.wait(LOOK_INTERVAL)
+            if moved or state.round != round:
+                outcome = self._outcome(record, state.round)
+                base = record.base if state.round == record.base.round else outcome and outcome.base
+                moved, self._base = base is not None, base or self._base
             if time.monotonic() > deadline and not self._holds(record, state):
                 raise TrainingError(
                     f"the state of round {record.base.round} could not be had from the other members for "
@@ -700,7 +707,8 @@ class ElasticQuorum:
             self._keep(round, mean, meta["weight"], meta["steps"], state)
         return True
 
-    def _fetch_state(self, record: Record, state: GlobalState) -> None:
+    def _fetch_state(self, record: Record, state: GlobalState) -> bool:
+        """Take the state that the open round begins from; False if there is a newer one to take by now."""
         donors = self._donors()
         place = f"{record.term}.{record.base.round}"
         over = partial(self._too_late, record, state)
@@ -709,10 +717,11 @@ class ElasticQuorum:
         except Interrupted:
             if self._stopping():
                 raise
-            return  # there is a newer state to fetch
+            return False
         state.load(meta["round"], meta["step"], buffers)
         self._term = record.term
         self._means.clear()
+        return True
 
     def _too_late(self, record: Record, state: GlobalState) -> bool:
         """Whether what `record` begins from is not worth fetching any more: the rest could not be replayed then."""
