@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,21 @@ def test_one_of_three_etcd_members_killed(
         run.check(pods)
 
 
-def test_network_cut_and_healed(tmp_path: Path, begin: Callable[..., Run], table: list[dict[str, Any]]) -> None:
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """One for three pods. What only such a namespace shows cannot be shown where the system forbids them."""
     try:
         network = Network(3)
     except PermissionError as error:
         pytest.skip(f"network namespaces are not permitted here: {error}")
-    with network, EmbeddedEtcd(tmp_path / "etcd", address=network.address) as etcd:
+    with network:
+        yield network
+
+
+def test_network_cut_and_healed(
+    network: Network, tmp_path: Path, begin: Callable[..., Run], table: list[dict[str, Any]]
+) -> None:
+    with EmbeddedEtcd(tmp_path / "etcd", address=network.address) as etcd:
         run = begin("run", [etcd.endpoint], total_steps=600)
         pods = [run.start(slot, network.inside(slot)) for slot in range(3)]
         run.until_quorum(pods)
@@ -134,14 +143,10 @@ def test_network_cut_and_healed(tmp_path: Path, begin: Callable[..., Run], table
 
 
 def test_two_that_cannot_talk_to_each_other(
-    tmp_path: Path, begin: Callable[..., Run], table: list[dict[str, Any]]
+    network: Network, tmp_path: Path, begin: Callable[..., Run], table: list[dict[str, Any]]
 ) -> None:
     """Each of the two talks to the third, and to etcd: one is left out, both are named, nobody is lost."""
-    try:
-        network = Network(3)
-    except PermissionError as error:
-        pytest.skip(f"network namespaces are not permitted here: {error}")
-    with network, EmbeddedEtcd(tmp_path / "etcd", address=network.address) as etcd:
+    with EmbeddedEtcd(tmp_path / "etcd", address=network.address) as etcd:
         run = begin("run", [etcd.endpoint], total_steps=600)
         network.wall(0, 2)  # from the start
         pods = [run.start(slot, network.inside(slot)) for slot in range(3)]

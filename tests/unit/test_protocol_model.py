@@ -116,6 +116,7 @@ class Etcd:
         self.leases: dict[int, float] = {}
         self.records: list[Record] = []
         self.revision = 0
+        self.numbers = itertools.count(1)  # of leases: never the same one again
         self.away = False
 
     def reach(self, process: "Process") -> None:
@@ -177,7 +178,7 @@ class Etcd:
 
     def grant(self, process: "Process", ttl: float = TTL) -> int:
         self.reach(process)
-        lease = max(self.leases, default=0) + 1 + self.revision
+        lease = next(self.numbers)
         self.leases[lease] = self.world.now + ttl
         return lease
 
