@@ -14,8 +14,7 @@ AdamW inside, Nesterov momentum outside, fp32 over gloo, one process a worker, o
 - ours: pods as in `tests/faults/harness.py`, the real worker, and a checkpoint every round.
 - torchrun: a plain torch.distributed script that checkpoints every round and resumes from it, one agent a worker, under
   `torchrun --rdzv-backend etcd3` (ours, in place of the v2 ones: the restarts are torch's own).
-- torchft: `torchft.DiLoCo`, a process for each replica and a lighthouse. A replica whose process dies is started again
-  by this script at once; in the field a torchrun agent for each does that.
+- torchft: `torchft.DiLoCo`, a lighthouse, and for each replica one worker under a torchrun agent, as its README has it.
 
 Timeouts are equal where there is such a thing in all of them: a dead node is taken for living for 5 s (`lease_ttl`;
 `keep_alive_interval` x `keep_alive_max_attempt`; the lighthouse's heartbeat timeout), and those who are late are waited
@@ -31,7 +30,8 @@ and a new worker in its place. From the records that the survivors write (one li
     next commit   seconds from the fault to the next outer step that a survivor committed
     whole again   seconds from the fault to the first outer step of the worker that is new
     exposed       seconds for which the inner loop of a survivor (the worst) stood still until then: what gaps of
-                  more than two usual steps have beyond one. Includes what is usual: compare with the first row
+                  more than two usual steps have beyond one
+    a round       the same for each round of that time: compare with the first row, which is what is usual
     longest       the longest such gap alone: what of it is noise of a busy machine is not summed up
     lost steps    inner steps that survivors together have made again, or left out
 
@@ -431,12 +431,9 @@ class Torchft(System):
 
     def start(self, slot: int) -> None:
         own = self.directory / f"worker-{slot}"
-        self.processes[slot] = self._spawn([sys.executable, __file__, str(own)], self.work, own / "log")
-
-    def kill_worker(self, slot: int) -> float:
-        killed = self.kill_node(slot)
-        self.start(slot)
-        return killed
+        command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "100", "--nproc-per-node", "1"]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        self.processes[slot] = self._spawn([*command, __file__, str(own)], self.work, own / "log")
 
     def close(self) -> None:
         for process in [*self.processes.values(), self._lighthouse]:
@@ -487,7 +484,9 @@ def measure(system: System, at: float, end: float, survivors: Collection[int]) -
                 expected, highest = highest + 1, max(highest, event["step"])
                 lost += 1 if event["step"] < expected else event["step"] - expected
     commit = min(system.of("round", slot, at)[0]["time"] for slot in survivors)
-    return {"next commit": commit - at, "exposed": max(exposed), "longest": max(longest), "lost steps": lost}
+    rounds = max(sum(event["time"] <= end for event in system.of("round", slot, at)) for slot in survivors)
+    cost = {"exposed": max(exposed), "a round": max(exposed) / rounds, "longest": max(longest)}
+    return {"next commit": commit - at, **cost, "lost steps": lost}
 
 
 def _gaps(times: list[float]) -> Iterator[tuple[float, float]]:
@@ -539,7 +538,7 @@ def faults(system: System, victim: int) -> Iterator[dict[str, Any]]:
     yield {"fault": FAULTS[3], **measure(system, at, end, survivors), "whole again": end - at}
 
 
-COLUMNS = {"next commit": "s", "whole again": "s", "exposed": "s", "longest": "s", "lost steps": ""}
+COLUMNS = {"next commit": "s", "whole again": "s", "exposed": "s", "a round": "s", "longest": "s", "lost steps": ""}
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
