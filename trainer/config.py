@@ -53,6 +53,10 @@ _IN_WORDS = {
 _ENDPOINT = re.compile(r"[^\s/@]+:([0-9]{1,5})")
 
 
+# Decays of the residual with which the codecs are best; `tests/benchmarks/bench_quality.py` has measured them.
+_FEEDBACK = {"ternary": 0.9, "sign": 0.9, "sparse": 0.95}
+
+
 @dataclass(frozen=True)
 class Later:
     """Marks a parameter whose behaviour is still to come: any value but its default is refused."""
@@ -212,42 +216,38 @@ class TrainingConfig(Group):
     inner_optimizer: Annotated[Literal["adamw", "muon"], Later("the inner optimizer muon")] = Field(
         "adamw", description="Inner optimizer."
     )
-    optim_method: Annotated[Literal["sgd", "demo", "ddp"], Later("DCT-momentum (demo)")] = Field(
+    optim_method: Literal["sgd", "demo", "ddp"] = Field(
         "sgd",
         description="sgd: DiLoCo with Nesterov's momentum; demo: DCT-momentum; ddp: average gradients at every step.",
     )
     outer_lr: float = Field(0.7, gt=0, description="Learning rate of the outer optimizer.")
-    outer_momentum: float = Field(
-        0.9, ge=0, lt=1, description="Nesterov momentum of the outer optimizer; 0 is plain SGD."
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Nesterov momentum of the outer optimizer; 0: plain SGD. Empty: 0.9, or 0.5 with feedback."
     )
     max_skipped_steps: NonNegative = Field(
         10, description="Inner steps in a row that may be skipped for a loss or gradient that is not finite."
     )
 
     # What goes over the wire
-    codec: Annotated[
-        Literal["fp32", "bf16", "int8", "int4", "ternary", "sign", "sparse"], Later("codecs other than fp32")
-    ] = Field("fp32", description="How a pseudo-gradient is put on the wire.")
-    quantization: Annotated[bool, Later("quantization")] = Field(False, description="The same as codec=int8.")
-    async_communication: Annotated[bool, Later("overlap of communication and inner steps")] = Field(
-        False, description="Synchronise while the next round's inner steps run."
+    codec: Literal["fp32", "bf16", "int8", "int4", "ternary", "sign", "sparse"] = Field(
+        "fp32", description="How a pseudo-gradient (demo: its DCT coefficients) is put on the wire."
     )
-    fragments: Annotated[Positive, Later("Streaming DiLoCo")] = Field(
-        1, description="Parts of the parameters that synchronise at different times of a round."
+    quantization: bool = Field(False, description="The same as codec=int8.")
+    async_communication: bool = Field(False, description="Synchronise while the next round's inner steps run.")
+    fragments: Annotated[Positive, Field(le=64)] = Field(
+        1, description="Parts of the parameters that synchronise at different times of a round (Streaming DiLoCo)."
     )
-    overlap_tau: Annotated[NonNegative, Later("Streaming DiLoCo")] = Field(
-        0, description="Inner steps by which a fragment's outer result is applied late."
+    overlap_tau: NonNegative = Field(
+        0, description="Inner steps by which an outer step is taken late. 0: none, or (async_communication) few."
     )
-    overlap_alpha: Annotated[Fraction, Later("Streaming DiLoCo")] = Field(
-        0.5, description="Share of the local parameters when a late outer result is mixed in."
+    overlap_alpha: Fraction = Field(
+        0.5, description="Share of the local parameters when an outer step that is late is mixed in."
     )
-    compression_decay: Annotated[Fraction, Later("DCT-momentum (demo)")] = Field(
-        0.9, description="Decay of the decoupled momentum (demo)."
+    compression_decay: Fraction = Field(0.9, description="Decay of the decoupled momentum (demo).")
+    compression_topk: Annotated[Positive, Field(le=4096)] = Field(
+        32, description="DCT coefficients sent for each chunk of 64 x 64 (demo)."
     )
-    compression_topk: Annotated[Positive, Later("DCT-momentum (demo)")] = Field(
-        32, description="DCT coefficients sent for each chunk (demo)."
-    )
-    error_feedback: Annotated[Fraction | None, Later("error feedback")] = Field(
+    error_feedback: Fraction | None = Field(
         None, description="Decay of the residual that a lossy codec keeps; 0: none. Empty: by codec."
     )
 
@@ -380,6 +380,7 @@ class TrainingConfig(Group):
         """Everything that can be checked without looking at the machine."""
         self._refuse_what_is_not_available()
         self._merge_aliases()
+        self._settle_the_wire()
         if self.batch_size % self.per_device_train_batch_size:
             raise ConfigError(
                 "batch_size",
@@ -428,9 +429,56 @@ class TrainingConfig(Group):
     def _refuse_what_is_not_available(self) -> None:
         for parameter in self.parameters():
             value = self._get(parameter.path)
-            # `ddp` is the one value of a marked parameter, apart from its default, that stands already.
-            if parameter.later and value != parameter.default and (parameter.name, value) != ("optim_method", "ddp"):
+            if parameter.later and value != parameter.default:
                 raise ConfigError(".".join(parameter.path), value, f"not available yet: {parameter.later}")
+
+    def _settle_the_wire(self) -> None:
+        """What goes over the wire, and when: refuse what does not go together, fill in what goes with the rest."""
+        if self.quantization and self.codec not in ("fp32", "int8"):
+            raise ConfigError("quantization", True, f"means codec = 'int8', and disagrees with codec = {self.codec!r}")
+        if self.quantization:
+            self.__dict__["codec"] = "int8"
+        if self.local_steps % self.fragments:
+            raise ConfigError(
+                "fragments", self.fragments, f"must divide local_steps ({self.local_steps}) without a rest"
+            )
+        if self.overlap_tau >= self.local_steps // self.fragments:
+            allowed = f"must be less than local_steps / fragments ({self.local_steps // self.fragments})"
+            raise ConfigError("overlap_tau", self.overlap_tau, allowed)
+        if self.optim_method == "demo" and self.codec == "sparse":
+            raise ConfigError("codec", "sparse", "does not go with optim_method = 'demo', which is sparse itself")
+        per_byte = {"int4": 2, "ternary": 5, "sign": 8}.get(self.codec, 1)
+        if self.optim_method == "demo" and self.compression_topk % per_byte:
+            allowed = f"must be a multiple of {per_byte} with codec = {self.codec!r}, which puts so many into a byte"
+            raise ConfigError("compression_topk", self.compression_topk, allowed)
+        if self.optim_method == "demo" and self.error_feedback is not None:
+            allowed = "does not go with optim_method = 'demo': compression_decay is its decay"
+            raise ConfigError("error_feedback", self.error_feedback, allowed)
+        if self.optim_method == "ddp":
+            for name in ("codec", "fragments", "async_communication", "overlap_tau"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    raise ConfigError(name, value, "does not go with optim_method = 'ddp', which averages gradients")
+
+    @property
+    def momentum(self) -> float:
+        """The outer optimizer's: `outer_momentum`, or what goes with the codec. What feedback sends later, momentum
+        has sent already in part: both near 1 count it twice."""
+        if self.outer_momentum is None:
+            return 0.5 if self.feedback else 0.9
+        return self.outer_momentum
+
+    @property
+    def feedback(self) -> float:
+        """Decay of what a worker's messages have left out so far: `error_feedback`, or what goes with the codec."""
+        if self.optim_method == "demo":
+            return self.compression_decay
+        return _FEEDBACK.get(self.codec, 0.0) if self.error_feedback is None else self.error_feedback
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether inner steps go on during a synchronisation."""
+        return self.async_communication or self.overlap_tau > 0
 
     def _refuse_what_an_embedded_etcd_has_not(self) -> None:
         without = "needs an etcd of your own (etcd.endpoints): the embedded one has neither TLS nor users"

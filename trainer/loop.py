@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trainer import checkpoint, data, models
 from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import TrainingConfig
-from trainer.diloco import DDP, Commit, DiLoCo, Nesterov, Superseded
+from trainer.diloco import DDP, Commit, DiLoCo, Nesterov, Overlap, Superseded, codecs
 from trainer.elastic.member import ElasticQuorum, Hooks
 from trainer.elastic.process import number_from
 from trainer.elastic.protocol import Cursor, Range, Share, cursor_from_json, deal, unused
@@ -85,11 +85,14 @@ class Worker:
             "dataset": manifest.hash,
             "optim_method": config.optim_method,
             "codec": config.codec,
+            "compression_topk": config.compression_topk,
+            "fragments": config.fragments,
+            "overlap": config.overlaps,
             "local_steps": config.local_steps,
             "batch_size": config.batch_size,
             "total_steps": config.total_steps,
             "outer_lr": config.outer_lr,
-            "outer_momentum": config.outer_momentum,
+            "outer_momentum": config.momentum,
             "seed": config.seed,
         }
         # Data parallelism averages every step's gradients: a member less is a world that starts again.
@@ -109,11 +112,14 @@ class Worker:
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,
-            outer=Nesterov(config.outer_lr, config.outer_momentum),
+            outer=Nesterov(config.outer_lr, config.momentum),
+            codec=codec_of(config),
             sync_every=config.local_steps,
             quorum=self.quorum,
             total_steps=config.total_steps,
             late_policy=config.late_policy,
+            fragments=config.fragments,
+            overlap=Overlap(config.overlap_tau, config.overlap_alpha) if config.overlaps else None,
         )
         self.checkpointer = resources.enter_context(
             closing(Checkpointer(self.volume.checkpoints, config.keep_checkpoints, self._saved))
@@ -286,7 +292,7 @@ class Worker:
             self.metrics.write("membership", change="caught up", round=own, missed=own - before)
         if commit is None:
             return
-        if commit.weight == 0:
+        if commit.reduced.weight == 0:
             self.metrics.warn(f"round {self.diloco.round} moved nothing: no worker's pseudo-gradient was finite")
         self.rank, self.world_size = commit.members.index(self.quorum.id), len(commit.members)
         if commit.members != self.members:
@@ -499,6 +505,14 @@ def device_of(config: TrainingConfig, local_rank: int = 0) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError("device", str(device), f"this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def codec_of(config: TrainingConfig) -> codecs.Codec:
+    """What the configuration puts pseudo-gradients on the wire with."""
+    if config.optim_method == "demo":
+        topk = config.compression_topk
+        return codecs.make("demo", feedback=config.feedback, topk=topk, values=config.codec)
+    return codecs.make(config.codec, feedback=config.feedback)
 
 
 def inner_optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

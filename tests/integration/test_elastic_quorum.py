@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trainer.config import TrainingConfig
-from trainer.diloco import Fp32
+from trainer.diloco import Fp32, Fragment
 from trainer.elastic import quorum as quorum_module
 from trainer.elastic.etcd import EtcdClient
 from trainer.elastic.quorum import FixedQuorum, LostMember
@@ -60,9 +60,10 @@ def _serve(pipe: Connection, config: TrainingConfig, rank: int, fingerprint: dic
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 
     def synchronise(quorum: FixedQuorum, value: float, weight: float, size: int) -> Any:
-        commit = quorum.synchronise(torch.full((size,), value), weight, Fp32())
-        assert torch.equal(commit.mean, commit.mean[:1].expand(size))
-        return commit.round, commit.members, commit.mean[0].item(), commit.weight, commit.bytes_sent
+        commit = quorum.synchronise(torch.full((size,), value), weight, Fragment(0, 0, size, Fp32()))
+        mean = commit.reduced.mean
+        assert torch.equal(mean, mean[:1].expand(size))
+        return commit.round, commit.members, mean[0].item(), commit.reduced.weight, commit.bytes_sent
 
     def broadcast(quorum: FixedQuorum, source: int, size: int) -> Any:
         tensor = torch.arange(size, dtype=torch.float64) * (1 if quorum.rank == source else 0)
@@ -71,7 +72,7 @@ def _serve(pipe: Connection, config: TrainingConfig, rank: int, fingerprint: dic
 
     def die_inside(quorum: FixedQuorum) -> None:
         setattr(quorum_module, "weighted_mean", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
-        quorum.synchronise(torch.ones(1), 1.0, Fp32())
+        quorum.synchronise(torch.ones(1), 1.0, Fragment(0, 0, 1, Fp32()))
 
     actions: dict[str, Callable[..., Any]] = {
         "die_inside": die_inside,

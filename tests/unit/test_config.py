@@ -28,7 +28,23 @@ REFUSED = {
     ),
     "too long a warm-up": ({"total_steps": 10}, "warmup_steps = 1000: must be at most total_steps (10)"),
     "timeouts out of order": ({"grace_period": 20}, "lease_ttl = 15.0: must be greater than grace_period (20.0)"),
-    "not available": ({"codec": "int8"}, "codec = 'int8': not available yet: codecs other than fp32"),
+    "not available": ({"heterogeneous": True}, "heterogeneous = True: not available yet: unequal workers"),
+    "quantization and another codec": (
+        {"quantization": True, "codec": "sign"},
+        "quantization = True: means codec = 'int8', and disagrees with codec = 'sign'",
+    ),
+    "fragments": ({"fragments": 3}, "fragments = 3: must divide local_steps (128) without a rest"),
+    "tau": ({"fragments": 4, "overlap_tau": 32}, "overlap_tau = 32: must be less than local_steps / fragments (32)"),
+    "sparse twice": ({"optim_method": "demo", "codec": "sparse"}, "codec = 'sparse': does not go with"),
+    "two decays": ({"optim_method": "demo", "error_feedback": 0.5}, "error_feedback = 0.5: does not go with"),
+    "topk that does not fill bytes": (
+        {"optim_method": "demo", "codec": "ternary"},
+        "compression_topk = 32: must be a multiple of 5 with codec = 'ternary'",
+    ),
+    "ddp with a codec": (
+        {"optim_method": "ddp", "codec": "int8"},
+        "codec = 'int8': does not go with optim_method = 'ddp'",
+    ),
     "not available, nested": ({"storage_size_gb": 5}, "storage.size_gb = 5: not available yet: storage on the cluster"),
     "too few nodes": (
         {"elastic_min_nodes": 3},

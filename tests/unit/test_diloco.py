@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.diloco import DDP, Commit, DiLoCo, GlobalState, LocalQuorum, Nesterov, Superseded
-from trainer.diloco.codecs import Codec
+from trainer.diloco import DDP, Commit, DiLoCo, Fragment, GlobalState, LocalQuorum, Nesterov, Reduced, Superseded
 
 
 class ThreadQuorum:
@@ -21,7 +20,7 @@ class ThreadQuorum:
     ) -> None:
         self.rank, self.world_size, self._barrier, self._table, self._round = rank, world_size, barrier, table, 0
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
         self._table[self.rank] = (pseudo_gradient, weight)
         self._barrier.wait(30)
         parts = [self._table[rank] for rank in range(self.world_size)]
@@ -30,7 +29,7 @@ class ThreadQuorum:
         self._barrier.wait(30)
         self._round += 1
         members = tuple(str(rank) for rank in range(self.world_size))
-        return Commit(self._round, 1, members, mean, total, 0, 0, 0.0)
+        return Commit(self._round, 1, members, fragment, Reduced(mean, total, mean), 0, 0, 0.0)
 
     def superseded(self) -> bool:
         return False
@@ -206,7 +205,7 @@ def test_a_pseudo_gradient_that_is_not_finite_moves_nothing() -> None:
         next(model.parameters())[0, 0] = float("nan")
     commit = diloco.after_inner_step(4)
     assert commit is not None
-    assert commit.weight == 0
+    assert commit.reduced.weight == 0
     for parameter, original in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, original)
 
@@ -251,12 +250,13 @@ class Late:
         self.behind = self.refuses = False
         self.sent: list[tuple[Tensor, float]] = []
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
         if self.refuses:
             self.refuses = False
             raise Superseded
         self.sent.append((pseudo_gradient.clone(), weight))
-        return Commit(1, 1, ("late",), torch.zeros_like(pseudo_gradient), weight, 0, 0, 0.0)
+        nothing = torch.zeros_like(pseudo_gradient)
+        return Commit(1, 1, ("late",), fragment, Reduced(nothing, weight, nothing), 0, 0, 0.0)
 
     def superseded(self) -> bool:
         behind, self.behind = self.behind, False

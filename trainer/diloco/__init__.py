@@ -2,10 +2,10 @@
 
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.ddp import DDP
-from trainer.diloco.diloco import DiLoCo
+from trainer.diloco.diloco import DiLoCo, Overlap
 from trainer.diloco.outer import Nesterov, OuterOptimizer
-from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, Superseded
-from trainer.diloco.state import GlobalState
+from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, Reduced, Superseded
+from trainer.diloco.state import Fragment, GlobalState
 
 __all__ = [
     "DDP",
@@ -13,10 +13,13 @@ __all__ = [
     "Commit",
     "DiLoCo",
     "Fp32",
+    "Fragment",
     "GlobalState",
     "LocalQuorum",
     "Nesterov",
     "OuterOptimizer",
+    "Overlap",
     "Quorum",
+    "Reduced",
     "Superseded",
 ]

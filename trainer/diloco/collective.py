@@ -1,60 +1,203 @@
-"""The collective of a synchronisation: the weighted mean over a process group, in chunks, several in flight."""
+"""The collective of a synchronisation: the weighted mean over a process group, in pieces, several on their way.
 
+*Numbers as they are* (fp32) are summed by gloo's all-reduce.
+
+*Coded numbers* cannot be summed on the way. A piece of the vector is cut into as many equal parts as there are members,
+and each member owns one: (1) everybody sends every owner its part, coded (a reduce-scatter); (2) the owner forms the
+mean in float32, codes it again, and (3) sends that to everybody (an all-gather). So a member sends 2 (n − 1) / n times
+the coded vector, as with a ring, and all of them, the owner too, decode the same bytes.
+
+While a piece is on its way, later ones are coded and earlier ones decoded: on a slow link the codec costs next to
+nothing, and beside a fast one the link does.
+
+*What is lost in coding* can be kept (`Codec.feedback`): by each member what its own message has left out; by the
+owner also what coding the mean has. Of that it keeps W / w times as much, which will count w / W, its share.
+"""
+
+from collections import deque
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import AllreduceOptions, ProcessGroup, ReduceOp, Work
+from torch._C._distributed_c10d import AllgatherOptions  # the only one that torch.distributed does not export
+from torch.distributed import AllreduceOptions, AllToAllOptions, ReduceOp, Work
 
 from trainer.diloco.codecs import Codec, Fp32
-from trainer.diloco.quorum import is_finite
+from trainer.diloco.quorum import Reduced, is_finite
 
-CHUNK_BYTES = 4 << 20
-IN_FLIGHT = 4
+CHUNK_BYTES = 4 << 20  # of a piece, at most
+IN_FLIGHT = 4  # pieces
+PIECES = 16  # so many at least, if they are not tiny: what cannot overlap is one piece's coding
+SMALLEST = 1 << 18  # numbers
+SLICE = 1 << 17  # numbers that are coded at once: half a megabyte, so that a codec's passes stay in the cache
 
 
-def weighted_mean(
-    group: ProcessGroup, values: Tensor, weight: float, codec: Codec, timeout: timedelta
-) -> tuple[Tensor, float]:
-    """The mean of the members' `values`, weighted by their weights; the same bits in every member.
+def weighted_mean(group: Any, values: Tensor, weight: float, codec: Codec, timeout: timedelta) -> Reduced:
+    """The mean of the members' `values`, weighted by their weights.
 
     Values that are not finite are sent as zeros with weight 0, since 0 × NaN is NaN.
 
     Args:
+        group: A ProcessGroupGloo.
         values: float32 (n,), on the host, contiguous. Not changed: the mean is formed in memory of its own, so that an
             attempt that fails can be made again.
         weight: At least 0.
-        timeout: How long any one chunk may take.
-
-    Returns:
-        The mean, float32 (n,) (zeros if all weights are 0), and the sum of the weights.
+        timeout: How long any one piece may take.
 
     Raises:
-        RuntimeError: A member is gone, or a chunk took too long.
+        RuntimeError: A member is gone, or a piece took too long.
     """
-    if not isinstance(codec, Fp32):
-        raise TypeError(f"no collective for codec {codec.name}")
     if not is_finite(values):
         weight = 0.0
-    total = torch.tensor([weight], dtype=torch.float64)
-    _sum(group, [total], timeout)
-    if total.item() == 0:
-        return torch.zeros_like(values), 0.0
-    # Weights are applied before the sum, so that what comes out is the mean and no further pass is needed.
-    mean = values * (weight / total.item()) if weight else torch.zeros_like(values)
-    _sum(group, list(mean.split(CHUNK_BYTES // mean.element_size())), timeout)
-    return mean, total.item()
+    weights = torch.zeros(group.size(), dtype=torch.float64)
+    weights[group.rank()] = weight
+    _all_reduce(group, weights, timeout).wait(timeout)
+    total = float(weights.sum())
+    if total == 0:
+        return Reduced.nothing(values)
+    shares = (weights / total).tolist()
+    if isinstance(codec, Fp32):
+        return _summed(group, values, shares[group.rank()], total, timeout)
+    return _Coded(group, codec, timeout, shares).run(values, total)
 
 
-def _sum(group: ProcessGroup, chunks: list[Tensor], timeout: timedelta) -> None:
-    """All-reduce each chunk in place, at most `IN_FLIGHT` at a time."""
-    options = AllreduceOptions()
-    options.reduceOp = ReduceOp(ReduceOp.SUM)
-    options.timeout = timeout
-    works: list[Work] = []
-    for index, chunk in enumerate(chunks):
-        if index >= IN_FLIGHT:
-            works[index - IN_FLIGHT].wait(timeout)
-        works.append(group.allreduce([chunk], options))
-    for work in works[-IN_FLIGHT:]:
+def _summed(group: Any, values: Tensor, share: float, total: float, timeout: timedelta) -> Reduced:
+    """By all-reduce. Weights are applied before the sum, so that what comes out is the mean."""
+    mean = torch.empty_like(values)
+    works: deque[Work] = deque()
+    pieces = CHUNK_BYTES // mean.element_size()
+    for piece, own in zip(mean.split(pieces), values.split(pieces), strict=True):
+        if len(works) == IN_FLIGHT:
+            works.popleft().wait(timeout)
+        torch.mul(own, share, out=piece) if share else piece.zero_()
+        works.append(_all_reduce(group, piece, timeout))
+    for work in works:
         work.wait(timeout)
+    return Reduced(mean, total, mean)
+
+
+class _Coded:
+    """One coded collective of one member. `shares`: every member's share of the sum of weights, by rank."""
+
+    def __init__(self, group: Any, codec: Codec, timeout: timedelta, shares: list[float]) -> None:
+        self.group, self.codec, self.timeout, self.shares = group, codec, timeout, shares
+        self.size, self.rank = group.size(), group.rank()
+        self.share = shares[self.rank]
+
+    def run(self, values: Tensor, weight: float) -> Reduced:
+        codec, size = self.codec, self.size
+        blocks = codec.arrange(values if self.share else torch.zeros_like(values))
+        keep = codec.feedback > 0 and self.share > 0
+        error = torch.empty_like(blocks) if keep else None
+        mean = torch.empty_like(blocks)
+        pieces = list(self._pieces(len(blocks)))
+        coded = torch.empty(pieces[-1][1], codec.mean.row, dtype=torch.uint8)
+
+        def send(start: int, stop: int) -> tuple[Work, Tensor]:
+            """Code the piece, and send each owner its part."""
+            rows = _encode(codec, blocks[start:stop], stop - start)
+            if error is not None:
+                own = error[start:stop]
+                torch.sub(blocks[start:stop], _decode(codec, rows, own), out=own)
+            received, options = torch.empty_like(rows), AllToAllOptions()
+            options.timeout = self.timeout
+            return self.group.alltoall_base(received, rows, [], [], options), received
+
+        def reduce(start: int, stop: int, received: Tensor) -> Work:
+            """Form the mean of the part that this member owns, and send it to everybody."""
+            part = (stop - start) // size
+            total = torch.zeros(part, codec.block)
+            for rows, of_total in zip(received.chunk(size), self.shares, strict=True):
+                if of_total:
+                    _add(codec, rows, of_total, total)
+            own = _encode(codec.mean, total, part)
+            if error is not None:
+                place = start + self.rank * part
+                left = error[place : min(place + part, len(blocks))]
+                total.sub_(_decode(codec.mean, own, torch.empty_like(total)))
+                left.add_(total[: len(left)], alpha=1 / self.share)
+            options = AllgatherOptions()
+            options.timeout = self.timeout
+            return self.group._allgather_base(coded[start:stop], own, options)
+
+        sending: deque[tuple[int, int, Work, Tensor]] = deque()
+        gathering: deque[tuple[int, int, Work]] = deque()
+
+        def finish_sending() -> None:
+            start, stop, work, received = sending.popleft()
+            work.wait(self.timeout)
+            gathering.append((start, stop, reduce(start, stop, received)))
+
+        def finish_gathering() -> None:
+            start, stop, work = gathering.popleft()
+            work.wait(self.timeout)
+            _decode(codec.mean, coded[start:stop], mean[start:stop])
+
+        for start, stop in pieces:
+            sending.append((start, stop, *send(start, stop)))
+            if len(sending) == IN_FLIGHT:
+                finish_sending()
+            if len(gathering) == IN_FLIGHT:
+                finish_gathering()
+        while sending:
+            finish_sending()
+        while gathering:
+            finish_gathering()
+        n = values.numel()
+        left = None if error is None else codec.restore(error, n)
+        return Reduced(codec.mean.restore(mean, n), weight, coded[: len(blocks)], left)
+
+    def _pieces(self, blocks: int) -> Iterator[tuple[int, int]]:
+        """From which block to which; each a multiple of the members, the last one beyond the end if need be."""
+        block = self.codec.block
+        numbers = min(max(blocks * block // PIECES, SMALLEST), CHUNK_BYTES * block // self.codec.row)
+        step = max(numbers // (block * self.size), 1) * self.size
+        for start in range(0, blocks, step):
+            stop = min(start + step, blocks)
+            yield start, stop + (start - stop) % self.size
+
+
+def decoded(coded: Tensor, codec: Codec, size: int) -> Tensor:
+    """The mean, float32 (`size`,), of what `Reduced.coded` holds."""
+    if coded.dtype == torch.float32:
+        return coded
+    rows = coded.view(-1, codec.mean.row)
+    return codec.mean.restore(_decode(codec.mean, rows, torch.empty(len(rows), codec.block)), size)
+
+
+def _all_reduce(group: Any, values: Tensor, timeout: timedelta) -> Work:
+    """Begin to sum `values` in place."""
+    options = AllreduceOptions()
+    options.reduceOp, options.timeout = ReduceOp(ReduceOp.SUM), timeout
+    return group.allreduce([values], options)
+
+
+def _encode(codec: Codec, blocks: Tensor, count: int) -> Tensor:
+    """`count` rows: blocks that are missing are zeros."""
+    rows = torch.empty(count, codec.row, dtype=torch.uint8)
+    for part, coded in _slices(codec, blocks, rows[: len(blocks)]):
+        coded.copy_(codec.encode(part))
+    if count > len(blocks):
+        rows[len(blocks) :] = codec.encode(torch.zeros(count - len(blocks), codec.block))
+    return rows
+
+
+def _decode(codec: Codec, rows: Tensor, out: Tensor) -> Tensor:
+    """Decode as many rows as `out` has blocks."""
+    for part, coded in _slices(codec, out, rows[: len(out)]):
+        codec.decode(coded, part)
+    return out
+
+
+def _add(codec: Codec, rows: Tensor, factor: float, total: Tensor) -> None:
+    """Add `factor` times what the rows hold."""
+    scratch = torch.empty(max(1, SLICE // codec.block), codec.block)
+    for part, coded in _slices(codec, total, rows):
+        part.add_(codec.decode(coded, scratch[: len(part)]), alpha=factor)
+
+
+def _slices(codec: Codec, blocks: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    count = max(1, SLICE // codec.block)
+    return zip(blocks.split(count), rows.split(count), strict=True)

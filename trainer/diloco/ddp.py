@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.diloco.diloco import DiLoCo
-from trainer.diloco.quorum import Commit
+from trainer.diloco.quorum import Commit, Reduced
 
 
 class DDP(DiLoCo):
@@ -27,12 +27,13 @@ class DDP(DiLoCo):
         if len(gradients) != len(self._layout.parameters):
             raise ValueError("every trainable parameter needs a gradient")
         flat = self._layout.gather(self._scratch, gradients)
-        commit = self.quorum.synchronise(flat, samples, self.codec)
-        self._layout.scatter(commit.mean if commit.weight > 0 else commit.mean.fill_(float("nan")), gradients)
+        commit = self.quorum.synchronise(flat, samples, self.state.fragments[-1])
+        mean = commit.reduced.mean
+        self._layout.scatter(mean if commit.reduced.weight > 0 else mean.fill_(float("nan")), gradients)
         last = self._total
         self._total = replace(
             commit,
-            weight=commit.weight + (last.weight if last else 0),
+            reduced=Reduced(mean, commit.reduced.weight + (last.reduced.weight if last else 0), mean),
             bytes_sent=_sum(commit.bytes_sent, last.bytes_sent if last else 0),
             bytes_received=_sum(commit.bytes_received, last.bytes_received if last else 0),
             seconds=time.perf_counter() - started + (last.seconds if last else 0),
@@ -44,10 +45,11 @@ class DDP(DiLoCo):
         parameters = self._layout.gather(self._scratch)
         tensors = {**self.state.tensors, "model": parameters}
         self.state.load(self.state.round + 1, self.state.step + self.inner_steps, tensors)
-        commit = replace(self._total, round=self.state.round, mean=parameters)
+        reduced = Reduced(parameters, self._total.reduced.weight, parameters)
+        commit = replace(self._total, round=self.state.round, reduced=reduced)
         self.exposed_seconds = commit.seconds
         self._total = None
-        self.inner_steps, self.samples = 0, 0.0
+        self.inner_steps = 0
         self.quorum.applied(commit, self.state)
         return commit
 

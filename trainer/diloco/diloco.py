@@ -1,7 +1,10 @@
 """DiLoCo (arXiv 2311.08105): many inner steps, then one outer step on the workers' mean pseudo-gradient."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -9,10 +12,47 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.diloco.codecs import Codec, Fp32
-from trainer.diloco.flat import FlatLayout
+from trainer.diloco.flat import FlatLayout, Section
 from trainer.diloco.outer import Nesterov, OuterOptimizer
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, Superseded
-from trainer.diloco.state import GlobalState
+from trainer.diloco.state import Fragment, GlobalState
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How communication overlaps with inner steps: they go on while a synchronisation is on its way.
+
+    When the outer step is taken, the local parameters are not where they were when the pseudo-gradient was: the steps
+    made meanwhile, δ, are kept whole, on top of the new base (the delay correction):
+
+        θᵢ ← (1 − α) θ + α θᵢ' + δ,   θᵢ' = the local parameters when the round ended.
+
+    With α > 0 a part of each worker's own place is kept, as Streaming DiLoCo does (arXiv 2501.18512, §2.2 and algorithm
+    2, which mixes δ as well). Unlike eager updates (arXiv 2502.12996), which let every worker take an outer step of its
+    own, this leaves one global state that all workers commit alike.
+
+    Attributes:
+        delay: τ, inner steps after which the outer step is taken. 0: as soon as the mean is there.
+        mixing: α.
+    """
+
+    delay: int = 0
+    mixing: float = 0.0
+
+
+@dataclass
+class _Flight:
+    """A synchronisation that is on its way, and what the round was when it ended."""
+
+    commit: Future[Commit]
+    fragment: Fragment
+    length: int
+    inner_steps: int
+    samples: list[float]
+    work: list[int]
+    carried: Tensor | None
+    ended: Tensor  # the fragment's local parameters, float32 (n,)
+    exposed: float  # seconds that its beginning took
 
 
 class DiLoCo:
@@ -24,6 +64,12 @@ class DiLoCo:
         Δᵢ = θ − θᵢ,   Δ = Σ wᵢ Δᵢ / Σ wᵢ,   θ ← outer(θ, Δ),   θᵢ ← θ,
 
     where wᵢ counts the samples that worker i consumed in the round.
+
+    *Fragments* (Streaming DiLoCo, arXiv 2501.18512): each of P synchronises every `sync_every` inner steps, one after
+    the other. So a round here is `sync_every` / P inner steps, and moves 1 / P of the numbers; the last moves them all.
+
+    *Error feedback*: what a lossy codec leaves out of a worker's message is kept (`Codec.feedback` of it), and added to
+    its next one. It is this worker's own, and starts at zero.
 
     A worker that is late (its round has been committed without it) takes over the new θ at its next inner step, and
     carries its work, with the weight of all samples in it. If it had not finished the round, its inner steps count
@@ -41,16 +87,16 @@ class DiLoCo:
         inner_optimizer: Saved and restored with the worker's state; it is stepped by the caller.
         outer: The outer optimizer; DiLoCo's Nesterov by default.
         codec: How pseudo-gradients are put on the wire.
-        sync_every: Inner steps a round (H).
+        sync_every: Inner steps between two synchronisations of a parameter (H); a multiple of `fragments`.
         quorum: With whom to synchronise; by default nobody.
         total_steps: The last round is shortened to end at this step.
         late_policy: What a late worker does with its work: "carry" it, or "drop" it.
+        fragments: P. If the model cannot be cut into so many, there are fewer.
+        overlap: Whether inner steps go on during a synchronisation, and how. None: they wait.
 
     Attributes:
         state: The global state.
         inner_steps: Inner steps towards the open round so far.
-        samples: Samples that the pseudo-gradient stands for so far, carried ones included.
-        work: Inner steps that it stands for, carried ones included.
         exposed_seconds: How long the inner loop stood still for the last synchronisation.
     """
 
@@ -65,21 +111,40 @@ class DiLoCo:
         quorum: Quorum | None = None,
         total_steps: int | None = None,
         late_policy: Literal["carry", "drop"] = "carry",
+        fragments: int = 1,
+        overlap: Overlap | None = None,
     ) -> None:
+        if sync_every % fragments:
+            raise ValueError(f"sync_every ({sync_every}) must be a multiple of fragments ({fragments})")
         self.inner_optimizer = inner_optimizer
-        self.codec = codec or Fp32()
-        self.sync_every = sync_every
+        self.sync_every = sync_every // fragments
         self.quorum = quorum or LocalQuorum()
         self.total_steps = total_steps
         self.late_policy = late_policy
+        self.overlap = overlap
         self.inner_steps = 0
-        self.samples = 0.0
-        self.work = 0
         self.exposed_seconds = 0.0
         self._layout = FlatLayout(model)
-        self.state = GlobalState(self._layout.gather(self._layout.empty()), outer or Nesterov())
+        codec = codec or Fp32()
+        self._sections = self._layout.sections(fragments) if fragments > 1 else []
+        self._sections += self._layout.sections(1)  # the whole
+        self._parts = max(1, len(self._sections) - 1)
+        self.state = GlobalState(
+            self._layout.gather(self._layout.empty()),
+            outer or Nesterov(),
+            [
+                Fragment(index, section.start, section.stop, codec.of([part.shape for part in self._local(section)]))
+                for index, section in enumerate(self._sections)
+            ],
+        )
+        self._samples = [0.0] * self._parts  # of each fragment: what its pseudo-gradient stands for so far
+        self._work = [0] * self._parts  # and inner steps; carried ones included
         self._scratch = self._layout.empty()
         self._carried: Tensor | None = None  # the displacements of carried steps: a sum, float32 (n,)
+        self._residual: Tensor | None = None  # what the codec has left out so far, float32 (n,)
+        self._offset: Tensor | None = None  # how far from θ this worker began, float32 (n,); None: it began there
+        self._flight: _Flight | None = None
+        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="synchronise")
 
     @property
     def round(self) -> int:
@@ -87,21 +152,41 @@ class DiLoCo:
         return self.state.round
 
     @property
+    def open_round(self) -> int:
+        """The round that inner steps are made for."""
+        return self.state.round + 1 + (self._flight is not None)
+
+    @property
+    def samples(self) -> float:
+        """Samples that the next pseudo-gradient stands for so far, carried ones included."""
+        return sum(self._samples[part] for part in self._parts_of(self._fragment)) / len(self._parts_of(self._fragment))
+
+    @property
+    def work(self) -> int:
+        """Inner steps that it stands for, carried ones included."""
+        return max(self._work[part] for part in self._parts_of(self._fragment))
+
+    @property
     def step(self) -> int:
         """The schedule position: inner steps since the training began."""
-        return self.state.step + self.inner_steps
+        return self._begun + self.inner_steps
 
     @property
     def round_length(self) -> int:
         """Inner steps in the open round; 0: the training is complete."""
         if self.total_steps is None:
             return self.sync_every
-        return max(0, min(self.sync_every, self.total_steps - self.state.step))
+        return max(0, min(self.sync_every, self.total_steps - self._begun))
 
     @property
     def due(self) -> bool:
-        """Whether the open round's inner steps are done, and its synchronisation is not."""
+        """Whether the open round's inner steps are done, and its synchronisation has not begun."""
         return 0 < self.round_length <= self.inner_steps
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a synchronisation is on its way."""
+        return self._flight is not None
 
     def before_optimizer_step(self, samples: float = 1.0) -> None:
         """DiLoCo has nothing to do here; a baseline that averages gradients does (`DDP`)."""
@@ -114,71 +199,124 @@ class DiLoCo:
                 that was skipped.
 
         Returns:
-            The round's commit if there was one.
+            A round's commit if there was one.
         """
         self.inner_steps += 1
-        self.samples += samples
-        self.work += samples > 0
+        for part in range(self._parts):
+            self._samples[part] += samples
+            self._work[part] += samples > 0
+        if self._flight is not None:
+            return self.land() if self._arrives(self._flight) else None
         if self.quorum.superseded():
             self.catch_up()
             return None
         return self.synchronise() if self.due else None
 
     def synchronise(self) -> Commit | None:
-        """End the open round here: exchange pseudo-gradients and take the outer step.
+        """End the round here: exchange pseudo-gradients and take the outer step; with `overlap`, begin to.
+
+        Returns:
+            The commit; None if it is on its way now, or if the round was committed without this worker, which has
+            caught up then.
+
+        Raises:
+            TrainingError: From the quorum. The worker's state is then as before the call.
+        """
+        if self._flight is not None and (commit := self.land()) is not None:
+            return commit
+        started = time.perf_counter()
+        fragment = self._fragment
+        pseudo_gradient = self._pseudo_gradient(fragment)
+        if self.overlap is not None and self._begun + self.round_length != self.total_steps:
+            self._take_off(fragment, pseudo_gradient, started)
+            return None
+        try:
+            commit = self.quorum.synchronise(pseudo_gradient, self.samples, fragment)
+        except Superseded:
+            self.catch_up()
+            return None
+        alone = len(commit.members) == 1 and torch.equal(commit.reduced.mean, pseudo_gradient)
+        update = self._apply(commit, self.round_length)
+        if alone and update is commit.reduced.mean and self._carried is None and self._parts == 1:
+            # θ − (θ − θᵢ) is θᵢ but for rounding: with one worker and outer SGD of rate 1, exactly so.
+            self._layout.gather(self.state.parameters)
+        self._layout.scatter(fragment.of(self.state.parameters), self._local(self._sections[fragment.index]))
+        self._forget(fragment)
+        self.inner_steps = 0
+        self.quorum.applied(commit, self.state)
+        self.exposed_seconds = time.perf_counter() - started
+        return commit
+
+    def land(self) -> Commit | None:
+        """Wait for the synchronisation that is on its way, and take the outer step.
 
         Returns:
             The commit; None if the round was committed without this worker, which has caught up then.
 
         Raises:
-            TrainingError: From the quorum. The worker's state is then as before the call.
+            TrainingError: From the quorum. The worker goes on as if the round had not ended.
         """
         started = time.perf_counter()
-        pseudo_gradient = self._displacement()
-        if self.work > self.round_length:  # more than one round's: a whole one was carried
-            pseudo_gradient.mul_(self.round_length / self.work)
+        flight = self._flight
+        assert flight is not None
         try:
-            commit = self.quorum.synchronise(pseudo_gradient, self.samples, self.codec)
-        except Superseded:
+            commit = flight.commit.result()
+        except BaseException as error:
+            self._turn_back(flight)
+            if not isinstance(error, Superseded):
+                raise
             self.catch_up()
             return None
-        if commit.weight > 0:
-            alone = len(commit.members) == 1 and torch.equal(commit.mean, pseudo_gradient)
-            update = self.state.apply(commit.mean, self.round_length, self._scratch)
-            if alone and update is commit.mean and self._carried is None:
-                # θ − (θ − θᵢ) is θᵢ but for rounding: with one worker and outer SGD of rate 1, exactly so.
-                self._layout.gather(self.state.parameters)
-        else:
-            self.state.skip(self.round_length)
-        self.begin_round()
+        self._flight = None
+        fragment, section = flight.fragment, self._sections[flight.fragment.index]
+        self._apply(commit, flight.length)
+        parameters = fragment.of(self.state.parameters)
+        base = parameters
+        if self.overlap is not None and self.overlap.mixing:
+            if self._offset is None:
+                self._offset = torch.zeros_like(self.state.parameters)
+            offset = torch.sub(flight.ended, parameters, out=fragment.of(self._offset)).mul_(self.overlap.mixing)
+            base = parameters + offset
+        local = self._layout.gather(self._part_of_scratch(fragment), self._local(section))
+        self._layout.scatter(local.sub_(flight.ended).add_(base), self._local(section))
         self.quorum.applied(commit, self.state)
-        self.exposed_seconds = time.perf_counter() - started
-        return commit
+        self.exposed_seconds = flight.exposed + time.perf_counter() - started
+        return (self.synchronise() if self.due else None) or commit
 
     def catch_up(self) -> None:
         """Take over the global state of the last committed round, and carry this worker's work (or drop it)."""
         carried = self._displacement().clone()  # it is in the scratch memory that catching up needs
-        samples, work, steps, round = self.samples, self.work, self.inner_steps, self.round
+        samples, work, residual = list(self._samples), list(self._work), self._residual
+        steps, round, length = self.inner_steps, self.round, self.round_length
         counts = self.quorum.catch_up(self.state)
         self.begin_round()
         if not counts:
             return
+        self._residual = residual
         # Its steps count towards the open round even if it drops them: it is in step with the others then, and not late
         # for ever. But a whole round is followed by another one, unless it was this one (it has taken its state anew).
-        self.inner_steps = steps if steps < self.round_length or self.round == round else 0
-        if self.late_policy == "carry" and work:
-            self._carried, self.samples, self.work = carried, samples, work
-
-    def _displacement(self) -> Tensor:
-        """How far this worker's steps have gone from θ, those that are carried included; in the scratch memory."""
-        displacement = self._layout.gather(self._scratch)
-        torch.sub(self.state.parameters, displacement, out=displacement)
-        return displacement if self._carried is None else displacement.add_(self._carried)
+        self.inner_steps = steps if steps < length or self.round == round else 0
+        if self.late_policy == "carry" and any(work):
+            self._carried, self._samples, self._work = carried, samples, work
 
     def begin_round(self) -> None:
         """Begin a round from the global state as it now stands: what was done towards an open one is given up."""
         self._layout.scatter(self.state.parameters)
-        self.inner_steps, self.samples, self.work, self._carried = 0, 0.0, 0, None
+        self._forget(self.state.fragments[-1])
+        self.inner_steps, self._carried, self._offset, self._residual = 0, None, None, None
+
+    @contextmanager
+    def global_parameters(self) -> Iterator[None]:
+        """The model has the global parameters θ here, whatever this worker has done since."""
+        if not self.inner_steps and self._flight is None and self._parts == 1:
+            yield  # it has them
+            return
+        local = self._layout.gather(self._layout.empty())
+        self._layout.scatter(self.state.parameters)
+        try:
+            yield
+        finally:
+            self._layout.scatter(local)
 
     def global_tensors(self) -> dict[str, Tensor]:
         """The global state, the same in every worker: `model.<parameter>` and `outer.<state>.<parameter>`, float32.
@@ -206,26 +344,139 @@ class DiLoCo:
     def worker_state(self) -> dict[str, Any]:
         """What is this worker's own: inner optimizer, the open round's progress and, inside a round, its parameters.
 
-        The tensors are the worker's own, not copies.
+        A synchronisation that is on its way has not been: its round is the open one, and longer than it should be. The
+        tensors are the worker's own, not copies.
         """
+        flight = self._flight
         state: dict[str, Any] = {
             "inner_optimizer": self.inner_optimizer.state_dict(),
-            "inner_steps": self.inner_steps,
-            "samples": self.samples,
-            "work": self.work,
+            "inner_steps": self.inner_steps + (flight.inner_steps if flight else 0),
+            "samples": _sums(self._samples, flight.samples) if flight else list(self._samples),
+            "work": _sums(self._work, flight.work) if flight else list(self._work),
         }
-        if self.inner_steps:
+        if state["inner_steps"] or self._parts > 1:
             state["parameters"] = [parameter.detach() for parameter in self._layout.parameters]
-        if self._carried is not None:
-            state["carried"] = self._carried
-        return state
+        carried = flight.carried if flight else self._carried
+        tensors = {"carried": carried, "residual": self._residual, "offset": self._offset}
+        return state | {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def load_worker_state(self, state: Mapping[str, Any]) -> None:
         """Restore `worker_state`; the global state that it belongs to has been loaded before."""
         self.inner_optimizer.load_state_dict(state["inner_optimizer"])
-        self.inner_steps, self.samples, self.work = state["inner_steps"], state["samples"], state["work"]
-        self._carried = state.get("carried")
-        if self.inner_steps:
+        self.inner_steps = state["inner_steps"]
+        self._samples, self._work = list(state["samples"]), list(state["work"])
+        self._carried, self._residual, self._offset = map(state.get, ("carried", "residual", "offset"))
+        if "parameters" in state:
             with torch.no_grad():
                 for parameter, saved in zip(self._layout.parameters, state["parameters"], strict=True):
                     parameter.copy_(saved)
+
+    # The parts of a synchronisation
+
+    @property
+    def _begun(self) -> int:
+        """The schedule position at which the open round began."""
+        return self.state.step + (self._flight.length if self._flight else 0)
+
+    @property
+    def _fragment(self) -> Fragment:
+        """What the open round synchronises."""
+        if self.total_steps is not None and self._begun + self.round_length >= self.total_steps:
+            return self.state.fragments[-1]
+        return self.state.fragments[(self.open_round - 1) % self._parts]
+
+    def _parts_of(self, fragment: Fragment) -> range:
+        """The fragments that it consists of: itself, or all."""
+        return range(self._parts) if self._is_whole(fragment) else range(fragment.index, fragment.index + 1)
+
+    def _is_whole(self, fragment: Fragment) -> bool:
+        return fragment is self.state.fragments[-1]
+
+    def _local(self, section: Section) -> list[Tensor]:
+        """This worker's parameters in a section."""
+        return section.of(self._layout.parameters)
+
+    def _part_of_scratch(self, fragment: Fragment) -> Tensor:
+        return self._scratch[: fragment.stop - fragment.start]
+
+    def _displacement(self, fragment: Fragment | None = None) -> Tensor:
+        """How far this worker's steps have gone from where they began, carried ones included; in the scratch memory."""
+        fragment = fragment or self.state.fragments[-1]
+        displacement = self._layout.gather(self._part_of_scratch(fragment), self._local(self._sections[fragment.index]))
+        torch.sub(fragment.of(self.state.parameters), displacement, out=displacement)
+        for more in (self._carried, self._offset):
+            if more is not None:
+                displacement.add_(fragment.of(more))
+        return displacement
+
+    def _pseudo_gradient(self, fragment: Fragment) -> Tensor:
+        """What this worker sends; in the scratch memory."""
+        pseudo_gradient = self._displacement(fragment)
+        usual = self.round_length if self._parts == 1 else self.sync_every * self._parts
+        for index in self._parts_of(fragment):
+            if self._work[index] > usual:  # more than one round's: a whole one was carried
+                part = self.state.fragments[index]
+                own = pseudo_gradient[part.start - fragment.start : part.stop - fragment.start]
+                own.mul_(usual / self._work[index])
+        if self._residual is not None:
+            pseudo_gradient.add_(fragment.of(self._residual), alpha=fragment.codec.feedback)
+        return pseudo_gradient
+
+    def _take_off(self, fragment: Fragment, pseudo_gradient: Tensor, started: float) -> None:
+        """Begin to synchronise, and a new round."""
+        ended = torch.empty_like(pseudo_gradient, pin_memory=pseudo_gradient.is_pinned())
+        self._layout.gather(ended, self._local(self._sections[fragment.index]))
+        parts = self._parts_of(fragment)
+        flight = _Flight(
+            self._sender.submit(self.quorum.synchronise, pseudo_gradient, self.samples, fragment),
+            fragment,
+            self.round_length,
+            self.inner_steps,
+            [count if part in parts else 0.0 for part, count in enumerate(self._samples)],
+            [count if part in parts else 0 for part, count in enumerate(self._work)],
+            None if self._carried is None else self._carried.clone(),
+            ended,
+            time.perf_counter() - started,
+        )
+        self._forget(fragment)
+        self._flight, self.inner_steps = flight, 0
+
+    def _arrives(self, flight: _Flight) -> bool:
+        """Whether it is time to land: at the latest before the next synchronisation, or the last one's last step."""
+        assert self.overlap is not None
+        if self.inner_steps >= self.round_length - (self._begun + self.round_length == self.total_steps):
+            return True
+        return self.inner_steps >= self.overlap.delay if self.overlap.delay else flight.commit.done()
+
+    def _turn_back(self, flight: _Flight) -> None:
+        """The synchronisation has failed: its round is still open, and has gone on."""
+        self._flight, self._carried = None, flight.carried
+        self.inner_steps += flight.inner_steps
+        self._samples, self._work = _sums(self._samples, flight.samples), _sums(self._work, flight.work)
+
+    def _apply(self, commit: Commit, length: int) -> Tensor | None:
+        """Take the outer step, keep what the codec has left out; returns what was subtracted from θ."""
+        reduced, fragment = commit.reduced, commit.fragment
+        if reduced.weight == 0:
+            self.state.skip(length)
+            return None
+        if reduced.error is not None:
+            if self._residual is None:
+                self._residual = torch.zeros_like(self.state.parameters)
+            fragment.of(self._residual).copy_(reduced.error)
+        elif self._residual is not None:
+            fragment.of(self._residual).zero_()
+        return self.state.apply(reduced.mean, length, self._part_of_scratch(fragment), fragment)
+
+    def _forget(self, fragment: Fragment) -> None:
+        """The fragment's pseudo-gradient begins anew."""
+        for part in self._parts_of(fragment):
+            self._samples[part], self._work[part] = 0.0, 0
+        if self._carried is not None:
+            fragment.of(self._carried).zero_()
+            if self._is_whole(fragment):
+                self._carried = None
+
+
+def _sums(first: list[Any], second: list[Any]) -> list[Any]:
+    return [one + other for one, other in zip(first, second, strict=True)]

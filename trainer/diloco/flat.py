@@ -1,9 +1,31 @@
 """A model's parameters as one contiguous float32 vector on the host."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+CUT = 64  # rows: matrices are cut into multiples of so many, so that a codec's tiles stay whole
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the flat vector.
+
+    Attributes:
+        start, stop: Where it lies.
+        rows: The parameters in it: which one, from which row, up to which; all of it: (which, 0, None).
+    """
+
+    start: int
+    stop: int
+    rows: tuple[tuple[int, int, int | None], ...]
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of these tensors (one for each parameter) that belong to it: views."""
+        return [tensors[index] if stop is None else tensors[index][start:stop] for index, start, stop in self.rows]
 
 
 class FlatLayout:
@@ -45,18 +67,49 @@ class FlatLayout:
 
     def gather(self, flat: Tensor, tensors: Iterable[Tensor] | None = None) -> Tensor:
         """Copy the parameters (or other tensors of the same shapes) into `flat`, and return it."""
-        with torch.no_grad():
-            for view, tensor in zip(self.views(flat), self._parameters if tensors is None else tensors, strict=True):
-                view.copy_(tensor, non_blocking=True)
-        self._wait()
-        return flat
+        return self._copy(flat, self._parameters if tensors is None else tensors, to_flat=True)
 
     def scatter(self, flat: Tensor, tensors: Iterable[Tensor] | None = None) -> None:
         """Copy `flat` into the parameters (or other tensors of the same shapes)."""
+        self._copy(flat, self._parameters if tensors is None else tensors, to_flat=False)
+
+    def sections(self, count: int) -> list[Section]:
+        """`count` sections of about the same size, one after the other. Only between two parameters, or two rows of a
+        matrix, is there a cut, so that they can be fewer.
+        """
+        cuts: list[tuple[int, int, int]] = []  # position, parameter, row
+        position = 0
+        for index, parameter in enumerate(self._parameters):
+            step = CUT if parameter.ndim > 1 else len(parameter) if parameter.ndim else 1
+            row_size = parameter[0].numel() if parameter.ndim else 1
+            length = len(parameter) if parameter.ndim else 1
+            cuts += [(position + row * row_size, index, row) for row in range(0, length, max(step, 1))]
+            position += parameter.numel()
+        cuts.append((position, len(self._parameters), 0))
+        wanted = (position * number / count for number in range(count + 1))
+        chosen = sorted({min(cuts, key=lambda cut, at=at: abs(cut[0] - at)) for at in wanted})  # type: ignore[misc]
+        return [self._section(first, last) for first, last in pairwise(chosen)]
+
+    def _section(self, first: tuple[int, int, int], last: tuple[int, int, int]) -> Section:
+        """Between two cuts."""
+        (start, index, row), (stop, last_index, last_row) = first, last
+        rows: list[tuple[int, int, int | None]] = []
+        while (index, row) < (last_index, last_row):
+            end = last_row if index == last_index else None
+            rows.append((index, row, len(self._parameters[index]) if end is None and row else end))
+            index, row = index + 1, 0
+        return Section(start, stop, tuple(rows))
+
+    def _copy(self, flat: Tensor, tensors: Iterable[Tensor], *, to_flat: bool) -> Tensor:
+        position = 0
         with torch.no_grad():
-            for view, tensor in zip(self.views(flat), self._parameters if tensors is None else tensors, strict=True):
-                tensor.copy_(view, non_blocking=True)
+            for tensor in tensors:
+                view = flat[position : position + tensor.numel()].view(tensor.shape)
+                target, source = (view, tensor) if to_flat else (tensor, view)
+                target.copy_(source, non_blocking=True)
+                position += tensor.numel()
         self._wait()
+        return flat
 
     def _wait(self) -> None:
         if self._pinned:

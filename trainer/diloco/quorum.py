@@ -1,4 +1,4 @@
-"""The one entry of a synchronisation: `synchronise(pseudo_gradient, weight) → committed mean`.
+"""The one entry of a synchronisation: `synchronise(pseudo_gradient, weight, fragment) → committed mean`.
 
 `DiLoCo` knows a quorum only as this protocol. `LocalQuorum` is the quorum of a worker alone; `trainer.elastic` has
 those over the network.
@@ -10,8 +10,40 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainer.diloco.codecs import Codec
-from trainer.diloco.state import GlobalState
+from trainer.diloco.state import Fragment, GlobalState
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What a collective has given one member.
+
+    Attributes:
+        mean: The weighted mean of the members' pseudo-gradients, float32 (n,): the same bits in every member.
+        weight: The sum of their weights. 0: nobody had anything finite to say, the mean is zeros, and there is no outer
+            step.
+        coded: What `mean` was decoded from: rows, uint8 (b, row); or `mean` itself, where it was not coded.
+        error: What of this member's pseudo-gradient is not in the mean, float32 (n,), if its codec has feedback. None:
+            nothing.
+    """
+
+    mean: Tensor
+    weight: float
+    coded: Tensor
+    error: Tensor | None = None
+
+    @classmethod
+    def alone(cls, values: Tensor, weight: float) -> "Reduced":
+        """Of one member: nothing goes over a wire, and nothing is coded."""
+        if not is_finite(values):
+            return cls.nothing(values)
+        mean = values.clone()
+        return cls(mean, weight, mean)
+
+    @classmethod
+    def nothing(cls, values: Tensor) -> "Reduced":
+        """If all weights are 0."""
+        mean = torch.zeros_like(values)
+        return cls(mean, 0.0, mean)
 
 
 @dataclass(frozen=True)
@@ -22,8 +54,8 @@ class Commit:
         round: The round, counted from 1.
         attempt: Which attempt at the round committed, counted from 1.
         members: The members of the attempt, in rank order.
-        mean: The weighted mean of their pseudo-gradients, float32 (n,).
-        weight: The sum of their weights. 0: nobody had anything finite to say, and there is no outer step.
+        fragment: What was synchronised.
+        reduced: Their mean pseudo-gradient.
         bytes_sent, bytes_received: What this member's collectives moved, as its kernel counted it; None where the
             kernel does not tell.
         seconds: Duration of the synchronisation, waiting for other members included.
@@ -32,8 +64,8 @@ class Commit:
     round: int
     attempt: int
     members: tuple[str, ...]
-    mean: Tensor
-    weight: float
+    fragment: Fragment
+    reduced: Reduced
     bytes_sent: int | None
     bytes_received: int | None
     seconds: float
@@ -46,14 +78,14 @@ class Superseded(Exception):
 class Quorum(Protocol):
     """The members that synchronise a round."""
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
         """Agree with the other members on the weighted mean.
 
         Args:
-            pseudo_gradient: float32 (n,), on the host, contiguous. It is not changed, so that a failed attempt can be
-                made again.
+            pseudo_gradient: Of the fragment, float32 (n,), on the host, contiguous. It is not changed, so that a failed
+                attempt can be made again.
             weight: The samples that this member's pseudo-gradient stands for.
-            codec: How it is put on the wire.
+            fragment: Which part of the parameters it is of, and how it is put on the wire.
 
         Raises:
             Superseded: See there. `catch_up` is next.
@@ -80,10 +112,9 @@ class LocalQuorum:
     def __init__(self) -> None:
         self._round = 0
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: Codec) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
         self._round += 1
-        counted = weight if is_finite(pseudo_gradient) else 0.0
-        return Commit(self._round, 1, ("local",), pseudo_gradient.clone(), counted, 0, 0, 0.0)
+        return Commit(self._round, 1, ("local",), fragment, Reduced.alone(pseudo_gradient, weight), 0, 0, 0.0)
 
     def superseded(self) -> bool:
         return False

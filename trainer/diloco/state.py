@@ -1,14 +1,36 @@
 """The global state: what all workers hold alike between two synchronisations."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import xxhash
 from torch import Tensor
 
+from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.outer import OuterOptimizer
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A part of the parameters that synchronises as one.
+
+    Attributes:
+        index: Which one of `GlobalState.fragments`.
+        start, stop: Where in the flat vector it lies.
+        codec: How its pseudo-gradients are put on the wire.
+    """
+
+    index: int
+    start: int
+    stop: int
+    codec: Codec
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Its part of a flat vector: a view."""
+        return flat[self.start : self.stop]
 
 
 class GlobalState:
@@ -20,14 +42,16 @@ class GlobalState:
     Args:
         parameters: θ, float32 (n,); taken over, not copied.
         outer: The outer optimizer.
+        fragments: What an outer step may be of; the last one is the whole. By default that alone, uncoded.
 
     Attributes:
         round: Committed rounds.
         step: The schedule position, in inner steps.
     """
 
-    def __init__(self, parameters: Tensor, outer: OuterOptimizer) -> None:
+    def __init__(self, parameters: Tensor, outer: OuterOptimizer, fragments: Sequence[Fragment] = ()) -> None:
         self.outer = outer
+        self.fragments = tuple(fragments) or (Fragment(0, 0, parameters.numel(), Fp32()),)
         self.round = self.step = 0
         self._tensors = {"model": parameters}
         self._tensors |= {f"outer.{name}": t for name, t in outer.initial_state(parameters.numel()).items()}
@@ -50,21 +74,24 @@ class GlobalState:
             self._borrowed = True
             return self.round, self.step, dict(self._tensors)
 
-    def apply(self, mean: Tensor, steps: int, scratch: Tensor) -> Tensor:
+    def apply(self, mean: Tensor, steps: int, scratch: Tensor, fragment: Fragment | None = None) -> Tensor:
         """Take the outer step that ends a round of `steps` inner steps.
 
         Args:
-            mean: The committed mean pseudo-gradient, float32 (n,). Not changed.
+            mean: The fragment's committed mean pseudo-gradient, float32 (n,). Not changed.
             scratch: float32 (n,), overwritten.
+            fragment: By default the whole.
 
         Returns:
             What was subtracted from θ: `scratch`, or `mean` itself.
         """
         with self._lock:
             self._own()
-            outer = {name.removeprefix("outer."): t for name, t in self._tensors.items() if name != "model"}
+            part = {name: (fragment or self.fragments[-1]).of(tensor) for name, tensor in self._tensors.items()}
+            parameters = part.pop("model")
+            outer = {name.removeprefix("outer."): tensor for name, tensor in part.items()}
             update = self.outer.update(mean, outer, scratch)
-            self.parameters.sub_(update)
+            parameters.sub_(update)
             self.round, self.step = self.round + 1, self.step + steps
             return update
 

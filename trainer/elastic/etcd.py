@@ -34,7 +34,7 @@ T = TypeVar("T")
 Json = Any
 Kind = Literal["unreachable", "certificate", "credentials", "permission", "lease", "request"]
 
-CALL_TIMEOUT = 5.0  # seconds that one request may take on one endpoint
+CALL_TIMEOUT = 5.0  # seconds that one request may take on one endpoint, at most
 POLL_INTERVAL = 1.0  # seconds after which `wait_for` looks again although no watch has told it to
 
 _CHANNEL_OPTIONS = [
@@ -88,6 +88,7 @@ class EtcdClient:
         key: File with its private key (PEM).
         user: etcd user.
         password: Its password; by default the environment's ETCD_PASSWORD.
+        patience: Seconds that one request may take on one endpoint.
 
     Raises (at once):
         ConfigError: An endpoint is not `host:port`; a client certificate without its key, or without the authority.
@@ -106,6 +107,7 @@ class EtcdClient:
         key: str = "",
         user: str = "",
         password: str | None = None,
+        patience: float = CALL_TIMEOUT,
     ) -> None:
         for endpoint in endpoints:
             host, _, port = endpoint.rpartition(":")
@@ -122,6 +124,7 @@ class EtcdClient:
         self._tls: dict[str, str | None] = {"ca_cert": ca or None, "cert_cert": cert or None, "cert_key": key or None}
         secret = os.environ.get("ETCD_PASSWORD", "") if password is None else password
         self._credentials = {"user": user, "password": secret} if user else {}
+        self._patience = patience
         self._next = 0
         self._answered = False  # ever
         self._connection: Any = None
@@ -139,7 +142,10 @@ class EtcdClient:
         if not etcd.endpoints:
             raise ConfigError("etcd.endpoints", "[]", "must name an etcd; `python -m trainer launch` starts one")
         prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
-        return cls(etcd.endpoints, prefix, ca=etcd.ca, cert=etcd.cert, key=etcd.key, user=etcd.user)
+        # A server that has lost its leader keeps requests for 7 s. The others would go on without who waits for that.
+        patience = min(CALL_TIMEOUT, max(1.0, config.grace_period / 2))
+        who = {"ca": etcd.ca, "cert": etcd.cert, "key": etcd.key, "user": etcd.user}
+        return cls(etcd.endpoints, prefix, patience=patience, **who)
 
     def __enter__(self) -> Self:
         return self
@@ -318,7 +324,7 @@ class EtcdClient:
                 self._connection = etcd3.client(
                     host=host,
                     port=int(port),
-                    timeout=CALL_TIMEOUT,
+                    timeout=self._patience,
                     grpc_options=_CHANNEL_OPTIONS,
                     **self._tls,
                     **self._credentials,

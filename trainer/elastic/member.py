@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from trainer.diloco.collective import weighted_mean
-from trainer.diloco.quorum import Commit, Superseded, is_finite
-from trainer.diloco.state import GlobalState, hash_of
+from trainer.diloco.collective import decoded, weighted_mean
+from trainer.diloco.quorum import Commit, Reduced, Superseded
+from trainer.diloco.state import Fragment, GlobalState, hash_of
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.decider import Decider, view_of
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
@@ -60,7 +60,6 @@ from trainer.errors import Interrupted, TrainingError
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
-    from trainer.diloco.codecs import Codec
 
 log = logging.getLogger(__name__)
 
@@ -332,7 +331,7 @@ class ElasticQuorum:
         record = self._record
         return record is not None and self._behind(record)
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: "Codec") -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
         """See `trainer.diloco.quorum.Quorum`, and `protocol` for how.
 
         Raises:
@@ -344,7 +343,7 @@ class ElasticQuorum:
         started = time.monotonic()
         assert self._hash is not None
         progress = Progress(self._term, self._base.round + 1, self._hash.result())
-        reduced: tuple[Tensor, float, tuple[int, int] | None] | None = None
+        reduced: Reduced | None = None
         failing: float | None = None  # since when attempts fail
         sent = received = 0
         counted = True
@@ -358,7 +357,7 @@ class ElasticQuorum:
                     progress = replace(progress, arrived=record.attempt)
                 case "reduce":
                     try:
-                        mean, total, wire = self._reduce(record, pseudo_gradient, weight, codec)
+                        reduced, wire = self._reduce(record, pseudo_gradient, weight, fragment)
                     except (RuntimeError, OSError) as error:
                         log.warning("attempt %d at round %d failed: %s", record.attempt, record.round, _line(error))
                         self._drop_group()
@@ -372,27 +371,25 @@ class ElasticQuorum:
                         self._arrive(progress, record.attempt + 1)
                         progress = replace(progress, arrived=record.attempt + 1)
                         continue
-                    reduced = mean, total, wire
                     if wire is None:
                         counted = False
                     else:
                         sent, received = sent + wire[0], received + wire[1]
-                    vote = Vote(*record.place, hash_of(mean), total)
+                    vote = Vote(*record.place, hash_of(reduced.coded), reduced.weight)
                     self._patiently(partial(self._client.put, f"votes/{self.id}", asdict(vote)))
                     progress = replace(progress, voted=record.attempt)
                 case "apply":
                     assert reduced is not None
                     outcome = self._outcome(record, progress.round)
                     assert outcome is not None
-                    mean, total, _ = reduced
                     self._steps = outcome.base.step - self._base.step
                     self._adopt(record, outcome.base)
                     return Commit(
                         outcome.round,
                         outcome.attempt,
                         outcome.members,
-                        mean,
-                        total,
+                        fragment,
+                        reduced,
                         sent if counted else None,
                         received if counted else None,
                         time.monotonic() - started,
@@ -403,7 +400,7 @@ class ElasticQuorum:
 
     def applied(self, commit: Commit, state: GlobalState) -> None:
         """Hash the new state, and say in etcd that this member holds it, while the next inner steps run."""
-        self._keep(commit.round, commit.mean, commit.weight, self._steps, state)
+        self._keep(commit.round, commit.reduced, self._steps, commit.fragment, state)
         self._announce(state)
 
     def catch_up(self, state: GlobalState) -> bool:
@@ -584,9 +581,9 @@ class ElasticQuorum:
         self._patiently(lambda: self._client.put(f"arrivals/{self.id}", asdict(arrival)))
 
     def _reduce(
-        self, record: Record, values: Tensor, weight: float, codec: "Codec"
-    ) -> tuple[Tensor, float, tuple[int, int] | None]:
-        """The collective of an attempt: mean, sum of weights, bytes sent and received.
+        self, record: Record, values: Tensor, weight: float, fragment: Fragment
+    ) -> tuple[Reduced, tuple[int, int] | None]:
+        """The collective of an attempt: what it gave, bytes sent and received.
 
         Raises:
             RuntimeError, OSError: It failed: a member is gone, or silent.
@@ -597,13 +594,12 @@ class ElasticQuorum:
             self._group = self._form(record)
         group = self._group
         if group.group is None:
-            total = weight if is_finite(values) else 0.0
-            return values.clone() if total else torch.zeros_like(values), total, (0, 0)
+            return Reduced.alone(values, weight), (0, 0)
         before = group.meter.read() if group.meter else None
         timeout = timedelta(seconds=self._config.collective_timeout)
-        mean, total = weighted_mean(group.group, values, weight, codec, timeout)
+        reduced = weighted_mean(group.group, values, weight, fragment.codec, timeout)
         after = group.meter.read() if group.meter else None
-        return mean, total, (after[0] - before[0], after[1] - before[1]) if before and after else None
+        return reduced, (after[0] - before[0], after[1] - before[1]) if before and after else None
 
     def _form(self, record: Record) -> _Group:
         """Connect to the other members of the attempt, all of whom are doing the same now."""
@@ -699,12 +695,13 @@ class ElasticQuorum:
                 return False
             except TransferError:
                 return False
-            mean = buffers["mean"]
+            fragment, coded = state.fragments[meta["fragment"]], buffers["coded"]
+            mean = decoded(coded, fragment.codec, fragment.stop - fragment.start)
             if meta["weight"] > 0:
-                state.apply(mean, meta["steps"], torch.empty_like(mean))
+                state.apply(mean, meta["steps"], torch.empty_like(mean), fragment)
             else:
                 state.skip(meta["steps"])
-            self._keep(round, mean, meta["weight"], meta["steps"], state)
+            self._keep(round, Reduced(mean, meta["weight"], coded), meta["steps"], fragment, state)
         return True
 
     def _fetch_state(self, record: Record, state: GlobalState) -> bool:
@@ -737,15 +734,19 @@ class ElasticQuorum:
                 "this member's global state has differed from the others' twice: its arithmetic cannot be trusted"
             )
 
-    def _keep(self, round: int, mean: Tensor, weight: float, steps: int, state: GlobalState) -> None:
-        """Keep a committed mean for members that lack it."""
-        self._means.append(((self._term, round), Offer({"weight": weight, "steps": steps}, {"mean": mean})))
+    def _keep(self, round: int, reduced: Reduced, steps: int, fragment: Fragment, state: GlobalState) -> None:
+        """Keep a committed mean, as it was coded, for members that lack it."""
+        meta = {"weight": reduced.weight, "steps": steps, "fragment": fragment.index}
+        self._means.append(((self._term, round), Offer(meta, {"coded": reduced.coded})))
         while len(self._means) > self._kept_rounds(state):
             self._means.popleft()
 
     def _kept_rounds(self, state: GlobalState) -> int:
         """As many as are asked for, but no more than are cheaper to send than the state itself."""
-        return min(self._config.catch_up_rounds, len(state.tensors))
+        fragment = state.fragments[0]
+        mean = (fragment.stop - fragment.start) * fragment.codec.row / fragment.codec.block
+        whole = sum(tensor.nbytes for tensor in state.tensors.values())
+        return min(self._config.catch_up_rounds, int(whole / mean))
 
     # etcd
 

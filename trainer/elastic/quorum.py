@@ -1,7 +1,7 @@
 """Fixed membership: every worker of the run is a member of every quorum.
 
     quorum = FixedQuorum.meet(config, fingerprint)
-    commit = quorum.synchronise(pseudo_gradient, weight, codec)
+    commit = quorum.synchronise(pseudo_gradient, weight, fragment)
 
 *Forming.* A worker registers as a member, under a lease, with an incarnation of its own, and waits until all
 `nodes` × `nproc_per_node` members are there. The worker of rank 0 hosts a TCPStore and creates `groups/<generation>`
@@ -48,8 +48,7 @@ from trainer.errors import Interrupted, TrainingError
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
-    from trainer.diloco.codecs import Codec
-    from trainer.diloco.state import GlobalState
+    from trainer.diloco.state import Fragment, GlobalState
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ class FixedQuorum:
 
     # What members do together. All of them call the same methods in the same order.
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, codec: "Codec") -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: "Fragment") -> Commit:
         """See `trainer.diloco.Quorum`. Waits for the slowest member's inner steps.
 
         Raises:
@@ -221,13 +220,13 @@ class FixedQuorum:
         started = time.monotonic()
         self._gather("synchronise", None)
         before = self._wire()
-        mean, total = self._collective(
-            lambda group, timeout: weighted_mean(group, pseudo_gradient, weight, codec, timeout)
+        reduced = self._collective(
+            lambda group, timeout: weighted_mean(group, pseudo_gradient, weight, fragment.codec, timeout)
         )
         after = self._wire()
         sent, received = (after[0] - before[0], after[1] - before[1]) if before and after else (None, None)
         self._round += 1
-        return Commit(self._round, 1, self.members, mean, total, sent, received, time.monotonic() - started)
+        return Commit(self._round, 1, self.members, fragment, reduced, sent, received, time.monotonic() - started)
 
     def superseded(self) -> bool:
         return False

@@ -1,0 +1,493 @@
+"""What a synchronisation costs: bytes on the wire, seconds over slow links, CPU seconds, memory.
+
+    python tests/benchmarks/bench_wire.py [--sections bytes time cpu memory] [--methods fp32 int8 ...]
+        [--parameters 10000000] [--repetitions 5] [--torchft DIRECTORY] [--quick]
+
+Workers are processes, one thread each, and each is in a network namespace of its own, with an `eth0` that leads to a
+bridge (this needs root; where it is not allowed, they are on loopback, and what needs an interface or a limited link is
+left out). A synchronisation is what the product does once the others are there: `weighted_mean` over gloo with the
+codec, the hash of the vote, the outer step. What it agrees on with etcd is measured by bench_members.py, and is not in
+here. `gloo` is the yardstick: one plain all-reduce of the same float32 numbers, in the same process group.
+
+bytes   What a worker sends in a round, for 2, 4 and 8 workers. The parameters are those of a GPT-NeoX with 124M of them
+        (12 layers of 768, tied embedding, 50257 tokens), scaled down to what the machine can hold and do; then what is
+        shown is scaled up again. `meter` is what the product reports (TCP payload, from the kernel's `tcp_info`);
+        `eth0` is what the interface has counted meanwhile, less 66 bytes of Ethernet, IP and TCP headers for each of
+        its packets. (These are segments of up to 64 KB, that a network card would cut: on a wire with frames of 1514
+        bytes headers are 4.6 % on top of everything here, whatever the method.) The two must agree within 3 % or
+        256 KB. `/fp32`: how much less than DiLoCo in fp32; `/DDP`: than averaging fp32 gradients in each of 128 inner
+        steps.
+time    Seconds, 2 workers, over links that `tc tbf` limits at both ends, and over one that nothing limits: medians of
+        the slower worker, the methods alternating, after a first round that is not counted. `limit` is the least that
+        physics allows, bytes sent / bandwidth (payload: 4.6 % on top are headers); `x-limit` should be at most 1.10.
+        On the unlimited link, `x-gloo` of fp32 should be at most 1.5. `model` (the pseudo-gradient from the model's
+        parameters, and these from the new ones) is not in `seconds`, but in `whole`. With --torchft, its DiLoCo does
+        the same, its whole synchronisation from the end of the inner step, quorum and vote included; for how to
+        install it see bench_faults.py. Its limit is that of `gloo`.
+cpu     CPU seconds to encode and to decode 100M numbers, on one thread.
+memory  Bytes a parameter on the host, beside the model: what stays (global parameters, momentum, scratch, and the
+        residual of error feedback), and what a synchronisation of 2 workers takes beyond that at its peak. `coded` is
+        the size of a mean as it is kept for those who are late (of at most two rounds; not counted).
+
+It prints a table for each, and writes build/wire.json. It needs a quiet machine with 2 cores, and 10 minutes;
+with --quick everything is small, and it takes less than one.
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from datetime import timedelta
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any, Self
+
+import psutil
+import torch
+from torch import Size, Tensor, nn
+from torch.distributed import TCPStore
+
+ROOT = Path(__file__).parents[2]
+OUTPUT = ROOT / "build" / "wire.json"
+sys.path.insert(0, str(ROOT))  # for the networks of the fault tests
+
+from tests.faults.harness import Network  # noqa: E402
+from trainer.diloco import codecs  # noqa: E402
+from trainer.diloco.codecs import Codec  # noqa: E402
+from trainer.diloco.collective import SLICE, weighted_mean  # noqa: E402
+from trainer.diloco.flat import FlatLayout  # noqa: E402
+from trainer.diloco.outer import Nesterov  # noqa: E402
+from trainer.diloco.state import GlobalState, hash_of  # noqa: E402
+from trainer.elastic.group import form_group, gloo_device  # noqa: E402
+from trainer.elastic.process import dying_with_parent, listen  # noqa: E402
+from trainer.files import write_json  # noqa: E402
+
+Row = dict[str, Any]
+INSIDE = "BENCH_WIRE_INSIDE" in os.environ  # whether this is a worker with a namespace of its own
+WORK = "BENCH_WIRE_WORK"  # environment of a worker: its role and that role's arguments, as JSON
+RAW, TORCHFT = "gloo", "torchft"
+DENSE = ["fp32", "bf16", "int8", "int4", "ternary", "sign"]
+METHODS = [*DENSE, "sparse", "demo"]
+LINKS: dict[str, float | None] = {"100 Mbit/s": 100e6, "1 Gbit/s": 1e9, "unlimited": None}
+FULL, HIDDEN, LAYERS, VOCABULARY = 123_653_376, 768, 12, 50257
+LOCAL_STEPS = 128
+HEADERS = 66  # bytes: Ethernet 14, IP 20, TCP 20 and its timestamps 12
+PARTS = ["model", "collective", "hash", "apply"]
+TIMEOUT = timedelta(seconds=60)
+HELD = 48  # bytes a parameter that a worker holds at its peak, about
+
+
+def shapes_of(parameters: int) -> list[Size]:
+    """Shapes of a GPT-NeoX of about so many parameters: fewer layers and tokens than FULL, and narrower at the end."""
+    hidden = HIDDEN if parameters >= FULL // 16 else HIDDEN // 8
+    layer = [[hidden]] * 4 + [[3 * hidden, hidden], [3 * hidden], [hidden, hidden], [hidden]]
+    layer += [[4 * hidden, hidden], [4 * hidden], [hidden, 4 * hidden], [hidden]]
+    layers = min(LAYERS, max(1, round(LAYERS * parameters / FULL)))
+    rest = parameters - layers * (12 * hidden**2 + 13 * hidden) - 2 * hidden
+    return [Size(shape) for shape in ([max(1, rest // hidden), hidden], *layer * layers, [hidden], [hidden])]
+
+
+def codec_of(method: str, shapes: list[Size]) -> Codec:
+    return codecs.make(method).of(shapes)
+
+
+# The workers
+
+
+class Worker:
+    """One of ours, with a model of about so many parameters. What these are asked, all do at the same time."""
+
+    def __init__(self, rank: int, size: int, address: str, store: str, parameters: int) -> None:
+        host, _, port = store.rpartition(":")
+        self.store = TCPStore(host, int(port), is_master=rank == 0, wait_for_workers=False)
+        self.group, self.meter = form_group(self.store, rank, size, gloo_device("", address), TIMEOUT)
+        self.shapes = shapes_of(parameters)
+        self.layout = FlatLayout(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in self.shapes]))
+        self.drift = torch.randn(self.layout.size, generator=torch.Generator().manual_seed(rank)).mul_(1e-3)
+        self.state = GlobalState(self.layout.gather(self.layout.empty()), Nesterov())
+        self.scratch = torch.zeros(self.layout.size)
+        self.state.apply(self.scratch, 1, self.scratch.clone())  # its memory is touched
+        self.codecs: dict[str, Codec] = {}
+        self.residuals: dict[str, Tensor] = {}
+
+    def parameters(self) -> int:
+        return self.layout.size
+
+    def synchronise(self, method: str) -> Row:
+        """Seconds of each part of a synchronisation, and bytes sent."""
+        if method not in self.codecs and method != RAW:
+            self.codecs[method] = codec_of(method, self.shapes)
+        theta, seconds = self.state.parameters, dict.fromkeys(PARTS, 0.0)
+        self.layout.scatter(torch.sub(theta, self.drift, out=self.scratch))  # as if inner steps had been made
+        self.group.allreduce([torch.zeros(1)]).wait()
+        before, mark = self.sent(), time.perf_counter()
+
+        def took(part: str) -> None:
+            nonlocal mark
+            now = time.perf_counter()
+            seconds[part], mark = seconds[part] + now - mark, now
+
+        torch.sub(theta, self.layout.gather(self.scratch), out=self.scratch)
+        if method in self.residuals:
+            self.scratch.add_(self.residuals[method], alpha=self.codecs[method].feedback)
+        took("model")
+        if method == RAW:
+            self.group.allreduce([self.scratch]).wait()
+            took("collective")
+        else:
+            reduced = weighted_mean(self.group, self.scratch, 1.0, self.codecs[method], TIMEOUT)
+            took("collective")
+            hash_of(reduced.coded)
+            took("hash")
+            self.state.apply(reduced.mean, LOCAL_STEPS, self.scratch)
+            took("apply")
+            if reduced.error is not None:
+                self.residuals.setdefault(method, torch.empty_like(theta)).copy_(reduced.error)
+            self.layout.scatter(theta)
+            took("model")
+            self.coded = reduced.coded.nbytes / self.layout.size
+        whole = sum(seconds.values())
+        return {"seconds": whole - seconds["model"], "whole": whole, "sent": self.sent() - before, **seconds}
+
+    def sent(self) -> int:
+        """Bytes sent so far, as the product counts them."""
+        wire = self.meter.read()
+        assert wire
+        return wire[0]
+
+    def counters(self) -> tuple[int, int]:
+        """Bytes sent so far, as the meter has it, and as the interface has it, less headers (0 on loopback)."""
+        time.sleep(0.1)  # what the kernel still had to send is gone
+        counters = Path("/sys/class/net/eth0/statistics")
+        sent, packets = (int((counters / f"tx_{unit}").read_text()) if INSIDE else 0 for unit in ("bytes", "packets"))
+        return self.sent(), sent - HEADERS * packets
+
+    def peak(self, method: str) -> tuple[float, float]:
+        """Bytes a parameter: that a synchronisation takes at its peak beyond what stays, and of the coded mean."""
+        self.synchronise(method)
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+        before = _status("VmRSS")
+        self.synchronise(method)
+        peak = (_status("VmHWM") - before) / self.layout.size
+        self.residuals.clear()
+        return peak, self.coded
+
+
+def _status(field: str) -> int:
+    """Bytes, from this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+class TorchftWorker:
+    """A replica of torchft's DiLoCo, whose rounds are one inner step that is next to nothing."""
+
+    def __init__(self, rank: int, size: int, address: str, parameters: int, lighthouse: str) -> None:
+        torchft: Any = importlib.import_module("torchft")
+        local_sgd: Any = importlib.import_module("torchft.local_sgd")
+        self.model = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes_of(parameters)])
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+        self.size, self.store = size, TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        self.manager = torchft.Manager(
+            pg=torchft.ProcessGroupGloo(timeout=TIMEOUT),
+            load_state_dict=lambda state: self.model.load_state_dict(state["model"]),
+            state_dict=lambda: {"model": self.model.state_dict()},
+            min_replica_size=size,
+            use_async_quorum=False,
+            init_sync=False,  # all begin alike
+            rank=0,
+            world_size=1,
+            store_addr=address,
+            store_port=self.store.port,
+            lighthouse_addr=lighthouse,
+            replica_id=f"worker-{rank}",
+            hostname=address,
+        )
+        outer = torch.optim.SGD(self.model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+        self.optimizer.register_step_post_hook(self._begins)  # before torchft's own, which synchronises
+        local_sgd.DiLoCo(self.manager, [self.model], self.optimizer, outer, sync_every=1).__enter__()
+
+    def _begins(self, *arguments: Any) -> None:
+        self.began = time.perf_counter()
+
+    def synchronise(self, method: str) -> Row:
+        for parameter in self.model.parameters():  # torchft throws them away
+            parameter.grad = torch.ones_like(parameter)
+        before = self.manager.current_step()
+        self.optimizer.step()
+        seconds = time.perf_counter() - self.began
+        if (self.manager.current_step(), self.manager.num_participants()) != (before + 1, self.size):
+            raise RuntimeError("torchft has not committed, or not with all")
+        return {"seconds": seconds, "whole": seconds}
+
+
+class Lighthouse:
+    """torchft's coordinator."""
+
+    def __init__(self, rank: int, size: int, address: str) -> None:
+        coordination: Any = importlib.import_module("torchft.coordination")
+        self.server = coordination.LighthouseServer(bind="0.0.0.0:0", min_replicas=2, join_timeout_ms=10_000)
+
+    def port(self) -> str:
+        return str(self.server.address().rpartition(":")[2])
+
+
+ROLES: dict[str, type] = {"ours": Worker, TORCHFT: TorchftWorker, "lighthouse": Lighthouse}
+
+
+def serve() -> None:
+    """Do what comes in, a line of JSON each, and answer likewise."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # gloo prints
+    torch.set_num_threads(1)
+    work = json.loads(os.environ[WORK])
+    worker = ROLES[work["role"]](**work["arguments"])
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        answers.write(json.dumps(getattr(worker, what)(*arguments)) + "\n")
+    os._exit(0)  # torchft's threads would take their time
+
+
+# Those who ask them
+
+
+class Links(Network):
+    """The workers' networks, with addresses and limits."""
+
+    def address_of(self, number: int) -> str:
+        return self._host(number)
+
+    def limit(self, count: int, bandwidth: float | None) -> None:
+        """Let each of the first `count` send so many bits a second at most."""
+        bucket = f"tbf rate {bandwidth:.0f}bit burst 64kb latency 400ms" if bandwidth else "noqueue"
+        for number in range(count):
+            command = [*self.inside(number), *f"tc qdisc replace dev eth0 root {bucket}".split()]
+            subprocess.run(command, check=True)
+
+
+class Crew:
+    """Processes of one role, which are asked together.
+
+    Args:
+        network: In whose namespaces they are; None: where everything is.
+        torchft: Where it is installed.
+        arguments: Of the role, beyond rank, size and address.
+    """
+
+    def __init__(self, role: str, size: int, network: Links | None, torchft: Path | None = None, **arguments: Any):
+        self.role = role
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._processes: list[subprocess.Popen[bytes]] = []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment |= {"BENCH_WIRE_INSIDE": "1", "GLOO_SOCKET_IFNAME": "eth0"} if network else {}
+        environment |= {"PYTHONPATH": str(torchft)} if torchft else {}
+        addresses = [network.address_of(rank) if network else "127.0.0.1" for rank in range(size)]
+        if role == "ours":
+            with listen("127.0.0.1") as free:
+                arguments["store"] = f"{addresses[0]}:{free.getsockname()[1]}"
+        for rank, address in enumerate(addresses):
+            work = {"role": role, "arguments": {"rank": rank, "size": size, "address": address, **arguments}}
+            command = dying_with_parent([*(network.inside(rank) if network else []), sys.executable, __file__])
+            own = {**environment, WORK: json.dumps(work)}
+            process = subprocess.Popen(command, env=own, stdin=PIPE, stdout=PIPE, stderr=self._log)
+            self._processes.append(process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._log.close()
+
+    def ask(self, what: str, *arguments: Any) -> list[Any]:
+        """All their answers to `what(*arguments)`."""
+        question = (json.dumps([what, arguments]) + "\n").encode()
+        with suppress(BrokenPipeError):
+            for process in self._processes:
+                assert process.stdin
+                process.stdin.write(question)
+                process.stdin.flush()
+        return [json.loads(self._line(process, what)) for process in self._processes]
+
+    def _line(self, process: subprocess.Popen[bytes], what: str) -> bytes:
+        assert process.stdout
+        if line := process.stdout.readline():
+            return line
+        for other in self._processes:
+            other.kill()
+        self._log.seek(0)
+        raise RuntimeError(f"a worker ({self.role}) has ended at {what}\n{self._log.read().decode(errors='replace')}")
+
+
+# What is measured
+
+
+def measure_bytes(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
+    for size, share in {2: 1, 4: 4, 8: 16}.items():
+        room = int(0.6 * psutil.virtual_memory().available / HELD / size)
+        wanted = min(FULL // share // (32 if arguments.quick else 1), room)
+        with Crew("ours", size, network, parameters=wanted) as crew:
+            parameters, sent = crew.ask("parameters")[0], {}
+            for method in dict.fromkeys([RAW, "fp32", *arguments.methods]):
+                before = crew.ask("counters")
+                crew.ask("synchronise", method)
+                both = zip(crew.ask("counters"), before, strict=True)
+                meter, eth0 = zip(*((now[0] - then[0], now[1] - then[1]) for now, then in both), strict=True)
+                agree = all(abs(e - m) <= max(0.03 * m, 256e3) for e, m in zip(eth0, meter, strict=True))
+                sent[method] = statistics.mean(meter)
+                yield {
+                    "workers": size,
+                    "method": method,
+                    "parameters": parameters,
+                    "meter": sent[method],
+                    "eth0": statistics.mean(eth0) if network else None,
+                    "agree": agree if network else None,
+                    "MB/round": sent[method] / 1e6 * FULL / parameters,
+                    "/fp32": sent["fp32"] / sent[method] if "fp32" in sent else None,
+                    "/DDP": LOCAL_STEPS * sent[RAW] / sent[method],
+                }
+
+
+def measure_time(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
+    with ExitStack() as resources:
+        common = {"size": 2, "network": network, "parameters": arguments.parameters}
+        crew = resources.enter_context(Crew("ours", **common))
+        crews = dict.fromkeys([RAW, *arguments.methods], crew)
+        if torchft := arguments.torchft:
+            port = resources.enter_context(Crew("lighthouse", 1, None, torchft)).ask("port")[0]
+            lighthouse = f"http://{network.address if network else '127.0.0.1'}:{port}"
+            replicas = Crew(TORCHFT, torchft=torchft, lighthouse=lighthouse, **common)
+            crews[TORCHFT] = resources.enter_context(replicas)
+        for link, bandwidth in LINKS.items() if network else [("loopback", None)]:
+            if network:
+                network.limit(2, bandwidth)
+            taken: dict[str, list[Row]] = {method: [] for method in crews}
+            for repetition in range(arguments.repetitions + 1):
+                for method, asked in crews.items():
+                    slower = max(asked.ask("synchronise", method), key=lambda answer: float(answer["seconds"]))
+                    taken[method] += [slower] if repetition else []
+            plain: Row = {}
+            for method, rows in taken.items():
+                row = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+                plain = plain or row
+                row = {"link": link, "method": method, "sent": plain["sent"], **row}
+                row["x-gloo"] = row["seconds"] / plain["seconds"]
+                if bandwidth:
+                    row["limit"] = 8 * row["sent"] / bandwidth
+                    row["x-limit"] = row["seconds"] / row["limit"]
+                    row["target"] = row["x-limit"] <= 1.1 if method in DENSE else None
+                elif method == "fp32":
+                    row["target"] = row["x-gloo"] <= 1.5
+                yield {**row, "all": [row["seconds"] for row in rows]}
+
+
+def measure_cpu(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
+    shapes = shapes_of(arguments.parameters)
+    size = sum(shape.numel() for shape in shapes)
+    values = torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+    def seconds(work: Callable[..., Any], *parts: Sequence[Tensor]) -> float:
+        """Of 100M numbers, in slices as the product has them."""
+        taken = []
+        for _ in range(arguments.repetitions + 1):
+            began = time.process_time()
+            deque(map(work, *parts), maxlen=0)
+            taken.append(time.process_time() - began)
+        return 100e6 / size * statistics.median(taken[1:])
+
+    for method in arguments.methods:
+        codec = codec_of(method, shapes)
+        blocks = codec.arrange(values).split(max(1, SLICE // codec.block))
+        rows, out = [codec.encode(part) for part in blocks], [torch.empty_like(part) for part in blocks]
+        encode, decode = seconds(codec.encode, blocks), seconds(codec.decode, rows, out)
+        yield {"method": method, "bytes": sum(part.numel() for part in rows) / size, "encode": encode, "decode": decode}
+
+
+def measure_memory(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
+    with Crew("ours", 2, network, parameters=arguments.parameters) as crew:
+        for method in arguments.methods:
+            peak, coded = crew.ask("peak", method)[0]
+            stays = 16 if codec_of(method, shapes_of(arguments.parameters)).feedback else 12
+            yield {"method": method, "stays": stays, "peak": peak, "together": stays + peak, "coded": coded}
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace, Links | None], Iterator[Row]]] = {
+    "bytes": measure_bytes,
+    "time": measure_time,
+    "cpu": measure_cpu,
+    "memory": measure_memory,
+}
+
+
+# What is told
+
+COLUMNS = {
+    "bytes": "workers:d method:s parameters:,d meter:,.0f eth0:,.0f agree:ok MB/round:,.2f /fp32:.1f /DDP:,.0f",
+    "time": "link:s method:s model:.3f collective:.3f hash:.3f apply:.3f seconds:.3f whole:.3f sent:,.0f limit:.3f "
+    "x-limit:.2f x-gloo:.2f target:ok",
+    "cpu": "method:s bytes:.3f encode:.2f decode:.2f",
+    "memory": "method:s stays:.1f peak:.1f together:.1f coded:.2f",
+}
+
+
+def shown(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    return ("ok" if value else "NOT ok") if form == "ok" else f"{value:{form}}"
+
+
+def report(section: str, rows: Iterator[Row]) -> list[Row]:
+    """Print a section's rows as they come; returns them."""
+    columns = dict(column.split(":") for column in COLUMNS[section].split())
+    print(f"\n{section}\n" + "".join(f"{name:>12}" for name in columns), flush=True)
+    told = []
+    for row in rows:
+        print("".join(f"{shown(row.get(name), form):>12}" for name, form in columns.items()), flush=True)
+        told.append(row)
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--parameters", type=int, default=10_000_000, help="for time, cpu and memory")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--torchft", type=Path, help="where torchft is installed (`pip install --target`)")
+    parser.add_argument("--quick", action="store_true", help="everything once, and small")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.parameters, arguments.repetitions = min(arguments.parameters, 1_000_000), 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left running
+    torch.set_num_threads(1)
+    results: dict[str, list[Row]] = {}
+    with ExitStack() as resources:
+        network = None
+        try:
+            network = resources.enter_context(Links(8))
+        except PermissionError as error:
+            print(f"no namespaces here, all is on loopback: {error}")
+        for section in arguments.sections:
+            results[section] = report(section, MEASURES[section](arguments, network))
+    facts = {"cores": os.cpu_count(), "torch": torch.__version__, "parameters": arguments.parameters}
+    write_json(OUTPUT, {**facts, "repetitions": arguments.repetitions, **results})
+
+
+if __name__ == "__main__":
+    if WORK in os.environ:
+        serve()
+    else:
+        main()

@@ -1,0 +1,139 @@
+"""The collective over real sockets: members are threads of this process, each with its own gloo group."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Size, Tensor
+from torch.distributed import PrefixStore, TCPStore
+
+from trainer.diloco import collective, codecs
+from trainer.diloco.codecs import Codec
+from trainer.diloco.collective import decoded, weighted_mean
+from trainer.diloco.quorum import Reduced
+from trainer.elastic.group import form_group, gloo_device
+
+TIMEOUT = timedelta(seconds=20)
+SHAPES = [Size((130, 70)), Size((33,)), Size((64, 64)), Size((5, 3))]
+SIZE = sum(shape.numel() for shape in SHAPES)
+NAMES = ["fp32", "bf16", "int8", "int4", "ternary", "sign", "sparse", "demo"]
+
+
+def codec_of(name: str, feedback: float = 0.0) -> Codec:
+    return codecs.make(name, feedback=feedback, topk=128, values="int8").of(SHAPES)
+
+
+@contextmanager
+def groups(size: int) -> Iterator[list[Any]]:
+    """A process group of so many, all in this process."""
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def form(rank: int) -> Any:
+        store = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
+        return form_group(PrefixStore("gloo", store), rank, size, gloo_device("", "127.0.0.1"), TIMEOUT)
+
+    with ThreadPoolExecutor(size) as pool:
+        formed = list(pool.map(form, range(size)))
+    try:
+        yield [group for group, _ in formed]
+    finally:
+        for _, meter in formed:
+            meter.close()
+
+
+def reduce(members: list[Any], values: list[Tensor], weights: list[float], codec: Codec) -> list[Reduced]:
+    with ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(lambda *of: weighted_mean(of[0], of[1], of[2], codec, TIMEOUT), members, values, weights))
+
+
+def values_of(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(SIZE, generator=generator) * 1e-2 for _ in range(count)]
+
+
+def coded(codec: Codec, blocks: Tensor) -> Tensor:
+    """What one coding makes of blocks."""
+    return codec.decode(codec.encode(blocks), torch.empty_like(blocks))
+
+
+def mean_of(codec: Codec, values: list[Tensor], weights: list[float]) -> Tensor:
+    """By the definition: the coded mean of what each has coded."""
+    blocks = [codec.arrange(value) for value in values]
+    if codec.name == "fp32":
+        mean = sum(block * (weight / sum(weights)) for block, weight in zip(blocks, weights, strict=True))
+    else:
+        parts = zip(blocks, weights, strict=True)
+        mean = coded(codec, sum(coded(codec, block) * (weight / sum(weights)) for block, weight in parts))
+    return codec.restore(mean, SIZE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_mean_is_the_coded_mean_of_what_each_has_coded(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the definition, in many small pieces of which the last is not full."""
+    monkeypatch.setattr(collective, "SMALLEST", 1)
+    codec, values, weights = codec_of(name), values_of(size), [3.0, 1.0, 4.0][:size]
+    with groups(size) as members:
+        results = reduce(members, values, weights, codec)
+    for result in results:
+        assert result.weight == sum(weights)
+        assert torch.equal(result.mean, results[0].mean)
+        assert torch.equal(result.coded, results[0].coded)
+        # What a joiner makes of the coded mean, which reaches it flat, is the mean to the last bit.
+        assert torch.equal(decoded(result.coded.view(-1), codec, SIZE), result.mean)
+        assert result.error is None
+    expected = mean_of(codec, values, weights)
+    assert (results[0].mean - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_with_feedback_nothing_is_lost(name: str) -> None:
+    """The mean and the weighted mean of the members' errors are together the mean of their values."""
+    codec, values, weights = codec_of(name, feedback=0.9), values_of(3), [2.0, 1.0, 1.0]
+    with groups(3) as members:
+        results = reduce(members, values, weights, codec)
+    errors = [result.error for result in results]
+    kept = sum((error * (w / 4) for error, w in zip(errors, weights, strict=True) if error is not None))
+    truth = sum((v * (w / 4) for v, w in zip(values, weights, strict=True)), torch.zeros(SIZE))
+    assert torch.allclose(results[0].mean + kept, truth, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "demo"])
+def test_who_is_not_finite_counts_nothing(name: str) -> None:
+    codec, values = codec_of(name, feedback=0.9 if name != "fp32" else 0.0), values_of(2)
+    values[1][7] = float("inf")
+    with groups(2) as members:
+        results = reduce(members, values, [2.0, 5.0], codec)
+        nothing = reduce(members, [values[1], values[1]], [2.0, 5.0], codec)
+    assert torch.equal(results[0].mean, results[1].mean)
+    assert torch.allclose(results[0].mean, mean_of(codec, [values[0]], [1.0]), atol=1e-6)
+    assert results[1].weight == 2.0
+    assert results[1].error is None
+    assert [(result.weight, result.mean.any().item()) for result in nothing] == [(0.0, False)] * 2
+
+
+def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "SMALLEST", 1)
+    codec, values = codec_of("ternary", feedback=0.9), values_of(2)
+    before = [value.clone() for value in values]
+    broken = codec_of("ternary", feedback=0.9)
+    decode, calls = broken.decode, iter(range(4))
+
+    def die_soon(rows: Tensor, out: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise SystemExit
+        return decode(rows, out)
+
+    monkeypatch.setattr(broken, "decode", die_soon)
+    with groups(2) as members, ThreadPoolExecutor(2) as pool:
+        survivor = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, timedelta(seconds=1))
+        victim = pool.submit(weighted_mean, members[1], values[1], 1.0, broken, timedelta(seconds=1))
+        assert isinstance(victim.exception(), SystemExit)
+        assert isinstance(survivor.exception(), RuntimeError)
+    assert all(torch.equal(one, other) for one, other in zip(values, before, strict=True))

@@ -1,0 +1,58 @@
+"""What a codec is: blocks of float32 numbers in, rows of bytes out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Size, Tensor
+
+
+class Codec(ABC):
+    """A way to put a pseudo-gradient on the wire.
+
+    A vector is arranged into blocks of `block` numbers, and each block becomes a row of `row` bytes, which can be read
+    on its own. So a coded vector can be cut between any two rows, and joined again: what several owners have coded is
+    the same as if one had.
+
+    Attributes:
+        name: As `codec` in the configuration has it.
+        block: Numbers that are coded together.
+        row: Bytes of a coded block.
+        feedback: β: how much of what a worker's last message has left out is added to its next one (error feedback,
+            arXiv 1901.09847). 0: nothing is kept.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, block: int, row: int, feedback: float = 0.0) -> None:
+        self.block, self.row, self.feedback = block, row, feedback
+
+    @property
+    def mean(self) -> "Codec":
+        """What codes the mean of several workers' values for all of them; of the same block."""
+        return self
+
+    def of(self, shapes: Sequence[Size]) -> Self:
+        """This codec for vectors that are parameters of these shapes, one after the other."""
+        return self
+
+    def arrange(self, values: Tensor) -> Tensor:
+        """float32 (n,) as blocks, float32 (b, `block`): a view if nothing has to be filled up with zeros."""
+        missing = -values.numel() % self.block
+        if missing:
+            values = torch.cat((values, values.new_zeros(missing)))
+        return values.view(-1, self.block)
+
+    def restore(self, blocks: Tensor, size: int) -> Tensor:
+        """What `arrange` made blocks of: float32 (`size`,)."""
+        return blocks.view(-1)[:size]
+
+    @abstractmethod
+    def encode(self, blocks: Tensor) -> Tensor:
+        """Rows, uint8 (b, `row`), for blocks, float32 (b, `block`), all of them finite. `blocks` is not changed."""
+
+    @abstractmethod
+    def decode(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Blocks, float32 (b, `block`), into `out`, for rows, uint8 (b, `row`). Returns `out`. The same bits for the
+        same rows, everywhere."""

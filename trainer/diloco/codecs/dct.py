@@ -1,0 +1,180 @@
+"""The DCT codec: the largest coefficients of the cosine transform of the parameters' matrices, tile by tile."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Self
+
+import torch
+from torch import Size, Tensor
+
+from trainer.diloco.codecs.codec import Codec
+from trainer.diloco.codecs.sparse import TopK
+
+_SIDE = 64
+_TILE = _SIDE * _SIDE
+_NARROW = 32  # a matrix with a shorter side than this would leave more than half of its tiles empty
+_AT_ONCE = 16  # tiles that are transformed at a time: they and their copies stay in a core's cache
+
+# All of the transform's arithmetic is on integers that float64 has exactly, so that its result depends neither on the
+# machine nor on the order of the sums. The sum of the magnitudes in a row or column of the matrix is at most √64, so
+# each of the two products makes numbers 2³ times larger: 24 + 23 + 6 = 53 bits.
+_MATRIX_BITS = 24  # of the matrix, after the point
+_NUMBER_BITS = 23  # of a tile's largest number
+_SMALLEST = -70  # exponent of the smallest tile whose numbers are told from 0: no denormal ever arises from them
+
+
+class Dct(Codec):
+    """Decoupled momentum (DeMo, arXiv 2411.19870; for DiLoCo, arXiv 2510.03371): what moves fast goes on the wire.
+
+    Matrices are cut into tiles of 64 x 64 numbers, and the numbers of a tile are transformed by the orthonormal DCT-II
+    along both axes; `inner` codes the 4096 coefficients. The tiles at a matrix's lower and right edge are filled up
+    with zeros; what decoding puts there is dropped. What has a side below 32 as a matrix (the first dimension by the
+    product of the others), as biases and norms have, fills shared tiles row by row, one after the other.
+
+    The momentum that DeMo keeps in each worker is error feedback with a decay: m ← β m + Δ; q, the largest of m's
+    coefficients, is sent; m ← m − the inverse transform of q. So `feedback` is its β (`compression_decay` in its code,
+    bloc97/DeMo). The mean of all workers' q is the outer gradient; there is no other momentum. (DeMo itself then takes
+    the mean's sign.)
+
+    Encoding and decoding give the same bits everywhere: see `transform`.
+    """
+
+    name = "demo"
+
+    def __init__(
+        self,
+        inner: TopK | None = None,
+        shapes: Sequence[Size] = (),
+        feedback: float = 0.9,
+        mean: Codec | None = None,
+    ) -> None:
+        """
+        Args:
+            inner: Codes a tile's coefficients, 4096. None: the 64 largest, of two bits each.
+            shapes: Of the parameters, in their order.
+            feedback: β, as in `Codec`.
+            mean: Codes the mean's tiles (not their coefficients). None: this codec.
+        """
+        inner = TopK(block=_TILE) if inner is None else inner
+        for codec in (inner, mean):
+            if codec is not None and codec.block != _TILE:
+                raise ValueError(f"a tile has {_TILE} numbers, the codec's blocks have {codec.block}")
+        super().__init__(_TILE, inner.row, feedback)
+        self.inner, self._mean, self._matrices, self._rest = inner, mean, list[_Matrix](), list[tuple[int, int]]()
+        self._size = self._tiles = 0
+        for shape in shapes:
+            rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+            if min(rows, columns) < _NARROW:
+                self._rest.append((self._size, rows * columns))
+            else:
+                self._matrices.append((self._size, self._tiles, rows, columns))
+                self._tiles += -(-rows // _SIDE) * -(-columns // _SIDE)
+            self._size += rows * columns
+        self._shared = self._tiles
+        self._tiles += -(-sum(size for _, size in self._rest) // _TILE)
+
+    @property
+    def mean(self) -> Codec:
+        return self if self._mean is None else self._mean
+
+    def of(self, shapes: Sequence[Size]) -> Self:
+        return type(self)(self.inner, shapes, self.feedback, self._mean)
+
+    def arrange(self, values: Tensor) -> Tensor:
+        if values.numel() != self._size:
+            raise ValueError(f"{values.numel()} numbers, but the parameters' shapes have {self._size}")
+        blocks = torch.zeros(self._tiles, _TILE)
+        for tiled, part in self._parts(blocks, values):
+            tiled.copy_(part)
+        return blocks
+
+    def restore(self, blocks: Tensor, size: int) -> Tensor:
+        values = torch.empty(size)
+        for tiled, part in self._parts(blocks, values):
+            part.copy_(tiled)
+        return values
+
+    def encode(self, blocks: Tensor) -> Tensor:
+        return self.inner.encode(transform(blocks, torch.empty(blocks.shape)))
+
+    def decode(self, rows: Tensor, out: Tensor) -> Tensor:
+        return transform(self.inner.decode(rows, out), out, inverse=True)
+
+    def _parts(self, blocks: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of the blocks and of the values, of the same shape: the same numbers stand there."""
+        for start, first, rows, columns in self._matrices:
+            matrix = values[start : start + rows * columns].view(rows, columns)
+            down, across = -(-rows // _SIDE), -(-columns // _SIDE)
+            tiles = blocks[first : first + down * across].view(down, across, _SIDE, _SIDE).transpose(1, 2)
+            # What fills tiles, the strip below it, the strip to the right, the corner.
+            for down_part, row_part in _cuts(rows):
+                for across_part, column_part in _cuts(columns):
+                    part = matrix[row_part, column_part]
+                    height, width = min(_SIDE, part.shape[0]), min(_SIDE, part.shape[1])
+                    yield (
+                        tiles[down_part, :height, across_part, :width],
+                        part.unflatten(1, (-1, width)).unflatten(0, (-1, height)),
+                    )
+        shared, position = blocks[self._shared :].view(-1), 0
+        for start, size in self._rest:
+            yield shared[position : position + size], values[start : start + size]
+            position += size
+
+
+_Matrix = tuple[int, int, int, int]  # where it starts in the vector, its first tile, its rows, its columns
+
+
+def _cuts(size: int) -> list[tuple[slice, slice]]:
+    """What of an axis fills tiles, and the rest: (the tiles, the numbers), either only if there is some."""
+    full = size // _SIDE
+    cuts = [(slice(0, full), slice(0, full * _SIDE)), (slice(full, full + 1), slice(full * _SIDE, size))]
+    return [cut for cut in cuts if cut[1].start < cut[1].stop]
+
+
+def transform(tiles: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
+    """The two-dimensional orthonormal DCT-II of 64 x 64 tiles, or its inverse, with the same result on every machine.
+
+    A tile's numbers are rounded to 2⁻²³ of the power of two above the largest of them, the matrix to 2⁻²⁴, and both
+    products are exact: about as near to the true result as float32 arithmetic comes.
+
+    Args:
+        tiles: float32 (b, 4096), rows of a tile one after the other.
+        out: float32 (b, 4096), to put the result into; may be `tiles`.
+
+    Returns:
+        `out`.
+    """
+    transposed, matrix = _dct_matrices() if inverse else reversed(_dct_matrices())
+    largest = torch.maximum(tiles.amax(1, keepdim=True), tiles.amin(1, keepdim=True).neg_())
+    exponent = (largest.view(torch.int32) >> 23).sub_(126).clamp_(min=_SMALLEST)  # largest < 2 to the power of it
+    factors, inverses = _power_of_two(_NUMBER_BITS - exponent), _power_of_two(exponent - _NUMBER_BITS - _MATRIX_BITS)
+    buffers = torch.empty(2, min(_AT_ONCE, len(tiles)), _SIDE, _SIDE, dtype=torch.float64)
+    for start in range(0, len(tiles), _AT_ONCE):
+        now = slice(start, start + _AT_ONCE)
+        result = torch.mul(tiles[now], factors[now], out=out[now]).round_()
+        left, right = buffers[:, : len(result)]
+        left.copy_(result.view(-1, _SIDE, _SIDE))
+        torch.bmm(left, transposed.expand_as(left), out=right)
+        right.mul_(2.0**-_MATRIX_BITS).round_()
+        torch.bmm(matrix.expand_as(left), right, out=left)
+        result.copy_(left.view(-1, _TILE)).mul_(inverses[now])
+    return out
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 to the power of int32, from −126 to 127, in float32: put together from its bits."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+@cache
+def _dct_matrices() -> tuple[Tensor, Tensor]:
+    """The DCT-II's matrix, times 2²⁴ and rounded, and its transpose: float64 (64, 64) each.
+
+    Row u has √(2 / 64) cos(π u (2 x + 1) / 128) in column x; row 0, √(1 / 64).
+    """
+    scale = 2**_MATRIX_BITS * math.sqrt(2 / _SIDE)
+    rows = [[scale * math.cos(math.pi * u * (2 * x + 1) / (2 * _SIDE)) for x in range(_SIDE)] for u in range(_SIDE)]
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    matrix[0] /= math.sqrt(2)
+    return matrix.round_(), matrix.t().contiguous()
