@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from trainer.diloco import collective, codecs
+from trainer.diloco import codecs, collective
 from trainer.diloco.codecs import Codec
 from trainer.diloco.collective import decoded, weighted_mean
 from trainer.diloco.quorum import Reduced
