@@ -213,8 +213,8 @@ class TrainingConfig(Group):
     warmup_steps: NonNegative = Field(
         1000, description="Inner steps of linear warm-up, before the cosine decay to zero."
     )
-    inner_optimizer: Annotated[Literal["adamw", "muon"], Later("the inner optimizer muon")] = Field(
-        "adamw", description="Inner optimizer."
+    inner_optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="Inner optimizer; muon is for hidden matrices, with adamw for the rest."
     )
     optim_method: Literal["sgd", "demo", "ddp"] = Field(
         "sgd",
@@ -474,6 +474,11 @@ class TrainingConfig(Group):
         if self.optim_method == "demo":
             return self.compression_decay
         return _FEEDBACK.get(self.codec, 0.0) if self.error_feedback is None else self.error_feedback
+
+    @property
+    def round_steps(self) -> int:
+        """Inner steps of a round: each synchronises one fragment."""
+        return self.local_steps // self.fragments
 
     @property
     def overlaps(self) -> bool:

@@ -1,6 +1,5 @@
 """The inner loop: what one worker does from its start to the run's final checkpoint."""
 
-import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -10,7 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,11 @@ from trainer.config import TrainingConfig
 from trainer.diloco import DDP, Commit, DiLoCo, Nesterov, Overlap, Superseded, codecs
 from trainer.elastic.member import ElasticQuorum, Hooks
 from trainer.elastic.process import number_from
-from trainer.elastic.protocol import Cursor, Range, Share, cursor_from_json, deal, unused
+from trainer.elastic.protocol import Cursor, Range, Share, cursor_from_json, deal, unused, used_of
 from trainer.elastic.quorum import FixedQuorum
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.files import require_free_space
+from trainer.inner import inner_optimizer, learning_rate
 from trainer.metrics import Metrics, sinks
 from trainer.tasks import tasks
 from trainer.volume import Volume
@@ -74,7 +75,7 @@ class Worker:
         model = models.build(models.directory(config, manifest.for_model, self.volume.models), config.seed)
         self.model = model.to(self.device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = inner_optimizer(config, self.parameters)
+        self.optimizer = inner_optimizer(config, self.model)
         size = sum(parameter.numel() for parameter in self.parameters)
         missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(self.volume.checkpoints)))
         require_free_space(self.volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")
@@ -98,6 +99,7 @@ class Worker:
         # Data parallelism averages every step's gradients: a member less is a world that starts again.
         kind: type[FixedQuorum | ElasticQuorum] = FixedQuorum if config.optim_method == "ddp" else ElasticQuorum
         hooks = Hooks(
+            self._go_on_with,
             self._rest_of_share,
             self._save_in_need,
             self._moments,
@@ -120,21 +122,23 @@ class Worker:
             late_policy=config.late_policy,
             fragments=config.fragments,
             overlap=Overlap(config.overlap_tau, config.overlap_alpha) if config.overlaps else None,
+            while_waiting=self._save_if_wanted,
         )
         self.checkpointer = resources.enter_context(
             closing(Checkpointer(self.volume.checkpoints, config.keep_checkpoints, self._saved))
         )
         torch.manual_seed(config.seed + 1 + worker)  # of dropout and the like: each worker its own
         self.order = data.SampleOrder(len(self.dataset.train), config.seed)
-        self.share: tuple[Range, ...] = ()  # the sample positions that this worker trains on
-        self.share_place = (0, 0)  # the term and round in which they were dealt
+        self.share = Share(0, 0, ())  # the sample positions that this worker trains on
         self.used = 0  # how many of them it has consumed
+        self.used_at_arrival = 0  # how many of them when the quorum has last been told
         self.skipped = self.skipped_in_a_row = 0
         self.samples = self.steps_taken = 0  # consumed, and made, by this process
         self.ramp = 1  # inner steps over which a joiner's learning rate rises while its moments build up
         self.last_loss = math.nan
         self.told = (0, time.time())  # samples, and when, that `status` has been told of
         self.last_saved_step = 0
+        self.save_wanted = False
         self.saved: tuple[int, int] | None = None  # the last checkpoint's round and step
         self.members: tuple[str, ...] = ()  # of the last quorum; this worker's place among them
         self.rank, self.world_size = 0, 1
@@ -168,6 +172,9 @@ class Worker:
             self.quorum.wait_for_others()
             self.quorum.finish("succeeded")
         except Interrupted:
+            if self.diloco.in_flight:
+                with suppress(Interrupted):
+                    self.diloco.land()
             self._save()
             self.checkpointer.wait()
             self._end("stopped", "told to leave")
@@ -194,16 +201,19 @@ class Worker:
             except Superseded:
                 self.diloco.catch_up()
                 continue
+            if not self._unused():
+                commit = self.diloco.land()  # what it brings is a new share
+                continue
+            share = self.share
             with closing(self._batches()) as batches:
-                while commit is None and not self.diloco.due and self._unused():
+                while commit is None and not self.diloco.due and self.share is share and self._unused():
                     if self.stopping.is_set():
                         raise Interrupted
+                    self._save_if_wanted()
                     commit = self._inner_step(batches, losses)
-        if commit is not None:
-            self.used = sum(stop - start for start, stop in self.share)  # what was left has been given back with it
         self._report_round(commit, before, losses, time.perf_counter() - started)
         last = self.diloco.round_length == 0
-        interval = self.config.eval_interval
+        interval = self.config.eval_interval * self.config.fragments
         if interval and (last or self.diloco.round % interval == 0):
             self._evaluate()
         if not last and self.diloco.step - self.last_saved_step >= self.config.checkpoint_interval:
@@ -219,10 +229,18 @@ class Worker:
         return True
 
     def _take_share(self) -> None:
-        """See that there are samples to train on: the rest of this worker's share, or a new one."""
-        if not self._unused():
-            share = self.quorum.share(after=self.share_place)
-            self.share, self.share_place, self.used = share.ranges, share.place, 0
+        """See that there are samples to train on: the rest of this worker's share, or a new one.
+
+        While a synchronisation is on its way, the new one comes with it.
+        """
+        if not self._unused() and not self.diloco.in_flight:
+            self.quorum.deal(after=self.share.place)
+
+    def _go_on_with(self, share: Share) -> None:
+        """Take a new share of the data."""
+        if share.place > self.share.place:
+            self.used = used_of(share, self.share, self.used, self.used_at_arrival)
+            self.share = share
 
     def _inner_step(self, batches: Iterator[dict[str, Tensor]], losses: list[float]) -> Commit | None:
         """One inner step, over `accumulation_steps` micro-batches; the round's commit if it was the round's last."""
@@ -257,7 +275,7 @@ class Worker:
         self.last_loss = mean_loss
         self.metrics.write(
             "step",
-            round=self.diloco.round + 1,
+            round=self.diloco.open_round,
             step=step + 1,
             loss=mean_loss,
             lr=lr,
@@ -304,7 +322,7 @@ class Worker:
             "round",
             round=self.diloco.round,
             attempt=commit.attempt,
-            step=self.diloco.step,
+            step=self.diloco.state.step,
             world_size=len(commit.members),
             members=commit.members,
             loss=sum(losses) / len(losses) if losses else math.nan,
@@ -322,7 +340,7 @@ class Worker:
         chosen = data.evenly(len(self.dataset.validation), self.config.eval_samples)[self.rank :: self.world_size]
         sums: dict[str, float] = {}
         self.model.eval()
-        with torch.inference_mode(), self._autocast():
+        with self.diloco.global_parameters(), torch.inference_mode(), self._autocast():
             for part in np.array_split(chosen, math.ceil(len(chosen) / self.config.per_device_train_batch_size) or 1):
                 if self.stopping.is_set():
                     raise Interrupted
@@ -379,7 +397,7 @@ class Worker:
         dealt = self.quorum.dealt
         if own.round == self.diloco.round and dealt is not None and dealt.ranges == share:
             self.diloco.load_worker_state(state["diloco"])
-            self.share, self.share_place, self.used = share, dealt.place, own.state["used"]
+            self.share, self.used = dealt, own.state["used"]
         else:  # the samples of the open round have been dealt anew: what was done with them is done again
             self.optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
 
@@ -412,10 +430,11 @@ class Worker:
 
     def _unused(self) -> tuple[Range, ...]:
         """What is left of this worker's share. Nothing in another term: that deals the same samples anew."""
-        return unused(self.share, self.used) if self.share_place[0] == self.quorum.term else ()
+        return unused(self.share.ranges, self.used) if self.share.term == self.quorum.term else ()
 
     def _rest_of_share(self) -> Share:
-        return Share(*self.share_place, self._unused())
+        self.used_at_arrival = self.used
+        return replace(self.share, ranges=self._unused())
 
     def _progress(self) -> dict[str, float | int | None]:
         """What `status` shows of this worker: told after each commit, so the speed is the last round's."""
@@ -432,7 +451,14 @@ class Worker:
 
     def _save_in_need(self) -> None:
         """Too few workers are left to go on: what there is should be durable while the others are waited for."""
-        self._save()
+        self.save_wanted = True
+        if threading.current_thread() is threading.main_thread():
+            self._save_if_wanted()  # else inner steps go on meanwhile: between two of them
+
+    def _save_if_wanted(self) -> None:
+        if self.save_wanted:
+            self.save_wanted = False
+            self._save()
 
     def _save(self, *, complete: bool = False) -> None:
         base, place = self.quorum.base, (self.diloco.round, self.diloco.step)
@@ -448,8 +474,8 @@ class Worker:
                 "step": self.diloco.step,
                 "base_step": self.diloco.state.step,
                 "term": self.quorum.term,
-                "cursor": dataclasses.asdict(base.cursor),
-                "share": self.share,
+                "cursor": asdict(base.cursor),
+                "share": self.share.ranges,
                 "used": self.used,
                 "skipped": [self.skipped, self.skipped_in_a_row],
                 "run_id": self.config.run_id,
@@ -513,25 +539,6 @@ def codec_of(config: TrainingConfig) -> codecs.Codec:
         topk = config.compression_topk
         return codecs.make("demo", feedback=config.feedback, topk=topk, values=config.codec)
     return codecs.make(config.codec, feedback=config.feedback)
-
-
-def inner_optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as in DiLoCo's and Chinchilla's settings; weight decay acts on matrices, not on biases and norms."""
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": 0.1},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True
-    )
-
-
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`; `step` counts from 0."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    remaining = max(config.total_steps - config.warmup_steps, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / remaining))
 
 
 def versions() -> dict[str, str]:

@@ -24,7 +24,8 @@ from torch import nn
 from trainer import data, models
 from trainer.config import load_config
 from trainer.elastic.server import EmbeddedEtcd
-from trainer.loop import CLIP_NORM, Worker, inner_optimizer
+from trainer.inner import inner_optimizer
+from trainer.loop import CLIP_NORM, Worker
 from trainer.volume import Volume, worker_configs
 
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "stdlib.yaml"
@@ -51,7 +52,7 @@ def main() -> None:
         volume, dataset = Volume.of(config), worker.dataset
         bare = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
         parameters = list(bare.parameters())
-        optimizer = inner_optimizer(config, parameters)
+        optimizer = inner_optimizer(config, model)
         batch = torch.from_numpy(dataset.train[np.arange(config.batch_size)]["input_ids"])
 
         def bare_step() -> None:

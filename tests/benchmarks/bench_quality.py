@@ -1,71 +1,288 @@
-"""Held-out loss of two DiLoCo workers against the `ddp` baseline, after the same number of samples.
+"""What each method costs in held-out loss, and how many bytes it sends.
 
-    python tests/benchmarks/bench_quality.py [--steps 450] [--seeds 3] [--first-seed 1]
+    python tests/benchmarks/bench_quality.py [--workers 2 4] [--seeds 3] [--first-seed 1] [--methods fp32 ternary ...]
+        [--steps 480] [--quick]
 
-Real runs (`python -m trainer launch`: etcd, agents, two workers) on Python's standard library, one after the other,
-from the same initialisation and over the same samples, with the laptop's recipe. Seed 0 is what the recipe's outer
-learning rate and momentum were picked on, so it does not judge them. Prints one table, and writes build/quality.json.
+Workers are processes, one thread each, which are started once and do all runs, one after the other, with the product's
+own parts: `DiLoCo` or `DDP`, the codecs, the collective over a real gloo group (TCP on loopback), the inner optimizer
+and its schedule, the precached dataset, the model family. Only the quorum is simpler: the members are fixed. The model
+is a small GPT-NeoX, the text Python's standard library, and the held-out documents are never trained on. With the same
+seed and as many workers, all methods start from the same initialisation and see the same samples.
+
+Seed 0 is what the settings below were tuned on, fp32's too, each with the outer learning rates and momenta that all
+others had: so it does not judge them.
+
+It prints one table for each number of workers: the mean held-out loss, how far it is above that of fp32 DiLoCo and of
+`ddp`, seed by seed (the mean, from, to), and the MB that a worker has sent in the run, as the kernel counted them, with
+the factors to both. It writes build/quality.json, and takes 25 minutes on 2 cores; with --quick one, for a look at
+whether all of it works: its losses say nothing.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed import TCPStore
+
+from trainer import data, models
+from trainer.config import TrainingConfig
+from trainer.diloco import DDP, Commit, DiLoCo, LocalQuorum, Nesterov, Overlap, codecs
+from trainer.diloco.codecs import Codec, Fp32
+from trainer.diloco.collective import weighted_mean
+from trainer.diloco.state import Fragment
+from trainer.elastic.group import form_group, gloo_device
+from trainer.elastic.process import listen
 from trainer.files import write_json
+from trainer.inner import inner_optimizer, learning_rate
+from trainer.loop import CLIP_NORM
+from trainer.tasks import tasks
+from trainer.volume import Volume
 
-ROOT = Path(__file__).parents[2]
+OUTPUT = Path(__file__).parents[2] / "build" / "quality.json"
+SIZE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+BATCH, LOCAL_STEPS, HELD_OUT = 8, 30, 512
+TIMEOUT = timedelta(seconds=300)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a run does at the end of a round, and how often: see `DiLoCo`.
+
+    Attributes:
+        rounds: How many rounds' worth of steps are between two synchronisations, of LOCAL_STEPS each.
+    """
+
+    codec: Codec = field(default_factory=Fp32)
+    lr: float = 0.7
+    momentum: float = 0.9
+    rounds: float = 1
+    fragments: int = 1
+    overlap: Overlap | None = None
+    ddp: bool = False
+
+
+def method(name: str = "fp32", **settings: Any) -> Method:
+    """A method by its codec's name; `settings` are those of the codec and of `Method`."""
+    of_method = {key: settings.pop(key) for key in list(settings) if key in Method.__dataclass_fields__}
+    return Method(codecs.make(name, **settings), **of_method)
+
+
 METHODS = {
-    "ddp": ["--optim-method", "ddp"],
-    "DiLoCo, Nesterov 0.7 / 0.9": ["--optim-method", "sgd", "--outer-lr", "0.7", "--outer-momentum", "0.9"],
-    "DiLoCo, Nesterov 0.8 / 0.5": ["--optim-method", "sgd", "--outer-lr", "0.8", "--outer-momentum", "0.5"],
+    "ddp": method(ddp=True),
+    "fp32": method(lr=0.8, momentum=0.5),
+    "fp32, Nesterov 0.7 / 0.9": method(lr=0.7, momentum=0.9),
 }
 
 
-def run(flags: list[str], steps: int, seed: int, shared: Path, run_dir: Path) -> dict[str, float]:
-    """Held-out loss and megabytes sent by a worker of one run."""
-    common = ["--config", str(ROOT / "trainer/recipes/stdlib.yaml"), "--total-steps", str(steps), "--seed", str(seed)]
-    common += ["--run-id", "bench", "--run-dir", str(run_dir), "--wandb-logging", "false", "--max-samples", "400"]
-    common += ["--dataset-cache-dir", str(shared / "datasets"), "--model-cache-dir", str(shared / "models"), *flags]
-    for command in ("precache", "launch"):
-        subprocess.run([sys.executable, "-m", "trainer", command, *common], check=True, stdout=subprocess.DEVNULL)
-    scores, sent = [], 0
-    for worker in sorted(run_dir.glob("worker-*")):
-        events = [json.loads(line) for line in (worker / "metrics.jsonl").read_text().splitlines()]
-        last = [event for event in events if event["event"] == "eval"][-1]
-        scores.append((last["loss"], last["samples"]))
-        sent += sum(event["bytes_sent"] for event in events if event["event"] == "round")
-    samples = sum(count for _, count in scores)
-    return {"loss": sum(loss * count for loss, count in scores) / samples, "sent_mb": sent / len(scores) / 1e6}
+# The workers
+
+
+class Members(LocalQuorum):
+    """A quorum whose members are those of a process group, all of them, always."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__()
+        self.group = group
+        self.names = tuple(map(str, range(group.size())))
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+        self._round += 1
+        reduced = weighted_mean(self.group, pseudo_gradient, weight, fragment.codec, TIMEOUT)
+        return Commit(self._round, 1, self.names, fragment, reduced, None, None, 0.0)
+
+
+class Worker:
+    """One of `size` workers. What one is asked, all are, at the same time."""
+
+    def __init__(self, config: TrainingConfig, directory: Path, rank: int, size: int, port: int) -> None:
+        torch.set_num_threads(1)
+        self.config, self.directory, self.rank, self.size = config, directory, rank, size
+        store = TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+        self.group, self.meter = form_group(store, rank, size, gloo_device("", "127.0.0.1"), TIMEOUT)
+        spec = models.resolve(config.model)
+        self.family, self.task = spec.family, tasks()[spec.family.task]
+        self.dataset = data.open_dataset(data.directory(config, Volume.of(config).datasets))
+
+    def train(self, chosen: Method, steps: int, seed: int) -> Row:
+        """One run; returns the sums of the scores on this worker's share of the held-out samples, and bytes sent."""
+        config = self.config.with_values(total_steps=steps, warmup_steps=steps // 10, seed=seed)
+        torch.manual_seed(seed)
+        model = self.family.build(self.directory)
+        parameters = list(model.parameters())
+        optimizer = inner_optimizer(config, model)
+        diloco = (DDP if chosen.ddp else DiLoCo)(
+            model,
+            optimizer,
+            outer=Nesterov(chosen.lr, chosen.momentum),
+            codec=chosen.codec,
+            sync_every=round(chosen.rounds * LOCAL_STEPS),
+            quorum=Members(self.group),
+            total_steps=steps,
+            fragments=chosen.fragments,
+            overlap=chosen.overlap,
+        )
+        everybody = np.arange(steps * self.size * BATCH).reshape(steps, self.size, BATCH)
+        order = data.SampleOrder(len(self.dataset.train), seed)
+        sent = self.sent()
+        with closing(data.batches(self.dataset.train, order, everybody[:, self.rank].ravel(), BATCH)) as batches:
+            for batch in batches:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(diloco.step, config)
+                self.task.loss(model, batch).backward()
+                diloco.before_optimizer_step(BATCH)
+                nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                diloco.after_inner_step(BATCH)
+        assert (diloco.step, diloco.round_length) == (steps, 0), "the run is not complete"
+        sent = self.sent() - sent
+        return {"sent": sent, "hash": diloco.state.hash(), **self._score(model)}
+
+    def _score(self, model: nn.Module) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        chosen = data.evenly(len(self.dataset.validation), HELD_OUT)[self.rank :: self.size]
+        model.eval()
+        with torch.inference_mode():
+            for part in np.array_split(chosen, max(1, len(chosen) // 32)):
+                columns = self.dataset.validation[part]
+                batch = {name: torch.from_numpy(column) for name, column in columns.items()}
+                for name, value in self.task.score(model, batch).items():
+                    sums[name] = sums.get(name, 0.0) + value
+        return sums
+
+    def sent(self) -> int:
+        """Bytes sent so far."""
+        wire = self.meter.read()
+        assert wire, "this system does not tell what goes over a connection"
+        return wire[0]
+
+
+def serve(questions: Connection, *arguments: Any) -> None:
+    """Be a worker, and do what comes in."""
+    worker = Worker(*arguments)
+    while (asked := questions.recv()) is not None:
+        questions.send(worker.train(*asked))
+
+
+# Who asks them
+
+
+class Crew:
+    """So many workers. They end with this process."""
+
+    def __init__(self, config: TrainingConfig, directory: Path, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with listen("127.0.0.1") as free:
+            port = free.getsockname()[1]
+        self.task = tasks()[models.resolve(config.model).family.task]
+        self._pipes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, config, directory, rank, size, port)
+            context.Process(target=serve, args=arguments, daemon=True).start()
+            theirs.close()
+            self._pipes.append(ours)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+
+    def train(self, chosen: Method, steps: int, seed: int) -> Row:
+        """One run: its held-out `loss`, the `mb` that a worker has sent, and the `seconds` it took."""
+        started = time.perf_counter()
+        for pipe in self._pipes:
+            pipe.send((chosen, steps, seed))
+        answers = [pipe.recv() for pipe in self._pipes]
+        assert len({answer.pop("hash") for answer in answers}) == 1, "the workers' parameters differ"
+        total = {name: sum(answer[name] for answer in answers) for name in answers[0]}
+        scores = self.task.metrics(total)
+        sent = total["sent"] / len(answers) / 1e6
+        return {"loss": scores["loss"], "mb": sent, "seconds": time.perf_counter() - started}
+
+
+def prepare(directory: Path) -> tuple[TrainingConfig, Path]:
+    """Precache the text and the model below `directory`; returns the configuration and the model's directory."""
+    places = {"dataset_cache_dir": str(directory / "datasets"), "model_cache_dir": str(directory / "models")}
+    config = TrainingConfig.from_flat(
+        {
+            **places,
+            "model": "gpt-neo-x:test",
+            "dataset": "stdlib",
+            "tokenizer": "bpe:512",
+            "sequence_length": 65,
+            "validation_fraction": 0.05,
+            "device": "cpu",
+            "batch_size": BATCH,
+            "per_device_train_batch_size": BATCH,
+            "max_samples": 400,
+            "lr": 2e-3,
+        }
+    )
+    manifest = data.precache(config, Volume.of(config), log=lambda line: print(line, file=sys.stderr))
+    model = directory / "model"
+    models.resolve(config.model).family.write(model, SIZE, manifest.for_model)
+    return config, model
+
+
+def table(rows: dict[str, list[Row]]) -> str:
+    """Of the runs of each method, seed by seed."""
+    head = f"{'against fp32':>15}{'from':>8}{'to':>8}{'against ddp':>13}{'from':>8}{'to':>8}{'MB':>10}{'/fp32':>8}{'/ddp':>8}"
+    lines = [f"{'method':<34}{'loss':>8}{head}"]
+    for name, runs in rows.items():
+        line = f"{name:<34}{statistics.mean(run['loss'] for run in runs):>8.4f}"
+        for other, width in (("fp32", 14), ("ddp", 12)):
+            gaps = [(run["loss"] / base["loss"] - 1) * 100 for run, base in zip(runs, rows[other], strict=False)]
+            line += f"{statistics.mean(gaps):>+{width}.2f}%{min(gaps):>+7.2f}%{max(gaps):>+7.2f}%"
+        sent = [statistics.mean(run["mb"] for run in rows[of]) for of in (name, "fp32", "ddp")]
+        lines.append(f"{line}{sent[0]:>10.3f}{sent[1] / sent[0]:>8.1f}{sent[2] / sent[0]:>8.0f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=450, help="inner steps of each run")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4], help="how many; one table each")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside ddp and fp32")
+    parser.add_argument("--steps", type=int, default=480, help="inner steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--first-seed", type=int, default=1, help="the seed of the first of them")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside ddp")
+    parser.add_argument("--quick", action="store_true", help="one short run of each")
     arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    methods = {name: METHODS[name] for name in METHODS if name == "ddp" or name in arguments.methods}
-    results: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    if arguments.quick:
+        arguments.steps, arguments.seeds = 60, 1
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers'
+    chosen = {name: METHODS[name] for name in METHODS if name in ("ddp", "fp32", *arguments.methods)}
+    results: dict[str, dict[str, list[Row]]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-            for number, (method, flags) in enumerate(methods.items()):
-                place = Path(directory) / f"{seed}-{number}"
-                results[method].append(run(flags, arguments.steps, seed, Path(directory) / "shared", place))
-                print(f"seed {seed}, {method}: {results[method][-1]}", file=sys.stderr, flush=True)
-    print(f"{'method':<30}{'held-out loss':>15}{'against ddp':>13}{'from':>9}{'to':>9}{'MB sent a worker':>19}")
-    for method, found in results.items():
-        losses = [result["loss"] for result in found]
-        gaps = [(loss / ddp["loss"] - 1) * 100 for loss, ddp in zip(losses, results["ddp"], strict=True)]
-        row = f"{statistics.mean(losses):>15.4f}{statistics.mean(gaps):>+12.2f}%{min(gaps):>+8.2f}%{max(gaps):>+8.2f}%"
-        print(f"{method:<30}{row}{found[0]['sent_mb']:>19.1f}")
-    write_json(ROOT / "build" / "quality.json", {"steps": arguments.steps, "runs": results})
+        prepared = prepare(Path(directory))
+        for workers in arguments.workers:
+            rows = results[str(workers)] = {name: [] for name in chosen}
+            with Crew(*prepared, workers) as crew:
+                for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+                    for name, wanted in chosen.items():
+                        row = crew.train(wanted, arguments.steps, seed)
+                        rows[name].append({"seed": seed, **row})
+                        print(f"{workers} workers, seed {seed}, {name}: {row}", file=sys.stderr, flush=True)
+            print(
+                f"\n{workers} workers, {arguments.steps} steps, seeds {arguments.first_seed} to {seed}\n{table(rows)}"
+            )
+            write_json(OUTPUT, {"steps": arguments.steps, "runs": results})
 
 
 if __name__ == "__main__":

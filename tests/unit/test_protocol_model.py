@@ -16,6 +16,7 @@ import os
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +42,7 @@ from trainer.elastic.protocol import (
     outcome_key,
     situation,
     unused,
+    used_of,
 )
 
 # Simulated seconds, in the order that the configuration demands.
@@ -232,6 +234,17 @@ class Checkpoint:
     used: int
 
 
+@dataclass
+class Flight:
+    """A synchronisation that is on its way while inner steps go on."""
+
+    work: list[int]
+    carried: list[int]
+    steps: int
+    length: int
+    result: Any = None  # outcome and contributions, or an exception
+
+
 class Process:
     """One incarnation of a worker: its main thread, its decider, and the one that keeps its lease."""
 
@@ -257,6 +270,8 @@ class Process:
         self.inner_steps = 0
         self.work: list[int] = []
         self.carried: list[int] = []
+        self.flight: Flight | None = None
+        self.arrived_used = 0  # how much of its share it had used at its last arrival
         self.in_doubt = False
         self.unreachable: tuple[str, ...] = ()
         self.means: deque[tuple[int, int, Any, int]] = deque(maxlen=KEPT_MEANS)
@@ -465,16 +480,20 @@ class Process:
                 return found if found and found.place > after else None
 
             self.dealt = yield from self.wait(dealt)
-        self.share, self.used = self.dealt, 0
+        self.take_dealt()
 
-    def synchronise(self) -> Thread:
+    def take_dealt(self) -> None:
+        if self.dealt is not None and self.dealt.place > self.share.place:
+            self.used = used_of(self.dealt, self.share, self.used, self.arrived_used)
+            self.share = self.dealt
+
+    def synchronise(self, contribution: tuple[int, ...]) -> Thread:
         """Returns the round's outcome, and what its members have contributed."""
         progress = Progress(self.term, self.base.round + 1, self.state.hash)
-        contribution = (*self.work, *self.carried)
         reduced: Any = None
 
         def arrive(attempt: int) -> Thread:
-            rest = self.rest()
+            rest, self.arrived_used = self.rest(), self.used
             arrival = Arrival(progress.term, progress.round, attempt, progress.state, rest, self.unreachable)
             yield from self.put(f"arrivals/{self.id}", arrival)
             yield "arrived"
@@ -568,6 +587,7 @@ class Process:
                 raise Interrupted
         self.adopt(record, record.base)
         self.world.holds_right_state(self)
+        self.take_dealt()
         yield from self.hold()
         counts, self.in_doubt = record.term == term and not self.in_doubt, False
         return counts
@@ -592,24 +612,53 @@ class Process:
 
     @property
     def length(self) -> int:
-        rules = self.world.rules
-        return min(rules.local_steps, rules.total_steps - self.state.step) if rules.total_steps else rules.local_steps
+        rules, begun = self.world.rules, self.state.step + (self.flight.length if self.flight else 0)
+        return min(rules.local_steps, rules.total_steps - begun) if rules.total_steps else rules.local_steps
 
     def synchronise_or_catch_up(self) -> Thread:
+        rules = self.world.rules
+        if rules.stock > 1 and self.state.step + self.length != rules.total_steps:
+            self.flight = Flight(self.work, self.carried, self.inner_steps, self.length)
+            self.work, self.carried, self.inner_steps = [], [], 0
+            self.world.start(self, "flight", self.fly(self.flight))
+            return
         try:
-            outcome, reduced = yield from self.synchronise()
+            outcome, reduced = yield from self.synchronise((*self.work, *self.carried))
         except Superseded:
             yield from self.catch_up()
             return
+        self.work, self.carried, self.inner_steps = [], [], 0
+        yield from self.apply(outcome, reduced, self.length)
+
+    def fly(self, flight: Flight) -> Thread:
+        try:
+            flight.result = yield from self.synchronise((*flight.work, *flight.carried))
+        except (Superseded, Interrupted) as error:
+            flight.result = error
+
+    def land(self) -> Thread:
+        assert self.flight
+        while self.flight.result is None:
+            yield POLL
+        flight, self.flight = self.flight, None
+        if isinstance(flight.result, Exception):
+            self.work, self.carried = [*flight.work, *self.work], flight.carried
+            self.inner_steps += flight.steps
+            if isinstance(flight.result, Interrupted):
+                raise flight.result
+            yield from self.catch_up()
+            return
+        yield from self.apply(*flight.result, flight.length)
+
+    def apply(self, outcome: Outcome, reduced: Any, length: int) -> Thread:
         self.world.applied(self, outcome, reduced)
-        self.take_step(outcome.round, reduced, self.length)
+        self.take_step(outcome.round, reduced, length)
         if self.flip:  # arithmetic that differs in a last bit
             self.flip = False
             self.state = replace(self.state, hash=self.state.hash + "~")
             self.world.known[self.state.hash] = self.state
         self.world.holds_right_state(self)
-        self.work, self.carried, self.inner_steps = [], [], 0
-        self.used = sum(stop - start for start, stop in self.share.ranges)
+        self.take_dealt()
         yield from self.hold()
         if self.random.random() < 0.3:
             yield from self.save()
@@ -649,6 +698,9 @@ class Process:
             while True:  # a donor to those that are not
                 yield TTL
         except Interrupted:
+            if self.flight:
+                with suppress(Interrupted):
+                    yield from self.land()
             self.leaving = True
             yield from self.leave()
 
@@ -674,11 +726,17 @@ class Process:
             progress = replace(progress, arrived=record.attempt)
 
     def train(self) -> Thread:
-        while self.length:
+        while self.length or self.flight:
+            if self.flight and (self.flight.result is not None or self.inner_steps >= self.length):
+                yield from self.land()
+                continue
             if self.inner_steps >= self.length:
                 yield from self.synchronise_or_catch_up()
                 continue
             if not self.rest():
+                if self.flight:
+                    yield from self.land()
+                    continue
                 try:
                     yield from self.take_share()
                 except Superseded:
@@ -692,6 +750,8 @@ class Process:
             self.work += batch
             self.used += len(batch)
             self.inner_steps += 1
+            if self.flight:
+                continue
             self.refresh()
             if self.behind(self.record):
                 yield from self.catch_up()
@@ -938,7 +998,7 @@ class World:
             assert new.place >= old.place
             if new.round != old.round:
                 self.committed(old, new)
-        self.check_books(old if old and old.term == new.term else None, new)
+        self.check_books(old if old and old.term == new.term else None, new, view)
 
     def committed(self, old: Record, new: Record) -> None:
         outcome = new.committed
@@ -952,7 +1012,7 @@ class World:
         assert (state.round, state.step) == (new.base.round, new.base.step)
         self.states[new.term, state.round] = state
 
-    def check_books(self, old: Record | None, new: Record) -> None:
+    def check_books(self, old: Record | None, new: Record, view: View) -> None:
         dealt = [part for share in new.shares.values() for part in share.ranges]
         ranges = sorted([*dealt, *new.cursor.tails, (new.cursor.position, 1 << 60)])
         for (_, stop), (start, _) in itertools.pairwise(ranges):
@@ -962,7 +1022,8 @@ class World:
         for id, share in new.shares.items():
             if old is None or old.shares.get(id) != share:
                 self.dealt[new.term].append((id, share))
-                free.update(positions_of(share.ranges))
+                arrival = view.arrivals.get(id) if self.rules.stock > 1 else None  # it goes on using what that had left
+                free.update(set(positions_of(share.ranges)) - set(positions_of(arrival.unused if arrival else ())))
         assert not free & counted, f"samples {sorted(free & counted)} are dealt again although they have been counted"
         twice = free & self.consumed[new.term].keys()
         assert not twice, f"samples {sorted(twice)} are dealt again although they have been consumed"
@@ -1010,6 +1071,8 @@ class World:
         for process in live.values():
             share = record.shares.get(process.id)
             there.update(process.work, process.carried, positions_of(process.rest()))
+            if process.flight:
+                there.update(process.flight.work, process.flight.carried)
             if share is not None and share.place > process.share.place:
                 there.update(positions_of(share.ranges))
         owners = {position: id for id, share in self.dealt[record.term] for position in positions_of(share.ranges)}
@@ -1070,6 +1133,7 @@ def schedule_of(seed: int) -> World:
         local_steps=chance.choice([2, 3]),
         total_steps=chance.choice([None, 5, 17]),
         batch_size=2,
+        stock=1 if seed % 8 < 4 else 2,
     )
     faults = [Fault(0.0 if worker < 2 else chance.uniform(0, 10), "start", worker) for worker in range(workers)]
     kinds = ["kill", "kill", "freeze", "freeze", "leave", "cut", "lose lease", "slow", "etcd away", "shaky collectives"]

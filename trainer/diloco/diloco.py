@@ -1,8 +1,8 @@
 """DiLoCo (arXiv 2311.08105): many inner steps, then one outer step on the workers' mean pseudo-gradient."""
 
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from trainer.diloco.flat import FlatLayout, Section
 from trainer.diloco.outer import Nesterov, OuterOptimizer
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, Superseded
 from trainer.diloco.state import Fragment, GlobalState
+
+LOOK_INTERVAL = 0.25  # seconds
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class DiLoCo:
         late_policy: What a late worker does with its work: "carry" it, or "drop" it.
         fragments: P. If the model cannot be cut into so many, there are fewer.
         overlap: Whether inner steps go on during a synchronisation, and how. None: they wait.
+        while_waiting: Called now and then while they have to wait for one all the same.
 
     Attributes:
         state: The global state.
@@ -113,6 +116,7 @@ class DiLoCo:
         late_policy: Literal["carry", "drop"] = "carry",
         fragments: int = 1,
         overlap: Overlap | None = None,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         if sync_every % fragments:
             raise ValueError(f"sync_every ({sync_every}) must be a multiple of fragments ({fragments})")
@@ -122,6 +126,7 @@ class DiLoCo:
         self.total_steps = total_steps
         self.late_policy = late_policy
         self.overlap = overlap
+        self.while_waiting = while_waiting
         self.inner_steps = 0
         self.exposed_seconds = 0.0
         self._layout = FlatLayout(model)
@@ -259,6 +264,8 @@ class DiLoCo:
         started = time.perf_counter()
         flight = self._flight
         assert flight is not None
+        while not wait([flight.commit], LOOK_INTERVAL).done:
+            self.while_waiting()
         try:
             commit = flight.commit.result()
         except BaseException as error:

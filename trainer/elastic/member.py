@@ -78,6 +78,7 @@ class Hooks:
     """What the quorum asks its worker.
 
     Attributes:
+        dealt: Told of a new share of the data.
         unused: What is left of the worker's share, and which one it is.
         shortage: Called once when fewer nodes than `min_nodes` are left: time to save.
         moments: The inner optimizer's state by name, live tensors, for a joiner.
@@ -85,6 +86,7 @@ class Hooks:
         warn: Told what a person should know.
     """
 
+    dealt: Callable[[Share], None] = lambda share: None
     unused: Callable[[], Share] = lambda: Share(0, 0, ())
     shortage: Callable[[], None] = lambda: None
     moments: Callable[[], dict[str, Tensor]] = dict
@@ -135,9 +137,10 @@ class ElasticQuorum:
             retry_period=config.collective_timeout + 1,
             forget_period=config.lease_ttl + 2,
             stall_limit=config.elastic.rdzv_timeout,
-            local_steps=config.local_steps,
+            local_steps=config.round_steps,
             total_steps=config.total_steps,
             batch_size=config.batch_size,
+            stock=2 if config.overlaps else 1,
         )
         self._condition = threading.Condition()
         self._heard = self._read = time.monotonic()  # from etcd at all; the record
@@ -306,8 +309,8 @@ class ElasticQuorum:
             return ()
         return record.committed.members if record.committed else record.expected
 
-    def share(self, after: tuple[int, int]) -> Share:
-        """This member's samples for the open round: waits for a share that was dealt after `after`, a share's place.
+    def deal(self, after: tuple[int, int]) -> None:
+        """Wait until this member has a share of the data that was dealt after `after`, a share's place.
 
         Raises:
             Superseded: The round has been committed meanwhile.
@@ -323,7 +326,7 @@ class ElasticQuorum:
                 return found if found and found.place > after else None
 
             self._share = self._wait(dealt, "a share of the data", self.hooks.shortage)
-        return self._share
+        self._hand_on_share()
 
     # What DiLoCo asks (trainer.diloco.quorum.Quorum)
 
@@ -400,6 +403,7 @@ class ElasticQuorum:
 
     def applied(self, commit: Commit, state: GlobalState) -> None:
         """Hash the new state, and say in etcd that this member holds it, while the next inner steps run."""
+        self._hand_on_share()
         self._keep(commit.round, commit.reduced, self._steps, commit.fragment, state)
         self._announce(state)
 
@@ -445,6 +449,7 @@ class ElasticQuorum:
                     "network is too slow for this model and these rounds"
                 )
         self._adopt(record, record.base)
+        self._hand_on_share()
         self._announce(state)
         counts, self._in_doubt = record.term == term and not self._in_doubt, False
         return counts
@@ -568,6 +573,10 @@ class ElasticQuorum:
         self._term, self._base = record.term, base
         if self.id in record.shares:
             self._share = record.shares[self.id]
+
+    def _hand_on_share(self) -> None:
+        if self._share is not None:
+            self.hooks.dealt(self._share)
 
     @property
     def _complete(self) -> bool:

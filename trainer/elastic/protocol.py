@@ -42,8 +42,10 @@ founded on the newest state that a live member holds, and never on one older tha
 
 Why no sample is used twice. A position is dealt to one member, by a transition. It is dealt again only if that member
 has given it back: with the arrival that was committed (it then drops the rest of that share), or by leaving, after
-which nothing is dealt to it. Another term deals again what its base does not contain: shares and work do not cross
-terms. Lost is the share of a member whose lease has ended: what it had not seen, and what it had done if it is dead.
+which nothing is dealt to it. If inner steps go on meanwhile, an arrival gives nothing back: the next share begins with
+what the arrival had left, and the member skips what it has used of that since. Another term deals again what its base
+does not contain: shares and work do not cross terms. Lost is the share of a member whose lease has ended: what it had
+not seen, and what it had done if it is dead.
 
 Why it is live. Once no more members are missing than have arrived, those are waited for `grace_period` at most (while
 more are missing, for `stall_limit`); one whose lease ended, or whom another suspects, not at all. Whoever does not vote
@@ -57,6 +59,7 @@ Everything below is a pure function of a record, a view of the other keys, and h
 `tests/unit/test_protocol_model.py` runs it through random schedules of faults.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -79,6 +82,8 @@ class Rules:
         stall_limit: Seconds for which late ones are waited for that are the most.
         local_steps, total_steps: Of a round; of the run (None: it does not end).
         batch_size: Samples of an inner step.
+        stock: Rounds' worth of samples that a member holds when a round opens: 1; 2 if inner steps go on during a
+            synchronisation, when nobody knows yet what the next round deals.
     """
 
     min_nodes: int
@@ -90,6 +95,7 @@ class Rules:
     local_steps: int
     total_steps: int | None
     batch_size: int
+    stock: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ class Arrival:
 
     Attributes:
         state: Hash of the global state that it began from.
-        unused: What it has not used of its share.
+        unused: What it has not used of its share: it gives that back, or (`Rules.stock` is 2) keeps it.
         suspects: Members that did not answer when the attempt before failed.
     """
 
@@ -415,6 +421,11 @@ def deal(cursor: Cursor, samples: int) -> tuple[Cursor, tuple[Range, ...]]:
     return Cursor(position, tuple(tails)), tuple(dealt)
 
 
+def count(ranges: Iterable[Range]) -> int:
+    """How many positions they have."""
+    return sum(stop - start for start, stop in ranges)
+
+
 def unused(ranges: Iterable[Range], used: int) -> tuple[Range, ...]:
     """What is left of a share when its first `used` positions have been consumed."""
     rest: list[Range] = []
@@ -424,6 +435,17 @@ def unused(ranges: Iterable[Range], used: int) -> tuple[Range, ...]:
         if start + skipped < stop:
             rest.append((start + skipped, stop))
     return tuple(rest)
+
+
+def used_of(share: Share, before: Share, used: int, arrived: int) -> int:
+    """How many positions of a new share have been used already: it may begin with what an arrival had left.
+
+    Args:
+        before: The share until now.
+        used, arrived: How many of its positions have been used, and had been at the last arrival.
+    """
+    rest = unused(before.ranges, arrived) if before.term == share.term else ()
+    return used - arrived if rest and share.ranges[: len(rest)] == rest else 0
 
 
 def _found(term: int, view: View, waited: float, rules: Rules) -> Record | None:
@@ -448,13 +470,23 @@ def _open(
     kept: Mapping[str, Share],
     committed: Outcome | None,
     rules: Rules,
+    stock: Mapping[str, tuple[Range, ...]] | None = None,
 ) -> Record:
-    """The round after `base` at its beginning, with a new share for each of `members`."""
+    """The round after `base` at its beginning, with a new share for each of `members`.
+
+    Args:
+        stock: What some keep of their shares (`Rules.stock` is 2); the new share is that, filled up. Another term would
+            deal it anew: so it is among the tails of `base`.
+    """
     length = rules.local_steps if rules.total_steps is None else min(rules.local_steps, rules.total_steps - base.step)
-    cursor, shares = base.cursor, dict(kept)
+    stock = stock or {}
+    all_held = {part for held in stock.values() for part in held}
+    cursor = replace(base.cursor, tails=tuple(part for part in base.cursor.tails if part not in all_held))
+    shares = dict(kept)
     for id in members:
-        cursor, ranges = deal(cursor, length * rules.batch_size)
-        shares[id] = Share(term, base.round + 1, ranges)
+        held = stock.get(id, ())
+        cursor, ranges = deal(cursor, _supply(base.step, rules) - count(held))
+        shares[id] = Share(term, base.round + 1, (*held, *ranges))
     return Record(term, base.round + 1, 1, "gather", members, (), base, cursor, length, shares, committed)
 
 
@@ -511,13 +543,13 @@ def _reduce(record: Record, view: View, waited: float, rules: Rules) -> Record |
     if not missing and len({(vote.hash, vote.weight) for vote in votes.values()}) == 1:
         vote = next(iter(votes.values()))
         # What a leaver has not used was taken back when it left.
-        back = tuple(part for id in record.members if id not in view.left for part in view.arrivals[id].unused)
-        cursor = replace(record.cursor, tails=(*record.cursor.tails, *back))
+        left = {id: view.arrivals[id].unused for id in record.members if id not in view.left}
+        cursor = replace(record.cursor, tails=(*record.cursor.tails, *itertools.chain.from_iterable(left.values())))
         base = State(record.round, record.base.step + record.length, cursor)
         outcome = Outcome(record.term, record.round, record.attempt, record.members, vote.hash, vote.weight, base)
         kept = {id: share for id, share in record.shares.items() if id in view.present and id not in record.members}
         present = tuple(id for id in record.members if id in view.present)
-        opened = _open(record.term, present, base, kept, outcome, rules)
+        opened = _open(record.term, present, base, kept, outcome, rules, left if rules.stock > 1 else None)
         # Who came too late begins the next round a little later than the others, and would be too late again.
         late = {id for id in view.present - {*record.members} if _arrived_for(record, view, id, record.attempt)}
         return replace(opened, expected=(*present, *_ranked(late, view)))
@@ -537,15 +569,28 @@ def _keep_books(record: Record, view: View, rules: Rules) -> Record | None:
     shares, cursor = dict(record.shares), record.cursor
     for id, left in sorted(view.left.items()):
         if share := shares.pop(id, None):
-            # If it speaks of an older share, it has not seen this one: what it has not used of that came back before.
-            back = left.unused if share.place == (left.term, left.round) else share.ranges
+            back = left.unused
+            if share.place != (left.term, left.round):
+                # It has not seen this share: the older one, of which it speaks, came back before. Or this one begins
+                # with what the arrival had left of that.
+                arrival = view.arrivals.get(id)
+                kept = rules.stock > 1 and arrival is not None and (arrival.term, arrival.round + 1) == share.place
+                back = (
+                    (*left.unused, *unused(share.ranges, count(arrival.unused))) if kept and arrival else share.ranges
+                )
             cursor = replace(cursor, tails=(*cursor.tails, *back))
     for id, ready in sorted(view.ready.items()):
         current = (ready.term, ready.round) == (record.term, record.base.round)
         if current and id in view.present and (id not in shares or shares[id].round < record.round):
-            cursor, ranges = deal(cursor, record.length * rules.batch_size)
+            cursor, ranges = deal(cursor, _supply(record.base.step, rules))
             shares[id] = Share(record.term, record.round, ranges)
     return replace(record, shares=shares, cursor=cursor) if shares != dict(record.shares) else None
+
+
+def _supply(step: int, rules: Rules) -> int:
+    """Samples that a member should hold when a round opens at this step."""
+    steps = rules.stock * rules.local_steps
+    return rules.batch_size * (steps if rules.total_steps is None else min(steps, rules.total_steps - step))
 
 
 def forgotten(record: Record, view: View) -> bool:

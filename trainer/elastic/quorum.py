@@ -49,6 +49,7 @@ from trainer.errors import Interrupted, TrainingError
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
     from trainer.diloco.state import Fragment, GlobalState
+    from trainer.elastic.member import Hooks
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +77,13 @@ class FixedQuorum:
         config: "TrainingConfig",
         fingerprint: Mapping[str, Json],
         stopping: Callable[[], bool] = lambda: False,
-        hooks: object = None,
+        hooks: "Hooks | None" = None,
     ) -> None:
         local_rank, slot = number_from("LOCAL_RANK"), number_from(SLOT_VARIABLE)
         self.rank = slot * config.elastic.nproc_per_node + local_rank
         self.world_size = config.nodes * config.elastic.nproc_per_node
         self.generation = 0
-        self._config, self._fingerprint, self._stopping = config, fingerprint, stopping
+        self._config, self._fingerprint, self._stopping, self._hooks = config, fingerprint, stopping, hooks
         self.id, self.worker, self.term = _id(self.rank), self.rank, 1
         self.base = self._next = State()
         self.dealt: Share | None = None
@@ -166,10 +167,9 @@ class FixedQuorum:
             state.load(self.base.round, self.base.step, tensors)
         self._deal()
 
-    def share(self, after: tuple[int, int]) -> Share:
-        """This worker's samples for the open round."""
-        assert self.dealt is not None
-        return self.dealt
+    def deal(self, after: tuple[int, int]) -> None:
+        """This worker has a share of the data for every round."""
+        self._hand_on_share()
 
     def durable(self, round: int) -> None:
         """Fixed membership asks at the start who has the newest checkpoint: nothing needs to be remembered."""
@@ -237,6 +237,11 @@ class FixedQuorum:
     def applied(self, commit: Commit, state: "GlobalState") -> None:
         self.base = self._next
         self._deal()
+        self._hand_on_share()
+
+    def _hand_on_share(self) -> None:
+        if self._hooks is not None and self.dealt is not None:
+            self._hooks.dealt(self.dealt)
 
     def exchange(self, value: Json) -> list[Json]:
         """Every member's small value (JSON), in rank order."""

@@ -1,0 +1,89 @@
+"""The inner optimizer, and its learning rate."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from trainer.config import TrainingConfig
+
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1  # of matrices, not of biases and norms
+
+
+def inner_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
+    """AdamW as in DiLoCo's and Chinchilla's settings; or Muon with it, as in MuLoCo (arXiv 2505.23725)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.inner_optimizer == "muon":
+        return MuonWithAdamW(hidden_matrices(model), parameters, config.lr)
+    return AdamW(_groups(parameters), lr=config.lr, betas=BETAS, fused=True)
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`; `step` counts from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    remaining = max(config.total_steps - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / remaining))
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable matrices but for embeddings and the output layer: what Muon is for."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    outer |= {id(output.weight)} if output is not None else set()
+    matrices = (parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim == 2)
+    return [parameter for parameter in matrices if id(parameter) not in outer]
+
+
+class MuonWithAdamW(Optimizer):
+    """torch's Muon for hidden matrices, AdamW for the rest, behind one optimizer's interface.
+
+    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982, §2.2), so that one learning rate serves both.
+
+    Args:
+        hidden: For Muon; each a matrix.
+        parameters: All of them, `hidden` too.
+        lr: Of both.
+    """
+
+    def __init__(self, hidden: list[nn.Parameter], parameters: list[nn.Parameter], lr: float) -> None:
+        chosen = {id(parameter) for parameter in hidden}
+        rest = [parameter for parameter in parameters if id(parameter) not in chosen]
+        self._parts: list[Optimizer] = []
+        if hidden:
+            self._parts.append(
+                torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+            )
+        if rest:
+            self._parts.append(AdamW(_groups(rest), lr=lr, betas=BETAS, fused=True))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._link()
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("MuonWithAdamW takes no closure")
+        for part in self._parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._link()
+
+    def _link(self) -> None:
+        """The parts work on this optimizer's groups and state: there is one copy of each."""
+        groups = iter(self.param_groups)
+        for part in self._parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+
+def _groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
