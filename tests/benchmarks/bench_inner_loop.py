@@ -52,7 +52,7 @@ def main() -> None:
         volume, dataset = Volume.of(config), worker.dataset
         bare = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
         parameters = list(bare.parameters())
-        optimizer = inner_optimizer(config, model)
+        optimizer = inner_optimizer(config, bare)
         batch = torch.from_numpy(dataset.train[np.arange(config.batch_size)]["input_ids"])
 
         def bare_step() -> None:

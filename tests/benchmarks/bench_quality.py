@@ -52,8 +52,8 @@ from trainer.tasks import tasks
 from trainer.volume import Volume
 
 OUTPUT = Path(__file__).parents[2] / "build" / "quality.json"
-SIZE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
-BATCH, LOCAL_STEPS, HELD_OUT = 8, 30, 512
+SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+BATCH, LOCAL_STEPS, HELD_OUT = 8, 20, 512
 TIMEOUT = timedelta(seconds=300)
 Row = dict[str, Any]
 
@@ -259,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4], help="how many; one table each")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside ddp and fp32")
-    parser.add_argument("--steps", type=int, default=480, help="inner steps of each run")
+    parser.add_argument("--steps", type=int, default=320, help="inner steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--first-seed", type=int, default=1, help="the seed of the first of them")
     parser.add_argument("--quick", action="store_true", help="one short run of each")

@@ -12,16 +12,17 @@ sends 32 coefficients a tile in 4 bits.
 
 bytes   What a worker sends in a round, for 2, 4 and 8 workers. The parameters are those of a GPT-NeoX with 124M of them
         (12 layers of 768, tied embedding, 50257 tokens), or fewer (see the column) where the machine could not hold
-        them or would take long: `MB/round` is then scaled up to all of them. `meter` is what the product reports: TCP
-        payload, from the kernel's `tcp_info`. `eth0` is what the interface has counted meanwhile, less 66 bytes of
-        Ethernet, IP and TCP headers for each of its packets. They must agree within 3 % or 256 KB. `/fp32`: how much
-        less than DiLoCo in fp32; `/DDP`: than averaging gradients by `gloo` in each of 128 inner steps.
+        them or would take long: `MB/round` is then scaled up to all of them (too much, what every message has whatever
+        its size: gloo's own headers, 20 % of `sparse` among 8). `meter` is what the product reports: TCP payload, from
+        the kernel's `tcp_info`. `eth0` is what the interface has counted meanwhile, less 66 bytes of Ethernet, IP and
+        TCP headers for each of its packets. They must agree within 3 % or 256 KB. `/fp32`: how much less than DiLoCo
+        in fp32; `/DDP`: than averaging gradients by `gloo` in each of 128 inner steps.
 time    Seconds, 2 workers, over links that `tc tbf` limits at both ends, and over one that nothing limits: medians of
         the slower worker, the methods alternating, after a first round that is not counted. `limit` is bytes sent /
         bandwidth, payload alone; headers take 4.6 % more, and acknowledgements of what comes the other way 2.2 %, so
         that 1.07 is TCP's best. Targets: `x-limit` 1.10 for dense codecs; unlimited, `x-gloo` 1.5 for fp32. `model`
         (from the model's parameters to the pseudo-gradient, and back) is in `whole` only. With --torchft, its DiLoCo
-        does the same: all of its synchronisation, quorum and vote included (bench_faults.py says how to install it).
+        does the same, quorum and vote included (bench_faults.py says how to install it).
 cpu     CPU seconds to encode and to decode 100M numbers, on one thread.
 memory  Bytes a parameter on the host, beside the model: what stays (global parameters, momentum, scratch, and the
         residual of error feedback), and what a synchronisation of 2 workers takes beyond that at its peak. `coded`: a
@@ -335,10 +336,9 @@ class Crew:
 
 
 def measure_bytes(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
-    for size, share in {2: 1, 4: 4, 8: 16}.items():
+    for size, share in {2: 1, 4: 4, 8: 16}.items() if not arguments.quick else {2: 32, 4: 128}.items():
         room = int(0.6 * psutil.virtual_memory().available / HELD / size)
-        wanted = min(FULL // share // (32 if arguments.quick else 1), room)
-        with Crew("ours", size, network, parameters=wanted) as crew:
+        with Crew("ours", size, network, parameters=min(FULL // share, room)) as crew:
             parameters, sent = crew.ask("parameters")[0], {}
             for method in dict.fromkeys([RAW, "fp32", *arguments.methods]):
                 before = crew.ask("counters")

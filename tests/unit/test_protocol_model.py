@@ -1056,7 +1056,8 @@ class World:
             newest = self.etcd.records[-1].committed if self.etcd.records else None
             if newest is None or {process.id for process in live} != set(newest.members):
                 return False
-            if any(process.behind(self.etcd.records[-1]) for process in live):
+            record = self.etcd.records[-1]
+            if any(process.behind(record) for process in live) or record.shares.keys() & self.said_what_is_left:
                 return False  # the check below wants to see everyone's books in one state
         self.check_losses()
         return True

@@ -27,7 +27,7 @@ from torch.distributed import AllreduceOptions, AllToAllOptions, ReduceOp, Work
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.quorum import Reduced, is_finite
 
-CHUNK_BYTES = 4 << 20  # of a piece, at most
+CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
 IN_FLIGHT = 4  # pieces
 PIECES = 16  # so many at least, if they are not tiny: what cannot overlap is one piece's coding
 SMALLEST = 1 << 18  # numbers

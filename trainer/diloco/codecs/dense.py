@@ -172,11 +172,9 @@ class Sign(_Scaled):
         return rows
 
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
-        np.take(_SIGNS, rows[:, _SCALE_BYTES:].numpy(), axis=0, out=out.view(len(out), -1, 8).numpy())
-        return out.mul_(self._scale(rows))
-
-
-_SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) * 2 - 1  # (256, 8)
+        scale = self._scale(rows)
+        bits = torch.from_numpy(np.unpackbits(rows[:, _SCALE_BYTES:].numpy(), axis=1))
+        return out.copy_(bits.view(torch.int8)).mul_(2 * scale).sub_(scale)
 
 
 def _bytes(levels: Tensor) -> Tensor:
