@@ -428,13 +428,15 @@ class Worker:
             if isinstance(value, Tensor)
         }
 
-    def _unused(self) -> tuple[Range, ...]:
+    def _unused(self, used: int | None = None) -> tuple[Range, ...]:
         """What is left of this worker's share. Nothing in another term: that deals the same samples anew."""
-        return unused(self.share.ranges, self.used) if self.share.term == self.quorum.term else ()
+        if self.share.term != self.quorum.term:
+            return ()
+        return unused(self.share.ranges, self.used if used is None else used)
 
     def _rest_of_share(self) -> Share:
-        self.used_at_arrival = self.used
-        return replace(self.share, ranges=self._unused())
+        used = self.used_at_arrival = self.used  # once: inner steps may go on meanwhile
+        return replace(self.share, ranges=self._unused(used))
 
     def _progress(self) -> dict[str, float | int | None]:
         """What `status` shows of this worker: told after each commit, so the speed is the last round's."""

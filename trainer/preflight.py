@@ -17,8 +17,9 @@ from trainer.files import require_free_space, require_writable
 from trainer.volume import Volume, worker_configs
 
 LEAST_FREE_BYTES = 100 << 20
-_ALWAYS_THE_SAME = ("local_steps", "batch_size", "optim_method", "seed")
-_KEPT_BY_ETCD = ("total_steps", "outer_lr", "outer_momentum", "codec")  # the run's, as long as its etcd has its data
+_ALWAYS_THE_SAME = ("local_steps", "batch_size", "optim_method", "seed", "fragments")
+# The run's, as long as its etcd has its data.
+_KEPT_BY_ETCD = ("total_steps", "outer_lr", "outer_momentum", "codec", "compression_topk", "overlaps")
 
 
 def check(config: TrainingConfig, *, precached: bool = False, network: bool = True) -> None:

@@ -10,7 +10,7 @@ from tests.faults.harness import Run, of, precache
 
 @pytest.fixture
 def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
-    run = Run(tmp_path / f"faults-{tmp_path.name}", precache(tmp_path / "source"), [etcd], total_steps=320)
+    run = Run(tmp_path / f"faults-{tmp_path.name}", precache(tmp_path / "source"), [etcd], total_steps=640)
     yield run
     run.close()
 

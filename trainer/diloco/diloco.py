@@ -247,7 +247,7 @@ class DiLoCo:
             self._layout.gather(self.state.parameters)
         self._layout.scatter(fragment.of(self.state.parameters), self._local(self._sections[fragment.index]))
         self._forget(fragment)
-        self.inner_steps = 0
+        self.inner_steps, self._offset = 0, None
         self.quorum.applied(commit, self.state)
         self.exposed_seconds = time.perf_counter() - started
         return commit

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class OuterOptimizer(Protocol):
-    """A rule without memory of its own: its state is flat, and part of the global state."""
+    """A rule for each number on its own, without memory: its state is flat, and part of the global state.
+
+    So it can be applied to a part of the vector; it is, to one after the other that fits into the processor's cache.
+    """
 
     def initial_state(self, size: int) -> dict[str, Tensor]:
         """The state for n = `size` parameters before the first step, float32 (n,) each, by name."""
@@ -39,6 +42,7 @@ class Nesterov:
 
     def update(self, mean: Tensor, state: dict[str, Tensor], out: Tensor) -> Tensor:
         if self.momentum:
-            velocity = state["momentum"].mul_(self.momentum).add_(mean)
+            momentum = state["momentum"]
+            velocity = torch.add(mean, momentum, alpha=self.momentum, out=momentum)
             return torch.add(mean, velocity, alpha=self.momentum, out=out).mul_(self.lr)
         return mean if self.lr == 1 else torch.mul(mean, self.lr, out=out)

@@ -12,6 +12,8 @@ from torch import Tensor
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.outer import OuterOptimizer
 
+SLICE = 1 << 18  # numbers that an outer step is taken for at once: what it reads and writes stays in the cache
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -87,11 +89,16 @@ class GlobalState:
         """
         with self._lock:
             self._own()
-            part = {name: (fragment or self.fragments[-1]).of(tensor) for name, tensor in self._tensors.items()}
-            parameters = part.pop("model")
-            outer = {name.removeprefix("outer."): tensor for name, tensor in part.items()}
-            update = self.outer.update(mean, outer, scratch)
-            parameters.sub_(update)
+            begin = (fragment or self.fragments[-1]).start
+            update = mean
+            for start in range(0, len(mean), SLICE):
+                stop = min(start + SLICE, len(mean))
+                part = {name: tensor[begin + start : begin + stop] for name, tensor in self._tensors.items()}
+                parameters = part.pop("model")
+                outer = {name.removeprefix("outer."): tensor for name, tensor in part.items()}
+                change = self.outer.update(mean[start:stop], outer, scratch[start:stop])
+                parameters.sub_(change)
+                update = mean if change.data_ptr() == mean[start:stop].data_ptr() else scratch
             self.round, self.step = self.round + 1, self.step + steps
             return update
 

@@ -126,7 +126,8 @@ class ElasticQuorum:
         stopping: Callable[[], bool] = lambda: False,
         hooks: Hooks | None = None,
     ) -> None:
-        self._config, self._stopping, self.hooks = config, stopping, hooks or Hooks()
+        self._config, self.hooks, self._left = config, hooks or Hooks(), threading.Event()
+        self._stopping = lambda: stopping() or self._left.is_set()
         slot, local_rank = number_from(SLOT_VARIABLE), number_from("LOCAL_RANK")
         self.worker = slot * config.elastic.nproc_per_node + local_rank
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
@@ -207,7 +208,11 @@ class ElasticQuorum:
         self.catch_up(state)
 
     def leave(self) -> None:
-        """Give the lease back at once, so that the others notice, and the unused part of the share. The end."""
+        """Give the lease back at once, so that the others notice, and the unused part of the share. The end.
+
+        A synchronisation that is on its way in another thread is interrupted.
+        """
+        self._left.set()
         if self._decider is not None:
             self._decider.close()
         if self._lease is not None and not self._complete:
