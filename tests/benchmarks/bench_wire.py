@@ -393,10 +393,10 @@ def measure_cpu(arguments: argparse.Namespace, network: Links | None) -> Iterato
     values = torch.randn(size, generator=torch.Generator().manual_seed(0))
     for method in arguments.methods:
         codec, encode, decode = codec_of(method, shapes), [], []
-        out = codec.arrange(values).clone()
+        out = torch.cat(codec.arrange(values))
         for _ in range(arguments.repetitions + 1):
             marks = [time.process_time()]
-            blocks = codec.arrange(values).split(max(1, SLICE // codec.block))  # as the product has them
+            blocks = torch.cat(codec.arrange(values)).split(max(1, SLICE // codec.block))  # as the product has them
             rows = [codec.encode(part) for part in blocks]
             marks.append(time.process_time())
             for coded, part in zip(rows, out.split(len(blocks[0])), strict=True):

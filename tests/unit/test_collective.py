@@ -62,7 +62,7 @@ def coded(codec: Codec, blocks: Tensor) -> Tensor:
 
 def mean_of(codec: Codec, values: list[Tensor], weights: list[float]) -> Tensor:
     """By the definition: the coded mean of what each has coded."""
-    blocks = [codec.arrange(value) for value in values]
+    blocks = [torch.cat(codec.arrange(value)) for value in values]
     if codec.name == "fp32":
         mean = sum(block * (weight / sum(weights)) for block, weight in zip(blocks, weights, strict=True))
     else:

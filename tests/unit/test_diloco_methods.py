@@ -189,7 +189,7 @@ class Coding(Slow):
     def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
         self.sent.append((pseudo_gradient.clone(), weight))
         codec = fragment.codec
-        blocks = codec.arrange(pseudo_gradient)
+        blocks = torch.cat(codec.arrange(pseudo_gradient))
         rows = codec.encode(blocks)
         mean = codec.restore(codec.decode(rows, torch.empty_like(blocks)), pseudo_gradient.numel())
         reduced = Reduced(mean, weight, rows, pseudo_gradient - mean)
@@ -222,7 +222,7 @@ def test_what_a_codec_leaves_out_is_sent_later() -> None:
         sent = quorum.sent[-1][0]
         torch.testing.assert_close(sent, expected, atol=1e-5, rtol=1e-4)
         codec = diloco.state.fragments[0].codec
-        blocks = codec.arrange(sent)
+        blocks = torch.cat(codec.arrange(sent))
         residual = sent - codec.restore(codec.decode(codec.encode(blocks), torch.empty_like(blocks)), sent.numel())
         if index == 1:
             saved, place = copy.deepcopy(diloco.worker_state()), (diloco.round, diloco.state.step)

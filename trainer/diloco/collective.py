@@ -16,6 +16,7 @@ owner also what coding the mean has. Of that it keeps W / w times as much, which
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -31,10 +32,26 @@ CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 
 IN_FLIGHT = 4  # pieces
 PIECES = 16  # so many at least, if they are not tiny: what cannot overlap is one piece's coding
 SMALLEST = 1 << 18  # numbers
-SLICE = 1 << 17  # numbers that are coded at once: half a megabyte, so that a codec's passes stay in the cache
+SLICE = 1 << 18  # numbers that are coded at once: a megabyte, so that a codec's passes stay in the cache
 
 
-def weighted_mean(group: Any, values: Tensor, weight: float, codec: Codec, timeout: timedelta) -> Reduced:
+class Workspace:
+    """Memory that a member's collectives use again and again: what one has given is valid until the next one."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def empty(self, name: str, rows: int, columns: int) -> Tensor:
+        """float32 (`rows`, `columns`)."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < rows * columns:
+            buffer = self._buffers[name] = torch.empty(rows * columns)
+        return buffer[: rows * columns].view(rows, columns)
+
+
+def weighted_mean(
+    group: Any, values: Tensor, weight: float, codec: Codec, timeout: timedelta, workspace: Workspace | None = None
+) -> Reduced:
     """The mean of the members' `values`, weighted by their weights.
 
     Values that are not finite are sent as zeros with weight 0, since 0 × NaN is NaN.
@@ -45,6 +62,7 @@ def weighted_mean(group: Any, values: Tensor, weight: float, codec: Codec, timeo
             attempt that fails can be made again.
         weight: At least 0.
         timeout: How long any one piece may take.
+        workspace: Where the result is to be put, if it was coded. By default into fresh memory, which is slower.
 
     Raises:
         RuntimeError: A member is gone, or a piece took too long.
@@ -60,7 +78,7 @@ def weighted_mean(group: Any, values: Tensor, weight: float, codec: Codec, timeo
     shares = (weights / total).tolist()
     if isinstance(codec, Fp32):
         return _summed(group, values, shares[group.rank()], total, timeout)
-    return _Coded(group, codec, timeout, shares).run(values, total)
+    return _Coded(group, codec, timeout, shares).run(values, total, workspace or Workspace())
 
 
 def _summed(group: Any, values: Tensor, share: float, total: float, timeout: timedelta) -> Reduced:
@@ -78,6 +96,20 @@ def _summed(group: Any, values: Tensor, share: float, total: float, timeout: tim
     return Reduced(mean, total, mean)
 
 
+@dataclass
+class _Piece:
+    """Some blocks, and where in the coded vector their rows begin."""
+
+    blocks: Tensor
+    start: int
+    work: Any = None  # what of it is on its way
+    rows: Any = None  # uint8 (b, row): what that brings
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.blocks)
+
+
 class _Coded:
     """One coded collective of one member. `shares`: every member's share of the sum of weights, by rank."""
 
@@ -86,77 +118,67 @@ class _Coded:
         self.size, self.rank = group.size(), group.rank()
         self.share = shares[self.rank]
 
-    def run(self, values: Tensor, weight: float) -> Reduced:
+    def run(self, values: Tensor, weight: float, workspace: Workspace) -> Reduced:
         codec, size = self.codec, self.size
-        blocks = codec.arrange(values if self.share else torch.zeros_like(values))
+        parts = codec.arrange(values if self.share else torch.zeros_like(values))  # 0 × NaN is NaN
+        pieces, count = list(self._pieces(parts)), sum(map(len, parts))
+        mean = workspace.empty("mean", count, codec.block)
         keep = codec.feedback > 0 and self.share > 0
-        error = torch.empty_like(blocks) if keep else None
-        mean = torch.empty_like(blocks)
-        pieces = list(self._pieces(len(blocks)))
-        coded = torch.empty(pieces[-1][1], codec.mean.row, dtype=torch.uint8)
+        error = workspace.empty("error", count, codec.block) if keep else None
+        coded = torch.empty(count, codec.mean.row, dtype=torch.uint8)
 
-        def send(start: int, stop: int) -> tuple[Work, Tensor]:
+        def send(piece: _Piece) -> None:
             """Code the piece, and send each owner its part."""
-            rows = _encode(codec, blocks[start:stop], stop - start)
+            rows = _encode(codec, piece.blocks, -(-len(piece.blocks) // size) * size)
             if error is not None:
-                own = error[start:stop]
-                torch.sub(blocks[start:stop], _decode(codec, rows, own), out=own)
-            received, options = torch.empty_like(rows), AllToAllOptions()
+                own = error[piece.start : piece.stop]
+                torch.sub(piece.blocks, _decode(codec, rows, own), out=own)
+            piece.rows, options = torch.empty_like(rows), AllToAllOptions()
             options.timeout = self.timeout
-            return self.group.alltoall_base(received, rows, [], [], options), received
+            piece.work = self.group.alltoall_base(piece.rows, rows, [], [], options)
 
-        def reduce(start: int, stop: int, received: Tensor) -> Work:
+        def reduce(piece: _Piece) -> None:
             """Form the mean of the part that this member owns, and send it to everybody."""
-            part = (stop - start) // size
+            piece.work.wait(self.timeout)
+            part = len(piece.rows) // size
             total = torch.zeros(part, codec.block)
-            for rows, of_total in zip(received.chunk(size), self.shares, strict=True):
-                if of_total:
-                    _add(codec, rows, of_total, total)
+            for rows, share in zip(piece.rows.chunk(size), self.shares, strict=True):
+                if share:
+                    _add(codec, rows, share, total)
             own = _encode(codec.mean, total, part)
             if error is not None:
-                place = start + self.rank * part
-                left = error[place : min(place + part, len(blocks))]
+                left = error[piece.start : piece.stop][self.rank * part : (self.rank + 1) * part]
                 total.sub_(_decode(codec.mean, own, torch.empty_like(total)))
                 left.add_(total[: len(left)], alpha=1 / self.share)
-            options = AllgatherOptions()
+            piece.rows, options = torch.empty(size * part, codec.mean.row, dtype=torch.uint8), AllgatherOptions()
             options.timeout = self.timeout
-            return self.group._allgather_base(coded[start:stop], own, options)
+            piece.work = self.group._allgather_base(piece.rows, own, options)
 
-        sending: deque[tuple[int, int, Work, Tensor]] = deque()
-        gathering: deque[tuple[int, int, Work]] = deque()
+        def take(piece: _Piece) -> None:
+            """Decode the piece's mean."""
+            piece.work.wait(self.timeout)
+            coded[piece.start : piece.stop] = piece.rows[: len(piece.blocks)]
+            _decode(codec.mean, piece.rows, mean[piece.start : piece.stop])
+            piece.rows = piece.work = None
 
-        def finish_sending() -> None:
-            start, stop, work, received = sending.popleft()
-            work.wait(self.timeout)
-            gathering.append((start, stop, reduce(start, stop, received)))
-
-        def finish_gathering() -> None:
-            start, stop, work = gathering.popleft()
-            work.wait(self.timeout)
-            _decode(codec.mean, coded[start:stop], mean[start:stop])
-
-        for start, stop in pieces:
-            sending.append((start, stop, *send(start, stop)))
-            if len(sending) == IN_FLIGHT:
-                finish_sending()
-            if len(gathering) == IN_FLIGHT:
-                finish_gathering()
-        while sending:
-            finish_sending()
-        while gathering:
-            finish_gathering()
+        for turn in range(len(pieces) + 2 * IN_FLIGHT):
+            for stage, piece in ((send, turn), (reduce, turn - IN_FLIGHT), (take, turn - 2 * IN_FLIGHT)):
+                if 0 <= piece < len(pieces):
+                    stage(pieces[piece])
         n = values.numel()
         left = None if error is None else codec.restore(error, n)
-        return Reduced(codec.mean.restore(mean, n), weight, coded[: len(blocks)], left)
+        return Reduced(codec.mean.restore(mean, n), weight, coded[:count], left)
 
-    def _pieces(self, blocks: int) -> Iterator[tuple[int, int]]:
-        """From which block to which; each a multiple of the members, the last one beyond the end if need be."""
+    def _pieces(self, parts: list[Tensor]) -> Iterator[_Piece]:
         block = self.codec.block
-        numbers = min(max(blocks * block // PIECES, SMALLEST), CHUNK_BYTES * block // self.codec.row)
+        numbers = min(max(sum(map(len, parts)) * block // PIECES, SMALLEST), CHUNK_BYTES * block // self.codec.row)
         step = max(numbers // (block * self.size), 1) * self.size
-        for start in range(0, blocks, step):
-            stop = min(start + step, blocks)
-            yield start, stop + (start - stop) % self.size
+        start = 0
+        for part in parts:
+            for blocks in part.split(step):
+                if len(blocks):
+                    yield _Piece(blocks, start)
+                    start += len(blocks)
 
 
 def decoded(coded: Tensor, codec: Codec, size: int) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from trainer.diloco.collective import decoded, weighted_mean
+from trainer.diloco.collective import Workspace, decoded, weighted_mean
 from trainer.diloco.quorum import Commit, Reduced, Superseded
 from trainer.diloco.state import Fragment, GlobalState, hash_of
 from trainer.diloco.wire import WireMeter
@@ -173,6 +173,7 @@ class ElasticQuorum:
         self._base = State()
         self._share: Share | None = None
         self._group: _Group | None = None
+        self._workspace = Workspace()
         self._means: deque[tuple[tuple[int, int], Offer]] = deque()
         self._reach = Reach(self.hooks.warn)
         self._chores = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
@@ -611,7 +612,7 @@ class ElasticQuorum:
             return Reduced.alone(values, weight), (0, 0)
         before = group.meter.read() if group.meter else None
         timeout = timedelta(seconds=self._config.collective_timeout)
-        reduced = weighted_mean(group.group, values, weight, fragment.codec, timeout)
+        reduced = weighted_mean(group.group, values, weight, fragment.codec, timeout, self._workspace)
         after = group.meter.read() if group.meter else None
         return reduced, (after[0] - before[0], after[1] - before[1]) if before and after else None
 

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
-import torch
 from torch import Size, Tensor
 
 
@@ -37,15 +36,17 @@ class Codec(ABC):
         """This codec for vectors that are parameters of these shapes, one after the other."""
         return self
 
-    def arrange(self, values: Tensor) -> Tensor:
-        """float32 (n,) as blocks, float32 (b, `block`): a view if nothing has to be filled up with zeros."""
-        missing = -values.numel() % self.block
-        if missing:
-            values = torch.cat((values, values.new_zeros(missing)))
-        return values.view(-1, self.block)
+    def arrange(self, values: Tensor) -> list[Tensor]:
+        """float32 (n,) as blocks, float32 (b, `block`), in parts: a view of what fills blocks; the rest, with zeros."""
+        full = values.numel() // self.block * self.block
+        parts = [values[:full].view(-1, self.block)]
+        if full < values.numel():
+            parts.append(values.new_zeros(1, self.block))
+            parts[1][0, : values.numel() - full] = values[full:]
+        return parts
 
     def restore(self, blocks: Tensor, size: int) -> Tensor:
-        """What `arrange` made blocks of: float32 (`size`,)."""
+        """What `arrange` made blocks of (here all together): float32 (`size`,)."""
         return blocks.view(-1)[:size]
 
     @abstractmethod

@@ -81,13 +81,13 @@ class Dct(Codec):
     def of(self, shapes: Sequence[Size]) -> Self:
         return type(self)(self.inner, shapes, self.feedback, self._mean)
 
-    def arrange(self, values: Tensor) -> Tensor:
+    def arrange(self, values: Tensor) -> list[Tensor]:
         if values.numel() != self._size:
             raise ValueError(f"{values.numel()} numbers, but the parameters' shapes have {self._size}")
         blocks = torch.zeros(self._tiles, _TILE)
         for tiled, part in self._parts(blocks, values):
             tiled.copy_(part)
-        return blocks
+        return [blocks]
 
     def restore(self, blocks: Tensor, size: int) -> Tensor:
         values = torch.empty(size)
