@@ -62,7 +62,7 @@ sys.path.insert(0, str(ROOT))  # for the networks of the fault tests
 from tests.faults.harness import Network  # noqa: E402
 from trainer.diloco import codecs  # noqa: E402
 from trainer.diloco.codecs import Codec  # noqa: E402
-from trainer.diloco.collective import SLICE, weighted_mean  # noqa: E402
+from trainer.diloco.collective import SLICE, Workspace, weighted_mean  # noqa: E402
 from trainer.diloco.flat import FlatLayout  # noqa: E402
 from trainer.diloco.outer import Nesterov  # noqa: E402
 from trainer.diloco.state import GlobalState, hash_of  # noqa: E402
@@ -118,6 +118,7 @@ class Worker:
         self.scratch = torch.zeros(self.layout.size)
         self.state.apply(self.scratch, 1, self.scratch.clone())  # its memory is touched
         self.codecs: dict[str, Codec] = {}
+        self.workspace = Workspace()
         self.residuals: dict[str, Tensor] = {}
 
     def parameters(self) -> int:
@@ -145,9 +146,9 @@ class Worker:
             self.group.allreduce([self.scratch]).wait()
             took("collective")
         else:
-            reduced = weighted_mean(self.group, self.scratch, 1.0, self.codecs[method], TIMEOUT)
+            reduced = weighted_mean(self.group, self.scratch, 1.0, self.codecs[method], TIMEOUT, self.workspace)
             took("collective")
-            hash_of(reduced.coded)
+            hash_of(*(rows for _, rows in reduced.coded))
             took("hash")
             self.state.apply(reduced.mean, LOCAL_STEPS, self.scratch)
             took("apply")
@@ -155,7 +156,7 @@ class Worker:
                 self.residuals.setdefault(method, torch.empty_like(theta)).copy_(reduced.error)
             self.layout.scatter(theta)
             took("model")
-            self.coded = reduced.coded.nbytes / self.layout.size
+            self.coded = sum(rows.nbytes for _, rows in reduced.coded) / self.layout.size
         whole = sum(seconds.values())
         return {"seconds": whole - seconds["model"], "whole": whole, "sent": self.sent() - before, **seconds}
 

@@ -29,7 +29,7 @@ class ThreadQuorum:
         self._barrier.wait(30)
         self._round += 1
         members = tuple(str(rank) for rank in range(self.world_size))
-        return Commit(self._round, 1, members, fragment, Reduced(mean, total, mean), 0, 0, 0.0)
+        return Commit(self._round, 1, members, fragment, Reduced(mean, total, ((1.0, mean),)), 0, 0, 0.0)
 
     def superseded(self) -> bool:
         return False
@@ -256,7 +256,7 @@ class Late:
             raise Superseded
         self.sent.append((pseudo_gradient.clone(), weight))
         nothing = torch.zeros_like(pseudo_gradient)
-        return Commit(1, 1, ("late",), fragment, Reduced(nothing, weight, nothing), 0, 0, 0.0)
+        return Commit(1, 1, ("late",), fragment, Reduced(nothing, weight, ((1.0, nothing),)), 0, 0, 0.0)
 
     def superseded(self) -> bool:
         behind, self.behind = self.behind, False

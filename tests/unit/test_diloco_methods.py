@@ -101,7 +101,7 @@ class Slow:
             raise Superseded
         self.sent.append((pseudo_gradient.clone(), weight))
         mean = pseudo_gradient.clone()
-        return Commit(len(self.sent), 1, ("slow",), fragment, Reduced(mean, weight, mean), 0, 0, 0.0)
+        return Commit(len(self.sent), 1, ("slow",), fragment, Reduced(mean, weight, ((1.0, mean),)), 0, 0, 0.0)
 
     def superseded(self) -> bool:
         return False
@@ -192,7 +192,7 @@ class Coding(Slow):
         blocks = torch.cat(codec.arrange(pseudo_gradient))
         rows = codec.encode(blocks)
         mean = codec.restore(codec.decode(rows, torch.empty_like(blocks)), pseudo_gradient.numel())
-        reduced = Reduced(mean, weight, rows, pseudo_gradient - mean)
+        reduced = Reduced(mean, weight, ((1.0, rows),), pseudo_gradient - mean)
         return Commit(len(self.sent), 1, ("coding",), fragment, reduced, 0, 0, 0.0)
 
 

@@ -7,6 +7,8 @@ and each member owns one: (1) everybody sends every owner its part, coded (a red
 mean in float32, codes it again, and (3) sends that to everybody (an all-gather). So a member sends 2 (n − 1) / n times
 the coded vector, as with a ring, and all of them, the owner too, decode the same bytes.
 
+Two members send no more if each sends the other everything: so they do, and nothing needs to be coded again.
+
 While a piece is on its way, later ones are coded and earlier ones decoded: on a slow link the codec costs next to
 nothing, and beside a fast one the link does.
 
@@ -26,7 +28,7 @@ from torch._C._distributed_c10d import AllgatherOptions  # the only one that tor
 from torch.distributed import AllreduceOptions, AllToAllOptions, ReduceOp, Work
 
 from trainer.diloco.codecs import Codec, Fp32
-from trainer.diloco.quorum import Reduced, is_finite
+from trainer.diloco.quorum import Coded, Reduced, is_finite
 
 CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
 IN_FLIGHT = 4  # pieces
@@ -78,7 +80,7 @@ def weighted_mean(
     shares = (weights / total).tolist()
     if isinstance(codec, Fp32):
         return _summed(group, values, shares[group.rank()], total, timeout)
-    return _Coded(group, codec, timeout, shares).run(values, total, workspace or Workspace())
+    return _Coded(group, codec, timeout, shares, workspace or Workspace()).run(values, total)
 
 
 def _summed(group: Any, values: Tensor, share: float, total: float, timeout: timedelta) -> Reduced:
@@ -93,7 +95,7 @@ def _summed(group: Any, values: Tensor, share: float, total: float, timeout: tim
         works.append(_all_reduce(group, piece, timeout))
     for work in works:
         work.wait(timeout)
-    return Reduced(mean, total, mean)
+    return Reduced(mean, total, ((1.0, mean),))
 
 
 @dataclass
@@ -111,63 +113,37 @@ class _Piece:
 
 
 class _Coded:
-    """One coded collective of one member. `shares`: every member's share of the sum of weights, by rank."""
+    """One coded collective of one member.
 
-    def __init__(self, group: Any, codec: Codec, timeout: timedelta, shares: list[float]) -> None:
+    Args:
+        shares: Every member's share of the sum of weights, by rank.
+    """
+
+    def __init__(self, group: Any, codec: Codec, timeout: timedelta, shares: list[float], workspace: Workspace) -> None:
         self.group, self.codec, self.timeout, self.shares = group, codec, timeout, shares
         self.size, self.rank = group.size(), group.rank()
         self.share = shares[self.rank]
+        self.workspace = workspace
 
-    def run(self, values: Tensor, weight: float, workspace: Workspace) -> Reduced:
-        codec, size = self.codec, self.size
+    def run(self, values: Tensor, weight: float) -> Reduced:
+        codec, n = self.codec, values.numel()
         parts = codec.arrange(values if self.share else torch.zeros_like(values))  # 0 × NaN is NaN
         pieces, count = list(self._pieces(parts)), sum(map(len, parts))
-        mean = workspace.empty("mean", count, codec.block)
         keep = codec.feedback > 0 and self.share > 0
-        error = workspace.empty("error", count, codec.block) if keep else None
-        coded = torch.empty(count, codec.mean.row, dtype=torch.uint8)
-
-        def send(piece: _Piece) -> None:
-            """Code the piece, and send each owner its part."""
-            rows = _encode(codec, piece.blocks, -(-len(piece.blocks) // size) * size)
-            if error is not None:
-                own = error[piece.start : piece.stop]
-                torch.sub(piece.blocks, _decode(codec, rows, own), out=own)
-            piece.rows, options = torch.empty_like(rows), AllToAllOptions()
-            options.timeout = self.timeout
-            piece.work = self.group.alltoall_base(piece.rows, rows, [], [], options)
-
-        def reduce(piece: _Piece) -> None:
-            """Form the mean of the part that this member owns, and send it to everybody."""
-            piece.work.wait(self.timeout)
-            part = len(piece.rows) // size
-            total = torch.zeros(part, codec.block)
-            for rows, share in zip(piece.rows.chunk(size), self.shares, strict=True):
-                if share:
-                    _add(codec, rows, share, total)
-            own = _encode(codec.mean, total, part)
-            if error is not None:
-                left = error[piece.start : piece.stop][self.rank * part : (self.rank + 1) * part]
-                total.sub_(_decode(codec.mean, own, torch.empty_like(total)))
-                left.add_(total[: len(left)], alpha=1 / self.share)
-            piece.rows, options = torch.empty(size * part, codec.mean.row, dtype=torch.uint8), AllgatherOptions()
-            options.timeout = self.timeout
-            piece.work = self.group._allgather_base(piece.rows, own, options)
-
-        def take(piece: _Piece) -> None:
-            """Decode the piece's mean."""
-            piece.work.wait(self.timeout)
-            coded[piece.start : piece.stop] = piece.rows[: len(piece.blocks)]
-            _decode(codec.mean, piece.rows, mean[piece.start : piece.stop])
-            piece.rows = piece.work = None
-
-        for turn in range(len(pieces) + 2 * IN_FLIGHT):
-            for stage, piece in ((send, turn), (reduce, turn - IN_FLIGHT), (take, turn - 2 * IN_FLIGHT)):
-                if 0 <= piece < len(pieces):
-                    stage(pieces[piece])
-        n = values.numel()
-        left = None if error is None else codec.restore(error, n)
-        return Reduced(codec.mean.restore(mean, n), weight, coded[:count], left)
+        self.mean = self.workspace.empty("mean", count, codec.block)
+        self.error = self.workspace.empty("error", count, codec.block) if keep else None
+        # What the mean is the sum of.
+        self.messages = [(share, codec) for share in self.shares] if self.size == 2 else [(1.0, codec.mean)]
+        self.coded = [torch.empty(count, its.row, dtype=torch.uint8) for _, its in self.messages]
+        stages = [self._swap, self._take] if self.size == 2 else [self._send, self._reduce, self._take]
+        for turn in range(len(pieces) + (len(stages) - 1) * IN_FLIGHT):
+            for number, stage in enumerate(stages):
+                index = turn - number * IN_FLIGHT
+                if 0 <= index < len(pieces):
+                    stage(pieces[index])
+        left = None if self.error is None else codec.restore(self.error, n)
+        coded = tuple((share, rows) for (share, _), rows in zip(self.messages, self.coded, strict=True))
+        return Reduced(codec.restore(self.mean, n), weight, coded, left)
 
     def _pieces(self, parts: list[Tensor]) -> Iterator[_Piece]:
         block = self.codec.block
@@ -180,13 +156,64 @@ class _Coded:
                     yield _Piece(blocks, start)
                     start += len(blocks)
 
+    def _swap(self, piece: _Piece) -> None:
+        """Code the piece, and send it to everybody."""
+        self._gather(piece, self._code(piece, len(piece.blocks)))
 
-def decoded(coded: Tensor, codec: Codec, size: int) -> Tensor:
-    """The mean, float32 (`size`,), of what `Reduced.coded` holds."""
-    if coded.dtype == torch.float32:
-        return coded
-    rows = coded.view(-1, codec.mean.row)
-    return codec.mean.restore(_decode(codec.mean, rows, torch.empty(len(rows), codec.block)), size)
+    def _send(self, piece: _Piece) -> None:
+        """Code the piece, and send each owner its part."""
+        rows = self._code(piece, -(-len(piece.blocks) // self.size) * self.size)
+        piece.rows, options = torch.empty_like(rows), AllToAllOptions()
+        options.timeout = self.timeout
+        piece.work = self.group.alltoall_base(piece.rows, rows, [], [], options)
+
+    def _reduce(self, piece: _Piece) -> None:
+        """Form the mean of the part that this member owns, and send it to everybody."""
+        piece.work.wait(self.timeout)
+        part = len(piece.rows) // self.size
+        messages = zip(self.shares, [self.codec] * self.size, piece.rows.chunk(self.size), strict=True)
+        total = _sum(list(messages), torch.empty(part, self.codec.block))
+        rows = _encode(self.codec.mean, total, part)
+        if self.error is not None:
+            left = self.error[piece.start : piece.stop][self.rank * part : (self.rank + 1) * part]
+            total.sub_(_decode(self.codec.mean, rows, torch.empty_like(total)))
+            left.add_(total[: len(left)], alpha=1 / self.share)
+        self._gather(piece, rows)
+
+    def _take(self, piece: _Piece) -> None:
+        """Decode the piece's mean."""
+        piece.work.wait(self.timeout)
+        messages = []
+        for (share, codec), coded, rows in zip(
+            self.messages, self.coded, piece.rows.chunk(len(self.coded)), strict=True
+        ):
+            coded[piece.start : piece.stop] = rows[: len(piece.blocks)]
+            messages.append((share, codec, rows[: len(piece.blocks)]))
+        _sum(messages, self.mean[piece.start : piece.stop])
+        piece.rows = piece.work = None
+
+    def _code(self, piece: _Piece, count: int) -> Tensor:
+        """`count` rows; what they leave out is kept."""
+        rows = _encode(self.codec, piece.blocks, count)
+        if self.error is not None:
+            left = self.error[piece.start : piece.stop]
+            torch.sub(piece.blocks, _decode(self.codec, rows, left), out=left)
+        return rows
+
+    def _gather(self, piece: _Piece, rows: Tensor) -> None:
+        """Send rows to everybody."""
+        piece.rows, options = torch.empty(self.size * len(rows), rows.shape[1], dtype=torch.uint8), AllgatherOptions()
+        options.timeout = self.timeout
+        piece.work = self.group._allgather_base(piece.rows, rows, options)
+
+
+def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
+    """The mean, float32 (`size`,), of what `Reduced.coded` holds: to the last bit what it was."""
+    if coded[0][1].dtype == torch.float32:
+        return coded[0][1]
+    codec = codec if len(coded) > 1 else codec.mean
+    messages = [(share, codec, rows.view(-1, codec.row)) for share, rows in coded]
+    return codec.restore(_sum(messages, torch.empty(len(messages[0][2]), codec.block)), size)
 
 
 def _all_reduce(group: Any, values: Tensor, timeout: timedelta) -> Work:
@@ -210,6 +237,17 @@ def _decode(codec: Codec, rows: Tensor, out: Tensor) -> Tensor:
     """Decode as many rows as `out` has blocks."""
     for part, coded in _slices(codec, out, rows[: len(out)]):
         codec.decode(coded, part)
+    return out
+
+
+def _sum(messages: list[tuple[float, Codec, Tensor]], out: Tensor) -> Tensor:
+    """The sum of what rows hold, each times its share."""
+    if len(messages) == 1:
+        return _decode(messages[0][1], messages[0][2], out)
+    out.zero_()
+    for share, codec, rows in messages:
+        if share:
+            _add(codec, rows, share, out)
     return out
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.diloco.diloco import DiLoCo
-from trainer.diloco.quorum import Commit, Reduced
+from trainer.diloco.quorum import Commit
 
 
 class DDP(DiLoCo):
@@ -33,7 +33,7 @@ class DDP(DiLoCo):
         last = self._total
         self._total = replace(
             commit,
-            reduced=Reduced(mean, commit.reduced.weight + (last.reduced.weight if last else 0), mean),
+            reduced=replace(commit.reduced, weight=commit.reduced.weight + (last.reduced.weight if last else 0)),
             bytes_sent=_sum(commit.bytes_sent, last.bytes_sent if last else 0),
             bytes_received=_sum(commit.bytes_received, last.bytes_received if last else 0),
             seconds=time.perf_counter() - started + (last.seconds if last else 0),
@@ -45,8 +45,7 @@ class DDP(DiLoCo):
         parameters = self._layout.gather(self._scratch)
         tensors = {**self.state.tensors, "model": parameters}
         self.state.load(self.state.round + 1, self.state.step + self.inner_steps, tensors)
-        reduced = Reduced(parameters, self._total.reduced.weight, parameters)
-        commit = replace(self._total, round=self.state.round, reduced=reduced)
+        commit = replace(self._total, round=self.state.round, reduced=replace(self._total.reduced, mean=parameters))
         self.exposed_seconds = commit.seconds
         self._total = None
         self.inner_steps = 0

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from trainer.diloco.state import Fragment, GlobalState
 
+Coded = tuple[tuple[float, Tensor], ...]
+
 
 @dataclass(frozen=True)
 class Reduced:
@@ -21,14 +23,15 @@ class Reduced:
         mean: The weighted mean of the members' pseudo-gradients, float32 (n,): the same bits in every member.
         weight: The sum of their weights. 0: nobody had anything finite to say, the mean is zeros, and there is no outer
             step.
-        coded: What `mean` was decoded from: rows, uint8 (b, row); or `mean` itself, where it was not coded.
+        coded: What `mean` was decoded from: the sum of these, each a share and rows, uint8 (b, row). Or `mean` itself,
+            where it was not coded.
         error: What of this member's pseudo-gradient is not in the mean, float32 (n,), if its codec has feedback. None:
             nothing.
     """
 
     mean: Tensor
     weight: float
-    coded: Tensor
+    coded: Coded
     error: Tensor | None = None
 
     @classmethod
@@ -37,13 +40,13 @@ class Reduced:
         if not is_finite(values):
             return cls.nothing(values)
         mean = values.clone()
-        return cls(mean, weight, mean)
+        return cls(mean, weight, ((1.0, mean),))
 
     @classmethod
     def nothing(cls, values: Tensor) -> "Reduced":
         """If all weights are 0."""
         mean = torch.zeros_like(values)
-        return cls(mean, 0.0, mean)
+        return cls(mean, 0.0, ((1.0, mean),))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
+from trainer.diloco.codecs import Fp32
 from trainer.diloco.collective import Workspace, decoded, weighted_mean
 from trainer.diloco.quorum import Commit, Reduced, Superseded
 from trainer.diloco.state import Fragment, GlobalState, hash_of
@@ -384,7 +385,7 @@ class ElasticQuorum:
                         counted = False
                     else:
                         sent, received = sent + wire[0], received + wire[1]
-                    vote = Vote(*record.place, hash_of(reduced.coded), reduced.weight)
+                    vote = Vote(*record.place, hash_of(*(rows for _, rows in reduced.coded)), reduced.weight)
                     self._patiently(partial(self._client.put, f"votes/{self.id}", asdict(vote)))
                     progress = replace(progress, voted=record.attempt)
                 case "apply":
@@ -710,7 +711,8 @@ class ElasticQuorum:
                 return False
             except TransferError:
                 return False
-            fragment, coded = state.fragments[meta["fragment"]], buffers["coded"]
+            fragment = state.fragments[meta["fragment"]]
+            coded = tuple((share, buffers[name]) for name, share in meta["coded"].items())
             mean = decoded(coded, fragment.codec, fragment.stop - fragment.start)
             if meta["weight"] > 0:
                 state.apply(mean, meta["steps"], torch.empty_like(mean), fragment)
@@ -751,8 +753,10 @@ class ElasticQuorum:
 
     def _keep(self, round: int, reduced: Reduced, steps: int, fragment: Fragment, state: GlobalState) -> None:
         """Keep a committed mean, as it was coded, for members that lack it."""
-        meta = {"weight": reduced.weight, "steps": steps, "fragment": fragment.index}
-        self._means.append(((self._term, round), Offer(meta, {"coded": reduced.coded})))
+        buffers = {str(index): rows for index, (_, rows) in enumerate(reduced.coded)}
+        shares = {name: share for name, (share, _) in zip(buffers, reduced.coded, strict=True)}
+        meta = {"weight": reduced.weight, "steps": steps, "fragment": fragment.index, "coded": shares}
+        self._means.append(((self._term, round), Offer(meta, buffers)))
         while len(self._means) > self._kept_rounds(state):
             self._means.popleft()
 
@@ -760,6 +764,8 @@ class ElasticQuorum:
         """As many as are asked for, but no more than are cheaper to send than the state itself."""
         fragment = state.fragments[0]
         mean = (fragment.stop - fragment.start) * fragment.codec.row / fragment.codec.block
+        if not isinstance(fragment.codec, Fp32):
+            mean *= 2  # of two members, what each has sent
         whole = sum(tensor.nbytes for tensor in state.tensors.values())
         return min(self._config.catch_up_rounds, int(whole / mean))
 
