@@ -32,6 +32,7 @@ from trainer.elastic.protocol import (
     outcome_key,
     situation,
     unused,
+    used_of,
 )
 
 RULES = Rules(
@@ -484,6 +485,62 @@ def test_what_is_left_of_a_share(used: int, rest: tuple[Range, ...]) -> None:
 
 
 # In etcd
+
+
+# A stock for inner steps that go on during a synchronisation
+
+
+STOCK = replace(RULES, stock=2)
+
+
+def test_a_stock_is_filled_up_and_goes_on_with_what_the_arrival_had_left() -> None:
+    record = founded("ab", STOCK)
+    assert record.shares == {"a": Share(1, 1, ((0, 16),)), "b": Share(1, 1, ((16, 32),))}
+    here = {"a": arrival(rest=((8, 16),)), "b": arrival(rest=((30, 32),))}
+    record = decided(reducing("ab", STOCK), View(members("ab"), here, votes("ab")), rules=STOCK)
+    assert record.shares == {"a": Share(1, 2, ((8, 16), (32, 40))), "b": Share(1, 2, ((30, 32), (40, 54)))}
+    assert record.cursor == Cursor(54)
+    assert record.base.cursor == Cursor(32, ((8, 16), (30, 32)))  # of which another term deals again
+
+
+def test_at_the_end_no_more_is_dealt_than_there_are_steps() -> None:
+    assert founded("a", replace(STOCK, total_steps=6)).shares["a"].ranges == ((0, 12),)
+    short = replace(STOCK, total_steps=5)
+    here = {"a": arrival(rest=((8, 10),))}
+    record = decided(reducing("a", short), View(members("a"), here, votes("a")), rules=short)
+    assert (record.length, record.shares["a"].ranges) == (1, ((8, 10),))
+
+
+def test_a_leaver_that_has_not_seen_its_last_share_gives_back_both_rests() -> None:
+    here = {"a": arrival(), "b": arrival(rest=((24, 32),))}
+    record = decided(reducing("ab", STOCK), View(members("ab"), here, votes("ab")), rules=STOCK)
+    assert record.shares["b"].ranges == ((24, 32), (48, 56))
+    view = View(members("ab"), here, left={"b": Left(1, 1, ((28, 32),))})  # it has used four more since it arrived
+    assert decided(record, view, rules=STOCK).cursor.tails == ((28, 32), (48, 56))
+    view = replace(view, left={"b": Left(1, 2, ((50, 56),))})
+    assert decided(record, view, rules=STOCK).cursor.tails == ((50, 56),)
+
+
+def test_the_dead_take_their_stock_with_them_unless_the_run_goes_back() -> None:
+    here = {"a": arrival(), "b": arrival(rest=((24, 32),))}
+    record = decided(reducing("ab", STOCK), View(members("a"), here, votes("ab")), rules=STOCK)
+    assert set(record.shares) == {"a"}
+    assert (24, 32) not in record.cursor.tails  # it may only have lost its lease, and be using it
+    assert record.base.cursor.tails == ((24, 32),)
+
+
+@pytest.mark.parametrize(
+    ("new", "before", "used", "arrived", "expected"),
+    [
+        (Share(1, 2, ((8, 16), (32, 40))), Share(1, 1, ((0, 16),)), 11, 8, 3),
+        (Share(1, 2, ((32, 40),)), Share(1, 1, ((0, 16),)), 16, 16, 0),
+        (Share(1, 2, ((32, 40),)), Share(1, 1, ((0, 16),)), 11, 8, 0),  # it was dealt anew
+        (Share(2, 1, ((8, 16),)), Share(1, 1, ((0, 16),)), 11, 8, 0),  # as in another term
+        (Share(1, 1, ((0, 16),)), Share(0, 0, ()), 0, 0, 0),
+    ],
+)
+def test_what_of_a_new_share_has_been_used(new: Share, before: Share, used: int, arrived: int, expected: int) -> None:
+    assert used_of(new, before, used, arrived) == expected
 
 
 def test_everything_survives_json() -> None:
