@@ -1,6 +1,6 @@
 """What a synchronisation costs: bytes on the wire, seconds over slow links, CPU seconds, memory.
 
-    python tests/benchmarks/bench_wire.py [--sections bytes time cpu memory] [--methods fp32 int8 ...]
+    python tests/benchmarks/bench_wire.py [--sections bytes time overlap cpu memory] [--methods fp32 int8 ...]
         [--parameters 10000000] [--repetitions 5] [--torchft DIRECTORY] [--quick]
 
 Workers are processes, one thread each, in a network namespace each, with an `eth0` that leads to a bridge. (This needs
@@ -23,6 +23,8 @@ time    Seconds, 2 workers, over links that `tc tbf` limits at both ends, and ov
         that 1.07 is TCP's best. Targets: `x-limit` 1.10 for dense codecs; unlimited, `x-gloo` 1.5 for fp32. `model`
         (from the model's parameters to the pseudo-gradient, and back) is in `whole` only. With --torchft, its DiLoCo
         does the same, quorum and vote included (bench_faults.py says how to install it).
+overlap The same over the limited links while inner steps go on (of 20 ms that need no CPU): `exposed` is how long they
+        stood still for it, median of the slower worker. Target: 5 % of `limit`.
 cpu     CPU seconds to encode and to decode 100M numbers, on one thread.
 memory  Bytes a parameter on the host, beside the model: what stays (global parameters, momentum, scratch, and the
         residual of error feedback), and what a synchronisation of 2 workers takes beyond that at its peak. `coded`: a
@@ -59,8 +61,9 @@ ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "wire.json"
 sys.path.insert(0, str(ROOT))  # for the networks of the fault tests
 
+from tests.benchmarks.bench_quality import Members  # noqa: E402
 from tests.faults.harness import Network  # noqa: E402
-from trainer.diloco import codecs  # noqa: E402
+from trainer.diloco import DiLoCo, Overlap, codecs  # noqa: E402
 from trainer.diloco.codecs import Codec  # noqa: E402
 from trainer.diloco.collective import SLICE, Workspace, weighted_mean  # noqa: E402
 from trainer.diloco.flat import FlatLayout  # noqa: E402
@@ -81,6 +84,7 @@ SETTINGS["demo"] = {"feedback": 0.9, "topk": 32, "values": "int4"}
 LINKS: dict[str, float | None] = {"100 Mbit/s": 100e6, "1 Gbit/s": 1e9, "unlimited": None}
 FULL, HIDDEN, LAYERS = 123_653_376, 768, 12
 LOCAL_STEPS = 128
+STEP_SECONDS = 0.02
 HEADERS = 66  # bytes: Ethernet 14, IP 20, TCP 20 and its timestamps 12
 PARTS = ["model", "collective", "hash", "apply"]
 TIMEOUT = timedelta(seconds=60)
@@ -159,6 +163,32 @@ class Worker:
             self.coded = sum(rows.nbytes for _, rows in reduced.coded) / self.layout.size
         whole = sum(seconds.values())
         return {"seconds": whole - seconds["model"], "whole": whole, "sent": self.sent() - before, **seconds}
+
+    def overlap(self, method: str, seconds: float, rounds: int) -> Row:
+        """How long inner steps stand still for a synchronisation that goes on beside them, and bytes sent by each.
+
+        Args:
+            seconds: Of a round's inner steps.
+        """
+        model = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in self.shapes])
+        steps = max(1, round(seconds / STEP_SECONDS))
+        diloco = DiLoCo(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.0),
+            codec=codecs.make(method, **SETTINGS.get(method, {})),
+            sync_every=steps,
+            quorum=Members(self.group),
+            overlap=Overlap(),
+        )
+        exposed: list[float] = []
+        before = self.sent()
+        while len(exposed) < rounds:
+            time.sleep(STEP_SECONDS)
+            if diloco.after_inner_step():
+                exposed.append(diloco.exposed_seconds)
+        if diloco.in_flight:
+            diloco.land()
+        return {"exposed": statistics.median(exposed), "sent": (self.sent() - before) / diloco.round}
 
     def sent(self) -> int:
         """Bytes sent so far, as the product counts them."""
@@ -388,6 +418,24 @@ def measure_time(arguments: argparse.Namespace, network: Links | None) -> Iterat
                 yield {**row, "all": [row["seconds"] for row in rows]}
 
 
+def measure_overlap(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
+    if network is None:
+        return
+    with Crew("ours", 2, network, parameters=arguments.parameters) as crew:
+        for link, bandwidth in LINKS.items():
+            for method in arguments.methods if bandwidth else ():
+                network.limit(2, None)
+                size = crew.ask("synchronise", method)[0]["sent"]
+                network.limit(2, bandwidth)
+                assert bandwidth
+                seconds = 1.5 * 8 * size / bandwidth + 1
+                answers = crew.ask("overlap", method, seconds, arguments.repetitions)
+                exposed, sent = max(answer["exposed"] for answer in answers), answers[0]["sent"]
+                limit = 8 * sent / bandwidth
+                row = {"link": link, "method": method, "sent": sent, "limit": limit, "exposed": exposed}
+                yield {**row, "share": exposed / limit, "target": exposed <= 0.05 * limit}
+
+
 def measure_cpu(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
     shapes = shapes_of(arguments.parameters)
     size = sum(shape.numel() for shape in shapes)
@@ -424,6 +472,7 @@ COLUMNS = {
     "bytes": "workers:d method:s parameters:,d meter:,.0f eth0:,.0f agree:ok MB/round:,.2f /fp32:.1f /DDP:,.0f",
     "time": "link:s method:s model:.3f collective:.3f hash:.3f apply:.3f seconds:.3f whole:.3f sent:,.0f limit:.3f "
     "x-limit:.2f x-gloo:.2f target:ok",
+    "overlap": "link:s method:s sent:,.0f limit:.3f exposed:.3f share:.1% target:ok",
     "cpu": "method:s bytes:.3f encode:.2f decode:.2f",
     "memory": "method:s stays:.1f peak:.1f together:.1f coded:.2f",
 }
@@ -432,6 +481,7 @@ COLUMNS = {
 NOTES = {
     "bytes": f"bytes a worker sends in a synchronisation; MB/round: scaled up to {FULL:,} parameters",
     "time": "seconds of a synchronisation of 2 workers with {parameters:,} parameters; sent: bytes",
+    "overlap": "seconds for which inner steps stand still, with {parameters:,} parameters; share: of the limit",
     "cpu": "CPU seconds for 100M numbers, on one thread (measured with {parameters:,}); bytes: of each number, coded",
     "memory": "bytes a parameter on the host, of {parameters:,}",
 }
@@ -456,7 +506,8 @@ def report(section: str, parameters: int, rows: Iterator[Row]) -> list[Row]:
 
 
 def main() -> None:
-    measures = {"bytes": measure_bytes, "time": measure_time, "cpu": measure_cpu, "memory": measure_memory}
+    measures = {"bytes": measure_bytes, "time": measure_time, "overlap": measure_overlap}
+    measures |= {"cpu": measure_cpu, "memory": measure_memory}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=measures, default=list(measures))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)

@@ -571,13 +571,14 @@ def _keep_books(record: Record, view: View, rules: Rules) -> Record | None:
         if share := shares.pop(id, None):
             back = left.unused
             if share.place != (left.term, left.round):
-                # It has not seen this share: the older one, of which it speaks, came back before. Or this one begins
+                # It has not seen this share. The older one, of which it speaks, came back before; or this one begins
                 # with what the arrival had left of that.
-                arrival = view.arrivals.get(id)
-                kept = rules.stock > 1 and arrival is not None and (arrival.term, arrival.round + 1) == share.place
-                back = (
-                    (*left.unused, *unused(share.ranges, count(arrival.unused))) if kept and arrival else share.ranges
-                )
+                arrival = view.arrivals.get(id) if rules.stock > 1 else None
+                kept = arrival.unused if arrival and arrival.term == share.term else ()
+                if kept and share.ranges[: len(kept)] == kept:
+                    back = (*left.unused, *share.ranges[len(kept) :])
+                else:
+                    back = share.ranges
             cursor = replace(cursor, tails=(*cursor.tails, *back))
     for id, ready in sorted(view.ready.items()):
         current = (ready.term, ready.round) == (record.term, record.base.round)
