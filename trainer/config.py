@@ -54,7 +54,7 @@ _ENDPOINT = re.compile(r"[^\s/@]+:([0-9]{1,5})")
 
 
 # Decays of the residual with which the codecs are best; `tests/benchmarks/bench_quality.py` has measured them.
-_FEEDBACK = {"ternary": 0.9, "sign": 0.9, "sparse": 0.95}
+_FEEDBACK = {"ternary": 0.5, "sign": 0.5, "sparse": 0.95}
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Sign(_Scaled):
 
     name = "sign"
 
-    def __init__(self, block: int = 512, feedback: float = 0.9) -> None:
+    def __init__(self, block: int = 512, feedback: float = 0.5) -> None:
         super().__init__(block, 8, feedback)
 
     def encode(self, blocks: Tensor) -> Tensor:
