@@ -100,7 +100,7 @@ METHODS = {
     "sign": method("sign", feedback=0.5, lr=1.2),
     "sparse": method("sparse", feedback=0.95, momentum=0.0),
     "demo, 512 of 4 bits": method("demo", feedback=0.9, topk=512, values="int4", momentum=0.3),
-    "demo, 1024 of 1 bit": method("demo", feedback=0.9, topk=1024, values="sign", momentum=0.3),
+    "demo, 1024 of 4 bits": method("demo", feedback=0.8, topk=1024, values="int4", lr=1.2, momentum=0.3),
 }
 
 
