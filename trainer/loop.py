@@ -173,7 +173,7 @@ class Worker:
             self.quorum.finish("succeeded")
         except Interrupted:
             if self.diloco.in_flight:
-                with suppress(Interrupted):
+                with suppress(Interrupted, TrainingError):  # it has not been, then: what there is is saved
                     self.diloco.land()
             self._save()
             self.checkpointer.wait()
