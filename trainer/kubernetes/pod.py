@@ -75,7 +75,7 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
         "args": ["--config", CONFIG_FILE, *arguments],
         "workingDir": DATA,
         "env": _environment(plan, site, step),
-        "resources": {"requests": resources, "limits": resources},
+        "resources": {"requests": resources, "limits": dict(resources)},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": _mounts(plan, worker, step),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines of its log, in its status
