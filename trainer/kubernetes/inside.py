@@ -118,12 +118,11 @@ def _export(config: TrainingConfig) -> dict[str, Path]:
 
 
 def _evaluate(config: TrainingConfig) -> dict[str, Path]:
-    """The scores, and the model card with them."""
+    """The scores. The model card with them stays on the claim, and goes to the hub from there."""
     from trainer.evaluate import evaluate
 
     evaluate(config)
-    directory = Path(config.run_dir)
-    return {"evaluation.json": directory / "evaluation.json", "README.md": directory / "export" / "README.md"}
+    return {"evaluation.json": Path(config.run_dir) / "evaluation.json"}
 
 
 _RESULTS: dict[str, Callable[[TrainingConfig], dict[str, Path]]] = {
