@@ -4,12 +4,13 @@ A claim may be bound to a node and is known only when the pipeline runs, while t
 compiled. So the work is done by a Job on the claim's site, and the step follows it.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from trainer.kubernetes import names, pod
 from trainer.kubernetes.plan import Object, Plan, WorkerPlan
 
 Result = Literal["held-out", "export", "evaluate"]
+RESULTS: tuple[Result, ...] = get_args(Result)
 
 
 def precache_job(plan: Plan, worker: WorkerPlan) -> Object:

@@ -10,8 +10,8 @@ STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
 def network_policy(plan: Plan) -> Object:
     """The NetworkPolicy of the run's pods: they reach each other on `port_range` (empty: on any port), and the
     pipeline's steps reach the pods that hand over results."""
-    own = {names.RUN_LABEL: plan.labels("")[names.RUN_LABEL]}
-    among: Object = {"from": [{"podSelector": {"matchLabels": own}}]}
+    own = plan.labels("")[names.RUN_LABEL]
+    among: Object = {"from": [{"podSelector": {"matchLabels": {names.RUN_LABEL: own}}}]}
     if plan.config.port_range:
         low, high = map(int, plan.config.port_range.split("-"))
         among["ports"] = [{"protocol": "TCP", "port": low, "endPort": high}]
@@ -23,5 +23,9 @@ def network_policy(plan: Plan) -> Object:
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": plan.metadata(names.of_training(plan.name, "network"), "network"),
-        "spec": {"podSelector": {"matchLabels": own}, "policyTypes": ["Ingress"], "ingress": [among, steps]},
+        "spec": {
+            "podSelector": {"matchLabels": {names.RUN_LABEL: own}},
+            "policyTypes": ["Ingress"],
+            "ingress": [among, steps],
+        },
     }
