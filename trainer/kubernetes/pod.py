@@ -46,7 +46,7 @@ def template(
         "automountServiceAccountToken": False,  # nothing in it talks to the API server
         "enableServiceLinks": False,  # a Service named diloco-… would set DILOCO_* variables, which are parameters
         "terminationGracePeriodSeconds": GRACE_PERIOD,
-        "securityContext": _security(plan),
+        "securityContext": _security(plan, step),
         "containers": [_container(plan, site, step, worker, arguments)],
         "volumes": _volumes(plan, site, worker),
         "tolerations": _tolerations(site),
@@ -205,7 +205,7 @@ def _certificates(plan: Plan) -> list[str]:
     return [path.name for path in paths if path.parent == Path(ETCD_CREDENTIALS)]
 
 
-def _security(plan: Plan) -> Object:
+def _security(plan: Plan, step: Step) -> Object:
     context: Object = {
         "runAsNonRoot": True,
         "runAsUser": _USER,
@@ -214,7 +214,7 @@ def _security(plan: Plan) -> Object:
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    if plan.config.port_range:
+    if plan.config.port_range and step == "train":
         # gloo listens on ports of the kernel's choice: this makes it choose from the range, so that a firewall can
         # let exactly that through. It is one of the sysctls that Kubernetes holds for safe.
         low, high = plan.config.port_range.split("-")
