@@ -57,13 +57,9 @@ def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
         image: The project's image, where nothing else is said.
 
     Raises:
-        ConfigError: They do not add up to `nodes`.
+        ConfigError: `nodes` cannot be split over the GPU vendors.
     """
-    pools = config.sites or _by_vendor(config)
-    found = sum(pool.replicas for pool in pools)
-    if found != config.nodes:
-        raise ConfigError("sites", f"{found} replicas in all", f"must be as many as nodes ({config.nodes})")
-    return tuple(_site(config, pool, image) for pool in pools)
+    return tuple(_site(config, pool, image) for pool in config.sites or _by_vendor(config))
 
 
 def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
