@@ -13,6 +13,7 @@ from trainer.config.cluster import ElasticConfig, EtcdConfig, GpuConfig, SiteCon
 from trainer.config.fields import (
     DEVICE,
     LABEL,
+    NAMESPACE,
     PORT_RANGE,
     RUN_ID,
     WANDB_PROJECT,
@@ -204,7 +205,7 @@ class TrainingConfig(Group):
         max_length=40,
         description="Name of the training's objects; runs that share it share its volumes, one at a time.",
     )
-    deployment_namespace: str = Field("default", pattern=LABEL, description="Namespace of the training's objects.")
+    deployment_namespace: str = Field("default", pattern=NAMESPACE, description="Namespace of the training's objects.")
     deployment_image: str = Field("", description="Image of the training's pods; empty: the pipeline's own.")
     image_pull_secrets: list[str] = Field([], description="Secrets with which the nodes pull the images.")
     service_account: str = Field(

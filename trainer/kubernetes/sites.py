@@ -74,7 +74,7 @@ def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
         gpu_resource="" if vendor == "cpu" else pool.gpu_resource or GPU_RESOURCES[vendor],
         gpu_count=0 if vendor == "cpu" else count,
         node_selector=dict(pool.node_selector),
-        tolerations=tuple(pool.tolerations),
+        tolerations=tuple(one.model_dump(by_alias=True, exclude_defaults=True) for one in pool.tolerations),
         runtime_class=pool.runtime_class_name or (settings.runtime_class_name if settings else ""),
         storage_class=pool.storage_class_name or config.storage.storage_class_name,
     )
