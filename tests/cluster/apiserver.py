@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from tests.cluster.role import allows, permissions
 from tests.kubernetes_schemas import CRD, validate
 
 Object = dict[str, Any]
@@ -58,7 +59,8 @@ class ApiServer(ThreadingHTTPServer):
 
     Attributes:
         used: Every (verb, group, resource, name) that was asked for.
-        forbidden: (verb, resource)s that the caller's Role does not have.
+        granted: What the caller's Role allows.
+        forbidden: (verb, resource)s that it does not, in spite of that.
         missing: Resources that the server does not know.
         quota: Resources of which nothing more may be created, and what the quota says.
         outages: How many requests are broken off before they are answered.
@@ -71,6 +73,7 @@ class ApiServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.namespaces = {"default"}
         self.used: set[tuple[str, str, str, str]] = set()
+        self.granted = permissions()
         self.forbidden: set[tuple[str, str]] = set()
         self.missing: set[str] = set()
         self.quota: dict[str, str] = {}
@@ -197,7 +200,7 @@ class ApiServer(ThreadingHTTPServer):
         resource = f"{plural}/log" if found["log"] else plural
         verb = _verb(method, name, query)
         self.used.add((verb, group, resource, name))
-        if (verb, resource) in self.forbidden:
+        if (verb, resource) in self.forbidden or not allows(self.granted, (verb, group, resource, name)):
             message = f'{plural} is forbidden: User "runner" cannot {verb} resource "{resource}" in API group "{group}"'
             raise Refusal(403, "Forbidden", message, kind=plural)
         with self.changed:
