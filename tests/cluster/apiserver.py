@@ -107,6 +107,12 @@ class ApiServer(ThreadingHTTPServer):
             found = {key[2]: value for key, value in self._objects.items() if key[:2] == (plural, namespace)}
             return copy.deepcopy(found)
 
+    def everything(self) -> list[Object]:
+        """Every object in every state that it ever had, and every line of a log; but no Secret."""
+        with self.changed:
+            states = [one for _, _, plural, _, one in self._history if plural != "secrets"]
+            return [*states, {"logs": list(self._logs.values())}]
+
     def drop_streams(self) -> None:
         """Break off every watch and every followed log."""
         with self.changed:
