@@ -77,6 +77,10 @@ class ClusterLauncher:
         take(self._session, [self._session.plan.workers[int(model.metadata["worker"])]], "evaluate", directory)
         shutil.copytree(trained.path, run_dir)  # the workers' events
         shutil.copy(directory / "evaluation.json", run_dir)
-        self._session.clean_up(jobs=False, claims=not self._config.storage.retain)
+        if not self._config.storage.retain:
+            self._session.clean_up(finished=False, claims=True)
         scores = read_json(run_dir / "evaluation.json")
         return Output({"report.html": write_report(run_dir)}, {}, scores)
+
+    def clean_up(self) -> None:
+        self._session.clean_up(finished=False)

@@ -34,7 +34,7 @@ class Output:
 
 
 class Launcher(Protocol):
-    """The four steps of a run. All raise ConfigError or TrainingError; they say what they do on standard output."""
+    """The steps of a run. All raise ConfigError or TrainingError; they say what they do on standard output."""
 
     def precache(self) -> Output:
         """Put dataset and model onto every worker's volume. The output is the dataset's held-out part."""
@@ -57,6 +57,9 @@ class Launcher(Protocol):
             model: The artifact of `export`.
             precached: The artifact of `precache`.
         """
+
+    def clean_up(self) -> None:
+        """End what still runs of the run, and delete what only that needed. Needs only the run's names."""
 
 
 def launcher_of(config: TrainingConfig) -> Launcher:

@@ -51,3 +51,6 @@ class LocalLauncher:
 
         scores = evaluate(self._config, dataset=precached.path)
         return Output({"report.html": Path(self._config.run_dir) / "report.html"}, {}, scores)
+
+    def clean_up(self) -> None:
+        pass  # processes have died with the steps that started them

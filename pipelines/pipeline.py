@@ -3,7 +3,8 @@
     precache ──config──▶ train ──model──▶ export ──model──▶ evaluate ──▶ metrics, report
         └──────────────── dataset, and what train hands on ────▲
 
-Its parameters are those of `TrainingConfig`, all of them, and are listed nowhere else. Only precache takes them; it
+On a backend, clean-up follows, however they end. The parameters are those of `TrainingConfig`, all of them, and are
+listed nowhere else. Only precache takes them; it
 checks them before anything else starts, and hands on the resolved configuration.
 """
 
@@ -16,6 +17,7 @@ from typing import Any, Optional
 
 from kfp import compiler, dsl
 
+from components.clean_up.component import clean_up
 from components.evaluate.component import evaluate
 from components.export.component import export
 from components.precache.component import precache_component
@@ -28,11 +30,13 @@ DESCRIPTION = (
 )
 
 
-def training_pipeline(parameters: Sequence[Parameter]) -> Any:
+def training_pipeline(parameters: Sequence[Parameter], *, exit_handler: bool = False) -> Any:
     """The pipeline with these parameters; one that is not among them takes its default.
 
     Args:
         parameters: All of them, for a backend. For `kfp.local`, see `precache_component`.
+        exit_handler: Clean up however the run ends, for a backend: there SIGTERM may not reach a step, or not leave it
+            the time. On one machine, processes die with their step.
 
     Returns:
         A KFP GraphComponent, named `diloco-training`.
@@ -42,6 +46,14 @@ def training_pipeline(parameters: Sequence[Parameter]) -> Any:
 
     def diloco_training(*channels: Any) -> None:
         values = dict(zip(names, channels, strict=True))
+        if not exit_handler:
+            steps(values)
+            return
+        named = {name: values[name] for name in clean_up.component_spec.inputs if name != "job_id"}
+        with dsl.ExitHandler(_uncached(clean_up(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **named)), name="steps"):
+            steps(values)
+
+    def steps(values: dict[str, Any]) -> None:
         data = _uncached(precache(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **values))
         config, dataset = data.outputs["config"], data.outputs["precached"]
         trained = _uncached(train(config=config, precached=dataset))
@@ -79,7 +91,7 @@ def describe(parameter: Parameter) -> str:
     return text
 
 
-diloco_training = training_pipeline(TrainingConfig.parameters())
+diloco_training = training_pipeline(TrainingConfig.parameters(), exit_handler=True)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from kfp import dsl
 
+from components.clean_up.component import clean_up
 from components.evaluate.component import evaluate
 from components.export.component import export
 from components.precache.component import precache
@@ -19,6 +20,7 @@ from tests.cluster.nodes import Cluster, Processes
 pytestmark = pytest.mark.timeout(300)
 
 SECRETS = {"HF_TOKEN": "hf-planted-secret", "WANDB_API_KEY": "wandb-planted-secret"}
+DEPLOYMENT = ("deployment_name", "deployment_namespace")
 PARAMETERS = {
     "launcher": "pytorchjob",
     "run_id": "first",
@@ -128,6 +130,9 @@ def test_precache_train_export_evaluate(
     for plural in ("persistentvolumeclaims", "configmaps", "networkpolicies"):  # storage.retain is false
         assert not server.all(plural), plural
     assert set(server.all("secrets")) == {"diloco-huggingface", "diloco-wandb"}
+    names_of_the_run = {name: run.config[name] for name in ("launcher", "run_id", *DEPLOYMENT)}
+    clean_up.python_func(job_id="4f2c", elastic_etcd_run_id="", **names_of_the_run)
+    assert len(server.all("pytorchjobs")) == 2  # they have ended, and can be looked at
 
     said = capsys.readouterr().out
     assert "round 4  step 20/20" in said

@@ -290,7 +290,19 @@ def test_what_never_starts_ends_the_step_with_the_reason(place: Place, tmp_path:
 # Training
 
 
+def release_once_all_run(place: Place, workers: int = 2) -> None:
+    """A training is complete when all its workers have taken part."""
+    place.story.released.clear()
+
+    def release(line: str) -> None:
+        if sum("runs on node" in said for said in place.lines) == workers:
+            place.story.released.set()
+
+    place.on_line = release
+
+
 def test_a_training_is_made_followed_and_ends_as_it_ended(place: Place, tmp_path: Path) -> None:
+    release_once_all_run(place)
     done = train(place.session(), tmp_path / "run")
     assert done == Trained((0, 1))
     jobs = place.server.all("pytorchjobs")
@@ -319,6 +331,7 @@ def test_the_claim_with_the_newest_checkpoint_comes_first(place: Place, tmp_path
     place.story.told["train"] = lambda cluster, pod, life: place.story.train(
         cluster, pod, rounds=3 if pod["metadata"]["name"].endswith("1-worker-0") else 2
     )
+    release_once_all_run(place)
     assert train(place.session(), tmp_path / "run") == Trained((1, 0))
 
 
@@ -418,12 +431,16 @@ def test_a_lost_node_is_named_and_the_worker_comes_back(place: Place, tmp_path: 
         cluster.lose_node(pod)
         place.wait_for("worker 1: its node does not answer (node-7)")
         place.server.remove("pods", pod["metadata"]["name"])
-        place.story.released.set()
+
+    def go_on(line: str) -> None:
+        if line == "the pod of worker 1 is gone: its node does not answer (node-7)":
+            place.story.released.set()
 
     place.story.told["train"] = lose
     place.story.released.clear()
+    place.on_line = go_on
     train(place.session(), tmp_path / "run")
-    assert place.said("the pod of worker 1 is gone: its node does not answer (node-7)")
+    assert place.said("worker 1 runs on node node-1")
 
 
 def test_a_deleted_job_is_a_lost_worker(place: Place, tmp_path: Path) -> None:
@@ -496,6 +513,7 @@ def test_an_operator_that_does_not_run_is_noticed(
 @pytest.mark.parametrize(("verb", "resource"), [("create", "pytorchjobs"), ("watch", "pods"), ("list", "pytorchjobs")])
 def test_a_missing_permission_is_named(place: Place, tmp_path: Path, verb: str, resource: str) -> None:
     place.server.forbidden.add((verb, resource))
+    place.story.released.clear()
     with pytest.raises(TrainingError, match=f"not allowed to {verb} {resource} in namespace default.* manifests/"):
         train(place.session(), tmp_path / "run")
 
@@ -560,6 +578,21 @@ def test_sigterm_while_precaching_stops_the_jobs(place: Place, tmp_path: Path) -
         precache(place.session(), tmp_path / "held-out")
     place.server.wait_until(lambda: not place.server.all("pods"))
     assert not place.server.all("jobs")
+
+
+def test_cleaning_up_ends_what_runs_and_leaves_what_has_ended_to_be_read(place: Place, tmp_path: Path) -> None:
+    precache(place.session(), tmp_path / "held-out")
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "run")
+    ended = set(place.server.all("jobs"))
+    place.session().clean_up(finished=False)
+    place.server.wait_until(lambda: all("precache" in name or "held-out" in name for name in place.server.all("pods")))
+    assert not place.server.all("pytorchjobs")
+    assert set(place.server.all("jobs")) == ended
+    assert not place.server.all("configmaps")
+    place.session().clean_up(finished=False)  # it may be done again
 
 
 # Results

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from kfp import dsl
 
+from components.clean_up.component import clean_up
 from components.evaluate.component import evaluate
 from components.export.component import export
 from components.precache.component import precache, precache_component
@@ -201,6 +202,14 @@ def test_evaluate_alone(run: Run, tmp_path: Path) -> None:
     before = run.artifact("evaluate", "metrics")["metadata"]
     assert metrics.metadata["bits_per_byte"] == pytest.approx(before["bits_per_byte"])
     assert (tmp_path / "report").is_file()
+
+
+def test_clean_up_leaves_a_run_on_this_machine_alone(run: Run, tmp_path: Path) -> None:
+    before = sorted(run.run_dir.rglob("*"))
+    named = {name: run.config[name] for name in sorted(clean_up.component_spec.inputs) if name != "job_id"}
+    clean_up.python_func(job_id="4f2c", **named)
+    local.run_pipeline(clean_up, {"job_id": "4f2c", **named}, tmp_path / "run")
+    assert sorted(run.run_dir.rglob("*")) == before
 
 
 def test_evaluate_refuses_another_dataset_than_the_models(run: Run, tmp_path: Path) -> None:

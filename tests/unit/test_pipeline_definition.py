@@ -33,6 +33,11 @@ def spec(text: str) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
+def steps(spec: dict[str, Any]) -> dict[str, Any]:
+    """The tasks that the exit handler surrounds."""
+    return spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+
+
 def test_every_parameter_is_typed_defaulted_and_described(spec: dict[str, Any]) -> None:
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     assert list(inputs) == sorted(parameter.name for parameter in TrainingConfig.parameters())
@@ -48,15 +53,27 @@ def test_every_parameter_is_typed_defaulted_and_described(spec: dict[str, Any]) 
 
 
 def test_precache_gets_every_parameter_and_the_job_id(spec: dict[str, Any]) -> None:
-    given = spec["root"]["dag"]["tasks"]["precache"]["inputs"]["parameters"]
+    given = steps(spec)["precache"]["inputs"]["parameters"]
     assert given.pop("job_id") == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
-    assert given == {
-        parameter.name: {"componentInputParameter": parameter.name} for parameter in TrainingConfig.parameters()
-    }
+    names = [parameter.name for parameter in TrainingConfig.parameters()]
+    assert given == {name: {"componentInputParameter": f"pipelinechannel--{name}"} for name in names}
+    handed = spec["root"]["dag"]["tasks"]["exit-handler-1"]["inputs"]["parameters"]
+    assert handed == {f"pipelinechannel--{name}": {"componentInputParameter": name} for name in names}
+
+
+def test_however_they_end_clean_up_follows(spec: dict[str, Any]) -> None:
+    tasks = spec["root"]["dag"]["tasks"]
+    assert set(tasks) == {"exit-handler-1", "clean-up"}
+    assert tasks["clean-up"]["dependentTasks"] == ["exit-handler-1"]
+    assert tasks["clean-up"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    given = tasks["clean-up"]["inputs"]["parameters"]
+    assert given["run_id"] == {"componentInputParameter": "run_id"}
+    assert given["job_id"] == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
+    assert not tasks["clean-up"]["cachingOptions"].get("enableCache")
 
 
 def test_steps_follow_one_another_and_are_never_cached(spec: dict[str, Any]) -> None:
-    tasks = spec["root"]["dag"]["tasks"]
+    tasks = steps(spec)
     assert {name: sorted(task.get("dependentTasks", [])) for name, task in tasks.items()} == {
         "precache": [],
         "train": ["precache"],
@@ -101,6 +118,7 @@ def test_a_pipeline_without_the_parameters_that_have_no_value_is_the_same_otherw
         parameter.name for parameter in TrainingConfig.parameters() if parameter.optional
     }
     assert set(whole.pipeline_spec.root.dag.tasks) == set(part.pipeline_spec.root.dag.tasks)
+    assert set(part.pipeline_spec.root.dag.tasks) == {"precache", "train", "export", "evaluate"}
 
 
 def test_compile_writes_the_yaml_and_no_secret(tmp_path: Path, text: str) -> None:

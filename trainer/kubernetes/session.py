@@ -99,16 +99,17 @@ class Session:
                 allowed = f"its claims are in use by run {other}: wait for it, or choose another deployment_name"
                 raise ConfigError("deployment_name", self.plan.config.deployment_name, allowed)
 
-    def clean_up(self, *, jobs: bool = True, claims: bool = False) -> None:
-        """Delete what the run has made.
+    def clean_up(self, *, finished: bool = True, claims: bool = False) -> None:
+        """Delete what the run has made; workers that still train save and leave.
 
         Args:
-            jobs: Its jobs, too, with their pods: workers that still train save and leave.
+            finished: Also jobs that have ended, with their pods and logs; these go by themselves after `finished_ttl`.
             claims: Its claims, too, with all that lies on them.
         """
-        for kind in (PYTORCH_JOB, JOB) if jobs else ():
+        for kind in (PYTORCH_JOB, JOB):
             for one in self.client.list(kind, self.plan.selector)[0]:
-                self.client.delete(kind, one["metadata"]["name"])
+                if finished or not has_ended(one):
+                    self.client.delete(kind, one["metadata"]["name"])
         for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
             self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
         for worker in self.plan.claimants if claims else ():
@@ -116,14 +117,14 @@ class Session:
 
 
 def condition(job: Object, kind: str) -> bool:
-    """Whether a PyTorchJob's condition of this kind holds."""
+    """Whether a Job's or PyTorchJob's condition of this kind holds."""
     conditions = (job.get("status") or {}).get("conditions") or []
     return any(one["type"] == kind and one["status"] == "True" for one in conditions)
 
 
 def has_ended(job: Object) -> bool:
-    """Whether a PyTorchJob is over, well or not."""
-    return condition(job, "Succeeded") or condition(job, "Failed")
+    """Whether a Job or PyTorchJob is over, well or not."""
+    return any(condition(job, kind) for kind in ("Complete", "Succeeded", "Failed"))
 
 
 def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, str]:

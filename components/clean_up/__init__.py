@@ -1,0 +1,1 @@
+"""The exit handler: whatever has become of the run, nothing of it goes on."""
