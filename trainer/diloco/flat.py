@@ -73,6 +73,16 @@ class FlatLayout:
         """Copy `flat` into the parameters (or other tensors of the same shapes)."""
         self._copy(flat, self._parameters if tensors is None else tensors, to_flat=False)
 
+    def add(self, flat: Tensor, tensors: Iterable[Tensor]) -> None:
+        """Add `flat` to tensors of the parameters' shapes, in place."""
+        position = 0
+        with torch.no_grad():
+            for tensor in tensors:
+                view = flat[position : position + tensor.numel()].view(tensor.shape)
+                tensor.add_(view.to(tensor.device, non_blocking=True))
+                position += tensor.numel()
+        self._wait()
+
     def sections(self, count: int) -> list[Section]:
         """`count` sections of about the same size, one after the other. Only between two parameters, or two rows of a
         matrix, is there a cut, so that they can be fewer.

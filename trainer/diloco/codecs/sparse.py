@@ -50,15 +50,9 @@ class TopK(Codec):
         values = Integer(2, k) if values is None else values
         if values.block != k:
             raise ValueError(f"the values' codec has blocks of {values.block} numbers, not {k}")
-        if mean is not None and mean.block != block:
-            raise ValueError(f"the mean's codec has blocks of {mean.block} numbers, not {block}")
-        self.k, self.values, self._mean = k, values, mean
+        self.k, self.values = k, values
         self._positions = _Positions(k, block)
-        super().__init__(block, self._positions.row + values.row, feedback)
-
-    @property
-    def mean(self) -> Codec:
-        return self if self._mean is None else self._mean
+        super().__init__(block, self._positions.row + values.row, feedback, mean)
 
     def encode(self, blocks: Tensor) -> Tensor:
         blocks = blocks.contiguous()
