@@ -467,9 +467,8 @@ class DiLoCo:
 
     def _take_off(self, fragment: Fragment, started: float) -> None:
         """Begin to synchronise, and a new round."""
-        ended = self._layout.gather(
-            self._ended[: fragment.stop - fragment.start], self._local(self._sections[fragment.index])
-        )
+        local = self._local(self._sections[fragment.index])
+        ended = self._layout.gather(self._ended[: fragment.stop - fragment.start], local, wait=False)
         carried = None if self._carried is None else self._carried.clone()
         parts = self._parts_of(fragment)
         landing = self._sender.submit(self._exchange, fragment, ended, carried, self._scales(fragment), self.samples)
@@ -499,6 +498,7 @@ class DiLoCo:
         Args:
             ended: The local parameters when the round ended, float32 (n,).
         """
+        self._layout.settle()
         pseudo_gradient = self._pseudo_gradient(fragment, ended, carried, scales)
         commit = self.quorum.synchronise(pseudo_gradient, samples, fragment)
         base = fragment.of(self.state.parameters)
