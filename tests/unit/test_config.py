@@ -45,7 +45,6 @@ REFUSED = {
         {"optim_method": "ddp", "codec": "int8"},
         "codec = 'int8': does not go with optim_method = 'ddp'",
     ),
-    "not available, nested": ({"storage_size_gb": 5}, "storage.size_gb = 5: not available yet: storage on the cluster"),
     "too few nodes": (
         {"elastic_min_nodes": 3},
         "nodes = 2: must be from elastic.min_nodes (3) to elastic.max_nodes (2)",

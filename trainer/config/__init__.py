@@ -1,0 +1,29 @@
+"""`TrainingConfig`: every parameter of a training, once.
+
+The command line, the environment, YAML files, the pipeline's signature, the JSON schema and the help texts are all
+derived from its fields (`training.py`, and `cluster.py` for the groups). Precedence: flag > `DILOCO_*` variable > YAML
+file (`--config`) > default.
+
+A parameter has a *path* in the tree (`elastic.min_nodes`, as YAML nests it) and a *flat name* (`elastic_min_nodes`,
+as the pipeline, `DILOCO_ELASTIC_MIN_NODES` and `--elastic-min-nodes` write it).
+
+Secrets are no parameters: `WANDB_API_KEY`, `HF_TOKEN` and `ETCD_PASSWORD` are read from the environment where they are
+needed, and nowhere else.
+"""
+
+from trainer.config.cluster import SiteConfig, VendorConfig
+from trainer.config.load import ENV_PREFIX, add_config_flags, config_from_arguments, flags_from, load_config
+from trainer.config.parameters import Parameter
+from trainer.config.training import TrainingConfig
+
+__all__ = [
+    "ENV_PREFIX",
+    "Parameter",
+    "SiteConfig",
+    "TrainingConfig",
+    "VendorConfig",
+    "add_config_flags",
+    "config_from_arguments",
+    "flags_from",
+    "load_config",
+]

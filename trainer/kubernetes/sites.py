@@ -1,0 +1,153 @@
+"""Sites: pools of equal nodes, near or far, that take part in one training (NVIDIA, AMD and CPU ones together).
+
+The parameter `sites` names them. Without it, `nodes` is split over the GPU vendors that take part, by
+`elastic.gpu_distribution` and the vendors' own `min_nodes` and `max_nodes`; with no GPUs, there is one CPU site.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.config import SiteConfig, TrainingConfig, VendorConfig
+from trainer.errors import ConfigError
+
+Vendor = Literal["nvidia", "amd", "cpu"]
+
+GPU_RESOURCES: dict[Vendor, str] = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A pool of nodes on which workers are alike.
+
+    Attributes:
+        name: A DNS label.
+        replicas: Workers' nodes here.
+        vendor: Whose GPUs these are; "cpu": none.
+        image: The workers' image.
+        gpu_resource: The GPUs' extended resource; "" at a CPU site.
+        gpu_count: GPUs of a worker's pod.
+        node_selector: Labels of the nodes.
+        tolerations: Of the nodes' taints, as the Kubernetes API has them.
+        runtime_class: RuntimeClass of the pods; "": the nodes' default.
+        storage_class: StorageClass of the claims; "": the cluster's default.
+    """
+
+    name: str
+    replicas: int
+    vendor: Vendor
+    image: str
+    gpu_resource: str
+    gpu_count: int
+    node_selector: dict[str, str]
+    tolerations: tuple[dict[str, Any], ...]
+    runtime_class: str
+    storage_class: str
+
+    @property
+    def device(self) -> str:
+        """The parameter `device` of its workers."""
+        return "cpu" if self.vendor == "cpu" else "cuda"  # ROCm's torch calls its devices cuda, too
+
+
+def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
+    """The sites of a training.
+
+    Args:
+        config: Its configuration.
+        image: The project's image, where nothing else is said.
+
+    Raises:
+        ConfigError: They do not add up to `nodes`.
+    """
+    pools = config.sites or _by_vendor(config)
+    found = sum(pool.replicas for pool in pools)
+    if found != config.nodes:
+        raise ConfigError("sites", f"{found} replicas in all", f"must be as many as nodes ({config.nodes})")
+    return tuple(_site(config, pool, image) for pool in pools)
+
+
+def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
+    vendor = vendor_of(config, pool)
+    settings = _settings(config, vendor)
+    count = config.gpu_count if pool.gpu_count is None else pool.gpu_count
+    return Site(
+        name=pool.name,
+        replicas=pool.replicas,
+        vendor=vendor,
+        image=pool.image or (settings.image if settings else "") or config.deployment_image or image,
+        gpu_resource="" if vendor == "cpu" else pool.gpu_resource or GPU_RESOURCES[vendor],
+        gpu_count=0 if vendor == "cpu" else count,
+        node_selector=dict(pool.node_selector),
+        tolerations=tuple(pool.tolerations),
+        runtime_class=pool.runtime_class_name or (settings.runtime_class_name if settings else ""),
+        storage_class=pool.storage_class_name or config.storage.storage_class_name,
+    )
+
+
+def vendor_of(config: TrainingConfig, pool: SiteConfig) -> Vendor:
+    """Whose GPUs a site has: its resource says so (`amd.com/gpu`, `nvidia.com/mig-1g.10gb`); else `gpu_vendor`."""
+    count = config.gpu_count if pool.gpu_count is None else pool.gpu_count
+    if count == 0 or config.device == "cpu":
+        return "cpu"
+    if pool.gpu_resource:
+        return "amd" if pool.gpu_resource.startswith("amd.com/") else "nvidia"
+    return _own_vendor(config)
+
+
+def _settings(config: TrainingConfig, vendor: Vendor) -> VendorConfig | None:
+    return {"nvidia": config.gpu.nvidia, "amd": config.gpu.amd, "cpu": None}[vendor]
+
+
+def _own_vendor(config: TrainingConfig) -> Vendor:
+    return "amd" if config.gpu_vendor == "AMD" else "nvidia"
+
+
+def _by_vendor(config: TrainingConfig) -> list[SiteConfig]:
+    if config.device == "cpu" or config.gpu_count == 0:
+        return [SiteConfig(name="cpu", replicas=config.nodes)]
+    shares = vendor_shares(config)
+    return [
+        SiteConfig(name=vendor, replicas=share, gpu_resource=GPU_RESOURCES[vendor])
+        for vendor, share in shares.items()
+        if share
+    ]
+
+
+def vendor_shares(config: TrainingConfig) -> dict[Vendor, int]:
+    """How many of `nodes` each GPU vendor has.
+
+    A vendor takes part if it is enabled, and has an image: its own, or (`gpu_vendor`) the project's.
+    What `min_nodes` of the vendors leaves is split evenly (`auto`; an odd one goes to NVIDIA) or goes to the preferred
+    vendor first; none gets more than its `max_nodes`.
+
+    Raises:
+        ConfigError: No vendor takes part, or they admit fewer or demand more nodes than there are.
+    """
+    taking: list[Vendor] = []
+    for vendor, settings in (("nvidia", config.gpu.nvidia), ("amd", config.gpu.amd)):
+        if settings.enabled and (settings.image or vendor == _own_vendor(config)):
+            taking.append(vendor)  # type: ignore[arg-type]
+    if not taking:
+        enabled = "gpu.nvidia.enabled" if _own_vendor(config) == "nvidia" else "gpu.amd.enabled"
+        raise ConfigError(enabled, False, "leaves no vendor's GPUs to train on: enable one, and give it an image")
+    limits = {vendor: _limits(config, vendor) for vendor in taking}
+    shares = {vendor: low for vendor, (low, _) in limits.items()}
+    if sum(shares.values()) > config.nodes:
+        demanded = " + ".join(f"gpu.{vendor}.min_nodes ({low})" for vendor, (low, _) in limits.items() if low)
+        raise ConfigError("nodes", config.nodes, f"must be at least {demanded}")
+    preferred = config.elastic.gpu_distribution.removeprefix("prefer-")
+    for _ in range(config.nodes - sum(shares.values())):
+        open_ = [vendor for vendor in taking if shares[vendor] < limits[vendor][1]]
+        if not open_:
+            allowed = " + ".join(f"gpu.{vendor}.max_nodes ({high})" for vendor, (_, high) in limits.items())
+            raise ConfigError("nodes", config.nodes, f"must be at most {allowed}")
+        # The preferred vendor, or the one with fewest nodes; among equals NVIDIA, which is listed first.
+        chosen = min(open_, key=lambda vendor: (vendor != preferred) if preferred in taking else shares[vendor])
+        shares[chosen] += 1
+    return shares
+
+
+def _limits(config: TrainingConfig, vendor: Vendor) -> tuple[int, int]:
+    settings = _settings(config, vendor)
+    assert settings is not None
+    return settings.min_nodes or 0, config.nodes if settings.max_nodes is None else settings.max_nodes
