@@ -87,6 +87,7 @@ class Worker:
             "optim_method": config.optim_method,
             "codec": config.codec,
             "compression_topk": config.compression_topk,
+            "sparse_topk": config.sparse_topk,
             "fragments": config.fragments,
             "overlap": config.overlaps,
             "local_steps": config.local_steps,
@@ -540,7 +541,7 @@ def codec_of(config: TrainingConfig) -> codecs.Codec:
     if config.optim_method == "demo":
         topk = config.compression_topk
         return codecs.make("demo", feedback=config.feedback, topk=topk, values=config.codec)
-    return codecs.make(config.codec, feedback=config.feedback)
+    return codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,15 @@ from trainer.volume import Volume, worker_configs
 LEAST_FREE_BYTES = 100 << 20
 _ALWAYS_THE_SAME = ("local_steps", "batch_size", "optim_method", "seed", "fragments")
 # The run's, as long as its etcd has its data.
-_KEPT_BY_ETCD = ("total_steps", "outer_lr", "outer_momentum", "codec", "compression_topk", "async_communication")
+_KEPT_BY_ETCD = (
+    "total_steps",
+    "outer_lr",
+    "outer_momentum",
+    "codec",
+    "compression_topk",
+    "sparse_topk",
+    "async_communication",
+)
 
 
 def check(config: TrainingConfig, *, precached: bool = False, network: bool = True) -> None:

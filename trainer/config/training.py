@@ -34,7 +34,7 @@ from trainer.errors import ConfigError
 _ENDPOINT = re.compile(r"[^\s/@]+:([0-9]{1,5})")
 
 # Decays of the residual with which the codecs are best; `tests/benchmarks/bench_quality.py` has measured them.
-_FEEDBACK = {"ternary": 0.5, "sign": 0.5, "sparse": 0.95}
+_FEEDBACK = {"ternary": 0.5, "sign": 0.5, "sparse": 0.5}
 
 
 class TrainingConfig(Group):
@@ -103,6 +103,9 @@ class TrainingConfig(Group):
     compression_decay: Fraction = Field(0.9, description="Decay of the decoupled momentum (demo).")
     compression_topk: Annotated[Positive, Field(le=4096)] = Field(
         32, description="DCT coefficients sent for each chunk of 64 x 64 (demo)."
+    )
+    sparse_topk: Annotated[Positive, Field(le=4096, multiple_of=4)] = Field(
+        512, description="Numbers sent of each 4096 (codec=sparse)."
     )
     error_feedback: Fraction | None = Field(
         None, description="Decay of the residual that a lossy codec keeps; 0: none. Empty: by codec."

@@ -51,7 +51,7 @@ class Dct(Codec):
     ) -> None:
         """
         Args:
-            inner: Codes a tile's coefficients, 4096. None: the 64 largest, of two bits each.
+            inner: Codes a tile's coefficients, 4096. None: the 512 largest, of two bits each.
             shapes: Of the parameters, in their order.
             feedback: β, as in `Codec`.
             mean: Codes the mean's tiles (not their coefficients). None: this codec.
