@@ -6,6 +6,9 @@ MAKEFLAGS += --no-print-directory
 
 RECIPE ?= trainer/recipes/stdlib.yaml
 ARGS ?=
+IMAGE ?= diloco-pipelines-python:0.1.0
+ACCELERATOR ?= cuda
+TORCH_INDEX ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -61,8 +64,12 @@ submit: $(READY)  ## run the pipeline on Kubeflow (ARGS="--host URL --wait ...")
 schedule: $(READY)  ## run it there again and again (ARGS="create|list|pause|resume|delete ...")
 	@$(BIN)/python -m pipelines schedule $(ARGS)
 
-build:  ## build the container image (not available yet: it comes with the cluster's issue)
-	@echo 'error: there is no Dockerfile yet: the image comes with the cluster work' >&2; exit 1
+build:  ## build the container image (ACCELERATOR=cuda|rocm|cpu; the last two need TORCH_INDEX=<where their torch is>)
+	docker build --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
+	    --tag $(IMAGE)$(if $(filter-out cuda,$(ACCELERATOR)),-$(ACCELERATOR)) .
+
+manifests: $(READY)  ## render manifests/ anew: the examples, and etcd's settings (ARGS="--etcd-heartbeat-interval 100 ...")
+	@$(BIN)/python -m trainer.kubernetes.render --manifests manifests $(ARGS)
 
 clean:  ## remove build outputs and caches; the environment and the runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -71,4 +78,4 @@ clean:  ## remove build outputs and caches; the environment and the runs stay
 clean-runs:  ## remove runs/: every checkpoint, model and report in it
 	rm -rf runs
 
-.PHONY: help setup run test test-faults bench lint format compile submit schedule build clean clean-runs
+.PHONY: help setup run test test-faults bench lint format compile submit schedule build manifests clean clean-runs

@@ -1,7 +1,7 @@
 """The pipeline: precache → train → export → evaluate.
 
     precache ──config──▶ train ──model──▶ export ──model──▶ evaluate ──▶ metrics, report
-        └──────────────── dataset ─────────────────────────────▲
+        └──────────────── dataset, and what train hands on ────▲
 
 Its parameters are those of `TrainingConfig`, all of them, and are listed nowhere else. Only precache takes them; it
 checks them before anything else starts, and hands on the resolved configuration.
@@ -46,7 +46,8 @@ def training_pipeline(parameters: Sequence[Parameter]) -> Any:
         config, dataset = data.outputs["config"], data.outputs["precached"]
         trained = _uncached(train(config=config, precached=dataset))
         exported = _uncached(export(config=config, trained=trained.outputs["model"]))
-        _uncached(evaluate(config=config, model=exported.outputs["model"], precached=dataset))
+        model = exported.outputs["model"]
+        _uncached(evaluate(config=config, trained=trained.outputs["model"], model=model, precached=dataset))
 
     diloco_training.__signature__ = inspect.Signature([_argument(parameter) for parameter in parameters])  # type: ignore[attr-defined]
     diloco_training.__doc__ = "\n".join([DESCRIPTION, "", "Args:", *map(_documentation, parameters)])

@@ -44,6 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="write a run's report, at any time", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, help="the run's directory")
     report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html]")
+    in_pod = commands.add_parser("pod", help="what the pods of a training on a cluster run", allow_abbrev=False)
+    in_pod.add_argument("what", choices=("precache", "train", "held-out", "export", "evaluate"))
+    in_pod.add_argument("--config", type=Path, required=True, metavar="FILE", help="the pod's configuration (YAML)")
+    in_pod.add_argument("--slot", type=int, help="train: the slot that this node would like to have")
+    in_pod.add_argument("--port", type=int, default=0, help="where a result is served")
     commands.add_parser("schema", help="print the JSON schema of the parameters", allow_abbrev=False)
     return _run(parser.parse_args(arguments))
 
@@ -70,6 +75,10 @@ def _run(arguments: argparse.Namespace) -> int:
             require_output(arguments.output, "--output")
         print(write_report(arguments.run_dir, arguments.output))
         return 0
+    if arguments.command == "pod":
+        from trainer.kubernetes import inside
+
+        return inside.run(arguments.what, arguments.config, slot=arguments.slot, port=arguments.port)
     if getattr(arguments, "etcd", None) is not None:
         if not arguments.etcd.strip(" ,[]"):
             raise ConfigError("--etcd", arguments.etcd, "must be host:port")

@@ -8,6 +8,7 @@ from components.step import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def evaluate(
     config: dict,
+    trained: dsl.Input[dsl.Model],
     model: dsl.Input[dsl.Model],
     precached: dsl.Input[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
@@ -16,4 +17,4 @@ def evaluate(
     """Score the exported model on held-out data that training never saw, and write the run's report."""
     from components.evaluate.run import run
 
-    run(config, precached, metrics, report)
+    run(config, trained, model, precached, metrics, report)

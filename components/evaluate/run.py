@@ -1,27 +1,33 @@
 """What the evaluate component does."""
 
-from pathlib import Path
 from typing import Any
 
 from kfp import dsl
 
+from components.launcher import launcher_of
 from components.step import hand_on, log_metrics, step
 from trainer.config import TrainingConfig
 
 
-def run(config: dict[str, Any], precached: dsl.Dataset, metrics: dsl.Metrics, report: dsl.HTML) -> None:
+def run(
+    config: dict[str, Any],
+    trained: dsl.Model,
+    model: dsl.Model,
+    precached: dsl.Dataset,
+    metrics: dsl.Metrics,
+    report: dsl.HTML,
+) -> None:
     """Score the run's export on the held-out shard, and hand on the scores and the run's report.
 
     Args:
         config: The resolved configuration, by flat name.
+        trained: Input artifact: what the train component has handed on.
+        model: Input artifact: what the export component has handed on.
         precached: Input artifact: the held-out shard.
         metrics: Output artifact.
         report: Output artifact.
     """
     with step("evaluate"):
-        from trainer.evaluate import evaluate
-
-        settings = TrainingConfig.from_flat(config)
-        scores = evaluate(settings, dataset=precached.path)
-        log_metrics(metrics, {name: value for name, value in scores.items() if name != "time"})
-        hand_on(Path(settings.run_dir) / "report.html", report.path)
+        output = launcher_of(TrainingConfig.from_flat(config)).evaluate(trained, model, precached)
+        log_metrics(metrics, {name: value for name, value in output.metrics.items() if name != "time"})
+        hand_on(output.files["report.html"], report.path)

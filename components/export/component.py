@@ -10,4 +10,4 @@ def export(config: dict, trained: dsl.Input[dsl.Model], model: dsl.Output[dsl.Mo
     """Write the committed global parameters as a directory that `transformers` loads."""
     from components.export.run import run
 
-    run(config, model)
+    run(config, trained, model)

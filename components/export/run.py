@@ -4,25 +4,18 @@ from typing import Any
 
 from kfp import dsl
 
-from components.step import hand_on, step
+from components.launcher import launcher_of
+from components.step import step
 from trainer.config import TrainingConfig
-from trainer.files import read_json
 
 
-def run(config: dict[str, Any], model: dsl.Model) -> None:
+def run(config: dict[str, Any], trained: dsl.Model, model: dsl.Model) -> None:
     """Export, and hand on the Hugging Face directory.
 
     Args:
         config: The resolved configuration, by flat name.
+        trained: Input artifact: what the train component has handed on.
         model: Output artifact: what `from_pretrained` takes.
     """
     with step("export"):
-        from trainer.export import FACTS, export
-
-        settings = TrainingConfig.from_flat(config)
-        directory = export(settings)
-        hand_on(directory, model.path)
-        facts = read_json(directory / FACTS)
-        names = ("run_id", "model", "parameters", "complete", "round", "step", "samples", "tokens")
-        model.metadata.update({"path": str(directory)} | {name: facts[name] for name in names})
-        print(f"model of round {facts['round']}, step {facts['step']}, exported to {directory}")
+        launcher_of(TrainingConfig.from_flat(config)).export(trained).hand_on(model)

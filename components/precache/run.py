@@ -6,7 +6,8 @@ from typing import Any
 
 from kfp import dsl
 
-from components.step import hand_on, step
+from components.launcher import launcher_of
+from components.step import step
 from trainer.config import TrainingConfig
 from trainer.files import write_json
 
@@ -15,29 +16,14 @@ def run(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapping[s
     """Precache for every worker, and hand on the held-out shard with its manifest and tokenizer.
 
     Args:
-        precached: Output artifact; its metadata says what the dataset holds.
+        precached: Output artifact; its metadata says what the dataset holds, and (on a cluster) on which claims.
         config_path: Output parameter: the resolved configuration, by flat name.
         job_id: As in `resolve`.
         values: The parameters, by flat name.
     """
     with step("precache"):
-        from trainer import data
-        from trainer.data.dataset import MANIFEST
-        from trainer.volume import Volume, worker_configs
-
         config = resolve(values, job_id)
-        manifest = data.precache_all(config)
-
-        worker = worker_configs(config)[0]
-        directory = data.directory(worker, Volume.of(worker).datasets)
-        precached.metadata.update(
-            {"path": str(directory)}
-            | {f"train_{name}": value for name, value in manifest.train}
-            | {f"validation_{name}": value for name, value in manifest.validation}
-            | manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
-        )
-        for name in (MANIFEST, *(name for name in manifest.files if not name.startswith("train-"))):
-            hand_on(directory / name, f"{precached.path}/{name}")
+        launcher_of(config).precache().hand_on(precached)
         write_json(Path(config_path), {name: value for name, value in config.to_flat().items() if value is not None})
 
 
@@ -51,5 +37,8 @@ def resolve(values: Mapping[str, Any], job_id: str = "") -> TrainingConfig:
     Raises:
         ConfigError: A bad value.
     """
+    from trainer import models
+
     config = TrainingConfig.from_flat(values)
+    models.resolve(config.model)  # on a cluster, a pod would find out
     return (config if config.run_id or not job_id else config.with_values(run_id=job_id)).resolved()

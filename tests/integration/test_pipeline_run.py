@@ -192,6 +192,7 @@ def test_evaluate_alone(run: Run, tmp_path: Path) -> None:
     metrics, report = artifact(dsl.Metrics, tmp_path / "metrics"), artifact(dsl.HTML, tmp_path / "report")
     evaluate.python_func(
         config=run.config,
+        trained=artifact(dsl.Model, tmp_path / "trained"),
         model=artifact(dsl.Model, run.run_dir / "export"),
         precached=artifact(dsl.Dataset, Path(run.artifact("precache", "precached")["uri"])),
         metrics=metrics,
@@ -206,6 +207,7 @@ def test_evaluate_refuses_another_dataset_than_the_models(run: Run, tmp_path: Pa
     with pytest.raises(SystemExit, match="error: dataset = "):
         evaluate.python_func(
             config=run.config,
+            trained=artifact(dsl.Model, tmp_path / "trained"),
             model=artifact(dsl.Model, run.run_dir / "export"),
             precached=artifact(dsl.Dataset, tmp_path),
             metrics=artifact(dsl.Metrics, tmp_path / "metrics"),

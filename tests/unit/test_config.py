@@ -45,6 +45,34 @@ REFUSED = {
         {"optim_method": "ddp", "codec": "int8"},
         "codec = 'int8': does not go with optim_method = 'ddp'",
     ),
+    "pods without volumes": (
+        {"launcher": "pytorchjob", "storage_enabled": False},
+        "storage.enabled = False: must be true with launcher = 'pytorchjob'",
+    ),
+    "too few ports for a pod": (
+        {"launcher": "pytorchjob", "port_range": "7000-7009"},
+        "port_range = '7000-7009': must be at least 256 ports from 1024 on",
+    ),
+    "sites that do not add up": (
+        {"sites": [{"name": "a"}]},
+        "sites = '1 replicas in all': must be as many as nodes (2)",
+    ),
+    "two sites of a name": ({"sites": [{"name": "a"}, {"name": "a"}]}, "sites = 'a': is the name of two sites"),
+    "field of a site": ({"sites": [{"name": "a", "replicas": 0}]}, "sites.0.replicas = 0: must be greater than 0"),
+    "unknown field of a site": ({"sites": [{"name": "a", "replica": 2}]}, "sites.0.replica = 2: no such parameter"),
+    "name of a site": ({"sites": [{"name": "A_b"}]}, "sites.0.name = 'A_b': must be lower-case letters"),
+    "name of the deployment": (
+        {"deployment_name": "x-"},
+        "deployment_name = 'x-': must be lower-case letters, digits and -, begin with a letter",
+    ),
+    "election before heartbeats": (
+        {"etcd_election_timeout": 1000},
+        "etcd.election_timeout = 1000: must be at least 5 times etcd.heartbeat_interval (500)",
+    ),
+    "more sockets than NCCL has": (
+        {"elastic_nccl_nsocks_per_thread": 16, "elastic_nccl_socket_nthreads": 8},
+        "elastic.nccl.nsocks_per_thread = 16: times socket_nthreads (8) must be at most 64",
+    ),
     "too few nodes": (
         {"elastic_min_nodes": 3},
         "nodes = 2: must be from elastic.min_nodes (3) to elastic.max_nodes (2)",

@@ -61,7 +61,7 @@ def test_steps_follow_one_another_and_are_never_cached(spec: dict[str, Any]) -> 
         "precache": [],
         "train": ["precache"],
         "export": ["precache", "train"],
-        "evaluate": ["export", "precache"],
+        "evaluate": ["export", "precache", "train"],
     }
     assert not any(task["cachingOptions"].get("enableCache") for task in tasks.values())
 

@@ -36,6 +36,8 @@ _ENDPOINT = re.compile(r"[^\s/@]+:([0-9]{1,5})")
 # Decays of the residual with which the codecs are best; `tests/benchmarks/bench_quality.py` has measured them.
 _FEEDBACK = {"ternary": 0.5, "sign": 0.5, "sparse": 0.5}
 
+_FEWEST_PORTS = 256  # of a pod: a node's workers connect to up to 63 others
+
 
 class TrainingConfig(Group):
     """Every parameter of a training. See the module's docstring; `parameters()` lists the leaves."""
@@ -306,6 +308,12 @@ class TrainingConfig(Group):
         if self.elastic.nccl.nsocks_per_thread * self.elastic.nccl.socket_nthreads > 64:
             allowed = f"times socket_nthreads ({self.elastic.nccl.socket_nthreads}) must be at most 64: NCCL's limit"
             raise ConfigError("elastic.nccl.nsocks_per_thread", self.elastic.nccl.nsocks_per_thread, allowed)
+        if self.launcher == "pytorchjob" and self.port_range:
+            low, high = map(int, self.port_range.split("-"))
+            # In a pod, where it becomes `net.ipv4.ip_local_port_range`, connections to others are made from it, too.
+            if low < 1024 or high - low < _FEWEST_PORTS - 1:
+                allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = 'pytorchjob'"
+                raise ConfigError("port_range", self.port_range, allowed)
         site_names = [site.name for site in self.sites]
         for site_name in site_names:
             if site_names.count(site_name) > 1:

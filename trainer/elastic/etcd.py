@@ -1,7 +1,7 @@
 """The project's etcd v3 client. Nothing else imports `etcd3`.
 
 The released `etcd3` 0.12.0 cannot be imported with protobuf 4 or newer ("Descriptors cannot be created directly"):
-its generated modules are rebuilt here from the serialized descriptors they contain (`_import_etcd3`). It knows one
+its generated modules are rebuilt here from the serialized descriptors they contain (`import_etcd3`). It knows one
 endpoint, fetches its token once, and its watcher spins when the server is away: failover, a new token and watching
 are therefore done here, by building a new connection.
 """
@@ -319,7 +319,7 @@ class EtcdClient:
     def _connect(self) -> Any:
         with self._lock:
             if self._connection is None:
-                etcd3 = _import_etcd3()
+                etcd3 = import_etcd3()
                 host, _, port = self.endpoints[self._next % len(self.endpoints)].rpartition(":")
                 self._connection = etcd3.client(
                     host=host,
@@ -571,7 +571,7 @@ def _is_etcds(exception: Exception) -> bool:
     """Whether it is etcd's, or the connection's, and not some other code's."""
     import grpc
 
-    known = (EtcdError, grpc.RpcError, _import_etcd3().exceptions.Etcd3Exception, OSError, ValueError)
+    known = (EtcdError, grpc.RpcError, import_etcd3().exceptions.Etcd3Exception, OSError, ValueError)
     return isinstance(exception, known)
 
 
@@ -582,7 +582,7 @@ def _encode(value: Json) -> str:
 _import_lock = threading.Lock()
 
 
-def _import_etcd3() -> types.ModuleType:
+def import_etcd3() -> types.ModuleType:
     """Import `etcd3` under any protobuf: build its message modules from the descriptors that they carry."""
     with _import_lock:
         if "etcd3" not in sys.modules:

@@ -21,7 +21,7 @@ from trainer.kubernetes.sites import Site, sites_of
 Object = dict[str, Any]  # as the Kubernetes API has it
 
 DATA = "/data"  # a worker's volume in its pod
-ETCD_CREDENTIALS = "/etc/diloco/etcd"  # where the Secret with etcd's certificates is mounted
+ETCD_CREDENTIALS = "/etc/diloco-etcd"  # where the Secret with etcd's certificates is mounted
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""Where a pipeline's steps do their work: `launcher` chooses between this machine and a cluster. The one seam."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from components.step import hand_on
+from trainer.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from trainer.data.dataset import Manifest
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step has made.
+
+    Attributes:
+        files: Files and directories, by their names in the step's artifact.
+        metadata: What the artifact says of itself.
+        metrics: Numbers, and what else was measured.
+    """
+
+    files: Mapping[str, Path]
+    metadata: Mapping[str, Any]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def hand_on(self, artifact: Any) -> None:
+        """Put the files, and what is said of them, into a KFP artifact."""
+        for name, path in self.files.items():
+            hand_on(path, f"{artifact.path}/{name}")
+        artifact.metadata.update(self.metadata)
+
+
+class Launcher(Protocol):
+    """The four steps of a run. All raise ConfigError or TrainingError; they say what they do on standard output."""
+
+    def precache(self) -> Output:
+        """Put dataset and model onto every worker's volume. The output is the dataset's held-out part."""
+
+    def train(self) -> Output:
+        """Train until the run is complete. The output is what export needs, and the run in numbers."""
+
+    def export(self, trained: Any) -> Output:
+        """Write the model. The output is what `from_pretrained` takes.
+
+        Args:
+            trained: The artifact of `train`.
+        """
+
+    def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
+        """Score the model on held-out data. The output's metrics are the scores, its one file the run's report.
+
+        Args:
+            trained: The artifact of `train`.
+            model: The artifact of `export`.
+            precached: The artifact of `precache`.
+        """
+
+
+def launcher_of(config: TrainingConfig) -> Launcher:
+    """The one that a resolved configuration asks for."""
+    if config.launcher == "pytorchjob":
+        from components.cluster import ClusterLauncher
+
+        return ClusterLauncher(config)
+    from components.local import LocalLauncher
+
+    return LocalLauncher(config)
+
+
+def about(manifest: "Manifest") -> dict[str, Any]:
+    """What a dataset's artifact says of itself."""
+    return (
+        {f"train_{name}": value for name, value in manifest.train}
+        | {f"validation_{name}": value for name, value in manifest.validation}
+        | manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
+    )
+
+
+def in_numbers(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's summary, from its workers' events: for a model's metadata, and as metrics."""
+    from trainer.report import read_run, summary
+
+    content = summary(read_run(run_dir))
+    names = ("rounds", "steps", "skipped_steps", "samples", "bytes_sent", "bytes_received", "goodput")
+    said = {name: content[name] for name in ("status", "parameters", "samples", "tokens")}
+    return said, content["final"] | {name: content[name] for name in names}

@@ -1,0 +1,202 @@
+"""A result on its way from a pod to the pipeline's step: files over HTTP, between two who share a token.
+
+The token itself is never sent. Each request is signed with it (HMAC-SHA256 over method, path and a nonce that is new
+each time), and so is the list of files with their hashes, which proves who answers; every file is compared with its
+hash. It is authenticated and whole, not encrypted, as all that pods say to each other here.
+"""
+
+import hashlib
+import hmac
+import http.client
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote
+
+from trainer.errors import TrainingError, one_line
+from trainer.files import sha256, whole_directory
+
+TOKEN_VARIABLE = "RESULT_TOKEN"
+PATIENCE = 120.0  # seconds that a fetch bears a server that does not answer
+_LIST, _DONE, _FILE = "/files", "/done", "/file/"
+_NONCE, _SIGNATURE = "X-Nonce", "X-Signature"
+_CHUNK = 1 << 20
+_T = TypeVar("_T")
+
+
+class ResultServer(ThreadingHTTPServer):
+    """Hands files over to whoever has the token, until it is told that they have arrived.
+
+    Args:
+        files: Where each lies, by the name that the other side shall give it.
+        token: The shared secret.
+        port: Where it listens; 0: anywhere.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files: Mapping[str, Path], token: str, port: int) -> None:
+        self.files, self.token = dict(files), token.encode()
+        entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
+        self.listing = json.dumps(entries).encode()
+        self.delivered = False
+        super().__init__(("", port), _Handler)
+
+    def wait(self, seconds: float) -> None:
+        """Serve until the other side says that it has everything.
+
+        Raises:
+            TrainingError: Nobody has come for it in `seconds`.
+        """
+        self.timeout, deadline = 1.0, time.monotonic() + seconds
+        while not self.delivered:
+            if time.monotonic() > deadline:
+                raise TrainingError(f"nobody has taken the result within {seconds:.0f} s")
+            self.handle_request()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ResultServer
+    timeout = 60  # seconds of silence of the other side
+
+    def do_GET(self) -> None:
+        if not self._signed():
+            return
+        if self.path == _LIST:
+            self._answer(200, self.server.listing)
+            return
+        path = self.server.files.get(unquote(self.path.removeprefix(_FILE)))
+        if path is None or not self.path.startswith(_FILE):
+            self._answer(404, b"")
+            return
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        with path.open("rb") as file:
+            file.seek(start)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(path.stat().st_size - start))
+            self.end_headers()
+            while part := file.read(_CHUNK):
+                self.wfile.write(part)
+
+    def do_POST(self) -> None:
+        if self._signed():
+            self._answer(200, b"")
+            self.server.delivered = self.path == _DONE  # after the answer: the process may end now
+
+    def _signed(self) -> bool:
+        """Whether the other side has the token; answers it if not."""
+        given, nonce = self.headers.get(_SIGNATURE, ""), self.headers.get(_NONCE, "")
+        ours = _sign(self.server.token, self.command, self.path, nonce)
+        if nonce and hmac.compare_digest(given.encode(), ours.encode()):
+            return True
+        self._answer(403, b"")
+        return False
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header(_SIGNATURE, _sign(self.server.token, str(status), self.headers.get(_NONCE, ""), body.decode()))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def fetch(host: str, port: int, token: str, directory: Path, patience: float = PATIENCE) -> None:
+    """Take all files from a `ResultServer` into a directory, whole or not at all, and tell it so.
+
+    A connection that breaks goes on where it was.
+
+    Raises:
+        TrainingError: The server does not answer, has another token, or a file is not what it should be.
+    """
+    remote = _Remote(host, port, token.encode(), patience)
+    listing = json.loads(remote.read("GET", _LIST))
+    with whole_directory(directory) as temporary:
+        for name, entry in listing.items():
+            path = temporary / name
+            if not path.resolve().is_relative_to(temporary.resolve()):
+                raise TrainingError(f"the pod at {host} offers a file outside of the result: {name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remote.download(name, path, entry["bytes"])
+            if sha256(path) != entry["sha256"]:
+                raise TrainingError(f"{name} is not what the pod at {host} has: its hash differs")
+    with suppress(TrainingError):  # everything is here, whether it hears of that or not
+        _Remote(host, port, token.encode(), 0).read("POST", _DONE)
+
+
+class _Remote:
+    """The other side, which may be away for a moment."""
+
+    def __init__(self, host: str, port: int, token: bytes, patience: float) -> None:
+        self._host, self._port, self._token, self._patience = host, port, token, patience
+
+    def read(self, method: str, path: str) -> bytes:
+        """A whole, signed answer."""
+
+        def read() -> bytes:
+            nonce, connection, response = self._ask(method, path, 0)
+            try:
+                body = response.read()
+            finally:
+                connection.close()
+            signature = _sign(self._token, str(response.status), nonce, body.decode())
+            if not hmac.compare_digest(response.headers.get(_SIGNATURE, ""), signature):
+                raise TrainingError(f"whoever answers at {self._host} is not the run's pod: its signature is wrong")
+            return body
+
+        return self._trying(read)
+
+    def download(self, name: str, path: Path, size: int) -> None:
+        def download() -> None:
+            have = path.stat().st_size if path.exists() else 0
+            if have == size and path.exists():
+                return
+            _, connection, response = self._ask("GET", _FILE + quote(name), have)
+            try:
+                with path.open("ab") as file:
+                    while part := response.read(_CHUNK):
+                        file.write(part)
+            finally:
+                connection.close()
+            if path.stat().st_size < size:
+                raise OSError(f"{name} came only in part")
+
+        self._trying(download)
+
+    def _ask(
+        self, method: str, path: str, start: int
+    ) -> tuple[str, http.client.HTTPConnection, http.client.HTTPResponse]:
+        nonce = secrets.token_hex(16)
+        headers = {_NONCE: nonce, _SIGNATURE: _sign(self._token, method, path, nonce)}
+        headers |= {"Range": f"bytes={start}-"} if start else {}
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=30)
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        if response.status == 403:
+            raise TrainingError(
+                f"the pod at {self._host} does not take this run's token: it belongs to another attempt"
+            )
+        if response.status >= 400:
+            raise TrainingError(f"the pod at {self._host} has no {path} ({response.status})")
+        return nonce, connection, response
+
+    def _trying(self, what: Callable[[], _T]) -> _T:
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                return what()
+            except (OSError, http.client.HTTPException) as error:
+                if time.monotonic() > deadline:
+                    raise TrainingError(f"the result cannot be taken from {self._host}: {one_line(error)}") from None
+                time.sleep(1.0)
+
+
+def _sign(token: bytes, *parts: str) -> str:
+    return hmac.new(token, "\n".join(parts).encode(), hashlib.sha256).hexdigest()

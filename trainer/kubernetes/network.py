@@ -1,0 +1,31 @@
+"""Who may reach a training's pods. (What they may reach is not restricted: hubs, Weights & Biases, etcd.)"""
+
+from trainer.kubernetes import names, pod
+from trainer.kubernetes.plan import Object, Plan
+
+# On every pod of a KFP step (backend/src/v2/compiler/argocompiler in kubeflow/pipelines).
+STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
+
+
+def network_policy(plan: Plan) -> Object:
+    """The NetworkPolicy of the run's pods: they reach each other on `port_range` (empty: on any port), and the
+    pipeline's steps reach the pods that hand over results."""
+    own = plan.labels("")[names.RUN_LABEL]
+    among: Object = {"from": [{"podSelector": {"matchLabels": {names.RUN_LABEL: own}}}]}
+    if plan.config.port_range:
+        low, high = map(int, plan.config.port_range.split("-"))
+        among["ports"] = [{"protocol": "TCP", "port": low, "endPort": high}]
+    steps: Object = {
+        "from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": STEP_LABELS}}],
+        "ports": [{"protocol": "TCP", "port": pod.RESULT_PORT}],
+    }
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": plan.metadata(names.of_training(plan.name, "network"), "network"),
+        "spec": {
+            "podSelector": {"matchLabels": {names.RUN_LABEL: own}},
+            "policyTypes": ["Ingress"],
+            "ingress": [among, steps],
+        },
+    }

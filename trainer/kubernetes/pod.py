@@ -1,0 +1,244 @@
+"""The pod that every job of a training has: resources, environment, volumes, security.
+
+The configuration comes from the training's ConfigMap, as the file that `--config` reads; what differs from pod to pod
+(its address, the device of its site) comes as `DILOCO_*` variables, which win over the file. Secrets come by reference.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from trainer.elastic.agent import SHUTDOWN_TIMEOUT
+from trainer.kubernetes import names
+from trainer.kubernetes.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
+from trainer.kubernetes.sites import Site
+from trainer.volume import Volume
+
+Step = Literal["train", "precache", "held-out", "export", "evaluate"]
+
+CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
+CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
+RESULT_PORT = 7001  # where a pod that hands over a result listens
+RESULT_TOKEN = "RESULT_TOKEN"  # the variable with the token that whoever fetches it must know
+TOKEN_KEY = "token"  # and its key in the run's Secret
+CONTAINER = "pytorch"  # the name by which the training operator knows a job's main container
+
+GRACE_PERIOD = SHUTDOWN_TIMEOUT + 30  # seconds: the agent lets its workers save for the first part of it
+_USER = 1000  # the image's; not root
+
+# Labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes.
+_GPU_PRODUCT = {"nvidia": "nvidia.com/gpu.product", "amd": "amd.com/gpu.product-name"}
+_GPU_TAINT = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}
+
+
+def template(
+    plan: Plan, site: Site, step: Step, worker: WorkerPlan | None = None, *, arguments: tuple[str, ...] = ()
+) -> Object:
+    """A pod template.
+
+    Args:
+        plan: The training's.
+        site: Where the pod runs.
+        step: What it does: `python -m trainer pod <step>`.
+        worker: The worker whose pod, or whose claim, it is; None: one of a site's replicas.
+        arguments: Further ones of its command.
+    """
+    spec: Object = {
+        "automountServiceAccountToken": False,  # nothing in it talks to the API server
+        "enableServiceLinks": False,  # a Service named diloco-… would set DILOCO_* variables, which are parameters
+        "terminationGracePeriodSeconds": GRACE_PERIOD,
+        "securityContext": _security(plan),
+        "containers": [_container(plan, site, step, worker, arguments)],
+        "volumes": _volumes(plan, site, worker),
+        "tolerations": _tolerations(site),
+    }
+    if site.node_selector:
+        spec["nodeSelector"] = dict(site.node_selector)
+    if site.runtime_class:
+        spec["runtimeClassName"] = site.runtime_class
+    if affinity := _preference(plan, site):
+        spec["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": affinity}}
+    if plan.config.service_account:
+        spec["serviceAccountName"] = plan.config.service_account
+    if plan.config.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in plan.config.image_pull_secrets]
+    # A mesh's sidecar would outlive the work, and stand between workers: Kubeflow's namespaces inject Istio's.
+    labels = {**plan.labels(step, site, worker), "sidecar.istio.io/inject": "false"}
+    return {"metadata": {"labels": labels, "annotations": {"sidecar.istio.io/inject": "false"}}, "spec": spec}
+
+
+def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, arguments: tuple[str, ...]) -> Object:
+    resources = _resources(plan, site)
+    container: Object = {
+        "name": CONTAINER if step == "train" else step,
+        "image": site.image,
+        "command": ["python", "-m", "trainer", "pod", step],
+        "args": ["--config", CONFIG_FILE, *arguments],
+        "workingDir": DATA,
+        "env": _environment(plan, site, step),
+        "resources": {"requests": resources, "limits": dict(resources)},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": _mounts(plan, worker, step),
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines of its log, in its status
+    }
+    if step in ("held-out", "export", "evaluate"):
+        container["ports"] = [{"name": "result", "containerPort": RESULT_PORT, "protocol": "TCP"}]
+    return container
+
+
+def _resources(plan: Plan, site: Site) -> Object:
+    """Requests and limits, which are equal: the pod is not the one that a full node evicts (QoS class Guaranteed)."""
+    config = plan.config
+    resources = {
+        "cpu": str(config.cpu_cores),
+        "memory": f"{config.memory_gb}Gi",
+        "ephemeral-storage": f"{config.ephemeral_storage_gb}Gi",
+    }
+    # Precaching asks for the GPUs, too: where its claim's volume is made, the worker's pod must fit later.
+    return resources | ({site.gpu_resource: str(site.gpu_count)} if site.gpu_resource else {})
+
+
+def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
+    config = plan.config
+    values: dict[str, object] = {
+        "HOME": "/tmp",  # the user has none
+        "PYTHONUNBUFFERED": 1,
+        "OMP_NUM_THREADS": max(1, config.cpu_cores // config.elastic.nproc_per_node),
+    }
+    if site.device == "cpu" and config.device != "cpu":
+        values["DILOCO_DEVICE"] = "cpu"
+    if site.vendor != "cpu":  # RCCL reads the same variables
+        nccl = config.elastic.nccl
+        values |= {
+            "NCCL_DEBUG": nccl.debug,
+            "NCCL_IB_TIMEOUT": nccl.ib_timeout,
+            "NCCL_NSOCKS_PERTHREAD": nccl.nsocks_per_thread,
+            "NCCL_SOCKET_NTHREADS": nccl.socket_nthreads,
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": nccl.async_error_handling,
+            "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": nccl.timeout,
+        }
+        if nccl.socket_ifname:
+            values["NCCL_SOCKET_IFNAME"] = nccl.socket_ifname
+    environment = [{"name": name, "value": str(value)} for name, value in values.items()]
+    environment.append(_field("POD_NAME", "metadata.name"))
+    if step == "train":
+        if not (config.advertise_address or config.network_interface):
+            environment.append(_field("DILOCO_ADVERTISE_ADDRESS", "status.podIP"))
+        if config.wandb_logging:
+            environment.append(_secret("WANDB_API_KEY", names.WANDB_SECRET, "WANDB_API_KEY", optional=True))
+        if config.etcd.user:
+            environment.append(_secret("ETCD_PASSWORD", names.ETCD_SECRET, "password"))
+    if step in ("precache", "export", "evaluate"):
+        environment.append(_secret("HF_TOKEN", names.HUGGING_FACE_SECRET, "HF_TOKEN", optional=not config.hf_upload))
+    if step in ("held-out", "export", "evaluate"):
+        environment.append(_secret(RESULT_TOKEN, names.of_training(plan.name, "run"), TOKEN_KEY))
+    return environment
+
+
+def _field(variable: str, path: str) -> Object:
+    return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
+
+def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> Object:
+    return {
+        "name": variable,
+        "valueFrom": {"secretKeyRef": {"name": secret, "key": key, **({"optional": True} if optional else {})}},
+    }
+
+
+def _volumes(plan: Plan, site: Site, worker: WorkerPlan | None) -> list[Object]:
+    claim = worker.claim if worker else next(worker.claim for worker in plan.workers if worker.site == site)
+    shared_memory = f"{max(1, plan.config.memory_gb // 4)}Gi"  # it counts as the pod's memory
+    volumes: list[Object] = [
+        {"name": "data", "persistentVolumeClaim": {"claimName": claim}},
+        {"name": "config", "configMap": {"name": names.of_training(plan.name, "config")}},
+        # Data loaders hand tensors over in it, and NCCL; a container's own has 64 MB.
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}},
+        {"name": "temporary", "emptyDir": {}},
+    ]
+    if files := _certificates(plan):
+        items = [{"key": name, "path": name} for name in files]
+        volumes.append({"name": "etcd", "secret": {"secretName": names.ETCD_SECRET, "items": items}})
+    return volumes
+
+
+def _mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
+    mounts: list[Object] = [
+        {"name": "config", "mountPath": CONFIG_DIRECTORY, "readOnly": True},
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        {"name": "temporary", "mountPath": "/tmp"},
+        *_data_mounts(plan, worker, step),
+    ]
+    if _certificates(plan):
+        mounts.append({"name": "etcd", "mountPath": ETCD_CREDENTIALS, "readOnly": True})
+    return mounts
+
+
+def _data_mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
+    """The claim. A worker's own is `/data` as it is; of a shared one `/data` is a folder named like the worker's pod,
+    and models and datasets are one folder for all. A directory elsewhere than in `/data` is a folder of the claim, too.
+    """
+    volume = Volume.of(plan.config)
+    folders = {"models": volume.models, "datasets": volume.datasets, "checkpoints": volume.checkpoints.parent}
+    root: Object = {"name": "data", "mountPath": DATA}
+    if plan.a_job_a_worker:
+        own = {}
+    elif step == "train":
+        own = {"subPathExpr": "$(POD_NAME)"}
+    else:
+        assert worker is not None
+        own = {"subPath": worker.pod}
+    mounts = [{**root, **own}]
+    for folder, path in folders.items():
+        inside = path.is_relative_to(DATA)
+        if folder == "checkpoints" and own and not inside:
+            key, value = next(iter(own.items()))
+            mounts.append({"name": "data", "mountPath": str(path), key: f"{value}/checkpoints"})
+        elif (own and folder != "checkpoints") or not inside:
+            mounts.append({"name": "data", "mountPath": str(path), "subPath": folder})
+    return mounts
+
+
+def _certificates(plan: Plan) -> list[str]:
+    """The files of etcd's Secret that the configuration names."""
+    etcd = plan.config.etcd
+    paths = [Path(path) for path in (etcd.ca, etcd.cert, etcd.key)]
+    return [path.name for path in paths if path.parent == Path(ETCD_CREDENTIALS)]
+
+
+def _security(plan: Plan) -> Object:
+    context: Object = {
+        "runAsNonRoot": True,
+        "runAsUser": _USER,
+        "runAsGroup": _USER,
+        "fsGroup": _USER,  # a new volume is root's
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    if plan.config.port_range:
+        # gloo listens on ports of the kernel's choice: this makes it choose from the range, so that a firewall can
+        # let exactly that through. It is one of the sysctls that Kubernetes holds for safe.
+        low, high = plan.config.port_range.split("-")
+        context["sysctls"] = [{"name": "net.ipv4.ip_local_port_range", "value": f"{low} {high}"}]
+    return context
+
+
+def _tolerations(site: Site) -> list[Object]:
+    """The site's own, and of the taint that keeps pods without GPUs away from nodes with."""
+    own = [dict(toleration) for toleration in site.tolerations]
+    if site.vendor == "cpu":
+        return own
+    return [*own, {"key": _GPU_TAINT[site.vendor], "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def _preference(plan: Plan, site: Site) -> list[Object]:
+    """Nodes with the wanted kind of GPU, where there are any: preferred, not demanded."""
+    config = plan.config
+    if site.vendor == "cpu":
+        return []
+    wanted: list[Object] = [{"key": _GPU_PRODUCT[site.vendor], "operator": "In", "values": [config.gpu_type]}]
+    if site.vendor == "nvidia":  # in MiB, and a little less than the GPU is sold with
+        least = config.gpu_memory * 1024 * 9 // 10
+        wanted.append({"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": [str(least)]})
+    else:
+        wanted.append({"key": "amd.com/gpu.vram", "operator": "In", "values": [f"{config.gpu_memory}G"]})
+    return [{"weight": 50, "preference": {"matchExpressions": [expression]}} for expression in wanted]

@@ -1,0 +1,166 @@
+"""A run's pods as they are seen from a step: what they say, why they wait, how they end."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from trainer.kubernetes import reasons
+from trainer.kubernetes.client import CLAIM, EVENT, POD, Client, Kind, Object
+from trainer.kubernetes.logs import LogFollower
+from trainer.kubernetes.watch import Mirror
+
+EXPLAIN_AFTER = 10.0  # seconds that a pod may wait before one says why
+EXPLAIN_INTERVAL = 10.0  # seconds between two looks at why
+
+Say = Callable[[str], None]
+OnLine = Callable[[Object, str], None]  # a pod, and a line that it has said
+
+
+class Pods:
+    """Follows the pods that a selector selects, and the objects (Jobs or PyTorchJobs) that they are of.
+
+    `look` is to be called after `wake` is set, and now and then. Use it as a context manager.
+
+    Args:
+        kind: Of the objects that the pods are of.
+        labels: Selector of these objects and of their pods.
+        container: The container that is followed.
+        called: What a person calls a pod: "worker 0".
+        say: Prints a line.
+        on_line: Takes what the pods say, from threads.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        kind: Kind,
+        labels: str,
+        container: str,
+        called: Callable[[Object], str],
+        say: Say,
+        on_line: OnLine,
+    ) -> None:
+        self._client, self._container, self._called, self._say, self._on_line = client, container, called, say, on_line
+        self.wake = threading.Event()
+        self._pods = Mirror(client, POD, labels, self.wake.set)
+        self._owners = Mirror(client, kind, labels, self.wake.set)
+        self._resources = ExitStack()
+        self._followers: dict[str, LogFollower] = {}  # by the pod's uid
+        self._said: dict[str, str] = {}  # what was last said of a pod, or of an owner
+        self._waiting: dict[str, float] = {}  # since when, by name
+        self._asked: dict[str, float] = {}  # when it was asked why, and
+        self._why: dict[str, str] = {}  # what was found
+        self.pods: dict[str, Object] = {}
+        self.owners: dict[str, Object] = {}
+
+    def __enter__(self) -> Self:
+        self._resources.enter_context(self._owners)
+        self._resources.enter_context(self._pods)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+    def look(self) -> None:
+        """Take in how things are now: begin to read logs, say what has changed, and why something waits."""
+        self.wake.clear()
+        self.owners, self.pods = self._owners.objects(), self._pods.objects()
+        for name, pod in self.pods.items():
+            self._read(name, pod)
+            if lost := reasons.why_lost(pod):
+                self.say_once(name, f"{self._called(pod)}: {lost}")
+            elif reasons.has_started(pod, self._container):
+                self._running(name, pod)
+            else:
+                self._explain(name, partial(self._why_waits, name, pod), self._called(pod))
+
+    def explain_missing(self, owner: str, what: str) -> None:
+        """Say why a Job or PyTorchJob has no pod, if it has had time to get one."""
+        self._explain(owner, lambda: reasons.why_no_pod(self._events(owner)), what)
+
+    def waited(self, name: str) -> float:
+        """For how many seconds a pod or an owner has been waiting, as far as was seen; asking begins it."""
+        return time.monotonic() - self._waiting.setdefault(name, time.monotonic())
+
+    def why_not_started(self, name: str, seconds: float) -> str:
+        """Why a pod, or an owner's, has been waiting for longer than `seconds`; "" if it has not."""
+        if name not in self._waiting or self.waited(name) < seconds:
+            return ""
+        return self._why.get(name) or "nobody says why"
+
+    def finish_reading(self, names: Iterable[str], seconds: float = 10.0) -> None:
+        """Return when all that these pods, which have ended, have said has been handed on."""
+        deadline = time.monotonic() + seconds
+        for name in names:
+            if name in self.pods and (follower := self._followers.get(self.pods[name]["metadata"]["uid"])):
+                follower.end()
+                follower.done.wait(max(0.0, deadline - time.monotonic()))
+
+    def say_once(self, name: str, text: str) -> None:
+        """Say something of a pod or an owner, unless it was said last."""
+        if self._said.get(name) != text:
+            self._said[name] = text
+            self._say(text)
+
+    def _running(self, name: str, pod: Object) -> None:
+        self._forget(name)
+        for owner in pod["metadata"].get("ownerReferences") or []:
+            self._forget(owner["name"])
+        node = pod["spec"].get("nodeName", "")
+        if reasons.exit_status(pod, self._container) is None:
+            self.say_once(name, f"{self._called(pod)} runs" + (f" on node {node}" if node else ""))
+
+    def _read(self, name: str, pod: Object) -> None:
+        """Follow the log of each pod that has begun, and end where it has ended."""
+        uid = pod["metadata"]["uid"]
+        if uid not in self._followers and reasons.has_started(pod, self._container):
+            self._followers[uid] = LogFollower(
+                self._client, name, uid, self._container, lambda line: self._on_line(pod, line)
+            )
+        if uid in self._followers and reasons.exit_status(pod, self._container) is not None:
+            self._followers[uid].end()
+
+    def _forget(self, name: str) -> None:
+        """It does not wait any more."""
+        self._waiting.pop(name, None)
+        self._why.pop(name, None)
+
+    def _explain(self, name: str, why: Callable[[], str], what: str) -> None:
+        """Say why something waits once it has waited for a while; look again now and then."""
+        if self.waited(name) < EXPLAIN_AFTER:
+            return
+        now = time.monotonic()
+        if now - self._asked.get(name, -EXPLAIN_INTERVAL) < EXPLAIN_INTERVAL:
+            return
+        self._asked[name] = now
+        if found := why():
+            self._why[name] = found
+            self.say_once(name, f"{what} waits: {found}")
+
+    def _why_waits(self, name: str, pod: Object) -> str:
+        claims = {}
+        for volume in pod["spec"].get("volumes") or []:
+            if "persistentVolumeClaim" not in volume:
+                continue
+            claim_name = volume["persistentVolumeClaim"]["claimName"]
+            claim = self._client.get(CLAIM, claim_name)
+            if claim is None:
+                claims[claim_name] = "is missing"
+            elif why := reasons.why_claim_waits(claim, self._events(claim_name)):
+                claims[claim_name] = why
+        return reasons.why_pending(pod, self._events(name), claims)
+
+    def _events(self, name: str) -> list[Object]:
+        """What Kubernetes has told about an object, oldest first."""
+        found, _ = self._client.list(EVENT, fields=f"involvedObject.name={name}")
+
+        def moment(event: Object) -> str:
+            return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"])
+
+        return sorted(found, key=moment)

@@ -1,0 +1,114 @@
+"""The precache step: a claim for each worker, filled by a Job that runs where the worker will.
+
+Claims outlive the run: a later one finds them, and its Jobs, which compare what lies there with what should, take
+seconds.
+"""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import Interrupted, TrainingError
+from trainer.kubernetes import jobs, names
+from trainer.kubernetes.batch import Jobs
+from trainer.kubernetes.claims import claim
+from trainer.kubernetes.client import CLAIM, ApiError, Object
+from trainer.kubernetes.plan import WorkerPlan
+from trainer.kubernetes.results import take
+from trainer.kubernetes.session import Session
+
+
+@dataclass(frozen=True)
+class Precached:
+    """What the precache step has made, or found.
+
+    Attributes:
+        claims: By name, what lies on each: the dataset's manifest without its list of files.
+    """
+
+    claims: dict[str, dict[str, Any]]
+
+
+def precache(session: Session, held_out: Path) -> Precached:
+    """Make or find the workers' claims, put the dataset and the model onto each, and fetch the held-out part.
+
+    Args:
+        held_out: Directory that takes the held-out part of the dataset, with its manifest and tokenizer.
+
+    Raises:
+        ConfigError: The claims are in use by another run.
+        TrainingError: A claim cannot be filled, with the reason; or two claims hold different data.
+    """
+    plan, say = session.plan, session.say
+    session.refuse_claims_in_use()
+    try:
+        for worker in plan.claimants:
+            _ensure_claim(session, worker)
+        session.prepare()
+        found = _fill(session)
+    except (Interrupted, KeyboardInterrupt):
+        session.clean_up()
+        raise
+    hashes = {name: manifest["hash"] for name, manifest in found.items()}
+    if len(set(hashes.values())) > 1:
+        different = ", ".join(f"{name}: {hash[:12]}" for name, hash in hashes.items())
+        raise TrainingError(
+            f"the claims hold different data, so the source has changed meanwhile ({different}): precache again"
+        )
+    say(f"{len(found)} claims are precached: {', '.join(found)}")
+    take(session, plan.claimants[:1], "held-out", held_out)
+    return Precached(found)
+
+
+def _ensure_claim(session: Session, worker: WorkerPlan) -> None:
+    body = claim(session.plan, worker)
+    try:
+        session.client.create(body)
+        session.say(f"claim {worker.claim} made")
+    except ApiError as error:
+        if error.reason != "AlreadyExists":
+            raise
+        there = session.client.get(CLAIM, worker.claim)
+        session.say(f"claim {worker.claim} found" + (_differs(body, there) if there else ""))
+
+
+def _differs(wanted: Object, there: Object) -> str:
+    """In what a claim that is there differs from what one would make: it is used as it is, and that is said."""
+    said = []
+    for what, path in {
+        "access mode": ("spec", "accessModes"),
+        "storage class": ("spec", "storageClassName"),
+        "size": ("spec", "resources", "requests", "storage"),
+    }.items():
+        ours, theirs = _at(wanted, path), _at(there, path)
+        if ours is not None and ours != theirs:
+            said.append(f"its {what} is {theirs}, not {ours}")
+    return f" (used as it is: {', '.join(said)})" if said else ""
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = (tree or {}).get(key)
+    return tree
+
+
+def _fill(session: Session) -> dict[str, dict[str, Any]]:
+    """Run a Job on each claim, all at once. Returns what lies on each claim then."""
+    plan = session.plan
+    workers = {jobs.precache_job(plan, worker)["metadata"]["name"]: worker for worker in plan.claimants}
+    bodies = {f"precaching for worker {worker.index}": jobs.precache_job(plan, worker) for worker in workers.values()}
+    found: dict[str, dict[str, Any]] = {}
+    lock = threading.Lock()
+
+    def told(job: str, pod: Object, word: str, content: dict[str, Any]) -> None:
+        with lock:
+            found[workers[job].claim] = content
+
+    selector = f"{plan.selector},{names.selector({'app.kubernetes.io/component': 'precache'})}"
+    timeout = plan.config.elastic.rdzv_timeout
+    Jobs(session.client, bodies, selector, session.say, told, timeout=timeout).run()
+    missing = [worker.claim for worker in plan.claimants if worker.claim not in found]
+    if missing:
+        raise TrainingError(f"the Job on claim {missing[0]} ended without a word about what lies there: precache again")
+    return {worker.claim: found[worker.claim] for worker in plan.claimants}

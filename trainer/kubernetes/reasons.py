@@ -1,0 +1,173 @@
+"""Why a pod waits, or has ended, in a person's words: what `kubectl describe` shows, with what to do about it.
+
+Pure functions of what the API says. Pod conditions and container reasons:
+https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trainer.kubernetes.client import QUOTA_ADVICE, Object, quota
+
+OUT_OF_MEMORY = 137  # the exit status of a process that was killed; the kernel, for want of memory, kills so too
+TOLD_TO_LEAVE = 143
+BAD_CONFIGURATION = 2
+
+_IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+_VOLUME = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
+_LOST = {
+    "NodeLost": "its node does not answer",
+    "DeletionByTaintManager": "its node does not answer",
+    "DeletionByPodGC": "its node is gone",
+    "TerminationByKubelet": "its node shuts down, or is short of memory or disk",
+    "EvictionByEvictionAPI": "its node is drained",
+    "PreemptionByScheduler": "a pod of higher priority has taken its place",
+    "Evicted": "its node is short of memory or disk",
+    "NodeShutdown": "its node shuts down",
+    "Shutdown": "its node shuts down",
+}
+
+
+def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]) -> str:
+    """Why a pod does not start yet; "" if it has started, or nothing is known.
+
+    Args:
+        events: About the pod, oldest first.
+        claims: Of those of its claims that wait, why, by name.
+    """
+    status = pod.get("status") or {}
+    for container in _containers(status):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        reason, message = waiting.get("reason", ""), waiting.get("message", "")
+        if reason in _IMAGE:
+            return (
+                f"its image {container.get('image', '')} cannot be pulled: {message or reason}. Check the name "
+                "(deployment_image, a site's or a vendor's image), and that the namespace may pull it"
+            )
+        if reason.startswith("Create") and reason.endswith("Error"):
+            return f"its container cannot be made: {message or reason}"
+        if reason == "CrashLoopBackOff":
+            return "its container ends again and again: see what it said last"
+    if (status.get("phase") or "Pending") != "Pending":
+        return ""
+    scheduled: Mapping[str, Any] = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
+    if scheduled.get("status") == "False":
+        waiting_claims = [f"claim {name} {why}" for name, why in claims.items()]
+        if waiting_claims:
+            return "; ".join(waiting_claims)
+        said = scheduled.get("message") or "no node suits it"
+        return f"no node takes it: {said}. {_room(said)}"
+    for event in reversed(list(events)):
+        if event.get("reason") in _VOLUME:
+            return f"its volume cannot be mounted: {event.get('message', '')}"
+        if event.get("reason") == "FailedCreatePodSandBox":
+            return f"its sandbox cannot be made: {event.get('message', '')}"
+    return ""
+
+
+def why_claim_waits(claim: Object, events: Iterable[Object]) -> str:
+    """Why a claim has no volume; "" if it has one, or nothing is known to be wrong."""
+    status = (claim.get("status") or {}).get("phase", "Pending")
+    if status == "Bound":
+        return ""
+    asked = claim["spec"].get("storageClassName")
+    of_class = f"of storage class {asked}" if asked else "of the cluster's default storage class"
+    if status == "Lost":
+        return "has lost its volume: delete the claim to begin with a new one"
+    for event in reversed(list(events)):
+        if event.get("reason") in ("ProvisioningFailed", "FailedBinding"):
+            said = event.get("message", "")
+            return f"gets no volume {of_class}: {said}. See storage.storage_class_name, storage.size_gb"
+        if event.get("reason") == "ExternalProvisioning":
+            return f"waits for a volume {of_class}: {event.get('message', '')}"
+    return ""
+
+
+def why_no_pod(events: Iterable[Object]) -> str:
+    """Why a Job or PyTorchJob gets no pod; "" if nothing is known."""
+    for event in reversed(list(events)):
+        message = event.get("message", "")
+        if "exceeded quota" in message:
+            return f"its pod does not fit the namespace's quota: {quota(message)}. {QUOTA_ADVICE}"
+        if event.get("type") == "Warning" and event.get("reason", "").startswith("Failed"):
+            return f"its pod cannot be made: {message}"
+    return ""
+
+
+def why_ended(pod: Object, container: str, memory: str = "") -> str:
+    """How a pod's container has failed; "" if it has not.
+
+    Args:
+        memory: What the container may take at most, as its limits have it.
+    """
+    if lost := why_lost(pod):
+        return lost
+    code = exit_status(pod, container)
+    if code is None or code == 0:
+        return ""
+    if _terminated(pod, container).get("reason") == "OOMKilled":
+        limit = f" (it may take {memory})" if memory else ""
+        return (
+            f"it was killed because it needs more memory than it has{limit}: lower per_device_train_batch_size or "
+            "sequence_length, take a smaller model, or raise memory_gb"
+        )
+    if code == OUT_OF_MEMORY:
+        return "it was killed (status 137)"
+    if code == TOLD_TO_LEAVE:
+        return "it was told to leave (SIGTERM)"
+    return f"it ended with status {code}"
+
+
+def why_lost(pod: Object) -> str:
+    """What has befallen a pod's node; "" if nothing is known."""
+    status = pod.get("status") or {}
+    node = (pod.get("spec") or {}).get("nodeName", "")
+    named = f" ({node})" if node else ""
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "DisruptionTarget" and condition.get("status") == "True":
+            return _LOST.get(condition.get("reason", ""), "its node gives it up") + named
+    if status.get("reason") in _LOST:
+        return _LOST[status["reason"]] + named
+    if status.get("phase") == "Unknown":
+        return _LOST["NodeLost"] + named
+    return ""
+
+
+def exit_status(pod: Object, container: str) -> int | None:
+    """With what a pod's container has ended; None if it has not."""
+    code = _terminated(pod, container).get("exitCode")
+    return None if code is None else int(code)
+
+
+def has_started(pod: Object, container: str) -> bool:
+    """Whether there is something to read in the container's log."""
+    state = _state(pod, container)
+    return "running" in state or "terminated" in state
+
+
+def _terminated(pod: Object, container: str) -> Mapping[str, Any]:
+    return _state(pod, container).get("terminated") or {}
+
+
+def _state(pod: Object, container: str) -> Mapping[str, Any]:
+    found = (one for one in _containers(pod.get("status") or {}) if one["name"] == container)
+    return {name: value for name, value in (next(found, {}).get("state") or {}).items() if value is not None}
+
+
+def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+
+
+def _room(message: str) -> str:
+    """What may help, by what the scheduler said."""
+    advice = {
+        "nvidia.com/gpu": "gpu_count or nodes are more than is free",
+        "amd.com/gpu": "gpu_count or nodes are more than is free",
+        "Insufficient memory": "lower memory_gb",
+        "Insufficient cpu": "lower cpu_cores",
+        "Insufficient ephemeral-storage": "lower ephemeral_storage_gb",
+        "untolerated taint": "give the site a toleration (sites)",
+        "node affinity/selector": "check the site's nodeSelector (sites)",
+    }
+    found = dict.fromkeys(text for word, text in advice.items() if word in message)
+    return "It may help: " + ", ".join(found) if found else "It starts when there is room"

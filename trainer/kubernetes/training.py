@@ -1,0 +1,364 @@
+"""The train step: makes the PyTorchJobs, or finds them, and follows the training until it has ended.
+
+The training ends as its workers say in etcd (`trainer.elastic.record`), or as one of them ends with status 0, which
+means that the final checkpoint is committed. That a pod, a job or a node fails is a line in the log as long as enough
+workers are left.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.elastic import record
+from trainer.elastic.etcd import EtcdClient, EtcdError
+from trainer.elastic.progress import View, WorkerProgress, view
+from trainer.errors import Interrupted, TrainingError
+from trainer.kubernetes import inside, names, reasons
+from trainer.kubernetes.client import PYTORCH_JOB, ApiError, Object
+from trainer.kubernetes.credentials import reachable_etcd
+from trainer.kubernetes.plan import WorkerPlan
+from trainer.kubernetes.pod import CONTAINER, GRACE_PERIOD
+from trainer.kubernetes.pods import Pods
+from trainer.kubernetes.pytorchjob import training_jobs
+from trainer.kubernetes.session import Session, condition, has_ended
+
+LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
+ETCD_INTERVAL = 2.0  # seconds between two looks at etcd
+OPERATOR_TIMEOUT = 45.0  # seconds after which an operator has said something about a job, if there is one
+_GONE_TIMEOUT = 2.0 * GRACE_PERIOD  # seconds for a job that was deleted to be gone
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the train step knows of a training that is complete.
+
+    Attributes:
+        workers: By index, those whose claims have the newest checkpoints first.
+    """
+
+    workers: tuple[int, ...]
+
+
+def train(session: Session, directory: Path) -> Trained:
+    """Train on the cluster until the run is complete.
+
+    A training of this run that is under way is followed, not begun again. After SIGTERM, which is how a pipeline's run
+    is cancelled, everything is deleted; the workers save and leave.
+
+    Args:
+        directory: Where the workers' events are written as the pods tell them: `worker-<i>/metrics.jsonl`.
+
+    Raises:
+        TrainingError: The training has failed, or cannot go on, with the reason.
+    """
+    with reachable_etcd(session) as etcd:
+        training = _Training(session, etcd, directory)
+        try:
+            training.begin()
+            return training.follow()
+        except (Interrupted, KeyboardInterrupt):
+            session.say("cancelled: the training's jobs are deleted, their workers save and leave")
+            session.clean_up()
+            raise
+
+
+class _Training:
+    """A training on the cluster, and what is seen of it."""
+
+    def __init__(self, session: Session, etcd: EtcdClient, directory: Path) -> None:
+        self._session, self._etcd, self._directory = session, etcd, directory
+        self._client, self._plan = session.client, session.plan
+        self._config = session.plan.config
+        self._workers = {worker.pod: worker for worker in self._plan.workers}
+        self._log = _Events(directory, self._config.elastic.nproc_per_node)
+        self._progress = [
+            WorkerProgress(number, self._log.path(number))
+            for number in range(len(self._workers) * self._config.elastic.nproc_per_node)
+        ]
+        self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
+        self._last_words: dict[int, str] = {}  # of a worker: its last error
+        self._failed: dict[str, str] = {}  # jobs that have failed for good, by name: why
+        self._asked_etcd, self._etcd_away = 0.0, False
+        self._verdict = record.Verdict("open")
+        self._shown: View | None = None
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Make what is missing. What is there is kept: a step that was started again goes on with it."""
+        there = {job["metadata"]["name"]: job for job in self._client.list(PYTORCH_JOB, self._plan.selector)[0]}
+        under_way = any(not has_ended(job) for job in there.values())
+        self._verdict = record.verdict(self._etcd)
+        if self._verdict.status == "succeeded":
+            return
+        self._session.refuse_claims_in_use()
+        self._session.prepare()
+        if not under_way:
+            record.reopen(self._etcd)
+            self._verdict = record.Verdict("open")
+        for body in training_jobs(self._plan):
+            name = body["metadata"]["name"]
+            if name in there and has_ended(there[name]) and not under_way:
+                self._client.delete(PYTORCH_JOB, name)  # of an earlier attempt, which has failed
+            if self._create(body):
+                self._session.say(f"PyTorchJob {name} made")
+            else:
+                self._session.say(f"PyTorchJob {name} is there already: following it")
+
+    def _create(self, body: Object) -> bool:
+        """Whether it was made; else it is there. One that is being deleted is waited for."""
+        name, deadline = body["metadata"]["name"], time.monotonic() + _GONE_TIMEOUT
+        while True:
+            try:
+                self._client.create(body)
+                return True
+            except ApiError as error:
+                if error.reason != "AlreadyExists" or time.monotonic() > deadline:
+                    raise
+            there = self._client.get(PYTORCH_JOB, name)
+            if there is not None and not there["metadata"].get("deletionTimestamp"):
+                return False
+            time.sleep(0.2)
+
+    def follow(self) -> Trained:
+        """Until the training has ended."""
+        plan = self._plan
+        if self._verdict.status == "succeeded":
+            self._session.say(f"run {plan.run_id} is complete already")
+            return Trained(self._by_checkpoint())
+        selector = names.selector({"app.kubernetes.io/component": "train"})
+        with (
+            Pods(
+                self._client, PYTORCH_JOB, f"{plan.selector},{selector}", CONTAINER, self._called, self._say, self._hear
+            ) as pods,
+            view(self._progress, self._config.total_steps) as self._shown,
+        ):
+            self._say(f"run {plan.run_id}: {len(plan.workers)} workers; kubectl get pytorchjob -l {plan.selector}")
+            while not self._over():
+                pods.wake.wait(LOOK_INTERVAL)
+                self._look(pods)
+                self._refuse_what_cannot_go_on(pods)
+            self._wind_up(pods)
+        if self._verdict.status == "failed":
+            raise TrainingError(self._verdict.reason or "the run has failed")
+        self._session.say(f"run {plan.run_id} is complete")
+        return Trained(self._by_checkpoint())
+
+    def _over(self) -> bool:
+        return self._verdict.terminal
+
+    def _look(self, pods: Pods) -> None:
+        """Take in how things are."""
+        pods.look()
+        for pod in pods.pods.values():
+            self._look_at_pod(pod)
+        for name in {worker.job for worker in self._plan.workers}:
+            self._look_at_job(name, pods)
+        if not self._over() and time.monotonic() - self._asked_etcd > ETCD_INTERVAL:
+            self._ask_etcd()
+        self._update()
+
+    def _look_at_pod(self, pod: Object) -> None:
+        uid, code = pod["metadata"]["uid"], reasons.exit_status(pod, CONTAINER)
+        if uid in self._ended or code is None:
+            return
+        if code == 0:  # only a worker whose run is complete ends so
+            self._ended[uid] = "it is done"
+            self._verdict = record.Verdict("succeeded")
+            return
+        memory = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory", "")
+        why = reasons.why_ended(pod, CONTAINER, memory)
+        worker = self._workers.get(pod["metadata"]["name"])
+        said = self._last_words.get(worker.index) if worker and why == f"it ended with status {code}" else ""
+        self._ended[uid] = f"{said} (status {code})" if said else why
+        again = ": the training operator starts it again" if code >= 128 else ""
+        self._say(f"{self._called(pod)} has ended: {self._ended[uid]}{again}")
+
+    def _look_at_job(self, name: str, pods: Pods) -> None:
+        job, members = pods.owners.get(name), self._members(name)
+        if job is None:
+            if name not in self._failed and pods.waited(f"missing {name}") > OPERATOR_TIMEOUT / 4:
+                self._fail_job(name, f"somebody has deleted PyTorchJob {name}")
+            return
+        if condition(job, "Failed"):
+            if name not in self._failed:
+                self._fail_job(name, self._why_failed(name, job, pods))
+            return
+        self._failed.pop(name, None)
+        if not any(pod["metadata"]["name"] in {one.pod for one in members} for pod in pods.pods.values()):
+            pods.explain_missing(name, self._names(members))
+            if not (job.get("status") or {}).get("conditions") and pods.waited(name) > OPERATOR_TIMEOUT:
+                pods.say_once(name, f"nobody acts on PyTorchJob {name}: {_NO_OPERATOR}")
+
+    def _fail_job(self, name: str, why: str) -> None:
+        self._failed[name] = why
+        left = self._left()
+        goes_on = f": the others go on ({left} left)" if left >= self._config.min_nodes else ""
+        self._say(f"{self._names(self._members(name))} has failed for good: {why}{goes_on}")
+
+    def _why_failed(self, name: str, job: Object, pods: Pods) -> str:
+        """In the words of the pod that failed, or of the operator."""
+        for pod in pods.pods.values():
+            uid = pod["metadata"]["uid"]
+            if uid in self._ended and self._workers.get(pod["metadata"]["name"]) in self._members(name):
+                return self._ended[uid]
+        conditions = (job.get("status") or {}).get("conditions") or []
+        return str(next((one.get("message") for one in conditions if one["type"] == "Failed"), "") or "unknown")
+
+    def _left(self) -> int:
+        """How many nodes are not lost for good."""
+        return sum(worker.job not in self._failed for worker in self._plan.workers)
+
+    def _refuse_what_cannot_go_on(self, pods: Pods) -> None:
+        """End a training that has too few workers left, or never gets them."""
+        if self._over():
+            return
+        if self._left() < self._config.min_nodes:
+            # An agent that ends for good has told etcd why, if the run ends by it: better than what is seen from here.
+            self._ask_etcd()
+            if not self._over():
+                why = next(iter(self._failed.values()))
+                few = f"{self._left()} of at least {self._config.min_nodes} workers are left"
+                self._end(f"{few}: {why}")
+            return
+        timeout = self._config.elastic.rdzv_timeout
+        waiting = [why for worker in self._plan.workers if (why := self._why_not_started(worker, pods, timeout))]
+        if len(self._plan.workers) - len(waiting) < self._config.min_nodes:
+            self._end(f"too few workers have started in {timeout:.0f} s: {waiting[0]}")
+
+    def _why_not_started(self, worker: WorkerPlan, pods: Pods, seconds: float) -> str:
+        for name in (worker.pod, worker.job):
+            if why := pods.why_not_started(name, seconds):
+                job = pods.owners.get(worker.job, {})
+                silent = not (job.get("status") or {}).get("conditions")
+                return f"worker {worker.index}: {_NO_OPERATOR if silent else why}"
+        return ""
+
+    def _end(self, reason: str) -> None:
+        """Give the run its verdict, which tells the workers that are left to save and leave."""
+        self._verdict = record.Verdict("failed", reason)
+        try:
+            record.finish(self._etcd, "failed", reason)
+        except EtcdError as error:
+            self._say(f"warning: etcd does not know that the run has failed: {error}")
+
+    def _ask_etcd(self) -> None:
+        self._asked_etcd = time.monotonic()
+        try:
+            self._verdict = record.verdict(self._etcd)
+        except EtcdError as error:
+            if self._shown is not None:
+                self._say_of_etcd(f"etcd does not answer, the workers go on by themselves: {error}")
+        else:
+            self._say_of_etcd("")
+
+    def _say_of_etcd(self, text: str) -> None:
+        if text and not self._etcd_away:
+            self._say(text)
+        elif not text and self._etcd_away:
+            self._say("etcd answers again")
+        self._etcd_away = bool(text)
+
+    def _wind_up(self, pods: Pods) -> None:
+        """Let the workers end by themselves, as they do, and delete what does not."""
+        deadline = time.monotonic() + GRACE_PERIOD
+        while (
+            any(reasons.exit_status(pod, CONTAINER) is None for pod in _started(pods)) and time.monotonic() < deadline
+        ):
+            pods.wake.wait(LOOK_INTERVAL)
+            self._look(pods)
+        pods.finish_reading(list(pods.pods))
+        self._update()
+        for name, job in pods.owners.items():
+            if not has_ended(job) and self._verdict.status == "failed":
+                self._client.delete(PYTORCH_JOB, name)
+
+    def _by_checkpoint(self) -> tuple[int, ...]:
+        newest = self._log.newest_checkpoints()
+        processes = self._config.elastic.nproc_per_node
+        places = {
+            worker.index: max(newest.get(worker.index * processes + rank, (-1, -1)) for rank in range(processes))
+            for worker in self._plan.workers
+        }
+        return tuple(sorted(places, key=lambda index: places[index], reverse=True))
+
+    def _hear(self, pod: Object, line: str) -> None:
+        """Take a line that a pod has said; from its log's thread."""
+        worker = self._workers.get(pod["metadata"]["name"])
+        if worker is None:
+            return
+        told = inside.parse(line)
+        if told is not None and told[0] == inside.METRICS:
+            self._log.write(worker.index, told[1])
+        elif line.strip():
+            if line.startswith("error: "):
+                self._last_words[worker.index] = line.removeprefix("error: ")
+            self._say(f"worker {worker.index} | {line}")
+
+    def _update(self) -> None:
+        """Show what the workers' events say."""
+        for progress in self._progress:
+            for event in progress.update():
+                if event["event"] == "end" and event["status"] == "failed":
+                    self._say(f"worker {progress.number} ended: {event['reason']}")
+        if self._shown is not None:
+            self._shown.refresh()
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            if self._shown is not None:
+                self._shown.show(text)
+            else:
+                self._session.say(text)
+
+    def _called(self, pod: Object) -> str:
+        worker = self._workers.get(pod["metadata"]["name"])
+        if worker is None:
+            return str(pod["metadata"]["name"])
+        return f"worker {worker.index}" + (f" at {worker.site.name}" if len(self._plan.sites) > 1 else "")
+
+    def _members(self, job: str) -> list[WorkerPlan]:
+        return [worker for worker in self._plan.workers if worker.job == job]
+
+    def _names(self, workers: list[WorkerPlan]) -> str:
+        numbers = ", ".join(str(worker.index) for worker in workers)
+        return f"worker{'s' if len(workers) > 1 else ''} {numbers}"
+
+
+_NO_OPERATOR = "is Kubeflow's training operator installed, and running?"
+
+
+class _Events:
+    """The workers' events, written as they come to files like their own, which reports and progress are made from."""
+
+    def __init__(self, directory: Path, processes: int) -> None:
+        self._directory, self._processes = directory, processes
+        self._lock = threading.Lock()
+        self._newest: dict[int, tuple[int, int]] = {}
+
+    def path(self, number: int) -> Path:
+        return self._directory / f"worker-{number}" / "metrics.jsonl"
+
+    def write(self, worker: int, told: Mapping[str, Any]) -> None:
+        """Keep an event of one of a node's workers."""
+        number = worker * self._processes + int(told.get("local_rank", 0))
+        event = {name: value for name, value in told.items() if name != "local_rank"}
+        with self._lock:
+            if event.get("event") == "checkpoint":
+                self._newest[number] = (event["round"], event["step"])
+            path = self.path(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+    def newest_checkpoints(self) -> dict[int, tuple[int, int]]:
+        """The round and step of each worker's newest checkpoint, by its number."""
+        with self._lock:
+            return dict(self._newest)
+
+
+def _started(pods: Pods) -> Iterator[Object]:
+    return (pod for pod in pods.pods.values() if reasons.has_started(pod, CONTAINER))
