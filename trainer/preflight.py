@@ -46,6 +46,10 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
         from trainer.loop import device_of
 
         device_of(config)
+    if config.compile_model:
+        from trainer.compilation import check_backend
+
+        check_backend(config)
     for name in ("ca", "cert", "key"):
         path = getattr(config.etcd, name)
         if path and not Path(path).is_file():

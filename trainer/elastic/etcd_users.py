@@ -55,7 +55,7 @@ def enable_users(config: TrainingConfig, root_password: str, password: str) -> N
                 _Users(channel, root_password).enable(config, password)
                 return
             except grpc.RpcError as error:
-                reasons.append(f"{endpoint}: {error.details() or error.code().name}")  # type: ignore[attr-defined]
+                reasons.append(f"{endpoint}: {error.details() or error.code().name}")
     raise TrainingError(f"etcd's users could not be made: {'; '.join(reasons)}")
 
 
@@ -87,7 +87,7 @@ class _Users:
         try:
             answer = self._call("Authenticate", name=_ROOT, password=self._root_password)
         except grpc.RpcError as error:
-            if "authentication is not enabled" not in (error.details() or ""):  # type: ignore[attr-defined]
+            if "authentication is not enabled" not in (error.details() or ""):
                 raise
         else:
             self._token = (("token", answer.token),)
