@@ -22,7 +22,7 @@ from trainer.errors import ConfigError
         (["--model", "gpt-neo-z"], "model"),
         (["--device", "cuda:99"], "device"),
         (["--batch-size", "6"], "batch_size"),
-        (["--launcher", "pytorchjob"], "launcher"),
+        (["--launcher", "slurm"], "launcher"),
         (["--config", "missing.yaml"], "--config"),
         (["--resume", "nowhere"], "resume"),
         (["--run-dir", "file"], "run_dir"),
