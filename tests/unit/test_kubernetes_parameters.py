@@ -220,7 +220,7 @@ SITES = [
 ]
 
 
-@pytest.mark.parametrize(("values", "field", "expected"), PARAMETERS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("values", "field", "expected"), PARAMETERS, ids=[str(row[0]) for row in PARAMETERS])
 def test_parameter_reaches_its_field(values: dict[str, Any], field: Callable[[Rendered], Any], expected: Any) -> None:
     assert field(Rendered(**values)) == expected
 

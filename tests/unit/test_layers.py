@@ -26,7 +26,9 @@ LAYERS = [
     {
         "trainer.diloco",
         "trainer.elastic",
+        "trainer.compilation",
         "trainer.inner",
+        "trainer.scoring",
         "trainer.tasks",
         "trainer.data",
         "trainer.checkpoint",
