@@ -33,7 +33,7 @@ sys.exit(f'error: ACCELERATOR={sys.argv[1]}, but this torch is for {has}: see TO
 COPY components components
 COPY pipelines pipelines
 COPY trainer trainer
-RUN pip install --no-deps .
+RUN pip install --no-cache-dir --no-deps .
 
 FROM python:${PYTHON}
 LABEL org.opencontainers.image.title="diloco-pipelines" \
@@ -41,8 +41,9 @@ LABEL org.opencontainers.image.title="diloco-pipelines" \
     org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1
-# The user of the pods' security context. /data is where a pod's volume is mounted.
-RUN mkdir /data && chown 1000:1000 /data
+# The user of the pods' security context, with a name (torch and others ask for it). /data is a pod's volume.
+RUN useradd --uid 1000 --user-group --no-create-home --home-dir /tmp trainer \
+    && install --directory --owner trainer --group trainer /data
 USER 1000:1000
 WORKDIR /data
 CMD ["python", "-m", "trainer", "--help"]

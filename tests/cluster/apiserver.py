@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from tests.cluster.role import allows, permissions
 from tests.kubernetes_schemas import CRD, validate
 
 Object = dict[str, Any]
@@ -58,7 +59,8 @@ class ApiServer(ThreadingHTTPServer):
 
     Attributes:
         used: Every (verb, group, resource, name) that was asked for.
-        forbidden: (verb, resource)s that the caller's Role does not have.
+        granted: What the caller's Role allows.
+        forbidden: (verb, resource)s that it does not, in spite of that.
         missing: Resources that the server does not know.
         quota: Resources of which nothing more may be created, and what the quota says.
         outages: How many requests are broken off before they are answered.
@@ -71,6 +73,7 @@ class ApiServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.namespaces = {"default"}
         self.used: set[tuple[str, str, str, str]] = set()
+        self.granted = permissions()
         self.forbidden: set[tuple[str, str]] = set()
         self.missing: set[str] = set()
         self.quota: dict[str, str] = {}
@@ -103,6 +106,12 @@ class ApiServer(ThreadingHTTPServer):
         with self.changed:
             found = {key[2]: value for key, value in self._objects.items() if key[:2] == (plural, namespace)}
             return copy.deepcopy(found)
+
+    def everything(self) -> list[Object]:
+        """Every object in every state that it ever had, and every line of a log; but no Secret."""
+        with self.changed:
+            states = [one for _, _, plural, _, one in self._history if plural != "secrets"]
+            return [*states, {"logs": list(self._logs.values())}]
 
     def drop_streams(self) -> None:
         """Break off every watch and every followed log."""
@@ -197,7 +206,7 @@ class ApiServer(ThreadingHTTPServer):
         resource = f"{plural}/log" if found["log"] else plural
         verb = _verb(method, name, query)
         self.used.add((verb, group, resource, name))
-        if (verb, resource) in self.forbidden:
+        if (verb, resource) in self.forbidden or not allows(self.granted, (verb, group, resource, name)):
             message = f'{plural} is forbidden: User "runner" cannot {verb} resource "{resource}" in API group "{group}"'
             raise Refusal(403, "Forbidden", message, kind=plural)
         with self.changed:

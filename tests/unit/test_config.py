@@ -60,6 +60,11 @@ REFUSED = {
     "two sites of a name": ({"sites": [{"name": "a"}, {"name": "a"}]}, "sites = 'a': is the name of two sites"),
     "field of a site": ({"sites": [{"name": "a", "replicas": 0}]}, "sites.0.replicas = 0: must be greater than 0"),
     "unknown field of a site": ({"sites": [{"name": "a", "replica": 2}]}, "sites.0.replica = 2: no such parameter"),
+    "toleration of a site": (
+        {"sites": [{"name": "a", "replicas": 2, "tolerations": [{"key": "x", "effect": "NoRun"}]}]},
+        "sites.0.tolerations.0.effect = 'NoRun': must be '', 'NoSchedule', 'PreferNoSchedule' or 'NoExecute'",
+    ),
+    "namespace": ({"deployment_namespace": "My_team"}, "deployment_namespace = 'My_team': must be lower-case letters"),
     "name of a site": ({"sites": [{"name": "A_b"}]}, "sites.0.name = 'A_b': must be lower-case letters"),
     "name of the deployment": (
         {"deployment_name": "x-"},

@@ -3,13 +3,16 @@
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from tests.kubernetes_schemas import needs_crd, validate
-from trainer.config import TrainingConfig
+from trainer.config import TrainingConfig, load_config
+from trainer.elastic.etcd import EtcdClient
+from trainer.elastic.rendezvous import BACKEND, client_of
 from trainer.errors import ConfigError
 from trainer.kubernetes import names
 from trainer.kubernetes.claims import claim
@@ -191,6 +194,48 @@ def test_no_secret_is_rendered(made: Plan, monkeypatch: pytest.MonkeyPatch) -> N
     for entry in variables:
         if any(word in entry["name"] for word in ("KEY", "TOKEN", "PASSWORD")):
             assert set(entry) == {"name", "valueFrom"} and set(entry["valueFrom"]) == {"secretKeyRef"}
+
+
+def test_the_pods_can_read_their_configuration(made: Plan, tmp_path: Path) -> None:
+    """The file, and on top of it what the pod has in its environment: nothing is refused, and sites differ."""
+    file = tmp_path / "config.yaml"
+    file.write_text(config_map(made)["data"]["config.yaml"], encoding="utf-8")
+    devices = set()
+    for pod in pods(made):
+        (container,) = pod["spec"]["containers"]
+        environment = {
+            entry["name"]: entry.get("value", "10.0.0.7")  # what a field of the pod gives
+            for entry in container["env"]
+            if "secretKeyRef" not in entry.get("valueFrom", {})
+        }
+        config = load_config(file, environ=environment)
+        assert config.run_id == "mine"
+        if pod["metadata"]["labels"]["app.kubernetes.io/component"] == "train":
+            assert config.advertise_address == "10.0.0.7"
+        devices.add((pod["metadata"]["labels"][names.SITE_LABEL], config.device))
+    assert devices == {(site.name, site.device) for site in made.sites}
+
+
+def test_plain_torchrun_would_meet_the_same_etcd() -> None:
+    """What the operator makes of the elastic policy (PET_RDZV_CONF and so on) and what the configuration says agree."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
+
+    made = planned(elastic_etcd_protocol="https", etcd_user="me", elastic_etcd_prefix="/mine", nodes=4)
+    policy = training_jobs(made)[0]["spec"]["elasticPolicy"]
+    settings = _parse_rendezvous_config(",".join(f"{pair['key']}={pair['value']}" for pair in policy["rdzvConf"]))
+    endpoint = f"{policy['rdzvHost']}:{policy['rdzvPort']}"
+    parameters = RendezvousParameters(
+        policy["rdzvBackend"], endpoint, policy["rdzvId"], policy["minReplicas"], policy["maxReplicas"], **settings
+    )
+    theirs, ours = client_of(parameters), EtcdClient.of(made.config)
+    assert parameters.backend == BACKEND
+    assert (parameters.min_nodes, parameters.max_nodes) == (made.config.min_nodes, made.config.max_nodes) == (4, 4)
+    assert theirs.prefix == ours.prefix == "/mine/mine/"
+    assert theirs.endpoints == ours.endpoints[:1]
+    assert (theirs._tls, theirs._credentials) == (ours._tls, ours._credentials)
+    assert float(settings["timeout"]) == made.config.elastic.rdzv_timeout
+    assert float(settings["lease_ttl"]) == made.config.lease_ttl
 
 
 def test_the_configuration_names_no_file_of_this_machine() -> None:

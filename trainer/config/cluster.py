@@ -3,7 +3,7 @@
 Sizes in GB reach Kubernetes as `Gi`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -119,6 +119,18 @@ class GpuConfig(Group):
     amd: VendorConfig = Field(default_factory=VendorConfig)
 
 
+class Toleration(Group):
+    """What a pod bears of its node's taints; fields and words are Kubernetes' own."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+    key: str = ""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: str = ""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    toleration_seconds: NonNegative | None = None
+
+
 class SiteConfig(Group):
     """A pool of equal nodes that takes part in the training. Keys may be written as Kubernetes does, `nodeSelector`."""
 
@@ -127,7 +139,7 @@ class SiteConfig(Group):
     name: str = Field(pattern=LABEL, max_length=20, description="Name of the site.")
     replicas: Positive = Field(1, description="How many of `nodes` it has.")
     node_selector: dict[str, str] = Field({}, description="Labels of its nodes.")
-    tolerations: list[dict[str, Any]] = Field([], description="Of its nodes' taints, as the Kubernetes API has them.")
+    tolerations: list[Toleration] = Field([], description="Of its nodes' taints, as the Kubernetes API has them.")
     image: str = Field("", description="Its container image; empty: the GPU vendor's.")
     gpu_resource: str = Field("", description="Its GPUs' resource, e.g. amd.com/gpu; empty: that of `gpu_vendor`.")
     gpu_count: NonNegative | None = Field(None, description="GPUs of a pod; 0: a CPU site. Empty: `gpu_count`.")

@@ -18,6 +18,7 @@ WANDB_RUN_ID = r"^[^\s:;,#?/']{0,120}$"
 PORT_RANGE = r"^([0-9]{1,5}-[0-9]{1,5})?$"
 DEVICE = r"^(cpu|cuda(:\d+)?)$"
 LABEL = r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"  # DNS-1035
+NAMESPACE = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # DNS-1123
 IN_WORDS = {
     RUN_ID: "must be at most 63 letters, digits and . _ -, the first of them a letter or a digit",
     WANDB_PROJECT: "must be at most 128 characters, none of them / \\ # ? % :",
@@ -25,6 +26,7 @@ IN_WORDS = {
     PORT_RANGE: "must be low-high, for example 7000-7099",
     DEVICE: "must be cpu, cuda or cuda:<index>",
     LABEL: "must be lower-case letters, digits and -, begin with a letter and not end with -",
+    NAMESPACE: "must be lower-case letters, digits and -, and neither begin nor end with -",
 }
 
 

@@ -1,7 +1,5 @@
-"""`TrainingConfig`, and what its values must be to go together."""
+"""`TrainingConfig`."""
 
-import itertools
-import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -10,10 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from trainer.config import consistency
 from trainer.config.cluster import ElasticConfig, EtcdConfig, GpuConfig, SiteConfig, StorageConfig
 from trainer.config.fields import (
     DEVICE,
     LABEL,
+    NAMESPACE,
     PORT_RANGE,
     RUN_ID,
     WANDB_PROJECT,
@@ -31,12 +31,8 @@ from trainer.config.parameters import Parameter, find, flat, leaves, put
 from trainer.config.refusals import first_error, is_secret, unknown
 from trainer.errors import ConfigError
 
-_ENDPOINT = re.compile(r"[^\s/@]+:([0-9]{1,5})")
-
 # Decays of the residual with which the codecs are best; `tests/benchmarks/bench_quality.py` has measured them.
 _FEEDBACK = {"ternary": 0.5, "sign": 0.5, "sparse": 0.5}
-
-_FEWEST_PORTS = 256  # of a pod: a node's workers connect to up to 63 others
 
 
 class TrainingConfig(Group):
@@ -225,7 +221,7 @@ class TrainingConfig(Group):
         max_length=40,
         description="Name of the training's objects; runs that share it share its volumes, one at a time.",
     )
-    deployment_namespace: str = Field("default", pattern=LABEL, description="Namespace of the training's objects.")
+    deployment_namespace: str = Field("default", pattern=NAMESPACE, description="Namespace of the training's objects.")
     deployment_image: str = Field("", description="Image of the training's pods; empty: the pipeline's own.")
     image_pull_secrets: list[str] = Field([], description="Secrets with which the nodes pull the images.")
     service_account: str = Field(
@@ -262,112 +258,8 @@ class TrainingConfig(Group):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
-        """Everything that can be checked without looking at the machine."""
-        self._refuse_what_is_not_available()
-        self._merge_aliases()
-        self._settle_the_wire()
-        if self.batch_size % self.per_device_train_batch_size:
-            raise ConfigError(
-                "batch_size",
-                self.batch_size,
-                f"must be a multiple of per_device_train_batch_size ({self.per_device_train_batch_size})",
-            )
-        if self.warmup_steps > self.total_steps:
-            raise ConfigError("warmup_steps", self.warmup_steps, f"must be at most total_steps ({self.total_steps})")
-        if not self.min_nodes <= self.nodes <= self.max_nodes:
-            allowed = f"must be from elastic.min_nodes ({self.min_nodes}) to elastic.max_nodes ({self.max_nodes})"
-            raise ConfigError("nodes", self.nodes, allowed)
-        if self.optim_method == "ddp" and self.min_nodes != self.max_nodes:
-            raise ConfigError(
-                "elastic.min_nodes", self.min_nodes, "must equal elastic.max_nodes when optim_method is ddp"
-            )
-        order = (
-            ("collective_timeout", self.collective_timeout),
-            ("grace_period", self.grace_period),
-            ("lease_ttl", self.lease_ttl),
-            ("etcd_outage_limit", self.etcd_outage_limit),
-            ("elastic.rdzv_timeout", self.elastic.rdzv_timeout),
-        )
-        for (shorter, low), (longer, high) in itertools.pairwise(order):
-            if low > high or (low == high and shorter != "lease_ttl"):
-                relation = "at least" if shorter == "lease_ttl" else "greater than"
-                raise ConfigError(longer, high, f"must be {relation} {shorter} ({low})")
-        if self.port_range:
-            low_port, high_port = map(int, self.port_range.split("-"))
-            if not 0 < low_port <= high_port < 65536:
-                raise ConfigError("port_range", self.port_range, "must be low-high with 1 ≤ low ≤ high ≤ 65535")
-        if self.hf_upload and not self.trained_model_hf_name:
-            raise ConfigError("trained_model_hf_name", "", "must name a repository when hf_upload is set")
-        on_cluster = self.launcher == "pytorchjob"  # whose pods have etcd's certificates from a Secret
-        if self.elastic.etcd.protocol == "https" and not self.etcd.ca and not on_cluster:
-            raise ConfigError("etcd.ca", "", "must name a file when elastic.etcd.protocol is https")
-        if bool(self.etcd.cert) != bool(self.etcd.key):
-            missing = "etcd.key" if self.etcd.cert else "etcd.cert"
-            raise ConfigError(missing, "", "etcd.cert and etcd.key must be given together")
-        if not self.etcd.endpoints and not on_cluster:
-            self._refuse_what_an_embedded_etcd_has_not()
-        if not self.etcd.enabled and not self.etcd.endpoints:
-            raise ConfigError("etcd.endpoints", "[]", "must name an etcd when etcd.enabled is false")
-        self._check_cluster()
+        consistency.settle(self)
         return self
-
-    def _check_cluster(self) -> None:
-        if self.launcher == "pytorchjob" and not self.storage.enabled:
-            why = "must be true with launcher = 'pytorchjob': the trained model would be lost with its pods"
-            raise ConfigError("storage.enabled", False, why)
-        if self.etcd.election_timeout < 5 * self.etcd.heartbeat_interval:
-            allowed = f"must be at least 5 times etcd.heartbeat_interval ({self.etcd.heartbeat_interval}): etcd asks it"
-            raise ConfigError("etcd.election_timeout", self.etcd.election_timeout, allowed)
-        if self.elastic.nccl.nsocks_per_thread * self.elastic.nccl.socket_nthreads > 64:
-            allowed = f"times socket_nthreads ({self.elastic.nccl.socket_nthreads}) must be at most 64: NCCL's limit"
-            raise ConfigError("elastic.nccl.nsocks_per_thread", self.elastic.nccl.nsocks_per_thread, allowed)
-        if self.launcher == "pytorchjob" and self.port_range:
-            low, high = map(int, self.port_range.split("-"))
-            # In a pod, where it becomes `net.ipv4.ip_local_port_range`, connections to others are made from it, too.
-            if low < 1024 or high - low < _FEWEST_PORTS - 1:
-                allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = 'pytorchjob'"
-                raise ConfigError("port_range", self.port_range, allowed)
-        site_names = [site.name for site in self.sites]
-        for site_name in site_names:
-            if site_names.count(site_name) > 1:
-                raise ConfigError("sites", site_name, "is the name of two sites")
-        replicas = sum(site.replicas for site in self.sites)
-        if self.sites and replicas != self.nodes:
-            raise ConfigError("sites", f"{replicas} replicas in all", f"must be as many as nodes ({self.nodes})")
-
-    def _refuse_what_is_not_available(self) -> None:
-        for parameter in self.parameters():
-            value = self._get(parameter.path)
-            if parameter.later and value != parameter.default:
-                raise ConfigError(".".join(parameter.path), value, f"not available yet: {parameter.later}")
-
-    def _settle_the_wire(self) -> None:
-        """What goes over the wire, and when: refuse what does not go together, fill in what goes with the rest."""
-        if self.quantization and self.codec not in ("fp32", "int8"):
-            raise ConfigError("quantization", True, f"means codec = 'int8', and disagrees with codec = {self.codec!r}")
-        if self.quantization:
-            self.__dict__["codec"] = "int8"
-        if self.local_steps % self.fragments:
-            raise ConfigError(
-                "fragments", self.fragments, f"must divide local_steps ({self.local_steps}) without a rest"
-            )
-        if self.overlap_tau >= self.local_steps // self.fragments:
-            allowed = f"must be less than local_steps / fragments ({self.local_steps // self.fragments})"
-            raise ConfigError("overlap_tau", self.overlap_tau, allowed)
-        if self.optim_method == "demo" and self.codec == "sparse":
-            raise ConfigError("codec", "sparse", "does not go with optim_method = 'demo', which is sparse itself")
-        per_byte = {"int4": 2, "ternary": 5, "sign": 8}.get(self.codec, 1)
-        if self.optim_method == "demo" and self.compression_topk % per_byte:
-            allowed = f"must be a multiple of {per_byte} with codec = {self.codec!r}, which puts so many into a byte"
-            raise ConfigError("compression_topk", self.compression_topk, allowed)
-        if self.optim_method == "demo" and self.error_feedback is not None:
-            allowed = "does not go with optim_method = 'demo': compression_decay is its decay"
-            raise ConfigError("error_feedback", self.error_feedback, allowed)
-        if self.optim_method == "ddp":
-            for name in ("codec", "fragments", "async_communication", "overlap_tau"):
-                value = getattr(self, name)
-                if value != type(self).model_fields[name].default:
-                    raise ConfigError(name, value, "does not go with optim_method = 'ddp', which averages gradients")
 
     @property
     def momentum(self) -> float:
@@ -393,32 +285,6 @@ class TrainingConfig(Group):
     def overlaps(self) -> bool:
         """Whether inner steps go on during a synchronisation."""
         return self.async_communication or self.overlap_tau > 0
-
-    def _refuse_what_an_embedded_etcd_has_not(self) -> None:
-        without = "needs an etcd of your own (etcd.endpoints): the embedded one has neither TLS nor users"
-        for name in ("ca", "cert", "key", "user"):
-            if value := getattr(self.etcd, name):
-                raise ConfigError(f"etcd.{name}", value, without)
-        if self.elastic.etcd.protocol == "https":
-            raise ConfigError("elastic.etcd.protocol", "https", without)
-
-    def _merge_aliases(self) -> None:
-        """Two of the reference's names say what a name of ours says: take either, refuse two that disagree."""
-        external = self.elastic.etcd.external_endpoint
-        if external and self.etcd.endpoints not in ([], [external]):
-            raise ConfigError(
-                "elastic.etcd.external_endpoint", external, f"disagrees with etcd.endpoints {self.etcd.endpoints}"
-            )
-        if external:
-            self.etcd.endpoints = [external]
-        for endpoint in self.etcd.endpoints:
-            found = _ENDPOINT.fullmatch(endpoint)
-            if not found or not 0 < int(found[1]) < 65536:
-                raise ConfigError("etcd.endpoints", endpoint, "must be host:port, with a port from 1 to 65535")
-        run_id = self.elastic.etcd.run_id
-        if run_id and self.run_id not in ("", run_id):
-            raise ConfigError("elastic.etcd.run_id", run_id, f"disagrees with run_id {self.run_id!r}")
-        self.__dict__["run_id"] = self.run_id or run_id
 
     @property
     def min_nodes(self) -> int:
@@ -479,9 +345,3 @@ class TrainingConfig(Group):
     def to_flat(self) -> dict[str, Any]:
         """Every parameter's value by flat name, as JSON has it."""
         return flat(self.model_dump(mode="json"), self.parameters())
-
-    def _get(self, path: tuple[str, ...]) -> Any:
-        value: Any = self
-        for key in path:
-            value = getattr(value, key)
-        return value

@@ -1,5 +1,6 @@
 """Jobs that a step runs, follows and, when one fails, runs again."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from trainer.kubernetes.pods import Pods, Say
 
 ATTEMPTS = 3  # of a Job
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
-_SEEN_TIMEOUT = 10.0  # seconds for a Job that was created to be seen
+_SEEN_TIMEOUT = 10.0  # seconds for a Job that was created, or a pod that has ended, to be seen
 _GONE_TIMEOUT = 120.0  # seconds for a Job that was deleted to be gone
 
 OnTold = Callable[[str, Object, str, dict[str, Any]], None]  # a Job's name, its pod, and what that tells: word, content
@@ -60,6 +61,7 @@ class Jobs:
     ) -> None:
         self._client, self._labels, self._say, self._told = client, labels, say, told
         self._timeout, self._fresh = timeout, fresh
+        self._wake = threading.Event()
         self._runs = {body["metadata"]["name"]: _Run(body, called) for called, body in bodies.items()}
         template = next(iter(bodies.values()))["spec"]["template"]["spec"]
         self._container = template["containers"][0]["name"]
@@ -78,6 +80,7 @@ class Jobs:
         for run in self._runs.values():
             self._start(run)
         with Pods(self._client, JOB, self._labels, self._container, self._called, self._say, self._hear) as pods:
+            self._wake = pods.wake
             while not all(run.done for run in self._runs.values()):
                 pods.wake.wait(LOOK_INTERVAL)
                 pods.look()
@@ -127,12 +130,15 @@ class Jobs:
         for waiting in (name, *(pod["metadata"]["name"] for pod in own)):
             if why := pods.why_not_started(waiting, self._timeout):
                 raise TrainingError(f"{run.called} has not started in {self._timeout:.0f} s: {why}")
-        how = _ended(job)
+        if not (how := _ended(job)):
+            return
+        seen = own and all(reasons.exit_status(pod, self._container) is not None for pod in own)
+        if not seen and pods.waited(f"end of {run.uid}") < _SEEN_TIMEOUT:
+            return  # the Job's end has been seen before its pod's
+        pods.finish_reading(pod["metadata"]["name"] for pod in own)
         if how == "Complete":
-            pods.finish_reading(pod["metadata"]["name"] for pod in own)
             run.done = True
-        elif how == "Failed":
-            pods.finish_reading(pod["metadata"]["name"] for pod in own)
+        else:
             self._failed(name, run, job, own)
 
     def _failed(self, name: str, run: _Run, job: Object, own: Sequence[Object]) -> None:
@@ -156,9 +162,12 @@ class Jobs:
 
     def _hear(self, pod: Object, line: str) -> None:
         job = _job_of(pod)
-        run = self._runs[job["name"]]
+        run = self._runs.get(job.get("name", ""))
+        if run is None or job["uid"] != run.uid:  # of an earlier step's, or attempt's
+            return
         if told := inside.parse(line):
             self._told(job["name"], pod, *told)
+            self._wake.set()
             return
         if line.startswith("error: "):
             run.last_words = line.removeprefix("error: ")

@@ -53,7 +53,7 @@ class ResultServer(ThreadingHTTPServer):
         Raises:
             TrainingError: Nobody has come for it in `seconds`.
         """
-        self.timeout, deadline = 1.0, time.monotonic() + seconds
+        self.timeout, deadline = 0.2, time.monotonic() + seconds
         while not self.delivered:
             if time.monotonic() > deadline:
                 raise TrainingError(f"nobody has taken the result within {seconds:.0f} s")

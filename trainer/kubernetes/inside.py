@@ -110,9 +110,18 @@ def _held_out(config: TrainingConfig) -> dict[str, Path]:
 
 
 def _export(config: TrainingConfig) -> dict[str, Path]:
-    """The model, as `from_pretrained` takes it."""
-    from trainer.export import export
+    """The model, as `from_pretrained` takes it.
 
+    Raises:
+        ConfigError: This claim's newest checkpoint is not the run's final one, which another claim has then.
+    """
+    from trainer.export import TrainedRun, export
+
+    newest = TrainedRun.find(config).checkpoint
+    if not newest.complete:
+        raise ConfigError(
+            "run_id", config.run_id, f"its final checkpoint is not here: the newest is {newest.path.name}"
+        )
     directory = export(config)
     return {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
 

@@ -149,7 +149,7 @@ def plan(
         managed_by: Another controller of the PyTorchJobs than the training operator.
 
     Raises:
-        ConfigError: Sites that do not add up to `nodes`.
+        ConfigError: No run id; `nodes` cannot be split over the GPU vendors.
     """
     if not config.run_id:
         raise ConfigError("run_id", "", "must name the run")

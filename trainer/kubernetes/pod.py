@@ -10,7 +10,7 @@ from typing import Literal
 from trainer.elastic.agent import SHUTDOWN_TIMEOUT
 from trainer.kubernetes import names
 from trainer.kubernetes.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
-from trainer.kubernetes.sites import Site
+from trainer.kubernetes.sites import GPU_RESOURCES, Site
 from trainer.volume import Volume
 
 Step = Literal["train", "precache", "held-out", "export", "evaluate"]
@@ -27,7 +27,6 @@ _USER = 1000  # the image's; not root
 
 # Labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes.
 _GPU_PRODUCT = {"nvidia": "nvidia.com/gpu.product", "amd": "amd.com/gpu.product-name"}
-_GPU_TAINT = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}
 
 
 def template(
@@ -46,7 +45,7 @@ def template(
         "automountServiceAccountToken": False,  # nothing in it talks to the API server
         "enableServiceLinks": False,  # a Service named diloco-… would set DILOCO_* variables, which are parameters
         "terminationGracePeriodSeconds": GRACE_PERIOD,
-        "securityContext": _security(plan),
+        "securityContext": _security(plan, step),
         "containers": [_container(plan, site, step, worker, arguments)],
         "volumes": _volumes(plan, site, worker),
         "tolerations": _tolerations(site),
@@ -100,7 +99,7 @@ def _resources(plan: Plan, site: Site) -> Object:
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     config = plan.config
     values: dict[str, object] = {
-        "HOME": "/tmp",  # the user has none
+        "HOME": "/tmp",  # an image of somebody else's may have none that can be written
         "PYTHONUNBUFFERED": 1,
         "OMP_NUM_THREADS": max(1, config.cpu_cores // config.elastic.nproc_per_node),
     }
@@ -205,7 +204,7 @@ def _certificates(plan: Plan) -> list[str]:
     return [path.name for path in paths if path.parent == Path(ETCD_CREDENTIALS)]
 
 
-def _security(plan: Plan) -> Object:
+def _security(plan: Plan, step: Step) -> Object:
     context: Object = {
         "runAsNonRoot": True,
         "runAsUser": _USER,
@@ -214,7 +213,7 @@ def _security(plan: Plan) -> Object:
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    if plan.config.port_range:
+    if plan.config.port_range and step == "train":
         # gloo listens on ports of the kernel's choice: this makes it choose from the range, so that a firewall can
         # let exactly that through. It is one of the sysctls that Kubernetes holds for safe.
         low, high = plan.config.port_range.split("-")
@@ -223,11 +222,11 @@ def _security(plan: Plan) -> Object:
 
 
 def _tolerations(site: Site) -> list[Object]:
-    """The site's own, and of the taint that keeps pods without GPUs away from nodes with."""
+    """The site's own, and of the taint (named like the resource) that keeps pods without GPUs away from GPU nodes."""
     own = [dict(toleration) for toleration in site.tolerations]
     if site.vendor == "cpu":
         return own
-    return [*own, {"key": _GPU_TAINT[site.vendor], "operator": "Exists", "effect": "NoSchedule"}]
+    return [*own, {"key": GPU_RESOURCES[site.vendor], "operator": "Exists", "effect": "NoSchedule"}]
 
 
 def _preference(plan: Plan, site: Site) -> list[Object]:

@@ -32,6 +32,11 @@ class Pods:
         called: What a person calls a pod: "worker 0".
         say: Prints a line.
         on_line: Takes what the pods say, from threads.
+
+    Attributes:
+        pods: As they were at the last `look`, by name.
+        departed: Those that were deleted between the last two looks, as they were seen last.
+        owners: The Jobs or PyTorchJobs, by name.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Pods:
         self._waiting: dict[str, float] = {}  # since when, by name
         self._asked: dict[str, float] = {}  # when it was asked why, and
         self._why: dict[str, str] = {}  # what was found
+        self.departed: list[Object] = []
         self.pods: dict[str, Object] = {}
         self.owners: dict[str, Object] = {}
 
@@ -70,7 +76,7 @@ class Pods:
     def look(self) -> None:
         """Take in how things are now: begin to read logs, say what has changed, and why something waits."""
         self.wake.clear()
-        self.owners, self.pods = self._owners.objects(), self._pods.objects()
+        self.owners, self.pods, self.departed = self._owners.objects(), self._pods.objects(), self._pods.departed()
         for name, pod in self.pods.items():
             self._read(name, pod)
             if lost := reasons.why_lost(pod):
@@ -95,10 +101,13 @@ class Pods:
         return self._why.get(name) or "nobody says why"
 
     def finish_reading(self, names: Iterable[str], seconds: float = 10.0) -> None:
-        """Return when all that these pods, which have ended, have said has been handed on."""
+        """Return when all that was said by those of these pods that have ended has been handed on."""
         deadline = time.monotonic() + seconds
         for name in names:
-            if name in self.pods and (follower := self._followers.get(self.pods[name]["metadata"]["uid"])):
+            pod = self.pods.get(name)
+            if pod is None or reasons.exit_status(pod, self._container) is None:
+                continue
+            if follower := self._followers.get(pod["metadata"]["uid"]):
                 follower.end()
                 follower.done.wait(max(0.0, deadline - time.monotonic()))
 

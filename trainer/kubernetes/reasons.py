@@ -9,7 +9,8 @@ from typing import Any
 
 from trainer.kubernetes.client import QUOTA_ADVICE, Object, quota
 
-OUT_OF_MEMORY = 137  # the exit status of a process that was killed; the kernel, for want of memory, kills so too
+OUT_OF_MEMORY = "it was killed because it needs more memory than it has"
+KILLED = 137
 TOLD_TO_LEAVE = 143
 BAD_CONFIGURATION = 2
 
@@ -108,10 +109,10 @@ def why_ended(pod: Object, container: str, memory: str = "") -> str:
     if _terminated(pod, container).get("reason") == "OOMKilled":
         limit = f" (it may take {memory})" if memory else ""
         return (
-            f"it was killed because it needs more memory than it has{limit}: lower per_device_train_batch_size or "
+            f"{OUT_OF_MEMORY}{limit}: lower per_device_train_batch_size or "
             "sequence_length, take a smaller model, or raise memory_gb"
         )
-    if code == OUT_OF_MEMORY:
+    if code == KILLED:
         return "it was killed (status 137)"
     if code == TOLD_TO_LEAVE:
         return "it was told to leave (SIGTERM)"

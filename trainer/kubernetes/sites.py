@@ -57,13 +57,9 @@ def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
         image: The project's image, where nothing else is said.
 
     Raises:
-        ConfigError: They do not add up to `nodes`.
+        ConfigError: `nodes` cannot be split over the GPU vendors.
     """
-    pools = config.sites or _by_vendor(config)
-    found = sum(pool.replicas for pool in pools)
-    if found != config.nodes:
-        raise ConfigError("sites", f"{found} replicas in all", f"must be as many as nodes ({config.nodes})")
-    return tuple(_site(config, pool, image) for pool in pools)
+    return tuple(_site(config, pool, image) for pool in config.sites or _by_vendor(config))
 
 
 def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
@@ -78,7 +74,7 @@ def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
         gpu_resource="" if vendor == "cpu" else pool.gpu_resource or GPU_RESOURCES[vendor],
         gpu_count=0 if vendor == "cpu" else count,
         node_selector=dict(pool.node_selector),
-        tolerations=tuple(pool.tolerations),
+        tolerations=tuple(one.model_dump(by_alias=True, exclude_defaults=True) for one in pool.tolerations),
         runtime_class=pool.runtime_class_name or (settings.runtime_class_name if settings else ""),
         storage_class=pool.storage_class_name or config.storage.storage_class_name,
     )

@@ -8,6 +8,7 @@ workers are left.
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from trainer.kubernetes.session import Session, condition, has_ended
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
 ETCD_INTERVAL = 2.0  # seconds between two looks at etcd
 OPERATOR_TIMEOUT = 45.0  # seconds after which an operator has said something about a job, if there is one
+SEEN_TIMEOUT = 10.0  # seconds for a job that was made to be seen
 _GONE_TIMEOUT = 2.0 * GRACE_PERIOD  # seconds for a job that was deleted to be gone
 
 
@@ -81,6 +83,7 @@ class _Training:
         ]
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
         self._last_words: dict[int, str] = {}  # of a worker: its last error
+        self._out_of_memory: Counter[int] = Counter()  # how often a worker was
         self._failed: dict[str, str] = {}  # jobs that have failed for good, by name: why
         self._asked_etcd, self._etcd_away = 0.0, False
         self._verdict = record.Verdict("open")
@@ -90,10 +93,10 @@ class _Training:
     def begin(self) -> None:
         """Make what is missing. What is there is kept: a step that was started again goes on with it."""
         there = {job["metadata"]["name"]: job for job in self._client.list(PYTORCH_JOB, self._plan.selector)[0]}
-        under_way = any(not has_ended(job) for job in there.values())
+        under_way = any(not has_ended(job) or condition(job, "Succeeded") for job in there.values())
         self._verdict = record.verdict(self._etcd)
         if self._verdict.status == "succeeded":
-            return
+            return  # what there is of its jobs is read once more
         self._session.refuse_claims_in_use()
         self._session.prepare()
         if not under_way:
@@ -126,9 +129,6 @@ class _Training:
     def follow(self) -> Trained:
         """Until the training has ended."""
         plan = self._plan
-        if self._verdict.status == "succeeded":
-            self._session.say(f"run {plan.run_id} is complete already")
-            return Trained(self._by_checkpoint())
         selector = names.selector({"app.kubernetes.io/component": "train"})
         with (
             Pods(
@@ -136,7 +136,11 @@ class _Training:
             ) as pods,
             view(self._progress, self._config.total_steps) as self._shown,
         ):
-            self._say(f"run {plan.run_id}: {len(plan.workers)} workers; kubectl get pytorchjob -l {plan.selector}")
+            if self._over():
+                self._say(f"run {plan.run_id} is complete already")
+            else:
+                self._say(f"run {plan.run_id}: {len(plan.workers)} workers; kubectl get pytorchjob -l {plan.selector}")
+            self._look(pods)
             while not self._over():
                 pods.wake.wait(LOOK_INTERVAL)
                 self._look(pods)
@@ -153,15 +157,20 @@ class _Training:
     def _look(self, pods: Pods) -> None:
         """Take in how things are."""
         pods.look()
-        for pod in pods.pods.values():
-            self._look_at_pod(pod)
+        for pod in (*pods.departed, *pods.pods.values()):
+            self._look_at_pod(pod, pods)
+        for pod in pods.departed:
+            if pod["metadata"]["uid"] not in self._ended and not self._over():
+                why = reasons.why_lost(pod) or "somebody has deleted it"
+                self._ended[pod["metadata"]["uid"]] = why
+                self._say(f"the pod of {self._called(pod)} is gone: {why}")
         for name in {worker.job for worker in self._plan.workers}:
             self._look_at_job(name, pods)
         if not self._over() and time.monotonic() - self._asked_etcd > ETCD_INTERVAL:
             self._ask_etcd()
         self._update()
 
-    def _look_at_pod(self, pod: Object) -> None:
+    def _look_at_pod(self, pod: Object, pods: Pods) -> None:
         uid, code = pod["metadata"]["uid"], reasons.exit_status(pod, CONTAINER)
         if uid in self._ended or code is None:
             return
@@ -171,23 +180,31 @@ class _Training:
             return
         memory = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory", "")
         why = reasons.why_ended(pod, CONTAINER, memory)
+        pods.finish_reading([pod["metadata"]["name"]])  # its last words say it better
         worker = self._workers.get(pod["metadata"]["name"])
         said = self._last_words.get(worker.index) if worker and why == f"it ended with status {code}" else ""
-        self._ended[uid] = f"{said} (status {code})" if said else why
+        self._ended[uid] = said or why
         again = ": the training operator starts it again" if code >= 128 else ""
         self._say(f"{self._called(pod)} has ended: {self._ended[uid]}{again}")
+        if worker and why.startswith(reasons.OUT_OF_MEMORY):
+            self._out_of_memory[worker.index] += 1
+            if self._out_of_memory[worker.index] > self._config.elastic.max_restarts:  # it would end so for ever
+                self._client.delete(PYTORCH_JOB, worker.job)
+                self._fail_job(worker.job, self._ended[uid])
 
     def _look_at_job(self, name: str, pods: Pods) -> None:
         job, members = pods.owners.get(name), self._members(name)
         if job is None:
-            if name not in self._failed and pods.waited(f"missing {name}") > OPERATOR_TIMEOUT / 4:
+            if name not in self._failed and pods.waited(f"missing {name}") > SEEN_TIMEOUT:
                 self._fail_job(name, f"somebody has deleted PyTorchJob {name}")
             return
         if condition(job, "Failed"):
             if name not in self._failed:
                 self._fail_job(name, self._why_failed(name, job, pods))
             return
-        self._failed.pop(name, None)
+        if condition(job, "Succeeded"):
+            self._verdict = record.Verdict("succeeded")
+            return
         if not any(pod["metadata"]["name"] in {one.pod for one in members} for pod in pods.pods.values()):
             pods.explain_missing(name, self._names(members))
             if not (job.get("status") or {}).get("conditions") and pods.waited(name) > OPERATOR_TIMEOUT:
@@ -263,7 +280,11 @@ class _Training:
         self._etcd_away = bool(text)
 
     def _wind_up(self, pods: Pods) -> None:
-        """Let the workers end by themselves, as they do, and delete what does not."""
+        """Let the workers end: by themselves when they are done, else with their jobs. They save, and leave."""
+        if self._verdict.status == "failed":
+            for name, job in pods.owners.items():
+                if not has_ended(job):
+                    self._client.delete(PYTORCH_JOB, name)
         deadline = time.monotonic() + GRACE_PERIOD
         while (
             any(reasons.exit_status(pod, CONTAINER) is None for pod in _started(pods)) and time.monotonic() < deadline
@@ -272,9 +293,6 @@ class _Training:
             self._look(pods)
         pods.finish_reading(list(pods.pods))
         self._update()
-        for name, job in pods.owners.items():
-            if not has_ended(job) and self._verdict.status == "failed":
-                self._client.delete(PYTORCH_JOB, name)
 
     def _by_checkpoint(self) -> tuple[int, ...]:
         newest = self._log.newest_checkpoints()

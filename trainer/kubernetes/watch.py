@@ -35,6 +35,7 @@ class Mirror:
         self._client, self._kind, self._labels, self._changed = client, kind, labels, changed
         self._patience = patience
         self._objects: dict[str, Object] = {}
+        self._departed: list[Object] = []
         self._version = ""
         self._failure: TrainingError | None = None
         self._lock = threading.Lock()
@@ -60,6 +61,12 @@ class Mirror:
             if self._failure is not None:
                 raise self._failure
             return dict(self._objects)
+
+    def departed(self) -> list[Object]:
+        """Those that were deleted since the last call, as they were seen last."""
+        with self._lock:
+            found, self._departed = self._departed, []
+            return found
 
     def _run(self) -> None:
         answered = time.monotonic()
@@ -97,13 +104,16 @@ class Mirror:
             with self._lock:
                 if event["type"] == "DELETED":
                     self._objects.pop(content["metadata"]["name"], None)
+                    self._departed.append(content)
                 else:
                     self._objects[content["metadata"]["name"]] = content
             self._changed()
 
     def _list(self) -> None:
         found, version = self._client.list(self._kind, self._labels)
+        uids = {one["metadata"]["uid"] for one in found}
         with self._lock:
+            self._departed += [one for one in self._objects.values() if one["metadata"]["uid"] not in uids]
             self._objects = {one["metadata"]["name"]: one for one in found}
         self._version = version
 

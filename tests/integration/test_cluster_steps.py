@@ -1,0 +1,643 @@
+"""The steps of the pipeline on a stand-in for a cluster: what goes well, and what a person is told when it does not.
+
+The API server (tests/cluster) enforces the Role of manifests/ and the published schemas; a `Story` says what pods do.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.apiserver import ApiServer, Object, serving
+from tests.cluster.nodes import Cluster
+from tests.cluster.role import permissions, unused
+from tests.cluster.story import Story
+from trainer.config import TrainingConfig
+from trainer.elastic.etcd import EtcdClient
+from trainer.elastic.record import Verdict, finish, verdict
+from trainer.errors import ConfigError, Interrupted, TrainingError
+from trainer.kubernetes import client, pods, training
+from trainer.kubernetes.client import Client
+from trainer.kubernetes.plan import Owner, plan
+from trainer.kubernetes.precache import precache
+from trainer.kubernetes.results import take
+from trainer.kubernetes.session import Session
+from trainer.kubernetes.training import Trained, train
+
+pytestmark = pytest.mark.timeout(60)
+
+OWNER = Owner("argoproj.io/v1alpha1", "Workflow", "diloco-training-x7k2p", "7b1c0e9e-0000-4000-8000-000000000000")
+
+
+class Place:
+    """A cluster to run steps on, and what they said.
+
+    Attributes:
+        lines: What the steps have said.
+        on_line: Called with each line, in the step's thread: what it raises happens to the step.
+    """
+
+    def __init__(self, server: ApiServer, etcd: str, run_id: str) -> None:
+        self.server, self.story, self.run_id = server, Story(), run_id
+        self.cluster = Cluster(server, self.story)
+        self.lines: list[str] = []
+        self.on_line: Callable[[str], None] = lambda line: None
+        self._etcd = etcd
+        self._said = threading.Condition()
+
+    def session(self, **values: Any) -> Session:
+        quick = {
+            "collective_timeout": 0.1,
+            "grace_period": 0.2,
+            "lease_ttl": 1.0,
+            "etcd_outage_limit": 1.0,
+            "elastic_rdzv_timeout": 30.0,
+        }
+        base = {"launcher": "pytorchjob", "run_id": self.run_id, "device": "cpu", "etcd_endpoints": [self._etcd]}
+        config = TrainingConfig.from_flat({**base, **quick, **values}).resolved()
+        made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=OWNER)
+        return Session(Client(config.deployment_namespace, patience=2.0), made, self.say)
+
+    def say(self, line: str) -> None:
+        with self._said:
+            self.lines.append(line)
+            self._said.notify_all()
+        self.on_line(line)
+
+    def wait_for(self, *words: str, seconds: float = 20.0) -> str:
+        """Return the line with these words, once it has been said."""
+
+        def found() -> str:
+            return next((line for line in self.lines if all(word in line for word in words)), "")
+
+        with self._said:
+            assert self._said.wait_for(found, seconds), f"{words} were never said in {self.lines}"
+            return found()
+
+    def said(self, *words: str) -> bool:
+        return any(all(word in line for word in words) for line in self.lines)
+
+    def etcd(self) -> EtcdClient:
+        return EtcdClient.of(self.session().plan.config)
+
+
+@pytest.fixture
+def place(
+    etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Place]:
+    monkeypatch.setattr(pods, "EXPLAIN_AFTER", 0.1)
+    monkeypatch.setattr(pods, "EXPLAIN_INTERVAL", 0.2)
+    monkeypatch.setattr(training, "ETCD_INTERVAL", 0.1)
+    monkeypatch.setattr(training, "SEEN_TIMEOUT", 1.0)
+    for module in ("batch", "training"):
+        monkeypatch.setattr(f"trainer.kubernetes.{module}.LOOK_INTERVAL", 0.1)
+    monkeypatch.setattr(client, "RETRY_INTERVAL", 0.05)
+    for module in ("watch", "logs"):
+        monkeypatch.setattr(f"trainer.kubernetes.{module}.RETRY_INTERVAL", 0.05)
+    with ExitStack() as resources:
+        server = resources.enter_context(serving())
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+        here = Place(server, etcd, f"run-{abs(hash((request.node.name, tmp_path))):x}"[:20])
+        # The live view asks its standard output, which is not a terminal here: it prints lines.
+        monkeypatch.setattr("trainer.elastic.progress.print", lambda line, **_: here.say(line), raising=False)
+        resources.enter_context(here.cluster.running())
+        yield here
+        for secret in here.server.all("secrets").values():
+            for value in secret.get("stringData", {}).values():
+                assert not here.said(value)
+
+
+def never(*_: Any) -> None:
+    """A pod that nothing is heard of."""
+
+
+# Precaching
+
+
+def test_claims_are_made_filled_and_found_warm_by_the_next_run(place: Place, tmp_path: Path) -> None:
+    done = precache(place.session(), tmp_path / "held-out")
+    claims = place.server.all("persistentvolumeclaims")
+    assert list(done.claims) == list(claims) == [f"diloco-training-job-cpu-worker-{i}-data" for i in range(2)]
+    assert done.claims[next(iter(claims))] == {"hash": "abc", "dataset": "files:corpus"}
+    assert (tmp_path / "held-out" / "manifest.json").read_text() == "{}"
+    assert all("ownerReferences" not in claim["metadata"] for claim in claims.values())
+    assert place.said("precaching for worker 1", "1 of about 1 MB")
+    before = {name: claim["metadata"]["uid"] for name, claim in claims.items()}
+    place.run_id += "-later"
+    precache(place.session(), tmp_path / "held-out")
+    after = {name: claim["metadata"]["uid"] for name, claim in place.server.all("persistentvolumeclaims").items()}
+    assert after == before
+    assert place.said("claim diloco-training-job-cpu-worker-0-data found")
+
+
+def test_a_claim_of_another_size_is_used_as_it_is_and_that_is_said(place: Place, tmp_path: Path) -> None:
+    precache(place.session(), tmp_path / "held-out")
+    precache(place.session(storage_size_gb=7), tmp_path / "held-out")
+    assert place.said("found (used as it is: its size is 100Gi, not 7Gi)")
+
+
+def test_a_failed_job_is_tried_again(place: Place, tmp_path: Path) -> None:
+    def fail_first(cluster: Cluster, pod: Object, life: int) -> None:
+        if life == 0 and pod["metadata"]["name"].rpartition("-")[0].endswith("-1"):
+            cluster.start(pod)
+            cluster.say(pod, "error: the hub does not answer")
+            cluster.end(pod, 1)
+        else:
+            place.story.precache(cluster, pod)
+
+    place.story.told["precache"] = fail_first
+    assert len(precache(place.session(), tmp_path / "held-out").claims) == 2
+    assert place.said("precaching for worker 1 has failed: the hub does not answer; trying it again")
+
+
+@pytest.mark.parametrize(("status", "often", "lives"), [(1, " 3 times", 3), (2, "", 1)])
+def test_a_job_that_fails_for_good_ends_the_step_with_its_words(
+    place: Place, tmp_path: Path, status: int, often: str, lives: int
+) -> None:
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.say(pod, "error: dataset = 'files:x': no such folder")
+        cluster.end(pod, status)
+
+    place.story.told["precache"] = fail
+    with pytest.raises(TrainingError, match=f"has failed{often}: dataset = 'files:x': no such folder"):
+        precache(place.session(nodes=1), tmp_path / "held-out")
+    assert set(place.story.lives.values()) == {lives - 1}
+
+
+def test_different_data_on_two_claims_is_refused(place: Place, tmp_path: Path) -> None:
+    hashes = iter(["one", "two"])
+    place.story.told["precache"] = lambda cluster, pod, life: place.story.precache(cluster, pod, hash=next(hashes))
+    with pytest.raises(TrainingError, match="the claims hold different data"):
+        precache(place.session(), tmp_path / "held-out")
+
+
+def test_a_step_that_was_started_again_goes_on_with_its_jobs(place: Place, tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        assert release.wait(30)
+        cluster.say(pod, 'precached {"hash": "abc"}')
+        cluster.end(pod, 0)
+
+    place.story.told["precache"] = wait
+    place.on_line = die_at("precaching for worker 1 runs")
+    with pytest.raises(Died):
+        precache(place.session(), tmp_path / "held-out")
+    place.on_line = lambda line: release.set() if "worker 1: its Job is under way already" in line else None
+    assert len(precache(place.session(), tmp_path / "held-out").claims) == 2
+    assert {life for name, life in place.story.lives.items() if "precache" in name} == {0}
+
+
+def test_claims_of_a_run_under_way_are_refused(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "run")
+    place.on_line = lambda line: None
+    first, place.run_id = place.run_id, "another"
+    with pytest.raises(ConfigError, match=f"its claims are in use by run {first}"):
+        precache(place.session(), tmp_path / "held-out")
+
+
+# What a pod may wait for
+
+
+def started_once_said(place: Place, *words: str) -> Callable[[Cluster, Object], None]:
+    """Precaches when the step has said these words."""
+
+    def go_on(cluster: Cluster, pod: Object) -> None:
+        place.wait_for(*words)
+        place.story.precache(cluster, pod)
+
+    return go_on
+
+
+def test_an_image_that_cannot_be_pulled_is_explained(place: Place, tmp_path: Path) -> None:
+    go_on = started_once_said(place, "waits", "its image python:1 cannot be pulled", "not found", "deployment_image")
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.wait_for_image(pod, 'Back-off pulling image "python:1": not found')
+        go_on(cluster, pod)
+
+    place.story.told["precache"] = wait
+    precache(place.session(nodes=1), tmp_path / "held-out")
+
+
+def test_a_pod_that_fits_no_node_is_explained(place: Place, tmp_path: Path) -> None:
+    go_on = started_once_said(place, "no node takes it", "3 Insufficient memory", "lower memory_gb")
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient memory.")
+        go_on(cluster, pod)
+
+    place.story.told["precache"] = wait
+    precache(place.session(nodes=1), tmp_path / "held-out")
+
+
+def test_a_claim_that_stays_pending_is_explained(place: Place, tmp_path: Path) -> None:
+    words = "claim diloco-training-job-cpu-worker-0-data gets no volume of storage class fast: no such class"
+    go_on = started_once_said(place, words, "storage.storage_class_name")
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.refuse_place(pod, "pod has unbound immediate PersistentVolumeClaims")
+        cluster.tell("diloco-training-job-cpu-worker-0-data", "ProvisioningFailed", "no such class")
+        go_on(cluster, pod)
+
+    place.story.told["precache"] = wait
+    precache(place.session(nodes=1, storage_storage_class_name="fast"), tmp_path / "held-out")
+
+
+def test_a_volume_that_cannot_be_mounted_is_explained(place: Place, tmp_path: Path) -> None:
+    go_on = started_once_said(place, "its volume cannot be mounted", "Multi-Attach error")
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.tell(pod["metadata"]["name"], "FailedAttachVolume", "Multi-Attach error for volume pvc-1")
+        go_on(cluster, pod)
+
+    place.story.told["precache"] = wait
+    precache(place.session(nodes=1), tmp_path / "held-out")
+
+
+def test_a_quota_without_room_for_pods_is_explained(place: Place, tmp_path: Path) -> None:
+    place.server.quota["pods"] = "team, requested: pods=1, used: pods=2, limited: pods=2"
+
+    def make_room(line: str) -> None:
+        if "quota: team, requested: pods=1" in line and "ask for" not in line:
+            place.server.quota.clear()
+
+    place.on_line = make_room
+    precache(place.session(nodes=1), tmp_path / "held-out")
+    assert place.said("precaching for worker 0 waits: its pod does not fit the namespace's quota", "memory_gb")
+
+
+def test_a_quota_without_room_for_claims_ends_the_step(place: Place, tmp_path: Path) -> None:
+    place.server.quota["persistentvolumeclaims"] = "team, requested: requests.storage=100Gi, limited: 50Gi"
+    with pytest.raises(TrainingError, match=r"does not fit the namespace's quota: team, requested.*storage\.size_gb"):
+        precache(place.session(), tmp_path / "held-out")
+
+
+def test_what_never_starts_ends_the_step_with_the_reason(place: Place, tmp_path: Path) -> None:
+    place.story.told["precache"] = lambda cluster, pod, life: cluster.wait_for_image(pod, "not found")
+    with pytest.raises(TrainingError, match=r"has not started in 2 s: its image python:1 cannot be pulled: not found"):
+        precache(place.session(nodes=1, elastic_rdzv_timeout=2.0), tmp_path / "held-out")
+
+
+# Training
+
+
+def test_a_training_is_made_followed_and_ends_as_it_ended(place: Place, tmp_path: Path) -> None:
+    done = train(place.session(), tmp_path / "run")
+    assert done == Trained((0, 1))
+    jobs = place.server.all("pytorchjobs")
+    assert len(jobs) == 2
+    for job in jobs.values():
+        assert job["metadata"]["ownerReferences"][0]["uid"] == OWNER.uid
+    assert [event for event in events(tmp_path / "run", 1) if '"event": "round"' in event]
+    assert place.said(f"run {place.run_id} is complete")
+    assert place.said("round 2", "loss 2.5")
+
+
+def test_it_ends_when_etcd_says_so_whatever_pods_do(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+
+    def succeed(line: str) -> None:
+        if line == "worker 1 runs on node node-1":
+            with place.etcd() as etcd:
+                finish(etcd, "succeeded")
+            place.story.released.set()
+
+    place.on_line = succeed
+    train(place.session(), tmp_path / "run")
+
+
+def test_the_claim_with_the_newest_checkpoint_comes_first(place: Place, tmp_path: Path) -> None:
+    place.story.told["train"] = lambda cluster, pod, life: place.story.train(
+        cluster, pod, rounds=3 if pod["metadata"]["name"].endswith("1-worker-0") else 2
+    )
+    assert train(place.session(), tmp_path / "run") == Trained((1, 0))
+
+
+def test_a_complete_run_is_not_trained_again(place: Place, tmp_path: Path) -> None:
+    with place.etcd() as etcd:
+        finish(etcd, "succeeded")
+    train(place.session(), tmp_path / "run")
+    assert place.said("is complete already")
+    assert not place.server.all("pytorchjobs")
+
+
+def test_a_step_that_was_started_again_follows_the_training(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "first")
+    before = {name: job["metadata"]["uid"] for name, job in place.server.all("pytorchjobs").items()}
+    place.on_line = lambda line: place.story.released.set() if "following it" in line else None
+    train(place.session(), tmp_path / "second")
+    assert {name: job["metadata"]["uid"] for name, job in place.server.all("pytorchjobs").items()} == before
+    assert set(place.story.lives.values()) == {0}
+    # What was said while nobody listened is not lost.
+    assert len([event for event in events(tmp_path / "second", 0) if '"event": "round"' in event]) == 2
+
+
+def test_a_failed_run_begins_again_with_new_jobs(place: Place, tmp_path: Path) -> None:
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.say(pod, "error: the loss is not finite")
+        with place.etcd() as etcd:
+            finish(etcd, "failed", "the worker of node 0 ended with status 1")
+        cluster.end(pod, 1)
+
+    place.story.told["train"] = fail
+    with pytest.raises(TrainingError, match="the worker of node 0 ended with status 1"):
+        train(place.session(), tmp_path / "run")
+    place.story.told.clear()
+    train(place.session(), tmp_path / "run")
+    with place.etcd() as etcd:
+        assert verdict(etcd) == Verdict("open")  # these workers, being a story, have told etcd nothing
+
+
+def one_fails(place: Place, code: int, reason: str = "", words: str = "", times: int = 1) -> None:
+    """Worker 1 fails, so many times; worker 0 goes on until it is said that worker 1 has ended."""
+
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        if "1-worker-0" not in pod["metadata"]["name"] or life >= times:
+            place.story.train(cluster, pod)
+            return
+        cluster.start(pod)
+        if words:
+            cluster.say(pod, words)
+        cluster.end(pod, code, reason)
+
+    place.story.told["train"] = fail
+    place.story.released.clear()
+
+
+def test_a_failed_worker_is_no_failed_training_while_the_quorum_holds(place: Place, tmp_path: Path) -> None:
+    one_fails(place, 1, words="error: CUDA has gone")
+    place.on_line = lambda line: place.story.released.set() if "the others go on (1 left)" in line else None
+    train(place.session(elastic_min_nodes=1), tmp_path / "run")
+    assert place.said("worker 1 has failed for good: CUDA has gone")
+
+
+def test_without_the_quorum_it_is_with_the_worker_s_words(place: Place, tmp_path: Path) -> None:
+    one_fails(place, 1, words="error: CUDA has gone")
+    with pytest.raises(TrainingError, match="1 of at least 2 workers are left: CUDA has gone"):
+        train(place.session(), tmp_path / "run")
+    with place.etcd() as etcd:
+        assert verdict(etcd).status == "failed"  # so the others leave
+
+
+def test_a_worker_out_of_memory_is_told_so_and_what_to_lower(place: Place, tmp_path: Path) -> None:
+    one_fails(place, 137, "OOMKilled")
+    place.on_line = lambda line: place.story.released.set() if "starts it again" in line else None
+    train(place.session(), tmp_path / "run")
+    line = place.wait_for(
+        "worker 1 has ended: it was killed because it needs more memory than it has (it may take 32Gi)"
+    )
+    assert "lower per_device_train_batch_size" in line
+    assert "raise memory_gb" in line
+
+
+def test_a_worker_that_is_out_of_memory_again_and_again_is_given_up(place: Place, tmp_path: Path) -> None:
+    one_fails(place, 137, "OOMKilled", times=9)
+    with pytest.raises(TrainingError, match=r"1 of at least 2 workers are left: it was killed because it needs more"):
+        train(place.session(elastic_max_restarts=1), tmp_path / "run")
+
+
+def test_a_lost_node_is_named_and_the_worker_comes_back(place: Place, tmp_path: Path) -> None:
+    def lose(cluster: Cluster, pod: Object, life: int) -> None:
+        if life or "1-worker-0" not in pod["metadata"]["name"]:
+            place.story.train(cluster, pod)
+            return
+        cluster.start(pod, node="node-7")
+        cluster.lose_node(pod)
+        place.wait_for("worker 1: its node does not answer (node-7)")
+        place.server.remove("pods", pod["metadata"]["name"])
+        place.story.released.set()
+
+    place.story.told["train"] = lose
+    place.story.released.clear()
+    train(place.session(), tmp_path / "run")
+    assert place.said("the pod of worker 1 is gone: its node does not answer (node-7)")
+
+
+def test_a_deleted_job_is_a_lost_worker(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    gone = next(one.job for one in place.session().plan.workers if one.index == 1)
+
+    def delete(line: str) -> None:
+        if line == "worker 1 runs on node node-1":
+            place.server.remove("pytorchjobs", gone)
+        elif "the others go on" in line:
+            place.story.released.set()
+
+    place.on_line = delete
+    train(place.session(elastic_min_nodes=1), tmp_path / "run")
+    assert place.said(f"somebody has deleted PyTorchJob {gone}")
+
+
+def test_dropped_and_outdated_watches_lose_nothing(place: Place, tmp_path: Path) -> None:
+    def chatter(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        for number in range(30):
+            cluster.say(pod, f"line {number}")
+            if number % 5 == 0:
+                place.server.drop_streams()
+                place.server.forget()
+        place.wait_for("line 29")
+        place.server.drop_streams()
+        cluster.end(pod, 0)
+        place.server.forget()
+
+    place.story.told["train"] = chatter
+    train(place.session(nodes=1), tmp_path / "run")
+    assert [line for line in place.lines if "| line" in line] == [f"worker 0 | line {i}" for i in range(30)]
+
+
+def test_an_api_server_that_is_away_for_a_moment_is_waited_for(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+
+    def go_away(line: str) -> None:
+        if line == "worker 1 runs on node node-1":
+            place.server.outages = 5
+            place.server.drop_streams()
+            place.story.released.set()
+
+    place.server.outages = 2
+    place.on_line = go_away
+    train(place.session(), tmp_path / "run")
+
+
+# What cannot work
+
+
+@pytest.mark.parametrize("step", [precache, train])
+def test_without_the_crd_it_says_what_to_install(place: Place, tmp_path: Path, step: Callable[..., Any]) -> None:
+    place.server.missing.add("pytorchjobs")
+    with pytest.raises(TrainingError, match=r"the cluster has no pytorchjobs: .* install Kubeflow's training operator"):
+        step(place.session(), tmp_path / "out")
+
+
+def test_an_operator_that_does_not_run_is_noticed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "OPERATOR_TIMEOUT", 0.3)
+    place.cluster.operator = False
+    with pytest.raises(TrainingError, match=r"is Kubeflow's training operator installed, and running\?"):
+        train(place.session(elastic_rdzv_timeout=2.0), tmp_path / "run")
+    assert place.said("nobody acts on PyTorchJob")
+
+
+@pytest.mark.parametrize(("verb", "resource"), [("create", "pytorchjobs"), ("watch", "pods"), ("list", "pytorchjobs")])
+def test_a_missing_permission_is_named(place: Place, tmp_path: Path, verb: str, resource: str) -> None:
+    place.server.forbidden.add((verb, resource))
+    with pytest.raises(TrainingError, match=f"not allowed to {verb} {resource} in namespace default.* manifests/"):
+        train(place.session(), tmp_path / "run")
+
+
+def test_a_namespace_that_is_not_there_is_named(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="there is no namespace nowhere: make it, or set deployment_namespace"):
+        precache(place.session(deployment_namespace="nowhere"), tmp_path / "held-out")
+
+
+def test_an_etcd_that_cannot_be_reached_is_named(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"127.0.0.1:1.*Is etcd there .manifests/ has one., is etcd.endpoints right"
+    ):
+        train(place.session(etcd_endpoints=["127.0.0.1:1"]), tmp_path / "run")
+    assert not place.server.all("pytorchjobs")
+
+
+def test_missing_etcd_credentials_are_named(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="there is no Secret diloco-etcd-client in namespace default"):
+        train(place.session(etcd_user="diloco"), tmp_path / "run")
+
+
+def test_a_cluster_that_cannot_be_reached_is_named(place: Place, tmp_path: Path) -> None:
+    place.server.outages = 10**6
+    with pytest.raises(TrainingError, match=r"the Kubernetes API at http://127\.0\.0\.1:\d+ cannot be reached"):
+        precache(place.session(), tmp_path / "held-out")
+
+
+# Cancelling
+
+
+def test_sigterm_deletes_what_the_run_has_made_and_keeps_the_claims(place: Place, tmp_path: Path) -> None:
+    precache(place.session(), tmp_path / "held-out")
+    place.story.released.clear()
+
+    def cancel(line: str) -> None:
+        if line == "worker 1 runs on node node-1":
+            raise Interrupted
+
+    place.on_line = cancel
+    with pytest.raises(Interrupted):
+        train(place.session(), tmp_path / "run")
+    place.server.wait_until(lambda: not place.server.all("pods"))  # the workers have left
+    for plural in ("pytorchjobs", "jobs", "configmaps", "networkpolicies", "secrets"):
+        assert not place.server.all(plural), plural
+    assert len(place.server.all("persistentvolumeclaims")) == 2
+
+
+def test_sigterm_while_precaching_stops_the_jobs(place: Place, tmp_path: Path) -> None:
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.wait_while_wanted(pod)
+        cluster.end(pod, 143)
+
+    def cancel(line: str) -> None:
+        if "runs on node" in line:
+            raise Interrupted
+
+    place.story.told["precache"] = wait
+    place.on_line = cancel
+    with pytest.raises(Interrupted):
+        precache(place.session(), tmp_path / "held-out")
+    place.server.wait_until(lambda: not place.server.all("pods"))
+    assert not place.server.all("jobs")
+
+
+# Results
+
+
+def test_the_next_claim_is_asked_when_one_has_not_the_result(place: Place, tmp_path: Path) -> None:
+    def refuse(cluster: Cluster, pod: Object, life: int) -> None:
+        if pod["metadata"]["labels"]["diloco-pipelines/worker"] == "0":
+            cluster.start(pod)
+            cluster.say(pod, "error: run_dir = '/data': has no checkpoint to export")
+            cluster.end(pod, 2)
+        else:
+            place.story.serve(cluster, pod)
+
+    place.story.told["export"] = refuse
+    here = place.session()
+    here.prepare()
+    place.story.results = {"config.json": "{}", "tokenizer/vocabulary.json": "[]"}
+    assert take(here, here.plan.workers, "export", tmp_path / "export").index == 1
+    assert (tmp_path / "export" / "tokenizer" / "vocabulary.json").read_text() == "[]"
+    assert place.said("warning: export on worker 0's claim has failed: run_dir = '/data': has no checkpoint to export")
+
+
+def test_a_step_that_was_started_again_takes_the_result_anew(place: Place, tmp_path: Path) -> None:
+    place.on_line = die_at("runs on node")
+    here = place.session()
+    here.prepare()
+    with pytest.raises(Died):
+        take(here, here.plan.workers, "export", tmp_path / "export")
+    place.on_line = lambda line: None
+    take(place.session(), here.plan.workers, "export", tmp_path / "export")
+    assert (tmp_path / "export" / "manifest.json").is_file()
+
+
+# Permissions
+
+
+def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path) -> None:
+    """The stand-in refuses what the Role has not; here everything that it has is used."""
+    place.server.put("secrets", {"metadata": {"name": "diloco-etcd-client"}, "data": {"password": "c2VjcmV0"}})
+    here = place.session(nodes=1)
+    wait = started_once_said(place, "no node takes it")
+
+    def explain(cluster: Cluster, pod: Object, life: int) -> None:
+        if life == 0:
+            cluster.refuse_place(pod, "0/3 nodes are available")
+            wait(cluster, pod)
+        else:
+            place.story.precache(cluster, pod)
+
+    place.story.told["precache"] = explain
+    precache(here, tmp_path / "held-out")
+    precache(here, tmp_path / "held-out")
+    with pytest.raises(TrainingError, match=r"Secret diloco-etcd-client has no key ca\.crt"):
+        train(place.session(nodes=1, elastic_etcd_protocol="https"), tmp_path / "run")
+    place.story.released.clear()
+    place.on_line = die_at("worker 0 runs")
+    with pytest.raises(Died):
+        train(here, tmp_path / "run")
+    place.on_line = lambda line: place.story.released.set() if "following it" in line else None
+    place.server.drop_streams()
+    train(here, tmp_path / "run")
+    here.clean_up(claims=True)
+    assert unused(permissions(), place.server.used) == set()
+
+
+class Died(BaseException):
+    """The step's pod is gone, without a signal."""
+
+
+def die_at(words: str) -> Callable[[str], None]:
+    def die(line: str) -> None:
+        if words in line:
+            raise Died
+
+    return die
+
+
+def events(directory: Path, worker: int) -> list[str]:
+    """A worker's events, as the step keeps them."""
+    return (directory / f"worker-{worker}" / "metrics.jsonl").read_text().splitlines()
