@@ -7,6 +7,8 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt-neo": {"model": "gpt-neo:test", "dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32},
     "resnet18": {"model": "resnet18:test", "dataset": "digits"},
     "resnet50": {"model": "resnet50:test", "dataset": "digits"},
+    "biggan": {"model": "biggan:test", "dataset": "digits", "image_size": 16},
+    "gcn": {"model": "gcn:test", "dataset": "stdlib_graph"},
 }
 COMMON: dict[str, Any] = {
     "max_samples": 60,
