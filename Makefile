@@ -43,6 +43,9 @@ test: lint  ## lint, then all tests that need no cluster and no GPU (ARGS="-k na
 test-faults: $(READY)  ## kill, freeze and cut off real processes; ends with a table (some 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
 
+test-cluster: $(READY)  ## the steps on a real cluster: KUBECONFIG names it, DILOCO_TEST_IMAGE the project's image
+	@$(BIN)/python -m pytest -q -rs tests/cluster $(ARGS)
+
 bench: $(READY)  ## benchmarks: each prints what it measures
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
@@ -78,4 +81,4 @@ clean:  ## remove build outputs and caches; the environment and the runs stay
 clean-runs:  ## remove runs/: every checkpoint, model and report in it
 	rm -rf runs
 
-.PHONY: help setup run test test-faults bench lint format compile submit schedule build manifests clean clean-runs
+.PHONY: help setup run test test-faults test-cluster bench lint format compile submit schedule build manifests clean clean-runs

@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_cluster_flags(submitting)
     submitting.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment of the run [diloco]")
+    _add_service_account(submitting)
     submitting.add_argument("--run-name", default="", metavar="NAME", help="name of the run in the UI")
     submitting.add_argument("--wait", action="store_true", help="follow the run, and exit as it ends")
     add_config_flags(submitting)
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     creating = scheduling.add_parser("create", help="make a schedule; each of its runs has a run id of its own")
     _add_cluster_flags(creating)
+    _add_service_account(creating)
     creating.add_argument("name", help="name of the schedule")
     creating.add_argument("--cron", required=True, metavar="EXPRESSION", help="minute hour day month weekday")
     creating.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment of the runs [diloco]")
@@ -88,6 +90,15 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", default="", help="the user's namespace, on a multi-user installation")
 
 
+def _add_service_account(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps-service-account",
+        default="",
+        metavar="NAME",
+        help="of the steps' pods: see manifests/ [the backend's choice]",
+    )
+
+
 def _compile(options: argparse.Namespace) -> int:
     require_output(options.output, "--output")
     from pipelines.pipeline import compiled
@@ -99,6 +110,10 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     config = config_from_arguments(options).resolved()
+    if config.launcher != "local":
+        raise ConfigError(
+            "launcher", config.launcher, "is for `submit`: this command runs the pipeline on this machine"
+        )
     from pipelines import local
     from trainer import preflight
 
@@ -114,7 +129,8 @@ def _submit(options: argparse.Namespace) -> int:
 
     arguments = arguments_of(config_from_arguments(options))
     cluster = Cluster(options.host, options.namespace)
-    run_id = cluster.submit(arguments, options.experiment, options.run_name)
+    account = options.steps_service_account
+    run_id = cluster.submit(arguments, options.experiment, options.run_name, service_account=account)
     print(f"run {run_id}", flush=True)
     if options.wait:
         cluster.wait(run_id)
@@ -130,7 +146,10 @@ def _create_schedule(options: argparse.Namespace) -> int:
         raise ConfigError("run_id", config.run_id, "must be left out: every run of a schedule has its own")
     six_fields(options.cron)
     cluster = Cluster(options.host, options.namespace)
-    print(f"schedule {cluster.schedule(arguments_of(config), options.experiment, options.name, options.cron)}")
+    account = options.steps_service_account
+    arguments = arguments_of(config)
+    made = cluster.schedule(arguments, options.experiment, options.name, options.cron, service_account=account)
+    print(f"schedule {made}")
     return 0
 
 

@@ -46,8 +46,17 @@ class Cluster:
             warnings.simplefilter("ignore")
             self._client = Client(host=host or None, namespace=namespace or "kubeflow")
 
-    def submit(self, arguments: Mapping[str, Any], experiment: str, name: str = "") -> str:
-        """Start a run, and print the UI's links to it. Returns its id."""
+    def submit(
+        self, arguments: Mapping[str, Any], experiment: str, name: str = "", *, service_account: str = ""
+    ) -> str:
+        """Start a run, and print the UI's links to it. Returns its id.
+
+        Args:
+            arguments: The pipeline's.
+            experiment: The experiment's name; it is made if it is missing.
+            name: The run's, in the UI.
+            service_account: Of the steps' pods; empty: the backend's choice.
+        """
         with _refusals(), _package() as package:
             result = self._client.create_run_from_pipeline_package(
                 package,
@@ -55,6 +64,7 @@ class Cluster:
                 run_name=name or None,
                 experiment_name=experiment,
                 namespace=self._namespace,
+                service_account=service_account or None,
             )
         return str(result.run_id)
 
@@ -87,7 +97,9 @@ class Cluster:
             why = f": {run.error.message}" if run.error and run.error.message else ""
             raise TrainingError(f"run {run_id} ended as {run.state.lower()}{why}")
 
-    def schedule(self, arguments: Mapping[str, Any], experiment: str, name: str, cron: str) -> str:
+    def schedule(
+        self, arguments: Mapping[str, Any], experiment: str, name: str, cron: str, *, service_account: str = ""
+    ) -> str:
         """Start a run whenever the cron expression (five fields) says so, one at a time. Returns the schedule's id."""
         with _refusals(), _package() as package:
             created = self._client.create_recurring_run(
@@ -98,6 +110,7 @@ class Cluster:
                 no_catchup=True,
                 params=dict(arguments),
                 pipeline_package_path=package,
+                service_account=service_account or None,
             )
         return str(created.recurring_run_id)
 

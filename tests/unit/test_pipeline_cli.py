@@ -28,6 +28,7 @@ from trainer.errors import ConfigError
         (["--run-dir", "file"], "run_dir"),
         (["--network-interface", "nope0"], "network_interface"),
         (["--port-range", "7000-7001"], "port_range"),
+        (["--launcher", "pytorchjob"], "launcher"),
     ],
 )
 def test_bad_input(flags: list[str], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

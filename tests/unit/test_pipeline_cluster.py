@@ -122,12 +122,15 @@ def test_submit_sends_the_pipeline_and_what_differs_from_the_defaults(
         "7",
         "--device",
         "cpu",
+        "--steps-service-account",
+        "diloco-pipelines",
     ]
     assert main(["submit", "--host", backend.url, "--experiment", "mine", "--run-name", "first", *flags]) == 0
     (run,) = backend.runs
     assert backend.experiments[0]["display_name"] == "mine"
     assert run["display_name"] == "first"
     assert run["experiment_id"] == "experiment-0"
+    assert run["service_account"] == "diloco-pipelines"
     assert run["pipeline_spec"]["pipelineInfo"]["name"] == "diloco-training"
     assert run["runtime_config"]["parameters"] == {
         "total_steps": 2000,
