@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny_models import papers
 from trainer import data, models
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
@@ -68,32 +69,17 @@ def test_the_loss_does_not_depend_on_held_out_classes(library: Path, tmp_path: P
     assert task.tokens(batch) == 10
 
 
-def arxiv(folder: Path, nodes: int = 40) -> Path:
-    """A folder laid out as the benchmark's archive is."""
-    random = np.random.default_rng(0)
-    tables = {
-        "raw/edge.csv.gz": [f"{n},{(n + 3) % nodes}" for n in range(nodes)],
-        "raw/node-feat.csv.gz": [",".join(f"{value:.4f}" for value in random.normal(size=8)) for _ in range(nodes)],
-        "raw/node-label.csv.gz": [str(n % 3) for n in range(nodes)],
-        "mapping/labelidx2arxivcategeory.csv.gz": ["label idx,arxiv category", "0,cs.NA", "1,cs.MM", "2,cs.LO"],
-    }
-    for name, lines in tables.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
-    return folder
-
-
 def test_ogbn_arxiv_from_a_folder_of_its_layout(tmp_path: Path) -> None:
-    found = precached(config(f"ogbn_arxiv:{arxiv(tmp_path / 'copy')}", tmp_path))
+    found = precached(config(f"ogbn_arxiv:{papers(tmp_path / 'copy')}", tmp_path))
     assert found.manifest.for_model == {"features": 8, "labels": ["cs.NA", "cs.MM", "cs.LO"]}
-    assert found.shared["edges"].shape == (2, 80), "both directions of each citation"
-    assert len(found.train) + len(found.validation) == 40
+    assert found.shared["edges"].shape == (2, 120), "both directions of each citation"
+    assert len(found.train) + len(found.validation) == 60
 
 
 def test_an_arxiv_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no raw/edge\.csv\.gz"):
         data.check(config(f"ogbn_arxiv:{tmp_path}", tmp_path))
-    copy = arxiv(tmp_path / "copy")
+    copy = papers(tmp_path / "copy")
     (copy / "raw" / "node-label.csv.gz").write_bytes(gzip.compress(b"0\n1\n"))
     with pytest.raises(TrainingError, match="its files do not go together"):
         precached(config(f"ogbn_arxiv:{copy}", tmp_path))

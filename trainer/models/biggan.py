@@ -58,7 +58,7 @@ FAMILY = ModelFamily(
     # Stages double the size from 4 × 4 pixels on: appendix B's tables. Noise is a chunk for each stage and one more.
     sizes={
         "test": _size(4, (2, 1), 4, 8, 0.9),
-        "tiny": _size(24, (4, 2, 1), 16, 32, 0.985),
+        "tiny": _size(32, (2, 1), 16, 32, 0.985),
         "64": _size(64, (16, 8, 4, 2), 20, 128, 0.9999),
         "128": _size(96, (16, 8, 4, 2, 1), 20, 128, 0.9999),
         "256": _size(96, (16, 8, 8, 4, 2, 1), 20, 128, 0.9999),

@@ -27,7 +27,7 @@ class SpectralNorm(nn.Module):
             v = F.normalize(matrix.T @ u, dim=0)
         return weight / (u @ matrix @ v)
 
-    def settle(self, weight: Tensor) -> None:
+    def converge(self, weight: Tensor) -> None:
         """Make the buffer a function of the weight alone."""
         self.u.fill_(len(self.u) ** -0.5)
         for _ in range(SETTLING):
@@ -199,4 +199,4 @@ class BigGAN(nn.Module):
         for module in self.modules():
             if is_parametrized(module, "weight"):
                 weight: Any = module.parametrizations["weight"]  # type: ignore[index]
-                weight[0].settle(weight.original)
+                weight[0].converge(weight.original)

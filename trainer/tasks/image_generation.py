@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ROWS, COLUMNS = 10, 8  # of the grid of pictures that is shown: classes, and pictures of each
-GENERATOR_LR = 0.25  # of the discriminator's (arXiv 1809.11096, appendix C)
+GENERATOR_LR = 0.5  # of the discriminator's: two time scales (arXiv 1706.08500)
 BETAS = (0.0, 0.999)
 
 
@@ -111,7 +111,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         return {"grid": data_uri(np.concatenate(rows, axis=0), scale), "how": how}
 
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]]:
-        """Adam without momentum or decay, and a slower generator, as in the paper."""
+        """Adam without momentum or decay, and a slower generator, as BigGAN's."""
         networks: Any = model
         common = {"betas": BETAS, "weight_decay": 0.0}
         return [
