@@ -22,7 +22,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch \
     && mkdir components pipelines trainer \
-    && pip install --constraint constraints.txt '.[local]' \
+    && pip install --constraint constraints.txt '.[local,vision,speech,graph]' \
     && pip uninstall --yes diloco-pipelines
 # A build that was asked for one accelerator and found the wheels of another is none.
 RUN python -c "import sys, torch; v = torch.version; \
