@@ -114,7 +114,7 @@ class Worker:
         resources.enter_context(self.quorum)
         worker = self.quorum.worker
         self.metrics = resources.enter_context(Metrics(self.volume.metrics))
-        self.metrics.sinks += sinks(config, worker, self.volume.root, self.metrics.warn)
+        self.metrics.sinks += sinks(config, worker, self.volume.root, self.metrics.warn, local_rank)
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,

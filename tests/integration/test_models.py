@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_models import COMMON, TINY
+from tests.tiny_models import COMMON, TINY, values_of
 from trainer import checkpoint, data
 from trainer.config import TrainingConfig
 from trainer.errors import Interrupted
@@ -39,7 +39,7 @@ def configure(tmp_path: Path, shared: Path, etcd: str) -> Callable[..., Training
             "etcd_endpoints": [etcd], "dataset_cache_dir": str(shared / "datasets"),
             "model_cache_dir": str(shared / "models"),
         }  # fmt: skip
-        (config,) = worker_configs(TrainingConfig.from_flat({**COMMON, **few, **values}))
+        (config,) = worker_configs(TrainingConfig.from_flat({**few, **COMMON, **values}))
         data.precache(config, Volume.of(config), log=lambda line: None)
         return config
 
@@ -58,9 +58,10 @@ def events(config: TrainingConfig, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", TINY)
 def test_it_resumes_bit_for_bit_and_its_export_is_scored(
-    name: str, configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+    name: str, configure: Callable[..., TrainingConfig], shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, begun = configure("whole", **TINY[name]), configure("begun", **TINY[name])
+    values = values_of(name, shared)
+    whole, begun = configure("whole", **values), configure("begun", **values)
     run(whole)
 
     stopping, steps, inner_step = threading.Event(), iter(range(STEPS)), Worker._inner_step
@@ -76,7 +77,7 @@ def test_it_resumes_bit_for_bit_and_its_export_is_scored(
             run(begun, stopping)
     (saved, *_) = checkpoint.paths(Volume.of(begun).checkpoints)
     assert checkpoint.place_of(saved) == (1, 5)
-    resumed = configure("resumed", **TINY[name], resume=str(saved))
+    resumed = configure("resumed", **values, resume=str(saved))
     run(resumed)
     for kind, field in (("step", "loss"), ("step", "gradient_norm"), ("eval", "loss")):
         found = {event["step"]: event[field] for event in [*events(begun, kind), *events(resumed, kind)]}
@@ -98,8 +99,8 @@ def test_it_resumes_bit_for_bit_and_its_export_is_scored(
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_trains_as_an_uncompiled_one(backend: str, configure: Callable[..., TrainingConfig]) -> None:
-    plain = configure("plain", **TINY["resnet18"], eval_interval=0)
-    compiled = configure("compiled", **TINY["resnet18"], eval_interval=0, compile_model=True, compile_backend=backend)
+    plain = configure("plain", **TINY["resnet50"], eval_interval=0)
+    compiled = configure("compiled", **TINY["resnet50"], eval_interval=0, compile_model=True, compile_backend=backend)
     for config in (plain, compiled):
         run(config)
     assert events(compiled, "warning") == []
@@ -116,7 +117,7 @@ def test_a_backend_that_fails_is_told_and_done_without(
         raise RuntimeError("no compiler here")
 
     torch._dynamo.register_backend(broken, name="broken-backend")
-    config = configure("broken", **TINY["resnet18"], compile_model=True, compile_backend="broken-backend")
+    config = configure("broken", **TINY["resnet50"], compile_model=True, compile_backend="broken-backend")
     run(config)
     (warning,) = events(config, "warning")
     assert warning["message"].startswith("the model is not compiled (compile_backend = broken-backend): ")

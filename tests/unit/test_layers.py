@@ -33,6 +33,7 @@ LAYERS = [
         "trainer.data",
         "trainer.checkpoint",
         "trainer.metrics",
+        "trainer.prometheus",
     },
     {"trainer.models"},
     {"trainer.volume"},

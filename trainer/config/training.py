@@ -206,8 +206,9 @@ class TrainingConfig(Group):
     )
     experiment_description: str = Field("DiLoCo distributed training", description="Description of the experiment.")
     experiment_tags: list[Tag] = Field(["diloco", "gpt-neo-x", "c4"], description="Tags of the experiment.")
-    metrics_port: Annotated[Annotated[int, Field(gt=0, lt=65536)] | None, Later("Prometheus metrics")] = Field(
-        None, description="Port that serves Prometheus metrics. Empty: none."
+    metrics_port: Annotated[int, Field(ge=1024, lt=65000)] | None = Field(
+        None,
+        description="Port that serves Prometheus metrics; further workers of a machine take the next. Empty: none.",
     )
     hf_upload: bool = Field(False, description="Push the exported model to the Hugging Face Hub; needs HF_TOKEN.")
     trained_model_hf_name: str = Field(

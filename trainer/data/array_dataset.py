@@ -24,8 +24,7 @@ Sample = Mapping[str, np.ndarray]
 class ArrayDataset(DatasetFamily):
     """A dataset of arrays. A subclass says what the samples are and where they come from.
 
-    Samples whose first column's content hash falls below `validation_fraction` are held out: equal ones are in one
-    split.
+    Samples whose content's hash falls below `validation_fraction` are held out: equal ones are in one split.
 
     Attributes:
         group: So many samples of about the same length are read together; 1 where all are of one shape.
@@ -35,7 +34,7 @@ class ArrayDataset(DatasetFamily):
 
     @abstractmethod
     def columns(self) -> dict[str, Column]:
-        """What a sample consists of; the first column is what is hashed."""
+        """What a sample consists of."""
 
     @abstractmethod
     def samples(self, revision: str) -> Iterator[Sample]:
@@ -48,6 +47,10 @@ class ArrayDataset(DatasetFamily):
     @abstractmethod
     def for_model(self) -> dict[str, Any]:
         """What a model has to know of them. Asked for when all samples have been read."""
+
+    def content(self, sample: Sample) -> bytes:
+        """By which it is decided whether a sample is held out: its first column."""
+        return np.ascontiguousarray(sample[next(iter(self.columns()))]).tobytes()
 
     def shared(self) -> dict[str, np.ndarray]:
         """Arrays that all samples share. Asked for when all samples have been read."""
@@ -75,7 +78,6 @@ class ArrayDataset(DatasetFamily):
 
     def prepare(self, directory: Path, revision: str, log: Log) -> ArrayManifest:
         config, columns = self.config, self.columns()
-        key = next(iter(columns))
         everything = min(self.count(), config.max_samples or self.count())
         with (
             ArrayWriter(directory, "train", columns, self.group) as train,
@@ -83,7 +85,7 @@ class ArrayDataset(DatasetFamily):
             Progress(f"reading {self.spec}", everything, log) as progress,
         ):
             for sample in itertools.islice(self.samples(revision), config.max_samples):
-                if content_hash(np.ascontiguousarray(sample[key]).tobytes()) < config.validation_fraction:
+                if content_hash(self.content(sample)) < config.validation_fraction:
                     held_out.add(sample)
                 else:
                     train.add(sample)

@@ -16,7 +16,7 @@ import numpy as np
 from trainer.data.images import augment
 from trainer.data.manifest import ArrayManifest, Column, Manifest, SampleCounts
 
-_WINDOW = 8192  # samples that are held in memory to be sorted by length
+_WINDOW = 1024  # samples that are held in memory to be sorted by length
 
 
 class ArraySplit:

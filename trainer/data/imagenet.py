@@ -38,7 +38,7 @@ class ImageNet(PictureDataset):
         return self._rows.revision()
 
     def count(self) -> int:
-        return _PICTURES
+        return self._rows.count(_PICTURES)
 
     def labels(self) -> list[str]:
         return self._labels
