@@ -22,7 +22,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch \
     && mkdir components pipelines trainer \
-    && pip install --constraint constraints.txt '.[local]' \
+    && pip install --constraint constraints.txt '.[local,vision,speech,graph]' \
     && pip uninstall --yes diloco-pipelines
 # A build that was asked for one accelerator and found the wheels of another is none.
 RUN python -c "import sys, torch; v = torch.version; \
@@ -39,6 +39,8 @@ FROM python:${PYTHON}
 LABEL org.opencontainers.image.title="diloco-pipelines" \
     org.opencontainers.image.description="DiLoCo training over far-apart, elastic workers: pipeline steps and workers" \
     org.opencontainers.image.licenses="Apache-2.0"
+# torch.compile (compile_model) calls a compiler.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1
 # The user of the pods' security context, with a name (torch and others ask for it). /data is a pod's volume.

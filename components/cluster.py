@@ -32,13 +32,13 @@ class ClusterLauncher:
         return Session.open(self._config, IMAGE)
 
     def precache(self) -> Output:
-        from trainer.data.dataset import Manifest
+        from trainer.data.manifest import MANIFEST, parse_manifest
         from trainer.kubernetes.precache import precache
 
         held_out = self._scratch / "held-out"
         precached = precache(self._session, held_out)
         write_json(self._scratch / "claims.json", precached.claims)
-        manifest = Manifest.model_validate(read_json(held_out / "manifest.json"))
+        manifest = parse_manifest(read_json(held_out / MANIFEST))
         files = {path.name: path for path in (*held_out.iterdir(), self._scratch / "claims.json")}
         return Output(files, {"claims": list(precached.claims)} | about(manifest))
 

@@ -75,11 +75,9 @@ def launcher_of(config: TrainingConfig) -> Launcher:
 
 def about(manifest: "Manifest") -> dict[str, Any]:
     """What a dataset's artifact says of itself."""
-    return (
-        {f"train_{name}": value for name, value in manifest.train}
-        | {f"validation_{name}": value for name, value in manifest.validation}
-        | manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
-    )
+    known = manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
+    counts = {"train": manifest.train, "validation": manifest.validation}
+    return known | {f"{split}_{name}": value for split, count in counts.items() for name, value in count}
 
 
 def in_numbers(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

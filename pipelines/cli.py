@@ -173,10 +173,8 @@ def outcome(config: TrainingConfig) -> str:
     """Where the results of a finished run are, and how good they are, in a few lines."""
     run_dir = Path(config.run_dir)
     scores = read_json(run_dir / "evaluation.json")
-    bits, baseline = scores["bits_per_byte"], scores["unigram_bits_per_byte"]
     return (
         f"\nmodel       {run_dir / 'export'}"
-        f"\nevaluation  {run_dir / 'evaluation.json'}: "
-        f"{bits:.3f} bits per byte; the frequencies of bytes alone give {baseline:.3f}"
+        f"\nevaluation  {run_dir / 'evaluation.json'}: {scores['headline']}"
         f"\nreport      {run_dir / 'report.html'}"
     )

@@ -12,6 +12,7 @@ names it, and the one before it is used.
 
 import logging
 import queue
+import random
 import re
 import shutil
 import threading
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trainer.errors import TrainingError
 from trainer.files import read_json, sha256, whole_directory, write_json
@@ -69,6 +72,11 @@ class Checkpoint:
         return {
             name.removeprefix(prefix): value for name, value in self.global_tensors.items() if name.startswith(prefix)
         }
+
+    def averaged_parameters(self) -> "dict[str, Tensor]":
+        """Their moving average by name (`trainer.diloco.Averaged`), if the run keeps one; else themselves."""
+        lag = self.global_tensors
+        return {name: value + lag.get(f"outer.lag.{name}", 0.0) for name, value in self.parameters().items()}
 
     def worker(self) -> dict[str, Any]:
         """The worker's own state, as it was given to `save`."""
@@ -250,13 +258,26 @@ def _join(tree: dict[str, Any], tensors: "Mapping[str, Tensor]") -> Any:
     return tree["value"]
 
 
-def random_state() -> dict[str, Any]:
-    """The state of torch's random number generators, on the CPU and on every GPU."""
+def seed_random_state(seed: int) -> None:
+    """Seed torch's, numpy's and Python's global generators: models use all three (SpecAugment and layer drop)."""
     import torch
 
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of these generators, torch's on the CPU and on every GPU."""
+    import torch
+
+    name, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, numbers, gauss_next = random.getstate()
     return {
         "cpu": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), place, has_gauss, gauss],
+        "python": [version, torch.tensor(numbers), gauss_next],
     }
 
 
@@ -267,3 +288,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.random.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss_next = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss_next))

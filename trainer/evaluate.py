@@ -12,10 +12,9 @@ from trainer.export import FACTS, TrainedRun, add_scores, push
 from trainer.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Split
+    from trainer.data.dataset import Manifest, Samples
 
-# Scores that go on the model card, where the task has them.
-_ON_THE_CARD = ("loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte")
+SHOWN = 32  # samples that a person may look at
 
 
 def evaluate(
@@ -35,9 +34,9 @@ def evaluate(
         dataset: The precached dataset, of which the held-out files are enough; the run's own by default.
 
     Returns:
-        What `evaluation.json` holds. For language: `loss` (nats a token), `perplexity`, `bits_per_byte` and the
-        `unigram_bits_per_byte` of a unigram byte model on the same bytes, `tokens_per_second`, `sequences`, `tokens`,
-        `bytes`, `sample` (`prompt`, `continuation`, `how`), and how it was done.
+        What `evaluation.json` holds: the task's scores and its baseline's, `headline`, `tokens_per_second`, `sequences`
+        (samples), every sum of `Task.score` that is a number, `sample` (what a person would look at), `confusion` (of
+        a classification), and how it was done.
 
     Raises:
         ConfigError: There is no such run, export, dataset or device.
@@ -45,6 +44,8 @@ def evaluate(
     import numpy as np
     import torch
 
+    from trainer import scoring
+    from trainer.data.arrays import read_shared
     from trainer.data.sampling import evenly
     from trainer.loop import device_of
     from trainer.report import write_report
@@ -59,68 +60,70 @@ def evaluate(
         )
     facts = read_json(directory / FACTS)
     dataset = Path(dataset) if dataset else run.dataset
-    held_out = _held_out(dataset, facts["data"]["hash"])
+    manifest, held_out = _held_out(dataset, facts["data"]["hash"])
     device = device_of(run.config)
     task = tasks()[facts["data"]["task"]]
-    model = task.load(directory).to(device).eval()
+    model = task.load(directory).to(device)
     baseline = task.baseline(dataset)
-
-    def batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(values).to(device) for name, values in held_out[indices].items()}
+    shared = scoring.shared_tensors(read_shared(dataset, manifest), device)
 
     chosen = evenly(len(held_out), config.eval_samples)
-    sums: dict[str, float] = {}
-    seconds = 0.0
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        for start in range(0, len(chosen), config.per_device_train_batch_size):
-            samples = batch(chosen[start : start + config.per_device_train_batch_size])
+    size = config.per_device_train_batch_size
+    sums: dict[str, Any] = {}
+    seconds, tokens = 0.0, 0
+    with scoring.evaluating(model, device, run.config.seed), torch.inference_mode():
+        for samples in scoring.batches(held_out, chosen, size, shared, device):
             began = time.perf_counter()
             scored = task.score(model, samples)  # its `.item()` waits for a GPU
             seconds += time.perf_counter() - began
-            for name, value in {**scored, **baseline(samples)}.items():
-                sums[name] = sums.get(name, 0.0) + value
+            tokens += task.tokens(samples)
+            scoring.add(sums, {**scored, **baseline(samples)})
         scores = task.metrics(sums)
-        sample = task.sample(model, directory, batch(chosen[len(chosen) // 2 :][:1]), run.config.seed)
+        middle = np.roll(chosen, -(len(chosen) // 2))[:SHOWN]
+        (few,) = scoring.batches(held_out, middle, SHOWN, shared, device)
+        sample = task.sample(model, directory, few, run.config.seed)
     evaluation = {
+        **{name: int(value) for name, value in sums.items() if isinstance(value, float) and value.is_integer()},
         **scores,
-        "tokens_per_second": sums["tokens"] / seconds,
+        "headline": task.headline(scores),
+        "tokens_per_second": sums.get("tokens", tokens) / seconds,
         "sequences": len(chosen),
-        "tokens": int(sums["tokens"]),
-        "bytes": int(sums["bytes"]),
         "seconds": seconds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
         "run_id": facts["run_id"],
+        "task": task.name,
         "round": facts["round"],
         "step": facts["step"],
         "data_hash": facts["data"]["hash"],
         "sample": sample,
+        "confusion": task.confusion(sums, dataset),
         "time": time.time(),
     }
     write_json(run.directory / "evaluation.json", finite(evaluation))
-    add_scores(directory, {name: scores[name] for name in _ON_THE_CARD if math.isfinite(scores.get(name, math.nan))})
+    add_scores(directory, {name: score for name, score in scores.items() if math.isfinite(score)})
     push(run.config, directory, only="README.md")
     write_report(run.directory)
     log("held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()))
     return evaluation
 
 
-def _held_out(directory: Path, content: str) -> "Split":
+def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":
     """The held-out samples in `directory`, where the other files of the dataset may be missing.
 
     Raises:
         ConfigError: They are not there, whole, or belong to other data than the model was trained on.
     """
-    from trainer.data.dataset import MANIFEST, Manifest, Split
+    from trainer.data.dataset import MANIFEST, open_split, parse_manifest
 
     try:
-        manifest = Manifest.model_validate(read_json(directory / MANIFEST))
+        manifest = parse_manifest(read_json(directory / MANIFEST))
     except (OSError, ValueError) as error:
         raise ConfigError("dataset", directory, f"holds no dataset: {error}") from None
     if manifest.hash != content:
         raise ConfigError("dataset", directory, "is not the data that the exported model was trained on")
-    files = {directory / name: record for name, record in manifest.files.items() if name.startswith("validation-")}
-    for path, record in files.items():
-        if not path.is_file() or path.stat().st_size != record.bytes:
+    for name, record in manifest.files.items():
+        path = directory / name
+        if not name.startswith("train-") and (not path.is_file() or path.stat().st_size != record.bytes):
             raise ConfigError("dataset", directory, f"is not whole: {path.name} is missing or torn")
-    return Split(sorted(files))
+    return manifest, open_split(directory, manifest, "validation")

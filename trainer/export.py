@@ -28,15 +28,8 @@ _OF_THE_COMMAND = ("run_dir", "device", "eval_samples", "hf_upload", "trained_mo
 _PLACES = ("model_cache_dir", "dataset_cache_dir", "checkpoint_path")
 _ON_THE_CARD = (
     *("optim_method", "nodes", "total_steps", "local_steps", "batch_size", "lr", "warmup_steps", "inner_optimizer"),
-    *("outer_lr", "outer_momentum", "codec", "sequence_length", "seed"),
+    *("outer_lr", "outer_momentum", "codec", "seed"),
 )
-_HOW_TO_LOAD = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-```
-"""
 
 
 @dataclass(frozen=True)
@@ -105,11 +98,15 @@ class TrainedRun:
         raise ConfigError("dataset", self.config.dataset, f"is not in {places[0].parent}: precache it again")
 
     def build(self) -> "torch.nn.Module":
-        """The model with the committed global parameters, on the CPU."""
+        """The model with the committed global parameters (of a run that averages them: their average), on the CPU.
+
+        In evaluation mode; its buffers are settled on them.
+        """
         import torch
 
-        from trainer import models
+        from trainer import data, models, scoring
         from trainer.data.dataset import read_manifest
+        from trainer.tasks import tasks
 
         manifest = read_manifest(self.dataset)
         if manifest is None:
@@ -117,14 +114,21 @@ class TrainedRun:
         places = [models.directory(self.config, manifest.for_model, volume.models) for volume in self.volumes]
         place = next((one for one in places if (one / models.READY).exists()), places[0])
         model = models.build(place, self.config.seed)
-        parameters = self.checkpoint.parameters()
-        own = dict(model.named_parameters())
+        parameters = self.checkpoint.averaged_parameters()
+        # What is not trained is as it was at the start, and in no checkpoint.
+        own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if own.keys() != parameters.keys():
             different = sorted(own.keys() ^ parameters.keys())
             raise TrainingError(f"{self.checkpoint.path} is not of this model: {different[0]} is in one of them only")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(parameters[name])
+        model.eval()
+        cpu, size = torch.device("cpu"), self.config.per_device_train_batch_size
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.config.seed)
+            task = tasks()[models.resolve(self.config.model).family.task]
+            scoring.settle(task, model, data.open_dataset(self.dataset), size, cpu)
         return model
 
 
@@ -149,7 +153,7 @@ def export(config: TrainingConfig, output: Path | str | None = None) -> Path:
     directory = Path(output) if output else run.directory / "export"
     model = run.build()
     with whole_directory(directory) as temporary:
-        tasks()[models.resolve(run.config.model).family.task].export(model.eval(), run.dataset, temporary)
+        tasks()[models.resolve(run.config.model).family.task].export(model, run.dataset, temporary)
         facts = _facts(run, sum(parameter.numel() for parameter in model.parameters()))
         write_json(temporary / FACTS, facts)
         write_text(temporary / "README.md", model_card(facts))
@@ -216,6 +220,7 @@ def push(config: TrainingConfig, directory: Path, only: str | None = None) -> No
 
 def _facts(run: TrainedRun, parameters: int) -> dict[str, Any]:
     """What the model card says, as JSON values. No path of this machine."""
+    from trainer import models
     from trainer.data.dataset import read_manifest
     from trainer.report import read_run, summary
 
@@ -240,11 +245,9 @@ def _facts(run: TrainedRun, parameters: int) -> dict[str, Any]:
         "settings": {name: flat[name] for name in _ON_THE_CARD},
         "data": {
             "name": f"{family}:{Path(argument).name}" if argument else family,
-            "task": manifest.task,
+            "task": models.resolve(run.config.model).family.task,
             "revision": manifest.revision,
-            "tokenizer": Path(manifest.tokenizer).name if Path(manifest.tokenizer).exists() else manifest.tokenizer,
-            "sequence_length": manifest.sequence_length,
-            "vocabulary_size": manifest.vocabulary_size,
+            "facts": {name: fact for name, fact in {**manifest.for_model, **manifest.facts}.items() if _is_short(fact)},
             "train": manifest.train.model_dump(),
             "validation": manifest.validation.model_dump(),
             "hash": manifest.hash,
@@ -256,6 +259,8 @@ def _facts(run: TrainedRun, parameters: int) -> dict[str, Any]:
 def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> str:
     """The card in the hub's format: YAML for machines, then text for people."""
     import yaml
+
+    from trainer.tasks import tasks
 
     data, settings = facts["data"], facts["settings"]
     results = [{"type": name, "value": value} for name, value in (scores or {}).items()]
@@ -277,8 +282,9 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
     }
     if not results:
         del head["model-index"]
-    if data["task"] == "language_modelling":
-        head["pipeline_tag"] = "text-generation"
+    task = tasks()[data["task"]]
+    if task.pipeline_tag:
+        head["pipeline_tag"] = task.pipeline_tag
     method = "data-parallel training" if settings["optim_method"] == "ddp" else "DiLoCo"
     state = (
         ""
@@ -286,7 +292,7 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
         else f"\n> The training is not finished: these are its parameters after round {facts['round']}.\n"
     )
     sizes = {
-        split: f"{counts['documents']:,} documents, {counts['sequences']:,} sequences, {counts['tokens']:,} tokens"
+        split: ", ".join(f"{number:,} {name}" for name, number in counts.items())
         for split, counts in (("trained on", data["train"]), ("held out", data["validation"]))
     }
     amounts = {"workers": "workers", "rounds": "round", "inner steps": "step", "bytes sent": "bytes_sent"}
@@ -302,15 +308,19 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
 
 {_text(facts["model"])} with {facts["parameters"]:,} parameters, trained with {method}. {_text(facts["description"])}
 {state}
-{_HOW_TO_LOAD if data["task"] == "language_modelling" else ""}
+```python
+{task.how_to_load.strip()}
+```
+
 ## Data
 
 {_text(data["name"])}, revision `{_text(data["revision"])}`.
 
 {_table(sizes, ("Split", "Size"))}
 
-Tokenizer `{_text(data["tokenizer"])}` with a vocabulary of {data["vocabulary_size"]:,}, sequences of
-{data["sequence_length"]:,} tokens. Content hash `{data["hash"]}`.
+{_table({_label(name): str(fact) for name, fact in data["facts"].items()}, ("Property", "Value"))}
+
+Content hash `{data["hash"]}`.
 
 ## Training
 
@@ -326,6 +336,10 @@ Tokenizer `{_text(data["tokenizer"])}` with a vocabulary of {data["vocabulary_si
 
 {_table(facts["versions"], ("Library", "Version"))}
 """
+
+
+def _is_short(fact: object) -> bool:
+    return isinstance(fact, str | int | float) and len(str(fact)) < 80
 
 
 def _table(rows: Mapping[str, str], head: tuple[str, str]) -> str:

@@ -9,13 +9,25 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from trainer.config import TrainingConfig
+from trainer.errors import ConfigError
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1  # of matrices, not of biases and norms
 
 
-def inner_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
-    """AdamW as in DiLoCo's and Chinchilla's settings; or Muon with it, as in MuLoCo (arXiv 2505.23725)."""
+def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[str, Any]] | None = None) -> Optimizer:
+    """AdamW as in DiLoCo's and Chinchilla's settings; or Muon with it, as in MuLoCo (arXiv 2505.23725).
+
+    Args:
+        groups: AdamW's groups of parameters, if they are other than usual (`Task.parameter_groups`).
+
+    Raises:
+        ConfigError: The task's groups are for AdamW.
+    """
+    if groups is not None:
+        if config.inner_optimizer != "adamw":
+            raise ConfigError("inner_optimizer", config.inner_optimizer, f"must be adamw for {config.model}")
+        return AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.inner_optimizer == "muon":
         return MuonWithAdamW(hidden_matrices(model), parameters, config.lr)

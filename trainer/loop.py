@@ -12,15 +12,17 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer import checkpoint, data, models
+from trainer import checkpoint, data, models, scoring
 from trainer.checkpoint import Checkpoint, Checkpointer
+from trainer.compilation import compile_model
 from trainer.config import TrainingConfig
-from trainer.diloco import DDP, Commit, DiLoCo, Nesterov, Overlap, Superseded, codecs
+from trainer.diloco import DDP, Averaged, Commit, DiLoCo, Nesterov, Overlap, Superseded, codecs
 from trainer.elastic.member import ElasticQuorum, Hooks
 from trainer.elastic.process import number_from
 from trainer.elastic.protocol import Cursor, Range, Share, cursor_from_json, deal, unused, used_of
@@ -73,9 +75,10 @@ class Worker:
         self.dataset = data.open_dataset(data.directory(config, self.volume.datasets))
         manifest = self.dataset.manifest
         model = models.build(models.directory(config, manifest.for_model, self.volume.models), config.seed)
-        self.model = model.to(self.device)
+        self.model = model.to(self.device).train()
+        self.shared = scoring.shared_tensors(self.dataset.shared, self.device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = inner_optimizer(config, self.model)
+        self.optimizer = inner_optimizer(config, self.model, self.task.parameter_groups(self.model))
         size = sum(parameter.numel() for parameter in self.parameters)
         missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(self.volume.checkpoints)))
         require_free_space(self.volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")
@@ -87,6 +90,7 @@ class Worker:
             "optim_method": config.optim_method,
             "codec": config.codec,
             "compression_topk": config.compression_topk,
+            "sparse_topk": config.sparse_topk,
             "fragments": config.fragments,
             "overlap": config.overlaps,
             "local_steps": config.local_steps,
@@ -110,11 +114,11 @@ class Worker:
         resources.enter_context(self.quorum)
         worker = self.quorum.worker
         self.metrics = resources.enter_context(Metrics(self.volume.metrics))
-        self.metrics.sinks += sinks(config, worker, self.volume.root, self.metrics.warn)
+        self.metrics.sinks += sinks(config, worker, self.volume.root, self.metrics.warn, local_rank)
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,
-            outer=Nesterov(config.outer_lr, config.momentum),
+            outer=Averaged.of(Nesterov(config.outer_lr, config.momentum), spec.average_decay**config.round_steps),
             codec=codec_of(config),
             sync_every=config.local_steps,
             quorum=self.quorum,
@@ -127,8 +131,8 @@ class Worker:
         self.checkpointer = resources.enter_context(
             closing(Checkpointer(self.volume.checkpoints, config.keep_checkpoints, self._saved))
         )
-        torch.manual_seed(config.seed + 1 + worker)  # of dropout and the like: each worker its own
-        self.order = data.SampleOrder(len(self.dataset.train), config.seed)
+        checkpoint.seed_random_state(config.seed + 1 + worker)  # of dropout and the like: each worker its own
+        self.order = data.SampleOrder(len(self.dataset.train), config.seed, self.dataset.group)
         self.share = Share(0, 0, ())  # the sample positions that this worker trains on
         self.used = 0  # how many of them it has consumed
         self.used_at_arrival = 0  # how many of them when the quorum has last been told
@@ -142,6 +146,15 @@ class Worker:
         self.saved: tuple[int, int] | None = None  # the last checkpoint's round and step
         self.members: tuple[str, ...] = ()  # of the last quorum; this worker's place among them
         self.rank, self.world_size = 0, 1
+        if config.compile_model:
+            (few,) = scoring.batches(
+                self.dataset.train,
+                np.arange(min(config.per_device_train_batch_size, len(self.dataset.train))),
+                config.per_device_train_batch_size,
+                self.shared,
+                self.device,
+            )
+            compile_model(config, self.task, self.model, few, self.metrics.warn)
         own = self._own_checkpoint()
         self._join(own)
         self.metrics.write(
@@ -248,12 +261,13 @@ class Worker:
         step, accumulation = self.diloco.step, self.config.accumulation_steps
         lr = learning_rate(step, self.config) * min(1.0, (self.steps_taken + 1) / self.ramp)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         total = torch.zeros((), device=self.device)
         tokens = 0
         for _ in range(accumulation):
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
-            with self._autocast():
+            batch |= self.shared
+            with scoring.autocast(self.device):
                 loss = self.task.loss(self.model, batch) / accumulation
             loss.backward()
             total += loss.detach()
@@ -338,19 +352,15 @@ class Worker:
         """Score this worker's share of the held-out samples: all workers' together are the score."""
         started = time.perf_counter()
         chosen = data.evenly(len(self.dataset.validation), self.config.eval_samples)[self.rank :: self.world_size]
-        sums: dict[str, float] = {}
-        self.model.eval()
-        with self.diloco.global_parameters(), torch.inference_mode(), self._autocast():
-            for part in np.array_split(chosen, math.ceil(len(chosen) / self.config.per_device_train_batch_size) or 1):
-                if self.stopping.is_set():
-                    raise Interrupted
-                if not len(part):
-                    continue
-                columns = self.dataset.validation[part]
-                batch = {name: torch.from_numpy(column).to(self.device) for name, column in columns.items()}
-                for name, value in self.task.score(self.model, batch).items():
-                    sums[name] = sums.get(name, 0.0) + value
-        self.model.train()
+        size = self.config.per_device_train_batch_size
+        sums: dict[str, Any] = {}
+        with self.diloco.global_parameters(), scoring.evaluating(self.model, self.device, self.config.seed):
+            scoring.settle(self.task, self.model, self.dataset, size, self.device)
+            with torch.inference_mode():
+                for batch in scoring.batches(self.dataset.validation, chosen, size, self.shared, self.device):
+                    if self.stopping.is_set():
+                        raise Interrupted
+                    scoring.add(sums, self.task.score(self.model, batch))
         if sums:
             scores = self.task.metrics(sums)
             self.metrics.write(
@@ -392,6 +402,7 @@ class Worker:
         """The inner optimizer, and, if it belongs to the open round, what was done towards that."""
         state = own.worker()
         checkpoint.restore_random_state(state["random"])
+        scoring.restore(self.model, state["buffers"])
         self.skipped, self.skipped_in_a_row = own.state["skipped"]
         share = tuple((start, stop) for start, stop in own.state["share"])
         dealt = self.quorum.dealt
@@ -470,7 +481,11 @@ class Worker:
         self.saved = place
         self.checkpointer.save(
             self.diloco.global_tensors(),
-            {"diloco": self.diloco.worker_state(), "random": checkpoint.random_state()},
+            {
+                "diloco": self.diloco.worker_state(),
+                "random": checkpoint.random_state(),
+                "buffers": dict(self.model.named_buffers()),
+            },
             {
                 "round": self.diloco.round,
                 "step": self.diloco.step,
@@ -517,9 +532,6 @@ class Worker:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
-
 
 def device_of(config: TrainingConfig, local_rank: int = 0) -> torch.device:
     """The device of a node's worker. Raises ConfigError if this machine does not have it."""
@@ -540,7 +552,7 @@ def codec_of(config: TrainingConfig) -> codecs.Codec:
     if config.optim_method == "demo":
         topk = config.compression_topk
         return codecs.make("demo", feedback=config.feedback, topk=topk, values=config.codec)
-    return codecs.make(config.codec, feedback=config.feedback)
+    return codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a worker tells of itself: `metrics.jsonl`, and Weights & Biases.
+"""What a worker tells of itself: `metrics.jsonl`, Weights & Biases and Prometheus.
 
 `metrics.jsonl` is the record that everything else reads: one JSON object a line, flushed as it happens. `event` is one
 of start, step, round, eval, checkpoint, membership, warning and end, `time` is in Unix seconds. Numbers that JSON does
@@ -123,15 +123,30 @@ class WandbSink:
         closing.join(30)
 
 
-def sinks(config: TrainingConfig, worker: int, directory: Path, warn: Callable[[str], None]) -> list[Sink]:
+def sinks(
+    config: TrainingConfig, worker: int, directory: Path, warn: Callable[[str], None], local_rank: int = 0
+) -> list[Sink]:
     """The sinks that the configuration asks for; `warn` is told of one that cannot be set up, and is left out."""
-    if not config.wandb_logging:
-        return []
-    try:
-        return [WandbSink(config, worker, directory)]
-    except Exception as error:
-        warn(f"{WandbSink.name} is switched off: {one_line(error)}")
-        return []
+    made: dict[str, Callable[[], Sink]] = {}
+    if config.wandb_logging:
+        made[WandbSink.name] = lambda: WandbSink(config, worker, directory)
+    if port := config.metrics_port:
+        made[f"Prometheus (metrics_port {port + local_rank})"] = lambda: _prometheus(
+            port + local_rank, config.run_id, worker
+        )
+    found = []
+    for name, make in made.items():
+        try:
+            found.append(make())
+        except Exception as error:
+            warn(f"{name} is switched off: {one_line(error)}")
+    return found
+
+
+def _prometheus(port: int, run_id: str, worker: int) -> Sink:
+    from trainer.prometheus import PrometheusSink
+
+    return PrometheusSink(port, run_id, worker)
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,15 @@ from trainer.volume import Volume, worker_configs
 LEAST_FREE_BYTES = 100 << 20
 _ALWAYS_THE_SAME = ("local_steps", "batch_size", "optim_method", "seed", "fragments")
 # The run's, as long as its etcd has its data.
-_KEPT_BY_ETCD = ("total_steps", "outer_lr", "outer_momentum", "codec", "compression_topk", "async_communication")
+_KEPT_BY_ETCD = (
+    "total_steps",
+    "outer_lr",
+    "outer_momentum",
+    "codec",
+    "compression_topk",
+    "sparse_topk",
+    "async_communication",
+)
 
 
 def check(config: TrainingConfig, *, precached: bool = False, network: bool = True) -> None:
@@ -38,6 +46,10 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
         from trainer.loop import device_of
 
         device_of(config)
+    if config.compile_model:
+        from trainer.compilation import check_backend
+
+        check_backend(config)
     for name in ("ca", "cert", "key"):
         path = getattr(config.etcd, name)
         if path and not Path(path).is_file():

@@ -45,12 +45,17 @@ class Volume:
 
 
 def worker_configs(config: TrainingConfig) -> list[TrainingConfig]:
-    """The configuration of each node of a run on this machine, with a volume of its own: `<run dir>/worker-<i>`.
+    """The configuration of each node of a run on this machine: a volume of its own, `<run dir>/worker-<i>`, and ports.
 
     Model and dataset directories that the user has chosen are kept, and so shared by all workers of this machine; below
     a chosen `checkpoint_path` each has its own.
     """
-    return [_own_volume(config, Path(config.run_dir).absolute() / f"worker-{node}") for node in range(config.nodes)]
+    configs = [_own_volume(config, Path(config.run_dir).absolute() / f"worker-{node}") for node in range(config.nodes)]
+    if config.metrics_port is None:
+        return configs
+    ports = range(config.metrics_port, config.metrics_port + config.nodes * config.elastic.nproc_per_node)
+    first = ports[:: config.elastic.nproc_per_node]
+    return [own.with_values(metrics_port=port) for own, port in zip(configs, first, strict=True)]
 
 
 def _own_volume(config: TrainingConfig, root: Path) -> TrainingConfig:

@@ -79,7 +79,7 @@ WORK = "BENCH_WIRE_WORK"  # environment of a worker: its role and that role's ar
 RAW, TORCHFT = "gloo", "torchft"
 DENSE = ["fp32", "bf16", "int8", "int4", "ternary", "sign"]
 METHODS = [*DENSE, "sparse", "demo"]
-SETTINGS: dict[str, Any] = {"ternary": {"feedback": 0.5}, "sign": {"feedback": 0.5}, "sparse": {"feedback": 0.95}}
+SETTINGS: dict[str, Any] = {"ternary": {"feedback": 0.5}, "sign": {"feedback": 0.5}, "sparse": {"feedback": 0.5}}
 SETTINGS["demo"] = {"feedback": 0.9, "topk": 32, "values": "int4"}
 LINKS: dict[str, float | None] = {"100 Mbit/s": 100e6, "1 Gbit/s": 1e9, "unlimited": None}
 FULL, HIDDEN, LAYERS = 123_653_376, 768, 12
@@ -301,7 +301,7 @@ class Links(Network):
 
     def limit(self, count: int, bandwidth: float | None) -> None:
         """Let each of the first `count` send so many bits a second at most."""
-        bucket = f"tbf rate {bandwidth:.0f}bit burst 64kb latency 400ms" if bandwidth else "noqueue"
+        bucket = f"tbf rate {bandwidth:.0f}bit burst 256kb latency 400ms" if bandwidth else "noqueue"
         for number in range(count):
             command = [*self.inside(number), *f"tc qdisc replace dev eth0 root {bucket}".split()]
             subprocess.run(command, check=True)
@@ -321,6 +321,7 @@ class Crew:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._processes: list[subprocess.Popen[bytes]] = []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as the product's workers have it
         environment |= {"BENCH_WIRE_INSIDE": "1", "GLOO_SOCKET_IFNAME": "eth0"} if network else {}
         environment |= {"PYTHONPATH": str(torchft)} if torchft else {}
         addresses = [network.address_of(rank) if network else "127.0.0.1" for rank in range(size)]

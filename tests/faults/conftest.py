@@ -40,7 +40,7 @@ def begin(tmp_path: Path, source: Path) -> Iterator[Callable[..., Run]]:
     """Makes runs; in the end nothing of them is left running."""
     runs: list[Run] = []
 
-    def begin(name: str, endpoints: list[str], **values: Any) -> Run:
+    def begin(name: str, endpoints: list[str], source: Path = source, **values: Any) -> Run:
         runs.append(Run(tmp_path / name, source, endpoints, **values))
         return runs[-1]
 

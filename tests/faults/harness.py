@@ -70,9 +70,9 @@ BASE: dict[str, Any] = {
 }
 
 
-def precache(directory: Path) -> Path:
-    """The dataset and the model that all runs here share."""
-    config = _config(directory, directory, run_id="precache", nodes=1, elastic_max_nodes=1)
+def precache(directory: Path, **values: Any) -> Path:
+    """The dataset and the model that runs share; `values` as in `Run`, where they are about these."""
+    config = _config(directory, directory, **{"run_id": "precache", "nodes": 1, "elastic_max_nodes": 1, **values})
     data.precache(config, Volume.of(config), lambda line: None)
     return directory
 

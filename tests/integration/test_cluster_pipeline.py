@@ -70,6 +70,7 @@ class Pipeline:
             model=self.model,
             precached=self.precached,
             metrics=self.scores,
+            classification=self.artifact(dsl.ClassificationMetrics, "classification"),
             report=self.report,
         )
 

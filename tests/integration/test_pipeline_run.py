@@ -191,12 +191,14 @@ def test_export_alone(run: Run, tmp_path: Path) -> None:
 
 def test_evaluate_alone(run: Run, tmp_path: Path) -> None:
     metrics, report = artifact(dsl.Metrics, tmp_path / "metrics"), artifact(dsl.HTML, tmp_path / "report")
+    classification = artifact(dsl.ClassificationMetrics, tmp_path / "classification")
     evaluate.python_func(
         config=run.config,
         trained=artifact(dsl.Model, tmp_path / "trained"),
         model=artifact(dsl.Model, run.run_dir / "export"),
         precached=artifact(dsl.Dataset, Path(run.artifact("precache", "precached")["uri"])),
         metrics=metrics,
+        classification=classification,
         report=report,
     )
     before = run.artifact("evaluate", "metrics")["metadata"]
@@ -220,5 +222,6 @@ def test_evaluate_refuses_another_dataset_than_the_models(run: Run, tmp_path: Pa
             model=artifact(dsl.Model, run.run_dir / "export"),
             precached=artifact(dsl.Dataset, tmp_path),
             metrics=artifact(dsl.Metrics, tmp_path / "metrics"),
+            classification=artifact(dsl.ClassificationMetrics, tmp_path / "classification"),
             report=artifact(dsl.HTML, tmp_path / "report"),
         )

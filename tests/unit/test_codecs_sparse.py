@@ -157,10 +157,10 @@ def test_sparse_blocks_are_exact(sizes: tuple[int, int], seed: int) -> None:
     assert torch.equal(coded(TopK(k, block, Fp32(k)), blocks), blocks)
 
 
-def test_sparseloco_is_the_default() -> None:
-    codec = TopK()
-    assert (codec.name, codec.k, codec.block, codec.feedback) == ("sparse", 64, 4096, 0.95)
-    assert codec.row == 64 + 2 + 16
+@pytest.mark.parametrize(("k", "positions"), [(64, 64), (512, 304)])
+def test_a_row_is_positions_a_scale_and_two_bits_each(k: int, positions: int) -> None:
+    codec = TopK(k)
+    assert (codec.name, codec.block, codec.row) == ("sparse", 4096, positions + 2 + k // 4)
     assert codec.mean is codec
 
 
@@ -189,7 +189,7 @@ def test_codecs_that_do_not_fit_are_refused() -> None:
 # Both
 
 
-CODECS = [TopK(), TopK(values=Bf16(64)), TopK(1024, values=Integer(4, 1024)), Dct(), Dct(TopK(32, values=Fp32(32)))]
+CODECS = [TopK(), TopK(64, values=Bf16(64)), TopK(1024, values=Integer(4, 1024)), Dct(), Dct(TopK(32, values=Fp32(32)))]
 
 
 @pytest.mark.parametrize("codec", CODECS)

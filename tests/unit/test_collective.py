@@ -68,7 +68,7 @@ def mean_of(codec: Codec, values: list[Tensor], weights: list[float]) -> Tensor:
     for block, weight in zip(blocks, weights, strict=True):
         mean += (coded(codec, block) if lossy else block) * (weight / sum(weights))
     if lossy and len(values) > 2:  # two swap what they have coded: nothing is coded again
-        mean = coded(codec, mean)
+        mean = coded(codec.mean, mean)
     return codec.restore(mean, SIZE)
 
 

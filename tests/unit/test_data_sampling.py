@@ -1,7 +1,6 @@
 """The order of samples, shares of it, and reading ahead."""
 
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,9 @@ class Numbers:
         if self.bad in indices:
             raise OSError("bad sector")
         return {"input_ids": np.stack([indices, indices], axis=1)}
+
+    def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        return columns
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 10**6))
@@ -140,7 +142,7 @@ def test_batches_are_read_ahead_but_not_too_far() -> None:
             enough.set()
         return {"input_ids": indices[:, None]}
 
-    split: Any = type("Recording", (SimpleNamespace,), {"__getitem__": lambda self, indices: get(indices)})()
+    split: Any = type("Recording", (Numbers,), {"__getitem__": lambda self, indices: get(indices)})(100)
     iterator = batches(split, SampleOrder(100, 1), range(100), 1, prefetch=3)
     next(iterator)
     assert enough.wait(10)  # the one that was taken, and three more

@@ -48,7 +48,7 @@ class Memory(text.TextDataset):
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> type[Memory]:
-    monkeypatch.setitem(registry.families(), "memory", Memory)
+    monkeypatch.setitem(registry.families(), "memory", (Memory,))
     monkeypatch.setattr(Memory, "contents", CORPUS)
     return Memory
 
@@ -287,7 +287,7 @@ def test_manifest_counts(memory: type[Memory], tmp_path: Path) -> None:
     assert manifest.train.tokens == (manifest.train.bytes + len(train)) // 32 * 32 == manifest.train.sequences * 32
     assert manifest.byte_counts == np.bincount(list(itertools.chain(*train)), minlength=256).tolist()
     assert manifest.for_model == {"vocabulary_size": 257, "sequence_length": 32, "eos_token_id": 256}
-    assert (manifest.revision, manifest.tokenizer, manifest.task) == ("rev", "bytes", "language_modelling")
+    assert (manifest.revision, manifest.tokenizer) == ("rev", "bytes")
 
 
 def test_tokenizer_is_trained_without_the_held_out_text(

@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+import tomllib
 from pathlib import Path
 
 from components.step import IMAGE
@@ -53,3 +54,9 @@ def test_its_name_is_the_same_everywhere() -> None:
     name, _, tag = IMAGE.partition(":")
     prod = (ROOT / "manifests" / "overlays" / "prod" / "kustomization.yaml").read_text(encoding="utf-8")
     assert f"- name: {name}\n    newTag: {tag}\n" in prod
+
+
+def test_it_has_every_extra_that_a_run_may_need() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (extras,) = re.findall(r"'\.\[(.*)\]'", DOCKERFILE)
+    assert set(extras.split(",")) == set(project["optional-dependencies"]) - {"dev"}

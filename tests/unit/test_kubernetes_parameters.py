@@ -192,6 +192,18 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
         [{"protocol": "TCP", "port": 7000, "endPort": 7999}],
     ),
     ({}, lambda r: "ports" in network_policy(r.plan)["spec"]["ingress"][0], False),
+    (
+        {"metrics_port": 9000},
+        lambda r: [
+            r.replica["template"]["metadata"]["annotations"][f"prometheus.io/{key}"] for key in ("scrape", "port")
+        ],
+        ["true", "9000"],
+    ),
+    (
+        {"metrics_port": 9000, "elastic_nproc_per_node": 4},
+        lambda r: network_policy(r.plan)["spec"]["ingress"][2]["ports"],
+        [{"protocol": "TCP", "port": 9000, "endPort": 9003}],
+    ),
     ({"service_account": "worker"}, lambda r: r.pod["serviceAccountName"], "worker"),
     ({"image_pull_secrets": ["pull"]}, lambda r: r.pod["imagePullSecrets"], [{"name": "pull"}]),
     ({"active_deadline": 99}, lambda r: r.job["spec"]["runPolicy"]["activeDeadlineSeconds"], 99),
@@ -220,7 +232,7 @@ SITES = [
 ]
 
 
-@pytest.mark.parametrize(("values", "field", "expected"), PARAMETERS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("values", "field", "expected"), PARAMETERS, ids=[str(row[0]) for row in PARAMETERS])
 def test_parameter_reaches_its_field(values: dict[str, Any], field: Callable[[Rendered], Any], expected: Any) -> None:
     assert field(Rendered(**values)) == expected
 

@@ -22,7 +22,7 @@ from trainer.errors import ConfigError
         (["--model", "gpt-neo-z"], "model"),
         (["--device", "cuda:99"], "device"),
         (["--batch-size", "6"], "batch_size"),
-        (["--launcher", "pytorchjob"], "launcher"),
+        (["--launcher", "slurm"], "launcher"),
         (["--config", "missing.yaml"], "--config"),
         (["--resume", "nowhere"], "resume"),
         (["--run-dir", "file"], "run_dir"),
@@ -70,12 +70,12 @@ def test_a_misspelt_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_outcome_names_model_scores_and_report(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text(json.dumps({"bits_per_byte": 2.5, "unigram_bits_per_byte": 4.75}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"headline": "2.500 bits per byte"}))
     config = TrainingConfig.from_flat({"run_dir": str(tmp_path), "run_id": "x"})
     assert outcome(config).splitlines() == [
         "",
         f"model       {tmp_path}/export",
-        f"evaluation  {tmp_path}/evaluation.json: 2.500 bits per byte; the frequencies of bytes alone give 4.750",
+        f"evaluation  {tmp_path}/evaluation.json: 2.500 bits per byte",
         f"report      {tmp_path}/report.html",
     ]
 

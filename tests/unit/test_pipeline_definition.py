@@ -91,7 +91,11 @@ def test_artifacts_are_typed(spec: dict[str, Any]) -> None:
     assert artifacts("precache") == {"precached": "system.Dataset"}
     assert artifacts("train") == {"model": "system.Model", "metrics": "system.Metrics"}
     assert artifacts("export") == {"model": "system.Model"}
-    assert artifacts("evaluate") == {"metrics": "system.Metrics", "report": "system.HTML"}
+    assert artifacts("evaluate") == {
+        "metrics": "system.Metrics",
+        "classification": "system.ClassificationMetrics",
+        "report": "system.HTML",
+    }
 
 
 def test_steps_are_lightweight_components_of_the_projects_image(spec: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from trainer.config.refusals import first_error, is_secret, unknown
 from trainer.errors import ConfigError
 
 # Decays of the residual with which the codecs are best; `tests/benchmarks/bench_quality.py` has measured them.
-_FEEDBACK = {"ternary": 0.5, "sign": 0.5, "sparse": 0.95}
+_FEEDBACK = {"ternary": 0.5, "sign": 0.5, "sparse": 0.5}
 
 
 class TrainingConfig(Group):
@@ -40,18 +40,29 @@ class TrainingConfig(Group):
 
     # Model and data
     model: str = Field(
-        "gpt-neo-x", min_length=1, description="Model to train, `family[:size]`, for example gpt-neo-x:tiny."
+        "gpt-neo-x",
+        min_length=1,
+        description="Model to train: `family[:size]`, or `family:<Hub id or directory>` of a pretrained one; "
+        "`hf:<Hub id or directory>` is any causal language model.",
     )
-    dataset: str = Field("c4", min_length=1, description="Dataset: c4, stdlib (Python's own sources) or files:<path>.")
+    dataset: str = Field(
+        "c4",
+        min_length=1,
+        description="Dataset: c4, stdlib, imagenet, digits, librispeech, prompts, ogbn_arxiv, stdlib_graph or "
+        "files:<path>.",
+    )
     tokenizer: str = Field(
         "", description="Hub id, path, `bytes`, or `bpe:<vocabulary size>` trained on the data. Empty: the model's."
     )
     sequence_length: int = Field(1024, ge=2, description="Tokens in a training sequence (one sample).")
+    image_size: Annotated[int, Field(ge=8, le=1024)] | None = Field(
+        None, description="Height and width that pictures are resized to. Empty: the dataset's."
+    )
     max_samples: Positive | None = Field(
-        None, description="Most documents to read from the dataset. Empty: all of them."
+        None, description="Most documents (pictures, clips) to read from the dataset. Empty: all of them."
     )
     validation_fraction: float = Field(
-        0.01, gt=0, lt=1, description="Share of the documents held out for evaluation, chosen by their content's hash."
+        0.01, gt=0, lt=1, description="Share of the samples held out for evaluation, chosen by their content's hash."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         42, description="Seed of the initialisation, the data order and every other random choice."
@@ -102,6 +113,9 @@ class TrainingConfig(Group):
     compression_topk: Annotated[Positive, Field(le=4096)] = Field(
         32, description="DCT coefficients sent for each chunk of 64 x 64 (demo)."
     )
+    sparse_topk: Annotated[Positive, Field(le=4096, multiple_of=4)] = Field(
+        512, description="Numbers sent of each 4096 (codec=sparse)."
+    )
     error_feedback: Fraction | None = Field(
         None, description="Decay of the residual that a lossy codec keeps; 0: none. Empty: by codec."
     )
@@ -133,11 +147,13 @@ class TrainingConfig(Group):
     keep_checkpoints: Positive = Field(3, description="How many of the newest checkpoints are kept.")
     eval_interval: NonNegative = Field(10, description="Rounds between two held-out scores during training; 0: none.")
     eval_samples: Positive = Field(1024, description="Most held-out sequences that are scored.")
-    compile_model: Annotated[bool, Later("torch.compile")] = Field(
-        False, description="Compile the model with torch.compile."
+    compile_model: bool = Field(
+        False, description="Compile the model with torch.compile; where that fails, a warning says why, and it goes on."
     )
-    compile_backend: Annotated[str, Later("torch.compile")] = Field("inductor", description="Backend of torch.compile.")
-    compile_mode: Annotated[str, Later("torch.compile")] = Field("default", description="Mode of torch.compile.")
+    compile_backend: str = Field("inductor", min_length=1, description="Backend of torch.compile.")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
+        "default", description="Mode of torch.compile."
+    )
 
     # Unequal workers
     heterogeneous: Annotated[bool, Later("unequal workers")] = Field(
@@ -190,8 +206,9 @@ class TrainingConfig(Group):
     )
     experiment_description: str = Field("DiLoCo distributed training", description="Description of the experiment.")
     experiment_tags: list[Tag] = Field(["diloco", "gpt-neo-x", "c4"], description="Tags of the experiment.")
-    metrics_port: Annotated[Annotated[int, Field(gt=0, lt=65536)] | None, Later("Prometheus metrics")] = Field(
-        None, description="Port that serves Prometheus metrics. Empty: none."
+    metrics_port: Annotated[int, Field(ge=1024, lt=65000)] | None = Field(
+        None,
+        description="Port that serves Prometheus metrics; further workers of a machine take the next. Empty: none.",
     )
     hf_upload: bool = Field(False, description="Push the exported model to the Hugging Face Hub; needs HF_TOKEN.")
     trained_model_hf_name: str = Field(

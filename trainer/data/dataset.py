@@ -1,93 +1,56 @@
-"""A precached dataset: its manifest, and its splits, memory-mapped from Arrow files."""
+"""A precached dataset: its manifest, and its splits, memory-mapped."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.data.arrays import ArraySplit, read_shared
+from trainer.data.manifest import (
+    MANIFEST,
+    READY,
+    ArrayManifest,
+    Manifest,
+    SplitCounts,
+    TextManifest,
+    parse_manifest,
+    read_manifest,
+)
 from trainer.errors import ConfigError
-from trainer.files import read_json
 
-READY = "READY"
-MANIFEST = "manifest.json"
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class SplitCounts(_Record):
-    """What a split holds.
-
-    Attributes:
-        documents: Documents of the source that it was made of.
-        tokens: Tokens that were packed, the separators among them: `sequences * sequence_length`.
-        sequences: Samples.
-        bytes: UTF-8 bytes of its documents' text.
-    """
-
-    documents: int
-    tokens: int
-    sequences: int
-    bytes: int
+__all__ = [
+    "MANIFEST",
+    "READY",
+    "Dataset",
+    "Manifest",
+    "Samples",
+    "Split",
+    "SplitCounts",
+    "TextManifest",
+    "open_dataset",
+    "open_split",
+    "parse_manifest",
+    "read_manifest",
+]
 
 
-class FileRecord(_Record):
-    """A file of the dataset, as it was written."""
+class Samples(Protocol):
+    """A split, whatever is in it."""
 
-    bytes: int
-    sha256: str
+    def __len__(self) -> int:
+        """How many samples there are."""
 
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns of these samples as new arrays, (n, …) each, in this order."""
 
-class Manifest(_Record):
-    """Everything that is known of a precached dataset: `manifest.json`.
-
-    Attributes:
-        dataset: As the user asked for it.
-        task: The task its samples are for.
-        revision: Which content its source had.
-        inputs: The parameters that it depends on.
-        tokenizer: Hub id, path, `bytes` or `bpe:<n>`.
-        vocabulary_size: Token ids are below it.
-        eos_token_id: The token between two documents.
-        sequence_length: Tokens in a sample.
-        train: Counts of what is trained on.
-        validation: Counts of what is held out: the documents whose content hash falls below `validation_fraction`.
-        byte_counts: How often each of the 256 byte values occurs in the training text (UTF-8).
-        hash: Hash of the content: equal on every worker that trains on the same samples with the same tokenizer.
-        versions: Of the libraries that made it.
-        files: Every other file below the directory, by relative path.
-    """
-
-    dataset: str
-    task: str
-    revision: str
-    inputs: dict[str, object]
-    tokenizer: str
-    vocabulary_size: int
-    eos_token_id: int
-    sequence_length: int
-    train: SplitCounts
-    validation: SplitCounts
-    byte_counts: list[int]
-    hash: str
-    versions: dict[str, str]
-    files: dict[str, FileRecord] = {}
-
-    @property
-    def for_model(self) -> dict[str, int]:
-        """What a model has to know of its data (`trainer.models.ModelFamily.write`)."""
-        return {
-            "vocabulary_size": self.vocabulary_size,
-            "sequence_length": self.sequence_length,
-            "eos_token_id": self.eos_token_id,
-        }
+    def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """The same samples varied for training, by nothing but the seed and their positions in the data order."""
 
 
 class Split:
-    """Samples of equal shape, read from memory-mapped Arrow files when they are asked for.
+    """Sequences of tokens, read from memory-mapped Arrow files when they are asked for.
 
     `len(split)` is the number of samples; `split[indices]` gives their columns as new arrays, in that order:
     `input_ids` int64 (n, sequence_length), and in the held-out split `bytes` int64 (n,), the UTF-8 bytes of the tokens
@@ -123,25 +86,33 @@ class Split:
             for name in names
         }
 
+    def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """Text stays as it is."""
+        return columns
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A precached dataset."""
+    """A precached dataset.
 
-    train: Split
-    validation: Split
+    Attributes:
+        train: What is trained on.
+        validation: What is held out.
+        manifest: What is known of both.
+        tokenizer_dir: Of text: its tokenizer.
+        shared: Arrays that belong to every batch, by name: a graph.
+    """
+
+    train: Samples
+    validation: Samples
     manifest: Manifest
     tokenizer_dir: Path
+    shared: dict[str, np.ndarray] = field(default_factory=dict)
 
-
-def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a dataset that was written whole; None if `directory` holds none."""
-    try:
-        if not (directory / READY).exists():
-            return None
-        return Manifest.model_validate(read_json(directory / MANIFEST))
-    except (OSError, ValueError, ValidationError):
-        return None
+    @property
+    def group(self) -> int:
+        """So many consecutive training samples are read together (`SampleOrder`)."""
+        return self.manifest.group if isinstance(self.manifest, ArrayManifest) else 1
 
 
 def open_dataset(directory: Path) -> Dataset:
@@ -154,11 +125,15 @@ def open_dataset(directory: Path) -> Dataset:
         raise ConfigError(
             "dataset", directory.name, f"is not precached in {directory.parent}: run `python -m trainer precache` first"
         )
+    train, validation = (open_split(directory, manifest, name) for name in ("train", "validation"))
+    return Dataset(train, validation, manifest, directory / "tokenizer", read_shared(directory, manifest))
 
-    def split(name: str) -> Split:
-        return Split(directory / file for file in sorted(manifest.files) if file.startswith(f"{name}-"))
 
-    return Dataset(split("train"), split("validation"), manifest, directory / "tokenizer")
+def open_split(directory: Path, manifest: Manifest, name: str) -> Samples:
+    """One split; of the files, its own are enough."""
+    if isinstance(manifest, ArrayManifest):
+        return ArraySplit(directory, name, manifest)
+    return Split(directory / file for file in sorted(manifest.files) if file.startswith(f"{name}-"))
 
 
 def _view(column: "object") -> np.ndarray:

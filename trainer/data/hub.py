@@ -1,9 +1,17 @@
-"""The hub's many errors, in one sentence each."""
+"""The hub: rows of its Parquet datasets, and its many errors in one sentence each."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+_PARQUET_END = 64 << 10  # bytes
 
 
 @contextmanager
@@ -47,3 +55,92 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+class HubRows:
+    """The rows of a dataset's Parquet files: on the hub, or in a folder of the same layout.
+
+    Args:
+        spec: The dataset as a user writes it.
+        argument: What follows its name: "", a folder, or `<repository>[@<revision>]`.
+        repository: Of the hub, unless the argument names one.
+        shards: Which files, as a glob.
+        raw: Columns of pictures or audio that are to stay as their files' bytes.
+    """
+
+    def __init__(self, spec: str, argument: str, repository: str, shards: str, raw: tuple[str, ...] = ()) -> None:
+        self._spec, self._shards, self._raw = spec, shards, raw
+        self._folder = Path(argument).expanduser()
+        self._is_local = bool(argument) and self._folder.is_dir()
+        self._is_path = argument.startswith((".", "/", "~"))
+        name, _, revision = argument.partition("@")
+        self._repository, self._revision = name or repository, revision or None
+
+    def check(self) -> None:
+        """Raise ConfigError for a folder that is not there, or holds nothing of the kind."""
+        if self._is_path and not self._is_local:
+            raise ConfigError("dataset", self._spec, "no such folder")
+        if self._is_local and not self._local_shards():
+            raise ConfigError("dataset", self._spec, f"holds no {self._shards}")
+
+    def identity(self, name: str) -> str | None:
+        """The folder, with its whole path; None if it is on the hub."""
+        return f"{name}:{self._folder.absolute()}" if self._is_local else None
+
+    def revision(self) -> str:
+        """The commit on the hub; of a folder, its files' names, sizes and ends, where Parquet keeps its statistics."""
+        if self._is_local:
+            digest = hashlib.sha256()
+            for path in self._local_shards():
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - _PARQUET_END))
+                    digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read())
+            return f"local copy, sha256 {digest.hexdigest()}"
+        from huggingface_hub import HfApi
+
+        with hub_errors("dataset", self._spec):
+            return str(HfApi().dataset_info(self._repository, revision=self._revision).sha)
+
+    def count(self, usual: int) -> int:
+        """Rows: of a folder as its files say, else as usual."""
+        if not self._is_local:
+            return usual
+        import pyarrow.parquet as pq
+
+        try:
+            return sum(pq.read_metadata(path).num_rows for path in self._local_shards())
+        except (OSError, ValueError) as error:
+            raise ConfigError("dataset", self._spec, f"cannot be read: {_first_line(error)}") from None
+
+    def features(self) -> "Mapping[str, Any] | None":
+        """The columns' types, if the files tell them."""
+        return self._rows().features
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The rows, in the order of the shards, streamed."""
+        from datasets import Audio, Image
+
+        with hub_errors("dataset", self._spec):
+            rows = self._rows()
+            for name in self._raw:
+                form = (rows.features or {}).get(name)
+                if isinstance(form, Audio | Image):
+                    rows = rows.cast_column(name, type(form)(decode=False))
+            yield from rows
+
+    def _rows(self) -> "IterableDataset":
+        from datasets import load_dataset
+
+        if self._is_local:
+            files = [str(path) for path in self._local_shards()]
+            return load_dataset("parquet", data_files={"train": files}, split="train", streaming=True)
+        return load_dataset(
+            self._repository,
+            data_files={"train": self._shards},
+            split="train",
+            streaming=True,
+            revision=self._revision,
+        )
+
+    def _local_shards(self) -> list[Path]:
+        return sorted(self._folder.glob(self._shards))

@@ -16,23 +16,19 @@ from pathlib import Path
 
 from trainer import models
 from trainer.config import TrainingConfig
-from trainer.data.dataset import MANIFEST, READY, FileRecord, Manifest, read_manifest
+from trainer.data.manifest import MANIFEST, READY, FileRecord, Manifest, read_manifest
 from trainer.data.registry import DatasetFamily, Log, resolve
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import TrainingError
 from trainer.files import require_free_space, require_writable, sha256, whole_directory, write_json, write_text
 from trainer.volume import Volume, worker_configs
 
-_FORMAT = 1  # of the files: another one, another directory
+_FORMAT = 2  # of the files: another one, another directory
 _CHEAP_BYTES = 2**30  # read again and compared every time; more than that only when asked
 
 
 def check(config: TrainingConfig) -> None:
     """Raise ConfigError for a dataset or tokenizer that cannot work. Cheap, and without network."""
-    dataset = resolve(config)
-    task = models.resolve(config.model).family.task
-    if dataset.task != task:
-        raise ConfigError("dataset", config.dataset, f"is for {dataset.task}, but {config.model} is for {task}")
-    dataset.check()
+    resolve(config).check()
 
 
 def directory(config: TrainingConfig, datasets: Path) -> Path:
@@ -70,10 +66,7 @@ def precache(
             log(f"dataset {dataset.spec} is already precached in {path}")
         else:
             manifest = _taken(path, dataset, source, log) or _made(path, dataset, log)
-            log(
-                f"dataset {dataset.spec}: {manifest.train.sequences} sequences of {manifest.sequence_length} tokens to "
-                f"train on, {manifest.validation.sequences} held out, in {path}"
-            )
+            log(f"dataset {dataset.spec}: {manifest.contents}, in {path}")
     path = models.directory(config, manifest.for_model, volume.models)
     with _disk_errors(volume.models), _locked(path, log):
         _, written = models.precache(config, manifest.for_model, volume.models)

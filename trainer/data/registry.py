@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import trainer.data
+from trainer import models
 from trainer.config import TrainingConfig
-from trainer.data.dataset import Manifest
+from trainer.data.manifest import Manifest
 from trainer.errors import ConfigError
 
 Log = Callable[[str], None]
@@ -19,17 +20,18 @@ Log = Callable[[str], None]
 class DatasetFamily(ABC):
     """A dataset that a user asks for as `name` or `name:argument`.
 
-    Subclass the one that fits the task (`trainer.data.text.TextDataset`) rather than this.
+    Subclass the one that fits (`trainer.data.text.TextDataset`, `trainer.data.pictures.PictureDataset`) rather than
+    this. Two families may have one name (`files`) if they are for different tasks.
 
     Attributes:
         name: What a user writes before the colon.
-        task: Name of the task in `trainer.tasks` that its samples are for.
+        tasks: Names of the tasks in `trainer.tasks` that its samples are for.
         takes_argument: Whether something may follow the name.
         local: Whether `revision` needs no network, so that precaching again can ask whether the source has changed.
     """
 
     name: ClassVar[str]
-    task: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]]
     takes_argument: ClassVar[bool] = False
     local: ClassVar[bool] = True
 
@@ -73,16 +75,28 @@ class DatasetFamily(ABC):
 
 
 @cache
-def families() -> dict[str, type[DatasetFamily]]:
+def families() -> dict[str, tuple[type[DatasetFamily], ...]]:
     """Every family in this package, by name."""
     path, package = trainer.data.__path__, trainer.data.__name__
     modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(path)]
-    return {module.FAMILY.name: module.FAMILY for module in modules if hasattr(module, "FAMILY")}
+    found: dict[str, tuple[type[DatasetFamily], ...]] = {}
+    for family in (module.FAMILY for module in modules if hasattr(module, "FAMILY")):
+        found[family.name] = (*found.get(family.name, ()), family)
+    return found
 
 
 def resolve(config: TrainingConfig) -> DatasetFamily:
-    """The dataset that `config` asks for. Raises ConfigError for an unknown one."""
+    """The dataset that `config` asks for, of those of that name the one for the model's task.
+
+    Raises:
+        ConfigError: There is none of that name, or it is for another task.
+    """
     name, _, argument = config.dataset.partition(":")
     if name not in families():
         raise ConfigError("dataset", config.dataset, f"no such dataset; there are {', '.join(sorted(families()))}")
-    return families()[name](argument, config)
+    task = models.resolve(config.model).family.task
+    for family in families()[name]:
+        if task in family.tasks:
+            return family(argument, config)
+    offered = sorted({own for family in families()[name] for own in family.tasks})
+    raise ConfigError("dataset", config.dataset, f"is for {' and '.join(offered)}, but {config.model} is for {task}")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.data.dataset import Split
+from trainer.data.dataset import Samples
+from trainer.data.random_numbers import mix
 
 if TYPE_CHECKING:
     import torch
 
 _FEISTEL_ROUNDS = 8
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def evenly(count: int, limit: int) -> np.ndarray:
@@ -34,45 +34,42 @@ class SampleOrder:
     Args:
         num_samples: Samples in an epoch.
         seed: Another seed, another order.
+        group: So many consecutive samples stay together, in their order: those of about the same length. It divides
+            `num_samples`.
     """
 
-    def __init__(self, num_samples: int, seed: int) -> None:
+    def __init__(self, num_samples: int, seed: int, group: int = 1) -> None:
         if num_samples < 1:
             raise ValueError(f"an order needs at least one sample, not {num_samples}")
-        self.num_samples = num_samples
+        if num_samples % group:
+            raise ValueError(f"{num_samples} samples are no groups of {group}")
+        self.num_samples, self.group = num_samples, group
         self.seed = seed
-        # Pairs of digits in this base are the smallest square that holds every sample.
-        self._base = np.uint64(isqrt(num_samples - 1) + 1)
+        self._groups = num_samples // group
+        # Pairs of digits in this base are the smallest square that holds every group.
+        self._base = np.uint64(isqrt(self._groups - 1) + 1)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """The samples at these positions: int64, any shape in, the same shape out."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, within = np.divmod(positions.ravel(), self.num_samples)
-        keys = _mix(_mix(np.array(self.seed % 2**64, dtype=np.uint64)) ^ epochs.astype(np.uint64))
-        samples = self._permute(within.astype(np.uint64), keys)
-        # The square holds up to 2 * sqrt(num_samples) values too many: what lands there walks on until it is inside.
-        while (outside := np.flatnonzero(samples >= self.num_samples)).size:
-            samples[outside] = self._permute(samples[outside], keys[outside])
-        return samples.astype(np.int64).reshape(positions.shape)
+        keys = mix(mix(np.array(self.seed % 2**64, dtype=np.uint64)) ^ epochs.astype(np.uint64))
+        groups, rest = np.divmod(within, self.group)
+        chosen = self._permute(groups.astype(np.uint64), keys)
+        # The square holds up to 2 * sqrt(groups) values too many: what lands there walks on until it is inside.
+        while (outside := np.flatnonzero(chosen >= self._groups)).size:
+            chosen[outside] = self._permute(chosen[outside], keys[outside])
+        return (chosen.astype(np.int64) * self.group + rest).reshape(positions.shape)
 
     def _permute(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
         left, right = np.divmod(values, self._base)
         for number in range(_FEISTEL_ROUNDS):
-            left, right = right, (left + _mix(keys + np.uint64(number) + (right << np.uint64(8)))) % self._base
+            left, right = right, (left + mix(keys + np.uint64(number) + (right << np.uint64(8)))) % self._base
         return left * self._base + right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014): 64 bits in, 64 well mixed bits out."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what is meant
-        values = values + np.uint64(_GOLDEN)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
-
-
 def batches(
-    split: Split,
+    split: Samples,
     order: SampleOrder,
     positions: "np.ndarray | range",
     batch_size: int,
@@ -89,14 +86,15 @@ def batches(
         pin_memory: Whether the tensors lie in pinned memory, so that copies to a GPU can overlap.
 
     Yields:
-        The columns of `Split` as tensors: `input_ids` int64 (batch_size, sequence_length).
+        The columns of the split as tensors, varied as `Samples.augmented` does: of text, `input_ids` int64
+        (batch_size, sequence_length).
 
     An error while reading is raised at the batch that it belongs to. Closing the iterator ends the thread.
     """
     import torch
 
     def read(chosen: np.ndarray) -> dict[str, "torch.Tensor"]:
-        columns = split[order.indices(chosen)]
+        columns = split.augmented(split[order.indices(chosen)], chosen, order.seed)
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 

@@ -29,7 +29,7 @@ class Stdlib(TextDataset):
     def check(self) -> None:
         super().check()
         if not self._modules:
-            raise ConfigError("dataset", self.spec, f"this Python has no sources of its library in {self._root}")
+            raise ConfigError("dataset", self.spec, f"this Python has no sources of its library in {library()}")
 
     def revision(self) -> str:
         digest = hashlib.sha256()
@@ -43,19 +43,23 @@ class Stdlib(TextDataset):
     def documents(self, revision: str) -> Iterator[str]:
         return (path.read_text(encoding="utf-8", errors="replace") for path in self._modules)
 
-    @property
-    def _root(self) -> Path:
-        return Path(sysconfig.get_path("stdlib"))
-
     @cached_property
     def _modules(self) -> list[Path]:
-        modules = []
-        for folder, folders, names in os.walk(self._root):
-            folders[:] = set(folders) - _SKIPPED_FOLDERS
-            modules += [
-                Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(_SKIPPED_NAMES)
-            ]
-        return sorted(modules, key=Path.as_posix)
+        return modules(library())
+
+
+def library() -> Path:
+    """Where this Python's standard library lies."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def modules(root: Path) -> list[Path]:
+    """The sources of the library itself, in the order of their paths."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - _SKIPPED_FOLDERS
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(_SKIPPED_NAMES)]
+    return sorted(found, key=Path.as_posix)
 
 
 FAMILY = Stdlib

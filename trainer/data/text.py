@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from trainer.data import tokenizer as tokenizers
-from trainer.data.dataset import Manifest, SplitCounts
+from trainer.data.manifest import Manifest, SplitCounts, TextManifest
 from trainer.data.progress import Progress
 from trainer.data.registry import DatasetFamily, Log
 from trainer.errors import ConfigError
@@ -33,7 +33,7 @@ class TextDataset(DatasetFamily):
     the end of a split is dropped.
     """
 
-    task: ClassVar[str] = "language_modelling"
+    tasks: ClassVar[tuple[str, ...]] = ("language_modelling",)
 
     @abstractmethod
     def documents(self, revision: str) -> Iterator[str]:
@@ -111,10 +111,9 @@ class TextDataset(DatasetFamily):
                 f"sequence of {length} tokens: raise it{hint}, or give more text or a smaller sequence_length",
             )
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-        content = (self.task, length, end, vocabulary, train.digest, validation.digest)
-        return Manifest(
+        content = (self.tasks[0], length, end, vocabulary, train.digest, validation.digest)
+        return TextManifest(
             dataset=self.spec,
-            task=self.task,
             revision=revision,
             inputs=self.inputs(),
             tokenizer=spec,

@@ -28,7 +28,7 @@ _TRAINING_BYTES = 256 * 2**20
 
 def resolve(config: TrainingConfig) -> str:
     """The tokenizer that `config` asks for: its own word, or the model's default. Raises ConfigError if neither is."""
-    spec = config.tokenizer or models.resolve(config.model).family.default_tokenizer
+    spec = config.tokenizer or models.resolve(config.model).default_tokenizer
     if not spec:
         raise ConfigError("tokenizer", "", f"{config.model} brings none: name one, for example bytes or bpe:4096")
     return spec

@@ -1,5 +1,6 @@
 """DiLoCo as a library: five lines make a worker of a training loop of your own (see `DiLoCo`)."""
 
+from trainer.diloco.average import Averaged
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.ddp import DDP
 from trainer.diloco.diloco import DiLoCo, Overlap
@@ -9,6 +10,7 @@ from trainer.diloco.state import Fragment, GlobalState
 
 __all__ = [
     "DDP",
+    "Averaged",
     "Codec",
     "Commit",
     "DiLoCo",

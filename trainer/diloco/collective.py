@@ -133,8 +133,8 @@ class _Coded:
         self.mean = self.workspace.empty("mean", count, codec.block)
         self.error = self.workspace.empty("error", count, codec.block) if keep else None
         # What the mean is the sum of.
-        self.messages = [(share, codec) for share in self.shares] if self.size == 2 else [(1.0, codec.mean)]
-        self.coded = [torch.empty(count, its.row, dtype=torch.uint8) for _, its in self.messages]
+        row, shares = (codec.row, self.shares) if self.size == 2 else (codec.mean.row, [1.0])
+        self.coded = [torch.empty(count, row, dtype=torch.uint8) for _ in shares]
         stages = [self._swap, self._take] if self.size == 2 else [self._send, self._reduce, self._take]
         for turn in range(len(pieces) + (len(stages) - 1) * IN_FLIGHT):
             for number, stage in enumerate(stages):
@@ -142,8 +142,7 @@ class _Coded:
                 if 0 <= index < len(pieces):
                     stage(pieces[index])
         left = None if self.error is None else codec.restore(self.error, n)
-        coded = tuple((share, rows) for (share, _), rows in zip(self.messages, self.coded, strict=True))
-        return Reduced(codec.restore(self.mean, n), weight, coded, left)
+        return Reduced(codec.restore(self.mean, n), weight, tuple(zip(shares, self.coded, strict=True)), left)
 
     def _pieces(self, parts: list[Tensor]) -> Iterator[_Piece]:
         block = self.codec.block
@@ -157,12 +156,23 @@ class _Coded:
                     start += len(blocks)
 
     def _swap(self, piece: _Piece) -> None:
-        """Code the piece, and send it to everybody."""
-        self._gather(piece, self._code(piece, len(piece.blocks)))
+        """Code the piece, send it to the other, and put this member's share of it into the mean."""
+        rows = torch.empty(len(piece.blocks), self.codec.row, dtype=torch.uint8)
+        mean = self.mean[piece.start : piece.stop]
+        left = mean if self.error is None else self.error[piece.start : piece.stop]
+        for blocks, coded, out, lost in _slices(self.codec, piece.blocks, rows, mean, left):
+            self.codec.decode(coded.copy_(self.codec.encode(blocks)), out)
+            if self.error is not None:
+                torch.sub(blocks, out, out=lost)
+            out.mul_(self.share)
+        self._gather(piece, rows)
 
     def _send(self, piece: _Piece) -> None:
         """Code the piece, and send each owner its part."""
-        rows = self._code(piece, -(-len(piece.blocks) // self.size) * self.size)
+        rows = _encode(self.codec, piece.blocks, -(-len(piece.blocks) // self.size) * self.size)
+        if self.error is not None:
+            left = self.error[piece.start : piece.stop]
+            torch.sub(piece.blocks, _decode(self.codec, rows, left), out=left)
         piece.rows, options = torch.empty_like(rows), AllToAllOptions()
         options.timeout = self.timeout
         piece.work = self.group.alltoall_base(piece.rows, rows, [], [], options)
@@ -171,8 +181,8 @@ class _Coded:
         """Form the mean of the part that this member owns, and send it to everybody."""
         piece.work.wait(self.timeout)
         part = len(piece.rows) // self.size
-        messages = zip(self.shares, [self.codec] * self.size, piece.rows.chunk(self.size), strict=True)
-        total = _sum(list(messages), torch.empty(part, self.codec.block))
+        messages = list(zip(self.shares, piece.rows.chunk(self.size), strict=True))
+        total = _sum(self.codec, messages, torch.empty(part, self.codec.block))
         rows = _encode(self.codec.mean, total, part)
         if self.error is not None:
             left = self.error[piece.start : piece.stop][self.rank * part : (self.rank + 1) * part]
@@ -181,24 +191,17 @@ class _Coded:
         self._gather(piece, rows)
 
     def _take(self, piece: _Piece) -> None:
-        """Decode the piece's mean."""
+        """Decode the piece's mean, or the other member's share of it."""
         piece.work.wait(self.timeout)
-        messages = []
-        for (share, codec), coded, rows in zip(
-            self.messages, self.coded, piece.rows.chunk(len(self.coded)), strict=True
-        ):
-            coded[piece.start : piece.stop] = rows[: len(piece.blocks)]
-            messages.append((share, codec, rows[: len(piece.blocks)]))
-        _sum(messages, self.mean[piece.start : piece.stop])
+        mean = self.mean[piece.start : piece.stop]
+        rows = [rows[: len(piece.blocks)] for rows in piece.rows.chunk(len(self.coded))]
+        for coded, came in zip(self.coded, rows, strict=True):
+            coded[piece.start : piece.stop] = came
+        if self.size == 2:
+            _add(self.codec, rows[1 - self.rank], self.shares[1 - self.rank], mean)
+        else:
+            _decode(self.codec.mean, rows[0], mean)
         piece.rows = piece.work = None
-
-    def _code(self, piece: _Piece, count: int) -> Tensor:
-        """`count` rows; what they leave out is kept."""
-        rows = _encode(self.codec, piece.blocks, count)
-        if self.error is not None:
-            left = self.error[piece.start : piece.stop]
-            torch.sub(piece.blocks, _decode(self.codec, rows, left), out=left)
-        return rows
 
     def _gather(self, piece: _Piece, rows: Tensor) -> None:
         """Send rows to everybody."""
@@ -211,9 +214,9 @@ def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
     """The mean, float32 (`size`,), of what `Reduced.coded` holds: to the last bit what it was."""
     if coded[0][1].dtype == torch.float32:
         return coded[0][1]
-    codec = codec if len(coded) > 1 else codec.mean
-    messages = [(share, codec, rows.view(-1, codec.row)) for share, rows in coded]
-    return codec.restore(_sum(messages, torch.empty(len(messages[0][2]), codec.block)), size)
+    inner = codec if len(coded) > 1 else codec.mean
+    messages = [(share, rows.view(-1, inner.row)) for share, rows in coded]
+    return codec.restore(_sum(inner, messages, torch.empty(len(messages[0][1]), codec.block)), size)
 
 
 def _all_reduce(group: Any, values: Tensor, timeout: timedelta) -> Work:
@@ -240,24 +243,22 @@ def _decode(codec: Codec, rows: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _sum(messages: list[tuple[float, Codec, Tensor]], out: Tensor) -> Tensor:
-    """The sum of what rows hold, each times its share."""
-    if len(messages) == 1:
-        return _decode(messages[0][1], messages[0][2], out)
-    out.zero_()
-    for share, codec, rows in messages:
-        if share:
-            _add(codec, rows, share, out)
+def _sum(codec: Codec, messages: list[tuple[float, Tensor]], out: Tensor) -> Tensor:
+    """The sum of what rows hold, each times its share. Of two it is the same, to the last bit, in either order."""
+    (share, rows), *others = messages
+    _decode(codec, rows, out).mul_(share)
+    for share, rows in others:
+        _add(codec, rows, share, out)
     return out
 
 
-def _add(codec: Codec, rows: Tensor, factor: float, total: Tensor) -> None:
-    """Add `factor` times what the rows hold."""
+def _add(codec: Codec, rows: Tensor, share: float, total: Tensor) -> None:
+    """Add `share` times what the rows hold: rounded before it is added, which `alpha` need not do."""
     scratch = torch.empty(max(1, SLICE // codec.block), codec.block)
     for part, coded in _slices(codec, total, rows):
-        part.add_(codec.decode(coded, scratch[: len(part)]), alpha=factor)
+        part.add_(codec.decode(coded, scratch[: len(part)]).mul_(share))
 
 
-def _slices(codec: Codec, blocks: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    count = max(1, SLICE // codec.block)
-    return zip(blocks.split(count), rows.split(count), strict=True)
+def _slices(codec: Codec, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of as many rows each, a slice at a time."""
+    return zip(*(part.split(max(1, SLICE // codec.block)) for part in rows), strict=True)

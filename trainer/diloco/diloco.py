@@ -42,18 +42,35 @@ class Overlap:
     mixing: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Landing:
+    """What a synchronisation that is over has left to do. It was worked out beside the inner steps.
+
+    Attributes:
+        tensors: The fragment's part of the global state after the outer step; None: there is no outer step.
+        shift: What to add to the local parameters, float32 (n,).
+        residual: What the codec has left out of this worker's message, float32 (n,); None: nothing.
+        offset: How far from θ this worker begins, float32 (n,); None: it begins there.
+    """
+
+    commit: Commit
+    tensors: dict[str, Tensor] | None
+    shift: Tensor
+    residual: Tensor | None
+    offset: Tensor | None
+
+
+@dataclass(frozen=True)
 class _Flight:
     """A synchronisation that is on its way, and what the round was when it ended."""
 
-    commit: Future[Commit]
+    landing: Future[_Landing]
     fragment: Fragment
     length: int
     inner_steps: int
     samples: list[float]
     work: list[int]
     carried: Tensor | None
-    ended: Tensor  # the fragment's local parameters, float32 (n,)
     exposed: float  # seconds that its beginning took
 
 
@@ -145,6 +162,7 @@ class DiLoCo:
         self._samples = [0.0] * self._parts  # of each fragment: what its pseudo-gradient stands for so far
         self._work = [0] * self._parts  # and inner steps; carried ones included
         self._scratch = self._layout.empty()
+        self._ended = self._layout.empty() if overlap else self._scratch[:0]
         self._carried: Tensor | None = None  # the displacements of carried steps: a sum, float32 (n,)
         self._residual: Tensor | None = None  # what the codec has left out so far, float32 (n,)
         self._offset: Tensor | None = None  # how far from θ this worker began, float32 (n,); None: it began there
@@ -231,10 +249,12 @@ class DiLoCo:
             return commit
         started = time.perf_counter()
         fragment = self._fragment
-        pseudo_gradient = self._pseudo_gradient(fragment)
         if self.overlap is not None and self._begun + self.round_length != self.total_steps:
-            self._take_off(fragment, pseudo_gradient, started)
+            self._take_off(fragment, started)
             return None
+        pseudo_gradient = self._pseudo_gradient(
+            fragment, self._gathered(fragment), self._carried, self._scales(fragment)
+        )
         try:
             commit = self.quorum.synchronise(pseudo_gradient, self.samples, fragment)
         except Superseded:
@@ -264,10 +284,10 @@ class DiLoCo:
         started = time.perf_counter()
         flight = self._flight
         assert flight is not None
-        while not wait([flight.commit], LOOK_INTERVAL).done:
+        while not wait([flight.landing], LOOK_INTERVAL).done:
             self.while_waiting()
         try:
-            commit = flight.commit.result()
+            landing = flight.landing.result()
         except BaseException as error:
             self._turn_back(flight)
             if not isinstance(error, Superseded):
@@ -275,24 +295,28 @@ class DiLoCo:
             self.catch_up()
             return None
         self._flight = None
-        fragment, section = flight.fragment, self._sections[flight.fragment.index]
-        self._apply(commit, flight.length)
-        parameters = fragment.of(self.state.parameters)
-        base = parameters
-        if self.overlap is not None and self.overlap.mixing:
-            if self._offset is None:
-                self._offset = torch.zeros_like(self.state.parameters)
-            offset = torch.sub(flight.ended, parameters, out=fragment.of(self._offset)).mul_(self.overlap.mixing)
-            base = parameters + offset
-        local = self._layout.gather(self._part_of_scratch(fragment), self._local(section))
-        self._layout.scatter(local.sub_(flight.ended).add_(base), self._local(section))
+        fragment, commit = flight.fragment, landing.commit
+        if landing.tensors is None:
+            self.state.skip(flight.length)
+        else:
+            self.state.take(landing.tensors, flight.length, fragment)
+            self._residual = self._with(self._residual, fragment, landing.residual)
+            self._offset = self._with(self._offset, fragment, landing.offset)
+        local = self._local(self._sections[fragment.index])
+        if self.inner_steps or landing.offset is not None:
+            self._layout.add(landing.shift, local)
+        else:  # to the last bit
+            self._layout.scatter(fragment.of(self.state.parameters), local)
         self.quorum.applied(commit, self.state)
         self.exposed_seconds = flight.exposed + time.perf_counter() - started
         return (self.synchronise() if self.due else None) or commit
 
     def catch_up(self) -> None:
         """Take over the global state of the last committed round, and carry this worker's work (or drop it)."""
-        carried = self._displacement().clone()  # it is in the scratch memory that catching up needs
+        whole = self.state.fragments[-1]
+        carried = self._displacement(
+            whole, self._gathered(whole), self._carried
+        ).clone()  # catching up needs the scratch
         samples, work, residual = list(self._samples), list(self._work), self._residual
         steps, round, length = self.inner_steps, self.round, self.round_length
         counts = self.quorum.catch_up(self.state)
@@ -406,54 +430,94 @@ class DiLoCo:
     def _part_of_scratch(self, fragment: Fragment) -> Tensor:
         return self._scratch[: fragment.stop - fragment.start]
 
-    def _displacement(self, fragment: Fragment | None = None) -> Tensor:
+    def _gathered(self, fragment: Fragment) -> Tensor:
+        """This worker's parameters, float32 (n,); in the scratch memory."""
+        return self._layout.gather(self._part_of_scratch(fragment), self._local(self._sections[fragment.index]))
+
+    def _displacement(self, fragment: Fragment, local: Tensor, carried: Tensor | None) -> Tensor:
         """How far this worker's steps have gone from where they began, carried ones included; in the scratch memory."""
-        fragment = fragment or self.state.fragments[-1]
-        displacement = self._layout.gather(self._part_of_scratch(fragment), self._local(self._sections[fragment.index]))
-        torch.sub(fragment.of(self.state.parameters), displacement, out=displacement)
-        for more in (self._carried, self._offset):
+        displacement = torch.sub(fragment.of(self.state.parameters), local, out=self._part_of_scratch(fragment))
+        for more in (carried, self._offset):
             if more is not None:
                 displacement.add_(fragment.of(more))
         return displacement
 
-    def _pseudo_gradient(self, fragment: Fragment) -> Tensor:
-        """What this worker sends; in the scratch memory."""
-        pseudo_gradient = self._displacement(fragment)
+    def _scales(self, fragment: Fragment) -> list[tuple[slice, float]]:
+        """What a displacement has to be multiplied by, and where, to be a round's worth: a whole one may be carried."""
         usual = self.round_length if self._parts == 1 else self.sync_every * self._parts
+        scales = []
         for index in self._parts_of(fragment):
-            if self._work[index] > usual:  # more than one round's: a whole one was carried
+            if self._work[index] > usual:
                 part = self.state.fragments[index]
-                own = pseudo_gradient[part.start - fragment.start : part.stop - fragment.start]
-                own.mul_(usual / self._work[index])
+                scales.append(
+                    (slice(part.start - fragment.start, part.stop - fragment.start), usual / self._work[index])
+                )
+        return scales
+
+    def _pseudo_gradient(
+        self, fragment: Fragment, local: Tensor, carried: Tensor | None, scales: list[tuple[slice, float]]
+    ) -> Tensor:
+        """What this worker sends; in the scratch memory."""
+        pseudo_gradient = self._displacement(fragment, local, carried)
+        for part, scale in scales:
+            pseudo_gradient[part].mul_(scale)
         if self._residual is not None:
             pseudo_gradient.add_(fragment.of(self._residual), alpha=fragment.codec.feedback)
         return pseudo_gradient
 
-    def _take_off(self, fragment: Fragment, pseudo_gradient: Tensor, started: float) -> None:
+    def _take_off(self, fragment: Fragment, started: float) -> None:
         """Begin to synchronise, and a new round."""
-        ended = torch.empty_like(pseudo_gradient, pin_memory=pseudo_gradient.is_pinned())
-        self._layout.gather(ended, self._local(self._sections[fragment.index]))
+        local = self._local(self._sections[fragment.index])
+        ended = self._layout.gather(self._ended[: fragment.stop - fragment.start], local, wait=False)
+        carried = None if self._carried is None else self._carried.clone()
         parts = self._parts_of(fragment)
+        landing = self._sender.submit(self._exchange, fragment, ended, carried, self._scales(fragment), self.samples)
         flight = _Flight(
-            self._sender.submit(self.quorum.synchronise, pseudo_gradient, self.samples, fragment),
+            landing,
             fragment,
             self.round_length,
             self.inner_steps,
             [count if part in parts else 0.0 for part, count in enumerate(self._samples)],
             [count if part in parts else 0 for part, count in enumerate(self._work)],
-            None if self._carried is None else self._carried.clone(),
-            ended,
+            carried,
             time.perf_counter() - started,
         )
         self._forget(fragment)
         self._flight, self.inner_steps = flight, 0
+
+    def _exchange(
+        self,
+        fragment: Fragment,
+        ended: Tensor,
+        carried: Tensor | None,
+        scales: list[tuple[slice, float]],
+        samples: float,
+    ) -> _Landing:
+        """Synchronise; on a thread, while inner steps are made. It changes nothing but `ended` and the scratch memory.
+
+        Args:
+            ended: The local parameters when the round ended, float32 (n,).
+        """
+        self._layout.settle()
+        pseudo_gradient = self._pseudo_gradient(fragment, ended, carried, scales)
+        commit = self.quorum.synchronise(pseudo_gradient, samples, fragment)
+        base = fragment.of(self.state.parameters)
+        if commit.reduced.weight == 0:
+            return _Landing(commit, None, torch.sub(base, ended, out=ended), None, None)
+        tensors = self.state.prepare(commit.reduced.mean, self._part_of_scratch(fragment), fragment)
+        shift, offset = torch.sub(tensors["model"], ended, out=ended), None
+        if self.overlap is not None and self.overlap.mixing:
+            offset = shift * -self.overlap.mixing
+            shift.add_(offset)
+        error = commit.reduced.error
+        return _Landing(commit, tensors, shift, None if error is None else error.clone(), offset)
 
     def _arrives(self, flight: _Flight) -> bool:
         """Whether it is time to land: at the latest before the next synchronisation, or the last one's last step."""
         assert self.overlap is not None
         if self.inner_steps >= self.round_length - (self._begun + self.round_length == self.total_steps):
             return True
-        return self.inner_steps >= self.overlap.delay if self.overlap.delay else flight.commit.done()
+        return self.inner_steps >= self.overlap.delay if self.overlap.delay else flight.landing.done()
 
     def _turn_back(self, flight: _Flight) -> None:
         """The synchronisation has failed: its round is still open, and has gone on."""
@@ -467,13 +531,20 @@ class DiLoCo:
         if reduced.weight == 0:
             self.state.skip(length)
             return None
-        if reduced.error is not None:
-            if self._residual is None:
-                self._residual = torch.zeros_like(self.state.parameters)
-            fragment.of(self._residual).copy_(reduced.error)
-        elif self._residual is not None:
-            fragment.of(self._residual).zero_()
+        if reduced.error is not None and self._residual is None:
+            self._residual = torch.zeros_like(self.state.parameters)
+        if self._residual is not None:  # in place: the error's memory is the collective's
+            kept = fragment.of(self._residual)
+            kept.zero_() if reduced.error is None else kept.copy_(reduced.error)
         return self.state.apply(reduced.mean, length, self._part_of_scratch(fragment), fragment)
+
+    def _with(self, own: Tensor | None, fragment: Fragment, part: Tensor | None) -> Tensor | None:
+        """`own`, (n,), with the fragment's part replaced; `part` may be taken over. None stands for zeros."""
+        if self._is_whole(fragment) or (own is None and part is None):
+            return part
+        own = torch.zeros_like(self.state.parameters) if own is None else own
+        fragment.of(own).zero_() if part is None else fragment.of(own).copy_(part)
+        return own
 
     def _forget(self, fragment: Fragment) -> None:
         """The fragment's pseudo-gradient begins anew."""

@@ -1,6 +1,7 @@
 """A model's parameters as one contiguous float32 vector on the host."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -42,7 +43,8 @@ class FlatLayout:
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
         self.size = sum(parameter.numel() for parameter in self._parameters)
-        self._pinned = any(parameter.is_cuda for parameter in self._parameters)
+        devices = {parameter.device for parameter in self._parameters if parameter.is_cuda}
+        self._stream = torch.cuda.Stream(devices.pop()) if devices else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -50,7 +52,7 @@ class FlatLayout:
 
     def empty(self) -> Tensor:
         """A vector, float32 (size,), in memory that a GPU can copy to and from without blocking (pinned)."""
-        return torch.empty(self.size, dtype=torch.float32, pin_memory=self._pinned)
+        return torch.empty(self.size, dtype=torch.float32, pin_memory=self._stream is not None)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The vector's part for each parameter, in its shape."""
@@ -65,13 +67,37 @@ class FlatLayout:
         """The flat vector of the parts `<prefix>.<parameter>`: a new one."""
         return self.gather(self.empty(), (tensors[f"{prefix}.{name}"] for name in self._names))
 
-    def gather(self, flat: Tensor, tensors: Iterable[Tensor] | None = None) -> Tensor:
-        """Copy the parameters (or other tensors of the same shapes) into `flat`, and return it."""
-        return self._copy(flat, self._parameters if tensors is None else tensors, to_flat=True)
+    def gather(self, flat: Tensor, tensors: Iterable[Tensor] | None = None, *, wait: bool = True) -> Tensor:
+        """Copy the parameters (or other tensors of the same shapes) into `flat`, and return it.
+
+        Args:
+            wait: False: a GPU's numbers are there after `settle`. What changes the tensors after this call, on the
+                current stream, does not change what is copied.
+        """
+        with self._beside():
+            for view, tensor in self._pairs(flat, self._parameters if tensors is None else tensors):
+                view.copy_(tensor, non_blocking=True)
+        if wait:
+            self.settle()
+        return flat
 
     def scatter(self, flat: Tensor, tensors: Iterable[Tensor] | None = None) -> None:
         """Copy `flat` into the parameters (or other tensors of the same shapes)."""
-        self._copy(flat, self._parameters if tensors is None else tensors, to_flat=False)
+        with self._beside():
+            for view, tensor in self._pairs(flat, self._parameters if tensors is None else tensors):
+                tensor.copy_(view, non_blocking=True)
+        self.settle()
+
+    def add(self, flat: Tensor, tensors: Iterable[Tensor]) -> None:
+        """Add `flat` to tensors of the parameters' shapes, in place. For a GPU, it must not change before `settle`."""
+        with self._beside():
+            for view, tensor in self._pairs(flat, tensors):
+                tensor.add_(view.to(tensor.device, non_blocking=True))
+
+    def settle(self) -> None:
+        """Return when all copies from and to a GPU are done."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def sections(self, count: int) -> list[Section]:
         """`count` sections of about the same size, one after the other. Only between two parameters, or two rows of a
@@ -100,17 +126,22 @@ class FlatLayout:
             index, row = index + 1, 0
         return Section(start, stop, tuple(rows))
 
-    def _copy(self, flat: Tensor, tensors: Iterable[Tensor], *, to_flat: bool) -> Tensor:
+    def _pairs(self, flat: Tensor, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The vector's part for each tensor, in its shape, and the tensor."""
         position = 0
-        with torch.no_grad():
-            for tensor in tensors:
-                view = flat[position : position + tensor.numel()].view(tensor.shape)
-                target, source = (view, tensor) if to_flat else (tensor, view)
-                target.copy_(source, non_blocking=True)
-                position += tensor.numel()
-        self._wait()
-        return flat
+        for tensor in tensors:
+            yield flat[position : position + tensor.numel()].view(tensor.shape), tensor.detach()
+            position += tensor.numel()
 
-    def _wait(self) -> None:
-        if self._pinned:
-            torch.cuda.current_stream(self._parameters[0].device).synchronize()
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On a GPU, what is done here goes on a stream of its own: after what the current one has been given so far,
+        and before what it is given next. The host does not wait."""
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)

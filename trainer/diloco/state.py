@@ -38,8 +38,8 @@ class Fragment:
 class GlobalState:
     """The global parameters θ and the outer optimizer's state, flat, float32, on the host.
 
-    It changes only in `apply` and `load`. Others (donors to joiners) may `borrow` it meanwhile, from any thread: what
-    they get never changes, because the state is copied before its next change if it has been borrowed.
+    It changes only in `apply`, `take`, `skip` and `load`. Others (donors to joiners) may `borrow` it meanwhile, from
+    any thread: what they get never changes, because the state is copied before its next change if it has been borrowed.
 
     Args:
         parameters: θ, float32 (n,); taken over, not copied.
@@ -89,18 +89,27 @@ class GlobalState:
         """
         with self._lock:
             self._own()
-            begin = (fragment or self.fragments[-1]).start
-            update = mean
-            for start in range(0, len(mean), SLICE):
-                stop = min(start + SLICE, len(mean))
-                part = {name: tensor[begin + start : begin + stop] for name, tensor in self._tensors.items()}
-                parameters = part.pop("model")
-                outer = {name.removeprefix("outer."): tensor for name, tensor in part.items()}
-                change = self.outer.update(mean[start:stop], outer, scratch[start:stop])
-                parameters.sub_(change)
-                update = mean if change.data_ptr() == mean[start:stop].data_ptr() else scratch
+            fragment = fragment or self.fragments[-1]
+            update = self._outer_step(mean, {name: fragment.of(own) for name, own in self._tensors.items()}, scratch)
             self.round, self.step = self.round + 1, self.step + steps
             return update
+
+    def prepare(self, mean: Tensor, scratch: Tensor, fragment: Fragment) -> dict[str, Tensor]:
+        """The fragment's tensors as `apply` would leave them; nothing changes yet. `take` takes them over."""
+        tensors = {name: _copy(fragment.of(own)) for name, own in self._tensors.items()}
+        self._outer_step(mean, tensors, scratch)
+        return tensors
+
+    def take(self, tensors: dict[str, Tensor], steps: int, fragment: Fragment) -> None:
+        """Take the outer step that `prepare` has worked out; nothing has changed in between. Takes the tensors over."""
+        with self._lock:
+            if fragment is self.fragments[-1]:
+                self._tensors, self._borrowed = tensors, False
+            else:
+                self._own()
+                for name, own in self._tensors.items():
+                    fragment.of(own).copy_(tensors[name])
+            self.round, self.step = self.round + 1, self.step + steps
 
     def skip(self, steps: int) -> None:
         """End a round of `steps` inner steps in which nobody had anything finite to say."""
@@ -127,6 +136,17 @@ class GlobalState:
     def hash(self) -> str:
         """Hash (xxh3, 128 bits) of the tensors' bytes: equal in all workers after every commit."""
         return hash_of(*self._tensors.values())
+
+    def _outer_step(self, mean: Tensor, tensors: Mapping[str, Tensor], scratch: Tensor) -> Tensor:
+        """In place; see `apply`."""
+        update = mean
+        for start in range(0, len(mean), SLICE):
+            now = slice(start, start + SLICE)
+            outer = {name.removeprefix("outer."): own[now] for name, own in tensors.items() if name != "model"}
+            change = self.outer.update(mean[now], outer, scratch[now])
+            tensors["model"][now].sub_(change)
+            update = mean if change.data_ptr() == mean[now].data_ptr() else scratch
+        return update
 
     def _own(self) -> None:
         if self._borrowed:

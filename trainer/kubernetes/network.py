@@ -8,8 +8,8 @@ STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
 
 
 def network_policy(plan: Plan) -> Object:
-    """The NetworkPolicy of the run's pods: they reach each other on `port_range` (empty: on any port), and the
-    pipeline's steps reach the pods that hand over results."""
+    """The NetworkPolicy of the run's pods: they reach each other on `port_range` (empty: on any port), the pipeline's
+    steps reach the pods that hand over results, and whoever scrapes metrics `metrics_port`."""
     own = plan.labels("")[names.RUN_LABEL]
     among: Object = {"from": [{"podSelector": {"matchLabels": {names.RUN_LABEL: own}}}]}
     if plan.config.port_range:
@@ -19,6 +19,11 @@ def network_policy(plan: Plan) -> Object:
         "from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": STEP_LABELS}}],
         "ports": [{"protocol": "TCP", "port": pod.RESULT_PORT}],
     }
+    scrapers: list[Object] = []
+    if port := plan.config.metrics_port:
+        last = port + plan.config.elastic.nproc_per_node - 1
+        ports = {"protocol": "TCP", "port": port, "endPort": last}
+        scrapers = [{"from": [{"namespaceSelector": {}}], "ports": [ports]}]
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -26,6 +31,6 @@ def network_policy(plan: Plan) -> Object:
         "spec": {
             "podSelector": {"matchLabels": {names.RUN_LABEL: own}},
             "policyTypes": ["Ingress"],
-            "ingress": [among, steps],
+            "ingress": [among, steps, *scrapers],
         },
     }

@@ -62,7 +62,14 @@ def template(
         spec["imagePullSecrets"] = [{"name": name} for name in plan.config.image_pull_secrets]
     # A mesh's sidecar would outlive the work, and stand between workers: Kubeflow's namespaces inject Istio's.
     labels = {**plan.labels(step, site, worker), "sidecar.istio.io/inject": "false"}
-    return {"metadata": {"labels": labels, "annotations": {"sidecar.istio.io/inject": "false"}}, "spec": spec}
+    annotations = {"sidecar.istio.io/inject": "false"}
+    if step == "train" and (port := plan.config.metrics_port):
+        annotations |= {
+            "prometheus.io/scrape": "true",
+            "prometheus.io/port": str(port),
+            "prometheus.io/path": "/metrics",
+        }
+    return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
 
 
 def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, arguments: tuple[str, ...]) -> Object:
@@ -81,6 +88,8 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
     }
     if step in ("held-out", "export", "evaluate"):
         container["ports"] = [{"name": "result", "containerPort": RESULT_PORT, "protocol": "TCP"}]
+    if step == "train" and (port := plan.config.metrics_port):
+        container["ports"] = [{"name": "metrics", "containerPort": port, "protocol": "TCP"}]
     return container
 
 

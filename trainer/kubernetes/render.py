@@ -24,6 +24,17 @@ from trainer.kubernetes.settings import config_map, run_secret
 IMAGE = "diloco-pipelines-python:0.1.0"  # a pipeline's step takes its own
 
 
+class _Readable(yaml.SafeDumper):
+    """Texts of several lines as they are, not as one line with escapes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Readable.add_representer(str, _text)
+
+
 def objects(plan: Plan) -> Iterator[Object]:
     """All that the steps would make, in their order; results of the first worker's claim."""
     yield from (claim(plan, worker) for worker in plan.claimants)
@@ -38,7 +49,9 @@ def objects(plan: Plan) -> Iterator[Object]:
 def render(config: TrainingConfig) -> str:
     """The objects of a training as YAML. Raises ConfigError."""
     planned = plan(config.resolved(), namespace=config.deployment_namespace, image=IMAGE)
-    return "---\n".join(yaml.safe_dump(obj, sort_keys=False, allow_unicode=True) for obj in objects(planned))
+    return "---\n".join(
+        yaml.dump(obj, Dumper=_Readable, sort_keys=False, allow_unicode=True) for obj in objects(planned)
+    )
 
 
 def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:

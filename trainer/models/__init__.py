@@ -1,13 +1,15 @@
-"""Models: one file a family. A family is a `ModelFamily` named `FAMILY` in a module of this package.
+"""Models: one file a family. A family is a `ModelFamily` named `FAMILY` (or several, `FAMILIES`) in a module here.
 
-A model is asked for as `family` or `family:size`. Precaching writes it into a directory of a worker's volume, which is
-all that `build` needs: training never touches the hub.
+A model is asked for as `family` or `family:size`, or, to go on from a pretrained one, `family:<Hub id or directory>`.
+Precaching writes it into a directory of a worker's volume, which is all that `build` needs: training never touches the
+hub.
 """
 
 import hashlib
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 READY = "READY"
+_PATH = re.compile(r"[./~]")  # how a directory begins
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class ModelFamily:
         write: `write(directory, size, data)` puts what `build` needs into the directory; `data` tells of the dataset
             what a model has to know (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
         build: `build(directory)` makes the module, with random weights drawn from torch's global generator.
+        fetch: `fetch(directory, source, data)` does as `write` for a pretrained model, a Hub id (`<id>@<revision>`) or
+            a local directory. None: there are none.
     """
 
     name: str
@@ -46,43 +52,84 @@ class ModelFamily:
     default_tokenizer: str
     write: "Callable[[Path, Mapping[str, Any], Mapping[str, Any]], None]"
     build: "Callable[[Path], torch.nn.Module]"
+    fetch: "Callable[[Path, str, Mapping[str, Any]], None] | None" = None
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A family and one of its sizes."""
+    """A family and one of its sizes, or where a pretrained model of it is.
+
+    Attributes:
+        size: "" of a pretrained one.
+        source: Hub id or directory of a pretrained one, else "".
+    """
 
     family: ModelFamily
     size: str
+    source: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.family.name}:{self.size}"
+        return f"{self.family.name}:{self.source or self.size}"
+
+    @property
+    def definition(self) -> Mapping[str, Any]:
+        """What distinguishes it within its family."""
+        return {"source": self.source} if self.source else self.family.sizes[self.size]
+
+    @property
+    def average_decay(self) -> float:
+        """Of an exponential moving average of the global parameters, an inner step; that is exported. 0: none is."""
+        return float(self.definition.get("average_decay", 0.0))
+
+    @property
+    def default_tokenizer(self) -> str:
+        """Of a pretrained language model: its own."""
+        return self.source or self.family.default_tokenizer
 
 
 @cache
 def families() -> dict[str, ModelFamily]:
     """Every family in this package, by name."""
     modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
-    return {module.FAMILY.name: module.FAMILY for module in modules}
+    found: dict[str, ModelFamily] = {}
+    for module in modules:
+        own = (module.FAMILY,) if hasattr(module, "FAMILY") else getattr(module, "FAMILIES", ())
+        found |= {family.name: family for family in own}
+    return found
 
 
 def resolve(spec: str) -> ModelSpec:
-    """The model that a user asks for. Raises ConfigError for an unknown family or size."""
+    """The model that a user asks for.
+
+    Raises:
+        ConfigError: There is no such family or size, or no such directory.
+    """
     name, _, size = spec.partition(":")
     if name not in families():
         raise ConfigError("model", spec, f"no such model; there are {', '.join(sorted(families()))}")
     family = families()[name]
-    if size and size not in family.sizes:
-        raise ConfigError("model", spec, f"no such size of {name}; there are {', '.join(family.sizes)}")
-    return ModelSpec(family, size or family.default_size)
+    if size in family.sizes or (not size and family.default_size):
+        return ModelSpec(family, size or family.default_size)
+    if family.fetch is None or not (
+        _PATH.match(size) or (_HUB_ID.fullmatch(size) and ("/" in size or not family.sizes))
+    ):
+        also = ["a Hub id (owner/name)", "a directory (./…)"] if family.fetch else []
+        raise ConfigError("model", spec, f"no such size of {name}; there are {', '.join([*family.sizes, *also])}")
+    if not _PATH.match(size):
+        return ModelSpec(family, "", size)
+    path = Path(size).expanduser().absolute()
+    if not (path / "config.json").is_file():
+        raise ConfigError("model", spec, "is no directory with a config.json")
+    return ModelSpec(family, "", str(path))
 
 
 def directory(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> Path:
     """Where the model for this data lies below a volume's models directory."""
     spec = resolve(config.model)
-    inputs = json.dumps({"model": spec.name, "definition": spec.family.sizes[spec.size], "data": data}, sort_keys=True)
-    return models_root / f"{spec.family.name}-{spec.size}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
+    inputs = json.dumps({"model": spec.name, "definition": spec.definition, "data": data}, sort_keys=True)
+    size = spec.size or re.sub(r"[^\w.-]", "-", Path(spec.source).name)
+    return models_root / f"{spec.family.name}-{size}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
 
 
 def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> tuple[Path, bool]:
@@ -99,7 +146,11 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
     if (path / READY).exists():
         return path, False
     with whole_directory(path) as temporary:
-        spec.family.write(temporary, spec.family.sizes[spec.size], data)
+        if spec.source:
+            assert spec.family.fetch is not None  # `resolve` has seen to that
+            spec.family.fetch(temporary, spec.source, data)
+        else:
+            spec.family.write(temporary, spec.definition, data)
         write_json(temporary / "model.json", {"model": spec.name, "family": spec.family.name})
         (temporary / READY).touch()
     return path, True

@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainer.models import ModelFamily
-
-if TYPE_CHECKING:
-    import torch
+from trainer.models import ModelFamily, causal_lm
 
 
 def _size(hidden: int, layers: int, heads: int) -> dict[str, int]:
@@ -33,12 +30,6 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
     ).save_pretrained(directory)
 
 
-def _build(directory: Path) -> "torch.nn.Module":
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
-
-
 FAMILY = ModelFamily(
     name="gpt-neo-x",
     task="language_modelling",
@@ -60,5 +51,6 @@ FAMILY = ModelFamily(
     default_size="160m",
     default_tokenizer="EleutherAI/gpt-neox-20b",
     write=_write,
-    build=_build,
+    build=causal_lm.build,
+    fetch=causal_lm.fetch,
 )

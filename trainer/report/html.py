@@ -16,6 +16,20 @@ from trainer.files import write_text
 from trainer.report.record import RunRecord, number, read_run, write_summary
 
 MOST_ROWS = 200  # of the table of rounds, and of the lists of events
+MOST_CLASSES = 20  # of a confusion matrix that is shown
+# By task: what the loss is counted by, and the baseline's name.
+UNITS = {
+    "image_classification": "picture",
+    "node_classification": "node",
+    "speech_recognition": "clip",
+    "image_generation": "picture",
+}
+BASELINES = {
+    "image_classification": "Most frequent class",
+    "node_classification": "Most frequent class",
+    "speech_recognition": "Best constant output",
+    "image_generation": "Shuffled pixels",
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,8 @@ def _render(run: RunRecord, charts: Iterable[Any]) -> str:
         charts=list(charts),
         evaluation=run.evaluation,
         scores=_scores(run.evaluation or {}),
+        baseline=BASELINES.get(str((run.evaluation or {}).get("task"))),
+        confusion=_confusion(run.evaluation or {}),
         rounds=_round_rows(run),
         history=_history(run),
         hashes=run.global_hashes,
@@ -163,16 +179,39 @@ def _scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [
         ("Bits a byte", evaluation.get("bits_per_byte"), evaluation.get("unigram_bits_per_byte"), "{:.4f}"),
         ("Compressed to", bits / 8 * 100, baseline / 8 * 100, "{:.1f} %"),
-        ("Loss (nats a token)", evaluation.get("loss"), None, "{:.4f}"),
+        ("Right (top 1)", evaluation.get("top1"), evaluation.get("majority_top1"), "{:.1%}"),
+        ("Right among five (top 5)", evaluation.get("top5"), None, "{:.1%}"),
+        ("Nodes right", evaluation.get("accuracy"), evaluation.get("majority_accuracy"), "{:.1%}"),
+        ("Character error rate", evaluation.get("cer"), evaluation.get("constant_cer"), "{:.1%}"),
+        ("Word error rate", evaluation.get("wer"), evaluation.get("constant_wer"), "{:.1%}"),
+        ("Fréchet distance", evaluation.get("frechet"), evaluation.get("shuffled_frechet"), "{:.3f}"),
+        (
+            f"Loss (nats a {UNITS.get(str(evaluation.get('task')), 'token')})",
+            evaluation.get("loss"),
+            evaluation.get("constant_loss"),
+            "{:.4f}",
+        ),
         ("Perplexity", evaluation.get("perplexity"), None, "{:,.2f}"),
         ("Tokens a second", evaluation.get("tokens_per_second"), None, "{:,.0f}"),
     ]
     found = []
-    for name, model, unigram, form in rows:
+    for name, model, trivial, form in rows:
         if math.isfinite(number(model)):
-            shown = form.format(number(unigram)) if math.isfinite(number(unigram)) else ""
+            shown = form.format(number(trivial)) if math.isfinite(number(trivial)) else ""
             found.append({"name": name, "model": form.format(number(model)), "baseline": shown})
     return found
+
+
+def _confusion(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the confusion matrix, each number with its share of the row; none if there are too many classes."""
+    found = evaluation.get("confusion") or {}
+    labels, matrix = found.get("labels", []), found.get("matrix", [])
+    if not labels or len(labels) > MOST_CLASSES:
+        return []
+    return [
+        {"label": label, "cells": [(count, round(100 * count / max(1, sum(row)))) for count in row]}
+        for label, row in zip(labels, matrix, strict=True)
+    ]
 
 
 def _round_rows(run: RunRecord) -> list[dict[str, Any]]:

@@ -5,48 +5,130 @@ The loop, DiLoCo, elasticity and checkpoints know a task only through the interf
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Batch = Mapping[str, "Tensor"]
+Sums = Mapping[str, Any]  # numbers and numpy arrays
 
-class Task(Protocol):
-    """How batches become losses, scores and an exported model."""
 
-    name: str
+class Task(ABC):
+    """How batches become losses, scores and an exported model.
 
-    def loss(self, model: "nn.Module", batch: "Mapping[str, Tensor]") -> "Tensor":
+    A batch has the dataset's columns, (samples, …) each, and the arrays that all its samples share.
+
+    Attributes:
+        name: What model families call it.
+        unit: What `tokens` counts, in the plural.
+        how_to_load: Python that loads an export from the directory ".".
+        pipeline_tag: The hub's name of it, if it has one.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    how_to_load: ClassVar[str]
+    pipeline_tag: ClassVar[str] = ""
+
+    @abstractmethod
+    def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
         """The training loss of a batch, a scalar: the mean over what the task counts."""
 
-    def tokens(self, batch: "Mapping[str, Tensor]") -> int:
-        """How many tokens (or pixels, or frames: the task's unit) the batch trains on."""
+    @abstractmethod
+    def tokens(self, batch: Batch) -> int:
+        """How many of its unit the batch trains on."""
 
-    def score(self, model: "nn.Module", batch: "Mapping[str, Tensor]") -> dict[str, float]:
-        """Sums over the held-out batch. Sums of several batches, or of several workers, add up."""
+    @abstractmethod
+    def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
+        """Sums over the held-out batch, numbers or numpy arrays. Those of several batches, or workers, add up."""
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+    @abstractmethod
+    def metrics(self, sums: Sums) -> dict[str, float]:
         """Scores from sums; always with `loss`, in the unit of the training loss."""
 
+    @abstractmethod
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
         """Write the model into `directory` in the format its users load; `data` is the dataset it was trained on."""
 
+    @abstractmethod
     def load(self, directory: Path) -> "nn.Module":
         """The model that `export` wrote into `directory`, in float32."""
 
-    def baseline(self, data: Path) -> "Callable[[Mapping[str, Tensor]], dict[str, float]]":
+    @abstractmethod
+    def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
         """The simplest model that knows the training data: gives sums over a held-out batch, as `score` does, which
-        `metrics` makes into scores for comparison."""
+        `metrics` makes into scores for comparison. Of `data`, the held-out part and the manifest are there."""
 
-    def sample(self, model: "nn.Module", directory: Path, batch: "Mapping[str, Tensor]", seed: int) -> dict[str, str]:
-        """What a person would look at: what the model makes of a held-out batch. `directory` is the export."""
+    @abstractmethod
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        """The score that matters, beside the baseline's, in a few words."""
+
+    @abstractmethod
+    def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
+        """What a person would look at: what the model makes of a held-out batch. JSON values; `directory` is the
+        export."""
+
+    def confusion(self, sums: Sums, data: Path) -> dict[str, Any] | None:
+        """Of a classification: `labels`, and `matrix`, how often each (row) was taken for each (column)."""
+        return None
+
+    def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]] | None:
+        """AdamW's groups of parameters, where a task wants others than usual. `lr_scale` of a group multiplies its
+        learning rate."""
+        return None
+
+    def modules_to_compile(self, model: "nn.Module") -> "list[nn.Module]":
+        """What torch.compile is for."""
+        return [model]
+
+    def settle(self, model: "nn.Module", batches: Iterable[Batch]) -> None:
+        """Make the buffers a function of the parameters: the rule by which all replicas' exports are equal.
+
+        Buffers are each worker's own while it trains. Whenever global parameters are scored or exported, batch norm's
+        statistics are taken anew over a fixed part of the training data (as arXiv 2105.07576, §3, shows to be better
+        than a running average anyway, and for an average of models necessary: arXiv 1803.05407, §3.3); a module with
+        buffers of another kind has a method `settle()`, which sets them from its parameters.
+
+        Args:
+            model: In evaluation mode.
+            batches: Always the same.
+        """
+        import torch
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        for module in model.modules():
+            if callable(own := getattr(module, "settle", None)):
+                own()
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        with torch.no_grad():
+            for batch in batches:
+                self.loss(model, batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+
+def facts_of(data: Path) -> dict[str, Any]:
+    """What the manifest of a dataset of arrays says of its training split."""
+    return dict(read_json(data / "manifest.json")["facts"])
 
 
 @cache
 def tasks() -> dict[str, Task]:
     """Every task in this package, by name."""
-    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
-    return {module.TASK.name: module.TASK for module in modules}
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}

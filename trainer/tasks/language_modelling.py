@@ -1,12 +1,13 @@
 """Causal language modelling: predict each token of a sequence from those before it."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import read_json
+from trainer.tasks import Task
+from trainer.tasks.transformers_logs import no_bars_into_logs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,11 +17,18 @@ MOST_PROMPT, MOST_NEW = 128, 256  # tokens
 TEMPERATURE, TOP_P = 0.8, 0.95
 
 
-class LanguageModelling:
+class LanguageModelling(Task):
     """Batches hold `input_ids`, int64 (samples, tokens); held-out ones also `bytes`, int64 (samples,): the UTF-8 bytes
     that tokens 1 … of each sequence stand for (the first token is only ever context)."""
 
     name = "language_modelling"
+    unit = "tokens"
+    pipeline_tag = "text-generation"
+    how_to_load = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+"""
 
     def loss(self, model: "nn.Module", batch: "Mapping[str, Tensor]") -> "Tensor":
         """Mean cross-entropy, in nats a token."""
@@ -56,7 +64,7 @@ class LanguageModelling:
         from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
         assert isinstance(model, PreTrainedModel)
-        _no_bars_into_logs()
+        no_bars_into_logs()
         model.save_pretrained(directory)
         AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True).save_pretrained(directory)
         GenerationConfig.from_model_config(model.config).save_pretrained(directory)
@@ -65,7 +73,7 @@ class LanguageModelling:
         import torch
         from transformers import AutoModelForCausalLM
 
-        _no_bars_into_logs()
+        no_bars_into_logs()
         return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
 
     def baseline(self, data: Path) -> "Callable[[Mapping[str, Tensor]], dict[str, float]]":
@@ -84,7 +92,11 @@ class LanguageModelling:
         cost = torch.tensor([nats[list(content)].sum() for content in contents], dtype=torch.float64)
         return lambda batch: {"unigram_nats": cost[batch["input_ids"][:, 1:].cpu()].sum().item()}
 
-    def sample(self, model: "nn.Module", directory: Path, batch: "Mapping[str, Tensor]", seed: int) -> dict[str, str]:
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        bits, baseline = scores["bits_per_byte"], scores["unigram_bits_per_byte"]
+        return f"{bits:.3f} bits per byte; the frequencies of bytes alone give {baseline:.3f}"
+
+    def sample(self, model: "nn.Module", directory: Path, batch: "Mapping[str, Tensor]", seed: int) -> dict[str, Any]:
         """`prompt`, the start of the batch's first sequence; `continuation`, by the model; `how` it was drawn."""
         import torch
         from transformers import AutoTokenizer
@@ -93,7 +105,8 @@ class LanguageModelling:
         writer: Any = model  # of transformers, so that it can generate
         tokens = batch["input_ids"][:1]
         prompt = tokens[:, : min(MOST_PROMPT, tokens.shape[1] // 2)]
-        new = min(MOST_NEW, writer.config.max_position_embeddings - prompt.shape[1])
+        most = getattr(writer.config.get_text_config(), "max_position_embeddings", MOST_PROMPT + MOST_NEW)
+        new = min(MOST_NEW, most - prompt.shape[1])
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             drawn = writer.generate(
@@ -111,14 +124,6 @@ class LanguageModelling:
             whole = before + tokenizer.decode(drawn[0, prompt.shape[1] :], skip_special_tokens=True)
         how = f"drawn at temperature {TEMPERATURE}, top-p {TOP_P}, seed {seed}"
         return {"prompt": before, "continuation": whole.removeprefix(before), "how": how}
-
-
-def _no_bars_into_logs() -> None:
-    """Keep transformers' progress bars for terminals."""
-    from transformers.utils.logging import disable_progress_bar
-
-    if not sys.stderr.isatty():
-        disable_progress_bar()
 
 
 TASK = LanguageModelling()

@@ -12,17 +12,19 @@ __all__ = ["Bf16", "Codec", "Dct", "Fp32", "Int4", "Int8", "Integer", "Sign", "T
 _DENSE: dict[str, Callable[..., Codec]] = {codec.name: codec for codec in (Fp32, Bf16, Int8, Int4, Ternary, Sign)}
 
 
-def make(name: str, *, feedback: float = 0.0, topk: int = 32, values: str = "fp32") -> Codec:
+def make(name: str, *, feedback: float = 0.0, topk: int = 512, values: str = "fp32") -> Codec:
     """A codec by its name in the configuration.
 
     Args:
         name: One of `codec`'s, or "demo".
         feedback: Decay of the residual that is kept.
-        topk: Of "demo": how many coefficients of each 64 x 64 are sent.
+        topk: Of "sparse": how many numbers of each 4096 are sent; of "demo": how many coefficients of each 64 x 64.
         values: Of "demo": the codec of the coefficients.
     """
     if name == "demo":
         return Dct(TopK(topk, values=_DENSE[values](block=topk)), feedback=feedback)
     if name == "sparse":
-        return TopK(feedback=feedback)
-    return _DENSE[name]() if name == "fp32" else _DENSE[name](feedback=feedback)
+        return TopK(topk, feedback=feedback)
+    if name == "ternary":
+        return Ternary(feedback=feedback, mean=Integer(2, Ternary().block))
+    return Fp32() if name == "fp32" else _DENSE[name](feedback=feedback)

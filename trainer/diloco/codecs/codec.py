@@ -23,14 +23,21 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    block: int
 
-    def __init__(self, block: int, row: int, feedback: float = 0.0) -> None:
-        self.block, self.row, self.feedback = block, row, feedback
+    def __init__(self, block: int, row: int, feedback: float = 0.0, mean: "Codec | None" = None) -> None:
+        if mean is not None and mean.block != block:
+            raise ValueError(f"the mean's codec has blocks of {mean.block} numbers, not {block}")
+        self.block, self.row, self.feedback, self._mean = block, row, feedback, mean
 
     @property
     def mean(self) -> "Codec":
-        """What codes the mean of several workers' values for all of them; of the same block."""
-        return self
+        """What codes the mean of three or more workers' values for all of them; of the same block.
+
+        A finer one is worth its bytes: what a worker's own message leaves out is averaged over all of them, and what
+        the mean's leaves out is not.
+        """
+        return self if self._mean is None else self._mean
 
     def of(self, shapes: Sequence[Size]) -> Self:
         """This codec for vectors that are parameters of these shapes, one after the other."""

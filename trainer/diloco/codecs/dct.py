@@ -51,17 +51,16 @@ class Dct(Codec):
     ) -> None:
         """
         Args:
-            inner: Codes a tile's coefficients, 4096. None: the 64 largest, of two bits each.
+            inner: Codes a tile's coefficients, 4096. None: the 512 largest, of two bits each.
             shapes: Of the parameters, in their order.
             feedback: β, as in `Codec`.
             mean: Codes the mean's tiles (not their coefficients). None: this codec.
         """
         inner = TopK(block=_TILE) if inner is None else inner
-        for codec in (inner, mean):
-            if codec is not None and codec.block != _TILE:
-                raise ValueError(f"a tile has {_TILE} numbers, the codec's blocks have {codec.block}")
-        super().__init__(_TILE, inner.row, feedback)
-        self.inner, self._mean, self._matrices, self._rest = inner, mean, list[_Matrix](), list[tuple[int, int]]()
+        if inner.block != _TILE:
+            raise ValueError(f"a tile has {_TILE} numbers, the codec's blocks have {inner.block}")
+        super().__init__(_TILE, inner.row, feedback, mean)
+        self.inner, self._matrices, self._rest = inner, list[_Matrix](), list[tuple[int, int]]()
         self._size = self._tiles = 0
         for shape in shapes:
             rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
@@ -73,10 +72,6 @@ class Dct(Codec):
             self._size += rows * columns
         self._shared = self._tiles
         self._tiles += -(-sum(size for _, size in self._rest) // _TILE)
-
-    @property
-    def mean(self) -> Codec:
-        return self if self._mean is None else self._mean
 
     def of(self, shapes: Sequence[Size]) -> Self:
         return type(self)(self.inner, shapes, self.feedback, self._mean)

@@ -34,8 +34,8 @@ class Bf16(Codec):
 
     name = "bf16"
 
-    def __init__(self, block: int = 1024, feedback: float = 0.0) -> None:
-        super().__init__(block, 2 * block, feedback)
+    def __init__(self, block: int = 1024, feedback: float = 0.0, mean: Codec | None = None) -> None:
+        super().__init__(block, 2 * block, feedback, mean)
 
     def encode(self, blocks: Tensor) -> Tensor:
         return blocks.to(torch.bfloat16).view(torch.uint8)
@@ -50,10 +50,10 @@ class _Scaled(Codec):
     The levels of a byte are taken from equally many equal parts of the block, so that packing works on whole vectors.
     """
 
-    def __init__(self, block: int, per_byte: int, feedback: float) -> None:
+    def __init__(self, block: int, per_byte: int, feedback: float, mean: Codec | None) -> None:
         if block % per_byte:
             raise ValueError(f"a block of {block} numbers does not fill bytes of {per_byte}")
-        super().__init__(block, _SCALE_BYTES + block // per_byte, feedback)
+        super().__init__(block, _SCALE_BYTES + block // per_byte, feedback, mean)
 
     def _rows(self, scale: Tensor) -> Tensor:
         """Rows with their scale, (b,) bfloat16; the rest is to be filled."""
@@ -73,8 +73,8 @@ class Integer(_Scaled):
     are meant for the values of a sparse codec, none of which is near zero.
     """
 
-    def __init__(self, bits: int, block: int = 256, feedback: float = 0.0) -> None:
-        super().__init__(block, 8 // bits, feedback)
+    def __init__(self, bits: int, block: int = 256, feedback: float = 0.0, mean: Codec | None = None) -> None:
+        super().__init__(block, 8 // bits, feedback, mean)
         self.bits, self.levels = bits, {8: 127, 4: 7, 2: 2}[bits]
 
     def encode(self, blocks: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ class Int8(Integer):
 
     name = "int8"
 
-    def __init__(self, block: int = 256, feedback: float = 0.0) -> None:
-        super().__init__(8, block, feedback)
+    def __init__(self, block: int = 256, feedback: float = 0.0, mean: Codec | None = None) -> None:
+        super().__init__(8, block, feedback, mean)
 
 
 class Int4(Integer):
@@ -116,8 +116,8 @@ class Int4(Integer):
 
     name = "int4"
 
-    def __init__(self, block: int = 256, feedback: float = 0.0) -> None:
-        super().__init__(4, block, feedback)
+    def __init__(self, block: int = 256, feedback: float = 0.0, mean: Codec | None = None) -> None:
+        super().__init__(4, block, feedback, mean)
 
 
 class Ternary(_Scaled):
@@ -129,8 +129,8 @@ class Ternary(_Scaled):
 
     name = "ternary"
 
-    def __init__(self, block: int = 640, feedback: float = 0.0) -> None:
-        super().__init__(block, 5, feedback)
+    def __init__(self, block: int = 640, feedback: float = 0.0, mean: Codec | None = None) -> None:
+        super().__init__(block, 5, feedback, mean)
 
     def encode(self, blocks: Tensor) -> Tensor:
         magnitude = blocks.abs()
@@ -163,8 +163,8 @@ class Sign(_Scaled):
 
     name = "sign"
 
-    def __init__(self, block: int = 512, feedback: float = 0.5) -> None:
-        super().__init__(block, 8, feedback)
+    def __init__(self, block: int = 512, feedback: float = 0.5, mean: Codec | None = None) -> None:
+        super().__init__(block, 8, feedback, mean)
 
     def encode(self, blocks: Tensor) -> Tensor:
         rows = self._rows(blocks.abs().mean(1).to(torch.bfloat16))

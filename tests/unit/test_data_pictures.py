@@ -1,0 +1,197 @@
+"""Datasets of arrays, and pictures: decoded once, held out by content, varied by their position alone."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainer import data
+from trainer.config import TrainingConfig
+from trainer.data.arrays import ArraySplit, ArrayWriter
+from trainer.data.images import augment, decode
+from trainer.data.manifest import ArrayManifest, Augmentation, Column
+from trainer.errors import ConfigError
+from trainer.volume import Volume
+
+QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
+
+
+def config(dataset: str, **values: Any) -> TrainingConfig:
+    base = {"model": "resnet18:test", "dataset": dataset, "validation_fraction": 0.2, "device": "cpu"}
+    return TrainingConfig.from_flat({**base, **values})
+
+
+def precached(root: Path, dataset: str, **values: Any) -> data.Dataset:
+    places = {"run_dir": root, "dataset_cache_dir": root / "d", "model_cache_dir": root / "m"}
+    chosen = config(dataset, **{name: str(place) for name, place in places.items()}, **values)
+    data.precache(chosen, Volume.of(chosen), QUIET)
+    return data.open_dataset(data.directory(chosen, root / "d"))
+
+
+def picture(color: tuple[int, int, int], size: tuple[int, int] = (20, 10)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> data.Dataset:
+    return precached(tmp_path_factory.mktemp("digits"), "digits", image_size=16)
+
+
+def test_digits_are_all_there_and_none_is_in_both_splits(digits: data.Dataset) -> None:
+    train, held_out = (split[np.arange(len(split))] for split in (digits.train, digits.validation))
+    assert train["image"].shape[1:] == (16, 16, 1) and train["image"].dtype == np.uint8
+    assert len(digits.train) + len(digits.validation) == 1797
+    assert 0.15 < len(digits.validation) / 1797 < 0.25
+    contents = {image.tobytes() for image in train["image"]}
+    assert not contents & {image.tobytes() for image in held_out["image"]}
+    manifest = digits.manifest
+    assert isinstance(manifest, ArrayManifest)
+    assert manifest.facts["label_counts"] == np.bincount(train["label"], minlength=10).tolist()
+    assert manifest.for_model == {"image_size": 16, "channels": 1, "labels": list("0123456789")}
+
+
+def test_augmentation_depends_on_seed_and_position_alone(digits: data.Dataset) -> None:
+    order = data.SampleOrder(len(digits.train), 3)
+
+    def images(positions: range, size: int, seed: int = 3) -> torch.Tensor:
+        chosen = data.SampleOrder(len(digits.train), seed) if seed != 3 else order
+        return torch.cat([batch["image"] for batch in data.batches(digits.train, chosen, positions, size)])
+
+    whole = images(range(100, 140), 8)
+    assert torch.equal(whole, images(range(100, 140), 40)), "the batch size does not matter"
+    torch.manual_seed(5)
+    assert torch.equal(whole[17:], images(range(117, 140), 8)), "nor where reading began, nor the process's generators"
+    plain = digits.train[order.indices(np.arange(100, 140))]["image"]
+    assert not np.array_equal(whole.numpy(), plain)
+    epoch = len(digits.train)
+    seen = [
+        int(np.flatnonzero(order.indices(np.arange(k * epoch, (k + 1) * epoch)) == 7)[0]) + k * epoch for k in (0, 1)
+    ]
+    first, second = (images(range(place, place + 1), 1) for place in seen)
+    assert not torch.equal(first, second), "the same digit is varied anew in each epoch"
+
+
+def test_augmentation_without_freedom_changes_nothing() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 9, 7, 3)).astype(np.uint8)
+    assert np.array_equal(augment(pictures, np.arange(5), 1, Augmentation()), pictures)
+
+
+def test_augmentation_mirrors_about_half() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (400, 4, 4, 1)).astype(np.uint8)
+    found = augment(pictures, np.arange(400), 1, Augmentation(flip=True))
+    mirrored = [np.array_equal(one, other[:, ::-1]) for one, other in zip(found, pictures, strict=True)]
+    kept = [np.array_equal(one, other) for one, other in zip(found, pictures, strict=True)]
+    assert all(one != other for one, other in zip(mirrored, kept, strict=True))
+    assert 150 < sum(mirrored) < 250
+
+
+def test_decoding_keeps_the_middle_of_the_shorter_side() -> None:
+    wide = Image.new("RGB", (60, 20), (255, 0, 0))
+    wide.paste((0, 0, 255), (20, 0, 40, 20))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    found = decode(buffer.getvalue(), 10, 3)
+    assert found.shape == (10, 10, 3)
+    assert (found[:, 2:8] == (0, 0, 255)).all()
+    assert decode(picture((10, 10, 10)), 8, 1).shape == (8, 8, 1)
+    with pytest.raises(ValueError, match="cannot identify"):
+        decode(b"no picture", 8, 3)
+
+
+def test_a_folder_of_each_class(tmp_path: Path) -> None:
+    folder = tmp_path / "fruit"
+    for label, color in (("apple", (200, 30, 30)), ("lime", (60, 200, 40))):
+        (folder / label).mkdir(parents=True)
+        for number in range(20):
+            (folder / label / f"{number}.png").write_bytes(picture((color[0], color[1], color[2] + number)))
+    (folder / "notes.txt").write_text("no picture")
+    found = precached(tmp_path, f"files:{folder}", image_size=8)
+    assert found.manifest.for_model["labels"] == ["apple", "lime"]
+    everything = found.train[np.arange(len(found.train))]
+    assert len(found.train) + len(found.validation) == 40
+    assert ((everything["image"][:, 0, 0, 0] > 100) == (everything["label"] == 0)).all()
+
+    (folder / "lime" / "3.png").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match=r"3\.png is no picture"):
+        precached(tmp_path, f"files:{folder}", image_size=16)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.mkdir(), "must hold a folder of pictures for each of two classes or more"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_early(make: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(ConfigError, match=reason):
+        data.check(config(f"files:{tmp_path / 'x'}"))
+
+
+def imagenet(folder: Path, rows: int = 30) -> Path:
+    """A repository laid out as `ILSVRC/imagenet-1k` is."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["tench", "goldfish"])})
+    (folder / "data").mkdir(parents=True)
+    for shard in range(2):
+        table = {
+            "image": [{"bytes": picture((shard * 100, row, 7), (30, 40)), "path": None} for row in range(rows // 2)],
+            "label": [row % 2 for row in range(rows // 2)],
+        }
+        path = folder / "data" / f"train-{shard:05}-of-00002.parquet"
+        datasets.Dataset.from_dict(table, features=features).to_parquet(path)
+    return folder
+
+
+def test_imagenet_from_a_folder_of_its_layout(tmp_path: Path) -> None:
+    found = precached(tmp_path, f"imagenet:{imagenet(tmp_path / 'copy')}", image_size=16)
+    assert found.manifest.for_model == {"image_size": 16, "channels": 3, "labels": ["tench", "goldfish"]}
+    assert len(found.train) + len(found.validation) == 30
+    manifest = found.manifest
+    assert isinstance(manifest, ArrayManifest) and manifest.augmentation is not None and manifest.augmentation.flip
+    few = precached(tmp_path, f"imagenet:{tmp_path / 'copy'}", image_size=16, max_samples=12, validation_fraction=0.4)
+    assert len(few.train) + len(few.validation) == 12
+
+
+def test_a_folder_that_is_no_imagenet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no data/train-\*\.parquet"):
+        data.check(config(f"imagenet:{tmp_path}"))
+
+
+def test_ragged_samples_are_sorted_grouped_and_padded(tmp_path: Path) -> None:
+    columns = {"audio": Column(dtype="int16", ragged=True, multiple=4), "label": Column(dtype="int64")}
+    lengths = [5, 3, 9, 1, 7, 2, 8]
+    with ArrayWriter(tmp_path, "train", columns, group=2) as writer:
+        for length in lengths:
+            writer.add({"audio": np.full(length, length, dtype=np.int16), "label": np.array(length)})
+        counts = writer.close()
+    assert counts.samples == 6, "the one that fills no group is left out"
+    manifest = ArrayManifest.model_construct(columns=columns, train=counts, augmentation=None, group=2)
+    split = ArraySplit(tmp_path, "train", manifest)
+    everything = split[np.arange(6)]
+    assert everything["label"].tolist() == everything["audio_length"].tolist() == [2, 3, 5, 7, 8, 9]
+    pair = split[np.array([3, 0])]
+    assert pair["audio"].tolist() == [[7] * 7 + [0], [2, 2, 0, 0, 0, 0, 0, 0]]
+    with pytest.raises(IndexError):
+        split[np.array([6])]
+    order = data.SampleOrder(6, 1, group=2)
+    found = order.indices(np.arange(12)).reshape(6, 2)
+    assert (found[:, 1] == found[:, 0] + 1).all() and (found[:, 0] % 2 == 0).all()
+    assert sorted(found[:3].ravel()) == sorted(found[3:].ravel()) == list(range(6))
+
+
+def test_a_sample_that_is_not_as_its_columns_say_is_refused(tmp_path: Path) -> None:
+    with (
+        ArrayWriter(tmp_path, "train", {"image": Column(dtype="uint8", shape=(2, 2))}) as writer,
+        pytest.raises(ValueError, match="image is"),
+    ):
+        writer.add({"image": np.zeros((2, 3), dtype=np.uint8)})

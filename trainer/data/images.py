@@ -1,0 +1,76 @@
+"""Pictures: decoded, resized and varied without torchvision."""
+
+import io
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer.data.manifest import Augmentation
+from trainer.data.random_numbers import uniform
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def decode(content: bytes, size: int, channels: int) -> np.ndarray:
+    """A picture file's pixels, uint8 (size, size, channels): its shorter side resized to `size`, the middle cut out.
+
+    Raises:
+        ValueError: Those are the bytes of no picture.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return pixels(picture, size, channels)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from None
+
+
+def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
+    """As `decode`, of a picture that is open. Bicubic and antialiased; 1 channel is grey, 3 are RGB."""
+    from PIL import Image
+
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(resized.crop((left, top, left + size, top + size))).reshape(size, size, channels)
+
+
+def augment(images: np.ndarray, positions: np.ndarray, seed: int, how: Augmentation) -> np.ndarray:
+    """Cut out a part, resize it back, rotate, mirror: Inception's random crops (arXiv 1409.4842, §6).
+
+    Random numbers depend on the seed and the picture's position in the data order alone: a resumed run, another worker
+    or another batch size varies it alike.
+
+    Args:
+        images: uint8 (n, height, width, channels).
+        positions: int64 (n,).
+
+    Returns:
+        uint8, of the same shape. What a rotation brings in from outside repeats the border.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    numbers = torch.from_numpy(uniform(positions, seed, 6))
+    low, high = how.scale
+    area = low + (high - low) * numbers[:, 0]
+    shape = torch.exp(math.log(how.ratio[0]) + math.log(how.ratio[1] / how.ratio[0]) * numbers[:, 1])
+    width, height = (area * shape).sqrt().clamp(max=1.0), (area / shape).sqrt().clamp(max=1.0)
+    if high > 1:  # parts larger than the picture: it becomes smaller
+        width, height = (area * shape).sqrt(), (area / shape).sqrt()
+    x, y = (1 - width) * (2 * numbers[:, 2] - 1), (1 - height) * (2 * numbers[:, 3] - 1)
+    angle = math.radians(how.rotation) * (2 * numbers[:, 4] - 1)
+    mirror = torch.where((numbers[:, 5] < 0.5) & how.flip, -1.0, 1.0)
+    rows = (
+        torch.stack([mirror * width * angle.cos(), -height * angle.sin(), x], dim=1),
+        torch.stack([mirror * width * angle.sin(), height * angle.cos(), y], dim=1),
+    )
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(torch.stack(rows, dim=1).float(), list(pictures.shape), align_corners=False)
+    varied = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return varied.round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).numpy()

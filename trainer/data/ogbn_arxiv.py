@@ -1,0 +1,91 @@
+"""ogbn-arxiv (Open Graph Benchmark, arXiv 2005.00687): 169,343 papers that cite each other, in 40 subject areas."""
+
+import hashlib
+import io
+import tempfile
+import urllib.request
+import zipfile
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.graphs import Graph, GraphDataset
+from trainer.errors import ConfigError, TrainingError, one_line
+from trainer.files import sha256
+
+ADDRESS = "http://snap.stanford.edu/ogb/data/nodeproppred/arxiv.zip"
+_FILES = ("raw/edge.csv.gz", "raw/node-feat.csv.gz", "raw/node-label.csv.gz")
+_CLASSES = "mapping/labelidx2arxivcategeory.csv.gz"  # so it is called there
+_TIMEOUT = 60.0  # seconds without a byte
+
+
+class OgbnArxiv(GraphDataset):
+    """`ogbn_arxiv`, or `ogbn_arxiv:<folder>` for an unpacked copy (with `raw/` in it).
+
+    Papers are held out by their content's hash, as of any other dataset; the benchmark's own split, by year, is not
+    read.
+    """
+
+    name = "ogbn_arxiv"
+    takes_argument = True
+    local = False
+
+    def check(self) -> None:
+        super().check()
+        if self.argument:
+            for name in _FILES:
+                if not (self._folder / name).is_file():
+                    raise ConfigError("dataset", self.spec, f"holds no {name}")
+
+    def identity(self) -> str:
+        return f"{self.name}:{self._folder.absolute()}" if self.argument else self.spec
+
+    def revision(self) -> str:
+        if self.argument:
+            digest = hashlib.sha256("".join(sha256(self._folder / name) for name in _FILES).encode())
+            return f"local copy, sha256 {digest.hexdigest()}"
+        return f"sha256 {hashlib.sha256(self._archive).hexdigest()}"
+
+    def about(self) -> tuple[int, int]:
+        return 169_343, 2 * 1_166_243
+
+    def load(self) -> Graph:
+        if self.argument:
+            return self._read(self._folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            try:
+                zipfile.ZipFile(io.BytesIO(self._archive)).extractall(temporary)
+            except zipfile.BadZipFile as error:
+                raise TrainingError(f"dataset {self.spec}: {ADDRESS} is no whole archive: {error}") from None
+            return self._read(Path(temporary) / "arxiv")
+
+    def _read(self, folder: Path) -> Graph:
+        import pandas
+
+        try:
+            edges, features, labels = (pandas.read_csv(folder / name, header=None).to_numpy() for name in _FILES)
+            names = pandas.read_csv(folder / _CLASSES).iloc[:, 1].tolist() if (folder / _CLASSES).is_file() else []
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"dataset {self.spec} cannot be read: {one_line(error)}") from None
+        if len(features) != len(labels) or edges.shape[1] != 2 or edges.max(initial=0) >= len(labels):
+            raise TrainingError(f"dataset {self.spec}: its files do not go together")
+        known = int(labels.max()) + 1
+        classes = names if len(names) >= known else [str(number) for number in range(known)]
+        return Graph(features.astype(np.float32), edges.T.astype(np.int64), labels[:, 0].astype(np.int64), classes)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.argument).expanduser()
+
+    @cached_property
+    def _archive(self) -> bytes:
+        try:
+            with urllib.request.urlopen(ADDRESS, timeout=_TIMEOUT) as answer:
+                content: bytes = answer.read()
+                return content
+        except OSError as error:
+            raise TrainingError(f"dataset {self.spec} cannot be fetched from {ADDRESS}: {one_line(error)}") from error
+
+
+FAMILY = OgbnArxiv

@@ -1,0 +1,76 @@
+"""The spoken prompts of the Asterisk telephone exchange: 25 minutes of one speaker, in two Debian packages."""
+
+import gzip
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from trainer.data.speech import SpeechDataset
+from trainer.errors import ConfigError
+from trainer.files import sha256
+
+PACKAGES = "asterisk-core-sounds-en asterisk-core-sounds-en-wav"
+_TRANSCRIPTS = ("doc/asterisk-core-sounds-en/core-sounds-en.txt.gz", "doc/asterisk-core-sounds-en/core-sounds-en.txt")
+_SOUNDS = "asterisk/sounds/en_US_f_Allison"
+
+
+class Prompts(SpeechDataset):
+    """`prompts`, once the packages are installed; or `prompts:<folder>` that they are unpacked into (`dpkg-deb -x`)."""
+
+    name = "prompts"
+    takes_argument = True
+
+    def identity(self) -> str:
+        return f"{self.name}:{self._share.absolute()}"
+
+    def check(self) -> None:
+        super().check()
+        if not self._texts.is_file() or not self._files:
+            raise ConfigError(
+                "dataset",
+                self.spec,
+                f"is not in {self._share}: apt-get install {PACKAGES}, or apt-get download and dpkg-deb -x them, and "
+                "say prompts:<folder>",
+            )
+
+    def revision(self) -> str:
+        digest = hashlib.sha256("".join(sha256(path) for path in (self._texts, *self._files)).encode())
+        return f"sha256 {digest.hexdigest()}"
+
+    def count(self) -> int:
+        return len(self._files)
+
+    def clips(self, revision: str) -> Iterator[tuple[str, bytes, str]]:
+        opened = gzip.open if self._texts.suffix == ".gz" else open
+        with opened(self._texts, "rt", encoding="utf-8", errors="replace") as lines:
+            said = {
+                name.strip(): text.strip() for name, found, text in (line.partition(":") for line in lines) if found
+            }
+        for path in self._files:
+            name = path.relative_to(self._sounds).with_suffix("").as_posix()
+            if (text := said.get(name, "")) and "[" not in text:  # in brackets is what is no speech
+                yield name, path.read_bytes(), text
+
+    @property
+    def _share(self) -> Path:
+        if not self.argument:
+            return Path("/usr/share")
+        folder = Path(self.argument).expanduser()
+        return folder / "usr" / "share" if (folder / "usr" / "share").is_dir() else folder
+
+    @property
+    def _sounds(self) -> Path:
+        return self._share / _SOUNDS
+
+    @property
+    def _texts(self) -> Path:
+        found = [self._share / name for name in _TRANSCRIPTS if (self._share / name).is_file()]
+        return found[0] if found else self._share / _TRANSCRIPTS[0]
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        return sorted(self._sounds.rglob("*.wav"), key=Path.as_posix)
+
+
+FAMILY = Prompts

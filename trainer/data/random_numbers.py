@@ -1,0 +1,21 @@
+"""Random numbers that are computed from a place, and not drawn: the same on every machine, in every process."""
+
+import numpy as np
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014): 64 bits in, 64 well mixed bits out."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what is meant
+        values = values + np.uint64(_GOLDEN)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def uniform(positions: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """`count` numbers from [0, 1) for each position: float64 (n, count)."""
+    own = mix(mix(np.array(seed % 2**64, dtype=np.uint64)) ^ np.asarray(positions, dtype=np.int64).astype(np.uint64))
+    keys = mix(own[:, None] ^ mix(np.arange(1, count + 1, dtype=np.uint64)))
+    return (keys >> np.uint64(11)).astype(np.float64) / 2**53

@@ -1,0 +1,76 @@
+"""Speech datasets: clips and their transcripts."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, ClassVar
+
+from trainer.data.array_dataset import ArrayDataset, Sample
+from trainer.data.audio import RATE, VOCABULARY, decode, spelled, written
+from trainer.data.manifest import Column
+from trainer.errors import ConfigError, TrainingError
+
+SHORTEST, LONGEST = 0.4, 20.0  # seconds: clips that are not between are left out
+MOST_TRANSCRIPTS = 200  # that the manifest keeps, for baselines
+
+
+class SpeechDataset(ArrayDataset):
+    """Clips of speech, with what is said in them. A subclass says where they come from.
+
+    Clips are resampled to 16 kHz, and lie in the order of their length, so that those read together are about equally
+    long. What cannot be spelled with the letters of the alphabet is left out.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("speech_recognition",)
+    group: ClassVar[int] = 4
+
+    @abstractmethod
+    def clips(self, revision: str) -> Iterator[tuple[str, bytes, str]]:
+        """Each clip's name, the content of its audio file, and its transcript."""
+
+    def check(self) -> None:
+        super().check()
+        try:
+            import scipy  # noqa: F401
+            import soundfile  # noqa: F401
+        except ImportError as error:
+            raise ConfigError("dataset", self.spec, f"needs {error.name}: pip install soundfile scipy") from None
+
+    def columns(self) -> dict[str, Column]:
+        return {
+            "audio": Column(dtype="int16", ragged=True, multiple=RATE // 2),
+            "text": Column(dtype="int16", ragged=True),
+        }
+
+    def samples(self, revision: str) -> Iterator[Sample]:
+        for name, content, transcript in self.clips(revision):
+            if (text := spelled(transcript)) is None:
+                continue
+            try:
+                audio = decode(content)
+            except ValueError as error:
+                raise TrainingError(f"dataset {self.spec}: {name} is no audio: {error}") from None
+            if SHORTEST <= len(audio) / RATE <= LONGEST:
+                yield {"audio": audio, "text": text}
+
+    def estimated_size(self) -> int:
+        return min(self.count(), self.config.max_samples or self.count()) * 12 * RATE * 2 + 16 * 2**20
+
+    def for_model(self) -> dict[str, Any]:
+        return {"vocabulary": list(VOCABULARY)}
+
+    def observe(self, sample: Sample) -> None:
+        self._seconds.append(len(sample["audio"]) / RATE)
+        if len(self._transcripts) < MOST_TRANSCRIPTS:
+            self._transcripts.append(written(sample["text"]))
+
+    def facts(self) -> dict[str, Any]:
+        return {"minutes": round(sum(self._seconds) / 60, 2), "transcripts": self._transcripts}
+
+    @cached_property
+    def _transcripts(self) -> list[str]:
+        return []
+
+    @cached_property
+    def _seconds(self) -> list[float]:
+        return []

@@ -1,0 +1,37 @@
+"""An exponential moving average of the global parameters, as part of the global state."""
+
+import torch
+from torch import Tensor
+
+from trainer.diloco.outer import OuterOptimizer
+
+
+class Averaged:
+    """An outer optimizer that keeps an average of the parameters that it makes: ā ← d ā + (1 − d) θ after each step.
+
+    What is kept is `lag`, ā − θ: it needs to know the steps alone. As part of the global state it is equal in all
+    workers, goes to joiners and is in every checkpoint. GANs are sampled from such an average (arXiv 1809.11096, §3).
+
+    Args:
+        outer: Makes the steps.
+        decay: d, a round.
+    """
+
+    LAG = "lag"
+
+    def __init__(self, outer: OuterOptimizer, decay: float) -> None:
+        self.outer, self.decay = outer, decay
+
+    @classmethod
+    def of(cls, outer: OuterOptimizer, decay: float) -> OuterOptimizer:
+        """`outer` itself if there is nothing to average."""
+        return cls(outer, decay) if decay else outer
+
+    def initial_state(self, size: int) -> dict[str, Tensor]:
+        return {**self.outer.initial_state(size), self.LAG: torch.zeros(size)}
+
+    def update(self, mean: Tensor, state: dict[str, Tensor], out: Tensor) -> Tensor:
+        own = {name: tensor for name, tensor in state.items() if name != self.LAG}
+        change = self.outer.update(mean, own, out)
+        state[self.LAG].add_(change).mul_(self.decay)
+        return change

@@ -1,0 +1,70 @@
+"""BigGAN (arXiv 1809.11096): pictures of a class, from noise.
+
+As in the paper: class-conditional batch norm fed by a shared embedding and a chunk of the noise for each block (§3.1,
+appendix B), a projection discriminator (arXiv 1802.05637), self-attention (arXiv 1805.08318), spectral norm in both
+networks (arXiv 1802.05957), orthogonal initialisation, and an average of the generator, which is what is sampled.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ConfigError
+from trainer.files import read_json
+from trainer.models import ModelFamily, plain
+
+
+def make(config: dict[str, Any]) -> Any:
+    """Generator and discriminator, with random weights.
+
+    Args:
+        config: `image_size`, `channels`, `labels` (the classes' names); `width` of the widest layers' unit, `stages`
+            (factors of it, from the smallest pictures to the largest), `noise` (numbers in a chunk) and `embedding`.
+
+    Returns:
+        A module with `generator(noise, labels)`, which makes pictures (n, channels, size, size) from -1 to 1, and
+        `discriminator(pictures, labels)`, which gives a number for each (n,): the higher, the more real.
+    """
+    from trainer.models.biggan_networks import BigGAN
+
+    return BigGAN(config)
+
+
+def load(directory: Path | str) -> Any:
+    """An exported generator, in evaluation mode: `load(directory).draw(labels, seed)` gives uint8 pictures."""
+    return plain.load(Path(directory), make)
+
+
+def _size(width: int, stages: Sequence[int], noise: int, embedding: int, average_decay: float) -> dict[str, Any]:
+    return {
+        "width": width,
+        "stages": list(stages),
+        "noise": noise,
+        "embedding": embedding,
+        "average_decay": average_decay,
+    }
+
+
+def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    pixels = 4 * 2 ** len(size["stages"])
+    if data["image_size"] != pixels:
+        raise ConfigError("image_size", data["image_size"], f"must be {pixels} for this size of biggan")
+    plain.write_config(directory, size, data)
+
+
+FAMILY = ModelFamily(
+    name="biggan",
+    task="image_generation",
+    # Stages double the size from 4 × 4 pixels on: appendix B's tables. Noise is a chunk for each stage and one more.
+    sizes={
+        "test": _size(4, (2, 1), 4, 8, 0.9),
+        "tiny": _size(32, (2, 1), 16, 32, 0.985),
+        "64": _size(64, (16, 8, 4, 2), 20, 128, 0.9999),
+        "128": _size(96, (16, 8, 4, 2, 1), 20, 128, 0.9999),
+        "256": _size(96, (16, 8, 8, 4, 2, 1), 20, 128, 0.9999),
+    },
+    default_size="128",
+    default_tokenizer="",
+    write=_write,
+    build=lambda directory: make(read_json(directory / plain.CONFIG)),
+)

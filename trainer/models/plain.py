@@ -1,0 +1,34 @@
+"""Models that are not from transformers: a `config.json` and `model.safetensors`. No family itself."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_config(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """As `ModelFamily.write`: what `make` of `load` takes, in one mapping."""
+    write_json(directory / CONFIG, {**size, **data})
+
+
+def save(model: "torch.nn.Module", directory: Path) -> None:
+    """Write an export; `model.config` is what the model was made of."""
+    from safetensors.torch import save_file
+
+    write_json(directory / CONFIG, model.config)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / WEIGHTS)
+
+
+def load(directory: Path, make: "Callable[..., torch.nn.Module]") -> "torch.nn.Module":
+    """The exported model, on the CPU, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    model = make(read_json(directory / CONFIG))
+    model.load_state_dict(load_file(directory / WEIGHTS))
+    return model.eval()

@@ -1,0 +1,61 @@
+"""ResNet (arXiv 1512.03385), from transformers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.models import ModelFamily, huggingface
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO = "AutoModelForImageClassification"
+
+
+def _labels(data: Mapping[str, Any]) -> dict[str, Any]:
+    names = dict(enumerate(data["labels"]))
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+
+def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    from transformers import ResNetConfig
+
+    ResNetConfig(
+        **size, num_channels=data["channels"], architectures=["ResNetForImageClassification"], **_labels(data)
+    ).save_pretrained(directory)
+
+
+def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
+    """A pretrained model; with other classes than the data's, its last layer begins anew."""
+    huggingface.fetch(directory, source, AUTO, {**_labels(data), "num_channels": data["channels"]})
+
+
+def _build(directory: Path) -> "torch.nn.Module":
+    return huggingface.build(directory, AUTO)
+
+
+def _family(layers: int, depths: list[int], kind: str) -> ModelFamily:
+    """ResNet-`layers`: table 1 of the paper. `tiny` has its depth, and a sixteenth of its width or less."""
+    wide = 4 if kind == "bottleneck" else 1
+
+    def size(width: int) -> dict[str, Any]:
+        hidden = [wide * width * 2**stage for stage in range(4)]
+        return {"embedding_size": width, "hidden_sizes": hidden, "depths": depths, "layer_type": kind}
+
+    return ModelFamily(
+        name=f"resnet{layers}",
+        task="image_classification",
+        sizes={"test": {**size(4), "depths": [1, 1, 1, 1]}, "tiny": size(16 // wide), "full": size(64)},
+        default_size="full",
+        default_tokenizer="",
+        write=_write,
+        build=_build,
+        fetch=_fetch,
+    )
+
+
+FAMILIES = (
+    _family(18, [2, 2, 2, 2], "basic"),
+    _family(50, [3, 4, 6, 3], "bottleneck"),
+    _family(101, [3, 4, 23, 3], "bottleneck"),
+)

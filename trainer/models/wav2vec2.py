@@ -1,0 +1,83 @@
+"""wav2vec 2.0 (arXiv 2006.11477) with a layer for CTC, from transformers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.models import ModelFamily, huggingface
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO = "AutoModelForCTC"
+
+
+def _size(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        **more,
+    }
+
+
+# Layer norm everywhere, and before each block: what trains from scratch, and takes clips of any length together.
+_STABLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+_SMALL = {
+    **_STABLE,
+    # 25 outputs a second, and not 50: half of the work, and still more than there are letters in speech.
+    "conv_dim": [32, 64, 96, 96, 96],
+    "conv_kernel": [20, 8, 8, 4, 4],
+    "conv_stride": [10, 4, 4, 2, 2],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "mask_time_length": 4,
+    **dict.fromkeys(("hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout"), 0.05),
+}
+
+
+def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "vocab_size": len(data["vocabulary"]),
+        "pad_token_id": data["vocabulary"].index("<pad>"),
+        "bos_token_id": data["vocabulary"].index("<s>"),
+        "eos_token_id": data["vocabulary"].index("</s>"),
+        # A layer that is dropped has no gradient, which data parallelism would miss.
+        "layerdrop": 0.0,
+    }
+
+
+def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    from transformers import Wav2Vec2Config
+
+    Wav2Vec2Config(**size, **_fields(data), architectures=["Wav2Vec2ForCTC"]).save_pretrained(directory)
+
+
+def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
+    huggingface.fetch(directory, source, AUTO, _fields(data))
+
+
+def _build(directory: Path) -> "torch.nn.Module":
+    """A pretrained model's convolutions stay as they are, as the paper's do in fine-tuning (§4.3)."""
+    model = huggingface.build(directory, AUTO)
+    if (directory / huggingface.WEIGHTS).exists():
+        model.freeze_feature_encoder()  # type: ignore[operator]
+    return model
+
+
+FAMILY = ModelFamily(
+    name="wav2vec2",
+    task="speech_recognition",
+    sizes={
+        "test": _size(16, 1, 2, **{**_SMALL, "conv_dim": [8] * 5}),
+        "tiny": _size(96, 3, 4, **_SMALL),
+        "base": _size(768, 12, 12),
+        "large": _size(1024, 24, 16, **_STABLE),
+    },
+    default_size="base",
+    default_tokenizer="",
+    write=_write,
+    build=_build,
+    fetch=_fetch,
+)

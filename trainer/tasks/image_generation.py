@@ -1,0 +1,127 @@
+"""Image generation: two networks that play against each other, trained as one model."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.models import biggan, plain
+from trainer.tasks import Batch, Sums, Task, frechet
+from trainer.tasks.pictures import data_uri, shown_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ROWS, COLUMNS = 10, 8  # of the grid of pictures that is shown: classes, and pictures of each
+GENERATOR_LR = 0.5  # of the discriminator's: two time scales (arXiv 1706.08500)
+BETAS = (0.0, 0.999)
+
+
+class ImageGeneration(Task):
+    """Batches hold `image`, uint8 (samples, height, width, channels), and `label`, int64 (samples,).
+
+    Both networks take a step in each inner step, at the same time: the loss is the sum of theirs, and each one's
+    gradient is of its own part alone. So DiLoCo synchronises both, every round, as it does any model's parameters.
+    """
+
+    name = "image_generation"
+    unit = "pictures"
+    pipeline_tag = "unconditional-image-generation"
+    how_to_load = """\
+import torch
+from trainer.models.biggan import load
+
+pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, height, width, channels)
+"""
+
+    def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
+        """The hinge loss (arXiv 1705.02894): the discriminator's plus the generator's."""
+        networks: Any = model
+        labels, critic = batch["label"], networks.discriminator
+        real = batch["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
+        fake = networks.generator(networks.noise(len(labels)), labels)
+        seen = (1 - critic(real, labels)).relu().mean() + (1 + critic(fake.detach(), labels)).relu().mean()
+        critic.requires_grad_(False)  # the generator's loss is none of its
+        deceived = -critic(fake, labels).mean()
+        critic.requires_grad_(True)
+        return seen + deceived
+
+    def tokens(self, batch: Batch) -> int:
+        return len(batch["label"])
+
+    def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
+        """Sums of the loss, and of the features of the batch and of as many generated pictures of its classes."""
+        networks: Any = model
+        made = networks.generator(networks.noise(len(batch["label"])), batch["label"])
+        pictures = ((made.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        return {
+            "loss": self.loss(model, batch).item() * len(pictures),
+            "samples": float(len(pictures)),
+            **frechet.sums(batch["image"], "real"),
+            **frechet.sums(pictures, "made"),
+        }
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """`loss`; `frechet`, the distance of generated pictures from held-out ones, and that of `shuffled` ones."""
+        scores = {"loss": sums["loss"] / sums["samples"], "frechet": frechet.distance(sums, "real", "made")}
+        if "shuffled_count" in sums:
+            scores["shuffled_frechet"] = frechet.distance(sums, "real", "shuffled")
+        return scores
+
+    def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
+        """`config.json` and `model.safetensors`: `trainer.models.biggan.load` loads both networks."""
+        plain.save(model, directory)
+
+    def load(self, directory: Path) -> "nn.Module":
+        model: nn.Module = biggan.load(directory)
+        return model
+
+    def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
+        """Held-out pictures whose pixels are shuffled among them: each pixel is distributed as in real pictures, on its
+        own."""
+        import torch
+
+        def shuffled(batch: Batch) -> dict[str, Any]:
+            flat = batch["image"].flatten(1)
+            generator = torch.Generator().manual_seed(0)
+            order = torch.rand(flat.shape, generator=generator).argsort(dim=0).to(flat.device)
+            return frechet.sums(flat.gather(0, order).view_as(batch["image"]), "shuffled")
+
+        return shuffled
+
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        return (
+            f"Fréchet distance {scores['frechet']:.2f} ({frechet.NAME}); "
+            f"pictures with shuffled pixels have {scores['shuffled_frechet']:.2f}"
+        )
+
+    def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
+        """`grid`: generated pictures as one, a row of each class; `how` they were made."""
+        import numpy as np
+        import torch
+
+        networks: Any = model
+        names = networks.config["labels"][:ROWS]
+        labels = torch.arange(len(names), device=batch["label"].device).repeat_interleave(COLUMNS)
+        pictures = networks.draw(labels, seed).cpu().numpy()
+        rows = [np.concatenate(list(row), axis=1) for row in np.split(pictures, len(names))]
+        scale = max(1, shown_scale(pictures.shape[1]) // 2)
+        how = (
+            f"A row of each class ({', '.join(names)}); seed {seed}, nothing chosen. Fréchet distance: {frechet.ABOUT}."
+        )
+        return {"grid": data_uri(np.concatenate(rows, axis=0), scale), "how": how}
+
+    def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]]:
+        """Adam without momentum or decay, and a slower generator, as BigGAN's."""
+        networks: Any = model
+        common = {"betas": BETAS, "weight_decay": 0.0}
+        return [
+            {"params": list(networks.generator.parameters()), "lr_scale": GENERATOR_LR, **common},
+            {"params": list(networks.discriminator.parameters()), **common},
+        ]
+
+    def modules_to_compile(self, model: "nn.Module") -> "list[nn.Module]":
+        networks: Any = model
+        return [networks.generator, networks.discriminator]
+
+
+TASK = ImageGeneration()

@@ -1,0 +1,42 @@
+"""What tasks with pictures have in common: no task itself."""
+
+import base64
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Of the pictures that ImageNet's classifiers are published for; grey ones are put between -1 and 1.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which pixels between 0 and 1 are normalised."""
+    return (MEAN, DEVIATION) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+
+
+def normalised(images: "Tensor") -> "Tensor":
+    """uint8 (n, height, width, channels) as float32 (n, channels, height, width), normalised."""
+    values = images.float() / 255
+    mean, deviation = (values.new_tensor(one) for one in statistics(images.shape[-1]))
+    return ((values - mean) / deviation).permute(0, 3, 1, 2).contiguous()
+
+
+def data_uri(image: np.ndarray, scale: int = 1) -> str:
+    """A picture, uint8 (height, width, channels), as PNG inside a page; each pixel becomes `scale` × `scale`."""
+    from PIL import Image
+
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    if scale > 1:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def shown_scale(size: int) -> int:
+    """By how much a picture is enlarged for a person."""
+    return max(1, 96 // size)
