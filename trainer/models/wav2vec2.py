@@ -33,11 +33,9 @@ _SMALL = {
     "conv_stride": [160, 2, 2],
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
-    "mask_time_prob": 0.2,
+    "mask_time_prob": 0.05,
     "mask_time_length": 2,
-    "mask_feature_prob": 0.1,
-    "mask_feature_length": 8,
-    **dict.fromkeys(("hidden_dropout", "feat_proj_dropout", "final_dropout"), 0.15),
+    **dict.fromkeys(("hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout"), 0.05),
 }
 
 
