@@ -10,8 +10,8 @@ TEXT = {"dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32, "max_s
 TINY: dict[str, dict[str, Any]] = {
     "gpt-neo": {"model": "gpt-neo:test", **TEXT},
     "gpt-neo-x": {"model": "gpt-neo-x:test", **TEXT},
-    "resnet50": {"model": "resnet50:test", "dataset": "digits", "max_samples": 200},
-    "biggan": {"model": "biggan:test", "dataset": "digits", "image_size": 16, "max_samples": 200},
+    "resnet50": {"model": "resnet50:test", "dataset": "digits", "max_samples": 100},
+    "biggan": {"model": "biggan:test", "dataset": "digits", "image_size": 16, "max_samples": 60},
     "gcn": {"model": "gcn:test", "dataset": "ogbn_arxiv:{papers}"},
     "wav2vec2": {"model": "wav2vec2:test", "dataset": "files:{tones}"},
 }

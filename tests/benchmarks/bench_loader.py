@@ -1,6 +1,7 @@
-"""How much of an inner step is spent waiting for data: `python tests/benchmarks/bench_loader.py [model] [batch size]`.
+"""How much of an inner step is spent waiting for data: `python tests/benchmarks/bench_loader.py [recipe.yaml …]`.
 
-Prints one line of JSON; the share should stay below 2 %.
+Prints a line of JSON for each recipe (all of them by default, but those whose data is not here); the share should stay
+below 2 %.
 """
 
 import json
@@ -11,54 +12,54 @@ from pathlib import Path
 
 import torch
 
-from trainer import data, models
-from trainer.config import TrainingConfig
+from trainer import data, models, scoring
+from trainer.config import load_config
+from trainer.errors import ConfigError
+from trainer.tasks import tasks
 from trainer.volume import Volume
 
+RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"
+STEPS, WARM_UP = 30, 3
 
-def main(model: str = "gpt-neo-x:tiny", batch_size: str = "8", steps: int = 40) -> None:
-    with tempfile.TemporaryDirectory() as root:
-        config = TrainingConfig.from_flat(
-            {
-                "model": model,
-                "dataset": "stdlib",
-                "tokenizer": "bytes",
-                "sequence_length": 256,
-                "device": "cpu",
-                "dataset_cache_dir": f"{root}/datasets",
-                "model_cache_dir": f"{root}/models",
-            }
-        )
-        volume = Volume.of(config)
-        manifest = data.precache(config, volume)
-        train = data.open_dataset(data.directory(config, volume.datasets)).train
-        network = models.build(models.directory(config, manifest.for_model, Path(config.model_cache_dir)), config.seed)
-        size = int(batch_size)
-        order = data.SampleOrder(len(train), config.seed)
-        stream = data.batches(train, order, range((steps + 2) * size), size)
-        waited = trained = 0.0
-        for step in range(steps + 2):
-            began = time.perf_counter()
-            batch = next(stream)
-            read = time.perf_counter()
-            network(**batch, labels=batch["input_ids"]).loss.backward()
-            if step >= 2:  # the first ones warm up
-                waited += read - began
-                trained += time.perf_counter() - read
-        stream.close()
-    share = waited / (waited + trained)
-    print(
-        json.dumps(
-            {
-                "model": model,
-                "threads": torch.get_num_threads(),
-                "step_ms": round(1000 * trained / steps, 3),
-                "waiting_ms": round(1000 * waited / steps, 4),
-                "waiting_share": round(share, 5),
-            }
-        )
-    )
+
+def measure(recipe: Path, root: Path) -> dict[str, object]:
+    places = {"run_dir": root, "dataset_cache_dir": root / "datasets", "model_cache_dir": root / "models"}
+    config = load_config(recipe, {name: str(place) for name, place in places.items()}, {})
+    volume, size = Volume.of(config), config.per_device_train_batch_size
+    manifest = data.precache(config, volume, log=lambda line: None)
+    dataset = data.open_dataset(data.directory(config, volume.datasets))
+    model = models.build(models.directory(config, manifest.for_model, volume.models), config.seed).train()
+    task = tasks()[models.resolve(config.model).family.task]
+    shared = scoring.shared_tensors(dataset.shared, torch.device("cpu"))
+    order = data.SampleOrder(len(dataset.train), config.seed, dataset.group)
+    stream = data.batches(dataset.train, order, range((STEPS + WARM_UP) * size), size)
+    waited = trained = 0.0
+    for step in range(STEPS + WARM_UP):
+        began = time.perf_counter()
+        batch = next(stream)
+        read = time.perf_counter()
+        task.loss(model, {**batch, **shared}).backward()
+        if step >= WARM_UP:
+            waited += read - began
+            trained += time.perf_counter() - read
+    stream.close()
+    return {
+        "recipe": recipe.name,
+        "threads": torch.get_num_threads(),
+        "step_ms": round(1000 * trained / STEPS, 3),
+        "waiting_ms": round(1000 * waited / STEPS, 4),
+        "waiting_share": round(waited / (waited + trained), 5),
+    }
+
+
+def main(*recipes: str) -> None:
+    for recipe in map(Path, recipes or sorted(map(str, RECIPES.glob("*.yaml")))):
+        with tempfile.TemporaryDirectory() as root:
+            try:
+                print(json.dumps(measure(recipe, Path(root))), flush=True)
+            except ConfigError as error:
+                print(f"{recipe.name}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:])

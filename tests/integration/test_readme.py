@@ -4,6 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -58,9 +60,39 @@ def test_kfp_takes_the_command_and_its_parameters() -> None:
     assert CliRunner().invoke(create, ["--help"]).exit_code == 0
 
 
+def example(section: str) -> str:
+    """The Python of a section."""
+    (found,) = re.findall(r"```python\n(.*?)```", README.split(f"\n## {section}\n")[1].split("\n## ")[0], re.DOTALL)
+    return str(found)
+
+
 def test_its_library_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    subprocess.run([sys.executable, "-c", example], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", example("As a library")], check=True, cwd=ROOT)
+
+
+def test_its_added_model_trains(tmp_path: Path, etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer import data, models
+    from trainer.config import TrainingConfig
+    from trainer.loop import Worker
+    from trainer.volume import Volume, worker_configs
+
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "llama.py").write_text(example("Add a model"))
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "models")])
+    models.families.cache_clear()
+    try:
+        values = {
+            "model": "llama", "dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32, "max_samples": 30,
+            "validation_fraction": 0.1, "device": "cpu", "nodes": 1, "total_steps": 4, "local_steps": 2,
+            "warmup_steps": 0, "batch_size": 4, "per_device_train_batch_size": 4, "wandb_logging": False,
+            "run_dir": str(tmp_path / "run"), "run_id": "llama", "etcd_endpoints": [etcd],
+        }  # fmt: skip
+        (config,) = worker_configs(TrainingConfig.from_flat(values))
+        data.precache(config, Volume.of(config), log=lambda line: None)
+        with ExitStack() as resources:
+            assert Worker(config, threading.Event(), resources).run() == 0
+    finally:
+        models.families.cache_clear()
 
 
 def test_the_rooms_it_names_exist() -> None:
