@@ -13,17 +13,11 @@ from typing import Any
 import numpy as np
 
 from trainer.files import write_text
-from trainer.report.record import RunRecord, number, read_run, write_summary
+from trainer.report.record import LOSS_UNITS, RunRecord, number, read_run, write_summary
 
 MOST_ROWS = 200  # of the table of rounds, and of the lists of events
 MOST_CLASSES = 20  # of a confusion matrix that is shown
-# By task: what the loss is counted by, and the baseline's name.
-UNITS = {
-    "image_classification": "picture",
-    "node_classification": "node",
-    "speech_recognition": "clip",
-    "image_generation": "picture",
-}
+# By task, but for language: the baseline's name.
 BASELINES = {
     "image_classification": "Most frequent class",
     "node_classification": "Most frequent class",
@@ -176,6 +170,7 @@ def _tiles(run: RunRecord) -> list[Tile]:
 def _scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the evaluation's table: a score, the model's, and the baseline's where it has one."""
     bits, baseline = (number(evaluation.get(name)) for name in ("bits_per_byte", "unigram_bits_per_byte"))
+    unit = LOSS_UNITS.get(str(evaluation.get("task", "language_modelling")), "")
     rows = [
         ("Bits a byte", evaluation.get("bits_per_byte"), evaluation.get("unigram_bits_per_byte"), "{:.4f}"),
         ("Compressed to", bits / 8 * 100, baseline / 8 * 100, "{:.1f} %"),
@@ -185,12 +180,7 @@ def _scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("Character error rate", evaluation.get("cer"), evaluation.get("constant_cer"), "{:.1%}"),
         ("Word error rate", evaluation.get("wer"), evaluation.get("constant_wer"), "{:.1%}"),
         ("Fréchet distance", evaluation.get("frechet"), evaluation.get("shuffled_frechet"), "{:.3f}"),
-        (
-            f"Loss (nats a {UNITS.get(str(evaluation.get('task')), 'token')})",
-            evaluation.get("loss"),
-            evaluation.get("constant_loss"),
-            "{:.4f}",
-        ),
+        (f"Loss ({unit})" if unit else "Loss", evaluation.get("loss"), evaluation.get("constant_loss"), "{:.4f}"),
         ("Perplexity", evaluation.get("perplexity"), None, "{:,.2f}"),
         ("Tokens a second", evaluation.get("tokens_per_second"), None, "{:,.0f}"),
     ]

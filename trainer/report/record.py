@@ -49,6 +49,15 @@ class Series:
         return self._columns[column]
 
 
+# By task; a game's loss has none.
+LOSS_UNITS = {
+    "language_modelling": "nats a token",
+    "image_classification": "nats a picture",
+    "node_classification": "nats a node",
+    "speech_recognition": "nats a character",
+}
+
+
 @dataclass(frozen=True)
 class Worker:
     """One worker's file.
@@ -143,7 +152,7 @@ class RunRecord:
             task = models.resolve(str(self.config.get("model"))).family.task
         except ConfigError:
             return ""
-        return "nats a token" if task == "language_modelling" else ""
+        return LOSS_UNITS.get(task, "")
 
     @cached_property
     def status(self) -> str:
