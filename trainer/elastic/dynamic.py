@@ -51,11 +51,6 @@ RETRY_INTERVAL = 0.5  # seconds between two knocks at an etcd that is away
 T = TypeVar("T")
 
 
-def get_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """torchrun's entry point (group `torchrun.handlers`)."""
-    return create
-
-
 def create(parameters: RendezvousParameters) -> RendezvousHandler:
     """torch's dynamic rendezvous with its state and its store in etcd.
 

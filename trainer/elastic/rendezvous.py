@@ -38,11 +38,6 @@ log = logging.getLogger(__name__)
 BACKEND = "etcd3-diloco"
 
 
-def get_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """torchrun's entry point (group `torchrun.handlers`)."""
-    return NodeRendezvous
-
-
 def client_of(parameters: RendezvousParameters) -> EtcdClient:
     """The client that torchrun's endpoint (`host:port`, or several with commas) and `--rdzv-conf` describe."""
     return EtcdClient(
