@@ -107,6 +107,15 @@ class ApiServer(ThreadingHTTPServer):
             found = {key[2]: value for key, value in self._objects.items() if key[:2] == (plural, namespace)}
             return copy.deepcopy(found)
 
+    @property
+    def version(self) -> int:
+        """Of the last change."""
+        return self._version
+
+    def peek(self, plural: str, name: str, namespace: str = "default") -> Object | None:
+        """An object as it is kept: not to be changed, and only while `changed` is held."""
+        return self._objects.get((plural, namespace, name))
+
     def everything(self) -> list[Object]:
         """Every object in every state that it ever had, and every line of a log; but no Secret."""
         with self.changed:

@@ -107,13 +107,14 @@ class Cluster:
 
     def is_wanted(self, pod: Object) -> bool:
         """Whether nobody has deleted the pod."""
-        one = self.server.all("pods").get(pod["metadata"]["name"])
-        same = one is not None and one["metadata"]["uid"] == pod["metadata"]["uid"]
-        return same and "deletionTimestamp" not in one["metadata"]
+        with self.server.changed:
+            one = self.server.peek("pods", pod["metadata"]["name"])
+            same = one is not None and one["metadata"]["uid"] == pod["metadata"]["uid"]
+            return same and "deletionTimestamp" not in one["metadata"]
 
-    def wait_while_wanted(self, pod: Object) -> None:
-        """Return when somebody has deleted the pod."""
-        self.server.wait_until(lambda: not self.is_wanted(pod) or self._stopping.is_set(), 600.0)
+    def wait_while_wanted(self, pod: Object, until: Callable[[], Any] = lambda: False) -> None:
+        """Return when somebody has deleted the pod, or `until` something else."""
+        self.server.wait_until(lambda: until() or not self.is_wanted(pod) or self._stopping.is_set(), 600.0)
 
     def _update(self, pod: Object, change: Callable[[Object], None]) -> None:
         def same(one: Object) -> None:
@@ -125,15 +126,17 @@ class Cluster:
     # The controllers
 
     def _run(self) -> None:
+        seen = -1
         while not self._stopping.is_set():
+            with self.server.changed:  # lines of logs are no changes
+                self.server.changed.wait_for(lambda before=seen: self.server.version != before, 0.2)
+                seen = self.server.version
             for job in self.server.all("jobs").values():
                 self._control_job(job)
             for job in self.server.all("pytorchjobs").values() if self.operator else ():
                 self._operate(job)
             for pod in self.server.all("pods").values():
                 self._host(pod)
-            with self.server.changed:
-                self.server.changed.wait(0.2)
 
     def _host(self, pod: Object) -> None:
         uid = pod["metadata"]["uid"]
@@ -251,7 +254,7 @@ class Processes:
         shutil.rmtree(mounted)
 
     def _stop_when_deleted(self, cluster: Cluster, pod: Object, process: "subprocess.Popen[str]") -> None:
-        cluster.wait_while_wanted(pod)
+        cluster.wait_while_wanted(pod, until=lambda: process.poll() is not None)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
 

@@ -17,7 +17,7 @@ from components.train.component import train
 from tests.cluster.apiserver import ApiServer, serving
 from tests.cluster.nodes import Cluster, Processes
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 SECRETS = {"HF_TOKEN": "hf-planted-secret", "WANDB_API_KEY": "wandb-planted-secret"}
 DEPLOYMENT = ("deployment_name", "deployment_namespace")

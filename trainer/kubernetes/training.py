@@ -5,14 +5,12 @@ means that the final checkpoint is committed. That a pod, a job or a node fails 
 workers are left.
 """
 
-import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.elastic import record
 from trainer.elastic.etcd import EtcdClient, EtcdError
@@ -21,6 +19,7 @@ from trainer.errors import Interrupted, TrainingError
 from trainer.kubernetes import inside, names, reasons
 from trainer.kubernetes.client import PYTORCH_JOB, ApiError, Object
 from trainer.kubernetes.credentials import reachable_etcd
+from trainer.kubernetes.events import WorkerEvents
 from trainer.kubernetes.plan import WorkerPlan
 from trainer.kubernetes.pod import CONTAINER, GRACE_PERIOD
 from trainer.kubernetes.pods import Pods
@@ -76,7 +75,7 @@ class _Training:
         self._client, self._plan = session.client, session.plan
         self._config = session.plan.config
         self._workers = {worker.pod: worker for worker in self._plan.workers}
-        self._log = _Events(directory, self._config.elastic.nproc_per_node)
+        self._log = WorkerEvents(directory, self._config.elastic.nproc_per_node)
         self._progress = [
             WorkerProgress(number, self._log.path(number))
             for number in range(len(self._workers) * self._config.elastic.nproc_per_node)
@@ -347,35 +346,6 @@ class _Training:
 
 
 _NO_OPERATOR = "is Kubeflow's training operator installed, and running?"
-
-
-class _Events:
-    """The workers' events, written as they come to files like their own, which reports and progress are made from."""
-
-    def __init__(self, directory: Path, processes: int) -> None:
-        self._directory, self._processes = directory, processes
-        self._lock = threading.Lock()
-        self._newest: dict[int, tuple[int, int]] = {}
-
-    def path(self, number: int) -> Path:
-        return self._directory / f"worker-{number}" / "metrics.jsonl"
-
-    def write(self, worker: int, told: Mapping[str, Any]) -> None:
-        """Keep an event of one of a node's workers."""
-        number = worker * self._processes + int(told.get("local_rank", 0))
-        event = {name: value for name, value in told.items() if name != "local_rank"}
-        with self._lock:
-            if event.get("event") == "checkpoint":
-                self._newest[number] = (event["round"], event["step"])
-            path = self.path(number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
-
-    def newest_checkpoints(self) -> dict[int, tuple[int, int]]:
-        """The round and step of each worker's newest checkpoint, by its number."""
-        with self._lock:
-            return dict(self._newest)
 
 
 def _started(pods: Pods) -> Iterator[Object]:

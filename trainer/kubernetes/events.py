@@ -1,0 +1,41 @@
+"""The workers' events as a step hears them, kept in files like their own: progress and reports are made of these."""
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class WorkerEvents:
+    """Writes events to `<directory>/worker-<i>/metrics.jsonl` as they come.
+
+    Args:
+        directory: A run's, as far as reports and progress can tell.
+        processes: Workers on each node.
+    """
+
+    def __init__(self, directory: Path, processes: int) -> None:
+        self._directory, self._processes = directory, processes
+        self._lock = threading.Lock()
+        self._newest: dict[int, tuple[int, int]] = {}
+
+    def path(self, number: int) -> Path:
+        return self._directory / f"worker-{number}" / "metrics.jsonl"
+
+    def write(self, worker: int, told: Mapping[str, Any]) -> None:
+        """Keep an event of one of a node's workers."""
+        number = worker * self._processes + int(told.get("local_rank", 0))
+        event = {name: value for name, value in told.items() if name != "local_rank"}
+        with self._lock:
+            if event.get("event") == "checkpoint":
+                self._newest[number] = (event["round"], event["step"])
+            path = self.path(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+    def newest_checkpoints(self) -> dict[int, tuple[int, int]]:
+        """The round and step of each worker's newest checkpoint, by its number."""
+        with self._lock:
+            return dict(self._newest)
