@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class ApiServer(ThreadingHTTPServer):
         quota: Resources of which nothing more may be created, and what the quota says.
         outages: How many requests are broken off before they are answered.
         streams: How often a watch or a followed log was begun.
+        zone: Of the nodes, in which they give the time of what containers say.
     """
 
     daemon_threads = True
@@ -89,6 +90,8 @@ class ApiServer(ThreadingHTTPServer):
         self._generation = 0  # streams of another one are to end
         self._logs: dict[str, list[str]] = {}  # by pod's uid
         self._moments = itertools.count()
+        self._cut = False  # streams that are to end are cut off
+        self.zone: tzinfo = UTC
 
     # What tests do
 
@@ -122,9 +125,10 @@ class ApiServer(ThreadingHTTPServer):
             states = [one for _, _, plural, _, one in self._history if plural != "secrets"]
             return [*states, {"logs": list(self._logs.values())}]
 
-    def drop_streams(self) -> None:
-        """Break off every watch and every followed log."""
+    def drop_streams(self, *, cut: bool = False) -> None:
+        """End every watch and every followed log; or cut their connections in the middle of a chunk."""
         with self.changed:
+            self._cut = cut
             self._generation += 1
             self.changed.notify_all()
 
@@ -181,8 +185,9 @@ class ApiServer(ThreadingHTTPServer):
     def log(self, uid: str, line: str) -> None:
         """A pod says something."""
         with self.changed:
-            seconds = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-            self._logs.setdefault(uid, []).append(f"{seconds}.{next(self._moments):09d}Z {line}")
+            moment = datetime.now(self.zone).isoformat(timespec="seconds")
+            moment = f"{moment[:19]}.{next(self._moments):09d}{moment[19:].replace('+00:00', 'Z')}"
+            self._logs.setdefault(uid, []).append(f"{moment} {line}")
             self.changed.notify_all()
 
     def _keep(self, event: str, plural: str, namespace: str, content: Object) -> None:
@@ -202,6 +207,14 @@ class ApiServer(ThreadingHTTPServer):
             self.update(plural, name, lambda pod: pod["metadata"].update(deletionTimestamp=_now()), namespace)
         else:
             self.remove(plural, name, namespace)
+
+    def _ends(self, generation: int) -> bool:
+        """Whether a stream is to end. Raises ConnectionAbortedError if it is to be cut."""
+        if self._generation == generation:
+            return False
+        if self._cut:
+            raise ConnectionAbortedError
+        return True
 
     # What clients ask for
 
@@ -283,7 +296,7 @@ class ApiServer(ThreadingHTTPServer):
                             if (kind, space) == (plural, namespace) and _selected(one, query)
                         ]
                         version = new[-1][0] if new else version
-                    if self._generation != generation or time.monotonic() > deadline:
+                    if self._ends(generation) or time.monotonic() > deadline:
                         return
                     if not batch:
                         self.changed.wait(0.5)
@@ -299,14 +312,14 @@ class ApiServer(ThreadingHTTPServer):
         uid, name, namespace = (pod["metadata"][key] for key in ("uid", "name", "namespace"))
         if not pod.get("status", {}).get("containerStatuses"):
             raise Refusal(400, "BadRequest", f'container "{query["container"]}" in pod "{name}" is waiting to start')
-        generation, since = self._generation, query.get("sinceTime", "")[:19]
+        generation, since = self._generation, _instant(query.get("sinceTime", "1970-01-01T00:00:00Z"))
         self.streams += 1
 
         def lines() -> Iterator[bytes]:
             told = 0
             while True:
                 with self.changed:
-                    if self._generation != generation:
+                    if self._ends(generation):
                         return
                     said = self._logs.get(uid, [])[told:]
                     now = self._objects.get(("pods", namespace, name))
@@ -316,7 +329,7 @@ class ApiServer(ThreadingHTTPServer):
                         continue
                 told += len(said)
                 for line in said:
-                    if line[:19] >= since:
+                    if _instant(line) >= since:
                         yield line.encode() + b"\n"
                 if over or "follow" not in query:
                     return
@@ -352,7 +365,7 @@ class _Handler(BaseHTTPRequestHandler):
             for part in content:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
             self.wfile.write(b"0\r\n\r\n")
-        except OSError:  # the client has gone
+        except OSError:  # the client has gone, or is cut off
             self.close_connection = True
 
     do_GET = do_POST = do_PATCH = do_DELETE = reply  # noqa: N815
@@ -438,6 +451,12 @@ def _lives(pod: Object) -> bool:
     """Whether a pod's container runs, or will."""
     statuses = pod.get("status", {}).get("containerStatuses", [])
     return not statuses or "terminated" not in statuses[0]["state"]
+
+
+def _instant(line: str) -> datetime:
+    """The whole second at which a line of a log was said."""
+    moment = line.partition(" ")[0]
+    return datetime.fromisoformat(moment[:19] + moment[19:].lstrip(".0123456789"))
 
 
 def _now() -> str:
