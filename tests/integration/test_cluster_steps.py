@@ -609,7 +609,6 @@ def test_the_next_claim_is_asked_when_one_has_not_the_result(place: Place, tmp_p
 
     place.story.told["export"] = refuse
     here = place.session()
-    here.prepare()
     place.story.results = {"config.json": "{}", "tokenizer/vocabulary.json": "[]"}
     assert take(here, here.plan.workers, "export", tmp_path / "export").index == 1
     assert (tmp_path / "export" / "tokenizer" / "vocabulary.json").read_text() == "[]"
@@ -619,11 +618,23 @@ def test_the_next_claim_is_asked_when_one_has_not_the_result(place: Place, tmp_p
 def test_a_step_that_was_started_again_takes_the_result_anew(place: Place, tmp_path: Path) -> None:
     place.on_line = die_at("runs on node")
     here = place.session()
-    here.prepare()
     with pytest.raises(Died):
         take(here, here.plan.workers, "export", tmp_path / "export")
     place.on_line = lambda line: None
     take(place.session(), here.plan.workers, "export", tmp_path / "export")
+    assert (tmp_path / "export" / "manifest.json").is_file()
+
+
+def test_a_step_that_is_tried_again_after_the_clean_up_has_what_its_pods_need(place: Place, tmp_path: Path) -> None:
+    def serve(cluster: Cluster, pod: Object, life: int) -> None:
+        (config,) = (v["configMap"]["name"] for v in pod["spec"]["volumes"] if "configMap" in v)
+        place.server.wait_until(lambda: config in place.server.all("configmaps"), 10)  # a kubelet waits for it, too
+        place.story.serve(cluster, pod)
+
+    place.story.told["export"] = serve
+    here = place.session()
+    here.clean_up(finished=False)
+    take(here, here.plan.workers, "export", tmp_path / "export")
     assert (tmp_path / "export" / "manifest.json").is_file()
 
 
