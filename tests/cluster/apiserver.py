@@ -177,6 +177,10 @@ class ApiServer(ThreadingHTTPServer):
             if gone is None:
                 return
             self._tell("DELETED", plural, namespace, gone)
+            if plural == "pods":
+                for claim in self.all("persistentvolumeclaims", namespace).values():
+                    if "deletionTimestamp" in claim["metadata"]:
+                        self._delete("persistentvolumeclaims", namespace, claim["metadata"]["name"])
             for (kind, space, owned), one in list(self._objects.items()):
                 owners = one["metadata"].get("ownerReferences", [])
                 if owners and all(owner["uid"] == gone["metadata"]["uid"] for owner in owners):
@@ -201,10 +205,17 @@ class ApiServer(ThreadingHTTPServer):
         self.changed.notify_all()
 
     def _delete(self, plural: str, namespace: str, name: str) -> None:
-        """Pods are given time to end; a kubelet removes them then."""
+        """Pods are given time to end; a kubelet removes them then. A claim stays while a pod has it, even one that has
+        ended (kubernetes.io/pvc-protection)."""
         found = self._objects[plural, namespace, name]
         if plural == "pods" and "nodeName" in found["spec"] and _lives(found):
             self.update(plural, name, lambda pod: pod["metadata"].update(deletionTimestamp=_now()), namespace)
+        elif plural == "persistentvolumeclaims" and any(
+            volume.get("persistentVolumeClaim", {}).get("claimName") == name
+            for pod in self.all("pods", namespace).values()
+            for volume in pod["spec"].get("volumes", [])
+        ):
+            self.update(plural, name, lambda one: one["metadata"].update(deletionTimestamp=_now()), namespace)
         else:
             self.remove(plural, name, namespace)
 
@@ -238,6 +249,10 @@ class ApiServer(ThreadingHTTPServer):
                 return self._list(plural, namespace, query)
             if verb == "watch":
                 return self._watch(plural, namespace, query)
+            if verb == "deletecollection":
+                for other in self._list(plural, namespace, query)["items"]:
+                    self._delete(plural, namespace, other["metadata"]["name"])
+                return {}
             one = self._objects.get((plural, namespace, name))
             if one is None:
                 raise Refusal(404, "NotFound", f'{plural} "{name}" not found', name=name, kind=plural)
@@ -415,7 +430,7 @@ def _unknown_path() -> Refusal:
 def _verb(method: str, name: str, query: dict[str, str]) -> str:
     if method == "GET":
         return "get" if name else "watch" if "watch" in query else "list"
-    return {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[method]
+    return {"POST": "create", "PATCH": "patch", "DELETE": "delete" if name else "deletecollection"}[method]
 
 
 def _selected(one: Object, query: dict[str, str]) -> bool:

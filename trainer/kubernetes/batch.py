@@ -10,7 +10,7 @@ from trainer.errors import TrainingError
 from trainer.kubernetes import inside, reasons
 from trainer.kubernetes.client import JOB, ApiError, Client, Object
 from trainer.kubernetes.pods import Pods, Say
-from trainer.kubernetes.session import condition, has_ended
+from trainer.kubernetes.session import condition, has_ended, refuse_foreign
 
 ATTEMPTS = 3  # of a Job
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
@@ -109,6 +109,7 @@ class Jobs:
             there = self._client.get(JOB, name)
             if there is None:
                 continue
+            refuse_foreign(run.body, there)
             if there["metadata"].get("deletionTimestamp"):
                 time.sleep(0.2)
             elif has_ended(there) or self._fresh:

@@ -145,6 +145,11 @@ class Client:
             raise
         return True
 
+    def delete_all(self, kind: Kind, labels: str) -> None:
+        """Delete all objects that the selector selects by one request, and in the background what they own."""
+        body = {"propagationPolicy": "Background"}
+        self._json("deletecollection", "DELETE", kind, query=_selectors(labels, ""), body=body)
+
     def watch(self, kind: Kind, version: str, labels: str = "", seconds: int = 240) -> Iterator[Object]:
         """What has changed since `version`: `{type: ADDED | MODIFIED | DELETED | BOOKMARK, object}`, as it happens.
 

@@ -24,7 +24,7 @@ from trainer.kubernetes.plan import WorkerPlan
 from trainer.kubernetes.pod import CONTAINER, GRACE_PERIOD
 from trainer.kubernetes.pods import Pods
 from trainer.kubernetes.pytorchjob import training_jobs
-from trainer.kubernetes.session import Session, condition, has_ended
+from trainer.kubernetes.session import Session, condition, has_ended, refuse_foreign
 
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
 ETCD_INTERVAL = 2.0  # seconds between two looks at etcd
@@ -91,7 +91,11 @@ class _Training:
 
     def begin(self) -> None:
         """Make what is missing. What is there is kept: a step that was started again goes on with it."""
-        there = {job["metadata"]["name"]: job for job in self._client.list(PYTORCH_JOB, self._plan.selector)[0]}
+        bodies = {body["metadata"]["name"]: body for body in training_jobs(self._plan)}
+        jobs = self._client.list(PYTORCH_JOB, names.selector({"app.kubernetes.io/part-of": names.PREFIX}))[0]
+        there = {job["metadata"]["name"]: job for job in jobs if job["metadata"]["name"] in bodies}
+        for name, job in there.items():
+            refuse_foreign(bodies[name], job)
         under_way = any(not has_ended(job) or condition(job, "Succeeded") for job in there.values())
         self._verdict = record.verdict(self._etcd)
         if self._verdict.status == "succeeded":
@@ -101,8 +105,7 @@ class _Training:
         if not under_way:
             record.reopen(self._etcd)
             self._verdict = record.Verdict("open")
-        for body in training_jobs(self._plan):
-            name = body["metadata"]["name"]
+        for name, body in bodies.items():
             if name in there and has_ended(there[name]) and not under_way:
                 self._client.delete(PYTORCH_JOB, name)  # of an earlier attempt, which has failed
             if self._create(body):
@@ -122,6 +125,8 @@ class _Training:
                     raise
             there = self._client.get(PYTORCH_JOB, name)
             if there is not None and not there["metadata"].get("deletionTimestamp"):
+                refuse_foreign(body, there)
+                self._session.adopt(PYTORCH_JOB, there)
                 return False
             time.sleep(0.2)
 
