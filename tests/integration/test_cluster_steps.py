@@ -26,7 +26,7 @@ from trainer.kubernetes.client import CLAIM, Client
 from trainer.kubernetes.plan import Owner, plan
 from trainer.kubernetes.precache import precache
 from trainer.kubernetes.results import take
-from trainer.kubernetes.session import Session
+from trainer.kubernetes.session import Session, has_ended
 from trainer.kubernetes.training import Trained, train
 
 pytestmark = pytest.mark.timeout(60)
@@ -344,7 +344,7 @@ def test_a_complete_run_is_not_trained_again(place: Place, tmp_path: Path) -> No
     with place.etcd() as etcd:
         finish(etcd, "succeeded")
     train(place.session(), tmp_path / "run")
-    assert place.said("is complete already")
+    assert place.said("has ended already: it has succeeded")
     assert not place.server.all("pytorchjobs")
 
 
@@ -387,12 +387,45 @@ def one_fails(place: Place, code: int, reason: str = "", words: str = "", times:
             place.story.train(cluster, pod)
             return
         cluster.start(pod)
+        place.wait_for("worker 1 runs on node")  # else the operator may have replaced it before anybody looks
         if words:
             cluster.say(pod, words)
         cluster.end(pod, code, reason)
 
     place.story.told["train"] = fail
     place.story.released.clear()
+
+
+def test_of_a_site_s_one_job_only_the_worker_that_failed_is_lost(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ReadWriteMany. The operator has failed the whole job, and its other pods run on."""
+
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        if not pod["metadata"]["name"].endswith("-worker-1"):
+            place.story.train(cluster, pod)
+            return
+        cluster.start(pod)
+        cluster.say(pod, "error: CUDA has gone")
+        cluster.end(pod, 1)
+
+    looks: list[Any] = []
+    look = training._Training._look
+
+    def look_and_release(self: Any, seen: Any) -> None:
+        look(self, seen)
+        if any(has_ended(job) for job in seen.owners.values()):
+            looks.append(seen)
+            if len(looks) > 2:  # the step has taken in that the job has failed
+                place.story.released.set()
+
+    monkeypatch.setattr(training._Training, "_look", look_and_release)
+    place.story.told["train"] = fail
+    place.story.released.clear()
+    values = {"storage_access_mode": "ReadWriteMany", "nodes": 3, "elastic_min_nodes": 2}
+    train(place.session(**values), tmp_path / "run")
+    assert place.said("worker 1 has failed for good: CUDA has gone: the others go on (2 left)")
+    assert not place.said("of at least")
 
 
 def test_a_failed_worker_is_no_failed_training_while_the_quorum_holds(place: Place, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ workers are left.
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,7 @@ class _Training:
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
         self._last_words: dict[int, str] = {}  # of a worker: its last error
         self._out_of_memory: Counter[int] = Counter()  # how often a worker was
-        self._failed: dict[str, str] = {}  # jobs that have failed for good, by name: why
+        self._lost: dict[int, str] = {}  # workers that have failed for good: why
         self._asked_etcd, self._etcd_away = 0.0, False
         self._verdict = record.Verdict("open")
         self._shown: View | None = None
@@ -141,7 +141,7 @@ class _Training:
             view(self._progress, self._config.total_steps) as self._shown,
         ):
             if self._over():
-                self._say(f"run {plan.run_id} is complete already")
+                self._say(f"run {plan.run_id} has ended already: it has {self._verdict.status}")
             else:
                 self._say(f"run {plan.run_id}: {len(plan.workers)} workers; kubectl get pytorchjob -l {plan.selector}")
             self._look(pods)
@@ -194,17 +194,17 @@ class _Training:
             self._out_of_memory[worker.index] += 1
             if self._out_of_memory[worker.index] > self._config.elastic.max_restarts:  # it would end so for ever
                 self._client.delete(PYTORCH_JOB, worker.job)
-                self._fail_job(worker.job, self._ended[uid])
+                self._lose(self._members(worker.job), self._ended[uid])
 
     def _look_at_job(self, name: str, pods: Pods) -> None:
         job, members = pods.owners.get(name), self._members(name)
         if job is None:
-            if name not in self._failed and pods.waited(f"missing {name}") > SEEN_TIMEOUT:
-                self._fail_job(name, f"somebody has deleted PyTorchJob {name}")
+            if pods.waited(f"missing {name}") > SEEN_TIMEOUT:
+                self._lose(members, f"somebody has deleted PyTorchJob {name}")
             return
+        for worker in members:
+            self._look_at_worker(worker, job, pods)
         if condition(job, "Failed"):
-            if name not in self._failed:
-                self._fail_job(name, self._why_failed(name, job, pods))
             return
         if condition(job, "Succeeded"):
             self._verdict = record.Verdict("succeeded")
@@ -214,24 +214,35 @@ class _Training:
             if not (job.get("status") or {}).get("conditions") and pods.waited(name) > OPERATOR_TIMEOUT:
                 pods.say_once(name, f"nobody acts on PyTorchJob {name}: {_NO_OPERATOR}")
 
-    def _fail_job(self, name: str, why: str) -> None:
-        self._failed[name] = why
+    def _look_at_worker(self, worker: WorkerPlan, job: Object, pods: Pods) -> None:
+        """Whether it is lost: its own pod has failed; or its job has, which makes no new pods then, and it has none.
+
+        The operator fails a job at the first pod of it that fails, and lets its others run.
+        """
+        pod = pods.pods.get(worker.pod)
+        if pod is not None and not _is_of(pod, job):
+            pod = None  # an earlier job's
+        code = None if pod is None else reasons.exit_status(pod, CONTAINER)
+        failed = code is not None and 0 < code < 128
+        if not failed and (code == 0 or not condition(job, "Failed") or (pod is not None and code is None)):
+            return
+        conditions = (job.get("status") or {}).get("conditions") or []
+        message = next((one.get("message") for one in conditions if one["type"] == "Failed"), "")
+        self._lose([worker], self._ended.get(pod["metadata"]["uid"] if pod else "") or str(message or "unknown"))
+
+    def _lose(self, workers: Sequence[WorkerPlan], why: str) -> None:
+        """These have failed for good; those of them of which that is known already have no part in it."""
+        new = [worker for worker in workers if worker.index not in self._lost]
+        if not new:
+            return
+        self._lost |= {worker.index: why for worker in new}
         left = self._left()
         goes_on = f": the others go on ({left} left)" if left >= self._config.min_nodes else ""
-        self._say(f"{self._names(self._members(name))} has failed for good: {why}{goes_on}")
-
-    def _why_failed(self, name: str, job: Object, pods: Pods) -> str:
-        """In the words of the pod that failed, or of the operator."""
-        for pod in pods.pods.values():
-            uid = pod["metadata"]["uid"]
-            if uid in self._ended and self._workers.get(pod["metadata"]["name"]) in self._members(name):
-                return self._ended[uid]
-        conditions = (job.get("status") or {}).get("conditions") or []
-        return str(next((one.get("message") for one in conditions if one["type"] == "Failed"), "") or "unknown")
+        self._say(f"{self._names(new)} has failed for good: {why}{goes_on}")
 
     def _left(self) -> int:
         """How many nodes are not lost for good."""
-        return sum(worker.job not in self._failed for worker in self._plan.workers)
+        return len(self._plan.workers) - len(self._lost)
 
     def _refuse_what_cannot_go_on(self, pods: Pods) -> None:
         """End a training that has too few workers left, or never gets them."""
@@ -241,7 +252,7 @@ class _Training:
             # An agent that ends for good has told etcd why, if the run ends by it: better than what is seen from here.
             self._ask_etcd()
             if not self._over():
-                why = next(iter(self._failed.values()))
+                why = next(iter(self._lost.values()))
                 few = f"{self._left()} of at least {self._config.min_nodes} workers are left"
                 self._end(f"{few}: {why}")
             return
@@ -287,7 +298,8 @@ class _Training:
         """Let the workers end: by themselves when they are done, else with their jobs. They save, and leave."""
         if self._verdict.status == "failed":
             for name, job in pods.owners.items():
-                if not has_ended(job):
+                alive = (pod for pod in pods.pods.values() if reasons.exit_status(pod, CONTAINER) is None)
+                if not has_ended(job) or any(_is_of(pod, job) for pod in alive):  # a failed job may have pods that run
                     self._client.delete(PYTORCH_JOB, name)
         deadline = time.monotonic() + GRACE_PERIOD
         while (
@@ -345,12 +357,17 @@ class _Training:
     def _members(self, job: str) -> list[WorkerPlan]:
         return [worker for worker in self._plan.workers if worker.job == job]
 
-    def _names(self, workers: list[WorkerPlan]) -> str:
+    def _names(self, workers: Sequence[WorkerPlan]) -> str:
         numbers = ", ".join(str(worker.index) for worker in workers)
         return f"worker{'s' if len(workers) > 1 else ''} {numbers}"
 
 
 _NO_OPERATOR = "is Kubeflow's training operator installed, and running?"
+
+
+def _is_of(pod: Object, job: Object) -> bool:
+    """Whether the pod is this job's, and not one's that had its name before."""
+    return any(one["uid"] == job["metadata"]["uid"] for one in pod["metadata"].get("ownerReferences") or [])
 
 
 def _started(pods: Pods) -> Iterator[Object]:
