@@ -527,6 +527,34 @@ def test_an_api_server_that_is_away_for_a_moment_is_waited_for(place: Place, tmp
     train(place.session(), tmp_path / "run")
 
 
+def test_the_training_is_followed_on_after_an_api_server_has_been_away_for_long(place: Place, tmp_path: Path) -> None:
+    here = place.session()
+    here.client.patience = 0.0  # of all else
+    place.story.released.clear()
+
+    def go_away(line: str) -> None:
+        if line == "worker 1 runs on node node-1":
+            place.server.outages = 9
+            place.server.drop_streams(cut=True)
+            place.story.released.set()
+
+    place.on_line = go_away
+    train(here, tmp_path / "run")
+
+
+def test_a_run_that_has_failed_is_not_called_complete(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "run")
+    place.on_line = lambda line: None
+    with place.etcd() as etcd:
+        finish(etcd, "failed", "the loss is not finite")
+    with pytest.raises(TrainingError, match="the loss is not finite"):
+        train(place.session(), tmp_path / "run")
+    assert place.said("has ended already: it has failed")
+
+
 # What cannot work
 
 

@@ -120,7 +120,7 @@ class Followed:
 
     def __init__(self, client: Client) -> None:
         self.changed = threading.Condition()
-        self.mirror = Mirror(client, CONFIG_MAP, "own=yes", self.notify, patience=1.0)
+        self.mirror = Mirror(client, CONFIG_MAP, "own=yes", self.notify)
 
     def notify(self) -> None:
         with self.changed:

@@ -80,7 +80,7 @@ class Client:
 
     Args:
         namespace: Of all objects.
-        patience: Seconds that the API server may be away.
+        patience: Seconds that the API server may be away; an attribute, too.
 
     Raises:
         TrainingError: There is no cluster to speak to. From every method `ApiError`: refused, or not reached.
@@ -89,7 +89,7 @@ class Client:
     def __init__(self, namespace: str, patience: float = PATIENCE) -> None:
         from kubernetes import client, config
 
-        self.namespace, self._patience = namespace, patience
+        self.namespace, self.patience = namespace, patience
         configuration = client.Configuration()
         file = os.environ.get("KUBECONFIG")
         try:
@@ -200,7 +200,7 @@ class Client:
         shown: str = "",
     ) -> Any:
         """One request, made again while the server is away."""
-        deadline, pause = time.monotonic() + self._patience, RETRY_INTERVAL
+        deadline, pause = time.monotonic() + self.patience, RETRY_INTERVAL
         while True:
             try:
                 response = self._request(

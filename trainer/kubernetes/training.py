@@ -29,6 +29,7 @@ from trainer.kubernetes.session import Session, condition, has_ended, refuse_for
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
 ETCD_INTERVAL = 2.0  # seconds between two looks at etcd
 OPERATOR_TIMEOUT = 45.0  # seconds after which an operator has said something about a job, if there is one
+PATIENCE = 900.0  # seconds that the API server may be away: the workers do not need it
 SEEN_TIMEOUT = 10.0  # seconds for a job that was made to be seen
 _GONE_TIMEOUT = 2.0 * GRACE_PERIOD  # seconds for a job that was deleted to be gone
 
@@ -60,6 +61,7 @@ def train(session: Session, directory: Path) -> Trained:
         training = _Training(session, etcd, directory)
         try:
             training.begin()
+            session.client.patience = max(session.client.patience, PATIENCE)
             return training.follow()
         except (Interrupted, KeyboardInterrupt):
             session.say("cancelled: the training's jobs are deleted, their workers save and leave")

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from trainer.errors import TrainingError
-from trainer.kubernetes.client import LIVED, PASSING, PATIENCE, RETRY_INTERVAL, ApiError, Client, Kind, Object
+from trainer.kubernetes.client import LIVED, PASSING, RETRY_INTERVAL, ApiError, Client, Kind, Object
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +24,10 @@ class Mirror:
     Args:
         labels: The label selector.
         changed: Called, from a thread, after each change.
-        patience: Seconds that the API server may be away.
     """
 
-    def __init__(
-        self, client: Client, kind: Kind, labels: str, changed: Callable[[], None], patience: float = PATIENCE
-    ) -> None:
+    def __init__(self, client: Client, kind: Kind, labels: str, changed: Callable[[], None]) -> None:
         self._client, self._kind, self._labels, self._changed = client, kind, labels, changed
-        self._patience = patience
         self._objects: dict[str, Object] = {}
         self._departed: list[Object] = []
         self._version = ""
@@ -82,7 +78,7 @@ class Mirror:
                     answered = time.monotonic()
                 if error.status == 410:
                     self._version = ""
-                elif error.status not in PASSING or time.monotonic() - answered > self._patience:
+                elif error.status not in PASSING or time.monotonic() - answered > self._client.patience:
                     self._fail(error)
                     return
                 else:
