@@ -11,12 +11,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from kfp import dsl
 
-from trainer.errors import ConfigError, Interrupted, TrainingError
+from trainer.errors import ConfigError, Interrupted, TrainingError, raise_on_sigterm
 
 # Holds the project and kfp. kfp warns about a step's image that has no "python" in its name.
 IMAGE = os.environ.get("PIPELINE_IMAGE", "diloco-pipelines-python:0.1.0")
@@ -34,7 +33,8 @@ def step(name: str) -> Iterator[None]:
     Raises:
         SystemExit: With the reason (status 1), or with 143 after SIGTERM and 130 after Ctrl-C.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    raise_on_sigterm()
     if runner := os.environ.get(RUNNER_PID):
         os.setpgid(0, 0)  # a terminal's Ctrl-C goes to the runner alone, which passes it on once
         threading.Thread(target=_end_with, args=(int(runner),), daemon=True).start()
@@ -98,7 +98,3 @@ def _plain_logging() -> Iterator[None]:
     finally:
         for handler, formatter in before:
             handler.setFormatter(formatter)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise Interrupted

@@ -44,7 +44,7 @@ class Cluster:
         self._namespace = namespace or None
         with warnings.catch_warnings(), _refusals():
             warnings.simplefilter("ignore")
-            self._client = Client(host=host or None, namespace=namespace or "kubeflow")
+            self._client = Client(host=host or None)  # its `namespace` is where KFP itself is, not the user's
 
     def submit(
         self, arguments: Mapping[str, Any], experiment: str, name: str = "", *, service_account: str = ""

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +16,13 @@ import psutil
 
 from trainer.errors import ConfigError
 
+_FORGOTTEN = 86400.0  # seconds after which nobody on another host still writes what has not changed
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` atomically and durably by `text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -64,10 +68,9 @@ def whole_directory(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     for stale in final.parent.glob(".*.*.tmp"):
-        writer = stale.name.split(".")[-2]
-        if writer.isdigit() and not _alive_since(int(writer), stale):
+        if not _is_written(stale):
             shutil.rmtree(stale, ignore_errors=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary = _temporary(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -79,7 +82,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
             else:
                 fsync_directory(path)
         fsync_directory(temporary)
-        replaced = final.with_name(f".{final.name}.old.{os.getpid()}.tmp")
+        replaced = _temporary(final.with_name(f"{final.name}.old"))
         if final.exists():
             final.rename(replaced)
         temporary.rename(final)
@@ -88,6 +91,29 @@ def whole_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(final.parent)
+
+
+def _temporary(final: Path) -> Path:
+    """Beside `final`, of this process alone: two pods on a volume are both process 1, but on hosts of their own."""
+    return final.with_name(f".{final.name}.{_host()}.{os.getpid()}.tmp")
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
+def _is_written(temporary: Path) -> bool:
+    """Whether somebody may be writing what `_temporary` has named."""
+    host, pid = ["", *temporary.name.split(".")][-3:-1]
+    if not pid.isdigit():  # not one of ours
+        return True
+    if host == _host():
+        return _alive_since(int(pid), temporary)
+    try:
+        newest = max(path.stat().st_mtime for path in (temporary, *temporary.rglob("*")))
+    except OSError:  # it changes just now
+        return True
+    return time.time() - newest < _FORGOTTEN
 
 
 def _alive_since(pid: int, path: Path) -> bool:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class ApiServer(ThreadingHTTPServer):
         quota: Resources of which nothing more may be created, and what the quota says.
         outages: How many requests are broken off before they are answered.
         streams: How often a watch or a followed log was begun.
+        zone: Of the nodes, in which they give the time of what containers say.
     """
 
     daemon_threads = True
@@ -89,6 +90,8 @@ class ApiServer(ThreadingHTTPServer):
         self._generation = 0  # streams of another one are to end
         self._logs: dict[str, list[str]] = {}  # by pod's uid
         self._moments = itertools.count()
+        self._cut = False  # streams that are to end are cut off
+        self.zone: tzinfo = UTC
 
     # What tests do
 
@@ -122,9 +125,10 @@ class ApiServer(ThreadingHTTPServer):
             states = [one for _, _, plural, _, one in self._history if plural != "secrets"]
             return [*states, {"logs": list(self._logs.values())}]
 
-    def drop_streams(self) -> None:
-        """Break off every watch and every followed log."""
+    def drop_streams(self, *, cut: bool = False) -> None:
+        """End every watch and every followed log; or cut their connections in the middle of a chunk."""
         with self.changed:
+            self._cut = cut
             self._generation += 1
             self.changed.notify_all()
 
@@ -173,6 +177,10 @@ class ApiServer(ThreadingHTTPServer):
             if gone is None:
                 return
             self._tell("DELETED", plural, namespace, gone)
+            if plural == "pods":
+                for claim in self.all("persistentvolumeclaims", namespace).values():
+                    if "deletionTimestamp" in claim["metadata"]:
+                        self._delete("persistentvolumeclaims", namespace, claim["metadata"]["name"])
             for (kind, space, owned), one in list(self._objects.items()):
                 owners = one["metadata"].get("ownerReferences", [])
                 if owners and all(owner["uid"] == gone["metadata"]["uid"] for owner in owners):
@@ -181,8 +189,9 @@ class ApiServer(ThreadingHTTPServer):
     def log(self, uid: str, line: str) -> None:
         """A pod says something."""
         with self.changed:
-            seconds = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-            self._logs.setdefault(uid, []).append(f"{seconds}.{next(self._moments):09d}Z {line}")
+            moment = datetime.now(self.zone).isoformat(timespec="seconds")
+            moment = f"{moment[:19]}.{next(self._moments):09d}{moment[19:].replace('+00:00', 'Z')}"
+            self._logs.setdefault(uid, []).append(f"{moment} {line}")
             self.changed.notify_all()
 
     def _keep(self, event: str, plural: str, namespace: str, content: Object) -> None:
@@ -196,12 +205,27 @@ class ApiServer(ThreadingHTTPServer):
         self.changed.notify_all()
 
     def _delete(self, plural: str, namespace: str, name: str) -> None:
-        """Pods are given time to end; a kubelet removes them then."""
+        """Pods are given time to end; a kubelet removes them then. A claim stays while a pod has it, even one that has
+        ended (kubernetes.io/pvc-protection)."""
         found = self._objects[plural, namespace, name]
         if plural == "pods" and "nodeName" in found["spec"] and _lives(found):
             self.update(plural, name, lambda pod: pod["metadata"].update(deletionTimestamp=_now()), namespace)
+        elif plural == "persistentvolumeclaims" and any(
+            volume.get("persistentVolumeClaim", {}).get("claimName") == name
+            for pod in self.all("pods", namespace).values()
+            for volume in pod["spec"].get("volumes", [])
+        ):
+            self.update(plural, name, lambda one: one["metadata"].update(deletionTimestamp=_now()), namespace)
         else:
             self.remove(plural, name, namespace)
+
+    def _ends(self, generation: int) -> bool:
+        """Whether a stream is to end. Raises ConnectionAbortedError if it is to be cut."""
+        if self._generation == generation:
+            return False
+        if self._cut:
+            raise ConnectionAbortedError
+        return True
 
     # What clients ask for
 
@@ -225,6 +249,10 @@ class ApiServer(ThreadingHTTPServer):
                 return self._list(plural, namespace, query)
             if verb == "watch":
                 return self._watch(plural, namespace, query)
+            if verb == "deletecollection":
+                for other in self._list(plural, namespace, query)["items"]:
+                    self._delete(plural, namespace, other["metadata"]["name"])
+                return {}
             one = self._objects.get((plural, namespace, name))
             if one is None:
                 raise Refusal(404, "NotFound", f'{plural} "{name}" not found', name=name, kind=plural)
@@ -283,7 +311,7 @@ class ApiServer(ThreadingHTTPServer):
                             if (kind, space) == (plural, namespace) and _selected(one, query)
                         ]
                         version = new[-1][0] if new else version
-                    if self._generation != generation or time.monotonic() > deadline:
+                    if self._ends(generation) or time.monotonic() > deadline:
                         return
                     if not batch:
                         self.changed.wait(0.5)
@@ -299,14 +327,14 @@ class ApiServer(ThreadingHTTPServer):
         uid, name, namespace = (pod["metadata"][key] for key in ("uid", "name", "namespace"))
         if not pod.get("status", {}).get("containerStatuses"):
             raise Refusal(400, "BadRequest", f'container "{query["container"]}" in pod "{name}" is waiting to start')
-        generation, since = self._generation, query.get("sinceTime", "")[:19]
+        generation, since = self._generation, _instant(query.get("sinceTime", "1970-01-01T00:00:00Z"))
         self.streams += 1
 
         def lines() -> Iterator[bytes]:
             told = 0
             while True:
                 with self.changed:
-                    if self._generation != generation:
+                    if self._ends(generation):
                         return
                     said = self._logs.get(uid, [])[told:]
                     now = self._objects.get(("pods", namespace, name))
@@ -316,7 +344,7 @@ class ApiServer(ThreadingHTTPServer):
                         continue
                 told += len(said)
                 for line in said:
-                    if line[:19] >= since:
+                    if _instant(line) >= since:
                         yield line.encode() + b"\n"
                 if over or "follow" not in query:
                     return
@@ -352,7 +380,7 @@ class _Handler(BaseHTTPRequestHandler):
             for part in content:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
             self.wfile.write(b"0\r\n\r\n")
-        except OSError:  # the client has gone
+        except OSError:  # the client has gone, or is cut off
             self.close_connection = True
 
     do_GET = do_POST = do_PATCH = do_DELETE = reply  # noqa: N815
@@ -402,7 +430,7 @@ def _unknown_path() -> Refusal:
 def _verb(method: str, name: str, query: dict[str, str]) -> str:
     if method == "GET":
         return "get" if name else "watch" if "watch" in query else "list"
-    return {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[method]
+    return {"POST": "create", "PATCH": "patch", "DELETE": "delete" if name else "deletecollection"}[method]
 
 
 def _selected(one: Object, query: dict[str, str]) -> bool:
@@ -438,6 +466,12 @@ def _lives(pod: Object) -> bool:
     """Whether a pod's container runs, or will."""
     statuses = pod.get("status", {}).get("containerStatuses", [])
     return not statuses or "terminated" not in statuses[0]["state"]
+
+
+def _instant(line: str) -> datetime:
+    """The whole second at which a line of a log was said."""
+    moment = line.partition(" ")[0]
+    return datetime.fromisoformat(moment[:19] + moment[19:].lstrip(".0123456789"))
 
 
 def _now() -> str:

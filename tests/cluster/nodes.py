@@ -165,7 +165,7 @@ class Cluster:
         if "Succeeded" in ends or "Failed" in ends:
             return
         worker, pods = job["spec"]["pytorchReplicaSpecs"]["Worker"], {p["metadata"]["name"]: p for p in self._of(job)}
-        state = "Created"
+        states = {"Created"}
         for index in range(worker["replicas"]):
             pod = pods.get(f"{name}-worker-{index}")
             labels = {"training.kubeflow.org/job-name": name, "training.kubeflow.org/replica-index": str(index)}
@@ -174,11 +174,12 @@ class Cluster:
                 self._make_pod("pytorchjobs", job, f"{name}-worker-{index}", template, labels)
             elif _ended(pod):
                 code = pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"]
-                state = "Succeeded" if code == 0 else "Restarting" if code >= 128 else "Failed"
-                if state == "Restarting":
+                states.add("Succeeded" if code == 0 else "Restarting" if code >= 128 else "Failed")
+                if code >= 128:
                     self.server.remove("pods", pod["metadata"]["name"])
             elif pod.get("status", {}).get("phase") == "Running":
-                state = "Running"
+                states.add("Running")
+        state = next(one for one in ("Succeeded", "Failed", "Restarting", "Running", "Created") if one in states)
         conditions = [{"type": "Created", "status": "True"}]
         conditions += [{"type": state, "status": "True", "message": f"{name} is {state}"}] if state != "Created" else []
         self.server.update("pytorchjobs", name, lambda one: one.update(status={"conditions": conditions}))

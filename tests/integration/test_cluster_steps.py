@@ -3,6 +3,7 @@
 The API server (tests/cluster) enforces the Role of manifests/ and the published schemas; a `Story` says what pods do.
 """
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,15 +21,19 @@ from trainer.elastic.etcd import EtcdClient
 from trainer.elastic.record import Verdict, finish, verdict
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.kubernetes import client, pods, training
-from trainer.kubernetes.client import Client
+from trainer.kubernetes.claims import claim
+from trainer.kubernetes.client import CLAIM, Client
 from trainer.kubernetes.plan import Owner, plan
 from trainer.kubernetes.precache import precache
 from trainer.kubernetes.results import take
-from trainer.kubernetes.session import Session
+from trainer.kubernetes.session import Session, has_ended
 from trainer.kubernetes.training import Trained, train
 
 pytestmark = pytest.mark.timeout(60)
 
+ANOTHER_OWNER = Owner(
+    "argoproj.io/v1alpha1", "Workflow", "diloco-training-b2c3d", "00000000-0000-4000-8000-000000000001"
+)
 OWNER = Owner("argoproj.io/v1alpha1", "Workflow", "diloco-training-x7k2p", "7b1c0e9e-0000-4000-8000-000000000000")
 
 
@@ -41,7 +46,7 @@ class Place:
     """
 
     def __init__(self, server: ApiServer, etcd: str, run_id: str) -> None:
-        self.server, self.story, self.run_id = server, Story(), run_id
+        self.server, self.story, self.run_id, self.owner = server, Story(), run_id, OWNER
         self.cluster = Cluster(server, self.story)
         self.lines: list[str] = []
         self.on_line: Callable[[str], None] = lambda line: None
@@ -58,7 +63,7 @@ class Place:
         }
         base = {"launcher": "pytorchjob", "run_id": self.run_id, "device": "cpu", "etcd_endpoints": [self._etcd]}
         config = TrainingConfig.from_flat({**base, **quick, **values}).resolved()
-        made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=OWNER)
+        made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=self.owner)
         return Session(Client(config.deployment_namespace, patience=2.0), made, self.say)
 
     def say(self, line: str) -> None:
@@ -339,7 +344,7 @@ def test_a_complete_run_is_not_trained_again(place: Place, tmp_path: Path) -> No
     with place.etcd() as etcd:
         finish(etcd, "succeeded")
     train(place.session(), tmp_path / "run")
-    assert place.said("is complete already")
+    assert place.said("has ended already: it has succeeded")
     assert not place.server.all("pytorchjobs")
 
 
@@ -382,12 +387,45 @@ def one_fails(place: Place, code: int, reason: str = "", words: str = "", times:
             place.story.train(cluster, pod)
             return
         cluster.start(pod)
+        place.wait_for("worker 1 runs on node")  # else the operator may have replaced it before anybody looks
         if words:
             cluster.say(pod, words)
         cluster.end(pod, code, reason)
 
     place.story.told["train"] = fail
     place.story.released.clear()
+
+
+def test_of_a_site_s_one_job_only_the_worker_that_failed_is_lost(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ReadWriteMany. The operator has failed the whole job, and its other pods run on."""
+
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        if not pod["metadata"]["name"].endswith("-worker-1"):
+            place.story.train(cluster, pod)
+            return
+        cluster.start(pod)
+        cluster.say(pod, "error: CUDA has gone")
+        cluster.end(pod, 1)
+
+    looks: list[Any] = []
+    look = training._Training._look
+
+    def look_and_release(self: Any, seen: Any) -> None:
+        look(self, seen)
+        if any(has_ended(job) for job in seen.owners.values()):
+            looks.append(seen)
+            if len(looks) > 2:  # the step has taken in that the job has failed
+                place.story.released.set()
+
+    monkeypatch.setattr(training._Training, "_look", look_and_release)
+    place.story.told["train"] = fail
+    place.story.released.clear()
+    values = {"storage_access_mode": "ReadWriteMany", "nodes": 3, "elastic_min_nodes": 2}
+    train(place.session(**values), tmp_path / "run")
+    assert place.said("worker 1 has failed for good: CUDA has gone: the others go on (2 left)")
+    assert not place.said("of at least")
 
 
 def test_a_failed_worker_is_no_failed_training_while_the_quorum_holds(place: Place, tmp_path: Path) -> None:
@@ -487,6 +525,34 @@ def test_an_api_server_that_is_away_for_a_moment_is_waited_for(place: Place, tmp
     place.server.outages = 2
     place.on_line = go_away
     train(place.session(), tmp_path / "run")
+
+
+def test_the_training_is_followed_on_after_an_api_server_has_been_away_for_long(place: Place, tmp_path: Path) -> None:
+    here = place.session()
+    here.client.patience = 0.0  # of all else
+    place.story.released.clear()
+
+    def go_away(line: str) -> None:
+        if line == "worker 1 runs on node node-1":
+            place.server.outages = 9
+            place.server.drop_streams(cut=True)
+            place.story.released.set()
+
+    place.on_line = go_away
+    train(here, tmp_path / "run")
+
+
+def test_a_run_that_has_failed_is_not_called_complete(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "run")
+    place.on_line = lambda line: None
+    with place.etcd() as etcd:
+        finish(etcd, "failed", "the loss is not finite")
+    with pytest.raises(TrainingError, match="the loss is not finite"):
+        train(place.session(), tmp_path / "run")
+    assert place.said("has ended already: it has failed")
 
 
 # What cannot work
@@ -594,6 +660,120 @@ def test_cleaning_up_ends_what_runs_and_leaves_what_has_ended_to_be_read(place: 
     place.session().clean_up(finished=False)  # it may be done again
 
 
+def test_claims_that_are_not_retained_are_gone_and_made_anew(place: Place, tmp_path: Path) -> None:
+    """Though pods that have ended keep them, as long as they are there."""
+    here = place.session()
+    precache(here, tmp_path / "held-out")
+    before = {one["metadata"]["uid"] for one in place.server.all("persistentvolumeclaims").values()}
+    here.clean_up(finished=False, claims=True)
+    place.server.wait_until(lambda: not place.server.all("persistentvolumeclaims"), 10)
+    precache(here, tmp_path / "held-out")
+    after = {one["metadata"]["uid"] for one in place.server.all("persistentvolumeclaims").values()}
+    assert len(after) == 2
+    assert not before & after
+
+
+def test_a_claim_that_is_being_deleted_is_waited_for(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("trainer.kubernetes.precache")
+    monkeypatch.setattr(module, "CLAIM_INTERVAL", 0.05)
+    monkeypatch.setattr(module, "CLAIM_TIMEOUT", 0.2)
+    here = place.session(nodes=1)
+    (worker,) = here.plan.workers
+    claims = place.server.all
+    here.client.create(claim(here.plan, worker))
+    volume = {"name": "data", "persistentVolumeClaim": {"claimName": worker.claim}}
+    status = {"phase": "Succeeded", "containerStatuses": [{"name": "s", "image": "i", "state": {"terminated": {}}}]}
+    shell = {"metadata": {"name": "shell"}, "spec": {"volumes": [volume], "containers": []}, "status": status}
+    place.cluster.kubelet = never
+    place.server.put("pods", shell)
+    place.server.wait_until(lambda: "shell" in claims("pods"))
+    place.cluster.kubelet = place.story
+    here.client.delete(CLAIM, worker.claim)
+    with pytest.raises(TrainingError, match=f"claim {worker.claim} was deleted, and is there .* a pod still uses it"):
+        precache(here, tmp_path / "held-out")
+    monkeypatch.setattr(module, "CLAIM_TIMEOUT", 30.0)
+    place.on_line = lambda line: place.server.remove("pods", "shell") if "is being deleted" in line else None
+    precache(here, tmp_path / "held-out")
+    assert place.said(f"claim {worker.claim} made")
+
+
+def test_claims_that_another_run_uses_are_kept(place: Place, tmp_path: Path) -> None:
+    here = place.session()
+    precache(here, tmp_path / "held-out")
+    place.run_id += "-other"
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "run")
+    place.on_line = lambda line: None
+    here.clean_up(finished=False, claims=True)
+    assert place.said("warning: the claims are kept", "in use by run")
+    claims = place.server.all("persistentvolumeclaims").values()
+    assert [one for one in claims if "deletionTimestamp" not in one["metadata"]] == list(claims)
+
+
+# Two workflows, two deployments
+
+
+def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "first")
+    first = place.session()
+    place.owner = ANOTHER_OWNER
+
+    def old_one_ends(line: str) -> None:
+        if "worker 1 runs" in line:
+            first.clean_up(finished=False)  # its exit handler, late
+            place.story.released.set()
+
+    place.on_line = old_one_ends
+    train(place.session(), tmp_path / "second")
+    jobs = place.server.all("pytorchjobs").values()
+    assert [job["metadata"]["ownerReferences"][0]["uid"] for job in jobs] == [ANOTHER_OWNER.uid] * 2
+    assert place.said(f"workflow {ANOTHER_OWNER.name} goes on with run")
+    assert place.server.all("configmaps")
+
+
+def test_a_run_of_another_deployment_with_the_same_id_is_left_alone(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "run")
+    place.on_line = lambda line: None
+    before = set(place.server.all("pytorchjobs"))
+    place.session(deployment_name="another").clean_up()
+    assert set(place.server.all("pytorchjobs")) == before
+
+
+def test_names_of_two_deployments_that_meet_are_refused(place: Place, tmp_path: Path) -> None:
+    def session(deployment: str, run: str, site: str) -> Session:
+        place.run_id = run
+        return place.session(deployment_name=deployment, nodes=1, sites=[{"name": site, "replicas": 1}])
+
+    precache(session("llm", "mine", "eu-west"), tmp_path / "held-out")
+    refused = (
+        "PersistentVolumeClaim llm-eu-west-worker-0-data would be that of deployment llm-eu, and is that of deploym"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        precache(session("llm-eu", "other", "west"), tmp_path / "held-out")
+    place.story.released.clear()
+    place.on_line = die_at("worker 0 runs")
+    with pytest.raises(Died):
+        train(session("llm", "eu-mine", "west"), tmp_path / "run")
+    place.on_line = lambda line: None
+    before = place.server.all("configmaps")
+    refused = (
+        "PyTorchJob llm-eu-mine-west-0 would be that of run mine of deployment llm-eu, and is that of run eu-mine of"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        train(session("llm-eu", "mine", "west"), tmp_path / "run")
+    assert place.server.all("configmaps") == before
+
+
 # Results
 
 
@@ -608,7 +788,6 @@ def test_the_next_claim_is_asked_when_one_has_not_the_result(place: Place, tmp_p
 
     place.story.told["export"] = refuse
     here = place.session()
-    here.prepare()
     place.story.results = {"config.json": "{}", "tokenizer/vocabulary.json": "[]"}
     assert take(here, here.plan.workers, "export", tmp_path / "export").index == 1
     assert (tmp_path / "export" / "tokenizer" / "vocabulary.json").read_text() == "[]"
@@ -618,11 +797,23 @@ def test_the_next_claim_is_asked_when_one_has_not_the_result(place: Place, tmp_p
 def test_a_step_that_was_started_again_takes_the_result_anew(place: Place, tmp_path: Path) -> None:
     place.on_line = die_at("runs on node")
     here = place.session()
-    here.prepare()
     with pytest.raises(Died):
         take(here, here.plan.workers, "export", tmp_path / "export")
     place.on_line = lambda line: None
     take(place.session(), here.plan.workers, "export", tmp_path / "export")
+    assert (tmp_path / "export" / "manifest.json").is_file()
+
+
+def test_a_step_that_is_tried_again_after_the_clean_up_has_what_its_pods_need(place: Place, tmp_path: Path) -> None:
+    def serve(cluster: Cluster, pod: Object, life: int) -> None:
+        (config,) = (v["configMap"]["name"] for v in pod["spec"]["volumes"] if "configMap" in v)
+        place.server.wait_until(lambda: config in place.server.all("configmaps"), 10)  # a kubelet waits for it, too
+        place.story.serve(cluster, pod)
+
+    place.story.told["export"] = serve
+    here = place.session()
+    here.clean_up(finished=False)
+    take(here, here.plan.workers, "export", tmp_path / "export")
     assert (tmp_path / "export" / "manifest.json").is_file()
 
 
@@ -651,9 +842,14 @@ def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path
     place.on_line = die_at("worker 0 runs")
     with pytest.raises(Died):
         train(here, tmp_path / "run")
+    here.clean_up(finished=False)
+    place.server.wait_until(lambda: not any(name.endswith("-worker-0") for name in place.server.all("pods")))
+    with pytest.raises(Died):
+        train(here, tmp_path / "run")
+    place.owner = ANOTHER_OWNER
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
     place.server.drop_streams()
-    train(here, tmp_path / "run")
+    train(place.session(nodes=1), tmp_path / "run")
     here.clean_up(claims=True)
     assert unused(permissions(), place.server.used) == set()
 

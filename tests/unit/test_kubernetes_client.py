@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from datetime import timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from tests.cluster.apiserver import ApiServer, serving
 from trainer.errors import TrainingError
 from trainer.kubernetes import client as api
-from trainer.kubernetes import session
+from trainer.kubernetes import logs, session
 from trainer.kubernetes.client import CONFIG_MAP, JOB, ApiError, Client, quota
+from trainer.kubernetes.logs import LogFollower
 from trainer.kubernetes.plan import Owner
 from trainer.kubernetes.session import Session
 from trainer.kubernetes.watch import Mirror
@@ -23,12 +25,13 @@ pytestmark = pytest.mark.timeout(30)
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     monkeypatch.setattr(api, "RETRY_INTERVAL", 0.02)
-    monkeypatch.setattr("trainer.kubernetes.watch.RETRY_INTERVAL", 0.02)
+    for module in ("watch", "logs"):
+        monkeypatch.setattr(f"trainer.kubernetes.{module}.RETRY_INTERVAL", 0.02)
     with serving() as server:
         server.granted = {
             (verb, "", resource, "")
             for verb in ("get", "list", "watch", "create", "patch", "delete")
-            for resource in ("pods", "configmaps")
+            for resource in ("pods", "pods/log", "configmaps")
         }
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
         yield server
@@ -117,7 +120,7 @@ class Followed:
 
     def __init__(self, client: Client) -> None:
         self.changed = threading.Condition()
-        self.mirror = Mirror(client, CONFIG_MAP, "own=yes", self.notify, patience=1.0)
+        self.mirror = Mirror(client, CONFIG_MAP, "own=yes", self.notify)
 
     def notify(self) -> None:
         with self.changed:
@@ -187,6 +190,63 @@ def refused(mirror: Mirror) -> bool:
     except ApiError:
         return True
     return False
+
+
+# What a container says
+
+
+class Heard:
+    """A container that runs, and what is heard of it."""
+
+    def __init__(self, server: ApiServer, client: Client) -> None:
+        status = {"containerStatuses": [{"name": "main", "state": {"running": {}}}]}
+        pod = server.put("pods", {"metadata": {"name": "talker"}, "spec": {}, "status": status})
+        self.uid, self._server = pod["metadata"]["uid"], server
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.follower = LogFollower(client, "talker", self.uid, "main", self.lines.put)
+
+    def say(self, line: str) -> None:
+        """Say a line, and see it heard before anything else."""
+        self._server.log(self.uid, line)
+        assert self.lines.get(timeout=10) == line
+
+
+def test_a_log_that_breaks_after_a_long_time_is_followed_on(
+    server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_GIVE_UP", 0.0)
+    heard = Heard(server, client)
+    for number in range(3):
+        heard.say(f"line {number}")
+        server.drop_streams(cut=True)
+    heard.say("the last line")
+    monkeypatch.setattr(logs, "LIVED", 0.0)  # a quiet one, too
+    before = server.streams
+    for _ in range(2):
+        server.drop_streams(cut=True)
+        server.wait_until(lambda before=before: server.streams > before)
+        before = server.streams
+    heard.say("after a silence")
+
+
+@pytest.mark.parametrize("hours", [8, -5])
+def test_a_node_s_zone_loses_no_line_and_repeats_none(server: ApiServer, client: Client, hours: int) -> None:
+    server.zone = timezone(timedelta(hours=hours))
+    heard = Heard(server, client)
+    for number in range(3):
+        heard.say(f"line {number}")
+        before = server.streams
+        server.drop_streams()
+        server.wait_until(lambda before=before: server.streams > before)
+    heard.say("the last line")
+    assert heard.lines.empty()
+
+
+def test_a_followed_log_has_a_read_timeout(server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "LOG_TIMEOUT", 0.2)
+    heard = Heard(server, client)
+    server.wait_until(lambda: server.streams >= 3)
+    heard.say("line")
 
 
 # Who a step is

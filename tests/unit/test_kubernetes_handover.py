@@ -1,10 +1,13 @@
 """Results on their way from a pod to a step: only to who has the token, only from who has it, and whole."""
 
 import http.client
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +131,41 @@ def test_a_connection_that_breaks_goes_on_where_it_was(
 def test_nobody_comes(files: dict[str, Path]) -> None:
     with ResultServer(files, "token", 0) as server, pytest.raises(TrainingError, match="nobody has taken the result"):
         server.wait(0.0)
+
+
+def test_a_result_that_takes_longer_than_the_limit_is_served_while_it_moves(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(handover, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
+    serve = handover._Handler.do_GET
+
+    def slowly(self: handover._Handler) -> None:
+        send = self.wfile.write
+
+        def write(part: Any) -> int:
+            clock[0] += 20.0
+            return send(part)
+
+        self.wfile.write = write  # type: ignore[method-assign]
+        serve(self)
+
+    monkeypatch.setattr(handover._Handler, "do_GET", slowly)
+    with ResultServer(files, "token", 0) as server:
+        fetching = threading.Thread(target=fetch, args=("127.0.0.1", server.server_port, "token", tmp_path / "result"))
+        fetching.start()
+        server.wait(100.0)
+        fetching.join()
+    assert clock[0] > 100.0
+    assert (tmp_path / "result" / "config.json").is_file()
+
+
+def test_both_families_of_addresses_are_served(files: dict[str, Path], tmp_path: Path) -> None:
+    hosts = ["127.0.0.1", "::1"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
+    for number, host in enumerate(hosts):
+        with serving(files) as server:
+            fetch(host, server.server_port, "token", tmp_path / str(number))
+        assert (tmp_path / str(number) / "config.json").is_file()
 
 
 def test_nobody_is_there(tmp_path: Path) -> None:

@@ -82,8 +82,12 @@ def test_what_is_too_long_keeps_its_end() -> None:
 
 def test_the_selector_finds_all_that_the_run_has_made_and_no_claim() -> None:
     made = planned()
-    key, _, value = made.selector.partition("=")
+    selected = dict(part.split("=") for part in made.selector.split(",")).items()
     for job in training_jobs(made):
-        assert job["metadata"]["labels"][key] == value
-        assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["labels"][key] == value
-    assert key not in claim(made, made.workers[0])["metadata"]["labels"]
+        assert selected <= job["metadata"]["labels"].items()
+        assert selected <= job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["labels"].items()
+    assert not selected <= claim(made, made.workers[0])["metadata"]["labels"].items()
+
+
+def test_two_deployments_with_one_run_id_do_not_share_a_selector() -> None:
+    assert planned(deployment_name="one").selector != planned(deployment_name="other").selector

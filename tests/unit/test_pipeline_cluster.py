@@ -39,6 +39,7 @@ class Backend(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:
+        path = re.sub("^/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy/+", "/", path)  # from outside
         path = path.removeprefix("/apis/v2beta1")
         wanted = [p["stringValue"] for p in json.loads(query.get("filter", ["{}"])[0]).get("predicates", [])]
         if path == "/healthz":
@@ -108,6 +109,21 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def test_without_a_host_kfp_is_found_where_it_is_installed_and_not_in_the_user_s_namespace(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster_of = [{"name": "c", "cluster": {"server": backend.url}}]
+    contexts = [{"name": "c", "context": {"cluster": "c", "user": "u"}}]
+    users = [{"name": "u", "user": {"token": "t"}}]
+    content = {"clusters": cluster_of, "contexts": contexts, "users": users, "current-context": "c"}
+    (tmp_path / "kubeconfig").write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **content}))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
+    cluster.Cluster(namespace="team").submit({}, "mine")
+    assert backend.experiments[0]["namespace"] == "team"
+    assert len(backend.runs) == 1
 
 
 def test_submit_sends_the_pipeline_and_what_differs_from_the_defaults(

@@ -10,6 +10,7 @@ from trainer.errors import TrainingError
 from trainer.kubernetes import inside, reasons
 from trainer.kubernetes.client import JOB, ApiError, Client, Object
 from trainer.kubernetes.pods import Pods, Say
+from trainer.kubernetes.session import condition, has_ended, refuse_foreign
 
 ATTEMPTS = 3  # of a Job
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
@@ -108,9 +109,10 @@ class Jobs:
             there = self._client.get(JOB, name)
             if there is None:
                 continue
+            refuse_foreign(run.body, there)
             if there["metadata"].get("deletionTimestamp"):
                 time.sleep(0.2)
-            elif _ended(there) or self._fresh:
+            elif has_ended(there) or self._fresh:
                 self._client.delete(JOB, name)
             else:
                 self._say(f"{run.called}: its Job is under way already")
@@ -125,18 +127,18 @@ class Jobs:
                 raise TrainingError(f"{run.called}: somebody has deleted its Job {name}")
             return
         own = [pod for pod in pods.pods.values() if _job_of(pod).get("uid") == run.uid]
-        if not own and not _ended(job):
+        if not own and not has_ended(job):
             pods.explain_missing(name, run.called)
         for waiting in (name, *(pod["metadata"]["name"] for pod in own)):
             if why := pods.why_not_started(waiting, self._timeout):
                 raise TrainingError(f"{run.called} has not started in {self._timeout:.0f} s: {why}")
-        if not (how := _ended(job)):
+        if not has_ended(job):
             return
         seen = own and all(reasons.exit_status(pod, self._container) is not None for pod in own)
         if not seen and pods.waited(f"end of {run.uid}") < _SEEN_TIMEOUT:
             return  # the Job's end has been seen before its pod's
         pods.finish_reading(pod["metadata"]["name"] for pod in own)
-        if how == "Complete":
+        if condition(job, "Complete"):
             run.done = True
         else:
             self._failed(name, run, job, own)
@@ -172,14 +174,6 @@ class Jobs:
         if line.startswith("error: "):
             run.last_words = line.removeprefix("error: ")
         self._say(f"{run.called} | {line}")
-
-
-def _ended(job: Object) -> str:
-    """ "Complete" or "Failed"; "" while it is under way."""
-    for condition in (job.get("status") or {}).get("conditions") or []:
-        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
-            return str(condition["type"])
-    return ""
 
 
 def _message(job: Object) -> str:

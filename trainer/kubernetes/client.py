@@ -22,10 +22,12 @@ Object = dict[str, Any]  # as the Kubernetes API has it
 PATIENCE = 120.0  # seconds that an API server may be away (an upgrade, a failover) before that is an error
 RETRY_INTERVAL = 1.0  # seconds between two tries, at first; it doubles up to ten
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds of one request
+LOG_TIMEOUT = 120.0  # seconds without a line after which a followed log is asked for again: it may be a dead connection
+LIVED = CONNECT_TIMEOUT + 2.0  # seconds: a stream that broke after more of them had been connected
 PAGE = 500  # objects in one answer to `list`
 
 _MERGE_PATCH = "application/merge-patch+json"
-_BUSY = {429, 500, 502, 503, 504}  # the server's trouble, which may pass
+PASSING = {0, 429, 500, 502, 503, 504}  # statuses of the server's trouble, which may pass; 0: it did not answer
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Client:
 
     Args:
         namespace: Of all objects.
-        patience: Seconds that the API server may be away.
+        patience: Seconds that the API server may be away; an attribute, too.
 
     Raises:
         TrainingError: There is no cluster to speak to. From every method `ApiError`: refused, or not reached.
@@ -87,7 +89,7 @@ class Client:
     def __init__(self, namespace: str, patience: float = PATIENCE) -> None:
         from kubernetes import client, config
 
-        self.namespace, self._patience = namespace, patience
+        self.namespace, self.patience = namespace, patience
         configuration = client.Configuration()
         file = os.environ.get("KUBECONFIG")
         try:
@@ -143,6 +145,11 @@ class Client:
             raise
         return True
 
+    def delete_all(self, kind: Kind, labels: str) -> None:
+        """Delete all objects that the selector selects by one request, and in the background what they own."""
+        body = {"propagationPolicy": "Background"}
+        self._json("deletecollection", "DELETE", kind, query=_selectors(labels, ""), body=body)
+
     def watch(self, kind: Kind, version: str, labels: str = "", seconds: int = 240) -> Iterator[Object]:
         """What has changed since `version`: `{type: ADDED | MODIFIED | DELETED | BOOKMARK, object}`, as it happens.
 
@@ -172,12 +179,12 @@ class Client:
 
         Args:
             since: Time from which on, RFC 3339; whole seconds count.
-            follow: Go on until the container ends, or the connection does.
+            follow: Go on until the container ends, or the connection does, or is silent for `LOG_TIMEOUT`.
         """
         query = {"container": container, "timestamps": "true"}
         query |= {"follow": "true"} if follow else {}
         query |= {"sinceTime": since} if since else {}
-        with self._stream("get", POD, pod, query, None if follow else READ_TIMEOUT, "/log") as lines:
+        with self._stream("get", POD, pod, query, LOG_TIMEOUT if follow else READ_TIMEOUT, "/log") as lines:
             for line in lines:
                 yield line.decode(errors="replace")
 
@@ -193,7 +200,7 @@ class Client:
         shown: str = "",
     ) -> Any:
         """One request, made again while the server is away."""
-        deadline, pause = time.monotonic() + self._patience, RETRY_INTERVAL
+        deadline, pause = time.monotonic() + self.patience, RETRY_INTERVAL
         while True:
             try:
                 response = self._request(
@@ -201,8 +208,7 @@ class Client:
                 )
                 return json.loads(response.data)
             except ApiError as error:
-                passing = error.status == 0 or error.status in _BUSY
-                if not passing or time.monotonic() + pause > deadline:
+                if error.status not in PASSING or time.monotonic() + pause > deadline:
                     raise
                 logger.warning("%s; trying again", error)
             time.sleep(pause)

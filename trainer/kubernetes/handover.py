@@ -10,6 +10,7 @@ import hmac
 import http.client
 import json
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +22,7 @@ from urllib.parse import quote, unquote
 from trainer.errors import TrainingError, one_line
 from trainer.files import sha256, whole_directory
 
-TOKEN_VARIABLE = "RESULT_TOKEN"
+TOKEN_VARIABLE = "RESULT_TOKEN"  # of the environment of a pod that hands over a result
 PATIENCE = 120.0  # seconds that a fetch bears a server that does not answer
 _LIST, _DONE, _FILE = "/files", "/done", "/file/"
 _NONCE, _SIGNATURE = "X-Nonce", "X-Signature"
@@ -45,17 +46,25 @@ class ResultServer(ThreadingHTTPServer):
         entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
         self.listing = json.dumps(entries).encode()
         self.delivered = False
+        self.active = time.monotonic()  # when the other side was last seen
+        # A cluster's pods may have IPv6 addresses alone. "::" takes IPv4, too, unless the kernel is told otherwise.
+        self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         super().__init__(("", port), _Handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def wait(self, seconds: float) -> None:
         """Serve until the other side says that it has everything.
 
         Raises:
-            TrainingError: Nobody has come for it in `seconds`.
+            TrainingError: Nobody has come for it, or gone on with it, in `seconds`.
         """
-        self.timeout, deadline = 0.2, time.monotonic() + seconds
+        self.timeout, self.active = 0.2, time.monotonic()
         while not self.delivered:
-            if time.monotonic() > deadline:
+            if time.monotonic() > self.active + seconds:
                 raise TrainingError(f"nobody has taken the result within {seconds:.0f} s")
             self.handle_request()
 
@@ -82,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             while part := file.read(_CHUNK):
                 self.wfile.write(part)
+                self.server.active = time.monotonic()
 
     def do_POST(self) -> None:
         if self._signed():
@@ -93,6 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         given, nonce = self.headers.get(_SIGNATURE, ""), self.headers.get(_NONCE, "")
         ours = _sign(self.server.token, self.command, self.path, nonce)
         if nonce and hmac.compare_digest(given.encode(), ours.encode()):
+            self.server.active = time.monotonic()
             return True
         self._answer(403, b"")
         return False

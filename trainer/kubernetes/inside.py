@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainingConfig, load_config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, raise_on_sigterm
 from trainer.volume import Volume
 
 METRICS, PRECACHED, RESULT = "metrics", "precached", "result"
-RESULT_LIMIT = 1800.0  # seconds in which the step must have come for a result
+RESULT_LIMIT = 1800.0  # seconds in which the step must have come for a result, or gone on with it
 _ECHO_INTERVAL = 0.5  # seconds
 
 
@@ -35,7 +35,9 @@ def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0)
 
     Raises:
         ConfigError, TrainingError: As the commands that do the same outside of a cluster.
+        Interrupted: After SIGTERM. An agent (`train`) has its own way to leave, once it is there.
     """
+    raise_on_sigterm()
     config = load_config(config_file)
     if what == "train":
         return _train(config, slot)

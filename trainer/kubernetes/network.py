@@ -10,8 +10,7 @@ STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
 def network_policy(plan: Plan) -> Object:
     """The NetworkPolicy of the run's pods: they reach each other on `port_range` (empty: on any port), the pipeline's
     steps reach the pods that hand over results, and whoever scrapes metrics `metrics_port`."""
-    own = plan.labels("")[names.RUN_LABEL]
-    among: Object = {"from": [{"podSelector": {"matchLabels": {names.RUN_LABEL: own}}}]}
+    among: Object = {"from": [{"podSelector": {"matchLabels": plan.own_labels}}]}
     if plan.config.port_range:
         low, high = map(int, plan.config.port_range.split("-"))
         among["ports"] = [{"protocol": "TCP", "port": low, "endPort": high}]
@@ -29,7 +28,7 @@ def network_policy(plan: Plan) -> Object:
         "kind": "NetworkPolicy",
         "metadata": plan.metadata(names.of_training(plan.name, "network"), "network"),
         "spec": {
-            "podSelector": {"matchLabels": {names.RUN_LABEL: own}},
+            "podSelector": {"matchLabels": plan.own_labels},
             "policyTypes": ["Ingress"],
             "ingress": [among, steps, *scrapers],
         },

@@ -96,7 +96,13 @@ class Plan:
     @property
     def selector(self) -> str:
         """The label selector of all that the run has made."""
-        return names.selector({names.RUN_LABEL: names.training_labels(self.config, "")[names.RUN_LABEL]})
+        return names.selector(self.own_labels)
+
+    @property
+    def own_labels(self) -> dict[str, str]:
+        """Those that tell what the run has made from all else. Two deployments may have runs of one name."""
+        labels = names.training_labels(self.config, "")
+        return {label: labels[label] for label in (names.DEPLOYMENT_LABEL, names.RUN_LABEL)}
 
     @property
     def a_job_a_worker(self) -> bool:

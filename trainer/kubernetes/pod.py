@@ -9,6 +9,7 @@ from typing import Literal
 
 from trainer.elastic.agent import SHUTDOWN_TIMEOUT
 from trainer.kubernetes import names
+from trainer.kubernetes.handover import TOKEN_VARIABLE
 from trainer.kubernetes.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
 from trainer.kubernetes.sites import GPU_RESOURCES, Site
 from trainer.volume import Volume
@@ -18,8 +19,7 @@ Step = Literal["train", "precache", "held-out", "export", "evaluate"]
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
 CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
 RESULT_PORT = 7001  # where a pod that hands over a result listens
-RESULT_TOKEN = "RESULT_TOKEN"  # the variable with the token that whoever fetches it must know
-TOKEN_KEY = "token"  # and its key in the run's Secret
+TOKEN_KEY = "token"  # the key, in the run's Secret, of what whoever fetches a result must know
 CONTAINER = "pytorch"  # the name by which the training operator knows a job's main container
 
 GRACE_PERIOD = SHUTDOWN_TIMEOUT + 30  # seconds: the agent lets its workers save for the first part of it
@@ -138,7 +138,7 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     if step in ("precache", "export", "evaluate"):
         environment.append(_secret("HF_TOKEN", names.HUGGING_FACE_SECRET, "HF_TOKEN", optional=not config.hf_upload))
     if step in ("held-out", "export", "evaluate"):
-        environment.append(_secret(RESULT_TOKEN, names.of_training(plan.name, "run"), TOKEN_KEY))
+        environment.append(_secret(TOKEN_VARIABLE, names.of_training(plan.name, "run"), TOKEN_KEY))
     return environment
 
 

@@ -5,6 +5,7 @@ seconds.
 """
 
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from trainer.kubernetes.claims import claim
 from trainer.kubernetes.client import CLAIM, ApiError, Object
 from trainer.kubernetes.plan import WorkerPlan
 from trainer.kubernetes.results import take
-from trainer.kubernetes.session import Session
+from trainer.kubernetes.session import Session, refuse_foreign
+
+CLAIM_TIMEOUT = 300.0  # seconds for a claim that was deleted to be gone
+CLAIM_INTERVAL = 1.0  # seconds between two looks at it
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,29 @@ def precache(session: Session, held_out: Path) -> Precached:
 
 def _ensure_claim(session: Session, worker: WorkerPlan) -> None:
     body = claim(session.plan, worker)
-    try:
-        session.client.create(body)
-        session.say(f"claim {worker.claim} made")
-    except ApiError as error:
-        if error.reason != "AlreadyExists":
-            raise
+    deadline, waits = time.monotonic() + CLAIM_TIMEOUT, False
+    while True:
+        try:
+            session.client.create(body)
+            session.say(f"claim {worker.claim} made")
+            return
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
         there = session.client.get(CLAIM, worker.claim)
-        session.say(f"claim {worker.claim} found" + (_differs(body, there) if there else ""))
+        if there is None:
+            continue
+        refuse_foreign(body, there)
+        if not there["metadata"].get("deletionTimestamp"):
+            session.say(f"claim {worker.claim} found{_differs(body, there)}")
+            return
+        users = f"a pod still uses it (kubectl describe persistentvolumeclaim {worker.claim})"
+        if time.monotonic() > deadline:
+            raise TrainingError(f"claim {worker.claim} was deleted, and is there {CLAIM_TIMEOUT:.0f} s later: {users}")
+        if not waits:
+            session.say(f"claim {worker.claim} is being deleted: waiting until it is gone; {users}")
+            waits = True
+        time.sleep(CLAIM_INTERVAL)
 
 
 def _differs(wanted: Object, there: Object) -> str:

@@ -28,6 +28,7 @@ def take(session: Session, workers: Sequence[WorkerPlan], what: jobs.Result, dir
     Raises:
         TrainingError: None of them can give it, with the first one's reason; or it came damaged.
     """
+    session.prepare()  # a run's end has cleaned it up, if this is a step that is tried again after that
     refused: list[str] = []
     for worker in workers:
         try:

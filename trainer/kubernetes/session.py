@@ -19,6 +19,7 @@ from trainer.kubernetes.client import (
     SECRET,
     ApiError,
     Client,
+    Kind,
     Object,
 )
 from trainer.kubernetes.network import network_policy
@@ -91,7 +92,7 @@ class Session:
     def refuse_claims_in_use(self) -> None:
         """Raise ConfigError if another run of the same deployment trains on the claims."""
         deployment = {names.DEPLOYMENT_LABEL: self.plan.config.deployment_name}
-        own = names.training_labels(self.plan.config, "")[names.RUN_LABEL]
+        own = self.plan.own_labels[names.RUN_LABEL]
         jobs, _ = self.client.list(PYTORCH_JOB, names.selector(deployment))
         for job in jobs:
             if job["metadata"]["labels"].get(names.RUN_LABEL) != own and not has_ended(job):
@@ -104,16 +105,68 @@ class Session:
 
         Args:
             finished: Also jobs that have ended, with their pods and logs; these go by themselves after `finished_ttl`.
-            claims: Its claims, too, with all that lies on them.
+                Else nothing is deleted while another workflow goes on with the run.
+            claims: Its claims, too, with all that lies on them, unless another run uses them. A claim is gone only when
+                all pods are that have mounted it: jobs that have ended are deleted then, too.
         """
-        for kind in (PYTORCH_JOB, JOB):
+        running: list[tuple[Kind, str]] = []
+        for kind in (PYTORCH_JOB, JOB) if not finished else ():
             for one in self.client.list(kind, self.plan.selector)[0]:
-                if finished or not has_ended(one):
-                    self.client.delete(kind, one["metadata"]["name"])
+                if has_ended(one):
+                    continue
+                if other := self._other_owner(one):
+                    self.say(f"workflow {other} goes on with run {self.plan.run_id}: nothing is deleted")
+                    return
+                running.append((kind, one["metadata"]["name"]))
+        if claims:
+            try:
+                self.refuse_claims_in_use()
+            except ConfigError as error:
+                self.say(f"warning: the claims are kept: {error}")
+                claims = False
+        if finished or claims:  # the jobs first, at once: a step that is cancelled may have a second
+            for kind in (PYTORCH_JOB, JOB):
+                self.client.delete_all(kind, self.plan.selector)
+        else:
+            for kind, job in running:
+                self.client.delete(kind, job)
         for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
             self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
         for worker in self.plan.claimants if claims else ():
             self.client.delete(CLAIM, worker.claim)
+
+    def adopt(self, kind: Kind, there: Object) -> None:
+        """Have an object of the run that another workflow has made end with this one."""
+        if self._other_owner(there):
+            assert self.plan.owner is not None
+            change = {"metadata": {"ownerReferences": [self.plan.owner.reference()]}}
+            self.client.patch(kind, there["metadata"]["name"], change)
+
+    def _other_owner(self, one: Object) -> str:
+        """The name of the workflow that owns it, if that is another one than this step's."""
+        if self.plan.owner is None:
+            return ""
+        owners = one["metadata"].get("ownerReferences") or []
+        others = (o["name"] for o in owners if o["kind"] == self.plan.owner.kind and o["uid"] != self.plan.owner.uid)
+        return next(others, "")
+
+
+def refuse_foreign(wanted: Object, there: Object) -> None:
+    """Raise ConfigError if the object that has the name of a wanted one is of another deployment, or another run.
+
+    Names can meet: those of deployment `llm` at a site `eu-west`, and of deployment `llm-eu` at a site `west`.
+    """
+    ours, theirs = (one["metadata"].get("labels") or {} for one in (wanted, there))
+    labels = {names.DEPLOYMENT_LABEL: "deployment", names.RUN_LABEL: "run"}
+    if all(theirs.get(label, ours.get(label)) == ours.get(label) for label in labels):
+        return
+
+    def whose(has: Object) -> str:
+        return " of ".join(f"{what} {has[label]}" for label, what in reversed(labels.items()) if label in has)
+
+    name = f"{wanted['kind']} {wanted['metadata']['name']}"
+    allowed = f"{name} would be that of {whose(ours)}, and is that of {whose(theirs)}: choose another name"
+    raise ConfigError("deployment_name", ours[names.DEPLOYMENT_LABEL], allowed)
 
 
 def condition(job: Object, kind: str) -> bool:

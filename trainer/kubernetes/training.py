@@ -8,7 +8,7 @@ workers are left.
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,12 @@ from trainer.kubernetes.plan import WorkerPlan
 from trainer.kubernetes.pod import CONTAINER, GRACE_PERIOD
 from trainer.kubernetes.pods import Pods
 from trainer.kubernetes.pytorchjob import training_jobs
-from trainer.kubernetes.session import Session, condition, has_ended
+from trainer.kubernetes.session import Session, condition, has_ended, refuse_foreign
 
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
 ETCD_INTERVAL = 2.0  # seconds between two looks at etcd
 OPERATOR_TIMEOUT = 45.0  # seconds after which an operator has said something about a job, if there is one
+PATIENCE = 900.0  # seconds that the API server may be away: the workers do not need it
 SEEN_TIMEOUT = 10.0  # seconds for a job that was made to be seen
 _GONE_TIMEOUT = 2.0 * GRACE_PERIOD  # seconds for a job that was deleted to be gone
 
@@ -60,6 +61,7 @@ def train(session: Session, directory: Path) -> Trained:
         training = _Training(session, etcd, directory)
         try:
             training.begin()
+            session.client.patience = max(session.client.patience, PATIENCE)
             return training.follow()
         except (Interrupted, KeyboardInterrupt):
             session.say("cancelled: the training's jobs are deleted, their workers save and leave")
@@ -83,7 +85,7 @@ class _Training:
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
         self._last_words: dict[int, str] = {}  # of a worker: its last error
         self._out_of_memory: Counter[int] = Counter()  # how often a worker was
-        self._failed: dict[str, str] = {}  # jobs that have failed for good, by name: why
+        self._lost: dict[int, str] = {}  # workers that have failed for good: why
         self._asked_etcd, self._etcd_away = 0.0, False
         self._verdict = record.Verdict("open")
         self._shown: View | None = None
@@ -91,7 +93,11 @@ class _Training:
 
     def begin(self) -> None:
         """Make what is missing. What is there is kept: a step that was started again goes on with it."""
-        there = {job["metadata"]["name"]: job for job in self._client.list(PYTORCH_JOB, self._plan.selector)[0]}
+        bodies = {body["metadata"]["name"]: body for body in training_jobs(self._plan)}
+        jobs = self._client.list(PYTORCH_JOB, names.selector({"app.kubernetes.io/part-of": names.PREFIX}))[0]
+        there = {job["metadata"]["name"]: job for job in jobs if job["metadata"]["name"] in bodies}
+        for name, job in there.items():
+            refuse_foreign(bodies[name], job)
         under_way = any(not has_ended(job) or condition(job, "Succeeded") for job in there.values())
         self._verdict = record.verdict(self._etcd)
         if self._verdict.status == "succeeded":
@@ -101,8 +107,7 @@ class _Training:
         if not under_way:
             record.reopen(self._etcd)
             self._verdict = record.Verdict("open")
-        for body in training_jobs(self._plan):
-            name = body["metadata"]["name"]
+        for name, body in bodies.items():
             if name in there and has_ended(there[name]) and not under_way:
                 self._client.delete(PYTORCH_JOB, name)  # of an earlier attempt, which has failed
             if self._create(body):
@@ -122,6 +127,8 @@ class _Training:
                     raise
             there = self._client.get(PYTORCH_JOB, name)
             if there is not None and not there["metadata"].get("deletionTimestamp"):
+                refuse_foreign(body, there)
+                self._session.adopt(PYTORCH_JOB, there)
                 return False
             time.sleep(0.2)
 
@@ -136,7 +143,7 @@ class _Training:
             view(self._progress, self._config.total_steps) as self._shown,
         ):
             if self._over():
-                self._say(f"run {plan.run_id} is complete already")
+                self._say(f"run {plan.run_id} has ended already: it has {self._verdict.status}")
             else:
                 self._say(f"run {plan.run_id}: {len(plan.workers)} workers; kubectl get pytorchjob -l {plan.selector}")
             self._look(pods)
@@ -189,17 +196,17 @@ class _Training:
             self._out_of_memory[worker.index] += 1
             if self._out_of_memory[worker.index] > self._config.elastic.max_restarts:  # it would end so for ever
                 self._client.delete(PYTORCH_JOB, worker.job)
-                self._fail_job(worker.job, self._ended[uid])
+                self._lose(self._members(worker.job), self._ended[uid])
 
     def _look_at_job(self, name: str, pods: Pods) -> None:
         job, members = pods.owners.get(name), self._members(name)
         if job is None:
-            if name not in self._failed and pods.waited(f"missing {name}") > SEEN_TIMEOUT:
-                self._fail_job(name, f"somebody has deleted PyTorchJob {name}")
+            if pods.waited(f"missing {name}") > SEEN_TIMEOUT:
+                self._lose(members, f"somebody has deleted PyTorchJob {name}")
             return
+        for worker in members:
+            self._look_at_worker(worker, job, pods)
         if condition(job, "Failed"):
-            if name not in self._failed:
-                self._fail_job(name, self._why_failed(name, job, pods))
             return
         if condition(job, "Succeeded"):
             self._verdict = record.Verdict("succeeded")
@@ -209,24 +216,35 @@ class _Training:
             if not (job.get("status") or {}).get("conditions") and pods.waited(name) > OPERATOR_TIMEOUT:
                 pods.say_once(name, f"nobody acts on PyTorchJob {name}: {_NO_OPERATOR}")
 
-    def _fail_job(self, name: str, why: str) -> None:
-        self._failed[name] = why
+    def _look_at_worker(self, worker: WorkerPlan, job: Object, pods: Pods) -> None:
+        """Whether it is lost: its own pod has failed; or its job has, which makes no new pods then, and it has none.
+
+        The operator fails a job at the first pod of it that fails, and lets its others run.
+        """
+        pod = pods.pods.get(worker.pod)
+        if pod is not None and not _is_of(pod, job):
+            pod = None  # an earlier job's
+        code = None if pod is None else reasons.exit_status(pod, CONTAINER)
+        failed = code is not None and 0 < code < 128
+        if not failed and (code == 0 or not condition(job, "Failed") or (pod is not None and code is None)):
+            return
+        conditions = (job.get("status") or {}).get("conditions") or []
+        message = next((one.get("message") for one in conditions if one["type"] == "Failed"), "")
+        self._lose([worker], self._ended.get(pod["metadata"]["uid"] if pod else "") or str(message or "unknown"))
+
+    def _lose(self, workers: Sequence[WorkerPlan], why: str) -> None:
+        """These have failed for good; those of them of which that is known already have no part in it."""
+        new = [worker for worker in workers if worker.index not in self._lost]
+        if not new:
+            return
+        self._lost |= {worker.index: why for worker in new}
         left = self._left()
         goes_on = f": the others go on ({left} left)" if left >= self._config.min_nodes else ""
-        self._say(f"{self._names(self._members(name))} has failed for good: {why}{goes_on}")
-
-    def _why_failed(self, name: str, job: Object, pods: Pods) -> str:
-        """In the words of the pod that failed, or of the operator."""
-        for pod in pods.pods.values():
-            uid = pod["metadata"]["uid"]
-            if uid in self._ended and self._workers.get(pod["metadata"]["name"]) in self._members(name):
-                return self._ended[uid]
-        conditions = (job.get("status") or {}).get("conditions") or []
-        return str(next((one.get("message") for one in conditions if one["type"] == "Failed"), "") or "unknown")
+        self._say(f"{self._names(new)} has failed for good: {why}{goes_on}")
 
     def _left(self) -> int:
         """How many nodes are not lost for good."""
-        return sum(worker.job not in self._failed for worker in self._plan.workers)
+        return len(self._plan.workers) - len(self._lost)
 
     def _refuse_what_cannot_go_on(self, pods: Pods) -> None:
         """End a training that has too few workers left, or never gets them."""
@@ -236,7 +254,7 @@ class _Training:
             # An agent that ends for good has told etcd why, if the run ends by it: better than what is seen from here.
             self._ask_etcd()
             if not self._over():
-                why = next(iter(self._failed.values()))
+                why = next(iter(self._lost.values()))
                 few = f"{self._left()} of at least {self._config.min_nodes} workers are left"
                 self._end(f"{few}: {why}")
             return
@@ -282,7 +300,8 @@ class _Training:
         """Let the workers end: by themselves when they are done, else with their jobs. They save, and leave."""
         if self._verdict.status == "failed":
             for name, job in pods.owners.items():
-                if not has_ended(job):
+                alive = (pod for pod in pods.pods.values() if reasons.exit_status(pod, CONTAINER) is None)
+                if not has_ended(job) or any(_is_of(pod, job) for pod in alive):  # a failed job may have pods that run
                     self._client.delete(PYTORCH_JOB, name)
         deadline = time.monotonic() + GRACE_PERIOD
         while (
@@ -340,12 +359,17 @@ class _Training:
     def _members(self, job: str) -> list[WorkerPlan]:
         return [worker for worker in self._plan.workers if worker.job == job]
 
-    def _names(self, workers: list[WorkerPlan]) -> str:
+    def _names(self, workers: Sequence[WorkerPlan]) -> str:
         numbers = ", ".join(str(worker.index) for worker in workers)
         return f"worker{'s' if len(workers) > 1 else ''} {numbers}"
 
 
 _NO_OPERATOR = "is Kubeflow's training operator installed, and running?"
+
+
+def _is_of(pod: Object, job: Object) -> bool:
+    """Whether the pod is this job's, and not one's that had its name before."""
+    return any(one["uid"] == job["metadata"]["uid"] for one in pod["metadata"].get("ownerReferences") or [])
 
 
 def _started(pods: Pods) -> Iterator[Object]:

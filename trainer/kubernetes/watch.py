@@ -13,11 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from trainer.errors import TrainingError
-from trainer.kubernetes.client import PATIENCE, RETRY_INTERVAL, ApiError, Client, Kind, Object
+from trainer.kubernetes.client import LIVED, PASSING, RETRY_INTERVAL, ApiError, Client, Kind, Object
 
 logger = logging.getLogger(__name__)
-
-_PASSING = {0, 429, 500, 502, 503, 504}
 
 
 class Mirror:
@@ -26,14 +24,10 @@ class Mirror:
     Args:
         labels: The label selector.
         changed: Called, from a thread, after each change.
-        patience: Seconds that the API server may be away.
     """
 
-    def __init__(
-        self, client: Client, kind: Kind, labels: str, changed: Callable[[], None], patience: float = PATIENCE
-    ) -> None:
+    def __init__(self, client: Client, kind: Kind, labels: str, changed: Callable[[], None]) -> None:
         self._client, self._kind, self._labels, self._changed = client, kind, labels, changed
-        self._patience = patience
         self._objects: dict[str, Object] = {}
         self._departed: list[Object] = []
         self._version = ""
@@ -76,14 +70,15 @@ class Mirror:
                 if not self._version:
                     self._list()
                     self._changed()
+                began = time.monotonic()
                 self._watch()
                 answered = time.monotonic()
             except ApiError as error:
-                if time.monotonic() - began > 2 * RETRY_INTERVAL:  # it was watching until now
+                if time.monotonic() - began > LIVED:  # it was watching until now
                     answered = time.monotonic()
                 if error.status == 410:
                     self._version = ""
-                elif error.status not in _PASSING or time.monotonic() - answered > self._patience:
+                elif error.status not in PASSING or time.monotonic() - answered > self._client.patience:
                     self._fail(error)
                     return
                 else:
