@@ -121,7 +121,9 @@ def test_without_a_host_kfp_is_found_where_it_is_installed_and_not_in_the_user_s
     (tmp_path / "kubeconfig").write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **content}))
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
-    cluster.Cluster(namespace="team").submit({}, "mine")
+    found = cluster.Cluster(namespace="team")
+    assert "/namespaces/kubeflow/" in found._client._run_api.api_client.configuration.host
+    found.submit({}, "mine")
     assert backend.experiments[0]["namespace"] == "team"
     assert len(backend.runs) == 1
 
