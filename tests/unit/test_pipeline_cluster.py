@@ -111,23 +111,6 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     server.server_close()
 
 
-def test_without_a_host_kfp_is_found_where_it_is_installed_and_not_in_the_user_s_namespace(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    cluster_of = [{"name": "c", "cluster": {"server": backend.url}}]
-    contexts = [{"name": "c", "context": {"cluster": "c", "user": "u"}}]
-    users = [{"name": "u", "user": {"token": "t"}}]
-    content = {"clusters": cluster_of, "contexts": contexts, "users": users, "current-context": "c"}
-    (tmp_path / "kubeconfig").write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **content}))
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
-    monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
-    found = cluster.Cluster(namespace="team")
-    assert "/namespaces/kubeflow/" in found._client._run_api.api_client.configuration.host
-    found.submit({}, "mine")
-    assert backend.experiments[0]["namespace"] == "team"
-    assert len(backend.runs) == 1
-
-
 def test_submit_sends_the_pipeline_and_what_differs_from_the_defaults(
     backend: Backend, capsys: pytest.CaptureFixture[str]
 ) -> None:
