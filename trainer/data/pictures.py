@@ -1,5 +1,6 @@
 """Picture datasets: labelled pictures of one size."""
 
+from abc import abstractmethod
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,9 +32,9 @@ class PictureDataset(ArrayDataset):
     def size(self) -> int:
         return self.config.image_size or self.own_size
 
+    @abstractmethod
     def labels(self) -> list[str]:
         """The classes' names, by number."""
-        raise NotImplementedError
 
     def columns(self) -> dict[str, Column]:
         return {
