@@ -34,6 +34,8 @@ class Story:
         self.results = {"manifest.json": "{}"}
 
     def __call__(self, cluster: Cluster, pod: Object) -> None:
+        if "labels" not in pod["metadata"]:
+            return  # a person's own pod: nothing runs in it
         component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
         # A Job's pods have a random ending.
         owner = pod["metadata"]["ownerReferences"][0]

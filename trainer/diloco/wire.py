@@ -26,7 +26,10 @@ class WireMeter:
         yield meter
         for descriptor in _tcp_descriptors() - before:
             # A duplicate: closing it leaves the original open, and it can still be read when the original is closed.
-            connection = socket.socket(fileno=os.dup(descriptor))
+            try:
+                connection = socket.socket(fileno=os.dup(descriptor))
+            except OSError:
+                continue  # another thread's, closed since it was listed
             try:
                 connection.getpeername()
             except OSError:

@@ -1,0 +1,35 @@
+"""The wire's meter: the kernel's counters of the connections that one piece of code opened."""
+
+import os
+import socket
+
+import pytest
+
+from trainer.diloco import wire
+from trainer.diloco.wire import WireMeter
+
+
+def test_what_a_connection_carries_is_counted_to_the_byte() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with WireMeter.watching() as meter:
+            client = socket.create_connection(server.getsockname())
+        connection, _ = server.accept()
+        with client, connection:
+            client.sendall(bytes(1000))
+            assert len(connection.recv(1000, socket.MSG_WAITALL)) == 1000
+            connection.sendall(bytes(10))
+            assert len(client.recv(10, socket.MSG_WAITALL)) == 10
+            assert meter.read() == (1000, 10)
+        read = meter.read()  # also when the connection has been closed meanwhile; the kernel counts its end as a byte
+        assert read in [(1000, 10), (1000, 11), (1001, 10), (1001, 11)]
+        meter.close()
+
+
+def test_a_connection_that_another_thread_closes_meanwhile_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the listing of a process's descriptors and the look at each, any other thread may close one."""
+    listed = wire._tcp_descriptors
+    gone = os.dup(0)
+    os.close(gone)
+    with WireMeter.watching() as meter:
+        monkeypatch.setattr(wire, "_tcp_descriptors", lambda: listed() | {gone})
+    assert meter.read() == (0, 0)
