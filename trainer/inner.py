@@ -34,8 +34,11 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
     return AdamW(_groups(parameters), lr=config.lr, betas=BETAS, fused=True)
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`; `step` counts from 0."""
+def learning_rate(step: float, config: TrainingConfig) -> float:
+    """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`; `step` counts from 0.
+
+    It is the schedule's position, not a worker's own count: the same function of the run's samples for all.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     remaining = max(config.total_steps - config.warmup_steps, 1)

@@ -31,6 +31,7 @@ from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.files import require_free_space
 from trainer.inner import inner_optimizer, learning_rate
 from trainer.metrics import Metrics, sinks
+from trainer.profiling import Profile, profile
 from trainer.tasks import tasks
 from trainer.volume import Volume
 
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = 1  # what members say to each other; those of another version are refused
 CLIP_NORM = 1.0
+DAMPING = 0.5  # weight of the last round's speed beside that of those before
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
 
 
@@ -94,6 +96,7 @@ class Worker:
             "fragments": config.fragments,
             "overlap": config.overlaps,
             "local_steps": config.local_steps,
+            "heterogeneous": config.group_perc_variance if config.heterogeneous else None,
             "batch_size": config.batch_size,
             "total_steps": config.total_steps,
             "outer_lr": config.outer_lr,
@@ -107,6 +110,7 @@ class Worker:
             self._rest_of_share,
             self._save_in_need,
             self._moments,
+            self._speed,
             self._progress,
             lambda message: self.metrics.warn(message),  # which do not exist yet
         )
@@ -138,6 +142,8 @@ class Worker:
         self.used_at_arrival = 0  # how many of them when the quorum has last been told
         self.skipped = self.skipped_in_a_row = 0
         self.samples = self.steps_taken = 0  # consumed, and made, by this process
+        self.busy = 0.0  # seconds that it was at them, but for the first, which is slow
+        self.since = 0.0  # when the last one ended
         self.ramp = 1  # inner steps over which a joiner's learning rate rises while its moments build up
         self.last_loss = math.nan
         self.told = (0, time.time())  # samples, and when, that `status` has been told of
@@ -146,14 +152,14 @@ class Worker:
         self.saved: tuple[int, int] | None = None  # the last checkpoint's round and step
         self.members: tuple[str, ...] = ()  # of the last quorum; this worker's place among them
         self.rank, self.world_size = 0, 1
+        self.profile = Profile(config.per_device_train_batch_size, 0.0)
+        if config.heterogeneous:
+            cache = self.volume.root / "profile.json"
+            self.profile = profile(config, self.task, self.model, self._some, cache, manifest.hash)
+        self.speed = self.profile.speed  # samples a second, by the last rounds
+        self.timed = (0, 0.0)  # samples and busy seconds that are in it
         if config.compile_model:
-            (few,) = scoring.batches(
-                self.dataset.train,
-                np.arange(min(config.per_device_train_batch_size, len(self.dataset.train))),
-                config.per_device_train_batch_size,
-                self.shared,
-                self.device,
-            )
+            few = self._some(self.profile.batch_size)
             compile_model(config, self.task, self.model, few, self.metrics.warn)
         own = self._own_checkpoint()
         self._join(own)
@@ -172,6 +178,11 @@ class Worker:
             versions=versions(),
         )
         self.metrics.write("membership", change="joined", members=self.quorum.members, round=self.diloco.round)
+
+    def _some(self, size: int) -> dict[str, Tensor]:
+        """So many training samples, to try the model with: always the same ones."""
+        chosen = np.arange(size) % len(self.dataset.train)
+        return next(scoring.batches(self.dataset.train, chosen, size, self.shared, self.device))
 
     def run(self) -> int:
         """Train to the end."""
@@ -217,7 +228,7 @@ class Worker:
             if not self._unused():
                 commit = self.diloco.land()  # what it brings is a new share
                 continue
-            share = self.share
+            share, self.since = self.share, time.perf_counter()
             with closing(self._batches()) as batches:
                 while commit is None and not self.diloco.due and self.share is share and self._unused():
                     if self.stopping.is_set():
@@ -256,10 +267,11 @@ class Worker:
             self.share = share
 
     def _inner_step(self, batches: Iterator[dict[str, Tensor]], losses: list[float]) -> Commit | None:
-        """One inner step, over `accumulation_steps` micro-batches; the round's commit if it was the round's last."""
+        """One inner step, over as many micro-batches as it takes; the round's commit if it was the round's last."""
         started = time.perf_counter()
-        step, accumulation = self.diloco.step, self.config.accumulation_steps
-        lr = learning_rate(step, self.config) * min(1.0, (self.steps_taken + 1) / self.ramp)
+        accumulation = self.config.batch_size // self.profile.batch_size
+        step = self.diloco.position + self.diloco.stride  # where this one leads to
+        lr = learning_rate(self.diloco.position, self.config) * min(1.0, (self.steps_taken + 1) / self.ramp)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         total = torch.zeros((), device=self.device)
@@ -290,7 +302,7 @@ class Worker:
         self.metrics.write(
             "step",
             round=self.diloco.open_round,
-            step=step + 1,
+            step=step,
             loss=mean_loss,
             lr=lr,
             gradient_norm=gradient_norm,
@@ -299,16 +311,20 @@ class Worker:
             tokens=tokens,
             seconds=time.perf_counter() - started,
         )
-        self._count_skipped(finite, step + 1)
-        return self.diloco.after_inner_step(samples)
+        self._count_skipped(finite, step)
+        if self.steps_taken > 1:
+            self.busy += time.perf_counter() - self.since
+        commit = self.diloco.after_inner_step(samples)
+        self.since = time.perf_counter()
+        return commit
 
-    def _count_skipped(self, finite: bool, step: int) -> None:
+    def _count_skipped(self, finite: bool, step: float) -> None:
         if finite:
             self.skipped_in_a_row = 0
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        self.metrics.warn(f"step {step} is skipped: its loss or gradient is not finite")
+        self.metrics.warn(f"step {step:g} is skipped: its loss or gradient is not finite")
         if self.skipped_in_a_row > self.config.max_skipped_steps:
             reason = (
                 f"{self.skipped_in_a_row} inner steps in a row had a loss or gradient that is not finite "
@@ -345,6 +361,7 @@ class Worker:
             sync_seconds=commit.seconds,
             exposed_seconds=self.diloco.exposed_seconds,
             seconds=seconds,
+            inner_steps=len(losses),
             samples=len(losses) * self.config.batch_size,
         )
 
@@ -449,6 +466,15 @@ class Worker:
         used = self.used_at_arrival = self.used  # once: inner steps may go on meanwhile
         return replace(self.share, ranges=self._unused(used))
 
+    def _speed(self) -> float:
+        """Samples a second of the inner steps, by the last rounds: asked whenever one ends."""
+        (before, then), (steps, busy) = self.timed, (self.steps_taken, self.busy)
+        if busy > then:
+            self.timed = steps, busy
+            new = (steps - max(before, 1)) * self.config.batch_size / (busy - then)
+            self.speed += (new - self.speed) * (DAMPING if before else 1)
+        return self.speed
+
     def _progress(self) -> dict[str, float | int | None]:
         """What `status` shows of this worker: told after each commit, so the speed is the last round's."""
         (before, since), now = self.told, time.time()
@@ -528,7 +554,7 @@ class Worker:
             self.dataset.train,
             self.order,
             np.concatenate([np.arange(start, stop) for start, stop in self._unused()]),
-            self.config.per_device_train_batch_size,
+            self.profile.batch_size,
             pin_memory=self.device.type == "cuda",
         )
 

@@ -1,7 +1,8 @@
 """The real worker, `trainer train`, whose inner steps take `STEP_SECONDS` longer, without work for the CPU.
 
-On two cores three workers would otherwise keep a fourth from starting, and what is measured would be that. When the
-file `hurry` is in the run's directory, there is nothing more to measure, and steps take as long as they take.
+On two cores three workers would otherwise keep a fourth from starting, and what is measured would be that. A file
+`pause` on the worker's own volume says other seconds for it alone. When the file `hurry` is in the run's directory,
+there is nothing more to measure, and steps take as long as they take.
 """
 
 import logging
@@ -20,11 +21,11 @@ STEP_SECONDS = 0.08
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = Path(sys.argv[1])
-    inner_step = loop.Worker._inner_step
+    pause, inner_step = config.with_name("pause"), loop.Worker._inner_step
 
     def slow_step(worker: loop.Worker, *arguments: Any) -> Any:
         if not (config.parents[1] / "hurry").exists():
-            time.sleep(STEP_SECONDS)
+            time.sleep(float(pause.read_text()) if pause.exists() else STEP_SECONDS)
         return inner_step(worker, *arguments)
 
     loop.Worker._inner_step = slow_step  # type: ignore[method-assign]

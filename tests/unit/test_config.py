@@ -28,7 +28,19 @@ REFUSED = {
     ),
     "too long a warm-up": ({"total_steps": 10}, "warmup_steps = 1000: must be at most total_steps (10)"),
     "timeouts out of order": ({"grace_period": 20}, "lease_ttl = 15.0: must be greater than grace_period (20.0)"),
-    "not available": ({"heterogeneous": True}, "heterogeneous = True: not available yet: unequal workers"),
+    "not available": ({"pgroup_backend": "nccl"}, "pgroup_backend = 'nccl': not available yet: nccl process groups"),
+    "unequal, baseline": (
+        {"heterogeneous": True, "optim_method": "ddp", "nodes": 2, "elastic_min_nodes": 2, "elastic_max_nodes": 2},
+        "heterogeneous = True: does not go with optim_method = 'ddp', which averages every step's gradients",
+    ),
+    "unequal, bounds": (
+        {"heterogeneous": True, "min_batch_size": 64, "max_batch_size": 32},
+        "max_batch_size = 32: must be at least min_batch_size (64)",
+    ),
+    "unequal, no size": (
+        {"heterogeneous": True, "batch_size": 34, "per_device_train_batch_size": 34, "max_batch_size": 16},
+        "batch_size = 34: must be a multiple of some number from min_batch_size (16) to max_batch_size (16)",
+    ),
     "quantization and another codec": (
         {"quantization": True, "codec": "sign"},
         "quantization = True: means codec = 'int8', and disagrees with codec = 'sign'",

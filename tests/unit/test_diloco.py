@@ -31,6 +31,9 @@ class ThreadQuorum:
         members = tuple(str(rank) for rank in range(self.world_size))
         return Commit(self._round, 1, members, fragment, Reduced(mean, total, ((1.0, mean),)), 0, 0, 0.0)
 
+    def own_steps(self, length: int) -> int:
+        return length
+
     def superseded(self) -> bool:
         return False
 
@@ -258,6 +261,9 @@ class Late:
         nothing = torch.zeros_like(pseudo_gradient)
         return Commit(1, 1, ("late",), fragment, Reduced(nothing, weight, ((1.0, nothing),)), 0, 0, 0.0)
 
+    def own_steps(self, length: int) -> int:
+        return length
+
     def superseded(self) -> bool:
         behind, self.behind = self.behind, False
         return behind
@@ -315,3 +321,35 @@ def test_a_whole_round_that_came_too_late_is_averaged_with_the_next() -> None:
     ((pseudo_gradient, weight),) = quorum.sent
     torch.testing.assert_close(pseudo_gradient, torch.full_like(pseudo_gradient, (1 + 2 + 4 + 8) / 2))
     assert weight == 40
+
+
+@pytest.mark.parametrize(("own", "positions"), [(6, [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]), (2, [1.5, 3.0]), (3, [1, 2, 3])])
+def test_an_unequal_worker_makes_steps_of_its_own_on_the_schedule_of_all(own: int, positions: list[float]) -> None:
+    """A round of 3 steps, in which it makes 6, 2 or 3: the schedule, the weight and the pseudo-gradient."""
+
+    class Quorum(LocalQuorum):
+        told: tuple[Tensor, float]
+
+        def own_steps(self, length: int) -> int:
+            return own
+
+        def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+            self.told = pseudo_gradient.clone(), weight
+            return super().synchronise(pseudo_gradient, weight, fragment)
+
+    model, quorum = make_model(), Quorum()
+    optimizer = adamw(model)
+    diloco = DiLoCo(model, optimizer, sync_every=3, quorum=quorum, total_steps=6)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    for step, batch in enumerate(batches(0, own)):
+        assert diloco.position + diloco.stride == pytest.approx(positions[step]) and not diloco.due
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        local = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        commit = diloco.after_inner_step(5)
+        assert (commit is not None) == (step == own - 1)
+    assert (diloco.round, diloco.step, diloco.inner_steps) == (1, 3, 0)
+    pseudo_gradient, weight = quorum.told
+    assert weight == 5 * own
+    assert torch.allclose(pseudo_gradient, before - local, atol=1e-7)  # the sum of its steps, however many

@@ -103,6 +103,9 @@ class Slow:
         mean = pseudo_gradient.clone()
         return Commit(len(self.sent), 1, ("slow",), fragment, Reduced(mean, weight, ((1.0, mean),)), 0, 0, 0.0)
 
+    def own_steps(self, length: int) -> int:
+        return length
+
     def superseded(self) -> bool:
         return False
 

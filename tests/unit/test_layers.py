@@ -33,6 +33,7 @@ LAYERS = [
         "trainer.data",
         "trainer.checkpoint",
         "trainer.metrics",
+        "trainer.profiling",
         "trainer.prometheus",
     },
     {"trainer.models"},

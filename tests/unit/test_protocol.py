@@ -23,6 +23,7 @@ from trainer.elastic.protocol import (
     Vote,
     action,
     arrival_from_json,
+    count,
     deal,
     decide,
     forgotten,
@@ -30,6 +31,8 @@ from trainer.elastic.protocol import (
     left_from_json,
     member_from_json,
     outcome_key,
+    own_steps,
+    paces,
     situation,
     unused,
     used_of,
@@ -215,6 +218,19 @@ def test_the_dead_the_leaving_and_the_suspects_are_not_waited_for() -> None:
     assert decided(record, view).members == ("a",)
 
 
+def test_which_of_a_pair_is_left_out_does_not_depend_on_who_is_first() -> None:
+    """a and c cannot talk to each other: the last in rank goes, also if the first is late."""
+    record = replace(founded("abc"), attempt=3)
+    here = {"c": arrival(3, suspects="a"), "b": arrival(3)}
+    assert late(record, View(members("abc"), here)) == {"a"}
+    assert decide(record, View(members("abc"), here), 0, RULES) is None
+    here["a"] = arrival(3, suspects="c")
+    assert decided(record, View(members("abc"), here)).members == ("a", "b")
+    # Whom both of the others suspect is cut off, and not waited for.
+    here = {"c": arrival(3, suspects="a"), "b": arrival(3, suspects="a")}
+    assert decided(record, View(members("abc"), here)).members == ("b", "c")
+
+
 def test_a_suspect_that_has_arrived_is_tried_once_more_and_then_left_out() -> None:
     for attempt, together in ((1, ("a",)), (2, ("a", "b")), (3, ("a",))):
         record = replace(founded("ab"), attempt=attempt)
@@ -256,12 +272,12 @@ def test_the_final_state_is_that_of_most() -> None:
 
 def test_different_results_are_counted() -> None:
     record = replace(founded("ab"), phase="reduce", members=("a", "b"))
-    for count in (1, 2):
+    for times in (1, 2):
         votes = {id: Vote(*record.place, hash=id, weight=1.0) for id in "ab"}
         record = decided(record, View(members("ab"), arrivals("ab", record.attempt), votes))
-        assert (record.phase, record.disputed) == ("gather", count)
+        assert (record.phase, record.disputed) == ("gather", times)
         record = decided(record, View(members("ab"), arrivals("ab", record.attempt)))
-        assert (record.phase, record.disputed) == ("reduce", count)
+        assert (record.phase, record.disputed) == ("reduce", times)
     votes = {id: Vote(*record.place, hash="same", weight=1.0) for id in "ab"}
     assert decided(record, View(members("ab"), arrivals("ab", record.attempt), votes)).disputed == 0
 
@@ -552,7 +568,61 @@ def test_everything_survives_json() -> None:
     left = Left(1, 2, ((1, 2), (5, 7)))
     assert left_from_json(json.loads(json.dumps(asdict(left)))) == left
     value = {"node": "n", "slot": 3, "local_rank": 1, "address": "h:1", "holds": asdict(State(2, 8)), "pid": 12}
-    assert member_from_json(value) == Member("n", (3, 1), "h:1", State(2, 8))
+    value["speed"] = 2.5
+    assert member_from_json(value) == Member("n", (3, 1), "h:1", State(2, 8), 2.5)
+
+
+# Unequal members
+
+
+@pytest.mark.parametrize(
+    ("speeds", "alike", "expected"),
+    [
+        ({"a": 100.0, "b": 100.0}, 0.15, {"a": 1.0, "b": 1.0}),
+        ({"a": 100.0, "b": 90.0}, 0.15, {"a": 1.0, "b": 1.0}),  # nearly alike: one pace
+        ({"a": 100.0, "b": 90.0}, 0.0, {"a": 100 / 95, "b": 90 / 95}),
+        ({"a": 300.0, "b": 100.0}, 0.15, {"a": 1.5, "b": 0.5}),
+        ({"a": 400.0, "b": 200.0, "c": 190.0, "d": 10.0}, 0.15, {"a": 2.0, "b": 0.975, "c": 0.975, "d": 0.05}),
+        ({"a": 300.0, "b": 100.0, "c": 0.0}, 0.0, {"a": 1.5, "b": 0.5, "c": 1.0}),  # nothing is known of c
+        ({"a": 0.0, "b": 0.0}, 0.15, {"a": 1.0, "b": 1.0}),
+        ({}, 0.15, {}),
+    ],
+)
+def test_a_pace_is_in_proportion_to_the_speed(
+    speeds: dict[str, float], alike: float, expected: dict[str, float]
+) -> None:
+    found = paces(speeds, alike)
+    assert found == pytest.approx(expected)
+    assert sum(found.values()) == pytest.approx(len(speeds))
+
+
+def test_a_pace_says_how_many_inner_steps_a_round_has() -> None:
+    assert [own_steps(length, pace) for length, pace in [(30, 1.0), (30, 0.35), (30, 0.01), (1, 2.6), (0, 2.0)]] == [
+        30,
+        10,
+        1,
+        3,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(("stock", "held"), [(1, [48, 16]), (2, [96, 32])])
+def test_unequal_members_have_unequal_shares(stock: int, held: list[int]) -> None:
+    """By what they tell at first; then by what they have measured. A joiner's is in proportion to theirs."""
+    rules = replace(RULES, local_steps=16, alike=0.15, stock=stock)
+    present = {id: replace(member(id), speed=speed) for id, speed in {"a": 30.0, "b": 10.0}.items()}
+    record = decided(None, View(present), LONG, rules)
+    assert [count(record.shares[id].ranges) for id in "ab"] == held
+    assert [record.shares[id].pace for id in "ab"] == [1.5, 0.5]
+    arrived = {"a": replace(arrival(), speed=20.0), "b": replace(arrival(), speed=20.0)}
+    reduce = decided(record, View(present, arrived), 0, rules)
+    opened = decided(reduce, View(present, arrived, votes("ab")), 0, rules)
+    assert [opened.shares[id].pace for id in "ab"] == [1.0, 1.0]
+    assert opened.base.step == 16  # the schedule does not know of it
+    joined = present | {"c": replace(member("c"), speed=40.0)}
+    dealt = decided(opened, View(joined, arrived, ready={"c": Ready(1, 1)}), 0, rules)
+    assert dealt.shares["c"].pace == 1.5 and count(dealt.shares["c"].ranges) == stock * 48
+    assert dealt.shares["a"] == opened.shares["a"]
 
 
 def test_outcomes_are_in_the_order_of_commits() -> None:

@@ -40,6 +40,7 @@ from trainer.elastic.protocol import (
     decide,
     forgotten,
     outcome_key,
+    own_steps,
     situation,
     unused,
     used_of,
@@ -252,6 +253,7 @@ class Process:
         self.world, self.worker, self.id = world, worker, f"{worker}.{incarnation}"
         self.random = random.Random(f"{world.seed}/{self.id}")
         self.node = f"node {worker % world.nodes}"
+        self.speed = world.speeds[worker]  # of its inner steps, beside those of others
         self.dead = self.done = self.stopping = self.leaving = self.flip = False
         self.frozen_until = self.cut_until = self.slow_until = 0.0
         self.armed: list[Fault] = []
@@ -420,7 +422,7 @@ class Process:
     def join(self) -> Thread:
         etcd = self.world.etcd
         holds = replace(self.base, hash=self.state.hash)
-        self.member = Member(self.node, (self.worker, 0), "", holds)
+        self.member = Member(self.node, (self.worker, 0), "", holds, self.random.choice([0.0, self.speed]))
         lease = yield from self.patiently(lambda: etcd.grant(self))
         self.lease = lease
         yield "joining"
@@ -494,7 +496,8 @@ class Process:
 
         def arrive(attempt: int) -> Thread:
             rest, self.arrived_used = self.rest(), self.used
-            arrival = Arrival(progress.term, progress.round, attempt, progress.state, rest, self.unreachable)
+            place = progress.term, progress.round, attempt, progress.state
+            arrival = Arrival(*place, rest, self.unreachable, self.speed)
             yield from self.put(f"arrivals/{self.id}", arrival)
             yield "arrived"
 
@@ -615,6 +618,10 @@ class Process:
         rules, begun = self.world.rules, self.state.step + (self.flight.length if self.flight else 0)
         return min(rules.local_steps, rules.total_steps - begun) if rules.total_steps else rules.local_steps
 
+    @property
+    def own_length(self) -> int:
+        return own_steps(self.length, self.dealt.pace if self.dealt else 1.0)
+
     def synchronise_or_catch_up(self) -> Thread:
         rules = self.world.rules
         if rules.stock > 1 and self.state.step + self.length != rules.total_steps:
@@ -665,11 +672,12 @@ class Process:
 
     def catch_up(self) -> Thread:
         carried, steps, round = [*self.work, *self.carried], self.inner_steps, self.state.round
+        own_length = self.own_length
         self.say("catches up from", self.term, round)
         counts = yield from self.take_state()
         self.work, self.carried, self.inner_steps = [], [], 0
         if counts:
-            self.inner_steps = steps if steps < self.length or self.state.round == round else 0
+            self.inner_steps = steps if steps < own_length or self.state.round == round else 0
         if counts and self.world.carry:
             self.carried = carried
         else:
@@ -727,10 +735,10 @@ class Process:
 
     def train(self) -> Thread:
         while self.length or self.flight:
-            if self.flight and (self.flight.result is not None or self.inner_steps >= self.length):
+            if self.flight and (self.flight.result is not None or self.inner_steps >= self.own_length):
                 yield from self.land()
                 continue
-            if self.inner_steps >= self.length:
+            if self.inner_steps >= self.own_length:
                 yield from self.synchronise_or_catch_up()
                 continue
             if not self.rest():
@@ -742,7 +750,7 @@ class Process:
                 except Superseded:
                     yield from self.catch_up()
                     continue
-            yield STEP * (10 if self.slow_until > self.world.now else 1)
+            yield STEP / self.speed * (10 if self.slow_until > self.world.now else 1)
             if self.stopping:
                 raise Interrupted
             batch = positions_of(self.rest())[: self.world.rules.batch_size]
@@ -803,6 +811,7 @@ class World:
     rules: Rules
     nodes: int
     carry: bool
+    speeds: tuple[float, ...]
     now: float = 0.0
     calm: bool = False
     shaky_until: float = 0.0
@@ -1154,7 +1163,11 @@ def schedule_of(seed: int) -> World:
             again = chance.sample(range(workers), chance.randint(1, workers)) if what == "kill all" else [worker]
             faults += [Fault(at + chance.uniform(0.2, 6), "start", worker) for worker in again]
     faults.sort(key=lambda fault: fault.at)
-    return World(seed, tuple(faults), rules, nodes, carry=chance.random() < 0.8)
+    carry, speeds = chance.random() < 0.8, (1.0,) * workers
+    if seed // 8 % 3 == 0:
+        rules = replace(rules, alike=chance.choice([0.0, 0.15]))
+        speeds = tuple(chance.choice([0.4, 0.9, 1.0, 2.0]) for _ in range(workers))
+    return World(seed, tuple(faults), rules, nodes, carry, speeds)
 
 
 def outcome_of(world: World) -> AssertionError | None:

@@ -89,6 +89,8 @@ def _check_training(config: "TrainingConfig") -> None:
             config.batch_size,
             f"must be a multiple of per_device_train_batch_size ({config.per_device_train_batch_size})",
         )
+    if config.heterogeneous:
+        _check_unequal(config)
     if config.warmup_steps > config.total_steps:
         raise ConfigError("warmup_steps", config.warmup_steps, f"must be at most total_steps ({config.total_steps})")
     if not config.min_nodes <= config.nodes <= config.max_nodes:
@@ -100,6 +102,19 @@ def _check_training(config: "TrainingConfig") -> None:
         )
     if config.hf_upload and not config.trained_model_hf_name:
         raise ConfigError("trained_model_hf_name", "", "must name a repository when hf_upload is set")
+
+
+def _check_unequal(config: "TrainingConfig") -> None:
+    if config.optim_method == "ddp":
+        allowed = "does not go with optim_method = 'ddp', which averages every step's gradients"
+        raise ConfigError("heterogeneous", True, allowed)
+    if config.max_batch_size < config.min_batch_size:
+        allowed = f"must be at least min_batch_size ({config.min_batch_size})"
+        raise ConfigError("max_batch_size", config.max_batch_size, allowed)
+    if not any(config.batch_size % size == 0 for size in range(config.min_batch_size, config.max_batch_size + 1)):
+        sizes = f"from min_batch_size ({config.min_batch_size}) to max_batch_size ({config.max_batch_size})"
+        allowed = f"must be a multiple of some number {sizes}"
+        raise ConfigError("batch_size", config.batch_size, allowed)
 
 
 def _check_timeouts(config: "TrainingConfig") -> None:

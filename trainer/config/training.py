@@ -156,16 +156,10 @@ class TrainingConfig(Group):
     )
 
     # Unequal workers
-    heterogeneous: Annotated[bool, Later("unequal workers")] = Field(
-        False, description="Let each worker find its own batch size and local steps."
-    )
-    min_batch_size: Annotated[Positive, Later("unequal workers")] = Field(
-        16, description="Smallest per-device batch size to try (heterogeneous)."
-    )
-    max_batch_size: Annotated[Positive, Later("unequal workers")] = Field(
-        512, description="Largest per-device batch size to try (heterogeneous)."
-    )
-    group_perc_variance: Annotated[Fraction, Later("unequal workers")] = Field(
+    heterogeneous: bool = Field(False, description="Let each worker find its own batch size and local steps.")
+    min_batch_size: Positive = Field(16, description="Smallest per-device batch size to try (heterogeneous).")
+    max_batch_size: Positive = Field(512, description="Largest per-device batch size to try (heterogeneous).")
+    group_perc_variance: Fraction = Field(
         0.15, description="Workers whose speeds differ by less than this share one setting (heterogeneous)."
     )
 
@@ -294,11 +288,6 @@ class TrainingConfig(Group):
     @property
     def max_nodes(self) -> int:
         return self.elastic.max_nodes or self.nodes
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Forward and backward passes in an inner step."""
-        return self.batch_size // self.per_device_train_batch_size
 
     def resolved(self) -> "TrainingConfig":
         """This configuration with a run id (generated when there is none) and a run directory."""

@@ -1,5 +1,6 @@
 """DiLoCo (arXiv 2311.08105): many inner steps, then one outer step on the workers' mean pseudo-gradient."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -191,20 +192,36 @@ class DiLoCo:
 
     @property
     def step(self) -> int:
-        """The schedule position: inner steps since the training began."""
-        return self._begun + self.inner_steps
+        """The schedule position: steps since the training began."""
+        return math.floor(self.position)
+
+    @property
+    def position(self) -> float:
+        """The same, and what a worker that makes more inner steps than others has done of the next."""
+        return self._begun + self.inner_steps * self.stride
+
+    @property
+    def stride(self) -> float:
+        """Steps of the schedule for each inner step of this worker in the open round: 1 among equal workers."""
+        own = self.own_length
+        return 1 if own == self.round_length else self.round_length / own
 
     @property
     def round_length(self) -> int:
-        """Inner steps in the open round; 0: the training is complete."""
+        """Steps of the schedule in the open round; 0: the training is complete."""
         if self.total_steps is None:
             return self.sync_every
         return max(0, min(self.sync_every, self.total_steps - self._begun))
 
     @property
+    def own_length(self) -> int:
+        """Inner steps that this worker makes in the open round (`Quorum.own_steps`)."""
+        return self.quorum.own_steps(self.round_length)
+
+    @property
     def due(self) -> bool:
         """Whether the open round's inner steps are done, and its synchronisation has not begun."""
-        return 0 < self.round_length <= self.inner_steps
+        return 0 < self.own_length <= self.inner_steps
 
     @property
     def in_flight(self) -> bool:
@@ -318,7 +335,7 @@ class DiLoCo:
             whole, self._gathered(whole), self._carried
         ).clone()  # catching up needs the scratch
         samples, work, residual = list(self._samples), list(self._work), self._residual
-        steps, round, length = self.inner_steps, self.round, self.round_length
+        steps, round, length = self.inner_steps, self.round, self.own_length
         counts = self.quorum.catch_up(self.state)
         self.begin_round()
         if not counts:
@@ -444,7 +461,7 @@ class DiLoCo:
 
     def _scales(self, fragment: Fragment) -> list[tuple[slice, float]]:
         """What a displacement has to be multiplied by, and where, to be a round's worth: a whole one may be carried."""
-        usual = self.round_length if self._parts == 1 else self.sync_every * self._parts
+        usual = self.own_length if self._parts == 1 else self.quorum.own_steps(self.sync_every) * self._parts
         scales = []
         for index in self._parts_of(fragment):
             if self._work[index] > usual:
@@ -515,7 +532,7 @@ class DiLoCo:
     def _arrives(self, flight: _Flight) -> bool:
         """Whether it is time to land: at the latest before the next synchronisation, or the last one's last step."""
         assert self.overlap is not None
-        if self.inner_steps >= self.round_length - (self._begun + self.round_length == self.total_steps):
+        if self.inner_steps >= self.own_length - (self._begun + self.round_length == self.total_steps):
             return True
         return self.inner_steps >= self.overlap.delay if self.overlap.delay else flight.landing.done()
 

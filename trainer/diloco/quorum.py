@@ -95,6 +95,10 @@ class Quorum(Protocol):
             TrainingError: The round cannot be committed. Nobody has applied anything.
         """
 
+    def own_steps(self, length: int) -> int:
+        """Inner steps that this member makes in a round which is `length` steps of the schedule long: as many, unless
+        members are unequal; then so many that all are done at once."""
+
     def superseded(self) -> bool:
         """Whether the open round has been committed without this member. Cheap: asked after every inner step."""
 
@@ -118,6 +122,9 @@ class LocalQuorum:
     def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
         self._round += 1
         return Commit(self._round, 1, ("local",), fragment, Reduced.alone(pseudo_gradient, weight), 0, 0, 0.0)
+
+    def own_steps(self, length: int) -> int:
+        return length
 
     def superseded(self) -> bool:
         return False

@@ -53,6 +53,7 @@ from trainer.elastic.protocol import (
     forgotten,
     outcome_from_json,
     outcome_key,
+    own_steps,
 )
 from trainer.elastic.reach import Reach
 from trainer.elastic.record import SLOT_VARIABLE, Status, agree, finish, verdict
@@ -83,6 +84,7 @@ class Hooks:
         unused: What is left of the worker's share, and which one it is.
         shortage: Called once when fewer nodes than `min_nodes` are left: time to save.
         moments: The inner optimizer's state by name, live tensors, for a joiner.
+        speed: Samples a second of its inner steps, by its last rounds; 0: not known yet.
         progress: What else to say of the worker in etcd, for `status`.
         warn: Told what a person should know.
     """
@@ -91,6 +93,7 @@ class Hooks:
     unused: Callable[[], Share] = lambda: Share(0, 0, ())
     shortage: Callable[[], None] = lambda: None
     moments: Callable[[], dict[str, Tensor]] = dict
+    speed: Callable[[], float] = lambda: 0.0
     progress: Callable[[], dict[str, Json]] = dict
     warn: Callable[[str], None] = log.warning
 
@@ -143,6 +146,7 @@ class ElasticQuorum:
             total_steps=config.total_steps,
             batch_size=config.batch_size,
             stock=2 if config.overlaps else 1,
+            alike=config.group_perc_variance if config.heterogeneous else None,
         )
         self._condition = threading.Condition()
         self._heard = self._read = time.monotonic()  # from etcd at all; the record
@@ -202,7 +206,7 @@ class ElasticQuorum:
         self._check_verdict()
         self._state, self._term = state, term
         self._base = State(state.round, state.step, cursor, state.hash())
-        self._me["holds"] = asdict(self._base)
+        self._me |= {"holds": asdict(self._base), "speed": self.hooks.speed()}
         self._lease = self._patiently(lambda: self._client.lease(self._config.lease_ttl))
         self._patiently(lambda: self._must_lease.put(f"members/{self.id}", self._me))
         self._decider = Decider(EtcdClient.of(self._config), self.id, self.rules, self._config.lease_ttl)
@@ -336,6 +340,9 @@ class ElasticQuorum:
         self._hand_on_share()
 
     # What DiLoCo asks (trainer.diloco.quorum.Quorum)
+
+    def own_steps(self, length: int) -> int:
+        return own_steps(length, self._share.pace if self._share else 1.0)
 
     def superseded(self) -> bool:
         record = self._record
@@ -593,7 +600,9 @@ class ElasticQuorum:
 
     def _arrive(self, progress: Progress, attempt: int) -> None:
         suspects = tuple(sorted(self._reach.unreachable))
-        arrival = Arrival(progress.term, progress.round, attempt, progress.state, self.hooks.unused().ranges, suspects)
+        self._me = {**self._me, "speed": self.hooks.speed()}
+        place = progress.term, progress.round, attempt, progress.state
+        arrival = Arrival(*place, self.hooks.unused().ranges, suspects, self._me["speed"])
         self._patiently(lambda: self._client.put(f"arrivals/{self.id}", asdict(arrival)))
 
     def _reduce(

@@ -47,8 +47,12 @@ what the arrival had left, and the member skips what it has used of that since. 
 does not contain: shares and work do not cross terms. Lost is the share of a member whose lease has ended: what it had
 not seen, and what it had done if it is dead.
 
+Why all are done at once, if they shall (`Rules.alike`). A member says with its arrival how fast its inner steps were,
+and is told with its next share how many to make for each of the schedule's: its pace, in proportion to its speed. The
+mean of all paces is 1: a round takes as many samples as with equal members.
+
 Why it is live. Once no more members are missing than have arrived, those are waited for `grace_period` at most (while
-more are missing, for `stall_limit`); one whose lease ended, or whom another suspects, not at all. Whoever does not vote
+more are missing, for `stall_limit`); one whose lease ended, or whom most suspect, not at all. Whoever does not vote
 is waited for `grace_period` after the first vote. A retry is waited for `collective_timeout` + 1 s at most, because all
 members of a failed collective notice within that time. Of two that cannot talk to each other (their arrivals say so
 again) one is left out. Who arrives too late for an attempt is waited for in the next round, or it would be too late for
@@ -84,6 +88,8 @@ class Rules:
         batch_size: Samples of an inner step.
         stock: Rounds' worth of samples that a member holds when a round opens: 1; 2 if inner steps go on during a
             synchronisation, when nobody knows yet what the next round deals.
+        alike: Members whose speeds differ by less than this share have one pace; None: all have pace 1, whatever their
+            speeds.
     """
 
     min_nodes: int
@@ -96,6 +102,7 @@ class Rules:
     total_steps: int | None
     batch_size: int
     stock: int = 1
+    alike: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,14 @@ class Member:
         order: Ranks follow it: (slot, local rank).
         address: host:port where it serves state, and hosts the store of a process group.
         holds: The committed state that it has last told of.
+        speed: Of its inner steps, in samples a second; 0: not known yet.
     """
 
     node: str
     order: tuple[int, int]
     address: str
     holds: "State"
+    speed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,7 @@ class Arrival:
         state: Hash of the global state that it began from.
         unused: What it has not used of its share: it gives that back, or (`Rules.stock` is 2) keeps it.
         suspects: Members that did not answer when the attempt before failed.
+        speed: As `Member.speed`, the round's inner steps included.
     """
 
     term: int
@@ -161,6 +171,7 @@ class Arrival:
     state: str
     unused: tuple[Range, ...] = ()
     suspects: tuple[str, ...] = ()
+    speed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -193,11 +204,16 @@ class Left:
 
 @dataclass(frozen=True)
 class Share:
-    """The sample positions dealt to a member when `round` opened, or when it joined it."""
+    """The sample positions dealt to a member when `round` opened, or when it joined it.
+
+    Attributes:
+        pace: Inner steps that it makes for each of the schedule's.
+    """
 
     term: int
     round: int
     ranges: tuple[Range, ...]
+    pace: float = 1.0
 
     @property
     def place(self) -> tuple[int, int]:
@@ -314,9 +330,8 @@ def share_from_json(value: Mapping[str, Any]) -> Share:
 
 def member_from_json(value: Mapping[str, Any]) -> Member:
     """A member from `members/<id>`, which may say more than the protocol needs."""
-    return Member(
-        value["node"], (value["slot"], value["local_rank"]), value["address"], state_from_json(value["holds"])
-    )
+    order = value["slot"], value["local_rank"]
+    return Member(value["node"], order, value["address"], state_from_json(value["holds"]), value["speed"])
 
 
 def arrival_from_json(value: Mapping[str, Any]) -> Arrival:
@@ -421,6 +436,32 @@ def deal(cursor: Cursor, samples: int) -> tuple[Cursor, tuple[Range, ...]]:
     return Cursor(position, tuple(tails)), tuple(dealt)
 
 
+def own_steps(length: int, pace: float) -> int:
+    """Inner steps of a member of this pace in a round of `length` steps of the schedule: one at least."""
+    return max(1, round(length * pace)) if length else 0
+
+
+def paces(speeds: Mapping[str, float], alike: float) -> dict[str, float]:
+    """Inner steps for each of the schedule's with which all are done at once. Their mean is 1, so that a round consumes
+    as many samples as one of equal members.
+
+    Args:
+        speeds: By member, in samples a second; who has none is taken for an average one.
+        alike: Members whose speeds differ by less than this share of the faster one's have one pace.
+    """
+    known = [speed for speed in speeds.values() if speed > 0]
+    usual = sum(known) / len(known) if known else 1.0
+    assumed = {id: speed if speed > 0 else usual for id, speed in speeds.items()}
+    groups: list[list[str]] = []
+    for id in sorted(assumed, key=lambda id: (-assumed[id], id)):
+        if groups and assumed[id] > assumed[groups[-1][0]] * (1 - alike):
+            groups[-1].append(id)
+        else:
+            groups.append([id])
+    mean = sum(assumed.values()) / len(assumed) if assumed else 1.0
+    return {id: sum(assumed[one] for one in group) / len(group) / mean for group in groups for id in group}
+
+
 def count(ranges: Iterable[Range]) -> int:
     """How many positions they have."""
     return sum(stop - start for start, stop in ranges)
@@ -460,7 +501,7 @@ def _found(term: int, view: View, waited: float, rules: Rules) -> Record | None:
     holding = [id for id in ranked if view.members[id].holds.round == newest]
     common = _most_common(view.members[id].holds.hash for id in holding)
     expected = tuple(id for id in holding if view.members[id].holds.hash == common)
-    return _open(term, expected, view.members[expected[0]].holds, {}, None, rules)
+    return _open(term, expected, view.members[expected[0]].holds, {}, None, _paces(expected, view, rules), rules)
 
 
 def _open(
@@ -469,6 +510,7 @@ def _open(
     base: State,
     kept: Mapping[str, Share],
     committed: Outcome | None,
+    paces: Mapping[str, float],
     rules: Rules,
     stock: Mapping[str, tuple[Range, ...]] | None = None,
 ) -> Record:
@@ -485,8 +527,8 @@ def _open(
     shares = dict(kept)
     for id in members:
         held = stock.get(id, ())
-        cursor, ranges = deal(cursor, _supply(base.step, rules) - count(held))
-        shares[id] = Share(term, base.round + 1, (*held, *ranges))
+        cursor, ranges = deal(cursor, _supply(base.step, paces[id], rules) - count(held))
+        shares[id] = Share(term, base.round + 1, (*held, *ranges), paces[id])
     return Record(term, base.round + 1, 1, "gather", members, (), base, cursor, length, shares, committed)
 
 
@@ -549,7 +591,8 @@ def _reduce(record: Record, view: View, waited: float, rules: Rules) -> Record |
         outcome = Outcome(record.term, record.round, record.attempt, record.members, vote.hash, vote.weight, base)
         kept = {id: share for id, share in record.shares.items() if id in view.present and id not in record.members}
         present = tuple(id for id in record.members if id in view.present)
-        opened = _open(record.term, present, base, kept, outcome, rules, left if rules.stock > 1 else None)
+        stock = left if rules.stock > 1 else None
+        opened = _open(record.term, present, base, kept, outcome, _paces(present, view, rules), rules, stock)
         # Who came too late begins the next round a little later than the others, and would be too late again.
         late = {id for id in view.present - {*record.members} if _arrived_for(record, view, id, record.attempt)}
         return replace(opened, expected=(*present, *_ranked(late, view)))
@@ -583,15 +626,27 @@ def _keep_books(record: Record, view: View, rules: Rules) -> Record | None:
     for id, ready in sorted(view.ready.items()):
         current = (ready.term, ready.round) == (record.term, record.base.round)
         if current and id in view.present and (id not in shares or shares[id].round < record.round):
-            cursor, ranges = deal(cursor, _supply(record.base.step, rules))
-            shares[id] = Share(record.term, record.round, ranges)
+            pace = _paces(view.present, view, rules)[id]
+            cursor, ranges = deal(cursor, _supply(record.base.step, pace, rules))
+            shares[id] = Share(record.term, record.round, ranges, pace)
     return replace(record, shares=shares, cursor=cursor) if shares != dict(record.shares) else None
 
 
-def _supply(step: int, rules: Rules) -> int:
-    """Samples that a member should hold when a round opens at this step."""
-    steps = rules.stock * rules.local_steps
-    return rules.batch_size * (steps if rules.total_steps is None else min(steps, rules.total_steps - step))
+def _supply(step: int, pace: float, rules: Rules) -> int:
+    """Samples that a member of this pace should hold when a round opens at this step."""
+    steps = 0
+    for _ in range(rules.stock):
+        length = rules.local_steps if rules.total_steps is None else min(rules.local_steps, rules.total_steps - step)
+        step, steps = step + length, steps + own_steps(length, pace)
+    return rules.batch_size * steps
+
+
+def _paces(ids: Iterable[str], view: View, rules: Rules) -> dict[str, float]:
+    """By the speeds that the members have told of last."""
+    if rules.alike is None:
+        return dict.fromkeys(ids, 1.0)
+    told = {id: view.arrivals[id].speed if id in view.arrivals else 0.0 for id in ids}
+    return paces({id: speed or view.members[id].speed for id, speed in told.items()}, rules.alike)
 
 
 def forgotten(record: Record, view: View) -> bool:
@@ -616,9 +671,14 @@ def late(record: Record, view: View) -> frozenset[str]:
 
 
 def _awaited(record: Record, view: View) -> frozenset[str]:
-    """Whom the gather waits for."""
+    """Whom the gather waits for: not for whom most of those who are here suspect, who is dead or cut off.
+
+    Whom fewer suspect has only lost one of them, and is waited for: which of such a pair is left out must not depend on
+    who of it is the first.
+    """
     here = _here(record, view)
-    suspects = {suspect for id in here for suspect in view.arrivals[id].suspects}
+    suspicions = Counter(suspect for id in here for suspect in view.arrivals[id].suspects)
+    suspects = {id for id, count in suspicions.items() if 2 * count > len(here)}
     return (view.present & set(record.expected)) - suspects - here
 
 
