@@ -27,6 +27,7 @@ _KEPT_BY_ETCD = (
     "compression_topk",
     "sparse_topk",
     "async_communication",
+    "heterogeneous",
 )
 
 

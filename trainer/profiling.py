@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import TrainingConfig
+from trainer.errors import TrainingError, one_line
 from trainer.files import read_json, write_json
 from trainer.scoring import autocast, restore
 from trainer.tasks import Task
@@ -63,7 +64,7 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
         data: The dataset's hash.
 
     Raises:
-        torch.OutOfMemoryError: Not even `min_batch_size` samples fit. RuntimeError: the same, on a CPU.
+        TrainingError: Not even `min_batch_size` samples fit.
     """
     device = next(model.parameters()).device
     of = _what_it_depends_on(config, device, data)
@@ -80,8 +81,11 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
         try:
             speed, used = _measure(task, model, batch(size), size)
         except (RuntimeError, MemoryError) as error:
-            if best is None or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if best is None:
+                reason = f"min_batch_size = {size} samples do not fit into the memory of {of['device']}"
+                raise TrainingError(f"{reason}: {one_line(error)}") from None
             logger.info("%d samples do not fit", size)
             break
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import Run, of
+from tests.faults.harness import Pod, Run, of
 from trainer.elastic.server import EmbeddedEtcd
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -52,3 +52,36 @@ def test_killed_frozen_and_told_to_leave(
     run.until_quorum(pods)
     run.finish(pods)
     run.check([survivor])
+
+
+@pytest.mark.parametrize("overlapping", [False, True], ids=["waiting", "overlapping"])
+def test_unequal_workers(overlapping: bool, server: EmbeddedEtcd, begin: Callable[..., Run]) -> None:
+    """Each with a pace of its own, under the same faults: no sample is used twice, all replicas stay equal."""
+    own = {"heterogeneous": True, "min_batch_size": 2, "async_communication": overlapping}
+    run = begin("run", [server.endpoint], total_steps=640, **own)
+    pods = [run.start(slot) for slot in range(3)]
+    for pod, seconds in zip(pods, (0.05, 0.1, 0.2), strict=True):
+        pod.pause(seconds)
+    run.until_quorum(pods)
+    run.until(lambda: steps_a_round(pods[0]) > 1.5 * steps_a_round(pods[2]), "the slowest to make fewer steps")
+
+    pods[1].kill_worker()
+    run.until_quorum([pods[0], pods[2]])
+    run.until_quorum(pods)
+    frozen = pods[2].signal(signal.SIGSTOP)
+    run.until_quorum(pods[:2])
+    run.until(lambda: time.time() - frozen > run.config.grace_period + 1.5, "the time to be over")
+    pods[2].signal(signal.SIGCONT)
+    run.until_quorum(pods, after=run.committed())
+    pods[1].agent.terminate()
+    assert pods[1].agent.wait() == 143, run.story()
+    pods[1] = run.start(1)
+    run.until_quorum(pods)
+    run.finish(pods)
+    run.check()
+    assert [len(run.lives(slot)) for slot in (0, 2)] == [1, 1]
+
+
+def steps_a_round(pod: Pod) -> int:
+    rounds = of("round", pod.events)
+    return int(rounds[-1]["inner_steps"]) if rounds else 0
