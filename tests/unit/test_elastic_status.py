@@ -163,3 +163,7 @@ def test_completed(tmp_path: Path) -> None:
     assert not has_completed(tmp_path)
     path.write_text('{"event": "step"}\n{"event": "end", "status": "complete"}\n')
     assert has_completed(tmp_path)
+    path.write_text('{"event": "end", "status": "complete"}\n{"event": "warning", "message": "W&B does not answer"}\n')
+    assert has_completed(tmp_path)
+    path.write_text('{"event": "end", "status": "complete"}\n{"event": "start"}\n{"event": "st')
+    assert not has_completed(tmp_path)
