@@ -167,6 +167,7 @@ class Worker:
             host=platform.node(),
             device=str(self.device),
             parameters=size,
+            dataset=manifest.hash,
             resumed_round=self.diloco.round or None,
             config=config.model_dump(mode="json"),
             versions=versions(),
