@@ -84,11 +84,9 @@ class Board:
         """
         self.rows = rows
         under_way = [row for row in rows if row.state not in AWAY] or rows
+        before = self.round
         self.step = min((row.step or 0 for row in under_way), default=0) if step is None else step
-        before, self.round = (
-            self.round,
-            min((row.round or 0 for row in under_way), default=0) if round is None else round,
-        )
+        self.round = min((row.round or 0 for row in under_way), default=0) if round is None else round
         if self.round > before and self.loss is not None:
             self.losses.append(self.loss)
         now = self._clock()
