@@ -21,7 +21,6 @@ from trainer.report.drawing import (
     bars,
     byte_text,
     byte_unit,
-    count_unit,
     drawn,
     end_label,
     extent,
@@ -31,8 +30,9 @@ from trainer.report.drawing import (
     marker_of,
     robust_limits,
     round_axis,
+    samples_axis,
     thin,
-    time_unit,
+    time_axis,
 )
 from trainer.report.record import FloatArray, RunRecord, Worker, number
 
@@ -53,39 +53,38 @@ MARKS: dict[str, Any] = {  # what happens to a worker
 
 def losses_over_steps(run: RunRecord) -> Chart | None:
     """Every worker's training loss, faint, and their mean."""
-    steps = run.step_losses[0]
     caption = "The training loss of each inner step."
-    if len(steps) > (shown := len(thin(steps, np.vstack([run.step_losses[1], run.over_steps("loss")[1]]))[0])):
-        caption += f" Each point is the mean of about {round(len(steps) / shown)} steps."
     if skipped := run.skipped_steps:
         caption += f" {skipped} steps were skipped, because their loss or gradient was not finite."
-    return _losses(run, "losses-over-steps", "Loss over inner steps", caption, steps, "inner step", size=WHOLE)
+    return _losses(
+        run, "losses-over-steps", "Loss over inner steps", caption, run.step_losses[0], "inner step", size=WHOLE
+    )
 
 
 def losses_over_samples(run: RunRecord) -> Chart | None:
     """The same over what was consumed, with the held-out loss."""
-    scale, prefix = count_unit(float(run.samples_at_steps[-1])) if len(run.step_losses[0]) else (1.0, "")
+    scale, label = samples_axis(float(np.max(run.samples_at_steps, initial=0)))
     return _losses(
         run,
         "losses-over-samples",
         "Loss over samples",
         "Over the samples that all workers together had consumed.",
         run.samples_at_steps / scale,
-        f"samples ({prefix})" if prefix else "samples",
+        label,
         held_out=True,
     )
 
 
 def losses_over_time(run: RunRecord) -> Chart | None:
     """The same over wall time, with the held-out loss."""
-    scale, unit = time_unit(float(run.seconds_at_steps[-1])) if len(run.step_losses[0]) else (1.0, "s")
+    scale, label = time_axis(float(np.max(run.seconds_at_steps, initial=0)))
     return _losses(
         run,
         "losses-over-time",
         "Loss over time",
         "Over wall time: when the last worker had made the step. Pauses after an orderly stop are left out.",
         run.seconds_at_steps / scale,
-        f"time ({unit})",
+        label,
         held_out=True,
     )
 
@@ -96,7 +95,7 @@ def _losses(
     title: str,
     caption: str,
     at: FloatArray,
-    unit: str,
+    label: str,
     held_out: bool = False,
     size: tuple[int, int] = HALF,
 ) -> Chart | None:
@@ -107,6 +106,8 @@ def _losses(
     _, losses = run.over_steps("loss")
     x, lines = thin(at, np.vstack([mean, losses]))
     workers, over = lines[1:], len(losses)
+    if len(steps) > len(x):
+        caption += f" Each point is the mean of about {round(len(steps) / len(x))} steps."
     scored, scores = run.held_out_over_steps
     scored, scores = finite_points(scored, scores) if held_out else (np.empty(0), np.empty(0))
     scored = np.interp(scored, np.append(0, steps), np.append(0, at))
@@ -125,7 +126,7 @@ def _losses(
         else:
             end_label(axes, x, lines[0], FIRST)
         robust_limits(axes, mean, scores)
-        axes.set_xlabel(unit)
+        axes.set_xlabel(label)
         axes.set_ylabel(loss_label(run.loss_unit))
 
     return drawn(name, title, caption, [draw], size)
@@ -233,7 +234,7 @@ def membership_over_time(run: RunRecord) -> Chart | None:
     workers = [worker for worker in run.workers if worker.lives]
     if not any(len(worker.rounds) for worker in workers) or len(workers) > MOST_ROWS:
         return None
-    scale, unit = time_unit(run.last - run.started)
+    scale, label = time_axis(run.last - run.started)
     ticked = sum(len(worker.rounds) for worker in workers) <= MOST_TICKS
 
     def at(times: Iterable[float]) -> FloatArray:
@@ -258,7 +259,7 @@ def membership_over_time(run: RunRecord) -> Chart | None:
                 axes.plot(at(times), rows, label=name, linestyle="", markerfacecolor=SURFACE, **MARKS[name])
         axes.set_yticks(range(len(workers)), [worker.name.removeprefix("worker-") for worker in workers])
         axes.set_ylim(len(workers) - 0.5, -0.5)
-        axes.set_xlabel(f"time ({unit})")
+        axes.set_xlabel(label)
         axes.set_ylabel("worker")
 
     caption = (

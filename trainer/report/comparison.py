@@ -22,13 +22,13 @@ from trainer.report.drawing import (
     WHOLE,
     Chart,
     byte_unit,
-    count_unit,
     drawn,
     end_labels,
     finite_points,
     loss_label,
+    samples_axis,
     thin,
-    time_unit,
+    time_axis,
 )
 from trainer.report.html import VERDICTS, byte_count, leaves, page, seconds, value_text
 from trainer.report.record import FloatArray, RunRecord, last_finite, number, read_run
@@ -108,8 +108,8 @@ def draw_all(runs: Sequence[RunRecord]) -> list[Chart]:
     scored = f"Scored with the global parameters, on samples that training never sees. {cut}"
     mean = f"The samples-weighted mean of the workers' losses in each round. {cut}"
     charts = [
-        _overlaid(runs, f"{held_out} over samples", scored, _held_out(_samples), _count_axis, WHOLE),
-        _overlaid(runs, f"{held_out} over time", scored, _held_out(_seconds), _time_axis),
+        _overlaid(runs, f"{held_out} over samples", scored, _held_out(_samples), samples_axis, WHOLE),
+        _overlaid(runs, f"{held_out} over time", scored, _held_out(_seconds), time_axis),
         _overlaid(
             runs,
             f"{held_out} over bytes",
@@ -117,8 +117,8 @@ def draw_all(runs: Sequence[RunRecord]) -> list[Chart]:
             _held_out(_bytes),
             _byte_axis,
         ),
-        _overlaid(runs, f"{training} over samples", mean, _training(_samples), _count_axis),
-        _overlaid(runs, f"{training} over time", mean, _training(_seconds), _time_axis),
+        _overlaid(runs, f"{training} over samples", mean, _training(_samples), samples_axis),
+        _overlaid(runs, f"{training} over time", mean, _training(_seconds), time_axis),
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -179,9 +179,7 @@ def _held_out(x: Callable[[RunRecord, FloatArray], FloatArray]) -> Points:
 
 def _training(x: Callable[[RunRecord, FloatArray], FloatArray]) -> Points:
     def points(run: RunRecord) -> tuple[FloatArray, FloatArray]:
-        steps = run.over_rounds("step")[1]
-        at = np.max(np.where(np.isfinite(steps), steps, 0.0), axis=0, initial=0.0)
-        return x(run, at), run.round_losses[1]
+        return x(run, _round_ends(run)), run.round_losses[1]
 
     return points
 
@@ -196,23 +194,17 @@ def _seconds(run: RunRecord, steps: FloatArray) -> FloatArray:
 
 def _bytes(run: RunRecord, steps: FloatArray) -> FloatArray:
     """What a worker had sent when the run was at these steps."""
-    at = np.max(np.nan_to_num(run.over_rounds("step")[1]), axis=0, initial=0.0)
     sent = np.nansum(run.over_rounds("bytes_sent")[1], axis=0) / max(1, len(run.workers))
-    return _at(steps, at, np.cumsum(sent))
+    return _at(steps, _round_ends(run), np.cumsum(sent))
+
+
+def _round_ends(run: RunRecord) -> FloatArray:
+    """The step at which each round ended."""
+    return np.max(np.nan_to_num(run.over_rounds("step")[1]), axis=0, initial=0.0)
 
 
 def _at(steps: FloatArray, known: FloatArray, values: FloatArray) -> FloatArray:
     return np.interp(steps, np.append(0, known), np.append(0, values))
-
-
-def _count_axis(longest: float) -> tuple[float, str]:
-    scale, unit = count_unit(longest)
-    return scale, f"samples ({unit})" if unit else "samples"
-
-
-def _time_axis(longest: float) -> tuple[float, str]:
-    scale, unit = time_unit(longest)
-    return scale, f"time ({unit})"
 
 
 def _byte_axis(longest: float) -> tuple[float, str]:

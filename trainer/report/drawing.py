@@ -32,6 +32,9 @@ MOST_BARS = 80
 LABEL_SIZE = (60.0, 13.0)  # of a label at a line's end, in points
 DASHED = (0, (4, 2))
 
+COUNTS = ((1e6, "millions"), (1e3, "thousands"))
+TIMES = ((7200.0, "h"), (120.0, "min"))
+
 Panel = Callable[["Axes"], None]
 
 
@@ -279,13 +282,13 @@ def byte_text(count: float) -> str:
     return f"{count / scale:.3g} {unit}"
 
 
-def count_unit(largest: float) -> tuple[float, str]:
-    """The unit for an axis that reaches to `largest`: thousands or millions."""
-    return next(
-        ((scale, unit) for scale, unit in ((1e6, "millions"), (1e3, "thousands")) if largest >= scale), (1.0, "")
-    )
+def samples_axis(largest: float) -> tuple[float, str]:
+    """The scale and the label of an axis that reaches to `largest` samples."""
+    scale, unit = next(((scale, f" ({unit})") for scale, unit in COUNTS if largest >= scale), (1.0, ""))
+    return scale, f"samples{unit}"
 
 
-def time_unit(longest: float) -> tuple[float, str]:
-    """The unit for an axis that reaches to `longest` seconds."""
-    return next(((scale, unit) for scale, unit in ((7200.0, "h"), (120.0, "min")) if longest >= scale), (1.0, "s"))
+def time_axis(longest: float) -> tuple[float, str]:
+    """The scale and the label of an axis that reaches to `longest` seconds."""
+    scale, unit = next(((scale, unit) for scale, unit in TIMES if longest >= scale), (1.0, "s"))
+    return scale, f"time ({unit})"
