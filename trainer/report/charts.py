@@ -53,12 +53,10 @@ MARKS: dict[str, Any] = {  # what happens to a worker
 
 def losses_over_steps(run: RunRecord) -> Chart | None:
     """Every worker's training loss, faint, and their mean."""
-    caption = "The training loss of each inner step."
+    steps, caption = run.step_losses[0], "The training loss of each inner step."
     if skipped := run.skipped_steps:
         caption += f" {skipped} steps were skipped, because their loss or gradient was not finite."
-    return _losses(
-        run, "losses-over-steps", "Loss over inner steps", caption, run.step_losses[0], "inner step", size=WHOLE
-    )
+    return _losses(run, "losses-over-steps", "Loss over inner steps", caption, steps, "inner step", size=WHOLE)
 
 
 def losses_over_samples(run: RunRecord) -> Chart | None:
