@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "scale":
             command.add_argument("count", metavar="N", help="how many nodes it shall have")
         add_config_flags(command, _WHICH_RUN if name in ("status", "scale") else None)
-    report = commands.add_parser("report", help="write a run's report, at any time", allow_abbrev=False)
-    report.add_argument("run_dir", type=Path, help="the run's directory")
-    report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html]")
+    report = commands.add_parser("report", help="write the report of a run, or of several", allow_abbrev=False)
+    report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="the run; several are compared")
+    report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html; several: comparison.html]")
     in_pod = commands.add_parser("pod", help="what the pods of a training on a cluster run", allow_abbrev=False)
     in_pod.add_argument("what", choices=("precache", "train", "held-out", "export", "evaluate"))
     in_pod.add_argument("--config", type=Path, required=True, metavar="FILE", help="the pod's configuration (YAML)")
@@ -66,14 +66,19 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.command == "report":
         from trainer.files import require_output, require_writable
-        from trainer.report import write_report
+        from trainer.report import write_comparison, write_report
 
-        if not arguments.run_dir.is_dir():
-            raise ConfigError("run_dir", arguments.run_dir, "no such directory")
-        require_writable(arguments.run_dir, "run_dir")
+        for run_dir in arguments.run_dirs:
+            if not run_dir.is_dir():
+                raise ConfigError("run_dir", run_dir, "no such directory")
         if arguments.output:
             require_output(arguments.output, "--output")
-        print(write_report(arguments.run_dir, arguments.output))
+        if len(arguments.run_dirs) == 1:
+            (run_dir,) = arguments.run_dirs
+            require_writable(run_dir, "run_dir")
+            print(write_report(run_dir, arguments.output))
+        else:
+            print(write_comparison(arguments.run_dirs, arguments.output or Path("comparison.html")))
         return 0
     if arguments.command == "pod":
         from trainer.kubernetes import inside

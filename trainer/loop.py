@@ -146,6 +146,8 @@ class Worker:
         self.since = 0.0  # when the last one ended
         self.ramp = 1  # inner steps over which a joiner's learning rate rises while its moments build up
         self.last_loss = math.nan
+        self.held_out: float | None = None  # loss of this worker's share of the held-out samples
+        self.bytes = 0  # sent and received by this process
         self.told = (0, time.time())  # samples, and when, that `status` has been told of
         self.last_saved_step = 0
         self.save_wanted = False
@@ -173,6 +175,7 @@ class Worker:
             host=platform.node(),
             device=str(self.device),
             parameters=size,
+            dataset=manifest.hash,
             resumed_round=self.diloco.round or None,
             config=config.model_dump(mode="json"),
             versions=versions(),
@@ -342,6 +345,7 @@ class Worker:
             return
         if commit.reduced.weight == 0:
             self.metrics.warn(f"round {self.diloco.round} moved nothing: no worker's pseudo-gradient was finite")
+        self.bytes += (commit.bytes_sent or 0) + (commit.bytes_received or 0)
         self.rank, self.world_size = commit.members.index(self.quorum.id), len(commit.members)
         if commit.members != self.members:
             if set(self.members) - set(commit.members):
@@ -380,6 +384,7 @@ class Worker:
                     scoring.add(sums, self.task.score(self.model, batch))
         if sums:
             scores = self.task.metrics(sums)
+            self.held_out = scores["loss"] if math.isfinite(scores["loss"]) else None
             self.metrics.write(
                 "eval",
                 round=self.diloco.round,
@@ -484,6 +489,8 @@ class Worker:
             "round": self.diloco.round,
             "loss": self.last_loss if math.isfinite(self.last_loss) else None,
             "samples": self.samples,
+            "held_out": self.held_out,
+            "bytes": self.bytes,
             "speed": (self.samples - before) / (now - since) if now > since else 0.0,
             "time": now,
         }

@@ -13,13 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from trainer.config import TrainingConfig
 from trainer.errors import one_line
 
 logger = logging.getLogger(__name__)
+
+WANDB_TIMEOUT = 10.0  # seconds for the server of Weights & Biases to let a run begin, and to take the rest at its end
+WANDB_CLOSE_TIMEOUT = 25.0  # seconds for all of it, if the training ends before the run could begin
 
 
 class Sink(Protocol):
@@ -88,39 +92,81 @@ class WandbSink:
     """One Weights & Biases run for a worker, grouped with the others'; resumes under the same id.
 
     Offline without WANDB_API_KEY: nothing is asked and nothing is sent. (`wandb sync` uploads what was kept.)
+
+    A thread does all of it, so that training never waits for a server; one that does not let the run begin is given up,
+    and the run is kept offline.
     """
 
     name = "Weights & Biases"
 
-    def __init__(self, config: TrainingConfig, worker: int, directory: Path) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=config.wandb_project_name,
-            group=config.wandb_group,
-            id=f"{config.wandb_run_id or config.run_id}-{worker}",
-            name=f"{config.run_id} worker {worker}",
-            notes=config.experiment_description,
-            tags=config.experiment_tags,
-            config=config.model_dump(mode="json"),
-            dir=str(directory),
-            resume="allow",
-            mode="online" if os.environ.get("WANDB_API_KEY") else "offline",
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-        )
-        for unit in ("step", "round"):
-            self._run.define_metric(f"{unit}/*", step_metric=f"{unit}/{unit}")
+    def __init__(self, config: TrainingConfig, worker: int, directory: Path, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._events: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()  # None: there are no more
+        self._thread = threading.Thread(target=self._work, args=(config, worker, directory), name="wandb", daemon=True)
+        self._thread.start()
 
     def write(self, event: Mapping[str, Any]) -> None:
-        kind = event["event"]
-        if kind in ("step", "round", "eval"):
-            self._run.log({f"{kind}/{key}": value for key, value in event.items() if isinstance(value, int | float)})
+        if event["event"] in ("step", "round", "eval") and self._thread.is_alive():
+            self._events.put(event)
 
     def close(self) -> None:
-        # A server that does not answer must not keep a finished training from ending.
-        closing = threading.Thread(target=self._run.finish, daemon=True)
-        closing.start()
-        closing.join(30)
+        self._events.put(None)
+        self._thread.join(WANDB_CLOSE_TIMEOUT)
+        if self._thread.is_alive():
+            self._warn(f"{self.name} does not answer: it is not waited for any longer")
+            self._warn = logger.warning  # where the others go is closed by then
+
+    def _work(self, config: TrainingConfig, worker: int, directory: Path) -> None:
+        try:
+            run = self._begin(config, worker, directory)
+            for unit in ("step", "round"):
+                run.define_metric(f"{unit}/*", step_metric=f"{unit}/{unit}")
+            for event in iter(self._events.get, None):
+                kind = event["event"]
+                run.log({f"{kind}/{key}": value for key, value in event.items() if isinstance(value, int | float)})
+            try:
+                run.finish()
+            except TimeoutError:
+                self._warn(f"{self.name} did not take everything: `wandb sync {Path(run.dir).parent}` uploads the rest")
+        except Exception as error:
+            self._warn(f"{self.name} is switched off: {one_line(error)}")
+
+    def _begin(self, config: TrainingConfig, worker: int, directory: Path) -> Any:
+        """The run, as wandb has it: online if there is a key and the server answers."""
+        # wandb's reports of its own errors would go to the same server, and keep a finished process from ending.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        def begin(mode: Literal["online", "offline"]) -> Any:
+            return wandb.init(
+                project=config.wandb_project_name,
+                group=config.wandb_group,
+                id=f"{config.wandb_run_id or config.run_id}-{worker}",
+                name=f"{config.run_id} worker {worker}",
+                notes=config.experiment_description,
+                tags=config.experiment_tags,
+                config=config.model_dump(mode="json"),
+                dir=str(directory),
+                resume="allow",
+                mode=mode,
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=WANDB_TIMEOUT,
+                    finish_timeout=WANDB_TIMEOUT,
+                    finish_timeout_raises=True,
+                ),
+            )
+
+        if not os.environ.get("WANDB_API_KEY"):
+            return begin("offline")
+        try:
+            return begin("online")
+        except Exception as error:
+            wandb.teardown()  # it would take the same id for a second run
+            run = begin("offline")
+            self._warn(f"{self.name} is kept offline, in {Path(run.dir).parent}: {one_line(error)}")
+            return run
 
 
 def sinks(
@@ -129,7 +175,7 @@ def sinks(
     """The sinks that the configuration asks for; `warn` is told of one that cannot be set up, and is left out."""
     made: dict[str, Callable[[], Sink]] = {}
     if config.wandb_logging:
-        made[WandbSink.name] = lambda: WandbSink(config, worker, directory)
+        made[WandbSink.name] = lambda: WandbSink(config, worker, directory, warn)
     if port := config.metrics_port:
         made[f"Prometheus (metrics_port {port + local_rank})"] = lambda: _prometheus(
             port + local_rank, config.run_id, worker

@@ -36,7 +36,7 @@ def leave(*_):
     say("end", status="stopped", step=1, reason="told to leave")
     sys.exit(143)
 signal.signal(signal.SIGTERM, leave)
-say("start")
+say("start", pid=os.getpid())
 say("step", step=1, loss=2.5, samples=8)
 print("here", os.getpid(), flush=True)
 ACT
@@ -118,6 +118,7 @@ def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path:
     output, errors = launch.communicate()
     assert (launch.returncode, errors) == (0, "")
     assert "the agent of worker 1 was killed: starting it again" in output
+    assert "worker 0 died" in output and "worker 1 died" in output
     assert "round 1  step 2/2  loss 2.5000" in output
     assert output.splitlines()[-1] == f"run r is complete: {tmp_path}"
     assert_gone(everybody)

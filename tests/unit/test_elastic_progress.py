@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from trainer.elastic import board
+from trainer.elastic.board import Board, Live, Plain, Row
 from trainer.elastic.launch import last_words
-from trainer.elastic.progress import Live, Plain, Tail, WorkerProgress, time_left
+from trainer.elastic.progress import Tail, WorkerProgress, fill
 
 
 def append(path: Path, *events: dict[str, object], torn: str = "") -> None:
@@ -45,38 +47,82 @@ def test_worker_progress(tmp_path: Path) -> None:
     worker.update()
     assert (worker.state, worker.step, worker.loss) == ("training", 3, 2.0)
     assert worker.speed == pytest.approx(4.0)  # 8 samples in 2 seconds; the first step of a life has no duration
-    assert time_left([worker], 13) == pytest.approx(20.0)
     append(path, {"event": "round", "round": 1, "step": 4, "bytes_sent": 70, "bytes_received": None, "time": 105.0})
     append(path, {"event": "end", "status": "failed", "reason": "no luck", "step": 4, "time": 106.0})
     worker.update()
     assert (worker.state, worker.reason, worker.round, worker.bytes) == ("failed", "no luck", 1, 70)
 
 
+def test_what_becomes_of_a_worker(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    worker, board = WorkerProgress(2, path), Board(100)
+    append(path, {"event": "start", "time": 1.0, "pid": 7}, step(1, 2.0))
+    worker.update()
+    assert (worker.pid, worker.state) == (7, "training")
+    append(path, {"event": "start", "time": 9.0, "pid": 8, "resumed_round": 3})  # without an end before
+    append(path, {"event": "membership", "change": "caught up", "missed": 2, "round": 5, "time": 10.0})
+    append(path, {"event": "end", "status": "stopped", "reason": "told to leave", "step": 4, "time": 11.0})
+    worker.update()
+    fill(board, [worker])
+    assert [(one.time, one.what) for one in board.happenings] == [
+        (1.0, "joined"),
+        (9.0, "died"),
+        (9.0, "joined, with round 3"),
+        (10.0, "was late: 2 rounds without it"),
+        (11.0, "left: told to leave"),
+    ]
+    assert (worker.pid, worker.state) == (None, "stopped")
+    fill(board, [worker])
+    assert len(board.happenings) == 5, "each is told once"
+
+
 def test_plain_view_says_one_line_a_round(tmp_path: Path) -> None:
     workers = [WorkerProgress(number, tmp_path / f"{number}.jsonl") for number in range(2)]
     lines: list[str] = []
-    with Plain(workers, 100, lines.append) as view:
+    board = Board(100)
+    with Plain(board, lines.append) as view:
+
+        def look() -> None:
+            for worker in workers:
+                worker.update()
+            fill(board, workers)
+            view.refresh()
+
         ended = {"event": "round", "round": 1, "step": 10, "bytes_sent": 1500, "bytes_received": 1500, "time": 11.0}
-        append(tmp_path / "0.jsonl", {"event": "start"}, step(9, 9.0), step(10, 10.0), ended)
-        workers[0].update()
-        view.refresh()
-        assert lines == []  # the round has ended when it has for all
-        append(tmp_path / "1.jsonl", {"event": "start"}, step(9, 9.0), step(10, 10.0), ended)
-        workers[1].update()
-        view.refresh()
-        view.refresh()
-    assert lines == ["round 1  step 10/100  loss 2.0000  16.0 samples/s  3.0 kB exchanged  1:30 left"]
+        append(tmp_path / "0.jsonl", {"event": "start", "time": 0.0}, step(9, 9.0), step(10, 10.0), ended)
+        look()
+        assert [line[8:] for line in lines] == ["  worker 0 joined"]  # the round has ended when it has for all
+        append(tmp_path / "1.jsonl", {"event": "start", "time": 0.0}, step(9, 9.0), step(10, 10.0), ended)
+        look()
+        look()
+    assert lines[2:] == ["round 1  step 10/100  loss 2.0000  16.0 samples/s  3.0 kB exchanged"]
 
 
-def test_live_view_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    worker = WorkerProgress(3, tmp_path / "metrics.jsonl")
-    append(tmp_path / "metrics.jsonl", {"event": "start"}, step(9, 9.0), step(10, 10.0))
-    worker.update()
-    with Live([worker], 20) as view:
+def test_live_view_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Board(20)
+    with Live(shown) as view:
         view.show("a [line] that stays")
-    shown = capsys.readouterr().out
-    assert "a [line] that stays" in shown
-    assert "10/20" in shown and "50 %" in shown and "training" in shown
+        for round in (1, 2):
+            shown.fill([Row(3, "training", step=5 * round, round=round, loss=3.0 / round, speed=8.0, bytes=2000)])
+        shown.happenings.append(board.Happening(0.0, 3, "joined"))
+    drawn = capsys.readouterr().out
+    for words in ("a [line] that stays", "10/20", "50 %", "training", "2.0 kB", "3.0000 █▁ 1.5000", "worker 3 joined"):
+        assert words in drawn, words
+
+
+def test_time_left_is_that_of_the_pace_with_all_waiting() -> None:
+    places = [(100.0, 30), (102.0, 40), (112.0, 80), (122.0, 120), (127.0, 120), (162.0, 120), (163.0, 80)]
+    now = 0.0
+    shown = Board(1000, clock=lambda: now)
+    left = []
+    for moment, step in places:
+        now = moment
+        shown.fill([Row(0, "training", step=step)])
+        left.append(shown.left)
+    assert left[:2] == [None, None]  # how long the 30 steps took was not seen
+    assert left[2:5] == pytest.approx([230.0, 220.0, 215.0])  # 4 steps a second, told every 10 s
+    assert left[5] == pytest.approx(880 / 80 * 40 - 40), "it stands still, and may go on so"
+    assert left[6] is None, "it goes on from a checkpoint"
 
 
 @pytest.mark.parametrize(

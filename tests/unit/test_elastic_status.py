@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from trainer.config import TrainingConfig
+from trainer.elastic.board import Plain
 from trainer.elastic.etcd import Entry
 from trainer.elastic.protocol import Arrival, Cursor, Outcome, Record, State, Vote
 from trainer.elastic.running import LAUNCHED, find, has_completed
-from trainer.elastic.status import _Plain, headline, status_of, summary
+from trainer.elastic.status import Watcher, headline, status_of
 from trainer.errors import ConfigError
 from trainer.files import write_json
 
@@ -23,7 +24,15 @@ def entries(**values: Any) -> dict[str, Entry]:
 
 
 def member(number: int, holds: int, loss: float | None = 2.0) -> dict[str, Any]:
-    progress = {"step": 8 * holds, "round": holds, "loss": loss, "samples": 64, "speed": 10.0, "time": 1000.0}
+    progress = {
+        "step": 8 * holds,
+        "round": holds,
+        "loss": loss,
+        "samples": 64,
+        "speed": 10.0,
+        "bytes": 40,
+        "time": 1000.0,
+    }
     about = {"slot": number, "local_rank": 0, "node": str(number), "host": "h", "pid": 7, "address": "a:1"}
     return {**about, "holds": asdict(State(round=holds, step=8 * holds)), "progress": progress}
 
@@ -92,7 +101,6 @@ def test_open_round() -> None:
         ("training", 0, 3),
         ("catching up", 3, 1),
     ]
-    assert summary(run) == "open  round 5  step 32  loss 2.0000  30.0 samples/s  1 arrived  1 catching up  1 training"
     assert headline(run) == [
         "run r: open, round 5 in attempt 1 (gather, term 1), step 32, worker 1 decides",
         "last commit: round 4, by workers 0, 1",
@@ -120,17 +128,37 @@ def test_world_without_rounds() -> None:
     assert states({"members/0000": value, "groups/1": {"incarnations": ["x"], "store": "h:1"}}) == {0: "training"}
 
 
-def test_plain_watch_says_what_changes() -> None:
+def test_a_watch_says_what_changes() -> None:
     lines: list[str] = []
-    output = _Plain(lines.append)
-    first = status_of("r", entries(**{"round": record().to_json(), f"members/{A}": member(0, 4)}))
-    output.show(first)
-    assert len(lines) == 3 and "worker 0  state training  step 32  round 4  loss 2.0000" in lines[-1]
-    output.show(first)
-    assert len(lines) == 3
-    later = record(round=6, base=State(5, 40))
-    output.show(status_of("r", entries(**{"round": later.to_json(), f"members/{A}": member(0, 5)})))
-    assert lines[3:] == ["open  round 6  step 40  loss 2.0000  10.0 samples/s  1 training"]
+    watcher = Watcher()
+    plain = Plain(watcher.board, lines.append)
+
+    def look(**values: Any) -> list[str]:
+        lines.clear()
+        watcher.take(status_of("r", entries(fingerprint={"total_steps": 80}, **values)))
+        plain.refresh()
+        return [line.partition("  worker ")[2] or line for line in lines]
+
+    both = {f"members/{A}": member(0, 4), f"members/{B}": member(1, 4, loss=3.0)}
+    now = {"round": record().to_json(), **both}
+    first = look(**now)
+    assert first[0].startswith("run r: open, round 5")
+    assert first[-1] == "round 4  step 32/80  loss 2.5000  20.0 samples/s  40 B exchanged"
+    assert look(**now) == []
+    later = {"round": record(round=8, base=State(7, 56), committed=None).to_json()}
+    assert look(**later, **{f"members/{A}": member(0, 7), f"members/{B}": member(1, 4)}) == ["1 is late"]
+    assert look(**later, **{f"members/{A}": member(0, 7)}) == ["1 died, or is cut off"]
+    assert look(**later, **{f"members/{A}": member(0, 7), f"members/{B}": member(1, 7)}) == ["1 is back"]
+    assert look(**later, **{f"members/{A}": member(0, 7), f"members/{C}": member(2, 7)}) == [
+        "1 died, or is cut off",
+        "2 joined",
+    ]
+    leaver = {f"left/{C}": {"term": 1, "round": 8, "ranges": []}}
+    assert look(**later, **leaver, **{f"members/{A}": member(0, 7)}) == ["2 left"]
+    over = {"run": {"status": "failed", "reason": "the moon is full", "slot": None}}
+    with plain:
+        assert look(**later, **leaver, **over) == []  # that they end with the run is no news
+    assert lines[0].startswith("run r: failed (the moon is full)")
 
 
 def test_run_is_found_by_what_launch_has_left(tmp_path: Path) -> None:
@@ -163,3 +191,7 @@ def test_completed(tmp_path: Path) -> None:
     assert not has_completed(tmp_path)
     path.write_text('{"event": "step"}\n{"event": "end", "status": "complete"}\n')
     assert has_completed(tmp_path)
+    path.write_text('{"event": "end", "status": "complete"}\n{"event": "warning", "message": "W&B does not answer"}\n')
+    assert has_completed(tmp_path)
+    path.write_text('{"event": "end", "status": "complete"}\n{"event": "start"}\n{"event": "st')
+    assert not has_completed(tmp_path)

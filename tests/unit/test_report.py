@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from trainer.config import TrainingConfig
-from trainer.report import read_run, summary, write_report, write_summary
+from trainer.report import read_run, summary, write_comparison, write_report, write_summary
+from trainer.report.comparison import differences
 from trainer.report.html import byte_count, seconds
 from trainer.report.record import weighted_mean
 
@@ -256,7 +257,7 @@ def test_report_is_one_whole_self_contained_page(run_dir: Path) -> None:
 
     assert path == run_dir / "report.html" and (run_dir / "summary.json").exists()
     assert {"training", "evaluation", "rounds", "history", "configuration"} <= found.ids
-    assert found.count["figure"] == 5 and found.count["svg"] == 10, "each chart for a wide page and for a phone"
+    assert found.count["figure"] == 8 and found.count["svg"] == 16, "each chart for a wide page and for a phone"
     for words in ("gpt-neo-x:tiny on stdlib", "Complete", "2.337", "4.861", "52 % less", "inner step",
                   "loss (nats a token)", "sent (MB)", "exposed (s)", "share (%)", "samples a second",
                   "parser = argparse", "each of 2 workers", "held out", "elastic.max_restarts", "2.13.0+cpu",
@@ -317,6 +318,55 @@ def test_a_long_run_of_many_workers_stays_small(tmp_path: Path) -> None:
     found = page(write_report(tmp_path))
     assert "range of 24 workers" in found.words and "(200 of 300 rounds)" in found.words
     assert "all workers" in found.words, "what all say alike is said once"
+
+
+def test_losses_are_over_samples_and_time_too(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    assert run.samples_at_steps[[0, -1]].tolist() == [64, 2 * 60 * 32]
+    # Two seconds until the quorum is there; then six rounds of ten steps of 0.5 s, and five synchronisations.
+    assert run.seconds_at_steps[[0, -1]] == pytest.approx([2.5, 2 + 30 + 2.5])
+    assert run.held_out_over_steps[0].tolist() == [20, 40, 60]
+    assert {"losses-over-samples", "losses-over-time"} <= page(write_report(run_dir)).ids
+
+
+def test_the_report_says_who_died_joined_and_came_late(run_dir: Path) -> None:
+    lost = [event for event in events(1, rounds=3, end=None) if event.get("step", 0) <= 25]
+    back = list(events(1, rounds=3, first_round=4, start=START + 18.5))
+    early = {"event": "membership", "change": "took moments", "round": 3, "time": START + 18.0}
+    late = {"event": "membership", "change": "caught up", "round": 5, "missed": 2, "time": START + 25.0}
+    write(run_dir / "worker-1", lost, [early], back[:-1], [late], back[-1:])
+    run = read_run(run_dir)
+    first, second = run.workers[1].lives
+    assert run.died(run.workers[1], first) and not run.died(run.workers[1], second)
+    assert first.last == lost[-1]["time"], "not what the next process did before it said that it starts"
+    found = page(write_report(run_dir))
+    for words in ("died", "late", "joined", "in the quorum", "caught up with 2 rounds that the others had committed"):
+        assert words in found.words, words
+
+
+def test_runs_compare_in_one_report(run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for worker in range(3):
+        path = str(other / f"worker-{worker}")
+        write(Path(path), events(worker, workers=3, rounds=4, seed=1, codec="int4", run_dir=path))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    output = write_comparison([run_dir, other, empty], tmp_path / "compared.html")
+    found = page(output)
+    assert found.count["figure"] == 5
+    for words in ("3 runs compared", "Held-out loss over samples", "Held-out loss over time", "not started",
+                  "sent by a worker (MB)", "29.6 MB", "19.8 MB", "2.337"):  # fmt: skip
+        assert words in found.words, words
+    assert re.search("A [0-9.]+ .*B [0-9.]+", found.words), "lines are labelled"
+    differing = dict(differences([read_run(run_dir), read_run(other)]))
+    assert differing == {"codec": ["fp32", "int4"]}
+    assert not re.search(r"#0[1-8]0[1-8]0[1-8]", output.read_text()), "every colour is the page's"
+    assert not (other / "report.html").exists()
+
+
+def test_runs_without_anything_compare(tmp_path: Path) -> None:
+    found = page(write_comparison([tmp_path, tmp_path], tmp_path / "compared.html"))
+    assert "No round was committed" in found.words and "parameters are the same" in found.words
 
 
 def test_a_broken_evaluation_is_none_and_disagreeing_global_states_are_shouted(run_dir: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,9 +16,10 @@ from pathlib import Path
 
 from trainer.config import ENV_PREFIX, TrainingConfig
 from trainer.elastic import record
+from trainer.elastic.board import Board, View, view
 from trainer.elastic.etcd import EtcdClient, EtcdError
 from trainer.elastic.process import dying_with_parent
-from trainer.elastic.progress import View, WorkerProgress, view
+from trainer.elastic.progress import WorkerProgress, fill
 from trainer.elastic.running import LAUNCHED, WANTED, with_nodes
 from trainer.elastic.server import EmbeddedEtcd
 from trainer.errors import ConfigError, Interrupted, TrainingError
@@ -95,6 +97,7 @@ class _Run:
         self._run_dir = Path(config.run_dir)
         self._agents: list[_Agent] = []
         self._progress: list[WorkerProgress] = []
+        self._board = Board(config.total_steps)
         self._add(config.nodes)
         self.wished = threading.Event()
         self._signals: list[int] = []  # that we have got
@@ -119,7 +122,7 @@ class _Run:
 
     def follow(self) -> int:
         """Start the agents, and show how they do until all have ended."""
-        with self._handling_signals(), view(self._progress, self._config.total_steps) as shown:
+        with self._handling_signals(), view(self._board) as shown:
             nodes = "1 node" if len(self._agents) == 1 else f"{len(self._agents)} nodes"
             shown.show(f"run {self._config.run_id}: {nodes}, logs in {self._run_dir / 'logs'}")
             try:
@@ -237,11 +240,15 @@ class _Run:
 
     def _update(self, shown: View) -> None:
         for worker in self._progress:
+            gone = worker.pid is not None and not _lives(worker.pid)  # before we read what it has said last
             for event in worker.update():
                 if event["event"] == "warning":
                     shown.show(f"worker {worker.number}: {event['message']}")
                 elif event["event"] == "end" and event["status"] == "failed":
                     shown.show(f"worker {worker.number} ended: {event['reason']}")
+            if gone and worker.pid is not None:
+                worker.lost(time.time())
+        fill(self._board, self._progress)
         shown.refresh()
 
     @contextmanager
@@ -325,6 +332,14 @@ class _Agent:
         if self._process is not None and self.running:
             self._process.kill()
             self._process.wait()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def last_words(log: Path, start: int = 0) -> str:

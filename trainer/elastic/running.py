@@ -52,10 +52,14 @@ def has_completed(directory: Path) -> bool:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL))
             lines = file.read().splitlines()
-        with suppress(ValueError, IndexError):
-            event = json.loads(lines[-1])
-            if (event.get("event"), event.get("status")) == ("end", "complete"):
-                return True
+        for line in reversed(lines):
+            with suppress(ValueError):
+                event = json.loads(line)
+                if event["event"] == "warning":  # of what has been closed since
+                    continue
+                if (event["event"], event.get("status")) == ("end", "complete"):
+                    return True
+            break
     return False
 
 

@@ -4,13 +4,14 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainer.config import TrainingConfig
+from trainer.elastic.board import Board, Happening, Row, row_text, view
 from trainer.elastic.etcd import Entry, EtcdClient, EtcdError
-from trainer.elastic.progress import PLAIN_INTERVAL, number, table
 from trainer.elastic.protocol import Record
 from trainer.elastic.running import find, has_completed, run_directory
 from trainer.errors import TrainingError
@@ -29,6 +30,8 @@ class WorkerStatus:
         round: The committed round that it holds.
         lag: Rounds that it is behind the run.
         speed: Samples a second over its last round, synchronisation and waiting included.
+        held_out: Loss of its share of the held-out samples.
+        bytes: Sent and received by its process.
         told: When it told so, in unix seconds by its own clock.
     """
 
@@ -44,6 +47,8 @@ class WorkerStatus:
     loss: float | None = None
     speed: float | None = None
     samples: int | None = None
+    held_out: float | None = None
+    bytes: int | None = None
     told: float | None = None
 
 
@@ -59,6 +64,8 @@ class RunStatus:
         committed: The last commit: round, attempt, members (workers) and weight (samples).
         durable: The newest round that is in a checkpoint.
         spares: Hosts of nodes that wait for a slot.
+        total_steps: Where the run ends; None before the first worker is here.
+        gone: Incarnations that have left, and said so.
     """
 
     run_id: str
@@ -74,6 +81,8 @@ class RunStatus:
     durable: int | None
     workers: list[WorkerStatus]
     spares: list[str]
+    total_steps: int | None
+    gone: list[str]
 
 
 def status(config: TrainingConfig, *, watch: bool = False, as_json: bool = False) -> int:
@@ -93,7 +102,10 @@ def status(config: TrainingConfig, *, watch: bool = False, as_json: bool = False
     """
     by_directory = not config.etcd.endpoints
     config = find(config)
-    with EtcdClient.of(config) as client, _output(watch, as_json) as output:
+    watcher = Watcher()
+    with ExitStack() as resources:
+        client = resources.enter_context(EtcdClient.of(config))
+        shown = resources.enter_context(view(watcher.board)) if watch and not as_json else None
         changed = threading.Event()
         watching = client.watch("", changed.set) if watch else None
         try:
@@ -115,7 +127,13 @@ def status(config: TrainingConfig, *, watch: bool = False, as_json: bool = False
                 if run is None:
                     where = f"{', '.join(client.endpoints)}, below {client.prefix}"
                     raise TrainingError(f"etcd knows no run {config.run_id} (at {where})")
-                output.show(run)
+                watcher.take(run)
+                if as_json:
+                    print(json.dumps(asdict(run)), flush=True)
+                elif shown is not None:
+                    shown.refresh()
+                else:
+                    _print(watcher.board)
                 if watching is None or run.verdict != "open":
                     return int(run.verdict == "failed")
                 time.sleep(LOOK_INTERVAL / 2)
@@ -173,6 +191,8 @@ def status_of(run_id: str, entries: Mapping[str, Entry]) -> RunStatus:
         durable=max((value["round"] for value in rooms.get("durable", {}).values()), default=None),
         workers=sorted(workers, key=lambda worker: (worker.worker, worker.member)),
         spares=[value["host"] for value in rooms.get("nodes", {}).values() if value["slot"] is None],
+        total_steps=alone.get("fingerprint", {}).get("total_steps"),
+        gone=sorted(rooms.get("left", {})),
     )
 
 
@@ -191,7 +211,7 @@ def _worker(id: str, value: Mapping[str, Any], record: Record | None, rooms: Map
         state="catching up" if behind > 0 else _state(id, record, rooms),
         round=holds,
         lag=max(0, behind),
-        **{name: progress.get(name) for name in ("step", "loss", "speed", "samples")},
+        **{name: progress.get(name) for name in ("step", "loss", "speed", "samples", "held_out", "bytes")},
         told=progress.get("time"),
     )
 
@@ -219,76 +239,44 @@ def _number_of(member: str) -> int:
     return int(member.partition("-")[0])
 
 
-class _Output:
-    """Shows a run: this one as JSON lines."""
+class Watcher:
+    """Puts what one look after the other finds onto a board."""
 
-    def __enter__(self) -> "_Output":
-        return self
+    def __init__(self) -> None:
+        self.board = Board()
+        self._members: dict[str, int] | None = None  # the workers' numbers, by incarnation, as last seen
+        self._known: set[str] = set()  # all incarnations that were ever seen
+        self._behind: set[str] = set()
 
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def show(self, run: RunStatus) -> None:
-        print(json.dumps(asdict(run)), flush=True)
-
-
-class _Plain(_Output):
-    """Lines: all workers the first time; then one when a round is committed or workers change, or now and then."""
-
-    def __init__(self, write: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
-        self._write = write
-        self._shown: tuple[Any, ...] | None = None
-        self._said = 0.0
-
-    def show(self, run: RunStatus) -> None:
-        first = self._shown is None
-        shown = run.verdict, run.term, run.round, [worker.member for worker in run.workers], run.spares
-        if shown == self._shown and time.monotonic() - self._said < PLAIN_INTERVAL:
-            return
-        self._shown, self._said = shown, time.monotonic()
-        if not first:
-            self._write(summary(run))
-            return
-        for line in headline(run):
-            self._write(line)
-        for row in _rows(run):
-            self._write("  ".join(f"{name} {text}" for name, text in row.items() if text))
+    def take(self, run: RunStatus) -> None:
+        """Take in what was found now."""
+        board, now = self.board, time.time()
+        members = {worker.member: worker.worker for worker in run.workers if worker.member}
+        behind = {worker.member for worker in run.workers if worker.lag}
+        if self._members is not None and run.verdict == "open":
+            seen = self._members
+            gone, new = seen.keys() - members.keys(), members.keys() - seen.keys()
+            changes = [(seen[id], "left" if id in run.gone else "died, or is cut off") for id in gone]
+            changes += [(members[id], "is back" if id in self._known else "joined") for id in new]
+            changes += [(members[id], "is late") for id in (behind & seen.keys()) - self._behind]
+            board.happenings += [Happening(now, number, what) for number, what in sorted(changes)]
+        self._members, self._behind = members, behind
+        self._known |= members.keys()
+        board.total_steps = run.total_steps
+        board.heading = headline(run)
+        rows = [_row(worker) for worker in run.workers]
+        board.fill(rows, step=run.step, round=run.committed["round"] if run.committed else 0)
 
 
-class _Live(_Output):
-    """A table, redrawn in place if it is to be watched."""
-
-    def __init__(self, watch: bool) -> None:
+def _print(board: Board) -> None:
+    """Show the board once."""
+    if sys.stdout.isatty():
         from rich.console import Console
-        from rich.live import Live
 
-        self._console = Console()
-        self._live = Live(console=self._console, auto_refresh=False) if watch else None
-
-    def __enter__(self) -> "_Live":
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def show(self, run: RunStatus) -> None:
-        from rich.console import Group
-        from rich.text import Text
-
-        drawn = Group(*(Text(line) for line in headline(run)), table(_rows(run)))
-        if self._live:
-            self._live.update(drawn, refresh=True)
-        else:
-            self._console.print(drawn)
-
-
-def _output(watch: bool, as_json: bool) -> _Output:
-    if as_json:
-        return _Output()
-    return _Live(watch) if sys.stdout.isatty() else _Plain()
+        Console().print(board.draw())
+        return
+    for line in (*board.heading, *map(row_text, board.rows)):
+        print(line, flush=True)
 
 
 def headline(run: RunStatus) -> list[str]:
@@ -312,33 +300,17 @@ def headline(run: RunStatus) -> list[str]:
     return lines
 
 
-def summary(run: RunStatus) -> str:
-    """The run in one line."""
-    losses = [worker.loss for worker in run.workers if worker.loss is not None]
-    states = [worker.state for worker in run.workers]
-    parts = [f"{run.verdict}" + (f" ({run.reason})" if run.reason else ""), f"round {run.round}", f"step {run.step}"]
-    if losses:
-        parts.append(f"loss {sum(losses) / len(losses):.4f}")
-    parts.append(f"{sum(worker.speed or 0 for worker in run.workers):.1f} samples/s")
-    parts += [f"{states.count(state)} {state}" for state in sorted(set(states))]
-    return "  ".join(parts)
-
-
-def _rows(run: RunStatus) -> list[dict[str, str]]:
-    def text(value: object) -> str:
-        return "" if value is None else str(value)
-
-    return [
-        {
-            "worker": str(worker.worker),
-            "state": worker.state,
-            "step": text(worker.step),
-            "round": text(worker.round),
-            "lag": str(worker.lag) if worker.lag else "",
-            "loss": number(worker.loss),
-            "samples/s": "" if worker.speed is None else f"{worker.speed:.1f}",
-            "said": "" if worker.told is None else f"{max(0.0, time.time() - worker.told):.0f} s ago",
-            "host": worker.host,
-        }
-        for worker in run.workers
-    ]
+def _row(worker: WorkerStatus) -> Row:
+    said = "" if worker.told is None else f", said {max(0.0, time.time() - worker.told):.0f} s ago"
+    behind = f", {worker.lag} rounds behind" if worker.lag else ""
+    return Row(
+        worker=worker.worker,
+        state=worker.state,
+        step=worker.step,
+        round=worker.round,
+        loss=worker.loss,
+        held_out=worker.held_out,
+        speed=worker.speed,
+        bytes=worker.bytes,
+        note=f"on {worker.host}{said}{behind}",
+    )

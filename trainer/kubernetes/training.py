@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.elastic import record
+from trainer.elastic.board import Board, View, view
 from trainer.elastic.etcd import EtcdClient, EtcdError
-from trainer.elastic.progress import View, WorkerProgress, view
+from trainer.elastic.progress import WorkerProgress, fill
 from trainer.errors import Interrupted, TrainingError
 from trainer.kubernetes import inside, names, reasons
 from trainer.kubernetes.client import PYTORCH_JOB, ApiError, Object
@@ -82,6 +83,7 @@ class _Training:
             WorkerProgress(number, self._log.path(number))
             for number in range(len(self._workers) * self._config.elastic.nproc_per_node)
         ]
+        self._board = Board(self._config.total_steps)
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
         self._last_words: dict[int, str] = {}  # of a worker: its last error
         self._out_of_memory: Counter[int] = Counter()  # how often a worker was
@@ -140,7 +142,7 @@ class _Training:
             Pods(
                 self._client, PYTORCH_JOB, f"{plan.selector},{selector}", CONTAINER, self._called, self._say, self._hear
             ) as pods,
-            view(self._progress, self._config.total_steps) as self._shown,
+            view(self._board) as self._shown,
         ):
             if self._over():
                 self._say(f"run {plan.run_id} has ended already: it has {self._verdict.status}")
@@ -340,6 +342,7 @@ class _Training:
             for event in progress.update():
                 if event["event"] == "end" and event["status"] == "failed":
                     self._say(f"worker {progress.number} ended: {event['reason']}")
+        fill(self._board, self._progress)
         if self._shown is not None:
             self._shown.refresh()
 

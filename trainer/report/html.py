@@ -46,6 +46,8 @@ class Setting:
     changed: bool
 
 
+# Of membership: as a person would say it.
+CHANGES = {"joined": "joined workers", "quorum": "new quorum of workers", "took moments": "took another's moments"}
 VERDICTS = {
     "complete": ("good", "✓", "Complete"),
     "stopped": ("pause", "Ⅱ", "Stopped, and can be resumed"),
@@ -74,7 +76,8 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     return path
 
 
-def _render(run: RunRecord, charts: Iterable[Any]) -> str:
+def page(template: str, **values: Any) -> str:
+    """A whole page, from a template of this folder; `runs` are those that it is made from."""
     import jinja2
 
     folder = Path(__file__).parent
@@ -82,11 +85,20 @@ def _render(run: RunRecord, charts: Iterable[Any]) -> str:
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"seconds": seconds, "bytes": byte_count, "short": short, "count": count}
+    return environment.get_template(template).render(
+        style=(folder / "style.css").read_text(encoding="utf-8"),
+        written=_moment(datetime.datetime.now().timestamp()),
+        **values,
+    )
+
+
+def _render(run: RunRecord, charts: Iterable[Any]) -> str:
     tone, mark, verdict = VERDICTS.get(run.status, ("pause", "?", run.status))
     settings = _settings(run.config)
-    return environment.get_template("template.html").render(
+    return page(
+        "template.html",
         run=run,
-        style=(folder / "style.css").read_text(encoding="utf-8"),
+        runs=[run],
         title=" on ".join(str(run.config[name]) for name in ("model", "dataset") if run.config.get(name)) or "Training",
         tone=tone,
         mark=mark,
@@ -102,9 +114,9 @@ def _render(run: RunRecord, charts: Iterable[Any]) -> str:
         rounds=_round_rows(run),
         history=_history(run),
         hashes=run.global_hashes,
+        dataset=run.dataset_hash,
         settings=settings,
         changed=[setting for setting in settings if setting.changed],
-        written=_moment(datetime.datetime.now().timestamp()),
     )
 
 
@@ -232,7 +244,7 @@ def _round_rows(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def _history(run: RunRecord) -> list[dict[str, str]]:
-    """Starts, membership, warnings and ends of all workers, oldest first; a repeated one is counted, not listed."""
+    """Starts, membership, warnings, deaths and ends, oldest first; a repeated one is counted, not listed."""
     rows: list[dict[str, Any]] = []
     for kind in ("start", "membership", "warning", "end"):
         seen: dict[str, dict[str, Any]] = {}
@@ -245,6 +257,8 @@ def _history(run: RunRecord) -> list[dict[str, str]]:
             row["n"] += 1
             if worker.name not in row["who"]:
                 row["who"].append(worker.name)
+    deaths = [(life.last, worker.name) for worker in run.workers for life in worker.lives if run.died(worker, life)]
+    rows += [{"time": time, "kind": "death", "text": "died", "who": [name], "n": 1} for time, name in deaths]
     rows.sort(key=lambda row: row["time"])
     left_out = len(rows) - MOST_ROWS
     everyone = len(run.workers)
@@ -267,13 +281,19 @@ def _words(event: Mapping[str, Any]) -> str:
         return f"started from round {resumed}" if resumed else "started"
     if kind == "membership":
         members = event.get("members") or []
-        listed = f": {', '.join(map(str, members))}" if isinstance(members, list) and members else ""
-        generation = f", generation {event['generation']}" if event.get("generation") is not None else ""
-        return f"quorum {event.get('change', 'changed')}{generation}{listed}"
+        listed = f": {', '.join(map(_short_name, members))}" if isinstance(members, list) and members else ""
+        rounds = f" with {event['missed']} rounds that the others had committed" if event.get("missed") else ""
+        return f"{CHANGES.get(str(event.get('change')), event.get('change', 'changed'))}{rounds}{listed}"
     if kind == "end":
         reason = f": {event['reason']}" if event.get("reason") else ""
         return f"{event.get('status', 'ended')} after round {event.get('round', '?')}{reason}"
     return str(event.get("message", ""))
+
+
+def _short_name(member: object) -> str:
+    """A worker's number, from its incarnation's name (`001-bbbbbbbb`)."""
+    worker = str(member).partition("-")[0]
+    return str(int(worker)) if worker.isdecimal() else str(member)
 
 
 def _settings(config: Mapping[str, Any]) -> list[Setting]:
@@ -282,21 +302,21 @@ def _settings(config: Mapping[str, Any]) -> list[Setting]:
 
     defaults = {".".join(parameter.path): parameter.default for parameter in TrainingConfig.parameters()}
     rows = []
-    for name, value in _leaves(config):
+    for name, value in leaves(config):
         default = defaults.get(name)
-        rows.append(Setting(name, _value(value), _value(default), name in defaults and value != default))
+        rows.append(Setting(name, value_text(value), value_text(default), name in defaults and value != default))
     return rows
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def _value(value: object) -> str:
+def value_text(value: object) -> str:
     if value is None or value == "":
         return "none" if value is None else "empty"
     if isinstance(value, list | tuple):

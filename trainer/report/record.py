@@ -22,7 +22,7 @@ from trainer.files import read_json, write_json
 FloatArray = NDArray[np.float64]
 Event = dict[str, Any]
 
-STEP_COLUMNS = ("round", "step", "loss", "lr", "samples", "tokens", "time", "seconds")
+STEP_COLUMNS = ("round", "step", "loss", "lr", "samples", "tokens", "time", "seconds", "wall")
 ROUND_COLUMNS = (
     *("round", "attempt", "step", "world_size", "loss", "bytes_sent", "bytes_received", "sync_seconds"),
     *("exposed_seconds", "samples", "time", "seconds"),
@@ -59,14 +59,24 @@ LOSS_UNITS = {
 
 
 @dataclass(frozen=True)
+class Life:
+    """One process of a worker, from its `start` to the last that it did; both in Unix seconds."""
+
+    start: float
+    last: float
+    ended: bool  # with an `end`: else it goes on, or has died
+
+
+@dataclass(frozen=True)
 class Worker:
     """One worker's file.
 
-    `steps["seconds"]` is what a step took, `rounds["seconds"]` what a round took with its synchronisation. What was
-    done again after a resume is held once, as it was last time.
+    `steps["seconds"]` is what a step took, `steps["wall"]` the worker's wall time at its end, `rounds["seconds"]` what
+    a round took with its synchronisation. What was done again after a resume is held once, as it was last time.
     """
 
     name: str
+    lives: tuple[Life, ...]
     steps: Series
     rounds: Series
     evals: Series
@@ -139,6 +149,11 @@ class RunRecord:
         return {str(name): str(version) for name, version in (self._newest_start.get("versions") or {}).items()}
 
     @property
+    def dataset_hash(self) -> str:
+        """Of the dataset's manifest; "" if it is not known."""
+        return str(self._newest_start.get("dataset") or "")
+
+    @property
     def parameters(self) -> int | None:
         """How many parameters the model has."""
         return self._newest_start.get("parameters")
@@ -185,6 +200,32 @@ class RunRecord:
     def over_rounds(self, column: str) -> tuple[FloatArray, FloatArray]:
         """Rounds that any worker committed, shape (rounds,), and a column, shape (workers, rounds)."""
         return _aligned([worker.rounds for worker in self.workers], "round", column)
+
+    @property
+    def last(self) -> float:
+        """Unix time of the last that any worker wrote; NaN when there is nothing."""
+        return max((life.last for worker in self.workers for life in worker.lives), default=math.nan)
+
+    def died(self, worker: Worker, life: Life) -> bool:
+        """Whether a life ended without a word: another followed, or the run went on and has ended."""
+        return not life.ended and (life is not worker.lives[-1] or self.status in ("complete", "failed"))
+
+    @cached_property
+    def samples_at_steps(self) -> FloatArray:
+        """Samples that all workers together had consumed at the end of each step of `step_losses`; shape (steps,)."""
+        return np.cumsum(np.nansum(self.over_steps("samples")[1], axis=0))
+
+    @cached_property
+    def seconds_at_steps(self) -> FloatArray:
+        """Wall time of the run when the last worker had ended each step of `step_losses`; shape (steps,)."""
+        wall = self.over_steps("wall")[1]
+        return np.maximum.accumulate(np.max(np.where(np.isfinite(wall), wall, 0.0), axis=0, initial=0.0))
+
+    @cached_property
+    def held_out_over_steps(self) -> tuple[FloatArray, FloatArray]:
+        """The schedule's positions (inner steps) of `held_out_losses`, and the losses; both of shape (evaluations,)."""
+        steps = _aligned([worker.evals for worker in self.workers], "round", "step")[1]
+        return weighted_mean(steps, np.ones_like(steps)), self.held_out_losses[1]
 
     @cached_property
     def step_losses(self) -> tuple[FloatArray, FloatArray]:
@@ -316,6 +357,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
         },
         "warnings": len(run.of_kind("warning")),
         "global_hashes": run.global_hashes,
+        "dataset_hash": run.dataset_hash,
         "versions": run.versions,
         "config": run.config,
     }
@@ -399,21 +441,27 @@ def _read_worker(path: Path, run_dir: Path) -> Worker:
     unreadable = 0
     resumed = False  # since the last `start`, no step has come yet
     previous, wall = math.nan, 0.0  # the time of the line before; seconds so far
+    lives: list[Life] = []
     for event in _lines(path):
         if event is None:
             unreadable += 1
             continue
         kind, time = event["event"], number(event.get("time"))
-        orderly_pause = kind == "start" and events and events[-1]["event"] == "end"
+        orderly_pause = lives and lives[-1].ended
         if time > previous and not orderly_pause:
             wall += time - previous
         previous = time if math.isfinite(time) else previous
         if kind == "start":
             resumed = True
             if any(old["event"] == "start" and old.get("run_id") != event.get("run_id") for old in events):
-                events, wall = [], 0.0  # another run on this volume: the newest is meant
+                events, lives, wall = [], [], 0.0  # another run on this volume: the newest is meant
                 for table in tables.values():
                     table.clear()
+            lives.append(Life(time, time, False))
+        elif (
+            lives and math.isfinite(time) and kind in (*tables, "checkpoint", "end")
+        ):  # a next one joins before it starts
+            lives[-1] = Life(lives[-1].start, time, lives[-1].ended or kind == "end")
         if kind not in tables:
             events.append(event)
             continue
@@ -426,13 +474,14 @@ def _read_worker(path: Path, run_dir: Path) -> Worker:
             for table in tables.values():
                 for void in [k for k, row in table.items() if number(row.get("step")) >= key]:
                     del table[void]
-        tables[kind][int(key)] = event
+        tables[kind][int(key)] = {**event, "wall": wall} if kind == "step" else event
     name = path.parent.relative_to(run_dir).as_posix()
     if name == ".":
         name = str(next((e["worker"] for e in events if "worker" in e), run_dir.resolve().name))
     steps, rounds, evals = ([table[key] for key in sorted(table)] for table in tables.values())
     return Worker(
         name=name,
+        lives=tuple(lives),
         steps=Series(steps, STEP_COLUMNS),
         rounds=Series(rounds, ROUND_COLUMNS),
         evals=Series(evals, EVAL_COLUMNS),

@@ -1,0 +1,159 @@
+"""Weights & Biases with a key, and a server that lets one down: training goes on, and ends, as if there were none."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import data
+from trainer.config import TrainingConfig
+from trainer.metrics import WANDB_CLOSE_TIMEOUT, WANDB_TIMEOUT
+from trainer.volume import Volume, worker_configs
+
+STEPS = 40
+MANNERS = ("hangs", "hangs later", "answers 500", "refuses")
+PROJECT = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+BUCKET = {"id": "x", "name": "x", "displayName": "x", "config": "{}", "historyLineCount": 0, "project": PROJECT}
+
+
+class Server(ThreadingHTTPServer):
+    """Hangs, lets a run begin and hangs then ("hangs later"), answers 500, or refuses connections."""
+
+    def __init__(self, manner: str) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.manner, self.asked, self.over = manner, 0, threading.Event()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        self.server.asked += 1
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.manner == "hangs":
+            self.server.over.wait()
+        elif self.server.manner == "answers 500":
+            self.send_error(500)
+        else:
+            begins = b"upsertBucket" in body
+            said = json.dumps({"data": {"upsertBucket": {"bucket": BUCKET, "inserted": True}} if begins else {}})
+            if begins:
+                self.server.manner = "hangs"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said.encode())
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def served(manner: str) -> Iterator[Server]:
+    server = Server(manner)
+    if manner == "refuses":
+        server.socket.close()
+    else:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        if manner != "refuses":
+            server.shutdown()
+            server.server_close()
+
+
+@dataclass
+class Trained:
+    """A whole training that has ended.
+
+    Attributes:
+        volume: The worker's directory.
+        events: Of its metrics.
+        ended: When its process ended, in unix seconds.
+        asked: How often the server was asked.
+    """
+
+    volume: Path
+    events: list[dict[str, Any]]
+    ended: float
+    asked: int
+
+    def time_of(self, kind: str) -> float:
+        return next(float(event["time"]) for event in self.events if event["event"] == kind)
+
+    def warnings(self) -> list[str]:
+        return [event["message"] for event in self.events if event["event"] == "warning"]
+
+
+def configure(folder: Path, etcd: str) -> TrainingConfig:
+    """One worker's configuration, its data and model precached."""
+    values = {
+        "model": "gpt-neo-x:test", "dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32,
+        "max_samples": 60, "validation_fraction": 0.1, "device": "cpu", "nodes": 1, "total_steps": STEPS,
+        "local_steps": 10, "warmup_steps": 0, "batch_size": 4, "per_device_train_batch_size": 4,
+        "eval_samples": 4, "run_dir": str(folder), "run_id": folder.name, "etcd_endpoints": [etcd],
+    }  # fmt: skip
+    (config,) = worker_configs(TrainingConfig.from_flat(values))
+    data.precache(config, Volume.of(config), log=lambda line: None)
+    return config
+
+
+def train(config: TrainingConfig, manner: str) -> Trained:
+    """Train as one worker, in a process of its own, which must exit 0."""
+    volume = Volume.of(config)
+    path = volume.root / "config.json"
+    path.write_text(config.model_dump_json())
+    command = [sys.executable, "-m", "trainer", "train", "--config", str(path)]
+    with served(manner) as server:
+        about = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **about}
+        ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert ended.returncode == 0, ended.stdout
+        events = [json.loads(line) for line in volume.metrics.read_text().splitlines()]
+        return Trained(volume.root, events, time.time(), server.asked)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, etcd: str) -> Iterator[dict[str, "Future[Trained]"]]:
+    """A training with each server: at the same time, since most of it is waiting."""
+    configs = {manner: configure(tmp_path_factory.mktemp(manner.replace(" ", "-")), etcd) for manner in MANNERS}
+    with ThreadPoolExecutor() as pool:
+        yield {manner: pool.submit(train, config, manner) for manner, config in configs.items()}
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_training_does_not_wait_and_ends(manner: str, trained: dict[str, "Future[Trained]"]) -> None:
+    run = trained[manner].result()
+    assert [event["step"] for event in run.events if event["event"] == "step"] == list(range(1, STEPS + 1))
+    assert run.time_of("end") - run.time_of("start") < WANDB_TIMEOUT
+    assert run.ended - run.time_of("end") < WANDB_CLOSE_TIMEOUT + 15  # and what wandb does when a process exits
+    assert (run.asked > 0) == (manner != "refuses")
+
+
+@pytest.mark.parametrize("manner", [manner for manner in MANNERS if manner != "hangs later"])
+def test_a_run_that_cannot_begin_is_kept_offline(manner: str, trained: dict[str, "Future[Trained]"]) -> None:
+    run = trained[manner].result()
+    (warning,) = run.warnings()
+    assert warning.startswith("Weights & Biases is kept offline, in ")
+    (kept,) = (run.volume / "wandb").glob("offline-run-*/*.wandb")
+    assert str(kept.parent) in warning
+    assert kept.stat().st_size > STEPS * 100, "it has the steps before the server was given up, too"
+
+
+def test_a_server_that_hangs_later_is_told_of(trained: dict[str, "Future[Trained]"]) -> None:
+    (warning,) = trained["hangs later"].result().warnings()
+    assert warning.startswith("Weights & Biases did not take everything: `wandb sync ")
