@@ -273,8 +273,8 @@ class Worker:
         """One inner step, over as many micro-batches as it takes; the round's commit if it was the round's last."""
         started = time.perf_counter()
         accumulation = self.config.batch_size // self.profile.batch_size
-        step = self.diloco.position + self.diloco.stride  # where this one leads to
-        lr = learning_rate(self.diloco.position, self.config) * min(1.0, (self.steps_taken + 1) / self.ramp)
+        step = self.diloco.position(1)  # where this one leads to
+        lr = learning_rate(self.diloco.position(), self.config) * min(1.0, (self.steps_taken + 1) / self.ramp)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         total = torch.zeros((), device=self.device)

@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_unequal.py [--shares 1 0.5 0.25] [--rounds 10] [--local-steps 30]
         [--directory DIRECTORY]
 
-The recipe `stdlib` (0.9M parameters, one thread a worker) by `trainer launch`, each worker's CPU limited to its share
-of a core by a control group, its profiling included. Needs the right to make control groups, and as many cores as the
-shares add up to. One after the other:
+The recipe `stdlib` (0.9M parameters, batches of 8 x 64 tokens, one thread a worker) by `trainer launch`, each worker's
+CPU limited to its share of a core by a control group, its profiling included. Needs the right to make control groups,
+and as many cores as the shares add up to; takes some ten minutes. One after the other:
 
     alone     each worker by itself: the samples a second of its inner steps. Their sum is what they could do together
     equal     as many workers without limits, `heterogeneous` off: the loss to compare with
@@ -74,6 +74,9 @@ def launched(directory: Path, shares: Sequence[float], **values: Any) -> RunReco
         "nodes": len(shares),
         "model-cache-dir": directory.parent / "models",
         "dataset-cache-dir": directory.parent / "datasets",
+        "sequence-length": 64,
+        "batch-size": 8,
+        "per-device-train-batch-size": 8,
         "eval-interval": 1000,  # at the end
         "eval-samples": 1024,
         "checkpoint-interval": 100_000,
@@ -156,7 +159,7 @@ def main() -> None:
         length = {"local-steps": options.local_steps}
         speeds = []
         for share in options.shares:
-            short = {"total-steps": 20, "warmup-steps": 2, "local-steps": 10}
+            short = {"total-steps": 40, "warmup-steps": 2, "local-steps": 20}
             speeds.append(speed_alone(launched(root / f"alone-{share}", [share], **short)))
             print(f"alone with {share:.0%} of a core: {speeds[-1]:.1f} samples/s", flush=True)
         alone, table = sum(speeds), {}

@@ -18,7 +18,7 @@ import pytest
 
 from trainer import data
 from trainer.config import TrainingConfig
-from trainer.metrics import WANDB_CLOSE_TIMEOUT, WANDB_TIMEOUT
+from trainer.metrics import WANDB_CLOSE_TIMEOUT
 from trainer.volume import Volume, worker_configs
 
 STEPS = 40
@@ -139,7 +139,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, etcd: str) -> Iterator[dic
 def test_training_does_not_wait_and_ends(manner: str, trained: dict[str, "Future[Trained]"]) -> None:
     run = trained[manner].result()
     assert [event["step"] for event in run.events if event["event"] == "step"] == list(range(1, STEPS + 1))
-    assert run.time_of("end") - run.time_of("start") < WANDB_TIMEOUT
+    if manner == "hangs":  # and is given up after a while
+        assert run.time_of("step") < run.time_of("warning")
     assert run.ended - run.time_of("end") < WANDB_CLOSE_TIMEOUT + 15  # and what wandb does when a process exits
     assert (run.asked > 0) == (manner != "refuses")
 

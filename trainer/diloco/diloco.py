@@ -193,18 +193,12 @@ class DiLoCo:
     @property
     def step(self) -> int:
         """The schedule position: steps since the training began."""
-        return math.floor(self.position)
+        return math.floor(self.position())
 
-    @property
-    def position(self) -> float:
-        """The same, and what a worker that makes more inner steps than others has done of the next."""
-        return self._begun + self.inner_steps * self.stride
-
-    @property
-    def stride(self) -> float:
-        """Steps of the schedule for each inner step of this worker in the open round: 1 among equal workers."""
-        own = self.own_length
-        return 1 if own == self.round_length else self.round_length / own
+    def position(self, more: int = 0) -> float:
+        """The same after so many more inner steps, in between for a worker that makes more or fewer than there are."""
+        done, length, own = self.inner_steps + more, self.round_length, self.own_length
+        return self._begun + (done if own == length else done * length / own)
 
     @property
     def round_length(self) -> int:

@@ -1,6 +1,7 @@
 """How the workers are, from their `metrics.jsonl`."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class WorkerProgress:
             self._happened(event["time"], f"was late: {missed} round{'s' if missed > 1 else ''} without it")
 
     def _on_step(self, event: Event) -> None:
-        self.state, self.step = "training", event["step"]
+        self.state, self.step = "training", math.floor(event["step"])
         if event.get("loss") is not None:
             self.loss = _smooth(self.loss, event["loss"])
         if self._last_step is not None and event["time"] > self._last_step:

@@ -23,6 +23,7 @@ FloatArray = NDArray[np.float64]
 Event = dict[str, Any]
 
 STEP_COLUMNS = ("round", "step", "loss", "lr", "samples", "tokens", "time", "seconds", "wall")
+ADDED = ("samples", "tokens", "seconds")  # of steps: what several inner steps together have
 ROUND_COLUMNS = (
     *("round", "attempt", "step", "world_size", "loss", "bytes_sent", "bytes_received", "sync_seconds"),
     *("exposed_seconds", "samples", "time", "seconds"),
@@ -194,8 +195,17 @@ class RunRecord:
         return max((worker.wall_seconds for worker in self.workers), default=0.0)
 
     def over_steps(self, column: str) -> tuple[FloatArray, FloatArray]:
-        """Inner steps that any worker ran, shape (steps,), and a column, shape (workers, steps), NaN where missing."""
-        return _aligned([worker.steps for worker in self.workers], "step", column)
+        """Steps of the schedule that any worker ran, shape (steps,), and a column, (workers, steps), NaN where missing.
+
+        Unequal workers make more or fewer inner steps than there are: those that lead to one are taken together.
+        """
+        steps = [np.ceil(worker.steps["step"]) for worker in self.workers]
+        keys = np.unique(np.concatenate(steps)) if steps else np.empty(0)
+        table = [
+            _combined(np.searchsorted(keys, own), worker.steps[column], len(keys), column in ADDED)
+            for own, worker in zip(steps, self.workers, strict=True)
+        ]
+        return keys, np.array(table).reshape(len(steps), len(keys))
 
     def over_rounds(self, column: str) -> tuple[FloatArray, FloatArray]:
         """Rounds that any worker committed, shape (rounds,), and a column, shape (workers, rounds)."""
@@ -409,6 +419,14 @@ def _aligned(series: list[Series], key: str, column: str) -> tuple[FloatArray, F
     return keys, table
 
 
+def _combined(places: NDArray[np.intp], values: FloatArray, size: int, add: bool) -> FloatArray:
+    """The sum or the mean of the finite values at each place, shape (size,); NaN where there is none."""
+    known = np.isfinite(values)
+    counts = np.bincount(places[known], minlength=size).astype(np.float64)
+    sums = np.bincount(places[known], weights=values[known], minlength=size).astype(np.float64)
+    return np.where(counts > 0, sums, np.nan) if add else _ratio(sums, counts)
+
+
 def _read_object(path: Path) -> dict[str, Any] | None:
     try:
         value = read_json(path)
@@ -436,7 +454,7 @@ def _lines(path: Path) -> Iterator[Event | None]:
 
 
 def _read_worker(path: Path, run_dir: Path) -> Worker:
-    tables: dict[str, dict[int, Event]] = {"step": {}, "round": {}, "eval": {}}
+    tables: dict[str, dict[float, Event]] = {"step": {}, "round": {}, "eval": {}}
     events: list[Event] = []
     unreadable = 0
     resumed = False  # since the last `start`, no step has come yet
@@ -474,7 +492,7 @@ def _read_worker(path: Path, run_dir: Path) -> Worker:
             for table in tables.values():
                 for void in [k for k, row in table.items() if number(row.get("step")) >= key]:
                     del table[void]
-        tables[kind][int(key)] = {**event, "wall": wall} if kind == "step" else event
+        tables[kind][key] = {**event, "wall": wall} if kind == "step" else event
     name = path.parent.relative_to(run_dir).as_posix()
     if name == ".":
         name = str(next((e["worker"] for e in events if "worker" in e), run_dir.resolve().name))
