@@ -1,6 +1,6 @@
 """What unequal workers cost, with and without `heterogeneous`: idle time, throughput, loss after as many samples.
 
-    python tests/benchmarks/bench_unequal.py [--shares 1 0.5 0.25] [--rounds 10] [--local-steps 30]
+    python tests/benchmarks/bench_unequal.py [--shares 1 0.5 0.25] [--rounds 6] [--local-steps 60]
         [--directory DIRECTORY]
 
 The recipe `stdlib` (0.9M parameters, batches of 8 x 64 tokens, one thread a worker) by `trainer launch`, each worker's
@@ -35,7 +35,7 @@ import psutil
 
 from trainer.elastic.process import dying_with_parent
 from trainer.files import write_json
-from trainer.report.record import RunRecord, last_finite, read_run
+from trainer.report.record import RunRecord, finite, last_finite, read_run
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "unequal.json"
@@ -149,8 +149,8 @@ def row(run: RunRecord, alone: float, loss: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--local-steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--local-steps", type=int, default=60)
     parser.add_argument("--directory", type=Path, help="where the runs stay; by default they are removed")
     options = parser.parse_args()
     with ExitStack() as stack:
@@ -179,7 +179,7 @@ def main() -> None:
                 f"{found['samples']:9.0f}{found['loss']:9.4f}{found['of_equal']:10.4f}",
                 flush=True,
             )
-        write_json(OUTPUT, {"shares": options.shares, "alone": speeds, **table})
+        write_json(OUTPUT, finite({"shares": options.shares, "alone": speeds, **table}))
 
 
 if __name__ == "__main__":

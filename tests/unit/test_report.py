@@ -329,6 +329,30 @@ def test_losses_are_over_samples_and_time_too(run_dir: Path) -> None:
     assert {"losses-over-samples", "losses-over-time"} <= page(write_report(run_dir)).ids
 
 
+def test_unequal_workers_steps_are_those_of_the_schedule(tmp_path: Path) -> None:
+    """One makes two inner steps for each of the schedule's, the other one for two of them."""
+
+    def paced(worker: int, pace: float) -> Iterator[dict[str, Any]]:
+        length = int(10 * pace)
+        for event in events(worker, rounds=2, local_steps=length, heterogeneous=True):
+            if "step" in event:
+                event["step"] /= pace
+            yield {**event, "inner_steps": length} if event["event"] == "round" else event
+
+    write(tmp_path / "worker-0", paced(0, 2.0))
+    write(tmp_path / "worker-1", paced(1, 0.5))
+    run = read_run(tmp_path)
+    steps, samples = run.over_steps("samples")
+    assert steps.tolist() == list(range(1, 21))
+    assert samples[0].tolist() == [64] * 20
+    assert np.nan_to_num(samples[1]).tolist() == [0, 32] * 10
+    assert run.samples == run.samples_at_steps[-1] == 32 * (40 + 10)
+    losses = run.workers[0].steps["loss"]
+    assert run.over_steps("loss")[1][0][0] == pytest.approx((losses[0] + losses[1]) / 2)
+    found = page(write_report(tmp_path))
+    assert "steps-of-unequal-workers" in found.ids and "Inner steps of each worker" in found.words
+
+
 def test_the_report_says_who_died_joined_and_came_late(run_dir: Path) -> None:
     lost = [event for event in events(1, rounds=3, end=None) if event.get("step", 0) <= 25]
     back = list(events(1, rounds=3, first_round=4, start=START + 18.5))

@@ -23,6 +23,7 @@ from trainer.report.drawing import (
     byte_unit,
     drawn,
     end_label,
+    end_labels,
     extent,
     finite_points,
     held_out_line,
@@ -31,6 +32,7 @@ from trainer.report.drawing import (
     robust_limits,
     round_axis,
     samples_axis,
+    styled_line,
     thin,
     time_axis,
 )
@@ -227,6 +229,30 @@ def throughput_over_rounds(run: RunRecord) -> Chart | None:
     return drawn("throughput-over-rounds", "Throughput", caption, [draw])
 
 
+def steps_of_unequal_workers(run: RunRecord) -> Chart | None:
+    """How many inner steps each worker made in a round, if they differ by design."""
+    rounds, made = run.over_rounds("inner_steps")
+    if not run.config.get("heterogeneous") or not np.isfinite(made).any() or len(made) > MOST_LINES:
+        return None
+    x, lines = thin(rounds, made)
+    names = [worker.name.removeprefix("worker-") for worker in run.workers]
+
+    def draw(axes: "Axes") -> None:
+        ends = []
+        for place, (name, line) in enumerate(zip(names, lines, strict=True)):
+            known = np.isfinite(line)
+            if known.any():
+                color = styled_line(axes, place, x[known], line[known], f"worker {name}")
+                ends.append((float(x[known][-1]), float(line[known][-1]), f"{name}: {line[known][-1]:.0f}", color))
+        axes.set_ylim(bottom=0, top=1.15 * float(np.nanmax(lines)))
+        end_labels(axes, ends)
+        round_axis(axes, rounds)
+        axes.set_ylabel("inner steps")
+
+    caption = "Inner steps of each worker in a round: in proportion to its speed, so that all are done at once."
+    return drawn("steps-of-unequal-workers", "Unequal workers", caption, [draw])
+
+
 def membership_over_time(run: RunRecord) -> Chart | None:
     """Who was in which quorum, and who joined, died, came late or left."""
     workers = [worker for worker in run.workers if worker.lives]
@@ -296,6 +322,7 @@ CHARTS: Sequence[Callable[[RunRecord], Chart | None]] = (
     bytes_over_rounds,
     exposed_over_rounds,
     throughput_over_rounds,
+    steps_of_unequal_workers,
     membership_over_time,
 )
 

@@ -4,21 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer.files import write_text
 from trainer.report.drawing import (
-    DASHED,
-    FIRST,
-    FOURTH,
     HALF,
-    INK,
-    MUTED,
-    SECOND,
-    SURFACE,
-    THIRD,
     WHOLE,
     Chart,
     byte_unit,
@@ -27,6 +19,7 @@ from trainer.report.drawing import (
     finite_points,
     loss_label,
     samples_axis,
+    styled_line,
     thin,
     time_axis,
 )
@@ -36,15 +29,6 @@ from trainer.report.record import FloatArray, RunRecord, last_finite, number, re
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# A run's colour, dashes and marker: any one of them tells it from its neighbours, and its letter is at its end.
-STYLES: Sequence[tuple[str, Any, str]] = (
-    (FIRST, "-", "o"),
-    (SECOND, DASHED, "D"),
-    (THIRD, (0, (1, 1.4)), "s"),
-    (FOURTH, (0, (6, 1.5, 1, 1.5)), "^"),
-    (INK, "-", "v"),
-    (MUTED, DASHED, "X"),
-)
 OWN = ("run_id", "run_dir", "etcd.endpoints")  # parameters that say which run it is, not how it trains
 
 Points = Callable[[RunRecord], tuple[FloatArray, FloatArray]]
@@ -137,20 +121,8 @@ def _overlaid(
         for place, (x, y) in enumerate(lines):
             if not len(x):
                 continue
-            color, dashes, marker = STYLES[place % len(STYLES)]
             x, (y,) = thin(x / scale, y[None])
-            axes.plot(
-                x,
-                y,
-                color=color,
-                linestyle=dashes,
-                linewidth=1.5,
-                marker=marker,
-                markevery=max(1, len(x) // 8),
-                markersize=5,
-                markerfacecolor=SURFACE,
-                label=letter(place),
-            )
+            color = styled_line(axes, place, x, y, letter(place))
             ends.append((float(x[-1]), float(y[-1]), f"{letter(place)} {y[-1]:.2f}", color))
         axes.set_xlim(0, longest / scale)
         _cut_start(axes, [y for _, y in lines if len(y)])

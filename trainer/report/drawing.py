@@ -31,6 +31,15 @@ MOST_LINES = 12  # more workers than this are drawn as the band from the lowest 
 MOST_BARS = 80
 LABEL_SIZE = (60.0, 13.0)  # of a label at a line's end, in points
 DASHED = (0, (4, 2))
+# Of lines that are equals: colour, dashes and marker. Any one of them tells a line from its neighbours.
+STYLES: Sequence[tuple[str, Any, str]] = (
+    (FIRST, "-", "o"),
+    (SECOND, DASHED, "D"),
+    (THIRD, (0, (1, 1.4)), "s"),
+    (FOURTH, (0, (6, 1.5, 1, 1.5)), "^"),
+    (INK, "-", "v"),
+    (MUTED, DASHED, "X"),
+)
 
 COUNTS = ((1e6, "millions"), (1e3, "thousands"))
 TIMES = ((7200.0, "h"), (120.0, "min"))
@@ -178,6 +187,14 @@ def bars(axes: "Axes", x: FloatArray, heights: FloatArray, color: str) -> None:
 def marker_of(x: FloatArray) -> str:
     """Few points are marked, so that even a single one is seen."""
     return "o" if len(x) <= 30 else ""
+
+
+def styled_line(axes: "Axes", place: int, x: FloatArray, y: FloatArray, label: str) -> str:
+    """Draw one of several lines that are equals; returns its colour."""
+    color, dashes, marker = STYLES[place % len(STYLES)]
+    markers: Any = {"marker": marker, "markevery": max(1, len(x) // 8), "markersize": 5, "markerfacecolor": SURFACE}
+    axes.plot(x, y, color=color, linestyle=dashes, linewidth=1.5, label=label, **markers)
+    return color
 
 
 def end_label(axes: "Axes", x: FloatArray, y: FloatArray, color: str, unit: str = "") -> None:

@@ -26,7 +26,7 @@ STEP_COLUMNS = ("round", "step", "loss", "lr", "samples", "tokens", "time", "sec
 ADDED = ("samples", "tokens", "seconds")  # of steps: what several inner steps together have
 ROUND_COLUMNS = (
     *("round", "attempt", "step", "world_size", "loss", "bytes_sent", "bytes_received", "sync_seconds"),
-    *("exposed_seconds", "samples", "time", "seconds"),
+    *("exposed_seconds", "inner_steps", "samples", "time", "seconds"),
 )
 EVAL_COLUMNS = ("round", "step", "loss", "samples", "time")
 
