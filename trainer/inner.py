@@ -42,7 +42,8 @@ def learning_rate(step: float, config: TrainingConfig) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     remaining = max(config.total_steps - config.warmup_steps, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / remaining))
+    done = min(step, config.total_steps) - config.warmup_steps
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done / remaining))
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -142,7 +142,7 @@ class Worker:
         self.used_at_arrival = 0  # how many of them when the quorum has last been told
         self.skipped = self.skipped_in_a_row = 0
         self.samples = self.steps_taken = 0  # consumed, and made, by this process
-        self.busy = 0.0  # seconds that it was at them, but for the first, which is slow
+        self.busy = (0, 0.0)  # inner steps but for the first, which is slow, and the seconds that they took
         self.since = 0.0  # when the last one ended
         self.ramp = 1  # inner steps over which a joiner's learning rate rises while its moments build up
         self.last_loss = math.nan
@@ -151,18 +151,20 @@ class Worker:
         self.told = (0, time.time())  # samples, and when, that `status` has been told of
         self.last_saved_step = 0
         self.save_wanted = False
-        self.saved: tuple[int, int] | None = None  # the last checkpoint's round and step
+        self.saved: tuple[int, float] | None = None  # the last checkpoint's round and position
         self.members: tuple[str, ...] = ()  # of the last quorum; this worker's place among them
         self.rank, self.world_size = 0, 1
+        random = checkpoint.random_state()  # what is only tried leaves no trace
         self.profile = Profile(config.per_device_train_batch_size, 0.0)
         if config.heterogeneous:
             cache = self.volume.root / "profile.json"
             self.profile = profile(config, self.task, self.model, self._some, cache, manifest.hash)
         self.speed = self.profile.speed  # samples a second, by the last rounds
-        self.timed = (0, 0.0)  # samples and busy seconds that are in it
+        self.timed = self.busy  # those that are in it
         if config.compile_model:
             few = self._some(self.profile.batch_size)
             compile_model(config, self.task, self.model, few, self.metrics.warn)
+        checkpoint.restore_random_state(random)
         own = self._own_checkpoint()
         self._join(own)
         self.metrics.write(
@@ -316,7 +318,7 @@ class Worker:
         )
         self._count_skipped(finite, step)
         if self.steps_taken > 1:
-            self.busy += time.perf_counter() - self.since
+            self.busy = self.busy[0] + 1, self.busy[1] + time.perf_counter() - self.since
         commit = self.diloco.after_inner_step(samples)
         self.since = time.perf_counter()
         return commit
@@ -373,7 +375,7 @@ class Worker:
         """Score this worker's share of the held-out samples: all workers' together are the score."""
         started = time.perf_counter()
         chosen = data.evenly(len(self.dataset.validation), self.config.eval_samples)[self.rank :: self.world_size]
-        size = self.config.per_device_train_batch_size
+        size = min(self.config.per_device_train_batch_size, self.profile.batch_size)
         sums: dict[str, Any] = {}
         with self.diloco.global_parameters(), scoring.evaluating(self.model, self.device, self.config.seed):
             scoring.settle(self.task, self.model, self.dataset, size, self.device)
@@ -403,6 +405,8 @@ class Worker:
         if own is not None:
             self.diloco.load_global(own.global_tensors, own.round, own.state["base_step"])
             cursor, term = cursor_from_json(own.state["cursor"]), own.state["term"]
+            if own.state["worker"] == self.quorum.worker:
+                self.speed = own.state.get("speed") or self.speed
         self.quorum.join(self.diloco.state, cursor, term)
         self.diloco.begin_round()
         self.members = self.quorum.members
@@ -473,11 +477,12 @@ class Worker:
 
     def _speed(self) -> float:
         """Samples a second of the inner steps, by the last rounds: asked whenever one ends."""
-        (before, then), (steps, busy) = self.timed, (self.steps_taken, self.busy)
-        if busy > then:
-            self.timed = steps, busy
-            new = (steps - max(before, 1)) * self.config.batch_size / (busy - then)
-            self.speed += (new - self.speed) * (DAMPING if before else 1)
+        busy = self.busy  # once: under `async_communication` inner steps go on meanwhile
+        steps, seconds = busy[0] - self.timed[0], busy[1] - self.timed[1]
+        if steps and seconds > 0:
+            new = steps * self.config.batch_size / seconds
+            self.speed += (new - self.speed) * (DAMPING if self.timed[0] else 1)
+            self.timed = busy
         return self.speed
 
     def _progress(self) -> dict[str, float | int | None]:
@@ -507,7 +512,7 @@ class Worker:
             self._save()
 
     def _save(self, *, complete: bool = False) -> None:
-        base, place = self.quorum.base, (self.diloco.round, self.diloco.step)
+        base, place = self.quorum.base, (self.diloco.round, self.diloco.position())
         # There is nothing new; or it has been interrupted on the way to a newer state, and the older is on the disk.
         if not complete and (place == self.saved or base.round != self.diloco.round):
             return
@@ -527,6 +532,7 @@ class Worker:
                 "cursor": asdict(base.cursor),
                 "share": self.share.ranges,
                 "used": self.used,
+                "speed": self.speed,
                 "skipped": [self.skipped, self.skipped_in_a_row],
                 "run_id": self.config.run_id,
                 "worker": self.quorum.worker,

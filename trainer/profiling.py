@@ -1,7 +1,7 @@
 """Which per-device batch size a worker's own device takes best, and how fast it then is (`heterogeneous`)."""
 
 import contextlib
-import json
+import importlib.metadata
 import logging
 import platform
 import resource
@@ -27,11 +27,12 @@ logger = logging.getLogger(__name__)
 MARGIN = 0.1  # of the memory that is free, which a batch must leave
 GAIN = 0.05  # a larger batch must be faster by this share, or it is not worth its memory
 TIMED = 3  # passes that are timed, after one that is not
+GRADIENT_BYTES = 4  # a parameter
 STATE_BYTES = 8  # a parameter, of Adam's moments, which there are none of before the first step
-# A container's limit and what it has taken, in both versions of control groups.
+# A container's limit, what it has taken, and what of that are cached files; in both versions of control groups.
 _CONTAINERS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 Batch = Callable[[int], dict[str, Tensor]]
@@ -72,29 +73,30 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
         return known
     logger.info("profiling %s: per-device batch sizes %s", of["device"], ", ".join(map(str, sizes(config))))
     best: Profile | None = None
-    per_sample = 0.0  # bytes
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    fixed, per_sample = GRADIENT_BYTES * parameters, 0.0  # bytes
     for size in sizes(config):
-        if best and per_sample * size > (_free(device) - STATE_BYTES * parameters) * (1 - MARGIN):
-            logger.info("%d samples would not leave a tenth of the memory free", size)
-            break
+        room = (_free(device) - STATE_BYTES * parameters) * (1 - MARGIN)
         try:
+            if fixed + per_sample * size > room:
+                raise MemoryError(f"it would take {(fixed + per_sample * size) / 1e9:.1f} GB")
             speed, used = _measure(task, model, batch(size), size)
+            if used > room:
+                raise MemoryError(f"it took {used / 1e9:.1f} GB, of {room / 1e9:.1f} GB that are to spare")
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if best is None:
                 reason = f"min_batch_size = {size} samples do not fit into the memory of {of['device']}"
                 raise TrainingError(f"{reason}: {one_line(error)}") from None
-            logger.info("%d samples do not fit", size)
+            logger.info("%d samples do not fit: %s", size, one_line(error))
             break
         finally:
             _give_memory_back(device)
         logger.info("%d samples: %.1f a second", size, speed)
-        per_sample = used / size
         if best and speed < best.speed * (1 + GAIN):
             break
-        best = Profile(size, speed)
+        best, per_sample = Profile(size, speed), max(0.0, used - fixed) / size
     assert best is not None
     write_json(cache, {**of, "profile": asdict(best)})
     return best
@@ -110,8 +112,9 @@ def sizes(config: TrainingConfig) -> list[int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out: CUDA has an exception for it, a CPU's allocator a message."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether it says that memory ran out: torch has an exception for CUDA's, its libraries and a CPU have messages."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _measure(task: Task, model: nn.Module, batch: dict[str, Tensor], size: int) -> tuple[float, float]:
@@ -156,9 +159,12 @@ def _free(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = psutil.virtual_memory().available
-    for limit, taken in _CONTAINERS:
-        with contextlib.suppress(OSError, ValueError):  # there is no such file; or "max", which is no limit
-            free = min(free, int(Path(limit).read_text()) - int(Path(taken).read_text()))
+    for place, limit, taken, cached in _CONTAINERS:
+        group = Path(place)
+        with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such file; or "max", which is no limit
+            counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / taken).read_text()) - int(counted[cached])
+            free = min(free, int((group / limit).read_text()) - used)
     return free
 
 
@@ -176,7 +182,9 @@ def _what_it_depends_on(config: TrainingConfig, device: torch.device, data: str)
         "sizes": sizes(config),
         "device": name,
         "cores": 0 if cuda else torch.get_num_threads(),
+        "memory": torch.cuda.get_device_properties(device).total_memory if cuda else 0,
         "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
     }
 
 
@@ -185,6 +193,6 @@ def _read(cache: Path, of: dict[str, Any]) -> Profile | None:
     try:
         found = read_json(cache)
         kept = Profile(**found.pop("profile"))
-    except (OSError, json.JSONDecodeError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
     return kept if found == of else None

@@ -33,6 +33,10 @@ REFUSED = {
         {"heterogeneous": True, "optim_method": "ddp", "nodes": 2, "elastic_min_nodes": 2, "elastic_max_nodes": 2},
         "heterogeneous = True: does not go with optim_method = 'ddp', which averages every step's gradients",
     ),
+    "unequal, rounds": (
+        {"heterogeneous": True, "local_steps": 16, "fragments": 4},
+        "heterogeneous = True: needs rounds of at least 8 inner steps (local_steps / fragments), to share them out",
+    ),
     "unequal, bounds": (
         {"heterogeneous": True, "min_batch_size": 64, "max_batch_size": 32},
         "max_batch_size = 32: must be at least min_batch_size (64)",

@@ -16,7 +16,8 @@ from trainer.config import TrainingConfig
 from trainer.report import read_run, summary, write_comparison, write_report, write_summary
 from trainer.report.comparison import differences
 from trainer.report.html import byte_count, seconds
-from trainer.report.record import weighted_mean
+from trainer.report.record import LOSS_UNITS, TOKENS, weighted_mean
+from trainer.tasks import tasks
 
 START = 1_790_000_000.0
 
@@ -119,6 +120,10 @@ def test_a_mean_leaves_out_what_is_missing() -> None:
     values = np.array([[1.0, math.nan, math.inf], [3.0, 2.0, math.nan]])
     assert weighted_mean(values, np.array([[3.0, 1.0, 1.0], [1.0, math.nan, 1.0]]))[:2].tolist() == [1.5, 2.0]
     assert math.isnan(weighted_mean(values, np.ones((2, 3)))[2])
+
+
+def test_every_task_has_its_words() -> None:
+    assert TOKENS.keys() == tasks().keys() and TOKENS.keys() >= LOSS_UNITS.keys()
 
 
 def test_torn_lines_are_left_out(tmp_path: Path) -> None:
@@ -333,7 +338,7 @@ def test_unequal_workers_steps_are_those_of_the_schedule(tmp_path: Path) -> None
     """One makes two inner steps for each of the schedule's, the other one for two of them."""
 
     def paced(worker: int, pace: float) -> Iterator[dict[str, Any]]:
-        length = int(10 * pace)
+        length = int(16 * pace)
         for event in events(worker, rounds=2, local_steps=length, heterogeneous=True):
             if "step" in event:
                 event["step"] /= pace
@@ -343,10 +348,10 @@ def test_unequal_workers_steps_are_those_of_the_schedule(tmp_path: Path) -> None
     write(tmp_path / "worker-1", paced(1, 0.5))
     run = read_run(tmp_path)
     steps, samples = run.over_steps("samples")
-    assert steps.tolist() == list(range(1, 21))
-    assert samples[0].tolist() == [64] * 20
-    assert np.nan_to_num(samples[1]).tolist() == [0, 32] * 10
-    assert run.samples == run.samples_at_steps[-1] == 32 * (40 + 10)
+    assert steps.tolist() == list(range(1, 33))
+    assert samples[0].tolist() == [64] * 32
+    assert np.nan_to_num(samples[1]).tolist() == [0, 32] * 16
+    assert run.samples == run.samples_at_steps[-1] == 32 * (64 + 16)
     losses = run.workers[0].steps["loss"]
     assert run.over_steps("loss")[1][0][0] == pytest.approx((losses[0] + losses[1]) / 2)
     found = page(write_report(tmp_path))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trainer.config.training import TrainingConfig
 
 _ENDPOINT = re.compile(r"[^\s/@]+:([0-9]{1,5})")
+_SHORTEST_ROUND = 8  # that unequal workers can share: each makes whole inner steps
 _FEWEST_PORTS = 256  # of a pod: a node's workers connect to up to 63 others
 
 
@@ -83,7 +84,7 @@ def _settle_the_wire(config: "TrainingConfig") -> None:
 
 
 def _check_training(config: "TrainingConfig") -> None:
-    if config.batch_size % config.per_device_train_batch_size:
+    if config.batch_size % config.per_device_train_batch_size and not config.heterogeneous:
         raise ConfigError(
             "batch_size",
             config.batch_size,
@@ -107,6 +108,9 @@ def _check_training(config: "TrainingConfig") -> None:
 def _check_unequal(config: "TrainingConfig") -> None:
     if config.optim_method == "ddp":
         allowed = "does not go with optim_method = 'ddp', which averages every step's gradients"
+        raise ConfigError("heterogeneous", True, allowed)
+    if config.round_steps < _SHORTEST_ROUND:
+        allowed = f"needs rounds of at least {_SHORTEST_ROUND} inner steps (local_steps / fragments), to share them out"
         raise ConfigError("heterogeneous", True, allowed)
     if config.max_batch_size < config.min_batch_size:
         allowed = f"must be at least min_batch_size ({config.min_batch_size})"

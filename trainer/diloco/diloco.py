@@ -162,6 +162,7 @@ class DiLoCo:
         )
         self._samples = [0.0] * self._parts  # of each fragment: what its pseudo-gradient stands for so far
         self._work = [0] * self._parts  # and inner steps; carried ones included
+        self._usual = [0] * self._parts  # how many are a round's worth: at most, if that has changed meanwhile
         self._scratch = self._layout.empty()
         self._ended = self._layout.empty() if overlap else self._scratch[:0]
         self._carried: Tensor | None = None  # the displacements of carried steps: a sum, float32 (n,)
@@ -239,6 +240,7 @@ class DiLoCo:
         for part in range(self._parts):
             self._samples[part] += samples
             self._work[part] += samples > 0
+            self._usual[part] = max(self._usual[part], self._rounds_worth)
         if self._flight is not None:
             return self.land() if self._arrives(self._flight) else None
         if self.quorum.superseded():
@@ -269,7 +271,7 @@ class DiLoCo:
         try:
             commit = self.quorum.synchronise(pseudo_gradient, self.samples, fragment)
         except Superseded:
-            self.catch_up()
+            self.catch_up(arrived=True)
             return None
         alone = len(commit.members) == 1 and torch.equal(commit.reduced.mean, pseudo_gradient)
         update = self._apply(commit, self.round_length)
@@ -303,7 +305,7 @@ class DiLoCo:
             self._turn_back(flight)
             if not isinstance(error, Superseded):
                 raise
-            self.catch_up()
+            self.catch_up(arrived=True)
             return None
         self._flight = None
         fragment, commit = flight.fragment, landing.commit
@@ -322,13 +324,17 @@ class DiLoCo:
         self.exposed_seconds = flight.exposed + time.perf_counter() - started
         return (self.synchronise() if self.due else None) or commit
 
-    def catch_up(self) -> None:
-        """Take over the global state of the last committed round, and carry this worker's work (or drop it)."""
+    def catch_up(self, arrived: bool = False) -> None:
+        """Take over the global state of the last committed round, and carry this worker's work (or drop it).
+
+        Args:
+            arrived: It was about to synchronise, and the others did so without it.
+        """
         whole = self.state.fragments[-1]
         carried = self._displacement(
             whole, self._gathered(whole), self._carried
         ).clone()  # catching up needs the scratch
-        samples, work, residual = list(self._samples), list(self._work), self._residual
+        samples, work, usual, residual = list(self._samples), list(self._work), list(self._usual), self._residual
         steps, round, length = self.inner_steps, self.round, self.own_length
         counts = self.quorum.catch_up(self.state)
         self.begin_round()
@@ -336,10 +342,12 @@ class DiLoCo:
             return
         self._residual = residual
         # Its steps count towards the open round even if it drops them: it is in step with the others then, and not late
-        # for ever. But a whole round is followed by another one, unless it was this one (it has taken its state anew).
-        self.inner_steps = steps if steps < length or self.round == round else 0
+        # for ever. But a whole round that arrived too late is followed by another one, unless it was this one (and its
+        # state has been taken anew).
+        again = arrived and steps >= length and self.round != round
+        self.inner_steps = 0 if again else min(steps, self.own_length)
         if self.late_policy == "carry" and any(work):
-            self._carried, self._samples, self._work = carried, samples, work
+            self._carried, self._samples, self._work, self._usual = carried, samples, work, usual
 
     def begin_round(self) -> None:
         """Begin a round from the global state as it now stands: what was done towards an open one is given up."""
@@ -455,15 +463,20 @@ class DiLoCo:
 
     def _scales(self, fragment: Fragment) -> list[tuple[slice, float]]:
         """What a displacement has to be multiplied by, and where, to be a round's worth: a whole one may be carried."""
-        usual = self.own_length if self._parts == 1 else self.quorum.own_steps(self.sync_every) * self._parts
         scales = []
         for index in self._parts_of(fragment):
+            usual = max(self._usual[index], self._rounds_worth)
             if self._work[index] > usual:
                 part = self.state.fragments[index]
                 scales.append(
                     (slice(part.start - fragment.start, part.stop - fragment.start), usual / self._work[index])
                 )
         return scales
+
+    @property
+    def _rounds_worth(self) -> int:
+        """Inner steps of this worker between two synchronisations of a parameter."""
+        return self.own_length if self._parts == 1 else self.quorum.own_steps(self.sync_every) * self._parts
 
     def _pseudo_gradient(
         self, fragment: Fragment, local: Tensor, carried: Tensor | None, scales: list[tuple[slice, float]]
@@ -560,7 +573,7 @@ class DiLoCo:
     def _forget(self, fragment: Fragment) -> None:
         """The fragment's pseudo-gradient begins anew."""
         for part in self._parts_of(fragment):
-            self._samples[part], self._work[part] = 0.0, 0
+            self._samples[part], self._work[part], self._usual[part] = 0.0, 0, 0
         if self._carried is not None:
             fragment.of(self._carried).zero_()
             if self._is_whole(fragment):

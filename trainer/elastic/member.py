@@ -177,6 +177,8 @@ class ElasticQuorum:
         self._state: GlobalState | None = None
         self._base = State()
         self._share: Share | None = None
+        self._pace = 1.0  # of the share that the worker has
+        self._speed = 0.0  # that was told last
         self._group: _Group | None = None
         self._workspace = Workspace()
         self._means: deque[tuple[tuple[int, int], Offer]] = deque()
@@ -206,7 +208,8 @@ class ElasticQuorum:
         self._check_verdict()
         self._state, self._term = state, term
         self._base = State(state.round, state.step, cursor, state.hash())
-        self._me |= {"holds": asdict(self._base), "speed": self.hooks.speed()}
+        self._speed = self.hooks.speed()
+        self._me |= {"holds": asdict(self._base), "speed": self._speed}
         self._lease = self._patiently(lambda: self._client.lease(self._config.lease_ttl))
         self._patiently(lambda: self._must_lease.put(f"members/{self.id}", self._me))
         self._decider = Decider(EtcdClient.of(self._config), self.id, self.rules, self._config.lease_ttl)
@@ -342,7 +345,7 @@ class ElasticQuorum:
     # What DiLoCo asks (trainer.diloco.quorum.Quorum)
 
     def own_steps(self, length: int) -> int:
-        return own_steps(length, self._share.pace if self._share else 1.0)
+        return own_steps(length, self._pace)
 
     def superseded(self) -> bool:
         record = self._record
@@ -590,6 +593,7 @@ class ElasticQuorum:
 
     def _hand_on_share(self) -> None:
         if self._share is not None:
+            self._pace = self._share.pace  # on the thread that makes the inner steps, like the share itself
             self.hooks.dealt(self._share)
 
     @property
@@ -600,9 +604,9 @@ class ElasticQuorum:
 
     def _arrive(self, progress: Progress, attempt: int) -> None:
         suspects = tuple(sorted(self._reach.unreachable))
-        self._me = {**self._me, "speed": self.hooks.speed()}
+        self._speed = self.hooks.speed()
         place = progress.term, progress.round, attempt, progress.state
-        arrival = Arrival(*place, self.hooks.unused().ranges, suspects, self._me["speed"])
+        arrival = Arrival(*place, self.hooks.unused().ranges, suspects, self._speed)
         self._patiently(lambda: self._client.put(f"arrivals/{self.id}", asdict(arrival)))
 
     def _reduce(
@@ -818,7 +822,8 @@ class ElasticQuorum:
         hashed = self._hash = self._chores.submit(state.hash)
 
         def tell() -> None:
-            self._me = {**self._me, "holds": asdict(replace(base, hash=hashed.result())), "progress": progress}
+            holds = asdict(replace(base, hash=hashed.result()))
+            self._me = {**self._me, "holds": holds, "speed": self._speed, "progress": progress}
             with suppress(EtcdError):  # it will be told next time
                 self._must_lease.put(f"members/{self.id}", self._me)
                 self._tell_durable()

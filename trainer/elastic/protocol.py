@@ -64,7 +64,7 @@ Everything below is a pure function of a record, a view of the other keys, and h
 """
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -671,15 +671,20 @@ def late(record: Record, view: View) -> frozenset[str]:
 
 
 def _awaited(record: Record, view: View) -> frozenset[str]:
-    """Whom the gather waits for: not for whom most of those who are here suspect, who is dead or cut off.
+    """Whom the gather waits for: not for suspects, who are dead or cut off.
 
-    Whom fewer suspect has only lost one of them, and is waited for: which of such a pair is left out must not depend on
-    who of it is the first.
+    But of two that suspect each other the last in rank is left out (`_connected`), whoever is the first to arrive: so
+    that one's word alone does not count.
     """
     here = _here(record, view)
-    suspicions = Counter(suspect for id in here for suspect in view.arrivals[id].suspects)
-    suspects = {id for id, count in suspicions.items() if 2 * count > len(here)}
-    return (view.present & set(record.expected)) - suspects - here
+    by: dict[str, list[str]] = defaultdict(list)
+    for id in _ranked(here, view):
+        for suspect in view.arrivals[id].suspects:
+            by[suspect].append(id)
+    awaited = (view.present & set(record.expected)) - here
+    return frozenset(
+        id for id in awaited if 2 * len(by[id]) <= len(here) and (not by[id] or _ranked((id, by[id][0]), view)[0] == id)
+    )
 
 
 def _most_are_here(record: Record, view: View) -> bool:

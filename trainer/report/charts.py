@@ -153,7 +153,7 @@ def losses_over_rounds(run: RunRecord) -> Chart | None:
 
     caption = "Training: the samples-weighted mean of the workers' losses in the round."
     if np.isfinite(held_out).any():
-        caption += " Held out: text that training never sees, scored with the global parameters after the round."
+        caption += " Held out: samples that training never sees, scored with the global parameters after the round."
     return drawn("losses-over-rounds", "Loss over rounds", caption, [draw])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trainer.files import write_text
-from trainer.report.record import LOSS_UNITS, RunRecord, number, read_run, write_summary
+from trainer.report.record import LOSS_UNITS, TOKENS, RunRecord, number, read_run, write_summary
 
 MOST_ROWS = 200  # of the table of rounds, and of the lists of events
 MOST_CLASSES = 20  # of a confusion matrix that is shown
@@ -170,8 +170,8 @@ def _tiles(run: RunRecord) -> list[Tile]:
         note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} a worker stood still to synchronise"
         tiles.append(Tile("Exposed", f"{100 * run.exposed_share:.1f}", "% of the rounds", note))
     if run.samples and wall > 0:
-        rate, unit = (run.tokens, "tokens a second") if run.tokens else (run.samples, "samples a second")
-        tiles.append(Tile("Throughput", short(rate / wall), unit, f"over {seconds(wall)} of wall time"))
+        rate, unit = (run.tokens, TOKENS.get(run.task, "tokens")) if run.tokens else (run.samples, "samples")
+        tiles.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
     if math.isfinite(run.goodput):
         tiles.append(
             Tile("Goodput", f"{100 * run.goodput:.1f}", "% of wall time", "spent in inner steps that were kept")
@@ -182,7 +182,8 @@ def _tiles(run: RunRecord) -> list[Tile]:
 def _scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the evaluation's table: a score, the model's, and the baseline's where it has one."""
     bits, baseline = (number(evaluation.get(name)) for name in ("bits_per_byte", "unigram_bits_per_byte"))
-    unit = LOSS_UNITS.get(str(evaluation.get("task", "language_modelling")), "")
+    task = str(evaluation.get("task", "language_modelling"))
+    unit, tokens = LOSS_UNITS.get(task, ""), TOKENS.get(task, "tokens")
     rows = [
         ("Bits a byte", evaluation.get("bits_per_byte"), evaluation.get("unigram_bits_per_byte"), "{:.4f}"),
         ("Compressed to", bits / 8 * 100, baseline / 8 * 100, "{:.1f} %"),
@@ -194,7 +195,7 @@ def _scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("Fréchet distance", evaluation.get("frechet"), evaluation.get("shuffled_frechet"), "{:.3f}"),
         (f"Loss ({unit})" if unit else "Loss", evaluation.get("loss"), evaluation.get("constant_loss"), "{:.4f}"),
         ("Perplexity", evaluation.get("perplexity"), None, "{:,.2f}"),
-        ("Tokens a second", evaluation.get("tokens_per_second"), None, "{:,.0f}"),
+        (f"{tokens.capitalize()} a second", evaluation.get("tokens_per_second"), None, "{:,.0f}"),
     ]
     found = []
     for name, model, trivial, form in rows:

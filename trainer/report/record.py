@@ -50,7 +50,14 @@ class Series:
         return self._columns[column]
 
 
-# By task; a game's loss has none.
+# What a task's `tokens` are, and the unit of its loss; a game's has none.
+TOKENS = {
+    "language_modelling": "tokens",
+    "image_classification": "pictures",
+    "image_generation": "pictures",
+    "node_classification": "nodes",
+    "speech_recognition": "seconds of sound",
+}
 LOSS_UNITS = {
     "language_modelling": "nats a token",
     "image_classification": "nats a picture",
@@ -160,15 +167,19 @@ class RunRecord:
         return self._newest_start.get("parameters")
 
     @cached_property
-    def loss_unit(self) -> str:
-        """The unit of the run's losses, "" where there is none."""
+    def task(self) -> str:
+        """What the model is trained for, "" if that is not known."""
         from trainer import models
 
         try:
-            task = models.resolve(str(self.config.get("model"))).family.task
+            return models.resolve(str(self.config.get("model"))).family.task
         except ConfigError:
             return ""
-        return LOSS_UNITS.get(task, "")
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of the run's losses, "" where there is none."""
+        return LOSS_UNITS.get(self.task, "")
 
     @cached_property
     def status(self) -> str:
