@@ -68,7 +68,7 @@ class Member:
         self.client.revoke(self.lease)
 
     def _hold(self, state: State) -> None:
-        self._put(f"members/{self.id}", {**self.place, "holds": asdict(state)}, self.lease)
+        self._put(f"members/{self.id}", {**self.place, "holds": asdict(state), "speed": 0.0}, self.lease)
 
     def _put(self, key: str, value: dict[str, Any], lease: int = 0) -> None:
         self.requests += 1

@@ -52,11 +52,11 @@ and is told with its next share how many to make for each of the schedule's: its
 mean of all paces is 1: a round takes as many samples as with equal members.
 
 Why it is live. Once no more members are missing than have arrived, those are waited for `grace_period` at most (while
-more are missing, for `stall_limit`); one whose lease ended, or whom most suspect, not at all. Whoever does not vote
-is waited for `grace_period` after the first vote. A retry is waited for `collective_timeout` + 1 s at most, because all
-members of a failed collective notice within that time. Of two that cannot talk to each other (their arrivals say so
-again) one is left out. Who arrives too late for an attempt is waited for in the next round, or it would be too late for
-ever.
+more are missing, for `stall_limit`); one whose lease ended, or whom most suspect, or one that ranks before it, not at
+all. Whoever does not vote is waited for `grace_period` after the first vote. A retry is waited for `collective_timeout`
++ 1 s at most, because all members of a failed collective notice within that time. Of two that cannot talk to each other
+(their arrivals say so again) the last in rank is left out. Who arrives too late for an attempt is waited for in the
+next round, or it would be too late for ever.
 If nobody is left who holds the state, the run goes on, after `forget_period`, from what there is.
 
 Everything below is a pure function of a record, a view of the other keys, and how long a situation has lasted.
@@ -510,13 +510,14 @@ def _open(
     base: State,
     kept: Mapping[str, Share],
     committed: Outcome | None,
-    paces: Mapping[str, float],
+    pace: Mapping[str, float],
     rules: Rules,
     stock: Mapping[str, tuple[Range, ...]] | None = None,
 ) -> Record:
     """The round after `base` at its beginning, with a new share for each of `members`.
 
     Args:
+        pace: Of each of `members`.
         stock: What some keep of their shares (`Rules.stock` is 2); the new share is that, filled up. Another term would
             deal it anew: so it is among the tails of `base`.
     """
@@ -527,8 +528,8 @@ def _open(
     shares = dict(kept)
     for id in members:
         held = stock.get(id, ())
-        cursor, ranges = deal(cursor, _supply(base.step, paces[id], rules) - count(held))
-        shares[id] = Share(term, base.round + 1, (*held, *ranges), paces[id])
+        cursor, ranges = deal(cursor, _supply(base.step, pace[id], rules) - count(held))
+        shares[id] = Share(term, base.round + 1, (*held, *ranges), pace[id])
     return Record(term, base.round + 1, 1, "gather", members, (), base, cursor, length, shares, committed)
 
 
