@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.diloco.codecs import kernels
 from trainer.diloco.codecs.codec import Codec
 
-_SCALE_BYTES = 2
-_TINY = torch.finfo(torch.float32).tiny  # below, numbers count as zeros
 _ROUND_UP = 1 + 2**-8  # a bfloat16 keeps 8 significant bits: times this, it is not below the number it was made from
 
 
@@ -45,25 +44,16 @@ class Bf16(Codec):
 
 
 class _Scaled(Codec):
-    """A scale, and small integers times it: `x ≈ scale · level`, with `per_byte` levels in a byte.
-
-    The levels of a byte are taken from equally many equal parts of the block, so that packing works on whole vectors.
-    """
+    """A scale, and small integers that count it: `x ≈ scale · (level − zero)`, with `per_byte` levels in a byte."""
 
     def __init__(self, block: int, per_byte: int, feedback: float, mean: Codec | None) -> None:
         if block % per_byte:
             raise ValueError(f"a block of {block} numbers does not fill bytes of {per_byte}")
-        super().__init__(block, _SCALE_BYTES + block // per_byte, feedback, mean)
+        super().__init__(block, kernels.SCALE_BYTES + block // per_byte, feedback, mean)
 
-    def _rows(self, scale: Tensor) -> Tensor:
-        """Rows with their scale, (b,) bfloat16; the rest is to be filled."""
-        rows = torch.empty(len(scale), self.row, dtype=torch.uint8)
-        rows[:, :_SCALE_BYTES] = scale.view(-1, 1).view(torch.uint8)
-        return rows
-
-    def _scale(self, rows: Tensor) -> Tensor:
-        """The rows' scales, float32 (b, 1)."""
-        return rows[:, :_SCALE_BYTES].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+    def _rows(self, blocks: Tensor) -> Tensor:
+        """Memory for the rows of blocks."""
+        return torch.empty(len(blocks), self.row, dtype=torch.uint8)
 
 
 class Integer(_Scaled):
@@ -75,31 +65,18 @@ class Integer(_Scaled):
 
     def __init__(self, bits: int, block: int = 256, feedback: float = 0.0, mean: Codec | None = None) -> None:
         super().__init__(block, 8 // bits, feedback, mean)
-        self.bits, self.levels = bits, {8: 127, 4: 7, 2: 2}[bits]
+        self.bits = bits
+        self.levels, zero, least = {8: (127, 128.0, 1), 4: (7, 8.0, 1), 2: (2, 1.5, 0)}[bits]
+        self._up, self._zero, self._least = np.float32(_ROUND_UP / self.levels), np.float32(zero), np.float32(least)
 
     def encode(self, blocks: Tensor) -> Tensor:
-        largest = torch.maximum(blocks.amax(1), blocks.amin(1).neg_())
-        scale = largest.mul_(_ROUND_UP / self.levels).to(torch.bfloat16)
-        rows = self._rows(scale)
-        levels = blocks * _inverse(scale)
-        if self.bits == 8:
-            rows[:, _SCALE_BYTES:].view(torch.int8).copy_(levels.round_())
-            return rows
-        # Of four bits: −7 … 7 as 1 … 15. Of two: −3/2 … 3/2 as 0 … 3.
-        levels = levels.round_().add_(8) if self.bits == 4 else levels.add_(2).floor_().clamp_(0, 3)
-        *parts, packed = _bytes(levels).chunk(8 // self.bits, dim=1)
-        for part in reversed(parts):
-            packed = packed.bitwise_left_shift(self.bits).bitwise_or_(part)
-        rows[:, _SCALE_BYTES:] = packed
+        rows = self._rows(blocks)
+        kernels.encode_levels(blocks.numpy(), rows.numpy(), self.bits, self._up, self._zero, self._least)
         return rows
 
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
-        scale, packed = self._scale(rows), rows[:, _SCALE_BYTES:]
-        if self.bits == 8:
-            return out.copy_(packed.view(torch.int8)).mul_(scale)
-        for index, part in enumerate(out.chunk(8 // self.bits, dim=1)):
-            part.copy_((packed >> (self.bits * index)).bitwise_and_((1 << self.bits) - 1).view(torch.int8))
-        return out.sub_(8 if self.bits == 4 else 1.5).mul_(scale)
+        kernels.decode_levels(rows.numpy(), out.numpy(), self.bits, self._zero)
+        return out
 
 
 class Int8(Integer):
@@ -133,25 +110,13 @@ class Ternary(_Scaled):
         super().__init__(block, 5, feedback, mean)
 
     def encode(self, blocks: Tensor) -> Tensor:
-        magnitude = blocks.abs()
-        threshold = magnitude.mean(1).mul_(0.7)
-        levels = blocks * _inverse(threshold)
-        levels.clamp_(-1, 1).trunc_()  # 0 where the number is below the threshold, else its sign
-        count = torch.linalg.vecdot(levels, levels).clamp_(min=1)
-        rows = self._rows(torch.linalg.vecdot(blocks, levels).div_(count).to(torch.bfloat16))
-        *parts, packed = _bytes(levels.add_(1)).chunk(5, dim=1)
-        for part in reversed(parts):
-            packed = packed.mul(3).add_(part)
-        rows[:, _SCALE_BYTES:] = packed
+        rows = self._rows(blocks)
+        kernels.encode_ternary(blocks.numpy(), rows.numpy(), np.float32(0.7))
         return rows
 
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
-        rest = rows[:, _SCALE_BYTES:].to(torch.int32)
-        for part in out.chunk(5, dim=1):
-            quotient = (rest * 171).bitwise_right_shift_(9)  # rest // 3, for what fits into a byte
-            part.copy_(rest.sub_(quotient, alpha=3))
-            rest = quotient
-        return out.sub_(1).mul_(self._scale(rows))
+        kernels.decode_ternary(rows.numpy(), out.numpy())
+        return out
 
 
 class Sign(_Scaled):
@@ -167,21 +132,10 @@ class Sign(_Scaled):
         super().__init__(block, 8, feedback, mean)
 
     def encode(self, blocks: Tensor) -> Tensor:
-        rows = self._rows(blocks.abs().mean(1).to(torch.bfloat16))
-        rows[:, _SCALE_BYTES:] = torch.from_numpy(np.packbits(blocks.numpy() > 0, axis=1))
+        rows = self._rows(blocks)
+        kernels.encode_signs(blocks.numpy(), rows.numpy())
         return rows
 
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
-        scale = self._scale(rows)
-        bits = torch.from_numpy(np.unpackbits(rows[:, _SCALE_BYTES:].numpy(), axis=1))
-        return out.copy_(bits.view(torch.int8)).mul_(2 * scale).sub_(scale)
-
-
-def _bytes(levels: Tensor) -> Tensor:
-    """uint8 of float32 levels from 0 to 127. (Through int8: torch has a fast way for that alone.)"""
-    return levels.to(torch.int8).view(torch.uint8)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, float32 (b, 1); 0 where that would not be finite."""
-    return torch.where(scale >= _TINY, scale.float().reciprocal(), 0.0).unsqueeze(1)
+        kernels.decode_levels(rows.numpy(), out.numpy(), 1, np.float32(0.5))
+        return out

@@ -1,0 +1,157 @@
+"""The loops over the numbers of a block that torch would need many passes for, compiled by numba.
+
+Rows are uint8 (b, 2 + w): the bits of a bfloat16 scale, lowest byte first, and w bytes of levels. A byte's levels are
+taken from as many equal parts of the block, the first part's level in the lowest digit, so that every loop goes over
+whole vectors.
+
+Decoding gives the same bits on every machine: its arithmetic is as it is written. Encoding may sum in any order: what
+a member has coded, all decode.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Kernel = TypeVar("Kernel", bound=Callable[..., None])
+Floats, Bytes = NDArray[np.float32], NDArray[np.uint8]
+
+SCALE_BYTES = 2
+TINY = np.finfo(np.float32).tiny  # scales below count as 0
+ROUND = np.float32(2**23)  # what it is added to has been rounded to an integer, which is in its lowest bits
+# numba makes 64 bits of any integer that has fewer, unless it is told at every step; then vectors are half as wide.
+i4, u4, f4 = np.int32, np.uint32, np.float32
+
+
+def _compiled(kernel: Kernel, **options: Any) -> Kernel:
+    """It lets other threads run meanwhile. What has been compiled is kept for other processes, if there is a place."""
+    try:
+        compiled: Kernel = njit(nogil=True, error_model="numpy", cache=True, **options)(kernel)
+    except RuntimeError:  # neither the package's directory nor the user's cache can be written to
+        compiled = njit(nogil=True, error_model="numpy", **options)(kernel)
+    return compiled
+
+
+def _encoder(kernel: Kernel) -> Kernel:
+    return _compiled(kernel, fastmath={"nnan", "ninf", "nsz", "reassoc"})
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _put_scale(scale: np.float32, row: Bytes) -> np.float32:
+    """Write it, rounded to bfloat16 (to nearest, ties to even), and return what it is then."""
+    bits = np.int64(f4(scale).view(u4))
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    row[0], row[1] = np.uint8(bits & 0xFF), np.uint8(bits >> 8)
+    return u4(bits << 16).view(f4)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _scale_of(row: Bytes) -> np.float32:
+    return u4((np.int64(row[0]) | np.int64(row[1]) << 8) << 16).view(f4)
+
+
+@_encoder
+def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: np.float32, least: np.float32) -> None:
+    """Levels of 8, 4 or 2 bits, evenly spaced: `zero` + x / scale to the nearest, from `least` to 2^`bits` − 1.
+
+    Args:
+        up: The scale is the block's largest magnitude times this.
+    """
+    width = rows.shape[1] - SCALE_BYTES
+    most = f4((1 << bits) - 1)
+    packed = np.empty(width, i4)
+    for number in range(len(blocks)):
+        block, row = blocks[number], rows[number]
+        largest = u4(0)  # as integers, magnitudes are ordered as they are
+        for i in range(block.size):
+            largest = max(largest, u4(f4(block[i]).view(u4) & u4(0x7FFFFFFF)))
+        scale = _put_scale(u4(largest).view(f4) * up, row)
+        inverse = f4(1) / scale if scale >= TINY else f4(0)
+        packed[:] = 0
+        for digit in range(8 // bits):
+            part, shift = block[digit * width : (digit + 1) * width], i4(bits * digit)
+            for i in range(width):
+                level = f4(min(max(f4(part[i] * inverse + zero), least), most) + ROUND)
+                packed[i] |= i4(i4(level.view(i4) & 0xFF) << shift)
+        for i in range(width):
+            row[SCALE_BYTES + i] = np.uint8(packed[i])
+
+
+@_compiled
+def decode_levels(rows: Bytes, out: Floats, bits: int, zero: np.float32) -> None:
+    """(level − `zero`) times the scale, for levels of 8, 4, 2 or 1 bits."""
+    width = rows.shape[1] - SCALE_BYTES
+    mask = i4((1 << bits) - 1)
+    for number in range(len(rows)):
+        row, block = rows[number], out[number]
+        scale = _scale_of(row)
+        for digit in range(8 // bits):
+            shift = i4(bits * digit)
+            for i in range(width):
+                level = i4(i4(i4(row[SCALE_BYTES + i]) >> shift) & mask)
+                block[digit * width + i] = f4(f4(level) - zero) * scale
+
+
+@_encoder
+def encode_ternary(blocks: Floats, rows: Bytes, least: np.float32) -> None:
+    """Whether numbers are below, within or above ± `least` times the mean magnitude. The scale is the mean magnitude of
+    those that are not within."""
+    width = rows.shape[1] - SCALE_BYTES
+    packed = np.empty(width, i4)
+    for number in range(len(blocks)):
+        block, row = blocks[number], rows[number]
+        total = f4(0)
+        for i in range(block.size):
+            total += abs(block[i])
+        threshold = f4(total * least / f4(block.size))
+        total, count = f4(0), f4(0)
+        for i in range(block.size):
+            outside = abs(block[i]) > threshold
+            total += abs(block[i]) if outside else f4(0)
+            count += f4(1) if outside else f4(0)
+        _put_scale(total / max(count, f4(1)), row)
+        packed[:] = 0
+        for digit in range(4, -1, -1):
+            part = block[digit * width : (digit + 1) * width]
+            for i in range(width):
+                packed[i] = i4(packed[i] * 3 + 1 + (part[i] > threshold) - (part[i] < -threshold))
+        for i in range(width):
+            row[SCALE_BYTES + i] = np.uint8(packed[i])
+
+
+@_compiled
+def decode_ternary(rows: Bytes, out: Floats) -> None:
+    width = rows.shape[1] - SCALE_BYTES
+    rest = np.empty(width, i4)
+    for number in range(len(rows)):
+        row, block = rows[number], out[number]
+        scale = _scale_of(row)
+        for i in range(width):
+            rest[i] = row[SCALE_BYTES + i]
+        for digit in range(5):
+            for i in range(width):
+                third = i4(i4(rest[i] * 171) >> 9)  # rest // 3, for what fits into a byte
+                block[digit * width + i] = f4(i4(rest[i] - third * 3 - 1)) * scale
+                rest[i] = third
+
+
+@_encoder
+def encode_signs(blocks: Floats, rows: Bytes) -> None:
+    """Whether numbers are above 0. The scale is twice the mean magnitude: how far the two levels are apart."""
+    width = rows.shape[1] - SCALE_BYTES
+    packed = np.empty(width, i4)
+    for number in range(len(blocks)):
+        block, row = blocks[number], rows[number]
+        total = f4(0)
+        for i in range(block.size):
+            total += abs(block[i])
+        _put_scale(f4(2) * total / f4(block.size), row)
+        packed[:] = 0
+        for digit in range(8):
+            part, shift = block[digit * width : (digit + 1) * width], i4(digit)
+            for i in range(width):
+                packed[i] |= i4(i4(part[i] > f4(0)) << shift)
+        for i in range(width):
+            row[SCALE_BYTES + i] = np.uint8(packed[i])
