@@ -42,6 +42,7 @@ from trainer.config import TrainingConfig
 from trainer.diloco import DDP, Commit, DiLoCo, LocalQuorum, Nesterov, Overlap, codecs
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.collective import weighted_mean
+from trainer.diloco.quorum import Take
 from trainer.diloco.state import Fragment
 from trainer.elastic.group import form_group, gloo_device
 from trainer.elastic.process import listen
@@ -119,9 +120,9 @@ class Members(LocalQuorum):
         self.group = group
         self.names = tuple(map(str, range(group.size())))
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
         self._round += 1
-        reduced = weighted_mean(self.group, pseudo_gradient, weight, fragment.codec, TIMEOUT)
+        reduced = weighted_mean(self.group, pseudo_gradient, weight, fragment.codec, TIMEOUT, take)
         return Commit(self._round, 1, self.names, fragment, reduced, None, None, 0.0)
 
 

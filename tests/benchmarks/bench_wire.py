@@ -5,10 +5,10 @@
 
 Workers are processes, one thread each, in a network namespace each, with an `eth0` that leads to a bridge. (This needs
 root. Where it is not allowed they are on loopback, and what needs an interface or a limited link is left out.) A
-synchronisation is what the product does once the others are there: `weighted_mean` over gloo with the codec, the hash
-of the vote, the outer step. What it agrees on with etcd is not in here. `gloo` is the yardstick: one plain all-reduce
-of the same float32 numbers, in the same process group. Codecs are set as the configuration has them by default; `demo`
-sends 32 coefficients a tile in 4 bits.
+synchronisation is what the product does once the others are there: `weighted_mean` over gloo, with the codec and, piece
+by piece, the outer step and the hash of the vote. What it agrees on with etcd is not in here. `gloo` is the
+yardstick: one plain all-reduce of the same float32 numbers, in the same process group. Codecs are set as the
+configuration has them by default; `demo` sends 32 coefficients a tile in 4 bits.
 
 bytes   What a worker sends in a round, for 2, 4 and 8 workers. The parameters are those of a GPT-NeoX with 124M of them
         (12 layers of 768, tied embedding, 50257 tokens), or fewer (see the column) where the machine could not hold
@@ -20,15 +20,16 @@ bytes   What a worker sends in a round, for 2, 4 and 8 workers. The parameters a
 time    Seconds, 2 workers, over links that `tc tbf` limits at both ends, and over one that nothing limits: medians of
         the slower worker, the methods alternating, after a first round that is not counted. `limit` is bytes sent /
         bandwidth, payload alone; headers take 4.6 % more, and acknowledgements of what comes the other way 2.2 %, so
-        that 1.07 is TCP's best. Targets: `x-limit` 1.10 for dense codecs; unlimited, `x-gloo` 1.5 for fp32. `model`
-        (from the model's parameters to the pseudo-gradient, and back) is in `whole` only. With --torchft, its DiLoCo
-        does the same, quorum and vote included (bench_faults.py says how to install it).
+        that 1.07 is TCP's best. Targets: `x-limit` 1.10 for dense codecs; unlimited, `x-gloo` 1.5 for fp32. `whole`
+        includes what is done with the model, from its parameters to the pseudo-gradient, and back. With --torchft, its
+        DiLoCo does the same, quorum and vote included (bench_faults.py says how to install it).
 overlap The same over the limited links while inner steps go on (of 20 ms that need no CPU): `exposed` is how long they
         stood still for it, median of the slower worker. Target: 5 % of `limit`.
 cpu     CPU seconds to encode and to decode 100M numbers, on one thread.
-memory  Bytes a parameter on the host, beside the model: what stays (global parameters, momentum, scratch, and the
-        residual of error feedback), and what a synchronisation of 2 workers takes beyond that at its peak. `coded`: a
-        mean as it is kept, for those who are late, of the last rounds; not counted.
+memory  Bytes a parameter on the host, beside the model, from what the kernel says of the process: what stays between
+        synchronisations (4 each for the global parameters, the momentum, both again for the next outer step, scratch;
+        with error feedback, the residual and the error), and what one of 2 workers takes beyond that at its peak.
+        `coded`: a mean as it is kept, for those who are late, of the last rounds; counted once, in the peak.
 
 It prints a table for each, and writes build/wire.json. It needs a quiet machine with 2 cores, and 10 minutes;
 with --quick everything is small, and it takes about one.
@@ -65,10 +66,10 @@ from tests.benchmarks.bench_quality import Members  # noqa: E402
 from tests.faults.harness import Network  # noqa: E402
 from trainer.diloco import DiLoCo, Overlap, codecs  # noqa: E402
 from trainer.diloco.codecs import Codec  # noqa: E402
-from trainer.diloco.collective import SLICE, Workspace, weighted_mean  # noqa: E402
+from trainer.diloco.collective import SLICE, Workspace, warm_up, weighted_mean  # noqa: E402
 from trainer.diloco.flat import FlatLayout  # noqa: E402
 from trainer.diloco.outer import Nesterov  # noqa: E402
-from trainer.diloco.state import GlobalState, hash_of  # noqa: E402
+from trainer.diloco.state import GlobalState  # noqa: E402
 from trainer.elastic.group import form_group, gloo_device  # noqa: E402
 from trainer.elastic.process import dying_with_parent, listen  # noqa: E402
 from trainer.files import write_json  # noqa: E402
@@ -86,7 +87,6 @@ FULL, HIDDEN, LAYERS = 123_653_376, 768, 12
 LOCAL_STEPS = 128
 STEP_SECONDS = 0.02
 HEADERS = 66  # bytes: Ethernet 14, IP 20, TCP 20 and its timestamps 12
-PARTS = ["model", "collective", "hash", "apply"]
 TIMEOUT = timedelta(seconds=60)
 HELD = 48  # bytes a parameter that a worker holds at its peak, about
 
@@ -118,9 +118,11 @@ class Worker:
         self.shapes = shapes_of(parameters)
         self.layout = FlatLayout(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in self.shapes]))
         self.drift = torch.randn(self.layout.size, generator=torch.Generator().manual_seed(rank)).mul_(1e-3)
+        for method in METHODS:
+            warm_up(codec_of(method, self.shapes), Nesterov())  # before memory is measured
+        self.before = _status("VmRSS")
         self.state = GlobalState(self.layout.gather(self.layout.empty()), Nesterov())
         self.scratch = torch.zeros(self.layout.size)
-        self.state.apply(self.scratch, 1, self.scratch.clone())  # its memory is touched
         self.codecs: dict[str, Codec] = {}
         self.workspace = Workspace()
         self.residuals: dict[str, Tensor] = {}
@@ -129,40 +131,31 @@ class Worker:
         return self.layout.size
 
     def synchronise(self, method: str) -> Row:
-        """Seconds of each part of a synchronisation, and bytes sent."""
+        """Seconds of a synchronisation, without and with what is done to the model, and bytes sent."""
         if method not in self.codecs and method != RAW:
             self.codecs[method] = codec_of(method, self.shapes)
-        theta, seconds = self.state.parameters, dict.fromkeys(PARTS, 0.0)
+        theta = self.state.parameters
         self.layout.scatter(torch.sub(theta, self.drift, out=self.scratch))  # as if inner steps had been made
         self.group.allreduce([torch.zeros(1)]).wait()
-        before, mark = self.sent(), time.perf_counter()
-
-        def took(part: str) -> None:
-            nonlocal mark
-            now = time.perf_counter()
-            seconds[part], mark = seconds[part] + now - mark, now
-
+        before, marks = self.sent(), [time.perf_counter()]
         torch.sub(theta, self.layout.gather(self.scratch), out=self.scratch)
         if method in self.residuals:
             self.scratch.add_(self.residuals[method], alpha=self.codecs[method].feedback)
-        took("model")
+        marks.append(time.perf_counter())
         if method == RAW:
             self.group.allreduce([self.scratch]).wait()
-            took("collective")
+            marks += 2 * [time.perf_counter()]
         else:
-            reduced = weighted_mean(self.group, self.scratch, 1.0, self.codecs[method], TIMEOUT, self.workspace)
-            took("collective")
-            hash_of(*(rows for _, rows in reduced.coded))
-            took("hash")
-            self.state.apply(reduced.mean, LOCAL_STEPS, self.scratch)
-            took("apply")
+            made, codec = self.state.begin(self.state.fragments[-1]), self.codecs[method]
+            reduced = weighted_mean(self.group, self.scratch, 1.0, codec, TIMEOUT, made.add, self.workspace)
+            self.state.take(made, LOCAL_STEPS)
+            marks.append(time.perf_counter())
             if reduced.error is not None:
                 self.residuals.setdefault(method, torch.empty_like(theta)).copy_(reduced.error)
-            self.layout.scatter(theta)
-            took("model")
+            self.layout.scatter(self.state.parameters)
+            marks.append(time.perf_counter())
             self.coded = sum(rows.nbytes for _, rows in reduced.coded) / self.layout.size
-        whole = sum(seconds.values())
-        return {"seconds": whole - seconds["model"], "whole": whole, "sent": self.sent() - before, **seconds}
+        return {"seconds": marks[2] - marks[1], "whole": marks[3] - marks[0], "sent": self.sent() - before}
 
     def overlap(self, method: str, seconds: float, rounds: int) -> Row:
         """How long inner steps stand still for a synchronisation that goes on beside them, and bytes sent by each.
@@ -203,16 +196,18 @@ class Worker:
         sent, packets = (int((counters / f"tx_{unit}").read_text()) if INSIDE else 0 for unit in ("bytes", "packets"))
         return self.sent(), sent - HEADERS * packets
 
-    def peak(self, method: str) -> tuple[float, float]:
-        """Bytes a parameter: that a synchronisation takes at its peak beyond what stays, and of the coded mean."""
-        self.synchronise(method)
+    def memory(self, method: str) -> tuple[float, float, float]:
+        """Bytes a parameter: that stay, that a synchronisation takes beyond that at its peak, and of the coded mean."""
+        self.residuals.clear()
+        self.workspace = Workspace()
+        for _ in range(2):
+            self.synchronise(method)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
-        before = _status("VmRSS")
+        stays = _status("VmRSS")
         self.synchronise(method)
-        peak = (_status("VmHWM") - before) / self.layout.size
-        self.residuals.clear()
-        return peak, self.coded
+        numbers = self.layout.size
+        return (stays - self.before) / numbers, (_status("VmHWM") - stays) / numbers, self.coded
 
 
 def _status(field: str) -> int:
@@ -443,15 +438,15 @@ def measure_cpu(arguments: argparse.Namespace, network: Links | None) -> Iterato
     values = torch.randn(size, generator=torch.Generator().manual_seed(0))
     for method in arguments.methods:
         codec, encode, decode = codec_of(method, shapes), [], []
-        out = torch.cat(codec.arrange(values))
+        out = torch.empty_like(codec.arrange(values)[0])
         for _ in range(arguments.repetitions + 1):
             marks = [time.process_time()]
-            blocks = torch.cat(codec.arrange(values)).split(max(1, SLICE // codec.block))  # as the product has them
+            blocks = codec.arrange(values)[0].split(max(1, SLICE // codec.block))  # as the product has them
             rows = [codec.encode(part) for part in blocks]
             marks.append(time.process_time())
             for coded, part in zip(rows, out.split(len(blocks[0])), strict=True):
                 codec.decode(coded, part)
-            codec.restore(out, size)
+            codec.restore(out, min(size, out.numel()))
             marks.append(time.process_time())
             encode.append((marks[1] - marks[0]) * 100e6 / size)
             decode.append((marks[2] - marks[1]) * 100e6 / size)
@@ -462,8 +457,7 @@ def measure_cpu(arguments: argparse.Namespace, network: Links | None) -> Iterato
 def measure_memory(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
     with Crew("ours", 2, network, parameters=arguments.parameters) as crew:
         for method in arguments.methods:
-            peak, coded = crew.ask("peak", method)[0]
-            stays = 16 if codec_of(method, shapes_of(arguments.parameters)).feedback else 12
+            stays, peak, coded = crew.ask("memory", method)[0]
             yield {"method": method, "stays": stays, "peak": peak, "together": stays + peak, "coded": coded}
 
 
@@ -471,8 +465,7 @@ def measure_memory(arguments: argparse.Namespace, network: Links | None) -> Iter
 
 COLUMNS = {
     "bytes": "workers:d method:s parameters:,d meter:,.0f eth0:,.0f agree:ok MB/round:,.2f /fp32:.1f /DDP:,.0f",
-    "time": "link:s method:s model:.3f collective:.3f hash:.3f apply:.3f seconds:.3f whole:.3f sent:,.0f limit:.3f "
-    "x-limit:.2f x-gloo:.2f target:ok",
+    "time": "link:s method:s seconds:.3f whole:.3f sent:,.0f limit:.3f x-limit:.2f x-gloo:.2f target:ok",
     "overlap": "link:s method:s sent:,.0f limit:.3f exposed:.3f share:.1% target:ok",
     "cpu": "method:s bytes:.3f encode:.2f decode:.2f",
     "memory": "method:s stays:.1f peak:.1f together:.1f coded:.2f",

@@ -60,8 +60,13 @@ def _serve(pipe: Connection, config: TrainingConfig, rank: int, fingerprint: dic
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 
     def synchronise(quorum: FixedQuorum, value: float, weight: float, size: int) -> Any:
-        commit = quorum.synchronise(torch.full((size,), value), weight, Fragment(0, 0, size, Fp32()))
-        mean = commit.reduced.mean
+        mean = torch.empty(size)
+
+        def take(start: int, piece: torch.Tensor) -> None:
+            mean[start : start + len(piece)] = piece
+
+        commit = quorum.synchronise(torch.full((size,), value), weight, Fragment(0, 0, size, Fp32()), take)
+        assert torch.equal(mean, commit.reduced.coded[0][1])
         assert torch.equal(mean, mean[:1].expand(size))
         return commit.round, commit.members, mean[0].item(), commit.reduced.weight, commit.bytes_sent
 
@@ -72,7 +77,7 @@ def _serve(pipe: Connection, config: TrainingConfig, rank: int, fingerprint: dic
 
     def die_inside(quorum: FixedQuorum) -> None:
         setattr(quorum_module, "weighted_mean", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
-        quorum.synchronise(torch.ones(1), 1.0, Fragment(0, 0, 1, Fp32()))
+        quorum.synchronise(torch.ones(1), 1.0, Fragment(0, 0, 1, Fp32()), lambda *_: None)
 
     actions: dict[str, Callable[..., Any]] = {
         "die_inside": die_inside,

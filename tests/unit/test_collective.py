@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -45,9 +46,26 @@ def groups(size: int) -> Iterator[list[Any]]:
             meter.close()
 
 
-def reduce(members: list[Any], values: list[Tensor], weights: list[float], codec: Codec) -> list[Reduced]:
+@dataclass
+class Result:
+    """What a member has got."""
+
+    mean: Tensor = field(default_factory=lambda: torch.full((SIZE,), float("nan")))
+    reduced: Reduced = field(init=False)
+
+    def take(self, start: int, piece: Tensor) -> None:
+        assert self.mean[start : start + len(piece)].isnan().all(), "a piece came twice"
+        self.mean[start : start + len(piece)] = piece
+
+
+def reduce(members: list[Any], values: list[Tensor], weights: list[float], codec: Codec) -> list[Result]:
+    def one(group: Any, own: Tensor, weight: float) -> Result:
+        result = Result()
+        result.reduced = weighted_mean(group, own, weight, codec, TIMEOUT, result.take)
+        return result
+
     with ThreadPoolExecutor(len(members)) as pool:
-        return list(pool.map(lambda *of: weighted_mean(of[0], of[1], of[2], codec, TIMEOUT), members, values, weights))
+        return list(pool.map(one, members, values, weights))
 
 
 def values_of(count: int) -> list[Tensor]:
@@ -83,12 +101,13 @@ def test_the_mean_is_the_coded_mean_of_what_each_has_coded(
     with groups(size) as members:
         results = reduce(members, values, weights, codec)
     for result in results:
-        assert result.weight == sum(weights)
+        assert result.reduced.weight == sum(weights)
         assert torch.equal(result.mean, results[0].mean)
+        assert result.reduced.hash == results[0].reduced.hash
         # What a joiner makes of the coded mean, which reaches it flat, is the mean to the last bit.
-        flat = tuple((share, rows.view(-1)) for share, rows in result.coded)
+        flat = tuple((share, rows.view(-1)) for share, rows in result.reduced.coded)
         assert torch.equal(decoded(flat, codec, SIZE), results[0].mean)
-        assert result.error is None
+        assert result.reduced.error is None
     expected = mean_of(codec, values, weights)
     assert (results[0].mean - expected).norm() <= 1e-3 * expected.norm()
 
@@ -99,7 +118,7 @@ def test_with_feedback_nothing_is_lost(name: str) -> None:
     codec, values, weights = codec_of(name, feedback=0.9), values_of(3), [2.0, 1.0, 1.0]
     with groups(3) as members:
         results = reduce(members, values, weights, codec)
-    errors = [result.error for result in results]
+    errors = [result.reduced.error for result in results]
     kept = sum((error * (w / 4) for error, w in zip(errors, weights, strict=True) if error is not None))
     truth = sum((v * (w / 4) for v, w in zip(values, weights, strict=True)), torch.zeros(SIZE))
     assert torch.allclose(results[0].mean + kept, truth, atol=1e-7)
@@ -114,9 +133,11 @@ def test_who_is_not_finite_counts_nothing(name: str) -> None:
         nothing = reduce(members, [values[1], values[1]], [2.0, 5.0], codec)
     assert torch.equal(results[0].mean, results[1].mean)
     assert torch.allclose(results[0].mean, mean_of(codec, [values[0], torch.zeros(SIZE)], [1.0, 0.0]), atol=1e-6)
-    assert results[1].weight == 2.0
-    assert results[1].error is None
-    assert [(result.weight, result.mean.any().item()) for result in nothing] == [(0.0, False)] * 2
+    assert results[1].reduced.weight == 2.0
+    assert results[1].reduced.error is None
+    for result in nothing:
+        assert result.reduced.weight == 0 and not result.reduced.coded[0][1].any()
+        assert result.mean.isnan().all(), "there is no mean, but it was given one"
 
 
 def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +154,8 @@ def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch:
 
     monkeypatch.setattr(broken, "decode", die_soon)
     with groups(2) as members, ThreadPoolExecutor(2) as pool:
-        survivor = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, timedelta(seconds=1))
-        victim = pool.submit(weighted_mean, members[1], values[1], 1.0, broken, timedelta(seconds=1))
+        survivor = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, timedelta(seconds=1), Result().take)
+        victim = pool.submit(weighted_mean, members[1], values[1], 1.0, broken, timedelta(seconds=1), Result().take)
         assert isinstance(victim.exception(), SystemExit)
         assert isinstance(survivor.exception(), RuntimeError)
     assert all(torch.equal(one, other) for one, other in zip(values, before, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.diloco import DDP, Commit, DiLoCo, Fragment, GlobalState, LocalQuorum, Nesterov, Reduced, Superseded
+from trainer.diloco.quorum import Take
 
 
 class ThreadQuorum:
@@ -20,16 +21,17 @@ class ThreadQuorum:
     ) -> None:
         self.rank, self.world_size, self._barrier, self._table, self._round = rank, world_size, barrier, table, 0
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
         self._table[self.rank] = (pseudo_gradient, weight)
         self._barrier.wait(30)
         parts = [self._table[rank] for rank in range(self.world_size)]
         total = sum(part[1] for part in parts)
         mean = sum((part[0] * (part[1] / total) for part in parts), torch.zeros_like(pseudo_gradient))
         self._barrier.wait(30)
+        take(0, mean)
         self._round += 1
         members = tuple(str(rank) for rank in range(self.world_size))
-        return Commit(self._round, 1, members, fragment, Reduced(mean, total, ((1.0, mean),)), 0, 0, 0.0)
+        return Commit(self._round, 1, members, fragment, Reduced(total, ((1.0, mean),), ""), 0, 0, 0.0)
 
     def own_steps(self, length: int) -> int:
         return length
@@ -253,13 +255,14 @@ class Late:
         self.behind = self.refuses = False
         self.sent: list[tuple[Tensor, float]] = []
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
         if self.refuses:
             self.refuses = False
             raise Superseded
         self.sent.append((pseudo_gradient.clone(), weight))
         nothing = torch.zeros_like(pseudo_gradient)
-        return Commit(1, 1, ("late",), fragment, Reduced(nothing, weight, ((1.0, nothing),)), 0, 0, 0.0)
+        take(0, nothing)
+        return Commit(1, 1, ("late",), fragment, Reduced(weight, ((1.0, nothing),), ""), 0, 0, 0.0)
 
     def own_steps(self, length: int) -> int:
         return length
@@ -269,7 +272,7 @@ class Late:
         return behind
 
     def catch_up(self, state: GlobalState) -> bool:
-        state.apply(torch.ones_like(state.parameters), 4, torch.empty_like(state.parameters))
+        state.apply(torch.ones_like(state.parameters), 4)
         return True
 
     def applied(self, commit: Commit, state: GlobalState) -> None:
@@ -333,9 +336,9 @@ def test_an_unequal_worker_makes_steps_of_its_own_on_the_schedule_of_all(own: in
         def own_steps(self, length: int) -> int:
             return own
 
-        def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+        def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
             self.told = pseudo_gradient.clone(), weight
-            return super().synchronise(pseudo_gradient, weight, fragment)
+            return super().synchronise(pseudo_gradient, weight, fragment, take)
 
     model, quorum = make_model(), Quorum()
     optimizer = adamw(model)

@@ -13,6 +13,7 @@ from tests.unit.test_diloco import adamw, batches, loss_of, make_model, run_thre
 from trainer.diloco import Commit, DiLoCo, Fragment, GlobalState, Nesterov, Overlap, Reduced, Superseded
 from trainer.diloco.codecs import Sign
 from trainer.diloco.flat import FlatLayout
+from trainer.diloco.quorum import Take
 
 
 class Wide(nn.Module):
@@ -94,14 +95,15 @@ class Slow:
         self.go, self.refuses, self.behind = threading.Event(), False, False
         self.sent: list[tuple[Tensor, float]] = []
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
         assert self.go.wait(30)
         if self.refuses:
             self.refuses = False
             raise Superseded
         self.sent.append((pseudo_gradient.clone(), weight))
         mean = pseudo_gradient.clone()
-        return Commit(len(self.sent), 1, ("slow",), fragment, Reduced(mean, weight, ((1.0, mean),)), 0, 0, 0.0)
+        take(0, mean)
+        return Commit(len(self.sent), 1, ("slow",), fragment, Reduced(weight, ((1.0, mean),), ""), 0, 0, 0.0)
 
     def own_steps(self, length: int) -> int:
         return length
@@ -189,14 +191,15 @@ def test_a_round_that_went_on_without_it_while_it_was_on_its_way_is_carried() ->
 class Coding(Slow):
     """What a worker alone sends is coded all the same."""
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
         self.sent.append((pseudo_gradient.clone(), weight))
         codec = fragment.codec
         blocks = torch.cat(codec.arrange(pseudo_gradient))
         rows = codec.encode(blocks)
         mean = codec.restore(codec.decode(rows, torch.empty_like(blocks)), pseudo_gradient.numel())
-        reduced = Reduced(mean, weight, ((1.0, rows),), pseudo_gradient - mean)
-        return Commit(len(self.sent), 1, ("coding",), fragment, reduced, 0, 0, 0.0)
+        take(0, mean)
+        reduced = Reduced(weight, ((1.0, rows),), "", pseudo_gradient - mean)
+        return Commit(len(self.sent), 1, ("coding", "nobody"), fragment, reduced, 0, 0, 0.0)
 
 
 def test_what_a_codec_leaves_out_is_sent_later() -> None:

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.diloco import Averaged, Nesterov
+from trainer.diloco.outer import OuterOptimizer
 from trainer.models import biggan, gcn, plain
 from trainer.tasks import frechet, tasks
 from trainer.tasks.edit_distance import best_constant, edit_distance
@@ -143,16 +144,22 @@ def test_settled_buffers_are_a_function_of_the_parameters(name: str) -> None:
 
 def test_an_average_of_the_parameters_is_kept_beside_any_outer_steps() -> None:
     outer, decay = Averaged(Nesterov(0.7, 0.9), 0.8), 0.8
-    parameters, state = torch.randn(10), outer.initial_state(10)
-    plainly, own = parameters.clone(), Nesterov(0.7, 0.9).initial_state(10)
-    average = parameters.clone()
+    average = torch.randn(10)
+    averaged = {"model": average, **outer.initial_state(10)}
+    plain = {"model": average, **Nesterov(0.7, 0.9).initial_state(10)}
+
+    def after(outer: OuterOptimizer, mean: Tensor, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = {name: torch.empty(10) for name in before}
+        outer.step(mean, before, made)
+        return made
+
     for _ in range(5):
         mean = torch.randn(10)
-        parameters -= outer.update(mean, state, torch.empty(10))
-        plainly -= Nesterov(0.7, 0.9).update(mean, own, torch.empty(10))
-        average = decay * average + (1 - decay) * parameters
-    assert torch.equal(parameters, plainly)
-    assert torch.allclose(parameters + state["lag"], average, atol=1e-6)
+        averaged = after(outer, mean, averaged)
+        plain = after(Nesterov(0.7, 0.9), mean, plain)
+        average = decay * average + (1 - decay) * averaged["model"]
+    assert torch.equal(averaged["model"], plain["model"])
+    assert torch.allclose(averaged["model"] + averaged["lag"], average, atol=1e-6)
     assert Averaged.of(outer, 0.0) is outer
 
 

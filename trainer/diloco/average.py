@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.diloco.outer import OuterOptimizer
+from trainer.diloco.outer import OuterOptimizer, Tensors
 
 
 class Averaged:
@@ -27,11 +27,14 @@ class Averaged:
         """`outer` itself if there is nothing to average."""
         return cls(outer, decay) if decay else outer
 
+    @property
+    def replaces(self) -> bool:
+        return self.outer.replaces
+
     def initial_state(self, size: int) -> dict[str, Tensor]:
         return {**self.outer.initial_state(size), self.LAG: torch.zeros(size)}
 
-    def update(self, mean: Tensor, state: dict[str, Tensor], out: Tensor) -> Tensor:
-        own = {name: tensor for name, tensor in state.items() if name != self.LAG}
-        change = self.outer.update(mean, own, out)
-        state[self.LAG].add_(change).mul_(self.decay)
-        return change
+    def step(self, mean: Tensor, before: Tensors, after: Tensors) -> None:
+        self.outer.step(mean, before, after)
+        lag = torch.sub(before["model"], after["model"], out=after[self.LAG])
+        lag.add_(before[self.LAG]).mul_(self.decay)

@@ -1,40 +1,43 @@
 """The collective of a synchronisation: the weighted mean over a process group, in pieces, several on their way.
 
-*Numbers as they are* (fp32) are summed by gloo's all-reduce.
-
-*Coded numbers* cannot be summed on the way. A piece of the vector is cut into as many equal parts as there are members,
-and each member owns one: (1) everybody sends every owner its part, coded (a reduce-scatter); (2) the owner forms the
-mean in float32, codes it again, and (3) sends that to everybody (an all-gather). So a member sends 2 (n − 1) / n times
-the coded vector, as with a ring, and all of them, the owner too, decode the same bytes.
+A piece of the vector is cut into as many equal parts as there are members, and each member owns one: (1) everybody
+sends every owner its part, coded (a reduce-scatter); (2) the owner forms the mean in float32, codes it again, and (3)
+sends that to everybody (an all-gather). So a member sends 2 (n − 1) / n times the coded vector, as with a ring, and all
+of them, the owner too, decode the same bytes.
 
 Two members send no more if each sends the other everything: so they do, and nothing needs to be coded again.
 
-While a piece is on its way, later ones are coded and earlier ones decoded: on a slow link the codec costs next to
-nothing, and beside a fast one the link does.
+While a piece is on its way, later ones are coded, and earlier ones decoded and taken into the outer step: on a slow
+link that costs next to nothing, and beside a fast one the link does. Members send to each other directly, from the
+memory where the rows are and into that where they are kept: gloo's own collectives copy more often.
 
 *What is lost in coding* can be kept (`Codec.feedback`): by each member what its own message has left out; by the
 owner also what coding the mean has. Of that it keeps W / w times as much, which will count w / W, its share.
 """
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions  # the only one that torch.distributed does not export
-from torch.distributed import AllreduceOptions, AllToAllOptions, ReduceOp, Work
+from torch.distributed import AllreduceOptions, ReduceOp, Work
 
 from trainer.diloco.codecs import Codec, Fp32
-from trainer.diloco.quorum import Coded, Reduced, is_finite
+from trainer.diloco.compiled import Floats, compiled
+from trainer.diloco.outer import OuterOptimizer
+from trainer.diloco.quorum import Coded, Reduced, Take, is_finite
+from trainer.diloco.state import GlobalState
 
 CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
 IN_FLIGHT = 4  # pieces
+EXPECTED = 16  # pieces that are expected before they are sent: a sender must not have to ask first
 PIECES = 16  # so many at least, if they are not tiny: what cannot overlap is one piece's coding
 SMALLEST = 1 << 18  # numbers
-SLICE = 1 << 18  # numbers that are coded at once: a megabyte, so that a codec's passes stay in the cache
+SLICE = 1 << 17  # numbers that are coded or summed at once: what that reads and writes stays in the cache
 
 
 class Workspace:
@@ -52,7 +55,13 @@ class Workspace:
 
 
 def weighted_mean(
-    group: Any, values: Tensor, weight: float, codec: Codec, timeout: timedelta, workspace: Workspace | None = None
+    group: Any,
+    values: Tensor,
+    weight: float,
+    codec: Codec,
+    timeout: timedelta,
+    take: Take,
+    workspace: Workspace | None = None,
 ) -> Reduced:
     """The mean of the members' `values`, weighted by their weights.
 
@@ -60,11 +69,11 @@ def weighted_mean(
 
     Args:
         group: A ProcessGroupGloo.
-        values: float32 (n,), on the host, contiguous. Not changed: the mean is formed in memory of its own, so that an
-            attempt that fails can be made again.
+        values: float32 (n,), on the host, contiguous. Not changed, so that an attempt that fails can be made again.
         weight: At least 0.
         timeout: How long any one piece may take.
-        workspace: Where the result is to be put, if it was coded. By default into fresh memory, which is slower.
+        take: Gets the mean. It is not called if there is none, all weights being 0.
+        workspace: Where `Reduced.error` is to be put. By default into fresh memory, which is slower.
 
     Raises:
         RuntimeError: A member is gone, or a piece took too long.
@@ -73,141 +82,217 @@ def weighted_mean(
         weight = 0.0
     weights = torch.zeros(group.size(), dtype=torch.float64)
     weights[group.rank()] = weight
-    _all_reduce(group, weights, timeout).wait(timeout)
+    options = AllreduceOptions()
+    options.reduceOp, options.timeout = ReduceOp(ReduceOp.SUM), timeout
+    group.allreduce([weights], options).wait(timeout)
     total = float(weights.sum())
     if total == 0:
         return Reduced.nothing(values)
+    exchange = _OfTwo if group.size() == 2 else _OfMore
     shares = (weights / total).tolist()
-    if isinstance(codec, Fp32):
-        return _summed(group, values, shares[group.rank()], total, timeout)
-    return _Coded(group, codec, timeout, shares, workspace or Workspace()).run(values, total)
+    return exchange(group, codec, timeout, shares, take, workspace or Workspace()).run(values, total)
 
 
-def _summed(group: Any, values: Tensor, share: float, total: float, timeout: timedelta) -> Reduced:
-    """By all-reduce. Weights are applied before the sum, so that what comes out is the mean."""
-    mean = torch.empty_like(values)
-    works: deque[Work] = deque()
-    pieces = CHUNK_BYTES // mean.element_size()
-    for piece, own in zip(mean.split(pieces), values.split(pieces), strict=True):
-        if len(works) == IN_FLIGHT:
-            works.popleft().wait(timeout)
-        torch.mul(own, share, out=piece) if share else piece.zero_()
-        works.append(_all_reduce(group, piece, timeout))
-    for work in works:
-        work.wait(timeout)
-    return Reduced(mean, total, ((1.0, mean),))
+def warm_up(codec: Codec, outer: OuterOptimizer) -> None:
+    """Compile what a synchronisation needs, so that nobody has to wait for that in the first one."""
+    rows = codec.encode(torch.zeros(2, codec.block))
+    mean = _sum(codec, [(0.5, rows), (0.5, rows)], Workspace())
+    codec.mean.decode(codec.mean.encode(mean), mean)
+    GlobalState(torch.zeros(mean.numel()), outer).apply(mean.view(-1), 1)
 
 
 @dataclass
 class _Piece:
-    """Some blocks, and where in the coded vector their rows begin."""
+    """Some blocks, and where in the coded vector their rows begin.
 
+    Attributes:
+        came: Every member's rows of what is this one's to sum, by rank.
+        wanted, sent: What is on its way, in each of two stages.
+    """
+
+    number: int
     blocks: Tensor
     start: int
-    work: Any = None  # what of it is on its way
-    rows: Any = None  # uint8 (b, row): what that brings
+    came: list[Tensor] = field(default_factory=list)
+    wanted: list[list[Work]] = field(default_factory=lambda: [[], []])
+    sent: list[Work] = field(default_factory=list)
 
     @property
-    def stop(self) -> int:
-        return self.start + len(self.blocks)
+    def rows(self) -> slice:
+        return slice(self.start, self.start + len(self.blocks))
 
 
-class _Coded:
-    """One coded collective of one member.
+class _Exchange:
+    """One member's part in one collective.
 
     Args:
         shares: Every member's share of the sum of weights, by rank.
     """
 
-    def __init__(self, group: Any, codec: Codec, timeout: timedelta, shares: list[float], workspace: Workspace) -> None:
-        self.group, self.codec, self.timeout, self.shares = group, codec, timeout, shares
+    def __init__(
+        self, group: Any, codec: Codec, timeout: timedelta, shares: list[float], take: Take, workspace: Workspace
+    ) -> None:
+        self.group, self.codec, self.timeout, self.shares, self.take = group, codec, timeout, shares, take
         self.size, self.rank = group.size(), group.rank()
+        self.others = [rank for rank in range(self.size) if rank != self.rank]
         self.share = shares[self.rank]
+        self.plain = isinstance(codec, Fp32)
         self.workspace = workspace
+        self.digest = xxhash.xxh3_128()
 
     def run(self, values: Tensor, weight: float) -> Reduced:
-        codec, n = self.codec, values.numel()
+        codec, self.n = self.codec, values.numel()
         parts = codec.arrange(values if self.share else torch.zeros_like(values))  # 0 × NaN is NaN
         pieces, count = list(self._pieces(parts)), sum(map(len, parts))
         keep = codec.feedback > 0 and self.share > 0
-        self.mean = self.workspace.empty("mean", count, codec.block)
         self.error = self.workspace.empty("error", count, codec.block) if keep else None
-        # What the mean is the sum of.
-        row, shares = (codec.row, self.shares) if self.size == 2 else (codec.mean.row, [1.0])
-        self.coded = [torch.empty(count, row, dtype=torch.uint8) for _ in shares]
-        stages = [self._swap, self._take] if self.size == 2 else [self._send, self._reduce, self._take]
-        for turn in range(len(pieces) + (len(stages) - 1) * IN_FLIGHT):
-            for number, stage in enumerate(stages):
-                index = turn - number * IN_FLIGHT
-                if 0 <= index < len(pieces):
-                    stage(pieces[index])
-        left = None if self.error is None else codec.restore(self.error, n)
-        return Reduced(codec.restore(self.mean, n), weight, tuple(zip(shares, self.coded, strict=True)), left)
+        self.mean = None if codec.in_order else self.workspace.empty("mean", count, codec.block)
+        codec_of_mean, shares = self.means()
+        self.coded = [torch.empty(count, codec_of_mean.row, dtype=torch.uint8) for _ in shares]
+        stages = [self.expect, *self.stages()]
+        starts = [0, *(EXPECTED + number * IN_FLIGHT for number in range(len(stages) - 1))]
+        for turn in range(len(pieces) + starts[-1]):
+            for start, stage in zip(starts, stages, strict=True):
+                if 0 <= turn - start < len(pieces):
+                    stage(pieces[turn - start])
+        if self.mean is not None:
+            self.take(0, codec.restore(self.mean, self.n))
+        coded = [self.coded[0].view(-1).view(torch.float32)[: self.n]] if self.plain else self.coded
+        left = None if self.error is None else codec.restore(self.error, self.n)
+        return Reduced(weight, tuple(zip(shares, coded, strict=True)), self.digest.hexdigest(), left)
+
+    def means(self) -> tuple[Codec, list[float]]:
+        """What the mean is kept as: the sum of so many messages, each times its share; and their codec."""
+        raise NotImplementedError
+
+    def expect(self, piece: _Piece) -> None:
+        """Begin to take what the others will send of the piece."""
+        raise NotImplementedError
+
+    def stages(self) -> list[Callable[[_Piece], None]]:
+        """What is done to each piece, one after the other, while others are on their way."""
+        raise NotImplementedError
 
     def _pieces(self, parts: list[Tensor]) -> Iterator[_Piece]:
         block = self.codec.block
         numbers = min(max(sum(map(len, parts)) * block // PIECES, SMALLEST), CHUNK_BYTES * block // self.codec.row)
         step = max(numbers // (block * self.size), 1) * self.size
         start = 0
-        for part in parts:
-            for blocks in part.split(step):
-                if len(blocks):
-                    yield _Piece(blocks, start)
-                    start += len(blocks)
+        for number, blocks in enumerate(blocks for part in parts for blocks in part.split(step) if len(blocks)):
+            yield _Piece(number, blocks, start)
+            start += len(blocks)
+
+    def _encode(self, piece: _Piece, rows: Tensor) -> Tensor:
+        """The piece, coded, in memory for it; numbers as they are, where they are. What that leaves out is kept."""
+        if self.plain:
+            return self.codec.encode(piece.blocks)
+        for now in _slices(self.codec, rows):
+            blocks, coded = piece.blocks[now], rows[now]
+            coded.copy_(self.codec.encode(blocks))
+            if self.error is not None:
+                left = self.error[piece.rows][now]
+                torch.sub(blocks, self.codec.decode(coded, left), out=left)
+        return rows
+
+    def _receive(self, piece: _Piece, stage: int, into: dict[int, Tensor]) -> None:
+        """Begin to take the others' rows."""
+        tag = 2 * piece.number + stage
+        piece.wanted[stage] = [self.group.recv([into[rank]], rank, tag) for rank in self.others if len(into[rank])]
+
+    def _send(self, piece: _Piece, stage: int, rows: dict[int, Tensor]) -> None:
+        """Begin to send the others rows."""
+        tag = 2 * piece.number + stage
+        piece.sent += [self.group.send([rows[rank]], rank, tag) for rank in self.others if len(rows[rank])]
+
+    def _wait(self, piece: _Piece, stage: int) -> None:
+        for work in (*piece.wanted[stage], *piece.sent):
+            work.wait(self.timeout)
+        piece.wanted[stage], piece.sent = [], []
+
+    def _give(self, start: int, mean: Tensor, *kept: Tensor) -> None:
+        """Blocks of the mean, from the one of that number on, and what is kept of them."""
+        for rows in kept:
+            self.digest.update(cast(bytes, rows.numpy().data))
+        if self.mean is None:
+            start *= self.codec.block
+            self.take(start, mean.view(-1)[: self.n - start])
+        else:
+            self.mean[start : start + len(mean)] = mean
+
+
+class _OfTwo(_Exchange):
+    """Each sends the other everything."""
+
+    def means(self) -> tuple[Codec, list[float]]:
+        return self.codec, [1.0] if self.plain else self.shares  # numbers as they are: the mean itself
+
+    def stages(self) -> list[Callable[[_Piece], None]]:
+        return [self._swap, self._join]
+
+    def expect(self, piece: _Piece) -> None:
+        """The other's rows come to where they are kept; numbers as they are, to where their mean will be."""
+        piece.came = [coded[piece.rows] for coded in (self.coded[0], self.coded[-1])]
+        other = 1 - self.rank
+        self._receive(piece, 0, {other: piece.came[other]})
 
     def _swap(self, piece: _Piece) -> None:
-        """Code the piece, send it to the other, and put this member's share of it into the mean."""
-        rows = torch.empty(len(piece.blocks), self.codec.row, dtype=torch.uint8)
-        mean = self.mean[piece.start : piece.stop]
-        left = mean if self.error is None else self.error[piece.start : piece.stop]
-        for blocks, coded, out, lost in _slices(self.codec, piece.blocks, rows, mean, left):
-            self.codec.decode(coded.copy_(self.codec.encode(blocks)), out)
-            if self.error is not None:
-                torch.sub(blocks, out, out=lost)
-            out.mul_(self.share)
-        self._gather(piece, rows)
+        """Code the piece, and send it to the other."""
+        piece.came[self.rank] = self._encode(piece, piece.came[self.rank])
+        self._send(piece, 0, {1 - self.rank: piece.came[self.rank]})
 
-    def _send(self, piece: _Piece) -> None:
+    def _join(self, piece: _Piece) -> None:
+        """Form the mean of what both have coded."""
+        self._wait(piece, 0)
+        kept = self.coded[0][piece.rows].view(torch.float32) if self.plain else None
+        for now in _slices(self.codec, piece.blocks):
+            messages = [(share, rows[now]) for share, rows in zip(self.shares, piece.came, strict=True)]
+            mean = _sum(self.codec, messages, self.workspace, None if kept is None else kept[now])
+            self._give(piece.start + now.start, mean, *([mean] if self.plain else (rows for _, rows in messages)))
+
+
+class _OfMore(_Exchange):
+    """Each sends every owner what is his, and what is its own to all."""
+
+    def means(self) -> tuple[Codec, list[float]]:
+        return self.codec.mean, [1.0]
+
+    def stages(self) -> list[Callable[[_Piece], None]]:
+        return [self._scatter, self._reduce, self._gather]
+
+    def expect(self, piece: _Piece) -> None:
+        """The others' rows of what this member owns, and what they make of what they own."""
+        kept = self.coded[0][piece.rows].tensor_split(self.size)
+        piece.came = list(torch.empty(self.size, len(kept[self.rank]), self.codec.row, dtype=torch.uint8))
+        self._receive(piece, 0, dict(enumerate(piece.came)))
+        self._receive(piece, 1, dict(enumerate(kept)))
+
+    def _scatter(self, piece: _Piece) -> None:
         """Code the piece, and send each owner its part."""
-        rows = _encode(self.codec, piece.blocks, -(-len(piece.blocks) // self.size) * self.size)
-        if self.error is not None:
-            left = self.error[piece.start : piece.stop]
-            torch.sub(piece.blocks, _decode(self.codec, rows, left), out=left)
-        piece.rows, options = torch.empty_like(rows), AllToAllOptions()
-        options.timeout = self.timeout
-        piece.work = self.group.alltoall_base(piece.rows, rows, [], [], options)
+        rows = self._encode(piece, torch.empty(len(piece.blocks), self.codec.row, dtype=torch.uint8))
+        parts = rows.tensor_split(self.size)
+        piece.came[self.rank] = parts[self.rank]
+        self._send(piece, 0, dict(enumerate(parts)))
 
     def _reduce(self, piece: _Piece) -> None:
         """Form the mean of the part that this member owns, and send it to everybody."""
-        piece.work.wait(self.timeout)
-        part = len(piece.rows) // self.size
-        messages = list(zip(self.shares, piece.rows.chunk(self.size), strict=True))
-        total = _sum(self.codec, messages, torch.empty(part, self.codec.block))
-        rows = _encode(self.codec.mean, total, part)
-        if self.error is not None:
-            left = self.error[piece.start : piece.stop][self.rank * part : (self.rank + 1) * part]
-            total.sub_(_decode(self.codec.mean, rows, torch.empty_like(total)))
-            left.add_(total[: len(left)], alpha=1 / self.share)
-        self._gather(piece, rows)
+        self._wait(piece, 0)
+        codec, rows = self.codec.mean, self.coded[0][piece.rows].tensor_split(self.size)[self.rank]
+        for now in _slices(codec, rows):
+            messages = [(share, came[now]) for share, came in zip(self.shares, piece.came, strict=True)]
+            total = _sum(self.codec, messages, self.workspace)
+            coded = rows[now].copy_(codec.encode(total))
+            if self.error is not None:
+                left = self.error[piece.rows].tensor_split(self.size)[self.rank][now]
+                left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / self.share)
+        self._send(piece, 1, dict.fromkeys(self.others, rows))
 
-    def _take(self, piece: _Piece) -> None:
-        """Decode the piece's mean, or the other member's share of it."""
-        piece.work.wait(self.timeout)
-        mean = self.mean[piece.start : piece.stop]
-        rows = [rows[: len(piece.blocks)] for rows in piece.rows.chunk(len(self.coded))]
-        for coded, came in zip(self.coded, rows, strict=True):
-            coded[piece.start : piece.stop] = came
-        if self.size == 2:
-            _add(self.codec, rows[1 - self.rank], self.shares[1 - self.rank], mean)
-        else:
-            _decode(self.codec.mean, rows[0], mean)
-        piece.rows = piece.work = None
-
-    def _gather(self, piece: _Piece, rows: Tensor) -> None:
-        """Send rows to everybody."""
-        piece.rows, options = torch.empty(self.size * len(rows), rows.shape[1], dtype=torch.uint8), AllgatherOptions()
-        options.timeout = self.timeout
-        piece.work = self.group._allgather_base(piece.rows, rows, options)
+    def _gather(self, piece: _Piece) -> None:
+        """Decode the piece's mean."""
+        self._wait(piece, 1)
+        codec, rows = self.codec.mean, self.coded[0][piece.rows]
+        for now in _slices(codec, rows):
+            mean = codec.decode(rows[now], self.workspace.empty("sum", now.stop - now.start, codec.block))
+            self._give(piece.start + now.start, mean, rows[now])
 
 
 def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
@@ -216,49 +301,37 @@ def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
         return coded[0][1]
     inner = codec if len(coded) > 1 else codec.mean
     messages = [(share, rows.view(-1, inner.row)) for share, rows in coded]
-    return codec.restore(_sum(inner, messages, torch.empty(len(messages[0][1]), codec.block)), size)
+    blocks, workspace = torch.empty(len(messages[0][1]), codec.block), Workspace()
+    for now in _slices(codec, blocks):
+        _sum(inner, [(share, rows[now]) for share, rows in messages], workspace, blocks[now])
+    return codec.restore(blocks, size)
 
 
-def _all_reduce(group: Any, values: Tensor, timeout: timedelta) -> Work:
-    """Begin to sum `values` in place."""
-    options = AllreduceOptions()
-    options.reduceOp, options.timeout = ReduceOp(ReduceOp.SUM), timeout
-    return group.allreduce([values], options)
+def _sum(codec: Codec, messages: list[tuple[float, Tensor]], workspace: Workspace, out: Tensor | None = None) -> Tensor:
+    """The sum of what rows hold, each times its share. Of two it is the same, to the last bit, in either order.
+
+    Args:
+        out: Where to put it; by default into the workspace's "sum".
+    """
+    first, *others = messages
+    shape = len(first[1]), codec.block
+    out = workspace.empty("sum", *shape) if out is None else out
+    share, total = first[0], codec.decode(first[1], workspace.empty("one", *shape))
+    for other, rows in others:
+        values = codec.decode(rows, workspace.empty("another", *shape))
+        _weigh(total.numpy(), values.numpy(), out.numpy(), np.float32(share), np.float32(other))
+        share, total = 1.0, out
+    return out if others else torch.mul(total, share, out=out)
 
 
-def _encode(codec: Codec, blocks: Tensor, count: int) -> Tensor:
-    """`count` rows: blocks that are missing are zeros."""
-    rows = torch.empty(count, codec.row, dtype=torch.uint8)
-    for part, coded in _slices(codec, blocks, rows[: len(blocks)]):
-        coded.copy_(codec.encode(part))
-    if count > len(blocks):
-        rows[len(blocks) :] = codec.encode(torch.zeros(count - len(blocks), codec.block))
-    return rows
+@compiled
+def _weigh(first: Floats, second: Floats, out: Floats, share: np.float32, other: np.float32) -> None:
+    for row in range(len(out)):
+        for i in range(out.shape[1]):
+            out[row, i] = share * first[row, i] + other * second[row, i]
 
 
-def _decode(codec: Codec, rows: Tensor, out: Tensor) -> Tensor:
-    """Decode as many rows as `out` has blocks."""
-    for part, coded in _slices(codec, out, rows[: len(out)]):
-        codec.decode(coded, part)
-    return out
-
-
-def _sum(codec: Codec, messages: list[tuple[float, Tensor]], out: Tensor) -> Tensor:
-    """The sum of what rows hold, each times its share. Of two it is the same, to the last bit, in either order."""
-    (share, rows), *others = messages
-    _decode(codec, rows, out).mul_(share)
-    for share, rows in others:
-        _add(codec, rows, share, out)
-    return out
-
-
-def _add(codec: Codec, rows: Tensor, share: float, total: Tensor) -> None:
-    """Add `share` times what the rows hold: rounded before it is added, which `alpha` need not do."""
-    scratch = torch.empty(max(1, SLICE // codec.block), codec.block)
-    for part, coded in _slices(codec, total, rows):
-        part.add_(codec.decode(coded, scratch[: len(part)]).mul_(share))
-
-
-def _slices(codec: Codec, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of as many rows each, a slice at a time."""
-    return zip(*(part.split(max(1, SLICE // codec.block)) for part in rows), strict=True)
+def _slices(codec: Codec, rows: Tensor) -> Iterator[slice]:
+    """Of as many rows (or blocks), so large that what they hold stays in the cache."""
+    step = max(1, SLICE // codec.block)
+    return (slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step))

@@ -4,6 +4,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from trainer.diloco.diloco import DiLoCo
 from trainer.diloco.quorum import Commit
 
@@ -17,6 +19,7 @@ class DDP(DiLoCo):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._mean = self._layout.empty()
         self._total: Commit | None = None  # what the open round's synchronisations have summed up to
 
     def before_optimizer_step(self, samples: float = 1.0) -> None:
@@ -26,9 +29,12 @@ class DDP(DiLoCo):
         gradients = [parameter.grad for parameter in self._layout.parameters if parameter.grad is not None]
         if len(gradients) != len(self._layout.parameters):
             raise ValueError("every trainable parameter needs a gradient")
-        flat = self._layout.gather(self._scratch, gradients)
-        commit = self.quorum.synchronise(flat, samples, self.state.fragments[-1])
-        mean = commit.reduced.mean
+        flat, mean = self._layout.gather(self._scratch, gradients), self._mean
+
+        def take(start: int, piece: Tensor) -> None:
+            mean[start : start + len(piece)] = piece
+
+        commit = self.quorum.synchronise(flat, samples, self.state.fragments[-1], take)
         self._layout.scatter(mean if commit.reduced.weight > 0 else mean.fill_(float("nan")), gradients)
         last = self._total
         self._total = replace(
@@ -45,7 +51,7 @@ class DDP(DiLoCo):
         parameters = self._layout.gather(self._scratch)
         tensors = {**self.state.tensors, "model": parameters}
         self.state.load(self.state.round + 1, self.state.step + self.inner_steps, tensors)
-        commit = replace(self._total, round=self.state.round, reduced=replace(self._total.reduced, mean=parameters))
+        commit = replace(self._total, round=self.state.round)
         self.exposed_seconds = commit.seconds
         self._total = None
         self.inner_steps = 0

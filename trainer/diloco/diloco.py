@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.diloco.codecs import Codec, Fp32
+from trainer.diloco.collective import warm_up
 from trainer.diloco.flat import FlatLayout, Section
 from trainer.diloco.outer import Nesterov, OuterOptimizer
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, Superseded
-from trainer.diloco.state import Fragment, GlobalState
+from trainer.diloco.state import Fragment, GlobalState, OuterStep
 
 LOOK_INTERVAL = 0.25  # seconds
 
@@ -48,14 +49,14 @@ class _Landing:
     """What a synchronisation that is over has left to do. It was worked out beside the inner steps.
 
     Attributes:
-        tensors: The fragment's part of the global state after the outer step; None: there is no outer step.
+        made: The outer step; None: there is none.
         shift: What to add to the local parameters, float32 (n,).
         residual: What the codec has left out of this worker's message, float32 (n,); None: nothing.
         offset: How far from θ this worker begins, float32 (n,); None: it begins there.
     """
 
     commit: Commit
-    tensors: dict[str, Tensor] | None
+    made: OuterStep | None
     shift: Tensor
     residual: Tensor | None
     offset: Tensor | None
@@ -148,13 +149,14 @@ class DiLoCo:
         self.inner_steps = 0
         self.exposed_seconds = 0.0
         self._layout = FlatLayout(model)
-        codec = codec or Fp32()
+        codec, outer = codec or Fp32(), outer or Nesterov()
+        warm_up(codec, outer)
         self._sections = self._layout.sections(fragments) if fragments > 1 else []
         self._sections += self._layout.sections(1)  # the whole
         self._parts = max(1, len(self._sections) - 1)
         self.state = GlobalState(
             self._layout.gather(self._layout.empty()),
-            outer or Nesterov(),
+            outer,
             [
                 Fragment(index, section.start, section.stop, codec.of([part.shape for part in self._local(section)]))
                 for index, section in enumerate(self._sections)
@@ -268,16 +270,20 @@ class DiLoCo:
         pseudo_gradient = self._pseudo_gradient(
             fragment, self._gathered(fragment), self._carried, self._scales(fragment)
         )
+        made = self.state.begin(fragment)
         try:
-            commit = self.quorum.synchronise(pseudo_gradient, self.samples, fragment)
+            commit = self.quorum.synchronise(pseudo_gradient, self.samples, fragment, made.add)
         except Superseded:
             self.catch_up(arrived=True)
             return None
-        alone = len(commit.members) == 1 and torch.equal(commit.reduced.mean, pseudo_gradient)
-        update = self._apply(commit, self.round_length)
-        if alone and update is commit.reduced.mean and self._carried is None and self._parts == 1:
-            # θ − (θ − θᵢ) is θᵢ but for rounding: with one worker and outer SGD of rate 1, exactly so.
-            self._layout.gather(self.state.parameters)
+        if commit.reduced.weight == 0:
+            self.state.skip(self.round_length)
+        else:
+            self.state.take(made, self.round_length)
+            if len(commit.members) == 1 and self.state.outer.replaces and self._sends_its_steps_alone:
+                # θ − (θ − θᵢ) is θᵢ but for rounding: here, exactly so.
+                self._layout.gather(self.state.parameters)
+            self._keep(commit.reduced.error, fragment)
         self._layout.scatter(fragment.of(self.state.parameters), self._local(self._sections[fragment.index]))
         self._forget(fragment)
         self.inner_steps, self._offset = 0, None
@@ -309,10 +315,10 @@ class DiLoCo:
             return None
         self._flight = None
         fragment, commit = flight.fragment, landing.commit
-        if landing.tensors is None:
+        if landing.made is None:
             self.state.skip(flight.length)
         else:
-            self.state.take(landing.tensors, flight.length, fragment)
+            self.state.take(landing.made, flight.length)
             self._residual = self._with(self._residual, fragment, landing.residual)
             self._offset = self._with(self._offset, fragment, landing.offset)
         local = self._local(self._sections[fragment.index])
@@ -478,6 +484,11 @@ class DiLoCo:
         """Inner steps of this worker between two synchronisations of a parameter."""
         return self.own_length if self._parts == 1 else self.quorum.own_steps(self.sync_every) * self._parts
 
+    @property
+    def _sends_its_steps_alone(self) -> bool:
+        """Whether the pseudo-gradient is θ − θᵢ and nothing else."""
+        return self._parts == 1 and self._carried is None and self._residual is None and self._offset is None
+
     def _pseudo_gradient(
         self, fragment: Fragment, local: Tensor, carried: Tensor | None, scales: list[tuple[slice, float]]
     ) -> Tensor:
@@ -524,17 +535,17 @@ class DiLoCo:
         """
         self._layout.settle()
         pseudo_gradient = self._pseudo_gradient(fragment, ended, carried, scales)
-        commit = self.quorum.synchronise(pseudo_gradient, samples, fragment)
+        made = self.state.begin(fragment)
+        commit = self.quorum.synchronise(pseudo_gradient, samples, fragment, made.add)
         base = fragment.of(self.state.parameters)
         if commit.reduced.weight == 0:
             return _Landing(commit, None, torch.sub(base, ended, out=ended), None, None)
-        tensors = self.state.prepare(commit.reduced.mean, self._part_of_scratch(fragment), fragment)
-        shift, offset = torch.sub(tensors["model"], ended, out=ended), None
+        shift, offset = torch.sub(made.after["model"], ended, out=ended), None
         if self.overlap is not None and self.overlap.mixing:
             offset = shift * -self.overlap.mixing
             shift.add_(offset)
         error = commit.reduced.error
-        return _Landing(commit, tensors, shift, None if error is None else error.clone(), offset)
+        return _Landing(commit, made, shift, None if error is None else error.clone(), offset)
 
     def _arrives(self, flight: _Flight) -> bool:
         """Whether it is time to land: at the latest before the next synchronisation, or the last one's last step."""
@@ -549,18 +560,13 @@ class DiLoCo:
         self.inner_steps += flight.inner_steps
         self._samples, self._work = _sums(self._samples, flight.samples), _sums(self._work, flight.work)
 
-    def _apply(self, commit: Commit, length: int) -> Tensor | None:
-        """Take the outer step, keep what the codec has left out; returns what was subtracted from θ."""
-        reduced, fragment = commit.reduced, commit.fragment
-        if reduced.weight == 0:
-            self.state.skip(length)
-            return None
-        if reduced.error is not None and self._residual is None:
+    def _keep(self, error: Tensor | None, fragment: Fragment) -> None:
+        """Keep what the codec has left out, by copy: its memory is the collective's."""
+        if error is not None and self._residual is None:
             self._residual = torch.zeros_like(self.state.parameters)
-        if self._residual is not None:  # in place: the error's memory is the collective's
+        if self._residual is not None:
             kept = fragment.of(self._residual)
-            kept.zero_() if reduced.error is None else kept.copy_(reduced.error)
-        return self.state.apply(reduced.mean, length, self._part_of_scratch(fragment), fragment)
+            kept.zero_() if error is None else kept.copy_(error)
 
     def _with(self, own: Tensor | None, fragment: Fragment, part: Tensor | None) -> Tensor | None:
         """`own`, (n,), with the fragment's part replaced; `part` may be taken over. None stands for zeros."""

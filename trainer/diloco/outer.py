@@ -1,30 +1,40 @@
 """Outer optimizers: how the mean pseudo-gradient moves the global parameters."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.diloco.compiled import Floats, compiled
+
+Tensors = Mapping[str, Tensor]
 
 
 class OuterOptimizer(Protocol):
     """A rule for each number on its own, without memory: its state is flat, and part of the global state.
 
     So it can be applied to a part of the vector; it is, to one after the other that fits into the processor's cache.
+
+    Attributes:
+        replaces: Whether a step gives the workers' mean parameters, θ − mean: so that those of one worker become the
+            global ones.
     """
+
+    @property
+    def replaces(self) -> bool: ...
 
     def initial_state(self, size: int) -> dict[str, Tensor]:
         """The state for n = `size` parameters before the first step, float32 (n,) each, by name."""
 
-    def update(self, mean: Tensor, state: dict[str, Tensor], out: Tensor) -> Tensor:
-        """What to subtract from the global parameters; `state` moves on, in place.
+    def step(self, mean: Tensor, before: Tensors, after: Tensors) -> None:
+        """Take a step.
 
         Args:
-            mean: The committed mean pseudo-gradient, float32 (n,). Not changed.
-            state: As `initial_state` gave it.
-            out: float32 (n,), to put the result into.
-
-        Returns:
-            `out`, or `mean` itself if that is the result.
+            mean: The mean pseudo-gradient, float32 (n,). Not changed.
+            before: The global parameters, "model", and the state, as `initial_state` gave it. Not changed.
+            after: The same after the step: memory to put it into.
         """
 
 
@@ -37,12 +47,40 @@ class Nesterov:
     def __init__(self, lr: float = 0.7, momentum: float = 0.9) -> None:
         self.lr, self.momentum = lr, momentum
 
+    @property
+    def replaces(self) -> bool:
+        return self.lr == 1 and not self.momentum
+
     def initial_state(self, size: int) -> dict[str, Tensor]:
         return {"momentum": torch.zeros(size)} if self.momentum else {}
 
-    def update(self, mean: Tensor, state: dict[str, Tensor], out: Tensor) -> Tensor:
+    def step(self, mean: Tensor, before: Tensors, after: Tensors) -> None:
         if self.momentum:
-            momentum = state["momentum"]
-            velocity = torch.add(mean, momentum, alpha=self.momentum, out=momentum)
-            return torch.add(mean, velocity, alpha=self.momentum, out=out).mul_(self.lr)
-        return mean if self.lr == 1 else torch.mul(mean, self.lr, out=out)
+            _step(
+                mean.numpy(),
+                before["model"].numpy(),
+                before["momentum"].numpy(),
+                after["model"].numpy(),
+                after["momentum"].numpy(),
+                np.float32(self.lr),
+                np.float32(self.momentum),
+            )
+        else:
+            update = mean if self.lr == 1 else torch.mul(mean, self.lr, out=after["model"])
+            torch.sub(before["model"], update, out=after["model"])
+
+
+@compiled
+def _step(
+    mean: Floats,
+    model: Floats,
+    momentum: Floats,
+    new_model: Floats,
+    new_momentum: Floats,
+    lr: np.float32,
+    decay: np.float32,
+) -> None:
+    for i in range(len(mean)):
+        velocity = decay * momentum[i] + mean[i]
+        new_momentum[i] = velocity
+        new_model[i] = model[i] - lr * (mean[i] + decay * velocity)

@@ -1,52 +1,54 @@
-"""The one entry of a synchronisation: `synchronise(pseudo_gradient, weight, fragment) → committed mean`.
+"""The one entry of a synchronisation: `synchronise(pseudo_gradient, weight, fragment, take) → commit`.
 
 `DiLoCo` knows a quorum only as this protocol. `LocalQuorum` is the quorum of a worker alone; `trainer.elastic` has
 those over the network.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from trainer.diloco.state import Fragment, GlobalState
+from trainer.diloco.state import Fragment, GlobalState, hash_of
 
 Coded = tuple[tuple[float, Tensor], ...]
+Take = Callable[[int, Tensor], None]
+"""Gets the mean piece by piece, as it comes: where a piece begins, and its numbers, float32 (k,), not to be kept."""
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """What a collective has given one member.
+    """What a collective has given one member, beside the weighted mean of the members' pseudo-gradients.
 
     Attributes:
-        mean: The weighted mean of the members' pseudo-gradients, float32 (n,): the same bits in every member.
-        weight: The sum of their weights. 0: nobody had anything finite to say, the mean is zeros, and there is no outer
-            step.
-        coded: What `mean` was decoded from: the sum of these, each a share and rows, uint8 (b, row). Or `mean` itself,
-            where it was not coded.
+        weight: The sum of their weights. 0: nobody had anything finite to say, there is no mean and no outer step.
+        coded: What the mean was decoded from: the sum of these, each a share and rows, uint8 (b, row). Or the mean
+            itself, float32 (n,), where it was not coded. Zeros if there is none.
+        hash: Of that, in the order in which it came: equal in members that have got the same.
         error: What of this member's pseudo-gradient is not in the mean, float32 (n,), if its codec has feedback. None:
             nothing.
     """
 
-    mean: Tensor
     weight: float
     coded: Coded
+    hash: str
     error: Tensor | None = None
 
     @classmethod
-    def alone(cls, values: Tensor, weight: float) -> "Reduced":
+    def alone(cls, values: Tensor, weight: float, take: Take) -> "Reduced":
         """Of one member: nothing goes over a wire, and nothing is coded."""
         if not is_finite(values):
             return cls.nothing(values)
-        mean = values.clone()
-        return cls(mean, weight, ((1.0, mean),))
+        take(0, values)
+        return cls(weight, ((1.0, values.clone()),), hash_of(values))
 
     @classmethod
     def nothing(cls, values: Tensor) -> "Reduced":
         """If all weights are 0."""
-        mean = torch.zeros_like(values)
-        return cls(mean, 0.0, ((1.0, mean),))
+        zeros = torch.zeros_like(values)
+        return cls(0.0, ((1.0, zeros),), hash_of(zeros))
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Commit:
         attempt: Which attempt at the round committed, counted from 1.
         members: The members of the attempt, in rank order.
         fragment: What was synchronised.
-        reduced: Their mean pseudo-gradient.
+        reduced: What the collective has given.
         bytes_sent, bytes_received: What this member's collectives moved, as its kernel counted it; None where the
             kernel does not tell.
         seconds: Duration of the synchronisation, waiting for other members included.
@@ -81,14 +83,16 @@ class Superseded(Exception):
 class Quorum(Protocol):
     """The members that synchronise a round."""
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
-        """Agree with the other members on the weighted mean.
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+        """Agree with the other members on the weighted mean: the same bits in every member.
 
         Args:
             pseudo_gradient: Of the fragment, float32 (n,), on the host, contiguous. It is not changed, so that a failed
                 attempt can be made again.
             weight: The samples that this member's pseudo-gradient stands for.
             fragment: Which part of the parameters it is of, and how it is put on the wire.
+            take: Gets the mean, all of it in every attempt, in any order. What it makes of that counts from the commit
+                on, and the last attempt's alone.
 
         Raises:
             Superseded: See there. `catch_up` is next.
@@ -119,9 +123,9 @@ class LocalQuorum:
     def __init__(self) -> None:
         self._round = 0
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
         self._round += 1
-        return Commit(self._round, 1, ("local",), fragment, Reduced.alone(pseudo_gradient, weight), 0, 0, 0.0)
+        return Commit(self._round, 1, ("local",), fragment, Reduced.alone(pseudo_gradient, weight, take), 0, 0, 0.0)
 
     def own_steps(self, length: int) -> int:
         return length

@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor
 
 from trainer.diloco.codecs import Codec, Fp32
-from trainer.diloco.outer import OuterOptimizer
+from trainer.diloco.outer import OuterOptimizer, Tensors
 
 SLICE = 1 << 18  # numbers that an outer step is taken for at once: what it reads and writes stays in the cache
 
@@ -38,8 +38,9 @@ class Fragment:
 class GlobalState:
     """The global parameters θ and the outer optimizer's state, flat, float32, on the host.
 
-    It changes only in `apply`, `take`, `skip` and `load`. Others (donors to joiners) may `borrow` it meanwhile, from
-    any thread: what they get never changes, because the state is copied before its next change if it has been borrowed.
+    It changes only in `take`, `apply`, `skip` and `load`. An outer step is worked out in memory beside it, so that it
+    can be taken at once, or not at all. Others (donors to joiners) may `borrow` the state meanwhile, from any thread:
+    what they get never changes, because memory that has been borrowed is given up, or copied, before the next change.
 
     Args:
         parameters: θ, float32 (n,); taken over, not copied.
@@ -57,6 +58,7 @@ class GlobalState:
         self.round = self.step = 0
         self._tensors = {"model": parameters}
         self._tensors |= {f"outer.{name}": t for name, t in outer.initial_state(parameters.numel()).items()}
+        self._spare: dict[str, Tensor] = {}
         self._borrowed = False
         self._lock = threading.Lock()
 
@@ -76,40 +78,37 @@ class GlobalState:
             self._borrowed = True
             return self.round, self.step, dict(self._tensors)
 
-    def apply(self, mean: Tensor, steps: int, scratch: Tensor, fragment: Fragment | None = None) -> Tensor:
-        """Take the outer step that ends a round of `steps` inner steps.
+    def begin(self, fragment: Fragment) -> "OuterStep":
+        """Begin to work out an outer step. There is memory for one: what has been begun before is given up."""
+        if not self._spare:
+            self._spare = {
+                name: torch.empty_like(own, pin_memory=own.is_pinned()) for name, own in self._tensors.items()
+            }
+        before, after = ({n: fragment.of(t) for n, t in of.items()} for of in (self._tensors, self._spare))
+        return OuterStep(self.outer, fragment, before, after)
 
-        Args:
-            mean: The fragment's committed mean pseudo-gradient, float32 (n,). Not changed.
-            scratch: float32 (n,), overwritten.
-            fragment: By default the whole.
-
-        Returns:
-            What was subtracted from θ: `scratch`, or `mean` itself.
-        """
+    def take(self, made: "OuterStep", steps: int) -> None:
+        """Take the outer step that ends a round of `steps` inner steps: the last one begun, and worked out."""
         with self._lock:
-            self._own()
-            fragment = fragment or self.fragments[-1]
-            update = self._outer_step(mean, {name: fragment.of(own) for name, own in self._tensors.items()}, scratch)
-            self.round, self.step = self.round + 1, self.step + steps
-            return update
-
-    def prepare(self, mean: Tensor, scratch: Tensor, fragment: Fragment) -> dict[str, Tensor]:
-        """The fragment's tensors as `apply` would leave them; nothing changes yet. `take` takes them over."""
-        tensors = {name: _copy(fragment.of(own)) for name, own in self._tensors.items()}
-        self._outer_step(mean, tensors, scratch)
-        return tensors
-
-    def take(self, tensors: dict[str, Tensor], steps: int, fragment: Fragment) -> None:
-        """Take the outer step that `prepare` has worked out; nothing has changed in between. Takes the tensors over."""
-        with self._lock:
-            if fragment is self.fragments[-1]:
-                self._tensors, self._borrowed = tensors, False
+            if made.fragment is self.fragments[-1]:
+                self._tensors, self._spare = self._spare, {} if self._borrowed else self._tensors
+                self._borrowed = False
             else:
                 self._own()
                 for name, own in self._tensors.items():
-                    fragment.of(own).copy_(tensors[name])
+                    made.fragment.of(own).copy_(made.after[name])
             self.round, self.step = self.round + 1, self.step + steps
+
+    def apply(self, mean: Tensor, steps: int, fragment: Fragment | None = None) -> None:
+        """Work out an outer step and take it.
+
+        Args:
+            mean: The fragment's committed mean pseudo-gradient, float32 (n,). Not changed.
+            fragment: By default the whole.
+        """
+        made = self.begin(fragment or self.fragments[-1])
+        made.add(0, mean)
+        self.take(made, steps)
 
     def skip(self, steps: int) -> None:
         """End a round of `steps` inner steps in which nobody had anything finite to say."""
@@ -137,26 +136,35 @@ class GlobalState:
         """Hash (xxh3, 128 bits) of the tensors' bytes: equal in all workers after every commit."""
         return hash_of(*self._tensors.values())
 
-    def _outer_step(self, mean: Tensor, tensors: Mapping[str, Tensor], scratch: Tensor) -> Tensor:
-        """In place; see `apply`."""
-        update = mean
-        for start in range(0, len(mean), SLICE):
-            now = slice(start, start + SLICE)
-            outer = {name.removeprefix("outer."): own[now] for name, own in tensors.items() if name != "model"}
-            change = self.outer.update(mean[now], outer, scratch[now])
-            tensors["model"][now].sub_(change)
-            update = mean if change.data_ptr() == mean[now].data_ptr() else scratch
-        return update
-
     def _own(self) -> None:
         if self._borrowed:
-            self._tensors = {name: _copy(tensor) for name, tensor in self._tensors.items()}
+            self._tensors = {
+                name: torch.empty_like(own, pin_memory=own.is_pinned()).copy_(own)
+                for name, own in self._tensors.items()
+            }
             self._borrowed = False
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy that is pinned if `tensor` is."""
-    return torch.empty_like(tensor, pin_memory=tensor.is_pinned()).copy_(tensor)
+class OuterStep:
+    """An outer step that is worked out beside the global state, piece by piece, as the mean comes in.
+
+    Attributes:
+        fragment: What it is of.
+        after: The fragment's tensors as they will be, float32 (n,).
+    """
+
+    def __init__(self, outer: OuterOptimizer, fragment: Fragment, before: Tensors, after: Tensors) -> None:
+        self.fragment, self.after = fragment, after
+        self._outer, self._before = outer, before
+
+    def add(self, start: int, mean: Tensor) -> None:
+        """Work it out for a piece of the mean that begins there, float32 (k,). A later piece replaces it."""
+        for first in range(0, len(mean), SLICE):
+            now = slice(start + first, start + min(first + SLICE, len(mean)))
+            before, after = (
+                {name.removeprefix("outer."): own[now] for name, own in of.items()} for of in (self._before, self.after)
+            )
+            self._outer.step(mean[first : first + SLICE], before, after)
 
 
 def hash_of(*tensors: Tensor) -> str:

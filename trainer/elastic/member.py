@@ -23,14 +23,13 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from trainer.diloco.codecs import Fp32
 from trainer.diloco.collective import Workspace, decoded, weighted_mean
-from trainer.diloco.quorum import Commit, Reduced, Superseded
-from trainer.diloco.state import Fragment, GlobalState, hash_of
+from trainer.diloco.quorum import Coded, Commit, Reduced, Superseded, Take
+from trainer.diloco.state import Fragment, GlobalState
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.decider import Decider, view_of
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
@@ -351,7 +350,7 @@ class ElasticQuorum:
         record = self._record
         return record is not None and self._behind(record)
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment) -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
         """See `trainer.diloco.quorum.Quorum`, and `protocol` for how.
 
         Raises:
@@ -377,7 +376,7 @@ class ElasticQuorum:
                     progress = replace(progress, arrived=record.attempt)
                 case "reduce":
                     try:
-                        reduced, wire = self._reduce(record, pseudo_gradient, weight, fragment)
+                        reduced, wire = self._reduce(record, pseudo_gradient, weight, fragment, take)
                     except (RuntimeError, OSError) as error:
                         log.warning("attempt %d at round %d failed: %s", record.attempt, record.round, _line(error))
                         self._drop_group()
@@ -395,7 +394,7 @@ class ElasticQuorum:
                         counted = False
                     else:
                         sent, received = sent + wire[0], received + wire[1]
-                    vote = Vote(*record.place, hash_of(*(rows for _, rows in reduced.coded)), reduced.weight)
+                    vote = Vote(*record.place, reduced.hash, reduced.weight)
                     self._patiently(partial(self._client.put, f"votes/{self.id}", asdict(vote)))
                     progress = replace(progress, voted=record.attempt)
                 case "apply":
@@ -421,7 +420,7 @@ class ElasticQuorum:
     def applied(self, commit: Commit, state: GlobalState) -> None:
         """Hash the new state, and say in etcd that this member holds it, while the next inner steps run."""
         self._hand_on_share()
-        self._keep(commit.round, commit.reduced, self._steps, commit.fragment, state)
+        self._keep(commit.round, commit.reduced.weight, commit.reduced.coded, self._steps, commit.fragment, state)
         self._announce(state)
 
     def catch_up(self, state: GlobalState) -> bool:
@@ -610,7 +609,7 @@ class ElasticQuorum:
         self._patiently(lambda: self._client.put(f"arrivals/{self.id}", asdict(arrival)))
 
     def _reduce(
-        self, record: Record, values: Tensor, weight: float, fragment: Fragment
+        self, record: Record, values: Tensor, weight: float, fragment: Fragment, take: Take
     ) -> tuple[Reduced, tuple[int, int] | None]:
         """The collective of an attempt: what it gave, bytes sent and received.
 
@@ -623,10 +622,10 @@ class ElasticQuorum:
             self._group = self._form(record)
         group = self._group
         if group.group is None:
-            return Reduced.alone(values, weight), (0, 0)
+            return Reduced.alone(values, weight, take), (0, 0)
         before = group.meter.read() if group.meter else None
         timeout = timedelta(seconds=self._config.collective_timeout)
-        reduced = weighted_mean(group.group, values, weight, fragment.codec, timeout, self._workspace)
+        reduced = weighted_mean(group.group, values, weight, fragment.codec, timeout, take, self._workspace)
         after = group.meter.read() if group.meter else None
         return reduced, (after[0] - before[0], after[1] - before[1]) if before and after else None
 
@@ -726,12 +725,12 @@ class ElasticQuorum:
                 return False
             fragment = state.fragments[meta["fragment"]]
             coded = tuple((share, buffers[name]) for name, share in meta["coded"].items())
-            mean = decoded(coded, fragment.codec, fragment.stop - fragment.start)
             if meta["weight"] > 0:
-                state.apply(mean, meta["steps"], torch.empty_like(mean), fragment)
+                mean = decoded(coded, fragment.codec, fragment.stop - fragment.start)
+                state.apply(mean, meta["steps"], fragment)
             else:
                 state.skip(meta["steps"])
-            self._keep(round, Reduced(mean, meta["weight"], coded), meta["steps"], fragment, state)
+            self._keep(round, meta["weight"], coded, meta["steps"], fragment, state)
         return True
 
     def _fetch_state(self, record: Record, state: GlobalState) -> bool:
@@ -764,11 +763,13 @@ class ElasticQuorum:
                 "this member's global state has differed from the others' twice: its arithmetic cannot be trusted"
             )
 
-    def _keep(self, round: int, reduced: Reduced, steps: int, fragment: Fragment, state: GlobalState) -> None:
+    def _keep(
+        self, round: int, weight: float, coded: Coded, steps: int, fragment: Fragment, state: GlobalState
+    ) -> None:
         """Keep a committed mean, as it was coded, for members that lack it."""
-        buffers = {str(index): rows for index, (_, rows) in enumerate(reduced.coded)}
-        shares = {name: share for name, (share, _) in zip(buffers, reduced.coded, strict=True)}
-        meta = {"weight": reduced.weight, "steps": steps, "fragment": fragment.index, "coded": shares}
+        buffers = {str(index): rows for index, (_, rows) in enumerate(coded)}
+        shares = {name: share for name, (share, _) in zip(buffers, coded, strict=True)}
+        meta = {"weight": weight, "steps": steps, "fragment": fragment.index, "coded": shares}
         self._means.append(((self._term, round), Offer(meta, buffers)))
         while len(self._means) > self._kept_rounds(state):
             self._means.popleft()

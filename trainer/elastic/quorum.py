@@ -37,7 +37,7 @@ from torch import Tensor, uint8
 from torch.distributed import BroadcastOptions, DistError, DistStoreError, PrefixStore, TCPStore
 
 from trainer.diloco.collective import CHUNK_BYTES, weighted_mean
-from trainer.diloco.quorum import Commit
+from trainer.diloco.quorum import Commit, Take
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
 from trainer.elastic.group import connect_store, form_group, gloo_device
@@ -210,7 +210,7 @@ class FixedQuorum:
 
     # What members do together. All of them call the same methods in the same order.
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: "Fragment") -> Commit:
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: "Fragment", take: Take) -> Commit:
         """See `trainer.diloco.Quorum`. Waits for the slowest member's inner steps.
 
         Raises:
@@ -221,7 +221,7 @@ class FixedQuorum:
         self._gather("synchronise", None)
         before = self._wire()
         reduced = self._collective(
-            lambda group, timeout: weighted_mean(group, pseudo_gradient, weight, fragment.codec, timeout)
+            lambda group, timeout: weighted_mean(group, pseudo_gradient, weight, fragment.codec, timeout, take)
         )
         after = self._wire()
         sent, received = (after[0] - before[0], after[1] - before[1]) if before and after else (None, None)

@@ -18,11 +18,14 @@ class Codec(ABC):
         name: As `codec` in the configuration has it.
         block: Numbers that are coded together.
         row: Bytes of a coded block.
+        in_order: Whether `arrange` leaves the numbers where they are, so that any rows are the numbers from the first
+            one's place on.
         feedback: β: how much of what a worker's last message has left out is added to its next one (error feedback,
             arXiv 1901.09847). 0: nothing is kept.
     """
 
     name: ClassVar[str]
+    in_order: ClassVar[bool] = True
     block: int
 
     def __init__(self, block: int, row: int, feedback: float = 0.0, mean: "Codec | None" = None) -> None:
@@ -58,9 +61,14 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, blocks: Tensor) -> Tensor:
-        """Rows, uint8 (b, `row`), for blocks, float32 (b, `block`), all of them finite. `blocks` is not changed."""
+        """Rows, uint8 (b, `row`), for blocks, float32 (b, `block`), all of them finite and contiguous.
+
+        `blocks` is not changed; rows may be its memory.
+        """
 
     @abstractmethod
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Blocks, float32 (b, `block`), into `out`, for rows, uint8 (b, `row`). Returns `out`. The same bits for the
-        same rows, everywhere."""
+        """Blocks, float32 (b, `block`), for rows, uint8 (b, `row`), contiguous: in `out`, or in the rows' own memory.
+
+        The same bits for the same rows, everywhere.
+        """

@@ -41,6 +41,7 @@ class Dct(Codec):
     """
 
     name = "demo"
+    in_order = False
 
     def __init__(
         self,

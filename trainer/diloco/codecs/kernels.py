@@ -8,15 +8,13 @@ Decoding gives the same bits on every machine: its arithmetic is as it is writte
 a member has coded, all decode.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-Kernel = TypeVar("Kernel", bound=Callable[..., None])
-Floats, Bytes = NDArray[np.float32], NDArray[np.uint8]
+from trainer.diloco.compiled import Floats, Kernel, compiled
+
+Bytes = NDArray[np.uint8]
 
 SCALE_BYTES = 2
 TINY = np.finfo(np.float32).tiny  # scales below count as 0
@@ -25,20 +23,11 @@ ROUND = np.float32(2**23)  # what it is added to has been rounded to an integer,
 i4, u4, f4 = np.int32, np.uint32, np.float32
 
 
-def _compiled(kernel: Kernel, **options: Any) -> Kernel:
-    """It lets other threads run meanwhile. What has been compiled is kept for other processes, if there is a place."""
-    try:
-        compiled: Kernel = njit(nogil=True, error_model="numpy", cache=True, **options)(kernel)
-    except RuntimeError:  # neither the package's directory nor the user's cache can be written to
-        compiled = njit(nogil=True, error_model="numpy", **options)(kernel)
-    return compiled
-
-
 def _encoder(kernel: Kernel) -> Kernel:
-    return _compiled(kernel, fastmath={"nnan", "ninf", "nsz", "reassoc"})
+    return compiled(kernel, fastmath={"nnan", "ninf", "nsz", "reassoc"})
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _put_scale(scale: np.float32, row: Bytes) -> np.float32:
     """Write it, rounded to bfloat16 (to nearest, ties to even), and return what it is then."""
     bits = np.int64(f4(scale).view(u4))
@@ -47,7 +36,7 @@ def _put_scale(scale: np.float32, row: Bytes) -> np.float32:
     return u4(bits << 16).view(f4)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _scale_of(row: Bytes) -> np.float32:
     return u4((np.int64(row[0]) | np.int64(row[1]) << 8) << 16).view(f4)
 
@@ -79,7 +68,7 @@ def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: 
             row[SCALE_BYTES + i] = np.uint8(packed[i])
 
 
-@_compiled
+@compiled
 def decode_levels(rows: Bytes, out: Floats, bits: int, zero: np.float32) -> None:
     """(level − `zero`) times the scale, for levels of 8, 4, 2 or 1 bits."""
     width = rows.shape[1] - SCALE_BYTES
@@ -121,7 +110,7 @@ def encode_ternary(blocks: Floats, rows: Bytes, least: np.float32) -> None:
             row[SCALE_BYTES + i] = np.uint8(packed[i])
 
 
-@_compiled
+@compiled
 def decode_ternary(rows: Bytes, out: Floats) -> None:
     width = rows.shape[1] - SCALE_BYTES
     rest = np.empty(width, i4)

@@ -66,7 +66,8 @@ class TopK(Codec):
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
         cut = self._positions.row
         found = torch.from_numpy(self._positions.decode(rows[:, :cut].numpy()))
-        values = self.values.decode(rows[:, cut:].clone(), torch.empty(len(rows), self.k))  # a copy: it is aligned
+        aligned = rows[:, cut:].clone(memory_format=torch.contiguous_format)
+        values = self.values.decode(aligned, torch.empty(len(rows), self.k))
         return out.zero_().scatter_(1, found, values)
 
     def _largest(self, bits: NDArray[np.int32]) -> NDArray[np.int64]:
