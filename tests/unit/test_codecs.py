@@ -42,6 +42,31 @@ def test_no_number_is_farther_off_than_the_codec_says(codec: Codec, seed: int, e
     assert (error <= bound).all()
 
 
+def plainly(codec: Codec, blocks: Tensor) -> Tensor:
+    """What the codec's docstring says, in float64."""
+    x, magnitude = blocks.double(), blocks.double().abs()
+    match codec:
+        case Integer(bits=bits, levels=levels):
+            scale = (magnitude.amax(1, keepdim=True) * (1 + 2**-8) / levels).to(torch.bfloat16).double()
+            return scale * ((x / scale).round() if bits > 2 else (x / scale + 1.5).round().clamp(0, 3) - 1.5)
+        case Ternary():
+            outside = magnitude > 0.7 * magnitude.mean(1, keepdim=True)
+            scale = (magnitude * outside).sum(1, keepdim=True) / outside.sum(1, keepdim=True)
+            return scale.to(torch.bfloat16).double() * x.sign() * outside
+        case Sign():
+            scale = magnitude.mean(1, keepdim=True).to(torch.bfloat16).double()
+            return torch.where(x > 0, scale, -scale)
+        case _:
+            return x.to(torch.bfloat16).double() if isinstance(codec, Bf16) else x
+
+
+@pytest.mark.parametrize("codec", DENSE, ids=IDS)
+def test_compiled_loops_do_what_the_plain_formulas_say(codec: Codec) -> None:
+    """But for numbers that lie on the border between two levels, but for rounding."""
+    blocks = blocks_of(codec, 7, 1e-3, count=200)
+    assert (decoded(codec, blocks) == plainly(codec, blocks).float()).double().mean() > 0.999
+
+
 @pytest.mark.parametrize(("codec", "expected"), [(Ternary(), 0.436), (Sign(), 0.603)], ids=["ternary", "sign"])
 def test_what_is_lost_of_gaussian_numbers(codec: Codec, expected: float) -> None:
     """√(1 − 2/π) for the sign; what Ternary Weight Networks lose, integrated numerically, for three levels."""

@@ -1,0 +1,79 @@
+"""The global state: outer steps that are worked out beside it, and what others have borrowed of it."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.diloco import Averaged, Fragment, GlobalState, Nesterov, OuterOptimizer
+from trainer.diloco import state as state_module
+from trainer.diloco.codecs import Fp32
+
+SIZE = 1000
+HALVES = [Fragment(0, 0, 600, Fp32()), Fragment(1, 600, SIZE, Fp32()), Fragment(2, 0, SIZE, Fp32())]
+
+
+def numbers(seed: int) -> Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def state_of(outer: OuterOptimizer) -> GlobalState:
+    return GlobalState(numbers(0), outer, HALVES)
+
+
+@pytest.mark.parametrize(
+    "outer", [Nesterov(0.7, 0.9), Nesterov(1.0, 0.0), Nesterov(0.3, 0.0), Averaged(Nesterov(), 0.9)]
+)
+def test_a_step_is_worked_out_in_pieces_and_counts_when_it_is_taken(
+    outer: OuterOptimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "SLICE", 64)
+    whole, pieces = state_of(outer), state_of(outer)
+    for round in range(1, 4):
+        mean, before = numbers(round), pieces.hash()
+        given_up = pieces.begin(HALVES[2])
+        given_up.add(0, numbers(100))
+        made = pieces.begin(HALVES[2])
+        for start in (700, 0, 333):  # in any order
+            stop = {0: 333, 333: 700, 700: SIZE}[start]
+            made.add(start, mean[start:stop])
+        assert (pieces.hash(), pieces.round) == (before, round - 1)
+        pieces.take(made, 5)
+        whole.apply(mean, 5)
+        assert (pieces.hash(), pieces.round, pieces.step) == (whole.hash(), round, 5 * round)
+
+
+def test_an_outer_step_is_the_same_to_the_last_bit_on_every_machine() -> None:
+    """Each product and each sum is rounded: what numpy does, one operation after the other."""
+    lr, decay = np.float32(0.7), np.float32(0.9)
+    state = state_of(Nesterov(0.7, 0.9))
+    model, momentum = numbers(0).numpy(), np.zeros(SIZE, np.float32)
+    for round in range(1, 4):
+        mean = numbers(round).numpy()
+        state.apply(torch.from_numpy(mean), 1)
+        momentum = decay * momentum + mean
+        model = model - lr * (mean + decay * momentum)
+    assert torch.equal(state.parameters, torch.from_numpy(model))
+    assert torch.equal(state.tensors["outer.momentum"], torch.from_numpy(momentum))
+
+
+@pytest.mark.parametrize("fragments", [[2, 2, 2, 2], [0, 1, 0, 2, 1]], ids=["whole", "fragments"])
+def test_what_has_been_borrowed_never_changes(fragments: list[int]) -> None:
+    state = state_of(Nesterov())
+    lent: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    for round, index in enumerate(fragments):
+        *_, tensors = state.borrow()
+        lent.append((tensors, {name: tensor.clone() for name, tensor in tensors.items()}))
+        state.apply(numbers(round)[HALVES[index].start : HALVES[index].stop], 1, HALVES[index])
+    for tensors, copies in lent:
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, copies[name])
+
+
+def test_unless_something_is_borrowed_the_memory_of_two_states_is_enough() -> None:
+    state = state_of(Nesterov())
+    used = set()
+    for round in range(6):
+        state.apply(numbers(round), 1)
+        used |= {tensor.data_ptr() for tensor in state.tensors.values()}
+    assert len(used) == 4  # parameters and momentum
