@@ -37,7 +37,7 @@ from trainer.volume import Volume
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 1  # what members say to each other; those of another version are refused
+PROTOCOL = 2  # what members say to each other; those of another version are refused
 CLIP_NORM = 1.0
 DAMPING = 0.5  # weight of the last round's speed beside that of those before
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy

@@ -1,7 +1,8 @@
 """The collective over real sockets: members are threads of this process, each with its own gloo group."""
 
+import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,9 +13,10 @@ import torch
 from torch import Size, Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from trainer.diloco import codecs, collective
-from trainer.diloco.codecs import Codec
-from trainer.diloco.collective import decoded, weighted_mean
+from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
+from trainer.diloco import outer as outer_module
+from trainer.diloco.codecs import Codec, kernels
+from trainer.diloco.collective import decoded, warm_up, weighted_mean
 from trainer.diloco.quorum import Reduced
 from trainer.elastic.group import form_group, gloo_device
 
@@ -91,13 +93,13 @@ def mean_of(codec: Codec, values: list[Tensor], weights: list[float]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 5])
 def test_the_mean_is_the_coded_mean_of_what_each_has_coded(
     name: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the definition, in many small pieces of which the last is not full."""
     monkeypatch.setattr(collective, "SMALLEST", 1)
-    codec, values, weights = codec_of(name), values_of(size), [3.0, 1.0, 4.0][:size]
+    codec, values, weights = codec_of(name), values_of(size), [3.0, 1.0, 4.0, 1.0, 5.0][:size]
     with groups(size) as members:
         results = reduce(members, values, weights, codec)
     for result in results:
@@ -159,3 +161,78 @@ def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch:
         assert isinstance(victim.exception(), SystemExit)
         assert isinstance(survivor.exception(), RuntimeError)
     assert all(torch.equal(one, other) for one, other in zip(values, before, strict=True))
+
+
+def compile_and_reduce(names: list[str]) -> list[str]:
+    """What synchronisations of codecs that have been warmed up had to compile all the same, of an unused process."""
+    found = []
+    loops = [*vars(kernels).values(), *vars(collective).values(), *vars(outer_module).values()]
+    compiled = [loop for loop in loops if hasattr(loop, "signatures")]
+    setattr(collective, "SMALLEST", 1)  # noqa: B010
+    for name in names:
+        codec, outer = codec_of(name, feedback=0.0 if name == "fp32" else 0.5), Nesterov()
+        warm_up(codec, outer)
+        before = [len(loop.signatures) for loop in compiled]
+        assert sum(before) >= 2  # the weighted sum and the outer step at least
+        for size in (2, 3):
+            with groups(size) as members:
+                (result, *_) = reduce(members, values_of(size), [1.0] * size, codec)
+            GlobalState(torch.zeros(SIZE), outer).apply(result.mean, 1)
+        after = [len(loop.signatures) for loop in compiled]
+        found += [f"{name}: {loop.__name__}" for loop, b, a in zip(compiled, before, after, strict=True) if b != a]
+    return found
+
+
+def test_nothing_is_compiled_during_a_synchronisation() -> None:
+    """The others would wait for it: longer than they do for a member that is silent."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(compile_and_reduce, NAMES).result(120) == []
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "ternary"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_one_collective_after_the_other_on_the_same_group(name: str, size: int) -> None:
+    """Members are not in step: one may already send of the next what another still waits for of this one."""
+    codec, rounds = codec_of(name), 6
+    values = [[value * (round + 1) for value in values_of(size)] for round in range(rounds)]
+
+    def run(rank: int, group: Any) -> list[Tensor]:
+        results = [Result() for _ in range(rounds)]
+        for result, of_all in zip(results, values, strict=True):
+            weighted_mean(group, of_all[rank], 1.0, codec, TIMEOUT, result.take)
+        return [result.mean for result in results]
+
+    with groups(size) as members, ThreadPoolExecutor(size) as pool:
+        told = list(pool.map(run, range(size), members))
+    for round in range(rounds):
+        expected = mean_of(codec, values[round], [1.0] * size)
+        assert (told[0][round] - expected).norm() <= 1e-3 * expected.norm()
+        assert all(torch.equal(own[round], told[0][round]) for own in told)
+
+
+def test_an_attempt_that_fails_leaves_nothing_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values, the same outer step, on connections of its own."""
+    monkeypatch.setattr(collective, "SMALLEST", 1)
+    codec, values, outer = codec_of("ternary"), values_of(2), Nesterov()
+    states = [GlobalState(torch.ones(SIZE), outer, [Fragment(0, 0, SIZE, codec)]) for _ in values]
+    steps = [state.begin(state.fragments[0]) for state in states]
+    taken = iter(range(2))
+
+    def break_off(start: int, mean: Tensor) -> None:
+        steps[1].add(start, mean)
+        if next(taken, None) is None:
+            raise RuntimeError("broken off")
+
+    short = timedelta(seconds=1)
+    with groups(2) as members, ThreadPoolExecutor(2) as pool:
+        one = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, short, steps[0].add)
+        two = pool.submit(weighted_mean, members[1], values[1], 1.0, codec, short, break_off)
+        assert str(two.exception()) == "broken off"
+        one.exception()
+    with groups(2) as members:
+        for result, state, step in zip(reduce(members, values, [1.0, 1.0], codec), states, steps, strict=True):
+            step.add(0, result.mean)
+            state.take(step, 1)
+    plain = GlobalState(torch.ones(SIZE), outer)
+    plain.apply(mean_of(codec, values, [1.0, 1.0]), 1)
+    assert states[0].hash() == states[1].hash() == plain.hash()

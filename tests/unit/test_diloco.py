@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -356,3 +356,26 @@ def test_an_unequal_worker_makes_steps_of_its_own_on_the_schedule_of_all(own: in
     pseudo_gradient, weight = quorum.told
     assert weight == 5 * own
     assert torch.allclose(pseudo_gradient, before - local, atol=1e-7)  # the sum of its steps, however many
+
+
+def test_what_is_borrowed_of_a_lone_workers_new_state_is_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parameters become the global ones before anybody can see the round, not after."""
+    model = make_model()
+    optimizer = adamw(model)
+    diloco = DiLoCo(model, optimizer, outer=Nesterov(1.0, 0.0), sync_every=1)
+    lent: list[tuple[Tensor, Tensor]] = []
+    take = diloco.state.take
+
+    def take_and_lend(*arguments: Any) -> None:
+        take(*arguments)
+        theta = diloco.state.borrow()[2]["model"]
+        lent.append((theta, theta.clone()))
+
+    monkeypatch.setattr(diloco.state, "take", take_and_lend)
+    for batch in batches(0, 3):
+        loss_of(model, batch).backward()
+        optimizer.step()
+        local = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        assert diloco.after_inner_step(5)
+        assert torch.equal(lent[-1][1], local)
+    assert all(torch.equal(theta, copy) for theta, copy in lent)

@@ -77,3 +77,21 @@ def test_unless_something_is_borrowed_the_memory_of_two_states_is_enough() -> No
         state.apply(numbers(round), 1)
         used |= {tensor.data_ptr() for tensor in state.tensors.values()}
     assert len(used) == 4  # parameters and momentum
+
+
+def test_what_does_not_fit_or_has_been_given_up_is_refused() -> None:
+    state = state_of(Nesterov())
+    before = state.hash()
+    with pytest.raises(ValueError, match="4 numbers for a fragment of 1000"):
+        state.apply(torch.ones(4), 1)
+    first = state.begin(HALVES[0])
+    with pytest.raises(ValueError, match="600 numbers from 1 on"):
+        first.add(1, torch.ones(600))
+    second = state.begin(HALVES[2])
+    with pytest.raises(ValueError, match="given up"):
+        state.take(first, 1)
+    assert (state.hash(), state.round) == (before, 0)
+    second.add(0, numbers(1))
+    state.take(second, 1)
+    with pytest.raises(ValueError, match="given up"):
+        state.take(second, 1)

@@ -71,7 +71,7 @@ def weighted_mean(
         group: A ProcessGroupGloo.
         values: float32 (n,), on the host, contiguous. Not changed, so that an attempt that fails can be made again.
         weight: At least 0.
-        timeout: How long any one piece may take.
+        timeout: How long any one message may take.
         take: Gets the mean. It is not called if there is none, all weights being 0.
         workspace: Where `Reduced.error` is to be put. By default into fresh memory, which is slower.
 
@@ -243,11 +243,13 @@ class _OfTwo(_Exchange):
     def _join(self, piece: _Piece) -> None:
         """Form the mean of what both have coded."""
         self._wait(piece, 0)
-        kept = self.coded[0][piece.rows].view(torch.float32) if self.plain else None
         for now in _slices(self.codec, piece.blocks):
-            messages = [(share, rows[now]) for share, rows in zip(self.shares, piece.came, strict=True)]
-            mean = _sum(self.codec, messages, self.workspace, None if kept is None else kept[now])
-            self._give(piece.start + now.start, mean, *([mean] if self.plain else (rows for _, rows in messages)))
+            rows = [came[now] for came in piece.came]
+            order = (1 - self.rank, self.rank)
+            messages = [(self.shares[rank], rows[rank]) for rank in order]
+            kept = rows[order[0]].view(torch.float32) if self.plain else None
+            mean = _sum(self.codec, messages, self.workspace, kept)
+            self._give(piece.start + now.start, mean, *([mean] if self.plain else rows))
 
 
 class _OfMore(_Exchange):
@@ -284,6 +286,7 @@ class _OfMore(_Exchange):
             if self.error is not None:
                 left = self.error[piece.rows].tensor_split(self.size)[self.rank][now]
                 left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / self.share)
+        piece.came = []
         self._send(piece, 1, dict.fromkeys(self.others, rows))
 
     def _gather(self, piece: _Piece) -> None:
@@ -296,11 +299,17 @@ class _OfMore(_Exchange):
 
 
 def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
-    """The mean, float32 (`size`,), of what `Reduced.coded` holds: to the last bit what it was."""
+    """The mean, float32 (`size`,), of what `Reduced.coded` holds: to the last bit what it was.
+
+    Raises:
+        ValueError, RuntimeError: It is none of this codec's.
+    """
     if coded[0][1].dtype == torch.float32:
         return coded[0][1]
     inner = codec if len(coded) > 1 else codec.mean
     messages = [(share, rows.view(-1, inner.row)) for share, rows in coded]
+    if any(rows.shape != messages[0][1].shape for _, rows in messages):
+        raise ValueError("not a coded mean: its parts are not of the same length")
     blocks, workspace = torch.empty(len(messages[0][1]), codec.block), Workspace()
     for now in _slices(codec, blocks):
         _sum(inner, [(share, rows[now]) for share, rows in messages], workspace, blocks[now])
@@ -311,24 +320,31 @@ def _sum(codec: Codec, messages: list[tuple[float, Tensor]], workspace: Workspac
     """The sum of what rows hold, each times its share. Of two it is the same, to the last bit, in either order.
 
     Args:
-        out: Where to put it; by default into the workspace's "sum".
+        out: Where to put it; by default into the workspace's "sum". It may be where the first message's numbers are.
     """
-    first, *others = messages
-    shape = len(first[1]), codec.block
+    (share, rows), *others = messages
+    shape = len(rows), codec.block
     out = workspace.empty("sum", *shape) if out is None else out
-    share, total = first[0], codec.decode(first[1], workspace.empty("one", *shape))
+    first = codec.decode(rows, out)
+    if first.data_ptr() != out.data_ptr():
+        out.copy_(first)
     for other, rows in others:
-        values = codec.decode(rows, workspace.empty("another", *shape))
-        _weigh(total.numpy(), values.numpy(), out.numpy(), np.float32(share), np.float32(other))
-        share, total = 1.0, out
-    return out if others else torch.mul(total, share, out=out)
+        _add(
+            out.numpy(),
+            codec.decode(rows, workspace.empty("other", *shape)).numpy(),
+            np.float32(share),
+            np.float32(other),
+        )
+        share = 1.0
+    return out if others else out.mul_(share)
 
 
 @compiled
-def _weigh(first: Floats, second: Floats, out: Floats, share: np.float32, other: np.float32) -> None:
-    for row in range(len(out)):
-        for i in range(out.shape[1]):
-            out[row, i] = share * first[row, i] + other * second[row, i]
+def _add(total: Floats, values: Floats, share: np.float32, other: np.float32) -> None:
+    """In place: a `total` of its own would have to be compared with the others' memory, or be slow."""
+    for row in range(len(total)):
+        for i in range(total.shape[1]):
+            total[row, i] = share * total[row, i] + other * values[row, i]
 
 
 def _slices(codec: Codec, rows: Tensor) -> Iterator[slice]:

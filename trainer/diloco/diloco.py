@@ -267,9 +267,8 @@ class DiLoCo:
         if self.overlap is not None and self._begun + self.round_length != self.total_steps:
             self._take_off(fragment, started)
             return None
-        pseudo_gradient = self._pseudo_gradient(
-            fragment, self._gathered(fragment), self._carried, self._scales(fragment)
-        )
+        scales = self._scales(fragment)
+        pseudo_gradient = self._pseudo_gradient(fragment, self._gathered(fragment), self._carried, scales)
         made = self.state.begin(fragment)
         try:
             commit = self.quorum.synchronise(pseudo_gradient, self.samples, fragment, made.add)
@@ -279,10 +278,10 @@ class DiLoCo:
         if commit.reduced.weight == 0:
             self.state.skip(self.round_length)
         else:
-            self.state.take(made, self.round_length)
-            if len(commit.members) == 1 and self.state.outer.replaces and self._sends_its_steps_alone:
+            if len(commit.members) == 1 and self.state.outer.replaces and not scales and self._sends_its_steps_alone:
                 # θ − (θ − θᵢ) is θᵢ but for rounding: here, exactly so.
-                self._layout.gather(self.state.parameters)
+                self._layout.gather(made.after["model"])
+            self.state.take(made, self.round_length)
             self._keep(commit.reduced.error, fragment)
         self._layout.scatter(fragment.of(self.state.parameters), self._local(self._sections[fragment.index]))
         self._forget(fragment)
@@ -486,7 +485,7 @@ class DiLoCo:
 
     @property
     def _sends_its_steps_alone(self) -> bool:
-        """Whether the pseudo-gradient is θ − θᵢ and nothing else."""
+        """Whether the pseudo-gradient, if nothing scales it, is θ − θᵢ of all parameters."""
         return self._parts == 1 and self._carried is None and self._residual is None and self._offset is None
 
     def _pseudo_gradient(
@@ -528,7 +527,8 @@ class DiLoCo:
         scales: list[tuple[slice, float]],
         samples: float,
     ) -> _Landing:
-        """Synchronise; on a thread, while inner steps are made. It changes nothing but `ended` and the scratch memory.
+        """Synchronise; on a thread, while inner steps are made. It changes nothing but `ended`, the scratch memory, and
+        what the state has beside it for an outer step.
 
         Args:
             ended: The local parameters when the round ended, float32 (n,).

@@ -25,7 +25,7 @@ class Reduced:
     Attributes:
         weight: The sum of their weights. 0: nobody had anything finite to say, there is no mean and no outer step.
         coded: What the mean was decoded from: the sum of these, each a share and rows, uint8 (b, row). Or the mean
-            itself, float32 (n,), where it was not coded. Zeros if there is none.
+            itself, float32 (n,), where it was not coded. Of no use if there is none.
         hash: Of that, in the order in which it came: equal in members that have got the same.
         error: What of this member's pseudo-gradient is not in the mean, float32 (n,), if its codec has feedback. None:
             nothing.
@@ -91,8 +91,8 @@ class Quorum(Protocol):
                 attempt can be made again.
             weight: The samples that this member's pseudo-gradient stands for.
             fragment: Which part of the parameters it is of, and how it is put on the wire.
-            take: Gets the mean, all of it in every attempt, in any order. What it makes of that counts from the commit
-                on, and the last attempt's alone.
+            take: Gets the mean, in any order: all of it in an attempt that does not fail, unless all weights are 0.
+                What it makes of that counts from the commit on, and the last attempt's alone.
 
         Raises:
             Superseded: See there. `catch_up` is next.

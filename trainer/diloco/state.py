@@ -59,6 +59,7 @@ class GlobalState:
         self._tensors = {"model": parameters}
         self._tensors |= {f"outer.{name}": t for name, t in outer.initial_state(parameters.numel()).items()}
         self._spare: dict[str, Tensor] = {}
+        self._begun: OuterStep | None = None
         self._borrowed = False
         self._lock = threading.Lock()
 
@@ -85,11 +86,19 @@ class GlobalState:
                 name: torch.empty_like(own, pin_memory=own.is_pinned()) for name, own in self._tensors.items()
             }
         before, after = ({n: fragment.of(t) for n, t in of.items()} for of in (self._tensors, self._spare))
-        return OuterStep(self.outer, fragment, before, after)
+        self._begun = OuterStep(self.outer, fragment, before, after)
+        return self._begun
 
     def take(self, made: "OuterStep", steps: int) -> None:
-        """Take the outer step that ends a round of `steps` inner steps: the last one begun, and worked out."""
+        """Take the outer step that ends a round of `steps` inner steps: the last one begun, and worked out.
+
+        Raises:
+            ValueError: Another one has been begun, or taken, since.
+        """
         with self._lock:
+            if made is not self._begun:
+                raise ValueError("this outer step has been given up")
+            self._begun = None
             if made.fragment is self.fragments[-1]:
                 self._tensors, self._spare = self._spare, {} if self._borrowed else self._tensors
                 self._borrowed = False
@@ -105,8 +114,13 @@ class GlobalState:
         Args:
             mean: The fragment's committed mean pseudo-gradient, float32 (n,). Not changed.
             fragment: By default the whole.
+
+        Raises:
+            ValueError: `mean` is not of the fragment's size.
         """
         made = self.begin(fragment or self.fragments[-1])
+        if len(mean) != len(made.after["model"]):
+            raise ValueError(f"a mean of {len(mean)} numbers for a fragment of {len(made.after['model'])}")
         made.add(0, mean)
         self.take(made, steps)
 
@@ -158,7 +172,13 @@ class OuterStep:
         self._outer, self._before = outer, before
 
     def add(self, start: int, mean: Tensor) -> None:
-        """Work it out for a piece of the mean that begins there, float32 (k,). A later piece replaces it."""
+        """Work it out for a piece of the mean that begins there, float32 (k,). A later one replaces an earlier.
+
+        Raises:
+            ValueError: The piece goes beyond the fragment.
+        """
+        if not 0 <= start <= start + len(mean) <= len(self.after["model"]):
+            raise ValueError(f"no piece of the mean: {len(mean)} numbers from {start} on")
         for first in range(0, len(mean), SLICE):
             now = slice(start + first, start + min(first + SLICE, len(mean)))
             before, after = (

@@ -379,6 +379,7 @@ class ElasticQuorum:
                         reduced, wire = self._reduce(record, pseudo_gradient, weight, fragment, take)
                     except (RuntimeError, OSError) as error:
                         log.warning("attempt %d at round %d failed: %s", record.attempt, record.round, _line(error))
+                        error.with_traceback(None)  # it holds the group: the others are to see at once that it is gone
                         self._drop_group()
                         self._look_for_culprits(record)
                         failing = failing or time.monotonic()

@@ -1,7 +1,7 @@
 """Fixed membership: every worker of the run is a member of every quorum.
 
     quorum = FixedQuorum.meet(config, fingerprint)
-    commit = quorum.synchronise(pseudo_gradient, weight, fragment)
+    commit = quorum.synchronise(pseudo_gradient, weight, fragment, take)
 
 *Forming.* A worker registers as a member, under a lease, with an incarnation of its own, and waits until all
 `nodes` × `nproc_per_node` members are there. The worker of rank 0 hosts a TCPStore and creates `groups/<generation>`

@@ -24,7 +24,7 @@ i4, u4, f4 = np.int32, np.uint32, np.float32
 
 
 def _encoder(kernel: Kernel) -> Kernel:
-    return compiled(kernel, fastmath={"nnan", "ninf", "nsz", "reassoc"})
+    return compiled(kernel, fastmath={"reassoc", "nsz", "nnan"})
 
 
 @njit(inline="always")
