@@ -146,9 +146,10 @@ def test_synchronise_exchange_broadcast(world: int, start: Callable[..., Member]
             number, who, value, weight, sent = member.answer()
             assert (number, who, weight) == (round, names, total)
             assert value == pytest.approx(mean)
-            # A ring moves 2 (n - 1) / n of the buffer; what the kernel counted is that, and a little more.
+            # 2 (n - 1) / n of the buffer; what the kernel counted is that and a little more: a segment that was sent
+            # twice, because the machine was busy, has 64 KB.
             payload = 2 * (world - 1) / world * 8_000_000
-            assert payload <= sent <= 1.01 * payload + 10_000
+            assert payload <= sent <= 1.05 * payload + 10_000
 
     for member in members:
         member.ask("exchange", {"rank": member.rank, "text": "é" * 100_000})

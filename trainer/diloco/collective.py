@@ -15,6 +15,7 @@ memory where the rows are and into that where they are kept: gloo's own collecti
 owner also what coding the mean has. Of that it keeps W / w times as much, which will count w / W, its share.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -122,7 +123,7 @@ class _Piece:
         return slice(self.start, self.start + len(self.blocks))
 
 
-class _Exchange:
+class _Exchange(ABC):
     """One member's part in one collective.
 
     Args:
@@ -161,17 +162,17 @@ class _Exchange:
         left = None if self.error is None else codec.restore(self.error, self.n)
         return Reduced(weight, tuple(zip(shares, coded, strict=True)), self.digest.hexdigest(), left)
 
+    @abstractmethod
     def means(self) -> tuple[Codec, list[float]]:
         """What the mean is kept as: the sum of so many messages, each times its share; and their codec."""
-        raise NotImplementedError
 
+    @abstractmethod
     def expect(self, piece: _Piece) -> None:
         """Begin to take what the others will send of the piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stages(self) -> list[Callable[[_Piece], None]]:
         """What is done to each piece, one after the other, while others are on their way."""
-        raise NotImplementedError
 
     def _pieces(self, parts: list[Tensor]) -> Iterator[_Piece]:
         block = self.codec.block
