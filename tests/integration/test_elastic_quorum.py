@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from trainer.config import TrainingConfig
-from trainer.diloco import Fp32, Fragment
+from trainer.diloco import Fp32, Fragment, Nesterov
+from trainer.diloco.collective import warm_up
 from trainer.elastic import quorum as quorum_module
 from trainer.elastic.etcd import EtcdClient
 from trainer.elastic.quorum import FixedQuorum, LostMember
@@ -56,6 +57,7 @@ def _serve(pipe: Connection, config: TrainingConfig, rank: int, fingerprint: dic
     torch.set_num_threads(1)
     os.environ[SLOT_VARIABLE] = str(rank)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    warm_up(Fp32(), Nesterov())  # as a worker does before it joins
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 
