@@ -14,7 +14,7 @@ search: outer learning rate, momentum and feedback of each method, in no full gr
 
 It prints one table for each number of workers: the mean held-out loss, how far it is above that of fp32 DiLoCo and of
 `ddp`, seed by seed (the mean, from, to), and the MB that a worker has sent in the run, as the kernel counted them, with
-the factors to both. It writes build/quality.json. It takes some 25 minutes on 2 cores that nobody else uses; with
+the factors to both. It writes build/quality.json. It takes some 40 minutes on 2 cores that nobody else uses; with
 --quick a few, for a look at whether all of it works: its losses say nothing.
 """
 
