@@ -41,6 +41,14 @@ def _scale_of(row: Bytes) -> np.float32:
     return u4((np.int64(row[0]) | np.int64(row[1]) << 8) << 16).view(f4)
 
 
+@njit(inline="always")
+def _mean_magnitude(block: Floats) -> np.float32:
+    total = f4(0)
+    for i in range(block.size):
+        total += abs(block[i])
+    return total / f4(block.size)
+
+
 @_encoder
 def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: np.float32, least: np.float32) -> None:
     """Levels of 8, 4 or 2 bits, evenly spaced: `zero` + x / scale to the nearest, from `least` to 2^`bits` − 1.
@@ -91,10 +99,7 @@ def encode_ternary(blocks: Floats, rows: Bytes, least: np.float32) -> None:
     packed = np.empty(width, i4)
     for number in range(len(blocks)):
         block, row = blocks[number], rows[number]
-        total = f4(0)
-        for i in range(block.size):
-            total += abs(block[i])
-        threshold = f4(total * least / f4(block.size))
+        threshold = f4(_mean_magnitude(block) * least)
         total, count = f4(0), f4(0)
         for i in range(block.size):
             outside = abs(block[i]) > threshold
@@ -112,6 +117,7 @@ def encode_ternary(blocks: Floats, rows: Bytes, least: np.float32) -> None:
 
 @compiled
 def decode_ternary(rows: Bytes, out: Floats) -> None:
+    """The scale times −1, 0 or 1."""
     width = rows.shape[1] - SCALE_BYTES
     rest = np.empty(width, i4)
     for number in range(len(rows)):
@@ -133,10 +139,7 @@ def encode_signs(blocks: Floats, rows: Bytes) -> None:
     packed = np.empty(width, i4)
     for number in range(len(blocks)):
         block, row = blocks[number], rows[number]
-        total = f4(0)
-        for i in range(block.size):
-            total += abs(block[i])
-        _put_scale(f4(2) * total / f4(block.size), row)
+        _put_scale(f4(2) * _mean_magnitude(block), row)
         packed[:] = 0
         for digit in range(8):
             part, shift = block[digit * width : (digit + 1) * width], i4(digit)
