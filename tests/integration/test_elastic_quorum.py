@@ -54,12 +54,12 @@ class Member:
 
 
 def _serve(pipe: Connection, config: TrainingConfig, rank: int, fingerprint: dict[str, Any]) -> None:
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
     torch.set_num_threads(1)
     os.environ[SLOT_VARIABLE] = str(rank)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     warm_up(Fp32(), Nesterov())  # as a worker does before it joins
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 
     def synchronise(quorum: FixedQuorum, value: float, weight: float, size: int) -> Any:
         mean = torch.empty(size)
@@ -261,10 +261,13 @@ def test_missing_worker_is_named(start: Callable[..., Member]) -> None:
 
 
 def test_waiting_ends_with_the_runs_verdict_and_with_sigterm(start: Callable[..., Member], client: EtcdClient) -> None:
-    one, other = start(0), start(0)
+    one = start(0)
     assert client.wait_for(lambda: client.get("members/0000"), WAIT)
     one.stop(signal.SIGTERM)
     assert isinstance(one.answer(), Interrupted)
+    one.process.join(WAIT)
+    other = start(0)
+    assert client.wait_for(lambda: client.get("members/0000"), WAIT)
     finish(client, "failed", "worker 1 has no disk")
     error = other.answer()
     assert isinstance(error, TrainingError) and "the run has failed: worker 1 has no disk" in str(error)
