@@ -38,7 +38,7 @@ run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, 
 	@$(BIN)/python -m pipelines run --config $(RECIPE) $(ARGS)
 
 test: lint  ## lint, then all tests that need no cluster and no GPU (ARGS="-k name")
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: $(READY)  ## kill, freeze and cut off real processes; ends with a table (some 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
