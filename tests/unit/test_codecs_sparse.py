@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 from trainer.diloco.codecs import Bf16, Codec, Fp32, Integer, Sign, Ternary
 from trainer.diloco.codecs.dct import Dct, transform
-from trainer.diloco.codecs.sparse import TopK, _Positions, pack, unpack
+from trainer.diloco.codecs.sparse import TopK, _Positions
 
 SHAPES = [
     [()],
@@ -74,17 +74,10 @@ def block_and_k(draw: st.DrawFn, largest: int = 300) -> tuple[int, int]:
 # Positions
 
 
-@settings(deadline=None)
-@given(st.integers(0, 3), st.integers(0, 20), st.integers(0, 17), st.integers(0, 1000))
-def test_packed_numbers_are_unpacked(blocks: int, count: int, bits: int, seed: int) -> None:
-    numbers = np.random.default_rng(seed).integers(1 << bits, size=(blocks, count))
-    packed = pack(numbers, bits)
-    assert packed.shape == (blocks, -(-count * bits // 8))
-    assert (unpack(packed, count, bits) == numbers).all()
-
-
-def test_numbers_are_packed_from_the_lowest_bit() -> None:
-    assert pack(np.array([[0b101, 0b011, 0b110]]), 3).tolist() == [[0b10_011_101, 0b1]]
+def test_positions_are_a_bitmap_and_low_bits_from_the_lowest_on() -> None:
+    code = _Positions(3, 20)  # p - i is 1, 6 and 17; its lowest two bits are 1, 2 and 1, the rest, with i, 0, 2 and 6
+    assert (code.low, code.row) == (2, 2)
+    assert code.encode(np.array([[1, 7, 19]])).tolist() == [[0b1000101, 0b01_10_01]]
 
 
 @settings(deadline=None)
@@ -107,7 +100,14 @@ def test_positions_take_no_more_than_indices_or_a_bitmap() -> None:
     assert _Positions(2048, 4096).row == 512
 
 
-def test_rows_with_a_wrong_number_of_positions_are_refused() -> None:
+@pytest.mark.parametrize("row", [[0b101, 0], [0b11000101, 0], [0b1000101, 0b11_10_01], [0b111, 0b00_01_00]])
+def test_rows_that_are_no_positions_are_refused(row: list[int]) -> None:
+    """One too few, one too many, one beyond the block, one below the one before it."""
+    with pytest.raises(ValueError, match="positions"):
+        _Positions(3, 20).decode(np.array([[0b1000101, 0b01_10_01], row], dtype=np.uint8))
+
+
+def test_sparse_rows_that_are_none_are_refused() -> None:
     codec = TopK(k=4, block=64)
     rows = codec.encode(gaussian(3, 64))
     rows[1, 0] ^= 1

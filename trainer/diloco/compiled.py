@@ -7,8 +7,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-Kernel = TypeVar("Kernel", bound=Callable[..., None])
+
+# numba makes 64 bits of any integer that has fewer, and lets indices count from the end unless they are unsigned: a
+# loop that is to be fast says at every step what its numbers are.
+u1, i4, u4, i8, u8, f4 = np.uint8, np.int32, np.uint32, np.int64, np.uint64, np.float32
+
+MAGNITUDE = u4(0x7FFFFFFF)  # of a float32's bits: as integers, they are ordered as the magnitudes are
+Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 
 def compiled(kernel: Kernel, fastmath: Set[str] = frozenset()) -> Kernel:

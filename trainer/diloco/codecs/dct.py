@@ -5,11 +5,17 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Self
 
+import numpy as np
 import torch
+from numba import njit
+from numpy.typing import NDArray
 from torch import Size, Tensor
 
 from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.sparse import TopK
+from trainer.diloco.compiled import MAGNITUDE, Floats, compiled, f4, i8, u4
+
+Doubles = NDArray[np.float64]
 
 _SIDE = 64
 _TILE = _SIDE * _SIDE
@@ -142,25 +148,53 @@ def transform(tiles: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
         `out`.
     """
     transposed, matrix = _dct_matrices() if inverse else reversed(_dct_matrices())
-    largest = torch.maximum(tiles.amax(1, keepdim=True), tiles.amin(1, keepdim=True).neg_())
-    exponent = (largest.view(torch.int32) >> 23).sub_(126).clamp_(min=_SMALLEST)  # largest < 2 to the power of it
-    factors, inverses = _power_of_two(_NUMBER_BITS - exponent), _power_of_two(exponent - _NUMBER_BITS - _MATRIX_BITS)
     buffers = torch.empty(2, min(_AT_ONCE, len(tiles)), _SIDE, _SIDE, dtype=torch.float64)
+    units = np.empty(_AT_ONCE, np.float32)
     for start in range(0, len(tiles), _AT_ONCE):
         now = slice(start, start + _AT_ONCE)
-        result = torch.mul(tiles[now], factors[now], out=out[now]).round_()
-        left, right = buffers[:, : len(result)]
-        left.copy_(result.view(-1, _SIDE, _SIDE))
+        left, right = buffers[:, : len(tiles[now])]
+        _to_integers(tiles[now].numpy(), left.view(-1, _TILE).numpy(), units)
         torch.bmm(left, transposed.expand_as(left), out=right)
-        right.mul_(2.0**-_MATRIX_BITS).round_()
+        _drop_bits(right.view(-1, _TILE).numpy())
         torch.bmm(matrix.expand_as(left), right, out=left)
-        result.copy_(left.view(-1, _TILE)).mul_(inverses[now])
+        _from_integers(left.view(-1, _TILE).numpy(), units, out[now].numpy())
     return out
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2 to the power of int32, from −126 to 127, in float32: put together from its bits."""
-    return ((exponent + 127) << 23).view(torch.float32)
+@compiled
+def _to_integers(tiles: Floats, integers: Doubles, units: Floats) -> None:
+    """A tile's numbers, counted in 2⁻²³ of the power of two above the largest, and what 2⁻²⁴ of that is."""
+    for number in range(len(tiles)):
+        tile, largest = tiles[number], u4(0)
+        for i in range(_TILE):
+            largest = max(largest, u4(f4(tile[i]).view(u4) & MAGNITUDE))
+        exponent = max(i8(largest >> u4(23)) - 126, i8(_SMALLEST))  # largest < 2 to the power of it
+        factor = _power_of_two(_NUMBER_BITS - exponent)
+        units[number] = _power_of_two(exponent - _NUMBER_BITS - _MATRIX_BITS)
+        for i in range(_TILE):
+            integers[number, i] = np.rint(tile[i] * factor)
+
+
+@compiled
+def _drop_bits(integers: Doubles) -> None:
+    """Those that the matrix has after the point, in place."""
+    for number in range(len(integers)):
+        for i in range(_TILE):
+            integers[number, i] = np.rint(integers[number, i] * 2.0**-_MATRIX_BITS)
+
+
+@compiled
+def _from_integers(integers: Doubles, units: Floats, tiles: Floats) -> None:
+    """A tile's integers times its unit."""
+    for number in range(len(tiles)):
+        for i in range(_TILE):
+            tiles[number, i] = f4(integers[number, i]) * units[number]
+
+
+@njit(inline="always")
+def _power_of_two(exponent: np.int64) -> np.float32:
+    """2 to the power of an integer from −126 to 127: put together from its bits."""
+    return u4((exponent + 127) << 23).view(f4)
 
 
 @cache

@@ -10,17 +10,12 @@ a member has coded, all decode.
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-from trainer.diloco.compiled import Floats, Kernel, compiled
-
-Bytes = NDArray[np.uint8]
+from trainer.diloco.compiled import MAGNITUDE, Bytes, Floats, Kernel, compiled, f4, i4, u1, u4
 
 SCALE_BYTES = 2
 TINY = np.finfo(np.float32).tiny  # scales below count as 0
 ROUND = np.float32(2**23)  # what it is added to has been rounded to an integer, which is in its lowest bits
-# numba makes 64 bits of any integer that has fewer, unless it is told at every step; then vectors are half as wide.
-i4, u4, f4 = np.int32, np.uint32, np.float32
 
 
 def _encoder(kernel: Kernel) -> Kernel:
@@ -32,7 +27,7 @@ def _put_scale(scale: np.float32, row: Bytes) -> np.float32:
     """Write it, rounded to bfloat16 (to nearest, ties to even), and return what it is then."""
     bits = np.int64(f4(scale).view(u4))
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    row[0], row[1] = np.uint8(bits & 0xFF), np.uint8(bits >> 8)
+    row[0], row[1] = u1(bits & 0xFF), u1(bits >> 8)
     return u4(bits << 16).view(f4)
 
 
@@ -61,9 +56,9 @@ def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: 
     packed = np.empty(width, i4)
     for number in range(len(blocks)):
         block, row = blocks[number], rows[number]
-        largest = u4(0)  # as integers, magnitudes are ordered as they are
+        largest = u4(0)
         for i in range(block.size):
-            largest = max(largest, u4(f4(block[i]).view(u4) & u4(0x7FFFFFFF)))
+            largest = max(largest, u4(f4(block[i]).view(u4) & MAGNITUDE))
         scale = _put_scale(u4(largest).view(f4) * up, row)
         inverse = f4(1) / scale if scale >= TINY else f4(0)
         packed[:] = 0
@@ -73,7 +68,7 @@ def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: 
                 level = f4(min(max(f4(part[i] * inverse + zero), least), most) + ROUND)
                 packed[i] |= i4(i4(level.view(i4) & 0xFF) << shift)
         for i in range(width):
-            row[SCALE_BYTES + i] = np.uint8(packed[i])
+            row[SCALE_BYTES + i] = u1(packed[i])
 
 
 @compiled
@@ -112,7 +107,7 @@ def encode_ternary(blocks: Floats, rows: Bytes, least: np.float32) -> None:
             for i in range(width):
                 packed[i] = i4(packed[i] * 3 + 1 + (part[i] > threshold) - (part[i] < -threshold))
         for i in range(width):
-            row[SCALE_BYTES + i] = np.uint8(packed[i])
+            row[SCALE_BYTES + i] = u1(packed[i])
 
 
 @compiled
@@ -146,4 +141,4 @@ def encode_signs(blocks: Floats, rows: Bytes) -> None:
             for i in range(width):
                 packed[i] |= i4(i4(part[i] > f4(0)) << shift)
         for i in range(width):
-            row[SCALE_BYTES + i] = np.uint8(packed[i])
+            row[SCALE_BYTES + i] = u1(packed[i])

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.dense import Integer
+from trainer.diloco.compiled import MAGNITUDE, Bytes, Floats, compiled, i8, u1, u4, u8
 
-_SLICE = 1 << 16  # numbers that are searched at a time: they and their copies stay in a core's cache
+Places = NDArray[np.int64]  # where numbers stand in their block, ascending: (b, k)
 
 
 class TopK(Codec):
@@ -55,58 +56,21 @@ class TopK(Codec):
         super().__init__(block, self._positions.row + values.row, feedback, mean)
 
     def encode(self, blocks: Tensor) -> Tensor:
-        blocks = blocks.contiguous()
-        found = self._largest(blocks.view(torch.int32).numpy())
+        found = torch.empty(len(blocks), self.k, dtype=torch.int64)
+        _find_largest(blocks.view(torch.int32).numpy().view(np.uint32), found.numpy())
         rows = torch.empty(len(blocks), self.row, dtype=torch.uint8)
         cut = self._positions.row
-        rows[:, :cut] = torch.from_numpy(self._positions.encode(found))
-        rows[:, cut:] = self.values.encode(blocks.gather(1, torch.from_numpy(found)))
+        rows[:, :cut] = torch.from_numpy(self._positions.encode(found.numpy()))
+        rows[:, cut:] = self.values.encode(blocks.gather(1, found))
         return rows
 
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
         cut = self._positions.row
-        found = torch.from_numpy(self._positions.decode(rows[:, :cut].numpy()))
+        found = self._positions.decode(rows[:, :cut].numpy())
         aligned = rows[:, cut:].clone(memory_format=torch.contiguous_format)
         values = self.values.decode(aligned, torch.empty(len(rows), self.k))
-        return out.zero_().scatter_(1, found, values)
-
-    def _largest(self, bits: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Where the k largest magnitudes of each block are: ascending positions in it, int64 (b, k).
-
-        Args:
-            bits: The numbers' bits, (b, block). Without the sign they are ordered as the magnitudes are.
-        """
-        found = np.empty((len(bits), self.k), dtype=np.int64)
-        step = max(1, _SLICE // self.block)
-        magnitude, scratch = np.empty((2, min(step, len(bits)), self.block), dtype=np.int32)
-        for start in range(0, len(bits), step):
-            part = bits[start : start + step]
-            size = len(part)
-            np.bitwise_and(part, 0x7FFFFFFF, out=magnitude[:size])
-            # Inverted, so that the k-th is found from below: from above, numpy is 40 times slower if most are 0.
-            np.invert(magnitude[:size], out=scratch[:size])
-            scratch[:size].partition(self.k - 1, axis=1)
-            least = ~scratch[:size, self.k - 1]
-            chosen = magnitude[:size] >= least[:, None]
-            at = np.flatnonzero(chosen)
-            if len(at) > size * self.k:
-                self._break_ties(chosen, at, magnitude, least)
-                at = np.flatnonzero(chosen)
-            np.remainder(at.reshape(size, self.k), self.block, out=found[start : start + size])
-        return found
-
-    def _break_ties(
-        self, chosen: NDArray[np.bool_], at: NDArray[np.int64], magnitude: NDArray[np.int32], least: NDArray[np.int32]
-    ) -> None:
-        """Where more than k are chosen in a block, leave out the last of those with its `least` chosen magnitude.
-
-        `at` is where `chosen` is true in the whole of it.
-        """
-        counts = np.diff(np.searchsorted(at, np.arange(0, chosen.size + 1, self.block)))
-        for row in np.flatnonzero(counts > self.k):
-            different = magnitude[row] != least[row]
-            start = np.flatnonzero(~different)[self.k - counts[row]]
-            chosen[row, start:] &= different[start:]
+        _scatter(found, values.numpy(), out.zero_().numpy())
+        return out
 
 
 class _Positions:
@@ -124,52 +88,131 @@ class _Positions:
             return -(-(k + (n - k >> low)) // 8), -(-k * low // 8)
 
         self.low = min(range((n - k).bit_length() + 1), key=lambda low: sum(sizes(low)))
-        self.k, self.bits = k, k + (n - k >> self.low)
+        self.k, self.n = k, n
         self._bitmap, low_bytes = sizes(self.low)
         self.row = self._bitmap + low_bytes
-        self._order = np.arange(k)
 
-    def encode(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def encode(self, positions: Places) -> Bytes:
         """uint8 (b, `row`) for ascending positions, (b, k)."""
-        rest = positions - self._order
-        high = rest >> self.low
-        high += self._order
-        high += np.arange(0, len(rest) * self.bits, self.bits)[:, None]
-        bitmap = np.zeros((len(rest), self.bits), dtype=np.bool_)
-        bitmap.reshape(-1)[high] = True
-        rows = np.empty((len(rest), self.row), dtype=np.uint8)
-        rows[:, : self._bitmap] = np.packbits(bitmap, axis=1, bitorder="little")
-        rows[:, self._bitmap :] = pack(rest, self.low)
+        rows = np.zeros((len(positions), self.row), dtype=np.uint8)
+        _pack(positions, rows, self._bitmap, self.low)
         return rows
 
-    def decode(self, rows: NDArray[np.uint8]) -> NDArray[np.int64]:
+    def decode(self, rows: Bytes) -> Places:
         """Ascending positions, (b, k), for uint8 (b, `row`). ValueError if rows are none that `encode` gives."""
-        bitmap = np.unpackbits(rows[:, : self._bitmap], axis=1, count=self.bits, bitorder="little")
-        found = np.flatnonzero(bitmap.view(np.bool_))
-        if len(found) != len(rows) * self.k:
-            raise ValueError("not a sparse block: the number of its positions is wrong")
-        high = found.reshape(len(rows), self.k)
-        high -= self._order
-        high -= np.arange(0, len(rows) * self.bits, self.bits)[:, None]
-        high <<= self.low
-        high |= unpack(rows[:, self._bitmap :], self.k, self.low)
-        high += self._order
-        return high
+        positions = np.empty((len(rows), self.k), dtype=np.int64)
+        if not _unpack(rows, positions, self._bitmap, self.low, self.n):
+            raise ValueError("not a sparse block: it does not have the positions it should have")
+        return positions
 
 
-def pack(numbers: NDArray[np.int64], bits: int) -> NDArray[np.uint8]:
-    """The `bits` lowest bits of numbers, (b, n), one after the other, lowest first: uint8 (b, ⌈n · bits / 8⌉)."""
-    digits = np.empty((*numbers.shape, bits), dtype=np.bool_)
-    for index in range(bits):
-        np.not_equal(numbers & (1 << index), 0, out=digits[:, :, index])
-    return np.packbits(digits.reshape(len(numbers), numbers.shape[1] * bits), axis=1, bitorder="little")
+@compiled
+def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
+    """Where the k largest magnitudes of each block are.
+
+    Most numbers are passed by at once: a bound is guessed from a quarter of the block, and only what is not below it is
+    looked at closer. The k-th largest of that is found digit by digit, the highest 11 of its 31 bits first.
+
+    Args:
+        blocks: The numbers' bits, (b, n).
+    """
+    k, n = found.shape[1], blocks.shape[1]
+    enough = k + k // 8 + 16
+    counts, magnitudes, places = np.empty(2048, u4), np.empty(n, u4), np.empty(n, u4)
+    for number in range(len(blocks)):
+        block = blocks[number]
+        counts[:] = u4(0)
+        for i in range(0, n, 4):
+            counts[u8((block[i] & MAGNITUDE) >> u4(20))] += u4(1)
+        digit, seen = u8(2048), i8(0)
+        while digit and seen < enough:
+            digit -= u8(1)
+            seen += 4 * i8(counts[digit])
+        bound, count = u4(digit) << u4(20), u8(0)
+        while True:
+            for i in range(n):
+                magnitude = u4(block[i] & MAGNITUDE)
+                magnitudes[count], places[count] = magnitude, u4(i)
+                count += u8(magnitude >= bound)
+            if count >= k:
+                break
+            bound, count = u4(0), u8(0)
+
+        least, known, missing = u4(0), u4(0), i8(k)
+        for shift, digits in ((u4(20), u4(2047)), (u4(10), u4(1023)), (u4(0), u4(1023))):
+            counts[:] = u4(0)
+            for i in range(count):
+                magnitude = magnitudes[u8(i)]
+                counts[u8((magnitude >> shift) & digits)] += u4((magnitude & known) == least)
+            digit = u8(digits)
+            while missing > counts[digit]:
+                missing -= i8(counts[digit])
+                digit -= u8(1)
+            least |= u4(digit) << shift
+            known |= digits << shift
+
+        # All that are larger than the least of the k, and the first `missing` of those that are equal to it.
+        taken = u8(0)
+        for i in range(count):
+            magnitude = magnitudes[u8(i)]
+            places[taken] = places[u8(i)]
+            taken += u8((magnitude > least) | ((magnitude == least) & (missing > 0)))
+            missing -= i8(magnitude == least)
+        for i in range(k):
+            found[number, i] = places[i]
 
 
-def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int64]:
-    """The numbers below 2^`bits`, (b, `count`), that `pack` made uint8 (b, ⌈`count` · `bits` / 8⌉) of."""
-    numbers = np.zeros((len(packed), count), dtype=np.int64)
-    if bits:
-        digits = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little").reshape(len(packed), count, bits)
-        for index in range(bits):
-            numbers |= digits[:, :, index].astype(np.int64) << index
-    return numbers
+@compiled
+def _pack(positions: Places, rows: Bytes, bitmap: int, low: int) -> None:
+    """As `_Positions` says, lowest bits first, into zeros; the bitmap takes so many bytes of a row."""
+    for number in range(len(positions)):
+        row, at = rows[number], bitmap
+        bits, filled = i8(0), 0  # of the low ones, so many that are not in the row yet
+        for i in range(positions.shape[1]):
+            rest = positions[number, i] - i
+            high = (rest >> low) + i
+            row[high >> 3] |= u1(1 << (high & 7))
+            bits |= (rest & ((1 << low) - 1)) << filled
+            filled += low
+            while filled >= 8:
+                row[at] = u1(bits & 255)
+                bits >>= 8
+                filled -= 8
+                at += 1
+        if filled:
+            row[at] = u1(bits)
+
+
+@compiled
+def _unpack(rows: Bytes, positions: Places, bitmap: int, low: int, n: int) -> bool:
+    """Whether rows are what `_pack` makes of k of n positions, and which."""
+    k, most = positions.shape[1], 8 * bitmap
+    high = np.empty(most, i8)
+    for number in range(len(rows)):
+        row, count, last = rows[number], u8(0), i8(-1)
+        for place in range(most):
+            high[count] = place
+            count += u8(row[place >> 3] >> u4(place & 7) & 1)
+        if count != k:
+            return False
+        at, bits, filled = bitmap, i8(0), 0
+        for i in range(k):
+            while filled < low:
+                bits |= i8(row[at]) << filled
+                filled += 8
+                at += 1
+            position = ((high[i] - i) << low | bits & ((1 << low) - 1)) + i
+            if not last < position < n:
+                return False
+            positions[number, i] = last = position
+            bits >>= low
+            filled -= low
+    return True
+
+
+@compiled
+def _scatter(positions: Places, values: Floats, blocks: Floats) -> None:
+    """Put the values where they belong."""
+    for number in range(len(positions)):
+        for i in range(positions.shape[1]):
+            blocks[number, positions[number, i]] = values[number, i]
