@@ -118,7 +118,6 @@ class Worker:
         resources.enter_context(self.quorum)
         worker = self.quorum.worker
         self.metrics = resources.enter_context(Metrics(self.volume.metrics))
-        self.metrics.sinks += sinks(config, worker, self.volume.root, self.metrics.warn, local_rank)
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,
@@ -132,6 +131,7 @@ class Worker:
             overlap=Overlap(config.overlap_tau, config.overlap_alpha) if config.overlaps else None,
             while_waiting=self._save_if_wanted,
         )
+        self.metrics.sinks += sinks(config, worker, self.volume.root, self.metrics.warn, local_rank)
         self.checkpointer = resources.enter_context(
             closing(Checkpointer(self.volume.checkpoints, config.keep_checkpoints, self._saved))
         )

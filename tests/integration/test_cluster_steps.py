@@ -17,7 +17,7 @@ from tests.cluster.nodes import Cluster
 from tests.cluster.role import permissions, unused
 from tests.cluster.story import Story
 from trainer.config import TrainingConfig
-from trainer.elastic.etcd import EtcdClient
+from trainer.elastic.etcd import EtcdClient, run_prefix
 from trainer.elastic.record import Verdict, finish, verdict
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.kubernetes import client, pods, training
@@ -72,7 +72,7 @@ class Place:
             self._said.notify_all()
         self.on_line(line)
 
-    def wait_for(self, *words: str, seconds: float = 20.0) -> str:
+    def wait_for(self, *words: str, seconds: float = 60.0) -> str:
         """Return the line with these words, once it has been said."""
 
         def found() -> str:
@@ -86,7 +86,9 @@ class Place:
         return any(all(word in line for word in words) for line in self.lines)
 
     def etcd(self) -> EtcdClient:
-        return EtcdClient.of(self.session().plan.config)
+        """The run's keys, with more patience than the run's short limits allow its own clients."""
+        config = self.session().plan.config
+        return EtcdClient([self._etcd], run_prefix(config.elastic.etcd.prefix, config.run_id))
 
 
 @pytest.fixture

@@ -65,10 +65,16 @@ class Members:
         self.processes[number].wait()
 
     def leader(self) -> int:
-        """The number of the member that leads."""
+        """The number of the member that leads; waits for one while they elect."""
         with EtcdClient([self.endpoints[0]]) as client:
-            leader = client._call(lambda etcd: etcd.status().leader.name)
-        return int(leader[1:])
+
+            def name() -> str | None:  # empty until the member has told it to the others
+                leader = client._call(lambda etcd: etcd.status().leader)
+                return (leader and leader.name) or None
+
+            leads = client.wait_for(name, 60)
+        assert leads
+        return int(leads[1:])
 
 
 @pytest.fixture(params=["wheel", "system"])
@@ -100,6 +106,7 @@ def count(client: EtcdClient, ended: threading.Event, done: list[int], errors: l
             return
 
 
+@pytest.mark.timeout(600)
 def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> None:
     leader = members.leader()
     order = [leader, (leader + 1) % 3, (leader + 2) % 3]
@@ -115,7 +122,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
         assert not errors and len(done) >= reached, errors
 
     with EtcdClient([members.endpoints[number] for number in order]) as client:
-        lease = client.lease(10)
+        lease = client.lease(30)
         lease.put("alive", 1)
         held = lease.id
         with client.watch("told", noticed.set):
@@ -139,6 +146,13 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
                 while not noticed.wait(0.5) and time.monotonic() < deadline:
                     other.put("told", 1)
                 assert noticed.is_set()
+        left: list[int] = []  # seconds that the lease has, as time passes
+
+        def refreshed() -> bool:
+            left.append(client._call(lambda etcd: etcd.get_lease_info(held)).TTL)
+            return left[-1] > min(left)
+
+        assert client.wait_for(refreshed, 60), left  # after all this, its thread still keeps it alive
         entry = client.get("counter")
         assert entry and done == list(range(1, entry.value + 1))  # each once, none lost
         alive = client.get("alive")
@@ -237,7 +251,8 @@ def test_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrapper.write_text(f'#!/bin/sh\nexec {_binary()} "$@" --auth-token-ttl 1\n')
     wrapper.chmod(0o755)
     with EmbeddedEtcd(tmp_path / "etcd") as server:
-        etcdctl = [str(_wheel("etcdctl")), "--endpoints", server.endpoint]
+        patience = ("--dial-timeout=30s", "--command-timeout=60s")
+        etcdctl = [str(_wheel("etcdctl")), "--endpoints", server.endpoint, *patience]
         for command in ("user add root:secret", "role add r", "user grant-role root root", "user add u:pass"):
             subprocess.run([*etcdctl, *command.split()], check=True, capture_output=True)
         for command in ("role grant-permission r --prefix=true readwrite /ours/", "user grant-role u r", "auth enable"):
@@ -314,6 +329,7 @@ def test_tls_and_none_do_not_understand_each_other(server: EmbeddedEtcd, tls: Tl
 
 
 @OPENSSL
+@pytest.mark.timeout(900)
 def test_a_whole_run_over_tls_with_two_workers_on_a_node(tls: Tls, tmp_path: Path) -> None:
     flags = {
         "model": "gpt-neo-x:test",
@@ -326,6 +342,8 @@ def test_a_whole_run_over_tls_with_two_workers_on_a_node(tls: Tls, tmp_path: Pat
         "wandb_logging": False,
         "nodes": 1,
         "elastic_nproc_per_node": 2,
+        "grace_period": 50,  # one node suffices: without it, the worker that is there first may begin alone
+        "lease_ttl": 60,
         "total_steps": 6,
         "local_steps": 3,
         "warmup_steps": 0,

@@ -10,7 +10,10 @@ from tests.faults.harness import Run, of, precache
 
 @pytest.fixture
 def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
-    run = Run(tmp_path / f"faults-{tmp_path.name}", precache(tmp_path / "source"), [etcd], total_steps=640)
+    # Longer than this machine may stand still: who was killed, and who leaves, is to be noticed by other means.
+    limits = {"collective_timeout": 5.0, "grace_period": 10.0, "lease_ttl": 30.0, "etcd_outage_limit": 60.0}
+    own = {"total_steps": 640, "elastic_rdzv_timeout": 90.0, **limits}
+    run = Run(tmp_path / f"faults-{tmp_path.name}", precache(tmp_path / "source"), [etcd], **own)
     yield run
     run.close()
 
@@ -22,6 +25,8 @@ def test_kill_join_and_sigterm(run: Run) -> None:
     steps = len(of("step", killed.events))
     run.until(lambda: len(of("step", killed.events)) >= steps + 3, "some inner steps")
     joiner = run.start(2)
+    for pod in (stayer, killed):
+        pod.pause(0.25)  # the run is not to end before they are all there
     row = run.report("kill -9 in the middle of a round", killed.kill_worker(), [stayer], [killed])
     assert row["exposed"] < run.config.lease_ttl  # its agent has told of its death
     run.until_quorum([stayer, killed, joiner])  # its agent has started it again; the joiner took its state from donors

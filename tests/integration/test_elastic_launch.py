@@ -57,7 +57,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def start(act: str = "pass") -> "subprocess.Popen[str]":
         (tmp_path / "worker.py").write_text(WORKER.replace("ACT", textwrap.dedent(act)))
         command = [sys.executable, "-c", LAUNCH, str(tmp_path), str(tmp_path / "worker.py"), str(tmp_path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DILOCO_SEED": "not for workers"}
+        (tmp_path / "temporary").mkdir()
+        own = {"DILOCO_SEED": "not for workers", "TMPDIR": str(tmp_path / "temporary")}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process
@@ -127,7 +129,13 @@ def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path:
 
 
 def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
-    launch = start('if slot == "1": raise ValueError("the moon is full")')
+    act = """
+        if slot == "1":
+            while not (run / "worker-0" / "metrics.jsonl").exists():  # from then on it can be told to leave
+                time.sleep(0.05)
+            raise ValueError("the moon is full")
+    """
+    launch = start(act)
     output, errors = launch.communicate()
     assert launch.returncode == 1
     assert "Traceback" not in output + errors
@@ -161,6 +169,7 @@ def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_pat
         assert "told to leave" in (tmp_path / f"worker-{slot}" / "metrics.jsonl").read_text()
     assert_gone(everybody)
     assert summary_of(tmp_path)["status"] == "stopped"
+    assert not list((tmp_path / "temporary").glob("torchelastic_*"))
 
 
 def test_nothing_outlives_a_killed_launch(start: Start, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def node(etcd: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
     def make(nodes: str = "2:2", **settings: object) -> NodeRendezvous:
         low, high = map(int, nodes.split(":"))
-        options = {"prefix": "/rendezvous", "lease_ttl": "2", "timeout": "30", **settings}
+        options = {"prefix": "/rendezvous", "lease_ttl": "15", "timeout": "30", **settings}
         parameters = RendezvousParameters(BACKEND, etcd, request.node.name, low, high, **options)
         handler = get_rendezvous_handler(parameters)
         assert isinstance(handler, NodeRendezvous)

@@ -30,6 +30,8 @@ from trainer.elastic import dynamic
 from trainer.elastic.dynamic import BACKEND, EtcdBackend, EtcdStore, _Etcd
 from trainer.elastic.etcd import EtcdClient
 
+WAIT = 180  # seconds for each start of a world, at most: a torchrun and a worker on each node import torch
+
 # Anyone's: all-reduces until told to end, and writes down what came out.
 SCRIPT = """
 import json, os, sys
@@ -76,19 +78,18 @@ class Nodes:
 
     def states(self) -> list[dict[str, Any]]:
         """What the workers that live have written down."""
-        files = [path for path in self.directory.glob("*.json") if psutil.pid_exists(int(path.stem))]
+        files = [path for path in self.directory.glob("*.json") if _lives(int(path.stem))]
         return [json.loads(path.read_text()) for path in files]
 
     def wait_for_world(self, size: int, but: set[int] = frozenset()) -> set[int]:  # type: ignore[assignment]
         """Wait until new workers (`but` are old) train in a world of this size; returns their process ids."""
+        new: list[dict[str, Any]] = []
 
-        def found() -> bool:
-            new = [state for state in self.states() if state["pid"] not in but]
-            ranks = sorted(state["rank"] for state in new if state["world"] == size)
-            return ranks == list(range(size))
+        def found() -> bool:  # a world of another size may have been in between
+            new[:] = [state for state in self.states() if state["pid"] not in but and state["world"] == size]
+            return sorted(state["rank"] for state in new) == list(range(size))
 
         self._until(found)
-        new = [state for state in self.states() if state["pid"] not in but]
         assert all(state["sum"] == sum(range(size + 1)) for state in new)
         return {state["pid"] for state in new}
 
@@ -97,13 +98,13 @@ class Nodes:
         (self.directory / "end").touch()
         running = [agent for agent in self.agents if agent.poll() is None]
         assert running
-        assert [agent.wait(60) for agent in running] == [0] * len(running), self.logs()
+        assert [agent.wait(WAIT) for agent in running] == [0] * len(running), self.logs()
 
     def logs(self) -> str:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.directory.glob("*.log")))
 
     def _until(self, predicate: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + WAIT
         while not predicate():
             running = [agent for agent in self.agents if agent.poll() is None]
             assert running and time.monotonic() < deadline, f"{self.states()}\n{self.logs()}"
@@ -121,6 +122,13 @@ def nodes(etcd: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator
         agent.wait()
 
 
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _family(pid: int) -> list[psutil.Process]:
     try:
         return psutil.Process(pid).children(recursive=True)
@@ -128,6 +136,7 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
+@pytest.mark.timeout(900)
 def test_static(nodes: Nodes, etcd: str) -> None:
     with pytest.raises(urllib.error.HTTPError):  # nobody uses the v2 API
         urllib.request.urlopen(f"http://{etcd}/v2/keys")
@@ -139,10 +148,11 @@ def test_static(nodes: Nodes, etcd: str) -> None:
         assert client.get("rendezvous")
         assert all(entry.lease for entry in client.list("").values())  # nothing stays for ever
     late = nodes.add("2")  # a finished run id is closed
-    assert late.wait(60) != 0
+    assert late.wait(WAIT) != 0
     assert "RendezvousClosedError" in nodes.logs()
 
 
+@pytest.mark.timeout(900)
 def test_nodes_come_go_and_die(nodes: Nodes) -> None:
     first = nodes.add("1:2")
     alone = nodes.wait_for_world(1)

@@ -61,9 +61,11 @@ def one(overlay: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     return found
 
 
-def free_port() -> int:
-    with listen("127.0.0.1") as listener:
-        return int(listener.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ones: each is held until the last is chosen."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(listen("127.0.0.1")) for _ in range(count)]
+        return [int(listener.getsockname()[1]) for listener in listeners]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,8 @@ def members(
 ) -> Iterator[list[str]]:
     """The endpoints of three members. Only hosts, ports and paths are this machine's."""
     directory = tmp_path_factory.mktemp("members")
-    ports = {(member, port): free_port() for member in range(3) for port in ("2379", "2380", "2381")}
+    theirs = [(member, port) for member in range(3) for port in ("2379", "2380", "2381")]
+    ports = dict(zip(theirs, free_ports(len(theirs)), strict=True))
     here = {"tls.crt": "server.crt", "tls.key": "server.key", "ca.crt": "ca.crt"}
 
     def local(text: str, member: int) -> str:

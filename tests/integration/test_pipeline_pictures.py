@@ -27,7 +27,7 @@ FLAGS = {
 }
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_pictures_go_through_the_pipeline(tmp_path: Path) -> None:
     flags = [part for name, value in FLAGS.items() for part in (f"--{name}", value)]
     done = subprocess.run(

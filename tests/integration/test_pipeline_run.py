@@ -20,7 +20,7 @@ from components.train.component import train
 from pipelines import local
 from trainer.config import TrainingConfig
 
-pytestmark = pytest.mark.timeout(400)  # the first test pays for the run
+pytestmark = pytest.mark.timeout(900)  # the first test pays for the run
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {

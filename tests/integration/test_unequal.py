@@ -16,7 +16,13 @@ def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
     source = precache(tmp_path / "source")
     own = {"heterogeneous": True, "min_batch_size": 2, "local_steps": LOCAL_STEPS, "nodes": 2, "elastic_max_nodes": 2}
     # Nobody is left out for being slow: it is to be seen that nobody is.
-    patient = {"grace_period": 50.0, "lease_ttl": 60.0, "etcd_outage_limit": 60.0, "elastic_rdzv_timeout": 90.0}
+    patient = {
+        "collective_timeout": 20.0,
+        "grace_period": 50.0,
+        "lease_ttl": 60.0,
+        "etcd_outage_limit": 60.0,
+        "elastic_rdzv_timeout": 90.0,
+    }
     run = Run(tmp_path / f"unequal-{tmp_path.name}", source, [etcd], total_steps=LOCAL_STEPS * 50, **own, **patient)
     yield run
     run.close()

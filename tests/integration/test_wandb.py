@@ -21,6 +21,8 @@ from trainer.config import TrainingConfig
 from trainer.metrics import WANDB_CLOSE_TIMEOUT
 from trainer.volume import Volume, worker_configs
 
+pytestmark = pytest.mark.timeout(600)  # the first test pays for four trainings
+
 STEPS = 40
 MANNERS = ("hangs", "hangs later", "answers 500", "refuses")
 PROJECT = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
@@ -141,7 +143,7 @@ def test_training_does_not_wait_and_ends(manner: str, trained: dict[str, "Future
     assert [event["step"] for event in run.events if event["event"] == "step"] == list(range(1, STEPS + 1))
     if manner == "hangs":  # and is given up after a while
         assert run.time_of("step") < run.time_of("warning")
-    assert run.ended - run.time_of("end") < WANDB_CLOSE_TIMEOUT + 15  # and what wandb does when a process exits
+    assert run.ended - run.time_of("end") < WANDB_CLOSE_TIMEOUT + 60  # and what wandb does when a process exits
     assert (run.asked > 0) == (manner != "refuses")
 
 

@@ -109,24 +109,36 @@ def test_a_directory_that_cannot_be_written_is_told_at_the_next_chance(tmp_path:
 
 
 def test_killed_while_saving_leaves_the_one_before_whole(tmp_path: Path) -> None:
-    """A real process, killed by SIGKILL as soon as its second checkpoint's temporary directory is there."""
+    """A real process, killed by SIGKILL in its second checkpoint: half of a file is there, and no more."""
     code = f"""
-import torch
+import os, safetensors.torch, sys, torch
 from pathlib import Path
 from trainer.checkpoint import Checkpointer
+save_file = safetensors.torch.save_file
+def save_half(tensors, path):
+    save_file(tensors, path)
+    os.truncate(path, path.stat().st_size // 2)
+    print("half-way", flush=True)
+    sys.stdin.read()
 saver = Checkpointer(Path({str(tmp_path)!r}), 3, lambda path, *_: print(path.name, flush=True))
 for round in (1, 2):
-    saver.save({{"model.w": torch.ones(30_000_000)}}, {{}}, {{"round": round, "step": round}}, complete=False)
+    saver.save({{"model.w": torch.ones(1_000_000)}}, {{}}, {{"round": round, "step": round}}, complete=False)
     saver.wait()
+    safetensors.torch.save_file = save_half
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "round-000001-step-00000001\n"
-        while not any(tmp_path.glob(".round-000002-*.tmp")):
-            assert process.poll() is None
+        assert process.stdout.readline() == "half-way\n"
+        (torn,) = tmp_path.glob(".round-000002-*.tmp/*")
+        assert 0 < torn.stat().st_size < (tmp_path / "round-000001-step-00000001" / torn.name).stat().st_size
         process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     found = checkpoint.newest(tmp_path, pytest.fail)
     assert found is not None
     assert found.round == 1
+    assert torn.exists()  # the dead process cannot have removed it
     save(tmp_path, range(2, 3))
     assert not list(tmp_path.glob(".round-*.tmp"))

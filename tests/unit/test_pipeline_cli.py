@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -88,8 +87,6 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
         "except SystemExit: pass\n"
         "assert not {'torch', 'kfp', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: python -m pipelines" in done.stdout
-    assert time.monotonic() - began < 10  # well below a second; this machine may be busy

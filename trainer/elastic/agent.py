@@ -17,6 +17,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
         )
     )
     executable, *rest = dying_with_parent(command)
+    logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch would leave its own
     agent = Agent(
         WorkerSpec(
             role="worker",
@@ -96,7 +98,7 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
             master_addr=None,
             master_port=None,
         ),
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=DefaultLogsSpecs(logs.name),
         shutdown_timeout=SHUTDOWN_TIMEOUT,
     )
     try:
@@ -124,6 +126,7 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; the keys are given back in peace
         handler.shutdown()
+        logs.cleanup()
 
 
 def _end(exit_codes: list[int]) -> str:

@@ -129,7 +129,7 @@ class Jobs:
         own = [pod for pod in pods.pods.values() if _job_of(pod).get("uid") == run.uid]
         if not own and not has_ended(job):
             pods.explain_missing(name, run.called)
-        for waiting in (name, *(pod["metadata"]["name"] for pod in own)):
+        for waiting in [pod["metadata"]["name"] for pod in own] or [name]:
             if why := pods.why_not_started(waiting, self._timeout):
                 raise TrainingError(f"{run.called} has not started in {self._timeout:.0f} s: {why}")
         if not has_ended(job):
