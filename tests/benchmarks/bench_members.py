@@ -35,12 +35,12 @@ TTL = 60.0
 class Member:
     """A member without tensors: its inner steps take no time, its collective always succeeds."""
 
-    def __init__(self, client: EtcdClient, store: str, number: int) -> None:
+    def __init__(self, client: EtcdClient, address: str, number: int) -> None:
         self.id = f"{number:06d}-{os.urandom(4).hex()}"
         self.client, self.number = client, number
         self.lease = client.grant(TTL)
         self.requests = 0
-        self.place = {"slot": number, "local_rank": 0, "node": str(number), "address": store, "store": store}
+        self.place = {"slot": number, "local_rank": 0, "node": str(number), "address": address}
         self._hold(State(hash="0"))
         self.progress: Progress | None = None
 

@@ -18,8 +18,8 @@ class Warnings(list[str]):
         self.told.set()
 
 
-def member(store: str, address: str) -> dict[str, Any]:
-    return {"host": "there", "store": store, "address": address}
+def member(address: str) -> dict[str, Any]:
+    return {"host": "there", "address": address}
 
 
 def listener(address: str = "127.0.0.1") -> tuple[socket.socket, str]:
@@ -32,25 +32,25 @@ def listener(address: str = "127.0.0.1") -> tuple[socket.socket, str]:
 
 
 def test_a_pair_that_cannot_talk_is_named_once_and_tried_again() -> None:
-    (store, at_store), (donor, at_donor) = listener(), listener("::1")
-    donor.close()  # one port of two is enough to be unreachable
+    (here, at_here), (gone, at_gone) = listener(), listener("::1")
+    gone.close()
     warned = Warnings()
-    reach, it = Reach(warned), {"007-abc": member(at_store, at_donor)}
+    reach, it = Reach(warned), {"007-abc": member(at_gone)}
     assert reach.strangers(it) == {"007-abc"}
     reach.meet(it)
     assert warned.told.wait(30)
     assert reach.unreachable == reach.strangers(it) == {"007-abc"}
     (message,) = warned
-    assert message.startswith(f"worker 7 (there) cannot be reached from here at {at_donor}: ")
+    assert message.startswith(f"worker 7 (there) cannot be reached from here at {at_gone}: ")
     assert "network_interface" in message
 
     reach.check(it, timeout=3)
     assert len(warned) == 1
-    reach.check({"007-abc": member(at_store, at_store)}, timeout=3)  # it has healed
+    reach.check({"007-abc": member(at_here)}, timeout=3)  # it has healed
     assert reach.unreachable == reach.strangers(it) == set()
     assert reach.strangers({"008-def"}) == {"008-def"}  # the other is gone from the run, and forgotten
     assert reach.strangers(it) == {"007-abc"}
-    store.close()
+    here.close()
     reach.close()
 
 
@@ -59,6 +59,6 @@ def test_one_that_has_died_is_no_news() -> None:
     server.close()
     warned = Warnings()
     reach = Reach(warned)
-    reach.check({"001-abc": member(endpoint, endpoint)}, timeout=3)
+    reach.check({"001-abc": member(endpoint)}, timeout=3)
     assert reach.unreachable == {"001-abc"} and not warned
     reach.close()

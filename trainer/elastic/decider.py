@@ -105,7 +105,7 @@ class Decider:
         Its agent would have done so, if it had not died with it. A member that lives all the same registers again.
         """
         member = self._client.get(f"members/{id}")
-        dead = member is None or refused(member.value["store"])
+        dead = member is None or refused(member.value["address"])
         if dead and member is not None:
             log.debug("member %s is dead", id)
             self._client.revoke(member.lease)

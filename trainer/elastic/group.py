@@ -1,13 +1,22 @@
 """Process groups of gloo, and the stores over which they are formed."""
 
 import socket
+import threading
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 from torch.distributed import ProcessGroupGloo, Store, TCPStore
 
 from trainer.diloco.wire import WireMeter
+from trainer.elastic.etcd import EtcdClient, EtcdError, Json
 from trainer.errors import ConfigError
+
+_LOOK_INTERVAL = 0.01  # seconds between two looks at whether a mesh is still wanted
+_ASK_INTERVAL = 1.0  # seconds between two looks into etcd if it tells of no change
 
 _gloo: Any = ProcessGroupGloo  # its stubs know little of it, and do not make it a ProcessGroup
 
@@ -40,6 +49,70 @@ def connect_store(endpoint: str, answer: float, timeout: timedelta) -> TCPStore:
     host, _, port = endpoint.rpartition(":")
     socket.create_connection((host, int(port)), answer).close()
     return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+class MeshStore(Store):
+    """What gloo's full mesh is connected over: the members' addresses, in etcd, at `meshes/<member>`.
+
+    A TCPStore would do if torch did not ask for the name of every address that connects to one: where nobody answers
+    such a question, all would wait for that, 5 s and more, whenever a member has come or gone.
+
+    Args:
+        put: Writes the value of this member's key.
+        place: What the members of this mesh have in common, and those of no other.
+        seconds: How long the others may take to come.
+        over: Whether nobody wants this mesh any more.
+    """
+
+    def __init__(
+        self, client: EtcdClient, put: Callable[[Json], None], place: str, seconds: float, over: Callable[[], bool]
+    ) -> None:
+        super().__init__()
+        self._client, self._put, self._place, self._over = client, put, place, over
+        self._deadline = time.monotonic() + seconds
+        self._own: dict[str, str] = {}
+        self._found: dict[str, bytes] = {}
+        self._changed = threading.Event()
+        self._changed.set()
+        self._watch = client.watch("meshes/", self._changed.set)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._watch.close()
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        self._own[key] = b64encode(value).decode()
+        self._put({"place": self._place, "values": self._own})
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._found[key]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Return when all of `keys` have been set.
+
+        Raises:
+            RuntimeError: The mesh is over; some member has not come in time.
+        """
+        asked = 0.0
+        while not self._found.keys() >= set(keys):
+            if self._over():
+                raise RuntimeError("the attempt is over")
+            now = time.monotonic()
+            if self._changed.wait(_LOOK_INTERVAL) or now > asked + _ASK_INTERVAL:
+                self._changed.clear()
+                asked = now
+                with suppress(EtcdError):  # it may be away for a moment
+                    self._look()
+            elif now > self._deadline:
+                raise RuntimeError("not all members of the attempt have come")
+
+    def _look(self) -> None:
+        for entry in self._client.list("meshes/").values():
+            if entry.value["place"] == self._place:
+                self._found |= {key: b64decode(value) for key, value in entry.value["values"].items()}
 
 
 def form_group(store: Store, rank: int, size: int, device: Any, timeout: timedelta) -> tuple[Any, WireMeter]:

@@ -18,13 +18,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore
 
 from trainer.diloco.codecs import Fp32
 from trainer.diloco.collective import Workspace, decoded, weighted_mean
@@ -33,8 +32,8 @@ from trainer.diloco.state import Fragment, GlobalState
 from trainer.diloco.wire import WireMeter
 from trainer.elastic.decider import Decider, view_of
 from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
-from trainer.elastic.group import connect_store, form_group, gloo_device
-from trainer.elastic.process import listen, number_from
+from trainer.elastic.group import MeshStore, form_group, gloo_device
+from trainer.elastic.process import number_from
 from trainer.elastic.protocol import (
     Action,
     Arrival,
@@ -104,7 +103,6 @@ class _Group:
     members: tuple[str, ...]
     group: Any  # a ProcessGroupGloo, whose stubs do not make it a ProcessGroup; None: a member alone
     meter: WireMeter | None = None
-    store: TCPStore | None = field(default=None, repr=False)
 
 
 class ElasticQuorum:
@@ -154,11 +152,6 @@ class ElasticQuorum:
         self._secret = self._patiently(self._run_secret)
         address = config.advertise_address or local_address(config.etcd.endpoints[0])
         self._device = gloo_device(config.network_interface, address)
-        listener = listen(address, config.port_range)
-        port = listener.getsockname()[1]
-        self._store = TCPStore(
-            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
         self._donor = Donor(self._find, self._secret, address, config.port_range)
         self._me: dict[str, Json] = {
             "slot": slot,
@@ -167,7 +160,6 @@ class ElasticQuorum:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "address": self._donor.endpoint,
-            "store": f"{address}:{port}",
         }
         self.healed = 0  # how often this member's global state had to be taken anew
         self._record: Record | None = None
@@ -634,32 +626,17 @@ class ElasticQuorum:
         """Connect to the other members of the attempt, all of whom are doing the same now."""
         if len(record.members) == 1:
             return _Group(record.members, None)
-        timeout = timedelta(seconds=self._config.collective_timeout)
-        store = self._store
-        if record.members[0] != self.id:
-            entry = self._patiently(lambda: self._client.get(f"members/{record.members[0]}"))
-            if entry is None:
-                raise RuntimeError(f"member {record.members[0]} is gone")
-            store = connect_store(entry.value["store"], PROBE_TIMEOUT, timeout)
-        prefix = PrefixStore("/".join(map(str, record.place)), store)
-        self._gather_at(record, prefix)
         rank, size = record.members.index(self.id), len(record.members)
-        return _Group(
-            record.members, *form_group(PrefixStore("gloo", prefix), rank, size, self._device, timeout), store
-        )
+        seconds, place = self._config.collective_timeout, "/".join(map(str, record.place))
 
-    def _gather_at(self, record: Record, store: PrefixStore) -> None:
-        """Wait until all members of the attempt are at the store, or one of them is gone, or the attempt is over."""
-        store.set(f"here/{self.id}", "")
-        keys = [f"here/{id}" for id in record.members]
-        deadline = time.monotonic() + self._config.collective_timeout
-        while not store.check(keys):
-            if self._record is not None and self._record.place != record.place:
-                raise RuntimeError("the attempt is over")
-            if time.monotonic() > deadline:
-                raise RuntimeError("not all members of the attempt have come")
-            with self._condition:
-                self._condition.wait(0.01)
+        def put(value: Json) -> None:
+            self._patiently(lambda: self._must_lease.put(f"meshes/{self.id}", value))
+
+        def over() -> bool:
+            return self._record is not None and self._record.place != record.place
+
+        with MeshStore(self._client, put, place, seconds, over) as store:
+            return _Group(record.members, *form_group(store, rank, size, self._device, timedelta(seconds=seconds)))
 
     def _look_for_culprits(self, record: Record) -> None:
         """After a failed attempt: see which of its members' ports do not answer."""

@@ -61,7 +61,7 @@ def refused(endpoint: str, timeout: float = 1.0) -> bool:
     """Whether the machine of `endpoint` (host:port) answers that nobody listens there. Silence is no answer."""
     host, _, port = endpoint.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
     except ConnectionRefusedError:
         return True
     except OSError:

@@ -13,6 +13,7 @@ all transitions of a run are in one order, and there is one quorum at most for e
 |                 |                           | who and where it is, and which committed state it holds            |
 | arrivals/<id>   | the member                | its inner steps are done, or the attempt it was in has failed:     |
 |                 |                           | "count me in for attempt a", with whom it suspects                 |
+| meshes/<id>     | the member, under a lease | it connects to the others of an attempt: gloo's address of it      |
 | votes/<id>      | the member                | the collective is done: the hash of the reduced buffer             |
 | ready/<id>      | the member                | it holds the last committed state, and asks for a share of data    |
 | left/<id>       | the member                | it leaves: the unused part of its share                            |
@@ -112,7 +113,7 @@ class Member:
     Attributes:
         node: Its node; `min_nodes` counts distinct ones.
         order: Ranks follow it: (slot, local rank).
-        address: host:port where it serves state, and hosts the store of a process group.
+        address: host:port where it serves state.
         holds: The committed state that it has last told of.
         speed: Of its inner steps, in samples a second; 0: not known yet.
     """

@@ -53,20 +53,19 @@ class Reach:
 
     def _try(self, id: str, member: Mapping[str, Json], timeout: float, dead: bool) -> None:
         """Args: dead: It may be dead; nobody need be told then."""
-        for purpose in ("store", "address"):
-            host, _, port = member[purpose].rpartition(":")
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout).close()
-            except OSError as error:
-                self._reached.discard(id)
-                self._unreachable.add(id)
-                if id not in self._warned and not (dead and isinstance(error, ConnectionRefusedError)):
-                    self._warned.add(id)
-                    self._warn(
-                        f"worker {int(id.partition('-')[0])} ({member['host']}) cannot be reached from here at "
-                        f"{member[purpose]}: {error}; all workers must be able to connect to each other: see "
-                        "advertise_address, network_interface, port_range, and firewalls"
-                    )
-                return
-        self._unreachable.discard(id)
-        self._reached.add(id)
+        host, _, port = member["address"].rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+        except OSError as error:
+            self._reached.discard(id)
+            self._unreachable.add(id)
+            if id not in self._warned and not (dead and isinstance(error, ConnectionRefusedError)):
+                self._warned.add(id)
+                self._warn(
+                    f"worker {int(id.partition('-')[0])} ({member['host']}) cannot be reached from here at "
+                    f"{member['address']}: {error}; all workers must be able to connect to each other: see "
+                    "advertise_address, network_interface, port_range, and firewalls"
+                )
+        else:
+            self._unreachable.discard(id)
+            self._reached.add(id)

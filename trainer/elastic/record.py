@@ -25,7 +25,7 @@ Status = Literal["open", "succeeded", "failed"]
 # What is said by processes that live, or is true as long as they do: untrue when all of them are dead.
 LIVING = (
     *("nodes/", "slots/", "started", "members/", "groups/"),
-    *("round", "decider", "arrivals/", "votes/", "ready/", "left/", "commits/"),
+    *("round", "decider", "arrivals/", "votes/", "ready/", "left/", "commits/", "meshes/"),
 )
 
 
