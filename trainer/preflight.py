@@ -82,8 +82,8 @@ def check_network(config: TrainingConfig) -> None:
 
 def _check_ports(config: TrainingConfig) -> None:
     workers, etcds = config.nodes * config.elastic.nproc_per_node, int(not config.etcd.endpoints)
-    # A worker listens for its groups' rendezvous and for those who fetch its state; the baseline's first one alone.
-    needed = etcds + (1 if config.optim_method == "ddp" else 2 * workers)
+    # A worker listens for those who fetch its state; of the baseline's, the first one does, for all the others.
+    needed = etcds + (1 if config.optim_method == "ddp" else workers)
     low, high = map(int, config.port_range.split("-"))
     if high - low + 1 < needed:
         allowed = f"must hold {needed} ports: {workers} workers" + (" and an etcd" if etcds else "") + " listen here"

@@ -1,16 +1,20 @@
 """Process groups that are formed over a real etcd."""
 
+import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
-from trainer.elastic.etcd import EtcdClient
+from trainer.diloco.wire import WireMeter
+from trainer.elastic import group
+from trainer.elastic.etcd import Entry, EtcdClient, EtcdError
 from trainer.elastic.group import MeshStore, form_group, gloo_device
 
 WAIT = 60.0  # seconds until a test gives up
@@ -22,37 +26,76 @@ def client(etcd: str) -> Iterator[EtcdClient]:
         yield client
 
 
-def form(
-    client: EtcdClient, rank: int, size: int, place: str, over: Callable[[], bool] = lambda: False, wait: float = WAIT
-) -> Any:
+@contextmanager
+def mesh(
+    client: EtcdClient, rank: int, place: str, over: Callable[[], bool] = lambda: False, wait: float = WAIT
+) -> Iterator[MeshStore]:
     with MeshStore(client, lambda value: client.put(f"meshes/{rank}", value), place, wait, over) as store:
-        return form_group(store, rank, size, gloo_device("", "127.0.0.1"), timedelta(seconds=WAIT))[0]
+        yield store
+
+
+def form(client: EtcdClient, rank: int, size: int, place: str) -> tuple[Any, WireMeter]:
+    with mesh(client, rank, place) as store:
+        store.gather(size)
+        return form_group(store, rank, size, gloo_device("", "127.0.0.1"), timedelta(seconds=WAIT))
 
 
 def test_members_of_one_attempt_after_the_other_find_each_other(client: EtcdClient) -> None:
     size = 3
     for place in ("1/1/1", "1/1/2"):  # the second time, etcd has the first one's addresses
-        with ExitStack() as resources:
-            pool = resources.enter_context(ThreadPoolExecutor(size))
+        with ThreadPoolExecutor(size) as pool:
             groups = list(pool.map(lambda rank, place=place: form(client, rank, size, place), range(size)))
-            values = [torch.full((5,), float(rank)) for rank in range(size)]
-            for work in [group.allreduce([value]) for group, value in zip(groups, values, strict=True)]:
-                work.wait(timedelta(seconds=WAIT))
-            assert all(value.tolist() == [3.0] * 5 for value in values)
+        values = [torch.full((5,), float(rank)) for rank in range(size)]
+        for work in [each.allreduce([value]) for (each, _), value in zip(groups, values, strict=True)]:
+            work.wait(timedelta(seconds=WAIT))
+        assert all(value.tolist() == [3.0] * 5 for value in values)
     assert len(client.list("meshes/")) == size
 
 
+def test_connections_that_are_opened_while_others_are_late_are_not_the_groups(client: EtcdClient) -> None:
+    with ThreadPoolExecutor(2) as pool, socket.create_server(("127.0.0.1", 0)) as server:
+        first = pool.submit(form, client, 0, 2, "1/1/1")
+        assert client.wait_for(lambda: client.get("meshes/0"), WAIT)
+        with socket.create_connection(server.getsockname()) as foreign:
+            second = pool.submit(form, client, 1, 2, "1/1/1")
+            for _, meter in (first.result(), second.result()):
+                counted = [connection.getsockname() for connection in meter._sockets]
+                assert counted and foreign.getsockname() not in counted
+
+
 def test_nobody_waits_for_an_attempt_that_is_over(client: EtcdClient) -> None:
-    client.put("meshes/1", {"place": "1/1/1", "values": {"0/1": "AAAA"}})  # is not of this attempt
+    client.put("meshes/1", {"place": "1/1/1", "values": {}})  # is not of this attempt
 
     def over() -> bool:
         mine = client.get("meshes/0")
         return mine is not None and mine.value["place"] == "1/1/2"
 
-    with pytest.raises(RuntimeError, match="the attempt is over"):
-        form(client, 0, 2, "1/1/2", over)
+    with mesh(client, 0, "1/1/2", over) as store, pytest.raises(RuntimeError, match="the attempt is over"):
+        store.gather(2)
 
 
-def test_one_that_does_not_come_is_not_waited_for_without_a_limit(client: EtcdClient) -> None:
-    with pytest.raises(RuntimeError, match="not all members of the attempt have come"):
-        form(client, 0, 2, "1/1/1", wait=0.5)
+@pytest.mark.parametrize("away", [False, True])
+def test_one_that_does_not_come_is_not_waited_for_without_a_limit(
+    away: bool, client: EtcdClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(prefix: str) -> dict[str, Entry]:
+        threading.Event().wait(group._ASK_INTERVAL)
+        raise EtcdError("nobody answers", "unreachable")
+
+    if away:
+        monkeypatch.setattr(group, "_ASK_INTERVAL", 0.1)
+        monkeypatch.setattr(client, "list", slow)
+    with mesh(client, 0, "1/1/1", wait=0.5) as store, pytest.raises(RuntimeError, match="not all members"):
+        store.gather(2)
+
+
+def test_an_etcd_that_refuses_us_is_not_a_member_that_is_late(
+    client: EtcdClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(prefix: str) -> dict[str, Entry]:
+        raise EtcdError("not for you", "permission")
+
+    with mesh(client, 0, "1/1/1") as store, pytest.raises(EtcdError, match="not for you"):
+        monkeypatch.setattr(client, "list", refuse)
+        # Through gloo's constructor, where it waits for the other's address.
+        form_group(store, 0, 2, gloo_device("", "127.0.0.1"), timedelta(seconds=WAIT))

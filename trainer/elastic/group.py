@@ -1,11 +1,11 @@
 """Process groups of gloo, and the stores over which they are formed."""
 
+import math
 import socket
 import threading
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Self
 
@@ -60,7 +60,7 @@ class MeshStore(Store):
     Args:
         put: Writes the value of this member's key.
         place: What the members of this mesh have in common, and those of no other.
-        seconds: How long the others may take to come.
+        seconds: How long the others may take.
         over: Whether nobody wants this mesh any more.
     """
 
@@ -68,12 +68,11 @@ class MeshStore(Store):
         self, client: EtcdClient, put: Callable[[Json], None], place: str, seconds: float, over: Callable[[], bool]
     ) -> None:
         super().__init__()
-        self._client, self._put, self._place, self._over = client, put, place, over
-        self._deadline = time.monotonic() + seconds
+        self._client, self._put, self._place, self._seconds, self._over = client, put, place, seconds, over
+        self._deadline = math.inf
         self._own: dict[str, str] = {}
-        self._found: dict[str, bytes] = {}
+        self._here: dict[str, dict[str, str]] = {}  # what each member of this mesh has set
         self._changed = threading.Event()
-        self._changed.set()
         self._watch = client.watch("meshes/", self._changed.set)
 
     def __enter__(self) -> Self:
@@ -82,37 +81,53 @@ class MeshStore(Store):
     def __exit__(self, *exception: object) -> None:
         self._watch.close()
 
+    def gather(self, size: int) -> None:
+        """Wait until so many members are here. Raises as `wait` does."""
+        self._tell()
+        self._until(lambda: len(self._here) >= size)
+
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
         self._own[key] = b64encode(value).decode()
-        self._put({"place": self._place, "values": self._own})
+        self._tell()
 
     def get(self, key: str) -> bytes:
         self.wait([key])
-        return self._found[key]
+        return b64decode(next(values[key] for values in self._here.values() if key in values))
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Return when all of `keys` have been set.
 
         Raises:
             RuntimeError: The mesh is over; some member has not come in time.
+            EtcdError: etcd refuses us. One that is away is waited for.
         """
-        asked = 0.0
-        while not self._found.keys() >= set(keys):
+        self._until(lambda: all(any(key in values for values in self._here.values()) for key in keys))
+
+    def _tell(self) -> None:
+        self._put({"place": self._place, "values": self._own})
+        self._deadline = time.monotonic() + self._seconds  # etcd may have been away until now
+
+    def _until(self, complete: Callable[[], bool]) -> None:
+        asked = -math.inf
+        while not complete():
             if self._over():
                 raise RuntimeError("the attempt is over")
-            now = time.monotonic()
-            if self._changed.wait(_LOOK_INTERVAL) or now > asked + _ASK_INTERVAL:
-                self._changed.clear()
-                asked = now
-                with suppress(EtcdError):  # it may be away for a moment
-                    self._look()
-            elif now > self._deadline:
+            if time.monotonic() > self._deadline:
                 raise RuntimeError("not all members of the attempt have come")
+            if self._changed.wait(_LOOK_INTERVAL) or time.monotonic() > asked + _ASK_INTERVAL:
+                self._changed.clear()
+                self._look()
+                asked = time.monotonic()
 
     def _look(self) -> None:
-        for entry in self._client.list("meshes/").values():
-            if entry.value["place"] == self._place:
-                self._found |= {key: b64decode(value) for key, value in entry.value["values"].items()}
+        try:
+            entries = self._client.list("meshes/")
+        except EtcdError as error:
+            if error.kind != "unreachable":
+                raise
+        else:
+            told = {key: entry.value for key, entry in entries.items()}
+            self._here = {key: value["values"] for key, value in told.items() if value["place"] == self._place}
 
 
 def form_group(store: Store, rank: int, size: int, device: Any, timeout: timedelta) -> tuple[Any, WireMeter]:

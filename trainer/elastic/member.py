@@ -370,6 +370,8 @@ class ElasticQuorum:
                     try:
                         reduced, wire = self._reduce(record, pseudo_gradient, weight, fragment, take)
                     except (RuntimeError, OSError) as error:
+                        if isinstance(error, TrainingError) and getattr(error, "kind", "") != "lease":
+                            raise  # etcd was away for too long, or refuses us
                         log.warning("attempt %d at round %d failed: %s", record.attempt, record.round, _line(error))
                         error.with_traceback(None)  # it holds the group: the others are to see at once that it is gone
                         self._drop_group()
@@ -626,6 +628,10 @@ class ElasticQuorum:
         """Connect to the other members of the attempt, all of whom are doing the same now."""
         if len(record.members) == 1:
             return _Group(record.members, None)
+        # Of two that cannot connect, gloo would have all the others wait, deaf, for the whole timeout.
+        self._look_for_culprits(record)
+        if self._reach.unreachable & set(record.members):
+            raise RuntimeError("not all members of the attempt can be reached")
         rank, size = record.members.index(self.id), len(record.members)
         seconds, place = self._config.collective_timeout, "/".join(map(str, record.place))
 
@@ -636,10 +642,11 @@ class ElasticQuorum:
             return self._record is not None and self._record.place != record.place
 
         with MeshStore(self._client, put, place, seconds, over) as store:
+            store.gather(size)  # what opens connections while others are late is not gloo
             return _Group(record.members, *form_group(store, rank, size, self._device, timedelta(seconds=seconds)))
 
     def _look_for_culprits(self, record: Record) -> None:
-        """After a failed attempt: see which of its members' ports do not answer."""
+        """See which of an attempt's members' ports do not answer."""
         with suppress(EtcdError):
             self._reach.check(self._registered(set(record.members) - {self.id}), PROBE_TIMEOUT)
 

@@ -66,7 +66,7 @@ class TopK(Codec):
 
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
         cut = self._positions.row
-        found = self._positions.decode(rows[:, :cut].numpy())
+        found = self._positions.decode(rows.numpy())
         aligned = rows[:, cut:].clone(memory_format=torch.contiguous_format)
         values = self.values.decode(aligned, torch.empty(len(rows), self.k))
         _scatter(found, values.numpy(), out.zero_().numpy())
@@ -99,7 +99,7 @@ class _Positions:
         return rows
 
     def decode(self, rows: Bytes) -> Places:
-        """Ascending positions, (b, k), for uint8 (b, `row`). ValueError if rows are none that `encode` gives."""
+        """Ascending positions, (b, k), for uint8 (b, `row` and more). ValueError if rows do not begin as `encode`'s."""
         positions = np.empty((len(rows), self.k), dtype=np.int64)
         if not _unpack(rows, positions, self._bitmap, self.low, self.n):
             raise ValueError("not a sparse block: it does not have the positions it should have")
