@@ -14,7 +14,7 @@ import torch
 
 from trainer.diloco.wire import WireMeter
 from trainer.elastic import group
-from trainer.elastic.etcd import Entry, EtcdClient, EtcdError
+from trainer.elastic.etcd import Entry, EtcdClient, EtcdError, Json
 from trainer.elastic.group import MeshStore, form_group, gloo_device
 
 WAIT = 60.0  # seconds until a test gives up
@@ -28,15 +28,23 @@ def client(etcd: str) -> Iterator[EtcdClient]:
 
 @contextmanager
 def mesh(
-    client: EtcdClient, rank: int, place: str, over: Callable[[], bool] = lambda: False, wait: float = WAIT
+    client: EtcdClient,
+    rank: int,
+    size: int,
+    place: str,
+    over: Callable[[], bool] = lambda: False,
+    wait: float = WAIT,
 ) -> Iterator[MeshStore]:
-    with MeshStore(client, lambda value: client.put(f"meshes/{rank}", value), place, wait, over) as store:
+    def put(value: Json) -> None:
+        client.put(f"meshes/{rank}", value)
+
+    with MeshStore(client, put, [str(member) for member in range(size)], place, wait, over) as store:
         yield store
 
 
 def form(client: EtcdClient, rank: int, size: int, place: str) -> tuple[Any, WireMeter]:
-    with mesh(client, rank, place) as store:
-        store.gather(size)
+    with mesh(client, rank, size, place) as store:
+        store.gather()
         return form_group(store, rank, size, gloo_device("", "127.0.0.1"), timedelta(seconds=WAIT))
 
 
@@ -70,8 +78,8 @@ def test_nobody_waits_for_an_attempt_that_is_over(client: EtcdClient) -> None:
         mine = client.get("meshes/0")
         return mine is not None and mine.value["place"] == "1/1/2"
 
-    with mesh(client, 0, "1/1/2", over) as store, pytest.raises(RuntimeError, match="the attempt is over"):
-        store.gather(2)
+    with mesh(client, 0, 2, "1/1/2", over) as store, pytest.raises(RuntimeError, match="the attempt is over"):
+        store.gather()
 
 
 @pytest.mark.parametrize("away", [False, True])
@@ -85,8 +93,8 @@ def test_one_that_does_not_come_is_not_waited_for_without_a_limit(
     if away:
         monkeypatch.setattr(group, "_ASK_INTERVAL", 0.1)
         monkeypatch.setattr(client, "list", slow)
-    with mesh(client, 0, "1/1/1", wait=0.5) as store, pytest.raises(RuntimeError, match="not all members"):
-        store.gather(2)
+    with mesh(client, 0, 2, "1/1/1", wait=0.5) as store, pytest.raises(RuntimeError, match="not all members"):
+        store.gather()
 
 
 def test_an_etcd_that_refuses_us_is_not_a_member_that_is_late(
@@ -95,7 +103,7 @@ def test_an_etcd_that_refuses_us_is_not_a_member_that_is_late(
     def refuse(prefix: str) -> dict[str, Entry]:
         raise EtcdError("not for you", "permission")
 
-    with mesh(client, 0, "1/1/1") as store, pytest.raises(EtcdError, match="not for you"):
+    with mesh(client, 0, 2, "1/1/1") as store, pytest.raises(EtcdError, match="not for you"):
         monkeypatch.setattr(client, "list", refuse)
         # Through gloo's constructor, where it waits for the other's address.
         form_group(store, 0, 2, gloo_device("", "127.0.0.1"), timedelta(seconds=WAIT))

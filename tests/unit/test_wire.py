@@ -31,5 +31,19 @@ def test_a_connection_that_another_thread_closes_meanwhile_is_not_counted(monkey
     gone = os.dup(0)
     os.close(gone)
     with WireMeter.watching() as meter:
-        monkeypatch.setattr(wire, "_tcp_descriptors", lambda: listed() | {gone})
+        monkeypatch.setattr(wire, "_tcp_descriptors", lambda: listed() | {(gone, 0)})
     assert meter.read() == (0, 0)
+
+
+def test_a_connection_that_takes_the_number_of_one_that_was_closed_is_counted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        earlier = socket.create_connection(server.getsockname())
+        with WireMeter.watching() as meter:
+            number = earlier.fileno()
+            earlier.close()
+            client = socket.create_connection(server.getsockname())
+            assert client.fileno() == number
+        with client:
+            client.sendall(bytes(1000))
+            assert meter.read() == (1000, 0)
+        meter.close()

@@ -24,7 +24,7 @@ class WireMeter:
         """Meter the connections that the block opens and leaves open (gloo: a full mesh, when the group is made)."""
         meter, before = cls(), _tcp_descriptors()
         yield meter
-        for descriptor in _tcp_descriptors() - before:
+        for descriptor, _ in _tcp_descriptors() - before:
             # A duplicate: closing it leaves the original open, and it can still be read when the original is closed.
             try:
                 connection = socket.socket(fileno=os.dup(descriptor))
@@ -57,18 +57,19 @@ class WireMeter:
         self._sockets.clear()
 
 
-def _tcp_descriptors() -> set[int]:
-    """This process's descriptors of TCP sockets. Empty where there is no /proc."""
+def _tcp_descriptors() -> set[tuple[int, int]]:
+    """This process's descriptors of TCP sockets, and their inodes: a number is used again. Empty without /proc."""
     if not sys.platform.startswith("linux"):
         return set()
     found = set()
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names, of descriptors that may vanish meanwhile
         descriptor = int(name)
         try:
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            about = os.fstat(descriptor)
+            if stat.S_ISSOCK(about.st_mode):
                 with socket.socket(fileno=os.dup(descriptor)) as probe:
                     if probe.family in (socket.AF_INET, socket.AF_INET6) and probe.type == socket.SOCK_STREAM:
-                        found.add(descriptor)
+                        found.add((descriptor, about.st_ino))
         except OSError:
             continue
     return found

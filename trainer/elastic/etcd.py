@@ -388,9 +388,12 @@ class EtcdClient:
             return EtcdError(f"etcd at {where} denies access below {self.prefix}: {details}", "permission"), False
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
             return EtcdError(f"cannot reach etcd at {where}: {details}", "unreachable"), True
-        # It is there, but overburdened ("too many requests"), or what stands in between has cut the connection.
+        # It is there, but overburdened, or changes its leader, or what stands in between has cut the connection.
         passing = code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
-        if passing and any(words in lower for words in ("too many requests", "stream removed", "rst_stream")):
+        if passing and any(
+            words in lower
+            for words in ("too many requests", "proposal dropped", "raft: stopped", "stream removed", "rst_stream")
+        ):
             return EtcdError(f"cannot reach etcd at {where}: {details}", "unreachable"), True
         # Another thread has just dropped it; gRPC has several words for that.
         if isinstance(exception, ValueError) and "channel" in lower and "closed" in lower:

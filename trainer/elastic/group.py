@@ -59,16 +59,24 @@ class MeshStore(Store):
 
     Args:
         put: Writes the value of this member's key.
+        members: Who is in this mesh.
         place: What the members of this mesh have in common, and those of no other.
         seconds: How long the others may take.
         over: Whether nobody wants this mesh any more.
     """
 
     def __init__(
-        self, client: EtcdClient, put: Callable[[Json], None], place: str, seconds: float, over: Callable[[], bool]
+        self,
+        client: EtcdClient,
+        put: Callable[[Json], None],
+        members: Sequence[str],
+        place: str,
+        seconds: float,
+        over: Callable[[], bool],
     ) -> None:
         super().__init__()
-        self._client, self._put, self._place, self._seconds, self._over = client, put, place, seconds, over
+        self._client, self._put, self._seconds, self._over = client, put, seconds, over
+        self._members, self._place = members, place
         self._deadline = math.inf
         self._own: dict[str, str] = {}
         self._here: dict[str, dict[str, str]] = {}  # what each member of this mesh has set
@@ -81,10 +89,10 @@ class MeshStore(Store):
     def __exit__(self, *exception: object) -> None:
         self._watch.close()
 
-    def gather(self, size: int) -> None:
-        """Wait until so many members are here. Raises as `wait` does."""
+    def gather(self) -> None:
+        """Wait until all members are here. Raises as `wait` does."""
         self._tell()
-        self._until(lambda: len(self._here) >= size)
+        self._until(lambda: len(self._here) == len(self._members))
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
         self._own[key] = b64encode(value).decode()
@@ -126,8 +134,8 @@ class MeshStore(Store):
             if error.kind != "unreachable":
                 raise
         else:
-            told = {key: entry.value for key, entry in entries.items()}
-            self._here = {key: value["values"] for key, value in told.items() if value["place"] == self._place}
+            told = {id: entries[f"meshes/{id}"].value for id in self._members if f"meshes/{id}" in entries}
+            self._here = {id: value["values"] for id, value in told.items() if value["place"] == self._place}
 
 
 def form_group(store: Store, rank: int, size: int, device: Any, timeout: timedelta) -> tuple[Any, WireMeter]:

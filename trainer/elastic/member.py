@@ -53,7 +53,7 @@ from trainer.elastic.protocol import (
     outcome_key,
     own_steps,
 )
-from trainer.elastic.reach import Reach
+from trainer.elastic.reach import TRIAL_TIMEOUT, Reach
 from trainer.elastic.record import SLOT_VARIABLE, Status, agree, finish, verdict
 from trainer.elastic.transfer import Donor, Offer, TransferError, fetch
 from trainer.errors import Interrupted, TrainingError
@@ -68,6 +68,8 @@ T = TypeVar("T")
 LOOK_INTERVAL = 0.25  # seconds between two looks at the clock and at `stopping` while waiting
 REFRESH_INTERVAL = 2.0  # seconds after which the record is read again although no watch has told of a change
 SAY_INTERVAL = 5.0  # seconds between two words on what is being waited for
+HASTY_ATTEMPTS = 5  # at a round: etcd keeps all that is written, so later ones come slower
+RETRY_INTERVAL = 1.0  # seconds before each of those
 PROBE_TIMEOUT = 1.0  # seconds in which a member's port must answer, or it is suspect
 DISPUTES = 3  # attempts at one round whose votes differ: then nobody can be trusted
 FIND_TIMEOUT = 5.0  # seconds to find a donor that has what is asked for
@@ -382,6 +384,9 @@ class ElasticQuorum:
                                 f"all attempts at round {record.round} have failed for "
                                 f"{self._config.elastic.rdzv_timeout:.0f} s (elastic.rdzv_timeout): {_line(error)}"
                             ) from None
+                        if record.attempt > HASTY_ATTEMPTS:
+                            with self._condition:
+                                self._condition.wait(RETRY_INTERVAL)
                         self._arrive(progress, record.attempt + 1)
                         progress = replace(progress, arrived=record.attempt + 1)
                         continue
@@ -629,11 +634,12 @@ class ElasticQuorum:
         if len(record.members) == 1:
             return _Group(record.members, None)
         # Of two that cannot connect, gloo would have all the others wait, deaf, for the whole timeout.
-        self._look_for_culprits(record)
-        if self._reach.unreachable & set(record.members):
-            raise RuntimeError("not all members of the attempt can be reached")
-        rank, size = record.members.index(self.id), len(record.members)
         seconds, place = self._config.collective_timeout, "/".join(map(str, record.place))
+        self._look_for_culprits(record, min(TRIAL_TIMEOUT, seconds))
+        if missing := sorted(self._reach.unreachable & set(record.members)):
+            named = ", ".join(f"{int(id.partition('-')[0])}" for id in missing)
+            raise RuntimeError(f"worker {named} cannot be reached")
+        rank, size = record.members.index(self.id), len(record.members)
 
         def put(value: Json) -> None:
             self._patiently(lambda: self._must_lease.put(f"meshes/{self.id}", value))
@@ -641,14 +647,14 @@ class ElasticQuorum:
         def over() -> bool:
             return self._record is not None and self._record.place != record.place
 
-        with MeshStore(self._client, put, place, seconds, over) as store:
-            store.gather(size)  # what opens connections while others are late is not gloo
+        with MeshStore(self._client, put, record.members, place, seconds, over) as store:
+            store.gather()  # what opens connections while others are late is not gloo
             return _Group(record.members, *form_group(store, rank, size, self._device, timedelta(seconds=seconds)))
 
-    def _look_for_culprits(self, record: Record) -> None:
+    def _look_for_culprits(self, record: Record, timeout: float = PROBE_TIMEOUT) -> None:
         """See which of an attempt's members' ports do not answer."""
         with suppress(EtcdError):
-            self._reach.check(self._registered(set(record.members) - {self.id}), PROBE_TIMEOUT)
+            self._reach.check(self._registered(set(record.members) - {self.id}), timeout)
 
     def _meet(self) -> None:
         """Try to connect to those of the open round whom this member has not met yet."""

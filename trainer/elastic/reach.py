@@ -25,7 +25,9 @@ class Reach:
         self._reached: set[str] = set()
         self._unreachable: set[str] = set()
         self._warned: set[str] = set()
+        # What is waited for has a pool of its own: trials of many who are silent take long.
         self._pool = ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="reach")
+        self._now = ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="reach-now")
 
     @property
     def unreachable(self) -> frozenset[str]:
@@ -46,10 +48,11 @@ class Reach:
 
     def check(self, members: Mapping[str, Mapping[str, Json]], timeout: float) -> None:
         """Try members now: returns when `unreachable` is right about them."""
-        list(self._pool.map(lambda id: self._try(id, members[id], timeout, True), members))
+        list(self._now.map(lambda id: self._try(id, members[id], timeout, True), members))
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._now):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _try(self, id: str, member: Mapping[str, Json], timeout: float, dead: bool) -> None:
         """Args: dead: It may be dead; nobody need be told then."""
