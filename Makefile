@@ -14,6 +14,8 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 SOURCES := pipelines components trainer tests
+# One more than there are cores: much of a test is waiting.
+TESTERS = $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))')
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -38,7 +40,7 @@ run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, 
 	@$(BIN)/python -m pipelines run --config $(RECIPE) $(ARGS)
 
 test: lint  ## lint, then all tests that need no cluster and no GPU (ARGS="-k name")
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: $(READY)  ## kill, freeze and cut off real processes; ends with a table (some 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)

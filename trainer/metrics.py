@@ -135,6 +135,7 @@ class WandbSink:
         """The run, as wandb has it: online if there is a key and the server answers."""
         # wandb's reports of its own errors would go to the same server, and keep a finished process from ending.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.pop("WANDB_SERVICE", None)  # of who started this process: not ours to end, if its server hangs
         import wandb
 
         def begin(mode: Literal["online", "offline"]) -> Any:

@@ -122,6 +122,7 @@ def train(config: TrainingConfig, manner: str) -> Trained:
     command = [sys.executable, "-m", "trainer", "train", "--config", str(path)]
     with served(manner) as server:
         about = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+        about["WANDB_SERVICE"] = f"3-{os.getpid()}-tcp-localhost-1"  # as a process has it whose parent uses wandb, too
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **about}
         ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert ended.returncode == 0, ended.stdout
