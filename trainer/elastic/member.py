@@ -633,8 +633,8 @@ class ElasticQuorum:
         """Connect to the other members of the attempt, all of whom are doing the same now."""
         if len(record.members) == 1:
             return _Group(record.members, None)
-        # Of two that cannot connect, gloo would have all the others wait, deaf, for the whole timeout.
         seconds, place = self._config.collective_timeout, "/".join(map(str, record.place))
+        # Of two that cannot connect, gloo would have all the others wait, deaf, for the whole timeout.
         self._look_for_culprits(record, min(TRIAL_TIMEOUT, seconds))
         if missing := sorted(self._reach.unreachable & set(record.members)):
             named = ", ".join(f"{int(id.partition('-')[0])}" for id in missing)
