@@ -180,8 +180,8 @@ class Run:
 
     def __init__(self, directory: Path, source: Path, endpoints: Sequence[str], **values: Any) -> None:
         self.directory, self.source, self.endpoints = directory, source, list(endpoints)
-        nodes = values.setdefault("elastic_max_nodes", 3)
-        self.values = {"run_id": directory.name, "nodes": nodes, "total_steps": 400, **values}
+        # One node is wanted: the first pod starts alone, instead of waiting for the others for a while.
+        self.values = {"run_id": directory.name, "nodes": 1, "elastic_max_nodes": 3, "total_steps": 400, **values}
         self.config = _config(directory, source, **self.values, etcd_endpoints=self.endpoints)
         self.client = EtcdClient.of(self.config)
         self.pods: list[Pod] = []

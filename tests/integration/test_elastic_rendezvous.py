@@ -36,8 +36,8 @@ def node(etcd: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv(SLOT_VARIABLE, raising=False)
     made: list[NodeRendezvous] = []
 
-    def make(nodes: str = "2:2", **settings: object) -> NodeRendezvous:
-        low, high = map(int, nodes.split(":"))
+    def make(nnodes: str = "2:2", **settings: object) -> NodeRendezvous:
+        low, high = map(int, nnodes.split(":"))
         options = {"prefix": "/rendezvous", "lease_ttl": "15", "timeout": "30", **settings}
         parameters = RendezvousParameters(BACKEND, etcd, request.node.name, low, high, **options)
         handler = get_rendezvous_handler(parameters)
@@ -97,6 +97,20 @@ def test_later_start_returns_at_once_and_buries_its_own_dead_workers(node, start
     again = one.next_rendezvous()  # `min_nodes` is 2, and it is alone: it does not wait
     assert again.world_size == 1
     assert list(client.list("members/")) == ["members/0001"]
+
+
+def test_the_first_start_waits_for_all_nodes_that_are_wanted(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    first = start(node("1:4", nodes=2, last_call_timeout=600))
+    assert client.wait_for(lambda: client.get("slots/0"), 30)
+    assert client.get("started") is None
+    second = start(node("1:4", nodes=2, last_call_timeout=600))
+    assert first.result(30) and second.result(30)
+    assert len(client.get("started").value["nodes"]) == 2  # type: ignore[union-attr]
+
+
+def test_but_not_for_ever(node, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    assert node("1:4", nodes=2, last_call_timeout=0.1).next_rendezvous().world_size == 1
+    assert len(client.get("started").value["nodes"]) == 1  # type: ignore[union-attr]
 
 
 def test_preferred_slot(node, start) -> None:  # type: ignore[no-untyped-def]

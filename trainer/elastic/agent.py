@@ -80,6 +80,7 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
             prefix=config.elastic.etcd.prefix,
             timeout=config.elastic.rdzv_timeout,
             lease_ttl=config.lease_ttl,
+            nodes=config.nodes,
             **({} if slot is None else {"slot": slot}),
             **{name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")},
         )

@@ -123,8 +123,8 @@ class _Run:
     def follow(self) -> int:
         """Start the agents, and show how they do until all have ended."""
         with self._handling_signals(), view(self._board) as shown:
-            nodes = "1 node" if len(self._agents) == 1 else f"{len(self._agents)} nodes"
-            shown.show(f"run {self._config.run_id}: {nodes}, logs in {self._run_dir / 'logs'}")
+            shown.show(f"run {self._config.run_id}: {self._config.attendance}")
+            shown.show(f"logs in {self._run_dir / 'logs'}")
             try:
                 for agent in self._agents:
                     agent.start()

@@ -4,7 +4,7 @@ run                 {status: open | succeeded | failed, reason}   `launch` opens
                                                                   workers write success, agents failure
 nodes/<uuid>        {host, pid, slot}             agent, under the node's lease; slot None: a spare
 slots/<number>      {node, host, pid}             agent, under the node's lease; created, never overwritten
-started             {nodes}                       the agent that sees `min_nodes` slots held at once
+started             {nodes}                       the agent that sees enough slots held at once
 members/<rank>      {incarnation, slot, local_rank, host, pid, address, port}   worker, under the member's lease
 fingerprint         {field: value}                the first worker; a worker that differs is refused
 wanted              {nodes}                       `scale`: how many nodes there shall be; `launch` deletes it

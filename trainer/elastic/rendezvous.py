@@ -8,13 +8,16 @@ of different nodes meet in the quorum (`trainer.elastic.quorum`).
 
 Its keys are listed in `trainer.elastic.record`.
 
-Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key`, `user`, `lease_ttl` and `timeout` in seconds, and
-`slot`, the slot that the node would like to have. The password comes from the environment: ETCD_PASSWORD.
+Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key`, `user`, `lease_ttl` and `timeout` in seconds,
+`slot`, the slot that the node would like to have, and `nodes`: the first start waits for that many (by default for
+`min_nodes`), and once `min_nodes` are there for `last_call_timeout` seconds at most (30, as in torchrun's own
+rendezvous). The password comes from the environment: ETCD_PASSWORD.
 """
 
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,6 +39,7 @@ from trainer.elastic.record import SLOT_VARIABLE, bury_members, finish, verdict
 log = logging.getLogger(__name__)
 
 BACKEND = "etcd3-diloco"
+LAST_CALL_TIMEOUT = 30.0  # seconds
 
 
 def client_of(parameters: RendezvousParameters) -> EtcdClient:
@@ -57,7 +61,9 @@ class NodeRendezvous(RendezvousHandler):
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
         self._min_nodes, self._max_nodes = parameters.min_nodes, parameters.max_nodes
+        self._wanted = min(int(parameters.get("nodes", self._min_nodes)), self._max_nodes)
         self._timeout = float(parameters.get("timeout", 1800))
+        self._last_call = float(parameters.get("last_call_timeout", LAST_CALL_TIMEOUT))
         self._ttl = float(parameters.get("lease_ttl", 15))
         self._preferred = parameters.get_as_int("slot")
         self._address = parameters.local_addr or "127.0.0.1"
@@ -166,22 +172,34 @@ class NodeRendezvous(RendezvousHandler):
         self._lease.put(f"nodes/{self._node}", {"host": socket.gethostname(), "pid": os.getpid(), "slot": slot})
 
     def _wait_for_start(self) -> None:
-        """Return once `min_nodes` nodes have held a slot at the same time, in this run's life."""
-        present = 0
+        """Return once enough nodes have held a slot at the same time, in this run's life.
+
+        All that are wanted are enough; `min_nodes` are when the last call is over, so that a run that can do with one
+        node begins with all that come at about the same time.
+        """
+        present, enough_since = 0, 0.0
 
         def started() -> bool:
-            nonlocal present
+            nonlocal present, enough_since
             if self._client.get("started"):
                 return True
             nodes = [entry.value["node"] for entry in self._client.list("slots/").values()]
             present = len(nodes)
             if present < self._min_nodes:
+                enough_since = 0.0
+                return False
+            enough_since = enough_since or time.monotonic()
+            if present < self._wanted and time.monotonic() - enough_since < self._last_call:
                 return False
             self._client.swap("started", {"nodes": nodes}, None)
             return True
 
         def say() -> None:
-            log.warning("waiting for nodes: %d of %d are here", present, self._min_nodes)
+            if present < self._min_nodes:
+                log.warning("waiting for nodes: %d of at least %d are here", present, self._min_nodes)
+            else:
+                left = self._last_call - (time.monotonic() - enough_since)
+                log.warning("%d of %d nodes are here: starting in %.0f s", present, self._wanted, max(0.0, left))
 
         if not self._client.wait_for(self._refuse_if_closed_or(started), self._timeout, on_wait=say):
             reason = f"only {present} of at least {self._min_nodes} nodes came within {self._timeout:.0f} s"

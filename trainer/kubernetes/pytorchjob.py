@@ -68,6 +68,7 @@ def _elastic_policy(plan: Plan) -> Object:
         "prefix": config.elastic.etcd.prefix,
         "timeout": config.elastic.rdzv_timeout,
         "lease_ttl": config.lease_ttl,
+        "nodes": config.nodes,
         **{name: getattr(config.etcd, name) for name in ("ca", "cert", "key", "user")},
     }
     return {
