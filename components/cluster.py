@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.launcher import Output, about, in_numbers
+from components.launcher import Output, about, in_numbers, pages
 from components.step import IMAGE
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
@@ -69,7 +69,6 @@ class ClusterLauncher:
 
     def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
         from trainer.kubernetes.results import take
-        from trainer.report import write_report
 
         if "worker" not in model.metadata:
             raise TrainingError("the model does not say on which worker's claim it lies: export it again")
@@ -80,7 +79,7 @@ class ClusterLauncher:
         if not self._config.storage.retain:
             self._session.clean_up(finished=False, claims=True)
         scores = read_json(run_dir / "evaluation.json")
-        return Output({"report.html": write_report(run_dir)}, {}, scores)
+        return Output(pages(run_dir), {}, scores)
 
     def clean_up(self) -> None:
         self._session.clean_up(finished=False)

@@ -1,5 +1,6 @@
 """Where a pipeline's steps do their work: `launcher` chooses between this machine and a cluster. The one seam."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,9 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from components.step import hand_on
 from trainer.config import TrainingConfig
+from trainer.files import write_text
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Manifest
+
+# In the environment of a step's pod on a Kubeflow Pipelines backend (argocompiler/common.go); not in a notebook's pod,
+# where the pipeline runs through kfp.local, on that very machine.
+_IN_A_STEPS_POD = ("KFP_POD_NAME", "KUBERNETES_SERVICE_HOST")
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class Launcher(Protocol):
         """
 
     def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
-        """Score the model on held-out data. The output's metrics are the scores, its one file the run's report.
+        """Score the model on held-out data. The output's metrics are the scores, its files the run's `report.html` and
+        `summary.md`.
 
         Args:
             trained: The artifact of `train`.
@@ -60,6 +67,20 @@ class Launcher(Protocol):
 
     def clean_up(self) -> None:
         """End what still runs of the run, and delete what only that needed. Needs only the run's names."""
+
+
+def placed(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with `launcher=auto`, and no namespace, replaced by what they mean in a step's pod.
+
+    Elsewhere it is returned as it is: `TrainingConfig.resolved` chooses this machine.
+    """
+    if config.launcher == "auto" and all(variable in os.environ for variable in _IN_A_STEPS_POD):
+        config = config.with_values(launcher="pytorchjob")
+    if config.launcher == "pytorchjob" and not config.deployment_namespace:
+        from trainer.kubernetes.session import own_namespace
+
+        config = config.with_values(deployment_namespace=own_namespace())
+    return config
 
 
 def launcher_of(config: TrainingConfig) -> Launcher:
@@ -78,6 +99,15 @@ def about(manifest: "Manifest") -> dict[str, Any]:
     known = manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
     counts = {"train": manifest.train, "validation": manifest.validation}
     return known | {f"{split}_{name}": value for split, count in counts.items() for name, value in count}
+
+
+def pages(run_dir: Path) -> dict[str, Path]:
+    """Write the pages that a person reads of an evaluated run. Returns them by name."""
+    from trainer.report import markdown_summary, write_report
+
+    summary = run_dir / "summary.md"
+    write_text(summary, markdown_summary(run_dir))
+    return {"report.html": write_report(run_dir), summary.name: summary}
 
 
 def in_numbers(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

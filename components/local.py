@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from components.launcher import Output, about, in_numbers
+from components.launcher import Output, about, in_numbers, pages
 from trainer.config import TrainingConfig
 from trainer.files import read_json
 
@@ -50,7 +50,7 @@ class LocalLauncher:
         from trainer.evaluate import evaluate
 
         scores = evaluate(self._config, dataset=precached.path)
-        return Output({"report.html": Path(self._config.run_dir) / "report.html"}, {}, scores)
+        return Output(pages(Path(self._config.run_dir)), {}, scores)
 
     def clean_up(self) -> None:
         pass  # processes have died with the steps that started them

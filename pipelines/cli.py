@@ -109,7 +109,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = config_from_arguments(options).resolved()
+    config = config_from_arguments(options).resolved()  # launcher=auto means local here
     if config.launcher != "local":
         raise ConfigError(
             "launcher", config.launcher, "is for `submit`: this command runs the pipeline on this machine"

@@ -24,7 +24,7 @@ _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "
 def arguments_of(config: TrainingConfig) -> dict[str, Any]:
     """The pipeline's arguments, by flat name: what differs from the defaults, which the pipeline has itself."""
     values = config.to_flat()
-    return {p.name: values[p.name] for p in config.parameters() if values[p.name] not in (p.default, None)}
+    return {p.name: values[p.name] for p in config.parameters() if values[p.name] != p.default}
 
 
 class Cluster:

@@ -26,9 +26,7 @@ def run(config: TrainingConfig) -> None:
     """Run the pipeline with a resolved configuration. Raises as `run_pipeline` does."""
     from pipelines.pipeline import training_pipeline
 
-    values = {name: value for name, value in config.to_flat().items() if value is not None}
-    pipeline = training_pipeline([parameter for parameter in config.parameters() if parameter.name in values])
-    run_pipeline(pipeline, values, Path(config.run_dir))
+    run_pipeline(training_pipeline(exit_handler=False), config.to_flat(), Path(config.run_dir))
 
 
 def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run_dir: Path) -> Any:

@@ -1,26 +1,28 @@
 """The pipeline: precache → train → export → evaluate.
 
-    precache ──config──▶ train ──model──▶ export ──model──▶ evaluate ──▶ metrics, report
-        └──────────────── dataset, and what train hands on ────▲
+    precache ──config──▶ train ──model──▶ export ──model──▶ evaluate ──▶ metrics, summary, report
+        └──────────────── dataset, and train's model ──────────▲
 
-On a backend, clean-up follows, however they end. The parameters are those of `TrainingConfig`, all of them, and are
-listed nowhere else. Only precache takes them; it
-checks them before anything else starts, and hands on the resolved configuration.
+The parameters are those of `TrainingConfig`, all of them, and are listed nowhere else. Only precache takes them; it
+checks them before anything else starts, and passes on the resolved configuration.
+
+On a backend, train, export and evaluate are inside an exit handler: clean-up follows, however they end. Precache is
+outside: an exit handler is a nested DAG, whose inputs would be all parameters instead of precache's two outputs. What
+precache makes belongs to the workflow, and it cleans up after itself.
 """
 
 import inspect
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from kfp import compiler, dsl
 
 from components.clean_up.component import clean_up
 from components.evaluate.component import evaluate
 from components.export.component import export
-from components.precache.component import precache_component
+from components.precache.component import precache
 from components.train.component import train
 from trainer.config import Parameter, TrainingConfig
 
@@ -30,32 +32,30 @@ DESCRIPTION = (
 )
 
 
-def training_pipeline(parameters: Sequence[Parameter], *, exit_handler: bool = False) -> Any:
-    """The pipeline with these parameters; one that is not among them takes its default.
+def training_pipeline(*, exit_handler: bool) -> Any:
+    """The pipeline, with all parameters and their defaults.
 
     Args:
-        parameters: All of them, for a backend. For `kfp.local`, see `precache_component`.
         exit_handler: Clean up however the run ends, for a backend: there SIGTERM may not reach a step, or not leave it
             the time. On one machine, processes die with their step.
 
     Returns:
         A KFP GraphComponent, named `diloco-training`.
     """
-    names = [parameter.name for parameter in parameters]
-    precache = precache_component(parameters)
+    parameters = TrainingConfig.parameters()
 
     def diloco_training(*channels: Any) -> None:
-        values = dict(zip(names, channels, strict=True))
+        values = dict(zip((parameter.name for parameter in parameters), channels, strict=True))
+        data = _uncached(precache(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **values))
+        config, dataset = data.outputs["config"], data.outputs["precached"]
         if not exit_handler:
-            steps(values)
+            steps(config, dataset)
             return
         named = {name: values[name] for name in clean_up.component_spec.inputs if name != "job_id"}
         with dsl.ExitHandler(_uncached(clean_up(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **named)), name="steps"):
-            steps(values)
+            steps(config, dataset)
 
-    def steps(values: dict[str, Any]) -> None:
-        data = _uncached(precache(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **values))
-        config, dataset = data.outputs["config"], data.outputs["precached"]
+    def steps(config: Any, dataset: Any) -> None:
         trained = _uncached(train(config=config, precached=dataset))
         exported = _uncached(export(config=config, trained=trained.outputs["model"]))
         model = exported.outputs["model"]
@@ -72,9 +72,8 @@ def _uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
 
 
 def _argument(parameter: Parameter) -> inspect.Parameter:
-    annotation = Optional[parameter.type] if parameter.optional else parameter.type  # noqa: UP045 - KFP knows no other
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(parameter.name, kind, default=parameter.default, annotation=annotation)
+    return inspect.Parameter(parameter.name, kind, default=parameter.default, annotation=parameter.type)
 
 
 def _documentation(parameter: Parameter) -> str:
@@ -82,7 +81,7 @@ def _documentation(parameter: Parameter) -> str:
 
 
 def describe(parameter: Parameter) -> str:
-    """What the Kubeflow UI shows about a parameter."""
+    """A parameter's description in the compiled pipeline."""
     text = parameter.description
     if parameter.choices:
         text += f" One of: {', '.join(choice or '(empty)' for choice in parameter.choices)}."
@@ -91,7 +90,7 @@ def describe(parameter: Parameter) -> str:
     return text
 
 
-diloco_training = training_pipeline(TrainingConfig.parameters(), exit_handler=True)
+diloco_training = training_pipeline(exit_handler=True)
 
 
 @cache

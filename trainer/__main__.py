@@ -125,10 +125,12 @@ def _run(arguments: argparse.Namespace) -> int:
         print(export(config))
     else:
         from trainer.evaluate import evaluate
+        from trainer.report import write_report
 
         for name, value in evaluate(config).items():
             if isinstance(value, int | float):
                 print(f"{name:>28}  {value:,.4g}")
+        print(write_report(Path(config.run_dir)))
     return 0
 
 

@@ -25,8 +25,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a run's export on at most `eval_samples` held-out samples, taken evenly from the whole split.
 
-    Writes `<run_dir>/evaluation.json`, brings `summary.json` up to date, puts the scores on the model card, and writes
-    `report.html`.
+    Writes `<run_dir>/evaluation.json`, and puts the scores on the model card.
 
     Args:
         config: Names the run by `run_dir` or `run_id`; `device` says where to compute (bf16 autocast on CUDA alone).
@@ -48,7 +47,6 @@ def evaluate(
     from trainer.data.arrays import read_shared
     from trainer.data.sampling import evenly
     from trainer.loop import device_of
-    from trainer.report import write_report
     from trainer.report.record import finite
     from trainer.tasks import tasks
 
@@ -103,7 +101,6 @@ def evaluate(
     write_json(run.directory / "evaluation.json", finite(evaluation))
     add_scores(directory, {name: score for name, score in scores.items() if math.isfinite(score)})
     push(run.config, directory, only="README.md")
-    write_report(run.directory)
     log("held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()))
     return evaluation
 

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from trainer.config import TrainingConfig
+from trainer.config import TrainingConfig, given
 from trainer.errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def sinks(
     made: dict[str, Callable[[], Sink]] = {}
     if config.wandb_logging:
         made[WandbSink.name] = lambda: WandbSink(config, worker, directory, warn)
-    if port := config.metrics_port:
+    if port := given(config.metrics_port):
         made[f"Prometheus (metrics_port {port + local_rank})"] = lambda: _prometheus(
             port + local_rank, config.run_id, worker
         )

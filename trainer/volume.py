@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import TrainingConfig
+from trainer.config import UNSET, TrainingConfig
 
 _DEFAULTS = TrainingConfig.model_fields
 
@@ -51,7 +51,7 @@ def worker_configs(config: TrainingConfig) -> list[TrainingConfig]:
     a chosen `checkpoint_path` each has its own.
     """
     configs = [_own_volume(config, Path(config.run_dir).absolute() / f"worker-{node}") for node in range(config.nodes)]
-    if config.metrics_port is None:
+    if config.metrics_port == UNSET:
         return configs
     ports = range(config.metrics_port, config.metrics_port + config.nodes * config.elastic.nproc_per_node)
     first = ports[:: config.elastic.nproc_per_node]

@@ -14,7 +14,7 @@ def clean_up(
     deployment_name: str,
     deployment_namespace: str,
 ) -> None:
-    """End what still runs of the training, however the pipeline has ended. What it needs follows from the names."""
+    """End what still runs of the training, however its steps have ended. What it needs follows from the names."""
     values = dict(locals())
     from components.clean_up.run import run
 

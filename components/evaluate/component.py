@@ -12,10 +12,10 @@ def evaluate(
     model: dsl.Input[dsl.Model],
     precached: dsl.Input[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
-    classification: dsl.Output[dsl.ClassificationMetrics],
+    summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Score the exported model on held-out data that training never saw, and write the run's report."""
+    """Score the exported model on held-out data that training never saw, and write the run's summary and report."""
     from components.evaluate.run import run
 
-    run(config, trained, model, precached, metrics, classification, report)
+    run(config, trained, model, precached, metrics, summary, report)

@@ -15,23 +15,25 @@ def run(
     model: dsl.Model,
     precached: dsl.Dataset,
     metrics: dsl.Metrics,
-    classification: dsl.ClassificationMetrics,
+    summary: dsl.Markdown,
     report: dsl.HTML,
 ) -> None:
-    """Score the run's export on the held-out shard, and hand on the scores and the run's report.
+    """Score the run's export on the held-out shard, and pass on the scores and the run's report.
+
+    No output is a ClassificationMetrics, which a language model would leave empty: the newest backends refuse an
+    artifact without content after all the work is done. A confusion matrix is in the summary and in the report.
 
     Args:
         config: The resolved configuration, by flat name.
-        trained: Input artifact: what the train component has handed on.
-        model: Input artifact: what the export component has handed on.
+        trained: Input artifact: the train component's model.
+        model: Input artifact: the export component's model.
         precached: Input artifact: the held-out shard.
-        metrics: Output artifact.
-        classification: Output artifact: of a classification its confusion matrix, else nothing.
-        report: Output artifact.
+        metrics: Output artifact: the scores.
+        summary: Output artifact: the run on one page of Markdown.
+        report: Output artifact: all of it, in one HTML file.
     """
     with step("evaluate"):
         output = launcher_of(TrainingConfig.from_flat(config)).evaluate(trained, model, precached)
         log_metrics(metrics, {name: value for name, value in output.metrics.items() if name != "time"})
-        if confusion := output.metrics["confusion"]:
-            classification.log_confusion_matrix(confusion["labels"], confusion["matrix"])
+        hand_on(output.files["summary.md"], summary.path)
         hand_on(output.files["report.html"], report.path)

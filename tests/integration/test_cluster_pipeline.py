@@ -70,7 +70,7 @@ class Pipeline:
             model=self.model,
             precached=self.precached,
             metrics=self.scores,
-            classification=self.artifact(dsl.ClassificationMetrics, "classification"),
+            summary=self.artifact(dsl.Markdown, "summary"),
             report=self.report,
         )
 

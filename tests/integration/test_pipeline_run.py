@@ -15,7 +15,7 @@ from kfp import dsl
 from components.clean_up.component import clean_up
 from components.evaluate.component import evaluate
 from components.export.component import export
-from components.precache.component import precache, precache_component
+from components.precache.component import precache
 from components.train.component import train
 from pipelines import local
 from trainer.config import TrainingConfig
@@ -167,8 +167,7 @@ def test_precache_alone(run: Run, tmp_path: Path) -> None:
 def test_precache_through_kfp_local(run: Run, tmp_path: Path) -> None:
     values = {**run.config, "run_dir": str(tmp_path / "run")}
     del values["run_id"]
-    component = precache_component([p for p in TrainingConfig.parameters() if not p.optional])
-    task = local.run_pipeline(component, {**values, "job_id": "4f2c"}, tmp_path / "run")
+    task = local.run_pipeline(precache, {**values, "job_id": "4f2c"}, tmp_path / "run")
     assert task.outputs["config"]["run_id"] == "4f2c"
     assert task.outputs["precached"].metadata["hash"] == run.artifact("precache", "precached")["metadata"]["hash"]
 
@@ -191,19 +190,20 @@ def test_export_alone(run: Run, tmp_path: Path) -> None:
 
 def test_evaluate_alone(run: Run, tmp_path: Path) -> None:
     metrics, report = artifact(dsl.Metrics, tmp_path / "metrics"), artifact(dsl.HTML, tmp_path / "report")
-    classification = artifact(dsl.ClassificationMetrics, tmp_path / "classification")
+    summary = artifact(dsl.Markdown, tmp_path / "summary.md")
     evaluate.python_func(
         config=run.config,
         trained=artifact(dsl.Model, tmp_path / "trained"),
         model=artifact(dsl.Model, run.run_dir / "export"),
         precached=artifact(dsl.Dataset, Path(run.artifact("precache", "precached")["uri"])),
         metrics=metrics,
-        classification=classification,
+        summary=summary,
         report=report,
     )
     before = run.artifact("evaluate", "metrics")["metadata"]
     assert metrics.metadata["bits_per_byte"] == pytest.approx(before["bits_per_byte"])
     assert (tmp_path / "report").is_file()
+    assert "bits per byte" in (tmp_path / "summary.md").read_text()
 
 
 def test_clean_up_leaves_a_run_on_this_machine_alone(run: Run, tmp_path: Path) -> None:
@@ -222,6 +222,6 @@ def test_evaluate_refuses_another_dataset_than_the_models(run: Run, tmp_path: Pa
             model=artifact(dsl.Model, run.run_dir / "export"),
             precached=artifact(dsl.Dataset, tmp_path),
             metrics=artifact(dsl.Metrics, tmp_path / "metrics"),
-            classification=artifact(dsl.ClassificationMetrics, tmp_path / "classification"),
+            summary=artifact(dsl.Markdown, tmp_path / "summary.md"),
             report=artifact(dsl.HTML, tmp_path / "report"),
         )

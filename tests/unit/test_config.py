@@ -1,12 +1,13 @@
 """`TrainingConfig`: precedence, names, refusals."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from trainer.config import TrainingConfig, load_config
+from trainer.config import UNSET, Parameter, TrainingConfig, given, load_config
 from trainer.errors import ConfigError
 
 
@@ -124,9 +125,12 @@ REFUSED = {
     "port of etcd too high": ({"etcd_endpoints": ["h:65536"]}, "etcd.endpoints = 'h:65536': must be host:port"),
     "port of etcd in superscript": ({"etcd_endpoints": ["h:²"]}, "etcd.endpoints = 'h:²': must be host:port"),
     "URL of etcd": ({"etcd_endpoints": ["http://h:2379"]}, "etcd.endpoints = 'http://h:2379': must be host:port"),
-    "user of an embedded etcd": ({"etcd_user": "me"}, "etcd.user = 'me': needs an etcd of your own (etcd.endpoints)"),
+    "user of an embedded etcd": (
+        {"launcher": "local", "etcd_user": "me"},
+        "etcd.user = 'me': needs an etcd of your own (etcd.endpoints)",
+    ),
     "TLS of an embedded etcd": (
-        {"elastic_etcd_protocol": "https", "etcd_ca": "ca.pem"},
+        {"launcher": "local", "elastic_etcd_protocol": "https", "etcd_ca": "ca.pem"},
         "etcd.ca = 'ca.pem': needs an etcd of your own",
     ),
     "project that W&B does not take": ({"wandb_project_name": "a/b"}, "wandb_project_name = 'a/b': must be at most"),
@@ -186,7 +190,7 @@ def test_a_secret_is_refused_and_not_shown(tmp_path: Path, name: str) -> None:
 
 def test_lists_and_none_from_text() -> None:
     config = load_config(None, {"experiment_tags": "a, b", "max_samples": "none", "sites": "[]"}, {})
-    assert (config.experiment_tags, config.max_samples, config.sites) == (["a", "b"], None, [])
+    assert (config.experiment_tags, config.max_samples, config.sites) == (["a", "b"], UNSET, [])
     assert load_config(None, {"experiment_tags": '["x, y"]'}, {}).experiment_tags == ["x, y"]
 
 
@@ -195,6 +199,7 @@ def test_flat_names_are_unique_and_round_trip() -> None:
     assert len({parameter.name for parameter in parameters}) == len(parameters)
     assert all(parameter.description.endswith(".") for parameter in parameters)
     assert {parameter.type for parameter in parameters} <= {str, int, float, bool, list, dict}
+    assert all(parameter.type is type(parameter.default) for parameter in parameters), "none is null"
     config = TrainingConfig.from_flat({"nodes": 3, "etcd_endpoints": ["h:1"], "experiment_description": 'say "hi"'})
     assert TrainingConfig.from_flat(config.to_flat()) == config
     assert TrainingConfig.model_validate(config.model_dump(mode="json")) == config
@@ -203,7 +208,7 @@ def test_flat_names_are_unique_and_round_trip() -> None:
 def test_every_parameter_of_the_reference_is_there() -> None:
     """The names of the reference, in snake_case, and their defaults."""
     reference = {
-        "deployment_name": "diloco-training-job", "deployment_namespace": "default", "nodes": 2, "cpu_cores": 16,
+        "deployment_name": "diloco-training-job", "nodes": 2, "cpu_cores": 16,
         "memory_gb": 32, "ephemeral_storage_gb": 100, "gpu_count": 1, "gpu_vendor": "NVIDIA", "gpu_type": "A100",
         "gpu_memory": 80, "storage_enabled": True, "storage_size_gb": 100, "storage_storage_class_name": "",
         "storage_access_mode": "ReadWriteOnce", "elastic_nproc_per_node": 1, "elastic_max_restarts": 3,
@@ -213,8 +218,8 @@ def test_every_parameter_of_the_reference_is_there() -> None:
         "elastic_etcd_external_endpoint": "", "elastic_etcd_prefix": "/torchelastic", "elastic_etcd_protocol": "http",
         "elastic_etcd_run_id": "", "etcd_enabled": True, "etcd_replica_count": 3, "etcd_heartbeat_interval": 500,
         "etcd_election_timeout": 5000, "etcd_snapshot_count": 100000, "etcd_auto_compaction_mode": "periodic",
-        "etcd_auto_compaction_retention": "1h", "gpu_nvidia_enabled": True, "gpu_nvidia_min_nodes": None,
-        "gpu_nvidia_max_nodes": None, "gpu_nvidia_runtime_class_name": "nvidia", "gpu_amd_enabled": True,
+        "etcd_auto_compaction_retention": "1h", "gpu_nvidia_enabled": True, "gpu_nvidia_min_nodes": UNSET,
+        "gpu_nvidia_max_nodes": UNSET, "gpu_nvidia_runtime_class_name": "nvidia", "gpu_amd_enabled": True,
         "gpu_amd_runtime_class_name": "", "model": "gpt-neo-x", "dataset": "c4", "local_steps": 128, "lr": 4e-4,
         "outer_lr": 0.7, "warmup_steps": 1000, "total_steps": 30000, "per_device_train_batch_size": 32,
         "batch_size": 512, "optim_method": "sgd", "quantization": False, "async_communication": False,
@@ -229,8 +234,64 @@ def test_every_parameter_of_the_reference_is_there() -> None:
     ours = TrainingConfig().to_flat()
     assert {name: ours[name] for name in reference} == reference
     assert {"deployment_image", "gpu_nvidia_image", "gpu_amd_image", "experiment_description"} <= ours.keys()
+    # Two differ on purpose: a lost node does not stop the others, and the namespace is the pipeline's.
     config = TrainingConfig()
-    assert (config.min_nodes, config.max_nodes) == (2, 2)
+    assert (config.min_nodes, config.max_nodes) == (1, 2)
+    assert TrainingConfig(optim_method="ddp").min_nodes == 2
+    assert (config.deployment_namespace, config.resolved().deployment_namespace) == ("", "default")
+
+
+UNSETTABLE = [parameter for parameter in TrainingConfig.parameters() if parameter.may_be_unset]
+
+
+@pytest.mark.parametrize("parameter", UNSETTABLE, ids=lambda parameter: parameter.name)
+def test_a_number_that_is_not_given_is_minus_one_however_that_is_written(parameter: Parameter) -> None:
+    assert parameter.default == UNSET
+    assert f"{UNSET}: " in parameter.description
+    for empty in (None, "", " ", "none", "NULL", UNSET, float(UNSET), str(UNSET), f"{UNSET}.0"):
+        value = TrainingConfig.from_flat({parameter.name: empty}).to_flat()[parameter.name]
+        assert (value, type(value)) == (UNSET, parameter.type)
+    with pytest.raises(ConfigError, match=rf"{parameter.path[-1]} = -2.*, or {UNSET}$"):
+        TrainingConfig.from_flat({parameter.name: -2})
+
+
+def test_what_a_number_that_is_not_given_means() -> None:
+    assert [given(number) for number in (UNSET, float(UNSET), 0, 0.0, 7)] == [None, None, 0, 0.0, 7]
+    assert TrainingConfig(outer_momentum=0).momentum == 0, "plain SGD, and not the default"
+    assert TrainingConfig(codec="sign", error_feedback=0).feedback == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"nodes": 1}, "1 node"),
+        ({}, "2 nodes; training goes on while at least one of them is there (elastic.min_nodes=1)"),
+        ({"nodes": 4, "elastic_min_nodes": 3}, "4 nodes; training goes on while at least 3 of them are there"),
+        ({"elastic_min_nodes": 2}, "2 nodes, and all must be there: while one is away, the others wait"),
+        ({"optim_method": "ddp"}, "2 nodes, and all must be there"),
+    ],
+)
+def test_a_run_says_what_the_fewest_nodes_mean(values: dict[str, object], words: str) -> None:
+    assert TrainingConfig.from_flat(values).attendance.startswith(words)
+
+
+def test_text_that_may_not_be_empty_is_known() -> None:
+    for parameter in TrainingConfig.parameters():
+        if parameter.type is not str:
+            continue
+        try:
+            TrainingConfig.from_flat({parameter.name: ""})
+        except ConfigError as error:
+            assert error.field == ".".join(parameter.path)
+            assert not parameter.may_be_empty, parameter.name
+        else:
+            assert parameter.may_be_empty, parameter.name
+
+
+def test_null_does_not_appear_among_the_values() -> None:
+    sites = [{"name": "here", "replicas": 2, "tolerations": [{"key": "spot", "operator": "Exists"}]}]
+    text = json.dumps(TrainingConfig.from_flat({"sites": sites}).to_flat())
+    assert "null" not in text
 
 
 def test_resolved_fills_run_id_and_run_dir() -> None:

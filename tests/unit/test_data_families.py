@@ -244,7 +244,7 @@ def test_the_revision_of_a_local_c4_is_its_content(c4: Path) -> None:
 
 def test_c4_needs_a_bound() -> None:
     message = refusal("c4", total_steps=1000, batch_size=512, nodes=2, sequence_length=1024)
-    assert message.startswith("max_samples = 'None': must be set: C4 has 364,868,892 documents (800 GB).")
+    assert message.startswith("max_samples = -1: must be set: C4 has 364,868,892 documents (800 GB).")
     assert "1,024,000 sequences of 1024 tokens: 2,231,013 documents are about as many" in message
     data.check(config("c4", max_samples=1000))
 

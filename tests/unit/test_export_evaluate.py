@@ -19,6 +19,7 @@ from trainer.evaluate import evaluate
 from trainer.export import TrainedRun, export
 from trainer.files import read_json
 from trainer.metrics import Metrics
+from trainer.report import write_report
 from trainer.volume import Volume, worker_configs
 
 TEXT = "Tree number {n}, called “Älteste Eiche”: {n} rings, {m} leaves, and one owl (✓).\n"
@@ -262,8 +263,9 @@ def test_scores_agree_with_a_count_by_hand(made: Path, run_dir: Path) -> None:
     assert "bits per byte" in lines[0] and "unigram bits per byte" in lines[0]
 
     assert read_json(run_dir / "evaluation.json") == found
+    report = write_report(run_dir).read_text()
     assert read_json(run_dir / "summary.json")["evaluation"]["bits_per_byte"] == found["bits_per_byte"]
-    assert found["sample"]["prompt"] and found["sample"]["prompt"] in (run_dir / "report.html").read_text()
+    assert found["sample"]["prompt"] and found["sample"]["prompt"] in report
     card = (run_dir / "export" / "README.md").read_text()
     assert f"| bits a byte | {found['bits_per_byte']:.4f} |" in card and "Not evaluated yet" not in card
     metrics = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"]

@@ -230,7 +230,8 @@ def test_plain_torchrun_would_meet_the_same_etcd() -> None:
     )
     theirs, ours = client_of(parameters), EtcdClient.of(made.config)
     assert parameters.backend == BACKEND
-    assert (parameters.min_nodes, parameters.max_nodes) == (made.config.min_nodes, made.config.max_nodes) == (4, 4)
+    assert (parameters.min_nodes, parameters.max_nodes) == (made.config.min_nodes, made.config.max_nodes) == (1, 4)
+    assert parameters.get_as_int("nodes") == made.config.nodes
     assert theirs.prefix == ours.prefix == "/mine/mine/"
     assert theirs.endpoints == ours.endpoints[:1]
     assert (theirs._tls, theirs._credentials) == (ours._tls, ours._credentials)

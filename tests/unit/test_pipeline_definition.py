@@ -45,42 +45,45 @@ def test_every_parameter_is_typed_defaulted_and_described(spec: dict[str, Any]) 
         found = inputs[parameter.name]
         assert found["parameterType"] == KFP_TYPES[parameter.type], parameter.name
         assert found["isOptional"], parameter.name
-        assert found.get("defaultValue") == parameter.default, parameter.name
-        assert ("defaultValue" in found) == (not parameter.optional), parameter.name
+        assert found["defaultValue"] == parameter.default, parameter.name
         assert found["description"].startswith(parameter.description), parameter.name
         for choice in parameter.choices or ():
             assert choice in found["description"], parameter.name
 
 
 def test_precache_gets_every_parameter_and_the_job_id(spec: dict[str, Any]) -> None:
-    given = steps(spec)["precache"]["inputs"]["parameters"]
+    given = dict(spec["root"]["dag"]["tasks"]["precache"]["inputs"]["parameters"])
     assert given.pop("job_id") == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
-    names = [parameter.name for parameter in TrainingConfig.parameters()]
-    assert given == {name: {"componentInputParameter": f"pipelinechannel--{name}"} for name in names}
-    handed = spec["root"]["dag"]["tasks"]["exit-handler-1"]["inputs"]["parameters"]
-    assert handed == {f"pipelinechannel--{name}": {"componentInputParameter": name} for name in names}
+    assert given == {p.name: {"componentInputParameter": p.name} for p in TrainingConfig.parameters()}
 
 
-def test_however_they_end_clean_up_follows(spec: dict[str, Any]) -> None:
+def test_only_what_precache_passes_on_goes_into_the_exit_handler(spec: dict[str, Any]) -> None:
+    inputs = spec["root"]["dag"]["tasks"]["exit-handler-1"]["inputs"]
+    assert list(inputs["parameters"]) == ["pipelinechannel--precache-config"]
+    assert list(inputs["artifacts"]) == ["pipelinechannel--precache-precached"]
+
+
+def test_however_the_steps_end_clean_up_follows(spec: dict[str, Any]) -> None:
     tasks = spec["root"]["dag"]["tasks"]
-    assert set(tasks) == {"exit-handler-1", "clean-up"}
+    assert set(tasks) == {"precache", "exit-handler-1", "clean-up"}
     assert tasks["clean-up"]["dependentTasks"] == ["exit-handler-1"]
     assert tasks["clean-up"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     given = tasks["clean-up"]["inputs"]["parameters"]
     assert given["run_id"] == {"componentInputParameter": "run_id"}
     assert given["job_id"] == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
-    assert not tasks["clean-up"]["cachingOptions"].get("enableCache")
 
 
 def test_steps_follow_one_another_and_are_never_cached(spec: dict[str, Any]) -> None:
     tasks = steps(spec)
     assert {name: sorted(task.get("dependentTasks", [])) for name, task in tasks.items()} == {
-        "precache": [],
-        "train": ["precache"],
-        "export": ["precache", "train"],
-        "evaluate": ["export", "precache", "train"],
+        "train": [],
+        "export": ["train"],
+        "evaluate": ["export", "train"],
     }
-    assert not any(task["cachingOptions"].get("enableCache") for task in tasks.values())
+    outer = spec["root"]["dag"]["tasks"]
+    assert outer["exit-handler-1"]["dependentTasks"] == ["precache"]
+    every = [*tasks.values(), outer["precache"], outer["clean-up"]]
+    assert not any(task["cachingOptions"].get("enableCache") for task in every)
 
 
 def test_artifacts_are_typed(spec: dict[str, Any]) -> None:
@@ -93,7 +96,7 @@ def test_artifacts_are_typed(spec: dict[str, Any]) -> None:
     assert artifacts("export") == {"model": "system.Model"}
     assert artifacts("evaluate") == {
         "metrics": "system.Metrics",
-        "classification": "system.ClassificationMetrics",
+        "summary": "system.Markdown",
         "report": "system.HTML",
     }
 
@@ -115,14 +118,10 @@ def test_golden(text: str) -> None:
     assert found == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_a_pipeline_without_the_parameters_that_have_no_value_is_the_same_otherwise() -> None:
-    some = [parameter for parameter in TrainingConfig.parameters() if not parameter.optional]
-    whole, part = training_pipeline(TrainingConfig.parameters()), training_pipeline(some)
-    assert set(whole.component_spec.inputs) - set(part.component_spec.inputs) == {
-        parameter.name for parameter in TrainingConfig.parameters() if parameter.optional
-    }
-    assert set(whole.pipeline_spec.root.dag.tasks) == set(part.pipeline_spec.root.dag.tasks)
-    assert set(part.pipeline_spec.root.dag.tasks) == {"precache", "train", "export", "evaluate"}
+def test_on_one_machine_the_steps_are_the_same_without_the_exit_handler(spec: dict[str, Any]) -> None:
+    here = training_pipeline(exit_handler=False)
+    assert set(here.component_spec.inputs) == set(spec["root"]["inputDefinitions"]["parameters"])
+    assert set(here.pipeline_spec.root.dag.tasks) == {"precache", *steps(spec)}
 
 
 def test_compile_writes_the_yaml_and_no_secret(tmp_path: Path, text: str) -> None:

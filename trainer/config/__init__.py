@@ -5,19 +5,22 @@ derived from its fields (`training.py`, and `cluster.py` for the groups). Preced
 file (`--config`) > default.
 
 A parameter has a *path* in the tree (`elastic.min_nodes`, as YAML nests it) and a *flat name* (`elastic_min_nodes`,
-as the pipeline, `DILOCO_ELASTIC_MIN_NODES` and `--elastic-min-nodes` write it).
+as the pipeline, `DILOCO_ELASTIC_MIN_NODES` and `--elastic-min-nodes` write it). None is ever null: a number that is
+not given is -1 (`UNSET`).
 
 Secrets are no parameters: `WANDB_API_KEY`, `HF_TOKEN` and `ETCD_PASSWORD` are read from the environment where they are
 needed, and nowhere else.
 """
 
 from trainer.config.cluster import SiteConfig, VendorConfig
+from trainer.config.fields import UNSET, given
 from trainer.config.load import ENV_PREFIX, add_config_flags, config_from_arguments, flags_from, load_config
 from trainer.config.parameters import Parameter
 from trainer.config.training import TrainingConfig
 
 __all__ = [
     "ENV_PREFIX",
+    "UNSET",
     "Parameter",
     "SiteConfig",
     "TrainingConfig",
@@ -25,5 +28,6 @@ __all__ = [
     "add_config_flags",
     "config_from_arguments",
     "flags_from",
+    "given",
     "load_config",
 ]

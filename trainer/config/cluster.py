@@ -11,9 +11,11 @@ from pydantic.alias_generators import to_camel
 from trainer.config.fields import (
     LABEL,
     RUN_ID,
+    UNSET,
     Group,
     Nodes,
     NonNegative,
+    OrUnset,
     Positive,
     Seconds,
 )
@@ -57,11 +59,13 @@ class ElasticEtcdConfig(Group):
 
 
 class ElasticConfig(Group):
-    min_nodes: Positive | None = Field(
-        None, description="Fewest nodes that train together. Default: as many as `nodes`."
+    min_nodes: OrUnset[Positive] = Field(
+        UNSET,
+        description="Fewest nodes that train together: while fewer are there, they save and wait. "
+        "-1: 1, so that a lost node never stops the others (with optim_method=ddp: all `nodes`).",
     )
-    max_nodes: Nodes | None = Field(
-        None, description="Most nodes that train together; further ones wait as spares. Default: as many as `nodes`."
+    max_nodes: OrUnset[Nodes] = Field(
+        UNSET, description="Most nodes that train together; further ones wait as spares. -1: as many as `nodes`."
     )
     nproc_per_node: Positive = Field(1, description="Workers (processes, usually one a GPU) on each node.")
     max_restarts: NonNegative = Field(3, description="How often a node restarts its workers before it gives up.")
@@ -105,8 +109,12 @@ class EtcdConfig(Group):
 class VendorConfig(Group):
     enabled: bool = Field(True, description="Use this vendor's GPUs.")
     image: str = Field("", description="Container image for this vendor; empty: the project's, for `gpu_vendor` alone.")
-    min_nodes: NonNegative | None = Field(None, description="Fewest of `nodes` that are this vendor's.")
-    max_nodes: NonNegative | None = Field(None, description="Most of `nodes` that are this vendor's.")
+    min_nodes: OrUnset[NonNegative] = Field(
+        UNSET, description="Fewest of `nodes` that have this vendor's GPUs. -1: none need to."
+    )
+    max_nodes: OrUnset[NonNegative] = Field(
+        UNSET, description="Most of `nodes` that have this vendor's GPUs. -1: all of them may."
+    )
     runtime_class_name: str = Field("", description="Runtime class of this vendor's pods.")
 
 
@@ -142,6 +150,6 @@ class SiteConfig(Group):
     tolerations: list[Toleration] = Field([], description="Of its nodes' taints, as the Kubernetes API has them.")
     image: str = Field("", description="Its container image; empty: the GPU vendor's.")
     gpu_resource: str = Field("", description="Its GPUs' resource, e.g. amd.com/gpu; empty: that of `gpu_vendor`.")
-    gpu_count: NonNegative | None = Field(None, description="GPUs of a pod; 0: a CPU site. Empty: `gpu_count`.")
+    gpu_count: OrUnset[NonNegative] = Field(UNSET, description="GPUs of a pod; 0: a CPU site. -1: `gpu_count`.")
     runtime_class_name: str = Field("", description="Its pods' runtime class; empty: the GPU vendor's.")
     storage_class_name: str = Field("", description="Its claims' storage class; empty: `storage.storage_class_name`.")

@@ -4,6 +4,7 @@ import itertools
 import re
 from typing import TYPE_CHECKING
 
+from trainer.config.fields import UNSET
 from trainer.config.parameters import find
 from trainer.errors import ConfigError
 
@@ -73,7 +74,7 @@ def _settle_the_wire(config: "TrainingConfig") -> None:
     if config.optim_method == "demo" and config.compression_topk % per_byte:
         allowed = f"must be a multiple of {per_byte} with codec = {config.codec!r}, which puts so many into a byte"
         raise ConfigError("compression_topk", config.compression_topk, allowed)
-    if config.optim_method == "demo" and config.error_feedback is not None:
+    if config.optim_method == "demo" and config.error_feedback != UNSET:
         allowed = "does not go with optim_method = 'demo': compression_decay is its decay"
         raise ConfigError("error_feedback", config.error_feedback, allowed)
     if config.optim_method == "ddp":
@@ -149,13 +150,13 @@ def _check_ports(config: "TrainingConfig") -> None:
 
 
 def _check_etcd(config: "TrainingConfig") -> None:
-    on_cluster = config.launcher == "pytorchjob"  # whose pods have etcd's certificates from a Secret
-    if config.elastic.etcd.protocol == "https" and not config.etcd.ca and not on_cluster:
+    here = config.launcher == "local"  # on a cluster, pods have etcd's certificates from a Secret; auto: it may be one
+    if config.elastic.etcd.protocol == "https" and not config.etcd.ca and here:
         raise ConfigError("etcd.ca", "", "must name a file when elastic.etcd.protocol is https")
     if bool(config.etcd.cert) != bool(config.etcd.key):
         missing = "etcd.key" if config.etcd.cert else "etcd.cert"
         raise ConfigError(missing, "", "etcd.cert and etcd.key must be given together")
-    if not config.etcd.endpoints and not on_cluster:
+    if not config.etcd.endpoints and here:
         _refuse_what_an_embedded_etcd_has_not(config)
     if not config.etcd.enabled and not config.etcd.endpoints:
         raise ConfigError("etcd.endpoints", "[]", "must name an etcd when etcd.enabled is false")

@@ -1,9 +1,12 @@
 """What all groups of parameters are made of."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+UNSET = -1  # a number that is not given; its description says what is taken instead
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -18,7 +21,7 @@ WANDB_RUN_ID = r"^[^\s:;,#?/']{0,120}$"
 PORT_RANGE = r"^([0-9]{1,5}-[0-9]{1,5})?$"
 DEVICE = r"^(cpu|cuda(:\d+)?)$"
 LABEL = r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"  # DNS-1035
-NAMESPACE = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # DNS-1123
+NAMESPACE = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$"  # DNS-1123
 IN_WORDS = {
     RUN_ID: "must be at most 63 letters, digits and . _ -, the first of them a letter or a digit",
     WANDB_PROJECT: "must be at most 128 characters, none of them / \\ # ? % :",
@@ -28,6 +31,37 @@ IN_WORDS = {
     LABEL: "must be lower-case letters, digits and -, begin with a letter and not end with -",
     NAMESPACE: "must be lower-case letters, digits and -, and neither begin nor end with -",
 }
+
+
+@dataclass(frozen=True)
+class AllowUnset:
+    """Marks a number that may be `UNSET`, whatever its own limits; null and empty text mean the same.
+
+    Not null itself: the driver of Kubeflow Pipelines passes no null into a nested DAG (kubeflow/pipelines#11667), and
+    the Kubeflow UI starts no run while a parameter has no default (#11331).
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        limited = handler(source)
+        unset: int | float = float(UNSET) if limited["type"] == "float" else UNSET
+
+        def check(value: Any, limits: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            text = value.strip().lower() if isinstance(value, str) else value
+            return unset if text in (None, "", "none", "null", UNSET, str(UNSET), str(float(UNSET))) else limits(value)
+
+        return core_schema.no_info_wrap_validator_function(check, limited)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(schema["schema"]), {"const": UNSET}]}
+
+
+Number = TypeVar("Number", int, float)
+OrUnset = Annotated[Number, AllowUnset()]
+
+
+def given(number: Number) -> Number | None:
+    """The number; None if it is `UNSET`."""
+    return None if number == UNSET else number
 
 
 @dataclass(frozen=True)

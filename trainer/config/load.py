@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from trainer.config.fields import UNSET
 from trainer.config.parameters import Parameter, put
 from trainer.config.refusals import is_secret, unknown
 from trainer.config.training import TrainingConfig
@@ -52,8 +53,9 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | N
         if names is not None and parameter.name not in names:
             continue
         flag = "--" + parameter.name.replace("_", "-")
-        default = "none" if parameter.default is None else parameter.default
-        text = f"{parameter.description} [{default}]" if default != "" else parameter.description
+        text = parameter.description
+        if parameter.default not in ("", UNSET):  # else the description says what is taken
+            text += f" [{parameter.default}]"
         if parameter.later:
             text += f" (not available yet: {parameter.later})"
         options: dict[str, Any] = {
@@ -80,9 +82,7 @@ def flags_from(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _parse(text: str, parameter: Parameter) -> Any:
-    """A value from text: words stay words, lists and maps are YAML (or `a,b`), "" is None where None is allowed."""
-    if parameter.optional and text.lower() in ("", "none", "null"):
-        return None
+    """A value from text: words stay words, numbers are pydantic's to read, lists and maps are YAML (or `a,b`)."""
     if parameter.type is str:
         return text
     if parameter.type in (list, dict):

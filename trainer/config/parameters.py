@@ -1,14 +1,14 @@
 """The list of parameters, derived from the fields of `TrainingConfig`."""
 
-import types
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from trainer.config.fields import Later
+from trainer.config.fields import AllowUnset, Later
 from trainer.errors import ConfigError
 
 
@@ -20,7 +20,8 @@ class Parameter:
         name: Flat name, `elastic_min_nodes`.
         path: Path in the tree, `("elastic", "min_nodes")`.
         type: str, int, float, bool, list or dict.
-        optional: Whether None is allowed.
+        may_be_unset: Whether it is a number that may be `UNSET`, which is its default.
+        may_be_empty: Whether it is text that may be empty.
         choices: The allowed values, if they are an enumeration.
         later: What it waits for, if its behaviour is still to come.
     """
@@ -28,7 +29,8 @@ class Parameter:
     name: str
     path: tuple[str, ...]
     type: type
-    optional: bool
+    may_be_unset: bool
+    may_be_empty: bool
     default: Any
     description: str
     choices: tuple[str, ...] | None
@@ -42,18 +44,26 @@ def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Param
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from leaves(annotation, (*path, key))
             continue
-        union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-        members = typing.get_args(annotation) if union else (annotation,)
-        optional = type(None) in members
-        annotation = next(member for member in members if member is not type(None))
-        if typing.get_origin(annotation) is Annotated:
-            annotation = typing.get_args(annotation)[0]
         choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else None
-        kind = type(choices[0]) if choices else typing.get_origin(annotation) or annotation
-        later = next((mark.what for mark in field.metadata if isinstance(mark, Later)), None)
+        kind: type = type(choices[0]) if choices else typing.get_origin(annotation) or annotation  # type: ignore[assignment]
         yield Parameter(
-            "_".join((*path, key)), (*path, key), kind, optional, field.default, field.description or "", choices, later
+            name="_".join((*path, key)),
+            path=(*path, key),
+            type=kind,
+            may_be_unset=any(isinstance(mark, AllowUnset) for mark in field.metadata),
+            may_be_empty=kind is str and _admits_empty(field.metadata, choices),
+            default=field.default,
+            description=field.description or "",
+            choices=choices,
+            later=next((mark.what for mark in field.metadata if isinstance(mark, Later)), None),
         )
+
+
+def _admits_empty(metadata: list[Any], choices: tuple[str, ...] | None) -> bool:
+    """Whether text with these limits may be empty."""
+    pattern = next((mark.pattern for mark in metadata if getattr(mark, "pattern", None)), "")
+    shortest = max((getattr(mark, "min_length", None) or 0 for mark in metadata), default=0)
+    return (choices is None or "" in choices) and shortest == 0 and re.search(pattern, "") is not None
 
 
 def find(tree: Any, path: tuple[str, ...]) -> Any:

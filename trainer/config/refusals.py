@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
-from trainer.config.fields import IN_WORDS
+from trainer.config.fields import IN_WORDS, UNSET
 from trainer.config.parameters import Parameter
 from trainer.errors import ConfigError
 
@@ -29,7 +29,8 @@ def first_error(error: ValidationError, parameters: list[Parameter]) -> ConfigEr
     if words := IN_WORDS.get(details.get("ctx", {}).get("pattern", "")):
         return ConfigError(field, details["input"], words)
     message = details["msg"].replace("Input should be", "must be").replace("String should", "must")
-    return ConfigError(field, details["input"], message[0].lower() + message[1:])
+    unset = f", or {UNSET}" if field in known and known[field].may_be_unset else ""
+    return ConfigError(field, details["input"], message[0].lower() + message[1:] + unset)
 
 
 def unknown(name: str, known: Mapping[str, object], shown: Callable[[str], str] = str) -> str:

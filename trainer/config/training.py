@@ -16,6 +16,7 @@ from trainer.config.fields import (
     NAMESPACE,
     PORT_RANGE,
     RUN_ID,
+    UNSET,
     WANDB_PROJECT,
     WANDB_RUN_ID,
     Fraction,
@@ -23,6 +24,7 @@ from trainer.config.fields import (
     Later,
     Nodes,
     NonNegative,
+    OrUnset,
     Positive,
     Seconds,
     Tag,
@@ -55,11 +57,11 @@ class TrainingConfig(Group):
         "", description="Hub id, path, `bytes`, or `bpe:<vocabulary size>` trained on the data. Empty: the model's."
     )
     sequence_length: int = Field(1024, ge=2, description="Tokens in a training sequence (one sample).")
-    image_size: Annotated[int, Field(ge=8, le=1024)] | None = Field(
-        None, description="Height and width that pictures are resized to. Empty: the dataset's."
+    image_size: OrUnset[Annotated[int, Field(ge=8, le=1024)]] = Field(
+        UNSET, description="Height and width in pixels that pictures are resized to. -1: the dataset's own."
     )
-    max_samples: Positive | None = Field(
-        None, description="Most documents (pictures, clips) to read from the dataset. Empty: all of them."
+    max_samples: OrUnset[Positive] = Field(
+        UNSET, description="Most documents (pictures, clips) to read from the dataset. -1: all of them."
     )
     validation_fraction: float = Field(
         0.01, gt=0, lt=1, description="Share of the samples held out for evaluation, chosen by their content's hash."
@@ -87,8 +89,10 @@ class TrainingConfig(Group):
         description="sgd: DiLoCo with Nesterov's momentum; demo: DCT-momentum; ddp: average gradients at every step.",
     )
     outer_lr: float = Field(0.7, gt=0, description="Learning rate of the outer optimizer.")
-    outer_momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="Nesterov momentum of the outer optimizer; 0: plain SGD. Empty: 0.9, or 0.5 with feedback."
+    outer_momentum: OrUnset[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        float(UNSET),
+        description="Nesterov momentum of the outer optimizer; 0: plain SGD. "
+        "-1: 0.9, or 0.5 where a codec keeps a residual (error_feedback).",
     )
     max_skipped_steps: NonNegative = Field(
         10, description="Inner steps in a row that may be skipped for a loss or gradient that is not finite."
@@ -116,8 +120,8 @@ class TrainingConfig(Group):
     sparse_topk: Annotated[Positive, Field(le=4096, multiple_of=4)] = Field(
         512, description="Numbers sent of each 4096 (codec=sparse)."
     )
-    error_feedback: Fraction | None = Field(
-        None, description="Decay of the residual that a lossy codec keeps; 0: none. Empty: by codec."
+    error_feedback: OrUnset[Fraction] = Field(
+        float(UNSET), description="Decay of the residual that a lossy codec keeps; 0: none. -1: the codec's own."
     )
 
     # The run
@@ -128,8 +132,10 @@ class TrainingConfig(Group):
         min_length=1,
         description="auto: go on from the newest checkpoint; never: start afresh; or a checkpoint's path.",
     )
-    launcher: Literal["local", "pytorchjob"] = Field(
-        "local", description="How the pipeline's train step starts workers: local processes, or a PyTorchJob a worker."
+    launcher: Literal["auto", "local", "pytorchjob"] = Field(
+        "auto",
+        description="How the pipeline's steps start workers: local processes, or a PyTorchJob a worker. "
+        "auto: PyTorchJobs in a step of Kubeflow Pipelines, else local processes.",
     )
     device: str = Field("cuda", pattern=DEVICE, description="Device that trains: cuda, cuda:<index> or cpu.")
     model_cache_dir: str = Field("/data/models", min_length=1, description="Directory of models on a worker's volume.")
@@ -200,9 +206,9 @@ class TrainingConfig(Group):
     )
     experiment_description: str = Field("DiLoCo distributed training", description="Description of the experiment.")
     experiment_tags: list[Tag] = Field(["diloco", "gpt-neo-x", "c4"], description="Tags of the experiment.")
-    metrics_port: Annotated[int, Field(ge=1024, lt=65000)] | None = Field(
-        None,
-        description="Port that serves Prometheus metrics; further workers of a machine take the next. Empty: none.",
+    metrics_port: OrUnset[Annotated[int, Field(ge=1024, lt=65000)]] = Field(
+        UNSET,
+        description="Port that serves Prometheus metrics; further workers of a machine take the next. -1: none.",
     )
     hf_upload: bool = Field(False, description="Push the exported model to the Hugging Face Hub; needs HF_TOKEN.")
     trained_model_hf_name: str = Field(
@@ -216,7 +222,11 @@ class TrainingConfig(Group):
         max_length=40,
         description="Name of the training's objects; runs that share it share its volumes, one at a time.",
     )
-    deployment_namespace: str = Field("default", pattern=NAMESPACE, description="Namespace of the training's objects.")
+    deployment_namespace: str = Field(
+        "",
+        pattern=NAMESPACE,
+        description="Namespace of the training's objects. Empty: that of the pipeline's own pods.",
+    )
     deployment_image: str = Field("", description="Image of the training's pods; empty: the pipeline's own.")
     image_pull_secrets: list[str] = Field([], description="Secrets with which the nodes pull the images.")
     service_account: str = Field(
@@ -260,7 +270,7 @@ class TrainingConfig(Group):
     def momentum(self) -> float:
         """The outer optimizer's: `outer_momentum`, or what goes with the codec. What feedback sends later, momentum
         has sent already in part: both near 1 count it twice."""
-        if self.outer_momentum is None:
+        if self.outer_momentum == UNSET:
             return 0.5 if self.feedback else 0.9
         return self.outer_momentum
 
@@ -269,7 +279,7 @@ class TrainingConfig(Group):
         """Decay of what a worker's messages have left out so far: `error_feedback`, or what goes with the codec."""
         if self.optim_method == "demo":
             return self.compression_decay
-        return _FEEDBACK.get(self.codec, 0.0) if self.error_feedback is None else self.error_feedback
+        return _FEEDBACK.get(self.codec, 0.0) if self.error_feedback == UNSET else self.error_feedback
 
     @property
     def round_steps(self) -> int:
@@ -283,16 +293,37 @@ class TrainingConfig(Group):
 
     @property
     def min_nodes(self) -> int:
-        return self.elastic.min_nodes or self.nodes
+        if self.elastic.min_nodes == UNSET:
+            return self.nodes if self.optim_method == "ddp" else 1
+        return self.elastic.min_nodes
 
     @property
     def max_nodes(self) -> int:
-        return self.elastic.max_nodes or self.nodes
+        return self.nodes if self.elastic.max_nodes == UNSET else self.elastic.max_nodes
+
+    @property
+    def attendance(self) -> str:
+        """What `elastic.min_nodes` means for the run, for its first line."""
+        if self.min_nodes == self.nodes == 1:
+            return "1 node"
+        if self.min_nodes >= self.nodes:
+            return (
+                f"{self.nodes} nodes, and all must be there: while one is away, the others wait "
+                f"(elastic.min_nodes={self.min_nodes})"
+            )
+        least = "one of them is" if self.min_nodes == 1 else f"{self.min_nodes} of them are"
+        return f"{self.nodes} nodes; training goes on while at least {least} there (elastic.min_nodes={self.min_nodes})"
 
     def resolved(self) -> "TrainingConfig":
-        """This configuration with a run id (generated when there is none) and a run directory."""
+        """This configuration with nothing left open: a run id (generated when there is none), a run directory, a
+        launcher and a namespace. A step on a cluster has chosen the last two before (`components.launcher.placed`)."""
         run_id = self.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        return self.with_values(run_id=run_id, run_dir=self.run_dir or str(Path("runs") / run_id))
+        return self.with_values(
+            run_id=run_id,
+            run_dir=self.run_dir or str(Path("runs") / run_id),
+            launcher="local" if self.launcher == "auto" else self.launcher,
+            deployment_namespace=self.deployment_namespace or "default",
+        )
 
     def with_values(self, **flat: Any) -> "TrainingConfig":
         """A validated copy with some parameters, by flat name, changed."""
@@ -334,4 +365,4 @@ class TrainingConfig(Group):
 
     def to_flat(self) -> dict[str, Any]:
         """Every parameter's value by flat name, as JSON has it."""
-        return flat(self.model_dump(mode="json"), self.parameters())
+        return flat(self.model_dump(mode="json", exclude_none=True), self.parameters())

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from trainer.config import given
 from trainer.data.arrays import ArrayWriter, write_shared
 from trainer.data.manifest import ArrayManifest, Augmentation, Column
 from trainer.data.progress import Progress
@@ -68,23 +69,23 @@ class ArrayDataset(DatasetFamily):
         return {}
 
     def inputs(self) -> dict[str, object]:
-        return {"max_samples": self.config.max_samples, "validation_fraction": self.config.validation_fraction}
+        return {"max_samples": given(self.config.max_samples), "validation_fraction": self.config.validation_fraction}
 
     def estimated_size(self) -> int:
         each = sum(
             int(np.prod(form.shape, dtype=np.int64)) * np.dtype(form.dtype).itemsize for form in self.columns().values()
         )
-        return min(self.count(), self.config.max_samples or self.count()) * each + 16 * 2**20
+        return min(self.count(), given(self.config.max_samples) or self.count()) * each + 16 * 2**20
 
     def prepare(self, directory: Path, revision: str, log: Log) -> ArrayManifest:
         config, columns = self.config, self.columns()
-        everything = min(self.count(), config.max_samples or self.count())
+        everything = min(self.count(), given(config.max_samples) or self.count())
         with (
             ArrayWriter(directory, "train", columns, self.group) as train,
             ArrayWriter(directory, "validation", columns, self.group) as held_out,
             Progress(f"reading {self.spec}", everything, log) as progress,
         ):
-            for sample in itertools.islice(self.samples(revision), config.max_samples):
+            for sample in itertools.islice(self.samples(revision), given(config.max_samples)):
                 if content_hash(self.content(sample)) < config.validation_fraction:
                     held_out.add(sample)
                 else:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.config import given
 from trainer.data.hub import hub_errors
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError
@@ -34,13 +35,13 @@ class C4(TextDataset):
             raise ConfigError("dataset", self.spec, f"holds no shards of C4: {_SHARDS}")
         if self.argument.startswith((".", "/", "~")) and not self._is_local:
             raise ConfigError("dataset", self.spec, "no such folder")
-        if self.config.max_samples is None and not self._is_local:
+        if given(self.config.max_samples) is None and not self._is_local:
             config = self.config
             sequences = config.total_steps * config.batch_size * config.nodes
             enough = min(_DOCUMENTS, -(-sequences * config.sequence_length // _TOKENS_EACH))
             raise ConfigError(
                 "max_samples",
-                None,
+                self.config.max_samples,
                 f"must be set: C4 has {_DOCUMENTS:,} documents (800 GB). This run goes through {sequences:,} sequences "
                 f"of {config.sequence_length} tokens: {enough:,} documents are about as many; fewer are repeated",
             )
@@ -58,7 +59,7 @@ class C4(TextDataset):
             return str(HfApi().dataset_info(repository, revision=revision).sha)
 
     def text_size(self) -> int:
-        size = min(self.config.max_samples or _DOCUMENTS, _DOCUMENTS) * _BYTES_EACH
+        size = min(given(self.config.max_samples) or _DOCUMENTS, _DOCUMENTS) * _BYTES_EACH
         if self._is_local:
             size = min(size, sum(path.stat().st_size for path in self._local_shards()) * _COMPRESSED)
         return size

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.config import TrainingConfig
+from trainer.config import TrainingConfig, given
 from trainer.data.array_dataset import ArrayDataset, Sample
 from trainer.data.manifest import Augmentation, Column
 
@@ -30,7 +30,7 @@ class PictureDataset(ArrayDataset):
 
     @property
     def size(self) -> int:
-        return self.config.image_size or self.own_size
+        return given(self.config.image_size) or self.own_size
 
     @abstractmethod
     def labels(self) -> list[str]:

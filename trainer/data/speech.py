@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, ClassVar
 
+from trainer.config import given
 from trainer.data.array_dataset import ArrayDataset, Sample
 from trainer.data.audio import RATE, VOCABULARY, decode, spelled, written
 from trainer.data.manifest import Column
@@ -54,7 +55,7 @@ class SpeechDataset(ArrayDataset):
                 yield {"audio": audio, "text": text}
 
     def estimated_size(self) -> int:
-        return min(self.count(), self.config.max_samples or self.count()) * 12 * RATE * 2 + 16 * 2**20
+        return min(self.count(), given(self.config.max_samples) or self.count()) * 12 * RATE * 2 + 16 * 2**20
 
     def for_model(self) -> dict[str, Any]:
         return {"vocabulary": list(VOCABULARY)}

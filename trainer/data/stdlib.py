@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from trainer.config import given
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError
 
@@ -38,7 +39,7 @@ class Stdlib(TextDataset):
         return f"Python {platform.python_version()}, sha256 {digest.hexdigest()}"
 
     def text_size(self) -> int:
-        return sum(path.stat().st_size for path in self._modules[: self.config.max_samples])
+        return sum(path.stat().st_size for path in self._modules[: given(self.config.max_samples)])
 
     def documents(self, revision: str) -> Iterator[str]:
         return (path.read_text(encoding="utf-8", errors="replace") for path in self._modules)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from trainer.config import given
 from trainer.data import tokenizer as tokenizers
 from trainer.data.manifest import Manifest, SplitCounts, TextManifest
 from trainer.data.progress import Progress
@@ -52,7 +53,7 @@ class TextDataset(DatasetFamily):
         return {
             "tokenizer": spec,
             "sequence_length": self.config.sequence_length,
-            "max_samples": self.config.max_samples,
+            "max_samples": given(self.config.max_samples),
             "validation_fraction": self.config.validation_fraction,
         }
 
@@ -67,7 +68,7 @@ class TextDataset(DatasetFamily):
         length, fraction = config.sequence_length, config.validation_fraction
 
         def documents() -> Iterator[str]:
-            for text in itertools.islice(self.documents(revision), config.max_samples):
+            for text in itertools.islice(self.documents(revision), given(config.max_samples)):
                 yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of surrogate pairs
 
         if spec.startswith("bpe:"):

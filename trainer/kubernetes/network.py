@@ -1,5 +1,6 @@
 """Who may reach a training's pods. (What they may reach is not restricted: hubs, Weights & Biases, etcd.)"""
 
+from trainer.config import given
 from trainer.kubernetes import names, pod
 from trainer.kubernetes.plan import Object, Plan
 
@@ -19,7 +20,7 @@ def network_policy(plan: Plan) -> Object:
         "ports": [{"protocol": "TCP", "port": pod.RESULT_PORT}],
     }
     scrapers: list[Object] = []
-    if port := plan.config.metrics_port:
+    if port := given(plan.config.metrics_port):
         last = port + plan.config.elastic.nproc_per_node - 1
         ports = {"protocol": "TCP", "port": port, "endPort": last}
         scrapers = [{"from": [{"namespaceSelector": {}}], "ports": [ports]}]

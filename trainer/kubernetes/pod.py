@@ -7,6 +7,7 @@ The configuration comes from the training's ConfigMap, as the file that `--confi
 from pathlib import Path
 from typing import Literal
 
+from trainer.config import given
 from trainer.elastic.agent import SHUTDOWN_TIMEOUT
 from trainer.kubernetes import names
 from trainer.kubernetes.handover import TOKEN_VARIABLE
@@ -63,7 +64,7 @@ def template(
     # A mesh's sidecar would outlive the work, and stand between workers: Kubeflow's namespaces inject Istio's.
     labels = {**plan.labels(step, site, worker), "sidecar.istio.io/inject": "false"}
     annotations = {"sidecar.istio.io/inject": "false"}
-    if step == "train" and (port := plan.config.metrics_port):
+    if step == "train" and (port := given(plan.config.metrics_port)):
         annotations |= {
             "prometheus.io/scrape": "true",
             "prometheus.io/port": str(port),
@@ -88,7 +89,7 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
     }
     if step in ("held-out", "export", "evaluate"):
         container["ports"] = [{"name": "result", "containerPort": RESULT_PORT, "protocol": "TCP"}]
-    if step == "train" and (port := plan.config.metrics_port):
+    if step == "train" and (port := given(plan.config.metrics_port)):
         container["ports"] = [{"name": "metrics", "containerPort": port, "protocol": "TCP"}]
     return container
 

@@ -180,11 +180,18 @@ def has_ended(job: Object) -> bool:
     return any(condition(job, kind) for kind in ("Complete", "Succeeded", "Failed"))
 
 
+def own_namespace() -> str:
+    """The namespace of the pod that this runs in; "" elsewhere."""
+    try:
+        return (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
+    except OSError:  # not in a pod
+        return ""
+
+
 def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, str]:
     """The workflow that this pod is a step of, if it is in `namespace`, and the pod's image; (None, "") elsewhere."""
-    try:
-        own = (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
-    except OSError:  # not in a pod
+    own = own_namespace()
+    if not own:
         return None, ""
     name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     try:

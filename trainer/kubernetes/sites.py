@@ -7,7 +7,7 @@ The parameter `sites` names them. Without it, `nodes` is split over the GPU vend
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.config import SiteConfig, TrainingConfig, VendorConfig
+from trainer.config import UNSET, SiteConfig, TrainingConfig, VendorConfig, given
 from trainer.errors import ConfigError
 
 Vendor = Literal["nvidia", "amd", "cpu"]
@@ -65,7 +65,7 @@ def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
 def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
     vendor = vendor_of(config, pool)
     settings = _settings(config, vendor)
-    count = config.gpu_count if pool.gpu_count is None else pool.gpu_count
+    count = config.gpu_count if pool.gpu_count == UNSET else pool.gpu_count
     return Site(
         name=pool.name,
         replicas=pool.replicas,
@@ -82,7 +82,7 @@ def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
 
 def vendor_of(config: TrainingConfig, pool: SiteConfig) -> Vendor:
     """Whose GPUs a site has: its resource says so (`amd.com/gpu`, `nvidia.com/mig-1g.10gb`); else `gpu_vendor`."""
-    count = config.gpu_count if pool.gpu_count is None else pool.gpu_count
+    count = config.gpu_count if pool.gpu_count == UNSET else pool.gpu_count
     if count == 0 or config.device == "cpu":
         return "cpu"
     if pool.gpu_resource:
@@ -146,4 +146,5 @@ def vendor_shares(config: TrainingConfig) -> dict[Vendor, int]:
 def _limits(config: TrainingConfig, vendor: Vendor) -> tuple[int, int]:
     settings = _settings(config, vendor)
     assert settings is not None
-    return settings.min_nodes or 0, config.nodes if settings.max_nodes is None else settings.max_nodes
+    high = given(settings.max_nodes)
+    return given(settings.min_nodes) or 0, config.nodes if high is None else high
