@@ -14,13 +14,13 @@ import psutil
 import pytest
 
 LAUNCH = """
-import sys
+import json, sys
 from trainer.config import TrainingConfig
 from trainer.elastic.launch import launch
 from trainer.errors import run_main
 config = TrainingConfig.from_flat({"run_id": "r", "run_dir": sys.argv[1], "device": "cpu", "elastic_max_restarts": 1,
-                                   "total_steps": 2, "warmup_steps": 0})
-run_main(lambda: launch(config, [sys.executable, *sys.argv[2:]]))
+                                   "total_steps": 2, "warmup_steps": 0, **json.loads(sys.argv[2])})
+run_main(lambda: launch(config, [sys.executable, *sys.argv[3:]]))
 """
 
 # Tells the test that it is here, does what the test's `act` does, and is done when the test says so.
@@ -54,9 +54,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a launch whose workers run WORKER; nothing of it is left running in the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(act: str = "pass") -> "subprocess.Popen[str]":
+    def start(act: str = "pass", **values: object) -> "subprocess.Popen[str]":
         (tmp_path / "worker.py").write_text(WORKER.replace("ACT", textwrap.dedent(act)))
-        command = [sys.executable, "-c", LAUNCH, str(tmp_path), str(tmp_path / "worker.py"), str(tmp_path)]
+        worker = [str(tmp_path / "worker.py"), str(tmp_path)]
+        command = [sys.executable, "-c", LAUNCH, str(tmp_path), json.dumps(values), *worker]
         (tmp_path / "temporary").mkdir()
         own = {"DILOCO_SEED": "not for workers", "TMPDIR": str(tmp_path / "temporary")}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
@@ -135,9 +136,10 @@ def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
                 time.sleep(0.05)
             raise ValueError("the moon is full")
     """
-    launch = start(act)
+    launch = start(act, elastic_min_nodes=2)
     output, errors = launch.communicate()
     assert launch.returncode == 1
+    assert "2 nodes, and all must be there" in output
     assert "Traceback" not in output + errors
     assert errors.splitlines()[-1].startswith("error: worker 1: ValueError: the moon is full (logs: ")
     assert len(workers_here(tmp_path, 1)) == 2  # it was started again, once
@@ -145,9 +147,23 @@ def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
     assert summary_of(tmp_path)["workers"].keys() == {"worker-0", "worker-1"}
 
 
+def test_unless_all_must_be_there_the_others_go_on(start: Start, tmp_path: Path) -> None:
+    launch = start('if slot == "1": raise ValueError("the moon is full")')
+    assert launch.stdout is not None
+    shown: list[str] = []
+    while "worker 1: ValueError: the moon is full: the others go on" not in "".join(shown):
+        assert (line := launch.stdout.readline()), shown
+        shown.append(line)
+    (tmp_path / "go").touch()
+    output, _ = launch.communicate()
+    assert launch.returncode == 0
+    assert "training goes on while at least one of them is there (elastic.min_nodes=1)" in shown[0]
+    assert output.splitlines()[-1] == f"run r is complete: {tmp_path}"
+
+
 def test_bad_configuration_is_not_tried_again(start: Start, tmp_path: Path) -> None:
     act = 'if slot == "0": print("error: lr = 0: must be more", file=sys.stderr, flush=True); sys.exit(2)'
-    launch = start(act)
+    launch = start(act, elastic_min_nodes=2)
     _, errors = launch.communicate()
     assert launch.returncode == 1
     assert "error: worker 0: lr = 0: must be more" in errors.splitlines()[-1]
