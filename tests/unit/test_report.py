@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from trainer.config import TrainingConfig
-from trainer.report import read_run, summary, write_comparison, write_report, write_summary
+from trainer.report import markdown_summary, read_run, summary, write_comparison, write_report, write_summary
 from trainer.report.comparison import differences
-from trainer.report.html import byte_count, seconds
+from trainer.report.html import MOST_CLASSES, MOST_CONFUSIONS, byte_count, seconds
 from trainer.report.record import LOSS_UNITS, TOKENS, weighted_mean
 from trainer.tasks import tasks
 
@@ -210,6 +210,9 @@ class Page(HTMLParser):
         self.ids: set[str] = set()
         self.references: set[str] = set()
         self.text: list[str] = []
+        self.script = ""
+        self.links: list[str] = []
+        self.attributes: set[str] = set()
         self.count: dict[str, int] = {}
         self.feed(text)
         self.close()
@@ -220,6 +223,9 @@ class Page(HTMLParser):
         self.count[tag] = self.count.get(tag, 0) + 1
         for name, value in attributes:
             value = value or ""
+            self.attributes.add(name)
+            if tag == "a" and name == "href":
+                self.links.append(value)
             if name == "id":
                 assert value not in self.ids, value
                 self.ids.add(value)
@@ -244,6 +250,7 @@ class Page(HTMLParser):
         if self.open and self.open[-1] not in ("style", "script"):
             self.text.append(data)
         else:
+            self.script += data if self.open and self.open[-1] == "script" else ""
             assert "@import" not in data and "url(" not in data
 
     @property
@@ -274,6 +281,137 @@ def test_report_is_one_whole_self_contained_page(run_dir: Path) -> None:
     again = write_report(run_dir, run_dir / "again.html").read_text()
     cut = slice(text.index("<figure"), text.rindex("</figure>"))
     assert again[cut] == text[cut], "the same run gives the same charts"
+
+
+# What the frame in which the Kubeflow UI shows a report (srcdoc, sandbox="allow-scripts") does not have.
+ABSENT = ("localStorage", "sessionStorage", "indexedDB", "caches.", ".cookie", "window.open", "window.top",
+          "window.parent", "alert(", "confirm(", "prompt(", "location.hash", "history.", "fetch(")  # fmt: skip
+
+
+def troubles_in_a_frame(text: str) -> list[str]:
+    """Why a page would not work in the Kubeflow UI: a #link leads there to the UI's own address, and the frame goes
+    blank unless a script scrolls; and there is no storage, no other window, no form and no download."""
+    found = Page(text)
+    handled = all(word in found.script for word in ('a[href^="#"]', '"click"', "preventDefault()", "scrollIntoView()"))
+    troubles = [f"nothing scrolls to {link}" for link in found.links if not handled]
+    troubles += [f"the script uses {word}" for word in ABSENT if word in found.script]
+    troubles += [f"there is an attribute {name}" for name in ("target", "download") if name in found.attributes]
+    return troubles + [f"there is a <{tag}>" for tag in ("form", "iframe", "dialog", "base") if tag in found.count]
+
+
+def test_pages_work_in_the_frame_of_the_kubeflow_ui(run_dir: Path, tmp_path: Path) -> None:
+    pages = [write_report(run_dir), write_comparison([run_dir, run_dir], tmp_path / "compared.html")]
+    for path in pages:
+        text = path.read_text()
+        links = page(path).links
+        assert len(links) >= 3, "sections have links, which work without scripts too"
+        assert troubles_in_a_frame(text) == []
+        without = text.replace("scrollIntoView()", "")
+        assert troubles_in_a_frame(without) == [f"nothing scrolls to {link}" for link in links]
+        stored = text.replace("</script>", "localStorage.theme;</script>")
+        assert troubles_in_a_frame(stored) == ["the script uses localStorage"]
+        elsewhere = text.replace('<a href="#training"', '<a target="_blank" href="#training"')
+        assert troubles_in_a_frame(elsewhere) == ["there is an attribute target"]
+
+
+def classified(classes: int, **confused: int) -> dict[str, Any]:
+    """An evaluation of a classification with 50 samples a class, all right but for the confused: `c3_c1=7`."""
+    matrix = [[50 * (row == column) for column in range(classes)] for row in range(classes)]
+    for pair, number in confused.items():
+        row, column = (int(name[1:]) for name in pair.split("_"))
+        matrix[row][column] += number
+        matrix[row][row] -= number
+    return {
+        "task": "image_classification", "headline": "95.0% of the pictures are recognised", "top1": 0.95,
+        "majority_top1": 0.1, "loss": 0.2, "sequences": 50 * classes,
+        "confusion": {"labels": [f"class {number}" for number in range(classes)], "matrix": matrix},
+    }  # fmt: skip
+
+
+def test_a_classifications_confusion_matrix_is_in_the_report(run_dir: Path) -> None:
+    (run_dir / "evaluation.json").write_text(json.dumps(classified(MOST_CLASSES, c3_c1=7)))
+    path = write_report(run_dir)
+    words = page(path).words
+    assert "Confusion matrix" in words and "Most frequent confusions" not in words
+    assert "class 3 0 7 0 43 0" in words, "a row, from its label to the diagonal and on"
+    assert path.read_text().count('class="n right"') == MOST_CLASSES, "the diagonal is marked"
+
+
+def test_of_many_classes_the_report_has_the_most_frequent_confusions(run_dir: Path) -> None:
+    confused = {f"c{number}_c0": number for number in range(1, MOST_CONFUSIONS + 6)}
+    (run_dir / "evaluation.json").write_text(json.dumps(classified(300, **confused)))
+    words = page(write_report(run_dir)).words
+    assert "Confusion matrix" not in words and "The matrix of all 300 classes" in words
+    assert "Of the class class 25 class 0 25 50 % class 24 class 0 24 48 %" in words, "the most frequent come first"
+    assert "class 6 class 0 6 12 %" in words and "class 5 class 0" not in words, f"{MOST_CONFUSIONS} are enough"
+
+
+def test_a_classifier_without_a_mistake_has_no_confusions(run_dir: Path) -> None:
+    (run_dir / "evaluation.json").write_text(json.dumps(classified(MOST_CLASSES + 1)))
+    assert "Most frequent confusions" not in page(write_report(run_dir)).words
+    assert "confusions" not in markdown_summary(run_dir)
+
+
+def rows_of(markdown: str, title: str) -> list[list[str]]:
+    """The cells of the table whose first column is called so; its columns are as many in each row."""
+    (table,) = (block for block in markdown.split("\n\n") if block.startswith(f"| {title} |"))
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert all(re.fullmatch("---:?", cell) for cell in rows[1])
+    return [rows[0], *rows[2:]]
+
+
+def test_a_run_on_a_page_of_markdown(run_dir: Path) -> None:
+    headline = "2.337 bits per byte; the frequencies of bytes alone give 4.861"
+    (run_dir / "evaluation.json").write_text(json.dumps({**EVALUATION, "headline": headline}))
+    text = markdown_summary(run_dir)
+    assert text.startswith("## gpt-neo-x:tiny on stdlib\n") and "**✓ Complete**" in text
+    assert f"Held out: {headline}." in text
+    facts = dict(rows_of(text, "Run"))
+    assert facts["Run"] == "a-run" and facts["Model"] == "gpt-neo-x:tiny (1.23M parameters)"
+    assert (facts["Rounds"], facts["Inner steps"], facts["Samples"]) == ("6", "60", "3,840")
+    assert facts["Bytes sent"] == "59.3 MB (29.6 MB a worker)" and facts["Goodput"] == "85.7 % of wall time"
+    assert re.fullmatch(r"\d\.\d{3} nats a token", facts["Held-out loss"])
+    assert ["Bits a byte", "**2.3370**", "4.8610"] in rows_of(text, "Score")
+    assert "Class" not in text, "a language model has no confusion matrix"
+
+
+def test_a_classifications_page_has_its_confusion_matrix(run_dir: Path) -> None:
+    (run_dir / "evaluation.json").write_text(json.dumps(classified(3, c2_c1=7)))
+    assert rows_of(markdown_summary(run_dir), "Class") == [
+        ["Class", "class 0", "class 1", "class 2"],
+        ["class 0", "**50**", "0", "0"],
+        ["class 1", "0", "**50**", "0"],
+        ["class 2", "0", "7", "**43**"],
+    ]
+    (run_dir / "evaluation.json").write_text(json.dumps(classified(MOST_CLASSES + 1, c2_c1=7)))
+    head, *rows = rows_of(markdown_summary(run_dir), "Class")
+    assert head == ["Class", "Taken for", "Samples", "Of the class"]
+    assert rows == [["class 2", "class 1", "7", "14 %"]]
+
+
+def test_markdown_has_no_markup_of_a_users_and_no_path_of_the_machine(run_dir: Path) -> None:
+    hostile = "<img src=x>|**b**|[l](javascript:1)`c`\n# title"
+    for worker in range(2):
+        life = events(worker, dataset="files:/home/someone/private/notes.txt", end="failed")
+        reason = {"reason": "/data/checkpoints/a-run/state is torn; see ~/notes and https://example.org/a/b"}
+        write(run_dir / f"worker-{worker}", [{**one, **reason} if one["event"] == "end" else one for one in life])
+    evaluation = classified(3)
+    evaluation["confusion"]["labels"][1] = hostile
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    text = markdown_summary(run_dir)
+    assert len(rows_of(text, "Class")) == 4, "a label ends no cell and no row"
+    assert not re.search(r"(?<!\\)[<>`\[\]]", text)
+    assert "**✕ Failed**: …/state is torn; see …/notes and https://example.org/a/b" in text
+    assert dict(rows_of(text, "Run"))["Dataset"] == "files:…/notes.txt"
+    assert not any(path in text for path in ("/home", "/data", str(run_dir)))
+
+
+def test_markdown_of_any_run(tmp_path: Path, run_dir: Path) -> None:
+    empty = markdown_summary(tmp_path / "nothing")
+    assert "Nothing was written" in empty and "Not evaluated." in empty
+    (run_dir / "evaluation.json").unlink()
+    assert "Not evaluated." in markdown_summary(run_dir)
 
 
 def test_what_a_user_wrote_is_text_and_not_markup(run_dir: Path) -> None:

@@ -16,7 +16,8 @@ from trainer.files import write_text
 from trainer.report.record import LOSS_UNITS, TOKENS, RunRecord, number, read_run, write_summary
 
 MOST_ROWS = 200  # of the table of rounds, and of the lists of events
-MOST_CLASSES = 20  # of a confusion matrix that is shown
+MOST_CLASSES = 20  # of a confusion matrix that is shown; of one with more, the most frequent confusions are
+MOST_CONFUSIONS = 20
 # By task, but for language: the baseline's name.
 BASELINES = {
     "image_classification": "Most frequent class",
@@ -99,7 +100,7 @@ def _render(run: RunRecord, charts: Iterable[Any]) -> str:
         "template.html",
         run=run,
         runs=[run],
-        title=" on ".join(str(run.config[name]) for name in ("model", "dataset") if run.config.get(name)) or "Training",
+        title=title(run),
         tone=tone,
         mark=mark,
         verdict=verdict,
@@ -108,9 +109,10 @@ def _render(run: RunRecord, charts: Iterable[Any]) -> str:
         tiles=_tiles(run),
         charts=list(charts),
         evaluation=run.evaluation,
-        scores=_scores(run.evaluation or {}),
+        scores=scores(run.evaluation or {}),
         baseline=BASELINES.get(str((run.evaluation or {}).get("task"))),
-        confusion=_confusion(run.evaluation or {}),
+        confusion=confusion(run.evaluation or {}),
+        confusions=confusions(run.evaluation or {}),
         rounds=_round_rows(run),
         history=_history(run),
         hashes=run.global_hashes,
@@ -118,6 +120,11 @@ def _render(run: RunRecord, charts: Iterable[Any]) -> str:
         settings=settings,
         changed=[setting for setting in settings if setting.changed],
     )
+
+
+def title(run: RunRecord) -> str:
+    """What was trained on what; "Training" while nothing is known."""
+    return " on ".join(str(run.config[name]) for name in ("model", "dataset") if run.config.get(name)) or "Training"
 
 
 def _facts(run: RunRecord) -> list[str]:
@@ -179,7 +186,7 @@ def _tiles(run: RunRecord) -> list[Tile]:
     return tiles
 
 
-def _scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+def scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the evaluation's table: a score, the model's, and the baseline's where it has one."""
     bits, baseline = (number(evaluation.get(name)) for name in ("bits_per_byte", "unigram_bits_per_byte"))
     task = str(evaluation.get("task", "language_modelling"))
@@ -205,16 +212,43 @@ def _scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _confusion(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the confusion matrix, each number with its share of the row; none if there are too many classes."""
-    found = evaluation.get("confusion") or {}
-    labels, matrix = found.get("labels", []), found.get("matrix", [])
-    if not labels or len(labels) > MOST_CLASSES:
+def confusion(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the confusion matrix, each number with its share of the row in percent; none if there is no matrix, or
+    one of more than MOST_CLASSES classes."""
+    labels, matrix = _matrix(evaluation)
+    if len(labels) > MOST_CLASSES:
         return []
     return [
         {"label": label, "cells": [(count, round(100 * count / max(1, sum(row)))) for count in row]}
         for label, row in zip(labels, matrix, strict=True)
     ]
+
+
+def confusions(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The MOST_CONFUSIONS most frequent confusions of a matrix that is too large to be shown, the most frequent first:
+    `label`, `taken_for`, `count`, and the `share` of the label's samples in percent. None for a smaller matrix."""
+    labels, matrix = _matrix(evaluation)
+    if len(labels) <= MOST_CLASSES:
+        return []
+    counts = np.array(matrix)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    places = [divmod(int(place), len(labels)) for place in order if counts.flat[place]]
+    return [
+        {
+            "label": labels[row],
+            "taken_for": labels[column],
+            "count": matrix[row][column],
+            "share": round(100 * matrix[row][column] / sum(matrix[row])),
+        }
+        for row, column in places
+    ]
+
+
+def _matrix(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
+    """A classification's labels, and how often each (row) was taken for each (column); both empty for other tasks."""
+    found = evaluation.get("confusion") or {}
+    return found.get("labels", []), found.get("matrix", [])
 
 
 def _round_rows(run: RunRecord) -> list[dict[str, Any]]:
