@@ -45,7 +45,7 @@ test: lint  ## lint, then all tests that need no cluster and no GPU (ARGS="-k na
 test-faults: $(READY)  ## kill, freeze and cut off real processes; ends with a table (some 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
 
-test-cluster: $(READY)  ## the steps on a real cluster: KUBECONFIG names it, DILOCO_TEST_IMAGE the project's image
+test-cluster: $(READY)  ## the steps on the cluster of KUBECONFIG: 2.25 CPU, 4.5 GiB of memory free, training operator, default storage class, DILOCO_TEST_IMAGE
 	@$(BIN)/python -m pytest -q -rs tests/cluster $(ARGS)
 
 bench: $(READY)  ## benchmarks: each prints what it measures

@@ -1,23 +1,29 @@
 """The pipeline's steps on a real cluster: `make test-cluster`.
 
-KUBECONFIG names the cluster, which has Kubeflow's training operator and a default storage class, and DILOCO_TEST_IMAGE
-the project's image (`make build ACCELERATOR=cpu`), which its nodes can pull. The steps run as they do in a pipeline: in
-a pod, with the service account of manifests/.
+KUBECONFIG names the cluster, whose user may make a namespace, and DILOCO_TEST_IMAGE the project's image
+(`make build ACCELERATOR=cpu`), which its nodes can pull. Without either, the tests are skipped. A cluster that is named
+must have what `needs.py` works out from PARAMETERS: 2.25 CPU, 4.5 GiB of memory and 4 GiB of ephemeral storage that
+nothing has requested, Kubeflow's training operator 1.9, and a default storage class that gives 10 GiB. Else the tests
+fail with what it lacks, before anything is made. The steps run as they do in a pipeline: in a pod, with the service
+account of manifests/.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cluster.needs import Cluster, demand, lacking
 from trainer.kubernetes.network import STEP_LABELS
+from trainer.kubernetes.reasons import why_pending
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {
@@ -45,6 +51,7 @@ PARAMETERS = {
     "storage_size_gb": 1,
     "etcd_replica_count": 1,
 }
+PID_FILE = "/tmp/step.pid"  # where the step leaves its process id, for `kill`
 # What a step's pod runs: the components' own code, one step after the other, with what they hand on in a directory.
 STEPS = """
 import json, os, sys
@@ -58,8 +65,12 @@ def artifact(name):
     return SimpleNamespace(path=f"/tmp/artifacts/{name}", metadata={})
 
 config = TrainingConfig.from_flat(json.loads(os.environ["CONFIG"])).resolved()
+steps = os.environ["STEPS"].split()
+Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
 precached, trained, model = map(artifact, ("precached", "trained", "model"))
 for name, what in (("precache", precached), ("train", trained), ("export", model)):
+    if name not in steps:
+        continue
     with step(name):
         launcher = launcher_of(config)
         arguments = [trained] if name == "export" else []
@@ -67,39 +78,67 @@ for name, what in (("precache", precached), ("train", trained), ("export", model
 with step("evaluate"):
     print("scores", json.dumps(dict(launcher_of(config).evaluate(trained, model, precached).metrics), default=str))
 """
+LONG = {"total_steps": 4000}  # some minutes: the training outlives the step that is killed
+ENDLESS = {"total_steps": 1_000_000}
+# Lines of a step's log, from their beginning: a worker's pod that trains (not one that precaches for it), and a round
+# that is committed.
+RUNS = tuple(rf"^worker {index}( at \S+)? runs\b" for index in range(2))
+ROUND = r"^round [1-9]\d* +step \d+"
+FOLLOWS = r"\bfollowing it$"
+OPERATOR_SECONDS = 90.0  # for the training operator to say something about a job
+STUCK_LOOKS = 60  # at a step's pod, a second between them, that all find the same kind of trouble: it does not start
 
 
 def kubectl(*arguments: str, stdin: str | None = None, check: bool = True) -> str:
-    done = subprocess.run(["kubectl", *arguments], input=stdin, capture_output=True, text=True)
-    assert not check or done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
+    command = ["kubectl", *arguments]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=900)
+    assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
     return done.stdout
 
 
-def why_not() -> str:
-    """Why there is no cluster to test on; "" if there is one."""
+def objects(*arguments: str) -> list[dict[str, Any]]:
+    """What `kubectl get` finds: the items of a list, one object, or nothing."""
+    text = kubectl("get", *arguments, "--output=json", "--request-timeout=60s")
+    found = json.loads(text) if text.strip() else {"items": []}
+    return list(found["items"]) if "items" in found else [found]
+
+
+def no_cluster() -> str:
+    """Why there is no cluster to test on; "" if one is named."""
     if not os.environ.get("KUBECONFIG"):
         return "KUBECONFIG names no cluster"
     if shutil.which("kubectl") is None:
         return "kubectl is not installed"
-    if not os.environ.get("DILOCO_TEST_IMAGE"):
-        return "DILOCO_TEST_IMAGE does not name the project's image"
-    answer = subprocess.run(
-        ["kubectl", "get", "crd", "pytorchjobs.kubeflow.org", "--request-timeout=10s"], capture_output=True, text=True
+    return "" if os.environ.get("DILOCO_TEST_IMAGE") else "DILOCO_TEST_IMAGE does not name the project's image"
+
+
+def look_at_cluster() -> Cluster:
+    """Reads; makes nothing."""
+    return Cluster.of(
+        [
+            *objects("nodes"),
+            *objects("pods", "--all-namespaces"),
+            *objects("crd", "pytorchjobs.kubeflow.org", "--ignore-not-found"),
+            *objects("deployments", "--all-namespaces"),
+            *objects("storageclasses"),
+        ]
     )
-    return "" if answer.returncode == 0 else f"the cluster does not answer as it should: {answer.stderr.strip()}"
 
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
-    """A namespace with what manifests/overlays/dev has."""
-    if reason := why_not():
+    """A namespace with what manifests/overlays/dev has, on a cluster that has what the tests need."""
+    if reason := no_cluster():
         pytest.skip(reason)
+    if missing := lacking(look_at_cluster(), demand(PARAMETERS)):
+        pytest.fail("the cluster lacks " + "\nand ".join(missing), pytrace=False)
     name = f"diloco-test-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", name)
     try:
+        refuse_silent_operator(name)
         kubectl("apply", "--namespace", name, "-k", str(ROOT / "manifests" / "overlays" / "dev"))
         kubectl("rollout", "status", "--namespace", name, "statefulset/diloco-etcd", "--timeout=300s")
         yield name
@@ -107,19 +146,67 @@ def namespace() -> Iterator[str]:
         kubectl("delete", "namespace", name, "--wait=false")
 
 
-class Step:
-    """A pod that runs the steps."""
+def suspended_job() -> dict[str, Any]:
+    """A PyTorchJob that makes no pod: an operator that runs says that it is suspended."""
+    container = {"name": "pytorch", "image": os.environ["DILOCO_TEST_IMAGE"]}
+    worker = {"replicas": 1, "template": {"spec": {"containers": [container]}}}
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {"name": "is-an-operator-there"},
+        "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": worker}},
+    }
 
-    def __init__(self, namespace: str, name: str, run_id: str) -> None:
+
+def refuse_silent_operator(namespace: str) -> None:
+    """Fail unless the training operator acts on a job, under whatever name it runs."""
+    body = suspended_job()
+    kubectl("apply", "--namespace", namespace, "-f", "-", stdin=json.dumps(body))
+    job = ("pytorchjob", body["metadata"]["name"], "--namespace", namespace)
+
+    def answered() -> bool:
+        return any((one.get("status") or {}).get("conditions") for one in objects(*job))
+
+    silent = f"no training operator acts on a PyTorchJob for {OPERATOR_SECONDS:.0f} s: is Kubeflow's 1.9 running?"
+    wait_until(answered, OPERATOR_SECONDS, silent)
+    kubectl("delete", *job)
+
+
+class Step:
+    """A pod that runs steps of the pipeline.
+
+    It belongs to no workflow, so SIGTERM cancels the training. Its processes share one namespace: the step is not the
+    first of them, which the kernel would shield from a SIGKILL that comes from inside.
+
+    Args:
+        steps: Which ones, one after the other.
+        values: Parameters that differ from PARAMETERS.
+    """
+
+    def __init__(
+        self,
+        namespace: str,
+        name: str,
+        run_id: str,
+        steps: Sequence[str] = ("precache", "train", "export", "evaluate"),
+        **values: Any,
+    ) -> None:
         self.namespace, self.name = namespace, name
-        config = {**PARAMETERS, "run_id": run_id, "deployment_namespace": namespace}
+        self._stuck = 0
+        config = {**PARAMETERS, **values, "run_id": run_id, "deployment_namespace": namespace}
+        environment = {"CONFIG": json.dumps(config), "STEPS": " ".join(steps), "PID_FILE": PID_FILE}
         container = {
             "name": "main",
             "image": os.environ["DILOCO_TEST_IMAGE"],
             "command": ["python", "-u", "-c", STEPS],
-            "env": [{"name": "CONFIG", "value": json.dumps(config)}],
+            "env": [{"name": name, "value": value} for name, value in environment.items()],
         }
-        spec = {"serviceAccountName": "diloco-pipelines", "restartPolicy": "Never", "containers": [container]}
+        spec = {
+            "serviceAccountName": "diloco-pipelines",
+            "restartPolicy": "Never",
+            "shareProcessNamespace": True,
+            "containers": [container],
+        }
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -132,34 +219,61 @@ class Step:
     def log(self) -> str:
         return kubectl("logs", "--namespace", self.namespace, self.name, check=False)
 
-    @property
-    def phase(self) -> str:
-        return kubectl("get", "pod", "--namespace", self.namespace, self.name, "-o", "jsonpath={.status.phase}")
+    def has_ended(self, phases: Sequence[str] = ("Succeeded", "Failed")) -> bool:
+        """Whether the pod is in one of these phases. Fails if it does not start: its image cannot be pulled, say."""
+        (pod,) = objects("pod", self.name, "--namespace", self.namespace)
+        self._stuck = self._stuck + 1 if (why := why_pending(pod, [], {})) else 0
+        assert self._stuck < STUCK_LOOKS, f"pod {self.name} does not start: {why}"
+        return pod["status"]["phase"] in phases
 
-    def wait_for(self, words: str) -> None:
-        wait_until(lambda: words in self.log or self.phase in ("Succeeded", "Failed"), 600)
-        assert words in self.log
+    def wait_for(self, *patterns: str) -> None:
+        """Return when each has matched in the log, in any order; fail if the step ends before that."""
+
+        def seen() -> bool:
+            log = self.log
+            return all(re.search(pattern, log, re.MULTILINE) for pattern in patterns)
+
+        wait_until(lambda: seen() or self.has_ended(), 600, f"pod {self.name} does not log {patterns}")
+        assert seen() and not self.has_ended(), self.log
 
     def wait(self) -> str:
-        """Return what it has said, once it has succeeded."""
-        wait_until(lambda: self.phase in ("Succeeded", "Failed"), 1200)
-        assert self.phase == "Succeeded", self.log
+        """Return its log, once it has succeeded."""
+        wait_until(self.has_ended, 1500, f"pod {self.name} does not end")
+        assert self.has_ended(["Succeeded"]), self.log
         return self.log
+
+    def kill(self) -> None:
+        """The step dies without a chance to do anything (a deletion, forced or not, begins with SIGTERM)."""
+        kubectl("exec", "--namespace", self.namespace, self.name, "--", "sh", "-c", f"kill -9 $(cat {PID_FILE})")
+        wait_until(self.has_ended, 120, f"pod {self.name} survives SIGKILL")
+        assert self.has_ended(["Failed"]), self.log
 
     def delete(self, *flags: str) -> None:
         kubectl("delete", "pod", "--namespace", self.namespace, self.name, *flags)
 
 
-def wait_until(predicate: Callable[[], Any], seconds: float) -> None:
+def wait_until(predicate: Callable[[], Any], seconds: float, otherwise: str) -> None:
     deadline = time.monotonic() + seconds
     while not predicate():
-        assert time.monotonic() < deadline, "it has taken too long"
+        assert time.monotonic() < deadline, otherwise
         time.sleep(1.0)  # between two looks from outside
 
 
 def names(namespace: str, kind: str, selector: str = "") -> list[str]:
     flags = ["-l", selector] if selector else []
     return kubectl("get", kind, "--namespace", namespace, *flags, "-o", "name").split()
+
+
+def workers(namespace: str, run_id: str) -> dict[str, tuple[str, int]]:
+    """The pods of a run's workers by name: each one's uid, and how often its container was restarted."""
+    selector = f"diloco-pipelines/run={run_id},app.kubernetes.io/component=train"
+    return {
+        pod["metadata"]["name"]: (
+            pod["metadata"]["uid"],
+            sum(container["restartCount"] for container in pod["status"].get("containerStatuses", [])),
+        )
+        for pod in objects("pods", "--namespace", namespace, "--selector", selector)
+    }
 
 
 def test_a_whole_run_and_a_warm_one(namespace: str) -> None:
@@ -174,21 +288,28 @@ def test_a_whole_run_and_a_warm_one(namespace: str) -> None:
 
 
 def test_a_step_that_is_killed_and_started_again_follows_the_training(namespace: str) -> None:
-    step = Step(namespace, "killed-step", "adopted")
-    step.wait_for("worker 1 runs")
-    before = names(namespace, "pytorchjob", "diloco-pipelines/run=adopted")
-    # kill -9 of a container's first process works from outside only: a force deletion is the nearest to a lost node.
+    step = Step(namespace, "killed-step", "adopted", **LONG)
+    step.wait_for(*RUNS, ROUND)
+    jobs, before = names(namespace, "pytorchjob", "diloco-pipelines/run=adopted"), workers(namespace, "adopted")
+    assert len(jobs) == len(before) == 2
+    step.kill()
     step.delete("--force", "--grace-period=0")
-    after = Step(namespace, "second-life", "adopted").wait()
-    assert "run adopted is complete" in after
-    assert names(namespace, "pytorchjob", "diloco-pipelines/run=adopted") == before
+    # As Argo does: the step that died is tried again, not those before it.
+    second = Step(namespace, "second-life", "adopted", ("train", "export", "evaluate"), **LONG)
+    second.wait_for(FOLLOWS, ROUND)
+    assert workers(namespace, "adopted") == before, "the workers' pods are the same ones"
+    assert "run adopted is complete" in second.wait()
+    assert names(namespace, "pytorchjob", "diloco-pipelines/run=adopted") == jobs
+    assert workers(namespace, "adopted") == before
 
 
 def test_a_cancelled_step_leaves_nothing_but_the_claims(namespace: str) -> None:
-    step = Step(namespace, "cancelled-step", "cancelled")
-    step.wait_for("worker 1 runs")
-    step.delete("--grace-period=60")
+    step = Step(namespace, "cancelled-step", "cancelled", **ENDLESS)
+    step.wait_for(*RUNS, ROUND)
     selector = "diloco-pipelines/run=cancelled"
+    assert len(names(namespace, "pytorchjob", selector)) == len(workers(namespace, "cancelled")) == 2
+    step.delete("--grace-period=60")
     for kind in ("pytorchjob", "pod", "job", "configmap", "networkpolicy", "secret"):
-        wait_until(lambda kind=kind: not names(namespace, kind, selector), 240)
-    assert len(names(namespace, "persistentvolumeclaim")) >= 2
+        wait_until(lambda kind=kind: not names(namespace, kind, selector), 240, f"a {kind} of the run is left")
+    claims = {f"persistentvolumeclaim/diloco-training-job-cpu-worker-{worker}-data" for worker in (0, 1)}
+    assert claims <= set(names(namespace, "persistentvolumeclaim"))

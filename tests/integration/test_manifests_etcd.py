@@ -3,6 +3,7 @@ overlay has."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,25 @@ def test_prod_asks_for_a_certificate_and_a_password(
         client.get("before")
     with EtcdClient(members, "/torchelastic", ca=tls["ca"]) as client, pytest.raises(EtcdError):
         client.get("before")
+
+    etcdctl = etcdctl_of_the_readme(members, credentials)
+    listed = subprocess.run(etcdctl, capture_output=True, text=True, env={**os.environ, "ETCDCTL_API": "3"})
+    assert listed.returncode == 0, listed.stderr
+    assert all(f"diloco-etcd-{member}" in listed.stdout for member in range(3))
+
+
+def etcdctl_of_the_readme(members: list[str], credentials: Path) -> list[str]:
+    """The command that prod's README has for a member's pod, with this machine's port and paths."""
+    (command,) = re.findall(r"-- (etcdctl .*? member list)\n", (PROD / "README.md").read_text(), re.DOTALL)
+    tls = {"tls.crt": "server.crt", "tls.key": "server.key", "ca.crt": "ca.crt"}
+    here = {f"/etc/etcd/tls/{theirs}": str(credentials / ours) for theirs, ours in tls.items()}
+    here |= {"https://localhost:2379": f"https://{members[0]}", "\\\n": ""}
+    here |= {"<password>": (credentials / "root.password").read_text()}
+    for theirs, ours in here.items():
+        assert theirs in command
+        command = command.replace(theirs, ours)
+    _, *arguments = shlex.split(command)
+    return [str(_binary().with_name("etcdctl")), *arguments]
 
 
 def test_users_without_tls_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """manifests/: the overlays render to what an API server takes, fit the code, and the rendered files are current."""
 
+import re
+import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,30 @@ needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kube
 
 @cache
 def rendered(overlay: str) -> tuple[dict[str, Any], ...]:
-    command = ["kubectl", "kustomize", str(MANIFESTS / "overlays" / overlay)]
-    return tuple(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return tuple(kustomized(MANIFESTS / "overlays" / overlay))
+
+
+def kustomized(folder: Path) -> list[dict[str, Any]]:
+    command = ["kubectl", "kustomize", str(folder)]
+    return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
 def one(overlay: str, kind: str, name: str = "") -> dict[str, Any]:
     (found,) = [obj for obj in rendered(overlay) if obj["kind"] == kind and obj["metadata"]["name"].startswith(name)]
     return found
+
+
+def edited_prod(place: Path, **changes: str) -> dict[str, dict[str, Any]]:
+    """The objects of prod, by kind, after lines of its kustomization.yaml that begin so have become these; "": gone."""
+    copy = place / "manifests"
+    shutil.copytree(MANIFESTS, copy)
+    file = copy / "overlays" / "prod" / "kustomization.yaml"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for beginning, text in changes.items():
+        (number,) = (number for number, line in enumerate(lines) if line.strip().startswith(beginning))
+        lines[number] = text
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return {obj["kind"]: obj for obj in kustomized(file.parent)}
 
 
 def documents(file: Path) -> list[dict[str, Any]]:
@@ -138,6 +158,37 @@ def test_prod_bears_the_loss_of_a_node() -> None:
 
 
 @needs_kubectl
+def test_prod_on_fewer_than_three_nodes_is_one_line_less(tmp_path: Path) -> None:
+    found = edited_prod(tmp_path, **{"- path: a-node-each.yaml": ""})
+    shared, apart = (etcd["spec"]["template"]["spec"] for etcd in (found["StatefulSet"], one("prod", "StatefulSet")))
+    rule = apart["affinity"]["podAntiAffinity"].pop("requiredDuringSchedulingIgnoredDuringExecution")
+    try:
+        assert shared == apart, "nothing else has changed"
+    finally:  # what is rendered is kept for other tests
+        apart["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] = rule
+
+
+@needs_kubectl
+def test_prods_image_is_named_in_two_lines(tmp_path: Path) -> None:
+    changes = {"newName:": "    newName: registry.example/team/python", "newTag:": "    newTag: 0.2.0-cpu"}
+    (container,) = edited_prod(tmp_path, **changes)["Job"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "registry.example/team/python:0.2.0-cpu"
+
+
+@needs_kubectl
+def test_prods_readme_says_what_to_decide_before_the_first_apply() -> None:
+    text = (MANIFESTS / "overlays" / "prod" / "README.md").read_text(encoding="utf-8")
+    first_apply = text.index("kubectl apply")
+    for decision in ("`- path: a-node-each.yaml`", "`newName`", "`newTag`", "Three nodes must be there"):
+        assert text.index(decision) < first_apply, decision
+    (selected,) = re.findall(r"kubectl delete pod -n <namespace> -l ([^`]+)`", text)
+    label, _, value = selected.partition("=")
+    pods = {obj["kind"]: obj["spec"]["template"] for obj in rendered("prod") if obj["kind"] in ("StatefulSet", "Job")}
+    assert pods["StatefulSet"]["metadata"]["labels"][label] == value
+    assert pods["Job"]["metadata"]["labels"].get(label) != value, "only the members are made anew"
+
+
+@needs_kubectl
 def test_prods_etcd_lets_our_pods_at_it_and_nobody_else() -> None:
     policy = one("prod", "NetworkPolicy")["spec"]
     pods = one("prod", "StatefulSet")["spec"]["template"]["metadata"]["labels"]
@@ -201,6 +252,50 @@ def test_the_readmes_name_files_that_are_there() -> None:
         for word in text.replace("`", " ").replace("(", " ").replace(")", " ").split():
             if word.startswith("manifests/") and "<" not in word:
                 assert (MANIFESTS.parent / word.rstrip(".,:;")).exists(), f"{readme}: {word}"
+
+
+# What manifests/README.md says is needed, and what the repository brings.
+PROGRAMS = {"kubectl", "python", "make", "docker", "openssl"}
+
+
+def programs(script: str) -> Iterator[str]:
+    """What a shell would run: the first word of each command."""
+    for line in script.replace("\\\n", " ").splitlines():
+        begins = True
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        for word in lexer:
+            if begins and not re.match(r"\w+=", word) and word != "(":
+                yield word
+            begins = word in ("&&", "||", "|", ";", "(") or (begins and re.match(r"\w+=", word) is not None)
+
+
+def foreign_programs(text: str) -> list[str]:
+    """Programs that a README runs, in blocks or in its text, and that nobody needs to have."""
+    found = [program for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for program in programs(block)]
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    # Words apart by spaces are a command; `member add` and its like are etcdctl's, in a pod.
+    found += [code.split()[0] for code in inline if re.match(r"[a-z][\w./-]*\s+(?!.*, )", code)]
+    known = PROGRAMS | {"member"}
+    return [one for one in found if one not in known and not (MANIFESTS.parent / one).is_file()]
+
+
+@pytest.mark.parametrize("readme", sorted(MANIFESTS.rglob("README.md")), ids=lambda readme: readme.parent.name)
+def test_the_readmes_call_no_further_programs(readme: Path) -> None:
+    assert foreign_programs(readme.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("```sh\n(cd manifests && kustomize edit set image a=b:1)\n```", ["cd", "kustomize"]),
+        ("```sh\nkubectl get x -o json | jq .items  # helm is not called\n```", ["jq"]),
+        ("```sh\nA=b python -m x \\\n    --y && nosuch/script.sh\n```", ["nosuch/script.sh"]),
+        ("use `etcdctl member add`, not `kubectl scale`, of `kind, name`", ["etcdctl"]),
+    ],
+)
+def test_a_further_program_is_found(text: str, found: list[str]) -> None:
+    assert foreign_programs(text) == found
 
 
 def test_a_training_is_printed_without_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
