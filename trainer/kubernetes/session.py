@@ -182,11 +182,12 @@ def has_ended(job: Object) -> bool:
 
 def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, str]:
     """The workflow that this pod is a step of, if it is in `namespace`, and the pod's image; (None, "") elsewhere."""
+    name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+    own = os.environ.get("NAMESPACE", "") if "KFP_POD_NAME" in os.environ else ""  # newer backends set it
     try:
-        own = (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
+        own = own or (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
     except OSError:  # not in a pod
         return None, ""
-    name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     try:
         pod = Client(own).get(POD, name)
     except ApiError as error:
