@@ -5,7 +5,7 @@ the real parts' words. Two flavours: `mlmd` is the released 2.17, `native` the b
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -48,7 +48,8 @@ class Values:
 
 def parameters_of(component: Ir) -> dict[str, Ir]:
     """Definitions of a component's input parameters."""
-    return component.get("inputDefinitions", {}).get("parameters", {})  # type: ignore[no-any-return]
+    found: dict[str, Ir] = component.get("inputDefinitions", {}).get("parameters", {})
+    return found
 
 
 def validate(ir: Ir, given: Mapping[str, Any]) -> None:
@@ -110,17 +111,6 @@ def resolve(
         resolving = "failed to resolve inputs: " if flavour == "mlmd" else ""
         raise Failed(f"driver.{kind}(task={name}) failed: {resolving}{error}") from None
     return Values(parameters, artifacts)
-
-
-def container_steps(ir: Ir) -> Iterator[tuple[str, ...]]:
-    """The tasks with a container, each with the names of the DAGs that it is in."""
-
-    def below(component: Ir, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-        for name, task in component["dag"]["tasks"].items():
-            inner = ir["components"][task["componentRef"]["name"]]
-            yield from below(inner, (*path, name)) if "dag" in inner else [(*path, name)]
-
-    return below(ir["root"], ())
 
 
 def _native_parameters(

@@ -111,12 +111,12 @@ class Launcher:
             raise ValueError(f"invalid value {word}")
 
         try:
-            said = json.loads(self._result.read_text(), parse_constant=refuse)
+            said: Ir = json.loads(self._result.read_text(), parse_constant=refuse)
             if unknown := set(said) - {"parameterValues", "artifacts"}:
                 raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
         except ValueError as error:
             raise Failed(f'failed to unmarshall ExecutorOutput in file "{self._result}": {error}') from None
-        return said  # type: ignore[no-any-return]
+        return said
 
     def _read(self, name: str, path: Path) -> Any:
         kind = self._component["outputDefinitions"]["parameters"][name]["parameterType"]

@@ -352,7 +352,9 @@ class Workflow(threading.Thread):
     def _nodes(self) -> Iterator[Ir]:
         """The workflow's nodes as tasks: each has a node for all its attempts, and one for each of them."""
         for task in list(self.tasks):
-            known = {key: task[key] for key in ("run_id", "task_id", "create_time", "end_time", "state") if key in task}
+            known: Ir = {
+                key: task[key] for key in ("run_id", "task_id", "create_time", "end_time", "state") if key in task
+            }
             pods = [one for one in task["pods"] if one["type"] == "EXECUTOR"]
             for name, often in ((task["display_name"], 1), *([("executor", len(pods))] if pods else [])):
                 for title in (name, *(f"{name}({attempt})" for attempt in range(often))):
