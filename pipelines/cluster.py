@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines.following import FINAL, Follower
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
 
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 300.0  # how long `wait` bears a backend that does not answer
 
-_FINAL = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}
+_PIPELINES_NAMESPACE = "kubeflow"  # where the steps run on a single-user installation
 # Field of a cron expression, and the smallest and largest number in it.
 _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 6)}
 
@@ -69,33 +70,62 @@ class Cluster:
         return str(result.run_id)
 
     def wait(self, run_id: str) -> None:
-        """Return when the run has succeeded, and print its steps' states on the way.
+        """Return when the run has succeeded; print its steps' states on the way, and what they wait for.
 
         Raises:
-            TrainingError: It has ended in another way, with the backend's words.
+            TrainingError: It has ended in another way, with the reason.
         """
-        seen: dict[str, str] = {}
+        follower = Follower(run_id, self._text, self._namespace or _PIPELINES_NAMESPACE)
         answered = time.monotonic()
         while True:
             try:
-                with _refusals():
-                    run = self._client.get_run(run_id)
+                run = self._run(run_id)
                 answered = time.monotonic()
             except TrainingError:
                 if time.monotonic() - answered > PATIENCE_SECONDS:
                     raise
             else:
-                tasks = run.run_details.task_details if run.run_details else None
-                for task in tasks or []:
-                    if task.state and seen.get(task.display_name) != task.state:
-                        seen[task.display_name] = task.state
-                        print(f"{task.display_name}: {task.state.lower()}", flush=True)
-                if run.state in _FINAL:
+                follower.show(run)
+                if run.get("state") in FINAL:
                     break
             time.sleep(POLL_SECONDS)
-        if run.state != "SUCCEEDED":
-            why = f": {run.error.message}" if run.error and run.error.message else ""
-            raise TrainingError(f"run {run_id} ended as {run.state.lower()}{why}")
+        if run["state"] != "SUCCEEDED":
+            raise TrainingError(follower.failure(run))
+
+    def _run(self, run_id: str) -> dict[str, Any]:
+        """A run as the backend gives it: kfp's client (2.17) knows neither the newest's `view` nor its `tasks`."""
+        from kfp_server_api import ApiException
+
+        path = f"/apis/v2beta1/runs/{run_id}"
+        with _refusals():
+            try:
+                return dict(self._get(path, {"view": "FULL"}))
+            except ApiException as error:
+                if error.status != 400:
+                    raise
+                return dict(self._get(path, {}))  # it does not know the view
+
+    def _text(self, path: str, query: Mapping[str, str]) -> str:
+        """The text that the backend has at a path; "" if it has none, or does not answer."""
+        try:
+            with _refusals():
+                found = self._get(path, query)
+        except TrainingError:
+            return ""
+        return found if isinstance(found, str) else ""  # JSON is an error's, with status 200 all the same
+
+    def _get(self, path: str, query: Mapping[str, str]) -> Any:
+        """What the client's own address has at a path, with its credentials: JSON as an object, all else as text."""
+        return self._client._run_api.api_client.call_api(
+            path,
+            "GET",
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json, text/plain"},
+            auth_settings=["Bearer"],
+            response_type="object",
+            _return_http_data_only=True,
+            _request_timeout=(10, 60),
+        )
 
     def schedule(
         self, arguments: Mapping[str, Any], experiment: str, name: str, cron: str, *, service_account: str = ""

@@ -194,6 +194,11 @@ class ApiServer(ThreadingHTTPServer):
             self._logs.setdefault(uid, []).append(f"{moment} {line}")
             self.changed.notify_all()
 
+    def said(self, uid: str) -> list[str]:
+        """What a pod has said, line by line, also one that is gone."""
+        with self.changed:
+            return [line.partition(" ")[2] for line in self._logs.get(uid, [])]
+
     def _keep(self, event: str, plural: str, namespace: str, content: Object) -> None:
         self._objects[plural, namespace, content["metadata"]["name"]] = content
         self._tell(event, plural, namespace, content)

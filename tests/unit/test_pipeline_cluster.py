@@ -1,118 +1,67 @@
 """`submit` and `schedule` against a stand-in for the Kubeflow Pipelines API, at the HTTP edge."""
 
-import json
-import re
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import yaml
 
 from pipelines import cluster
 from pipelines.cli import main
+from pipelines.following import STEPS, own_words
+from pipelines.pipeline import compiled
+from tests.kfp_backend.driver import Flavour
+from tests.kfp_backend.server import Api
 from trainer.errors import ConfigError, TrainingError
 
 
-class Backend(ThreadingHTTPServer):
-    """Keeps experiments, runs and recurring runs as the API server does, and plays back the states of a run.
+class Played(Api):
+    """Plays back the states of a run.
 
     Attributes:
+        flavour: Which backend's answers they are.
         states: What each further look at a run finds: its state, and its steps' states.
-        outages: How many requests for a run go unanswered first.
+        takes_view: Whether it takes a parameter of `GetRun` that it does not know.
+        texts: What it has at further paths.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.experiments: list[dict[str, Any]] = []
-        self.runs: list[dict[str, Any]] = []
-        self.recurring: list[dict[str, Any]] = []
+        super().__init__()
+        self.flavour: Flavour = "mlmd"
         self.states: list[tuple[str, dict[str, str]]] = [("SUCCEEDED", {})]
-        self.outages = 0
+        self.takes_view = True
+        self.texts: dict[str, str] = {}
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+    def start(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {**body, "run_id": f"run-{len(self.runs)}", "created_at": "2026-11-21T00:00:00Z"}
 
-    def answer(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:
-        path = re.sub("^/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy/+", "/", path)  # from outside
-        path = path.removeprefix("/apis/v2beta1")
-        wanted = [p["stringValue"] for p in json.loads(query.get("filter", ["{}"])[0]).get("predicates", [])]
-        if path == "/healthz":
-            return 200, {"multi_user": False}
-        if (method, path) == ("GET", "/experiments"):
-            return 200, {"experiments": [one for one in self.experiments if one["display_name"] in wanted]}
-        if (method, path) == ("POST", "/experiments"):
-            self.experiments.append({**body, "experiment_id": f"experiment-{len(self.experiments)}"})
-            return 200, self.experiments[-1]
-        if (method, path) == ("POST", "/runs"):
-            self.runs.append({**body, "run_id": f"run-{len(self.runs)}", "created_at": "2026-11-21T00:00:00Z"})
-            return 200, self.runs[-1]
-        if method == "GET" and (found := re.fullmatch(r"/runs/run-(\d+)", path)):
-            if self.outages:
-                self.outages -= 1
-                return 503, {"error": "upstream connect error"}
-            state, steps = self.states.pop(0)
+    def look(self, run_id: str, query: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+        if "view" in query and not self.takes_view:
+            return 400, {"code": 3, "message": "unknown parameter view"}
+        state, steps = self.states.pop(0)
+        run = {**self.runs[0], "state": state}
+        if self.flavour == "mlmd":
             tasks = [{"display_name": name, "state": of} for name, of in steps.items()]
-            error = {"error": {"code": 13, "message": "step train failed"}} if state == "FAILED" else {}
-            return 200, {**self.runs[int(found[1])], "state": state, "run_details": {"task_details": tasks}, **error}
-        if (method, path) == ("POST", "/recurringruns"):
-            made = {"recurring_run_id": f"schedule-{len(self.recurring)}", "status": "ENABLED"}
-            self.recurring.append({**body, **made})
-            return 200, self.recurring[-1]
-        if (method, path) == ("GET", "/recurringruns"):  # one a page
-            chosen = [one for one in self.recurring if not wanted or one["display_name"] in wanted]
-            page = int(query.get("page_token", ["0"])[0] or 0)
-            more = {"next_page_token": str(page + 1)} if page + 1 < len(chosen) else {}
-            return 200, {"recurringRuns": chosen[page : page + 1], **more}
-        if found := re.fullmatch(r"/recurringruns/([\w-]+)(?::(\w+))?", path):
-            (one,) = [one for one in self.recurring if one["recurring_run_id"] == found[1]]
-            if method == "DELETE":
-                self.recurring.remove(one)
-            else:
-                one["status"] = f"{found[2].upper()}D"
-            return 200, {}
-        return 404, {"message": f"{method} {path} is unknown"}
+            return 200, {**run, "run_details": {"task_details": tasks}}
+        pods = {name: [{"name": f"pod-of-{name}", "type": "EXECUTOR"}] for name in steps}
+        tasks = [{"name": name, "state": of, "pods": pods[name]} for name, of in steps.items()]
+        return 200, run | ({"tasks": tasks} if query.get("view") == "FULL" else {})
 
-
-class Handler(BaseHTTPRequestHandler):
-    def reply(self) -> None:
-        url = urlsplit(self.path)
-        size = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(size)) if size else None
-        assert isinstance(self.server, Backend)
-        status, content = self.server.answer(self.command, url.path, parse_qs(url.query), body)
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_POST = do_DELETE = reply  # noqa: N815
-
-    def log_message(self, *_: Any) -> None:
-        pass
+    def text(self, path: str, query: Mapping[str, str]) -> str | None:
+        return self.texts.get(path)
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Played]:
     monkeypatch.setattr(cluster, "POLL_SECONDS", 0.01)
-    server = Backend()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with Played() as server:
+        yield server
 
 
 def test_submit_sends_the_pipeline_and_what_differs_from_the_defaults(
-    backend: Backend, capsys: pytest.CaptureFixture[str]
+    backend: Played, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [
         "--total-steps",
@@ -144,55 +93,114 @@ def test_submit_sends_the_pipeline_and_what_differs_from_the_defaults(
     assert shown.endswith("run run-0\n")
 
 
-def test_wait_shows_each_steps_states_and_bears_an_outage(backend: Backend, capsys: pytest.CaptureFixture[str]) -> None:
-    backend.outages = 2
+@pytest.mark.parametrize(("flavour", "takes_view"), [("mlmd", True), ("mlmd", False), ("native", True)])
+def test_wait_shows_each_steps_states_and_bears_an_outage(
+    backend: Played, capsys: pytest.CaptureFixture[str], flavour: Flavour, takes_view: bool
+) -> None:
+    backend.flavour, backend.takes_view, backend.outages = flavour, takes_view, 2
+    others = {"root": "RUNNING", "precache-driver": "SUCCEEDED", "exit-handler-1": "RUNNING", "executor(0)": "RUNNING"}
     backend.states = [
         ("PENDING", {}),
-        ("RUNNING", {"precache": "RUNNING"}),
-        ("RUNNING", {"precache": "SUCCEEDED", "train": "RUNNING"}),
-        ("SUCCEEDED", {"precache": "SUCCEEDED", "train": "SUCCEEDED"}),
+        ("RUNNING", {**others, "precache": "RUNNING"}),
+        ("RUNNING", {**others, "precache": "SUCCEEDED", "train": "RUNNING"}),
+        ("SUCCEEDED", {**others, "precache": "SUCCEEDED", "train": "SUCCEEDED", "clean-up": "SUCCEEDED"}),
     ]
     assert main(["submit", "--host", backend.url, "--wait"]) == 0
-    assert capsys.readouterr().out.splitlines()[-6:] == [
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[shown.index("run run-0") :] == [
         "run run-0",
         "precache: running",
         "precache: succeeded",
         "train: running",
         "train: succeeded",
+        "clean-up: succeeded",
         "run run-0 has succeeded",
     ]
 
 
 @pytest.mark.parametrize(
-    ("state", "reason"),
+    ("states", "reason"),
     [
-        ("FAILED", "run run-0 ended as failed: step train failed"),
-        ("CANCELED", "run run-0 ended as canceled"),
-        ("SKIPPED", "run run-0 ended as skipped"),
+        ([("FAILED", {"train": "FAILED"})], "ended as failed: train: its log cannot be read from here"),
+        ([("FAILED", {"train-driver": "FAILED"})], "ended as failed: train-driver: its log cannot be read from here"),
+        ([("FAILED", {})], "ended as failed"),
+        ([("CANCELED", {"train": "RUNNING"})], "was terminated during train"),
+        (
+            [("CANCELING", {"precache": "RUNNING"}), ("FAILED", {"precache": "RUNNING"})],
+            "was terminated during precache",
+        ),
+        ([("CANCELING", {}), ("FAILED", {})], "was terminated"),
+        ([("SKIPPED", {})], "ended as skipped"),
     ],
 )
-def test_wait_fails_when_the_run_does(backend: Backend, state: str, reason: str) -> None:
-    backend.states = [(state, {"train": "FAILED"})]
-    with pytest.raises(TrainingError, match=f"^{reason}$"):
+def test_wait_fails_when_the_run_does(backend: Played, states: list[tuple[str, dict[str, str]]], reason: str) -> None:
+    backend.states = states
+    with pytest.raises(TrainingError, match=f"^run run-0 {reason}"):
         main(["submit", "--host", backend.url, "--wait"])
 
 
-def test_wait_gives_up_on_a_backend_that_stays_away(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_steps_last_lines_and_its_reason_are_shown(
+    backend: Played, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend.flavour = "native"
+    backend.states = [("FAILED", {"precache": "SUCCEEDED", "train": "FAILED", "clean-up": "SUCCEEDED"})]
+    backend.texts["apis/v1alpha1/runs/run-0/nodes/pod-of-train/log"] = LOG
+    with pytest.raises(TrainingError, match=r"^run run-0 ended as failed: train: the disk is full$"):
+        main(["submit", "--host", backend.url, "--wait"])
+    shown = capsys.readouterr().out
+    assert shown.endswith("train: failed\nclean-up: succeeded\ntrain | round 1\ntrain | error: the disk is full\n")
+
+
+LOG = """\
+I1128 20:41:13.000001       9 launcher_v2.go:151] launcher info:
+executorInput={
+  "inputs": {}
+}
+[KFP Executor 2026-11-28 20:41:14,000 INFO]: Looking for component `train`
+step train started (pid 27)
+round 1
+error: the disk is full
+F1128 20:41:19.000001       9 main.go:49] failed to execute component: exit status 1
+time="2026-11-28T20:41:19.100Z" level=info msg="sub-process exited" argo=true
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LOG, ["round 1", "error: the disk is full"]),
+        ("round 1\nround 2\n", ["round 1", "round 2"]),  # an artifact has nothing else
+        (
+            "F1128 20:41:19.000001       9 main.go:127] driver.DAG(task=steps) failed: the resolved input is null",
+            ["error: driver.DAG(task=steps) failed: the resolved input is null"],
+        ),
+        ("", []),
+    ],
+)
+def test_a_steps_own_words_are_found_among_the_launchers(text: str, words: list[str]) -> None:
+    assert own_words(text) == words
+
+
+def test_the_steps_that_are_shown_are_those_of_the_pipeline() -> None:
+    executors = next(yaml.safe_load_all(compiled()))["deploymentSpec"]["executors"]
+    assert {name.removeprefix("exec-") for name in executors} == set(STEPS)
+
+
+def test_wait_gives_up_on_a_backend_that_stays_away(backend: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "PATIENCE_SECONDS", 0.05)
     backend.outages = 10**6
     with pytest.raises(TrainingError, match="answered 503: upstream connect error"):
         main(["submit", "--host", backend.url, "--wait"])
 
 
-def test_an_unreachable_backend_is_said_to_be_so(backend: Backend) -> None:
-    url = backend.url
-    backend.shutdown()
-    backend.server_close()
+def test_an_unreachable_backend_is_said_to_be_so() -> None:
+    with Played() as gone:
+        url = gone.url
     with pytest.raises(TrainingError, match="cannot be reached"):
         main(["submit", "--host", url])
 
 
-def test_kfps_own_command_takes_the_compiled_yaml(backend: Backend, tmp_path: Path) -> None:
+def test_kfps_own_command_takes_the_compiled_yaml(backend: Played, tmp_path: Path) -> None:
     from click.testing import CliRunner
     from kfp.cli.cli import cli
 
@@ -204,14 +212,14 @@ def test_kfps_own_command_takes_the_compiled_yaml(backend: Backend, tmp_path: Pa
     assert backend.runs[0]["runtime_config"]["parameters"] == {"total_steps": 2000, "model": "gpt-neo-x"}
 
 
-def test_a_bad_parameter_is_refused_before_anything_is_sent(backend: Backend) -> None:
+def test_a_bad_parameter_is_refused_before_anything_is_sent(backend: Played) -> None:
     with pytest.raises(ConfigError, match="batch_size"):
         main(["submit", "--host", backend.url, "--batch-size", "30"])
     assert not backend.experiments
 
 
 def test_a_schedule_is_made_listed_paused_resumed_and_deleted(
-    backend: Backend, capsys: pytest.CaptureFixture[str]
+    backend: Played, capsys: pytest.CaptureFixture[str]
 ) -> None:
     host = ["--host", backend.url]
     for name in ("nightly", "weekly"):
@@ -233,7 +241,7 @@ def test_a_schedule_is_made_listed_paused_resumed_and_deleted(
     assert [one["display_name"] for one in backend.recurring] == ["weekly"]
 
 
-def test_a_schedule_that_is_not_there_or_not_the_only_one_is_refused(backend: Backend) -> None:
+def test_a_schedule_that_is_not_there_or_not_the_only_one_is_refused(backend: Played) -> None:
     host = ["--host", backend.url]
     with pytest.raises(ConfigError, match="no such schedule"):
         main(["schedule", "pause", "nightly", *host])
@@ -243,7 +251,7 @@ def test_a_schedule_that_is_not_there_or_not_the_only_one_is_refused(backend: Ba
         main(["schedule", "pause", "nightly", *host])
 
 
-def test_runs_of_a_schedule_may_not_share_a_run_id(backend: Backend) -> None:
+def test_runs_of_a_schedule_may_not_share_a_run_id(backend: Played) -> None:
     with pytest.raises(ConfigError, match="run_id = 'x'"):
         main(["schedule", "create", "nightly", "--cron", "0 3 * * *", "--run-id", "x", "--host", backend.url])
     assert not backend.recurring

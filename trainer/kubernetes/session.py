@@ -182,6 +182,8 @@ def has_ended(job: Object) -> bool:
 
 def own_namespace() -> str:
     """The namespace of the pod that this runs in; "" elsewhere."""
+    if "KFP_POD_NAME" in os.environ and (given := os.environ.get("NAMESPACE")):  # the newest backends set it
+        return given
     try:
         return (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
     except OSError:  # not in a pod
@@ -190,10 +192,9 @@ def own_namespace() -> str:
 
 def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, str]:
     """The workflow that this pod is a step of, if it is in `namespace`, and the pod's image; (None, "") elsewhere."""
-    own = own_namespace()
+    own, name = own_namespace(), os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     if not own:
         return None, ""
-    name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     try:
         pod = Client(own).get(POD, name)
     except ApiError as error:
