@@ -1,5 +1,6 @@
 """Where a pipeline's steps do their work: `launcher` chooses between this machine and a cluster. The one seam."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,10 +34,13 @@ class Output:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def hand_on(self, artifact: Any) -> None:
-        """Put the files, and what is said of them, into a KFP artifact."""
+        """Put the files and their metadata into a KFP artifact.
+
+        What is not known is left out: ML Metadata takes no null (backend/src/v2/metadata/converter.go), and JSON no NaN.
+        """
         for name, path in self.files.items():
             hand_on(path, f"{artifact.path}/{name}")
-        artifact.metadata.update(self.metadata)
+        artifact.metadata.update({name: value for name, value in self.metadata.items() if _is_known(value)})
 
 
 class Launcher(Protocol):
@@ -81,6 +85,10 @@ def placed(config: TrainingConfig) -> TrainingConfig:
 
         config = config.with_values(deployment_namespace=own_namespace())
     return config
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def launcher_of(config: TrainingConfig) -> Launcher:

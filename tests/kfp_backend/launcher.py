@@ -84,6 +84,11 @@ class Launcher:
 
     def _upload(self, name: str, artifact: Ir) -> None:
         title, metadata = artifact["type"].get("schemaTitle", ""), artifact["metadata"]
+        if self._flavour == "mlmd" and None in metadata.values():
+            raise Failed(
+                f'unable to produce MLMD artifact for output "{name}": unknown/unsupported value type '
+                "*structpb.Value_NullValue"
+            )
         if self._flavour == "native" and title == _METRICS:
             for key, value in metadata.items():
                 if isinstance(value, bool) or not isinstance(value, int | float):

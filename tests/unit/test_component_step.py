@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import os
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from kfp import dsl
 
+from components.launcher import Output
 from components.precache.component import precache
 from components.precache.run import resolve
 from components.step import hand_on, log_metrics, step
@@ -81,6 +83,12 @@ def test_hand_on_copies_where_there_are_no_links(tmp_path: Path, monkeypatch: py
     (tmp_path / "report.html").write_text("<html>")
     hand_on(tmp_path / "report.html", str(tmp_path / "artifacts" / "report"))
     assert (tmp_path / "artifacts" / "report").read_text() == "<html>"
+
+
+def test_an_artifact_s_metadata_holds_no_null_and_no_nan() -> None:
+    artifact = dsl.Model(name="model", uri="model", metadata={})
+    Output({}, {"rounds": 3, "tokens": None, "goodput": math.nan, "claims": [], "complete": False}).hand_on(artifact)
+    assert artifact.metadata == {"rounds": 3, "claims": [], "complete": False}
 
 
 def test_only_finite_numbers_are_metrics() -> None:
