@@ -53,7 +53,7 @@ def test_its_name_is_the_same_everywhere() -> None:
     assert render.IMAGE == IMAGE
     name, _, tag = IMAGE.partition(":")
     prod = (ROOT / "manifests" / "overlays" / "prod" / "kustomization.yaml").read_text(encoding="utf-8")
-    assert f"- name: {name}\n    newTag: {tag}\n" in prod
+    assert f"- name: {name}\n    newName: {name}\n    newTag: {tag}\n" in prod
 
 
 def test_it_has_every_extra_that_a_run_may_need() -> None:
