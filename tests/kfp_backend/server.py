@@ -24,7 +24,6 @@ from tests.kfp_backend.workflow import Workflow
 
 FINAL = {"SUCCEEDED", "FAILED"}
 _OUTSIDE = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"  # as kfp asks through a Kubernetes API server
-_NAMESPACE = "default"
 
 
 class Api(ThreadingHTTPServer):
@@ -132,6 +131,7 @@ class Backend(Api):
 
     Args:
         kubernetes: Where the steps' pods are; else one of its own.
+        namespace: Of the steps' pods and of their workflow.
         environment: Of each step, over its own.
 
     Attributes:
@@ -141,11 +141,16 @@ class Backend(Api):
     """
 
     def __init__(
-        self, flavour: Flavour, *, kubernetes: ApiServer | None = None, environment: Mapping[str, str] | None = None
+        self,
+        flavour: Flavour,
+        *,
+        kubernetes: ApiServer | None = None,
+        namespace: str = "default",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self._resources = ExitStack()
-        self.flavour, self.namespace = flavour, _NAMESPACE
+        self.flavour, self.namespace = flavour, namespace
         self.kubernetes = kubernetes or self._resources.enter_context(serving())
         self.environment = dict(environment or {})
         self.root = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="kfp-")))

@@ -1,0 +1,250 @@
+"""Our compiled pipeline on a stand-in for a Kubeflow Pipelines backend, from `submit --wait` on.
+
+The backend (tests/kfp_backend) runs the steps as processes by the rules of the real one; on its stand-in for a
+Kubernetes cluster (tests/cluster) a `Story` says what the workers' pods do.
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import cluster
+from pipelines.cli import main
+from tests.cluster.apiserver import ApiServer, Object, serving
+from tests.cluster.nodes import Cluster
+from tests.cluster.story import MANIFEST, Story
+from tests.kfp_backend.driver import FLAVOURS, Flavour
+from tests.kfp_backend.server import Backend
+from trainer.data.manifest import SplitCounts, TextManifest
+from trainer.errors import TrainingError
+
+pytestmark = pytest.mark.timeout(180)
+
+STEPS = ("precache", "train", "export", "evaluate")
+SPLIT = SplitCounts(documents=1, tokens=64, sequences=1, bytes=64)
+HELD_OUT = TextManifest(
+    **MANIFEST,
+    revision="1",
+    inputs={},
+    versions={},
+    tokenizer="bytes",
+    vocabulary_size=257,
+    eos_token_id=256,
+    sequence_length=64,
+    train=SPLIT,
+    validation=SPLIT,
+    byte_counts=[1] * 256,
+)
+FACTS = {
+    "run_id": "mine",
+    "model": "gpt-neo-x:tiny",
+    "parameters": 1000,
+    "complete": True,
+    "round": 2,
+    "step": 20,
+    "samples": 80,
+    "tokens": 5120,
+}
+SCORES = {"headline": "bits per byte 4.1", "bits_per_byte": 4.1, "time": 1.0, "sample": [], "confusion": None}
+
+
+class Place:
+    """A backend with a cluster, and a laptop."""
+
+    def __init__(self, backend: Backend, server: ApiServer, story: Story, etcd: str) -> None:
+        self.backend, self.server, self.story, self._etcd = backend, server, story, etcd
+        self.cluster = Cluster(server, story)
+        self.lines: list[str] = []
+        self.error = ""
+        self._printed = threading.Condition()
+        self._thread = threading.Thread(target=self._submit, daemon=True)
+
+    def submit(self) -> None:
+        """`submit --wait`, in a thread."""
+        self._thread.start()
+
+    def wait(self) -> str:
+        """How it has ended: the error's line, or ""."""
+        self._thread.join(150)
+        assert not self._thread.is_alive(), self.lines
+        return self.error
+
+    def wait_for(self, line: str) -> None:
+        """Return once the laptop has printed a line that begins so."""
+        with self._printed:
+            printed = self._printed.wait_for(lambda: any(one.startswith(line) for one in self.lines), 90)
+            assert printed, f"{line!r} was not printed: {self.lines}"
+
+    def take(self, line: str) -> None:
+        """The laptop prints a line."""
+        with self._printed:
+            self.lines.append(line)
+            self._printed.notify_all()
+
+    def states(self) -> list[str]:
+        return [line for line in self.lines if line.partition(": ")[2] in ("running", "succeeded", "failed")]
+
+    def jobs(self) -> dict[str, str]:
+        """The uids of the workers' jobs, by name."""
+        return {name: job["metadata"]["uid"] for name, job in self.server.all("pytorchjobs").items()}
+
+    def workers_train(self) -> None:
+        """Return once both workers' pods run."""
+
+        def running() -> bool:
+            pods = [pod for name, pod in self.server.all("pods").items() if "-worker-" in name]
+            return len([pod for pod in pods if pod.get("status", {}).get("phase") == "Running"]) == 2
+
+        self.server.wait_until(running)
+
+    def _submit(self) -> None:
+        values = {"--device": "cpu", "--nodes": "2", "--etcd-endpoints": json.dumps([self._etcd])}
+        flags = [word for pair in values.items() for word in pair]
+        try:
+            main(["submit", "--host", self.backend.url, "--namespace", self.backend.namespace, "--wait", *flags])
+        except TrainingError as error:
+            self.error = str(error)
+
+
+@pytest.fixture
+def flavour() -> Flavour:
+    return "native"
+
+
+@pytest.fixture
+def place(flavour: Flavour, etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.1)
+    story = Story()
+    story.results = {
+        "manifest.json": HELD_OUT.model_dump_json(),
+        "training.json": json.dumps(FACTS),
+        "evaluation.json": json.dumps(SCORES),
+    }
+    with ExitStack() as resources:
+        server = resources.enter_context(serving())
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+        backend = resources.enter_context(Backend(flavour, kubernetes=server, environment={"OMP_NUM_THREADS": "1"}))
+        place = Place(backend, server, story, etcd)
+        for module in ("following", "cli"):
+            monkeypatch.setattr(f"pipelines.{module}.print", lambda line, **_: place.take(line), raising=False)
+        resources.enter_context(place.cluster.running())
+        yield place
+        story.released.set()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_run_with_nothing_set_succeeds(place: Place) -> None:
+    place.submit()
+    assert place.wait() == ""
+    expected = [f"{step}: {state}" for step in (*STEPS, "clean-up") for state in ("running", "succeeded")]
+    assert [line for line in expected if line.endswith("succeeded")] == [
+        line for line in place.states() if line.endswith("succeeded")
+    ]
+    assert set(place.states()) <= set(expected)
+    assert {step: len(place.backend.pods(step)) for step in STEPS} == dict.fromkeys(STEPS, 1)
+    assert not place.server.all("configmaps")
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_reason_of_a_failing_step_is_read_at_the_laptop(place: Place) -> None:
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.say(pod, "error: dataset = 'files:x': no such folder")
+        cluster.end(pod, 2)
+
+    place.story.told["precache"] = fail
+    place.submit()
+    ended = place.wait()
+    assert ended.startswith("run ")
+    assert " ended as failed: precache: precaching for worker " in ended
+    assert ended.endswith("has failed: dataset = 'files:x': no such folder")
+    assert place.lines[-1].startswith("precache | error: ")
+    assert not place.backend.pods("clean-up")  # the graph that it belongs to has not run
+
+
+def test_a_training_that_fails_is_cleaned_up_after(place: Place) -> None:
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.say(pod, "error: etcd does not know this worker")
+        cluster.end(pod, 1)
+
+    place.story.told["train"] = fail
+    place.submit()
+    ended = place.wait()
+    assert " ended as failed: train: " in ended
+    assert "etcd does not know this worker" in ended
+    assert "clean-up: succeeded" in place.states()
+    assert not place.server.all("configmaps")
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_terminated_training_takes_its_workers_with_it(place: Place) -> None:
+    place.story.released.clear()
+    place.submit()
+    place.workers_train()
+    (run,) = place.backend.runs
+    place.backend.terminate(run["run_id"])
+    assert place.wait() == f"run {run['run_id']} was terminated during train"
+    place.server.wait_until(lambda: not place.jobs())
+    assert len(place.backend.pods("train")) == 1
+
+
+def test_a_drained_train_step_leaves_its_workers_alone_and_the_next_one_goes_on(place: Place) -> None:
+    place.story.released.clear()
+    place.submit()
+    place.workers_train()
+    before = place.jobs()
+    place.backend.drain("train")
+    place.server.wait_until(lambda: "following it" in place.backend.log("train"))
+    assert place.jobs() == before
+    assert len(place.backend.pods("train")) == 2
+    place.story.released.set()
+    assert place.wait() == ""
+    assert set(place.story.lives.values()) == {0}  # no pod of a worker was made again
+
+
+def test_the_laptop_prints_what_a_steps_pod_waits_for(place: Place) -> None:
+    seen = threading.Event()
+
+    def wait(pod: Object) -> None:
+        place.cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient cpu.")
+        assert seen.wait(60)
+
+    place.backend.before["train"] = wait
+    place.submit()
+    place.wait_for("train waits: no node takes it: 0/3 nodes are available: 3 Insufficient cpu.")
+    seen.set()
+    assert place.wait() == ""
+    assert len([line for line in place.lines if line.startswith("train waits: ")]) == 1
+
+
+def test_the_laptop_prints_what_a_step_itself_waits_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.following.READ_INTERVAL", 0.1)
+    seen = threading.Event()
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient memory.")
+        assert seen.wait(60)
+        place.story.precache(cluster, pod)
+
+    place.story.told["precache"] = wait
+    place.submit()
+    place.wait_for("precache: precaching for worker ")
+    seen.set()
+    assert place.wait() == ""
+
+
+def test_every_step_finds_its_workflow(place: Place) -> None:
+    place.story.released.clear()
+    place.submit()
+    place.workers_train()
+    (workflow,) = place.server.all("workflows").values()
+    owners: list[Any] = [job["metadata"]["ownerReferences"][0] for job in place.server.all("pytorchjobs").values()]
+    assert {owner["uid"] for owner in owners} == {workflow["metadata"]["uid"]}
+    place.story.released.set()
+    assert place.wait() == ""
