@@ -1,35 +1,29 @@
-"""The pipeline's components on a stand-in for a cluster whose kubelet really runs what the pods are told to run."""
+"""The whole pipeline as a cluster runs it: the compiled file on a stand-in for a Kubeflow Pipelines backend, which runs
+the steps, and on a stand-in for a Kubernetes cluster, whose kubelet really runs what the workers' pods are told to run.
+"""
 
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kfp import dsl
+import yaml
 
-from components.clean_up.component import clean_up
-from components.evaluate.component import evaluate
-from components.export.component import export
-from components.precache.component import precache
-from components.train.component import train
+from pipelines.pipeline import compiled
 from tests.cluster.apiserver import ApiServer, serving
 from tests.cluster.nodes import Cluster, Processes
+from tests.kfp_backend.driver import Flavour, Ir
+from tests.kfp_backend.launcher import stored
+from tests.kfp_backend.server import Backend
 
 pytestmark = pytest.mark.timeout(600)
 
 SECRETS = {"HF_TOKEN": "hf-planted-secret", "WANDB_API_KEY": "wandb-planted-secret"}
-DEPLOYMENT = ("deployment_name", "deployment_namespace")
 PARAMETERS = {
-    "launcher": "pytorchjob",
-    "run_id": "first",
-    "model": "gpt-neo-x:tiny",
-    "tokenizer": "bytes",
-    "sequence_length": 64,
-    "validation_fraction": 0.5,
     "device": "cpu",
-    "nodes": 2,
     "total_steps": 20,
     "local_steps": 5,
     "batch_size": 4,
@@ -42,105 +36,96 @@ PARAMETERS = {
     "wandb_logging": False,
     "storage_retain": False,
 }
+TEXT = {"model": "gpt-neo-x:tiny", "tokenizer": "bytes", "sequence_length": 64, "validation_fraction": 0.5}
+PICTURES = {"model": "resnet18:tiny", "dataset": "digits", "image_size": 16, "validation_fraction": 0.2}
 
 
-class Pipeline:
-    """One run of the components: up to export, and then `evaluate`."""
+class Place:
+    """A backend, and the claims of its cluster."""
 
-    def __init__(self, directory: Path, etcd: str) -> None:
-        self.directory = directory
-        corpus = directory / "corpus"
-        corpus.mkdir()
-        for source in sorted(Path(json.__file__).parent.glob("*.py")):
-            shutil.copy(source, corpus)
-        values = {**PARAMETERS, "dataset": f"files:{corpus}", "etcd_endpoints": [etcd]}
-        self.precached, self.trained = self.artifact(dsl.Dataset, "precached"), self.artifact(dsl.Model, "trained")
-        self.model, self.report = self.artifact(dsl.Model, "model"), self.artifact(dsl.HTML, "report")
-        self.training, self.scores = self.artifact(dsl.Metrics, "training"), self.artifact(dsl.Metrics, "scores")
-        config = directory / "config"
-        precache.python_func(precached=self.precached, config=str(config), job_id="4f2c", **values)
-        self.config = json.loads(config.read_text())
-        train.python_func(config=self.config, precached=self.precached, model=self.trained, metrics=self.training)
-        export.python_func(config=self.config, trained=self.trained, model=self.model)
+    def __init__(self, backend: Backend, claims: Path) -> None:
+        self.backend, self.claims, self.server = backend, claims, backend.kubernetes
 
-    def evaluate(self) -> None:
-        evaluate.python_func(
-            config=self.config,
-            trained=self.trained,
-            model=self.model,
-            precached=self.precached,
-            metrics=self.scores,
-            summary=self.artifact(dsl.Markdown, "summary"),
-            report=self.report,
+    def run(self, **parameters: Any) -> None:
+        """Run the compiled pipeline to its end; nothing else is set than these."""
+        ir = next(yaml.safe_load_all(compiled()))
+        self.run_id = self.backend.submit(ir, **parameters)
+        ended = self.backend.wait(self.run_id, 500)
+        assert ended["state"] == "SUCCEEDED", "\n".join(
+            self.backend.log(step) for step in self.backend.tasks(self.run_id)
         )
 
-    def artifact(self, kind: type[dsl.Artifact], name: str) -> Any:
-        return kind(name=name, uri=str(self.directory / name), metadata={})
+    def artifact(self, step: str, key: str) -> Ir:
+        """A step's output artifact, as the API has it; its `path` is where the object store has it."""
+        outputs = self.backend.tasks(self.run_id)[step]["outputs"]["artifacts"]
+        ((found,),) = (one["artifacts"] for one in outputs if one["artifact_key"] == key)
+        return {**found, "path": stored(self.backend.root / "store", found["uri"])} if "uri" in found else found
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ApiServer]:
-    with serving() as server:
+@pytest.fixture
+def place(flavour: Flavour, etcd: str, tmp_path: Path) -> Iterator[Place]:
+    with ExitStack() as resources:
+        server: ApiServer = resources.enter_context(serving())
         for name, variable in {"diloco-huggingface": "HF_TOKEN", "diloco-wandb": "WANDB_API_KEY"}.items():
             server.put("secrets", {"metadata": {"name": name}, "stringData": {variable: SECRETS[variable]}})
-        yield server
+        backend = resources.enter_context(Backend(flavour, kubernetes=server, environment={"OMP_NUM_THREADS": "1"}))
+        kubelet = Processes(tmp_path / "nodes", OMP_NUM_THREADS="1")
+        resources.enter_context(Cluster(server, kubelet).running())
+        yield Place(backend, tmp_path / "nodes" / "claims")
 
 
-@pytest.fixture(scope="module")
-def claims(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("nodes")
-    with Cluster(server, Processes(root, OMP_NUM_THREADS="1")).running():
-        yield root / "claims"
-
-
-def test_precache_train_export_evaluate(
-    server: ApiServer,
-    claims: Path,
-    etcd: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
-    run = Pipeline(tmp_path, etcd)
+@pytest.mark.parametrize("flavour", ["native"])
+def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for source in sorted(Path(json.__file__).parent.glob("*.py")):
+        shutil.copy(source, corpus)
+    place.run(dataset=f"files:{corpus}", etcd_endpoints=[etcd], **TEXT, **PARAMETERS)
 
     names = [f"diloco-training-job-cpu-worker-{worker}-data" for worker in range(2)]
-    assert run.precached.metadata["claims"] == names
-    held_out = {path.name for path in (tmp_path / "precached").iterdir()}
+    precached = place.artifact("precache", "precached")
+    assert precached["metadata"]["claims"] == names
+    held_out = {path.name for path in precached["path"].iterdir()}
     assert {"manifest.json", "tokenizer", "claims.json"} < held_out
     assert not any(name.startswith("train-") for name in held_out)
-    assert set(json.loads((tmp_path / "precached" / "claims.json").read_text())) == set(names)
+    assert set(json.loads((precached["path"] / "claims.json").read_text())) == set(names)
 
-    assert run.trained.metadata["status"] == "complete"
-    assert run.training.metadata["rounds"] == 4
-    assert run.training.metadata["bytes_sent"] > 0
-    for worker, claim in enumerate(names):  # what the step has heard is what the worker has written
-        written = (claims / claim / "metrics.jsonl").read_text().splitlines()
-        heard = (tmp_path / "trained" / f"worker-{worker}" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in heard] == [json.loads(line) for line in written]
+    trained, metrics = place.artifact("train", "model"), place.artifact("train", "metrics")["metadata"]
+    assert trained["metadata"]["status"] == "complete"
+    assert metrics["rounds"] == 4
+    assert metrics["bytes_sent"] > 0
+    for worker, claim in enumerate(names):  # what the step has read is what the worker has written
+        written = (place.claims / claim / "metrics.jsonl").read_text().splitlines()
+        read = (trained["path"] / f"worker-{worker}" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in read] == [json.loads(line) for line in written]
 
-    assert run.model.metadata["complete"]
-    assert run.model.metadata["claim"] in names
-    exported = claims / run.model.metadata["claim"] / "export" / "model.safetensors"
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == exported.read_bytes()
+    model = place.artifact("export", "model")
+    assert model["metadata"]["complete"]
+    assert model["metadata"]["claim"] in names
+    exported = place.claims / model["metadata"]["claim"] / "export" / "model.safetensors"
+    assert (model["path"] / "model.safetensors").read_bytes() == exported.read_bytes()
 
-    assert set(server.all("persistentvolumeclaims")) == set(names)
-    run.evaluate()
-    assert run.scores.metadata["bits_per_byte"] > 0
-    assert (tmp_path / "report").read_text().startswith("<!doctype html>")
-    for plural in ("persistentvolumeclaims", "configmaps", "networkpolicies"):  # storage.retain is false
-        assert not server.all(plural), plural
-    assert set(server.all("secrets")) == {"diloco-huggingface", "diloco-wandb"}
-    names_of_the_run = {name: run.config[name] for name in ("launcher", "run_id", *DEPLOYMENT)}
-    clean_up.python_func(job_id="4f2c", elastic_etcd_run_id="", **names_of_the_run)
-    assert not server.all("pytorchjobs")  # their pods would keep the claims from going
+    assert place.artifact("evaluate", "metrics")["metadata"]["bits_per_byte"] > 0
+    assert place.artifact("evaluate", "report")["path"].read_text().startswith("<!doctype html>")
+    assert "bits per byte" in place.artifact("evaluate", "summary")["path"].read_text()
 
-    said = capsys.readouterr().out
-    assert "round 4  step 20/20" in said
-    assert "bits per byte" in said
-    written_down = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    written_down += [path.read_bytes() for path in claims.rglob("*") if path.is_file()]
-    asked = [json.dumps(one).encode() for one in server.everything()]
+    for plural in ("persistentvolumeclaims", "configmaps", "networkpolicies", "pytorchjobs"):  # storage.retain is false
+        assert not place.server.all(plural), plural
+    assert set(place.server.all("secrets")) == {"diloco-huggingface", "diloco-wandb"}
+
+    assert "round 4  step 20/20" in place.backend.log("train")
+    assert "bits per byte" in place.backend.log("evaluate")
+    written_down = [
+        path.read_bytes() for root in (tmp_path, place.backend.root) for path in root.rglob("*") if path.is_file()
+    ]
+    asked = [json.dumps(one).encode() for one in place.server.everything()]
     for secret in SECRETS.values():
-        assert secret not in said
         assert not any(secret.encode() in content for content in (*written_down, *asked))
+
+
+@pytest.mark.parametrize("flavour", ["mlmd"])
+def test_a_classifier(place: Place, etcd: str) -> None:
+    place.run(etcd_endpoints=[etcd], **PICTURES, **PARAMETERS)
+    assert place.artifact("precache", "precached")["metadata"]["train_samples"] > 0
+    assert place.artifact("evaluate", "metrics")["metadata"]["top1"] >= 0
+    assert "### Confusion matrix" in place.artifact("evaluate", "summary")["path"].read_text()

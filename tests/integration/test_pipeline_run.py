@@ -18,6 +18,9 @@ from components.export.component import export
 from components.precache.component import precache
 from components.train.component import train
 from pipelines import local
+from pipelines.pipeline import compiled
+from tests.kfp_backend.driver import FLAVOURS, Flavour
+from tests.kfp_backend.launcher import check
 from trainer.config import TrainingConfig
 
 pytestmark = pytest.mark.timeout(900)  # the first test pays for the run
@@ -125,6 +128,19 @@ def test_the_artifacts_hold_what_their_types_promise(run: Run) -> None:
     assert scores["unigram_bits_per_byte"] > 0
     assert scores["perplexity"] > 1
     assert Path(run.artifact("evaluate", "report")["uri"]).read_text() == (run.run_dir / "report.html").read_text()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_no_artifact_is_empty_that_a_backend_would_refuse(run: Run, flavour: Flavour) -> None:
+    ir = next(yaml.safe_load_all(compiled()))
+    for step in ("precache", "train", "export", "evaluate"):
+        declared = ir["components"][f"comp-{step}"]["outputDefinitions"]["artifacts"]
+        reported = run.output(step)["artifacts"]
+        assert set(declared) == set(reported), step
+        for name, definition in declared.items():
+            (found,) = reported[name]["artifacts"]
+            check(flavour, name, {"metadata": {}, **found, "type": definition["artifactType"]})
+            assert found.get("metadata") or Path(found["uri"]).stat().st_size, (step, name)
 
 
 def test_no_secret_is_written_anywhere(run: Run) -> None:

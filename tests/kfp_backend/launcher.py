@@ -73,7 +73,8 @@ class Launcher:
         for name, artifact in self._outputs.items():
             reported = said.get("artifacts", {}).get(name, {}).get("artifacts", [{}])[0]
             artifact["metadata"] = reported.get("metadata", {})
-            self._upload(name, artifact)
+            check(self._flavour, name, artifact)
+            _copy(Path(artifact["uri"]), self._stored(artifact))
             moved = reported.get("uri", artifact["uri"]) != artifact["uri"]
             artifacts[name] = {**artifact, "uri": reported["uri"] if moved else self._remote(artifact)}
         return Values(parameters, artifacts)
@@ -81,31 +82,6 @@ class Launcher:
     def logs_artifact(self) -> Ir:
         """The artifact that holds what the command has printed."""
         return {**self._outputs[LOGS], "uri": self._remote(self._outputs[LOGS]), "metadata": {}}
-
-    def _upload(self, name: str, artifact: Ir) -> None:
-        title, metadata = artifact["type"].get("schemaTitle", ""), artifact["metadata"]
-        if self._flavour == "mlmd" and None in metadata.values():
-            raise Failed(
-                f'unable to produce MLMD artifact for output "{name}": unknown/unsupported value type '
-                "*structpb.Value_NullValue"
-            )
-        if self._flavour == "native" and title == _METRICS:
-            for key, value in metadata.items():
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise Failed(f'metric value "{key}" must be a number, got {type(value).__name__}')
-                if not key:
-                    raise Failed("Artifact name is required")
-            return
-        if self._flavour == "native" and title in (_CLASSIFICATION, _SLICED):
-            if not metadata:
-                kind = title.removeprefix("system.").removesuffix("s")
-                raise Failed(f"failed to flush batch updates: No metric or metadata was found for {kind} artifact")
-            return
-        path = Path(artifact["uri"])
-        if path.exists():
-            _copy(path, self._stored(artifact))
-        elif self._flavour == "native":  # the released one only warns
-            raise Failed(f'declared output artifact "{name}" is missing at "{path}": no such file or directory')
 
     def _executor_output(self) -> Ir:
         """What kfp's executor says of the outputs: protobuf's JSON, which knows no NaN and no further fields."""
@@ -167,6 +143,28 @@ class Launcher:
 
     def _remote(self, artifact: Ir) -> str:
         return f"{_SCHEME}{Path(artifact['uri']).relative_to(self._disk / 'minio')}"
+
+
+def check(flavour: Flavour, name: str, artifact: Ir) -> None:
+    """Raise Failed if a step may not end with this output artifact, whose URI is a path: launcher_v2.go, and of the
+    newest backend artifact_server.go, of the released one metadata/converter.go."""
+    title, metadata, path = artifact["type"].get("schemaTitle", ""), artifact["metadata"], Path(artifact["uri"])
+    if flavour == "mlmd":
+        if None in metadata.values():
+            kind = "unknown/unsupported value type *structpb.Value_NullValue"
+            raise Failed(f'unable to produce MLMD artifact for output "{name}": {kind}')
+    elif title == _METRICS:
+        for key, value in metadata.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise Failed(f'metric value "{key}" must be a number, got {type(value).__name__}')
+            if not key:
+                raise Failed("Artifact name is required")
+    elif title in (_CLASSIFICATION, _SLICED):
+        if not metadata:
+            kind = title.removeprefix("system.").removesuffix("s")
+            raise Failed(f"failed to flush batch updates: No metric or metadata was found for {kind} artifact")
+    elif not path.exists():  # the released one only warns
+        raise Failed(f'declared output artifact "{name}" is missing at "{path}": no such file or directory')
 
 
 def stored(store: Path, uri: str) -> Path:

@@ -50,6 +50,13 @@ def log_metric(metrics: dsl.Output[dsl.Metrics], value: str) -> None:
     metrics.metadata["loss"] = value if value == "high" else float(value)
 
 
+@dsl.component(install_kfp_package=False)
+def describe(made: dsl.Output[dsl.Dataset]) -> None:
+    made.metadata["revision"] = None
+    with open(made.path, "w") as file:  # noqa: PTH123 - all that a component needs is in it
+        file.write("data")
+
+
 def compiled(pipeline: Callable[..., Any], directory: Path) -> dict[str, Any]:
     path = directory / "pipeline.yaml"
     compiler.Compiler().compile(dsl.pipeline(pipeline, name="tiny"), str(path))
@@ -177,6 +184,18 @@ def test_an_empty_artifact_is_refused_by_the_newest_only(backend: Backend, tmp_p
     assert backend.wait(run)["state"] == "FAILED"
     words = "No metric or metadata was found for ClassificationMetric artifact"
     assert words in backend.tasks(run)["classify"]["status_metadata"]["message"]
+
+
+def test_a_null_in_an_artifacts_metadata_is_refused_by_the_released_one_only(backend: Backend, tmp_path: Path) -> None:
+    def pipeline() -> None:
+        describe()
+
+    run = backend.submit(compiled(pipeline, tmp_path))
+    if backend.flavour == "native":
+        assert backend.wait(run)["state"] == "SUCCEEDED"
+        return
+    assert backend.wait(run)["state"] == "FAILED"
+    assert "unknown/unsupported value type *structpb.Value_NullValue" in backend.log("describe")
 
 
 def test_kfps_own_executor_runs_and_a_metric_must_be_a_number(native: Backend, tmp_path: Path) -> None:
