@@ -9,26 +9,27 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from components.step import STARTED
 from trainer.errors import TrainingError
-
-if TYPE_CHECKING:
-    from trainer.kubernetes.client import Client, Object
+from trainer.kubernetes.client import EVENT, POD, Client, Kind, Object
+from trainer.kubernetes.reasons import why_pending
 
 STEPS = ("precache", "train", "export", "evaluate", "clean-up")  # their names in the graph, in order
 FINAL = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}
 LAST_LINES = 20  # of a step that has failed
-READ_INTERVAL = 30.0  # seconds between two looks at what a running step has printed
+READ_INTERVAL = 30.0  # seconds between two looks at what a running step has printed, at first
 _BLIND_SECONDS = 60.0  # for which Kubernetes is not asked again when it did not answer
 
 _STARTED = re.compile(re.escape(STARTED).replace(r"\{name\}", r"\w+").replace(r"\{pid\}", r"\d+"))
 _LAUNCHER = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] |time=\S+ level=")  # KFP's and Argo's words
 _EXECUTOR = "[KFP Executor"
+_WAITS = " waits: "  # in what a step prints: "worker 0 waits: no node takes it"
 _CONTAINER = "main"  # Argo's name of it
 _RUN_LABEL = "pipeline/runid"
+_WORKFLOW = Kind("Workflow", "/apis/argoproj.io/v1alpha1", "workflows")
 _NODE = "workflows.argoproj.io/node-name"  # annotation: "<workflow>(0).root(0).train(0).executor(1)"
 
 Text = Callable[[str, Mapping[str, str]], str]  # what the backend has at a path; "" if it has nothing
@@ -88,7 +89,7 @@ class Follower:
         self._pods = _Pods(run_id, namespace)
         self._seen: dict[str, str] = {}
         self._waits: dict[str, str] = {}
-        self._read: dict[str, float] = {}  # when a step's words were read last
+        self._due: dict[str, tuple[float, float]] = {}  # when a step's words are to be read next, and the pause then
         self._terminated = False
 
     def show(self, run: Mapping[str, Any]) -> None:
@@ -125,13 +126,11 @@ class Follower:
         lines = self._lines(step)
         for line in lines[-LAST_LINES:]:
             self._say(f"{step.name} | {line}")
+        # A step that ends with a status says why itself; else a driver or the launcher does.
+        message = "" if "exit status" in step.message else step.message
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        if errors:
-            return errors[-1]
-        driver = step.message if "driver." in step.message else ""
-        return (
-            driver or (lines[-1] if lines else step.message) or "its log cannot be read from here: see the link above"
-        )
+        found = (message, *errors[-1:], *lines[-1:], step.message)
+        return next(filter(None, found), "its log cannot be read from here: see the link above")
 
     def _why_a_driver_failed(self) -> str:
         """Of a graph's driver the newest backend lists nothing."""
@@ -142,16 +141,22 @@ class Follower:
         return ""
 
     def _show_why_it_waits(self, step: Step) -> None:
-        why = self._pods.why_it_waits(step.name)
-        if not why and time.monotonic() - self._read.get(step.name, -READ_INTERVAL) >= READ_INTERVAL:
-            self._read[step.name] = time.monotonic()
-            last = (self._lines(step) or [""])[-1]
-            why = last if " waits: " in last else ""
-        elif not why:
-            return
+        why = self._pods.why_it_waits(step.name) or self._why_it_waits_itself(step)
         if why and self._waits.get(step.name) != why:
-            self._say(f"{step.name}: {why}" if " waits: " in why else f"{step.name} waits: {why}")
+            self._say(f"{step.name}: {why}" if _WAITS in why else f"{step.name} waits: {why}")
         self._waits[step.name] = why
+
+    def _why_it_waits_itself(self, step: Step) -> str:
+        """The last line of a step that runs, if that says what it waits for; what it was while it is not read anew."""
+        now = time.monotonic()
+        due, interval = self._due.get(step.name, (now, READ_INTERVAL))
+        if now < due:
+            return self._waits.get(step.name, "")
+        last = (self._lines(step) or [""])[-1]
+        why = last if _WAITS in last else ""
+        # A log is read whole: less and less often that of a step that goes on.
+        self._due[step.name] = now + interval, READ_INTERVAL if why else 2 * interval
+        return why
 
     def _lines(self, step: Step) -> list[str]:
         """What a step has printed itself: of its newest pod, the first place that has something."""
@@ -192,9 +197,20 @@ def _failure(line: str) -> str:
     return f"error: {line[prefix.end() :]}" if prefix and line.startswith("F") and "driver." in line else line
 
 
-def _task_of(pod: "Object") -> str:
+def why_no_pod(workflow: Object, step: str) -> str:
+    """Why Argo has not made a step's pod, which it tries again and again: the namespace's quota; "" if it has."""
+    nodes = ((workflow.get("status") or {}).get("nodes") or {}).values()
+    waiting = [one for one in nodes if one.get("type") == "Pod" and one.get("phase") == "Pending"]
+    return next((one["message"] for one in waiting if one.get("message") and _task_at(one["name"]) == step), "")
+
+
+def _task_of(pod: Object) -> str:
     """The task that a pod is of."""
-    node = (pod["metadata"].get("annotations") or {}).get(_NODE, "")
+    return _task_at((pod["metadata"].get("annotations") or {}).get(_NODE, ""))
+
+
+def _task_at(node: str) -> str:
+    """The task that a node of the workflow is of, by the node's name."""
     path = [re.sub(r"\(\d+\)$", "", part) for part in node.split(".")]
     return path[-2] if path[-1] == "executor" and len(path) > 1 else path[-1]
 
@@ -207,10 +223,8 @@ class _Pods:
         self._client: Client | None = None
         self._blind_until = 0.0
 
-    def all(self) -> "list[Object]":
+    def all(self) -> list[Object]:
         """Oldest first."""
-        from trainer.kubernetes.client import POD
-
         found = self._asked(lambda client: client.list(POD, f"{_RUN_LABEL}={self._run_id}")[0]) or []
         return sorted(found, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))
 
@@ -225,22 +239,20 @@ class _Pods:
 
     def why_it_waits(self, step: str) -> str:
         """Why the newest pod of a step does not start; "" if it has, or nothing is known."""
-        from trainer.kubernetes.client import EVENT
-        from trainer.kubernetes.reasons import why_pending
-
         pods = [pod for pod in self.all() if _task_of(pod) == step]
-        if not pods or (pods[-1].get("status") or {}).get("phase") != "Pending":
+        if not pods:
+            flows = self._asked(lambda client: client.list(_WORKFLOW, f"{_RUN_LABEL}={self._run_id}")[0]) or []
+            return "".join(why_no_pod(flow, step) for flow in flows)
+        if (pods[-1].get("status") or {}).get("phase") != "Pending":
             return ""
         fields = f"involvedObject.name={pods[-1]['metadata']['name']}"
         events = self._asked(lambda client: client.list(EVENT, fields=fields)[0]) or []
         return why_pending(pods[-1], sorted(events, key=lambda one: str(one.get("lastTimestamp"))), {})
 
-    def _asked(self, ask: "Callable[[Client], Any]") -> Any:
+    def _asked(self, ask: Callable[[Client], Any]) -> Any:
         """What Kubernetes answers; None if it does not, which is no error: nobody has promised that it is in reach."""
         if time.monotonic() < self._blind_until:
             return None
-        from trainer.kubernetes.client import Client
-
         try:
             self._client = self._client or Client(self._namespace, patience=0.0)
             return ask(self._client)

@@ -97,6 +97,7 @@ class Place:
         """Return once both workers' pods run."""
 
         def running() -> bool:
+            assert not self.error, self.error
             pods = [pod for name, pod in self.server.all("pods").items() if "-worker-" in name]
             return len([pod for pod in pods if pod.get("status", {}).get("phase") == "Running"]) == 2
 
@@ -187,6 +188,9 @@ def test_a_terminated_training_takes_its_workers_with_it(place: Place) -> None:
     place.story.released.clear()
     place.submit()
     place.workers_train()
+    (workflow,) = place.server.all("workflows").values()
+    owners: list[Any] = [job["metadata"]["ownerReferences"][0] for job in place.server.all("pytorchjobs").values()]
+    assert {owner["uid"] for owner in owners} == {workflow["metadata"]["uid"]}
     (run,) = place.backend.runs
     place.backend.terminate(run["run_id"])
     assert place.wait() == f"run {run['run_id']} was terminated during train"
@@ -208,43 +212,28 @@ def test_a_drained_train_step_leaves_its_workers_alone_and_the_next_one_goes_on(
     assert set(place.story.lives.values()) == {0}  # no pod of a worker was made again
 
 
-def test_the_laptop_prints_what_a_steps_pod_waits_for(place: Place) -> None:
-    seen = threading.Event()
+def test_the_laptop_prints_what_a_steps_pod_and_the_step_itself_wait_for(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.following.READ_INTERVAL", 0.1)
+    read, seen = threading.Event(), threading.Event()
 
-    def wait(pod: Object) -> None:
+    def wait_for_memory(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient memory.")
+        assert read.wait(60)
+        place.story.precache(cluster, pod)
+
+    def wait_for_a_core(pod: Object) -> None:
         place.cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient cpu.")
         assert seen.wait(60)
 
-    place.backend.before["train"] = wait
+    place.story.told["precache"] = wait_for_memory
+    place.backend.before["train"] = wait_for_a_core
     place.submit()
+    place.wait_for("precache: precaching for worker ")
+    assert "waits: no node takes it: 0/3 nodes are available: 3 Insufficient memory." in place.lines[-1]
+    read.set()
     place.wait_for("train waits: no node takes it: 0/3 nodes are available: 3 Insufficient cpu.")
     seen.set()
     assert place.wait() == ""
     assert len([line for line in place.lines if line.startswith("train waits: ")]) == 1
-
-
-def test_the_laptop_prints_what_a_step_itself_waits_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.following.READ_INTERVAL", 0.1)
-    seen = threading.Event()
-
-    def wait(cluster: Cluster, pod: Object, life: int) -> None:
-        cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient memory.")
-        assert seen.wait(60)
-        place.story.precache(cluster, pod)
-
-    place.story.told["precache"] = wait
-    place.submit()
-    place.wait_for("precache: precaching for worker ")
-    seen.set()
-    assert place.wait() == ""
-
-
-def test_every_step_finds_its_workflow(place: Place) -> None:
-    place.story.released.clear()
-    place.submit()
-    place.workers_train()
-    (workflow,) = place.server.all("workflows").values()
-    owners: list[Any] = [job["metadata"]["ownerReferences"][0] for job in place.server.all("pytorchjobs").values()]
-    assert {owner["uid"] for owner in owners} == {workflow["metadata"]["uid"]}
-    place.story.released.set()
-    assert place.wait() == ""

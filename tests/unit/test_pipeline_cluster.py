@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import yaml
+from kfp import compiler, dsl
 
 from pipelines import cluster
 from pipelines.cli import main
-from pipelines.following import STEPS, own_words
+from pipelines.following import STEPS, own_words, why_no_pod
 from pipelines.pipeline import compiled
-from tests.kfp_backend.driver import Flavour
-from tests.kfp_backend.server import Api
+from tests.cluster.apiserver import serving
+from tests.kfp_backend.driver import FLAVOURS, Flavour
+from tests.kfp_backend.server import Api, Backend
 from trainer.errors import ConfigError, TrainingError
 
 
@@ -45,11 +47,17 @@ class Played(Api):
             tasks = [{"display_name": name, "state": of} for name, of in steps.items()]
             return 200, {**run, "run_details": {"task_details": tasks}}
         pods = {name: [{"name": f"pod-of-{name}", "type": "EXECUTOR"}] for name in steps}
-        tasks = [{"name": name, "state": of, "pods": pods[name]} for name, of in steps.items()]
+        logs = {name: [{"uri": f"minio://mlpipeline/v2/{name}/executor-logs"}] for name in steps}
+        outputs = {name: {"artifacts": [{"artifact_key": "executor-logs", "artifacts": logs[name]}]} for name in steps}
+        tasks = [
+            {"name": name, "state": of, "pods": pods[name], "outputs": outputs[name]} for name, of in steps.items()
+        ]
         return 200, run | ({"tasks": tasks} if query.get("view") == "FULL" else {})
 
     def text(self, path: str, query: Mapping[str, str]) -> str | None:
-        return self.texts.get(path)
+        return self.texts.get(
+            "?".join(filter(None, [path, "&".join(f"{key}={value}" for key, value in query.items())]))
+        )
 
 
 @pytest.fixture
@@ -151,6 +159,85 @@ def test_a_failed_steps_last_lines_and_its_reason_are_shown(
     assert shown.endswith("train: failed\nclean-up: succeeded\ntrain | round 1\ntrain | error: the disk is full\n")
 
 
+@pytest.mark.parametrize("place", ["the step's pod", "the artifact", "Kubernetes"])
+def test_a_failed_steps_words_are_read_where_they_are(
+    backend: Played, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.flavour, backend.states = "native", [("FAILED", {"train": "FAILED"})]
+    log = "apis/v1alpha1/runs/run-0/nodes/pod-of-train/log"
+    backend.texts[log] = '{"error_message": "Failed to read logs from pod", "error_details": ""}'
+    with serving() as server:
+        if place == "the step's pod":
+            backend.texts[log] = LOG
+        elif place == "the artifact":
+            backend.texts["artifacts/get?source=minio&bucket=mlpipeline&key=v2/train/executor-logs"] = OWN
+        else:
+            monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+            status = {"containerStatuses": [{"name": "main", "state": {"terminated": {"exitCode": 1}}}]}
+            pod = server.put("pods", {"metadata": {"name": "pod-of-train"}, "spec": {}, "status": status})
+            for line in LOG.splitlines():
+                server.log(pod["metadata"]["uid"], line)
+        with pytest.raises(TrainingError, match=r"ended as failed: train: the disk is full$"):
+            main(["submit", "--host", backend.url, "--namespace", "default", "--wait"])
+
+
+@dsl.container_component
+def need(amount: int) -> dsl.ContainerSpec:
+    return dsl.ContainerSpec(image="shell", command=["echo"], args=[amount])
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_drivers_failure_is_read_at_the_laptop(
+    flavour: Flavour, nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pipeline(amount: Optional[int] = None) -> None:  # noqa: UP045 - KFP knows no other
+        if nested:
+            with dsl.ExitHandler(need(amount=1)):
+                need(amount=amount)
+        else:
+            need(amount=amount)
+
+    compiler.Compiler().compile(dsl.pipeline(pipeline, name="tiny"), str(tmp_path / "tiny.yaml"))
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.01)
+    with Backend(flavour) as backend:
+        monkeypatch.setenv("KUBECONFIG", str(backend.root / "kubeconfig"))
+        run = backend.submit(yaml.safe_load((tmp_path / "tiny.yaml").read_text()))
+        with pytest.raises(TrainingError, match=r"^run .* ended as failed: .*: driver.*the resolved input.* is null"):
+            cluster.Cluster(backend.url, "default").wait(run)
+
+
+@dsl.container_component
+def classify(words: str, scores: dsl.Output[dsl.ClassificationMetrics]) -> dsl.ContainerSpec:
+    return dsl.ContainerSpec(image="shell", command=["echo"], args=[words, scores.uri])
+
+
+def test_an_artifact_that_the_launcher_refuses_is_the_reason_and_not_what_the_step_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pipeline() -> None:
+        classify(words="error: one of the downloads, which was tried again").set_display_name("evaluate")
+
+    compiler.Compiler().compile(dsl.pipeline(pipeline, name="tiny"), str(tmp_path / "tiny.yaml"))
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr("pipelines.following.STEPS", ("classify",))
+    with Backend("native") as backend:
+        run = backend.submit(yaml.safe_load((tmp_path / "tiny.yaml").read_text()))
+        with pytest.raises(TrainingError, match=r"classify: .*No metric or metadata was found for ClassificationM"):
+            cluster.Cluster(backend.url, "default").wait(run)
+
+
+def test_a_pod_that_argo_may_not_make_waits_for_the_quota() -> None:
+    message = 'pods "diloco-x" is forbidden: exceeded quota: team, requested: pods=1'
+    name = "diloco-training-x7k2p(0).root(0).exit-handler-1(0).train(0).executor(0)"
+    node = {"name": name, "type": "Pod", "phase": "Pending", "message": message}
+    others = {"a": {"name": "diloco-training-x7k2p(0)", "type": "DAG", "phase": "Running"}}
+    assert why_no_pod({"status": {"nodes": {"b": node, **others}}}, "train") == message
+    assert why_no_pod({"status": {"nodes": {"b": node, **others}}}, "export") == ""
+    assert why_no_pod({}, "train") == ""
+
+
+OWN = "round 1\nerror: the disk is full\n"
 LOG = """\
 I1128 20:41:13.000001       9 launcher_v2.go:151] launcher info:
 executorInput={
