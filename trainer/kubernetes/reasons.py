@@ -42,7 +42,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         reason, message = waiting.get("reason", ""), waiting.get("message", "")
         if reason in _IMAGE:
             return (
-                f"its image {container.get('image', '')} cannot be pulled: {message or reason}. Check the name "
+                f"its image {container.get('image', '')} cannot be pulled: {_sentence(message or reason)} Check the name "
                 "(deployment_image, a site's or a vendor's image), and that the namespace may pull it"
             )
         if reason.startswith("Create") and reason.endswith("Error"):
@@ -57,7 +57,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         if waiting_claims:
             return "; ".join(waiting_claims)
         said = scheduled.get("message") or "no node suits it"
-        return f"no node takes it: {said}. {_room(said)}"
+        return f"no node takes it: {_sentence(said)} {_room(said)}"
     for event in reversed(list(events)):
         if event.get("reason") in _VOLUME:
             return f"its volume cannot be mounted: {event.get('message', '')}"
@@ -78,7 +78,7 @@ def why_claim_waits(claim: Object, events: Iterable[Object]) -> str:
     for event in reversed(list(events)):
         if event.get("reason") in ("ProvisioningFailed", "FailedBinding"):
             said = event.get("message", "")
-            return f"gets no volume {of_class}: {said}. See storage.storage_class_name, storage.size_gb"
+            return f"gets no volume {of_class}: {_sentence(said)} See storage.storage_class_name, storage.size_gb"
         if event.get("reason") == "ExternalProvisioning":
             return f"waits for a volume {of_class}: {event.get('message', '')}"
     return ""
@@ -157,6 +157,17 @@ def _state(pod: Object, container: str) -> Mapping[str, Any]:
 
 def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+
+
+def _sentence(said: str) -> str:
+    """Kubernetes' own words as a sentence that another one can follow.
+
+    >>> _sentence("0/2 nodes are available. preemption: not helpful for scheduling.. ")
+    '0/2 nodes are available. preemption: not helpful for scheduling.'
+    >>> _sentence("no such class")
+    'no such class.'
+    """
+    return f"{said.rstrip(' .')}."
 
 
 def _room(message: str) -> str:

@@ -30,7 +30,7 @@ from trainer.kubernetes.session import Session, condition, has_ended, refuse_for
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
 ETCD_INTERVAL = 2.0  # seconds between two looks at etcd
 OPERATOR_TIMEOUT = 45.0  # seconds after which an operator has said something about a job, if there is one
-PATIENCE = 900.0  # seconds that the API server may be away: the workers do not need it
+PATIENCE = 900.0  # seconds that a request is tried for; what is followed is waited for longer, see `follow`
 SEEN_TIMEOUT = 10.0  # seconds for a job that was made to be seen
 _GONE_TIMEOUT = 2.0 * GRACE_PERIOD  # seconds for a job that was deleted to be gone
 
@@ -49,8 +49,9 @@ class Trained:
 def train(session: Session, directory: Path) -> Trained:
     """Train on the cluster until the run is complete.
 
-    A training of this run that is under way is followed, not begun again. After SIGTERM, which is how a pipeline's run
-    is cancelled, everything is deleted; the workers save and leave.
+    A training of this run that is under way is followed, not begun again. A step that is interrupted deletes everything
+    if its workflow was terminated (`Session.workflow_has_ended`), and the workers save and leave; else it leaves the
+    training to its successor.
 
     Args:
         directory: Where the workers' events are written as the pods tell them: `worker-<i>/metrics.jsonl`.
@@ -65,8 +66,11 @@ def train(session: Session, directory: Path) -> Trained:
             session.client.patience = max(session.client.patience, PATIENCE)
             return training.follow()
         except (Interrupted, KeyboardInterrupt):
-            session.say("cancelled: the training's jobs are deleted, their workers save and leave")
-            session.clean_up()
+            if session.workflow_has_ended():
+                session.say("cancelled: the training's jobs are deleted, their workers save and leave")
+                session.clean_up()
+            else:
+                session.say("this step goes away, and the training goes on: the step's next pod follows it")
             raise
 
 
@@ -135,19 +139,27 @@ class _Training:
             time.sleep(0.2)
 
     def follow(self) -> Trained:
-        """Until the training has ended."""
+        """Until the training has ended. The workers train on without the API server, and so they are waited for as long
+        as they may train."""
         plan = self._plan
         selector = names.selector({"app.kubernetes.io/component": "train"})
         with (
             Pods(
-                self._client, PYTORCH_JOB, f"{plan.selector},{selector}", CONTAINER, self._called, self._say, self._hear
+                self._client,
+                PYTORCH_JOB,
+                f"{plan.selector},{selector}",
+                CONTAINER,
+                self._called,
+                self._say,
+                self._hear,
+                patience=self._config.active_deadline,
             ) as pods,
             view(self._board) as self._shown,
         ):
             if self._over():
                 self._say(f"run {plan.run_id} has ended already: it has {self._verdict.status}")
             else:
-                self._say(f"run {plan.run_id}: {len(plan.workers)} workers; kubectl get pytorchjob -l {plan.selector}")
+                self._say(f"run {plan.run_id}: {self._quorum()}; kubectl get pytorchjob -l {plan.selector}")
             self._look(pods)
             while not self._over():
                 pods.wake.wait(LOOK_INTERVAL)
@@ -158,6 +170,18 @@ class _Training:
             raise TrainingError(self._verdict.reason or "the run has failed")
         self._session.say(f"run {plan.run_id} is complete")
         return Trained(self._by_checkpoint())
+
+    def _quorum(self) -> str:
+        """How many workers there are, and what the loss of one means."""
+        nodes, least = len(self._plan.workers), self._config.min_nodes
+        if nodes == 1:
+            return "1 worker"
+        if least < nodes:
+            there = "one of them is" if least == 1 else f"{least} of them are"
+            return f"{nodes} workers: the training goes on while at least {there} there (elastic.min_nodes)"
+        return (
+            f"{nodes} workers, and all must be there: while one is away the others wait (elastic.min_nodes={least})"
+        )
 
     def _over(self) -> bool:
         return self._verdict.terminal
@@ -176,6 +200,7 @@ class _Training:
             self._look_at_job(name, pods)
         if not self._over() and time.monotonic() - self._asked_etcd > ETCD_INTERVAL:
             self._ask_etcd()
+        self._board.silent_since = pods.silent_since
         self._update()
 
     def _look_at_pod(self, pod: Object, pods: Pods) -> None:
