@@ -7,12 +7,15 @@ https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trainer.errors import out_of_memory
 from trainer.kubernetes.client import QUOTA_ADVICE, Object, quota
 
-OUT_OF_MEMORY = "it was killed because it needs more memory than it has"
 KILLED = 137
 TOLD_TO_LEAVE = 143
 BAD_CONFIGURATION = 2
+
+_WAS_KILLED, _HAS_LEFT = "it was killed (status 137)", "it was told to leave (SIGTERM)"
+_ENDED_WITH = "it ended with status "
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _VOLUME = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
@@ -106,17 +109,18 @@ def why_ended(pod: Object, container: str, memory: str = "") -> str:
     code = exit_status(pod, container)
     if code is None or code == 0:
         return ""
-    if _terminated(pod, container).get("reason") == "OOMKilled":
-        limit = f" (it may take {memory})" if memory else ""
-        return (
-            f"{OUT_OF_MEMORY}{limit}: lower per_device_train_batch_size or "
-            "sequence_length, take a smaller model, or raise memory_gb"
-        )
+    if is_out_of_memory(pod, container):
+        return f"it {out_of_memory(memory)}"
     if code == KILLED:
-        return "it was killed (status 137)"
+        return _WAS_KILLED
     if code == TOLD_TO_LEAVE:
-        return "it was told to leave (SIGTERM)"
-    return f"it ended with status {code}"
+        return _HAS_LEFT
+    return f"{_ENDED_WITH}{code}"
+
+
+def is_vague(why: str) -> bool:
+    """Whether what `why_ended` has found only says that a container has ended, and not why."""
+    return why in (_WAS_KILLED, _HAS_LEFT) or why.startswith(_ENDED_WITH)
 
 
 def why_lost(pod: Object) -> str:
@@ -132,6 +136,12 @@ def why_lost(pod: Object) -> str:
     if status.get("phase") == "Unknown":
         return _LOST["NodeLost"] + named
     return ""
+
+
+def is_out_of_memory(pod: Object, container: str) -> bool:
+    """Whether a pod's container was killed for its memory; or, as containerd has it, one of its processes was, and the
+    container has failed then."""
+    return _terminated(pod, container).get("reason") == "OOMKilled"
 
 
 def exit_status(pod: Object, container: str) -> int | None:

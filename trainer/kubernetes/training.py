@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.elastic import record
+from trainer.elastic.agent import MEMORY_KILLS, is_vague
 from trainer.elastic.board import Board, View, view
 from trainer.elastic.etcd import EtcdClient, EtcdError
 from trainer.elastic.progress import WorkerProgress, fill
@@ -91,6 +92,7 @@ class _Training:
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
         self._last_words: dict[int, str] = {}  # of a worker: its last error
         self._out_of_memory: Counter[int] = Counter()  # how often a worker was
+        self._why_ended: dict[int, str] = {}  # how a worker's last pod has
         self._lost: dict[int, str] = {}  # workers that have failed for good: why
         self._asked_etcd, self._etcd_away = 0.0, False
         self._verdict = record.Verdict("open")
@@ -167,9 +169,21 @@ class _Training:
                 self._refuse_what_cannot_go_on(pods)
             self._wind_up(pods)
         if self._verdict.status == "failed":
-            raise TrainingError(self._verdict.reason or "the run has failed")
+            raise TrainingError(self._why_failed())
         self._session.say(f"run {plan.run_id} is complete")
         return Trained(self._by_checkpoint())
+
+    def _why_failed(self) -> str:
+        """The verdict's reason; or, where that only says that a worker has ended, why that was, as seen from here."""
+        reason = self._verdict.reason
+        if reason and not is_vague(reason):
+            return reason
+        out_of_memory = {index: self._why_ended[index] for index in self._out_of_memory if index in self._why_ended}
+        own = {index: why for index, why in self._why_ended.items() if index == self._verdict.slot}
+        for index, why in (*own.items(), *self._lost.items(), *out_of_memory.items()):
+            if not reasons.is_vague(why):
+                return f"worker {index}: {why}"
+        return reason or "the run has failed"
 
     def _quorum(self) -> str:
         """How many workers there are, and what the loss of one means."""
@@ -217,11 +231,14 @@ class _Training:
         worker = self._workers.get(pod["metadata"]["name"])
         said = self._last_words.get(worker.index) if worker and why == f"it ended with status {code}" else ""
         self._ended[uid] = said or why
+        if worker:
+            self._why_ended[worker.index] = self._ended[uid]
         again = ": the training operator starts it again" if code >= 128 else ""
         self._say(f"{self._called(pod)} has ended: {self._ended[uid]}{again}")
-        if worker and why.startswith(reasons.OUT_OF_MEMORY):
+        if worker and reasons.is_out_of_memory(pod, CONTAINER):
             self._out_of_memory[worker.index] += 1
-            if self._out_of_memory[worker.index] > self._config.elastic.max_restarts:  # it would end so for ever
+            most = min(MEMORY_KILLS, self._config.elastic.max_restarts + 1)
+            if self._out_of_memory[worker.index] >= most:  # it would end so for ever
                 self._client.delete(PYTORCH_JOB, worker.job)
                 self._lose(self._members(worker.job), self._ended[uid])
 
