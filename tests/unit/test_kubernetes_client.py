@@ -357,12 +357,13 @@ def test_a_mirror_s_patience_has_an_end(server: ApiServer, client: Client) -> No
 
 
 def test_silence_is_printed_once_for_each_reason_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, lines = 1000.0, []
-    monkeypatch.setattr(pods, "time", SimpleNamespace(monotonic=lambda: now))
+    lines: list[str] = []
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(pods, "time", SimpleNamespace(monotonic=lambda: clock.now))
     shown = pods._Silent(lines.append)
     api_away, kubelet = "the API server does not answer", "the kubelet of node-1 does not answer"
     silent = {f"worker {number}": Silence(1000.0, api_away) for number in range(6)}
-    for now in range(1000, 1240):
+    for clock.now in range(1000, 1240):
         shown.take(silent)
     assert lines == [
         f"no news of worker 0, worker 1, worker 2, worker 3 and 2 more for {minutes} min: {api_away}"
@@ -374,7 +375,7 @@ def test_silence_is_printed_once_for_each_reason_and_not_too_often(monkeypatch: 
     assert lines[3:] == [f"no news of worker 0 for 4 min: {kubelet}"]
     shown.take({})
     assert lines[4:] == ["worker 0 is heard again"]
-    for now in range(1240, 1290):
+    for clock.now in range(1240, 1290):
         shown.take({"worker 0": Silence(1240.0, kubelet)})
     shown.take({})
     assert len(lines) == 5, "a moment's silence is not worth a line"

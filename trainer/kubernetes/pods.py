@@ -244,8 +244,8 @@ class _Silent:
             return
         longest = 0.0
         for why in dict.fromkeys(one.why for one in long.values()):
-            names = [name for name, one in long.items() if one.why == why]
-            seconds = max(now - long[name].since for name in names)
+            names = [name for name, one in silences.items() if one.why == why]
+            seconds = max(now - silences[name].since for name in names)
             self._say(f"no news of {_list(names)} for {max(1, round(seconds / 60))} min: {why}")
             self._printed |= dict.fromkeys((name, why) for name in names)
             longest = max(longest, seconds)

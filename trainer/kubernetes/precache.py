@@ -40,9 +40,9 @@ def precache(session: Session, held_out: Path) -> Precached:
     Args:
         held_out: Directory that takes the held-out part of the dataset, with its manifest and tokenizer.
 
-    Nothing cleans up after this step but itself: the pipeline's exit handler is only for those that follow. If it fails,
-    or its workflow was terminated, what still runs is deleted, and what only that needed; claims stay, and ended jobs,
-    to be read. If only its pod goes away its next one goes on with the jobs.
+    Nothing cleans up after this step but itself: the pipeline's exit handler is only for the steps that follow. If it
+    fails, or its workflow was terminated, what still runs is deleted, and what only that needed; claims stay, and after
+    a failure ended jobs, to be read. If only its pod goes away the step's next one goes on with the jobs.
 
     Raises:
         ConfigError: The claims are in use by another run.

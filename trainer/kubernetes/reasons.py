@@ -45,8 +45,8 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         reason, message = waiting.get("reason", ""), waiting.get("message", "")
         if reason in _IMAGE:
             return (
-                f"its image {container.get('image', '')} cannot be pulled: {_sentence(message or reason)} Check the name "
-                "(deployment_image, a site's or a vendor's image), and that the namespace may pull it"
+                f"its image {container.get('image', '')} cannot be pulled: {_sentence(message or reason)} "
+                "Check the name (deployment_image, a site's or a vendor's image), and that the namespace may pull it"
             )
         if reason.startswith("Create") and reason.endswith("Error"):
             return f"its container cannot be made: {message or reason}"

@@ -193,9 +193,7 @@ class _Training:
         if least < nodes:
             there = "one of them is" if least == 1 else f"{least} of them are"
             return f"{nodes} workers: the training goes on while at least {there} there (elastic.min_nodes)"
-        return (
-            f"{nodes} workers, and all must be there: while one is away the others wait (elastic.min_nodes={least})"
-        )
+        return f"{nodes} workers, and all must be there: while one is away the others wait (elastic.min_nodes={least})"
 
     def _over(self) -> bool:
         return self._verdict.terminal
@@ -233,14 +231,16 @@ class _Training:
         self._ended[uid] = said or why
         if worker:
             self._why_ended[worker.index] = self._ended[uid]
-        again = ": the training operator starts it again" if code >= 128 else ""
-        self._say(f"{self._called(pod)} has ended: {self._ended[uid]}{again}")
+        hopeless = False
         if worker and reasons.is_out_of_memory(pod, CONTAINER):
             self._out_of_memory[worker.index] += 1
             most = min(MEMORY_KILLS, self._config.elastic.max_restarts + 1)
-            if self._out_of_memory[worker.index] >= most:  # it would end so for ever
-                self._client.delete(PYTORCH_JOB, worker.job)
-                self._lose(self._members(worker.job), self._ended[uid])
+            hopeless = self._out_of_memory[worker.index] >= most  # it would end so for ever
+        again = ": the training operator starts it again" if code >= 128 and not hopeless else ""
+        self._say(f"{self._called(pod)} has ended: {self._ended[uid]}{again}")
+        if worker and hopeless:
+            self._client.delete(PYTORCH_JOB, worker.job)
+            self._lose(self._members(worker.job), self._ended[uid])
 
     def _look_at_job(self, name: str, pods: Pods) -> None:
         job, members = pods.owners.get(name), self._members(name)
