@@ -15,6 +15,7 @@ from typing import Any
 
 from kfp import dsl
 
+from trainer.chatter import libraries_quiet
 from trainer.errors import ConfigError, Interrupted, TrainingError, raise_on_sigterm
 
 # Holds the project and kfp. kfp warns about a step's image that has no "python" in its name.
@@ -89,12 +90,14 @@ def _end_with(runner: int) -> None:
 
 @contextmanager
 def _plain_logging() -> Iterator[None]:
-    """The trainer's own log lines as they are, without the prefix that kfp's executor gives to its own."""
+    """The trainer's own log lines as they are, without the prefix that kfp's executor gives to its own, and no
+    library's below WARNING."""
     before = [(handler, handler.formatter) for handler in logging.getLogger().handlers]
     for handler, _ in before:
         handler.setFormatter(None)
     try:
-        yield
+        with libraries_quiet():
+            yield
     finally:
         for handler, formatter in before:
             handler.setFormatter(formatter)

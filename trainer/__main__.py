@@ -1,12 +1,11 @@
 """`python -m trainer <command>`: one command for each step of a training."""
 
 import argparse
-import logging
 import os
 import re
-import sys
 from pathlib import Path
 
+from trainer.chatter import set_up_logging
 from trainer.config import add_config_flags, config_from_arguments
 from trainer.errors import ConfigError, run_main
 
@@ -54,9 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "httpx2"):  # one or the other is beneath huggingface_hub
-        logging.getLogger(library).setLevel(logging.WARNING)
+    set_up_logging()
     if arguments.command == "schema":
         import json
 

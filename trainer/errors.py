@@ -42,6 +42,22 @@ def raise_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
+OUT_OF_MEMORY = "was killed because it needs more memory than it has"
+
+
+def out_of_memory(limit: str = "", *, in_pod: bool = True) -> str:
+    """How a process, or a container, was killed by the kernel, and what to do about it: the rest of a sentence.
+
+    Args:
+        limit: What it may take at most, for example "32Gi"; "": not known.
+        in_pod: Whether `memory_gb` is what limits it.
+    """
+    most = f" (it may take {limit})" if limit else ""
+    lower = "lower per_device_train_batch_size or sequence_length"
+    other = "take a smaller model, or raise memory_gb" if in_pod else "or take a smaller model"
+    return f"{OUT_OF_MEMORY}{most}: {lower}, {other}"
+
+
 def one_line(error: BaseException) -> str:
     """What an exception of somebody else's code says, short enough for the end of a sentence."""
     said = " ".join(str(error).split()) or type(error).__name__

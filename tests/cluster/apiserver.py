@@ -27,17 +27,18 @@ from tests.kubernetes_schemas import CRD, validate
 Object = dict[str, Any]
 
 PLURALS = {
-    "pods": ("", "Pod"),
-    "persistentvolumeclaims": ("", "PersistentVolumeClaim"),
-    "configmaps": ("", "ConfigMap"),
-    "secrets": ("", "Secret"),
-    "events": ("", "Event"),
-    "jobs": ("batch", "Job"),
-    "networkpolicies": ("networking.k8s.io", "NetworkPolicy"),
-    "pytorchjobs": ("kubeflow.org", "PyTorchJob"),
+    "pods": ("", "v1", "Pod"),
+    "persistentvolumeclaims": ("", "v1", "PersistentVolumeClaim"),
+    "configmaps": ("", "v1", "ConfigMap"),
+    "secrets": ("", "v1", "Secret"),
+    "events": ("", "v1", "Event"),
+    "jobs": ("batch", "v1", "Job"),
+    "networkpolicies": ("networking.k8s.io", "v1", "NetworkPolicy"),
+    "pytorchjobs": ("kubeflow.org", "v1", "PyTorchJob"),
+    "workflows": ("argoproj.io", "v1alpha1", "Workflow"),
 }
 _PATH = re.compile(
-    r"/(?:api/v1|apis/(?P<group>[^/]+)/v1)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[a-z]+)"
+    r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v1|v1alpha1)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[a-z]+)"
     r"(?:/(?P<name>[^/]+)(?P<log>/log)?)?"
 )
 
@@ -64,7 +65,8 @@ class ApiServer(ThreadingHTTPServer):
         missing: Resources that the server does not know.
         quota: Resources of which nothing more may be created, and what the quota says.
         outages: How many requests are broken off before they are answered.
-        streams: How often a watch or a followed log was begun.
+        streams: How often a watch was begun, or a log read.
+        frozen: Nodes whose kubelet does not answer: what their pods say reaches nobody, and is kept.
         zone: Of the nodes, in which they give the time of what containers say.
     """
 
@@ -79,6 +81,8 @@ class ApiServer(ThreadingHTTPServer):
         self.missing: set[str] = set()
         self.quota: dict[str, str] = {}
         self.outages = 0
+        self.frozen: set[str] = set()
+        self._away = False
         self.page = 1000
         self.streams = 0
         self.changed = threading.Condition()
@@ -130,6 +134,31 @@ class ApiServer(ThreadingHTTPServer):
         with self.changed:
             self._cut = cut
             self._generation += 1
+            self.changed.notify_all()
+
+    def go_away(self) -> None:
+        """Break off every connection, and every request from now on, until `come_back`."""
+        self._away = True
+        self.drop_streams(cut=True)
+
+    def come_back(self) -> None:
+        self._away = False
+
+    def breaks_off(self) -> bool:
+        """Whether a request gets no answer."""
+        if self.outages > 0:
+            self.outages -= 1
+            return True
+        return self._away
+
+    def freeze(self, node: str) -> None:
+        """Its kubelet does not answer, though connections to it stay open."""
+        with self.changed:
+            self.frozen.add(node)
+
+    def thaw(self, node: str) -> None:
+        with self.changed:
+            self.frozen.discard(node)
             self.changed.notify_all()
 
     def forget(self) -> None:
@@ -239,7 +268,7 @@ class ApiServer(ThreadingHTTPServer):
         if found is None or found["plural"] not in PLURALS or found["plural"] in self.missing:
             raise _unknown_path()
         group, namespace, plural, name = found["group"] or "", found["namespace"], found["plural"], found["name"] or ""
-        if PLURALS[plural][0] != group:
+        if PLURALS[plural][:2] != (group, found["version"]):
             raise _unknown_path()
         resource = f"{plural}/log" if found["log"] else plural
         verb = _verb(method, name, query)
@@ -293,7 +322,7 @@ class ApiServer(ThreadingHTTPServer):
         start, size = int(query.get("continue", 0)), min(self.page, int(query.get("limit", self.page)))
         metadata = {"resourceVersion": str(self._version)}
         metadata |= {"continue": str(start + size)} if start + size < len(found) else {}
-        kind = PLURALS[plural][1]
+        kind = PLURALS[plural][2]
         return {"kind": f"{kind}List", "metadata": metadata, "items": copy.deepcopy(found[start : start + size])}
 
     def _watch(self, plural: str, namespace: str, query: dict[str, str]) -> Iterator[bytes]:
@@ -332,6 +361,10 @@ class ApiServer(ThreadingHTTPServer):
         uid, name, namespace = (pod["metadata"][key] for key in ("uid", "name", "namespace"))
         if not pod.get("status", {}).get("containerStatuses"):
             raise Refusal(400, "BadRequest", f'container "{query["container"]}" in pod "{name}" is waiting to start')
+        node = pod["spec"].get("nodeName", "")
+        if node in self.frozen:  # as the real one says it, after ten seconds
+            address = f"https://{node}:10250/containerLogs/{namespace}/{name}/{query['container']}"
+            raise Refusal(500, "InternalError", f'Get "{address}": net/http: TLS handshake timeout')
         generation, since = self._generation, _instant(query.get("sinceTime", "1970-01-01T00:00:00Z"))
         self.streams += 1
 
@@ -341,6 +374,9 @@ class ApiServer(ThreadingHTTPServer):
                 with self.changed:
                     if self._ends(generation):
                         return
+                    if node in self.frozen:
+                        self.changed.wait(0.1)
+                        continue
                     said = self._logs.get(uid, [])[told:]
                     now = self._objects.get(("pods", namespace, name))
                     over = now is None or now["metadata"]["uid"] != uid or not _lives(now)
@@ -362,8 +398,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: ApiServer
 
     def reply(self) -> None:
-        if self.server.outages > 0:
-            self.server.outages -= 1
+        if self.server.breaks_off():
             self.close_connection = True
             return
         url = urlsplit(self.path)

@@ -5,6 +5,7 @@ The API server (tests/cluster) enforces the Role of manifests/ and the published
 
 import importlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,13 +21,13 @@ from trainer.config import TrainingConfig
 from trainer.elastic.etcd import EtcdClient, run_prefix
 from trainer.elastic.record import Verdict, finish, verdict
 from trainer.errors import ConfigError, Interrupted, TrainingError
-from trainer.kubernetes import client, pods, training
+from trainer.kubernetes import client, logs, pods, training
 from trainer.kubernetes.claims import claim
 from trainer.kubernetes.client import CLAIM, Client
 from trainer.kubernetes.plan import Owner, plan
 from trainer.kubernetes.precache import precache
 from trainer.kubernetes.results import take
-from trainer.kubernetes.session import Session, has_ended
+from trainer.kubernetes.session import Session, Workflow, has_ended
 from trainer.kubernetes.training import Trained, train
 
 pytestmark = pytest.mark.timeout(60)
@@ -46,7 +47,11 @@ class Place:
     """
 
     def __init__(self, server: ApiServer, etcd: str, run_id: str) -> None:
-        self.server, self.story, self.run_id, self.owner = server, Story(), run_id, OWNER
+        self.server, self.story, self.run_id = server, Story(), run_id
+        self.owner: Owner | None = OWNER
+        for owner in (OWNER, ANOTHER_OWNER):
+            metadata = {"name": owner.name, "uid": owner.uid}
+            server.put("workflows", {"metadata": metadata, "spec": {}, "status": {"phase": "Running"}})
         self.cluster = Cluster(server, self.story)
         self.lines: list[str] = []
         self.on_line: Callable[[str], None] = lambda line: None
@@ -64,7 +69,13 @@ class Place:
         base = {"launcher": "pytorchjob", "run_id": self.run_id, "device": "cpu", "etcd_endpoints": [self._etcd]}
         config = TrainingConfig.from_flat({**base, **quick, **values}).resolved()
         made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=self.owner)
-        return Session(Client(config.deployment_namespace, patience=2.0), made, self.say)
+        workflow = Workflow("default", self.owner.name, self.owner.uid) if self.owner else None
+        return Session(Client(config.deployment_namespace, patience=2.0), made, self.say, workflow)
+
+    def terminate(self) -> None:
+        """Terminate the workflow, as KFP does: before the step hears of it."""
+        assert self.owner is not None
+        self.server.update("workflows", self.owner.name, lambda one: one["spec"].update(activeDeadlineSeconds=0))
 
     def say(self, line: str) -> None:
         with self._said:
@@ -102,6 +113,7 @@ def place(
     for module in ("batch", "training"):
         monkeypatch.setattr(f"trainer.kubernetes.{module}.LOOK_INTERVAL", 0.1)
     monkeypatch.setattr(client, "RETRY_INTERVAL", 0.05)
+    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.2)
     for module in ("watch", "logs"):
         monkeypatch.setattr(f"trainer.kubernetes.{module}.RETRY_INTERVAL", 0.05)
     with ExitStack() as resources:
@@ -321,6 +333,14 @@ def test_a_training_is_made_followed_and_ends_as_it_ended(place: Place, tmp_path
     assert place.said("round 2", "loss 2.5")
 
 
+@pytest.mark.parametrize("least", [1, 2])
+def test_at_start_it_is_said_what_the_loss_of_a_worker_means(place: Place, tmp_path: Path, least: int) -> None:
+    release_once_all_run(place)
+    here = place.session(elastic_min_nodes=least)
+    train(here, tmp_path / "run")
+    assert f"run {place.run_id}: {here.plan.config.attendance}" in place.lines
+
+
 def test_it_ends_when_etcd_says_so_whatever_pods_do(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
 
@@ -373,7 +393,7 @@ def test_a_failed_run_begins_again_with_new_jobs(place: Place, tmp_path: Path) -
         cluster.end(pod, 1)
 
     place.story.told["train"] = fail
-    with pytest.raises(TrainingError, match="the worker of node 0 ended with status 1"):
+    with pytest.raises(TrainingError, match="worker 0: the loss is not finite"):
         train(place.session(), tmp_path / "run")
     place.story.told.clear()
     train(place.session(), tmp_path / "run")
@@ -456,10 +476,55 @@ def test_a_worker_out_of_memory_is_told_so_and_what_to_lower(place: Place, tmp_p
     assert "raise memory_gb" in line
 
 
-def test_a_worker_that_is_out_of_memory_again_and_again_is_given_up(place: Place, tmp_path: Path) -> None:
-    one_fails(place, 137, "OOMKilled", times=9)
+@pytest.mark.parametrize(("restarts", "lives"), [(9, 2), (0, 1)])
+def test_a_worker_that_is_out_of_memory_a_second_time_is_given_up(
+    place: Place, tmp_path: Path, restarts: int, lives: int
+) -> None:
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        if "1-worker-0" not in pod["metadata"]["name"] or life >= lives:
+            place.story.train(cluster, pod)
+            return
+        cluster.start(pod)
+        place.wait_for("worker 1 runs on node")
+        place.server.wait_until(lambda: len([line for line in place.lines if "worker 1 has ended" in line]) == life)
+        cluster.end(pod, 137, "OOMKilled")
+
+    place.story.told["train"] = fail
+    place.story.released.clear()
     with pytest.raises(TrainingError, match=r"1 of at least 2 workers are left: it was killed because it needs more"):
-        train(place.session(elastic_max_restarts=1), tmp_path / "run")
+        train(place.session(elastic_min_nodes=2, elastic_max_restarts=restarts), tmp_path / "run")
+    ends = [line for line in place.lines if "worker 1 has ended: it was killed" in line]
+    assert ["starts it again" in line for line in ends] == [True] * (lives - 1) + [False]
+
+
+@pytest.mark.parametrize(
+    ("reason", "words", "last"),
+    [
+        # containerd's reason of a container whose process was killed, and which has failed then
+        ("OOMKilled", "", r"worker 1: it was killed because it needs more memory than it has \(it may take 32Gi\): "),
+        ("Error", "error: CUDA has gone", "worker 1: CUDA has gone"),
+        ("Error", "", "the worker of node 1 was killed by SIGKILL"),
+    ],
+)
+def test_the_last_line_is_the_reason_and_not_that_a_worker_has_ended(
+    place: Place, tmp_path: Path, reason: str, words: str, last: str
+) -> None:
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        if "1-worker-0" not in pod["metadata"]["name"]:
+            place.story.train(cluster, pod)
+            return
+        cluster.start(pod)
+        place.wait_for("worker 1 runs on node")
+        if words:
+            cluster.say(pod, words)
+        with place.etcd() as etcd:
+            finish(etcd, "failed", "the worker of node 1 was killed by SIGKILL (out of memory?)", 1)
+        cluster.end(pod, 1, reason)
+
+    place.story.told["train"] = fail
+    place.story.released.clear()
+    with pytest.raises(TrainingError, match=f"^{last}"):
+        train(place.session(), tmp_path / "run")
 
 
 def test_a_lost_node_is_named_and_the_worker_comes_back(place: Place, tmp_path: Path) -> None:
@@ -544,6 +609,50 @@ def test_the_training_is_followed_on_after_an_api_server_has_been_away_for_long(
     train(here, tmp_path / "run")
 
 
+@pytest.mark.parametrize("who", ["the API server", "the kubelet of node-1"])
+def test_silence_is_named_and_what_was_said_meanwhile_is_read_afterwards(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    monkeypatch.setattr(pods, "SILENCE", 0.5)
+    monkeypatch.setattr(client, "LOG_TIMEOUT", 0.3)
+    monkeypatch.setattr("trainer.elastic.board.PLAIN_INTERVAL", 0.2)
+    here = place.session()
+    here.client.patience = 0.0
+    silent = f"no news of worker 0, worker 1 for 1 min: {who} does not answer"
+
+    def talk(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.say(pod, "line 0")
+        place.wait_for("worker 1 | line 0")
+        place.wait_for(silent)
+        for number in range(1, 20):
+            cluster.say(pod, f"line {number}")
+        if who == "the API server":
+            place.server.come_back()
+        else:
+            place.server.thaw("node-1")
+        for name in ("worker 0", "worker 1"):
+            place.wait_for(name, "heard again")
+        place.wait_for("worker 1 | line 19")
+        cluster.say(pod, "line 20")
+        cluster.end(pod, 0)
+
+    def fall_silent(line: str) -> None:
+        if {"worker 0 | line 0", "worker 1 | line 0"} <= set(place.lines) and not place.said("no news") and not gone:
+            gone.append(line)
+            place.server.go_away() if who == "the API server" else place.server.freeze("node-1")
+
+    gone: list[str] = []
+    place.story.told["train"] = talk
+    place.on_line = fall_silent
+    train(here, tmp_path / "run")
+    for worker in range(2):
+        said = [line for line in place.lines if line.startswith(f"worker {worker} | line")]
+        assert said == [f"worker {worker} | line {number}" for number in range(21)]
+    assert place.lines.count(silent) == 1
+    assert len([line for line in place.lines if "no news since" in line]) <= 2, "no flood of lines that say nothing new"
+
+
 def test_a_run_that_has_failed_is_not_called_complete(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
@@ -612,39 +721,243 @@ def test_a_cluster_that_cannot_be_reached_is_named(place: Place, tmp_path: Path)
 # Cancelling
 
 
-def test_sigterm_deletes_what_the_run_has_made_and_keeps_the_claims(place: Place, tmp_path: Path) -> None:
-    precache(place.session(), tmp_path / "held-out")
-    place.story.released.clear()
+def interrupt_at(words: str, first: Callable[[], None] = lambda: None) -> Callable[[str], None]:
+    """SIGTERM when the step prints these words, after what happens first; once."""
+    done: list[str] = []
 
-    def cancel(line: str) -> None:
-        if line == "worker 1 runs on node node-1":
+    def interrupt(line: str) -> None:
+        if words in line and not done:
+            done.append(line)
+            first()
             raise Interrupted
 
-    place.on_line = cancel
-    with pytest.raises(Interrupted):
-        train(place.session(), tmp_path / "run")
+    return interrupt
+
+
+def nothing_but_claims(place: Place) -> None:
     place.server.wait_until(lambda: not place.server.all("pods"))  # the workers have left
     for plural in ("pytorchjobs", "jobs", "configmaps", "networkpolicies", "secrets"):
         assert not place.server.all(plural), plural
     assert len(place.server.all("persistentvolumeclaims")) == 2
 
 
-def test_sigterm_while_precaching_stops_the_jobs(place: Place, tmp_path: Path) -> None:
+def delete(place: Place, owner: Owner) -> None:
+    """The workflow is deleted, by a finalizer's leave only later: the garbage collector has not begun yet."""
+    place.server.update(
+        "workflows", owner.name, lambda one: one["metadata"].update(deletionTimestamp="2026-11-28T00:00:00Z")
+    )
+
+
+ENDS: dict[str, Callable[[Place], None]] = {
+    "terminated by KFP": Place.terminate,
+    "terminated by Argo": lambda p: p.server.update(
+        "workflows", OWNER.name, lambda one: one["spec"].update(shutdown="Terminate")
+    ),
+    "stopped by Argo": lambda p: p.server.update(
+        "workflows", OWNER.name, lambda one: one["spec"].update(shutdown="Stop")
+    ),
+    "failed": lambda p: p.server.update("workflows", OWNER.name, lambda one: one.update(status={"phase": "Failed"})),
+    "being deleted": lambda p: delete(p, OWNER),
+    "gone": lambda p: p.server.remove("workflows", OWNER.name),
+    "of another uid": lambda p: p.server.update(
+        "workflows", OWNER.name, lambda one: one["metadata"].update(uid="00000000-0000-4000-8000-000000000009")
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_training_whose_workflow_has_ended_is_deleted_and_the_claims_are_kept(
+    place: Place, tmp_path: Path, end: str
+) -> None:
+    precache(place.session(), tmp_path / "held-out")
+    place.story.released.clear()
+    place.on_line = interrupt_at("worker 1 runs on node", lambda: ENDS[end](place))
+    with pytest.raises(Interrupted):
+        train(place.session(), tmp_path / "run")
+    nothing_but_claims(place)
+
+
+def test_a_person_s_own_step_that_is_interrupted_deletes_the_training(place: Place, tmp_path: Path) -> None:
+    place.owner = None
+    precache(place.session(), tmp_path / "held-out")
+    place.story.released.clear()
+    place.on_line = interrupt_at("worker 1 runs on node")
+    with pytest.raises(Interrupted):
+        train(place.session(), tmp_path / "run")
+    nothing_but_claims(place)
+
+
+def test_a_drained_step_leaves_the_training_alone_and_its_successor_follows_the_same_pods(
+    place: Place, tmp_path: Path
+) -> None:
+    precache(place.session(), tmp_path / "held-out")
+    place.story.released.clear()
+    place.on_line = interrupt_at("worker 1 runs on node")
+    with pytest.raises(Interrupted):
+        train(place.session(), tmp_path / "first")
+    assert place.said("this step goes away, and the training goes on")
+    before = uids(place, "pytorchjobs") | uids(place, "pods")
+    assert len(before) == 5  # two jobs, their pods, and that of the held-out part
+    place.on_line = lambda line: place.story.released.set() if "following it" in line else None
+    train(place.session(), tmp_path / "second")
+    assert uids(place, "pytorchjobs") | uids(place, "pods") == before
+    assert place.said(f"run {place.run_id} is complete")
+    assert len([event for event in events(tmp_path / "second", 0) if '"event": "round"' in event]) == 2
+
+
+def uids(place: Place, plural: str) -> set[str]:
+    """Of the objects that belong to the training, and the first of precaching's."""
+    return {
+        one["metadata"]["uid"]
+        for one in place.server.all(plural).values()
+        if one["metadata"]["labels"]["app.kubernetes.io/component"] in ("train", "held-out")
+    }
+
+
+@pytest.mark.parametrize("trouble", ["forbidden", "unreachable"])
+def test_a_step_that_cannot_ask_whether_it_was_terminated_leaves_the_training_alone_and_says_so(
+    place: Place, tmp_path: Path, trouble: str
+) -> None:
+    def begin() -> None:
+        place.terminate()  # which is not to be known
+        if trouble == "forbidden":
+            place.server.forbidden.add(("get", "workflows"))
+        else:
+            place.server.go_away()
+
+    place.story.released.clear()
+    here = place.session()
+    place.on_line = interrupt_at("worker 1 runs on node", begin)
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        train(here, tmp_path / "run")
+    assert here.client.patience > 60
+    assert time.monotonic() - began < 20, "it must not wait: it is killed two seconds later"
+    why = "not allowed to get workflows" if trouble == "forbidden" else "cannot be reached"
+    assert place.said("it cannot be found out whether workflow diloco-training-x7k2p was terminated", why)
+    assert len(place.server.all("pytorchjobs")) == 2
+    place.server.come_back()
+
+
+def precaching_goes_on(place: Place) -> threading.Event:
+    """Each precaching pod runs until the event is set, or its pod is deleted."""
+    release = threading.Event()
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.wait_while_wanted(pod, until=release.is_set)
+        if release.is_set():
+            cluster.say(pod, 'precached {"hash": "abc"}')
+        cluster.end(pod, 0 if release.is_set() else 143)
+
+    place.story.told["precache"] = wait
+    return release
+
+
+@pytest.mark.parametrize("whose", ["a pipeline's", "a person's"])
+def test_a_precache_that_is_terminated_leaves_nothing_but_the_claims(place: Place, tmp_path: Path, whose: str) -> None:
+    if whose == "a person's":
+        place.owner = None
+    precaching_goes_on(place)
+    place.on_line = interrupt_at("worker 1 runs on node", place.terminate if place.owner else lambda: None)
+    with pytest.raises(Interrupted):
+        precache(place.session(), tmp_path / "held-out")
+    nothing_but_claims(place)
+
+
+def test_a_drained_precache_leaves_its_jobs_alone_and_its_successor_goes_on_with_them(
+    place: Place, tmp_path: Path
+) -> None:
+    release = precaching_goes_on(place)
+    place.on_line = interrupt_at("precaching for worker 1 runs on node")
+    with pytest.raises(Interrupted):
+        precache(place.session(), tmp_path / "held-out")
+    assert place.said("this step goes away, and its jobs go on")
+    before = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
+    assert len(before) == 2
+    place.on_line = lambda line: release.set() if "worker 1: its Job is under way already" in line else None
+    assert len(precache(place.session(), tmp_path / "held-out").claims) == 2
+    after = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
+    assert len(after) == 3  # and that of the held-out part
+    assert before < after
+
+
+@pytest.mark.parametrize("trouble", ["forbidden", "unreachable"])
+def test_a_precache_that_cannot_ask_leaves_its_jobs_alone(place: Place, tmp_path: Path, trouble: str) -> None:
+    precaching_goes_on(place)
+    begin = place.server.go_away
+    if trouble == "forbidden":
+        place.server.forbidden.add(("get", "workflows"))
+        begin = place.terminate
+    place.on_line = interrupt_at("precaching for worker 1 runs on node", begin)
+    with pytest.raises(Interrupted):
+        precache(place.session(), tmp_path / "held-out")
+    assert place.said("it cannot be found out whether workflow")
+    assert len(place.server.all("jobs")) == 2
+    place.server.come_back()
+
+
+def test_a_precache_that_fails_cleans_up_after_itself_and_leaves_ended_jobs_to_be_read(
+    place: Place, tmp_path: Path
+) -> None:
+    """No exit handler does it."""
+
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        if pod["metadata"]["labels"]["diloco-pipelines/worker"] == "0":
+            place.wait_for("precaching for worker 1 runs on node")
+            cluster.say(pod, "error: dataset = 'files:x': no such folder")
+            cluster.end(pod, 2)
+        else:
+            cluster.wait_while_wanted(pod)
+            cluster.end(pod, 143)
+
+    place.story.told["precache"] = fail
+    with pytest.raises(TrainingError, match="no such folder"):
+        precache(place.session(), tmp_path / "held-out")
+    (left,) = place.server.all("jobs").values()
+    assert left["metadata"]["labels"]["diloco-pipelines/worker"] == "0"
+    place.server.wait_until(lambda: len(place.server.all("pods")) == 1)
+    for plural in ("configmaps", "networkpolicies", "secrets"):
+        assert not place.server.all(plural), plural
+    assert len(place.server.all("persistentvolumeclaims")) == 2
+
+
+def test_a_precache_that_fails_leaves_a_training_of_the_run_alone(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.session(), tmp_path / "run")
+    place.on_line = lambda line: None
+    before = uids(place, "pytorchjobs") | uids(place, "pods")
+
+    def fail(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.end(pod, 2)
+
+    place.story.told["precache"] = fail
+    with pytest.raises(TrainingError, match="ended with status 2"):
+        precache(place.session(), tmp_path / "held-out")
+    assert uids(place, "pytorchjobs") | uids(place, "pods") == before
+    assert place.server.all("configmaps")
+    assert place.server.all("networkpolicies")
+
+
+@pytest.mark.parametrize("drained", [True, False])
+def test_an_export_that_is_interrupted_is_deleted_only_with_its_workflow(
+    place: Place, tmp_path: Path, drained: bool
+) -> None:
     def wait(cluster: Cluster, pod: Object, life: int) -> None:
         cluster.start(pod)
         cluster.wait_while_wanted(pod)
         cluster.end(pod, 143)
 
-    def cancel(line: str) -> None:
-        if "runs on node" in line:
-            raise Interrupted
-
-    place.story.told["precache"] = wait
-    place.on_line = cancel
+    place.story.told["export"] = wait
+    place.on_line = interrupt_at("runs on node", (lambda: None) if drained else place.terminate)
+    here = place.session()
     with pytest.raises(Interrupted):
-        precache(place.session(), tmp_path / "held-out")
-    place.server.wait_until(lambda: not place.server.all("pods"))
-    assert not place.server.all("jobs")
+        take(here, here.plan.workers, "export", tmp_path / "export")
+    assert len(place.server.all("jobs")) == int(drained)
 
 
 def test_cleaning_up_ends_what_runs_and_leaves_what_has_ended_to_be_read(place: Place, tmp_path: Path) -> None:
@@ -848,6 +1161,9 @@ def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path
     place.server.wait_until(lambda: not any(name.endswith("-worker-0") for name in place.server.all("pods")))
     with pytest.raises(Died):
         train(here, tmp_path / "run")
+    place.on_line = interrupt_at("following it")
+    with pytest.raises(Interrupted):
+        train(place.session(nodes=1), tmp_path / "run")
     place.owner = ANOTHER_OWNER
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
     place.server.drop_streams()

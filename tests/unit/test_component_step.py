@@ -51,6 +51,23 @@ def test_sigterm_ends_a_step_after_its_clean_up() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_step_s_log_has_no_library_s_chatter(capsys: pytest.CaptureFixture[str]) -> None:
+    root, handler = logging.getLogger(), logging.StreamHandler()
+    root.addHandler(handler)
+    before = root.level
+    root.setLevel(logging.INFO)  # as kfp's executor does
+    try:
+        with step("train"):
+            logging.getLogger("matplotlib.font_manager").info("generated new fontManager")
+            logging.getLogger("matplotlib").warning("no such font")
+            logging.getLogger("trainer.elastic").info("etcd answers again")
+        logging.getLogger("kfp").info("wrote executor output")
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+    assert capsys.readouterr().err.split("\n")[:-1] == ["no such font", "etcd answers again", "wrote executor output"]
+
+
 def test_log_lines_of_a_step_have_no_prefix(capsys: pytest.CaptureFixture[str]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("[KFP Executor]: %(message)s"))

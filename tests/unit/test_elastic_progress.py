@@ -1,6 +1,7 @@
 """What `launch` shows, and what it says when a run fails."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,61 @@ def test_time_left_is_that_of_the_pace_with_all_waiting() -> None:
     assert left[2:5] == pytest.approx([230.0, 220.0, 215.0])  # 4 steps a second, told every 10 s
     assert left[5] == pytest.approx(880 / 80 * 40 - 40), "it stands still, and may go on so"
     assert left[6] is None, "it goes on from a checkpoint"
+
+
+def test_what_is_heard_all_at_once_after_an_outage_has_the_pace_at_which_it_happened(tmp_path: Path) -> None:
+    path, now = tmp_path / "metrics.jsonl", 1000.0
+    worker, shown = WorkerProgress(0, path), Board(1000, clock=lambda: now)
+
+    def look(moment: float) -> None:
+        nonlocal now
+        now = moment
+        worker.update()
+        fill(shown, [worker])
+
+    for second in range(0, 60, 10):  # a step a second, a look every ten
+        append(path, *(step(second + number, 1000.0 + second + number) for number in range(10)))
+        look(1000.0 + second + 9)
+    assert shown.left == pytest.approx(1000 - 59)
+    shown.silent_since = 1059.0
+    for moment in range(1060, 1360):  # five minutes of silence
+        look(float(moment))
+        assert shown.left is None
+    append(path, *(step(number, 1000.0 + number) for number in range(60, 360)))
+    shown.silent_since = None
+    look(1360.0)
+    assert shown.left == pytest.approx(1000 - 359), "its own 300 seconds, not the one in which it was heard"
+    append(path, step(360, 1360.0))
+    look(1361.0)
+    assert shown.left == pytest.approx(1000 - 360)
+
+
+def test_clocks_of_workers_that_differ_make_no_estimate_out_of_nothing() -> None:
+    shown = Board(100, clock=lambda: 50.0)
+    for number, at in ((1, 10.0), (2, 40.0), (3, 39.0)):
+        shown.fill([Row(0, "training", step=number, at=at)])
+    assert shown.left is None
+
+
+def test_without_news_the_line_says_since_when_and_says_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "PLAIN_INTERVAL", 0.0)
+    now = 0.0
+    shown = Board(100, clock=lambda: now)
+    for number in range(4):
+        now = 10.0 * number
+        shown.fill([Row(0, "training", step=number + 1)])
+    assert shown.line().endswith("16:00 left")
+    lines: list[str] = []
+    with Plain(shown, lines.append) as view:
+        shown.silent_since = 30.0
+        for _ in range(3):
+            view.refresh()
+        (line,) = lines
+        assert re.search(r"no news since \d\d:\d\d:30$", line)
+        assert "left" not in line
+        shown.silent_since = None
+        view.refresh()
+        assert lines[-1].endswith("16:00 left")
 
 
 @pytest.mark.parametrize(

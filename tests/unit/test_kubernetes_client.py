@@ -2,9 +2,11 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ import pytest
 from tests.cluster.apiserver import ApiServer, serving
 from trainer.errors import TrainingError
 from trainer.kubernetes import client as api
-from trainer.kubernetes import logs, session
-from trainer.kubernetes.client import CONFIG_MAP, JOB, ApiError, Client, quota
+from trainer.kubernetes import logs, pods, session
+from trainer.kubernetes.client import CONFIG_MAP, JOB, ApiError, Client, Silence, quota
 from trainer.kubernetes.logs import LogFollower
 from trainer.kubernetes.plan import Owner
 from trainer.kubernetes.session import Session
@@ -200,10 +202,20 @@ class Heard:
 
     def __init__(self, server: ApiServer, client: Client) -> None:
         status = {"containerStatuses": [{"name": "main", "state": {"running": {}}}]}
-        pod = server.put("pods", {"metadata": {"name": "talker"}, "spec": {}, "status": status})
+        spec = {"nodeName": "node-1"}
+        pod = server.put("pods", {"metadata": {"name": "talker"}, "spec": spec, "status": status})
         self.uid, self._server = pod["metadata"]["uid"], server
         self.lines: queue.Queue[str] = queue.Queue()
-        self.follower = LogFollower(client, "talker", self.uid, "main", self.lines.put)
+        self.follower = LogFollower(client, "talker", self.uid, "main", "node-1", self.lines.put)
+
+    def wait_for_silence(self, why: str | None) -> None:
+        """Return when it is for this reason that nothing is heard; None: when something is."""
+
+        def found() -> bool:
+            silence = self.follower.silence
+            return silence is None if why is None else silence is not None and silence.why == why
+
+        self._server.wait_until(found, 10)
 
     def say(self, line: str) -> None:
         """Say a line, and see it heard before anything else."""
@@ -211,22 +223,162 @@ class Heard:
         assert self.lines.get(timeout=10) == line
 
 
-def test_a_log_that_breaks_after_a_long_time_is_followed_on(
-    server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logs, "_GIVE_UP", 0.0)
+def test_a_log_that_breaks_is_followed_on(server: ApiServer, client: Client) -> None:
     heard = Heard(server, client)
     for number in range(3):
         heard.say(f"line {number}")
         server.drop_streams(cut=True)
     heard.say("the last line")
-    monkeypatch.setattr(logs, "LIVED", 0.0)  # a quiet one, too
     before = server.streams
-    for _ in range(2):
+    for _ in range(2):  # a quiet one, too
         server.drop_streams(cut=True)
         server.wait_until(lambda before=before: server.streams > before)
         before = server.streams
     heard.say("after a silence")
+
+
+@pytest.mark.parametrize("who", ["the API server", "the kubelet of node-1"])
+def test_an_outage_of_any_length_is_named_and_loses_no_line_and_repeats_none(
+    server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    monkeypatch.setattr(api, "LOG_TIMEOUT", 0.2)
+    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.05)
+    heard = Heard(server, client)
+    heard.say("before")
+    began = time.monotonic()
+    if who == "the API server":
+        server.go_away()
+    else:
+        server.freeze("node-1")
+    heard.wait_for_silence(f"{who} does not answer")
+    for number in range(3):
+        server.log(heard.uid, f"line {number}")
+    silence = heard.follower.silence
+    assert silence is not None
+    assert abs(silence.since - began) < 1.0
+    assert heard.lines.empty()
+    if who == "the API server":
+        server.come_back()
+    else:
+        server.thaw("node-1")
+    assert [heard.lines.get(timeout=10) for _ in range(3)] == [f"line {number}" for number in range(3)]
+    heard.wait_for_silence(None)
+    heard.say("the last line")
+    assert heard.lines.empty()
+
+
+def test_a_container_that_says_nothing_for_long_is_not_called_silent(
+    server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "LOG_TIMEOUT", 0.1)
+    heard = Heard(server, client)
+    silences = []
+    server.wait_until(lambda: silences.append(heard.follower.silence) or server.streams >= 10)
+    assert set(silences) == {None}
+
+
+@pytest.mark.parametrize("successor", [False, True])
+def test_a_log_ends_with_its_pod_also_when_that_went_in_an_outage(
+    server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch, successor: bool
+) -> None:
+    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.05)
+    heard = Heard(server, client)
+    heard.say("before")
+    server.go_away()
+    heard.wait_for_silence("the API server does not answer")
+    pod = server.all("pods")["talker"]
+    server.remove("pods", "talker")
+    if successor:
+        own = {key: value for key, value in pod["metadata"].items() if key == "name"}
+        server.put("pods", {**pod, "metadata": own})
+        server.log(server.all("pods")["talker"]["metadata"]["uid"], "of another one")
+    server.come_back()
+    assert heard.follower.done.wait(10)
+    assert heard.lines.empty()
+
+
+def test_what_a_container_said_last_is_read_after_an_outage(
+    server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.05)
+    heard = Heard(server, client)
+    heard.say("before")
+    server.go_away()
+    server.log(heard.uid, "error: the last words")
+    heard.follower.end()
+    heard.wait_for_silence("the API server does not answer")
+    assert not heard.follower.done.is_set()
+    server.come_back()
+    assert heard.follower.done.wait(10)
+    assert heard.lines.get_nowait() == "error: the last words"
+
+
+def test_a_log_that_nobody_wants_any_more_is_followed_no_more(server: ApiServer, client: Client) -> None:
+    heard = Heard(server, client)
+    server.go_away()
+    heard.wait_for_silence("the API server does not answer")
+    heard.follower.close()
+    assert heard.follower.done.wait(10)
+
+
+def test_a_mirror_waits_for_the_server_and_says_so(server: ApiServer, client: Client) -> None:
+    client.patience = 0.0
+    followed = Followed(client)
+    with followed.mirror:
+        server.wait_until(lambda: server.streams)
+        server.go_away()
+        server.wait_until(lambda: followed.mirror.silence)
+        server.put("configmaps", config_map("one"))
+        server.come_back()
+        followed.wait_for("one")
+        assert followed.mirror.silence is None
+
+
+def test_a_server_that_is_still_starting_may_refuse_a_mirror(server: ApiServer, client: Client) -> None:
+    followed = Followed(client)
+    with followed.mirror:
+        server.wait_until(lambda: server.streams)
+        server.forbidden.add(("watch", "configmaps"))
+        server.go_away()
+        server.wait_until(lambda: followed.mirror.silence)
+        server.come_back()
+        server.wait_until(lambda: followed.mirror.silence and "not allowed to watch" in followed.mirror.silence.why)
+        server.put("configmaps", config_map("one"))
+        server.forbidden.clear()
+        followed.wait_for("one")
+
+
+def test_a_mirror_s_patience_has_an_end(server: ApiServer, client: Client) -> None:
+    mirror = Mirror(client, CONFIG_MAP, "own=yes", lambda: None, patience=0.1)
+    with mirror:
+        server.wait_until(lambda: server.streams)
+        server.go_away()
+        server.wait_until(lambda: refused(mirror))
+
+
+def test_silence_is_printed_once_for_each_reason_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(pods, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    shown = pods._Silent(lines.append)
+    api_away, kubelet = "the API server does not answer", "the kubelet of node-1 does not answer"
+    silent = {f"worker {number}": Silence(1000.0, api_away) for number in range(6)}
+    for clock.now in range(1000, 1240):
+        shown.take(silent)
+    assert lines == [
+        f"no news of worker 0, worker 1, worker 2, worker 3 and 2 more for {minutes} min: {api_away}"
+        for minutes in (1, 2)
+    ]
+    shown.take({"worker 0": silent["worker 0"]})
+    assert lines[2:] == ["worker 1, worker 2, worker 3, worker 4 and 1 more are heard again"]
+    shown.take({"worker 0": Silence(1000.0, kubelet)})
+    assert lines[3:] == [f"no news of worker 0 for 4 min: {kubelet}"]
+    shown.take({})
+    assert lines[4:] == ["worker 0 is heard again"]
+    for clock.now in range(1240, 1290):
+        shown.take({"worker 0": Silence(1240.0, kubelet)})
+    shown.take({})
+    assert len(lines) == 5, "a moment's silence is not worth a line"
 
 
 @pytest.mark.parametrize("hours", [8, -5])

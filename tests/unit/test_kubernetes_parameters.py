@@ -1,5 +1,8 @@
 """Every parameter reaches the field of the claim, the job, the pod or the environment that it is meant for."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,9 +10,10 @@ from typing import Any
 import pytest
 
 from trainer.config import TrainingConfig, load_config
+from trainer.kubernetes import inside
 from trainer.kubernetes.claims import claim
 from trainer.kubernetes.etcd import ETCD_SETTINGS
-from trainer.kubernetes.jobs import precache_job, result_job
+from trainer.kubernetes.jobs import RESULTS, precache_job, result_job
 from trainer.kubernetes.network import network_policy
 from trainer.kubernetes.plan import Plan, plan
 from trainer.kubernetes.pytorchjob import training_jobs
@@ -61,8 +65,15 @@ def pod_of(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def limits(rendered: Rendered) -> dict[str, str]:
-    assert rendered.container["resources"]["limits"] == rendered.container["resources"]["requests"]
     return rendered.container["resources"]["limits"]
+
+
+def requests(rendered: Rendered) -> dict[str, str]:
+    return rendered.container["resources"]["requests"]
+
+
+def resources(job: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return pod_of(job)["containers"][0]["resources"]
 
 
 def preferred(rendered: Rendered) -> dict[str, Any]:
@@ -85,11 +96,13 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({"nodes": 3}, lambda r: len(r.jobs), 3),
     ({"nodes": 3, "storage_access_mode": "ReadWriteMany"}, lambda r: r.replica["replicas"], 3),
     ({"cpu_cores": 7}, lambda r: limits(r)["cpu"], "7"),
-    ({"cpu_cores": 8, "elastic_nproc_per_node": 4}, lambda r: r.env["OMP_NUM_THREADS"], "2"),
-    ({"memory_gb": 48}, lambda r: limits(r)["memory"], "48Gi"),
+    ({"cpu_cores": 7}, lambda r: (requests(r)["cpu"], "OMP_NUM_THREADS" in r.env), ("1", False)),
+    ({"memory_gb": 48}, lambda r: (limits(r)["memory"], requests(r)["memory"]), ("48Gi", "48Gi")),
     ({"memory_gb": 48}, lambda r: r.pod["volumes"][2]["emptyDir"], {"medium": "Memory", "sizeLimit": "12Gi"}),
     ({"ephemeral_storage_gb": 9}, lambda r: limits(r)["ephemeral-storage"], "9Gi"),
-    ({"gpu_count": 4}, lambda r: limits(r)["nvidia.com/gpu"], "4"),
+    ({"ephemeral_storage_gb": 9}, lambda r: requests(r)["ephemeral-storage"], "2Gi"),
+    ({"ephemeral_storage_gb": 1}, lambda r: requests(r)["ephemeral-storage"], "1Gi"),
+    ({"gpu_count": 4}, lambda r: (limits(r)["nvidia.com/gpu"], requests(r)["nvidia.com/gpu"]), ("4", "4")),
     ({"gpu_count": 0}, lambda r: [key for key in limits(r) if "gpu" in key], []),
     ({"gpu_count": 0}, lambda r: r.env["DILOCO_DEVICE"], "cpu"),
     ({"device": "cpu"}, lambda r: ("NCCL_DEBUG" in r.env, r.pod["tolerations"], sites(r)), (False, [], {"cpu": 2})),
@@ -257,7 +270,90 @@ def test_sites() -> None:
         result_job(rendered.plan, rendered.plan.workers[0], "export"),
     ):
         assert pod_of(step)["nodeSelector"] == {"zone": "east"}
-        assert pod_of(step)["containers"][0]["resources"] == rendered.container["resources"]
+        assert pod_of(step)["tolerations"] == pod["tolerations"]
+        assert resources(step)["limits"].items() <= limits(rendered).items()
+
+
+@pytest.mark.parametrize(
+    ("memory", "requested"),
+    [
+        (32, {"train": 32, "precache": 2, "held-out": 2, "export": 11, "evaluate": 11}),
+        (3, {"train": 3, "precache": 2, "held-out": 2, "export": 2, "evaluate": 2}),
+        (1, dict.fromkeys(("train", "precache", "held-out", "export", "evaluate"), 1)),
+    ],
+)
+def test_each_pod_asks_for_what_it_needs_and_may_take_what_a_worker_may(memory: int, requested: dict[str, int]) -> None:
+    rendered = Rendered(memory_gb=memory, gpu_count=2)
+    worker = rendered.plan.workers[0]
+    asked = {
+        "train": rendered.container["resources"],
+        "precache": resources(precache_job(rendered.plan, worker)),
+        **{what: resources(result_job(rendered.plan, worker, what)) for what in RESULTS},
+    }
+    assert {step: one["requests"]["memory"] for step, one in asked.items()} == {
+        step: f"{gigabytes}Gi" for step, gigabytes in requested.items()
+    }
+    for step, one in asked.items():
+        own = {name: amount for name, amount in one["limits"].items() if name != "nvidia.com/gpu"}
+        assert own == {"cpu": "16", "memory": f"{memory}Gi", "ephemeral-storage": "100Gi"}
+        assert (one["requests"]["cpu"], one["requests"]["ephemeral-storage"]) == ("1", "2Gi")
+        gpus = "2" if step in ("train", "precache", "evaluate") else None
+        assert one["requests"].get("nvidia.com/gpu") == one["limits"].get("nvidia.com/gpu") == gpus
+
+
+def test_a_pod_that_asks_for_no_gpu_sees_none_of_the_node_s() -> None:
+    rendered = Rendered()
+    worker = rendered.plan.workers[0]
+    variables = {
+        "train": rendered.env,
+        "precache": rendered.precache_env(),
+        **{what: environment(pod_of(result_job(rendered.plan, worker, what))["containers"][0]) for what in RESULTS},
+    }
+    hidden = {step for step, env in variables.items() if env.get("NVIDIA_VISIBLE_DEVICES") == "void"}
+    assert hidden == {"held-out", "export"}
+    assert {step for step, env in variables.items() if "PYTHONUNBUFFERED" in env} == {
+        "precache", "held-out", "export", "evaluate"
+    }, "of a PyTorchJob's pods the operator sets it"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("what", "values", "cores", "threads"),
+    [
+        ("train", {"cpu_cores": 16}, 2, 2),
+        ("train", {"cpu_cores": 16, "elastic_nproc_per_node": 4}, 64, 4),
+        ("train", {"cpu_cores": 16, "elastic_nproc_per_node": 4}, 2, 1),
+        ("evaluate", {"cpu_cores": 16, "elastic_nproc_per_node": 4}, 8, 8),
+        ("export", {"cpu_cores": 3}, 64, 3),
+    ],
+)
+def test_a_pod_s_threads_are_those_that_its_node_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, values: dict[str, Any], cores: int, threads: int
+) -> None:
+    seen: list[str] = []
+
+    def work(*_: Any) -> Any:
+        seen.append(os.environ["OMP_NUM_THREADS"])
+        return 0 if what == "train" else {}
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(inside, "raise_on_sigterm", lambda: None)
+    monkeypatch.setattr(inside, "_train", work)
+    monkeypatch.setattr(inside, "_RESULTS", {what: work})
+    monkeypatch.setattr(inside, "_serve", lambda files, port: 0)
+    config = TrainingConfig.from_flat({**CLUSTER, **values})
+    file = tmp_path / "config.yaml"
+    file.write_text(config_map(plan(config, namespace="n", image="i"))["data"]["config.yaml"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "gone")  # so that it is as it was afterwards
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert inside.run(what, file) == 0
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # an image's, or a person's
+    inside.run(what, file)
+    assert seen == [str(threads), "7"]
+
+
+def test_the_threads_are_set_before_torch_is_there() -> None:
+    code = "import sys; from trainer.kubernetes import inside; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_no_parameter_of_the_cluster_is_forgotten() -> None:

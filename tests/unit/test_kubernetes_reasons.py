@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trainer.kubernetes.reasons import why_claim_waits, why_ended, why_lost, why_no_pod, why_pending
+from trainer.kubernetes.reasons import is_vague, why_claim_waits, why_ended, why_lost, why_no_pod, why_pending
 
 Object = dict[str, Any]
 
@@ -50,6 +50,13 @@ def event(reason: str, message: str, kind: str = "Warning") -> Object:
         (unschedulable("0/2 nodes: 2 Insufficient nvidia.com/gpu"), [], {}, "gpu_count or nodes are more than is free"),
         (unschedulable("0/2 nodes: 2 node(s) had untolerated taint {a}"), [], {}, "give the site a toleration"),
         (unschedulable("0/2 nodes are busy"), [], {}, "no node takes it: 0/2 nodes are busy. It starts when there is"),
+        (
+            unschedulable("0/2 nodes are available: 2 Insufficient memory. preemption: not helpful for scheduling.. "),
+            [],
+            {},
+            "not helpful for scheduling. It may help: lower memory_gb",
+        ),
+        (waiting("ErrImagePull", "not found."), [], {}, "cannot be pulled: not found. Check the name"),
         (unschedulable("unbound"), [], {"data": "gets no volume"}, "claim data gets no volume"),
         ({"spec": {}, "status": {"phase": "Running"}}, [event("FailedMount", "old")], {}, ""),
         ({"spec": {}}, [], {}, ""),
@@ -66,6 +73,7 @@ def test_waiting(pod: Object, events: list[Object], claims: dict[str, str], word
     [
         (ended(0, "Completed"), ""),
         (ended(137, "OOMKilled"), "it needs more memory than it has (it may take 32Gi): lower per_device_train_batch"),
+        (ended(1, "OOMKilled"), "it was killed because it needs more memory than it has"),
         (ended(137), "it was killed (status 137)"),
         (ended(143), "it was told to leave"),
         (ended(1), "it ended with status 1"),
@@ -116,3 +124,10 @@ def test_no_pod() -> None:
     )
     assert why_no_pod([event("FailedCreate", "denied by policy")]) == "its pod cannot be made: denied by policy"
     assert why_no_pod([event("SuccessfulCreate", "made", "Normal")]) == ""
+
+
+def test_only_that_it_has_ended_is_no_reason() -> None:
+    vague = [why_ended(ended(code), "pytorch") for code in (1, 137, 143)]
+    assert [is_vague(why) for why in vague] == [True, True, True]
+    assert not is_vague(why_ended(ended(137, "OOMKilled"), "pytorch"))
+    assert not is_vague("CUDA has gone")

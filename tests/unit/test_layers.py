@@ -39,7 +39,7 @@ LAYERS = [
     {"trainer.models"},
     {"trainer.volume"},
     {"trainer.config"},
-    {"trainer.files"},
+    {"trainer.files", "trainer.chatter"},
     {"trainer.errors"},
 ]
 MODULES = [path for room in ("pipelines", "components", "trainer") for path in sorted((ROOT / room).rglob("*.py"))]

@@ -6,6 +6,8 @@ does the same work. What differs:
 - SIGTERM: the workers get it, may take `SHUTDOWN_TIMEOUT` to save (torchrun: 30 s), this node's keys are given back
   (torchrun leaves them to their lease), and the exit status is 143 (torchrun: 1, after a traceback). SIGINT: 130.
 - A worker that ends for good is not restarted: 2 (bad configuration: it would end so again) and 143 (told to leave).
+- A worker that the kernel kills because memory is short (its cgroup counts such kills) is restarted once: at the second
+  kill it is clear that it needs more than there is.
 - Workers die with their agent, even by kill -9.
 - When the restarts are used up, and the other nodes are fewer than `min_nodes`, the verdict "failed" is written, with
   the reason: they need not wait for us.
@@ -15,6 +17,7 @@ Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 14
 
 import argparse
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -22,12 +25,16 @@ import types
 from pathlib import Path
 
 from trainer.config import TrainingConfig
+from trainer.elastic.memory import MemoryGroup
 from trainer.elastic.process import dying_with_parent
-from trainer.errors import TrainingError, run_main
+from trainer.errors import TrainingError, out_of_memory, run_main
 from trainer.files import read_json
 
 SHUTDOWN_TIMEOUT = 120  # seconds that workers may take to save; a cluster's grace period is what limits it there
+MEMORY_KILLS = 2  # kills for want of memory after which a worker is not restarted
 _FINAL = (2, 143)  # a worker's exit statuses that a restart does not mend
+_KILLED = -signal.SIGKILL
+_VAGUE = re.compile(r"the worker of node \d+ (ended with status \d+|was killed by SIG\w+( \(out of memory\?\))?)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,8 +48,23 @@ def main(arguments: list[str] | None = None) -> int:
     return run_agent(config, parsed.command or worker, parsed.slot)
 
 
-def run_agent(config: TrainingConfig, command: list[str], slot: int | None = None) -> int:
-    """Run this node's workers until they are done; returns the exit status. Needs the main thread (signals)."""
+def is_vague(reason: str) -> bool:
+    """Whether a verdict that an agent has written only says that a worker has ended, and not why."""
+    return _VAGUE.fullmatch(reason) is not None
+
+
+def run_agent(
+    config: TrainingConfig, command: list[str], slot: int | None = None, memory: MemoryGroup | None = None
+) -> int:
+    """Run this node's workers until they are done; returns the exit status. Needs the main thread (signals).
+
+    Args:
+        slot: The slot that the node would like to have.
+        memory: The cgroup that the workers are in; by default this process's.
+
+    Raises:
+        TrainingError: The workers need more memory than they may take; or the run cannot be joined.
+    """
     for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):  # torch's own; our messages about lost peers are shorter
         os.environ.setdefault(name, "ERROR")
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -54,10 +76,15 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
     from trainer.elastic.record import finish, verdict
     from trainer.elastic.rendezvous import BACKEND, NodeRendezvous
 
+    deaths = _MemoryDeaths(memory or MemoryGroup())
+
     class Agent(LocalElasticAgent):
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
-            if any(failure.exitcode in _FINAL for failure in result.failures.values()):
+            codes = [failure.exitcode for failure in result.failures.values()]
+            if codes:
+                deaths.take(codes)
+            if any(code in _FINAL for code in codes) or deaths.count >= MEMORY_KILLS:
                 self._remaining_restarts = 0
             return result
 
@@ -110,10 +137,16 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
         status = next((code for code in _FINAL if code in codes), 1)
         if status == 143:  # one that leaves does not speak for the run
             return status
+        end = deaths.words(in_pod=config.launcher != "local") if deaths.last else _end(codes, deaths.known)
+        reason = f"the worker of node {handler.slot} {end}"
         with EtcdClient.of(config) as client:
             if len(client.list("slots/")) - 1 < config.min_nodes:  # else the others go on without us
-                finish(client, "failed", f"the worker of node {handler.slot} {_end(codes)}", handler.slot)
-            return 0 if verdict(client).status == "succeeded" else status  # the others may have been done without it
+                finish(client, "failed", reason, handler.slot)
+            if verdict(client).status == "succeeded":
+                return 0  # the others may have been done without it
+        if deaths.last:  # the worker could not say so itself
+            raise TrainingError(reason)
+        return status
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousClosedError as error:
@@ -130,11 +163,42 @@ def run_agent(config: TrainingConfig, command: list[str], slot: int | None = Non
         logs.cleanup()
 
 
-def _end(exit_codes: list[int]) -> str:
-    """How workers ended, in words. A negative exit code is the signal that killed one."""
+class _MemoryDeaths:
+    """Tells workers that the kernel has killed because memory was short from others.
+
+    Attributes:
+        known: Whether the kernel says.
+        count: How often there were any.
+        last: Whether there was one among those that have failed last.
+    """
+
+    def __init__(self, group: MemoryGroup) -> None:
+        self._group, self._before = group, group.kills()
+        self.known = self._before is not None
+        self.count, self.last = 0, False
+
+    def take(self, exit_codes: list[int]) -> None:
+        """Take in how workers have failed."""
+        now = self._group.kills()
+        more = now is not None and now > (self._before or 0)
+        self._before, self.last = now, more and _KILLED in exit_codes
+        self.count += self.last
+
+    def words(self, *, in_pod: bool) -> str:
+        limit = self._group.limit()
+        return out_of_memory("" if limit is None else f"{limit / 2**30:.3g} GiB", in_pod=in_pod)
+
+
+def _end(exit_codes: list[int], counted: bool) -> str:
+    """How workers ended, in words. A negative exit code is the signal that killed one.
+
+    Args:
+        counted: It would be known if memory had been short.
+    """
     code = next(code for code in exit_codes if code)
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+        guess = " (out of memory?)" if code == _KILLED and not counted else ""
+        return f"was killed by {signal.Signals(-code).name}{guess}"
     return f"ended with status {code}"
 
 

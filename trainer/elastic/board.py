@@ -29,6 +29,7 @@ class Row:
         speed: Samples a second.
         bytes: Sent and received.
         note: What else there is to say.
+        at: When it reached its step, in Unix seconds by its own clock.
     """
 
     worker: int
@@ -40,6 +41,7 @@ class Row:
     speed: float | None = None
     bytes: int | None = None
     note: str = ""
+    at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class Board:
         round: The committed rounds.
         losses: The workers' mean loss when each round was seen to be committed.
         happenings: All of them, oldest first.
+        silent_since: Since when there is no news of some of the workers, in Unix seconds; None: there is of all.
     """
 
-    def __init__(self, total_steps: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, total_steps: int | None = None, clock: Callable[[], float] = time.time) -> None:
         self.total_steps = total_steps
         self._clock = clock
         self.heading: Sequence[str] = ()
@@ -73,8 +76,10 @@ class Board:
         self.step = self.round = 0
         self.losses: list[float] = []
         self.happenings: list[Happening] = []
+        self.silent_since: float | None = None
         self._started = clock()
-        self._places: deque[tuple[float, int]] = deque()  # when which step was seen to be reached
+        self._places: deque[tuple[float, int]] = deque()  # when which step was reached
+        self._moved = clock()  # when the last of them was seen
 
     def fill(self, rows: Sequence[Row], *, step: int | None = None, round: int | None = None) -> None:
         """Take in how the workers are now.
@@ -89,12 +94,14 @@ class Board:
         self.round = min((row.round or 0 for row in under_way), default=0) if round is None else round
         if self.round > before and self.loss is not None:
             self.losses.append(self.loss)
-        now = self._clock()
         if not self._places or self.step != self._places[-1][1]:
             if self._places and self.step < self._places[-1][1]:
                 self._places.clear()  # the run goes on from a checkpoint
-            self._places.append((now, self.step))
-        while len(self._places) > 4 and self._places[1][0] < now - PACE_WINDOW:
+            self._moved = self._clock()
+            # By the workers' own clocks, where they tell: what is heard all at once has not happened all at once.
+            reached = [row.at for row in under_way if row.at is not None and row.step == self.step]
+            self._places.append((max(reached, default=self._moved), self.step))
+        while len(self._places) > 4 and self._places[1][0] < self._places[-1][0] - PACE_WINDOW:
             self._places.popleft()
 
     @property
@@ -105,18 +112,21 @@ class Board:
 
     @property
     def left(self) -> float | None:
-        """Seconds until the run is complete at its pace, waiting and all; None before that is known.
+        """Seconds until the run is complete at its pace, waiting and all; None before that is known, and while it is
+        not known how some of the workers are.
 
         The first place does not count: how long before we looked it was reached, nobody knows.
         """
-        if self.total_steps is None or len(self._places) < 3:
+        if self.total_steps is None or len(self._places) < 3 or self.silent_since is not None:
             return None
         (first, from_step), (last, to_step) = self._places[1], self._places[-1]
-        now = self._clock()
+        if last <= first:  # two workers whose clocks differ
+            return None
+        stands = max(0.0, self._clock() - self._moved)
         usual = (last - first) / (len(self._places) - 2)
-        overdue = max(0.0, now - last - 2 * usual)  # it stands still: that is its pace, too
+        overdue = max(0.0, stands - 2 * usual)  # it stands still: that is its pace, too
         seconds = (last - first + overdue) / max(1, to_step - from_step)
-        return max(0.0, (self.total_steps - self.step) * seconds - (now - last))
+        return max(0.0, (self.total_steps - self.step) * seconds - stands)
 
     def line(self) -> str:
         """The run in one line."""
@@ -127,10 +137,17 @@ class Board:
         parts.append(f"{sum(row.speed or 0 for row in self.rows):.1f} samples/s")
         if any(row.bytes is not None for row in self.rows):
             parts.append(f"{bytes_text(sum(row.bytes or 0 for row in self.rows) / 2)} exchanged")
-        if self.left is not None:
-            parts.append(f"{duration(self.left)} left")
+        if outlook := self._outlook():
+            parts.append(outlook)
         parts += [f"worker {row.worker}: {row.state}" for row in self.rows if row.state != "training"]
         return "  ".join(parts)
+
+    def _outlook(self) -> str:
+        """The time that is left; or why it is not known, if that is known."""
+        if self.silent_since is not None:
+            return f"no news since {time.strftime('%H:%M:%S', time.localtime(self.silent_since))}"
+        left = self.left
+        return "" if left is None else f"{duration(left)} left"
 
     def draw(self) -> Any:
         """The run as rich draws it."""
@@ -148,7 +165,7 @@ class Board:
                 f"{100 * self.step / self.total_steps:.0f} %",
                 f"round {self.round}",
                 f"{duration(self._clock() - self._started)} watched",
-                "" if self.left is None else f"{duration(self.left)} left",
+                self._outlook(),
             )
             parts.append(bar)
         if len(self.losses) > 1:
@@ -184,7 +201,7 @@ class Plain:
         self._board = board
         self._write = write or (lambda line: print(line, flush=True))
         self._round, self._said, self._told = 0, time.monotonic(), 0
-        self._headed = False
+        self._headed = self._silent = False
 
     def __enter__(self) -> Self:
         return self
@@ -203,8 +220,10 @@ class Plain:
         for happening in board.happenings[self._told :]:
             self._write(str(happening))
         self._told = len(board.happenings)
-        if board.round > self._round or now - self._said >= PLAIN_INTERVAL:
-            self._round, self._said = max(board.round, self._round), now
+        silent = board.silent_since is not None
+        stale = silent and self._silent  # the same line again would say nothing new
+        if board.round > self._round or (now - self._said >= PLAIN_INTERVAL and not stale):
+            self._round, self._said, self._silent = max(board.round, self._round), now, silent
             self._write(board.line())
 
     def _write_heading(self) -> None:

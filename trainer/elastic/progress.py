@@ -62,6 +62,7 @@ class WorkerProgress:
         self.pid: int | None = None
         self.happenings: list[Happening] = []
         self._last_step: float | None = None  # when it ended
+        self._at: float | None = None  # when it reached `step`
         self.last_round: Event | None = None
         self.held_out: float | None = None
         self.reason = ""
@@ -98,7 +99,8 @@ class WorkerProgress:
             self._happened(event["time"], f"was late: {missed} round{'s' if missed > 1 else ''} without it")
 
     def _on_step(self, event: Event) -> None:
-        self.state, self.step = "training", math.floor(event["step"])
+        self.state = "training"
+        self._reached(math.floor(event["step"]), event)
         if event.get("loss") is not None:
             self.loss = _smooth(self.loss, event["loss"])
         if self._last_step is not None and event["time"] > self._last_step:
@@ -107,21 +109,37 @@ class WorkerProgress:
         self._last_step = event["time"]
 
     def _on_round(self, event: Event) -> None:
-        self.round, self.step, self.last_round = event["round"], event["step"], event
+        self.round, self.last_round = event["round"], event
+        self._reached(event["step"], event)
         self.bytes += (event.get("bytes_sent") or 0) + (event.get("bytes_received") or 0)
 
     def _on_eval(self, event: Event) -> None:
         self.held_out = event.get("loss")
 
     def _on_end(self, event: Event) -> None:
-        self.state, self.step = event["status"], event.get("step", self.step)
+        self.state = event["status"]
+        self._reached(event.get("step", self.step), event)
         self.reason, self.pid = event.get("reason") or "", None
         if self.state != "complete":
             self._happened(event["time"], f"left: {self.reason}" if self.state == "stopped" else self.state)
 
+    def _reached(self, step: int, event: Event) -> None:
+        if step != self.step:
+            self.step, self._at = step, event["time"]
+
     @property
     def row(self) -> Row:
-        return Row(self.number, self.state, self.step, self.round, self.loss, self.held_out, self.speed, self.bytes)
+        return Row(
+            self.number,
+            self.state,
+            self.step,
+            self.round,
+            self.loss,
+            self.held_out,
+            self.speed,
+            self.bytes,
+            at=self._at,
+        )
 
 
 def fill(board: Board, workers: Sequence[WorkerProgress]) -> None:

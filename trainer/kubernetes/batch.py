@@ -65,6 +65,7 @@ class Jobs:
         self._wake = threading.Event()
         self._runs = {body["metadata"]["name"]: _Run(body, called) for called, body in bodies.items()}
         template = next(iter(bodies.values()))["spec"]["template"]["spec"]
+        self._deadline = float(next(iter(bodies.values()))["spec"]["activeDeadlineSeconds"])  # of each, running
         self._container = template["containers"][0]["name"]
         self._memory = template["containers"][0].get("resources", {}).get("limits", {}).get("memory", "")
 
@@ -80,7 +81,16 @@ class Jobs:
         """
         for run in self._runs.values():
             self._start(run)
-        with Pods(self._client, JOB, self._labels, self._container, self._called, self._say, self._hear) as pods:
+        with Pods(
+            self._client,
+            JOB,
+            self._labels,
+            self._container,
+            self._called,
+            self._say,
+            self._hear,
+            patience=self._deadline,
+        ) as pods:
             self._wake = pods.wake
             while not all(run.done for run in self._runs.values()):
                 pods.wake.wait(LOOK_INTERVAL)

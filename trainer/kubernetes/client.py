@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -22,10 +22,13 @@ Object = dict[str, Any]  # as the Kubernetes API has it
 PATIENCE = 120.0  # seconds that an API server may be away (an upgrade, a failover) before that is an error
 RETRY_INTERVAL = 1.0  # seconds between two tries, at first; it doubles up to ten
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds of one request
-LOG_TIMEOUT = 120.0  # seconds without a line after which a followed log is asked for again: it may be a dead connection
-LIVED = CONNECT_TIMEOUT + 2.0  # seconds: a stream that broke after more of them had been connected
+ANSWER_TIMEOUT = 10.0  # seconds for the API server, or a kubelet through it, to answer what takes no time
+LOG_TIMEOUT = 30.0  # seconds without a line after which a followed log is asked for again: it may be a dead connection
+WATCH_SECONDS = 60  # of one watch; the next one begins at the last one's version
 PAGE = 500  # objects in one answer to `list`
 
+BROKEN, TIMED_OUT = "Broken", "TimedOut"  # reasons: a connection was cut; nothing came for too long
+API_SILENT = "the API server does not answer"
 _MERGE_PATCH = "application/merge-patch+json"
 PASSING = {0, 429, 500, 502, 503, 504}  # statuses of the server's trouble, which may pass; 0: it did not answer
 
@@ -57,6 +60,12 @@ PYTORCH_JOB = Kind(
     "pytorchjobs",
     "its CustomResourceDefinition is missing: install Kubeflow's training operator (1.9), which brings it",
 )
+WORKFLOW = Kind(
+    "Workflow",
+    "/apis/argoproj.io/v1alpha1",
+    "workflows",
+    "its CustomResourceDefinition is missing: Kubeflow Pipelines runs on Argo Workflows, which brings it",
+)
 KINDS = {kind.name: kind for kind in (POD, CLAIM, CONFIG_MAP, SECRET, EVENT, JOB, NETWORK_POLICY, PYTORCH_JOB)}
 
 
@@ -65,12 +74,26 @@ class ApiError(TrainingError):
 
     Attributes:
         status: The HTTP status; 0 if there was no answer.
-        reason: The API's word for it: `NotFound`, `AlreadyExists`, `Conflict`, `Expired`, `Forbidden`, ...
+        reason: The API's word for it: `NotFound`, `AlreadyExists`, `Conflict`, `Expired`, `Forbidden`, ...; of a stream
+            that was answered and did not end well, `BROKEN` or `TIMED_OUT`.
     """
 
     def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
         super().__init__(message)
         self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True)
+class Silence:
+    """That nothing can be heard of a pod, or of the API's objects.
+
+    Attributes:
+        since: When something was heard last, in seconds of `time.monotonic`.
+        why: Who does not answer.
+    """
+
+    since: float
+    why: str
 
 
 class Client:
@@ -106,21 +129,31 @@ class Client:
         self._host = configuration.host
         self._api = client.ApiClient(configuration)
 
-    def get(self, kind: Kind, name: str) -> Object | None:
-        """The object; None if there is none."""
+    def get(self, kind: Kind, name: str, *, timeout: float | None = None) -> Object | None:
+        """The object; None if there is none.
+
+        Args:
+            timeout: Seconds for one try, which is the only one; else it is tried again for `patience`.
+        """
         try:
-            return self._json("get", "GET", kind, name)
+            return self._json("get", "GET", kind, name, timeout=timeout)
         except ApiError as error:
             if error.reason == "NotFound":
                 return None
             raise
 
-    def list(self, kind: Kind, labels: str = "", fields: str = "") -> tuple[list[Object], str]:
-        """All objects that the selectors select, and the `resourceVersion` from which a watch goes on."""
+    def list(
+        self, kind: Kind, labels: str = "", fields: str = "", *, timeout: float | None = None
+    ) -> tuple[list[Object], str]:
+        """All objects that the selectors select, and the `resourceVersion` from which a watch goes on.
+
+        Args:
+            timeout: As `get` has it, for each page.
+        """
         found: list[Object] = []
         query = _selectors(labels, fields) | {"limit": str(PAGE)}
         while True:
-            page = self._json("list", "GET", kind, query=query)
+            page = self._json("list", "GET", kind, query=query, timeout=timeout)
             found += page["items"] or []
             metadata = page["metadata"]
             if not metadata.get("continue"):
@@ -150,10 +183,15 @@ class Client:
         body = {"propagationPolicy": "Background"}
         self._json("deletecollection", "DELETE", kind, query=_selectors(labels, ""), body=body)
 
-    def watch(self, kind: Kind, version: str, labels: str = "", seconds: int = 240) -> Iterator[Object]:
+    def watch(
+        self, kind: Kind, version: str, labels: str = "", *, begun: Callable[[], None] = lambda: None
+    ) -> Iterator[Object]:
         """What has changed since `version`: `{type: ADDED | MODIFIED | DELETED | BOOKMARK, object}`, as it happens.
 
-        It ends after `seconds`, or when the connection does; one begins again with the last object's version.
+        It ends after `WATCH_SECONDS`, or when the connection does; one begins again with the last object's version.
+
+        Args:
+            begun: Called when the API server has taken the request.
 
         Raises:
             ApiError: With status 410, the version is too old: list again.
@@ -162,9 +200,10 @@ class Client:
             "watch": "true",
             "resourceVersion": version,
             "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(seconds),
+            "timeoutSeconds": str(WATCH_SECONDS),
         }
-        with self._stream("watch", kind, "", query, seconds + READ_TIMEOUT) as lines:
+        with self._stream("watch", kind, "", query, WATCH_SECONDS + ANSWER_TIMEOUT) as lines:
+            begun()
             for line in lines:
                 event = json.loads(line)
                 if event["type"] == "ERROR":
@@ -184,7 +223,7 @@ class Client:
         query = {"container": container, "timestamps": "true"}
         query |= {"follow": "true"} if follow else {}
         query |= {"sinceTime": since} if since else {}
-        with self._stream("get", POD, pod, query, LOG_TIMEOUT if follow else READ_TIMEOUT, "/log") as lines:
+        with self._stream("get", POD, pod, query, LOG_TIMEOUT if follow else ANSWER_TIMEOUT, "/log") as lines:
             for line in lines:
                 yield line.decode(errors="replace")
 
@@ -198,14 +237,14 @@ class Client:
         query: Mapping[str, str] | None = None,
         body: Object | None = None,
         shown: str = "",
+        timeout: float | None = None,
     ) -> Any:
-        """One request, made again while the server is away."""
-        deadline, pause = time.monotonic() + self.patience, RETRY_INTERVAL
+        """One request, made again while the server is away, unless `timeout` allows only one try."""
+        deadline, pause = time.monotonic() + (self.patience if timeout is None else 0.0), RETRY_INTERVAL
+        limits = (CONNECT_TIMEOUT, READ_TIMEOUT) if timeout is None else (timeout, timeout)
         while True:
             try:
-                response = self._request(
-                    verb, method, kind, name, query, body, (CONNECT_TIMEOUT, READ_TIMEOUT), shown=shown
-                )
+                response = self._request(verb, method, kind, name, query, body, limits, shown=shown)
                 return json.loads(response.data)
             except ApiError as error:
                 if error.status not in PASSING or time.monotonic() + pause > deadline:
@@ -315,7 +354,7 @@ class _Lines:
         self._response.close()
 
     def _lines(self) -> Iterator[bytes]:
-        from urllib3.exceptions import HTTPError
+        from urllib3.exceptions import HTTPError, ReadTimeoutError
 
         rest = b""
         try:
@@ -323,7 +362,8 @@ class _Lines:
                 *lines, rest = (rest + part).split(b"\n")
                 yield from (line for line in lines if line)
         except (HTTPError, OSError) as error:
-            raise ApiError(f"a connection to the Kubernetes API broke: {one_line(error)}", 0, "Unreachable") from None
+            reason = TIMED_OUT if isinstance(error, ReadTimeoutError) else BROKEN
+            raise ApiError(f"a connection to the Kubernetes API broke: {one_line(error)}", 0, reason) from None
         if rest:
             yield rest
 

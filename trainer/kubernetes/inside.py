@@ -39,11 +39,21 @@ def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0)
     """
     raise_on_sigterm()
     config = load_config(config_file)
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(config, what)))  # before torch is imported, which reads it
     if what == "train":
         return _train(config, slot)
     if what == "precache":
         return _precache(config)
     return _serve(_RESULTS[what](config), port)
+
+
+def _threads(config: TrainingConfig, what: str) -> int:
+    """Threads of each of the pod's processes: their share of the cores that they may use and that the node has.
+
+    Without the node's number a pod that may use 16 cores would have 16 threads stand in each other's way on two.
+    """
+    processes = config.elastic.nproc_per_node if what == "train" else 1
+    return max(1, min(config.cpu_cores, len(os.sched_getaffinity(0))) // processes)
 
 
 def parse(line: str) -> tuple[str, dict[str, Any]] | None:

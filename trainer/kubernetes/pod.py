@@ -23,6 +23,8 @@ RESULT_PORT = 7001  # where a pod that hands over a result listens
 TOKEN_KEY = "token"  # the key, in the run's Secret, of what whoever fetches a result must know
 CONTAINER = "pytorch"  # the name by which the training operator knows a job's main container
 
+_LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # cores, GiB, GiB: requested for what needs little
+
 GRACE_PERIOD = SHUTDOWN_TIMEOUT + 30  # seconds: the agent lets its workers save for the first part of it
 _USER = 1000  # the image's; not root
 
@@ -74,7 +76,6 @@ def template(
 
 
 def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, arguments: tuple[str, ...]) -> Object:
-    resources = _resources(plan, site)
     container: Object = {
         "name": CONTAINER if step == "train" else step,
         "image": site.image,
@@ -82,7 +83,7 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
         "args": ["--config", CONFIG_FILE, *arguments],
         "workingDir": DATA,
         "env": _environment(plan, site, step),
-        "resources": {"requests": resources, "limits": dict(resources)},
+        "resources": _resources(plan, site, step),
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": _mounts(plan, worker, step),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines of its log, in its status
@@ -94,25 +95,57 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
     return container
 
 
-def _resources(plan: Plan, site: Site) -> Object:
-    """Requests and limits, which are equal: the pod is not the one that a full node evicts (QoS class Guaranteed)."""
+def _resources(plan: Plan, site: Site, step: Step) -> Object:
+    """What the scheduler sets aside (requests), and the most that the container may take (limits: the parameters).
+
+    A core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while one core too many in
+    the request leaves the pod without a node for ever. Ephemeral storage likewise: little of it is written, as data,
+    models and checkpoints lie on the claim. A worker's memory is requested whole, because it will be taken and cannot
+    be taken back. The QoS class is Burstable, then, and not Guaranteed; but a node that runs short of memory evicts
+    first what uses more than it has requested, which a worker cannot.
+    """
     config = plan.config
-    resources = {
+    limits = {
         "cpu": str(config.cpu_cores),
         "memory": f"{config.memory_gb}Gi",
         "ephemeral-storage": f"{config.ephemeral_storage_gb}Gi",
     }
-    # Precaching asks for the GPUs, too: where its claim's volume is made, the worker's pod must fit later.
-    return resources | ({site.gpu_resource: str(site.gpu_count)} if site.gpu_resource else {})
+    requests = {
+        "cpu": str(min(_LEAST_CPU, config.cpu_cores)),
+        "memory": f"{_requested_memory(config.memory_gb, step)}Gi",
+        "ephemeral-storage": f"{min(_LEAST_STORAGE, config.ephemeral_storage_gb)}Gi",
+    }
+    gpus = {site.gpu_resource: str(site.gpu_count)} if _has_gpus(site, step) else {}
+    return {"requests": requests | gpus, "limits": limits | gpus}
+
+
+def _requested_memory(memory: int, step: Step) -> int:
+    """In GiB, at most a worker's `memory`."""
+    if step == "train":
+        return memory
+    if step in ("precache", "held-out"):  # data goes through in pieces
+        return min(_LEAST_MEMORY, memory)
+    # These hold the model, and a checkpoint of it while it is loaded. A worker holds it at least six times: parameters,
+    # gradients, two moments, the committed state and the outer momentum.
+    return min(max(_LEAST_MEMORY, -(-memory // 3)), memory)
+
+
+def _has_gpus(site: Site, step: Step) -> bool:
+    """Training and evaluation compute on them. Precaching asks for them, too: where its claim's volume is made, the
+    worker's pod must fit later. The others come when the claim has its place, and would wait for a GPU to do nothing
+    with it."""
+    return bool(site.gpu_resource) and step in ("train", "evaluate", "precache")
 
 
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     config = plan.config
     values: dict[str, object] = {
         "HOME": "/tmp",  # an image of somebody else's may have none that can be written
-        "PYTHONUNBUFFERED": 1,
-        "OMP_NUM_THREADS": max(1, config.cpu_cores // config.elastic.nproc_per_node),
     }
+    if step != "train":  # of a PyTorchJob's pods the operator sets it
+        values["PYTHONUNBUFFERED"] = 1
+    if site.vendor == "nvidia" and not _has_gpus(site, step):
+        values["NVIDIA_VISIBLE_DEVICES"] = "void"  # NVIDIA's runtime class shows all of them to who has asked for none
     if site.device == "cpu" and config.device != "cpu":
         values["DILOCO_DEVICE"] = "cpu"
     if site.vendor != "cpu":  # RCCL reads the same variables

@@ -1,20 +1,35 @@
 """A run's pods as they are seen from a step: what they say, why they wait, how they end."""
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Self
 
 from trainer.kubernetes import reasons
-from trainer.kubernetes.client import CLAIM, EVENT, POD, Client, Kind, Object
+from trainer.kubernetes.client import (
+    ANSWER_TIMEOUT,
+    CLAIM,
+    EVENT,
+    PASSING,
+    POD,
+    ApiError,
+    Client,
+    Kind,
+    Object,
+    Silence,
+)
 from trainer.kubernetes.logs import LogFollower
 from trainer.kubernetes.watch import Mirror
 
 EXPLAIN_AFTER = 10.0  # seconds that a pod may wait before one says why
 EXPLAIN_INTERVAL = 10.0  # seconds between two looks at why
+SILENCE = 60.0  # seconds without news after which that is printed, and then
+LONGEST_SILENCE = 30 * SILENCE  # whenever the silence has become twice as long, but at least so often
+_NAMED = 4  # pods of one silence that are named
 
 Say = Callable[[str], None]
 OnLine = Callable[[Object, str], None]  # a pod, and a line that it has said
@@ -32,6 +47,7 @@ class Pods:
         called: What a person calls a pod: "worker 0".
         say: Prints a line.
         on_line: Takes what the pods say, from threads.
+        patience: Seconds that the API server may be away.
 
     Attributes:
         pods: As they were at the last `look`, by name.
@@ -48,13 +64,16 @@ class Pods:
         called: Callable[[Object], str],
         say: Say,
         on_line: OnLine,
+        patience: float = math.inf,
     ) -> None:
         self._client, self._container, self._called, self._say, self._on_line = client, container, called, say, on_line
         self.wake = threading.Event()
-        self._pods = Mirror(client, POD, labels, self.wake.set)
-        self._owners = Mirror(client, kind, labels, self.wake.set)
+        self._pods = Mirror(client, POD, labels, self.wake.set, patience)
+        self._owners = Mirror(client, kind, labels, self.wake.set, patience)
         self._resources = ExitStack()
         self._followers: dict[str, LogFollower] = {}  # by the pod's uid
+        self._names: dict[str, str] = {}  # of their pods, as a person calls them
+        self._silent = _Silent(say)
         self._said: dict[str, str] = {}  # what was last said of a pod, or of an owner
         self._waiting: dict[str, float] = {}  # since when, by name
         self._asked: dict[str, float] = {}  # when it was asked why, and
@@ -72,6 +91,14 @@ class Pods:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._resources.close()
+        for follower in self._followers.values():
+            follower.close()
+
+    @property
+    def silent_since(self) -> float | None:
+        """Since when it is not known how some of the pods are, in Unix seconds; None: all can be heard."""
+        since = min((silence.since for silence in self._silences().values()), default=None)
+        return None if since is None else time.time() - (time.monotonic() - since)
 
     def look(self) -> None:
         """Take in how things are now: begin to read logs, say what has changed, and why something waits."""
@@ -85,6 +112,7 @@ class Pods:
                 self._running(name, pod)
             else:
                 self._explain(name, partial(self._why_waits, name, pod), self._called(pod))
+        self._silent.take(self._silences())
 
     def explain_missing(self, owner: str, what: str) -> None:
         """Say why a Job or PyTorchJob has no pod, if it has had time to get one."""
@@ -129,11 +157,25 @@ class Pods:
         """Follow the log of each pod that has begun, and end where it has ended."""
         uid = pod["metadata"]["uid"]
         if uid not in self._followers and reasons.has_started(pod, self._container):
+            self._names[uid] = self._called(pod)
+            node = pod["spec"].get("nodeName") or "its node"
             self._followers[uid] = LogFollower(
-                self._client, name, uid, self._container, lambda line: self._on_line(pod, line)
+                self._client, name, uid, self._container, node, lambda line: self._on_line(pod, line)
             )
         if uid in self._followers and reasons.exit_status(pod, self._container) is not None:
             self._followers[uid].end()
+
+    def _silences(self) -> dict[str, Silence]:
+        """Of whom nothing can be heard now, and why; if it is the API server, the pods stand for it."""
+        found = {
+            self._names[uid]: silence for uid, one in self._followers.items() if (silence := one.silence) is not None
+        }
+        reasons_given = {silence.why for silence in found.values()}
+        for mirror in (self._pods, self._owners):
+            silence = mirror.silence
+            if silence is not None and silence.why not in reasons_given:
+                found["the cluster"] = silence
+        return found
 
     def _forget(self, name: str) -> None:
         """It does not wait any more."""
@@ -148,7 +190,13 @@ class Pods:
         if now - self._asked.get(name, -EXPLAIN_INTERVAL) < EXPLAIN_INTERVAL:
             return
         self._asked[name] = now
-        if found := why():
+        try:
+            found = why()
+        except ApiError as error:
+            if error.status not in PASSING:
+                raise
+            return  # it is asked again; what does not answer is no reason to wait for
+        if found:
             self._why[name] = found
             self.say_once(name, f"{what} waits: {found}")
 
@@ -158,7 +206,7 @@ class Pods:
             if "persistentVolumeClaim" not in volume:
                 continue
             claim_name = volume["persistentVolumeClaim"]["claimName"]
-            claim = self._client.get(CLAIM, claim_name)
+            claim = self._client.get(CLAIM, claim_name, timeout=ANSWER_TIMEOUT)
             if claim is None:
                 claims[claim_name] = "is missing"
             elif why := reasons.why_claim_waits(claim, self._events(claim_name)):
@@ -167,9 +215,43 @@ class Pods:
 
     def _events(self, name: str) -> list[Object]:
         """What Kubernetes has told about an object, oldest first."""
-        found, _ = self._client.list(EVENT, fields=f"involvedObject.name={name}")
+        found, _ = self._client.list(EVENT, fields=f"involvedObject.name={name}", timeout=ANSWER_TIMEOUT)
 
         def moment(event: Object) -> str:
             return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"])
 
         return sorted(found, key=moment)
+
+
+class _Silent:
+    """Prints whose silence it is that nothing is heard of pods, and that they are heard again; not too often."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._printed: dict[tuple[str, str], None] = {}  # pods, and why; in the order in which they were printed
+        self._last, self._next = -math.inf, -math.inf  # when it was printed, and is to be again
+
+    def take(self, silences: Mapping[str, Silence]) -> None:
+        """Take in how it is now."""
+        now = time.monotonic()
+        again = list(dict.fromkeys(name for name, _ in self._printed if name not in silences))
+        if again:
+            self._say(f"{_list(again)} {'is' if len(again) == 1 else 'are'} heard again")
+        self._printed = {one: None for one in self._printed if one[0] in silences}
+        long = {name: one for name, one in silences.items() if now - one.since >= SILENCE}
+        new = any((name, one.why) not in self._printed for name, one in long.items())
+        if not long or now < (self._last + SILENCE if new else self._next):
+            return
+        longest = 0.0
+        for why in dict.fromkeys(one.why for one in long.values()):
+            names = [name for name, one in silences.items() if one.why == why]
+            seconds = max(now - silences[name].since for name in names)
+            self._say(f"no news of {_list(names)} for {max(1, round(seconds / 60))} min: {why}")
+            self._printed |= dict.fromkeys((name, why) for name in names)
+            longest = max(longest, seconds)
+        self._last, self._next = now, now + min(longest, LONGEST_SILENCE)
+
+
+def _list(names: Sequence[str]) -> str:
+    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return " and ".join([", ".join(names[:_NAMED]), *more])

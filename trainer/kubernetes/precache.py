@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import Interrupted, TrainingError
+from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.kubernetes import jobs, names
 from trainer.kubernetes.batch import Jobs
 from trainer.kubernetes.claims import claim
@@ -40,28 +40,45 @@ def precache(session: Session, held_out: Path) -> Precached:
     Args:
         held_out: Directory that takes the held-out part of the dataset, with its manifest and tokenizer.
 
+    Nothing cleans up after this step but itself: the pipeline's exit handler is only for the steps that follow. If it
+    fails, or its workflow was terminated, what still runs is deleted, and what only that needed; claims stay, and after
+    a failure ended jobs, to be read. If only its pod goes away the step's next one goes on with the jobs.
+
     Raises:
         ConfigError: The claims are in use by another run.
         TrainingError: A claim cannot be filled, with the reason; or two claims hold different data.
     """
-    plan, say = session.plan, session.say
     session.refuse_claims_in_use()
+    for worker in session.plan.claimants:
+        _ensure_claim(session, worker)
     try:
-        for worker in plan.claimants:
-            _ensure_claim(session, worker)
-        session.prepare()
-        found = _fill(session)
+        return _precache(session, held_out)
     except (Interrupted, KeyboardInterrupt):
-        session.clean_up()
+        if session.workflow_has_ended():
+            session.say("cancelled: the precaching jobs are deleted")
+            session.clean_up_jobs(finished=True)
+        else:
+            session.say("this step goes away, and its jobs go on: the step's next pod follows them")
         raise
+    except (ConfigError, TrainingError):
+        try:
+            session.clean_up_jobs(finished=False)
+        except TrainingError as error:  # the step's own failure is what its last line must say
+            session.say(f"warning: what the step has made is not cleaned up: {error}")
+        raise
+
+
+def _precache(session: Session, held_out: Path) -> Precached:
+    session.prepare()
+    found = _fill(session)
     hashes = {name: manifest["hash"] for name, manifest in found.items()}
     if len(set(hashes.values())) > 1:
         different = ", ".join(f"{name}: {hash[:12]}" for name, hash in hashes.items())
         raise TrainingError(
             f"the claims hold different data, so the source has changed meanwhile ({different}): precache again"
         )
-    say(f"{len(found)} claims are precached: {', '.join(found)}")
-    take(session, plan.claimants[:1], "held-out", held_out)
+    session.say(f"{len(found)} claims are precached: {', '.join(found)}")
+    take(session, session.plan.claimants[:1], "held-out", held_out)
     return Precached(found)
 
 

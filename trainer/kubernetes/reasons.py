@@ -7,12 +7,15 @@ https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trainer.errors import out_of_memory
 from trainer.kubernetes.client import QUOTA_ADVICE, Object, quota
 
-OUT_OF_MEMORY = "it was killed because it needs more memory than it has"
 KILLED = 137
 TOLD_TO_LEAVE = 143
 BAD_CONFIGURATION = 2
+
+_WAS_KILLED, _HAS_LEFT = "it was killed (status 137)", "it was told to leave (SIGTERM)"
+_ENDED_WITH = "it ended with status "
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _VOLUME = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
@@ -42,8 +45,8 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         reason, message = waiting.get("reason", ""), waiting.get("message", "")
         if reason in _IMAGE:
             return (
-                f"its image {container.get('image', '')} cannot be pulled: {message or reason}. Check the name "
-                "(deployment_image, a site's or a vendor's image), and that the namespace may pull it"
+                f"its image {container.get('image', '')} cannot be pulled: {_sentence(message or reason)} "
+                "Check the name (deployment_image, a site's or a vendor's image), and that the namespace may pull it"
             )
         if reason.startswith("Create") and reason.endswith("Error"):
             return f"its container cannot be made: {message or reason}"
@@ -57,7 +60,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         if waiting_claims:
             return "; ".join(waiting_claims)
         said = scheduled.get("message") or "no node suits it"
-        return f"no node takes it: {said}. {_room(said)}"
+        return f"no node takes it: {_sentence(said)} {_room(said)}"
     for event in reversed(list(events)):
         if event.get("reason") in _VOLUME:
             return f"its volume cannot be mounted: {event.get('message', '')}"
@@ -78,7 +81,7 @@ def why_claim_waits(claim: Object, events: Iterable[Object]) -> str:
     for event in reversed(list(events)):
         if event.get("reason") in ("ProvisioningFailed", "FailedBinding"):
             said = event.get("message", "")
-            return f"gets no volume {of_class}: {said}. See storage.storage_class_name, storage.size_gb"
+            return f"gets no volume {of_class}: {_sentence(said)} See storage.storage_class_name, storage.size_gb"
         if event.get("reason") == "ExternalProvisioning":
             return f"waits for a volume {of_class}: {event.get('message', '')}"
     return ""
@@ -106,17 +109,18 @@ def why_ended(pod: Object, container: str, memory: str = "") -> str:
     code = exit_status(pod, container)
     if code is None or code == 0:
         return ""
-    if _terminated(pod, container).get("reason") == "OOMKilled":
-        limit = f" (it may take {memory})" if memory else ""
-        return (
-            f"{OUT_OF_MEMORY}{limit}: lower per_device_train_batch_size or "
-            "sequence_length, take a smaller model, or raise memory_gb"
-        )
+    if is_out_of_memory(pod, container):
+        return f"it {out_of_memory(memory)}"
     if code == KILLED:
-        return "it was killed (status 137)"
+        return _WAS_KILLED
     if code == TOLD_TO_LEAVE:
-        return "it was told to leave (SIGTERM)"
-    return f"it ended with status {code}"
+        return _HAS_LEFT
+    return f"{_ENDED_WITH}{code}"
+
+
+def is_vague(why: str) -> bool:
+    """Whether what `why_ended` has found only says that a container has ended, and not why."""
+    return why in (_WAS_KILLED, _HAS_LEFT) or why.startswith(_ENDED_WITH)
 
 
 def why_lost(pod: Object) -> str:
@@ -132,6 +136,12 @@ def why_lost(pod: Object) -> str:
     if status.get("phase") == "Unknown":
         return _LOST["NodeLost"] + named
     return ""
+
+
+def is_out_of_memory(pod: Object, container: str) -> bool:
+    """Whether a pod's container was killed for its memory; or, as containerd has it, one of its processes was, and the
+    container has failed then."""
+    return _terminated(pod, container).get("reason") == "OOMKilled"
 
 
 def exit_status(pod: Object, container: str) -> int | None:
@@ -157,6 +167,17 @@ def _state(pod: Object, container: str) -> Mapping[str, Any]:
 
 def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+
+
+def _sentence(said: str) -> str:
+    """Kubernetes' own words as a sentence that another one can follow.
+
+    >>> _sentence("0/2 nodes are available. preemption: not helpful for scheduling.. ")
+    '0/2 nodes are available. preemption: not helpful for scheduling.'
+    >>> _sentence("no such class")
+    'no such class.'
+    """
+    return f"{said.rstrip(' .')}."
 
 
 def _room(message: str) -> str:

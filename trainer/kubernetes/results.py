@@ -65,7 +65,8 @@ def _take(session: Session, worker: WorkerPlan, what: jobs.Result, directory: Pa
     try:
         running.run(take_if_ready)
     except (Interrupted, KeyboardInterrupt):
-        running.delete()
+        if session.workflow_has_ended():
+            running.delete()
         raise
     if not directory.is_dir():
         raise TrainingError(f"the pod of {what} ended without handing over its result")

@@ -4,11 +4,12 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from trainer.config import TrainingConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes import names
 from trainer.kubernetes.client import (
     CLAIM,
@@ -17,6 +18,7 @@ from trainer.kubernetes.client import (
     POD,
     PYTORCH_JOB,
     SECRET,
+    WORKFLOW,
     ApiError,
     Client,
     Kind,
@@ -28,6 +30,9 @@ from trainer.kubernetes.settings import config_map, run_secret
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _STEP_CONTAINER = "main"  # Argo's name of it
+_ASKING = 1.0  # seconds for the workflow to be read: a step that is terminated has about two until it is killed
+_OVER = ("Succeeded", "Failed", "Error")  # Argo's phases of a workflow that has ended
+_STOPPED = ("Terminate", "Stop")  # `spec.shutdown` of one that Argo's own commands end
 
 Say = Callable[[str], None]
 
@@ -38,6 +43,19 @@ def say(line: str) -> None:
 
 
 @dataclass(frozen=True)
+class Workflow:
+    """The Argo workflow that a step belongs to; it may be in another namespace than what the step makes.
+
+    Attributes:
+        name, uid: Empty if the step's pod, which refers to it, could not be read.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
 class Session:
     """What a step has in hand.
 
@@ -45,11 +63,13 @@ class Session:
         client: Speaks to the training's namespace.
         plan: The training on the cluster.
         say: Prints a line.
+        workflow: That the step belongs to; None: it is a person's own, in a pod or not.
     """
 
     client: Client
     plan: Plan
     say: Say
+    workflow: Workflow | None = None
 
     @classmethod
     def open(cls, config: TrainingConfig, image: str, say: Say = say) -> Self:
@@ -64,8 +84,9 @@ class Session:
             TrainingError: There is no cluster, or it refuses us.
         """
         client = Client(config.deployment_namespace)
-        owner, own_image = _own_pod(config.deployment_namespace, say)
-        return cls(client, plan(config, namespace=client.namespace, image=own_image or image, owner=owner), say)
+        owner, workflow, own_image = _own_pod(config.deployment_namespace, say)
+        made = plan(config, namespace=client.namespace, image=own_image or image, owner=owner)
+        return cls(client, made, say, workflow)
 
     def apply(self, body: Object) -> None:
         """Create an object of the run, or bring it up to date."""
@@ -100,6 +121,56 @@ class Session:
                 allowed = f"its claims are in use by run {other}: wait for it, or choose another deployment_name"
                 raise ConfigError("deployment_name", self.plan.config.deployment_name, allowed)
 
+    def workflow_has_ended(self) -> bool:
+        """Whether the workflow that this step belongs to was terminated, or is over: what a step that is interrupted
+        must know. Else only its pod goes away (a drain, an eviction), and the next one goes on with the work.
+
+        KFP terminates a workflow by `spec.activeDeadlineSeconds: 0`, which is set before the step gets its SIGTERM.
+        A step without a workflow is a person's, who has just ended it. Where asking fails the answer is no, and that is
+        printed: the exit handler and the owner references clean up what is left of a workflow that is over.
+        """
+        return self._workflow_has_ended
+
+    @cached_property
+    def _workflow_has_ended(self) -> bool:  # asked once: there may be no time for more
+        own = self.workflow
+        if own is None:
+            return True
+        if not own.name:
+            self.say("warning: it is not known which workflow this step is of, and so not whether it was terminated")
+            return False
+        try:
+            client = self.client if own.namespace == self.client.namespace else Client(own.namespace)
+            workflow = client.get(WORKFLOW, own.name, timeout=_ASKING)
+        except TrainingError as error:
+            self.say(f"warning: it cannot be found out whether workflow {own.name} was terminated: {error}")
+            return False
+        if workflow is None or workflow["metadata"]["uid"] != own.uid:
+            return True
+        spec, status = workflow.get("spec") or {}, workflow.get("status") or {}
+        return bool(
+            workflow["metadata"].get("deletionTimestamp")
+            or spec.get("activeDeadlineSeconds") == 0
+            or spec.get("shutdown") in _STOPPED
+            or status.get("phase") in _OVER
+        )
+
+    def clean_up_jobs(self, *, finished: bool) -> None:
+        """Delete the run's Jobs, and what only they need: unless a training of the run is under way, as one of an
+        earlier workflow's may be, that is all but the claims.
+
+        Args:
+            finished: Also those that have ended, or are another workflow's.
+        """
+        if finished:
+            self.client.delete_all(JOB, self.plan.selector)
+        else:
+            for job in self.client.list(JOB, self.plan.selector)[0]:
+                if not has_ended(job) and not self._other_owner(job):
+                    self.client.delete(JOB, job["metadata"]["name"])
+        if all(has_ended(job) for job in self.client.list(PYTORCH_JOB, self.plan.selector)[0]):
+            self._delete_settings()
+
     def clean_up(self, *, finished: bool = True, claims: bool = False) -> None:
         """Delete what the run has made; workers that still train save and leave.
 
@@ -130,8 +201,7 @@ class Session:
         else:
             for kind, job in running:
                 self.client.delete(kind, job)
-        for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
-            self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
+        self._delete_settings()
         for worker in self.plan.claimants if claims else ():
             self.client.delete(CLAIM, worker.claim)
 
@@ -141,6 +211,10 @@ class Session:
             assert self.plan.owner is not None
             change = {"metadata": {"ownerReferences": [self.plan.owner.reference()]}}
             self.client.patch(kind, there["metadata"]["name"], change)
+
+    def _delete_settings(self) -> None:
+        for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
+            self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
 
     def _other_owner(self, one: Object) -> str:
         """The name of the workflow that owns it, if that is another one than this step's."""
@@ -190,22 +264,24 @@ def own_namespace() -> str:
         return ""
 
 
-def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, str]:
-    """The workflow that this pod is a step of, if it is in `namespace`, and the pod's image; (None, "") elsewhere."""
+def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, Workflow | None, str]:
+    """The workflow that this pod is a step of, as an owner if it is in `namespace`; and the pod's image, or ""."""
     own, name = own_namespace(), os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     if not own:
-        return None, ""
+        return None, None, ""
     try:
         pod = Client(own).get(POD, name)
     except ApiError as error:
         say(f"warning: what this step makes does not end with its workflow: {error}")
-        return None, ""
+        return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""  # KFP's steps are a workflow's
     if pod is None:
-        return None, ""
+        return None, None, ""
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
     image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))
     owners = [one for one in pod["metadata"].get("ownerReferences") or [] if one["kind"] == "Workflow"]
-    if not owners or own != namespace:
-        return None, image
-    workflow = owners[0]
-    return Owner(workflow["apiVersion"], workflow["kind"], workflow["name"], workflow["uid"]), image
+    if not owners:
+        return None, None, image
+    one = owners[0]
+    workflow = Workflow(own, one["name"], one["uid"])
+    owner = Owner(one["apiVersion"], one["kind"], one["name"], one["uid"]) if own == namespace else None
+    return owner, workflow, image

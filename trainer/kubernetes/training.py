@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.elastic import record
+from trainer.elastic.agent import MEMORY_KILLS, is_vague
 from trainer.elastic.board import Board, View, view
 from trainer.elastic.etcd import EtcdClient, EtcdError
 from trainer.elastic.progress import WorkerProgress, fill
@@ -30,7 +31,7 @@ from trainer.kubernetes.session import Session, condition, has_ended, refuse_for
 LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
 ETCD_INTERVAL = 2.0  # seconds between two looks at etcd
 OPERATOR_TIMEOUT = 45.0  # seconds after which an operator has said something about a job, if there is one
-PATIENCE = 900.0  # seconds that the API server may be away: the workers do not need it
+PATIENCE = 900.0  # seconds that a request is tried for; what is followed is waited for longer, see `follow`
 SEEN_TIMEOUT = 10.0  # seconds for a job that was made to be seen
 _GONE_TIMEOUT = 2.0 * GRACE_PERIOD  # seconds for a job that was deleted to be gone
 
@@ -49,8 +50,9 @@ class Trained:
 def train(session: Session, directory: Path) -> Trained:
     """Train on the cluster until the run is complete.
 
-    A training of this run that is under way is followed, not begun again. After SIGTERM, which is how a pipeline's run
-    is cancelled, everything is deleted; the workers save and leave.
+    A training of this run that is under way is followed, not begun again. A step that is interrupted deletes everything
+    if its workflow was terminated (`Session.workflow_has_ended`), and the workers save and leave; else it leaves the
+    training to its successor.
 
     Args:
         directory: Where the workers' events are written as the pods tell them: `worker-<i>/metrics.jsonl`.
@@ -65,8 +67,11 @@ def train(session: Session, directory: Path) -> Trained:
             session.client.patience = max(session.client.patience, PATIENCE)
             return training.follow()
         except (Interrupted, KeyboardInterrupt):
-            session.say("cancelled: the training's jobs are deleted, their workers save and leave")
-            session.clean_up()
+            if session.workflow_has_ended():
+                session.say("cancelled: the training's jobs are deleted, their workers save and leave")
+                session.clean_up()
+            else:
+                session.say("this step goes away, and the training goes on: the step's next pod follows it")
             raise
 
 
@@ -87,6 +92,7 @@ class _Training:
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
         self._last_words: dict[int, str] = {}  # of a worker: its last error
         self._out_of_memory: Counter[int] = Counter()  # how often a worker was
+        self._why_ended: dict[int, str] = {}  # how a worker's last pod has
         self._lost: dict[int, str] = {}  # workers that have failed for good: why
         self._asked_etcd, self._etcd_away = 0.0, False
         self._verdict = record.Verdict("open")
@@ -135,19 +141,28 @@ class _Training:
             time.sleep(0.2)
 
     def follow(self) -> Trained:
-        """Until the training has ended."""
+        """Until the training has ended. The workers train on without the API server, and so they are waited for as long
+        as they may train."""
         plan = self._plan
         selector = names.selector({"app.kubernetes.io/component": "train"})
         with (
             Pods(
-                self._client, PYTORCH_JOB, f"{plan.selector},{selector}", CONTAINER, self._called, self._say, self._hear
+                self._client,
+                PYTORCH_JOB,
+                f"{plan.selector},{selector}",
+                CONTAINER,
+                self._called,
+                self._say,
+                self._hear,
+                patience=self._config.active_deadline,
             ) as pods,
             view(self._board) as self._shown,
         ):
             if self._over():
                 self._say(f"run {plan.run_id} has ended already: it has {self._verdict.status}")
             else:
-                self._say(f"run {plan.run_id}: {len(plan.workers)} workers; kubectl get pytorchjob -l {plan.selector}")
+                self._say(f"run {plan.run_id}: {self._config.attendance}")
+                self._say(f"kubectl get pytorchjob -n {plan.namespace} -l {plan.selector}")
             self._look(pods)
             while not self._over():
                 pods.wake.wait(LOOK_INTERVAL)
@@ -155,9 +170,21 @@ class _Training:
                 self._refuse_what_cannot_go_on(pods)
             self._wind_up(pods)
         if self._verdict.status == "failed":
-            raise TrainingError(self._verdict.reason or "the run has failed")
+            raise TrainingError(self._why_failed())
         self._session.say(f"run {plan.run_id} is complete")
         return Trained(self._by_checkpoint())
+
+    def _why_failed(self) -> str:
+        """The verdict's reason; or, where that only says that a worker has ended, why that was, as seen from here."""
+        reason = self._verdict.reason
+        if reason and not is_vague(reason):
+            return reason
+        out_of_memory = {index: self._why_ended[index] for index in self._out_of_memory if index in self._why_ended}
+        own = {index: why for index, why in self._why_ended.items() if index == self._verdict.slot}
+        for index, why in (*own.items(), *self._lost.items(), *out_of_memory.items()):
+            if not reasons.is_vague(why):
+                return f"worker {index}: {why}"
+        return reason or "the run has failed"
 
     def _over(self) -> bool:
         return self._verdict.terminal
@@ -176,6 +203,7 @@ class _Training:
             self._look_at_job(name, pods)
         if not self._over() and time.monotonic() - self._asked_etcd > ETCD_INTERVAL:
             self._ask_etcd()
+        self._board.silent_since = pods.silent_since
         self._update()
 
     def _look_at_pod(self, pod: Object, pods: Pods) -> None:
@@ -192,13 +220,18 @@ class _Training:
         worker = self._workers.get(pod["metadata"]["name"])
         said = self._last_words.get(worker.index) if worker and why == f"it ended with status {code}" else ""
         self._ended[uid] = said or why
-        again = ": the training operator starts it again" if code >= 128 else ""
-        self._say(f"{self._called(pod)} has ended: {self._ended[uid]}{again}")
-        if worker and why.startswith(reasons.OUT_OF_MEMORY):
+        if worker:
+            self._why_ended[worker.index] = self._ended[uid]
+        hopeless = False
+        if worker and reasons.is_out_of_memory(pod, CONTAINER):
             self._out_of_memory[worker.index] += 1
-            if self._out_of_memory[worker.index] > self._config.elastic.max_restarts:  # it would end so for ever
-                self._client.delete(PYTORCH_JOB, worker.job)
-                self._lose(self._members(worker.job), self._ended[uid])
+            most = min(MEMORY_KILLS, self._config.elastic.max_restarts + 1)
+            hopeless = self._out_of_memory[worker.index] >= most  # it would end so for ever
+        again = ": the training operator starts it again" if code >= 128 and not hopeless else ""
+        self._say(f"{self._called(pod)} has ended: {self._ended[uid]}{again}")
+        if worker and hopeless:
+            self._client.delete(PYTORCH_JOB, worker.job)
+            self._lose(self._members(worker.job), self._ended[uid])
 
     def _look_at_job(self, name: str, pods: Pods) -> None:
         job, members = pods.owners.get(name), self._members(name)

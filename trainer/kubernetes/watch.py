@@ -2,10 +2,11 @@
 
 One lists, and watches from the list's version on. A watch ends now and then, breaks, or is told that its version is too
 old (410): then one watches again from the last version, or lists again. What the list has no more is gone, so that no
-deletion is missed however long nobody watched.
+deletion is missed however long nobody watched. An API server that does not answer is waited for.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,19 @@ from types import TracebackType
 from typing import Self
 
 from trainer.errors import TrainingError
-from trainer.kubernetes.client import LIVED, PASSING, RETRY_INTERVAL, ApiError, Client, Kind, Object
+from trainer.kubernetes.client import (
+    ANSWER_TIMEOUT,
+    API_SILENT,
+    BROKEN,
+    PASSING,
+    RETRY_INTERVAL,
+    TIMED_OUT,
+    ApiError,
+    Client,
+    Kind,
+    Object,
+    Silence,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +37,22 @@ class Mirror:
     Args:
         labels: The label selector.
         changed: Called, from a thread, after each change.
+        patience: Seconds that the API server may be away.
+
+    Attributes:
+        silence: Since when, and why, it is not known how the objects are, if so.
     """
 
-    def __init__(self, client: Client, kind: Kind, labels: str, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        kind: Kind,
+        labels: str,
+        changed: Callable[[], None],
+        patience: float = math.inf,
+    ) -> None:
+        self._patience, self._heard = patience, time.monotonic()
+        self.silence: Silence | None = None
         self._client, self._kind, self._labels, self._changed = client, kind, labels, changed
         self._objects: dict[str, Object] = {}
         self._departed: list[Object] = []
@@ -63,35 +89,44 @@ class Mirror:
             return found
 
     def _run(self) -> None:
-        answered = time.monotonic()
         while not self._closed.is_set():
-            began = time.monotonic()
             try:
                 if not self._version:
-                    self._list()
+                    self._list(timeout=ANSWER_TIMEOUT)
                     self._changed()
-                began = time.monotonic()
                 self._watch()
-                answered = time.monotonic()
+                self._hear()
             except ApiError as error:
-                if time.monotonic() - began > LIVED:  # it was watching until now
-                    answered = time.monotonic()
                 if error.status == 410:
                     self._version = ""
-                elif error.status not in PASSING or time.monotonic() - answered > self._client.patience:
+                elif error.reason == BROKEN:
+                    self._hear()  # until now
+                elif error.reason != TIMED_OUT and not self._bear(error):
                     self._fail(error)
                     return
-                else:
-                    logger.debug("watching %s again: %s", self._kind.plural, error)
-                    self._closed.wait(RETRY_INTERVAL)
+                self._closed.wait(RETRY_INTERVAL if error.status != 410 else 0.0)
             except Exception as error:  # whoever waits for this thread must not wait for ever
                 self._fail(TrainingError(f"{self._kind.plural} cannot be followed: {error!r}"))
                 return
 
+    def _hear(self) -> None:
+        self._heard, self.silence = time.monotonic(), None
+
+    def _bear(self, error: ApiError) -> bool:
+        """Whether a refusal may pass. A server that comes back may refuse everything before it has read its roles."""
+        passing = error.status in PASSING
+        starting = self.silence is not None and error.status in (401, 403)
+        if not (passing or starting) or time.monotonic() - self._heard > self._patience:
+            return False
+        logger.debug("watching %s again: %s", self._kind.plural, error)
+        self.silence = Silence(self._heard, API_SILENT if passing else str(error))
+        return True
+
     def _watch(self) -> None:
-        for event in self._client.watch(self._kind, self._version, self._labels):
+        for event in self._client.watch(self._kind, self._version, self._labels, begun=self._hear):
             if self._closed.is_set():
                 return
+            self._heard = time.monotonic()
             content = event["object"]
             self._version = content["metadata"]["resourceVersion"]
             if event["type"] == "BOOKMARK":
@@ -104,8 +139,8 @@ class Mirror:
                     self._objects[content["metadata"]["name"]] = content
             self._changed()
 
-    def _list(self) -> None:
-        found, version = self._client.list(self._kind, self._labels)
+    def _list(self, timeout: float | None = None) -> None:
+        found, version = self._client.list(self._kind, self._labels, timeout=timeout)
         uids = {one["metadata"]["uid"] for one in found}
         with self._lock:
             self._departed += [one for one in self._objects.values() if one["metadata"]["uid"] not in uids]

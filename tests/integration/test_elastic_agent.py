@@ -1,0 +1,99 @@
+"""A node's agent with a real etcd, and a worker that the kernel kills for its memory: in a cgroup of the test's own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trainer.config import TrainingConfig
+from trainer.elastic.agent import is_vague
+from trainer.elastic.etcd import EtcdClient
+from trainer.elastic.record import Verdict, verdict
+from trainer.files import write_json
+
+AGENT = """
+import sys
+from pathlib import Path
+from trainer.config import TrainingConfig
+from trainer.elastic.agent import run_agent
+from trainer.elastic.memory import MemoryGroup
+from trainer.errors import run_main
+from trainer.files import read_json
+
+place = Path(sys.argv[1])
+config = TrainingConfig.from_tree(read_json(place / "config.json"))
+memory = MemoryGroup(place / "cgroup", place / "membership")
+run_main(lambda: run_agent(config, [sys.executable, "-c", sys.argv[2], str(place)], 0, memory))
+"""
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+
+place = Path(sys.argv[1])
+with (place / "lives").open("a") as lives:
+    lives.write(".")
+"""
+OUT_OF_MEMORY = """
+life = (place / "lives").stat().st_size
+if KILLED(life):
+    (place / "cgroup" / "memory.events").write_text(f"oom {life + 4}\\noom_kill {life}\\n")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+ADVICE = "lower per_device_train_batch_size or sequence_length, take a smaller model, or raise memory_gb"
+
+Run = Callable[..., "tuple[subprocess.CompletedProcess[str], int, Verdict]"]
+
+
+@pytest.fixture
+def run(etcd: str, tmp_path: Path) -> Run:
+    def run(worker: str, **values: object) -> tuple[subprocess.CompletedProcess[str], int, Verdict]:
+        """Returns how the agent has ended, how many lives its worker had, and the run's verdict."""
+        flat = {"launcher": "pytorchjob", "run_id": tmp_path.name, "nodes": 1, "device": "cpu", **values}
+        config = TrainingConfig.from_flat({**flat, "etcd_endpoints": [etcd], "run_dir": str(tmp_path)})
+        write_json(tmp_path / "config.json", config.model_dump(mode="json"))
+        command = [sys.executable, "-c", AGENT, str(tmp_path), WORKER + worker]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        agent = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        with EtcdClient.of(config) as client:
+            return agent, (tmp_path / "lives").stat().st_size, verdict(client)
+
+    (tmp_path / "cgroup").mkdir()
+    (tmp_path / "cgroup" / "memory.events").write_text("oom 4\noom_kill 0\n")
+    (tmp_path / "cgroup" / "memory.max").write_text(f"{3 << 29}\n")
+    (tmp_path / "membership").write_text("0::/\n")
+    return run
+
+
+def test_a_worker_that_needs_more_memory_than_there_is_is_restarted_once(run: Run) -> None:
+    agent, lives, found = run(OUT_OF_MEMORY.replace("KILLED", "bool"), elastic_max_restarts=9)
+    assert lives == 2
+    reason = "the worker of node 0 was killed because it needs more memory than it has (it may take 1.5 GiB): " + ADVICE
+    assert (found.status, found.reason, found.slot) == ("failed", reason, 0)
+    assert agent.returncode == 1
+    assert agent.stderr.splitlines()[-1] == f"error: {reason}"
+    assert not is_vague(reason)
+
+
+def test_a_worker_that_was_killed_by_somebody_else_has_all_its_restarts(run: Run) -> None:
+    agent, lives, found = run(OUT_OF_MEMORY.replace("KILLED", "(lambda life: life == 1)"), elastic_max_restarts=2)
+    assert lives == 3
+    assert found.reason == "the worker of node 0 was killed by SIGKILL"
+    assert agent.returncode == 1
+    assert is_vague(found.reason)
+
+
+def test_where_the_kernel_does_not_say_it_is_a_guess(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "membership").write_text("")
+    _, lives, found = run(OUT_OF_MEMORY.replace("KILLED", "bool"), elastic_max_restarts=2)
+    assert lives == 3
+    assert found.reason == "the worker of node 0 was killed by SIGKILL (out of memory?)"
+    assert is_vague(found.reason)
+
+
+def test_on_a_machine_of_one_s_own_there_is_no_pod_to_give_more_memory(run: Run) -> None:
+    _, lives, found = run(OUT_OF_MEMORY.replace("KILLED", "bool"), launcher="local")
+    assert lives == 2
+    assert found.reason.endswith("sequence_length, or take a smaller model")

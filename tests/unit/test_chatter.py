@@ -1,0 +1,30 @@
+"""Whose log lines a command prints."""
+
+import subprocess
+import sys
+
+CODE = """
+import logging
+from trainer.chatter import set_up_logging
+
+set_up_logging()
+logging.getLogger("matplotlib.font_manager").info("generated new fontManager")
+logging.getLogger("httpx").info("HTTP Request: GET")
+logging.getLogger("datasets").warning("no such split")
+logging.getLogger("trainer.loop").info("resuming")
+logging.getLogger("trainer.loop").debug("too much")
+"""
+
+
+def test_libraries_are_heard_from_warning_on_and_we_from_info_on() -> None:
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "no such split\nresuming\n")
+
+
+def test_that_is_so_in_every_command() -> None:
+    """The pod's commands included: here one that needs nothing."""
+    code = (
+        "import logging, sys; from trainer.__main__ import main; main(['schema']); "
+        "sys.exit(logging.getLogger().level != logging.WARNING or logging.getLogger('trainer').level != logging.INFO)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
