@@ -36,7 +36,7 @@ class Output:
     def hand_on(self, artifact: Any) -> None:
         """Put the files and their metadata into a KFP artifact.
 
-        What is not known is left out: ML Metadata takes no null (backend/src/v2/metadata/converter.go), and JSON no NaN.
+        What is not known is left out: ML Metadata takes no null (backend/src/v2/metadata/converter.go), JSON no NaN.
         """
         for name, path in self.files.items():
             hand_on(path, f"{artifact.path}/{name}")
