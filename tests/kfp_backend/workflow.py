@@ -361,7 +361,7 @@ def _nodes(tasks: list[Ir]) -> Iterator[Ir]:
     for task in tasks:
         known: Ir = {key: task[key] for key in ("run_id", "task_id", "create_time", "end_time", "state") if key in task}
         pods = [one for one in task["pods"] if one["type"] == "EXECUTOR"]
-        for name, often in ((task["display_name"], 1), *([("executor", len(pods))] if pods else [])):
+        for name, often in ((task["name"], 1), *([("executor", len(pods))] if pods else [])):
             for title in (name, *(f"{name}({attempt})" for attempt in range(often))):
                 yield {**known, "display_name": title}
 
