@@ -103,6 +103,14 @@ class Place:
 
         self.server.wait_until(running)
 
+    def terminate(self) -> str:
+        """Terminate the run; during which step the laptop reports that."""
+        (run,) = self.backend.runs
+        self.backend.terminate(run["run_id"])
+        ended, _, step = self.wait().rpartition(" during ")
+        assert ended == f"run {run['run_id']} was terminated"
+        return step
+
     def _submit(self) -> None:
         values = {"--device": "cpu", "--nodes": "2", "--etcd-endpoints": json.dumps([self._etcd])}
         flags = [word for pair in values.items() for word in pair]
@@ -191,11 +199,24 @@ def test_a_terminated_training_takes_its_workers_with_it(place: Place) -> None:
     (workflow,) = place.server.all("workflows").values()
     owners: list[Any] = [job["metadata"]["ownerReferences"][0] for job in place.server.all("pytorchjobs").values()]
     assert {owner["uid"] for owner in owners} == {workflow["metadata"]["uid"]}
-    (run,) = place.backend.runs
-    place.backend.terminate(run["run_id"])
-    assert place.wait() == f"run {run['run_id']} was terminated during train"
-    place.server.wait_until(lambda: not place.jobs())
-    assert len(place.backend.pods("train")) == 1
+    assert place.terminate() == "train"
+    assert not place.jobs()
+    assert len(place.backend.pods("train")) == len(place.backend.pods("clean-up")) == 1
+
+
+@pytest.mark.parametrize(("step", "cleaned_up"), [("precache", 0), ("export", 1)])
+def test_a_terminated_step_takes_its_jobs_with_it(place: Place, step: str, cleaned_up: int) -> None:
+    def hold(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.wait_while_wanted(pod)
+        cluster.end(pod, 143)
+
+    place.story.told[step] = hold
+    place.submit()
+    place.server.wait_until(lambda: [name for name in place.server.all("jobs") if step in name])
+    assert place.terminate() == step
+    place.server.wait_until(lambda: not [name for name in place.server.all("jobs") if step in name])
+    assert len(place.backend.pods("clean-up")) == cleaned_up  # precache is not in the graph that it belongs to
 
 
 def test_a_drained_train_step_leaves_its_workers_alone_and_the_next_one_goes_on(place: Place) -> None:

@@ -218,8 +218,9 @@ class Backend(Api):
         validate(ir, parameters)
         workflow = Workflow(self, str(uuid.uuid4()), body, parameters)
         self._workflows[workflow.record["run_id"]] = workflow
+        posted = workflow.described(full=False)
         workflow.start()
-        return workflow.record
+        return posted
 
     def look(self, run_id: str, query: Mapping[str, str]) -> tuple[int, Ir]:
         return 200, self._workflows[run_id].described(full=query.get("view") == "FULL")

@@ -64,7 +64,7 @@ class Workflow(threading.Thread):
         super().__init__(name=f"run-{run_id}", daemon=True)
         self._backend, self._server, self._ir = backend, backend.kubernetes, body["pipeline_spec"]
         self._ir = self._ir.get("pipeline_spec", self._ir)  # beside a platform spec
-        self._parameters = parameters
+        self._parameters, self._lock = parameters, threading.Lock()
         self._pipeline = self._ir["pipelineInfo"]["name"]
         self._name = f"{self._pipeline}-{_suffix()}"
         self.record: Ir = {**body, "run_id": run_id, "created_at": _now(), "state_history": []}
@@ -78,8 +78,9 @@ class Workflow(threading.Thread):
 
     def become(self, state: str) -> None:
         """The run's state changes."""
-        self.record["state"] = state
-        self.record["state_history"].append({"update_time": _now(), "state": state})
+        with self._lock:
+            self.record["state"] = state
+            self.record["state_history"].append({"update_time": _now(), "state": state})
 
     def terminate(self) -> None:
         """As the API server does it."""
@@ -97,7 +98,8 @@ class Workflow(threading.Thread):
         well = self._dag(self._ir["root"], inputs, ("root",), task) is not None
         phase = "Succeeded" if well and not self.terminated.is_set() else "Failed"
         self._change_workflow(lambda one: one["status"].update(phase=phase, finishedAt=_now()))
-        self.record["finished_at"] = _now()
+        with self._lock:
+            self.record["finished_at"] = _now()
         self.become(phase.upper())
 
     @property
@@ -320,11 +322,15 @@ class Workflow(threading.Thread):
             "type": kind,
             "outputs": {},
         } | ({"parent_task_id": parent} if parent else {})
-        self.tasks.append(made)
+        with self._lock:
+            self.tasks.append(made)
         return made
 
     def _end(self, task: Ir, state: str, message: str = "") -> None:
-        task |= {"state": state, "end_time": _now()} | ({"status_metadata": {"message": message}} if message else {})
+        with self._lock:
+            task |= {"state": state, "end_time": _now()} | (
+                {"status_metadata": {"message": message}} if message else {}
+            )
 
     def _report(self, task: Ir, outputs: Values) -> None:
         """The outputs in the API's words."""
@@ -343,22 +349,21 @@ class Workflow(threading.Thread):
 
     def described(self, *, full: bool) -> Ir:
         """The run as `GetRun` gives it."""
-        record = copy.deepcopy(self.record)
+        with self._lock:
+            record, tasks = copy.deepcopy(self.record), copy.deepcopy(self.tasks)
         if self._native:
-            tasks = [{**task, "outputs": {**task["outputs"]}} for task in list(self.tasks)]
-            return record | {"task_count": len(tasks)} | ({"tasks": copy.deepcopy(tasks)} if full else {})
-        return record | {"run_details": {"task_details": list(self._nodes())}}
+            return record | {"task_count": len(tasks)} | ({"tasks": tasks} if full else {})
+        return record | {"run_details": {"task_details": list(_nodes(tasks))}}
 
-    def _nodes(self) -> Iterator[Ir]:
-        """The workflow's nodes as tasks: each has a node for all its attempts, and one for each of them."""
-        for task in list(self.tasks):
-            known: Ir = {
-                key: task[key] for key in ("run_id", "task_id", "create_time", "end_time", "state") if key in task
-            }
-            pods = [one for one in task["pods"] if one["type"] == "EXECUTOR"]
-            for name, often in ((task["display_name"], 1), *([("executor", len(pods))] if pods else [])):
-                for title in (name, *(f"{name}({attempt})" for attempt in range(often))):
-                    yield {**known, "display_name": title}
+
+def _nodes(tasks: list[Ir]) -> Iterator[Ir]:
+    """The workflow's nodes as tasks: each has a node for all its attempts, and one for each of them."""
+    for task in tasks:
+        known: Ir = {key: task[key] for key in ("run_id", "task_id", "create_time", "end_time", "state") if key in task}
+        pods = [one for one in task["pods"] if one["type"] == "EXECUTOR"]
+        for name, often in ((task["name"], 1), *([("executor", len(pods))] if pods else [])):
+            for title in (name, *(f"{name}({attempt})" for attempt in range(often))):
+                yield {**known, "display_name": title}
 
 
 def _container(pod: Object, state: Object) -> Object:
