@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from components.step import STARTED
 from trainer.errors import TrainingError
-from trainer.kubernetes.client import EVENT, POD, Client, Kind, Object
+from trainer.kubernetes.client import EVENT, POD, WORKFLOW, Client, Object
 from trainer.kubernetes.reasons import why_pending
 
 STEPS = ("precache", "train", "export", "evaluate", "clean-up")  # their names in the graph, in order
@@ -29,7 +29,6 @@ _EXECUTOR = "[KFP Executor"
 _WAITS = " waits: "  # in what a step prints: "worker 0 waits: no node takes it"
 _CONTAINER = "main"  # Argo's name of it
 _RUN_LABEL = "pipeline/runid"
-_WORKFLOW = Kind("Workflow", "/apis/argoproj.io/v1alpha1", "workflows")
 _NODE = "workflows.argoproj.io/node-name"  # annotation: "<workflow>(0).root(0).train(0).executor(1)"
 
 Text = Callable[[str, Mapping[str, str]], str]  # what the backend has at a path; "" if it has nothing
@@ -241,7 +240,7 @@ class _Pods:
         """Why the newest pod of a step does not start; "" if it has, or nothing is known."""
         pods = [pod for pod in self.all() if _task_of(pod) == step]
         if not pods:
-            flows = self._asked(lambda client: client.list(_WORKFLOW, f"{_RUN_LABEL}={self._run_id}")[0]) or []
+            flows = self._asked(lambda client: client.list(WORKFLOW, f"{_RUN_LABEL}={self._run_id}")[0]) or []
             return "".join(why_no_pod(flow, step) for flow in flows)
         if (pods[-1].get("status") or {}).get("phase") != "Pending":
             return ""

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 RETRIES = 2
-DRAIN_GRACE = 30.0  # seconds from SIGTERM to SIGKILL when a pod is deleted
-TERMINATE_GRACE = 2.0  # and when the workflow is terminated
+# Seconds from SIGTERM to SIGKILL, whatever the pod's grace period: Argo's emissary passes the signal to the launcher, too,
+# which dies of it, and the container ends with it.
+GRACE = 2.0
 _RUN_ID = "pipeline/runid"
 _TYPES = {
     "system.Metrics": "Metric",
@@ -238,10 +239,10 @@ class Workflow(threading.Thread):
             while reader.is_alive():
                 reader.join(0.05)
                 if not self._is_wanted(pod):
-                    _stop(process, reader, DRAIN_GRACE)
+                    _stop(process, reader, GRACE)
                     raise _Deleted
                 if self._backend.closing.is_set() or (self.terminated.is_set() and not hook):
-                    _stop(process, reader, 0.0 if self._backend.closing.is_set() else TERMINATE_GRACE)
+                    _stop(process, reader, 0.0 if self._backend.closing.is_set() else GRACE)
                     raise _Stopped
         finally:
             process.wait()
