@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 RETRIES = 2
-# Seconds from SIGTERM to SIGKILL, whatever the pod's grace period: Argo's emissary passes the signal on to the launcher,
-# too, which dies of it, and the container ends with it.
+# Seconds from SIGTERM to SIGKILL, whatever the pod's grace period: Argo's emissary passes the signal to the launcher as
+# well, which dies of it, and the container ends with it.
 GRACE = 2.0
 _RUN_ID = "pipeline/runid"
 _TYPES = {
