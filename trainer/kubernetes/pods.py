@@ -184,7 +184,7 @@ class Pods:
 
     def _explain(self, name: str, why: Callable[[], str], what: str) -> None:
         """Say why something waits once it has waited for a while; look again now and then."""
-        if self.waited(name) < EXPLAIN_AFTER:
+        if self.waited(name) < EXPLAIN_AFTER or self._pods.silence or self._owners.silence:
             return
         now = time.monotonic()
         if now - self._asked.get(name, -EXPLAIN_INTERVAL) < EXPLAIN_INTERVAL:

@@ -44,7 +44,11 @@ def say(line: str) -> None:
 
 @dataclass(frozen=True)
 class Workflow:
-    """The Argo workflow that a step belongs to; it may be in another namespace than what the step makes."""
+    """The Argo workflow that a step belongs to; it may be in another namespace than what the step makes.
+
+    Attributes:
+        name: "": the step may not see whose it is.
+    """
 
     namespace: str
     name: str
@@ -132,11 +136,14 @@ class Session:
         own = self.workflow
         if own is None:
             return True
+        called = f"workflow {own.name}" if own.name else "the workflow of this step"
         try:
+            if not own.name:
+                raise TrainingError("its name is not known")
             client = self.client if own.namespace == self.client.namespace else Client(own.namespace)
             workflow = client.get(WORKFLOW, own.name, timeout=_ASKING)
         except TrainingError as error:
-            self.say(f"warning: it cannot be found out whether workflow {own.name} was terminated: {error}")
+            self.say(f"warning: it cannot be found out whether {called} was terminated: {error}")
             return False
         if workflow is None or workflow["metadata"]["uid"] != own.uid:
             return True
@@ -259,7 +266,7 @@ def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, Workflow | None, s
     except ApiError as error:
         say(f"warning: what this step makes does not end with its workflow: {error}")
         # Of a workflow it is, if KFP has started it.
-        return None, Workflow(own, "of this step", "") if "KFP_POD_NAME" in os.environ else None, ""
+        return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""
     if pod is None:
         return None, None, ""
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}

@@ -90,7 +90,7 @@ class _Training:
         ]
         self._board = Board(self._config.total_steps)
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
-        self._last_words: dict[int, str] = {}  # of a worker: its last error
+        self._last_words: dict[str, str] = {}  # of a pod, by uid: its last error
         self._out_of_memory: Counter[int] = Counter()  # how often a worker was
         self._why_ended: dict[int, str] = {}  # how a worker's last pod has
         self._lost: dict[int, str] = {}  # workers that have failed for good: why
@@ -227,7 +227,8 @@ class _Training:
         why = reasons.why_ended(pod, CONTAINER, memory)
         pods.finish_reading([pod["metadata"]["name"]])  # its last words say it better
         worker = self._workers.get(pod["metadata"]["name"])
-        said = self._last_words.get(worker.index) if worker and why == f"it ended with status {code}" else ""
+        # A container that has ended by itself has said why, also where one of its processes was short of memory once.
+        said = self._last_words.get(uid) if code not in _FROM_OUTSIDE and not reasons.why_lost(pod) else ""
         self._ended[uid] = said or why
         if worker:
             self._why_ended[worker.index] = self._ended[uid]
@@ -375,7 +376,7 @@ class _Training:
             self._log.write(worker.index, told[1])
         elif line.strip():
             if line.startswith("error: "):
-                self._last_words[worker.index] = line.removeprefix("error: ")
+                self._last_words[pod["metadata"]["uid"]] = line.removeprefix("error: ")
             self._say(f"worker {worker.index} | {line}")
 
     def _update(self) -> None:
@@ -409,6 +410,7 @@ class _Training:
         return f"worker{'s' if len(workers) > 1 else ''} {numbers}"
 
 
+_FROM_OUTSIDE = (reasons.KILLED, reasons.TOLD_TO_LEAVE)  # ends of which a container knows nothing
 _NO_OPERATOR = "is Kubeflow's training operator installed, and running?"
 
 
