@@ -461,6 +461,16 @@ def test_a_step_of_kfp_that_may_not_see_itself_takes_nothing_for_the_end(
     assert "it cannot be found out whether the workflow of this step was terminated" in said.get_nowait()
 
 
+def test_nor_does_one_whose_pod_is_not_in_the_cluster_that_it_trains_on(
+    server: ApiServer, own_pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.remove("pods", "step")
+    assert open_session().workflow_has_ended(), "a person's own pod"
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    assert not open_session().workflow_has_ended()
+    assert "cannot be found out" in said.get_nowait()
+
+
 def test_a_step_that_may_not_see_itself_says_so(server: ApiServer, own_pod: dict[str, Any]) -> None:
     server.forbidden.add(("get", "pods"))
     here = open_session()

@@ -265,10 +265,9 @@ def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, Workflow | None, s
         pod = Client(own).get(POD, name)
     except ApiError as error:
         say(f"warning: what this step makes does not end with its workflow: {error}")
-        # Of a workflow it is, if KFP has started it.
+        pod = None
+    if pod is None:  # of a workflow it is all the same, if KFP has started it
         return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""
-    if pod is None:
-        return None, None, ""
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
     image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))
     owners = [one for one in pod["metadata"].get("ownerReferences") or [] if one["kind"] == "Workflow"]

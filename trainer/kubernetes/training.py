@@ -212,8 +212,25 @@ class _Training:
             self._look_at_job(name, pods)
         if not self._over() and time.monotonic() - self._asked_etcd > ETCD_INTERVAL:
             self._ask_etcd()
-        self._board.silent_since = pods.silent_since
+        self._note_silence(pods)
         self._update()
+
+    def _note_silence(self, pods: Pods) -> None:
+        """What is known of workers that cannot be heard is old: the others tell where the run is, if there are any."""
+        silent = pods.silent()
+        for worker in self._plan.workers:
+            for progress in self._progress_of(worker):
+                progress.silent = worker.pod in silent
+        heard = [pod for name, pod in pods.pods.items() if name not in silent and self._is_running(pod)]
+        self._board.silent_since = None if heard or not silent else min(silent.values())
+
+    def _progress_of(self, worker: WorkerPlan) -> list[WorkerProgress]:
+        processes = self._config.elastic.nproc_per_node
+        return self._progress[worker.index * processes : (worker.index + 1) * processes]
+
+    @staticmethod
+    def _is_running(pod: Object) -> bool:
+        return reasons.has_started(pod, CONTAINER) and reasons.exit_status(pod, CONTAINER) is None
 
     def _look_at_pod(self, pod: Object, pods: Pods) -> None:
         uid, code = pod["metadata"]["uid"], reasons.exit_status(pod, CONTAINER)
