@@ -653,6 +653,28 @@ def test_silence_is_named_and_what_was_said_meanwhile_is_read_afterwards(
     assert len([line for line in place.lines if "no news since" in line]) <= 2, "no flood of lines that say nothing new"
 
 
+def test_one_silent_node_does_not_hide_what_the_others_do(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LOG_TIMEOUT", 0.3)
+    monkeypatch.setattr("trainer.elastic.board.PLAIN_INTERVAL", 0.1)
+
+    def talk(cluster: Cluster, pod: Object, life: int) -> None:
+        number = int(pod["metadata"]["labels"]["diloco-pipelines/worker"])
+        cluster.start(pod, node=f"node-{number}")
+        place.story.metrics(cluster, pod, "step", round=1, step=10 + number, loss=2.5, samples=4)
+        place.wait_for("step 10/")
+        place.server.freeze("node-0")
+        line = place.wait_for("step 11/", "worker 0: no news")
+        assert "no news since" not in line
+        place.server.thaw("node-0")
+        cluster.end(pod, 0)
+
+    place.story.told["train"] = talk
+    train(place.session(), tmp_path / "run")
+    assert place.said("step 11/", "worker 0: no news")
+
+
 def test_a_run_that_has_failed_is_not_called_complete(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")

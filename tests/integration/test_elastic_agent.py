@@ -74,6 +74,7 @@ def test_a_worker_that_needs_more_memory_than_there_is_is_restarted_once(run: Ru
     assert (found.status, found.reason, found.slot) == ("failed", reason, 0)
     assert agent.returncode == 1
     assert agent.stderr.splitlines()[-1] == f"error: {reason}"
+    assert agent.stderr.count("it is started again once") == 1
     assert not is_vague(reason)
 
 

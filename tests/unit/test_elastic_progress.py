@@ -160,6 +160,26 @@ def test_clocks_of_workers_that_differ_make_no_estimate_out_of_nothing() -> None
     assert shown.left is None
 
 
+def test_a_worker_that_cannot_be_heard_does_not_say_where_the_run_is(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    workers, shown = [WorkerProgress(number, path) for number, path in enumerate(paths)], Board(100)
+    for number, path in enumerate(paths):
+        append(path, step(10 * (number + 1), 10.0))
+        workers[number].update()
+    fill(shown, workers)
+    assert shown.step == 10
+    workers[0].silent = True
+    fill(shown, workers)
+    assert shown.step == 20
+    assert "worker 0: no news" in shown.line()
+    workers[1].silent = True
+    fill(shown, workers)
+    assert shown.step == 10, "of nobody there is news: what was known last"
+    workers[0].silent = False
+    fill(shown, workers)
+    assert "worker 0" not in shown.line()
+
+
 def test_without_news_the_line_says_since_when_and_says_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board, "PLAIN_INTERVAL", 0.0)
     now = 0.0

@@ -18,7 +18,7 @@ from trainer.kubernetes import logs, pods, session
 from trainer.kubernetes.client import CONFIG_MAP, JOB, ApiError, Client, Silence, quota
 from trainer.kubernetes.logs import LogFollower
 from trainer.kubernetes.plan import Owner
-from trainer.kubernetes.session import Session
+from trainer.kubernetes.session import Session, Workflow
 from trainer.kubernetes.watch import Mirror
 
 pytestmark = pytest.mark.timeout(30)
@@ -430,6 +430,7 @@ said: "queue.Queue[str]" = queue.Queue()
 def test_what_a_step_makes_belongs_to_its_workflow_and_has_its_image(own_pod: dict[str, Any]) -> None:
     here = open_session()
     assert here.plan.owner == Owner("argoproj.io/v1alpha1", "Workflow", "run-x", "u-1")
+    assert here.workflow == Workflow("default", "run-x", "u-1")
     assert here.plan.image == "registry/own:1"
 
 
@@ -437,6 +438,37 @@ def test_in_another_namespace_nothing_may_own_it(own_pod: dict[str, Any]) -> Non
     here = open_session("elsewhere")
     assert here.plan.owner is None
     assert here.plan.image == "registry/own:1"
+
+
+def test_a_workflow_in_another_namespace_is_asked_there(server: ApiServer, own_pod: dict[str, Any]) -> None:
+    server.granted.add(("get", "argoproj.io", "workflows", ""))
+    server.put("workflows", {"metadata": {"name": "run-x", "uid": "u-1"}, "spec": {}})
+    assert not open_session("elsewhere").workflow_has_ended()
+    server.update("workflows", "run-x", lambda one: one["spec"].update(activeDeadlineSeconds=0))
+    assert open_session("elsewhere").workflow_has_ended()
+    server.update("workflows", "run-x", lambda one: one["spec"].update(activeDeadlineSeconds=3600))
+    assert not open_session("elsewhere").workflow_has_ended(), "a limit, and not an end"
+
+
+def test_a_step_of_kfp_that_may_not_see_itself_takes_nothing_for_the_end(
+    server: ApiServer, own_pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.forbidden.add(("get", "pods"))
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    here = open_session()
+    said.get_nowait()
+    assert not here.workflow_has_ended()
+    assert "it cannot be found out whether the workflow of this step was terminated" in said.get_nowait()
+
+
+def test_nor_does_one_whose_pod_is_not_in_the_cluster_that_it_trains_on(
+    server: ApiServer, own_pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.remove("pods", "step")
+    assert open_session().workflow_has_ended(), "a person's own pod"
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    assert not open_session().workflow_has_ended()
+    assert "cannot be found out" in said.get_nowait()
 
 
 def test_a_step_that_may_not_see_itself_says_so(server: ApiServer, own_pod: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 14
 """
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -31,6 +32,8 @@ from trainer.errors import TrainingError, out_of_memory, run_main
 from trainer.files import read_json
 
 SHUTDOWN_TIMEOUT = 120  # seconds that workers may take to save; a cluster's grace period is what limits it there
+log = logging.getLogger(__name__)
+
 MEMORY_KILLS = 2  # kills for want of memory after which a worker is not restarted
 _FINAL = (2, 143)  # a worker's exit statuses that a restart does not mend
 _KILLED = -signal.SIGKILL
@@ -76,7 +79,7 @@ def run_agent(
     from trainer.elastic.record import finish, verdict
     from trainer.elastic.rendezvous import BACKEND, NodeRendezvous
 
-    deaths = _MemoryDeaths(memory or MemoryGroup())
+    deaths, in_pod = _MemoryDeaths(memory or MemoryGroup()), config.launcher != "local"
 
     class Agent(LocalElasticAgent):
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -84,6 +87,8 @@ def run_agent(
             codes = [failure.exitcode for failure in result.failures.values()]
             if codes:
                 deaths.take(codes)
+                if deaths.last and deaths.count < MEMORY_KILLS and self._remaining_restarts:
+                    log.warning("a worker %s; it is started again once", deaths.words(in_pod=in_pod))
             if any(code in _FINAL for code in codes) or deaths.count >= MEMORY_KILLS:
                 self._remaining_restarts = 0
             return result
@@ -137,7 +142,7 @@ def run_agent(
         status = next((code for code in _FINAL if code in codes), 1)
         if status == 143:  # one that leaves does not speak for the run
             return status
-        end = deaths.words(in_pod=config.launcher != "local") if deaths.last else _end(codes, deaths.known)
+        end = deaths.words(in_pod=in_pod) if deaths.last else _end(codes, deaths.known)
         reason = f"the worker of node {handler.slot} {end}"
         with EtcdClient.of(config) as client:
             if len(client.list("slots/")) - 1 < config.min_nodes:  # else the others go on without us

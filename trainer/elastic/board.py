@@ -15,7 +15,8 @@ MOST_EVENTS = 6  # that the live view shows
 MOST_LOSSES = 40  # that the sparkline shows
 PACE_WINDOW = 60.0  # seconds over which the pace is measured, at least
 BARS = "▁▂▃▄▅▆▇█"
-AWAY = ("joining", "stopped", "failed", "died")  # states of workers that do not say where the run is
+SILENT = "no news"  # the state of a worker whose events cannot be read just now
+AWAY = ("joining", "stopped", "failed", "died", SILENT)  # states of workers that do not say where the run is
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Board:
         round: The committed rounds.
         losses: The workers' mean loss when each round was seen to be committed.
         happenings: All of them, oldest first.
-        silent_since: Since when there is no news of some of the workers, in Unix seconds; None: there is of all.
+        silent_since: Since when there is no news of any worker, in Unix seconds; None: there is.
     """
 
     def __init__(self, total_steps: int | None = None, clock: Callable[[], float] = time.time) -> None:
@@ -112,8 +113,8 @@ class Board:
 
     @property
     def left(self) -> float | None:
-        """Seconds until the run is complete at its pace, waiting and all; None before that is known, and while it is
-        not known how some of the workers are.
+        """Seconds until the run is complete at its pace, waiting and all; None before that is known, and while there
+        is no news.
 
         The first place does not count: how long before we looked it was reached, nobody knows.
         """

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.elastic.board import Board, Happening, Row
+from trainer.elastic.board import SILENT, Board, Happening, Row
 
 Event = dict[str, Any]
 
@@ -50,6 +50,7 @@ class WorkerProgress:
         loss: Smoothed; None before the first step.
         pid: Of its process; None before that has said so, and when it has ended.
         happenings: What became of it, oldest first.
+        silent: Whether its events cannot be read just now: what they said may be old.
     """
 
     def __init__(self, number: int, metrics: Path) -> None:
@@ -66,6 +67,7 @@ class WorkerProgress:
         self.last_round: Event | None = None
         self.held_out: float | None = None
         self.reason = ""
+        self.silent = False
 
     def update(self) -> list[Event]:
         """Take in the new events, and return them."""
@@ -131,7 +133,7 @@ class WorkerProgress:
     def row(self) -> Row:
         return Row(
             self.number,
-            self.state,
+            SILENT if self.silent and self.state == "training" else self.state,
             self.step,
             self.round,
             self.loss,

@@ -94,11 +94,15 @@ class Pods:
         for follower in self._followers.values():
             follower.close()
 
-    @property
-    def silent_since(self) -> float | None:
-        """Since when it is not known how some of the pods are, in Unix seconds; None: all can be heard."""
-        since = min((silence.since for silence in self._silences().values()), default=None)
-        return None if since is None else time.time() - (time.monotonic() - since)
+    def silent(self) -> dict[str, float]:
+        """Since when nothing is heard of pods that run, by name, in Unix seconds."""
+        passed = time.time() - time.monotonic()
+        running = {pod["metadata"]["uid"]: name for name, pod in self.pods.items()}
+        return {
+            running[uid]: passed + silence.since
+            for uid, follower in self._followers.items()
+            if uid in running and (silence := follower.silence) is not None
+        }
 
     def look(self) -> None:
         """Take in how things are now: begin to read logs, say what has changed, and why something waits."""
@@ -184,7 +188,7 @@ class Pods:
 
     def _explain(self, name: str, why: Callable[[], str], what: str) -> None:
         """Say why something waits once it has waited for a while; look again now and then."""
-        if self.waited(name) < EXPLAIN_AFTER:
+        if self.waited(name) < EXPLAIN_AFTER or self._pods.silence or self._owners.silence:
             return
         now = time.monotonic()
         if now - self._asked.get(name, -EXPLAIN_INTERVAL) < EXPLAIN_INTERVAL:

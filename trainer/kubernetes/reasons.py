@@ -139,9 +139,10 @@ def why_lost(pod: Object) -> str:
 
 
 def is_out_of_memory(pod: Object, container: str) -> bool:
-    """Whether a pod's container was killed for its memory; or, as containerd has it, one of its processes was, and the
-    container has failed then."""
-    return _terminated(pod, container).get("reason") == "OOMKilled"
+    """Whether a pod's container was killed for its memory; or (containerd keeps the reason until the container ends, as
+    it may) one of its processes was, and the container has failed since."""
+    ended = _terminated(pod, container)
+    return ended.get("reason") == "OOMKilled" and ended.get("exitCode") not in (0, TOLD_TO_LEAVE)
 
 
 def exit_status(pod: Object, container: str) -> int | None:

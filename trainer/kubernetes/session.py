@@ -136,14 +136,14 @@ class Session:
         own = self.workflow
         if own is None:
             return True
-        if not own.name:
-            self.say("warning: it is not known which workflow this step is of, and so not whether it was terminated")
-            return False
+        called = f"workflow {own.name}" if own.name else "the workflow of this step"
         try:
+            if not own.name:
+                raise TrainingError("its name is not known")
             client = self.client if own.namespace == self.client.namespace else Client(own.namespace)
             workflow = client.get(WORKFLOW, own.name, timeout=_ASKING)
         except TrainingError as error:
-            self.say(f"warning: it cannot be found out whether workflow {own.name} was terminated: {error}")
+            self.say(f"warning: it cannot be found out whether {called} was terminated: {error}")
             return False
         if workflow is None or workflow["metadata"]["uid"] != own.uid:
             return True
@@ -273,9 +273,9 @@ def _own_pod(namespace: str, say: Say) -> tuple[Owner | None, Workflow | None, s
         pod = Client(own).get(POD, name)
     except ApiError as error:
         say(f"warning: what this step makes does not end with its workflow: {error}")
-        return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""  # KFP's steps are a workflow's
-    if pod is None:
-        return None, None, ""
+        pod = None
+    if pod is None:  # of a workflow it is all the same, if KFP has started it
+        return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
     image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))
     owners = [one for one in pod["metadata"].get("ownerReferences") or [] if one["kind"] == "Workflow"]

@@ -90,7 +90,7 @@ class _Training:
         ]
         self._board = Board(self._config.total_steps)
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: how, in words
-        self._last_words: dict[int, str] = {}  # of a worker: its last error
+        self._last_words: dict[str, str] = {}  # of a pod, by uid: its last error
         self._out_of_memory: Counter[int] = Counter()  # how often a worker was
         self._why_ended: dict[int, str] = {}  # how a worker's last pod has
         self._lost: dict[int, str] = {}  # workers that have failed for good: why
@@ -203,8 +203,25 @@ class _Training:
             self._look_at_job(name, pods)
         if not self._over() and time.monotonic() - self._asked_etcd > ETCD_INTERVAL:
             self._ask_etcd()
-        self._board.silent_since = pods.silent_since
+        self._note_silence(pods)
         self._update()
+
+    def _note_silence(self, pods: Pods) -> None:
+        """What is known of workers that cannot be heard is old: the others tell where the run is, if there are any."""
+        silent = pods.silent()
+        for worker in self._plan.workers:
+            for progress in self._progress_of(worker):
+                progress.silent = worker.pod in silent
+        heard = [pod for name, pod in pods.pods.items() if name not in silent and self._is_running(pod)]
+        self._board.silent_since = None if heard or not silent else min(silent.values())
+
+    def _progress_of(self, worker: WorkerPlan) -> list[WorkerProgress]:
+        processes = self._config.elastic.nproc_per_node
+        return self._progress[worker.index * processes : (worker.index + 1) * processes]
+
+    @staticmethod
+    def _is_running(pod: Object) -> bool:
+        return reasons.has_started(pod, CONTAINER) and reasons.exit_status(pod, CONTAINER) is None
 
     def _look_at_pod(self, pod: Object, pods: Pods) -> None:
         uid, code = pod["metadata"]["uid"], reasons.exit_status(pod, CONTAINER)
@@ -218,7 +235,8 @@ class _Training:
         why = reasons.why_ended(pod, CONTAINER, memory)
         pods.finish_reading([pod["metadata"]["name"]])  # its last words say it better
         worker = self._workers.get(pod["metadata"]["name"])
-        said = self._last_words.get(worker.index) if worker and why == f"it ended with status {code}" else ""
+        # A container that has ended by itself has said why, also where one of its processes was short of memory once.
+        said = self._last_words.get(uid) if code not in _FROM_OUTSIDE and not reasons.why_lost(pod) else ""
         self._ended[uid] = said or why
         if worker:
             self._why_ended[worker.index] = self._ended[uid]
@@ -366,7 +384,7 @@ class _Training:
             self._log.write(worker.index, told[1])
         elif line.strip():
             if line.startswith("error: "):
-                self._last_words[worker.index] = line.removeprefix("error: ")
+                self._last_words[pod["metadata"]["uid"]] = line.removeprefix("error: ")
             self._say(f"worker {worker.index} | {line}")
 
     def _update(self) -> None:
@@ -400,6 +418,7 @@ class _Training:
         return f"worker{'s' if len(workers) > 1 else ''} {numbers}"
 
 
+_FROM_OUTSIDE = (reasons.KILLED, reasons.TOLD_TO_LEAVE)  # ends of which a container knows nothing
 _NO_OPERATOR = "is Kubeflow's training operator installed, and running?"
 
 
