@@ -81,8 +81,25 @@ def preferred(rendered: Rendered) -> dict[str, Any]:
     return {rule["key"]: rule["values"][0] for term in terms for rule in term["preference"]["matchExpressions"]}
 
 
+def apart_from(pod: dict[str, Any]) -> Any:
+    """The pods beside which this one had better not be."""
+    (term,) = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert term["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
+    return term["podAffinityTerm"]["labelSelector"]["matchLabels"]
+
+
 def sites(rendered: Rendered) -> dict[str, int]:
     return {site.name: site.replicas for site in rendered.plan.sites}
+
+
+def test_workers_are_on_nodes_of_their_own_where_there_are_enough() -> None:
+    rendered = Rendered(nodes=3, device="cpu")
+    assert apart_from(rendered.pod).items() <= rendered.replica["template"]["metadata"]["labels"].items()
+    precache = precache_job(rendered.plan, rendered.plan.workers[1])
+    assert apart_from(pod_of(precache)).items() <= precache["spec"]["template"]["metadata"]["labels"].items()
+    result = pod_of(result_job(rendered.plan, rendered.plan.workers[0], "export"))
+    assert "affinity" not in result, "it goes where the claim is"
+    assert "affinity" not in Rendered(nodes=1, device="cpu").pod
 
 
 BOTH = {"gpu_amd_image": "rocm", "nodes": 5}

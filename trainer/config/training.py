@@ -232,9 +232,11 @@ class TrainingConfig(Group):
     service_account: str = Field(
         "", description="Service account of the training's pods, which need no rights. Empty: the namespace's default."
     )
-    cpu_cores: Positive = Field(16, description="CPU cores of a worker's pod.")
-    memory_gb: Positive = Field(32, description="Memory of a worker's pod, in GB.")
-    ephemeral_storage_gb: Positive = Field(100, description="Ephemeral storage of a worker's pod, in GB.")
+    cpu_cores: Positive = Field(16, description="Most CPU cores that a worker's pod may use; one is requested.")
+    memory_gb: Positive = Field(32, description="Memory of a worker's pod, in GB; a node must have it free.")
+    ephemeral_storage_gb: Positive = Field(
+        100, description="Most ephemeral storage that a worker's pod may use, in GB; 2 are requested."
+    )
     gpu_count: NonNegative = Field(1, description="GPUs of a worker's pod; 0, or device=cpu: none.")
     gpu_vendor: Literal["NVIDIA", "AMD"] = Field("NVIDIA", description="Whose GPUs the project's image is for.")
     gpu_type: str = Field(

@@ -57,8 +57,8 @@ def template(
         spec["nodeSelector"] = dict(site.node_selector)
     if site.runtime_class:
         spec["runtimeClassName"] = site.runtime_class
-    if affinity := _preference(plan, site):
-        spec["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": affinity}}
+    if affinity := _affinity(plan, site, step):
+        spec["affinity"] = affinity
     if plan.config.service_account:
         spec["serviceAccountName"] = plan.config.service_account
     if plan.config.image_pull_secrets:
@@ -272,8 +272,21 @@ def _tolerations(site: Site) -> list[Object]:
     return [*own, {"key": GPU_RESOURCES[site.vendor], "operator": "Exists", "effect": "NoSchedule"}]
 
 
-def _preference(plan: Plan, site: Site) -> list[Object]:
-    """Nodes with the wanted kind of GPU, where there are any: preferred, not demanded."""
+def _affinity(plan: Plan, site: Site, step: Step) -> Object:
+    """Where the pod had better be: on a node with the wanted kind of GPU; and, as the one core that is requested would
+    let many workers share a node, on a node without another worker, or another worker's volume in the making."""
+    preferred = "preferredDuringSchedulingIgnoredDuringExecution"
+    affinity: Object = {}
+    if gpus := _gpu_preference(plan, site):
+        affinity["nodeAffinity"] = {preferred: gpus}
+    if step in ("train", "precache") and len(plan.workers) > 1:
+        others = {"matchLabels": {**plan.own_labels, "app.kubernetes.io/component": step}}
+        term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": others}
+        affinity["podAntiAffinity"] = {preferred: [{"weight": 100, "podAffinityTerm": term}]}
+    return affinity
+
+
+def _gpu_preference(plan: Plan, site: Site) -> list[Object]:
     config = plan.config
     if site.vendor == "cpu":
         return []

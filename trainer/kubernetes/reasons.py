@@ -187,10 +187,11 @@ def _room(message: str) -> str:
         "nvidia.com/gpu": "gpu_count or nodes are more than is free",
         "amd.com/gpu": "gpu_count or nodes are more than is free",
         "Insufficient memory": "lower memory_gb",
-        "Insufficient cpu": "lower cpu_cores",
-        "Insufficient ephemeral-storage": "lower ephemeral_storage_gb",
+        "Insufficient cpu": "free a core on a node, which each pod needs",
+        "Insufficient ephemeral-storage": "free ephemeral storage on a node, of which each pod needs 2 GB at most",
         "untolerated taint": "give the site a toleration (sites)",
         "node affinity/selector": "check the site's nodeSelector (sites)",
+        "volume node affinity conflict": "delete the claim, so that its volume is made where there is room",
     }
     found = dict.fromkeys(text for word, text in advice.items() if word in message)
     return "It may help: " + ", ".join(found) if found else "It starts when there is room"

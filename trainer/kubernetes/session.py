@@ -136,14 +136,14 @@ class Session:
         own = self.workflow
         if own is None:
             return True
-        called = f"workflow {own.name}" if own.name else "the workflow of this step"
+        if not own.name:
+            self.say("warning: it cannot be found out whether the workflow of this step was terminated")
+            return False
         try:
-            if not own.name:
-                raise TrainingError("its name is not known")
             client = self.client if own.namespace == self.client.namespace else Client(own.namespace)
             workflow = client.get(WORKFLOW, own.name, timeout=_ASKING)
         except TrainingError as error:
-            self.say(f"warning: it cannot be found out whether {called} was terminated: {error}")
+            self.say(f"warning: it cannot be found out whether workflow {own.name} was terminated: {error}")
             return False
         if workflow is None or workflow["metadata"]["uid"] != own.uid:
             return True
