@@ -242,7 +242,7 @@ def test_secret_templates_are_empty_and_named_as_the_pods_refer_to_them() -> Non
 
 def test_the_scheduled_example_is_a_configuration_of_runs_that_have_no_name_yet() -> None:
     config = load_config(MANIFESTS / "schedule" / "nightly.yaml", environ={})
-    assert (config.launcher, config.run_id) == ("pytorchjob", "")
+    assert (config.launcher, config.run_id) == ("auto", "")  # in a step's pod: PyTorchJobs
     assert config.active_deadline < 24 * 3600
 
 
