@@ -70,7 +70,7 @@ class Cluster:
         return str(result.run_id)
 
     def wait(self, run_id: str) -> None:
-        """Return when the run has succeeded; print its steps' states on the way, and what they wait for.
+        """Return when the run has succeeded. Meanwhile, print its steps' states and what they wait for.
 
         Raises:
             TrainingError: It has ended in another way, with the reason.
@@ -93,7 +93,7 @@ class Cluster:
             raise TrainingError(follower.failure(run))
 
     def _run(self, run_id: str) -> dict[str, Any]:
-        """A run as the backend gives it: kfp's client (2.17) knows neither the newest's `view` nor its `tasks`."""
+        """A run as the backend gives it: kfp's client (2.17) lacks the newest one's `view` and `tasks`."""
         from kfp_server_api import ApiException
 
         path = f"/apis/v2beta1/runs/{run_id}"
@@ -103,7 +103,7 @@ class Cluster:
             except ApiException as error:
                 if error.status != 400:
                     raise
-                return dict(self._get(path, {}))  # it does not know the view
+                return dict(self._get(path, {}))  # an older backend, without views
 
     def _text(self, path: str, query: Mapping[str, str]) -> str:
         """The text that the backend has at a path; "" if it has none, or does not answer."""
@@ -112,7 +112,7 @@ class Cluster:
                 found = self._get(path, query)
         except TrainingError:
             return ""
-        return found if isinstance(found, str) else ""  # JSON is an error's, with status 200 all the same
+        return found if isinstance(found, str) else ""  # JSON: an error, although with status 200
 
     def _get(self, path: str, query: Mapping[str, str]) -> Any:
         """What the client's own address has at a path, with its credentials: JSON as an object, all else as text."""

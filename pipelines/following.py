@@ -1,8 +1,8 @@
 """Follow a run on a Kubeflow Pipelines backend: its steps' states, what they wait for, and why one of them has failed.
 
 Two backends answer differently: the released one (2.17) lists an Argo workflow's nodes in `run_details`, the one after
-kubeflow/pipelines#13986 has `tasks`. Neither says why a step has failed or waits: its own words do, which come from the
-backend or from Kubernetes, where that can be reached.
+kubeflow/pipelines#13986 has `tasks`. Neither reports why a step has failed or waits. That is in the step's own output,
+which comes from the backend, or from Kubernetes where it can be reached.
 """
 
 import re
@@ -39,10 +39,10 @@ class Step:
     """A task of the run.
 
     Attributes:
-        state: The backend's word.
-        pods: In which it was run, oldest first, as far as the backend says so.
-        message: Why it has failed, as far as the backend says so.
-        log: URI of the artifact that holds what it has printed.
+        state: In the backend's words.
+        pods: That have run it, oldest first, where the backend lists them.
+        message: Why it has failed, where the backend gives a reason.
+        log: URI of the artifact with its output.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Step:
 
 
 def tasks(run: Mapping[str, Any]) -> list[Step]:
-    """The tasks of a run as either backend lists them: also drivers and graphs."""
+    """The tasks of a run as either backend lists them, drivers and graphs included."""
     if run.get("tasks"):
         return [_step(task) for task in run["tasks"]]
     details = (run.get("run_details") or {}).get("task_details") or []
@@ -76,7 +76,7 @@ def _step(task: Mapping[str, Any]) -> Step:
 
 
 class Follower:
-    """Prints what becomes of a run.
+    """Prints how a run goes on.
 
     Args:
         text: Gets a log or an artifact from the backend.
@@ -125,14 +125,14 @@ class Follower:
         lines = self._lines(step)
         for line in lines[-LAST_LINES:]:
             self._say(f"{step.name} | {line}")
-        # A step that ends with a status says why itself; else a driver or the launcher does.
+        # A step that ends with a status prints the reason itself; else a driver or the launcher has it.
         message = "" if "exit status" in step.message else step.message
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         found = (message, *errors[-1:], *lines[-1:], step.message)
         return next(filter(None, found), "its log cannot be read from here: see the link above")
 
     def _why_a_driver_failed(self) -> str:
-        """Of a graph's driver the newest backend lists nothing."""
+        """The newest backend does not list the driver of a graph."""
         for pod in self._pods.all():
             name = _task_of(pod)
             if name.endswith("-driver") and (pod.get("status") or {}).get("phase") == "Failed":
@@ -146,19 +146,19 @@ class Follower:
         self._waits[step.name] = why
 
     def _why_it_waits_itself(self, step: Step) -> str:
-        """The last line of a step that runs, if that says what it waits for; what it was while it is not read anew."""
+        """The last line of a running step, if that names what it waits for; between readings, the earlier answer."""
         now = time.monotonic()
         due, interval = self._due.get(step.name, (now, READ_INTERVAL))
         if now < due:
             return self._waits.get(step.name, "")
         last = (self._lines(step) or [""])[-1]
         why = last if _WAITS in last else ""
-        # A log is read whole: less and less often that of a step that goes on.
+        # Each reading fetches the whole log: less and less often while the step makes progress.
         self._due[step.name] = now + interval, READ_INTERVAL if why else 2 * interval
         return why
 
     def _lines(self, step: Step) -> list[str]:
-        """What a step has printed itself: of its newest pod, the first place that has something."""
+        """A step's own output: its newest pod's, from the first place that has any."""
         pods = step.pods[-1:] or self._pods.names(step.name)[-1:]
         for pod in pods:
             if found := own_words(self._text(f"/apis/v1alpha1/runs/{self._run_id}/nodes/{pod}/log", {})):
@@ -191,7 +191,7 @@ def own_words(text: str) -> list[str]:
 
 
 def _failure(line: str) -> str:
-    """A driver's last words, which are in the form of its log."""
+    """A log line as it is; a driver's fatal one as an error's."""
     prefix = _LAUNCHER.match(line)
     return f"error: {line[prefix.end() :]}" if prefix and line.startswith("F") and "driver." in line else line
 
@@ -249,7 +249,7 @@ class _Pods:
         return why_pending(pods[-1], sorted(events, key=lambda one: str(one.get("lastTimestamp"))), {})
 
     def _asked(self, ask: Callable[[Client], Any]) -> Any:
-        """What Kubernetes answers; None if it does not, which is no error: nobody has promised that it is in reach."""
+        """What Kubernetes answers; None if it does not answer, as it need not be reachable from here."""
         if time.monotonic() < self._blind_until:
             return None
         try:

@@ -57,7 +57,7 @@ def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run
                 if output.stopped_by == signal.SIGTERM:
                     raise Interrupted from None
                 reason = output.failure() or str(error)
-                print(f"everything that was said is in {log}", file=sys.stderr)
+                print(f"the full log is {log}", file=sys.stderr)
                 raise TrainingError(reason) from None
 
 

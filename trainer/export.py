@@ -227,7 +227,7 @@ def _facts(run: TrainedRun, parameters: int) -> dict[str, Any]:
     manifest = read_manifest(run.dataset)
     assert manifest is not None  # `build` has read it
     content = summary(read_run(run.directory))
-    flat = run.config.to_flat()
+    flat = run.config.to_flat() | {"outer_momentum": run.config.momentum}  # what was taken if none was given
     family, _, argument = run.config.dataset.partition(":")
     return {
         "run_id": run.config.run_id,

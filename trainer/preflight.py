@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from trainer import checkpoint, data, models
-from trainer.config import TrainingConfig
+from trainer.config import UNSET, TrainingConfig
 from trainer.data.dataset import read_manifest
 from trainer.elastic.etcd import EtcdError, local_address
 from trainer.elastic.process import listen
@@ -188,6 +188,6 @@ def _check_steps(config: TrainingConfig, state: dict[str, Any]) -> None:
 
 
 def _then(state: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that a checkpoint was made with."""
+    """The configuration that a checkpoint was made with; an old one has null for a number that was not given."""
     then = state.get("config")
-    return then if isinstance(then, dict) else {}
+    return {name: UNSET if value is None else value for name, value in then.items()} if isinstance(then, dict) else {}

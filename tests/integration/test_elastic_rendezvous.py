@@ -18,7 +18,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from trainer.elastic.etcd import EtcdClient
-from trainer.elastic.record import SLOT_VARIABLE, finish, free_slot
+from trainer.elastic.record import SLOT_VARIABLE, finish, free_slot, reopen
 from trainer.elastic.rendezvous import BACKEND, NodeRendezvous
 
 MakeNode = Callable[..., NodeRendezvous]
@@ -108,9 +108,25 @@ def test_the_first_start_waits_for_all_nodes_that_are_wanted(node, start, client
     assert len(client.get("started").value["nodes"]) == 2  # type: ignore[union-attr]
 
 
-def test_but_not_for_ever(node, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
-    assert node("1:4", nodes=2, last_call_timeout=0.1).next_rendezvous().world_size == 1
+@pytest.mark.parametrize("limit", [{"last_call_timeout": 0.1}, {"timeout": 0.1}], ids=["last call", "timeout"])
+def test_but_not_for_ever(node, client: EtcdClient, caplog, limit: dict[str, float]) -> None:  # type: ignore[no-untyped-def]
+    assert node("1:4", nodes=2, **limit).next_rendezvous().world_size == 1
     assert len(client.get("started").value["nodes"]) == 1  # type: ignore[union-attr]
+    assert "starting with 1 of 2 nodes" in caplog.text
+
+
+def test_a_run_that_is_started_again_waits_for_all_nodes_again(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    one = node("1:2")
+    one.next_rendezvous()
+    finish(client, "failed", "no more money")
+    reopen(client)
+    assert client.get("started"), "a node is left: the run goes on"
+    one.shutdown()
+    reopen(client)
+    again = start(node("1:2", nodes=2, last_call_timeout=600))
+    assert client.wait_for(lambda: client.get("slots/0"), 30)
+    assert client.get("started") is None and not again.done()
+    assert start(node("1:2", nodes=2, last_call_timeout=600)).result(30) and again.result(30)
 
 
 def test_preferred_slot(node, start) -> None:  # type: ignore[no-untyped-def]

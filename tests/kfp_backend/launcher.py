@@ -84,15 +84,12 @@ class Launcher:
         return {**self._outputs[LOGS], "uri": self._remote(self._outputs[LOGS]), "metadata": {}}
 
     def _executor_output(self) -> Ir:
-        """What kfp's executor says of the outputs: protobuf's JSON, which knows no NaN and no further fields."""
+        """What kfp's executor reports of the outputs: no further fields are allowed."""
         if not self._result.is_file():
             return {}
 
-        def refuse(word: str) -> NoReturn:
-            raise ValueError(f"invalid value {word}")
-
         try:
-            said: Ir = json.loads(self._result.read_text(), parse_constant=refuse)
+            said: Ir = _from_json(self._result.read_text())
             if unknown := set(said) - {"parameterValues", "artifacts"}:
                 raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
         except ValueError as error:
@@ -182,10 +179,19 @@ def parsed(text: str, kind: str) -> Any:
         if text.strip() in ("true", "True", "TRUE", "t", "T", "1", "false", "False", "FALSE", "f", "F", "0"):
             return text.strip() in ("true", "True", "TRUE", "t", "T", "1")
         raise ValueError(f"parsing {text!r}: invalid syntax")
-    value = json.loads(text)
+    value = _from_json(text)
     if not isinstance(value, {"LIST": list, "STRUCT": dict}[kind]):
         raise ValueError("unexpected type")
     return value
+
+
+def _from_json(text: str) -> Any:
+    """As protobuf reads it: it knows no NaN and no Infinity."""
+
+    def refuse(word: str) -> NoReturn:
+        raise ValueError(f"invalid value {word}")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -195,11 +195,11 @@ class Backend(Api):
         return [there.get(pod["metadata"]["name"], pod) for pod in made]
 
     def log(self, step: str) -> str:
-        """All that a step's pods have said, the launcher's words, too."""
+        """The output of all pods of a step, the launcher's included."""
         return "\n".join(map(self.log_of, self.pods(step)))
 
     def log_of(self, pod: Object) -> str:
-        """What one pod has said."""
+        """The output of one pod."""
         return "\n".join(self.kubernetes.said(pod["metadata"]["uid"]))
 
     def drain(self, step: str) -> None:

@@ -1,9 +1,9 @@
-"""What Argo Workflows does with a compiled pipeline, and what becomes of it in the API's words.
+"""What Argo Workflows does with a compiled pipeline, and how the API describes the run.
 
 Steps are real processes, each in a pod of its own, whose node is this machine. Within a DAG one task runs at a time.
-Retries are those of Kubeflow's installation (`templateDefaults`: limit 2, OnError): a step is begun anew when its pod
-was deleted, and not when it has failed. The exit task is a hook of the task that it follows: it runs once that task has
-run, however it ended, and also in a workflow that was terminated.
+Retries are those of Kubeflow's installation (`templateDefaults`: limit 2, OnError): a step is started again when its
+pod was deleted, and not when it has failed. The exit task is a hook of the task that it follows: it runs once that task
+has run, however it ended, and also in a workflow that was terminated.
 """
 
 import copy

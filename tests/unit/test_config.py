@@ -265,6 +265,7 @@ def test_what_a_number_that_is_not_given_means() -> None:
     ("values", "words"),
     [
         ({"nodes": 1}, "1 node"),
+        ({"nodes": 1, "elastic_max_nodes": 2}, "1 node; up to 2 can train (elastic.max_nodes)"),
         ({}, "2 nodes; training goes on while at least one of them is there (elastic.min_nodes=1)"),
         ({"nodes": 4, "elastic_min_nodes": 3}, "4 nodes; training goes on while at least 3 of them are there"),
         ({"elastic_min_nodes": 2}, "2 nodes, and all must be there: while one is away, the others wait"),
@@ -272,7 +273,8 @@ def test_what_a_number_that_is_not_given_means() -> None:
     ],
 )
 def test_a_run_says_what_the_fewest_nodes_mean(values: dict[str, object], words: str) -> None:
-    assert TrainingConfig.from_flat(values).attendance.startswith(words)
+    said = TrainingConfig.from_flat(values).attendance
+    assert said.startswith(words) and ("up to" in said) is ("up to" in words)
 
 
 def test_text_that_may_not_be_empty_is_known() -> None:

@@ -136,6 +136,7 @@ def test_card_tells_data_training_and_versions(run_dir: Path) -> None:
     assert "model-index" not in head
     assert "| held out | " in card and "| rounds | 2 |" in card and "| bytes sent | 2,000 |" in card
     assert "| local_steps | 2 |" in card and torch.__version__ in card and "Not evaluated yet" in card
+    assert "| outer_momentum | 0.9 |" in card, "what was taken, where none was given"
     assert "Counts \\| leaves &lt;b>" in card, "a user's words are no markup"
     assert str(run_dir.parent.parent) not in card, "no path of this machine"
 

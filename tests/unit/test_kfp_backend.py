@@ -149,7 +149,13 @@ def test_outputs_are_collected_by_type_and_handed_on(backend: Backend, tmp_path:
     assert backend.wait(run)["state"] == "SUCCEEDED"
     assert backend.log("need").endswith("7 some")
     assert [parsed("7", kind) for kind in ("STRING", "NUMBER_INTEGER", "NUMBER_DOUBLE")] == ["7", 7, 7.0]
-    for text, kind in (("x", "NUMBER_INTEGER"), ("yes", "BOOLEAN"), ("{}", "LIST"), ("[]", "STRUCT")):
+    for text, kind in (
+        ("x", "NUMBER_INTEGER"),
+        ("yes", "BOOLEAN"),
+        ("{}", "LIST"),
+        ("[]", "STRUCT"),
+        ('{"a": NaN}', "STRUCT"),
+    ):
         with pytest.raises(ValueError):
             parsed(text, kind)
 
@@ -267,7 +273,7 @@ def test_a_terminated_run_has_two_seconds_ends_as_failed_and_runs_its_exit_task(
     began = time.monotonic()
     native.terminate(run)
     ended = native.wait(run)
-    assert 2.0 <= time.monotonic() - began < 10.0
+    assert time.monotonic() - began >= 2.0  # without SIGKILL it would go on until `wait` gives up
     assert [one["state"] for one in ended["state_history"]] == ["PENDING", "RUNNING", "CANCELING", "FAILED"]
     (workflow,) = native.kubernetes.all("workflows").values()
     assert workflow["spec"]["activeDeadlineSeconds"] == 0

@@ -53,6 +53,14 @@ def test_what_can_go_on_is_not_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_from_when_a_number_that_is_not_given_was_null_can_go_on(tmp_path: Path) -> None:
+    made_with = config(tmp_path).model_dump(mode="json") | {"outer_momentum": None, "max_samples": None}
+    save(own(config(tmp_path)), config(tmp_path), config=made_with)
+    (tmp_path / "run" / "etcd").mkdir()
+    preflight.check(config(tmp_path))
+    assert re.match(r"outer_momentum = 0.5: the checkpoints .* have -1", refusal(config(tmp_path, outer_momentum=0.5)))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -531,6 +531,21 @@ def test_runs_compare_in_one_report(run_dir: Path, tmp_path: Path) -> None:
     assert not (other / "report.html").exists()
 
 
+def test_a_number_that_is_not_given_is_not_set_and_old_runs_have_null_for_it(tmp_path: Path) -> None:
+    now, then = tmp_path / "now", tmp_path / "then"
+    lives = list(events(max_samples=7))
+    write(now, lives)
+    for number in ("max_samples", "image_size", "outer_momentum"):
+        lives[0]["config"][number] = None
+    write(then, lives)
+    assert dict(differences([read_run(now), read_run(then)])) == {"max_samples": ["7", "not set"]}
+    for directory, changed in ((now, True), (then, False)):
+        rows = re.findall(r"<tr>.*?</tr>", write_report(directory).read_text())
+        found = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
+        assert ["image_size", "not", "set"] in found and ["outer_momentum", "not", "set"] in found
+        assert (["max_samples", "7", "not", "set"] in found) is changed, "the table of what was changed"
+
+
 def test_runs_without_anything_compare(tmp_path: Path) -> None:
     found = page(write_comparison([tmp_path, tmp_path], tmp_path / "compared.html"))
     assert "No round was committed" in found.words and "parameters are the same" in found.words

@@ -305,16 +305,20 @@ class TrainingConfig(Group):
 
     @property
     def attendance(self) -> str:
-        """What `elastic.min_nodes` means for the run, for its first line."""
+        """What `elastic.min_nodes` and `elastic.max_nodes` mean for the run, for its first line."""
+        more = f"; up to {self.max_nodes} can train (elastic.max_nodes)" if self.max_nodes > self.nodes else ""
         if self.min_nodes == self.nodes == 1:
-            return "1 node"
+            return f"1 node{more}"
         if self.min_nodes >= self.nodes:
             return (
                 f"{self.nodes} nodes, and all must be there: while one is away, the others wait "
-                f"(elastic.min_nodes={self.min_nodes})"
+                f"(elastic.min_nodes={self.min_nodes}){more}"
             )
         least = "one of them is" if self.min_nodes == 1 else f"{self.min_nodes} of them are"
-        return f"{self.nodes} nodes; training goes on while at least {least} there (elastic.min_nodes={self.min_nodes})"
+        return (
+            f"{self.nodes} nodes; training goes on while at least {least} there "
+            f"(elastic.min_nodes={self.min_nodes}){more}"
+        )
 
     def resolved(self) -> "TrainingConfig":
         """This configuration with nothing left open: a run id (generated when there is none), a run directory, a

@@ -75,7 +75,12 @@ def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> N
 
 
 def reopen(client: EtcdClient) -> None:
-    """Take the verdict back: someone who knows that the run is not complete has started it again."""
+    """Take the verdict back: someone who knows that the run is not complete has started it again.
+
+    Where no node is left, that is a first start once more, which waits for all nodes.
+    """
+    if not client.list("slots/"):
+        client.delete("started")
     client.put("run", asdict(Verdict("open")))
 
 

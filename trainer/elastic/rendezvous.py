@@ -174,10 +174,13 @@ class NodeRendezvous(RendezvousHandler):
     def _wait_for_start(self) -> None:
         """Return once enough nodes have held a slot at the same time, in this run's life.
 
-        All that are wanted are enough; `min_nodes` are when the last call is over, so that a run that can do with one
-        node begins with all that come at about the same time.
+        All that are wanted are enough; `min_nodes` are when the last call is over, or the timeout, so that a run that
+        can do with one node begins with all that come at about the same time.
         """
-        present, enough_since = 0, 0.0
+        present, enough_since, deadline = 0, 0.0, time.monotonic() + self._timeout
+
+        def seconds_left() -> float:
+            return max(0.0, min(enough_since + self._last_call, deadline) - time.monotonic())
 
         def started() -> bool:
             nonlocal present, enough_since
@@ -189,17 +192,17 @@ class NodeRendezvous(RendezvousHandler):
                 enough_since = 0.0
                 return False
             enough_since = enough_since or time.monotonic()
-            if present < self._wanted and time.monotonic() - enough_since < self._last_call:
+            if present < self._wanted and seconds_left() > 0:
                 return False
-            self._client.swap("started", {"nodes": nodes}, None)
+            if self._client.swap("started", {"nodes": nodes}, None)[0] and present < self._wanted:
+                log.warning("starting with %d of %d nodes: the others join when they come", present, self._wanted)
             return True
 
         def say() -> None:
             if present < self._min_nodes:
                 log.warning("waiting for nodes: %d of at least %d are here", present, self._min_nodes)
             else:
-                left = self._last_call - (time.monotonic() - enough_since)
-                log.warning("%d of %d nodes are here: starting in %.0f s", present, self._wanted, max(0.0, left))
+                log.warning("%d of %d nodes are here: starting in %.0f s", present, self._wanted, seconds_left())
 
         if not self._client.wait_for(self._refuse_if_closed_or(started), self._timeout, on_wait=say):
             reason = f"only {present} of at least {self._min_nodes} nodes came within {self._timeout:.0f} s"

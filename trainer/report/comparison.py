@@ -82,7 +82,7 @@ def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 def _settings(run: RunRecord) -> dict[str, str]:
     """Every parameter by its path; where it says a place in the run's own directory, that is left out."""
     own = str(run.config.get("run_dir") or "\0")
-    return {name: value_text(value).replace(own, "…") for name, value in leaves(run.config)}
+    return {name: value_text(name, value).replace(own, "…") for name, value in leaves(run.config)}
 
 
 def draw_all(runs: Sequence[RunRecord]) -> list[Chart]:

@@ -7,11 +7,13 @@ import datetime
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trainer.config import UNSET, Parameter, TrainingConfig
 from trainer.files import write_text
 from trainer.report.record import LOSS_UNITS, TOKENS, RunRecord, number, read_run, write_summary
 
@@ -333,14 +335,19 @@ def _short_name(member: object) -> str:
 
 def _settings(config: Mapping[str, Any]) -> list[Setting]:
     """Every parameter by its path (`elastic.min_nodes`), with its default; what differs from it is marked."""
-    from trainer.config import TrainingConfig
-
-    defaults = {".".join(parameter.path): parameter.default for parameter in TrainingConfig.parameters()}
     rows = []
     for name, value in leaves(config):
-        default = defaults.get(name)
-        rows.append(Setting(name, value_text(value), value_text(default), name in defaults and value != default))
+        known = name in parameters()
+        default = parameters()[name].default if known else None
+        changed = known and value is not None and value != default
+        rows.append(Setting(name, value_text(name, value), value_text(name, default), changed))
     return rows
+
+
+@cache
+def parameters() -> Mapping[str, Parameter]:
+    """The parameters by their path."""
+    return {".".join(parameter.path): parameter for parameter in TrainingConfig.parameters()}
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -351,9 +358,12 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def value_text(value: object) -> str:
-    if value is None or value == "":
-        return "none" if value is None else "empty"
+def value_text(name: str, value: object) -> str:
+    """A parameter's value. Old runs have recorded null for a number that was not given."""
+    if value is None or (value == UNSET and name in parameters() and parameters()[name].may_be_unset):
+        return "not set"
+    if value == "":
+        return "empty"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "empty"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
