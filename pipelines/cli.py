@@ -127,10 +127,10 @@ def _run(options: argparse.Namespace) -> int:
 def _submit(options: argparse.Namespace) -> int:
     from pipelines.cluster import Cluster, arguments_of
 
-    arguments = arguments_of(config_from_arguments(options))
+    config = _for_a_cluster(options)
     cluster = Cluster(options.host, options.namespace)
     account = options.steps_service_account
-    run_id = cluster.submit(arguments, options.experiment, options.run_name, service_account=account)
+    run_id = cluster.submit(arguments_of(config), options.experiment, options.run_name, service_account=account)
     print(f"run {run_id}", flush=True)
     if options.wait:
         cluster.wait(run_id)
@@ -138,10 +138,19 @@ def _submit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _for_a_cluster(options: argparse.Namespace) -> TrainingConfig:
+    """The configuration of a run elsewhere. Raises ConfigError for what no machine could run."""
+    from trainer import data
+
+    config = config_from_arguments(options)
+    data.resolve(config).check_parameters()
+    return config
+
+
 def _create_schedule(options: argparse.Namespace) -> int:
     from pipelines.cluster import Cluster, arguments_of, six_fields
 
-    config = config_from_arguments(options)
+    config = _for_a_cluster(options)
     if config.run_id:
         raise ConfigError("run_id", config.run_id, "must be left out: every run of a schedule has its own")
     six_fields(options.cron)

@@ -21,8 +21,11 @@ def run(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapping[s
         job_id: As in `resolve`.
         values: The parameters, by flat name.
     """
+    from trainer import data
+
     with step("precache"):
         config = resolve(values, job_id)
+        data.resolve(config).check_parameters()  # before anything is made on a cluster
         launcher_of(config).precache().hand_on(precached)
         write_json(Path(config_path), config.to_flat())
 

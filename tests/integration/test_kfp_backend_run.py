@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipelines import cluster
 from pipelines.cli import main
+from pipelines.pipeline import compiled
 from tests.cluster.apiserver import ApiServer, Object, serving
 from tests.cluster.nodes import Cluster
 from tests.cluster.story import MANIFEST, Story
@@ -112,7 +114,7 @@ class Place:
         return step
 
     def _submit(self) -> None:
-        values = {"--device": "cpu", "--nodes": "2", "--etcd-endpoints": json.dumps([self._etcd])}
+        values = {"--device": "cpu", "--max-samples": "100", "--etcd-endpoints": json.dumps([self._etcd])}
         flags = [word for pair in values.items() for word in pair]
         try:
             main(["submit", "--host", self.backend.url, "--namespace", self.backend.namespace, "--wait", *flags])
@@ -174,6 +176,14 @@ def test_the_reason_of_a_failing_step_is_read_at_the_laptop(place: Place) -> Non
     assert ended.endswith("has failed: dataset = 'files:x': no such folder")
     assert place.lines[-1].startswith("precache | error: ")
     assert not place.backend.pods("clean-up")  # the graph that it belongs to has not run
+
+
+def test_parameters_that_no_machine_could_run_are_refused_before_anything_is_made(place: Place) -> None:
+    """Started from the UI with nothing typed: the default dataset needs a bound."""
+    run = place.backend.submit(next(yaml.safe_load_all(compiled())))
+    assert place.backend.wait(run)["state"] == "FAILED"
+    assert "error: max_samples = -1: must be set: C4 has " in place.backend.log("precache")
+    assert not place.server.all("persistentvolumeclaims")
 
 
 def test_a_training_that_fails_is_cleaned_up_after(place: Place) -> None:

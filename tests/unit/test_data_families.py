@@ -281,3 +281,11 @@ def test_the_hubs_errors_in_one_sentence(
         resolve(config("c4", max_samples=1)).revision()
     assert message in str(error.value)
     assert "second line" not in str(error.value)
+
+
+def test_c4s_bound_is_asked_for_where_its_data_is_not(tmp_path: Path) -> None:
+    """On the laptop that submits, or in the step that makes the claims; a folder is looked at where it is."""
+    with pytest.raises(ConfigError, match="max_samples = -1: must be set"):
+        data.resolve(config("c4")).check_parameters()
+    data.resolve(config("c4", max_samples=1)).check_parameters()
+    data.resolve(config(f"c4:{tmp_path / 'only-there'}")).check_parameters()

@@ -17,6 +17,8 @@ from tests.kfp_backend.driver import FLAVOURS, Flavour
 from tests.kfp_backend.server import Api, Backend
 from trainer.errors import ConfigError, TrainingError
 
+BOUND = ["--max-samples", "100"]  # without it the default dataset is refused
+
 
 class Played(Api):
     """Plays back the states of a run.
@@ -113,7 +115,7 @@ def test_wait_shows_each_steps_states_and_bears_an_outage(
         ("RUNNING", {**others, "precache": "SUCCEEDED", "train": "RUNNING"}),
         ("SUCCEEDED", {**others, "precache": "SUCCEEDED", "train": "SUCCEEDED", "clean-up": "SUCCEEDED"}),
     ]
-    assert main(["submit", "--host", backend.url, "--wait"]) == 0
+    assert main(["submit", "--host", backend.url, "--wait", *BOUND]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[shown.index("run run-0") :] == [
         "run run-0",
@@ -144,7 +146,7 @@ def test_wait_shows_each_steps_states_and_bears_an_outage(
 def test_wait_fails_when_the_run_does(backend: Played, states: list[tuple[str, dict[str, str]]], reason: str) -> None:
     backend.states = states
     with pytest.raises(TrainingError, match=f"^run run-0 {reason}"):
-        main(["submit", "--host", backend.url, "--wait"])
+        main(["submit", "--host", backend.url, "--wait", *BOUND])
 
 
 def test_a_failed_steps_last_lines_and_its_reason_are_shown(
@@ -154,7 +156,7 @@ def test_a_failed_steps_last_lines_and_its_reason_are_shown(
     backend.states = [("FAILED", {"precache": "SUCCEEDED", "train": "FAILED", "clean-up": "SUCCEEDED"})]
     backend.texts["apis/v1alpha1/runs/run-0/nodes/pod-of-train/log"] = LOG
     with pytest.raises(TrainingError, match=r"^run run-0 ended as failed: train: the disk is full$"):
-        main(["submit", "--host", backend.url, "--wait"])
+        main(["submit", "--host", backend.url, "--wait", *BOUND])
     shown = capsys.readouterr().out
     assert shown.endswith("train: failed\nclean-up: succeeded\ntrain | round 1\ntrain | error: the disk is full\n")
 
@@ -178,7 +180,7 @@ def test_a_failed_steps_words_are_read_where_they_are(
             for line in LOG.splitlines():
                 server.log(pod["metadata"]["uid"], line)
         with pytest.raises(TrainingError, match=r"ended as failed: train: the disk is full$"):
-            main(["submit", "--host", backend.url, "--namespace", "default", "--wait"])
+            main(["submit", "--host", backend.url, "--namespace", "default", "--wait", *BOUND])
 
 
 @dsl.container_component
@@ -277,14 +279,14 @@ def test_wait_gives_up_on_a_backend_that_stays_away(backend: Played, monkeypatch
     monkeypatch.setattr(cluster, "PATIENCE_SECONDS", 0.05)
     backend.outages = 10**6
     with pytest.raises(TrainingError, match="answered 503: upstream connect error"):
-        main(["submit", "--host", backend.url, "--wait"])
+        main(["submit", "--host", backend.url, "--wait", *BOUND])
 
 
 def test_an_unreachable_backend_is_said_to_be_so() -> None:
     with Played() as gone:
         url = gone.url
     with pytest.raises(TrainingError, match="cannot be reached"):
-        main(["submit", "--host", url])
+        main(["submit", "--host", url, *BOUND])
 
 
 def test_kfps_own_command_takes_the_compiled_yaml(backend: Played, tmp_path: Path) -> None:
@@ -302,6 +304,10 @@ def test_kfps_own_command_takes_the_compiled_yaml(backend: Played, tmp_path: Pat
 def test_a_bad_parameter_is_refused_before_anything_is_sent(backend: Played) -> None:
     with pytest.raises(ConfigError, match="batch_size"):
         main(["submit", "--host", backend.url, "--batch-size", "30"])
+    with pytest.raises(ConfigError, match="max_samples = -1: must be set: C4 has 364,868,892 documents"):
+        main(["submit", "--host", backend.url])
+    with pytest.raises(ConfigError, match="dataset = 'c5': no such dataset"):
+        main(["schedule", "create", "nightly", "--cron", "0 3 * * *", "--host", backend.url, "--dataset", "c5"])
     assert not backend.experiments
 
 
@@ -310,13 +316,13 @@ def test_a_schedule_is_made_listed_paused_resumed_and_deleted(
 ) -> None:
     host = ["--host", backend.url]
     for name in ("nightly", "weekly"):
-        assert main(["schedule", "create", name, "--cron", "30 3 * * 1-5", *host, "--total-steps", "5000"]) == 0
+        assert main(["schedule", "create", name, "--cron", "30 3 * * 1-5", *host, *BOUND, "--total-steps", "5000"]) == 0
     nightly = backend.recurring[0]
     assert nightly["trigger"]["cron_schedule"]["cron"] == "0 30 3 * * 1-5"
     assert nightly["mode"] == "ENABLE"
     assert nightly["no_catchup"] is True
     assert nightly["max_concurrency"] == 1
-    assert nightly["runtime_config"]["parameters"] == {"total_steps": 5000}
+    assert nightly["runtime_config"]["parameters"] == {"max_samples": 100, "total_steps": 5000}
 
     capsys.readouterr()
     assert main(["schedule", "list", *host]) == 0
@@ -333,14 +339,14 @@ def test_a_schedule_that_is_not_there_or_not_the_only_one_is_refused(backend: Pl
     with pytest.raises(ConfigError, match="no such schedule"):
         main(["schedule", "pause", "nightly", *host])
     for _ in range(2):
-        main(["schedule", "create", "nightly", "--cron", "0 3 * * *", *host])
+        main(["schedule", "create", "nightly", "--cron", "0 3 * * *", *host, *BOUND])
     with pytest.raises(ConfigError, match="several"):
         main(["schedule", "pause", "nightly", *host])
 
 
 def test_runs_of_a_schedule_may_not_share_a_run_id(backend: Played) -> None:
     with pytest.raises(ConfigError, match="run_id = 'x'"):
-        main(["schedule", "create", "nightly", "--cron", "0 3 * * *", "--run-id", "x", "--host", backend.url])
+        main(["schedule", "create", "nightly", "--cron", "0 3 * * *", "--run-id", "x", "--host", backend.url, *BOUND])
     assert not backend.recurring
 
 

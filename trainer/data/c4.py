@@ -33,9 +33,12 @@ class C4(TextDataset):
         super().check()
         if self._is_local and not self._local_shards():
             raise ConfigError("dataset", self.spec, f"holds no shards of C4: {_SHARDS}")
-        if self.argument.startswith((".", "/", "~")) and not self._is_local:
+        if self._is_a_path and not self._is_local:
             raise ConfigError("dataset", self.spec, "no such folder")
-        if given(self.config.max_samples) is None and not self._is_local:
+
+    def check_parameters(self) -> None:
+        super().check_parameters()
+        if given(self.config.max_samples) is None and not (self._is_a_path or self._is_local):
             config = self.config
             sequences = config.total_steps * config.batch_size * config.nodes
             enough = min(_DOCUMENTS, -(-sequences * config.sequence_length // _TOKENS_EACH))
@@ -92,6 +95,10 @@ class C4(TextDataset):
     @property
     def _is_local(self) -> bool:
         return bool(self.argument) and self._folder.is_dir()
+
+    @property
+    def _is_a_path(self) -> bool:
+        return self.argument.startswith((".", "/", "~"))
 
     def _local_shards(self) -> list[Path]:
         return sorted(self._folder.glob(_SHARDS))

@@ -48,10 +48,14 @@ class DatasetFamily(ABC):
         """What is known of the source without reading it: names the directory of the precached dataset."""
         return self.spec
 
-    def check(self) -> None:
-        """Raise ConfigError for what cannot work. Cheap, and without network: called before anything starts."""
+    def check_parameters(self) -> None:
+        """Raise ConfigError for parameters that cannot work on any machine: also called where the data is not."""
         if self.argument and not self.takes_argument:
             raise ConfigError("dataset", self.spec, f"takes no argument: just {self.name}")
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot work here. Cheap, and without network: called before anything starts."""
+        self.check_parameters()
 
     def inputs(self) -> dict[str, object]:
         """Every parameter, beside the source, that changes what is precached."""
