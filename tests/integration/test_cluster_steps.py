@@ -120,8 +120,6 @@ def place(
         server = resources.enter_context(serving())
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
         here = Place(server, etcd, f"run-{abs(hash((request.node.name, tmp_path))):x}"[:20])
-        # The live view asks its standard output, which is not a terminal here: it prints lines.
-        monkeypatch.setattr("trainer.elastic.board.print", lambda line, **_: here.say(line), raising=False)
         resources.enter_context(here.cluster.running())
         yield here
         for secret in here.server.all("secrets").values():

@@ -190,9 +190,9 @@ class View(Protocol):
         """Show the board as it is now."""
 
 
-def view(board: Board) -> View:
-    """A live view if standard output is a terminal, else plain lines."""
-    return Live(board) if sys.stdout.isatty() else Plain(board)
+def view(board: Board, write: Callable[[str], None] | None = None) -> View:
+    """A live view if standard output is a terminal, else plain lines, which `write` prints."""
+    return Live(board) if sys.stdout.isatty() else Plain(board, write)
 
 
 class Plain:
