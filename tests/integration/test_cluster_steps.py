@@ -607,6 +607,27 @@ def test_the_training_is_followed_on_after_an_api_server_has_been_away_for_long(
     train(here, tmp_path / "run")
 
 
+def test_an_outage_of_the_api_server_is_no_time_in_which_workers_have_not_started(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeout = 5.0
+    monkeypatch.setattr(pods, "SILENCE", timeout + 1.0)
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.refuse_place(pod, "0/3 nodes are available")
+        place.wait_for("no news of the cluster", "the API server does not answer")
+        place.story.train(cluster, pod)
+        place.server.come_back()
+
+    def go_away(line: str) -> None:
+        if "worker 0 waits: " in line and not place.said("no news"):
+            place.server.go_away()
+
+    place.story.told["train"] = wait
+    place.on_line = go_away
+    train(place.session(nodes=1, elastic_rdzv_timeout=timeout), tmp_path / "run")
+
+
 @pytest.mark.parametrize("who", ["the API server", "the kubelet of node-1"])
 def test_silence_is_named_and_what_was_said_meanwhile_is_read_afterwards(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str

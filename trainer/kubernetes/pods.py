@@ -75,7 +75,8 @@ class Pods:
         self._names: dict[str, str] = {}  # of their pods, as a person calls them
         self._silent = _Silent(say)
         self._said: dict[str, str] = {}  # what was last said of a pod, or of an owner
-        self._waiting: dict[str, float] = {}  # since when, by name
+        self._waiting: dict[str, float] = {}  # since when, by name; later by how long the API server was silent
+        self._looked = time.monotonic()
         self._asked: dict[str, float] = {}  # when it was asked why, and
         self._why: dict[str, str] = {}  # what was found
         self.departed: list[Object] = []
@@ -107,6 +108,7 @@ class Pods:
     def look(self) -> None:
         """Take in how things are now: begin to read logs, say what has changed, and why something waits."""
         self.wake.clear()
+        self._let_outages_pass()
         self.owners, self.pods, self.departed = self._owners.objects(), self._pods.objects(), self._pods.departed()
         for name, pod in self.pods.items():
             self._read(name, pod)
@@ -117,6 +119,12 @@ class Pods:
             else:
                 self._explain(name, partial(self._why_waits, name, pod), self._called(pod))
         self._silent.take(self._silences())
+
+    def _let_outages_pass(self) -> None:
+        """What waits may have started where the API server does not answer: that time does not count as waiting."""
+        before, self._looked = self._looked, time.monotonic()
+        if self._pods.silence or self._owners.silence:
+            self._waiting = {name: since + self._looked - before for name, since in self._waiting.items()}
 
     def explain_missing(self, owner: str, what: str) -> None:
         """Say why a Job or PyTorchJob has no pod, if it has had time to get one."""
