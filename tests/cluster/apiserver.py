@@ -66,7 +66,7 @@ class ApiServer(ThreadingHTTPServer):
         quota: Resources of which nothing more may be created, and what the quota says.
         outages: How many requests are broken off before they are answered.
         streams: How often a watch was begun, or a log read.
-        frozen: Nodes whose kubelet does not answer: what their pods say reaches nobody, and is kept.
+        frozen: Nodes whose kubelet does not answer: what their pods say is kept, and cannot be read.
         zone: Of the nodes, in which they give the time of what containers say.
     """
 

@@ -30,7 +30,7 @@ from trainer.kubernetes.results import take
 from trainer.kubernetes.session import Session, Workflow, has_ended
 from trainer.kubernetes.training import Trained, train
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 ANOTHER_OWNER = Owner(
     "argoproj.io/v1alpha1", "Workflow", "diloco-training-b2c3d", "00000000-0000-4000-8000-000000000001"

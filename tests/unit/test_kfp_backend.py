@@ -275,7 +275,7 @@ def test_a_terminated_run_has_two_seconds_ends_as_failed_and_runs_its_exit_task(
     began = time.monotonic()
     native.terminate(run)
     ended = native.wait(run)
-    assert 2.0 <= time.monotonic() - began < 10.0
+    assert 2.0 <= time.monotonic() - began < 60.0
     assert [one["state"] for one in ended["state_history"]] == ["PENDING", "RUNNING", "CANCELING", "FAILED"]
     (workflow,) = native.kubernetes.all("workflows").values()
     assert workflow["spec"]["activeDeadlineSeconds"] == 0

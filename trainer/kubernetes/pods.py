@@ -138,7 +138,7 @@ class Pods:
         """Why a pod, or an owner's, has been waiting for longer than `seconds`; "" if it has not."""
         if name not in self._waiting or self.waited(name) < seconds:
             return ""
-        return self._why.get(name) or "nobody says why"
+        return self._why.get(name) or "no reason is known"
 
     def finish_reading(self, names: Iterable[str], seconds: float = 10.0) -> None:
         """Return when all that was said by those of these pods that have ended has been handed on."""
@@ -178,7 +178,7 @@ class Pods:
             self._followers[uid].end()
 
     def _silences(self) -> dict[str, Silence]:
-        """Of whom nothing can be heard now, and why; if it is the API server, the pods stand for it."""
+        """What cannot be heard now, and why. If the API server does not answer, followed pods are named for it."""
         found = {
             self._names[uid]: silence for uid, one in self._followers.items() if (silence := one.silence) is not None
         }
@@ -236,7 +236,7 @@ class Pods:
 
 
 class _Silent:
-    """Prints whose silence it is that nothing is heard of pods, and that they are heard again; not too often."""
+    """Prints which pods cannot be heard, and why, and that they can be heard again; not too often."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -244,7 +244,7 @@ class _Silent:
         self._last, self._next = -math.inf, -math.inf  # when it was printed, and is to be again
 
     def take(self, silences: Mapping[str, Silence]) -> None:
-        """Take in how it is now."""
+        """Take in what cannot be heard now."""
         now = time.monotonic()
         again = list(dict.fromkeys(name for name, _ in self._printed if name not in silences))
         if again:
