@@ -51,7 +51,8 @@ def step(name: str) -> Iterator[None]:
     except Interrupted:
         sys.exit(143)
     finally:
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):  # KFP's launcher may have died of the SIGTERM already
+            sys.stdout.flush()
         signal.signal(signal.SIGTERM, before)
 
 

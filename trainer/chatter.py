@@ -1,4 +1,4 @@
-"""Whose log lines a command prints: our own from INFO on, libraries' only from WARNING on."""
+"""Which log lines a command prints: our own from INFO on, libraries' only from WARNING on."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ def set_up_logging() -> None:
 
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
-    """For a stretch of a process whose root logger somebody else has set up, as kfp's executor does."""
+    """For a stretch of a process whose root logger is already set up, as by kfp's executor."""
     loggers = [logging.getLogger(), *(logging.getLogger(name) for name in _OURS)]
     before = [logger.level for logger in loggers]
     for logger, level in zip(loggers, (logging.WARNING, *(logging.INFO for _ in _OURS)), strict=True):

@@ -66,7 +66,7 @@ class ApiServer(ThreadingHTTPServer):
         quota: Resources of which nothing more may be created, and what the quota says.
         outages: How many requests are broken off before they are answered.
         streams: How often a watch was begun, or a log read.
-        frozen: Nodes whose kubelet does not answer: what their pods say reaches nobody, and is kept.
+        frozen: Nodes whose kubelet does not answer: what their pods say is kept, and cannot be read.
         zone: Of the nodes, in which they give the time of what containers say.
     """
 
@@ -95,6 +95,7 @@ class ApiServer(ThreadingHTTPServer):
         self._logs: dict[str, list[str]] = {}  # by pod's uid
         self._moments = itertools.count()
         self._cut = False  # streams that are to end are cut off
+        self._torn = ""  # uid of the pod whose log's end is in the middle of a line
         self.zone: tzinfo = UTC
 
     # What tests do
@@ -135,6 +136,14 @@ class ApiServer(ThreadingHTTPServer):
             self._cut = cut
             self._generation += 1
             self.changed.notify_all()
+
+    def tear(self, uid: str, line: str) -> None:
+        """A pod says a line, in the middle of which its kubelet ends: its log's followers get half of it, and an end in
+        good order."""
+        with self.changed:
+            self._torn = uid
+            self.log(uid, line)
+            self.drop_streams()
 
     def go_away(self) -> None:
         """Break off every connection, and every request from now on, until `come_back`."""
@@ -372,8 +381,13 @@ class ApiServer(ThreadingHTTPServer):
             told = 0
             while True:
                 with self.changed:
-                    if self._ends(generation):
-                        return
+                    said = self._logs.get(uid, [])[told:]
+                    if ends := self._ends(generation):
+                        said = said[:1] if self._torn == uid else []
+                if ends:
+                    yield from (line[: len(line) // 2 + 15].encode() for line in said)  # more than its time
+                    return
+                with self.changed:
                     if node in self.frozen:
                         self.changed.wait(0.1)
                         continue

@@ -30,7 +30,7 @@ from trainer.kubernetes.results import take
 from trainer.kubernetes.session import Session, Workflow, has_ended
 from trainer.kubernetes.training import Trained, train
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 ANOTHER_OWNER = Owner(
     "argoproj.io/v1alpha1", "Workflow", "diloco-training-b2c3d", "00000000-0000-4000-8000-000000000001"
@@ -120,8 +120,6 @@ def place(
         server = resources.enter_context(serving())
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
         here = Place(server, etcd, f"run-{abs(hash((request.node.name, tmp_path))):x}"[:20])
-        # The live view asks its standard output, which is not a terminal here: it prints lines.
-        monkeypatch.setattr("trainer.elastic.board.print", lambda line, **_: here.say(line), raising=False)
         resources.enter_context(here.cluster.running())
         yield here
         for secret in here.server.all("secrets").values():
@@ -607,6 +605,27 @@ def test_the_training_is_followed_on_after_an_api_server_has_been_away_for_long(
 
     place.on_line = go_away
     train(here, tmp_path / "run")
+
+
+def test_an_outage_of_the_api_server_is_no_time_in_which_workers_have_not_started(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeout = 5.0
+    monkeypatch.setattr(pods, "SILENCE", timeout + 1.0)
+
+    def wait(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.refuse_place(pod, "0/3 nodes are available")
+        place.wait_for("no news of the cluster", "the API server does not answer")
+        place.story.train(cluster, pod)
+        place.server.come_back()
+
+    def go_away(line: str) -> None:
+        if "worker 0 waits: " in line and not place.said("no news"):
+            place.server.go_away()
+
+    place.story.told["train"] = wait
+    place.on_line = go_away
+    train(place.session(nodes=1, elastic_rdzv_timeout=timeout), tmp_path / "run")
 
 
 @pytest.mark.parametrize("who", ["the API server", "the kubelet of node-1"])

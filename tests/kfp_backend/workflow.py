@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import random
+import select
 import signal
 import string
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from graphlib import TopologicalSorter
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 RETRIES = 2
 # Seconds from SIGTERM to SIGKILL, whatever the pod's grace period: Argo's emissary passes the signal to the launcher as
-# well, which dies of it, and the container ends with it.
+# well, which dies of it, and the container ends with it. From then on what the step prints has no reader (EPIPE).
 GRACE = 2.0
 _RUN_ID = "pipeline/runid"
 _TYPES = {
@@ -219,41 +221,57 @@ class Workflow(threading.Thread):
         if prepare := self._backend.before.get(name):
             prepare(pod)
         environment = self._environment(pod, disk) | {one["name"]: one["value"] for one in container.get("env", [])}
+        printed, prints = os.pipe()
+        alive, held = os.pipe()  # held by all of the step's processes: it is at its end when they are
         process = subprocess.Popen(
             command,
             cwd=disk,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=prints,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
+            pass_fds=[held],
         )
+        os.close(prints)
+        os.close(held)
         self._start_pod(pod)
         self._server.log(pod["metadata"]["uid"], _glog("I", "launcher_v2.go:151", "launcher info:"))
         for line in json.dumps(command, indent=2).splitlines():
             self._server.log(pod["metadata"]["uid"], line)
-        reader = threading.Thread(target=self._read, args=(process, pod, launcher.log), daemon=True)
+        died = threading.Event()  # the launcher has
+        reader = threading.Thread(target=self._read, args=(printed, pod, launcher.log, died), daemon=True)
         reader.start()
         try:
             while reader.is_alive():
                 reader.join(0.05)
-                if not self._is_wanted(pod):
-                    _stop(process, reader, GRACE)
-                    raise _Deleted
-                if self._backend.closing.is_set() or (self.terminated.is_set() and not hook):
-                    _stop(process, reader, 0.0 if self._backend.closing.is_set() else GRACE)
-                    raise _Stopped
+                wanted, closing = self._is_wanted(pod), self._backend.closing.is_set()
+                if wanted and not closing and (hook or not self.terminated.is_set()):
+                    continue
+                died.set()
+                reader.join()
+                _stop(process, alive, GRACE if not closing else 0.0)
+                raise _Stopped if wanted else _Deleted
         finally:
             process.wait()
+            os.close(alive)
         return process.returncode
 
-    def _read(self, process: "subprocess.Popen[str]", pod: Object, log: Path) -> None:
-        assert process.stdout is not None
-        with log.open("w") as file:
-            for line in process.stdout:
-                file.write(line)
-                self._server.log(pod["metadata"]["uid"], line.rstrip("\n"))
+    def _read(self, printed: int, pod: Object, log: Path, died: threading.Event) -> None:
+        """The launcher takes what the step prints, until that has ended, or the launcher has died."""
+        rest = b""
+        with log.open("w") as file, os.fdopen(printed, "rb", buffering=0) as pipe:
+            while not died.is_set():
+                if not select.select([pipe], [], [], 0.02)[0]:
+                    continue
+                part = pipe.read(1 << 16)
+                *lines, rest = (rest + part).split(b"\n") if part else ([rest] if rest else []) + [b""]
+                for line in lines:
+                    text = line.decode(errors="replace")
+                    file.write(f"{text}\n")
+                    self._server.log(pod["metadata"]["uid"], text)
+                if not part:
+                    return
 
     def _environment(self, pod: Object, disk: Path) -> dict[str, str]:
         metadata = pod["metadata"]
@@ -375,16 +393,12 @@ def _reference(pod: Object, kind: str) -> Ir:
     return {"name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"], "type": kind}
 
 
-def _stop(process: "subprocess.Popen[str]", reader: threading.Thread, grace: float) -> None:
+def _stop(process: "subprocess.Popen[bytes]", alive: int, grace: float) -> None:
     """SIGTERM to all processes of a container, and SIGKILL to those that do not go."""
-    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        reader.join(seconds)
-        if not reader.is_alive():
-            return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        select.select([alive], [], [], grace)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _order(tasks: Mapping[str, Ir]) -> Iterator[str]:

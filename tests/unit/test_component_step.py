@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from components.precache.component import precache
 from components.precache.run import resolve
 from components.step import hand_on, log_metrics, step
 from trainer.config import Parameter, TrainingConfig
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.kubernetes import session
 
 
@@ -49,6 +50,31 @@ def test_sigterm_ends_a_step_after_its_clean_up() -> None:
             saved = True
     assert (ended.value.code, saved) == (143, True)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_ends_a_step_whose_output_has_no_reader_after_its_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when KFP's launcher has died of it first."""
+    reading, writing = os.pipe()
+    output = os.fdopen(writing, "w")
+    monkeypatch.setattr("sys.stdout", output)
+    cleaned_up = []
+
+    def body() -> None:
+        try:
+            os.close(reading)
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 10)
+        except Interrupted:
+            session.say("cancelled")
+            cleaned_up.append("jobs")
+            raise
+
+    with pytest.raises(SystemExit) as ended, step("train"):
+        body()
+    assert ended.value.code == 143
+    assert cleaned_up
+    with suppress(BrokenPipeError):
+        output.close()
 
 
 def test_a_step_s_log_has_no_library_s_chatter(capsys: pytest.CaptureFixture[str]) -> None:

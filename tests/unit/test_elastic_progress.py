@@ -153,6 +153,23 @@ def test_what_is_heard_all_at_once_after_an_outage_has_the_pace_at_which_it_happ
     assert shown.left == pytest.approx(1000 - 360)
 
 
+@pytest.mark.parametrize("apart", [0.0, 300.0, -300.0])
+def test_workers_whose_clocks_are_minutes_apart_have_the_pace_of_one_clock(apart: float) -> None:
+    now = 0.0
+    shown = Board(1000, clock=lambda: now)
+    for second in range(1000, 1100):  # a step a second, by turns with one worker in front
+        now = float(second)
+        steps = [second - 1000 + (second + number) % 2 for number in range(2)]
+        clocks = (0.0, apart)
+        shown.fill(
+            [
+                Row(number, "training", step=steps[number], at=now - 1 + steps[number] - min(steps) + clocks[number])
+                for number in range(2)
+            ]
+        )
+    assert shown.left == pytest.approx(1000 - 99, rel=0.05)
+
+
 def test_clocks_of_workers_that_differ_make_no_estimate_out_of_nothing() -> None:
     shown = Board(100, clock=lambda: 50.0)
     for number, at in ((1, 10.0), (2, 40.0), (3, 39.0)):

@@ -235,12 +235,16 @@ def test_the_exit_task_runs_after_a_failure_within_and_not_after_one_before(nati
     assert len(native.pods("need")) == 1
 
 
-WAITS = "trap 'sleep 0.2; echo left; exit 0' TERM; echo runs; while :; do sleep 0.05; done"
+WAITS = """
+trap '' PIPE
+trap 'sleep 0.2; : > left; echo left && : > read; exit 0' TERM
+echo runs; while :; do sleep 0.05; done
+"""
 
 
 def waits(native: Backend, step: str = "shell", pods: int = 1) -> None:
     native.kubernetes.wait_until(
-        lambda: len(native.pods(step)) == pods and "runs" in native.log_of(native.pods(step)[-1])
+        lambda: len(native.pods(step)) == pods and "runs" in native.log_of(native.pods(step)[-1]).splitlines()
     )
 
 
@@ -256,7 +260,11 @@ def test_a_step_is_begun_anew_when_its_pod_is_deleted_and_not_when_it_fails(nati
     assert native.wait(run)["state"] == "FAILED"
     pods = native.pods("shell")
     assert len({pod["metadata"]["uid"] for pod in pods}) == 3
-    assert "left" in native.log_of(pods[0])  # it had the time
+    for pod in pods:
+        there = {path.name for path in (native.root / "pods" / pod["metadata"]["name"]).iterdir()}
+        assert "left" in there  # it had the time
+        assert "read" not in there  # and no reader
+        assert "left" not in native.log_of(pod).splitlines()
     assert native.wait(native.submit(ir, script="exit 1"))["state"] == "FAILED"
     assert len(native.pods("shell")) == 4
 

@@ -81,6 +81,7 @@ class Board:
         self._started = clock()
         self._places: deque[tuple[float, int]] = deque()  # when which step was reached
         self._moved = clock()  # when the last of them was seen
+        self._behind: dict[int, float] = {}  # by worker: how far its clock is behind ours, or more by what news takes
 
     def fill(self, rows: Sequence[Row], *, step: int | None = None, round: int | None = None) -> None:
         """Take in how the workers are now.
@@ -89,6 +90,10 @@ class Board:
             step, round: The run's; what the slowest worker under way has reached, if they are not known.
         """
         self.rows = rows
+        for row in rows:
+            if row.at is not None:
+                behind = self._clock() - row.at
+                self._behind[row.worker] = min(behind, self._behind.get(row.worker, behind))
         under_way = [row for row in rows if row.state not in AWAY] or rows
         before = self.round
         self.step = min((row.step or 0 for row in under_way), default=0) if step is None else step
@@ -100,10 +105,14 @@ class Board:
                 self._places.clear()  # the run goes on from a checkpoint
             self._moved = self._clock()
             # By the workers' own clocks, where they tell: what is heard all at once has not happened all at once.
-            reached = [row.at for row in under_way if row.at is not None and row.step == self.step]
+            reached = [self._ours(row.worker, row.at) for row in under_way if row.at and row.step == self.step]
             self._places.append((max(reached, default=self._moved), self.step))
         while len(self._places) > 4 and self._places[1][0] < self._places[-1][0] - PACE_WINDOW:
             self._places.popleft()
+
+    def _ours(self, worker: int, at: float) -> float:
+        """A time by a worker's clock as one by ours: workers' clocks may be minutes apart."""
+        return at + self._behind[worker]
 
     @property
     def loss(self) -> float | None:
@@ -121,7 +130,7 @@ class Board:
         if self.total_steps is None or len(self._places) < 3 or self.silent_since is not None:
             return None
         (first, from_step), (last, to_step) = self._places[1], self._places[-1]
-        if last <= first:  # two workers whose clocks differ
+        if last <= first:  # a clock was set back
             return None
         stands = max(0.0, self._clock() - self._moved)
         usual = (last - first) / (len(self._places) - 2)
@@ -190,9 +199,9 @@ class View(Protocol):
         """Show the board as it is now."""
 
 
-def view(board: Board) -> View:
-    """A live view if standard output is a terminal, else plain lines."""
-    return Live(board) if sys.stdout.isatty() else Plain(board)
+def view(board: Board, write: Callable[[str], None] | None = None) -> View:
+    """A live view if standard output is a terminal, else plain lines, which `write` prints."""
+    return Live(board) if sys.stdout.isatty() else Plain(board, write)
 
 
 class Plain:

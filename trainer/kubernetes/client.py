@@ -223,7 +223,8 @@ class Client:
         query = {"container": container, "timestamps": "true"}
         query |= {"follow": "true"} if follow else {}
         query |= {"sinceTime": since} if since else {}
-        with self._stream("get", POD, pod, query, LOG_TIMEOUT if follow else ANSWER_TIMEOUT, "/log") as lines:
+        limit = LOG_TIMEOUT if follow else ANSWER_TIMEOUT
+        with self._stream("get", POD, pod, query, limit, "/log", whole=follow) as lines:
             for line in lines:
                 yield line.decode(errors="replace")
 
@@ -254,11 +255,25 @@ class Client:
             pause = min(2 * pause, 10.0)
 
     def _stream(
-        self, verb: str, kind: Kind, name: str, query: Mapping[str, str], silence: float | None, part: str = ""
+        self,
+        verb: str,
+        kind: Kind,
+        name: str,
+        query: Mapping[str, str],
+        silence: float | None,
+        part: str = "",
+        *,
+        whole: bool = True,
     ) -> "_Lines":
-        """One request whose answer comes line by line; `silence`: seconds without a line that are borne."""
+        """One request whose answer comes line by line.
+
+        Args:
+            silence: Seconds without a line that are borne.
+            whole: Drop what comes after the last newline: a kubelet, or a proxy, that ends in the middle of a line ends
+                the answer in good order.
+        """
         timeout = CONNECT_TIMEOUT, silence
-        return _Lines(self._request(verb, "GET", kind, name, query, None, timeout, part=part, stream=True))
+        return _Lines(self._request(verb, "GET", kind, name, query, None, timeout, part=part, stream=True), whole)
 
     def _request(
         self,
@@ -344,8 +359,8 @@ class Client:
 class _Lines:
     """The lines of a response as they come. The connection is closed in the end: what is left in it is of no use."""
 
-    def __init__(self, response: Any) -> None:
-        self._response = response
+    def __init__(self, response: Any, whole: bool) -> None:
+        self._response, self._whole = response, whole
 
     def __enter__(self) -> Iterator[bytes]:
         return self._lines()
@@ -364,7 +379,7 @@ class _Lines:
         except (HTTPError, OSError) as error:
             reason = TIMED_OUT if isinstance(error, ReadTimeoutError) else BROKEN
             raise ApiError(f"a connection to the Kubernetes API broke: {one_line(error)}", 0, reason) from None
-        if rest:
+        if rest and not self._whole:
             yield rest
 
 

@@ -62,7 +62,7 @@ class LogFollower:
         self._ended.set()
 
     def close(self) -> None:
-        """Nobody wants to hear more. The thread ends with its connection, and is not waited for."""
+        """Stop. The thread ends with its connection, and is not waited for."""
         self._closed.set()
         self._ended.set()
 
@@ -90,7 +90,7 @@ class LogFollower:
             self.done.set()
 
     def _is_over(self, error: ApiError, ended: bool) -> bool:
-        """Whether there is nothing more to read after what was refused; else notes whose silence it is."""
+        """Whether nothing more can be read after this error; else notes what does not answer."""
         if error.reason == "NotFound" or (ended and error.status == 400):  # the pod is gone, or its container's log
             return True
         try:

@@ -145,7 +145,7 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     if step != "train":  # of a PyTorchJob's pods the operator sets it
         values["PYTHONUNBUFFERED"] = 1
     if site.vendor == "nvidia" and not _has_gpus(site, step):
-        values["NVIDIA_VISIBLE_DEVICES"] = "void"  # NVIDIA's runtime class shows all of them to who has asked for none
+        values["NVIDIA_VISIBLE_DEVICES"] = "void"  # NVIDIA's runtime class shows them all to a pod that asks for none
     if site.device == "cpu" and config.device != "cpu":
         values["DILOCO_DEVICE"] = "cpu"
     if site.vendor != "cpu":  # RCCL reads the same variables

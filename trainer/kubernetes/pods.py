@@ -75,7 +75,8 @@ class Pods:
         self._names: dict[str, str] = {}  # of their pods, as a person calls them
         self._silent = _Silent(say)
         self._said: dict[str, str] = {}  # what was last said of a pod, or of an owner
-        self._waiting: dict[str, float] = {}  # since when, by name
+        self._waiting: dict[str, float] = {}  # since when, by name; later by how long the API server was silent
+        self._looked = time.monotonic()
         self._asked: dict[str, float] = {}  # when it was asked why, and
         self._why: dict[str, str] = {}  # what was found
         self.departed: list[Object] = []
@@ -107,6 +108,7 @@ class Pods:
     def look(self) -> None:
         """Take in how things are now: begin to read logs, say what has changed, and why something waits."""
         self.wake.clear()
+        self._let_outages_pass()
         self.owners, self.pods, self.departed = self._owners.objects(), self._pods.objects(), self._pods.departed()
         for name, pod in self.pods.items():
             self._read(name, pod)
@@ -117,6 +119,12 @@ class Pods:
             else:
                 self._explain(name, partial(self._why_waits, name, pod), self._called(pod))
         self._silent.take(self._silences())
+
+    def _let_outages_pass(self) -> None:
+        """What waits may have started where the API server does not answer: that time does not count as waiting."""
+        before, self._looked = self._looked, time.monotonic()
+        if self._pods.silence or self._owners.silence:
+            self._waiting = {name: since + self._looked - before for name, since in self._waiting.items()}
 
     def explain_missing(self, owner: str, what: str) -> None:
         """Say why a Job or PyTorchJob has no pod, if it has had time to get one."""
@@ -130,7 +138,7 @@ class Pods:
         """Why a pod, or an owner's, has been waiting for longer than `seconds`; "" if it has not."""
         if name not in self._waiting or self.waited(name) < seconds:
             return ""
-        return self._why.get(name) or "nobody says why"
+        return self._why.get(name) or "no reason is known"
 
     def finish_reading(self, names: Iterable[str], seconds: float = 10.0) -> None:
         """Return when all that was said by those of these pods that have ended has been handed on."""
@@ -170,7 +178,7 @@ class Pods:
             self._followers[uid].end()
 
     def _silences(self) -> dict[str, Silence]:
-        """Of whom nothing can be heard now, and why; if it is the API server, the pods stand for it."""
+        """What cannot be heard now, and why. If the API server does not answer, followed pods are named for it."""
         found = {
             self._names[uid]: silence for uid, one in self._followers.items() if (silence := one.silence) is not None
         }
@@ -228,7 +236,7 @@ class Pods:
 
 
 class _Silent:
-    """Prints whose silence it is that nothing is heard of pods, and that they are heard again; not too often."""
+    """Prints which pods cannot be heard, and why, and that they can be heard again; not too often."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -236,7 +244,7 @@ class _Silent:
         self._last, self._next = -math.inf, -math.inf  # when it was printed, and is to be again
 
     def take(self, silences: Mapping[str, Silence]) -> None:
-        """Take in how it is now."""
+        """Take in what cannot be heard now."""
         now = time.monotonic()
         again = list(dict.fromkeys(name for name, _ in self._printed if name not in silences))
         if again:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ConfigError, Interrupted, TrainingError
+from trainer.errors import Interrupted, TrainingError
 from trainer.kubernetes import jobs, names
 from trainer.kubernetes.batch import Jobs
 from trainer.kubernetes.claims import claim
@@ -55,12 +55,12 @@ def precache(session: Session, held_out: Path) -> Precached:
         return _precache(session, held_out)
     except (Interrupted, KeyboardInterrupt):
         if session.workflow_has_ended():
+            session.clean_up_jobs(finished=True)  # before anything else: there may be less than a second
             session.say("cancelled: the precaching jobs are deleted")
-            session.clean_up_jobs(finished=True)
         else:
             session.say("this step goes away, and its jobs go on: the step's next pod follows them")
         raise
-    except (ConfigError, TrainingError):
+    except Exception:
         try:
             session.clean_up_jobs(finished=False)
         except TrainingError as error:  # the step's own failure is what its last line must say

@@ -124,7 +124,7 @@ def is_vague(why: str) -> bool:
 
 
 def why_lost(pod: Object) -> str:
-    """What has befallen a pod's node; "" if nothing is known."""
+    """What has happened to a pod's node; "" if nothing is known."""
     status = pod.get("status") or {}
     node = (pod.get("spec") or {}).get("nodeName", "")
     named = f" ({node})" if node else ""

@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,8 +39,10 @@ Say = Callable[[str], None]
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+    """Print a line at once; or not at all, if its reader is gone: SIGTERM ends KFP's launcher, through which a step
+    prints, before the step, which must still clean up."""
+    with suppress(BrokenPipeError):
+        print(line, flush=True)
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ def train(session: Session, directory: Path) -> Trained:
             return training.follow()
         except (Interrupted, KeyboardInterrupt):
             if session.workflow_has_ended():
+                session.clean_up()  # before anything else: there may be less than a second
                 session.say("cancelled: the training's jobs are deleted, their workers save and leave")
-                session.clean_up()
             else:
                 session.say("this step goes away, and the training goes on: the step's next pod follows it")
             raise
@@ -156,7 +156,7 @@ class _Training:
                 self._hear,
                 patience=self._config.active_deadline,
             ) as pods,
-            view(self._board) as self._shown,
+            view(self._board, self._session.say) as self._shown,
         ):
             if self._over():
                 self._say(f"run {plan.run_id} has ended already: it has {self._verdict.status}")

@@ -1,8 +1,8 @@
 """A mirror of some of the API's objects that follows them: what client-go calls an informer.
 
-One lists, and watches from the list's version on. A watch ends now and then, breaks, or is told that its version is too
-old (410): then one watches again from the last version, or lists again. What the list has no more is gone, so that no
-deletion is missed however long nobody watched. An API server that does not answer is waited for.
+It lists, and watches from the list's version on. A watch ends now and then, breaks, or is refused because its version
+is too old (410): then it watches again from the last version, or lists again. What is missing in the new list is gone,
+so that no deletion is missed, however long the watch was broken. An API server that does not answer is waited for.
 """
 
 import logging
