@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -40,6 +41,35 @@ def test_values(client: EtcdClient) -> None:
 def test_no_value_that_json_does_not_have(client: EtcdClient) -> None:
     with pytest.raises(ValueError, match="JSON"):
         client.put("a", float("nan"))
+
+
+class Dropped(grpc.RpcError):
+    """What a member without a leader answers to a proposal, at once."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNKNOWN
+
+    def details(self) -> str:
+        return "raft proposal dropped"
+
+
+grpc.Call.register(Dropped)
+
+
+def test_what_members_drop_while_they_elect_is_proposed_again(client: EtcdClient) -> None:
+    client.put("a", 1)
+    connection, answers = client._connection, [Dropped() for _ in range(5)]
+
+    def propose(etcd: object) -> str:
+        if answers:
+            raise answers.pop()
+        return "done"
+
+    assert client._call(propose) == "done"  # there is one endpoint: two tries would not do
+    assert client._connection is connection
+    answers = [Dropped()]
+    with pytest.raises(EtcdError, match="raft proposal dropped"):
+        client._call(propose, retry=False)
 
 
 def test_compare_and_swap(client: EtcdClient) -> None:

@@ -35,6 +35,7 @@ Json = Any
 Kind = Literal["unreachable", "certificate", "credentials", "permission", "lease", "request"]
 
 CALL_TIMEOUT = 5.0  # seconds that one request may take on one endpoint, at most
+ELECTION_PAUSE = 0.1  # seconds until what a member without a leader has dropped is proposed to it again
 POLL_INTERVAL = 1.0  # seconds after which `wait_for` looks again although no watch has told it to
 
 _CHANNEL_OPTIONS = [
@@ -294,10 +295,15 @@ class EtcdClient:
     # The connection
 
     def _call(self, operation: Callable[[Any], T], retry: bool = True) -> T:
-        """Run `operation` on a connection; on the next endpoint, or with a new token, if this one fails."""
+        """Run `operation` on a connection; on the next endpoint, or with a new token, if this one fails.
+
+        While the members elect a leader, each drops proposals at once: trying one after the other would be over before
+        the election is.
+        """
         if os.getpid() != self._pid:
             raise EtcdError("an etcd client was used after a fork, which gRPC does not survive", "request")
         attempts = len(self.endpoints) + 1 if retry else 1
+        elected = time.monotonic() + self._patience
         while True:
             attempts -= 1
             connection = None
@@ -310,6 +316,10 @@ class EtcdClient:
                 if not _is_etcds(exception):  # a signal's, for one: torch's agent raises it wherever it happens to be
                     raise
                 error, stale = self._explain(exception)
+                if retry and "proposal dropped" in str(error) and time.monotonic() < elected:
+                    attempts += 1
+                    time.sleep(ELECTION_PAUSE)
+                    continue
                 if stale:
                     with self._lock:
                         self._drop(connection)
