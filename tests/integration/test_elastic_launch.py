@@ -158,7 +158,7 @@ def test_unless_all_must_be_there_the_others_go_on(start: Start, tmp_path: Path)
     output, _ = launch.communicate()
     assert launch.returncode == 0
     assert "training goes on while at least one of them is there (elastic.min_nodes=1)" in shown[0]
-    assert output.splitlines()[-1] == f"run r is complete: {tmp_path}"
+    assert output.splitlines()[-1] == f"run r is complete, without worker 1: {tmp_path}"
 
 
 def test_bad_configuration_is_not_tried_again(start: Start, tmp_path: Path) -> None:

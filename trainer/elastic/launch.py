@@ -98,6 +98,7 @@ class _Run:
         self._agents: list[_Agent] = []
         self._progress: list[WorkerProgress] = []
         self._board = Board(config.total_steps)
+        self._lost: list[str] = []  # workers that have failed for good, while the others went on
         self._add(config.nodes)
         self.wished = threading.Event()
         self._signals: list[int] = []  # that we have got
@@ -134,7 +135,8 @@ class _Run:
                     agent.kill()
             self._update(shown)
         if all(agent.status == 0 for agent in self._agents if not agent.leaving):
-            print(f"run {self._config.run_id} is complete: {self._run_dir}", flush=True)
+            without = f", without worker {', '.join(self._lost)}" if self._lost else ""
+            print(f"run {self._config.run_id} is complete{without}: {self._run_dir}", flush=True)
             return 0
         if failure:
             raise TrainingError(f"{failure} (logs: {self._run_dir / 'logs'})")
@@ -179,6 +181,7 @@ class _Run:
                     continue
                 if sum(other.running for other in self._agents) >= self._config.min_nodes:
                     agent.leaving = True
+                    self._lost.append(str(agent.node))
                     shown.show(f"{self._reason(agent)}: the others go on")
                     continue
                 failure = self._reason(agent)
