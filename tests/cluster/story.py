@@ -57,6 +57,16 @@ class Story:
         cluster.say(pod, f"precached {json.dumps({**MANIFEST, **manifest})}")
         cluster.end(pod, 0)
 
+    def fail(self, component: str, words: str, status: int = 1) -> None:
+        """All pods of this component end with an error."""
+
+        def fail(cluster: Cluster, pod: Object, life: int) -> None:
+            cluster.start(pod)
+            cluster.say(pod, f"error: {words}")
+            cluster.end(pod, status)
+
+        self.told[component] = fail
+
     def train(self, cluster: Cluster, pod: Object, rounds: int = 2) -> None:
         """A worker trains to the end; or leaves, when its pod is deleted."""
         cluster.start(pod)

@@ -174,12 +174,7 @@ def test_a_failed_job_is_tried_again(place: Place, tmp_path: Path) -> None:
 def test_a_job_that_fails_for_good_ends_the_step_with_its_words(
     place: Place, tmp_path: Path, status: int, often: str, lives: int
 ) -> None:
-    def fail(cluster: Cluster, pod: Object, life: int) -> None:
-        cluster.start(pod)
-        cluster.say(pod, "error: dataset = 'files:x': no such folder")
-        cluster.end(pod, status)
-
-    place.story.told["precache"] = fail
+    place.story.fail("precache", "dataset = 'files:x': no such folder", status)
     with pytest.raises(TrainingError, match=f"has failed{often}: dataset = 'files:x': no such folder"):
         precache(place.session(nodes=1), tmp_path / "held-out")
     assert set(place.story.lives.values()) == {lives - 1}
@@ -806,36 +801,33 @@ ENDS: dict[str, Callable[[Place], None]] = {
 }
 
 
+def interrupt_training(place: Place, tmp_path: Path, before: Callable[[], None] = lambda: None) -> None:
+    """The step gets SIGTERM while both workers train, just after what is to happen `before` that."""
+    precache(place.session(), tmp_path / "held-out")
+    place.story.released.clear()
+    place.on_line = interrupt_at("worker 1 runs on node", before)
+    with pytest.raises(Interrupted):
+        train(place.session(), tmp_path / "first")
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_a_training_whose_workflow_has_ended_is_deleted_and_the_claims_are_kept(
     place: Place, tmp_path: Path, end: str
 ) -> None:
-    precache(place.session(), tmp_path / "held-out")
-    place.story.released.clear()
-    place.on_line = interrupt_at("worker 1 runs on node", lambda: ENDS[end](place))
-    with pytest.raises(Interrupted):
-        train(place.session(), tmp_path / "run")
+    interrupt_training(place, tmp_path, lambda: ENDS[end](place))
     nothing_but_claims(place)
 
 
 def test_a_person_s_own_step_that_is_interrupted_deletes_the_training(place: Place, tmp_path: Path) -> None:
     place.owner = None
-    precache(place.session(), tmp_path / "held-out")
-    place.story.released.clear()
-    place.on_line = interrupt_at("worker 1 runs on node")
-    with pytest.raises(Interrupted):
-        train(place.session(), tmp_path / "run")
+    interrupt_training(place, tmp_path)
     nothing_but_claims(place)
 
 
 def test_a_drained_step_leaves_the_training_alone_and_its_successor_follows_the_same_pods(
     place: Place, tmp_path: Path
 ) -> None:
-    precache(place.session(), tmp_path / "held-out")
-    place.story.released.clear()
-    place.on_line = interrupt_at("worker 1 runs on node")
-    with pytest.raises(Interrupted):
-        train(place.session(), tmp_path / "first")
+    interrupt_training(place, tmp_path)
     assert place.said("this step goes away, and the training goes on")
     before = uids(place, "pytorchjobs") | uids(place, "pods")
     assert len(before) == 5  # two jobs, their pods, and that of the held-out part

@@ -163,12 +163,7 @@ def test_a_run_with_nothing_set_succeeds(place: Place) -> None:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_reason_of_a_failing_step_is_read_at_the_laptop(place: Place) -> None:
-    def fail(cluster: Cluster, pod: Object, life: int) -> None:
-        cluster.start(pod)
-        cluster.say(pod, "error: dataset = 'files:x': no such folder")
-        cluster.end(pod, 2)
-
-    place.story.told["precache"] = fail
+    place.story.fail("precache", "dataset = 'files:x': no such folder", 2)
     place.submit()
     ended = place.wait()
     assert ended.startswith("run ")
@@ -187,12 +182,7 @@ def test_parameters_that_no_machine_could_run_are_refused_before_anything_is_mad
 
 
 def test_a_training_that_fails_is_cleaned_up_after(place: Place) -> None:
-    def fail(cluster: Cluster, pod: Object, life: int) -> None:
-        cluster.start(pod)
-        cluster.say(pod, "error: etcd does not know this worker")
-        cluster.end(pod, 1)
-
-    place.story.told["train"] = fail
+    place.story.fail("train", "etcd does not know this worker")
     place.submit()
     ended = place.wait()
     assert " ended as failed: train: " in ended

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +27,7 @@ FINAL = {"SUCCEEDED", "FAILED"}
 _OUTSIDE = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"  # as kfp asks through a Kubernetes API server
 
 
-class Api(ThreadingHTTPServer):
+class Api(ABC, ThreadingHTTPServer):
     """Answers as the API server does. What a run is, is its subclasses'.
 
     Attributes:
@@ -60,17 +61,17 @@ class Api(ThreadingHTTPServer):
         """For `--host`."""
         return f"http://127.0.0.1:{self.server_port}"
 
+    @abstractmethod
     def start(self, body: Ir) -> Ir:
         """Start a run. Raises Refused."""
-        raise NotImplementedError
 
+    @abstractmethod
     def look(self, run_id: str, query: Mapping[str, str]) -> tuple[int, Ir]:
         """Status and body of `GetRun`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def terminate(self, run_id: str) -> None:
         """End a run."""
-        raise NotImplementedError
 
     def text(self, path: str, query: Mapping[str, str]) -> str | None:
         """The text at a path: a pod's log, or an artifact."""

@@ -38,6 +38,11 @@ RETRIES = 2
 # well, which dies of it, and the container ends with it. From then on what the step prints has no reader (EPIPE).
 GRACE = 2.0
 _RUN_ID = "pipeline/runid"
+_MOUNT = """\
+from pathlib import Path
+from trainer.kubernetes import session
+session.SERVICE_ACCOUNT = Path({path!r})
+"""
 _TYPES = {
     "system.Metrics": "Metric",
     "system.ClassificationMetrics": "ClassificationMetric",
@@ -275,15 +280,20 @@ class Workflow(threading.Thread):
 
     def _environment(self, pod: Object, disk: Path) -> dict[str, str]:
         metadata = pod["metadata"]
+        account = disk / "serviceaccount"
+        account.mkdir(exist_ok=True)
+        (account / "namespace").write_text(metadata["namespace"])
+        # Python runs it first: a process here has no mounts of its own.
+        (account / "sitecustomize.py").write_text(_MOUNT.format(path=str(account)))
         return {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-            "PYTHONPATH": str(ROOT),  # the image holds the project
+            "PYTHONPATH": os.pathsep.join([str(account), str(ROOT)]),  # the image holds the project
             "HOME": os.environ.get("HOME", "/"),
             "TMPDIR": str(disk / "tmp"),
             "HOSTNAME": metadata["name"],
             "KFP_POD_NAME": metadata["name"],
             "KFP_POD_UID": metadata["uid"],
-            "NAMESPACE": metadata["namespace"],
+            **({"NAMESPACE": metadata["namespace"]} if self._native else {}),
             "KUBERNETES_SERVICE_HOST": "127.0.0.1",
             "KUBERNETES_SERVICE_PORT": str(self._server.server_port),
             "KUBECONFIG": str(self._backend.root / "kubeconfig"),  # for the service account's token, which is a file

@@ -56,6 +56,9 @@ class Played(Api):
         ]
         return 200, run | ({"tasks": tasks} if query.get("view") == "FULL" else {})
 
+    def terminate(self, run_id: str) -> None:
+        self.states = [("CANCELING", {}), ("FAILED", {})]
+
     def text(self, path: str, query: Mapping[str, str]) -> str | None:
         return self.texts.get(
             "?".join(filter(None, [path, "&".join(f"{key}={value}" for key, value in query.items())]))
