@@ -74,7 +74,7 @@ build:  ## build the container image (ACCELERATOR=cuda|rocm|cpu; the last two ne
 	    --tag $(IMAGE)$(if $(filter-out cuda,$(ACCELERATOR)),-$(ACCELERATOR)) .
 
 manifests: $(READY)  ## render manifests/ anew: the examples, and etcd's settings (ARGS="--etcd-heartbeat-interval 100 ...")
-	@$(BIN)/python -m trainer.kubernetes.render --manifests manifests $(ARGS)
+	@$(BIN)/python -m trainer.kubernetes.objects.render --manifests manifests $(ARGS)
 
 clean:  ## remove build outputs and caches; the environment and the runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from trainer.errors import TrainingError
 from trainer.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from trainer.kubernetes.session import Session
+    from trainer.kubernetes.steps.session import Session
 
 TRAINED = "trained.json"  # in the artifact of train: which workers' claims have the model, the newest first
 
@@ -27,13 +27,13 @@ class ClusterLauncher:
 
     @cached_property
     def _session(self) -> "Session":
-        from trainer.kubernetes.session import Session
+        from trainer.kubernetes.steps.session import Session
 
         return Session.open(self._config, IMAGE)
 
     def precache(self) -> Output:
         from trainer.data.manifest import MANIFEST, parse_manifest
-        from trainer.kubernetes.precache import precache
+        from trainer.kubernetes.steps.precache import precache
 
         held_out = self._scratch / "held-out"
         precached = precache(self._session, held_out)
@@ -43,7 +43,7 @@ class ClusterLauncher:
         return Output(files, {"claims": list(precached.claims)} | about(manifest))
 
     def train(self) -> Output:
-        from trainer.kubernetes.training import train
+        from trainer.kubernetes.steps.training import train
 
         directory = self._scratch / "run"
         trained = train(self._session, directory)
@@ -55,8 +55,8 @@ class ClusterLauncher:
         return Output(files, {"run_id": self._config.run_id, "claim": workers[0].claim} | said, metrics)
 
     def export(self, trained: Any) -> Output:
-        from trainer.export import FACTS
-        from trainer.kubernetes.results import take
+        from trainer.export.export import FACTS
+        from trainer.kubernetes.steps.results import take
 
         plan, directory = self._session.plan, self._scratch / "export"
         places = read_json(Path(trained.path) / TRAINED)
@@ -68,7 +68,7 @@ class ClusterLauncher:
         return Output({path.name: path for path in directory.iterdir()}, metadata)
 
     def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
-        from trainer.kubernetes.results import take
+        from trainer.kubernetes.steps.results import take
 
         if "worker" not in model.metadata:
             raise TrainingError("the model does not say on which worker's claim it lies: export it again")

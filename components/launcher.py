@@ -81,7 +81,7 @@ def placed(config: TrainingConfig) -> TrainingConfig:
     if config.launcher == "auto" and all(variable in os.environ for variable in _IN_A_STEPS_POD):
         config = config.with_values(launcher="pytorchjob")
     if config.launcher == "pytorchjob" and not config.deployment_namespace:
-        from trainer.kubernetes.session import own_namespace
+        from trainer.kubernetes.steps.session import own_namespace
 
         config = config.with_values(deployment_namespace=own_namespace())
     return config
@@ -111,7 +111,7 @@ def about(manifest: "Manifest") -> dict[str, Any]:
 
 def pages(run_dir: Path) -> dict[str, Path]:
     """Write the pages that a person reads of an evaluated run. Returns them by name."""
-    from trainer.report import markdown_summary, write_report
+    from trainer.monitor.report import markdown_summary, write_report
 
     summary = run_dir / "summary.md"
     write_text(summary, markdown_summary(run_dir))
@@ -120,7 +120,7 @@ def pages(run_dir: Path) -> dict[str, Path]:
 
 def in_numbers(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run's summary, from its workers' events: for a model's metadata, and as metrics."""
-    from trainer.report import read_run, summary
+    from trainer.monitor.report import read_run, summary
 
     content = summary(read_run(run_dir))
     names = ("rounds", "steps", "skipped_steps", "samples", "bytes_sent", "bytes_received", "goodput")

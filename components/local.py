@@ -26,8 +26,8 @@ class LocalLauncher:
         return Output({name: directory / name for name in names}, {"path": str(directory)} | about(manifest))
 
     def train(self) -> Output:
-        from trainer.elastic.launch import launch
-        from trainer.export import TrainedRun
+        from trainer.export.export import TrainedRun
+        from trainer.launch.local import launch
 
         launch(self._config)
         trained = TrainedRun.find(self._config).checkpoint
@@ -37,7 +37,7 @@ class LocalLauncher:
         return Output(files, {"run_id": self._config.run_id} | place | said, metrics)
 
     def export(self, trained: Any) -> Output:
-        from trainer.export import FACTS, export
+        from trainer.export.export import FACTS, export
 
         directory = export(self._config)
         facts = read_json(directory / FACTS)
@@ -47,7 +47,7 @@ class LocalLauncher:
         return Output(files, {"path": str(directory)} | {name: facts[name] for name in names})
 
     def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
-        from trainer.evaluate import evaluate
+        from trainer.export.evaluate import evaluate
 
         scores = evaluate(self._config, dataset=precached.path)
         return Output(pages(Path(self._config.run_dir)), {}, scores)

@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
             "launcher", config.launcher, "is for `submit`: this command runs the pipeline on this machine"
         )
     from pipelines import local
-    from trainer import preflight
+    from trainer.launch import preflight
 
     preflight.check(config)
     print(f"run {config.run_id} in {config.run_dir}; --run-id {config.run_id} resumes it", flush=True)
@@ -125,7 +125,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from pipelines.cluster import Cluster, arguments_of
+    from pipelines.backend import Cluster, arguments_of
 
     config = _for_a_cluster(options)
     cluster = Cluster(options.host, options.namespace)
@@ -148,7 +148,7 @@ def _for_a_cluster(options: argparse.Namespace) -> TrainingConfig:
 
 
 def _create_schedule(options: argparse.Namespace) -> int:
-    from pipelines.cluster import Cluster, arguments_of, six_fields
+    from pipelines.backend import Cluster, arguments_of, six_fields
 
     config = _for_a_cluster(options)
     if config.run_id:
@@ -163,7 +163,7 @@ def _create_schedule(options: argparse.Namespace) -> int:
 
 
 def _list_schedules(options: argparse.Namespace) -> int:
-    from pipelines.cluster import Cluster
+    from pipelines.backend import Cluster
 
     for one in Cluster(options.host, options.namespace).schedules():
         cron = one.trigger.cron_schedule.cron if one.trigger and one.trigger.cron_schedule else ""
@@ -172,7 +172,7 @@ def _list_schedules(options: argparse.Namespace) -> int:
 
 
 def _change_schedule(options: argparse.Namespace) -> int:
-    from pipelines.cluster import Cluster
+    from pipelines.backend import Cluster
 
     Cluster(options.host, options.namespace).change(options.name, options.change)
     return 0

@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.command == "report":
         from trainer.files import require_output, require_writable
-        from trainer.report import write_comparison, write_report
+        from trainer.monitor.report import write_comparison, write_report
 
         for run_dir in arguments.run_dirs:
             if not run_dir.is_dir():
@@ -78,20 +78,20 @@ def _run(arguments: argparse.Namespace) -> int:
             print(write_comparison(arguments.run_dirs, arguments.output or Path("comparison.html")))
         return 0
     if arguments.command == "pod":
-        from trainer.kubernetes import inside
+        from trainer.kubernetes import pod_main
 
-        return inside.run(arguments.what, arguments.config, slot=arguments.slot, port=arguments.port)
+        return pod_main.run(arguments.what, arguments.config, slot=arguments.slot, port=arguments.port)
     if getattr(arguments, "etcd", None) is not None:
         if not arguments.etcd.strip(" ,[]"):
             raise ConfigError("--etcd", arguments.etcd, "must be host:port")
         setattr(arguments, "parameter:etcd_endpoints", arguments.etcd)
     config = config_from_arguments(arguments)
     if arguments.command == "status":
-        from trainer.elastic.status import status
+        from trainer.monitor.status import status
 
         return status(config, watch=arguments.watch, as_json=arguments.json)
     if arguments.command == "scale":
-        from trainer.elastic.running import scale
+        from trainer.launch.scale import scale
 
         if not re.fullmatch("[0-9]{1,9}", arguments.count):
             raise ConfigError("N", arguments.count, "must be a number of nodes")
@@ -102,27 +102,27 @@ def _run(arguments: argparse.Namespace) -> int:
     config = config.resolved()
     if arguments.command == "train":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages; fresh memory costs a tenth
-        from trainer.loop import train
+        from trainer.worker.worker import train
 
         return train(config)
     if arguments.command == "launch":
-        from trainer.elastic.launch import launch
+        from trainer.launch.local import launch
 
         return launch(config)
     if arguments.command == "precache":
         from trainer.data import precache_all
-        from trainer.preflight import check
+        from trainer.launch.preflight import check
 
         check(config, network=False)  # nothing listens here
         precache_all(config)
         print(f"run id {config.run_id}, in {config.run_dir}")
     elif arguments.command == "export":
-        from trainer.export import export
+        from trainer.export.export import export
 
         print(export(config))
     else:
-        from trainer.evaluate import evaluate
-        from trainer.report import write_report
+        from trainer.export.evaluate import evaluate
+        from trainer.monitor.report import write_report
 
         for name, value in evaluate(config).items():
             if isinstance(value, int | float):

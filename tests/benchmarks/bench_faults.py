@@ -66,9 +66,9 @@ ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "faults-comparison.json"
 sys.path.insert(0, str(ROOT))  # for the harness of the fault tests
 
-from trainer.elastic.process import dying_with_parent  # noqa: E402
 from trainer.errors import run_main  # noqa: E402
 from trainer.files import read_json, write_json  # noqa: E402
+from trainer.process import dying_with_parent  # noqa: E402
 
 Event = dict[str, Any]
 WORK = "BENCH_FAULTS_WORK"  # environment of a worker: what it is to do, as JSON (`Work`)
@@ -123,17 +123,17 @@ class Record:
 
 def work_as_ours(work: Work, config: str) -> None:
     """The real worker, with the pause."""
-    from trainer import loop
     from trainer.config import TrainingConfig
+    from trainer.worker import worker
 
-    inner_step = loop.Worker._inner_step
+    inner_step = worker.Worker._inner_step
 
-    def step_and_pause(worker: loop.Worker, *arguments: Any) -> Any:
+    def step_and_pause(worker: worker.Worker, *arguments: Any) -> Any:
         time.sleep(work.pause)
         return inner_step(worker, *arguments)
 
-    loop.Worker._inner_step = step_and_pause  # type: ignore[method-assign, assignment]
-    run_main(lambda: loop.train(TrainingConfig.model_validate(read_json(Path(config)))))
+    worker.Worker._inner_step = step_and_pause  # type: ignore[method-assign, assignment]
+    run_main(lambda: worker.train(TrainingConfig.model_validate(read_json(Path(config)))))
 
 
 class Inner:
@@ -358,7 +358,7 @@ class Ours(System):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         from tests.faults import harness
-        from trainer.elastic.server import EmbeddedEtcd
+        from trainer.etcd.embedded import EmbeddedEtcd
 
         self._etcd = EmbeddedEtcd(self.directory / "etcd")
         self._etcd.__enter__()
@@ -394,7 +394,7 @@ class Torchrun(System):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        from trainer.elastic.server import EmbeddedEtcd
+        from trainer.etcd.embedded import EmbeddedEtcd
 
         self._etcd = EmbeddedEtcd(self.directory / "etcd")
         self._etcd.__enter__()

@@ -23,10 +23,10 @@ from torch import nn
 
 from trainer import data, models
 from trainer.config import load_config
-from trainer.elastic.server import EmbeddedEtcd
-from trainer.inner import inner_optimizer
-from trainer.loop import CLIP_NORM, Worker
+from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.volume import Volume, worker_configs
+from trainer.worker.optimizer import inner_optimizer
+from trainer.worker.worker import CLIP_NORM, Worker
 
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "stdlib.yaml"
 

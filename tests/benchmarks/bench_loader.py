@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from trainer import data, models, scoring
+from trainer import data, models
 from trainer.config import load_config
 from trainer.errors import ConfigError
-from trainer.tasks import tasks
+from trainer.tasks import scoring, tasks
 from trainer.volume import Volume
 
 RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"

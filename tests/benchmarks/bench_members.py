@@ -20,12 +20,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.elastic.decider import Decider
-from trainer.elastic.etcd import EtcdClient
-from trainer.elastic.process import listen
-from trainer.elastic.protocol import Arrival, Outcome, Progress, Ready, Record, Rules, State, Vote, action
-from trainer.elastic.server import EmbeddedEtcd
+from trainer.elastic.coordinator import Decider
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.files import write_json
+from trainer.process import listen
+from trainer.protocol.rounds import Arrival, Outcome, Progress, Ready, Record, Rules, State, Vote, action
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "/bench/run"

@@ -44,13 +44,13 @@ from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.collective import weighted_mean
 from trainer.diloco.quorum import Take
 from trainer.diloco.state import Fragment
-from trainer.elastic.group import form_group, gloo_device
-from trainer.elastic.process import listen
+from trainer.elastic.mesh import form_group, gloo_device
 from trainer.files import write_json
-from trainer.inner import inner_optimizer, learning_rate
-from trainer.loop import CLIP_NORM
+from trainer.process import listen
 from trainer.tasks import tasks
 from trainer.volume import Volume
+from trainer.worker.optimizer import inner_optimizer, learning_rate
+from trainer.worker.worker import CLIP_NORM
 
 OUTPUT = Path(__file__).parents[2] / "build" / "quality.json"
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}

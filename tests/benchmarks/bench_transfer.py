@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from trainer.elastic.transfer import Donor, Offer, fetch
+from trainer.transport.transfer import Donor, Offer, fetch
 
 SECRET = b"a secret of this benchmark alone"
 WINDOW = 1.0  # seconds without a transfer, before each

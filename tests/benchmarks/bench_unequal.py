@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from trainer.elastic.process import dying_with_parent
 from trainer.files import write_json
-from trainer.report.record import RunRecord, finite, last_finite, read_run
+from trainer.monitor.report.run import RunRecord, finite, last_finite, read_run
+from trainer.process import dying_with_parent
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "unequal.json"
@@ -114,7 +114,7 @@ def agents(launcher: int) -> Iterator[tuple[int, int]]:
         children = psutil.Process(launcher).children()
         for child in children:
             command = child.cmdline()
-            if "trainer.elastic.agent" in command:
+            if "trainer.launch.agent" in command:
                 yield int(command[command.index("--slot") + 1]), child.pid
     except psutil.NoSuchProcess:
         return

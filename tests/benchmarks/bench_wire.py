@@ -70,9 +70,9 @@ from trainer.diloco.collective import SLICE, Workspace, warm_up, weighted_mean  
 from trainer.diloco.flat import FlatLayout  # noqa: E402
 from trainer.diloco.outer import Nesterov  # noqa: E402
 from trainer.diloco.state import GlobalState  # noqa: E402
-from trainer.elastic.group import form_group, gloo_device  # noqa: E402
-from trainer.elastic.process import dying_with_parent, listen  # noqa: E402
+from trainer.elastic.mesh import form_group, gloo_device  # noqa: E402
 from trainer.files import write_json  # noqa: E402
+from trainer.process import dying_with_parent, listen  # noqa: E402
 
 Row = dict[str, Any]
 INSIDE = "BENCH_WIRE_INSIDE" in os.environ  # whether this is a worker with a namespace of its own

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.cluster.apiserver import Object
 from tests.cluster.nodes import Cluster
-from trainer.kubernetes.handover import ResultServer
+from trainer.transport.handover import ResultServer
 
 MANIFEST = {"hash": "abc", "dataset": "files:corpus"}
 

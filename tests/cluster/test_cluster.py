@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.needs import Cluster, demand, lacking
-from trainer.kubernetes.network import STEP_LABELS
-from trainer.kubernetes.reasons import why_pending
+from trainer.kubernetes.api.diagnosis import why_pending
+from trainer.kubernetes.objects.network import STEP_LABELS
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import Run, precache
-from trainer.elastic.server import EmbeddedEtcd
+from trainer.etcd.embedded import EmbeddedEtcd
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 OUTPUT = Path(__file__).parents[2] / "build" / "faults.json"

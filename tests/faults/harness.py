@@ -30,10 +30,10 @@ import psutil
 
 from trainer import data
 from trainer.config import TrainingConfig
-from trainer.elastic.etcd import EtcdClient, EtcdError
-from trainer.elastic.process import dying_with_parent, listen
-from trainer.elastic.server import _binary
+from trainer.etcd.client import EtcdClient, EtcdError
+from trainer.etcd.embedded import _binary
 from trainer.files import write_json, write_text
+from trainer.process import dying_with_parent, listen
 from trainer.volume import Volume
 
 Event = dict[str, Any]
@@ -95,7 +95,7 @@ class Pod:
         self._before = len(run.lives(slot))  # processes that another pod has had on this volume
         config = _config(self.root, run.source, **run.values, etcd_endpoints=run.endpoints)
         write_json(self.root / "config.json", config.model_dump(mode="json"))
-        command = [sys.executable, "-m", "trainer.elastic.agent"]
+        command = [sys.executable, "-m", "trainer.launch.agent"]
         command += ["--config", str(self.root / "config.json"), "--slot", str(slot)]
         command += ["--", sys.executable, str(WORKER), str(self.root / "config.json")]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("DILOCO_", "PYTEST_"))}

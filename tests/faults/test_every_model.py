@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.harness import Run, precache
 from tests.tiny_models import COMMON, TINY, values_of
-from trainer.elastic.server import EmbeddedEtcd
+from trainer.etcd.embedded import EmbeddedEtcd
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

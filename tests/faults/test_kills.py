@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.harness import Pod, Run, check_survivor, of
 from trainer import checkpoint
-from trainer.elastic.server import EmbeddedEtcd
+from trainer.etcd.embedded import EmbeddedEtcd
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import Pod, Run, of
-from trainer.elastic.server import EmbeddedEtcd
+from trainer.etcd.embedded import EmbeddedEtcd
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

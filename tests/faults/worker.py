@@ -11,22 +11,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer import loop
 from trainer.config import TrainingConfig
 from trainer.errors import run_main
 from trainer.files import read_json
+from trainer.worker import worker
 
 STEP_SECONDS = 0.08
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = Path(sys.argv[1])
-    pause, inner_step = config.with_name("pause"), loop.Worker._inner_step
+    pause, inner_step = config.with_name("pause"), worker.Worker._inner_step
 
-    def slow_step(worker: loop.Worker, *arguments: Any) -> Any:
+    def slow_step(worker: worker.Worker, *arguments: Any) -> Any:
         if not (config.parents[1] / "hurry").exists():
             time.sleep(float(pause.read_text()) if pause.exists() else STEP_SECONDS)
         return inner_step(worker, *arguments)
 
-    loop.Worker._inner_step = slow_step  # type: ignore[method-assign]
-    run_main(lambda: loop.train(TrainingConfig.model_validate(read_json(config))))
+    worker.Worker._inner_step = slow_step  # type: ignore[method-assign]
+    run_main(lambda: worker.train(TrainingConfig.model_validate(read_json(config))))

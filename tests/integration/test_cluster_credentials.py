@@ -13,13 +13,13 @@ import pytest
 
 from tests.cluster.apiserver import ApiServer, serving
 from trainer.config import TrainingConfig
-from trainer.elastic.process import dying_with_parent, refused
-from trainer.elastic.server import _binary
 from trainer.errors import TrainingError
-from trainer.kubernetes.client import Client
-from trainer.kubernetes.credentials import reachable_etcd
-from trainer.kubernetes.plan import plan
-from trainer.kubernetes.session import Session
+from trainer.etcd.embedded import _binary
+from trainer.kubernetes.api.client import Client
+from trainer.kubernetes.objects.plan import plan
+from trainer.kubernetes.steps.credentials import reachable_etcd
+from trainer.kubernetes.steps.session import Session
+from trainer.process import dying_with_parent, refused
 
 pytestmark = [
     pytest.mark.timeout(60),

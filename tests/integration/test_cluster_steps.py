@@ -18,17 +18,18 @@ from tests.cluster.nodes import Cluster
 from tests.cluster.role import permissions, unused
 from tests.cluster.story import Story
 from trainer.config import TrainingConfig
-from trainer.elastic.etcd import EtcdClient, run_prefix
-from trainer.elastic.record import Verdict, finish, verdict
+from trainer.elastic.keys import Verdict, finish, verdict
 from trainer.errors import ConfigError, Interrupted, TrainingError
-from trainer.kubernetes import client, logs, pods, training
-from trainer.kubernetes.claims import claim
-from trainer.kubernetes.client import CLAIM, Client
-from trainer.kubernetes.plan import Owner, plan
-from trainer.kubernetes.precache import precache
-from trainer.kubernetes.results import take
-from trainer.kubernetes.session import Session, Workflow, has_ended
-from trainer.kubernetes.training import Trained, train
+from trainer.etcd.client import EtcdClient, run_prefix
+from trainer.kubernetes.api import client, logs, pods
+from trainer.kubernetes.api.client import CLAIM, Client
+from trainer.kubernetes.objects.claims import claim
+from trainer.kubernetes.objects.plan import Owner, plan
+from trainer.kubernetes.steps import training
+from trainer.kubernetes.steps.precache import precache
+from trainer.kubernetes.steps.results import take
+from trainer.kubernetes.steps.session import Session, Workflow, has_ended
+from trainer.kubernetes.steps.training import Trained, train
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -629,7 +630,7 @@ def test_silence_is_named_and_what_was_said_meanwhile_is_read_afterwards(
 ) -> None:
     monkeypatch.setattr(pods, "SILENCE", 0.5)
     monkeypatch.setattr(client, "LOG_TIMEOUT", 0.3)
-    monkeypatch.setattr("trainer.elastic.board.PLAIN_INTERVAL", 0.2)
+    monkeypatch.setattr("trainer.monitor.dashboard.PLAIN_INTERVAL", 0.2)
     here = place.session()
     here.client.patience = 0.0
     silent = f"no news of worker 0, worker 1 for 1 min: {who} does not answer"
@@ -671,7 +672,7 @@ def test_one_silent_node_does_not_hide_what_the_others_do(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "LOG_TIMEOUT", 0.3)
-    monkeypatch.setattr("trainer.elastic.board.PLAIN_INTERVAL", 0.1)
+    monkeypatch.setattr("trainer.monitor.dashboard.PLAIN_INTERVAL", 0.1)
 
     def talk(cluster: Cluster, pod: Object, life: int) -> None:
         number = int(pod["metadata"]["labels"]["diloco-pipelines/worker"])
@@ -1024,7 +1025,7 @@ def test_claims_that_are_not_retained_are_gone_and_made_anew(place: Place, tmp_p
 def test_a_claim_that_is_being_deleted_is_waited_for(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("trainer.kubernetes.precache")
+    module = importlib.import_module("trainer.kubernetes.steps.precache")
     monkeypatch.setattr(module, "CLAIM_INTERVAL", 0.05)
     monkeypatch.setattr(module, "CLAIM_TIMEOUT", 0.2)
     here = place.session(nodes=1)

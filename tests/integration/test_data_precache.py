@@ -231,7 +231,7 @@ PRECACHE_AND_HANG = """
     from trainer import data
     from trainer.config import TrainingConfig
     from trainer.data import text
-    from trainer.data.files import Files
+    from trainer.data.families.text_files import Files
     from trainer.volume import Volume
 
     text._CHUNK_BYTES = text._SHARD_BYTES = text._BATCH_CHARACTERS = 1000  # so that something is written early
@@ -328,7 +328,7 @@ def test_a_volume_that_cannot_be_written_is_named(root: Path, field: str) -> Non
 
 
 def test_an_interrupted_precache_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.data.files import Files
+    from trainer.data.families.text_files import Files
 
     def interrupted(self: Files, revision: str) -> Any:
         yield "some text"

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from trainer.config import TrainingConfig
-from trainer.elastic.agent import is_vague
-from trainer.elastic.etcd import EtcdClient
-from trainer.elastic.record import Verdict, verdict
+from trainer.elastic.keys import Verdict, verdict
+from trainer.etcd.client import EtcdClient
 from trainer.files import write_json
+from trainer.launch.agent import is_vague
 
 AGENT = """
 import sys
 from pathlib import Path
 from trainer.config import TrainingConfig
-from trainer.elastic.agent import run_agent
-from trainer.elastic.memory import MemoryGroup
+from trainer.launch.agent import run_agent
+from trainer.launch.memory import MemoryGroup
 from trainer.errors import run_main
 from trainer.files import read_json
 

@@ -13,8 +13,8 @@ import grpc
 import psutil
 import pytest
 
-from trainer.elastic.etcd import EtcdClient, EtcdError
-from trainer.elastic.server import EmbeddedEtcd, _binary
+from trainer.etcd.client import EtcdClient, EtcdError
+from trainer.etcd.embedded import EmbeddedEtcd, _binary
 
 TTL = 6  # seconds; refreshed each third of it: a stall of 4 s does not end it
 
@@ -143,7 +143,7 @@ def test_lost_lease_is_registered_again(client: EtcdClient) -> None:
 
 
 def test_wait_for_reacts_to_a_change(client: EtcdClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.elastic.etcd.POLL_INTERVAL", 60.0)  # only the watch can tell
+    monkeypatch.setattr("trainer.etcd.client.POLL_INTERVAL", 60.0)  # only the watch can tell
     asked = threading.Event()
 
     def predicate() -> object:
@@ -272,7 +272,7 @@ def test_embedded_etcd_keeps_its_data_and_leaves_nothing_running(tmp_path: Path)
 
 def test_embedded_etcd_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from trainer.elastic.server import EmbeddedEtcd\n"
+        "import sys; from pathlib import Path; from trainer.etcd.embedded import EmbeddedEtcd\n"
         "with EmbeddedEtcd(Path(sys.argv[1])) as etcd: print(etcd.pid, flush=True); sys.stdin.read()"
     )
     parent = subprocess.Popen(

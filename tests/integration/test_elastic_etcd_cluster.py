@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from trainer.config import TrainingConfig
-from trainer.elastic.etcd import EtcdClient, EtcdError, Lease
-from trainer.elastic.process import dying_with_parent, listen
-from trainer.elastic.server import EmbeddedEtcd, _binary
 from trainer.errors import ConfigError
+from trainer.etcd.client import EtcdClient, EtcdError, Lease
+from trainer.etcd.embedded import EmbeddedEtcd, _binary
 from trainer.files import read_json, write_json
+from trainer.process import dying_with_parent, listen
 
 OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -246,7 +246,7 @@ def keep_alive_once(lease: Lease) -> None:
 def test_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simple tokens live a second here: every call after a pause needs a new one, and so does a watch."""
     monkeypatch.setenv("ETCD_PASSWORD", "pass")
-    monkeypatch.setattr("trainer.elastic.server._binary", lambda: wrapper)
+    monkeypatch.setattr("trainer.etcd.embedded._binary", lambda: wrapper)
     wrapper = tmp_path / "etcd.sh"
     wrapper.write_text(f'#!/bin/sh\nexec {_binary()} "$@" --auth-token-ttl 1\n')
     wrapper.chmod(0o755)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.diloco.wire import WireMeter
-from trainer.elastic import group
-from trainer.elastic.etcd import Entry, EtcdClient, EtcdError, Json
-from trainer.elastic.group import MeshStore, form_group, gloo_device
+from trainer.elastic import mesh as mesh_module
+from trainer.elastic.mesh import MeshStore, form_group, gloo_device
+from trainer.etcd.client import Entry, EtcdClient, EtcdError, Json
+from trainer.transport.wire_meter import WireMeter
 
 WAIT = 60.0  # seconds until a test gives up
 
@@ -87,11 +87,11 @@ def test_one_that_does_not_come_is_not_waited_for_without_a_limit(
     away: bool, client: EtcdClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(prefix: str) -> dict[str, Entry]:
-        threading.Event().wait(group._ASK_INTERVAL)
+        threading.Event().wait(mesh_module._ASK_INTERVAL)
         raise EtcdError("nobody answers", "unreachable")
 
     if away:
-        monkeypatch.setattr(group, "_ASK_INTERVAL", 0.1)
+        monkeypatch.setattr(mesh_module, "_ASK_INTERVAL", 0.1)
         monkeypatch.setattr(client, "list", slow)
     with mesh(client, 0, 2, "1/1/1", wait=0.5) as store, pytest.raises(RuntimeError, match="not all members"):
         store.gather()

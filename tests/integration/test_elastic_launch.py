@@ -16,7 +16,7 @@ import pytest
 LAUNCH = """
 import json, sys
 from trainer.config import TrainingConfig
-from trainer.elastic.launch import launch
+from trainer.launch.local import launch
 from trainer.errors import run_main
 config = TrainingConfig.from_flat({"run_id": "r", "run_dir": sys.argv[1], "device": "cpu", "elastic_max_restarts": 1,
                                    "total_steps": 2, "warmup_steps": 0, **json.loads(sys.argv[2])})
@@ -111,7 +111,7 @@ def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path:
 
     worker = psutil.Process(workers_here(tmp_path, 1)[0])
     agent = worker.parent()
-    assert agent and "trainer.elastic.agent" in agent.cmdline()
+    assert agent and "trainer.launch.agent" in agent.cmdline()
     agent.kill()
     assert_gone([worker])  # with its agent
     until(lambda: len(workers_here(tmp_path, 1)) == 2, launch)

@@ -16,10 +16,10 @@ from trainer.config import TrainingConfig
 from trainer.diloco import Fp32, Fragment, Nesterov
 from trainer.diloco.collective import warm_up
 from trainer.elastic import quorum as quorum_module
-from trainer.elastic.etcd import EtcdClient
+from trainer.elastic.keys import SLOT_VARIABLE, finish
 from trainer.elastic.quorum import FixedQuorum, LostMember
-from trainer.elastic.record import SLOT_VARIABLE, finish
 from trainer.errors import Interrupted, TrainingError
+from trainer.etcd.client import EtcdClient
 
 FINGERPRINT = {"model": "gpt-neo-x:tiny", "local_steps": 30}
 WAIT = 60  # seconds until a test gives up

@@ -17,9 +17,9 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from trainer.elastic.etcd import EtcdClient
-from trainer.elastic.record import SLOT_VARIABLE, finish, free_slot, reopen
-from trainer.elastic.rendezvous import BACKEND, NodeRendezvous
+from trainer.elastic.keys import SLOT_VARIABLE, finish, free_slot, reopen
+from trainer.etcd.client import EtcdClient
+from trainer.launch.etcd3_diloco_rendezvous import BACKEND, NodeRendezvous
 
 MakeNode = Callable[..., NodeRendezvous]
 

@@ -15,11 +15,11 @@ import pytest
 
 from trainer.config import TrainingConfig
 from trainer.data import precache_all
-from trainer.elastic.etcd import EtcdClient
-from trainer.elastic.running import LAUNCHED, find, scale
-from trainer.elastic.status import RunStatus, look, status
 from trainer.errors import ConfigError, TrainingError
+from trainer.etcd.client import EtcdClient
 from trainer.files import write_json
+from trainer.launch.scale import LAUNCHED, find, scale
+from trainer.monitor.status import RunStatus, look, status
 
 VALUES: dict[str, Any] = {
     "model": "gpt-neo-x:test",

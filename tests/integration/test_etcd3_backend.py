@@ -26,9 +26,9 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from trainer.elastic import dynamic
-from trainer.elastic.dynamic import BACKEND, EtcdBackend, EtcdStore, _Etcd
-from trainer.elastic.etcd import EtcdClient
+from trainer.etcd.client import EtcdClient
+from trainer.launch import etcd3_rendezvous
+from trainer.launch.etcd3_rendezvous import BACKEND, EtcdBackend, EtcdStore, _Etcd
 
 WAIT = 180  # seconds for each start of a world, at most: a torchrun and a worker on each node import torch
 
@@ -212,7 +212,7 @@ def test_store(connection: _Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose_the_answer(self: EtcdClient, *arguments: Any) -> Any:
         result = original(self, *arguments)
         if lost.pop() if lost else False:
-            raise dynamic.EtcdError("the connection broke", "unreachable")
+            raise etcd3_rendezvous.EtcdError("the connection broke", "unreachable")
         return result
 
     monkeypatch.setattr(EtcdClient, "swap", lose_the_answer)

@@ -14,11 +14,11 @@ from tests.tiny_models import COMMON, TINY, values_of
 from trainer import checkpoint, data
 from trainer.config import TrainingConfig
 from trainer.errors import Interrupted
-from trainer.evaluate import evaluate
-from trainer.export import export
-from trainer.loop import Worker
-from trainer.report import write_report
+from trainer.export.evaluate import evaluate
+from trainer.export.export import export
+from trainer.monitor.report import write_report
 from trainer.volume import Volume, worker_configs
+from trainer.worker.worker import Worker
 
 STEPS = 9
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import cluster
 from pipelines.cli import main
 from pipelines.pipeline import compiled
 from tests.cluster.apiserver import ApiServer, Object, serving
@@ -129,7 +128,7 @@ def flavour() -> Flavour:
 
 @pytest.fixture
 def place(flavour: Flavour, etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.backend.POLL_SECONDS", 0.1)
     story = Story()
     story.results = {
         "manifest.json": HELD_OUT.model_dump_json(),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from trainer import checkpoint, data
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
-from trainer.loop import Worker, learning_rate
 from trainer.tasks.language_modelling import LanguageModelling
 from trainer.volume import Volume, worker_configs
+from trainer.worker.worker import Worker, learning_rate
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from trainer.config import TrainingConfig
-from trainer.elastic.etcd import EtcdClient, EtcdError
-from trainer.elastic.etcd_users import enable_users, main
-from trainer.elastic.process import dying_with_parent, listen
-from trainer.elastic.server import EmbeddedEtcd, _binary
 from trainer.errors import ConfigError, TrainingError
+from trainer.etcd.client import EtcdClient, EtcdError
+from trainer.etcd.embedded import EmbeddedEtcd, _binary
+from trainer.etcd.users import enable_users, main
+from trainer.process import dying_with_parent, listen
 
 ROOT = Path(__file__).parents[2]
 PROD = ROOT / "manifests" / "overlays" / "prod"

@@ -73,8 +73,8 @@ def test_its_library_example_runs() -> None:
 def test_its_added_model_trains(tmp_path: Path, etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer import data, models
     from trainer.config import TrainingConfig
-    from trainer.loop import Worker
     from trainer.volume import Volume, worker_configs
+    from trainer.worker.worker import Worker
 
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "llama.py").write_text(example("Add a model"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import Pod, Run, of, precache
-from trainer.inner import learning_rate
+from trainer.worker.optimizer import learning_rate
 
 LOCAL_STEPS = 12
 

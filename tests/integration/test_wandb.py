@@ -18,7 +18,7 @@ import pytest
 
 from trainer import data
 from trainer.config import TrainingConfig
-from trainer.metrics import WANDB_CLOSE_TIMEOUT
+from trainer.monitor.events import WANDB_CLOSE_TIMEOUT
 from trainer.volume import Volume, worker_configs
 
 pytestmark = pytest.mark.timeout(600)  # the first test pays for four trainings

@@ -11,8 +11,8 @@ set_up_logging()
 logging.getLogger("matplotlib.font_manager").info("generated new fontManager")
 logging.getLogger("httpx").info("HTTP Request: GET")
 logging.getLogger("datasets").warning("no such split")
-logging.getLogger("trainer.loop").info("resuming")
-logging.getLogger("trainer.loop").debug("too much")
+logging.getLogger("trainer.worker.worker").info("resuming")
+logging.getLogger("trainer.worker.worker").debug("too much")
 """
 
 

@@ -1,4 +1,4 @@
-"""Datasets: one file a family. A family is a `DatasetFamily` named `FAMILY` in a module of this package.
+"""Datasets: one file a family. A family is a `DatasetFamily` named `FAMILY` in a module of `families/`.
 
 `precache` reads a dataset once, at its source, and leaves on a worker's volume what training reads fastest; training
 itself never touches the hub. Every worker's volume holds the whole dataset; `SampleOrder` is the one order in which all

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-import trainer.data
 from trainer import models
 from trainer.config import TrainingConfig
 from trainer.data.manifest import Manifest
@@ -81,8 +80,9 @@ class DatasetFamily(ABC):
 @cache
 def families() -> dict[str, tuple[type[DatasetFamily], ...]]:
     """Every family in this package, by name."""
-    path, package = trainer.data.__path__, trainer.data.__name__
-    modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(path)]
+    package = importlib.import_module("trainer.data.families")  # whose modules import this one
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     found: dict[str, tuple[type[DatasetFamily], ...]] = {}
     for family in (module.FAMILY for module in modules if hasattr(module, "FAMILY")):
         found[family.name] = (*found.get(family.name, ()), family)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import AllreduceOptions, ReduceOp, Work
 
 from trainer.diloco.codecs import Codec, Fp32
-from trainer.diloco.compiled import Floats, compiled
+from trainer.diloco.jit import Floats, compiled
 from trainer.diloco.outer import OuterOptimizer
 from trainer.diloco.quorum import Coded, Reduced, Take, is_finite
 from trainer.diloco.state import GlobalState

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.diloco.compiled import Floats, compiled
+from trainer.diloco.jit import Floats, compiled
 
 Tensors = Mapping[str, Tensor]
 

@@ -1,1 +1,1 @@
-"""Who trains, and how they meet: etcd, the torchrun rendezvous, the quorum, and `launch` for one machine."""
+"""Performs what the protocol decides: members, attempts, catching up, the coordinator."""

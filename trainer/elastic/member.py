@@ -29,12 +29,13 @@ from trainer.diloco.codecs import Fp32
 from trainer.diloco.collective import Workspace, decoded, weighted_mean
 from trainer.diloco.quorum import Coded, Commit, Reduced, Superseded, Take
 from trainer.diloco.state import Fragment, GlobalState
-from trainer.diloco.wire import WireMeter
-from trainer.elastic.decider import Decider, view_of
-from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
-from trainer.elastic.group import MeshStore, form_group, gloo_device
-from trainer.elastic.process import number_from
-from trainer.elastic.protocol import (
+from trainer.elastic.coordinator import Decider, view_of
+from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish, verdict
+from trainer.elastic.mesh import MeshStore, form_group, gloo_device
+from trainer.errors import Interrupted, TrainingError
+from trainer.etcd.client import EtcdClient, EtcdError, Json, Lease, local_address
+from trainer.process import number_from
+from trainer.protocol.rounds import (
     Action,
     Arrival,
     Cursor,
@@ -53,10 +54,9 @@ from trainer.elastic.protocol import (
     outcome_key,
     own_steps,
 )
-from trainer.elastic.reach import TRIAL_TIMEOUT, Reach
-from trainer.elastic.record import SLOT_VARIABLE, Status, agree, finish, verdict
-from trainer.elastic.transfer import Donor, Offer, TransferError, fetch
-from trainer.errors import Interrupted, TrainingError
+from trainer.transport.reachability import TRIAL_TIMEOUT, Reach
+from trainer.transport.transfer import Donor, Offer, TransferError, fetch
+from trainer.transport.wire_meter import WireMeter
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig

@@ -38,13 +38,13 @@ from torch.distributed import BroadcastOptions, DistError, DistStoreError, Prefi
 
 from trainer.diloco.collective import CHUNK_BYTES, weighted_mean
 from trainer.diloco.quorum import Commit, Take
-from trainer.diloco.wire import WireMeter
-from trainer.elastic.etcd import EtcdClient, EtcdError, Json, Lease, local_address
-from trainer.elastic.group import connect_store, form_group, gloo_device
-from trainer.elastic.process import listen, number_from
-from trainer.elastic.protocol import Cursor, Share, State, deal, state_from_json
-from trainer.elastic.record import SLOT_VARIABLE, Status, agree, finish, verdict
+from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish, verdict
+from trainer.elastic.mesh import connect_store, form_group, gloo_device
 from trainer.errors import Interrupted, TrainingError
+from trainer.etcd.client import EtcdClient, EtcdError, Json, Lease, local_address
+from trainer.process import listen, number_from
+from trainer.protocol.rounds import Cursor, Share, State, deal, state_from_json
+from trainer.transport.wire_meter import WireMeter
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig

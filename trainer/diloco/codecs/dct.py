@@ -13,7 +13,7 @@ from torch import Size, Tensor
 
 from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.sparse import TopK
-from trainer.diloco.compiled import MAGNITUDE, Floats, compiled, f4, i8, u4
+from trainer.diloco.jit import MAGNITUDE, Floats, compiled, f4, i8, u4
 
 Doubles = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ a member has coded, all decode.
 import numpy as np
 from numba import njit
 
-from trainer.diloco.compiled import MAGNITUDE, Bytes, Floats, Kernel, compiled, f4, i4, u1, u4
+from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, Kernel, compiled, f4, i4, u1, u4
 
 SCALE_BYTES = 2
 TINY = np.finfo(np.float32).tiny  # scales below count as 0

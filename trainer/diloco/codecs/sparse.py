@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.dense import Integer
-from trainer.diloco.compiled import MAGNITUDE, Bytes, Floats, compiled, i8, u1, u4, u8
+from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, compiled, i8, u1, u4, u8
 
 Places = NDArray[np.int64]  # where numbers stand in their block, ascending: (b, k)
 

@@ -1,0 +1,242 @@
+"""The collective over real sockets: members are threads of this process, each with its own gloo group."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Size, Tensor
+from torch.distributed import PrefixStore, TCPStore
+
+from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
+from trainer.diloco import outer as outer_module
+from trainer.diloco.codecs import Codec, dct, kernels, sparse
+from trainer.diloco.collective import decoded, warm_up, weighted_mean
+from trainer.diloco.quorum import Reduced
+from trainer.elastic.mesh import form_group, gloo_device
+
+TIMEOUT = timedelta(seconds=20)
+SHORT = timedelta(seconds=5)  # of a member that waits in vain
+SHAPES = [Size((130, 70)), Size((33,)), Size((64, 64)), Size((5, 3))]
+SIZE = sum(shape.numel() for shape in SHAPES)
+NAMES = ["fp32", "bf16", "int8", "int4", "ternary", "sign", "sparse", "demo"]
+
+
+def codec_of(name: str, feedback: float = 0.0) -> Codec:
+    return codecs.make(name, feedback=feedback, topk=128, values="int8").of(SHAPES)
+
+
+@contextmanager
+def groups(size: int) -> Iterator[list[Any]]:
+    """A process group of so many, all in this process."""
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def form(rank: int) -> Any:
+        store = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
+        return form_group(PrefixStore("gloo", store), rank, size, gloo_device("", "127.0.0.1"), TIMEOUT)
+
+    with ThreadPoolExecutor(size) as pool:
+        formed = list(pool.map(form, range(size)))
+    try:
+        yield [group for group, _ in formed]
+    finally:
+        for _, meter in formed:
+            meter.close()
+
+
+@dataclass
+class Result:
+    """What a member has got."""
+
+    mean: Tensor = field(default_factory=lambda: torch.full((SIZE,), float("nan")))
+    reduced: Reduced = field(init=False)
+
+    def take(self, start: int, piece: Tensor) -> None:
+        assert self.mean[start : start + len(piece)].isnan().all(), "a piece came twice"
+        self.mean[start : start + len(piece)] = piece
+
+
+def reduce(members: list[Any], values: list[Tensor], weights: list[float], codec: Codec) -> list[Result]:
+    def one(group: Any, own: Tensor, weight: float) -> Result:
+        result = Result()
+        result.reduced = weighted_mean(group, own, weight, codec, TIMEOUT, result.take)
+        return result
+
+    with ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(one, members, values, weights))
+
+
+def values_of(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(SIZE, generator=generator) * 1e-2 for _ in range(count)]
+
+
+def coded(codec: Codec, blocks: Tensor) -> Tensor:
+    """What one coding makes of blocks."""
+    return codec.decode(codec.encode(blocks), torch.empty_like(blocks))
+
+
+def mean_of(codec: Codec, values: list[Tensor], weights: list[float]) -> Tensor:
+    """By the definition: the coded mean of what each has coded."""
+    blocks = [torch.cat(codec.arrange(value)) for value in values]
+    lossy = codec.name != "fp32"
+    mean = torch.zeros_like(blocks[0])
+    for block, weight in zip(blocks, weights, strict=True):
+        mean += (coded(codec, block) if lossy else block) * (weight / sum(weights))
+    if lossy and len(values) > 2:  # two swap what they have coded: nothing is coded again
+        mean = coded(codec.mean, mean)
+    return codec.restore(mean, SIZE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_the_mean_is_the_coded_mean_of_what_each_has_coded(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the definition, in many small pieces of which the last is not full."""
+    monkeypatch.setattr(collective, "SMALLEST", 1)
+    codec, values, weights = codec_of(name), values_of(size), [3.0, 1.0, 4.0, 1.0, 5.0][:size]
+    with groups(size) as members:
+        results = reduce(members, values, weights, codec)
+    for result in results:
+        assert result.reduced.weight == sum(weights)
+        assert torch.equal(result.mean, results[0].mean)
+        assert result.reduced.hash == results[0].reduced.hash
+        # What a joiner makes of the coded mean, which reaches it flat, is the mean to the last bit.
+        flat = tuple((share, rows.view(-1)) for share, rows in result.reduced.coded)
+        assert torch.equal(decoded(flat, codec, SIZE), results[0].mean)
+        assert result.reduced.error is None
+    expected = mean_of(codec, values, weights)
+    assert (results[0].mean - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_with_feedback_nothing_is_lost(name: str) -> None:
+    """The mean and the weighted mean of the members' errors are together the mean of their values."""
+    codec, values, weights = codec_of(name, feedback=0.9), values_of(3), [2.0, 1.0, 1.0]
+    with groups(3) as members:
+        results = reduce(members, values, weights, codec)
+    errors = [result.reduced.error for result in results]
+    kept = sum((error * (w / 4) for error, w in zip(errors, weights, strict=True) if error is not None))
+    truth = sum((v * (w / 4) for v, w in zip(values, weights, strict=True)), torch.zeros(SIZE))
+    assert torch.allclose(results[0].mean + kept, truth, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "demo"])
+def test_who_is_not_finite_counts_nothing(name: str) -> None:
+    codec, values = codec_of(name, feedback=0.9 if name != "fp32" else 0.0), values_of(2)
+    values[1][7] = float("inf")
+    with groups(2) as members:
+        results = reduce(members, values, [2.0, 5.0], codec)
+        nothing = reduce(members, [values[1], values[1]], [2.0, 5.0], codec)
+    assert torch.equal(results[0].mean, results[1].mean)
+    assert torch.allclose(results[0].mean, mean_of(codec, [values[0], torch.zeros(SIZE)], [1.0, 0.0]), atol=1e-6)
+    assert results[1].reduced.weight == 2.0
+    assert results[1].reduced.error is None
+    for result in nothing:
+        assert result.reduced.weight == 0 and not result.reduced.coded[0][1].any()
+        assert result.mean.isnan().all(), "there is no mean, but it was given one"
+
+
+def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "SMALLEST", 1)
+    codec, values = codec_of("ternary", feedback=0.9), values_of(2)
+    before = [value.clone() for value in values]
+    broken = codec_of("ternary", feedback=0.9)
+    warm_up(codec, Nesterov())
+    decode, calls = broken.decode, iter(range(4))
+
+    def die_soon(rows: Tensor, out: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise SystemExit
+        return decode(rows, out)
+
+    monkeypatch.setattr(broken, "decode", die_soon)
+    with groups(2) as members, ThreadPoolExecutor(2) as pool:
+        survivor = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, SHORT, Result().take)
+        victim = pool.submit(weighted_mean, members[1], values[1], 1.0, broken, TIMEOUT, Result().take)
+        assert isinstance(victim.exception(), SystemExit)
+        assert isinstance(survivor.exception(), RuntimeError)
+    assert all(torch.equal(one, other) for one, other in zip(values, before, strict=True))
+
+
+def compile_and_reduce(names: list[str]) -> list[str]:
+    """What synchronisations of codecs that have been warmed up had to compile all the same, of an unused process."""
+    found = []
+    modules = (kernels, sparse, dct, collective, outer_module)
+    loops = [loop for module in modules for loop in vars(module).values()]
+    compiled = [loop for loop in loops if hasattr(loop, "signatures")]
+    setattr(collective, "SMALLEST", 1)  # noqa: B010
+    for name in names:
+        codec, outer = codec_of(name, feedback=0.0 if name == "fp32" else 0.5), Nesterov()
+        warm_up(codec, outer)
+        before = [len(loop.signatures) for loop in compiled]
+        assert sum(before) >= 2  # the weighted sum and the outer step at least
+        for size in (2, 3):
+            with groups(size) as members:
+                (result, *_) = reduce(members, values_of(size), [1.0] * size, codec)
+            GlobalState(torch.zeros(SIZE), outer).apply(result.mean, 1)
+        after = [len(loop.signatures) for loop in compiled]
+        found += [f"{name}: {loop.__name__}" for loop, b, a in zip(compiled, before, after, strict=True) if b != a]
+    return found
+
+
+@pytest.mark.timeout(500)
+def test_nothing_is_compiled_during_a_synchronisation() -> None:
+    """The others would wait for it: longer than they do for a member that is silent."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(compile_and_reduce, NAMES).result(400) == []
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "ternary"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_one_collective_after_the_other_on_the_same_group(name: str, size: int) -> None:
+    """Members are not in step: one may already send of the next what another still waits for of this one."""
+    codec, rounds = codec_of(name), 6
+    values = [[value * (round + 1) for value in values_of(size)] for round in range(rounds)]
+
+    def run(rank: int, group: Any) -> list[Tensor]:
+        results = [Result() for _ in range(rounds)]
+        for result, of_all in zip(results, values, strict=True):
+            weighted_mean(group, of_all[rank], 1.0, codec, TIMEOUT, result.take)
+        return [result.mean for result in results]
+
+    with groups(size) as members, ThreadPoolExecutor(size) as pool:
+        told = list(pool.map(run, range(size), members))
+    for round in range(rounds):
+        expected = mean_of(codec, values[round], [1.0] * size)
+        assert (told[0][round] - expected).norm() <= 1e-3 * expected.norm()
+        assert all(torch.equal(own[round], told[0][round]) for own in told)
+
+
+def test_an_attempt_that_fails_leaves_nothing_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values, the same outer step, on connections of its own."""
+    monkeypatch.setattr(collective, "SMALLEST", 1)
+    codec, values, outer = codec_of("ternary"), values_of(2), Nesterov()
+    warm_up(codec, outer)
+    states = [GlobalState(torch.ones(SIZE), outer, [Fragment(0, 0, SIZE, codec)]) for _ in values]
+    steps = [state.begin(state.fragments[0]) for state in states]
+    taken = iter(range(2))
+
+    def break_off(start: int, mean: Tensor) -> None:
+        steps[1].add(start, mean)
+        if next(taken, None) is None:
+            raise RuntimeError("broken off")
+
+    with groups(2) as members, ThreadPoolExecutor(2) as pool:
+        one = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, SHORT, steps[0].add)
+        two = pool.submit(weighted_mean, members[1], values[1], 1.0, codec, TIMEOUT, break_off)
+        assert str(two.exception()) == "broken off"
+        one.exception()
+    with groups(2) as members:
+        for result, state, step in zip(reduce(members, values, [1.0, 1.0], codec), states, steps, strict=True):
+            step.add(0, result.mean)
+            state.take(step, 1)
+    plain = GlobalState(torch.ones(SIZE), outer)
+    plain.apply(mean_of(codec, values, [1.0, 1.0]), 1)
+    assert states[0].hash() == states[1].hash() == plain.hash()

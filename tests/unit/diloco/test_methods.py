@@ -1,0 +1,243 @@
+"""Fragments, overlap and error feedback of DiLoCo, against their definitions."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.unit.diloco.test_diloco import adamw, batches, loss_of, make_model, run_threads
+from trainer.diloco import Commit, DiLoCo, Fragment, GlobalState, Nesterov, Overlap, Reduced, Superseded
+from trainer.diloco.codecs import Sign
+from trainer.diloco.flat import FlatLayout
+from trainer.diloco.quorum import Take
+
+
+class Wide(nn.Module):
+    """Two matrices of 128 rows, so that there is something to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 128), nn.Linear(128, 128)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_sections_cut_the_vector_into_parts_of_about_the_same_size(count: int) -> None:
+    layout = FlatLayout(Wide())
+    sections = layout.sections(count)
+    assert [section.start for section in sections] == [0, *[section.stop for section in sections[:-1]]]
+    assert sections[-1].stop == layout.size
+    assert 1 <= len(sections) <= count
+    flat = layout.gather(layout.empty())
+    for section in sections:
+        own = torch.cat([part.detach().reshape(-1) for part in section.of(layout.parameters)])
+        assert torch.equal(own, flat[section.start : section.stop])
+    if count == 2:
+        assert max(section.stop - section.start for section in sections) <= 0.6 * layout.size
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> float:
+    optimizer.zero_grad()
+    loss = loss_of(model, batch)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def test_each_fragment_synchronises_in_its_turn_and_all_at_the_end() -> None:
+    """By hand: two replicas, two fragments, SGD of rate 1: a fragment's synchronisation is the replicas' mean of it."""
+    steps, half = 14, 2
+    results = run_threads(
+        2,
+        steps,
+        [1.0, 1.0],
+        lambda model, optimizer, quorum: DiLoCo(
+            model,
+            optimizer,
+            outer=Nesterov(1.0, 0.0),
+            sync_every=2 * half,
+            quorum=quorum,
+            total_steps=steps,
+            fragments=2,
+        ),
+    )
+    replicas = [make_model() for _ in range(2)]
+    optimizers = [adamw(replica) for replica in replicas]
+    sections = FlatLayout(replicas[0]).sections(2)
+    assert len(sections) == 2
+    for step in range(steps):
+        for rank in range(2):
+            trained(replicas[rank], optimizers[rank], batches(rank, steps)[step])
+        turn = (step + 1) // half
+        if (step + 1) % half:
+            continue
+        for section in sections if step + 1 == steps else [sections[(turn - 1) % 2]]:
+            parts = [section.of(list(replica.parameters())) for replica in replicas]
+            with torch.no_grad():
+                for first, second in zip(*parts, strict=True):
+                    first.copy_((first + second) / 2)
+                    second.copy_(first)
+    for (_, model, diloco), replica in zip(results, replicas, strict=True):
+        assert (diloco.round, diloco.step, diloco.round_length) == (7, steps, 0)
+        for ours, theirs in zip(model.parameters(), replica.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert len({diloco.state.hash() for _, _, diloco in results}) == 1
+
+
+class Slow:
+    """A quorum of one worker, whose synchronisations last until the test lets them go."""
+
+    def __init__(self) -> None:
+        self.go, self.refuses, self.behind = threading.Event(), False, False
+        self.sent: list[tuple[Tensor, float]] = []
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+        assert self.go.wait(30)
+        if self.refuses:
+            self.refuses = False
+            raise Superseded
+        self.sent.append((pseudo_gradient.clone(), weight))
+        mean = pseudo_gradient.clone()
+        take(0, mean)
+        return Commit(len(self.sent), 1, ("slow",), fragment, Reduced(weight, ((1.0, mean),), ""), 0, 0, 0.0)
+
+    def own_steps(self, length: int) -> int:
+        return length
+
+    def superseded(self) -> bool:
+        return False
+
+    def catch_up(self, state: GlobalState) -> bool:
+        state.skip(4)
+        return True
+
+    def applied(self, commit: Commit, state: GlobalState) -> None:
+        pass
+
+
+@pytest.mark.parametrize("overlap", [Overlap(), Overlap(delay=3), Overlap(delay=1, mixing=0.5)])
+def test_steps_made_during_a_synchronisation_are_kept_whole(overlap: Overlap) -> None:
+    """One worker with outer SGD of rate 1 stays where its inner optimizer takes it, whenever its mean arrives."""
+    quorum, model, steps = Slow(), make_model(), 23
+    quorum.go.set()
+    optimizer = adamw(model)
+    diloco = DiLoCo(
+        model,
+        optimizer,
+        outer=Nesterov(1.0, 0.0),
+        sync_every=5,
+        quorum=quorum,
+        total_steps=steps,
+        overlap=overlap,
+    )
+    plain = make_model()
+    its_optimizer = adamw(plain)
+    commits = []
+    for batch in batches(0, steps):
+        assert trained(model, optimizer, batch) == pytest.approx(trained(plain, its_optimizer, batch), rel=1e-4)
+        commits.append(diloco.after_inner_step(1.0))
+    assert [commit.round for commit in commits if commit] == [1, 2, 3, 4, 5]
+    assert (diloco.step, diloco.round_length, diloco.in_flight) == (steps, 0, False)
+    if overlap.delay:
+        assert [index + 1 for index, commit in enumerate(commits) if commit] == [
+            5 * round + overlap.delay for round in (1, 2, 3)
+        ] + [20 + min(overlap.delay, 2), steps]
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    with diloco.global_parameters():
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+        assert torch.equal(flat, diloco.state.parameters)
+
+
+def step_by(model: nn.Module, amount: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= amount
+
+
+def test_a_round_that_went_on_without_it_while_it_was_on_its_way_is_carried() -> None:
+    quorum, model = Slow(), make_model()
+    quorum.refuses = True
+    diloco = DiLoCo(
+        model, adamw(model), outer=Nesterov(1.0, 0.0), sync_every=4, quorum=quorum, overlap=Overlap(delay=2)
+    )
+    for amount in (1.0, 2.0, 4.0, 8.0):
+        step_by(model, amount)
+        assert diloco.after_inner_step(10) is None
+    assert diloco.in_flight and diloco.open_round == 2
+    step_by(model, 16.0)
+    diloco.after_inner_step(10)
+    saved = copy.deepcopy(diloco.worker_state())  # as if the round had not ended
+    assert (saved["inner_steps"], saved["samples"], saved["work"]) == (5, [50.0], [5])
+    quorum.go.set()
+    step_by(model, 32.0)
+    assert diloco.after_inner_step(10) is None  # it has caught up
+    assert not diloco.in_flight and (diloco.round, diloco.inner_steps) == (1, 0)
+    for _ in range(4):
+        step_by(model, 1.0)
+        diloco.after_inner_step(10)
+    step_by(model, 0.0)
+    diloco.after_inner_step(10)
+    diloco.land()
+    ((pseudo_gradient, weight),) = quorum.sent
+    torch.testing.assert_close(pseudo_gradient, torch.full_like(pseudo_gradient, (63.0 + 4.0) * 4 / 10))
+    assert weight == 100.0
+
+
+class Coding(Slow):
+    """What a worker alone sends is coded all the same."""
+
+    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+        self.sent.append((pseudo_gradient.clone(), weight))
+        codec = fragment.codec
+        blocks = torch.cat(codec.arrange(pseudo_gradient))
+        rows = codec.encode(blocks)
+        mean = codec.restore(codec.decode(rows, torch.empty_like(blocks)), pseudo_gradient.numel())
+        take(0, mean)
+        reduced = Reduced(weight, ((1.0, rows),), "", pseudo_gradient - mean)
+        return Commit(len(self.sent), 1, ("coding", "nobody"), fragment, reduced, 0, 0, 0.0)
+
+
+def test_what_a_codec_leaves_out_is_sent_later() -> None:
+    """e ← Δ + β e − C(Δ + β e), across a restart too."""
+
+    def make(quorum: Any, model: nn.Module) -> DiLoCo:
+        return DiLoCo(
+            model, adamw(model), outer=Nesterov(1.0, 0.0), codec=Sign(feedback=0.5), sync_every=1, quorum=quorum
+        )
+
+    quorum, model = Coding(), make_model()
+    diloco = make(quorum, model)
+    generator = torch.Generator().manual_seed(1)
+    displacements = [torch.randn(diloco.state.parameters.numel(), generator=generator) for _ in range(4)]
+
+    def move(displacement: Tensor) -> Callable[[], None]:
+        layout = FlatLayout(model)
+        flat = layout.gather(layout.empty())
+        return lambda: layout.scatter(flat - displacement)
+
+    residual = torch.zeros_like(displacements[0])
+    for index, displacement in enumerate(displacements):
+        move(displacement)()
+        diloco.after_inner_step()
+        expected = displacement + 0.5 * residual
+        sent = quorum.sent[-1][0]
+        torch.testing.assert_close(sent, expected, atol=1e-5, rtol=1e-4)
+        codec = diloco.state.fragments[0].codec
+        blocks = torch.cat(codec.arrange(sent))
+        residual = sent - codec.restore(codec.decode(codec.encode(blocks), torch.empty_like(blocks)), sent.numel())
+        if index == 1:
+            saved, place = copy.deepcopy(diloco.worker_state()), (diloco.round, diloco.state.step)
+            tensors = {name: tensor.clone() for name, tensor in diloco.global_tensors().items()}
+            model = make_model(seed=3)
+            diloco = make(quorum, model)
+            diloco.load_global(tensors, *place)
+            diloco.load_worker_state(saved)
+    diloco.begin_round()  # of a state that is not what its work led to
+    move(displacements[0])()
+    diloco.after_inner_step()
+    torch.testing.assert_close(quorum.sent[-1][0], displacements[0], atol=1e-5, rtol=1e-4)

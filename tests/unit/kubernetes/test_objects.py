@@ -1,0 +1,270 @@
+"""What is rendered is what the API server takes, is all owned and labelled, and holds no secret."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.kubernetes_schemas import needs_crd, validate
+from trainer.config import TrainingConfig, load_config
+from trainer.errors import ConfigError
+from trainer.etcd.client import EtcdClient
+from trainer.kubernetes.objects import names
+from trainer.kubernetes.objects.claims import claim
+from trainer.kubernetes.objects.jobs import precache_job, result_job
+from trainer.kubernetes.objects.network import STEP_LABELS, network_policy
+from trainer.kubernetes.objects.plan import Owner, Plan, plan
+from trainer.kubernetes.objects.pod_template import GRACE_PERIOD, RESULT_PORT
+from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.settings import config_map, run_secret
+from trainer.launch.etcd3_diloco_rendezvous import BACKEND, client_of
+
+OWNER = Owner("argoproj.io/v1alpha1", "Workflow", "diloco-training-x7k2p", "7b1c0e9e-0000-4000-8000-000000000000")
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "a volume a worker": {},
+    "a volume a site": {"storage_access_mode": "ReadWriteMany", "nodes": 3},
+    "no GPU": {"device": "cpu"},
+    "two vendors": {"gpu_amd_image": "rocm", "nodes": 4},
+    "everything": {
+        "nodes": 3,
+        "sites": [
+            {"name": "east", "replicas": 2, "node_selector": {"zone": "east"}, "runtime_class_name": "x"},
+            {"name": "west", "gpu_count": 0, "tolerations": [{"key": "a", "operator": "Exists"}]},
+        ],
+        "port_range": "7000-7999",
+        "elastic_etcd_protocol": "https",
+        "etcd_user": "me",
+        "service_account": "workers",
+        "image_pull_secrets": ["pull"],
+        "model_cache_dir": "/models",
+        "elastic_nproc_per_node": 4,
+    },
+}
+
+
+def planned(**values: Any) -> Plan:
+    config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine", **values})
+    return plan(config, namespace="team", image="python:1", owner=OWNER, labels={"kueue.x-k8s.io/queue-name": "q"})
+
+
+def of_the_run(made: Plan) -> Iterator[dict[str, Any]]:
+    """Every object that belongs to the run."""
+    for worker in made.claimants:
+        yield precache_job(made, worker)
+    for worker in made.workers:
+        yield result_job(made, worker, "held-out")
+        yield result_job(made, worker, "export")
+        yield result_job(made, worker, "evaluate")
+    yield from training_jobs(made)
+    yield network_policy(made)
+    yield config_map(made)
+    yield run_secret(made, "t")
+
+
+def pods(made: Plan) -> Iterator[dict[str, Any]]:
+    for obj in of_the_run(made):
+        if obj["kind"] == "Job":
+            yield obj["spec"]["template"]
+        elif obj["kind"] == "PyTorchJob":
+            yield obj["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+
+
+@pytest.fixture(params=LAYOUTS)
+def made(request: pytest.FixtureRequest) -> Plan:
+    return planned(**LAYOUTS[request.param])
+
+
+def test_core_objects_are_valid(made: Plan) -> None:
+    for obj in [*of_the_run(made), *(claim(made, worker) for worker in made.claimants)]:
+        if obj["kind"] != "PyTorchJob":
+            validate(obj)
+
+
+@needs_crd
+def test_pytorchjobs_are_what_the_crd_takes(made: Plan) -> None:
+    for job in training_jobs(made):
+        validate(job)
+
+
+def test_what_belongs_to_the_run_is_labelled_and_owned_and_named_once(made: Plan) -> None:
+    objects = list(of_the_run(made))
+    assert len({(obj["kind"], obj["metadata"]["name"]) for obj in objects}) == len(objects)
+    for obj in objects:
+        metadata = obj["metadata"]
+        assert metadata["ownerReferences"] == [OWNER.reference()]
+        assert metadata["namespace"] == "team"
+        assert metadata["annotations"]["diloco-pipelines/run-id"] == "mine"
+        assert metadata["labels"]["app.kubernetes.io/instance"] == made.name
+        assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "q"
+        assert metadata["name"].startswith(made.name)
+
+
+def test_claims_outlive_the_run(made: Plan) -> None:
+    for worker in made.claimants:
+        metadata = claim(made, worker)["metadata"]
+        assert "ownerReferences" not in metadata
+        assert names.RUN_LABEL not in metadata["labels"]
+        assert "mine" not in metadata["name"]
+
+
+def test_every_worker_finds_its_claim_and_every_claim_is_precached(made: Plan) -> None:
+    claims = {worker.claim for worker in made.workers}
+    assert {claim(made, worker)["metadata"]["name"] for worker in made.claimants} == claims
+    mounted = [volume["persistentVolumeClaim"]["claimName"] for pod in pods(made) for volume in pod["spec"]["volumes"]
+               if volume["name"] == "data"]  # fmt: skip
+    assert set(mounted) == claims
+    sizes = sum(job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] for job in training_jobs(made))
+    assert sizes == len(made.workers) == made.config.nodes
+
+
+def test_a_result_is_taken_from_the_directory_that_the_worker_wrote() -> None:
+    made = planned(storage_access_mode="ReadWriteMany")
+    worker = made.workers[1]
+    (mount,) = [
+        mount
+        for mount in result_job(made, worker, "export")["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+        if mount["mountPath"] == "/data"
+    ]
+    (job,) = training_jobs(made)
+    assert mount["subPath"] == worker.pod == job["metadata"]["name"] + "-worker-1"
+
+
+def test_pods_are_harmless(made: Plan) -> None:
+    """The `restricted` Pod Security Standard; no token of the API server; no variables of Services."""
+    for pod in pods(made):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+        assert spec["terminationGracePeriodSeconds"] == GRACE_PERIOD > 120
+        assert pod["metadata"]["labels"][names.RUN_LABEL] == "mine"
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+def test_the_network_policy_lets_workers_at_each_other_and_steps_at_results(made: Plan) -> None:
+    policy = network_policy(made)["spec"]
+    labels = [pod["metadata"]["labels"] for pod in pods(made)]
+    selected = policy["podSelector"]["matchLabels"]
+    assert all(selected.items() <= own.items() for own in labels)
+    workers, steps = policy["ingress"]
+    assert workers["from"] == [{"podSelector": policy["podSelector"]}]
+    assert steps["from"][0]["podSelector"]["matchLabels"] == STEP_LABELS
+    assert steps["ports"] == [{"protocol": "TCP", "port": RESULT_PORT}]
+    for job in (result_job(made, made.workers[0], "export"),):
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        assert container["ports"][0]["containerPort"] == RESULT_PORT
+        assert container["args"][-1] == str(RESULT_PORT)
+
+
+def test_managed_by_passes_through() -> None:
+    config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine"})
+    made = plan(config, namespace="team", image="i", managed_by="kueue.x-k8s.io/multikueue")
+    assert {job["spec"]["runPolicy"]["managedBy"] for job in training_jobs(made)} == {"kueue.x-k8s.io/multikueue"}
+    assert "managedBy" not in training_jobs(planned())[0]["spec"]["runPolicy"]
+
+
+def test_without_an_owner_there_is_no_reference() -> None:
+    config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine"})
+    made = plan(config, namespace="team", image="i")
+    assert all("ownerReferences" not in obj["metadata"] for obj in of_the_run(made))
+
+
+def test_no_secret_is_rendered(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted where the process could see them, they are in nothing; the run's own token is in its Secret alone."""
+    for variable in ("WANDB_API_KEY", "HF_TOKEN", "ETCD_PASSWORD", "RESULT_TOKEN"):
+        monkeypatch.setitem(os.environ, variable, f"planted-{variable}")
+    objects = [
+        *of_the_run(made),
+        *(claim(made, worker) for worker in made.claimants),
+        run_secret(made, "planted-token"),
+    ]
+    for obj in objects:
+        text = json.dumps({key: value for key, value in obj.items() if key != "stringData"})
+        assert "planted" not in text
+    variables = [entry for pod in pods(made) for entry in pod["spec"]["containers"][0]["env"]]
+    for entry in variables:
+        if any(word in entry["name"] for word in ("KEY", "TOKEN", "PASSWORD")):
+            assert set(entry) == {"name", "valueFrom"} and set(entry["valueFrom"]) == {"secretKeyRef"}
+
+
+def test_the_pods_can_read_their_configuration(made: Plan, tmp_path: Path) -> None:
+    """The file, and on top of it what the pod has in its environment: nothing is refused, and sites differ."""
+    file = tmp_path / "config.yaml"
+    file.write_text(config_map(made)["data"]["config.yaml"], encoding="utf-8")
+    devices = set()
+    for pod in pods(made):
+        (container,) = pod["spec"]["containers"]
+        environment = {
+            entry["name"]: entry.get("value", "10.0.0.7")  # what a field of the pod gives
+            for entry in container["env"]
+            if "secretKeyRef" not in entry.get("valueFrom", {})
+        }
+        config = load_config(file, environ=environment)
+        assert config.run_id == "mine"
+        if pod["metadata"]["labels"]["app.kubernetes.io/component"] == "train":
+            assert config.advertise_address == "10.0.0.7"
+        devices.add((pod["metadata"]["labels"][names.SITE_LABEL], config.device))
+    assert devices == {(site.name, site.device) for site in made.sites}
+
+
+def test_plain_torchrun_would_meet_the_same_etcd() -> None:
+    """What the operator makes of the elastic policy (PET_RDZV_CONF and so on) and what the configuration says agree."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
+
+    made = planned(elastic_etcd_protocol="https", etcd_user="me", elastic_etcd_prefix="/mine", nodes=4)
+    policy = training_jobs(made)[0]["spec"]["elasticPolicy"]
+    settings = _parse_rendezvous_config(",".join(f"{pair['key']}={pair['value']}" for pair in policy["rdzvConf"]))
+    endpoint = f"{policy['rdzvHost']}:{policy['rdzvPort']}"
+    parameters = RendezvousParameters(
+        policy["rdzvBackend"], endpoint, policy["rdzvId"], policy["minReplicas"], policy["maxReplicas"], **settings
+    )
+    theirs, ours = client_of(parameters), EtcdClient.of(made.config)
+    assert parameters.backend == BACKEND
+    assert (parameters.min_nodes, parameters.max_nodes) == (made.config.min_nodes, made.config.max_nodes) == (1, 4)
+    assert parameters.get_as_int("nodes") == made.config.nodes
+    assert theirs.prefix == ours.prefix == "/mine/mine/"
+    assert theirs.endpoints == ours.endpoints[:1]
+    assert (theirs._tls, theirs._credentials) == (ours._tls, ours._credentials)
+    assert float(settings["timeout"]) == made.config.elastic.rdzv_timeout
+    assert float(settings["lease_ttl"]) == made.config.lease_ttl
+
+
+def test_the_configuration_names_no_file_of_this_machine() -> None:
+    made = planned(run_dir="/home/me/runs/mine")
+    config = yaml.safe_load(config_map(made)["data"]["config.yaml"])
+    assert config["run_dir"] == "/data"
+    assert "/home/me" not in json.dumps(config)
+
+
+REFUSED = {
+    "no vendor": ({"gpu_nvidia_enabled": False}, "gpu.nvidia.enabled = False: leaves no vendor's GPUs to train on"),
+    "vendors want more": (
+        {"gpu_nvidia_min_nodes": 3},
+        "nodes = 2: must be at least gpu.nvidia.min_nodes (3)",
+    ),
+    "vendors admit fewer": ({"gpu_nvidia_max_nodes": 1}, "nodes = 2: must be at most gpu.nvidia.max_nodes (1)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_sites_that_do_not_add_up_are_refused(name: str) -> None:
+    values, message = REFUSED[name]
+    with pytest.raises(ConfigError) as caught:
+        planned(**values)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_run_without_a_name_is_refused() -> None:
+    config = TrainingConfig.from_flat({"launcher": "pytorchjob"})
+    with pytest.raises(ConfigError, match="run_id"):
+        plan(config, namespace="team", image="i")

@@ -1,0 +1,92 @@
+"""`metrics.jsonl`, and the sinks that may fail without harm."""
+
+import json
+import math
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from trainer.config import TrainingConfig
+from trainer.monitor import events as events_module
+from trainer.monitor.events import Metrics, sinks
+from trainer.process import listen
+from trainer.volume import worker_configs
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_sink_that_fails_is_switched_off_and_told_of(tmp_path: Path) -> None:
+    class Full:
+        name = "the sink"
+        told = 0
+
+        def write(self, event: Mapping[str, Any]) -> None:
+            self.told += 1
+            raise OSError("it is\nfull")
+
+        def close(self) -> None: ...
+
+    full = Full()
+    with Metrics(tmp_path / "metrics.jsonl") as written:
+        written.sinks.append(full)
+        written.write("step", step=1)
+        written.write("step", step=2)
+    assert [event["event"] for event in events(tmp_path / "metrics.jsonl")] == ["step", "warning", "step"]
+    assert events(tmp_path / "metrics.jsonl")[1]["message"] == "the sink is switched off: it is full"
+    assert full.told == 1
+
+
+def test_a_sink_that_cannot_be_set_up_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such entity")
+
+    monkeypatch.setattr(events_module.WandbSink, "__init__", fail)
+    with Metrics(tmp_path / "metrics.jsonl") as written:
+        assert sinks(TrainingConfig(), 0, tmp_path, written.warn) == []
+        assert sinks(TrainingConfig(wandb_logging=False), 0, tmp_path, written.warn) == []
+    (event,) = events(tmp_path / "metrics.jsonl")
+    assert (event["event"], event["message"]) == ("warning", "Weights & Biases is switched off: no such entity")
+
+
+def test_prometheus_serves_what_events_say(tmp_path: Path) -> None:
+    with listen("127.0.0.1") as free:
+        port = free.getsockname()[1]
+    config = TrainingConfig(wandb_logging=False, metrics_port=port, run_id="mine")
+    with Metrics(tmp_path / "metrics.jsonl") as written:
+        written.sinks += sinks(config, 3, tmp_path, written.warn)
+        written.write("step", step=7, loss=2.5, lr=1e-3, gradient_norm=0.5, samples=8, tokens=64, seconds=0.5)
+        written.write("step", step=8, loss=math.nan, lr=1e-3, gradient_norm=0.5, samples=8, tokens=64, seconds=0.5)
+        written.write("round", round=2, world_size=3, bytes_sent=100, bytes_received=None, exposed_seconds=0.2)
+        written.warn("look out")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            told = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
+    values = {name: family.samples[0].value for name, family in told.items()}
+    assert all(sample.labels["run_id"] == "mine" for family in told.values() for sample in family.samples)
+    assert (values["diloco_step"], values["diloco_loss"], values["diloco_members"]) == (8, 2.5, 3)
+    assert (values["diloco_samples"], values["diloco_sent_bytes"], values["diloco_warnings"]) == (16, 100, 1)
+    assert values["diloco_samples_per_second"] == 16
+    assert {told[name].type for name in ("diloco_samples", "diloco_sent_bytes")} == {"counter"}
+    assert (told["diloco_loss"].type, told["diloco_exposed_seconds"].type) == ("gauge", "histogram")
+    assert all(family.documentation.endswith(".") for name, family in told.items() if not name.endswith("_created"))
+    with pytest.raises(URLError):  # it ends with the metrics
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_a_metrics_port_that_is_taken_is_told_of(tmp_path: Path) -> None:
+    with listen("0.0.0.0") as taken, Metrics(tmp_path / "metrics.jsonl") as written:
+        config = TrainingConfig(wandb_logging=False, metrics_port=taken.getsockname()[1])
+        assert sinks(config, 0, tmp_path, written.warn) == []
+    (event,) = events(tmp_path / "metrics.jsonl")
+    assert event["message"].startswith(f"Prometheus (metrics_port {config.metrics_port}) is switched off: ")
+
+
+def test_workers_of_one_machine_have_ports_of_their_own() -> None:
+    config = TrainingConfig(run_dir="runs/x", nodes=3, elastic={"nproc_per_node": 2}, metrics_port=9000)
+    assert [worker.metrics_port for worker in worker_configs(config)] == [9000, 9002, 9004]

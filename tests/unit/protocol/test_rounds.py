@@ -1,0 +1,633 @@
+"""The pure functions of the elastic protocol, one situation at a time. `test_protocol_model` is about all of them."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from trainer.protocol.rounds import (
+    Action,
+    Arrival,
+    Cursor,
+    Left,
+    Member,
+    Outcome,
+    Progress,
+    Range,
+    Ready,
+    Record,
+    Rules,
+    Share,
+    State,
+    View,
+    Vote,
+    action,
+    arrival_from_json,
+    count,
+    deal,
+    decide,
+    forgotten,
+    late,
+    left_from_json,
+    member_from_json,
+    outcome_key,
+    own_steps,
+    paces,
+    situation,
+    unused,
+    used_of,
+)
+
+RULES = Rules(
+    min_nodes=1,
+    max_members=4,
+    grace_period=10,
+    retry_period=3,
+    forget_period=30,
+    stall_limit=300,
+    local_steps=4,
+    total_steps=None,
+    batch_size=2,
+)
+TWO = replace(RULES, min_nodes=2)
+LONG = 1000.0  # seconds that are more than any patience
+
+
+def member(id: str, round: int = 0, hash: str = "h0", node: str = "") -> Member:
+    return Member(node or f"node of {id}", (ord(id), 0), f"{id}:1", State(round, round * 4, Cursor(), hash))
+
+
+def members(ids: str, **changed: Member) -> dict[str, Member]:
+    return {id: member(id) for id in ids} | changed
+
+
+def arrival(attempt: int = 1, state: str = "h0", rest: tuple[Range, ...] = (), suspects: str = "") -> Arrival:
+    return Arrival(1, 1, attempt, state, rest, tuple(suspects))
+
+
+def arrivals(ids: str, attempt: int = 1) -> dict[str, Arrival]:
+    return {id: arrival(attempt) for id in ids}
+
+
+def votes(ids: str, hash: str = "mean", attempt: int = 1) -> dict[str, Vote]:
+    return {id: Vote(1, 1, attempt, hash, 8.0) for id in ids}
+
+
+def founded(ids: str, rules: Rules = RULES) -> Record:
+    record = decide(None, View(members(ids)), LONG, rules)
+    assert record is not None
+    return record
+
+
+def reducing(ids: str, rules: Rules = RULES) -> Record:
+    record = decide(founded(ids, rules), View(members(ids), arrivals(ids)), 0, rules)
+    assert record is not None and record.phase == "reduce"
+    return record
+
+
+def decided(record: Record | None, view: View, waited: float = 0.0, rules: Rules = RULES) -> Record:
+    found = decide(record, view, waited, rules)
+    assert found is not None
+    return found
+
+
+# Founding
+
+
+def test_a_run_is_founded_from_the_newest_state() -> None:
+    view = View(members("abc", b=member("b", 5, "x"), c=member("c", 5, "x")))
+    record = decided(None, view, LONG)
+    assert record.place == (1, 6, 1) and record.phase == "gather" and record.base.hash == "x"
+    assert record.expected == ("b", "c")  # a has to fetch it first
+    assert record.shares == {"b": Share(1, 6, ((0, 8),)), "c": Share(1, 6, ((8, 16),))}
+    assert record.cursor == Cursor(16) and record.base.cursor == Cursor(0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "waited", "founded"),
+    [("a", 0, False), ("a", 10, False), ("ab", 9, False), ("ab", 10, True), ("abcd", 0, True)],
+)
+def test_founding_waits_for_min_nodes_and_then_a_while_for_max_nodes(nodes: str, waited: float, founded: bool) -> None:
+    view = View(members(nodes))
+    assert (decide(None, view, waited, TWO) is not None) == founded
+    assert (situation(None, view, TWO) is not None) == (len(nodes) > 1)
+
+
+def test_min_nodes_counts_distinct_nodes() -> None:
+    view = View(members("ab", a=member("a", node="n"), b=member("b", node="n")))
+    assert decide(None, view, LONG, TWO) is None
+    record = reducing("ab", TWO)
+    view = View(view.members, arrivals("ab"))
+    assert decide(replace(record, phase="gather"), view, LONG, TWO) is None
+
+
+def test_nobody_goes_on_from_less_than_what_was_durable() -> None:
+    assert decide(None, View(members("a"), durable=1), LONG, RULES) is None
+    assert decided(None, View(members("ab", b=member("b", 1)), durable=1), LONG).expected == ("b",)
+
+
+def test_of_states_of_one_round_the_most_common_is_founded_on() -> None:
+    view = View({id: member(id, 3, hash) for id, hash in zip("abc", "xyy", strict=True)})
+    record = decided(None, view, LONG)
+    assert (record.base.hash, record.expected) == ("y", ("b", "c"))
+
+
+def test_it_is_founded_again_when_nobody_is_left_who_holds_the_state() -> None:
+    record = decided(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
+    view = View(members("c", c=member("c", 0)))
+    assert situation(record, view, RULES) == ("found", 2)
+    assert decide(record, view, RULES.forget_period - 1, RULES) is None
+    again = decided(record, view, RULES.forget_period)
+    assert (again.place, again.expected, again.committed) == ((2, 1, 1), ("c",), None)
+    assert again.cursor == Cursor(8)  # what the lost rounds had used is dealt anew
+    assert decide(record, replace(view, durable=1), LONG, RULES) is None
+
+
+def test_a_complete_run_that_nobody_holds_is_founded_again() -> None:
+    rules = replace(RULES, total_steps=4)
+    complete = decided(reducing("a", rules), View(members("a"), arrivals("a"), votes("a")), rules=rules)
+    assert complete.length == 0 and complete.shares["a"].ranges == ()
+    assert decide(complete, View(members("a")), LONG, rules) is None
+    assert decided(complete, View(members("b")), LONG, rules).place == (2, 1, 1)
+
+
+@pytest.mark.parametrize(("present", "known"), [("ab", True), ("b", True), ("c", True), ("d", False)])
+def test_who_holds_the_state(present: str, known: bool) -> None:
+    record = decided(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
+    everyone = members("abd", c=member("c", round=1))  # c has caught up
+    view = View({id: everyone[id] for id in present})
+    assert forgotten(record, view) != known
+    assert (decide(record, view, LONG, RULES) is None) == known
+
+
+def test_a_state_that_only_the_dead_held_is_forgotten() -> None:
+    record = decided(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
+    agreed = replace(record, base=replace(record.base, hash="of a"))
+    b = member("b", round=1, hash="of b")  # it has lost, by a tie
+    assert not forgotten(agreed, View({"a": member("a", round=1, hash="of a"), "b": b}))
+    assert forgotten(agreed, View({"b": b}))
+    assert decided(agreed, View({"b": b}), LONG).base == b.holds  # a new term goes on from what there is
+
+
+def test_a_term_whose_founder_has_moved_on_is_founded_again() -> None:
+    newer = View(members("a", b=member("b", round=3)))
+    assert forgotten(founded("a"), View({"a": member("a", round=3)}))
+    assert not forgotten(founded("a"), newer)
+
+
+# Gathering
+
+
+@pytest.mark.parametrize(
+    ("arrived", "waited", "quorum"),
+    [
+        ("", LONG, None),
+        ("ab", LONG, "ab"),
+        ("ab", 9, None),
+        ("abc", 0, "abc"),
+        ("abcd", 0, "abcd"),
+        ("d", RULES.stall_limit - 1, None),
+        ("d", RULES.stall_limit, "d"),
+        ("ad", LONG, "ad"),
+    ],
+)
+def test_a_gather_waits_for_the_expected_members_up_to_the_grace_period(
+    arrived: str, waited: float, quorum: str | None
+) -> None:
+    record = founded("abc")
+    found = decide(record, View(members("abcd"), arrivals(arrived)), waited, RULES)
+    assert (found and "".join(found.members)) == quorum
+    assert found is None or found.phase == "reduce"
+
+
+@pytest.mark.parametrize(
+    "other", [arrival(2), replace(arrival(), term=2), replace(arrival(), round=2), replace(arrival(), round=0)]
+)
+def test_arrivals_for_something_else_do_not_count(other: Arrival) -> None:
+    view = View(members("a"), {"a": other})
+    assert situation(founded("a"), view, RULES) is None
+    assert decide(founded("a"), view, LONG, RULES) is None
+
+
+def test_the_dead_the_leaving_and_the_suspects_are_not_waited_for() -> None:
+    here = {"a": arrival(2, suspects="b")}
+    record = replace(founded("abcd"), attempt=2)
+    assert decide(record, View(members("abcd"), here), 0, RULES) is None
+    view = View(members("abc"), here, left={"c": Left(1, 1, ())})  # d is dead
+    record = decided(record, view)  # the books first
+    assert decided(record, view).members == ("a",)
+
+
+def test_which_of_a_pair_is_left_out_does_not_depend_on_who_is_first() -> None:
+    """a and c cannot talk to each other: the last in rank goes, also if the first is late."""
+    record = replace(founded("abc"), attempt=3)
+    here = {"c": arrival(3, suspects="a"), "b": arrival(3)}
+    assert late(record, View(members("abc"), here)) == {"a"}
+    assert decide(record, View(members("abc"), here), 0, RULES) is None
+    here["a"] = arrival(3, suspects="c")
+    assert decided(record, View(members("abc"), here)).members == ("a", "b")
+    # The last in rank, whom the first suspects, would be left out all the same: it is not waited for.
+    here = {"a": arrival(3, suspects="c"), "b": arrival(3)}
+    assert decided(record, View(members("abc"), here)).members == ("a", "b")
+    # Whom both of the others suspect is cut off, and not waited for.
+    here = {"c": arrival(3, suspects="a"), "b": arrival(3, suspects="a")}
+    assert decided(record, View(members("abc"), here)).members == ("b", "c")
+
+
+def test_a_suspect_that_has_arrived_is_tried_once_more_and_then_left_out() -> None:
+    for attempt, together in ((1, ("a",)), (2, ("a", "b")), (3, ("a",))):
+        record = replace(founded("ab"), attempt=attempt)
+        view = View(members("ab"), {"a": arrival(attempt, suspects="b"), "b": arrival(attempt, suspects="a")})
+        assert decided(record, view).members == together
+
+
+def test_as_few_as_can_be_are_left_out() -> None:
+    here = {"a": arrival(suspects="b"), "b": arrival(), "c": arrival(suspects="b"), "d": arrival()}
+    assert decided(founded("abcd"), View(members("abcd"), here)).members == ("a", "c", "d")
+
+
+def test_nobody_is_left_out_if_too_few_can_talk_to_each_other() -> None:
+    view = View(members("ab"), {"a": arrival(suspects="b"), "b": arrival()})
+    assert decided(founded("ab", TWO), view, rules=TWO).members == ("a", "b")
+
+
+def test_who_is_late() -> None:
+    assert late(founded("abc"), View(members("abc"))) == set()  # nobody waits yet
+    assert late(founded("abc"), View(members("abc"), arrivals("a"))) == set("bc")
+    assert late(founded("abc"), View(members("abc"), {"a": arrival(suspects="b")})) == {"c"}
+    assert late(reducing("abc"), View(members("abc"), arrivals("abc"))) == set()
+    assert late(reducing("abc"), View(members("abc"), arrivals("abc"), votes("ab"))) == {"c"}
+
+
+def test_the_final_state_is_that_of_most() -> None:
+    record = replace(founded("abc"), length=0, base=State(4, 16))
+    some = {"a": arrival(state="odd"), "b": arrival(state="common")}
+    assert decide(record, View(members("abc"), some), 0, RULES) is None  # c is awaited
+    everyone = View(members("abc"), {**some, "c": arrival(state="common")})
+    settled = decided(record, everyone)
+    assert settled == replace(record, base=replace(record.base, hash="common"))
+    assert decide(settled, everyone, LONG, RULES) is None  # that was all
+    assert action("a", Progress(1, 1, "odd", arrived=1), settled, None) == "catch up"
+    assert action("b", Progress(1, 1, "common", arrived=1), settled, None) == "wait"
+    without = View(members("ab"), some)  # c is dead
+    assert decided(record, without).base.hash == "odd"  # as many hold it: the first one's
+
+
+def test_different_results_are_counted() -> None:
+    record = replace(founded("ab"), phase="reduce", members=("a", "b"))
+    for times in (1, 2):
+        votes = {id: Vote(*record.place, hash=id, weight=1.0) for id in "ab"}
+        record = decided(record, View(members("ab"), arrivals("ab", record.attempt), votes))
+        assert (record.phase, record.disputed) == ("gather", times)
+        record = decided(record, View(members("ab"), arrivals("ab", record.attempt)))
+        assert (record.phase, record.disputed) == ("reduce", times)
+    votes = {id: Vote(*record.place, hash="same", weight=1.0) for id in "ab"}
+    assert decided(record, View(members("ab"), arrivals("ab", record.attempt), votes)).disputed == 0
+
+
+@pytest.mark.parametrize(("attempt", "patience"), [(1, RULES.grace_period), (2, RULES.retry_period)])
+def test_a_retry_is_waited_for_as_long_as_a_collective_takes_to_fail(attempt: int, patience: float) -> None:
+    record, view = replace(founded("ab"), attempt=attempt), View(members("ab"), arrivals("a", attempt))
+    assert decide(record, view, patience - 1, RULES) is None
+    assert decided(record, view, patience).members == ("a",)
+
+
+def test_too_few_nodes_wait_for_ever() -> None:
+    assert decide(founded("ab", TWO), View(members("ab"), arrivals("a")), LONG, TWO) is None
+
+
+def second_round(ids: str, rules: Rules = RULES) -> Record:
+    record = decided(reducing(ids, rules), View(members(ids), arrivals(ids), votes(ids)), rules=rules)
+    assert record.place == (1, 2, 1) and record.base.hash == ""
+    return record
+
+
+def test_members_whose_state_differs_from_most_take_it_anew() -> None:
+    here = {id: replace(arrival(state=state), round=2) for id, state in zip("abc", "xyy", strict=True)}
+    record = decided(second_round("abc"), View(members("abc"), here))
+    assert (record.phase, record.members, record.base.hash) == ("reduce", ("b", "c"), "y")
+    astray = Progress(1, 2, "x", arrived=1)
+    assert action("a", astray, record, None) == "catch up"
+    assert action("a", replace(astray, state="y", arrived=0), record, None) == "arrive"
+    assert action("b", replace(astray, state="y"), record, None) == "reduce"
+
+
+def test_where_min_nodes_needs_them_the_others_wait_for_them() -> None:
+    here = {id: replace(arrival(state=state), round=2) for id, state in zip("ab", "xy", strict=True)}
+    record = decided(second_round("ab", TWO), View(members("ab"), here), rules=TWO)
+    assert (record.phase, record.base.hash) == ("gather", "x")
+    assert decide(record, View(members("ab"), here), LONG, TWO) is None
+    assert action("b", Progress(1, 2, "y", arrived=1), record, None) == "catch up"
+    here["b"] = replace(here["b"], state="x")
+    assert decided(record, View(members("ab"), here), rules=TWO).members == ("a", "b")
+
+
+# Reducing
+
+
+def test_equal_votes_of_all_members_commit() -> None:
+    view = View(members("ab"), {"a": arrival(rest=((6, 8),)), "b": arrival()}, votes("ab"))
+    record = decided(reducing("ab"), view)
+    assert record.place == (1, 2, 1) and record.phase == "gather" and record.expected == ("a", "b")
+    assert record.base == State(1, 4, Cursor(16, ((6, 8),)))
+    assert record.committed == Outcome(1, 1, 1, ("a", "b"), "mean", 8.0, record.base)
+    # What was given back is dealt first.
+    assert record.shares == {"a": Share(1, 2, ((6, 8), (16, 22))), "b": Share(1, 2, ((22, 30),))}
+
+
+def test_a_member_that_dies_after_its_vote_is_counted_and_not_expected() -> None:
+    record = decided(reducing("ab"), View(members("a"), arrivals("ab"), votes("ab")))
+    assert record.committed is not None and record.committed.members == ("a", "b")
+    assert record.expected == ("a",) and record.shares.keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("present", "voted", "waited", "expected"),
+    [
+        ("abc", "", LONG, "abc"),  # see below: nothing, as long as nobody votes or fails
+        ("abc", "ab", 9, None),
+        ("abc", "ab", 10, "ab"),  # c is silent
+        ("ab", "ab", 0, "ab"),  # c has died before its vote
+        ("bc", "b", 0, "bc"),
+    ],
+)
+def test_a_missing_vote_leads_to_a_retry(present: str, voted: str, waited: float, expected: str | None) -> None:
+    record, view = reducing("abc"), View(members(present), arrivals("abc"), votes(voted))
+    if not voted:
+        assert situation(record, view, RULES) is None
+        return
+    found = decide(record, view, waited, RULES)
+    assert (found and "".join(found.expected)) == expected
+    assert found is None or (found.place == (1, 1, 2) and found.phase == "gather" and found.members == ())
+
+
+def test_votes_that_differ_lead_to_a_retry() -> None:
+    view = View(members("ab"), arrivals("ab"), votes("a") | votes("b", "another"))
+    assert decided(reducing("ab"), view).place == (1, 1, 2)
+
+
+def test_a_member_that_announces_itself_for_the_next_attempt_has_failed() -> None:
+    view = View(members("ab"), {"a": arrival(), "b": arrival(2)}, votes("a"))
+    assert decided(reducing("ab"), view).place == (1, 1, 2)
+
+
+@pytest.mark.parametrize("attempt", [0, 2])
+def test_votes_of_other_attempts_do_not_count(attempt: int) -> None:
+    view = View(members("a"), arrivals("a"), votes("a", attempt=attempt))
+    assert decide(reducing("a"), view, 0, RULES) is None
+
+
+def test_the_last_round_is_shortened() -> None:
+    rules = replace(RULES, total_steps=6)
+    record = decided(reducing("a", rules), View(members("a"), arrivals("a"), votes("a")), rules=rules)
+    assert record.length == 2 and record.shares["a"].ranges == ((8, 12),)
+
+
+def test_who_comes_too_late_is_waited_for_in_the_next_round() -> None:
+    view = View(members("abc"), arrivals("abc"), votes("ab"))
+    record = decided(replace(reducing("ab"), shares={"c": Share(1, 1, ((90, 98),))}), view)
+    assert record.expected == ("a", "b", "c")
+    assert record.shares["c"] == Share(1, 1, ((90, 98),))  # it goes on with its share
+    assert forgotten(record, View(members("c")))  # for it does not have the new state yet
+
+
+# Books
+
+
+def test_a_member_that_is_ready_is_dealt_a_share_once() -> None:
+    record, view = founded("a"), View(members("ab"), ready={"b": Ready(1, 0)})
+    dealt = decided(record, view)
+    assert dealt.shares["b"] == Share(1, 1, ((8, 16),)) and dealt.expected == ("a",)
+    assert decide(dealt, view, LONG, RULES) is None
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(members("ab"), ready={"b": Ready(1, 1)}),
+        View(members("ab"), ready={"b": Ready(2, 0)}),
+        View(members("a"), ready={"b": Ready(1, 0)}),
+        View(members("ab"), ready={"b": Ready(1, 0)}, left={"b": Left(0, 0, ())}),
+    ],
+)
+def test_nobody_is_dealt_a_share_of_another_round_or_when_gone(view: View) -> None:
+    assert decide(founded("a"), view, LONG, RULES) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "tails"),
+    [
+        (Left(1, 1, ((12, 16),)), ((12, 16),)),
+        (Left(1, 0, ((90, 99),)), ((8, 16),)),  # it has not seen its last share
+        (Left(0, 0, ()), ((8, 16),)),
+    ],
+)
+def test_what_a_leaver_has_not_used_is_taken_back_once(left: Left, tails: tuple[Range, ...]) -> None:
+    record, view = founded("ab"), View(members("a"), left={"b": left})
+    books = decided(record, view)
+    assert books.shares.keys() == {"a"} and books.cursor == Cursor(16, tails)
+    assert decide(books, view, LONG, RULES) is None
+
+
+def test_a_leaver_in_a_commit_gives_back_once_and_is_dealt_nothing() -> None:
+    here = {"a": arrival(), "b": arrival(rest=((14, 16),))}
+    view = View(members("ab"), here, votes("ab"), left={"b": Left(1, 1, ((14, 16),))})
+    record = decided(decided(reducing("ab"), view), view)
+    assert record.committed is not None and record.committed.members == ("a", "b")
+    assert record.base.cursor == Cursor(16, ((14, 16),)) and record.shares.keys() == {"a"}
+
+
+def test_a_straggler_keeps_its_share_and_the_dead_do_not() -> None:
+    record = replace(reducing("a"), shares={id: Share(1, 1, ()) for id in "abc"})
+    record = decided(record, View(members("ab"), arrivals("a"), votes("a")))
+    assert {id: share.round for id, share in record.shares.items()} == {"a": 2, "b": 1}
+
+
+# Members
+
+
+GATHER, REDUCE = founded("ab"), reducing("ab")
+THIRD = replace(GATHER, round=3)
+OUTCOME = Outcome(1, 1, 2, ("a", "b"), "mean", 8.0, State(1))
+
+
+@pytest.mark.parametrize(
+    ("id", "arrived", "voted", "record", "outcome", "expected"),
+    [
+        ("a", 0, 0, GATHER, None, "arrive"),
+        ("a", 1, 0, GATHER, None, "wait"),
+        ("a", 1, 1, replace(GATHER, attempt=2), None, "arrive"),
+        ("a", 2, 0, REDUCE, None, "wait"),  # its collective has failed
+        ("a", 1, 0, REDUCE, None, "reduce"),
+        ("a", 1, 1, REDUCE, None, "wait"),
+        ("c", 0, 0, REDUCE, None, "arrive"),  # too late
+        ("c", 1, 0, REDUCE, None, "wait"),
+        ("a", 2, 2, THIRD, OUTCOME, "apply"),
+        ("a", 2, 1, THIRD, OUTCOME, "catch up"),
+        ("c", 2, 0, THIRD, OUTCOME, "catch up"),
+        ("a", 2, 0, THIRD, None, "catch up"),
+        ("a", 2, 2, THIRD, None, "start over"),  # its work may have been counted
+        ("a", 0, 0, replace(GATHER, round=0), None, "wait"),
+        ("a", 0, 0, replace(GATHER, term=2), None, "start over"),
+        ("a", 1, 0, replace(REDUCE, base=State(hash="another")), None, "catch up"),
+    ],
+)
+def test_what_a_member_does_next(
+    id: str, arrived: int, voted: int, record: Record, outcome: Outcome | None, expected: Action
+) -> None:
+    assert action(id, Progress(1, 1, "h0", arrived, voted), record, outcome) == expected
+
+
+# Samples
+
+
+@pytest.mark.parametrize(
+    ("tails", "samples", "cursor", "ranges"),
+    [
+        ((), 3, Cursor(13), ((10, 13),)),
+        ((), 0, Cursor(10), ()),
+        (((2, 4),), 3, Cursor(11), ((2, 4), (10, 11))),
+        (((2, 6), (7, 8)), 3, Cursor(10, ((5, 6), (7, 8))), ((2, 5),)),
+        (((2, 4), (7, 8)), 2, Cursor(10, ((7, 8),)), ((2, 4),)),
+    ],
+)
+def test_dealing(tails: tuple[Range, ...], samples: int, cursor: Cursor, ranges: tuple[Range, ...]) -> None:
+    assert deal(Cursor(10, tails), samples) == (cursor, ranges)
+
+
+@pytest.mark.parametrize(
+    ("used", "rest"),
+    [(0, ((2, 5), (9, 12))), (3, ((9, 12),)), (4, ((10, 12),)), (1, ((3, 5), (9, 12))), (6, ()), (9, ())],
+)
+def test_what_is_left_of_a_share(used: int, rest: tuple[Range, ...]) -> None:
+    assert unused(((2, 5), (9, 12)), used) == rest
+
+
+# In etcd
+
+
+# A stock for inner steps that go on during a synchronisation
+
+
+STOCK = replace(RULES, stock=2)
+
+
+def test_a_stock_is_filled_up_and_goes_on_with_what_the_arrival_had_left() -> None:
+    record = founded("ab", STOCK)
+    assert record.shares == {"a": Share(1, 1, ((0, 16),)), "b": Share(1, 1, ((16, 32),))}
+    here = {"a": arrival(rest=((8, 16),)), "b": arrival(rest=((30, 32),))}
+    record = decided(reducing("ab", STOCK), View(members("ab"), here, votes("ab")), rules=STOCK)
+    assert record.shares == {"a": Share(1, 2, ((8, 16), (32, 40))), "b": Share(1, 2, ((30, 32), (40, 54)))}
+    assert record.cursor == Cursor(54)
+    assert record.base.cursor == Cursor(32, ((8, 16), (30, 32)))  # of which another term deals again
+
+
+def test_at_the_end_no_more_is_dealt_than_there_are_steps() -> None:
+    assert founded("a", replace(STOCK, total_steps=6)).shares["a"].ranges == ((0, 12),)
+    short = replace(STOCK, total_steps=5)
+    here = {"a": arrival(rest=((8, 10),))}
+    record = decided(reducing("a", short), View(members("a"), here, votes("a")), rules=short)
+    assert (record.length, record.shares["a"].ranges) == (1, ((8, 10),))
+
+
+def test_a_leaver_that_has_not_seen_its_last_share_gives_back_both_rests() -> None:
+    here = {"a": arrival(), "b": arrival(rest=((24, 32),))}
+    record = decided(reducing("ab", STOCK), View(members("ab"), here, votes("ab")), rules=STOCK)
+    assert record.shares["b"].ranges == ((24, 32), (48, 56))
+    view = View(members("ab"), here, left={"b": Left(1, 1, ((28, 32),))})  # it has used four more since it arrived
+    assert decided(record, view, rules=STOCK).cursor.tails == ((28, 32), (48, 56))
+    view = replace(view, left={"b": Left(1, 2, ((50, 56),))})
+    assert decided(record, view, rules=STOCK).cursor.tails == ((50, 56),)
+
+
+def test_the_dead_take_their_stock_with_them_unless_the_run_goes_back() -> None:
+    here = {"a": arrival(), "b": arrival(rest=((24, 32),))}
+    record = decided(reducing("ab", STOCK), View(members("a"), here, votes("ab")), rules=STOCK)
+    assert set(record.shares) == {"a"}
+    assert (24, 32) not in record.cursor.tails  # it may only have lost its lease, and be using it
+    assert record.base.cursor.tails == ((24, 32),)
+
+
+@pytest.mark.parametrize(
+    ("new", "before", "used", "arrived", "expected"),
+    [
+        (Share(1, 2, ((8, 16), (32, 40))), Share(1, 1, ((0, 16),)), 11, 8, 3),
+        (Share(1, 2, ((32, 40),)), Share(1, 1, ((0, 16),)), 16, 16, 0),
+        (Share(1, 2, ((32, 40),)), Share(1, 1, ((0, 16),)), 11, 8, 0),  # it was dealt anew
+        (Share(2, 1, ((8, 16),)), Share(1, 1, ((0, 16),)), 11, 8, 0),  # as in another term
+        (Share(1, 1, ((0, 16),)), Share(0, 0, ()), 0, 0, 0),
+    ],
+)
+def test_what_of_a_new_share_has_been_used(new: Share, before: Share, used: int, arrived: int, expected: int) -> None:
+    assert used_of(new, before, used, arrived) == expected
+
+
+def test_everything_survives_json() -> None:
+    record = decided(reducing("ab"), View(members("ab"), {"a": arrival(rest=((6, 8),)), "b": arrival()}, votes("ab")))
+    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+    assert Record.from_json(json.loads(json.dumps(GATHER.to_json()))) == GATHER
+    here = arrival(2, "x", ((1, 2),), "bc")
+    assert arrival_from_json(json.loads(json.dumps(asdict(here)))) == here
+    left = Left(1, 2, ((1, 2), (5, 7)))
+    assert left_from_json(json.loads(json.dumps(asdict(left)))) == left
+    value = {"node": "n", "slot": 3, "local_rank": 1, "address": "h:1", "holds": asdict(State(2, 8)), "pid": 12}
+    value["speed"] = 2.5
+    assert member_from_json(value) == Member("n", (3, 1), "h:1", State(2, 8), 2.5)
+
+
+# Unequal members
+
+
+@pytest.mark.parametrize(
+    ("speeds", "alike", "expected"),
+    [
+        ({"a": 100.0, "b": 100.0}, 0.15, {"a": 1.0, "b": 1.0}),
+        ({"a": 100.0, "b": 90.0}, 0.15, {"a": 1.0, "b": 1.0}),  # nearly alike: one pace
+        ({"a": 100.0, "b": 90.0}, 0.0, {"a": 100 / 95, "b": 90 / 95}),
+        ({"a": 300.0, "b": 100.0}, 0.15, {"a": 1.5, "b": 0.5}),
+        ({"a": 400.0, "b": 200.0, "c": 190.0, "d": 10.0}, 0.15, {"a": 2.0, "b": 0.975, "c": 0.975, "d": 0.05}),
+        ({"a": 300.0, "b": 100.0, "c": 0.0}, 0.0, {"a": 1.5, "b": 0.5, "c": 1.0}),  # nothing is known of c
+        ({"a": 0.0, "b": 0.0}, 0.15, {"a": 1.0, "b": 1.0}),
+        ({}, 0.15, {}),
+    ],
+)
+def test_a_pace_is_in_proportion_to_the_speed(
+    speeds: dict[str, float], alike: float, expected: dict[str, float]
+) -> None:
+    found = paces(speeds, alike)
+    assert found == pytest.approx(expected)
+    assert sum(found.values()) == pytest.approx(len(speeds))
+
+
+def test_a_pace_says_how_many_inner_steps_a_round_has() -> None:
+    assert [own_steps(length, pace) for length, pace in [(30, 1.0), (30, 0.35), (30, 0.01), (1, 2.6), (0, 2.0)]] == [
+        30,
+        10,
+        1,
+        3,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(("stock", "held"), [(1, [48, 16]), (2, [96, 32])])
+def test_unequal_members_have_unequal_shares(stock: int, held: list[int]) -> None:
+    """By what they tell at first; then by what they have measured. A joiner's is in proportion to theirs."""
+    rules = replace(RULES, local_steps=16, alike=0.15, stock=stock)
+    present = {id: replace(member(id), speed=speed) for id, speed in {"a": 30.0, "b": 10.0}.items()}
+    record = decided(None, View(present), LONG, rules)
+    assert [count(record.shares[id].ranges) for id in "ab"] == held
+    assert [record.shares[id].pace for id in "ab"] == [1.5, 0.5]
+    arrived = {"a": replace(arrival(), speed=20.0), "b": replace(arrival(), speed=20.0)}
+    reduce = decided(record, View(present, arrived), 0, rules)
+    opened = decided(reduce, View(present, arrived, votes("ab")), 0, rules)
+    assert [opened.shares[id].pace for id in "ab"] == [1.0, 1.0]
+    assert opened.base.step == 16  # the schedule does not know of it
+    joined = present | {"c": replace(member("c"), speed=40.0)}
+    dealt = decided(opened, View(joined, arrived, ready={"c": Ready(1, 1)}), 0, rules)
+    assert dealt.shares["c"].pace == 1.5 and count(dealt.shares["c"].ranges) == stock * 48
+    assert dealt.shares["a"] == opened.shares["a"]
+
+
+def test_outcomes_are_in_the_order_of_commits() -> None:
+    places = [(1, 9), (1, 10), (1, 100), (2, 1), (10, 1)]
+    assert sorted(outcome_key(*place) for place in places) == [outcome_key(*place) for place in places]

@@ -1,0 +1,1 @@
+"""One file a dataset family: each module defines a `DatasetFamily` named `FAMILY`."""

@@ -1,0 +1,1 @@
+"""Talking to the API server: client, informer, logs, and what a failure means."""

@@ -1,0 +1,1 @@
+"""What a training is on Kubernetes: pure builders of objects."""

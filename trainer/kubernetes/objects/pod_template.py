@@ -1,0 +1,299 @@
+"""The pod that every job of a training has: resources, environment, volumes, security.
+
+The configuration comes from the training's ConfigMap, as the file that `--config` reads; what differs from pod to pod
+(its address, the device of its site) comes as `DILOCO_*` variables, which win over the file. Secrets come by reference.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from trainer.config import given
+from trainer.kubernetes.objects import names
+from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
+from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site
+from trainer.launch.agent import SHUTDOWN_TIMEOUT
+from trainer.transport.handover import TOKEN_VARIABLE
+from trainer.volume import Volume
+
+Step = Literal["train", "precache", "held-out", "export", "evaluate"]
+
+CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
+CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
+RESULT_PORT = 7001  # where a pod that hands over a result listens
+TOKEN_KEY = "token"  # the key, in the run's Secret, of what whoever fetches a result must know
+CONTAINER = "pytorch"  # the name by which the training operator knows a job's main container
+
+_LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # cores, GiB, GiB: requested for what needs little
+
+GRACE_PERIOD = SHUTDOWN_TIMEOUT + 30  # seconds: the agent lets its workers save for the first part of it
+_USER = 1000  # the image's; not root
+
+# Labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes.
+_GPU_PRODUCT = {"nvidia": "nvidia.com/gpu.product", "amd": "amd.com/gpu.product-name"}
+
+
+def template(
+    plan: Plan, site: Site, step: Step, worker: WorkerPlan | None = None, *, arguments: tuple[str, ...] = ()
+) -> Object:
+    """A pod template.
+
+    Args:
+        plan: The training's.
+        site: Where the pod runs.
+        step: What it does: `python -m trainer pod <step>`.
+        worker: The worker whose pod, or whose claim, it is; None: one of a site's replicas.
+        arguments: Further ones of its command.
+    """
+    spec: Object = {
+        "automountServiceAccountToken": False,  # nothing in it talks to the API server
+        "enableServiceLinks": False,  # a Service named diloco-… would set DILOCO_* variables, which are parameters
+        "terminationGracePeriodSeconds": GRACE_PERIOD,
+        "securityContext": _security(plan, step),
+        "containers": [_container(plan, site, step, worker, arguments)],
+        "volumes": _volumes(plan, site, worker),
+        "tolerations": _tolerations(site),
+    }
+    if site.node_selector:
+        spec["nodeSelector"] = dict(site.node_selector)
+    if site.runtime_class:
+        spec["runtimeClassName"] = site.runtime_class
+    if affinity := _affinity(plan, site, step):
+        spec["affinity"] = affinity
+    if plan.config.service_account:
+        spec["serviceAccountName"] = plan.config.service_account
+    if plan.config.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in plan.config.image_pull_secrets]
+    # A mesh's sidecar would outlive the work, and stand between workers: Kubeflow's namespaces inject Istio's.
+    labels = {**plan.labels(step, site, worker), "sidecar.istio.io/inject": "false"}
+    annotations = {"sidecar.istio.io/inject": "false"}
+    if step == "train" and (port := given(plan.config.metrics_port)):
+        annotations |= {
+            "prometheus.io/scrape": "true",
+            "prometheus.io/port": str(port),
+            "prometheus.io/path": "/metrics",
+        }
+    return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
+
+
+def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, arguments: tuple[str, ...]) -> Object:
+    container: Object = {
+        "name": CONTAINER if step == "train" else step,
+        "image": site.image,
+        "command": ["python", "-m", "trainer", "pod", step],
+        "args": ["--config", CONFIG_FILE, *arguments],
+        "workingDir": DATA,
+        "env": _environment(plan, site, step),
+        "resources": _resources(plan, site, step),
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": _mounts(plan, worker, step),
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines of its log, in its status
+    }
+    if step in ("held-out", "export", "evaluate"):
+        container["ports"] = [{"name": "result", "containerPort": RESULT_PORT, "protocol": "TCP"}]
+    if step == "train" and (port := given(plan.config.metrics_port)):
+        container["ports"] = [{"name": "metrics", "containerPort": port, "protocol": "TCP"}]
+    return container
+
+
+def _resources(plan: Plan, site: Site, step: Step) -> Object:
+    """What the scheduler sets aside (requests), and the most that the container may take (limits: the parameters).
+
+    A core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while one core too many in
+    the request leaves the pod without a node for ever. Ephemeral storage likewise: little of it is written, as data,
+    models and checkpoints lie on the claim. A worker's memory is requested whole, because it will be taken and cannot
+    be taken back. The QoS class is Burstable, then, and not Guaranteed; but a node that runs short of memory evicts
+    first what uses more than it has requested, which a worker cannot.
+    """
+    config = plan.config
+    limits = {
+        "cpu": str(config.cpu_cores),
+        "memory": f"{config.memory_gb}Gi",
+        "ephemeral-storage": f"{config.ephemeral_storage_gb}Gi",
+    }
+    requests = {
+        "cpu": str(min(_LEAST_CPU, config.cpu_cores)),
+        "memory": f"{_requested_memory(config.memory_gb, step)}Gi",
+        "ephemeral-storage": f"{min(_LEAST_STORAGE, config.ephemeral_storage_gb)}Gi",
+    }
+    gpus = {site.gpu_resource: str(site.gpu_count)} if _has_gpus(site, step) else {}
+    return {"requests": requests | gpus, "limits": limits | gpus}
+
+
+def _requested_memory(memory: int, step: Step) -> int:
+    """In GiB, at most a worker's `memory`."""
+    if step == "train":
+        return memory
+    if step in ("precache", "held-out"):  # data goes through in pieces
+        return min(_LEAST_MEMORY, memory)
+    # These hold the model, and a checkpoint of it while it is loaded. A worker holds it at least six times: parameters,
+    # gradients, two moments, the committed state and the outer momentum.
+    return min(max(_LEAST_MEMORY, -(-memory // 3)), memory)
+
+
+def _has_gpus(site: Site, step: Step) -> bool:
+    """Training and evaluation compute on them. Precaching asks for them, too: where its claim's volume is made, the
+    worker's pod must fit later. The others come when the claim has its place, and would wait for a GPU to do nothing
+    with it."""
+    return bool(site.gpu_resource) and step in ("train", "evaluate", "precache")
+
+
+def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
+    config = plan.config
+    values: dict[str, object] = {
+        "HOME": "/tmp",  # an image of somebody else's may have none that can be written
+    }
+    if step != "train":  # of a PyTorchJob's pods the operator sets it
+        values["PYTHONUNBUFFERED"] = 1
+    if site.vendor == "nvidia" and not _has_gpus(site, step):
+        values["NVIDIA_VISIBLE_DEVICES"] = "void"  # NVIDIA's runtime class shows them all to a pod that asks for none
+    if site.device == "cpu" and config.device != "cpu":
+        values["DILOCO_DEVICE"] = "cpu"
+    if site.vendor != "cpu":  # RCCL reads the same variables
+        nccl = config.elastic.nccl
+        values |= {
+            "NCCL_DEBUG": nccl.debug,
+            "NCCL_IB_TIMEOUT": nccl.ib_timeout,
+            "NCCL_NSOCKS_PERTHREAD": nccl.nsocks_per_thread,
+            "NCCL_SOCKET_NTHREADS": nccl.socket_nthreads,
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": nccl.async_error_handling,
+            "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": nccl.timeout,
+        }
+        if nccl.socket_ifname:
+            values["NCCL_SOCKET_IFNAME"] = nccl.socket_ifname
+    environment = [{"name": name, "value": str(value)} for name, value in values.items()]
+    environment.append(_field("POD_NAME", "metadata.name"))
+    if step == "train":
+        if not (config.advertise_address or config.network_interface):
+            environment.append(_field("DILOCO_ADVERTISE_ADDRESS", "status.podIP"))
+        if config.wandb_logging:
+            environment.append(_secret("WANDB_API_KEY", names.WANDB_SECRET, "WANDB_API_KEY", optional=True))
+        if config.etcd.user:
+            environment.append(_secret("ETCD_PASSWORD", names.ETCD_SECRET, "password"))
+    if step in ("precache", "export", "evaluate"):
+        environment.append(_secret("HF_TOKEN", names.HUGGING_FACE_SECRET, "HF_TOKEN", optional=not config.hf_upload))
+    if step in ("held-out", "export", "evaluate"):
+        environment.append(_secret(TOKEN_VARIABLE, names.of_training(plan.name, "run"), TOKEN_KEY))
+    return environment
+
+
+def _field(variable: str, path: str) -> Object:
+    return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
+
+def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> Object:
+    return {
+        "name": variable,
+        "valueFrom": {"secretKeyRef": {"name": secret, "key": key, **({"optional": True} if optional else {})}},
+    }
+
+
+def _volumes(plan: Plan, site: Site, worker: WorkerPlan | None) -> list[Object]:
+    claim = worker.claim if worker else next(worker.claim for worker in plan.workers if worker.site == site)
+    shared_memory = f"{max(1, plan.config.memory_gb // 4)}Gi"  # it counts as the pod's memory
+    volumes: list[Object] = [
+        {"name": "data", "persistentVolumeClaim": {"claimName": claim}},
+        {"name": "config", "configMap": {"name": names.of_training(plan.name, "config")}},
+        # Data loaders hand tensors over in it, and NCCL; a container's own has 64 MB.
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}},
+        {"name": "temporary", "emptyDir": {}},
+    ]
+    if files := _certificates(plan):
+        items = [{"key": name, "path": name} for name in files]
+        volumes.append({"name": "etcd", "secret": {"secretName": names.ETCD_SECRET, "items": items}})
+    return volumes
+
+
+def _mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
+    mounts: list[Object] = [
+        {"name": "config", "mountPath": CONFIG_DIRECTORY, "readOnly": True},
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        {"name": "temporary", "mountPath": "/tmp"},
+        *_data_mounts(plan, worker, step),
+    ]
+    if _certificates(plan):
+        mounts.append({"name": "etcd", "mountPath": ETCD_CREDENTIALS, "readOnly": True})
+    return mounts
+
+
+def _data_mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
+    """The claim. A worker's own is `/data` as it is; of a shared one `/data` is a folder named like the worker's pod,
+    and models and datasets are one folder for all. A directory elsewhere than in `/data` is a folder of the claim, too.
+    """
+    volume = Volume.of(plan.config)
+    folders = {"models": volume.models, "datasets": volume.datasets, "checkpoints": volume.checkpoints.parent}
+    root: Object = {"name": "data", "mountPath": DATA}
+    if plan.a_job_a_worker:
+        own = {}
+    elif step == "train":
+        own = {"subPathExpr": "$(POD_NAME)"}
+    else:
+        assert worker is not None
+        own = {"subPath": worker.pod}
+    mounts = [{**root, **own}]
+    for folder, path in folders.items():
+        inside = path.is_relative_to(DATA)
+        if folder == "checkpoints" and own and not inside:
+            key, value = next(iter(own.items()))
+            mounts.append({"name": "data", "mountPath": str(path), key: f"{value}/checkpoints"})
+        elif (own and folder != "checkpoints") or not inside:
+            mounts.append({"name": "data", "mountPath": str(path), "subPath": folder})
+    return mounts
+
+
+def _certificates(plan: Plan) -> list[str]:
+    """The files of etcd's Secret that the configuration names."""
+    etcd = plan.config.etcd
+    paths = [Path(path) for path in (etcd.ca, etcd.cert, etcd.key)]
+    return [path.name for path in paths if path.parent == Path(ETCD_CREDENTIALS)]
+
+
+def _security(plan: Plan, step: Step) -> Object:
+    context: Object = {
+        "runAsNonRoot": True,
+        "runAsUser": _USER,
+        "runAsGroup": _USER,
+        "fsGroup": _USER,  # a new volume is root's
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    if plan.config.port_range and step == "train":
+        # gloo listens on ports of the kernel's choice: this makes it choose from the range, so that a firewall can
+        # let exactly that through. It is one of the sysctls that Kubernetes holds for safe.
+        low, high = plan.config.port_range.split("-")
+        context["sysctls"] = [{"name": "net.ipv4.ip_local_port_range", "value": f"{low} {high}"}]
+    return context
+
+
+def _tolerations(site: Site) -> list[Object]:
+    """The site's own, and of the taint (named like the resource) that keeps pods without GPUs away from GPU nodes."""
+    own = [dict(toleration) for toleration in site.tolerations]
+    if site.vendor == "cpu":
+        return own
+    return [*own, {"key": GPU_RESOURCES[site.vendor], "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def _affinity(plan: Plan, site: Site, step: Step) -> Object:
+    """Where the pod had better be: on a node with the wanted kind of GPU; and, as the one core that is requested would
+    let many workers share a node, on a node without another worker, or another worker's volume in the making."""
+    preferred = "preferredDuringSchedulingIgnoredDuringExecution"
+    affinity: Object = {}
+    if gpus := _gpu_preference(plan, site):
+        affinity["nodeAffinity"] = {preferred: gpus}
+    if step in ("train", "precache") and len(plan.workers) > 1:
+        others = {"matchLabels": {**plan.own_labels, "app.kubernetes.io/component": step}}
+        term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": others}
+        affinity["podAntiAffinity"] = {preferred: [{"weight": 100, "podAffinityTerm": term}]}
+    return affinity
+
+
+def _gpu_preference(plan: Plan, site: Site) -> list[Object]:
+    config = plan.config
+    if site.vendor == "cpu":
+        return []
+    wanted: list[Object] = [{"key": _GPU_PRODUCT[site.vendor], "operator": "In", "values": [config.gpu_type]}]
+    if site.vendor == "nvidia":  # in MiB, and a little less than the GPU is sold with
+        least = config.gpu_memory * 1024 * 9 // 10
+        wanted.append({"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": [str(least)]})
+    else:
+        wanted.append({"key": "amd.com/gpu.vram", "operator": "In", "values": [f"{config.gpu_memory}G"]})
+    return [{"weight": 50, "preference": {"matchExpressions": [expression]}} for expression in wanted]

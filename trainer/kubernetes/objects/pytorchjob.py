@@ -1,0 +1,83 @@
+"""The PyTorchJobs of a training (kubeflow.org/v1, training operator 1.9; the only module that knows that API).
+
+https://www.kubeflow.org/docs/components/trainer/legacy-v1/reference/
+"""
+
+from trainer.kubernetes.objects import names, pod_template
+from trainer.kubernetes.objects.plan import Object, Plan, WorkerPlan
+from trainer.kubernetes.objects.sites import Site
+
+
+def training_jobs(plan: Plan) -> list[Object]:
+    """The PyTorchJobs that are the training: one for each worker, or (ReadWriteMany) for each site."""
+    if plan.a_job_a_worker:
+        return [_job(plan, worker.job, worker.site, worker) for worker in plan.workers]
+    return [_job(plan, names.site_job(plan.name, site.name), site, None) for site in plan.sites]
+
+
+def _job(plan: Plan, name: str, site: Site, worker: WorkerPlan | None) -> Object:
+    config = plan.config
+    # A pod of several in one job takes any free slot; the others the one that goes with their volume.
+    slot = ("--slot", str(worker.index)) if worker else ()
+    replicas = 1 if worker else site.replicas
+    run_policy: Object = {
+        "activeDeadlineSeconds": config.active_deadline,
+        "ttlSecondsAfterFinished": config.finished_ttl,
+        # The first worker that is done makes the job "Succeeded": the others still save, and must not be killed.
+        "cleanPodPolicy": "None",
+        "schedulingPolicy": {"minAvailable": _fewest(plan, replicas)},
+    }
+    if plan.managed_by:
+        run_policy["managedBy"] = plan.managed_by
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": plan.metadata(name, "train", site, worker),
+        "spec": {
+            "elasticPolicy": _elastic_policy(plan),
+            "nprocPerNode": str(config.elastic.nproc_per_node),
+            "runPolicy": run_policy,
+            "pytorchReplicaSpecs": {
+                "Worker": {
+                    "replicas": replicas,
+                    # Exit statuses from 128 on (SIGTERM, out of memory) bring a new pod; smaller ones are failures.
+                    "restartPolicy": "ExitCode",
+                    "template": pod_template.template(plan, site, "train", worker, arguments=slot),
+                }
+            },
+        },
+    }
+
+
+def _fewest(plan: Plan, replicas: int) -> int:
+    """How many of the job's pods a gang scheduler must place at once: what `min_nodes` needs, all others being there.
+
+    Without it the operator would demand all replicas (the job's own default), and no elastic start were possible.
+    """
+    return max(1, plan.config.min_nodes - (plan.config.nodes - replicas))
+
+
+def _elastic_policy(plan: Plan) -> Object:
+    """What the operator tells torchrun (PET_*). Our agent reads the same from the configuration: both agree.
+
+    `minReplicas` and `maxReplicas` are the training's, also in the job of one worker: they only become `--nnodes`.
+    """
+    config = plan.config
+    host, _, port = config.etcd.endpoints[0].rpartition(":")
+    settings = {
+        "prefix": config.elastic.etcd.prefix,
+        "timeout": config.elastic.rdzv_timeout,
+        "lease_ttl": config.lease_ttl,
+        "nodes": config.nodes,
+        **{name: getattr(config.etcd, name) for name in ("ca", "cert", "key", "user")},
+    }
+    return {
+        "minReplicas": config.min_nodes,
+        "maxReplicas": config.max_nodes,
+        "maxRestarts": config.elastic.max_restarts,
+        "rdzvBackend": "etcd3-diloco",
+        "rdzvHost": host,
+        "rdzvPort": int(port),
+        "rdzvId": config.run_id,
+        "rdzvConf": [{"key": key, "value": f"{value}"} for key, value in settings.items() if value != ""],
+    }

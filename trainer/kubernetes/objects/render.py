@@ -1,0 +1,93 @@
+"""What a training would be on a cluster, as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
+
+With `--config FILE` (and flags, as everywhere) it prints the objects. `make manifests` renders `manifests/` anew:
+`examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, and etcd's settings, `base/etcd.env`, from `etcd.…`.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from trainer.config import TrainingConfig, add_config_flags, config_from_arguments, load_config
+from trainer.errors import run_main
+from trainer.files import write_text
+from trainer.kubernetes.objects.claims import claim
+from trainer.kubernetes.objects.etcd import etcd_environment
+from trainer.kubernetes.objects.jobs import RESULTS, precache_job, result_job
+from trainer.kubernetes.objects.network import network_policy
+from trainer.kubernetes.objects.plan import Object, Plan, plan
+from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.settings import config_map, run_secret
+
+IMAGE = "diloco-pipelines-python:0.1.0"  # a pipeline's step takes its own
+
+
+class _Readable(yaml.SafeDumper):
+    """Texts of several lines as they are, not as one line with escapes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Readable.add_representer(str, _text)
+
+
+def objects(plan: Plan) -> Iterator[Object]:
+    """All that the steps would make, in their order; results of the first worker's claim."""
+    yield from (claim(plan, worker) for worker in plan.claimants)
+    yield config_map(plan)
+    yield run_secret(plan, "made by each step that needs one")
+    yield network_policy(plan)
+    yield from (precache_job(plan, worker) for worker in plan.claimants)
+    yield from training_jobs(plan)
+    yield from (result_job(plan, plan.workers[0], what) for what in RESULTS)
+
+
+def render(config: TrainingConfig) -> str:
+    """The objects of a training as YAML. Raises ConfigError."""
+    planned = plan(config.resolved(), namespace=config.deployment_namespace, image=IMAGE)
+    return "---\n".join(
+        yaml.dump(obj, Dumper=_Readable, sort_keys=False, allow_unicode=True) for obj in objects(planned)
+    )
+
+
+def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
+    """Write what is rendered in `manifests/`. Returns the files.
+
+    Args:
+        root: The folder `manifests`.
+        config: For etcd's settings.
+    """
+    settings = root / "base" / "etcd.env"
+    lines = [f"{name}={value}\n" for name, value in etcd_environment(config).items()]
+    written = {settings: "".join(lines)}
+    for file in sorted(root.glob("examples/*/config.yaml")):
+        head = f"# Rendered from {file.name} by `make manifests`: what the pipeline's steps would make of it.\n"
+        written[file.with_name("objects.yaml")] = head + render(load_config(file, environ={}))
+    for path, text in written.items():
+        write_text(path, text)
+    return list(written)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, and render. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.kubernetes.objects.render", description="Print what a training would be on a cluster."
+    )
+    parser.add_argument("--manifests", type=Path, metavar="FOLDER", help="render this folder instead: manifests")
+    add_config_flags(parser)
+    parsed = parser.parse_args(arguments)
+    config = config_from_arguments(parsed)
+    if parsed.manifests is None:
+        print(render(config.with_values(launcher="pytorchjob")), end="")
+    else:
+        for path in render_manifests(parsed.manifests, config):
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,193 @@
+"""What is checked before anything starts, so that bad input is refused early and nothing is half-written."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trainer import checkpoint, data, models
+from trainer.config import UNSET, TrainingConfig
+from trainer.data.dataset import read_manifest
+from trainer.errors import ConfigError, TrainingError, one_line
+from trainer.etcd.client import EtcdError, local_address
+from trainer.files import require_free_space, require_writable
+from trainer.process import listen
+from trainer.volume import Volume, worker_configs
+
+LEAST_FREE_BYTES = 100 << 20
+_ALWAYS_THE_SAME = ("local_steps", "batch_size", "optim_method", "seed", "fragments")
+# The run's, as long as its etcd has its data.
+_KEPT_BY_ETCD = (
+    "total_steps",
+    "outer_lr",
+    "outer_momentum",
+    "codec",
+    "compression_topk",
+    "sparse_topk",
+    "async_communication",
+    "heterogeneous",
+)
+
+
+def check(config: TrainingConfig, *, precached: bool = False, network: bool = True) -> None:
+    """Check a resolved configuration against this machine. Writes nothing.
+
+    Args:
+        precached: Whether every worker's dataset must be there already.
+        network: Whether workers will listen here.
+
+    Raises:
+        ConfigError: Model, dataset or device are not there, the run directory cannot be written, and so on.
+    """
+    models.resolve(config.model)
+    data.check(config)
+    if config.device != "cpu":  # else torch need not be imported
+        from trainer.worker.worker import device_of
+
+        device_of(config)
+    if config.compile_model:
+        from trainer.worker.compilation import check_backend
+
+        check_backend(config)
+    for name in ("ca", "cert", "key"):
+        path = getattr(config.etcd, name)
+        if path and not Path(path).is_file():
+            raise ConfigError(f"etcd.{name}", path, "no such file")
+    _check_upload(config)
+    _check_resume(config)
+    if network:
+        check_network(config)
+    require_writable(Path(config.run_dir), "run_dir", make=False)
+    require_free_space(Path(config.run_dir), LEAST_FREE_BYTES, "run_dir")
+    if precached:
+        for worker in worker_configs(config):
+            data.open_dataset(data.directory(worker, Volume.of(worker).datasets))
+
+
+def check_network(config: TrainingConfig) -> None:
+    """Raise ConfigError unless the workers of a run, and its embedded etcd, can listen where they are told to."""
+    interfaces = psutil.net_if_addrs()
+    if config.network_interface and config.network_interface not in interfaces:
+        raise ConfigError("network_interface", config.network_interface, f"must be one of {', '.join(interfaces)}")
+    if config.advertise_address:
+        try:
+            socket.create_server((config.advertise_address, 0)).close()
+        except OSError:
+            raise ConfigError("advertise_address", config.advertise_address, "is no address of this machine") from None
+    if config.port_range:
+        _check_ports(config)
+
+
+def _check_ports(config: TrainingConfig) -> None:
+    workers, etcds = config.nodes * config.elastic.nproc_per_node, int(not config.etcd.endpoints)
+    # A worker listens for those who fetch its state; of the baseline's, the first one does, for all the others.
+    needed = etcds + (1 if config.optim_method == "ddp" else workers)
+    low, high = map(int, config.port_range.split("-"))
+    if high - low + 1 < needed:
+        allowed = f"must hold {needed} ports: {workers} workers" + (" and an etcd" if etcds else "") + " listen here"
+        raise ConfigError("port_range", config.port_range, allowed)
+    address = config.advertise_address or _own_address(config)
+    free: list[socket.socket] = []
+    try:
+        while len(free) < needed:  # each goes on listening, so that the next one is another
+            start = free[-1].getsockname()[1] + 1 if free else low
+            if start > high:
+                break
+            free.append(listen(address, f"{start}-{high}"))
+    except ConfigError:
+        pass
+    finally:
+        for listener in free:
+            listener.close()
+    if len(free) < needed:
+        raise ConfigError(
+            "port_range", config.port_range, f"has {len(free)} free ports of the {needed} that are needed"
+        )
+
+
+def _own_address(config: TrainingConfig) -> str:
+    try:
+        return local_address(config.etcd.endpoints[0]) if config.etcd.endpoints else "127.0.0.1"
+    except EtcdError:
+        return ""
+
+
+def _check_upload(config: TrainingConfig) -> None:
+    if not config.hf_upload:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = config.trained_model_hf_name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError("trained_model_hf_name", name, f"is no name on the hub: {one_line(error)}") from None
+    if not os.environ.get("HF_TOKEN"):
+        raise ConfigError("hf_upload", True, "needs HF_TOKEN in the environment")
+
+
+def _check_resume(config: TrainingConfig) -> None:
+    """Refuse what the run's checkpoints, or the one that it shall begin with, do not go on with."""
+    began_with = Path(config.resume).absolute() if config.resume not in ("auto", "never") else None
+    if began_with:
+        try:
+            state = checkpoint.read(began_with).state
+        except TrainingError as error:
+            allowed = f"must be auto, never, or the directory of a checkpoint ({error})"
+            raise ConfigError("resume", config.resume, allowed) from None
+        _check_model("resume", config.resume, config, state)
+        _check_steps(config, state)
+    for worker in worker_configs(config):
+        for local_rank in range(config.elastic.nproc_per_node):
+            volume = Volume.of(worker, local_rank)
+            if config.resume == "never" and checkpoint.paths(volume.checkpoints):
+                where = f"run {config.run_id} has checkpoints in {volume.checkpoints}"
+                raise ConfigError("resume", "never", f"{where}; choose another run_id")
+            if state := checkpoint.newest_state(volume.checkpoints):
+                # A run that has begun with that checkpoint, and was interrupted, goes on with its own.
+                if began_with and Path(_then(state).get("resume", "")).absolute() != began_with:
+                    where = f"run {config.run_id} has checkpoints of its own in {volume.checkpoints}"
+                    raise ConfigError("resume", config.resume, f"{where}: leave it out, or choose another run_id")
+                _check_same(worker, volume, state)
+
+
+def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -> None:
+    """Refuse to go on with a run as another one than its newest checkpoint says it is."""
+    then, advice = _then(state), "go on with that, or choose another run_id"
+    where = f"the checkpoints in {volume.checkpoints}"
+    if then:
+        _check_model("model", worker.model, worker, state)
+    embedded = not worker.etcd.endpoints and (Path(worker.run_dir).parent / "etcd").exists()
+    for name in (*_ALWAYS_THE_SAME, *(_KEPT_BY_ETCD if embedded else ())):
+        value = getattr(worker, name)
+        if then.get(name, value) != value:
+            raise ConfigError(name, value, f"{where} have {then[name]}: {advice}")
+    _check_steps(worker, state)
+    manifest = read_manifest(data.directory(worker, volume.datasets))
+    if manifest is not None and state.get("dataset", manifest.hash) != manifest.hash:
+        other = f"{where} are of other data ({then.get('dataset', 'unknown')}, tokenizer {then.get('tokenizer')!r})"
+        raise ConfigError("dataset", worker.dataset, f"{other}: {advice}")
+
+
+def _check_model(field: str, value: str, config: TrainingConfig, state: dict[str, Any]) -> None:
+    model = _then(state).get("model", "")
+    try:
+        same = models.resolve(model).name == models.resolve(config.model).name
+    except ConfigError:
+        same = False
+    if not same:
+        raise ConfigError(field, value, f"the checkpoint is of model {model!r}, this run's is {config.model!r}")
+
+
+def _check_steps(config: TrainingConfig, state: dict[str, Any]) -> None:
+    if config.total_steps < (step := state.get("step", 0)):
+        raise ConfigError("total_steps", config.total_steps, f"the checkpoint is at step {step} already")
+
+
+def _then(state: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that a checkpoint was made with; an old one has null for a number that was not given."""
+    then = state.get("config")
+    return {name: UNSET if value is None else value for name, value in then.items()} if isinstance(then, dict) else {}

@@ -1,0 +1,1 @@
+"""Watching a run: its events, and everything that reads them."""

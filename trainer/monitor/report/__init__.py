@@ -1,0 +1,8 @@
+"""Runs, read back and shown: `read_run`, `markdown_summary`, `write_summary`, `write_report`, `write_comparison`."""
+
+from trainer.monitor.report.comparison import write_comparison
+from trainer.monitor.report.html import write_report
+from trainer.monitor.report.markdown import markdown_summary
+from trainer.monitor.report.run import RunRecord, read_run, summary, write_summary
+
+__all__ = ["RunRecord", "markdown_summary", "read_run", "summary", "write_comparison", "write_report", "write_summary"]

@@ -1,0 +1,1 @@
+"""How members agree on rounds: pure functions and records, no I/O."""

@@ -1,8 +1,0 @@
-"""Runs, read back and shown: `read_run`, `markdown_summary`, `write_summary`, `write_report`, `write_comparison`."""
-
-from trainer.report.comparison import write_comparison
-from trainer.report.html import write_report
-from trainer.report.markdown import markdown_summary
-from trainer.report.record import RunRecord, read_run, summary, write_summary
-
-__all__ = ["RunRecord", "markdown_summary", "read_run", "summary", "write_comparison", "write_report", "write_summary"]

@@ -1,0 +1,1 @@
+"""Connections between members: bulk transfer, reachability, and what the wire carried."""

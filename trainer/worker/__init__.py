@@ -1,0 +1,1 @@
+"""One worker: the inner loop and all that it needs."""
