@@ -111,12 +111,12 @@ def place(
     monkeypatch.setattr(pods, "EXPLAIN_INTERVAL", 0.2)
     monkeypatch.setattr(training, "ETCD_INTERVAL", 0.1)
     monkeypatch.setattr(training, "SEEN_TIMEOUT", 1.0)
-    for module in ("batch", "training"):
+    for module in ("steps.job_runner", "steps.training"):
         monkeypatch.setattr(f"trainer.kubernetes.{module}.LOOK_INTERVAL", 0.1)
     monkeypatch.setattr(client, "RETRY_INTERVAL", 0.05)
     monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.2)
-    for module in ("watch", "logs"):
-        monkeypatch.setattr(f"trainer.kubernetes.{module}.RETRY_INTERVAL", 0.05)
+    for module in ("informer", "logs"):
+        monkeypatch.setattr(f"trainer.kubernetes.api.{module}.RETRY_INTERVAL", 0.05)
     with ExitStack() as resources:
         server = resources.enter_context(serving())
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))

@@ -19,7 +19,7 @@ def test_a_pod_that_hands_over_a_result_leaves_on_sigterm(tmp_path: Path) -> Non
     script = (
         "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "from pathlib import Path; from trainer.__main__ import main; from trainer.errors import run_main\n"
-        "from trainer.kubernetes import inside; inside._RESULTS['export'] = lambda config: {}\n"
+        "from trainer.kubernetes import pod_main; pod_main._RESULTS['export'] = lambda config: {}\n"
         "run_main(lambda: main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "pod", "export", "--config", str(tmp_path / "config.yaml")]

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.timeout(30)
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     monkeypatch.setattr(api, "RETRY_INTERVAL", 0.02)
-    for module in ("watch", "logs"):
-        monkeypatch.setattr(f"trainer.kubernetes.{module}.RETRY_INTERVAL", 0.02)
+    for module in ("informer", "logs"):
+        monkeypatch.setattr(f"trainer.kubernetes.api.{module}.RETRY_INTERVAL", 0.02)
     with serving() as server:
         server.granted = {
             (verb, "", resource, "")
