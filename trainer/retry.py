@@ -10,30 +10,36 @@ import tenacity
 def retrying(
     worth_retrying: Callable[[BaseException], bool],
     *,
-    patience: float,
+    patience: float | None = None,
+    attempts: int | None = None,
     first_pause: float = 1.0,
     longest_pause: float = 10.0,
     stopping: threading.Event | None = None,
     on_retry: Callable[[BaseException], None] = lambda error: None,
 ) -> tenacity.Retrying:
-    """A retry policy to call with an operation: `retrying(...)(operation)`.
+    """A retry policy to call with an operation: `retrying(...)(operation, *arguments)`.
 
     Args:
         worth_retrying: Whether an exception is transient. Any other one is raised at once.
-        patience: Seconds from the first attempt after which the last exception is raised.
-        first_pause: Seconds before the second attempt; each further pause is twice the one before.
-        longest_pause: Seconds at most between two attempts.
-        stopping: Set: no further attempt is made, and the last exception is raised.
+        patience: Seconds from the first attempt after which the last exception is raised; None for no limit.
+        attempts: Attempts after which the last exception is raised; None for no limit.
+        first_pause: Seconds before the second attempt; each further pause is twice as long as the previous one.
+        longest_pause: Maximum seconds between two attempts.
+        stopping: Once set, no further attempt is made, and the last exception is raised.
         on_retry: Called with the exception before each pause, to log it. It may raise.
 
     Returns:
-        The policy. What it calls returns its result, or raises its own exception (never `RetryError`).
+        The policy. It returns the operation's result or raises the operation's own exception, never `RetryError`.
     """
-    stop: tenacity.stop.stop_base = tenacity.stop_after_delay(patience)
+    stop: tenacity.stop.stop_base = tenacity.stop_never
+    if patience is not None:
+        stop |= tenacity.stop_after_delay(patience)
+    if attempts is not None:
+        stop |= tenacity.stop_after_attempt(attempts)
     if stopping is not None:
         stop |= tenacity.stop_when_event_set(stopping)
 
-    def log(state: tenacity.RetryCallState) -> None:
+    def before_pause(state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
         error = state.outcome.exception()
         assert error is not None
@@ -44,6 +50,6 @@ def retrying(
         stop=stop,
         wait=tenacity.wait_exponential(multiplier=first_pause, max=longest_pause),
         sleep=tenacity.sleep_using_event(stopping) if stopping is not None else time.sleep,
-        before_sleep=log,
+        before_sleep=before_pause,
         reraise=True,
     )

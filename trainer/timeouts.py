@@ -12,12 +12,46 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class EtcdTimeouts:
-    """Of `trainer.etcd`."""
+    """`trainer.etcd`.
+
+    Attributes:
+        call: One request to one endpoint, at most.
+        election_pause: Before a proposal that a member without a leader has dropped is repeated.
+        poll: Between two evaluations of `wait_for` without a change, and two connections of a watch.
+        admin_call: One request that creates users and roles.
+        start: Until the embedded etcd is healthy; a loaded machine with a slow disk needs some.
+        health: One health check of the embedded etcd.
+        stop: Until the embedded etcd has ended, before it is killed.
+    """
+
+    call: float = 5.0
+    election_pause: float = 0.1
+    poll: float = 1.0
+    admin_call: float = 10.0
+    start: float = 60.0
+    health: float = 2.0
+    stop: float = 10.0
 
 
 @dataclass(frozen=True)
 class TransportTimeouts:
-    """Of `trainer.transport`."""
+    """`trainer.transport`.
+
+    Attributes:
+        connect: Until a donor accepts a connection.
+        stall: Without a byte, before the other end counts as dead; a donor's `find` must be faster.
+        retry: Before a donor that failed, or does not have the offer yet, is asked again.
+        linger: For which a fetcher keeps a connection without a chunk to request.
+        hold: For which a donor keeps an offer after its last use.
+        probe: Until a port answers a reachability probe; TCP repeats a lost packet after one second.
+    """
+
+    connect: float = 3.0
+    stall: float = 5.0
+    retry: float = 0.25
+    linger: float = 1.0
+    hold: float = 30.0
+    probe: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +61,21 @@ class MemberTimeouts:
 
 @dataclass(frozen=True)
 class LaunchTimeouts:
-    """Of `trainer.launch`."""
+    """`trainer.launch`.
+
+    Attributes:
+        shutdown: For workers to save after SIGTERM; in a cluster, the pod's grace period is the limit.
+        poll: Between two looks of `launch` at its agents and their metrics.
+        scale_answer: Until a running `launch` takes in a request of `scale`.
+        last_call: For which the first start waits for further nodes once `min_nodes` are present, as in torchrun.
+        etcd_retry: Between two attempts of the `etcd3` rendezvous to reach etcd.
+    """
+
+    shutdown: int = 120
+    poll: float = 0.2
+    scale_answer: float = 15.0
+    last_call: float = 30.0
+    etcd_retry: float = 0.5
 
 
 @dataclass(frozen=True)

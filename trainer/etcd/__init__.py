@@ -1,1 +1,1 @@
-"""etcd v3: one client, leases and watches over several endpoints, and an embedded server."""
+"""etcd v3: a client, leases and watches over several endpoints, and an embedded server."""

@@ -1,71 +1,49 @@
-"""The project's etcd v3 client. Nothing else imports `etcd3`.
+"""The project's etcd v3 client: JSON values below a prefix, over several endpoints.
 
-The released `etcd3` 0.12.0 cannot be imported with protobuf 4 or newer ("Descriptors cannot be created directly"):
-its generated modules are rebuilt here from the serialized descriptors they contain (`import_etcd3`). It knows one
-endpoint, fetches its token once, and its watcher spins when the server is away: failover, a new token and watching
-are therefore done here, by building a new connection.
+`etcd3` knows one endpoint, fetches its token once, and its watcher spins when the server is away. Failover, a new token
+and watching are therefore implemented here, by building a new connection.
 """
 
-import ast
-import importlib
-import importlib.util
 import json
-import logging
 import os
 import socket
-import sys
 import threading
 import time
-import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import ConfigError
+from trainer.etcd.compat import import_etcd3
+from trainer.etcd.errors import EtcdError
+from trainer.etcd.lease import Lease
+from trainer.etcd.translate import Target, is_dropped_proposal, is_etcd_failure, translate
+from trainer.etcd.watch import Watch
+from trainer.retry import retrying
+from trainer.timeouts import EtcdTimeouts
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 Json = Any
-Kind = Literal["unreachable", "certificate", "credentials", "permission", "lease", "request"]
-
-CALL_TIMEOUT = 5.0  # seconds that one request may take on one endpoint, at most
-ELECTION_PAUSE = 0.1  # seconds until what a member without a leader has dropped is proposed to it again
-POLL_INTERVAL = 1.0  # seconds after which `wait_for` looks again although no watch has told it to
 
 _CHANNEL_OPTIONS = [
-    ("grpc.enable_http_proxy", 0),  # a proxy for the web is none for etcd
-    ("grpc.use_local_subchannel_pool", 1),  # else a new connection inherits the old one's back-off
+    ("grpc.enable_http_proxy", 0),  # a web proxy does not forward to etcd
+    ("grpc.use_local_subchannel_pool", 1),  # else a new connection inherits the back-off of the old one
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 
 
-class EtcdError(TrainingError):
-    """etcd could not do what it was asked.
-
-    Attributes:
-        kind: "unreachable" (nobody answers), "certificate" (TLS failed), "credentials" (user or password is wrong or
-            missing), "permission" (the user may not touch the key), "lease" (it has ended), "request" (anything else).
-    """
-
-    def __init__(self, message: str, kind: Kind) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
 @dataclass(frozen=True)
 class Entry:
-    """A key's value as etcd has it.
+    """A key and its value in etcd.
 
     Attributes:
         key: The key below the client's prefix.
+        value: Its JSON value.
         revision: mod_revision, the token of a compare-and-swap.
         lease: Id of the lease it lives under; 0 for none.
     """
@@ -79,23 +57,21 @@ class Entry:
 class EtcdClient:
     """JSON values below one prefix of an etcd, over one of several endpoints.
 
-    Thread-safe. Not usable after a fork (gRPC is not): a child process builds its own.
+    Thread-safe. gRPC does not survive a fork: a child process builds its own client.
 
     Args:
-        endpoints: `host:port` of each etcd member; the next one is tried when one does not answer.
-        prefix: Put before every key; "/" is appended if it is missing.
-        ca: File with the certificate authority (PEM). Set: TLS.
+        endpoints: `host:port` of each etcd member. If one does not answer, the next is tried.
+        prefix: Prepended to every key; "/" is appended if it is missing.
+        ca: File with the certificate authority (PEM). If given, connections use TLS.
         cert: File with the client certificate (PEM).
         key: File with its private key (PEM).
         user: etcd user.
-        password: Its password; by default the environment's ETCD_PASSWORD.
-        patience: Seconds that one request may take on one endpoint.
+        password: Its password; by default ETCD_PASSWORD from the environment.
+        timeouts: Limits of requests and intervals of waiting.
 
-    Raises (at once):
-        ConfigError: An endpoint is not `host:port`; a client certificate without its key, or without the authority.
-
-    Raises (every method):
-        EtcdError: See its `kind`.
+    Raises:
+        ConfigError: An endpoint is not `host:port`; a client certificate has no key or no authority.
+        EtcdError: Raised by every method; see its `kind`.
     """
 
     def __init__(
@@ -108,7 +84,7 @@ class EtcdClient:
         key: str = "",
         user: str = "",
         password: str | None = None,
-        patience: float = CALL_TIMEOUT,
+        timeouts: EtcdTimeouts = EtcdTimeouts(),
     ) -> None:
         for endpoint in endpoints:
             host, _, port = endpoint.rpartition(":")
@@ -119,22 +95,23 @@ class EtcdClient:
                 "etcd.key" if cert else "etcd.cert", "", "must be given too: certificate and key go together"
             )
         if cert and not ca:
-            raise ConfigError("etcd.ca", "", "must name the authority: without it there is no TLS, and no certificate")
+            raise ConfigError("etcd.ca", "", "must name the authority: without it, TLS and the certificate are unused")
         self.endpoints = list(endpoints)
         self.prefix = prefix.rstrip("/") + "/"
+        self.timeouts = timeouts
         self._tls: dict[str, str | None] = {"ca_cert": ca or None, "cert_cert": cert or None, "cert_key": key or None}
         secret = os.environ.get("ETCD_PASSWORD", "") if password is None else password
         self._credentials = {"user": user, "password": secret} if user else {}
-        self._patience = patience
-        self._next = 0
-        self._answered = False  # ever
+        self._target = Target(", ".join(endpoints), self.prefix, ca or None, user)
+        self._next = 0  # endpoint of the next connection
+        self._answered = False  # at least once
         self._connection: Any = None
         self._lock = threading.RLock()
         self._pid = os.getpid()
 
     @classmethod
-    def of(cls, config: "TrainingConfig") -> Self:
-        """A client of the run's keys: everything lies below `{elastic.etcd.prefix}/{run_id}/`.
+    def of(cls, config: "TrainingConfig", timeouts: EtcdTimeouts = EtcdTimeouts()) -> Self:
+        """A client of the run's keys, below `{elastic.etcd.prefix}/{run_id}/`.
 
         Raises:
             ConfigError: No endpoint is given.
@@ -143,10 +120,14 @@ class EtcdClient:
         if not etcd.endpoints:
             raise ConfigError("etcd.endpoints", "[]", "must name an etcd; `python -m trainer launch` starts one")
         prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
-        # A server that has lost its leader keeps requests for 7 s. The others would go on without who waits for that.
-        patience = min(CALL_TIMEOUT, max(1.0, config.grace_period / 2))
-        who = {"ca": etcd.ca, "cert": etcd.cert, "key": etcd.key, "user": etcd.user}
-        return cls(etcd.endpoints, prefix, patience=patience, **who)
+        # A member that has lost its leader holds requests for 7 s; by then the others would have gone on without us.
+        call = min(timeouts.call, max(1.0, config.grace_period / 2))
+        return cls(
+            etcd.endpoints,
+            prefix,
+            **{name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")},
+            timeouts=replace(timeouts, call=call),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -162,6 +143,7 @@ class EtcdClient:
     # Values
 
     def get(self, key: str) -> Entry | None:
+        """The key's entry; None if it does not exist."""
         value, meta = self._call(lambda etcd: etcd.get(self.prefix + key))
         return None if meta is None else self._entry(value, meta)
 
@@ -172,11 +154,12 @@ class EtcdClient:
         return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)}
 
     def put(self, key: str, value: Json, lease: int = 0) -> None:
+        """Set the key, under a lease if one is given."""
         text = _encode(value)
         self._call(lambda etcd: etcd.put(self.prefix + key, text, lease or None))
 
     def delete(self, key: str, token: int | None = None) -> bool:
-        """Delete the key (if its `revision` is `token`, where one is given); whether it was deleted."""
+        """Delete the key, if its `revision` is `token` where one is given. Returns whether it was deleted."""
         path = self.prefix + key
 
         def transaction(etcd: Any) -> bool:
@@ -188,18 +171,22 @@ class EtcdClient:
         return self._call(transaction)
 
     def delete_prefix(self, prefix: str) -> int:
-        """Delete every key that begins with `prefix`; how many there were."""
+        """Delete every key that begins with `prefix`. Returns their number."""
         return int(self._call(lambda etcd: etcd.delete_prefix(self.prefix + prefix)).deleted)
 
     def swap(self, key: str, value: Json, token: int | None, lease: int = 0) -> tuple[bool, Entry | None]:
-        """Put `value` if nobody has changed the key since `token`.
+        """Compare and swap: put `value` if the key has not changed since `token`.
+
+        If the connection breaks before the outcome is known, the key is read again to decide whether it ran.
 
         Args:
-            token: The `revision` of the entry that was read; None: only create it.
+            key: The key.
+            value: Its new value.
+            token: The `revision` of the entry that was read; None to create the key only.
+            lease: Id of the lease to put it under; 0 for none.
 
         Returns:
-            Whether it was put, and the entry as it is then (None: it was deleted meanwhile). When the connection
-            breaks, so that nobody knows whether the transaction ran, the key is read again and the question decided.
+            Whether it was put, and the resulting entry (None: the key has been deleted).
         """
         path, text = self.prefix + key, _encode(value)
 
@@ -214,27 +201,27 @@ class EtcdClient:
             return won, self._entry(*found[0]) if found else None
 
         try:
-            return self._call(transaction, retry=False)
+            return self._call(transaction, failover=False)
         except EtcdError as error:
             if error.kind != "unreachable":
                 raise
         entry = self.get(key)
-        if (entry.revision if entry else 0) == (token or 0):  # it did not run
+        if (entry.revision if entry else 0) == (token or 0):  # the transaction did not run
             return self._call(transaction)
         return entry is not None and _encode(entry.value) == text and entry.lease == lease, entry
 
     # Leases
 
-    def lease(self, ttl: float) -> "Lease":
+    def lease(self, ttl: float) -> Lease:
         """A lease that a thread keeps alive until it is revoked."""
         return Lease(self, ttl)
 
     def grant(self, ttl: float) -> int:
-        """The id of a new lease, which nobody keeps alive."""
+        """The id of a new lease, without a thread that keeps it alive."""
         return int(self._call(lambda etcd: etcd.lease(max(1, round(ttl)))).id)
 
     def revoke(self, lease: int) -> None:
-        """End a lease now, and delete its keys. One that has ended already is no error."""
+        """End a lease now and delete its keys. A lease that has ended already is no error."""
         try:
             self._call(lambda etcd: etcd.revoke_lease(lease))
         except EtcdError as error:
@@ -248,8 +235,8 @@ class EtcdClient:
 
     # Waiting
 
-    def watch(self, prefix: str, notify: Callable[[], None]) -> "Watch":
-        """Call `notify`, from a thread, after changes below `prefix`."""
+    def watch(self, prefix: str, notify: Callable[[], None]) -> Watch:
+        """Call `notify`, on a thread, after changes below `prefix`."""
         return Watch(self, prefix, notify)
 
     def wait_for(
@@ -260,20 +247,29 @@ class EtcdClient:
         on_wait: Callable[[], None] | None = None,
         every: float = 5.0,
     ) -> T | None:
-        """Wait until `predicate()` is neither None nor False, and return that; None when `timeout` seconds are over.
+        """Wait until `predicate()` is neither None nor False.
 
-        The predicate is asked again after every change below `prefix`, and each `POLL_INTERVAL` in any case. An etcd
-        that cannot be reached meanwhile is waited for, too.
+        The predicate is evaluated after every change below `prefix`, and each `timeouts.poll` seconds in any case.
 
         Args:
-            on_wait: Called each `every` seconds of waiting, to say what is being waited for; it may raise.
+            predicate: May raise EtcdError: an unreachable etcd counts as "not yet".
+            timeout: Seconds to wait.
+            prefix: The keys that the predicate depends on.
+            on_wait: Called each `every` seconds, to log what is being waited for; it may raise.
+            every: Seconds between two calls of `on_wait`.
+
+        Returns:
+            The predicate's result; None after `timeout` seconds.
+
+        Raises:
+            EtcdError: etcd is unreachable when the time is over.
         """
-        deadline, said = time.monotonic() + timeout, time.monotonic()
+        deadline, logged = time.monotonic() + timeout, time.monotonic()
         changed = threading.Event()
         with self.watch(prefix, changed.set):
             while True:
                 changed.clear()
-                away: EtcdError | None = None
+                outage: EtcdError | None = None
                 try:
                     result = predicate()
                     if result is not None and result is not False:
@@ -281,52 +277,21 @@ class EtcdClient:
                 except EtcdError as error:
                     if error.kind != "unreachable":
                         raise
-                    away = error
+                    outage = error
                 now = time.monotonic()
                 if now >= deadline:
-                    if away:
-                        raise away
+                    if outage:
+                        raise outage
                     return None
-                if on_wait and now - said >= every:
-                    said = now
+                if on_wait and now - logged >= every:
+                    logged = now
                     on_wait()
-                changed.wait(min(POLL_INTERVAL, deadline - now))
+                changed.wait(min(self.timeouts.poll, deadline - now))
 
     # The connection
 
-    def _call(self, operation: Callable[[Any], T], retry: bool = True) -> T:
-        """Run `operation` on a connection; on the next endpoint, or with a new token, if this one fails.
-
-        While the members elect a leader, each drops proposals at once: trying one after the other would be over before
-        the election is.
-        """
-        if os.getpid() != self._pid:
-            raise EtcdError("an etcd client was used after a fork, which gRPC does not survive", "request")
-        attempts = len(self.endpoints) + 1 if retry else 1
-        elected = time.monotonic() + self._patience
-        while True:
-            attempts -= 1
-            connection = None
-            try:
-                connection = self._connect()
-                result = operation(connection)
-                self._answered = True
-                return result
-            except Exception as exception:
-                if not _is_etcds(exception):  # a signal's, for one: torch's agent raises it wherever it happens to be
-                    raise
-                error, stale = self._explain(exception)
-                if retry and "proposal dropped" in str(error) and time.monotonic() < elected:
-                    attempts += 1
-                    time.sleep(ELECTION_PAUSE)
-                    continue
-                if stale:
-                    with self._lock:
-                        self._drop(connection)
-                if not stale or not attempts:
-                    raise error from None
-
-    def _connect(self) -> Any:
+    def connection(self) -> Any:
+        """The current `etcd3` client; a new one, to the next endpoint, if the last one failed."""
         with self._lock:
             if self._connection is None:
                 etcd3 = import_etcd3()
@@ -334,7 +299,7 @@ class EtcdClient:
                 self._connection = etcd3.client(
                     host=host,
                     port=int(port),
-                    timeout=self._patience,
+                    timeout=self.timeouts.call,
                     grpc_options=_CHANNEL_OPTIONS,
                     **self._tls,
                     **self._credentials,
@@ -343,236 +308,76 @@ class EtcdClient:
                 self._connection.call_credentials = None
             return self._connection
 
+    def report_failure(self, connection: Any, exception: Exception) -> EtcdError | None:
+        """Translate an exception, and close the connection if a new one may help. None: it is not from etcd."""
+        if not is_etcd_failure(exception):
+            return None
+        error = translate(exception, self._target, answered=self._answered)
+        if error.stale_connection:
+            with self._lock:
+                self._drop(connection)
+        return error
+
+    def _call(self, operation: Callable[[Any], T], failover: bool = True) -> T:
+        """Run `operation` on a connection; on the next endpoint, or with a new token, if this one fails.
+
+        While the members elect a leader, each drops proposals at once, so trying one after the other would finish
+        before the election does: these are repeated on the same connection, for at most `timeouts.call` seconds.
+        """
+        if os.getpid() != self._pid:
+            raise EtcdError("an etcd client was used after a fork, which gRPC does not survive", "request")
+        elected, pause = time.monotonic() + self.timeouts.call, self.timeouts.election_pause
+
+        def is_electing(exception: BaseException) -> bool:
+            return failover and time.monotonic() < elected and is_dropped_proposal(exception)
+
+        def attempt() -> T:
+            connection = None
+            try:
+                connection = self.connection()
+                result = retrying(is_electing, first_pause=pause, longest_pause=pause)(operation, connection)
+            except Exception as exception:
+                error = self.report_failure(connection, exception)
+                if error is None:
+                    raise
+                raise error from None
+            self._answered = True
+            return result
+
+        if not failover:
+            return attempt()
+        return retrying(
+            lambda error: isinstance(error, EtcdError) and error.stale_connection,
+            attempts=len(self.endpoints) + 1,
+            first_pause=0.0,
+        )(attempt)
+
     def _drop(self, connection: Any) -> None:
-        """Close the connection, unless another thread has replaced it already; the next one goes elsewhere."""
+        """Close the connection unless another thread has replaced it; the next one goes to the next endpoint."""
         if connection is self._connection:
             self._next += 1
             self._connection = None
             if connection is not None:
                 connection.close()
 
-    def _failed(self, connection: Any, exception: Exception) -> None:
-        """Take note of what befell a connection outside of `_call`."""
-        if _is_etcds(exception) and self._explain(exception)[1]:
-            with self._lock:
-                self._drop(connection)
-
-    def _explain(self, exception: Exception) -> tuple[EtcdError, bool]:
-        """What went wrong, in words, and whether a new connection may help."""
-        import grpc
-
-        if isinstance(exception, EtcdError):
-            return exception, False
-        # etcd3 raises exceptions without a message; what gRPC said is their context.
-        origin = exception if isinstance(exception, grpc.RpcError) else exception.__context__
-        code = origin.code() if isinstance(origin, grpc.Call) else None
-        details = (origin.details() if isinstance(origin, grpc.Call) else str(exception)) or str(exception)
-        where = ", ".join(self.endpoints)
-        lower = details.lower()
-        if isinstance(exception, FileNotFoundError | PermissionError):
-            return EtcdError(f"cannot read the certificate {exception.filename}", "certificate"), False
-        if any(word in lower for word in ("socket closed", "connection reset")) and "ssl_error" not in lower:
-            # An etcd that has just died, or the one speaks TLS and the other does not.
-            hint = " (does it speak TLS, as etcd.ca says?)"
-            if not self._tls["ca_cert"]:
-                hint = " (does it want TLS? no etcd.ca is set)"
-            if self._answered:
-                hint = ""
-            return EtcdError(f"cannot reach etcd at {where}{hint}: {details}", "unreachable"), True
-        if any(word in lower for word in ("ssl", "tls", "certificate", "handshake")):
-            hint = "" if self._tls["ca_cert"] else " (no etcd.ca is set)"
-            return EtcdError(f"etcd at {where}: the TLS certificates do not fit{hint}: {details}", "certificate"), False
-        if "authentication failed" in lower:
-            user = self._credentials.get("user")
-            return EtcdError(
-                f"etcd at {where} refuses user {user!r}: wrong user or ETCD_PASSWORD", "credentials"
-            ), False
-        if "user name is empty" in lower:
-            return EtcdError(f"etcd at {where} asks for a user: set etcd.user, and ETCD_PASSWORD", "credentials"), False
-        if "requested lease not found" in lower:
-            return EtcdError(f"etcd at {where}: the lease has ended", "lease"), False
-        # The token is too old, or of a server that was restarted, or of a time when users had other rights.
-        if code == grpc.StatusCode.UNAUTHENTICATED or "revision of auth store is old" in lower:
-            return EtcdError(f"etcd at {where}: {details}", "credentials"), True
-        if code == grpc.StatusCode.PERMISSION_DENIED:
-            return EtcdError(f"etcd at {where} denies access below {self.prefix}: {details}", "permission"), False
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-            return EtcdError(f"cannot reach etcd at {where}: {details}", "unreachable"), True
-        # It is there, but overburdened, or changes its leader, or what stands in between has cut the connection.
-        passing = code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
-        if passing and any(
-            words in lower
-            for words in ("too many requests", "proposal dropped", "raft: stopped", "stream removed", "rst_stream")
-        ):
-            return EtcdError(f"cannot reach etcd at {where}: {details}", "unreachable"), True
-        # Another thread has just dropped it; gRPC has several words for that.
-        if isinstance(exception, ValueError) and "channel" in lower and "closed" in lower:
-            return EtcdError(f"cannot reach etcd at {where}: {details}", "unreachable"), True
-        return EtcdError(f"etcd at {where}: {details or repr(exception)}", "request"), False
-
     def _entry(self, value: bytes, meta: Any) -> Entry:
         key = meta.key.decode().removeprefix(self.prefix)
         return Entry(key, json.loads(value), meta.mod_revision, meta.lease_id)
 
 
-class Lease:
-    """Keys that live as long as this process does: a thread keeps their lease alive.
-
-    If the lease is lost all the same (this process or etcd stood still for longer than the TTL), a new one is taken and
-    the keys are registered again. An exclusive key that another process has taken meanwhile stays that one's:
-    `lost` is set then.
-
-    Args:
-        client: Its client; close it after the lease.
-        ttl: Seconds that the keys outlive the last sign of life.
-    """
-
-    def __init__(self, client: EtcdClient, ttl: float) -> None:
-        self._client, self._ttl = client, ttl
-        self._keys: dict[str, tuple[Json, bool]] = {}
-        self._complete = True
-        self._ended = threading.Event()
-        self._lock = threading.RLock()
-        self.lost = threading.Event()
-        self.id = client.grant(ttl)
-        self._thread = threading.Thread(target=self._keep_alive, name="etcd-lease", daemon=True)
-        self._thread.start()
-
-    def put(self, key: str, value: Json) -> None:
-        """Put a key under the lease, whoever had it before."""
-        with self._lock:
-            self._under_lease(lambda: self._client.put(key, value, self.id))
-            self._keys[key] = (value, False)
-
-    def create(self, key: str, value: Json) -> bool:
-        """Create a key under the lease; False if somebody has it."""
-        with self._lock:
-            won, _ = self._under_lease(lambda: self._client.swap(key, value, None, self.id))
-            if won:
-                self._keys[key] = (value, True)
-            return won
-
-    def revoke(self) -> None:
-        """Give the keys back at once. An etcd that is away is no error: the lease then runs out."""
-        self._ended.set()
-        with self._lock, suppress(EtcdError):
-            self._client.revoke(self.id)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def _under_lease(self, operation: Callable[[], T]) -> T:
-        """Do it; once more with a new lease if ours turns out to be lost, before its thread has noticed."""
-        try:
-            return operation()
-        except EtcdError as error:
-            if error.kind != "lease":
-                raise
-        self._register_again()
-        return operation()
-
-    def _keep_alive(self) -> None:
-        while not self._ended.wait(self._ttl / 3):
-            try:
-                if not self._client.refresh(self.id) or not self._complete:
-                    self._register_again()
-            except EtcdError as error:  # etcd is away: the next turn tries again
-                log.debug("lease: %s", error)
-            except Exception:
-                log.exception("a lease could not be kept alive; trying again")
-
-    def _register_again(self) -> None:
-        with self._lock:
-            if self._ended.is_set():
-                return
-            if not self._client.refresh(self.id):
-                self.id = self._client.grant(self._ttl)
-            self._complete = False  # until all keys are there: etcd may go away in the middle
-            for key, (value, exclusive) in self._keys.items():
-                if not exclusive:
-                    self._client.put(key, value, self.id)
-                    continue
-                won, entry = self._client.swap(key, value, None, self.id)
-                if not won and (entry is None or entry.lease != self.id):
-                    self.lost.set()
-            self._complete = True
-
-
-class Watch:
-    """Calls `notify` after changes below a prefix, and whenever some may have been missed: then look at what there is.
-
-    It is made anew when its connection, its member of etcd or that one's leader is lost. Each begins with what is to
-    come, so no compaction of the past can end it.
-    """
-
-    def __init__(self, client: EtcdClient, prefix: str, notify: Callable[[], None]) -> None:
-        self._client, self._prefix, self._notify = client, (client.prefix + prefix).encode(), notify
-        self._ended = threading.Event()
-        self._stream: Any = None
-        self._thread = threading.Thread(target=self._run, name="etcd-watch", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._ended.set()
-        if self._stream is not None:
-            self._stream.cancel()
-
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            connection = None
-            try:
-                connection = self._client._connect()
-                self._follow(connection)
-            except Exception as exception:
-                if not self._ended.is_set():  # else it was us who ended it
-                    self._client._failed(connection, exception)
-            self._tell()
-            self._ended.wait(POLL_INTERVAL)
-
-    def _tell(self) -> None:
-        try:
-            self._notify()
-        except Exception as error:  # whoever is told asks etcd, perhaps, which may be away: the watch must not end
-            log.debug("after a change below %s: %s", self._prefix, error)
-
-    def _follow(self, connection: Any) -> None:
-        rpc = importlib.import_module("etcd3.etcdrpc")
-        end = self._prefix[:-1] + bytes([self._prefix[-1] + 1])
-        request = rpc.WatchRequest(create_request=rpc.WatchCreateRequest(key=self._prefix, range_end=end))
-        stream_ended = threading.Event()
-
-        def requests() -> Iterator[Any]:
-            yield request
-            stream_ended.wait()  # the server ends the watch when the requests end
-
-        # A member that is cut off from the others says nothing for ever, unless it is told to need a leader.
-        metadata = (*(connection.metadata or ()), ("hasleader", "true"))
-        stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=metadata)
-        self._stream = stream
-        stream.add_callback(stream_ended.set)
-        if self._ended.is_set():
-            stream.cancel()
-        for answer in stream:  # the first one says that the watch stands: what came before it must be looked at
-            if answer.canceled:  # we may not read this, or no longer; the stream itself would stay open
-                stream.cancel()
-                return
-            self._tell()
-
-
 def run_prefix(prefix: str, run_id: str) -> str:
-    """Where a run's keys lie."""
+    """The prefix of a run's keys."""
     return f"{prefix.rstrip('/')}/{run_id}/"
 
 
 def local_address(endpoint: str) -> str:
-    """The address of this machine on the way to `endpoint` (host:port): what others can reach it at, most likely."""
+    """This machine's address on the route to `endpoint` (host:port), which other machines can most likely reach.
+
+    Raises:
+        EtcdError: There is no route.
+    """
     host, _, port = endpoint.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # UDP: connecting sends nothing
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
         try:
             probe.connect((host, int(port)))
             return str(probe.getsockname()[0])
@@ -580,45 +385,5 @@ def local_address(endpoint: str) -> str:
             raise EtcdError(f"cannot reach etcd at {endpoint}: {error.strerror or error}", "unreachable") from None
 
 
-def _is_etcds(exception: Exception) -> bool:
-    """Whether it is etcd's, or the connection's, and not some other code's."""
-    import grpc
-
-    known = (EtcdError, grpc.RpcError, import_etcd3().exceptions.Etcd3Exception, OSError, ValueError)
-    return isinstance(exception, known)
-
-
 def _encode(value: Json) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
-
-
-_import_lock = threading.Lock()
-
-
-def import_etcd3() -> types.ModuleType:
-    """Import `etcd3` under any protobuf: build its message modules from the descriptors that they carry."""
-    with _import_lock:
-        if "etcd3" not in sys.modules:
-            from google.protobuf import descriptor_pool
-            from google.protobuf.internal import builder
-
-            spec = importlib.util.find_spec("etcd3")
-            if spec is None or spec.origin is None:
-                raise EtcdError("the package etcd3 is not installed", "request")
-            os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC has to say, our exceptions say
-            for name in ("kv", "auth", "rpc"):  # rpc imports the other two
-                source = (Path(spec.origin).parent / "etcdrpc" / f"{name}_pb2.py").read_text(encoding="utf-8")
-                descriptor = descriptor_pool.Default().AddSerializedFile(_serialized_pb(source))
-                module = types.ModuleType(f"etcd3.etcdrpc.{name}_pb2")
-                builder.BuildMessageAndEnumDescriptors(descriptor, vars(module))
-                builder.BuildTopDescriptorsAndMessages(descriptor, module.__name__, vars(module))
-                sys.modules[module.__name__] = module
-        return importlib.import_module("etcd3")
-
-
-def _serialized_pb(source: str) -> bytes:
-    """The serialized file descriptor inside the source of a generated `*_pb2` module."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.keyword) and node.arg == "serialized_pb" and isinstance(node.value, ast.Call):
-            return str(ast.literal_eval(node.value.args[0])).encode("latin1")
-    raise EtcdError("the installed etcd3 is not the release 0.12.0 that this project knows", "request")

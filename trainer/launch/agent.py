@@ -76,7 +76,8 @@ def run_agent(
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
 
     from trainer.elastic.keys import finish, verdict
-    from trainer.etcd.client import EtcdClient, EtcdError, local_address
+    from trainer.etcd.client import EtcdClient, local_address
+    from trainer.etcd.errors import EtcdError
     from trainer.launch.etcd3_diloco_rendezvous import BACKEND, NodeRendezvous
 
     deaths, in_pod = _MemoryDeaths(memory or MemoryGroup()), config.launcher != "local"

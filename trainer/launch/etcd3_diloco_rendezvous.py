@@ -34,7 +34,9 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from trainer.elastic.keys import SLOT_VARIABLE, bury_members, finish, verdict
-from trainer.etcd.client import EtcdClient, EtcdError, Lease, run_prefix
+from trainer.etcd.client import EtcdClient, run_prefix
+from trainer.etcd.errors import EtcdError
+from trainer.etcd.lease import Lease
 
 log = logging.getLogger(__name__)
 

@@ -42,7 +42,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend, create_handler
 
-from trainer.etcd.client import Entry, EtcdClient, EtcdError, local_address
+from trainer.etcd.client import Entry, EtcdClient, local_address
+from trainer.etcd.errors import EtcdError
 from trainer.launch.etcd3_diloco_rendezvous import client_of
 
 BACKEND = "etcd3"

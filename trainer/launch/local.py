@@ -17,8 +17,9 @@ from pathlib import Path
 from trainer.config import ENV_PREFIX, TrainingConfig
 from trainer.elastic import keys
 from trainer.errors import ConfigError, Interrupted, TrainingError
-from trainer.etcd.client import EtcdClient, EtcdError
+from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
+from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
 from trainer.launch.scale import LAUNCHED, WANTED, with_nodes
 from trainer.monitor.dashboard import Board, View, view

@@ -11,7 +11,8 @@ from trainer import checkpoint, data, models
 from trainer.config import UNSET, TrainingConfig
 from trainer.data.dataset import read_manifest
 from trainer.errors import ConfigError, TrainingError, one_line
-from trainer.etcd.client import EtcdError, local_address
+from trainer.etcd.client import local_address
+from trainer.etcd.errors import EtcdError
 from trainer.files import require_free_space, require_writable
 from trainer.process import listen
 from trainer.volume import Volume, worker_configs

@@ -7,7 +7,8 @@ from pathlib import Path
 from trainer.config import TrainingConfig
 from trainer.elastic.keys import verdict
 from trainer.errors import ConfigError, TrainingError, one_line
-from trainer.etcd.client import EtcdClient, EtcdError
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.errors import EtcdError
 from trainer.files import read_json
 from trainer.volume import Volume, worker_configs, worker_roots
 

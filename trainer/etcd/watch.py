@@ -1,0 +1,82 @@
+"""A watch that survives the loss of its connection."""
+
+import importlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from trainer.etcd.client import EtcdClient
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Calls `notify`, on a thread, after changes below a prefix and whenever some may have been missed.
+
+    `notify` gets no event: it reads the current values. A new watch replaces one that lost its connection, its etcd
+    member or that member's leader. Each starts at the present revision, so compaction cannot break it.
+    """
+
+    def __init__(self, client: "EtcdClient", prefix: str, notify: Callable[[], None]) -> None:
+        self._client, self._prefix, self._notify = client, (client.prefix + prefix).encode(), notify
+        self._ended = threading.Event()
+        self._stream: Any = None
+        self._thread = threading.Thread(target=self._run, name="etcd-watch", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the watch."""
+        self._ended.set()
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            connection = None
+            try:
+                connection = self._client.connection()
+                self._follow(connection)
+            except Exception as exception:
+                if not self._ended.is_set():  # `close` causes an exception, too
+                    self._client.report_failure(connection, exception)
+            self._call_notify()
+            self._ended.wait(self._client.timeouts.poll)
+
+    def _call_notify(self) -> None:
+        try:
+            self._notify()
+        except Exception as error:  # it may ask an etcd that is unreachable, which must not end the watch
+            log.debug("after a change below %s: %s", self._prefix, error)
+
+    def _follow(self, connection: Any) -> None:
+        """Watch on one connection until the stream ends."""
+        rpc = importlib.import_module("etcd3.etcdrpc")
+        end = self._prefix[:-1] + bytes([self._prefix[-1] + 1])
+        request = rpc.WatchRequest(create_request=rpc.WatchCreateRequest(key=self._prefix, range_end=end))
+        stream_ended = threading.Event()
+
+        def requests() -> Iterator[Any]:
+            yield request
+            stream_ended.wait()  # the server ends the watch when the requests end
+
+        # Without `hasleader`, a member that is cut off from the others keeps the watch open and silent.
+        metadata = (*(connection.metadata or ()), ("hasleader", "true"))
+        stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=metadata)
+        self._stream = stream
+        stream.add_callback(stream_ended.set)
+        if self._ended.is_set():
+            stream.cancel()
+        # The first response confirms that the watch is active; earlier changes have to be read.
+        for response in stream:
+            if response.canceled:  # the right to read was refused or withdrawn; the stream itself would stay open
+                stream.cancel()
+                return
+            self._call_notify()
