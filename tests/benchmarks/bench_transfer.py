@@ -19,7 +19,9 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from trainer.transport.transfer import Donor, Offer, fetch
+from trainer.transport.channel import Offer
+from trainer.transport.donor import Donor
+from trainer.transport.fetch import fetch
 
 SECRET = b"a secret of this benchmark alone"
 WINDOW = 1.0  # seconds without a transfer, before each

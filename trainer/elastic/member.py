@@ -56,8 +56,11 @@ from trainer.protocol.rounds import (
     outcome_key,
     own_steps,
 )
-from trainer.transport.reachability import TRIAL_TIMEOUT, Reach
-from trainer.transport.transfer import Donor, Offer, TransferError, fetch
+from trainer.timeouts import TransportTimeouts
+from trainer.transport.channel import Offer, TransferError
+from trainer.transport.donor import Donor
+from trainer.transport.fetch import fetch
+from trainer.transport.reachability import ReachabilityProbe
 from trainer.transport.wire_meter import WireMeter
 
 if TYPE_CHECKING:
@@ -177,7 +180,7 @@ class ElasticQuorum:
         self._group: _Group | None = None
         self._workspace = Workspace()
         self._means: deque[tuple[tuple[int, int], Offer]] = deque()
-        self._reach = Reach(self.hooks.warn)
+        self._reach = ReachabilityProbe(self.hooks.warn)
         self._chores = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
         self._hash: Future[str] | None = None
         self._durable: int | None = None  # a round that etcd has not been told of
@@ -637,7 +640,7 @@ class ElasticQuorum:
             return _Group(record.members, None)
         seconds, place = self._config.collective_timeout, "/".join(map(str, record.place))
         # Of two that cannot connect, gloo would have all the others wait, deaf, for the whole timeout.
-        self._look_for_culprits(record, min(TRIAL_TIMEOUT, seconds))
+        self._look_for_culprits(record, min(TransportTimeouts().probe, seconds))
         if missing := sorted(self._reach.unreachable & set(record.members)):
             named = ", ".join(f"{int(id.partition('-')[0])}" for id in missing)
             raise RuntimeError(f"worker {named} cannot be reached")
@@ -662,9 +665,9 @@ class ElasticQuorum:
         """Try to connect to those of the open round whom this member has not met yet."""
         record = self._record
         if record is not None:
-            strangers = self._reach.strangers({*record.expected, *record.shares} - {self.id})
+            strangers = self._reach.unprobed({*record.expected, *record.shares} - {self.id})
             if strangers:
-                self._reach.meet(self._registered(strangers))
+                self._reach.probe(self._registered(strangers))
 
     def _registered(self, ids: Set[str]) -> dict[str, dict[str, Json]]:
         """What those of `ids` that live say of themselves."""

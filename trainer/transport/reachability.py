@@ -1,68 +1,70 @@
-"""Who can be reached: every pair of members is tried, from both ends, when they first meet."""
+"""Probes which members can be reached: each member tries to connect to every other one when it first sees it."""
 
-import logging
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from trainer.etcd.client import Json
+from trainer.timeouts import TransportTimeouts
 
-log = logging.getLogger(__name__)
-
-TRIAL_TIMEOUT = 3.0  # seconds in which a port must answer when members meet: a lost packet is sent again after one
-AT_ONCE = 8  # members that are tried at the same time
+CONCURRENT_PROBES = 8
 
 
-class Reach:
-    """Which members' ports answer this one. A member that does not is tried again whenever it is met again.
+class ReachabilityProbe:
+    """Records which members' ports accept a connection from here. A member that failed is probed again on request.
+
+    Constructing it starts no thread.
 
     Args:
-        warn: Told, once for each, of a member that cannot be reached.
+        warn: Called once for each unreachable member, with a message that names it.
+        timeouts: `probe` limits a background probe.
     """
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self._warn = warn
+    def __init__(self, warn: Callable[[str], None], timeouts: TransportTimeouts = TransportTimeouts()) -> None:
+        self._warn, self._timeouts = warn, timeouts
         self._reached: set[str] = set()
         self._unreachable: set[str] = set()
         self._warned: set[str] = set()
-        # What is waited for has a pool of its own: trials of many who are silent take long.
-        self._pool = ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="reach")
-        self._now = ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="reach-now")
+        # `check` has a pool of its own: background probes of many silent members take long.
+        self._background = ThreadPoolExecutor(max_workers=CONCURRENT_PROBES, thread_name_prefix="probe")
+        self._foreground = ThreadPoolExecutor(max_workers=CONCURRENT_PROBES, thread_name_prefix="probe-now")
 
     @property
     def unreachable(self) -> frozenset[str]:
-        """The members that did not answer when they were last tried."""
+        """The members that did not answer when last probed."""
         return frozenset(self._unreachable)
 
-    def strangers(self, ids: Iterable[str]) -> frozenset[str]:
-        """Those of `ids` that have not been reached; of others, nothing is remembered any more."""
+    def unprobed(self, ids: Iterable[str]) -> frozenset[str]:
+        """Those of `ids` that have not been reached yet. Forgets all members that are not among `ids`."""
         present = frozenset(ids)
         for known in (self._reached, self._unreachable, self._warned):
             known &= present
         return present - self._reached
 
-    def meet(self, members: Mapping[str, Mapping[str, Json]]) -> None:
-        """Try members (the values of `members/<id>`) in the background."""
+    def probe(self, members: Mapping[str, Mapping[str, Any]]) -> None:
+        """Probe members (the values of `members/<id>`) in the background."""
         for id, member in members.items():
-            self._pool.submit(self._try, id, member, TRIAL_TIMEOUT, False)
+            self._background.submit(self._try, id, member, self._timeouts.probe, may_be_dead=False)
 
-    def check(self, members: Mapping[str, Mapping[str, Json]], timeout: float) -> None:
-        """Try members now: returns when `unreachable` is right about them."""
-        list(self._now.map(lambda id: self._try(id, members[id], timeout, True), members))
+    def check(self, members: Mapping[str, Mapping[str, Any]], timeout: float) -> None:
+        """Probe members now; returns when `unreachable` is up to date about them."""
+        list(self._foreground.map(lambda id: self._try(id, members[id], timeout, may_be_dead=True), members))
 
     def close(self) -> None:
-        for pool in (self._pool, self._now):
+        """Cancel pending probes."""
+        for pool in (self._background, self._foreground):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _try(self, id: str, member: Mapping[str, Json], timeout: float, dead: bool) -> None:
-        """Args: dead: It may be dead; nobody need be told then."""
+    def _try(self, id: str, member: Mapping[str, Any], timeout: float, *, may_be_dead: bool) -> None:
         host, _, port = member["address"].rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout).close()
         except OSError as error:
             self._reached.discard(id)
             self._unreachable.add(id)
-            if id not in self._warned and not (dead and isinstance(error, ConnectionRefusedError)):
+            # The port of a dead process refuses connections, which says nothing about the network.
+            died = may_be_dead and isinstance(error, ConnectionRefusedError)
+            if id not in self._warned and not died:
                 self._warned.add(id)
                 self._warn(
                     f"worker {int(id.partition('-')[0])} ({member['host']}) cannot be reached from here at "

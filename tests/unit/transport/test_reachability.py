@@ -1,21 +1,21 @@
-"""Who can be reached, over real sockets."""
+"""Reachability probes over real sockets."""
 
 import socket
 import threading
 from typing import Any
 
-from trainer.transport.reachability import Reach
+from trainer.transport.reachability import ReachabilityProbe
 
 
 class Warnings(list[str]):
-    """What was warned of; a thread waits for the first."""
+    """Collected warnings; a thread waits for the first."""
 
     def __init__(self) -> None:
-        self.told = threading.Event()
+        self.warned = threading.Event()
 
     def __call__(self, message: str) -> None:
         self.append(message)
-        self.told.set()
+        self.warned.set()
 
 
 def member(address: str) -> dict[str, Any]:
@@ -35,30 +35,30 @@ def test_a_pair_that_cannot_talk_is_named_once_and_tried_again() -> None:
     (here, at_here), (gone, at_gone) = listener(), listener("::1")
     gone.close()
     warned = Warnings()
-    reach, it = Reach(warned), {"007-abc": member(at_gone)}
-    assert reach.strangers(it) == {"007-abc"}
-    reach.meet(it)
-    assert warned.told.wait(30)
-    assert reach.unreachable == reach.strangers(it) == {"007-abc"}
+    probe, it = ReachabilityProbe(warned), {"007-abc": member(at_gone)}
+    assert probe.unprobed(it) == {"007-abc"}
+    probe.probe(it)
+    assert warned.warned.wait(30)
+    assert probe.unreachable == probe.unprobed(it) == {"007-abc"}
     (message,) = warned
     assert message.startswith(f"worker 7 (there) cannot be reached from here at {at_gone}: ")
     assert "network_interface" in message
 
-    reach.check(it, timeout=3)
+    probe.check(it, timeout=3)
     assert len(warned) == 1
-    reach.check({"007-abc": member(at_here)}, timeout=3)  # it has healed
-    assert reach.unreachable == reach.strangers(it) == set()
-    assert reach.strangers({"008-def"}) == {"008-def"}  # the other is gone from the run, and forgotten
-    assert reach.strangers(it) == {"007-abc"}
+    probe.check({"007-abc": member(at_here)}, timeout=3)  # it has healed
+    assert probe.unreachable == probe.unprobed(it) == set()
+    assert probe.unprobed({"008-def"}) == {"008-def"}  # the other is gone from the run, and forgotten
+    assert probe.unprobed(it) == {"007-abc"}
     here.close()
-    reach.close()
+    probe.close()
 
 
 def test_one_that_has_died_is_no_news() -> None:
     server, endpoint = listener()
     server.close()
     warned = Warnings()
-    reach = Reach(warned)
-    reach.check({"001-abc": member(endpoint)}, timeout=3)
-    assert reach.unreachable == {"001-abc"} and not warned
-    reach.close()
+    probe = ReachabilityProbe(warned)
+    probe.check({"001-abc": member(endpoint)}, timeout=3)
+    assert probe.unreachable == {"001-abc"} and not warned
+    probe.close()
