@@ -15,8 +15,8 @@ from typing import Any
 
 from kfp import dsl
 
-from trainer.chatter import libraries_quiet
 from trainer.errors import ConfigError, Interrupted, TrainingError, raise_on_sigterm
+from trainer.library_logs import libraries_quiet
 
 # Holds the project and kfp. kfp warns about a step's image that has no "python" in its name.
 IMAGE = os.environ.get("PIPELINE_IMAGE", "diloco-pipelines-python:0.1.0")

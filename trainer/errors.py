@@ -1,4 +1,4 @@
-"""The two ways in which a command fails on purpose, and how each ends the process."""
+"""Expected failures and their exit codes."""
 
 import signal
 import sys
@@ -8,12 +8,12 @@ from typing import NoReturn
 
 
 class ConfigError(ValueError):
-    """Bad input, found before anything has started. The process exits with status 2.
+    """Bad input, detected before anything starts. The process exits with status 2.
 
     Args:
-        field: The parameter as a user writes it, for example `elastic.min_nodes`.
-        value: What it was.
-        allowed: What is allowed, as the rest of a sentence: "must be a multiple of …".
+        field: The parameter as the user writes it, for example `elastic.min_nodes`.
+        value: The value given.
+        allowed: The allowed values, as the end of a sentence: "must be a multiple of …".
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
@@ -26,15 +26,15 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that failed for a reason which a person can read and act on. The process exits with status 1."""
+    """A run failed for a reason that the user can act on. The process exits with status 1."""
 
 
 class Interrupted(BaseException):
-    """SIGTERM: leave now, with everything saved. The process exits with status 143."""
+    """SIGTERM: save everything and leave. The process exits with status 143."""
 
 
 def raise_on_sigterm() -> None:
-    """Have SIGTERM raise `Interrupted` in the main thread. Without a handler a container's first process ignores it."""
+    """Make SIGTERM raise `Interrupted` in the main thread. A container's first process ignores it without a handler."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise Interrupted
@@ -46,11 +46,11 @@ OUT_OF_MEMORY = "was killed because it needs more memory than it has"
 
 
 def out_of_memory(limit: str = "", *, in_pod: bool = True) -> str:
-    """How a process, or a container, was killed by the kernel, and what to do about it: the rest of a sentence.
+    """Describe a process or container that the kernel killed, with advice, as the end of a sentence.
 
     Args:
-        limit: What it may take at most, for example "32Gi"; "": not known.
-        in_pod: Whether `memory_gb` is what limits it.
+        limit: The memory it may use, for example "32Gi"; empty if unknown.
+        in_pod: Whether `memory_gb` sets that limit.
     """
     most = f" (it may take {limit})" if limit else ""
     lower = "lower per_device_train_batch_size or sequence_length"
@@ -59,13 +59,13 @@ def out_of_memory(limit: str = "", *, in_pod: bool = True) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of somebody else's code says, short enough for the end of a sentence."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= 300 else f"{said[:299]}…"
+    """The message of a library's exception, short enough for the end of a sentence."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 300 else f"{message[:299]}…"
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and end the process with its status, or with an error's one line and status."""
+    """Call `main` and exit with its status; after an expected failure, with one line and the failure's status."""
     try:
         status = main()
     except ConfigError as error:
@@ -76,7 +76,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         status = _fail("interrupted", 130)
     except Interrupted:
         status = 143
-    except BrokenPipeError:  # `… | head` closed the pipe: not worth a word
+    except BrokenPipeError:  # `… | head` has closed the pipe
         sys.stderr.close()
         status = 0
     sys.exit(status)

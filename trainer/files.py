@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: temporary name, fsync, rename."""
+"""Atomic and durable writing of files and directories: temporary name, fsync, rename."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ import psutil
 
 from trainer.errors import ConfigError
 
-_FORGOTTEN = 86400.0  # seconds after which nobody on another host still writes what has not changed
+_ABANDONED = 86400.0  # seconds without a change after which another host's temporary directory counts as abandoned
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` atomically and durably by `text`."""
+    """Replace the content of `path` by `text`, atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -36,22 +36,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, the JSON of `value`. Raises ValueError for NaN: JSON has none."""
+    """Like `write_text`, with the JSON of `value`. Raises ValueError for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """The JSON value in the file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sha256(path: Path) -> str:
-    """The file's sha256, in hex."""
+    """The file's sha256, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_directory(path: Path) -> None:
-    """Make renames and new names inside the directory durable."""
+    """Make renamed and new entries of the directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,10 +62,10 @@ def fsync_directory(path: Path) -> None:
 
 @contextmanager
 def whole_directory(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes `final` when the block ends, and vanishes when it raises.
+    """Yield a temporary sibling that becomes `final` when the block ends, and is removed when it raises.
 
-    Every file is fsynced before the rename, so after a crash `final` holds either all of it or is not there.
-    An existing `final` is replaced. What dead processes have left half-written beside it is removed on the way.
+    Every file is fsynced before the rename, so after a crash `final` is either complete or missing. An existing
+    `final` is replaced. Temporary directories that dead processes have left beside it are removed, too.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     for stale in final.parent.glob(".*.*.tmp"):
@@ -94,7 +95,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
 
 
 def _temporary(final: Path) -> Path:
-    """Beside `final`, of this process alone: two pods on a volume are both process 1, but on hosts of their own."""
+    """A sibling of `final` that only this process uses: two pods that share a volume are both process 1."""
     return final.with_name(f".{final.name}.{_host()}.{os.getpid()}.tmp")
 
 
@@ -103,21 +104,21 @@ def _host() -> str:
 
 
 def _is_written(temporary: Path) -> bool:
-    """Whether somebody may be writing what `_temporary` has named."""
+    """Whether a process may still be writing a directory that `_temporary` has named."""
     host, pid = ["", *temporary.name.split(".")][-3:-1]
-    if not pid.isdigit():  # not one of ours
+    if not pid.isdigit():  # not named by `_temporary`
         return True
     if host == _host():
         return _alive_since(int(pid), temporary)
     try:
         newest = max(path.stat().st_mtime for path in (temporary, *temporary.rglob("*")))
-    except OSError:  # it changes just now
+    except OSError:  # it is changing right now
         return True
-    return time.time() - newest < _FORGOTTEN
+    return time.time() - newest < _ABANDONED
 
 
 def _alive_since(pid: int, path: Path) -> bool:
-    """Whether the process is there that made `path`. (In a container, each has its predecessor's id.)"""
+    """Whether the process that created `path` is alive. A restarted container reuses its predecessor's pid."""
     try:
         return psutil.Process(pid).create_time() <= path.stat().st_mtime
     except (psutil.NoSuchProcess, OSError):
@@ -128,12 +129,14 @@ def require_writable(directory: Path, field: str, *, make: bool = True) -> None:
     """Raise ConfigError unless files can be created in `directory`.
 
     Args:
-        make: Make it if it is missing; else see whether the directory that it would be made in can be written.
+        directory: The directory.
+        field: The parameter that names it.
+        make: Create it if it is missing; otherwise check the nearest existing parent instead.
     """
     try:
         if make:
             directory.mkdir(parents=True, exist_ok=True)
-        # Its name is its own: processes in two containers, with the same id, may share the directory.
+        # A random name: processes in two containers may share the directory and have equal pids.
         with tempfile.NamedTemporaryFile(dir=directory if make else _existing(directory), prefix=".probe.") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
@@ -142,7 +145,7 @@ def require_writable(directory: Path, field: str, *, make: bool = True) -> None:
 
 
 def require_output(path: Path, field: str) -> None:
-    """Raise ConfigError unless the file `path` can be written (its directory is made if it is missing)."""
+    """Raise ConfigError unless the file `path` can be written. Creates its directory if that is missing."""
     if path.is_dir():
         raise ConfigError(field, path, "is a directory")
     try:
@@ -161,5 +164,5 @@ def require_free_space(directory: Path, needed: int, field: str) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest one above it that is there."""
+    """The path itself, or its nearest existing parent."""
     return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())

@@ -1,13 +1,14 @@
-"""Child processes that never outlive their parent, and where they listen."""
+"""Child processes that never outlive their parent, and the ports that processes listen on."""
 
+import errno
 import os
 import socket
 import sys
 
 from trainer.errors import ConfigError
 
-# Runs in the child before the program proper. PR_SET_PDEATHSIG (1) survives exec; a parent that died before it was
-# set is noticed by its pid. A `preexec_fn` would do the same after a fork of a process with gRPC's threads: a hazard.
+# Runs in the child before the program. PR_SET_PDEATHSIG (1) survives exec; if the parent died before it was set, the
+# parent's pid differs. A `preexec_fn` would run after a fork of a process with gRPC's threads, which is unsafe.
 _PRELUDE = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
     "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
@@ -15,9 +16,9 @@ _PRELUDE = (
 
 
 def dying_with_parent(command: list[str]) -> list[str]:
-    """`command`, to be started by this process, such that the kernel kills it when this process (kill -9 too) ends.
+    """Wrap `command` so that the kernel kills it when this process ends, even by kill -9.
 
-    Strictly, when the *thread* that starts it ends: start it from a thread that lives as long as it is needed.
+    The kernel acts when the *thread* that started it ends: use a thread that lives as long as the child is needed.
     """
     return [sys.executable, "-I", "-S", "-c", _PRELUDE, str(os.getpid()), *command]
 
@@ -25,11 +26,11 @@ def dying_with_parent(command: list[str]) -> list[str]:
 def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     """A listening TCP socket on `port`, or on the first free port of `port_range` ("low-high"), or on any.
 
-    IPv6 for an IPv6 address, else IPv4.
-    An address that no interface of this machine has (a NAT's, a service's) is bound as any address.
+    IPv6 for an IPv6 address, else IPv4. If no interface of this machine has the address (it belongs to a NAT or a
+    service), the socket listens on all interfaces.
 
     Raises:
-        ConfigError: The port is taken, or all of the range.
+        ConfigError: The port, or every port of the range, is taken.
     """
     low, high = map(int, port_range.split("-")) if port_range and not port else (port, port)
     for candidate in range(low, high + 1):
@@ -42,7 +43,7 @@ def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
                 return listener
             except OSError as error:
                 listener.close()
-                if error.errno != 99:  # EADDRNOTAVAIL: not an address of ours
+                if error.errno != errno.EADDRNOTAVAIL:  # the address is not this machine's
                     break
     if port_range and not port:
         raise ConfigError("port_range", port_range, "has no free port left")
@@ -50,7 +51,11 @@ def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
 
 
 def number_from(variable: str) -> int:
-    """What the agent tells its workers by an environment variable; 0 without one. Raises ConfigError for no number."""
+    """The number in an environment variable that the agent sets for its workers; 0 if unset.
+
+    Raises:
+        ConfigError: It is not a number.
+    """
     text = os.environ.get(variable, "0")
     if not (text.isascii() and text.isdecimal()):
         raise ConfigError(variable, text, "must be a number: torchrun, or `launch`, sets it")
@@ -58,7 +63,7 @@ def number_from(variable: str) -> int:
 
 
 def refused(endpoint: str, timeout: float = 1.0) -> bool:
-    """Whether the machine of `endpoint` (host:port) answers that nobody listens there. Silence is no answer."""
+    """Whether `endpoint` (host:port) refuses connections: its machine is up, its process is not. Silence is no refusal."""
     host, _, port = endpoint.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()

@@ -1,6 +1,6 @@
-"""Where a run and its workers keep their files (DESIGN: files a run writes).
+"""The directories of a run and its workers.
 
-`<run dir>/worker-<i>/` here is what `/data` is in a pod: one worker's own volume.
+`<run dir>/worker-<i>/` on this machine corresponds to `/data` in a pod: one worker's volume.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Volume:
     """One worker's directories.
 
     Attributes:
-        root: Holds what the worker writes about the run: `metrics.jsonl`, `config.json`.
+        root: For the worker's `metrics.jsonl` and `config.json`.
         models: Precached models.
         datasets: Precached datasets.
         checkpoints: Checkpoints of this run.
@@ -29,14 +29,14 @@ class Volume:
 
     @property
     def metrics(self) -> Path:
+        """The worker's event log."""
         return self.root / "metrics.jsonl"
 
     @classmethod
     def of(cls, config: TrainingConfig, local_rank: int = 0) -> "Volume":
-        """The volume of a worker whose own configuration this is (`worker_configs`, or a pod's).
+        """The volume that a worker's own configuration (from `worker_configs`, or a pod's) describes.
 
-        Several workers of one node share its models and datasets; what they write lies apart, those of local rank r > 0
-        under `process-<r>/`.
+        The workers of one node share its models and datasets. Those of local rank r > 0 write below `process-<r>/`.
         """
         root, checkpoints = Path(config.run_dir), _checkpoint_directory(config)
         if local_rank > 0:
@@ -45,10 +45,10 @@ class Volume:
 
 
 def worker_configs(config: TrainingConfig) -> list[TrainingConfig]:
-    """The configuration of each node of a run on this machine: a volume of its own, `<run dir>/worker-<i>`, and ports.
+    """The configuration of each node of a run on this machine, with its own volume `<run dir>/worker-<i>` and ports.
 
-    Model and dataset directories that the user has chosen are kept, and so shared by all workers of this machine; below
-    a chosen `checkpoint_path` each has its own.
+    If the user has chosen the model or dataset directory, all workers share it. Below a chosen `checkpoint_path`, each
+    worker has a directory of its own.
     """
     configs = [_own_volume(config, Path(config.run_dir).absolute() / f"worker-{node}") for node in range(config.nodes)]
     if config.metrics_port == UNSET:
@@ -69,12 +69,12 @@ def _own_volume(config: TrainingConfig, root: Path) -> TrainingConfig:
 
 
 def _checkpoint_directory(config: TrainingConfig) -> Path:
-    """The reference names a file (`.pth`): ours are directories beside it."""
+    """`checkpoint_path` may name a `.pth` file, as in older configurations: its directory is used."""
     path = Path(config.checkpoint_path)
     return path.parent if path.suffix in (".pth", ".pt") else path
 
 
 def worker_roots(run_dir: Path) -> list[Path]:
-    """The workers' volumes below a run directory, by number."""
+    """The workers' volumes below a run directory, sorted by number."""
     roots = [path for path in run_dir.glob("worker-*") if path.name.removeprefix("worker-").isdigit()]
     return sorted(roots, key=lambda path: int(path.name.removeprefix("worker-")))

@@ -38,7 +38,7 @@ def test_what_the_dead_have_left_is_removed(tmp_path: Path, monkeypatch: pytest.
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"model", elsewhere.name}  # who knows whether that one lives
     os.utime(elsewhere, (0.0, 0.0))
-    assert files._FORGOTTEN > 3600
+    assert files._ABANDONED > 3600
     with whole_directory(tmp_path / "model"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,132 @@
+"""The commands of `python -m trainer`, from parsed arguments to an exit status.
+
+Each imports what it needs when it runs, so that `--help` answers at once.
+"""
+
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from trainer.config import TrainingConfig, config_from_arguments
+from trainer.errors import ConfigError
+
+
+def _config(arguments: Namespace, *, run_required: bool = False) -> TrainingConfig:
+    """The resolved configuration that flags, environment and file give."""
+    config = _unresolved(arguments)
+    if run_required and not config.run_id:
+        raise ConfigError("run_id", "", "must name the run")
+    return config.resolved()
+
+
+def _unresolved(arguments: Namespace) -> TrainingConfig:
+    if (etcd := getattr(arguments, "etcd", None)) is not None:
+        if not etcd.strip(" ,[]"):
+            raise ConfigError("--etcd", etcd, "must be host:port")
+        setattr(arguments, "parameter:etcd_endpoints", etcd)
+    return config_from_arguments(arguments)
+
+
+def precache(arguments: Namespace) -> int:
+    """Put the dataset and the model onto each worker's volume."""
+    config = _config(arguments)
+    from trainer.data import precache_all
+    from trainer.launch.preflight import check
+
+    check(config, network=False)  # precaching opens no port
+    precache_all(config)
+    print(f"run id {config.run_id}, in {config.run_dir}")
+    return 0
+
+
+def launch(arguments: Namespace) -> int:
+    """Train on this machine."""
+    config = _config(arguments)
+    from trainer.launch import local
+
+    return local.launch(config)
+
+
+def train(arguments: Namespace) -> int:
+    """Train as one worker."""
+    config = _config(arguments, run_required=True)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages make fresh memory cheaper
+    from trainer.worker import worker
+
+    return worker.train(config)
+
+
+def export(arguments: Namespace) -> int:
+    """Write the trained model."""
+    config = _config(arguments, run_required=True)
+    from trainer.export import export as exporting
+
+    print(exporting.export(config))
+    return 0
+
+
+def evaluate(arguments: Namespace) -> int:
+    """Score the exported model and write the report."""
+    config = _config(arguments, run_required=True)
+    from trainer.export import evaluate as scoring
+    from trainer.monitor.report import write_report
+
+    for name, value in scoring.evaluate(config).items():
+        if isinstance(value, int | float):
+            print(f"{name:>28}  {value:,.4g}")
+    print(write_report(Path(config.run_dir)))
+    return 0
+
+
+def status(arguments: Namespace) -> int:
+    """Show the state of a run."""
+    config = _unresolved(arguments)
+    from trainer.monitor import status as viewing
+
+    return viewing.status(config, watch=arguments.watch, as_json=arguments.json)
+
+
+def scale(arguments: Namespace) -> int:
+    """Change the number of nodes of a running launch."""
+    config = _unresolved(arguments)
+    from trainer.launch import scale as scaling
+
+    if not re.fullmatch("[0-9]{1,9}", arguments.count):
+        raise ConfigError("N", arguments.count, "must be a number of nodes")
+    scaling.scale(config, int(arguments.count))
+    return 0
+
+
+def report(arguments: Namespace) -> int:
+    """Write a report or a comparison."""
+    from trainer.files import require_output, require_writable
+    from trainer.monitor.report import write_comparison, write_report
+
+    for run_dir in arguments.run_dirs:
+        if not run_dir.is_dir():
+            raise ConfigError("run_dir", run_dir, "no such directory")
+    if arguments.output:
+        require_output(arguments.output, "--output")
+    if len(arguments.run_dirs) > 1:
+        print(write_comparison(arguments.run_dirs, arguments.output or Path("comparison.html")))
+        return 0
+    (run_dir,) = arguments.run_dirs
+    require_writable(run_dir, "run_dir")
+    print(write_report(run_dir, arguments.output))
+    return 0
+
+
+def pod(arguments: Namespace) -> int:
+    """Run a pod's part of a training on a cluster."""
+    from trainer.kubernetes import pod_main
+
+    return pod_main.run(arguments.what, arguments.config, slot=arguments.slot, port=arguments.port)
+
+
+def schema(arguments: Namespace) -> int:
+    """Print the JSON schema of the parameters."""
+    import json
+
+    print(json.dumps(TrainingConfig.model_json_schema(), indent=2))
+    return 0
