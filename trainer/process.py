@@ -63,7 +63,7 @@ def number_from(variable: str) -> int:
 
 
 def refused(endpoint: str, timeout: float = 1.0) -> bool:
-    """Whether `endpoint` (host:port) refuses connections: its machine is up, its process is not. Silence is no refusal."""
+    """Whether `endpoint` (host:port) refuses connections: its machine is up, its process is not."""
     host, _, port = endpoint.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()

@@ -19,13 +19,13 @@ import sys
 from pathlib import Path
 from trainer.config import TrainingConfig
 from trainer.launch.agent import run_agent
-from trainer.launch.memory import MemoryGroup
+from trainer.launch.memory_cgroup import MemoryCgroup
 from trainer.errors import run_main
 from trainer.files import read_json
 
 place = Path(sys.argv[1])
 config = TrainingConfig.from_tree(read_json(place / "config.json"))
-memory = MemoryGroup(place / "cgroup", place / "membership")
+memory = MemoryCgroup(place / "cgroup", place / "membership")
 run_main(lambda: run_agent(config, [sys.executable, "-c", sys.argv[2], str(place)], 0, memory))
 """
 WORKER = """
@@ -74,7 +74,7 @@ def test_a_worker_that_needs_more_memory_than_there_is_is_restarted_once(run: Ru
     assert (found.status, found.reason, found.slot) == ("failed", reason, 0)
     assert agent.returncode == 1
     assert agent.stderr.splitlines()[-1] == f"error: {reason}"
-    assert agent.stderr.count("it is started again once") == 1
+    assert agent.stderr.count("it is restarted once") == 1
     assert not is_vague(reason)
 
 

@@ -180,7 +180,7 @@ def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_pat
     output, errors = launch.communicate()
     assert launch.returncode == status
     assert "Traceback" not in output + errors
-    assert "--run-id r goes on" in output
+    assert "--run-id r resumes it" in output
     for slot in (0, 1):
         assert "told to leave" in (tmp_path / f"worker-{slot}" / "metrics.jsonl").read_text()
     assert_gone(everybody)

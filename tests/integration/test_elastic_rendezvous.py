@@ -86,7 +86,7 @@ def test_two_nodes_meet_and_each_has_a_world_of_its_own(node, start, client: Etc
     assert not two.is_closed()
 
 
-def test_later_start_returns_at_once_and_buries_its_own_dead_workers(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+def test_later_start_returns_at_once_and_revokes_its_own_dead_members(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
     one, two = node(slot=0), node(slot=1)
     first, second = start(one), start(two)
     first.result()
@@ -99,7 +99,7 @@ def test_later_start_returns_at_once_and_buries_its_own_dead_workers(node, start
     assert list(client.list("members/")) == ["members/0001"]
 
 
-def test_the_first_start_waits_for_all_nodes_that_are_wanted(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+def test_the_first_start_waits_for_the_desired_number_of_nodes(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
     first = start(node("1:4", nodes=2, last_call_timeout=600))
     assert client.wait_for(lambda: client.get("slots/0"), 30)
     assert client.get("started") is None
@@ -152,7 +152,7 @@ def test_slot_of_a_killed_agent_is_freed(node, client: EtcdClient) -> None:  # t
     one = node("1:1")
     one.next_rendezvous()
     assert one._lease
-    one._lease._ended.set()  # as after kill -9: nobody keeps the lease alive
+    one._lease._ended.set()  # as after kill -9: the lease is not kept alive
     free_slot(client, 0)
     two = node("1:1")
     two.next_rendezvous()
@@ -175,7 +175,7 @@ def test_verdict_closes(node, start, client: EtcdClient) -> None:  # type: ignor
 
 
 def test_too_few_nodes(node, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(RendezvousTimeoutError, match="only 1 of at least 2 nodes came within 1 s"):
+    with pytest.raises(RendezvousTimeoutError, match="only 1 of at least 2 nodes arrived within 1 s"):
         node(timeout="1").next_rendezvous()
     assert client.list("slots/") == {}
 

@@ -122,7 +122,7 @@ def test_three_and_two_again(
     launch.send_signal(signal.SIGTERM)
     assert launch.wait() == 143
     output = (run_dir / "output").read_text()
-    assert "3 nodes are wanted" in output and "Traceback" not in output
+    assert "scaling to 3 nodes" in output and "Traceback" not in output
     with pytest.raises(TrainingError, match="run scaled is not running"):
         status(here)
     with pytest.raises(TrainingError, match="run scaled is not running"):

@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from trainer.etcd.client import EtcdClient
-from trainer.launch import etcd3_rendezvous
+from trainer.etcd.errors import EtcdError
 from trainer.launch.etcd3_rendezvous import BACKEND, EtcdBackend, EtcdStore, _Etcd
 
 WAIT = 180  # seconds for each start of a world, at most: a torchrun and a worker on each node import torch
@@ -204,7 +204,7 @@ def test_store(connection: _Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (store.get("a"), store.multi_get(["a", "b"])) == (b"\0\xff", [b"\0\xff", b"text"])
     assert store.check(["a", "b"]) and not store.check(["a", "c"])
     assert (store.add("n", 2), store.add("n", 40), store.get("n")) == (2, 42, b"42")
-    with pytest.raises(DistStoreError, match="c did not come"):
+    with pytest.raises(DistStoreError, match="c did not arrive"):
         store.wait(["a", "c"], timedelta(seconds=0.2))
 
     original, lost = EtcdClient.swap, [True]
@@ -212,7 +212,7 @@ def test_store(connection: _Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose_the_answer(self: EtcdClient, *arguments: Any) -> Any:
         result = original(self, *arguments)
         if lost.pop() if lost else False:
-            raise etcd3_rendezvous.EtcdError("the connection broke", "unreachable")
+            raise EtcdError("the connection broke", "unreachable")
         return result
 
     monkeypatch.setattr(EtcdClient, "swap", lose_the_answer)

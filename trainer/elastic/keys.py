@@ -7,7 +7,7 @@ slots/<number>      {node, host, pid}             agent, under the node's lease;
 started             {nodes}                       the agent that sees enough slots held at once
 members/<rank>      {incarnation, slot, local_rank, host, pid, address, port}   worker, under the member's lease
 fingerprint         {field: value}                the first worker; a worker that differs is refused
-wanted              {nodes}                       `scale`: how many nodes there shall be; `launch` deletes it
+desired             {nodes}                       `scale`: the desired number of nodes; `launch` deletes it
 groups/<generation> {incarnations, store}         the worker of rank 0; created, never overwritten
 """
 

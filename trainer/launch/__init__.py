@@ -1,1 +1,1 @@
-"""Starting workers: the local launcher, the torchrun agent and its rendezvous backends, checks before a start."""
+"""Starts workers: the local launcher, the torchrun agent, its rendezvous backends, and checks before a start."""

@@ -1,16 +1,16 @@
-"""One node's torchrun agent, with manners: `python -m trainer.launch.agent --config FILE [-- command …]`.
+"""A torchrun agent that shuts down gracefully: `python -m trainer.launch.agent --config FILE [-- command …]`.
 
-It is torch's own `LocalElasticAgent` with the rendezvous `etcd3-diloco`; plain `torchrun --rdzv-backend etcd3-diloco`
-does the same work. What differs:
+It is torch's `LocalElasticAgent` with the rendezvous `etcd3-diloco`. Plain `torchrun --rdzv-backend etcd3-diloco`
+works, too; the differences are:
 
-- SIGTERM: the workers get it, may take `SHUTDOWN_TIMEOUT` to save (torchrun: 30 s), this node's keys are given back
-  (torchrun leaves them to their lease), and the exit status is 143 (torchrun: 1, after a traceback). SIGINT: 130.
-- A worker that ends for good is not restarted: 2 (bad configuration: it would end so again) and 143 (told to leave).
-- A worker that the kernel kills because memory is short (its cgroup counts such kills) is restarted once: at the second
-  kill it is clear that it needs more than there is.
+- On SIGTERM, the workers get `LaunchTimeouts.shutdown` to save (torchrun: 30 s), this node's keys are deleted (torchrun
+  leaves them to their lease), and the exit status is 143 (torchrun: 1, after a traceback). SIGINT: 130.
+- A worker that ends with status 2 (bad configuration) or 143 (told to leave) is not restarted.
+- A worker that the kernel kills because memory is short is restarted once: a second kill shows that it needs more
+  memory than there is.
 - Workers die with their agent, even by kill -9.
-- When the restarts are used up, and the other nodes are fewer than `min_nodes`, the verdict "failed" is written, with
-  the reason: they need not wait for us.
+- When the restarts are used up and fewer than `min_nodes` other nodes are left, the agent writes the verdict "failed"
+  with the reason, so that the others do not wait for this node.
 
 Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 143, or 1.
 """
@@ -24,26 +24,34 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError, out_of_memory, run_main
 from trainer.files import read_json
-from trainer.launch.memory import MemoryGroup
+from trainer.launch.memory_cgroup import MemoryCgroup
 from trainer.process import dying_with_parent
+from trainer.timeouts import LaunchTimeouts
 
-SHUTDOWN_TIMEOUT = 120  # seconds that workers may take to save; a cluster's grace period is what limits it there
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import RunResult
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    from trainer.launch.etcd3_diloco_rendezvous import NodeRendezvous
+
 log = logging.getLogger(__name__)
 
-MEMORY_KILLS = 2  # kills for want of memory after which a worker is not restarted
-_FINAL = (2, 143)  # a worker's exit statuses that a restart does not mend
+MEMORY_KILLS = 2  # out-of-memory kills after which a worker is not restarted
+_FINAL = (2, 143)  # exit statuses of a worker that a restart does not change
 _KILLED = -signal.SIGKILL
 _VAGUE = re.compile(r"the worker of node \d+ (ended with status \d+|was killed by SIG\w+( \(out of memory\?\))?)")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run the agent; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.launch.agent", description="One node's torchrun agent.")
     parser.add_argument("--config", type=Path, required=True, help="the node's resolved configuration (JSON)")
-    parser.add_argument("--slot", type=int, help="the slot it would like to have")
+    parser.add_argument("--slot", type=int, help="the preferred slot")
     parser.add_argument("command", nargs="*", help="the worker; by default `python -m trainer train --config FILE`")
     parsed = parser.parse_args(arguments)
     config = TrainingConfig.from_tree(read_json(parsed.config))
@@ -52,57 +60,74 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_vague(reason: str) -> bool:
-    """Whether a verdict that an agent has written only says that a worker has ended, and not why."""
+    """Whether a verdict that an agent has written only says that a worker ended, but not why."""
     return _VAGUE.fullmatch(reason) is not None
 
 
 def run_agent(
-    config: TrainingConfig, command: list[str], slot: int | None = None, memory: MemoryGroup | None = None
+    config: TrainingConfig,
+    command: list[str],
+    slot: int | None = None,
+    memory: MemoryCgroup | None = None,
+    timeouts: LaunchTimeouts = LaunchTimeouts(),
 ) -> int:
     """Run this node's workers until they are done; returns the exit status. Needs the main thread (signals).
 
     Args:
-        slot: The slot that the node would like to have.
-        memory: The cgroup that the workers are in; by default this process's.
+        config: The node's.
+        command: The worker.
+        slot: The preferred slot.
+        memory: The workers' cgroup; by default this process's.
+        timeouts: `shutdown` is the time that workers get to save.
 
     Raises:
-        TrainingError: The workers need more memory than they may take; or the run cannot be joined.
+        TrainingError: The workers need more memory than they may use; or the run cannot be joined.
     """
-    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):  # torch's own; our messages about lost peers are shorter
+    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):  # torch logs at length when a peer is lost
         os.environ.setdefault(name, "ERROR")
-    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
-    from trainer.elastic.keys import finish, verdict
-    from trainer.etcd.client import EtcdClient, local_address
+    from trainer.elastic.keys import verdict
+    from trainer.etcd.client import EtcdClient
     from trainer.etcd.errors import EtcdError
-    from trainer.launch.etcd3_diloco_rendezvous import BACKEND, NodeRendezvous
-
-    deaths, in_pod = _MemoryDeaths(memory or MemoryGroup()), config.launcher != "local"
-
-    class Agent(LocalElasticAgent):
-        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-            result = super()._monitor_workers(worker_group)
-            codes = [failure.exitcode for failure in result.failures.values()]
-            if codes:
-                deaths.take(codes)
-                if deaths.last and deaths.count < MEMORY_KILLS and self._remaining_restarts:
-                    log.warning("a worker %s; it is started again once", deaths.words(in_pod=in_pod))
-            if any(code in _FINAL for code in codes) or deaths.count >= MEMORY_KILLS:
-                self._remaining_restarts = 0
-            return result
 
     def stop(number: int, frame: types.FrameType | None) -> None:
-        # torch installs the same when it starts workers; this one serves until then, while we wait for other nodes.
+        # torch installs the same handler when it starts workers; this one serves until then.
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    kills = _MemoryKills(memory or MemoryCgroup(), in_pod=config.launcher != "local")
+    rendezvous = _rendezvous(config, slot)
+    logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch does not remove it
+    try:
+        result = _agent(config, command, rendezvous, kills, logs.name, timeouts).run()
+        return _conclude(config, rendezvous, result, kills) if result.is_failed() else 0
+    except SignalException as error:
+        return 128 + error.sigval
+    except RendezvousClosedError as error:
+        with EtcdClient.of(config) as client:
+            if verdict(client).status == "succeeded":
+                return 0
+        raise TrainingError(str(error)) from None
+    except (RendezvousError, EtcdError) as error:
+        raise TrainingError(str(error)) from None
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; do not interrupt the clean-up
+        rendezvous.shutdown()
+        logs.cleanup()
+
+
+def _rendezvous(config: TrainingConfig, slot: int | None) -> "NodeRendezvous":
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    from trainer.etcd.client import local_address
+    from trainer.launch.etcd3_diloco_rendezvous import BACKEND, NodeRendezvous
 
     etcd = config.etcd
-    handler = NodeRendezvous(
+    return NodeRendezvous(
         RendezvousParameters(
             BACKEND,
             ",".join(etcd.endpoints),
@@ -118,92 +143,101 @@ def run_agent(
             **{name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")},
         )
     )
+
+
+def _agent(
+    config: TrainingConfig,
+    command: list[str],
+    rendezvous: "NodeRendezvous",
+    kills: "_MemoryKills",
+    log_dir: str,
+    timeouts: LaunchTimeouts,
+) -> "LocalElasticAgent":
+    """torch's agent, with our rules about which workers are restarted."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+
+    class Agent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            codes = [failure.exitcode for failure in result.failures.values()]
+            if codes:
+                kills.update(codes)
+                if kills.last and kills.count < MEMORY_KILLS and self._remaining_restarts:
+                    log.warning("a worker %s; it is restarted once", kills.reason())
+            if any(code in _FINAL for code in codes) or kills.count >= MEMORY_KILLS:
+                self._remaining_restarts = 0
+            return result
+
     executable, *rest = dying_with_parent(command)
-    logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch would leave its own
-    agent = Agent(
-        WorkerSpec(
-            role="worker",
-            local_world_size=config.elastic.nproc_per_node,
-            rdzv_handler=handler,
-            max_restarts=config.elastic.max_restarts,
-            monitor_interval=0.1,
-            entrypoint=executable,
-            args=tuple(rest),
-            master_addr=None,
-            master_port=None,
-        ),
-        logs_specs=DefaultLogsSpecs(logs.name),
-        shutdown_timeout=SHUTDOWN_TIMEOUT,
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=config.elastic.nproc_per_node,
+        rdzv_handler=rendezvous,
+        max_restarts=config.elastic.max_restarts,
+        monitor_interval=0.1,
+        entrypoint=executable,
+        args=tuple(rest),
+        master_addr=None,
+        master_port=None,
     )
-    try:
-        result = agent.run()
-        if not result.is_failed():
-            return 0
-        codes = [failure.exitcode for failure in result.failures.values()]
-        status = next((code for code in _FINAL if code in codes), 1)
-        if status == 143:  # one that leaves does not speak for the run
-            return status
-        end = deaths.words(in_pod=in_pod) if deaths.last else _end(codes, deaths.known)
-        reason = f"the worker of node {handler.slot} {end}"
-        with EtcdClient.of(config) as client:
-            if len(client.list("slots/")) - 1 < config.min_nodes:  # else the others go on without us
-                finish(client, "failed", reason, handler.slot)
-            if verdict(client).status == "succeeded":
-                return 0  # the others may have been done without it
-        if deaths.last:  # the worker could not say so itself
-            raise TrainingError(reason)
+    return Agent(spec, logs_specs=DefaultLogsSpecs(log_dir), shutdown_timeout=timeouts.shutdown)
+
+
+def _conclude(config: TrainingConfig, rendezvous: "NodeRendezvous", result: "RunResult", kills: "_MemoryKills") -> int:
+    """Write the verdict if the run cannot go on without this node's failed workers; returns the exit status."""
+    from trainer.elastic.keys import finish, verdict
+    from trainer.etcd.client import EtcdClient
+
+    codes = [failure.exitcode for failure in result.failures.values()]
+    status = next((code for code in _FINAL if code in codes), 1)
+    if status == 143:  # a worker that leaves does not decide about the run
         return status
-    except SignalException as error:
-        return 128 + error.sigval
-    except RendezvousClosedError as error:
-        with EtcdClient.of(config) as client:
-            if verdict(client).status == "succeeded":
-                return 0
-        raise TrainingError(str(error)) from None
-    except (RendezvousError, EtcdError) as error:
-        raise TrainingError(str(error)) from None
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; the keys are given back in peace
-        handler.shutdown()
-        logs.cleanup()
+    end = kills.reason() if kills.last else _end(codes, kills.counted)
+    reason = f"the worker of node {rendezvous.slot} {end}"
+    with EtcdClient.of(config) as client:
+        if len(client.list("slots/")) - 1 < config.min_nodes:
+            finish(client, "failed", reason, rendezvous.slot)
+        if verdict(client).status == "succeeded":  # the others may have finished without this node
+            return 0
+    if kills.last:  # the worker could not report it
+        raise TrainingError(reason)
+    return status
 
 
-class _MemoryDeaths:
-    """Tells workers that the kernel has killed because memory was short from others.
+class _MemoryKills:
+    """Distinguishes workers that the kernel killed because memory was short from other failures.
 
     Attributes:
-        known: Whether the kernel says.
-        count: How often there were any.
-        last: Whether there was one among those that have failed last.
+        counted: Whether the kernel counts its kills.
+        count: Failures with such a kill.
+        last: Whether the last failure was one.
     """
 
-    def __init__(self, group: MemoryGroup) -> None:
-        self._group, self._before = group, group.kills()
-        self.known = self._before is not None
+    def __init__(self, cgroup: MemoryCgroup, *, in_pod: bool) -> None:
+        self._cgroup, self._in_pod, self._before = cgroup, in_pod, cgroup.kills()
+        self.counted = self._before is not None
         self.count, self.last = 0, False
 
-    def take(self, exit_codes: list[int]) -> None:
-        """Take in how workers have failed."""
-        now = self._group.kills()
-        more = now is not None and now > (self._before or 0)
-        self._before, self.last = now, more and _KILLED in exit_codes
+    def update(self, exit_codes: list[int]) -> None:
+        """Classify a failure by the workers' exit codes and the kernel's count."""
+        now = self._cgroup.kills()
+        increased = now is not None and now > (self._before or 0)
+        self._before, self.last = now, increased and _KILLED in exit_codes
         self.count += self.last
 
-    def words(self, *, in_pod: bool) -> str:
-        limit = self._group.limit()
-        return out_of_memory("" if limit is None else f"{limit / 2**30:.3g} GiB", in_pod=in_pod)
+    def reason(self) -> str:
+        """How the worker ended, with advice, as the end of a sentence."""
+        limit = self._cgroup.limit()
+        return out_of_memory("" if limit is None else f"{limit / 2**30:.3g} GiB", in_pod=self._in_pod)
 
 
-def _end(exit_codes: list[int], counted: bool) -> str:
-    """How workers ended, in words. A negative exit code is the signal that killed one.
-
-    Args:
-        counted: It would be known if memory had been short.
-    """
+def _end(exit_codes: list[int], kills_counted: bool) -> str:
+    """How workers ended, as the end of a sentence. A negative exit code is the signal that killed a worker."""
     code = next(code for code in exit_codes if code)
     if code < 0:
-        guess = " (out of memory?)" if code == _KILLED and not counted else ""
+        guess = " (out of memory?)" if code == _KILLED and not kills_counted else ""
         return f"was killed by {signal.Signals(-code).name}{guess}"
     return f"ended with status {code}"
 

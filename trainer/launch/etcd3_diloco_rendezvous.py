@@ -1,17 +1,17 @@
-"""The torchrun backend `etcd3-diloco`: nodes, not worlds.
+"""The torchrun backend `etcd3-diloco`: a rendezvous of nodes instead of worlds.
 
-torchrun's own elasticity makes one world of all nodes, and restarts every worker when a node comes or goes. Here an
-agent only holds a node lease and one of `max_nodes` slots; its local workers are a world of their own, and the workers
-of different nodes meet in the quorum (`trainer.elastic.quorum`).
+torchrun's elasticity forms one world of all nodes and restarts every worker when a node joins or leaves. Here an agent
+only holds a node lease and one of `max_nodes` slots. Its local workers form a world of their own, and the workers of
+different nodes synchronise through the quorum (`trainer.elastic.member`).
 
     torchrun --rdzv-backend etcd3-diloco --rdzv-endpoint host:2379 --rdzv-id <run id> --nnodes 2:4 … train.py
 
-Its keys are listed in `trainer.elastic.keys`.
+`trainer.elastic.keys` lists its keys.
 
-Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key`, `user`, `lease_ttl` and `timeout` in seconds,
-`slot`, the slot that the node would like to have, and `nodes`: the first start waits for that many (by default for
-`min_nodes`), and once `min_nodes` are there for `last_call_timeout` seconds at most (30, as in torchrun's own
-rendezvous). The password comes from the environment: ETCD_PASSWORD.
+Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key` and `user` of etcd; `lease_ttl` and `timeout` in
+seconds; `slot`, the preferred slot; and `nodes`, the number of nodes that the first start waits for (default:
+`min_nodes`). Once `min_nodes` nodes are present, the rest get `last_call_timeout` seconds (default: 30, as in
+torchrun's own rendezvous). The password comes from ETCD_PASSWORD in the environment.
 """
 
 import logging
@@ -37,15 +37,16 @@ from trainer.elastic.keys import SLOT_VARIABLE, bury_members, finish, verdict
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
+from trainer.timeouts import LaunchTimeouts
 
 log = logging.getLogger(__name__)
 
 BACKEND = "etcd3-diloco"
-LAST_CALL_TIMEOUT = 30.0  # seconds
+_SPARE_WAIT = 3600.0  # seconds; a spare waits again after that, as long as the run lasts
 
 
 def client_of(parameters: RendezvousParameters) -> EtcdClient:
-    """The client that torchrun's endpoint (`host:port`, or several with commas) and `--rdzv-conf` describe."""
+    """The client that torchrun's endpoint (`host:port`, several separated by commas) and `--rdzv-conf` describe."""
     return EtcdClient(
         parameters.endpoint.split(","),
         run_prefix(parameters.get("prefix", "/torchelastic"), parameters.run_id),
@@ -54,18 +55,22 @@ def client_of(parameters: RendezvousParameters) -> EtcdClient:
 
 
 class NodeRendezvous(RendezvousHandler):
-    """One agent's part: see the module's docstring.
+    """One agent's part in the rendezvous; see the module's docstring.
 
     Args:
-        parameters: torchrun's; the endpoint is `host:port`, or several with commas.
+        parameters: torchrun's; the endpoint is `host:port`, several separated by commas.
+        timeouts: `last_call` is the default of `last_call_timeout`.
+
+    Attributes:
+        slot: The slot that this node holds; None before `next_rendezvous`.
     """
 
-    def __init__(self, parameters: RendezvousParameters) -> None:
+    def __init__(self, parameters: RendezvousParameters, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
         self._run_id = parameters.run_id
         self._min_nodes, self._max_nodes = parameters.min_nodes, parameters.max_nodes
-        self._wanted = min(int(parameters.get("nodes", self._min_nodes)), self._max_nodes)
+        self._desired = min(int(parameters.get("nodes", self._min_nodes)), self._max_nodes)
         self._timeout = float(parameters.get("timeout", 1800))
-        self._last_call = float(parameters.get("last_call_timeout", LAST_CALL_TIMEOUT))
+        self._last_call = float(parameters.get("last_call_timeout", timeouts.last_call))
         self._ttl = float(parameters.get("lease_ttl", 15))
         self._preferred = parameters.get_as_int("slot")
         self._address = parameters.local_addr or "127.0.0.1"
@@ -76,73 +81,79 @@ class NodeRendezvous(RendezvousHandler):
         self.slot: int | None = None
 
     def get_backend(self) -> str:
+        """The name of this backend."""
         return BACKEND
 
     @property
     def use_agent_store(self) -> bool:
-        return True  # MASTER_ADDR and MASTER_PORT name the store below, which the agent hosts
+        """True: MASTER_ADDR and MASTER_PORT name the agent's store (`next_rendezvous`)."""
+        return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Hold a slot, wait for the run's first start, and give the local workers a world of their own.
+        """Take a slot, wait for the run's first start, and form a world of the local workers.
 
         Raises:
-            RendezvousClosedError: The run has its verdict.
+            RendezvousClosedError: The run is over.
             RendezvousTimeoutError: `min_nodes` nodes did not come in time.
-            RendezvousConnectionError: etcd cannot be reached, or refuses us.
+            RendezvousConnectionError: etcd is unreachable, or refuses access.
         """
         try:
             if self.slot is None:
-                self._refuse_if_closed()
-            else:  # a restart, which an etcd that is away must not prevent
-                self._client.wait_for(self._refuse_if_closed_or(self._bury_own), self._timeout)
+                self._raise_if_closed()
+            else:  # a restart, which waits for an unreachable etcd
+                self._client.wait_for(self._unless_closed(self._revoke_own_members), self._timeout)
             self._take_slot()
             self._wait_for_start()
         except EtcdError as error:
             raise RendezvousConnectionError(str(error)) from error
-        os.environ[SLOT_VARIABLE] = str(self.slot)  # torch's agent hands its own environment down to the workers
+        os.environ[SLOT_VARIABLE] = str(self.slot)  # the workers inherit the agent's environment
         self._store = TCPStore(
             self._address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._timeout)
         )
         return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(self._address, self._store.port))
 
     def is_closed(self) -> bool:
+        """Whether the run is over."""
         try:
             return verdict(self._client).terminal
         except EtcdError as error:
             raise RendezvousConnectionError(str(error)) from error
 
     def set_closed(self) -> None:
+        """End the run with the verdict "failed"."""
         finish(self._client, "failed", "the rendezvous was closed")
 
     def num_nodes_waiting(self) -> int:
-        return 0  # a node that comes later is no reason to restart anybody's workers
+        """0: a node that joins later restarts no workers."""
+        return 0
 
     def get_run_id(self) -> str:
+        """The run id."""
         return self._run_id
 
     def shutdown(self) -> bool:
-        """Give back this node's keys, and nobody else's."""
+        """Delete this node's keys, and no others."""
         try:
             if self._lease is not None:
                 if self.slot is not None and not self._lease.lost.is_set():
                     bury_members(self._client, self.slot)
                 self._lease.revoke()
         except EtcdError as error:
-            log.warning("this node's keys stay until its lease ends: %s", error)
+            log.warning("this node's keys remain until its lease expires: %s", error)
         finally:
             self._lease, self.slot, self._store = None, None, None
             self._client.close()
         return True
 
-    def _bury_own(self) -> bool:
-        """Our workers are dead: nobody need wait for their leases."""
+    def _revoke_own_members(self) -> bool:
+        """This node's workers are dead: the others need not wait until their leases expire."""
         assert self.slot is not None
         bury_members(self._client, self.slot)
         return True
 
     def _take_slot(self) -> None:
-        """Return with one of the slots; wait for one, as a spare, when none is free."""
-        if self._lease is not None and self._lease.lost.is_set():  # we stood still, and another node has our slot
+        """Take one of the slots. If none is free, wait for one as a spare."""
+        if self._lease is not None and self._lease.lost.is_set():  # this process stood still; another has the slot
             self._lease.revoke()
             self._lease, self.slot = None, None
         if self.slot is not None:
@@ -151,8 +162,7 @@ class NodeRendezvous(RendezvousHandler):
         if self._try_slots() is None:
             self._register(None)
             log.warning("all %d slots are taken: this node waits as a spare", self._max_nodes)
-            # A spare waits for as long as the run lasts: being spare is no failure.
-            while self._client.wait_for(self._refuse_if_closed_or(self._try_slots), 3600.0) is None:
+            while self._client.wait_for(self._unless_closed(self._try_slots), _SPARE_WAIT) is None:
                 pass
         self._register(self.slot)
 
@@ -174,10 +184,10 @@ class NodeRendezvous(RendezvousHandler):
         self._lease.put(f"nodes/{self._node}", {"host": socket.gethostname(), "pid": os.getpid(), "slot": slot})
 
     def _wait_for_start(self) -> None:
-        """Return once enough nodes have held a slot at the same time, in this run's life.
+        """Return once the run has started: enough nodes have held a slot at the same time.
 
-        All that are wanted are enough; `min_nodes` are when the last call is over, or the timeout, so that a run that
-        can do with one node begins with all that come at about the same time.
+        The desired number of nodes is enough at once, `min_nodes` only after the last call or the timeout. So a run
+        that can train on one node still starts with all nodes that arrive at about the same time.
         """
         present, enough_since, deadline = 0, 0.0, time.monotonic() + self._timeout
 
@@ -194,31 +204,31 @@ class NodeRendezvous(RendezvousHandler):
                 enough_since = 0.0
                 return False
             enough_since = enough_since or time.monotonic()
-            if present < self._wanted and seconds_left() > 0:
+            if present < self._desired and seconds_left() > 0:
                 return False
-            if self._client.swap("started", {"nodes": nodes}, None)[0] and present < self._wanted:
-                log.warning("starting with %d of %d nodes: the others join when they come", present, self._wanted)
+            if self._client.swap("started", {"nodes": nodes}, None)[0] and present < self._desired:
+                log.warning("starting with %d of %d nodes: the others join when they arrive", present, self._desired)
             return True
 
-        def say() -> None:
+        def log_wait() -> None:
             if present < self._min_nodes:
-                log.warning("waiting for nodes: %d of at least %d are here", present, self._min_nodes)
+                log.warning("waiting for nodes: %d of at least %d are present", present, self._min_nodes)
             else:
-                log.warning("%d of %d nodes are here: starting in %.0f s", present, self._wanted, seconds_left())
+                log.warning("%d of %d nodes are present: starting in %.0f s", present, self._desired, seconds_left())
 
-        if not self._client.wait_for(self._refuse_if_closed_or(started), self._timeout, on_wait=say):
-            reason = f"only {present} of at least {self._min_nodes} nodes came within {self._timeout:.0f} s"
+        if not self._client.wait_for(self._unless_closed(started), self._timeout, on_wait=log_wait):
+            reason = f"only {present} of at least {self._min_nodes} nodes arrived within {self._timeout:.0f} s"
             self.shutdown()
             raise RendezvousTimeoutError(reason)
 
-    def _refuse_if_closed_or(self, predicate: Callable[[], bool | None]) -> Callable[[], bool | None]:
+    def _unless_closed(self, predicate: Callable[[], bool | None]) -> Callable[[], bool | None]:
         def check() -> bool | None:
-            self._refuse_if_closed()
+            self._raise_if_closed()
             return predicate()
 
         return check
 
-    def _refuse_if_closed(self) -> None:
+    def _raise_if_closed(self) -> None:
         result = verdict(self._client)
         if result.terminal:
             self.shutdown()

@@ -2,27 +2,27 @@
 
     torchrun --rdzv-backend etcd3 --rdzv-endpoint host:2379 --rdzv-id <run id> --nnodes 1:4 … anyones_script.py
 
-All nodes are one world. A node that comes, goes or dies restarts every worker, as torchrun has it; for training that
-does not stop, see `trainer.launch.etcd3_diloco_rendezvous`. The two backends that ship with torch speak the v2 API,
-which etcd has switched off since 3.4 and removed in 3.6.
+All nodes form one world, and a node that joins, leaves or dies restarts every worker, as usual with torchrun. (Training
+without restarts: `trainer.launch.etcd3_diloco_rendezvous`.) The two etcd backends that ship with torch use the v2 API,
+which etcd 3.6 has removed.
 
-Protect this etcd (TLS, a user with rights below the prefix only): the rendezvous state is torch's own pickle, which
-every agent loads. Whoever may write the key may run code in the agents; torch leaves no choice here. It is the only
-pickle that we put into etcd, as base64 in a JSON string.
+Security: the rendezvous state is torch's own pickle, which every agent loads, so write access to the key lets a process
+run code in the agents. torch offers no alternative. Protect this etcd by TLS and a user with rights below the prefix
+only. It is the only pickle that this project puts into etcd, as base64 in a JSON string.
 
 Keys, below `{prefix}/{run id}/`, each under a lease of the agent that wrote it last:
 
 rendezvous           {state}          torch's `_RendezvousState`; every change is a compare-and-swap on its mod_revision
-store/<key>          {value, write}   what agents tell each other at the beginning and the end of a round
+store/<key>          {value, write}   messages between agents at the start and end of a round
 
-Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key` and `user` (the password comes from the
-environment: ETCD_PASSWORD); in seconds `lease_ttl` (how long the keys outlive the last agent; 7200), `read_timeout`
-(how long to wait for another agent's key; 60) and `outage_limit` (how long to wait for an etcd that was there before;
-60); and torch's own, of which these matter: `keep_alive_interval` (5 s) times `keep_alive_max_attempt` (3) is how long
-a dead agent is taken for living, by the wall clocks of all nodes, and `last_call_timeout` (30 s) how long a start waits
-for more nodes than the fewest. An agent that is killed leaves its workers behind: what ends them is their container.
+Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key` and `user` of etcd (the password comes from
+ETCD_PASSWORD in the environment). In seconds: `lease_ttl`, how long the keys outlive the last agent (7200);
+`read_timeout`, how long to wait for another agent's key (60); `outage_limit`, how long to wait for an etcd that was
+reachable before (60). Of torch's own: a dead agent counts as alive for `keep_alive_interval` (5 s) times
+`keep_alive_max_attempt` (3), by the wall clocks of all nodes; `last_call_timeout` (30 s) is how long a start waits for
+nodes beyond the minimum. The workers of a killed agent end only with their container.
 
-A run id that is finished stays so until the lease ends: take a new one for each run and attempt.
+A finished run id stays closed until the lease expires: use a new one for each run and attempt.
 """
 
 import os
@@ -45,9 +45,10 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBa
 from trainer.etcd.client import Entry, EtcdClient, local_address
 from trainer.etcd.errors import EtcdError
 from trainer.launch.etcd3_diloco_rendezvous import client_of
+from trainer.retry import retrying
+from trainer.timeouts import LaunchTimeouts
 
 BACKEND = "etcd3"
-RETRY_INTERVAL = 0.5  # seconds between two knocks at an etcd that is away
 
 T = TypeVar("T")
 
@@ -56,13 +57,13 @@ def create(parameters: RendezvousParameters) -> RendezvousHandler:
     """torch's dynamic rendezvous with its state and its store in etcd.
 
     Raises:
-        RendezvousConnectionError: etcd cannot be reached, or refuses us.
+        RendezvousConnectionError: etcd is unreachable, or refuses access.
     """
-    # Sharing rank 0's store between rounds makes torch 2.13 to 2.15 hang when a node is added.
+    # With rank 0's store shared between rounds, torch 2.13 to 2.15 hangs when a node is added.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     etcd = _Etcd(parameters)
     if not parameters.local_addr:
-        # The name of a container is often known to nobody else; the address that etcd sees can be reached.
+        # Other nodes often cannot resolve a container's name, but can reach the address that etcd sees.
         try:
             address = local_address(parameters.endpoint.partition(",")[0])
         except EtcdError as error:
@@ -80,26 +81,27 @@ class EtcdBackend(RendezvousBackend):
 
     @property
     def name(self) -> str:
+        """The name of this backend."""
         return BACKEND
 
     def get_state(self) -> tuple[bytes, int] | None:
+        """The state and its token; None if there is none."""
         return _state(self._etcd.ask(lambda client: client.get("rendezvous")))
 
     def set_state(self, state: bytes, token: int | None = None) -> tuple[bytes, int, bool] | None:
+        """Compare and swap; returns the resulting state, its token, and whether `state` was written."""
         value = {"state": _encode(state)}
-        # When the answer was lost, a second try may find the key changed by the first: then this is not won, but what
-        # is returned is our own state, and torch goes on from that.
+        # After a lost answer, the second attempt may find the key changed by the first. It then fails, but returns our
+        # own state, from which torch continues.
         won, entry = self._etcd.ask(lambda client: client.swap("rendezvous", value, token, self._etcd.lease()))
         found = _state(entry)
         return (*found, won) if found else None
 
 
 class EtcdStore(Store):
-    """A c10d store in etcd: what the agents of a round tell each other. Workers do not use it.
+    """A c10d store in etcd, for messages between the agents of a round. Workers do not use it.
 
-    Raises (every method):
-        RendezvousConnectionError: etcd cannot be reached, or refuses us.
-        DistStoreError: A key that was waited for did not come in time.
+    Every method may raise RendezvousConnectionError: etcd is unreachable, or refuses access.
     """
 
     def __init__(self, etcd: "_Etcd", timeout: timedelta) -> None:
@@ -108,17 +110,20 @@ class EtcdStore(Store):
         self.set_timeout(timeout)  # torch changes it for a barrier
 
     def set(self, key: str, value: str | bytes) -> None:
+        """Write a key."""
         written = _written(value.encode() if isinstance(value, str) else value)
         self._etcd.ask(lambda client: client.put(f"store/{key}", written, self._etcd.lease()))
 
     def get(self, key: str) -> bytes:
+        """Wait for a key and read it; raises DistStoreError if it does not arrive in time."""
         self.wait([key])
         entry = self._etcd.ask(lambda client: client.get(f"store/{key}"))
         if entry is None:
-            raise DistStoreError(f"{key} is gone")
+            raise DistStoreError(f"{key} has been deleted")
         return b64decode(entry.value["value"])
 
     def add(self, key: str, value: int) -> int:
+        """Add to a counter, atomically; returns the sum."""
         while True:
             entry = self._etcd.ask(lambda client: client.get(f"store/{key}"))
             total = value + (int(b64decode(entry.value["value"])) if entry else 0)
@@ -128,48 +133,50 @@ class EtcdStore(Store):
 
     def _swap(self, key: str, written: dict[str, str], token: int | None) -> bool:
         won, entry = self._etcd.ask(lambda client: client.swap(f"store/{key}", written, token, self._etcd.lease()))
-        return won or (entry is not None and entry.value == written)  # it was ours whose answer had been lost
+        return won or (entry is not None and entry.value == written)  # our write, after a lost answer
 
     def check(self, keys: list[str]) -> bool:
+        """Whether all keys exist."""
         return self._etcd.ask(lambda client: all(client.get(f"store/{key}") for key in keys))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait until all keys exist; raises DistStoreError if they do not in time."""
         limit = (timeout or self.timeout).total_seconds()  # type: ignore[attr-defined]
 
-        def here(client: EtcdClient) -> bool | None:
+        def all_exist(client: EtcdClient) -> bool | None:
             return client.wait_for(lambda: all(client.get(f"store/{key}") for key in keys), limit, "store/")
 
-        if not self._etcd.ask(here):
-            raise DistStoreError(f"{', '.join(keys)} did not come within {limit:.0f} s")
+        if not self._etcd.ask(all_exist):
+            raise DistStoreError(f"{', '.join(keys)} did not arrive within {limit:.0f} s")
 
 
 class _Etcd:
-    """The client, with torch's exceptions, patience, and this agent's lease."""
+    """The client, with torch's exceptions, retries during an outage, and this agent's lease."""
 
-    def __init__(self, parameters: RendezvousParameters) -> None:
+    def __init__(self, parameters: RendezvousParameters, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
         self._client = client_of(parameters)
         self._ttl = float(parameters.get("lease_ttl", 7200))
-        self._outage_limit = float(parameters.get("outage_limit", 60))
+        self._retrying = retrying(
+            lambda error: isinstance(error, EtcdError) and error.kind == "unreachable" and self._reached,
+            patience=float(parameters.get("outage_limit", 60)),
+            first_pause=timeouts.etcd_retry,
+            longest_pause=timeouts.etcd_retry,
+        )
         self._lease = 0
         self._refreshed = 0.0
         self._reached = False
 
     def ask(self, operation: Callable[[EtcdClient], T]) -> T:
-        """Do something with etcd. One that was there before, and is away, is waited for."""
-        deadline = time.monotonic() + self._outage_limit
-        while True:
-            try:
-                result = operation(self._client)
-            except EtcdError as error:
-                if error.kind != "unreachable" or not self._reached or time.monotonic() > deadline:
-                    raise RendezvousConnectionError(str(error)) from error
-                time.sleep(RETRY_INTERVAL)
-            else:
-                self._reached = True
-                return result
+        """Run an operation. An etcd that was reachable before is waited for."""
+        try:
+            result = self._retrying(operation, self._client)
+        except EtcdError as error:
+            raise RendezvousConnectionError(str(error)) from error
+        self._reached = True
+        return result
 
     def lease(self) -> int:
-        """This agent's lease. Agents write every few seconds: that keeps it alive, and it outlives the last of them."""
+        """This agent's lease. Agents write every few seconds, which keeps it alive until the last one ends."""
         now = time.monotonic()
         if not self._lease or now - self._refreshed > self._ttl / 3:
             if not self._lease or not self._client.refresh(self._lease):
@@ -179,7 +186,7 @@ class _Etcd:
 
 
 def _written(value: bytes) -> dict[str, str]:
-    """A value of the store, and the name of this writing of it, by which a writer knows its own."""
+    """A value of the store, with an id by which its writer recognises it."""
     return {"value": _encode(value), "write": uuid.uuid4().hex}
 
 
@@ -193,4 +200,4 @@ def _state(entry: Entry | None) -> tuple[bytes, int] | None:
     try:
         return b64decode(entry.value["state"], validate=True), entry.revision
     except (KeyError, TypeError, ValueError) as error:
-        raise RendezvousStateError(f"the rendezvous state in etcd is no base64: {error}") from error
+        raise RendezvousStateError(f"the rendezvous state in etcd is not base64: {error}") from error

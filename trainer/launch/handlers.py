@@ -1,7 +1,7 @@
 """torchrun's entry points (group `torchrun.handlers`): the backends `etcd3` and `etcd3-diloco`.
 
-torch asks for them while it imports its own rendezvous package, which the backends import, too. So nothing is imported
-here before a backend is used: whoever imports a backend first would else find it missing in torch's registry.
+torch loads them while it imports its own rendezvous package, which the backends import, too. A backend is therefore
+imported only when it is used; otherwise importing a backend first would leave it out of torch's registry.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Create = Callable[["RendezvousParameters"], "RendezvousHandler"]
 
 
 def etcd3() -> Create:
-    """torch's dynamic rendezvous with its state and its store in etcd (`trainer.launch.etcd3_rendezvous`)."""
+    """torch's dynamic rendezvous with its state and store in etcd (`trainer.launch.etcd3_rendezvous`)."""
 
     def create(parameters: "RendezvousParameters") -> "RendezvousHandler":
         from trainer.launch import etcd3_rendezvous
@@ -25,7 +25,7 @@ def etcd3() -> Create:
 
 
 def etcd3_diloco() -> Create:
-    """Nodes, not worlds (`trainer.launch.etcd3_diloco_rendezvous`)."""
+    """A rendezvous of nodes instead of worlds (`trainer.launch.etcd3_diloco_rendezvous`)."""
 
     def create(parameters: "RendezvousParameters") -> "RendezvousHandler":
         from trainer.launch.etcd3_diloco_rendezvous import NodeRendezvous

@@ -1,4 +1,4 @@
-"""What is checked before anything starts, so that bad input is refused early and nothing is half-written."""
+"""Checks before anything starts, so that bad input is refused early and leaves nothing half-written."""
 
 import os
 import socket
@@ -36,11 +36,12 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     """Check a resolved configuration against this machine. Writes nothing.
 
     Args:
-        precached: Whether every worker's dataset must be there already.
-        network: Whether workers will listen here.
+        config: The run's.
+        precached: Whether every worker's dataset must exist already.
+        network: Whether workers will listen on this machine.
 
     Raises:
-        ConfigError: Model, dataset or device are not there, the run directory cannot be written, and so on.
+        ConfigError: The model, dataset or device is missing, the run directory cannot be written, and so on.
     """
     models.resolve(config.model)
     data.check(config)
@@ -68,7 +69,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
 
 
 def check_network(config: TrainingConfig) -> None:
-    """Raise ConfigError unless the workers of a run, and its embedded etcd, can listen where they are told to."""
+    """Raise ConfigError unless the workers and the embedded etcd can listen as configured."""
     interfaces = psutil.net_if_addrs()
     if config.network_interface and config.network_interface not in interfaces:
         raise ConfigError("network_interface", config.network_interface, f"must be one of {', '.join(interfaces)}")
@@ -92,7 +93,7 @@ def _check_ports(config: TrainingConfig) -> None:
     address = config.advertise_address or _own_address(config)
     free: list[socket.socket] = []
     try:
-        while len(free) < needed:  # each goes on listening, so that the next one is another
+        while len(free) < needed:  # each stays open, so that the next one gets another port
             start = free[-1].getsockname()[1] + 1 if free else low
             if start > high:
                 break
@@ -125,13 +126,13 @@ def _check_upload(config: TrainingConfig) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError("trained_model_hf_name", name, f"is no name on the hub: {one_line(error)}") from None
+        raise ConfigError("trained_model_hf_name", name, f"is no valid Hub repository: {one_line(error)}") from None
     if not os.environ.get("HF_TOKEN"):
         raise ConfigError("hf_upload", True, "needs HF_TOKEN in the environment")
 
 
 def _check_resume(config: TrainingConfig) -> None:
-    """Refuse what the run's checkpoints, or the one that it shall begin with, do not go on with."""
+    """Refuse a configuration that differs from the run's checkpoints, or from the checkpoint to begin with."""
     began_with = Path(config.resume).absolute() if config.resume not in ("auto", "never") else None
     if began_with:
         try:
@@ -148,7 +149,7 @@ def _check_resume(config: TrainingConfig) -> None:
                 where = f"run {config.run_id} has checkpoints in {volume.checkpoints}"
                 raise ConfigError("resume", "never", f"{where}; choose another run_id")
             if state := checkpoint.newest_state(volume.checkpoints):
-                # A run that has begun with that checkpoint, and was interrupted, goes on with its own.
+                # A run that began with that checkpoint and was interrupted resumes from its own checkpoints.
                 if began_with and Path(_then(state).get("resume", "")).absolute() != began_with:
                     where = f"run {config.run_id} has checkpoints of its own in {volume.checkpoints}"
                     raise ConfigError("resume", config.resume, f"{where}: leave it out, or choose another run_id")
@@ -156,7 +157,7 @@ def _check_resume(config: TrainingConfig) -> None:
 
 
 def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -> None:
-    """Refuse to go on with a run as another one than its newest checkpoint says it is."""
+    """Refuse to resume a run with a configuration that its newest checkpoint contradicts."""
     then, advice = _then(state), "go on with that, or choose another run_id"
     where = f"the checkpoints in {volume.checkpoints}"
     if then:
@@ -189,6 +190,6 @@ def _check_steps(config: TrainingConfig, state: dict[str, Any]) -> None:
 
 
 def _then(state: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that a checkpoint was made with; an old one has null for a number that was not given."""
+    """The configuration that a checkpoint was made with. Old ones have null for a number that was not given."""
     then = state.get("config")
     return {name: UNSET if value is None else value for name, value in then.items()} if isinstance(then, dict) else {}

@@ -1,4 +1,4 @@
-"""A run that somebody else has started, as seen and asked from outside: where its etcd is, how it ended, `scale`."""
+"""Changes the number of nodes of a running `launch`; finds a run from outside."""
 
 import json
 from contextlib import suppress
@@ -10,11 +10,11 @@ from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.errors import EtcdError
 from trainer.files import read_json
+from trainer.timeouts import LaunchTimeouts
 from trainer.volume import Volume, worker_configs, worker_roots
 
 LAUNCHED = "launch.json"  # in the run directory: the run's configuration, with the etcd that `launch` has started
-WANTED = "wanted"  # {nodes}: how many nodes `launch` shall run; it deletes the key when it has taken it in
-ANSWER_TIMEOUT = 15.0  # seconds in which a launch that runs has taken it in
+DESIRED = "desired"  # {nodes}: the desired number of nodes; `launch` deletes the key to acknowledge it
 _TAIL = 65536  # bytes at the end of a metrics file in which the last event lies
 
 
@@ -64,19 +64,25 @@ def has_completed(directory: Path) -> bool:
     return False
 
 
-def scale(config: TrainingConfig, nodes: int) -> None:
-    """Ask a running `launch` for `nodes` nodes. The volumes of new ones are precached here, from the first one's.
+def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
+    """Ask a running `launch` for `nodes` nodes.
 
-    Fewer: those with the highest numbers are told to leave; they save, and the others go on.
+    The volumes of additional nodes are filled here, from the first node's. If there are to be fewer, those with the
+    highest numbers save and leave, and the others continue.
+
+    Args:
+        config: Locates the run.
+        nodes: The desired number.
+        timeouts: `scale_answer` limits the wait for `launch`.
 
     Raises:
-        ConfigError: The run does not allow as many, or as few.
-        TrainingError: The run is not running, or over; or its `launch` does not answer.
+        ConfigError: `nodes` is outside of the run's bounds.
+        TrainingError: The run is over or not running, or its `launch` does not answer.
     """
     config = find(config)
     low, high = config.min_nodes, config.max_nodes
     if not low <= nodes <= high:
-        allowed = f"must be from elastic.min_nodes ({low}) to elastic.max_nodes ({high}), as the run was started with"
+        allowed = f"must be from elastic.min_nodes ({low}) to elastic.max_nodes ({high}), the run's bounds"
         raise ConfigError("nodes", nodes, allowed)
     with EtcdClient.of(config) as client:
         try:
@@ -86,15 +92,16 @@ def scale(config: TrainingConfig, nodes: int) -> None:
         if result.terminal:
             raise TrainingError(str(result))
         _precache(config, nodes)
-        client.put(WANTED, {"nodes": nodes})
-        if not client.wait_for(lambda: client.get(WANTED) is None, ANSWER_TIMEOUT, WANTED):
-            client.delete(WANTED)
-            raise TrainingError(f"run {config.run_id}: no `launch` has answered within {ANSWER_TIMEOUT:.0f} s")
+        client.put(DESIRED, {"nodes": nodes})
+        limit = timeouts.scale_answer
+        if not client.wait_for(lambda: client.get(DESIRED) is None, limit, DESIRED):
+            client.delete(DESIRED)
+            raise TrainingError(f"run {config.run_id}: no `launch` answered within {limit:.0f} s")
     print(f"run {config.run_id}: {nodes} node{'s' if nodes > 1 else ''} from now on", flush=True)
 
 
 def with_nodes(config: TrainingConfig, nodes: int) -> TrainingConfig:
-    """The run's configuration with another number of nodes, within the bounds that it was started with."""
+    """The run's configuration with another number of nodes and unchanged bounds."""
     return config.with_values(elastic_min_nodes=config.min_nodes, elastic_max_nodes=config.max_nodes, nodes=nodes)
 
 

@@ -1,1 +1,1 @@
-"""Connections between members: bulk transfer, reachability, and what the wire carried."""
+"""Connections between members: bulk transfer, reachability probes, and the bytes on the wire."""

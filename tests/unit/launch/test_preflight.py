@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, name: str, content: str | Non
         ),
         (
             {"hf_upload": True, "trained_model_hf_name": "a/b/c"},
-            "trained_model_hf_name = 'a/b/c': is no name on the hub",
+            "trained_model_hf_name = 'a/b/c': is no valid Hub repository",
         ),
         ({"resume": "nowhere"}, "resume = 'nowhere': must be auto, never, or the directory of a checkpoint"),
     ],

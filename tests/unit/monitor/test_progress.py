@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.launch.local import last_words
+from trainer.launch.agent_process import last_error
 from trainer.monitor import dashboard
 from trainer.monitor.dashboard import Board, Live, Plain, Row
 from trainer.monitor.progress import Tail, WorkerProgress, fill
@@ -228,12 +228,12 @@ def test_without_news_the_line_says_since_when_and_says_it_once(monkeypatch: pyt
         ("torch.OutOfMemoryError: CUDA out of memory\n", "torch.OutOfMemoryError: CUDA out of memory"),
     ],
 )
-def test_last_words(tmp_path: Path, log: str, expected: str) -> None:
+def test_last_error(tmp_path: Path, log: str, expected: str) -> None:
     (tmp_path / "log").write_text(log)
-    assert last_words(tmp_path / "log") == expected
+    assert last_error(tmp_path / "log") == expected
 
 
 def test_last_words_are_of_this_launch(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("error: of yesterday\n")
-    assert last_words(tmp_path / "log", start=len("error: of yesterday\n")) == ""
-    assert last_words(tmp_path / "none") == ""
+    assert last_error(tmp_path / "log", start=len("error: of yesterday\n")) == ""
+    assert last_error(tmp_path / "none") == ""

@@ -11,7 +11,7 @@ from trainer.config import given
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
 from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site
-from trainer.launch.agent import SHUTDOWN_TIMEOUT
+from trainer.timeouts import LaunchTimeouts
 from trainer.transport.handover import TOKEN_VARIABLE
 from trainer.volume import Volume
 
@@ -25,7 +25,7 @@ CONTAINER = "pytorch"  # the name by which the training operator knows a job's m
 
 _LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # cores, GiB, GiB: requested for what needs little
 
-GRACE_PERIOD = SHUTDOWN_TIMEOUT + 30  # seconds: the agent lets its workers save for the first part of it
+GRACE_PERIOD = LaunchTimeouts().shutdown + 30  # seconds: the agent lets its workers save for the first part of it
 _USER = 1000  # the image's; not root
 
 # Labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.launch.memory import MemoryGroup
+from trainer.launch.memory_cgroup import MemoryCgroup
 
 V1 = "12:pids:/kubepods/pod1/abc\n4:memory:/kubepods/pod1/abc\n1:cpu,cpuacct:/\n0::/kubepods/pod1/abc\n"
 CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"
@@ -36,11 +36,11 @@ def test_kills_and_limit(
     for name, text in files.items():
         (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cgroup" / name).write_text(text)
-    group = MemoryGroup(tmp_path / "cgroup", tmp_path / "membership")
+    group = MemoryCgroup(tmp_path / "cgroup", tmp_path / "membership")
     assert (group.kills(), group.limit()) == (kills, limit)
 
 
 def test_where_there_is_nothing_to_read_nothing_is_known(tmp_path: Path) -> None:
-    group = MemoryGroup(tmp_path, tmp_path / "none")
+    group = MemoryCgroup(tmp_path, tmp_path / "none")
     assert (group.kills(), group.limit()) == (None, None)
-    MemoryGroup().kills()  # whatever this machine has
+    MemoryCgroup().kills()  # whatever this machine has

@@ -1,29 +1,29 @@
-"""What the kernel says of the memory of this process and its children: its memory cgroup, of either version.
+"""Counts the kernel's out-of-memory kills in this process's memory cgroup, version 1 or 2.
 
 Version 2: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files; version 1:
-https://docs.kernel.org/admin-guide/cgroup-v1/memory.html. In a container the cgroup is the container's, and what is
-mounted at `ROOT` begins with it, whatever `/proc/self/cgroup` calls it.
+https://docs.kernel.org/admin-guide/cgroup-v1/memory.html. In a container, the file system mounted at `ROOT` starts at
+the container's own cgroup, although `/proc/self/cgroup` may give a longer path.
 """
 
 from pathlib import Path
 
 ROOT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_NO_LIMIT = 1 << 60  # bytes: version 1 writes a number near 2^63 where there is none
+_NO_LIMIT = 1 << 60  # bytes: for "no limit", version 1 writes a number near 2^63
 
 
-class MemoryGroup:
-    """This process's memory cgroup.
+class MemoryCgroup:
+    """The memory cgroup of this process and its children.
 
     Args:
-        root: Where cgroups are mounted.
-        membership: Says which one is this process's.
+        root: The mount point of cgroups.
+        membership: The file that names this process's cgroup.
     """
 
     def __init__(self, root: Path = ROOT, membership: Path = MEMBERSHIP) -> None:
         self._kills, self._limit = _files(root, membership)
 
     def kills(self) -> int | None:
-        """How many processes of it the kernel has killed because memory was short; None: it does not say."""
+        """Processes of the group that the kernel has killed because memory was short; None if it does not count."""
         try:
             lines = self._kills.read_text().splitlines() if self._kills else []
             return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
@@ -31,7 +31,7 @@ class MemoryGroup:
             return None
 
     def limit(self) -> int | None:
-        """Bytes that it may take; None: no limit of its own is known."""
+        """The group's limit in bytes; None if it has none of its own."""
         try:
             text = self._limit.read_text().strip() if self._limit else ""
         except OSError:
@@ -40,18 +40,18 @@ class MemoryGroup:
 
 
 def _files(root: Path, membership: Path) -> tuple[Path | None, Path | None]:
-    """Those that count kills and that have the limit."""
+    """The files with the count of kills and with the limit."""
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
         return None, None
-    places: list[tuple[Path, str, str, str]] = []
+    candidates: list[tuple[Path, str, str, str]] = []
     for _, controllers, path in lines:
         if "memory" in controllers.split(","):
-            places.append((root / "memory", path, "memory.oom_control", "memory.limit_in_bytes"))
+            candidates.append((root / "memory", path, "memory.oom_control", "memory.limit_in_bytes"))
         elif not controllers:
-            places.append((root, path, "memory.events", "memory.max"))
-    for mount, path, kills, limit in places:
+            candidates.append((root, path, "memory.events", "memory.max"))
+    for mount, path, kills, limit in candidates:
         for directory in (mount / path.lstrip("/"), mount):
             if (directory / kills).is_file():
                 return directory / kills, directory / limit

@@ -1,0 +1,100 @@
+"""One node's torchrun agent as a child process of `launch`, and the last error in its log."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from trainer.process import dying_with_parent
+
+_ERROR = re.compile(r"(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*))")
+
+
+class AgentProcess:
+    """A torchrun agent. It dies with this process, and its workers with it.
+
+    Args:
+        node: Its number.
+        config: The file with the node's configuration.
+        log: The file that its output is appended to.
+        command: The worker; None for this package's training.
+        environment: Its environment variables.
+
+    Attributes:
+        restarts: Restarts after the agent was killed.
+        leaving: It was asked to leave, so its end is no failure.
+    """
+
+    def __init__(
+        self, node: int, config: Path, log: Path, command: list[str] | None, environment: dict[str, str]
+    ) -> None:
+        self.node, self.log, self.restarts, self.leaving = node, log, 0, False
+        self._command = [sys.executable, "-m", "trainer.launch.agent", "--config", str(config), "--slot", str(node)]
+        if command:
+            self._command += ["--", *command]
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end_reported = True
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = log.stat().st_size if log.exists() else 0
+
+    @property
+    def status(self) -> int | None:
+        """Exit status; None while it runs, negative for the signal that killed it."""
+        return self._process.poll() if self._process else None
+
+    @property
+    def started(self) -> bool:
+        """Whether it has ever been started."""
+        return self._process is not None
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs now."""
+        return self.started and self.status is None
+
+    def start(self) -> None:
+        """Start it, again if it has ended."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                dying_with_parent(self._command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,  # Ctrl-C reaches `launch` only, which passes it on
+            )
+        self._end_reported = False
+
+    def has_just_ended(self) -> bool:
+        """True once after each end."""
+        if self._end_reported or self.running:
+            return False
+        self._end_reported = True
+        return True
+
+    def terminate(self) -> None:
+        """Send SIGTERM if it runs."""
+        if self._process is not None and self.running:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """Kill it if it runs, and wait for its end."""
+        if self._process is not None and self.running:
+            self._process.kill()
+            self._process.wait()
+
+    def last_error(self) -> str:
+        """The last error message in its log since this object was created; empty if there is none."""
+        return last_error(self.log, self._log_start)
+
+
+def last_error(log: Path, start: int = 0) -> str:
+    """The last error message in a worker's log, from byte `start` on; empty if there is none."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    found = next((match for line in reversed(lines) if (match := _ERROR.match(line))), None)
+    return (found[1] or found[2]).strip() if found else ""
