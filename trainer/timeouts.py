@@ -1,7 +1,7 @@
 """Every timeout and interval that is not a parameter of the training, in one object that is handed in.
 
-What a user may want to change is a parameter (`TrainingConfig`); the rest is here, a class for each room, so that a
-test can hand in shorter ones instead of patching modules. All values are seconds.
+Values that a user may want to change are parameters (`TrainingConfig`). The others are here, one class per package, so
+that tests can pass shorter ones instead of patching modules. All values are seconds.
 
 Example:
     client = EtcdClient(endpoints, timeouts=replace(Timeouts().etcd, call=1.0))
@@ -90,7 +90,7 @@ class KubernetesTimeouts:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """All of them; each room takes its own."""
+    """All of them; each package takes its own."""
 
     etcd: EtcdTimeouts = field(default_factory=EtcdTimeouts)
     transport: TransportTimeouts = field(default_factory=TransportTimeouts)

@@ -148,7 +148,7 @@ class EtcdClient:
         return None if meta is None else self._entry(value, meta)
 
     def list(self, prefix: str) -> dict[str, Entry]:
-        """Every entry whose key begins with `prefix`, by key, sorted."""
+        """The entries of all keys that begin with `prefix`, sorted by key."""
         found = self._call(lambda etcd: list(etcd.get_prefix(self.prefix + prefix)))
         entries = [self._entry(value, meta) for value, meta in found]
         return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)}

@@ -5,7 +5,7 @@ works, too; the differences are:
 
 - On SIGTERM, the workers get `LaunchTimeouts.shutdown` to save (torchrun: 30 s), this node's keys are deleted (torchrun
   leaves them to their lease), and the exit status is 143 (torchrun: 1, after a traceback). SIGINT: 130.
-- A worker that ends with status 2 (bad configuration) or 143 (told to leave) is not restarted.
+- A worker that ends with status 2 (bad configuration) or 143 (after SIGTERM) is not restarted.
 - A worker that the kernel kills because memory is short is restarted once: a second kill shows that it needs more
   memory than there is.
 - Workers die with their agent, even by kill -9.

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from trainer.config import ENV_PREFIX, TrainingConfig
 from trainer.elastic import keys
 from trainer.errors import ConfigError, Interrupted, TrainingError
@@ -48,6 +50,7 @@ def launch(
         KeyboardInterrupt: Ctrl-C; everything is saved.
         Interrupted: SIGTERM; everything is saved.
     """
+    from trainer import checkpoint
     from trainer.launch import preflight
 
     # Check everything before anything starts
@@ -56,7 +59,8 @@ def launch(
     config = config.with_values(run_dir=str(run_dir))
     if command is not None:
         preflight.check_network(config)
-    elif _complete(worker_configs(config)):
+    elif any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in worker_configs(config)):
+        # One worker's final checkpoint suffices: it is written only when all have reached the end
         print(f"run {config.run_id} is complete already: {run_dir}", flush=True)
         return 0
     else:
@@ -258,7 +262,7 @@ class _Run:
 
     def _update(self, shown: View) -> None:
         for worker in self._progress:
-            gone = worker.pid is not None and not _lives(worker.pid)  # before its last events are read
+            gone = worker.pid is not None and not psutil.pid_exists(worker.pid)  # before its last events are read
             for event in worker.update():
                 if event["event"] == "warning":
                     shown.show(f"worker {worker.number}: {event['message']}")
@@ -289,14 +293,6 @@ class _Run:
                 signal.signal(number, handler)
 
 
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Lock the run directory. The kernel releases the lock when this process ends, in whatever way."""
@@ -321,13 +317,6 @@ def _summarise(run_dir: Path) -> None:
         write_summary(run_dir)
     except OSError as error:
         print(f"warning: no summary.json: {error}", file=sys.stderr, flush=True)
-
-
-def _complete(workers: list[TrainingConfig]) -> bool:
-    """Whether any worker has the run's final checkpoint, which is written only when all have reached the end."""
-    from trainer import checkpoint
-
-    return any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in workers)
 
 
 def _environment(workers: int) -> dict[str, str]:

@@ -84,7 +84,7 @@ def check_network(config: TrainingConfig) -> None:
 
 def _check_ports(config: TrainingConfig) -> None:
     workers, etcds = config.nodes * config.elastic.nproc_per_node, int(not config.etcd.endpoints)
-    # A worker listens for those who fetch its state; of the baseline's, the first one does, for all the others.
+    # Each worker listens for members that fetch its state; of the baseline's workers, only the first one listens.
     needed = etcds + (1 if config.optim_method == "ddp" else workers)
     low, high = map(int, config.port_range.split("-"))
     if high - low + 1 < needed:

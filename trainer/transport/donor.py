@@ -134,41 +134,34 @@ class Donor:
             channel = Channel(connection, self._secret, DONOR, self._timeouts)
             try:
                 while not self._closing.is_set():
-                    self._answer(channel, channel.receive(REQUEST_BYTES))
+                    request = channel.receive(REQUEST_BYTES)
+                    channel.send(*(self._look_up(request["find"]) if "find" in request else self._chunk(**request)))
             except Forbidden as error:
                 log.warning("donor: refused %s, which %s", host, error)
                 channel.send({"error": "refused the request"})
+            except (OSError, Failure):
+                pass  # the fetcher is done, or gone
+            except Exception as error:
+                log.exception("donor: a request from %s failed", host)
+                channel.send({"error": f"{type(error).__name__} at the donor"})
         except (OSError, Failure):
-            pass  # the fetcher is done, or gone
-        except Exception:
-            log.exception("donor: a request from %s failed", host)
+            pass  # the fetcher is gone
         finally:
             with self._lock:
                 del self._serving[threading.current_thread()]
             connection.close()
             self._free_connections.release()
 
-    def _answer(self, channel: Channel, request: dict[str, Any]) -> None:
-        try:
-            if "find" in request:
-                reply, payload = self._look_up(str(request["find"])), b""
-            else:
-                reply, payload = self._chunk(**request)
-        except Exception as error:
-            channel.send({"error": f"{type(error).__name__} at the donor"})
-            raise
-        channel.send(reply, payload)
-
-    def _look_up(self, name: str) -> dict[str, Any]:
+    def _look_up(self, name: str) -> tuple[dict[str, Any], bytes]:
         """Find an offer, and hold it so that its chunks can be read although `find` may return a newer one."""
         offer = self._find(name)
         if offer is None:
-            return {"missing": True}
+            return {"missing": True}, b""
         with self._lock:
             id = next((known for known, held in self._held.items() if held.offer is offer), uuid.uuid4().hex)
             self._held[id] = _Held(offer, {key: as_bytes(buffer) for key, buffer in offer.buffers.items()})
         layout = {key: [str(buffer.dtype), buffer.numel()] for key, buffer in offer.buffers.items()}
-        return {"offer": id, "meta": offer.meta, "layout": layout}
+        return {"offer": id, "meta": offer.meta, "layout": layout}, b""
 
     def _chunk(self, offer: str, buffer: str, start: int, stop: int) -> tuple[dict[str, Any], Any]:
         with self._lock:

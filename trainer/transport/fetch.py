@@ -136,7 +136,10 @@ class _Transfer:
             self._wait(lambda: self._content is not None, stopping, timeout)
             assert self._content is not None
             meta, layout = self._content
-            buffers = into(meta, layout) if into else _allocate(layout)
+            if into:
+                buffers = into(meta, layout)
+            else:
+                buffers = {name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()}
             self._plan(buffers, layout)
             self._wait(lambda: self._missing == 0, stopping, 2 * (self._timeouts.stall + self._chunk_bytes / SLOWEST))
         finally:
@@ -299,10 +302,6 @@ class _Transfer:
             peer.failures = max(0.0, peer.failures - FORGIVEN)
             if self._missing == 0:
                 self._changed.notify_all()
-
-
-def _allocate(layout: Layout) -> dict[str, Tensor]:
-    return {name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()}
 
 
 def _dtype(name: str) -> torch.dtype:

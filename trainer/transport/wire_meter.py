@@ -1,4 +1,4 @@
-"""What really went over the wire: the kernel's own counters of a process group's TCP connections."""
+"""Measures the bytes on the wire by the kernel's counters of a process group's TCP connections."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ _BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _LENGTH = 128, 144, 200, 208
 
 
 class WireMeter:
-    """Counts the payload bytes, retransmissions included, of the TCP connections that one piece of code opened."""
+    """Counts the payload bytes, including retransmissions, of the TCP connections that a block of code opened."""
 
     def __init__(self) -> None:
         self._sockets: list[socket.socket] = []
@@ -21,24 +21,24 @@ class WireMeter:
     @classmethod
     @contextmanager
     def watching(cls) -> Iterator["WireMeter"]:
-        """Meter the connections that the block opens and leaves open (gloo: a full mesh, when the group is made)."""
+        """Meter the connections that the block opens and leaves open (gloo: a full mesh when the group is created)."""
         meter, before = cls(), _tcp_descriptors()
         yield meter
         for descriptor, _ in _tcp_descriptors() - before:
-            # A duplicate: closing it leaves the original open, and it can still be read when the original is closed.
+            # A duplicate: closing it leaves the original open, and it remains readable after the original is closed.
             try:
                 connection = socket.socket(fileno=os.dup(descriptor))
             except OSError:
-                continue  # another thread's, closed since it was listed
+                continue  # another thread has closed it since it was listed
             try:
                 connection.getpeername()
             except OSError:
-                connection.close()  # a listening socket: nothing is sent over it
+                connection.close()  # a listening socket
             else:
                 meter._sockets.append(connection)
 
     def read(self) -> tuple[int, int] | None:
-        """Bytes sent and received since the connections were opened; None where the kernel does not tell."""
+        """Bytes sent and received since the connections were opened; None if the kernel does not report them."""
         if not sys.platform.startswith("linux"):
             return None
         sent = received = 0
@@ -46,23 +46,24 @@ class WireMeter:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             if len(info) < _LENGTH:
                 return None
-            # A collective is over when its last bytes are the kernel's: what is still in its queue is on the way.
+            # A collective ends when the kernel has its last bytes, so those in the send queue count as sent.
             sent += struct.unpack_from("=Q", info, _BYTES_SENT)[0] + struct.unpack_from("=I", info, _NOT_SENT_BYTES)[0]
             received += struct.unpack_from("=Q", info, _BYTES_RECEIVED)[0]
         return sent, received
 
     def close(self) -> None:
+        """Stop metering."""
         for connection in self._sockets:
             connection.close()
         self._sockets.clear()
 
 
 def _tcp_descriptors() -> set[tuple[int, int]]:
-    """This process's descriptors of TCP sockets, and their inodes: a number is used again. Empty without /proc."""
+    """This process's TCP sockets: descriptors, which are reused, with their inodes. Empty without /proc."""
     if not sys.platform.startswith("linux"):
         return set()
     found = set()
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names, of descriptors that may vanish meanwhile
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - iterdir would stat descriptors that may be gone
         descriptor = int(name)
         try:
             about = os.fstat(descriptor)
