@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from trainer import commands
 from trainer.config import add_config_flags
@@ -64,5 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The console script `diloco`: run one command and end the process with its status."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -89,10 +89,10 @@ def free_slot(client: EtcdClient, slot: int) -> None:
     entry = client.get(f"slots/{slot}")
     if entry:
         client.revoke(entry.lease)
-    bury_members(client, slot)
+    revoke_members(client, slot)
 
 
-def bury_members(client: EtcdClient, slot: int) -> None:
+def revoke_members(client: EtcdClient, slot: int) -> None:
     """End the leases of the members of a node whose workers are dead, and of the decider if it was one of them."""
     decider = client.get("decider")
     for key, entry in client.list("members/").items():

@@ -33,7 +33,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from trainer.elastic.keys import SLOT_VARIABLE, bury_members, finish, verdict
+from trainer.elastic.keys import SLOT_VARIABLE, finish, revoke_members, verdict
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
@@ -136,7 +136,7 @@ class NodeRendezvous(RendezvousHandler):
         try:
             if self._lease is not None:
                 if self.slot is not None and not self._lease.lost.is_set():
-                    bury_members(self._client, self.slot)
+                    revoke_members(self._client, self.slot)
                 self._lease.revoke()
         except EtcdError as error:
             log.warning("this node's keys remain until its lease expires: %s", error)
@@ -148,7 +148,7 @@ class NodeRendezvous(RendezvousHandler):
     def _revoke_own_members(self) -> bool:
         """This node's workers are dead: the others need not wait until their leases expire."""
         assert self.slot is not None
-        bury_members(self._client, self.slot)
+        revoke_members(self._client, self.slot)
         return True
 
     def _take_slot(self) -> None:
