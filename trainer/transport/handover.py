@@ -1,8 +1,8 @@
-"""A result on its way from a pod to the pipeline's step: files over HTTP, between two who share a token.
+"""Hands a result over from a pod to the pipeline's step: files over HTTP, authenticated by a shared token.
 
-The token itself is never sent. Each request is signed with it (HMAC-SHA256 over method, path and a nonce that is new
-each time), and so is the list of files with their hashes, which proves who answers; every file is compared with its
-hash. It is authenticated and whole, not encrypted, as all that pods say to each other here.
+The token itself is never sent. It signs each request (HMAC-SHA256 over method, path and a fresh nonce) and the list of
+files with their hashes, which authenticates the server; each file is compared with its hash. The files are
+authenticated and complete but not encrypted, like all traffic between pods here.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ from urllib.parse import quote, unquote
 
 from trainer.errors import TrainingError, one_line
 from trainer.files import sha256, whole_directory
+from trainer.retry import retrying
 
-TOKEN_VARIABLE = "RESULT_TOKEN"  # of the environment of a pod that hands over a result
-PATIENCE = 120.0  # seconds that a fetch bears a server that does not answer
+TOKEN_VARIABLE = "RESULT_TOKEN"  # in the environment of a pod that serves a result
+PATIENCE = 120.0  # seconds for which a fetch retries a server that does not answer
 _LIST, _DONE, _FILE = "/files", "/done", "/file/"
 _NONCE, _SIGNATURE = "X-Nonce", "X-Signature"
 _CHUNK = 1 << 20
@@ -31,12 +32,12 @@ _T = TypeVar("_T")
 
 
 class ResultServer(ThreadingHTTPServer):
-    """Hands files over to whoever has the token, until it is told that they have arrived.
+    """Serves files to clients that have the token, until one confirms that all have arrived.
 
     Args:
-        files: Where each lies, by the name that the other side shall give it.
+        files: The path of each file, by its name in the result.
         token: The shared secret.
-        port: Where it listens; 0: anywhere.
+        port: The port to listen on; 0 takes any.
     """
 
     daemon_threads = True
@@ -46,32 +47,33 @@ class ResultServer(ThreadingHTTPServer):
         entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
         self.listing = json.dumps(entries).encode()
         self.delivered = False
-        self.active = time.monotonic()  # when the other side was last seen
-        # A cluster's pods may have IPv6 addresses alone. "::" takes IPv4, too, unless the kernel is told otherwise.
+        self.active = time.monotonic()  # time of the last authenticated request or sent chunk
+        # A cluster's pods may have IPv6 addresses only. "::" accepts IPv4, too, with IPV6_V6ONLY off.
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         super().__init__(("", port), _Handler)
 
     def server_bind(self) -> None:
+        """Bind to both address families where possible."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
     def wait(self, seconds: float) -> None:
-        """Serve until the other side says that it has everything.
+        """Serve until a client confirms that it has everything.
 
         Raises:
-            TrainingError: Nobody has come for it, or gone on with it, in `seconds`.
+            TrainingError: No client has started or continued to fetch it for `seconds`.
         """
         self.timeout, self.active = 0.2, time.monotonic()
         while not self.delivered:
             if time.monotonic() > self.active + seconds:
-                raise TrainingError(f"nobody has taken the result within {seconds:.0f} s")
+                raise TrainingError(f"no client fetched the result within {seconds:.0f} s")
             self.handle_request()
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: ResultServer
-    timeout = 60  # seconds of silence of the other side
+    timeout = 60  # seconds of silence of the client
 
     def do_GET(self) -> None:
         if not self._signed():
@@ -96,10 +98,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if self._signed():
             self._answer(200, b"")
-            self.server.delivered = self.path == _DONE  # after the answer: the process may end now
+            self.server.delivered = self.path == _DONE  # after the answer, because the process may end now
 
     def _signed(self) -> bool:
-        """Whether the other side has the token; answers it if not."""
+        """Whether the client has the token; sends a refusal if not."""
         given, nonce = self.headers.get(_SIGNATURE, ""), self.headers.get(_NONCE, "")
         ours = _sign(self.server.token, self.command, self.path, nonce)
         if nonce and hmac.compare_digest(given.encode(), ours.encode()):
@@ -120,12 +122,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def fetch(host: str, port: int, token: str, directory: Path, patience: float = PATIENCE) -> None:
-    """Take all files from a `ResultServer` into a directory, whole or not at all, and tell it so.
-
-    A connection that breaks goes on where it was.
+    """Fetch all files of a `ResultServer` into a directory, atomically, and confirm it. Broken connections resume.
 
     Raises:
-        TrainingError: The server does not answer, has another token, or a file is not what it should be.
+        TrainingError: The server does not answer or has another token, or a file does not match its hash.
     """
     remote = _Remote(host, port, token.encode(), patience)
     listing = json.loads(remote.read("GET", _LIST))
@@ -137,19 +137,19 @@ def fetch(host: str, port: int, token: str, directory: Path, patience: float = P
             path.parent.mkdir(parents=True, exist_ok=True)
             remote.download(name, path, entry["bytes"])
             if sha256(path) != entry["sha256"]:
-                raise TrainingError(f"{name} is not what the pod at {host} has: its hash differs")
-    with suppress(TrainingError):  # everything is here, whether it hears of that or not
+                raise TrainingError(f"{name} differs from the file of the pod at {host}: its hash does not match")
+    with suppress(TrainingError):  # everything has arrived, whether or not the server learns of it
         _Remote(host, port, token.encode(), 0).read("POST", _DONE)
 
 
 class _Remote:
-    """The other side, which may be away for a moment."""
+    """The server, which may be unreachable for a while."""
 
     def __init__(self, host: str, port: int, token: bytes, patience: float) -> None:
         self._host, self._port, self._token, self._patience = host, port, token, patience
 
     def read(self, method: str, path: str) -> bytes:
-        """A whole, signed answer."""
+        """A complete, signed answer."""
 
         def read() -> bytes:
             nonce, connection, response = self._ask(method, path, 0)
@@ -159,7 +159,7 @@ class _Remote:
                 connection.close()
             signature = _sign(self._token, str(response.status), nonce, body.decode())
             if not hmac.compare_digest(response.headers.get(_SIGNATURE, ""), signature):
-                raise TrainingError(f"whoever answers at {self._host} is not the run's pod: its signature is wrong")
+                raise TrainingError(f"the server at {self._host} is not the run's pod: its signature is wrong")
             return body
 
         return self._trying(read)
@@ -177,7 +177,7 @@ class _Remote:
             finally:
                 connection.close()
             if path.stat().st_size < size:
-                raise OSError(f"{name} came only in part")
+                raise OSError(f"{name} is incomplete")
 
         self._trying(download)
 
@@ -191,22 +191,19 @@ class _Remote:
         connection.request(method, path, headers=headers)
         response = connection.getresponse()
         if response.status == 403:
-            raise TrainingError(
-                f"the pod at {self._host} does not take this run's token: it belongs to another attempt"
-            )
+            raise TrainingError(f"the pod at {self._host} refuses this run's token: it belongs to another attempt")
         if response.status >= 400:
             raise TrainingError(f"the pod at {self._host} has no {path} ({response.status})")
         return nonce, connection, response
 
     def _trying(self, what: Callable[[], _T]) -> _T:
-        deadline = time.monotonic() + self._patience
-        while True:
-            try:
-                return what()
-            except (OSError, http.client.HTTPException) as error:
-                if time.monotonic() > deadline:
-                    raise TrainingError(f"the result cannot be taken from {self._host}: {one_line(error)}") from None
-                time.sleep(1.0)
+        transient = (OSError, http.client.HTTPException)
+        try:
+            return retrying(lambda error: isinstance(error, transient), patience=self._patience, longest_pause=1.0)(
+                what
+            )
+        except transient as error:
+            raise TrainingError(f"the result cannot be fetched from {self._host}: {one_line(error)}") from None
 
 
 def _sign(token: bytes, *parts: str) -> str:

@@ -1,4 +1,4 @@
-"""Results on their way from a pod to a step: only to who has the token, only from who has it, and whole."""
+"""Results from a pod to a step: authenticated in both directions, and complete."""
 
 import http.client
 import socket
@@ -59,7 +59,7 @@ def test_everything_arrives_and_the_server_is_told(files: dict[str, Path], tmp_p
 
 def test_nobody_without_the_token_gets_anything(files: dict[str, Path], tmp_path: Path) -> None:
     with serving(files) as server:
-        with pytest.raises(TrainingError, match="does not take this run's token"):
+        with pytest.raises(TrainingError, match="refuses this run's token"):
             fetch("127.0.0.1", server.server_port, "another", tmp_path / "result")
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
         for path in ("/files", "/file/config.json"):
@@ -90,7 +90,7 @@ def test_who_answers_must_have_the_token(
 def test_a_file_that_changed_on_its_way_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
     with serving(files) as server:
         files["config.json"].write_bytes(b"[]")  # after its hash was taken
-        with pytest.raises(TrainingError, match=r"config\.json is not what the pod at 127\.0\.0\.1 has"):
+        with pytest.raises(TrainingError, match=r"config\.json differs from the file of the pod at 127\.0\.0\.1"):
             fetch("127.0.0.1", server.server_port, "token", tmp_path / "result")
     assert not (tmp_path / "result").exists()
 
@@ -129,7 +129,7 @@ def test_a_connection_that_breaks_goes_on_where_it_was(
 
 
 def test_nobody_comes(files: dict[str, Path]) -> None:
-    with ResultServer(files, "token", 0) as server, pytest.raises(TrainingError, match="nobody has taken the result"):
+    with ResultServer(files, "token", 0) as server, pytest.raises(TrainingError, match="no client fetched the result"):
         server.wait(0.0)
 
 
@@ -169,5 +169,5 @@ def test_both_families_of_addresses_are_served(files: dict[str, Path], tmp_path:
 
 
 def test_nobody_is_there(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"the result cannot be taken from 127\.0\.0\.1"):
+    with pytest.raises(TrainingError, match=r"the result cannot be fetched from 127\.0\.0\.1"):
         fetch("127.0.0.1", 1, "token", tmp_path / "result", patience=0.0)
