@@ -132,7 +132,7 @@ def test_lost_lease_is_registered_again(client: EtcdClient) -> None:
     lease = client.lease(TTL)
     lease.put("member", {"incarnation": "a"})
     lease.create("slot", "a")
-    with lease._lock:  # its thread cannot register again before somebody else, who is quicker, has the slot
+    with lease._lock:  # its thread cannot register again before another process has taken the slot
         old = lease.id
         client.revoke(old)
         client.put("slot", "b")
@@ -159,10 +159,10 @@ def test_wait_for_reacts_to_a_change(client: EtcdClient) -> None:
     thread.join()
 
 
-def test_wait_for_says_what_it_waits_for_and_ends(client: EtcdClient) -> None:
-    said: list[int] = []
-    assert client.wait_for(lambda: None, 2.0, on_wait=lambda: said.append(1), every=0.0) is None
-    assert said
+def test_wait_for_logs_and_ends(client: EtcdClient) -> None:
+    logged: list[int] = []
+    assert client.wait_for(lambda: None, 2.0, on_wait=lambda: logged.append(1), every=0.0) is None
+    assert logged
 
 
 def test_unreachable() -> None:

@@ -1,4 +1,4 @@
-"""The etcd client when etcd has three members and one of them dies or stands still; and what it says when it may not.
+"""The etcd client when etcd has three members and one of them dies or stalls, and its errors.
 
 Against the wheel's etcd, and the system's (Debian's is 3.4) where there is one. 3.6 could not be tried.
 """
@@ -70,7 +70,7 @@ class Members:
         """The number of the member that leads; waits for one while they elect."""
         with EtcdClient([self.endpoints[0]]) as client:
 
-            def name() -> str | None:  # empty until the member has told it to the others
+            def name() -> str | None:  # empty until the members agree
                 leader = client._call(lambda etcd: etcd.status().leader)
                 return (leader and leader.name) or None
 
@@ -127,7 +127,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
         lease = client.lease(30)
         lease.put("alive", 1)
         held = lease.id
-        with client.watch("told", noticed.set):
+        with client.watch("notified", noticed.set):
             thread = threading.Thread(target=count, args=(client, ended, done, errors))
             thread.start()
             more()
@@ -136,7 +136,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
             members.start(leader)
             with EtcdClient([members.endpoints[leader]]) as again:  # without it, there would be no majority below
                 assert again.wait_for(lambda: again.get("here"), 60)
-            frozen = members.processes[order[client._next % 3]]  # the one it talks to now: nothing says that it is gone
+            frozen = members.processes[order[client._next % 3]]  # the one it uses now; its connection stays open
             os.kill(frozen.pid, signal.SIGSTOP)
             more()
             os.kill(frozen.pid, signal.SIGCONT)
@@ -146,7 +146,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
                 deadline = time.monotonic() + 60
                 noticed.clear()
                 while not noticed.wait(0.5) and time.monotonic() < deadline:
-                    other.put("told", 1)
+                    other.put("notified", 1)
                 assert noticed.is_set()
         left: list[int] = []  # seconds that the lease has, as time passes
 
@@ -172,12 +172,12 @@ def test_watch_resumes_after_reconnection_and_compaction(server: EmbeddedEtcd) -
     with EtcdClient([server.endpoint]) as client, EtcdClient([server.endpoint]) as other:
 
         def fail() -> None:
-            told.set()
+            notified.set()
             raise EtcdError("as from a callback that asks an etcd which is away", "unreachable")
 
-        told = threading.Event()
+        notified = threading.Event()
         with client.watch("w/", fail):
-            assert told.wait(30)
+            assert notified.wait(30)
             for value in range(3):
                 other.put("w/a", value)
             assert server._process is not None
@@ -188,13 +188,13 @@ def test_watch_resumes_after_reconnection_and_compaction(server: EmbeddedEtcd) -
             assert head
             other._call(lambda etcd: etcd.compact(head.revision))
             deadline = time.monotonic() + 30
-            told.clear()
-            while not told.wait(0.3) and time.monotonic() < deadline:
+            notified.clear()
+            while not notified.wait(0.3) and time.monotonic() < deadline:
                 other.put("w/a", time.time())
-            assert told.is_set()
-            told.clear()
+            assert notified.is_set()
+            notified.clear()
             other.put("w/a", "at once")
-            assert told.wait(30)
+            assert notified.wait(30)
 
 
 def test_lost_lease_is_no_error_to_who_writes_under_it(server: EmbeddedEtcd) -> None:
@@ -265,15 +265,15 @@ def test_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             client.put("a", 2)
             assert client._connection is not first
             # A watch on what one may not read ends in a refusal each time; once one may, it stands.
-            told = threading.Event()
-            with EtcdClient([server.endpoint], "/theirs", user="u") as stranger, stranger.watch("", told.set):
-                assert told.wait(30)
+            notified = threading.Event()
+            with EtcdClient([server.endpoint], "/theirs", user="u") as stranger, stranger.watch("", notified.set):
+                assert notified.wait(30)
                 root = [*etcdctl, "--user", "root:secret"]
                 grant = "role grant-permission r --prefix=true readwrite /theirs/"
                 subprocess.run([*root, *grant.split()], check=True, capture_output=True)
-                told.clear()
-                assert stranger.wait_for(lambda: stranger.put("a", 1) is None or told.is_set(), 30)
-                assert told.wait(30)
+                notified.clear()
+                assert stranger.wait_for(lambda: stranger.put("a", 1) is None or notified.is_set(), 30)
+                assert notified.wait(30)
 
 
 def _wheel(name: str) -> Path:

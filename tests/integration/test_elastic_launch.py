@@ -1,4 +1,4 @@
-"""`launch` with real agents and a real etcd, and a worker that does nothing but say what it would do."""
+"""`launch` with real agents and a real etcd, and a worker that only reports."""
 
 import json
 import os
@@ -23,7 +23,7 @@ config = TrainingConfig.from_flat({"run_id": "r", "run_dir": sys.argv[1], "devic
 run_main(lambda: launch(config, [sys.executable, *sys.argv[3:]]))
 """
 
-# Tells the test that it is here, does what the test's `act` does, and is done when the test says so.
+# Announces itself to the test, runs its `act`, and ends when the test asks for it.
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -33,7 +33,7 @@ def say(event, **fields):
     with (run / f"worker-{slot}" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\\n")
 def leave(*_):
-    say("end", status="stopped", step=1, reason="told to leave")
+    say("end", status="stopped", step=1, reason="asked to leave")
     sys.exit(143)
 signal.signal(signal.SIGTERM, leave)
 say("start", pid=os.getpid())
@@ -116,7 +116,7 @@ def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path:
     assert_gone([worker])  # with its agent
     until(lambda: len(workers_here(tmp_path, 1)) == 2, launch)
 
-    everybody = family(launch)
+    processes = family(launch)
     (tmp_path / "go").touch()
     output, errors = launch.communicate()
     assert (launch.returncode, errors) == (0, "")
@@ -124,7 +124,7 @@ def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path:
     assert "worker 0 died" in output and "worker 1 died" in output
     assert "round 1  step 2/2  loss 2.5000" in output
     assert output.splitlines()[-1] == f"run r is complete: {tmp_path}"
-    assert_gone(everybody)
+    assert_gone(processes)
     summary = summary_of(tmp_path)
     assert (summary["status"], summary["rounds"], summary["bytes_sent"]) == ("complete", 1, 2000)
 
@@ -132,7 +132,7 @@ def test_run_survives_a_killed_worker_and_a_killed_agent(start: Start, tmp_path:
 def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
     act = """
         if slot == "1":
-            while not (run / "worker-0" / "metrics.jsonl").exists():  # from then on it can be told to leave
+            while not (run / "worker-0" / "metrics.jsonl").exists():  # from then on it can be asked to leave
                 time.sleep(0.05)
             raise ValueError("the moon is full")
     """
@@ -143,7 +143,7 @@ def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
     assert "Traceback" not in output + errors
     assert errors.splitlines()[-1].startswith("error: worker 1: ValueError: the moon is full (logs: ")
     assert len(workers_here(tmp_path, 1)) == 2  # it was started again, once
-    assert "told to leave" in (tmp_path / "worker-0" / "metrics.jsonl").read_text()
+    assert "asked to leave" in (tmp_path / "worker-0" / "metrics.jsonl").read_text()
     assert summary_of(tmp_path)["workers"].keys() == {"worker-0", "worker-1"}
 
 
@@ -175,15 +175,15 @@ def test_bad_configuration_is_not_tried_again(start: Start, tmp_path: Path) -> N
 def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_path: Path) -> None:
     launch = start()
     until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
-    everybody = family(launch)
+    processes = family(launch)
     launch.send_signal(number)
     output, errors = launch.communicate()
     assert launch.returncode == status
     assert "Traceback" not in output + errors
     assert "--run-id r resumes it" in output
     for slot in (0, 1):
-        assert "told to leave" in (tmp_path / f"worker-{slot}" / "metrics.jsonl").read_text()
-    assert_gone(everybody)
+        assert "asked to leave" in (tmp_path / f"worker-{slot}" / "metrics.jsonl").read_text()
+    assert_gone(processes)
     assert summary_of(tmp_path)["status"] == "stopped"
     assert not list((tmp_path / "temporary").glob("torchelastic_*"))
 
@@ -191,7 +191,7 @@ def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_pat
 def test_nothing_outlives_a_killed_launch(start: Start, tmp_path: Path) -> None:
     launch = start()
     until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
-    everybody = family(launch)
-    assert any("etcd" in process.name() for process in everybody)
+    processes = family(launch)
+    assert any("etcd" in process.name() for process in processes)
     launch.kill()
-    assert_gone(everybody)
+    assert_gone(processes)

@@ -1,4 +1,4 @@
-"""`scale` and `status` on a launch with real training: 2 workers, then 3, then 2, and nobody else notices."""
+"""`scale` and `status` on a launch with real training: 2 workers, then 3, then 2, without disturbing the others."""
 
 import json
 import os
@@ -107,8 +107,8 @@ def test_three_and_two_again(
         assert any(line.startswith("run scaled: open, round ") for line in shown)
         assert [line.split()[1] for line in shown if line.startswith("worker ")] == ["0", "1", "2"]
         assert status(here, as_json=True) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["verdict"] == "open" and all(worker["samples"] > 0 for worker in told["workers"])
+        shown_json = json.loads(capsys.readouterr().out)
+        assert shown_json["verdict"] == "open" and all(worker["samples"] > 0 for worker in shown_json["workers"])
 
         scale(here, 2)
         until(committed_by(0, 1), launch)

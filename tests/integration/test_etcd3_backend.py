@@ -1,4 +1,4 @@
-"""The torchrun backend `etcd3`: a script that knows nothing of us, under torchrun, on a real etcd without v2's API."""
+"""The torchrun backend `etcd3`: an independent script under torchrun, on a real etcd without the v2 API."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from trainer.launch.etcd3_rendezvous import BACKEND, EtcdBackend, EtcdStore, _Et
 
 WAIT = 180  # seconds for each start of a world, at most: a torchrun and a worker on each node import torch
 
-# Anyone's: all-reduces until told to end, and writes down what came out.
+# Independent of this project: all-reduces until asked to end, and writes down the results.
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -77,7 +77,7 @@ class Nodes:
         return psutil.Process(self.agents[-1].pid)
 
     def states(self) -> list[dict[str, Any]]:
-        """What the workers that live have written down."""
+        """The results of the workers that are alive."""
         files = [path for path in self.directory.glob("*.json") if _lives(int(path.stem))]
         return [json.loads(path.read_text()) for path in files]
 
@@ -138,7 +138,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.timeout(900)
 def test_static(nodes: Nodes, etcd: str) -> None:
-    with pytest.raises(urllib.error.HTTPError):  # nobody uses the v2 API
+    with pytest.raises(urllib.error.HTTPError):  # the v2 API is off
         urllib.request.urlopen(f"http://{etcd}/v2/keys")
     nodes.add("2")
     nodes.add("2")
@@ -168,7 +168,7 @@ def test_nodes_come_go_and_die(nodes: Nodes) -> None:
     psutil.Process(min(both)).kill()  # a worker dies: its agent starts it again, the other agent the other
     old |= nodes.wait_for_world(2, old)
 
-    pod = [first, *_family(first.pid)]  # and the node whose agent has led all the time, with all that is in it
+    pod = [first, *_family(first.pid)]  # and the node of the leading agent, with all its processes
     for process in pod:
         process.kill()
     nodes.wait_for_world(1, old)

@@ -36,7 +36,7 @@ def test_what_the_dead_have_left_is_removed(tmp_path: Path, monkeypatch: pytest.
     elsewhere.mkdir()
     with whole_directory(tmp_path / "model"):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"model", elsewhere.name}  # who knows whether that one lives
+    assert {path.name for path in tmp_path.iterdir()} == {"model", elsewhere.name}  # that process may be alive
     os.utime(elsewhere, (0.0, 0.0))
     assert files._ABANDONED > 3600
     with whole_directory(tmp_path / "model"):

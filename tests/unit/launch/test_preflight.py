@@ -84,7 +84,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, monkeypatch: pytes
         hash = "other"
 
     save(own(config(tmp_path)), config(tmp_path), dataset="this")
-    preflight.check(config(tmp_path))  # it is not precached: who knows
+    preflight.check(config(tmp_path))  # not precached: nothing to compare with
     monkeypatch.setattr(preflight, "read_manifest", lambda directory: Other)
     assert "are of other data (stdlib, tokenizer 'bytes')" in refusal(config(tmp_path))
 
@@ -127,8 +127,8 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, name: str, content: str | Non
         (path / name).unlink()
     else:
         (path / name).write_text(content)
-    said = refusal(config(tmp_path, resume=str(path)))
-    assert said.startswith(
+    message = refusal(config(tmp_path, resume=str(path)))
+    assert message.startswith(
         f"resume = '{path}': must be auto, never, or the directory of a checkpoint (checkpoint {path} "
     )
 

@@ -82,7 +82,7 @@ def test_a_signature_of_one_request_is_worth_nothing_for_another(files: dict[str
 def test_who_answers_must_have_the_token(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover._Handler, "_signed", lambda self: True)  # takes everybody, and cannot sign
+    monkeypatch.setattr(handover._Handler, "_signed", lambda self: True)  # accepts every request, but cannot sign
     with serving(files, "another") as server, pytest.raises(TrainingError, match="is not the run's pod"):
         fetch("127.0.0.1", server.server_port, "token", tmp_path / "result")
 

@@ -306,7 +306,7 @@ def test_a_donor_that_breaks_off_is_replaced_and_nothing_is_fetched_twice() -> N
 
 
 def test_a_connection_that_breaks_now_and_then_is_taken_up_again() -> None:
-    """A single donor, whose connection breaks after every 20 chunks."""
+    """A single donor; its connection breaks after every 20 chunks."""
     offer = Offer({}, state(1_000_000))
     passed = 0
 
@@ -339,7 +339,7 @@ def test_a_donor_that_corrupts_bytes_is_dropped() -> None:
 
 
 def test_the_checksum_is_what_finds_a_corrupt_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes of a chunk are wrong, but what the donor says about them is authentic."""
+    """The bytes of a chunk are wrong, but the donor.s message about them is authentic."""
     honest = Donor._chunk
 
     def corrupt(self: Donor, **request: Any) -> tuple[dict[str, Any], Any]:
