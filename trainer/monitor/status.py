@@ -11,8 +11,7 @@ from typing import Any
 
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
-from trainer.etcd.client import Entry, EtcdClient
-from trainer.etcd.errors import EtcdError
+from trainer.etcd.client import Entry, EtcdClient, EtcdError
 from trainer.launch.scale import find, has_completed, run_directory
 from trainer.monitor.dashboard import Board, Happening, Row, row_text, view
 from trainer.protocol.rounds import Record
