@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
-SOURCES := pipelines components trainer tests
+SOURCES := pipelines components trainer tests examples
 # One more than there are cores: much of a test is waiting.
 TESTERS = $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))')
 
@@ -51,10 +51,12 @@ test-cluster: $(READY)  ## the steps on the cluster of KUBECONFIG: 2.25 CPU, 4.5
 bench: $(READY)  ## benchmarks: each prints what it measures
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy, the import contract and spelling
 	@$(BIN)/ruff check --quiet $(SOURCES)
 	@$(BIN)/ruff format --check --quiet $(SOURCES)
 	@$(BIN)/mypy --no-error-summary
+	@output=$$($(BIN)/lint-imports --no-cache --no-logo) || { echo "$$output"; exit 1; }
+	@$(BIN)/codespell
 
 format: $(READY)  ## rewrite the sources as ruff wants them
 	@$(BIN)/ruff check --quiet --fix $(SOURCES)
