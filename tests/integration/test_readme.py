@@ -1,11 +1,11 @@
 """README and docs stay true: their commands parse, their examples run."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-import threading
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -129,29 +129,34 @@ def test_the_library_example_runs() -> None:
     subprocess.run([sys.executable, "-c", example("library.md", "As a library")], check=True, cwd=ROOT)
 
 
-def test_the_added_model_trains(tmp_path: Path, etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer import data, models
-    from trainer.config import TrainingConfig
-    from trainer.volume import Volume, worker_configs
-    from trainer.worker.worker import Worker
+TRAIN = """
+import sys
+from trainer import data
+from trainer.config import TrainingConfig
+from trainer.volume import Volume, worker_configs
+from trainer.worker.worker import train
 
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "llama.py").write_text(example("models-and-data.md", "Add a model"))
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "models")])
-    models.families.cache_clear()
-    try:
-        values = {
-            "model": "llama", "dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32, "max_samples": 30,
-            "validation_fraction": 0.1, "device": "cpu", "nodes": 1, "total_steps": 4, "local_steps": 2,
-            "warmup_steps": 0, "batch_size": 4, "per_device_train_batch_size": 4, "wandb_logging": False,
-            "run_dir": str(tmp_path / "run"), "run_id": "llama", "etcd_endpoints": [etcd],
-        }  # fmt: skip
-        (config,) = worker_configs(TrainingConfig.from_flat(values))
-        data.precache(config, Volume.of(config), log=lambda line: None)
-        with ExitStack() as resources:
-            assert Worker(config, threading.Event(), resources).run() == 0
-    finally:
-        models.families.cache_clear()
+values = {
+    "model": "llama", "dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32, "max_samples": 30,
+    "validation_fraction": 0.1, "device": "cpu", "nodes": 1, "total_steps": 4, "local_steps": 2,
+    "warmup_steps": 0, "batch_size": 4, "per_device_train_batch_size": 4, "wandb_logging": False,
+    "run_dir": "run", "run_id": "llama", "etcd_endpoints": [sys.argv[1]],
+}
+(config,) = worker_configs(TrainingConfig.from_flat(values))
+data.precache(config, Volume.of(config), log=lambda line: None)
+sys.exit(train(config))
+"""
+
+
+def test_the_added_model_trains(tmp_path: Path, etcd: str) -> None:
+    """In a process of its own, on a copy of the package to which the one file has been added."""
+    shutil.copytree(ROOT / "trainer", tmp_path / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "trainer" / "models" / "llama.py").write_text(example("models-and-data.md", "Add a model"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, etcd], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def parse(package: str, arguments: list[str]) -> None:
