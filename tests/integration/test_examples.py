@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+import trainer.diloco
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -24,6 +27,20 @@ def test_a_loop_of_ones_own_becomes_a_worker() -> None:
     rounds = re.findall(r"^round (\d+): loss ([\d.]+)$", printed, re.MULTILINE)
     assert [int(number) for number, _ in rounds] == [1, 2, 3, 4, 5, 6]
     assert float(rounds[-1][1]) < float(rounds[0][1]) / 2
+
+
+@pytest.mark.skipif(not hasattr(trainer.diloco, "RoundReport"), reason="needs the quorum that has no hooks")
+def test_two_of_them_meet_in_etcd_and_end_with_one_state(etcd: str) -> None:
+    command = [sys.executable, str(EXAMPLES / "library_elastic.py"), "--etcd", etcd, "--run-id", "examples-elastic"]
+    workers = [
+        subprocess.Popen([*command, "--steps", "100", "--worker", str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    printed = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    for text in printed:
+        assert re.findall(r"^round (\d+): 2 workers", text, re.MULTILINE) == ["1", "2"], text
+    assert len({text.split("state ")[1] for text in printed}) == 1
 
 
 def test_any_torchrun_script_meets_in_etcd_and_resumes(etcd: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pages for readers: links lead somewhere, named files exist, limits and defaults hold."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *(
         page
-        for folder in (".github", "benchmarks", "docs", "examples", "manifests", "tests")
+        for folder in (".github", "benchmarks", "components", "docs", "examples", "manifests", "tests")
         for page in sorted(ROOT.glob(f"{folder}/**/*.md"))
     ),
 ]
@@ -70,3 +71,10 @@ def test_the_defaults_that_the_guides_name_are_the_configuration_s() -> None:
     named = re.findall(r"^\| `([\w.]+)` \| ([\d.]+) s \|", page, re.MULTILINE)
     assert len(named) == 5
     assert {name: float(seconds) for name, seconds in named} == {name: defaults[name] for name, _ in named}
+
+
+def test_the_image_that_the_pages_name_has_the_project_s_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    for page in PAGES:
+        for tag in re.findall(r"diloco-pipelines-python:([\w.]+)", page.read_text(encoding="utf-8")):
+            assert tag == version, page
