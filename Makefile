@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
-SOURCES := pipelines components trainer tests examples
+SOURCES := pipelines components trainer tests
 # One more than there are cores: much of a test is waiting.
 TESTERS = $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))')
 
@@ -52,8 +52,8 @@ bench: $(READY)  ## benchmarks: each prints what it measures
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 lint: $(READY)  ## ruff, mypy, the import contract and spelling
-	@$(BIN)/ruff check --quiet $(SOURCES)
-	@$(BIN)/ruff format --check --quiet $(SOURCES)
+	@$(BIN)/ruff check --quiet $(SOURCES) examples
+	@$(BIN)/ruff format --check --quiet $(SOURCES) examples
 	@$(BIN)/mypy --no-error-summary
 	@output=$$($(BIN)/lint-imports --no-cache --no-logo) || { echo "$$output"; exit 1; }
 	@$(BIN)/codespell
