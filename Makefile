@@ -51,10 +51,12 @@ test-cluster: $(READY)  ## the steps on the cluster of KUBECONFIG: 2.25 CPU, 4.5
 bench: $(READY)  ## benchmarks: each prints what it measures
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-lint: $(READY)  ## ruff and mypy
-	@$(BIN)/ruff check --quiet $(SOURCES)
-	@$(BIN)/ruff format --check --quiet $(SOURCES)
+lint: $(READY)  ## ruff, mypy, the import contract and spelling
+	@$(BIN)/ruff check --quiet $(SOURCES) examples
+	@$(BIN)/ruff format --check --quiet $(SOURCES) examples
 	@$(BIN)/mypy --no-error-summary
+	@output=$$($(BIN)/lint-imports --no-cache --no-logo) || { echo "$$output"; exit 1; }
+	@$(BIN)/codespell
 
 format: $(READY)  ## rewrite the sources as ruff wants them
 	@$(BIN)/ruff check --quiet --fix $(SOURCES)

@@ -1,30 +1,63 @@
-"""The README stays true: its commands parse, its paths exist, its library example runs."""
+"""README and docs stay true: their commands parse, their examples run."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-import threading
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.partition("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("benchmarks/results/*.md")),
+    *sorted(ROOT.glob("examples/*.md")),
 ]
 
 
-def test_it_opens_with_the_two_commands() -> None:
-    assert [command for command in COMMANDS if command.startswith("make")][:2] == ["make run", "make test"]
+def commands_of(page: Path) -> list[str]:
+    """The lines of a page's shell blocks, without comments; lines that continue are joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(words) for line in lines if (words := [word for word in _words(line) if word])]
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "make " in command])
+def _words(line: str) -> list[str]:
+    """A line's words, quoted so that `shlex.split` gives them back."""
+    return [shlex.quote(word) for word in shlex.split(line, comments=True)]
+
+
+def program_of(command: str) -> str:
+    """The program that a command starts, without the variables before it."""
+    return next(word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word))
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands_of(page)})
+OURS = [command for command in COMMANDS if "python -m pipelines" in command or "python -m trainer" in command]
+PROGRAMS = [command for command in COMMANDS if command.startswith(("python tests/benchmarks/", "python examples/"))]
+
+
+def commands(program: str) -> list[str]:
+    return [command for command in COMMANDS if program_of(command) == program]
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    assert commands_of(ROOT / "README.md")[:2] == ["make run", "make test"]
+
+
+def test_every_command_is_checked_by_a_test_below() -> None:
+    checked = {*OURS, *PROGRAMS}
+    for program in ("make", "kfp", "kubectl", "torchrun"):
+        checked.update(commands(program))
+    harmless = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
+    assert sorted(set(COMMANDS) - checked - harmless) == []
+
+
+@pytest.mark.parametrize("command", commands("make"))
 def test_make_targets_and_their_arguments_exist(command: str) -> None:
     words = [word for word in shlex.split(command) if not re.match(r"DILOCO_\w+=", word)]
     dry = subprocess.run(
@@ -32,73 +65,98 @@ def test_make_targets_and_their_arguments_exist(command: str) -> None:
     )
     assert dry.returncode == 0, dry.stderr
     arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
-    if arguments:
+    if arguments and "run" in words:
         parse("pipelines", ["run", *shlex.split(arguments[0])])
+    for recipe in (word.removeprefix("RECIPE=") for word in words if word.startswith("RECIPE=")):
+        assert (ROOT / recipe).is_file()
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python -m")])
+@pytest.mark.parametrize("command", OURS)
 def test_our_commands_parse(command: str) -> None:
-    _, _, package, *arguments = shlex.split(command)
+    words = shlex.split(command)
+    package, *arguments = words[words.index("-m") + 1 :]
     parse(package, arguments)
 
 
-def test_kfp_takes_the_command_and_its_parameters() -> None:
-    from trainer.config import TrainingConfig
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_programs_have_the_flags_that_are_named(command: str) -> None:
+    _, path, *arguments = shlex.split(command)
+    source = (ROOT / path).read_text(encoding="utf-8")
+    assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
 
-    command = next(command for command in COMMANDS if command.startswith("kfp "))
-    _, *words = shlex.split(command)
-    values = [word for word in words if re.fullmatch(r"\w+=.*", word)]
-    names = {parameter.name for parameter in TrainingConfig.parameters()}
-    assert {value.partition("=")[0] for value in values} <= names
+
+def test_torchrun_takes_the_command() -> None:
+    from torch.distributed.run import get_args_parser
+
+    for command in commands("torchrun"):
+        known = get_args_parser().parse_args(shlex.split(command)[1:])
+        assert (ROOT / known.training_script).is_file()
+        assert f"{known.rdzv_backend} =" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_what_kubectl_applies_exists() -> None:
+    for command in commands("kubectl"):
+        words = shlex.split(command)
+        for flag in {"-k", "-f"} & set(words):
+            if words[1] == "apply":
+                assert (ROOT / words[words.index(flag) + 1]).exists(), command
+
+
+def test_kfp_takes_the_command_and_its_parameters() -> None:
     from click.testing import CliRunner
     from kfp.cli.run import create
 
-    options = [word for word in words[2:] if word not in values]
-    assert {option for option in options if option.startswith("-")} <= {
-        flag for parameter in create.params for flag in parameter.opts
-    }
+    from trainer.config import TrainingConfig
+
+    names = {parameter.name for parameter in TrainingConfig.parameters()}
+    flags = {flag for parameter in create.params for flag in parameter.opts}
+    for command in commands("kfp"):
+        _, *words = shlex.split(command)
+        values = [word for word in words if re.fullmatch(r"\w+=.*", word)]
+        assert {value.partition("=")[0] for value in values} <= names
+        assert {word for word in words[2:] if word.startswith("-")} <= flags
     assert CliRunner().invoke(create, ["--help"]).exit_code == 0
 
 
-def example(section: str) -> str:
-    """The Python of a section."""
-    (found,) = re.findall(r"```python\n(.*?)```", README.split(f"\n## {section}\n")[1].split("\n## ")[0], re.DOTALL)
+def example(page: str, section: str) -> str:
+    """The Python of a page's section."""
+    text = (ROOT / "docs" / "guide" / page).read_text(encoding="utf-8")
+    (found,) = re.findall(r"```python\n(.*?)```", text.split(f"# {section}\n")[1].split("\n## ")[0], re.DOTALL)
     return str(found)
 
 
-def test_its_library_example_runs() -> None:
-    subprocess.run([sys.executable, "-c", example("As a library")], check=True, cwd=ROOT)
+def test_the_library_example_runs() -> None:
+    subprocess.run([sys.executable, "-c", example("library.md", "As a library")], check=True, cwd=ROOT)
 
 
-def test_its_added_model_trains(tmp_path: Path, etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer import data, models
-    from trainer.config import TrainingConfig
-    from trainer.volume import Volume, worker_configs
-    from trainer.worker.worker import Worker
+TRAIN = """
+import sys
+from trainer import data
+from trainer.config import TrainingConfig
+from trainer.volume import Volume, worker_configs
+from trainer.worker.worker import train
 
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "llama.py").write_text(example("Add a model"))
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "models")])
-    models.families.cache_clear()
-    try:
-        values = {
-            "model": "llama", "dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32, "max_samples": 30,
-            "validation_fraction": 0.1, "device": "cpu", "nodes": 1, "total_steps": 4, "local_steps": 2,
-            "warmup_steps": 0, "batch_size": 4, "per_device_train_batch_size": 4, "wandb_logging": False,
-            "run_dir": str(tmp_path / "run"), "run_id": "llama", "etcd_endpoints": [etcd],
-        }  # fmt: skip
-        (config,) = worker_configs(TrainingConfig.from_flat(values))
-        data.precache(config, Volume.of(config), log=lambda line: None)
-        with ExitStack() as resources:
-            assert Worker(config, threading.Event(), resources).run() == 0
-    finally:
-        models.families.cache_clear()
+values = {
+    "model": "llama", "dataset": "stdlib", "tokenizer": "bytes", "sequence_length": 32, "max_samples": 30,
+    "validation_fraction": 0.1, "device": "cpu", "nodes": 1, "total_steps": 4, "local_steps": 2,
+    "warmup_steps": 0, "batch_size": 4, "per_device_train_batch_size": 4, "wandb_logging": False,
+    "run_dir": "run", "run_id": "llama", "etcd_endpoints": [sys.argv[1]],
+}
+(config,) = worker_configs(TrainingConfig.from_flat(values))
+data.precache(config, Volume.of(config), log=lambda line: None)
+sys.exit(train(config))
+"""
 
 
-def test_the_rooms_it_names_exist() -> None:
-    for path in ("pipelines", "components", "trainer/diloco", "trainer/elastic", "trainer/data", "tests/unit"):
-        assert (ROOT / path).is_dir()
-        assert path.split("/")[0] in README
+def test_the_added_model_trains(tmp_path: Path, etcd: str) -> None:
+    """In a process of its own, on a copy of the package to which the one file has been added."""
+    shutil.copytree(ROOT / "trainer", tmp_path / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "trainer" / "models" / "llama.py").write_text(example("models-and-data.md", "Add a model"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, etcd], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def parse(package: str, arguments: list[str]) -> None:

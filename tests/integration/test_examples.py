@@ -1,0 +1,55 @@
+"""The programs of `examples/` run as they are described."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import trainer.diloco
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_loop_of_ones_own_becomes_a_worker() -> None:
+    printed = run(str(EXAMPLES / "library_loop.py"), "--steps", "300", "--sync-every", "50")
+    rounds = re.findall(r"^round (\d+): loss ([\d.]+)$", printed, re.MULTILINE)
+    assert [int(number) for number, _ in rounds] == [1, 2, 3, 4, 5, 6]
+    assert float(rounds[-1][1]) < float(rounds[0][1]) / 2
+
+
+@pytest.mark.skipif(not hasattr(trainer.diloco, "RoundReport"), reason="needs the quorum that has no hooks")
+def test_two_of_them_meet_in_etcd_and_end_with_one_state(etcd: str) -> None:
+    command = [sys.executable, str(EXAMPLES / "library_elastic.py"), "--etcd", etcd, "--run-id", "examples-elastic"]
+    workers = [
+        subprocess.Popen([*command, "--steps", "100", "--worker", str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    printed = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    for text in printed:
+        assert re.findall(r"^round (\d+): 2 workers", text, re.MULTILINE) == ["1", "2"], text
+    assert len({text.split("state ")[1] for text in printed}) == 1
+
+
+def test_any_torchrun_script_meets_in_etcd_and_resumes(etcd: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "line.pt"
+    for run_id, steps in (("first", 30), ("second", 60)):
+        printed = run(
+            *("-m", "torch.distributed.run", "--rdzv-backend", "etcd3", "--rdzv-endpoint", etcd),
+            *("--rdzv-id", f"examples-{run_id}", "--nnodes", "1", "--nproc-per-node", "2"),
+            *(str(EXAMPLES / "foreign_torchrun.py"), "--steps", str(steps), "--checkpoint", str(checkpoint)),
+        )
+        assert re.search(r"^2 workers, loss [\d.]+$", printed, re.MULTILINE), printed
+        assert torch.load(checkpoint, weights_only=True)["step"] == steps
