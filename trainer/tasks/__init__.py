@@ -1,17 +1,17 @@
 """Tasks: what a batch means. One file a task; a task is a `Task` named `TASK` in a module of this package.
 
-The loop, DiLoCo, elasticity and checkpoints know a task only through the interface below.
+The worker, DiLoCo, checkpoints, evaluation and the report know a task only through the interface below.
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainer.files import read_json
+from trainer.plugins import modules_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,20 +20,47 @@ Batch = Mapping[str, "Tensor"]
 Sums = Mapping[str, Any]  # numbers and numpy arrays
 
 
-class Task(ABC):
-    """How batches become losses, scores and an exported model.
-
-    A batch has the dataset's columns, (samples, …) each, and the arrays that all its samples share.
+@dataclass(frozen=True)
+class ReportRow:
+    """A score in the report: the model's value beside the baseline's.
 
     Attributes:
-        name: What model families call it.
+        label: The row's heading.
+        score: Name of the score among those of an evaluation (`Task.metrics`).
+        baseline: Name of the baseline's score; "" if there is none.
+        form: How a value is written, for `str.format`.
+        better: Which values are better, if a comparison of runs has a column for the score.
+        scale: Factor from the score to the value shown.
+    """
+
+    label: str
+    score: str
+    baseline: str = ""
+    form: str = "{:.4f}"
+    better: Literal["lower", "higher", ""] = ""
+    scale: float = 1.0
+
+
+class Task(ABC):
+    """How batches become losses, scores, an exported model and rows of the report.
+
+    A batch has the dataset's columns, (samples, …) each, and the arrays that all samples share.
+
+    Attributes:
+        name: The name by which model and dataset families refer to it.
         unit: What `tokens` counts, in the plural.
+        loss_unit: Unit of the loss; "" if it has none.
+        baseline_label: What `baseline` is, as the heading of a column.
+        rows: The task's own scores, in the order of the report.
         how_to_load: Python that loads an export from the directory ".".
-        pipeline_tag: The hub's name of it, if it has one.
+        pipeline_tag: The Hugging Face Hub's name for the task, if it has one.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    loss_unit: ClassVar[str] = ""
+    baseline_label: ClassVar[str]
+    rows: ClassVar[tuple[ReportRow, ...]] = ()
     how_to_load: ClassVar[str]
     pipeline_tag: ClassVar[str] = ""
 
@@ -74,6 +101,15 @@ class Task(ABC):
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
         """What a person would look at: what the model makes of a held-out batch. JSON values; `directory` is the
         export."""
+
+    def report_rows(self) -> tuple[ReportRow, ...]:
+        """The rows of the report's table of scores; a row whose score an evaluation lacks is left out."""
+        loss = f"Loss ({self.loss_unit})" if self.loss_unit else "Loss"
+        return (
+            *self.rows,
+            ReportRow(loss, "loss", "constant_loss"),
+            ReportRow(f"{self.unit.capitalize()} a second", "tokens_per_second", form="{:,.0f}"),
+        )
 
     def confusion(self, sums: Sums, data: Path) -> dict[str, Any] | None:
         """Of a classification: `labels`, and `matrix`, how often each (row) was taken for each (column)."""
@@ -130,5 +166,4 @@ def facts_of(data: Path) -> dict[str, Any]:
 @cache
 def tasks() -> dict[str, Task]:
     """Every task in this package, by name."""
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}
+    return {module.TASK.name: module.TASK for module in modules_of(__name__) if hasattr(module, "TASK")}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import read_json, write_json
-from trainer.tasks import Batch, Sums, Task, classification
+from trainer.tasks import Batch, ReportRow, Sums, Task, classification
 from trainer.tasks.pictures import data_uri, normalised, shown_scale, statistics
 from trainer.tasks.transformers_logs import no_bars_into_logs
 
@@ -20,6 +20,12 @@ class ImageClassification(Task):
 
     name = "image_classification"
     unit = "pictures"
+    loss_unit = "nats a picture"
+    baseline_label = "Most frequent class"
+    rows = (
+        ReportRow("Right (top 1)", "top1", "majority_top1", "{:.1%}", better="higher"),
+        ReportRow("Right among five (top 5)", "top5", form="{:.1%}"),
+    )
     pipeline_tag = "image-classification"
     how_to_load = """\
 from transformers import AutoImageProcessor, AutoModelForImageClassification

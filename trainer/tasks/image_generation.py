@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.models import biggan, plain
-from trainer.tasks import Batch, Sums, Task, frechet
+from trainer.tasks import Batch, ReportRow, Sums, Task, frechet
 from trainer.tasks.pictures import data_uri, shown_scale
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class ImageGeneration(Task):
 
     name = "image_generation"
     unit = "pictures"
+    baseline_label = "Shuffled pixels"
+    rows = (ReportRow("Fréchet distance", "frechet", "shuffled_frechet", "{:.3f}", better="lower"),)
     pipeline_tag = "unconditional-image-generation"
     how_to_load = """\
 import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import read_json
-from trainer.tasks import Task
+from trainer.tasks import ReportRow, Task
 from trainer.tasks.transformers_logs import no_bars_into_logs
 
 if TYPE_CHECKING:
@@ -23,6 +23,13 @@ class LanguageModelling(Task):
 
     name = "language_modelling"
     unit = "tokens"
+    loss_unit = "nats a token"
+    baseline_label = "Unigram byte model"
+    rows = (
+        ReportRow("Bits a byte", "bits_per_byte", "unigram_bits_per_byte", better="lower"),
+        ReportRow("Compressed to", "bits_per_byte", "unigram_bits_per_byte", "{:.1%}", scale=1 / 8),
+        ReportRow("Perplexity", "perplexity", form="{:,.2f}"),
+    )
     pipeline_tag = "text-generation"
     how_to_load = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

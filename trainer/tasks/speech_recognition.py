@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import read_json, write_json
-from trainer.tasks import Batch, Sums, Task, facts_of
+from trainer.tasks import Batch, ReportRow, Sums, Task, facts_of
 from trainer.tasks.edit_distance import best_constant, edit_distance
 from trainer.tasks.transformers_logs import no_bars_into_logs
 
@@ -26,7 +26,13 @@ class SpeechRecognition(Task):
     `audio_length` and `text_length`, int64 (samples,)."""
 
     name = "speech_recognition"
-    unit = "seconds"
+    unit = "seconds of sound"
+    loss_unit = "nats a character"
+    baseline_label = "Best constant output"
+    rows = (
+        ReportRow("Character error rate", "cer", "constant_cer", "{:.1%}", better="lower"),
+        ReportRow("Word error rate", "wer", "constant_wer", "{:.1%}"),
+    )
     pipeline_tag = "automatic-speech-recognition"
     how_to_load = """\
 from transformers import AutoModelForCTC, AutoProcessor

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trainer import checkpoint, data, models
 from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import TrainingConfig
-from trainer.diloco import DDP, Averaged, Commit, DiLoCo, Nesterov, Overlap, Superseded, codecs
+from trainer.diloco import DDP, Averaged, Commit, DiLoCo, OuterOptimizer, Overlap, Superseded, codecs, outer
 from trainer.elastic.member import ElasticQuorum, Hooks
 from trainer.elastic.quorum import FixedQuorum
 from trainer.errors import ConfigError, Interrupted, TrainingError
@@ -89,19 +89,7 @@ class Worker:
             "protocol": PROTOCOL,
             "model": spec.name,
             "dataset": manifest.hash,
-            "optim_method": config.optim_method,
-            "codec": config.codec,
-            "compression_topk": config.compression_topk,
-            "sparse_topk": config.sparse_topk,
-            "fragments": config.fragments,
-            "overlap": config.overlaps,
-            "local_steps": config.local_steps,
-            "heterogeneous": config.group_perc_variance if config.heterogeneous else None,
-            "batch_size": config.batch_size,
-            "total_steps": config.total_steps,
-            "outer_lr": config.outer_lr,
-            "outer_momentum": config.momentum,
-            "seed": config.seed,
+            **config.in_scope("fingerprint"),
         }
         # Data parallelism averages every step's gradients: a member less is a world that starts again.
         kind: type[FixedQuorum | ElasticQuorum] = FixedQuorum if config.optim_method == "ddp" else ElasticQuorum
@@ -121,7 +109,7 @@ class Worker:
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,
-            outer=Averaged.of(Nesterov(config.outer_lr, config.momentum), spec.average_decay**config.round_steps),
+            outer=Averaged.of(outer_of(config), spec.average_decay**config.round_steps),
             codec=codec_of(config),
             sync_every=config.local_steps,
             quorum=self.quorum,
@@ -592,6 +580,11 @@ def codec_of(config: TrainingConfig) -> codecs.Codec:
         topk = config.compression_topk
         return codecs.make("demo", feedback=config.feedback, topk=topk, values=config.codec)
     return codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
+
+
+def outer_of(config: TrainingConfig) -> OuterOptimizer:
+    """The outer optimizer that the configuration asks for."""
+    return outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
 
 
 def versions() -> dict[str, str]:
