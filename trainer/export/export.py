@@ -92,7 +92,7 @@ class TrainedRun:
     def build(self) -> "torch.nn.Module":
         """The model with the committed global parameters (of a run that averages them: their average), on the CPU.
 
-        In evaluation mode; its buffers are settled on them.
+        In evaluation mode; its buffers are recomputed from them.
         """
         import torch
 
@@ -120,7 +120,7 @@ class TrainedRun:
         with torch.random.fork_rng([]):
             torch.manual_seed(self.config.seed)
             task = tasks()[models.resolve(self.config.model).family.task]
-            scoring.settle(task, model, data.open_dataset(self.dataset), size, cpu)
+            scoring.recompute_buffers(task, model, data.open_dataset(self.dataset), size, cpu)
         return model
 
 

@@ -270,8 +270,7 @@ class Worker:
         total = torch.zeros((), device=self.device)
         tokens = 0
         for _ in range(accumulation):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
-            batch |= self.shared
+            batch = scoring.on_device(next(batches), self.shared, self.device)
             with scoring.autocast(self.device):
                 loss = self.task.loss(self.model, batch) / accumulation
             loss.backward()
@@ -366,7 +365,7 @@ class Worker:
         size = min(self.config.per_device_train_batch_size, self.profile.batch_size)
         sums: dict[str, Any] = {}
         with self.diloco.global_parameters(), scoring.evaluating(self.model, self.device, self.config.seed):
-            scoring.settle(self.task, self.model, self.dataset, size, self.device)
+            scoring.recompute_buffers(self.task, self.model, self.dataset, size, self.device)
             with torch.inference_mode():
                 for batch in scoring.batches(self.dataset.validation, chosen, size, self.shared, self.device):
                     if self.stopping.is_set():

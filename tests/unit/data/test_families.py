@@ -250,7 +250,7 @@ def test_c4_needs_a_bound() -> None:
 
 
 def test_c4_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "holds no shards of C4: en/c4-train.*.json.gz" in refusal(f"c4:{tmp_path}")
+    assert "holds no en/c4-train.*.json.gz" in refusal(f"c4:{tmp_path}")
     assert refusal("c4:/no/such", max_samples=1) == "dataset = 'c4:/no/such': no such folder"
 
 
