@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.monitor.report.html import (
-    baseline_label,
     VERDICTS,
+    baseline_label,
     byte_count,
     confusion,
     confusions,
