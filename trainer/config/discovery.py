@@ -24,7 +24,7 @@ def declared(folder: str) -> Mapping[str, Mapping[str, Any]]:
     for path in sorted((_PACKAGE / folder).glob("*.py")):
         for declaration in _declarations(ast.parse(path.read_text(encoding="utf-8"))):
             literals = {key: node.value for key, node in declaration.items() if isinstance(node, ast.Constant)}
-            if name := literals.get("name"):
+            if isinstance(name := literals.get("name"), str):
                 found.setdefault(name, literals)
     return found
 

@@ -1,8 +1,8 @@
 """Datasets: one file a family. A family is a `DatasetFamily` named `FAMILY` in a module of `families/`.
 
-`precache` reads a dataset once, at its source, and leaves on a worker's volume what training reads fastest; training
-itself never touches the hub. Every worker's volume holds the whole dataset; `SampleOrder` is the one order in which all
-of them go through it, and a range of its positions is a disjoint share.
+`precache` reads a dataset once, at its source, and writes it to a worker's volume in the form that training reads
+fastest; training never contacts the hub. Every worker's volume holds the complete dataset. `SampleOrder` is the one
+order in which all workers go through it, so disjoint ranges of positions are disjoint samples.
 """
 
 from trainer.data.dataset import Dataset, Manifest, Split, SplitCounts, open_dataset

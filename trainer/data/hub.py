@@ -1,4 +1,4 @@
-"""The hub: rows of its Parquet datasets, and its many errors in one sentence each."""
+"""The Hugging Face Hub: rows of its datasets, and one clear sentence for each of its errors."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -16,15 +16,15 @@ _END_BYTES = 64 << 10
 
 @contextmanager
 def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
-    """Turn what the hub's libraries raise in this block into an error that a person can act on.
+    """Turn an exception of the hub's libraries in this block into an error that a person can act on.
 
     Args:
-        field: The parameter that named something on the hub.
-        name: What it named.
-        instead: What could be done instead, as the rest of a sentence.
+        field: The parameter that names something on the hub.
+        name: Its value.
+        instead: An alternative for the user, as the rest of a sentence.
 
     Raises:
-        ConfigError: There is nothing of that name, or the user may not have it.
+        ConfigError: Nothing of that name exists, or the user has no access.
         TrainingError: The hub cannot be reached, or failed.
     """
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
@@ -44,7 +44,7 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
         reason = "is not on the hub, or is private: check its name, or set HF_TOKEN in the environment"
         raise ConfigError(field, name, reason + also) from None
     except DataFilesNotFoundError as error:
-        raise ConfigError(field, name, f"is not laid out as it should be: {_first_line(error)}") from None
+        raise ConfigError(field, name, f"does not have the expected layout: {_first_line(error)}") from None
     except HfHubHTTPError as error:
         raise TrainingError(f"{field} {name}: the hub answered with an error: {_first_line(error)}") from error
     except Exception as error:

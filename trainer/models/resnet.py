@@ -26,7 +26,7 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
 
 
 def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
-    """A pretrained model; with other classes than the data's, its last layer begins anew."""
+    """A pretrained model; its last layer is new if the classes differ."""
     huggingface.fetch(directory, source, AUTO, {**_labels(data), "num_channels": data["channels"]})
 
 
@@ -35,7 +35,7 @@ def _build(directory: Path) -> "torch.nn.Module":
 
 
 def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
-    """Table 1 of the paper. `tiny` has a family's depth, and a sixteenth of its width or less."""
+    """Table 1 of the paper. `tiny` has the full depth and at most a sixteenth of the width."""
     wide = 4 if kind == "bottleneck" else 1
 
     def size(width: int) -> dict[str, Any]:

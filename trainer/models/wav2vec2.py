@@ -61,7 +61,7 @@ def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
 
 
 def _build(directory: Path) -> "torch.nn.Module":
-    """A pretrained model's convolutions stay as they are, as the paper's do in fine-tuning (§4.3)."""
+    """Freezes a pretrained model's convolutions, as the paper does in fine-tuning (§4.3)."""
     model = huggingface.build(directory, AUTO)
     if (directory / huggingface.WEIGHTS).exists():
         model.freeze_feature_encoder()  # type: ignore[operator]

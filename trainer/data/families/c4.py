@@ -13,14 +13,14 @@ _SHARDS = "en/c4-train.*.json.gz"
 _DOCUMENTS = 364_868_892  # of the training split (the dataset's card)
 _BYTES_EACH = 2_200  # of text in a document, on average
 _TOKENS_EACH = 470
-_COMPRESSED = 3  # times smaller than the text inside, about
+_COMPRESSED = 3  # approximate compression ratio
 
 
 class C4(TextDataset):
-    """`c4`, or `c4:<folder>` or `c4:<repository>[@<revision>]` for what has the same layout.
+    """`c4`; or `c4:<folder>` or `c4:<repository>[@<revision>]` for data with the same layout.
 
-    Only as many documents as `max_samples` are downloaded: the first ones, in the order of the shards. Some of them are
-    held out by their content's hash, as of any other dataset; C4's own validation split is not read.
+    Only the first `max_samples` documents are downloaded, in the order of the shards. As with every dataset, a hash of
+    the content chooses the held-out documents; C4's own validation split is not used.
     """
 
     name = "c4"
@@ -40,8 +40,8 @@ class C4(TextDataset):
             raise ConfigError(
                 "max_samples",
                 self.config.max_samples,
-                f"must be set: C4 has {_DOCUMENTS:,} documents (800 GB). This run goes through {sequences:,} sequences "
-                f"of {config.sequence_length} tokens: {enough:,} documents are about as many; fewer are repeated",
+                f"must be set: C4 has {_DOCUMENTS:,} documents (800 GB). This run needs {sequences:,} sequences of "
+                f"{config.sequence_length} tokens, about {enough:,} documents; with fewer, it repeats them",
             )
 
     def identity(self) -> str:

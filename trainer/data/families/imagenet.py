@@ -15,10 +15,9 @@ _PICTURES = 1_281_167  # of the training split (the dataset's card)
 
 
 class ImageNet(PictureDataset):
-    """`imagenet`, or `imagenet:<folder>` or `imagenet:<repository>[@<revision>]` for what has the same layout.
+    """`imagenet`; or `imagenet:<folder>` or `imagenet:<repository>[@<revision>]` for data with the same layout.
 
-    The pictures are those of the training split, of which some are held out by their content's hash, as of any other
-    dataset; ImageNet's own validation split is not read.
+    Only the training split is used. As with every dataset, a hash of the content chooses the held-out pictures.
     """
 
     name = "imagenet"
@@ -50,7 +49,7 @@ class ImageNet(PictureDataset):
             try:
                 yield self.sample(decode(row["image"]["bytes"], self.size, self.channels), row["label"])
             except ValueError as error:
-                raise TrainingError(f"dataset {self.spec}: row {number} is no picture: {error}") from None
+                raise TrainingError(f"dataset {self.spec}: row {number} is not a picture: {error}") from None
 
     @cached_property
     def _rows(self) -> HubRows:
@@ -61,7 +60,7 @@ class ImageNet(PictureDataset):
         with hub_errors("dataset", self.spec):
             names = getattr((self._rows.features() or {}).get("label"), "names", None)
         if not names:
-            raise ConfigError("dataset", self.spec, "does not name its classes: its column `label` is no ClassLabel")
+            raise ConfigError("dataset", self.spec, "does not name its classes: its column `label` is not a ClassLabel")
         return [str(name) for name in names]
 
 

@@ -12,10 +12,10 @@ _CLIPS = 281_241  # of the training splits: 28,539 + 104,014 + 148,688
 
 
 class LibriSpeech(SpeechDataset):
-    """`librispeech`, or `librispeech:<folder>` or `librispeech:<repository>[@<revision>]` for what has the same layout.
+    """`librispeech`; or `librispeech:<folder>` or `librispeech:<repository>[@<revision>]` for the same layout.
 
-    The clips are those of the training splits (clean 100, then 360, then other 500 hours), of which some are held out
-    by their content's hash, as of any other dataset; LibriSpeech's own held-out splits are not read.
+    Only the training splits are used (clean 100, then 360, then other 500 hours). As with every dataset, a hash of the
+    content chooses the held-out clips.
     """
 
     name = "librispeech"
