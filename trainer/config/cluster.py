@@ -5,7 +5,19 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from trainer.config.fields import LABEL, RUN_ID, UNSET, Group, Nodes, NonNegative, OrUnset, Positive, Scope, Seconds
+from trainer.config.fields import (
+    IDENTITY,
+    LABEL,
+    LOOKUP,
+    RUN_ID,
+    UNSET,
+    Group,
+    Nodes,
+    NonNegative,
+    OrUnset,
+    Positive,
+    Seconds,
+)
 
 
 class StorageConfig(Group):
@@ -16,9 +28,7 @@ class StorageConfig(Group):
         "ReadWriteOnce",
         description="ReadWriteOnce: one volume per worker; ReadWriteMany: one shared by a site's workers.",
     )
-    retain: bool = Field(
-        True, description="Keep the claims after the run, so that a later run finds its data in place."
-    )
+    retain: bool = Field(True, description="Keep the claims after the run, so that a later run finds its data.")
 
 
 class NcclConfig(Group):
@@ -42,16 +52,16 @@ class NcclConfig(Group):
 
 
 class ElasticEtcdConfig(Group):
-    external_endpoint: Annotated[str, Scope("identity")] = Field(
+    external_endpoint: Annotated[str, IDENTITY] = Field(
         "", description="host:port of an existing etcd; short form of `etcd.endpoints` for a single one."
     )
-    prefix: Annotated[str, Scope("lookup")] = Field(
+    prefix: Annotated[str, LOOKUP] = Field(
         "/torchelastic", pattern=r"^/[\w./-]*$", description="Prefix of every key in etcd."
     )
-    protocol: Annotated[Literal["http", "https"], Scope("lookup")] = Field(
+    protocol: Annotated[Literal["http", "https"], LOOKUP] = Field(
         "http", description="Protocol to etcd; https needs `etcd.ca`, or, on a cluster, the Secret diloco-etcd-client."
     )
-    run_id: Annotated[str, Scope("identity")] = Field("", pattern=RUN_ID, description="Alias of `run_id`.")
+    run_id: Annotated[str, IDENTITY] = Field("", pattern=RUN_ID, description="Alias of `run_id`.")
 
 
 class ElasticConfig(Group):
@@ -75,24 +85,22 @@ class ElasticConfig(Group):
 
 
 class EtcdConfig(Group):
-    enabled: bool = Field(
-        True, description="Start or use our own etcd when no endpoint is given; false requires an endpoint."
-    )
-    endpoints: Annotated[list[str], Scope("lookup", "identity")] = Field(
+    enabled: bool = Field(True, description="Use our own etcd when no endpoint is given; false requires one.")
+    endpoints: Annotated[list[str], LOOKUP, IDENTITY] = Field(
         [], description="host:port of each member of an existing etcd. Empty: an embedded one, or the cluster's own."
     )
     # These describe the etcd of manifests/, which `make manifests` renders; a run reads only `replica_count`.
     replica_count: Annotated[int, Field(gt=0, le=7)] = Field(
-        3, description="Number of members of the cluster's etcd (manifests/)."
+        3, description="Members of the cluster's etcd (manifests/)."
     )
     heartbeat_interval: Positive = Field(
-        500, description="Heartbeat interval of the cluster's etcd, in milliseconds (manifests/)."
+        500, description="Heartbeat interval of the cluster's etcd, in ms (manifests/)."
     )
     election_timeout: Annotated[int, Field(gt=0, le=50_000)] = Field(
-        5000, description="Election timeout of the cluster's etcd, in milliseconds: at least 5 heartbeats (manifests/)."
+        5000, description="Election timeout of the cluster's etcd, in ms; at least 5 heartbeats (manifests/)."
     )
     snapshot_count: Positive = Field(
-        100_000, description="Transactions between two snapshots of the cluster's etcd (manifests/)."
+        100_000, description="Transactions between snapshots of the cluster's etcd (manifests/)."
     )
     auto_compaction_mode: Literal["periodic", "revision"] = Field(
         "periodic", description="How the cluster's etcd compacts its history (manifests/)."
@@ -100,12 +108,10 @@ class EtcdConfig(Group):
     auto_compaction_retention: str = Field(
         "1h", pattern=r"^[0-9]+[smh]?$", description="How much history the cluster's etcd keeps (manifests/)."
     )
-    ca: Annotated[str, Scope("lookup")] = Field(
-        "", description="Certificate authority of etcd's certificate (PEM file)."
-    )
-    cert: Annotated[str, Scope("lookup")] = Field("", description="Client certificate for etcd (PEM file).")
-    key: Annotated[str, Scope("lookup")] = Field("", description="Private key of the client certificate (PEM file).")
-    user: Annotated[str, Scope("lookup")] = Field(
+    ca: Annotated[str, LOOKUP] = Field("", description="Certificate authority of etcd's certificate (PEM file).")
+    cert: Annotated[str, LOOKUP] = Field("", description="Client certificate for etcd (PEM file).")
+    key: Annotated[str, LOOKUP] = Field("", description="Private key of the client certificate (PEM file).")
+    user: Annotated[str, LOOKUP] = Field(
         "", description="etcd user; the password comes from the environment variable ETCD_PASSWORD."
     )
 
@@ -113,12 +119,8 @@ class EtcdConfig(Group):
 class VendorConfig(Group):
     enabled: bool = Field(True, description="Use this vendor's GPUs.")
     image: str = Field("", description="Image for this vendor. Empty: the project's, which fits `gpu_vendor` only.")
-    min_nodes: OrUnset[NonNegative] = Field(
-        UNSET, description="Minimum number of `nodes` with this vendor's GPUs. -1: 0."
-    )
-    max_nodes: OrUnset[NonNegative] = Field(
-        UNSET, description="Maximum number of `nodes` with this vendor's GPUs. -1: all."
-    )
+    min_nodes: OrUnset[NonNegative] = Field(UNSET, description="Minimum nodes with this vendor's GPUs. -1: 0.")
+    max_nodes: OrUnset[NonNegative] = Field(UNSET, description="Maximum nodes with this vendor's GPUs. -1: all.")
     runtime_class_name: str = Field("", description="Runtime class of this vendor's pods.")
 
 

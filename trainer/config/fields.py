@@ -35,20 +35,20 @@ IN_WORDS = {
 ScopeName = Literal["fingerprint", "fixed", "card", "command", "place", "lookup", "identity"]
 
 
+@dataclass(frozen=True)
 class Scope:
-    """Marks a parameter with the lists that it belongs to (`TrainingConfig.names_in_scope`, `in_scope`).
+    """Marks a parameter as part of a list (`TrainingConfig.names_in_scope`, `TrainingConfig.in_scope`)."""
 
-    - fingerprint: all workers of a run must have the same value; etcd keeps it.
-    - fixed: part of the fingerprint that a run keeps even if its etcd has lost its data: its checkpoints depend on it.
-    - card: a model card shows it.
-    - command: it belongs to the command at hand (export, evaluate), not to the run that was trained.
-    - place: a directory on a worker's volume.
-    - lookup: `status` and `scale` find a run by it.
-    - identity: it names a run; two runs that differ only in it are configured alike.
-    """
+    name: ScopeName
 
-    def __init__(self, *names: ScopeName) -> None:
-        self.names = frozenset(names)
+
+FINGERPRINT = Scope("fingerprint")  # all workers of a run must have the same value; etcd keeps it
+FIXED = Scope("fixed")  # the part of the fingerprint that a run keeps even if its etcd has lost its data
+CARD = Scope("card")  # a model card shows it
+COMMAND = Scope("command")  # it belongs to the command at hand (export, evaluate), not to the run that was trained
+PLACE = Scope("place")  # a directory on a worker's volume
+LOOKUP = Scope("lookup")  # `status` and `scale` find a run by it
+IDENTITY = Scope("identity")  # it names a run; runs that differ only in it are configured alike
 
 
 @dataclass(frozen=True)

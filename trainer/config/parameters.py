@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from trainer.config.fields import AllowUnset, Choices, Scope
+from trainer.config.fields import AllowUnset, Choices, Scope, ScopeName
 from trainer.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class Parameter:
     default: Any
     description: str
     choices: tuple[str, ...] | None
-    scopes: frozenset[str]
+    scopes: frozenset[ScopeName]
 
 
 def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Parameter]:
@@ -56,7 +56,7 @@ def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Param
             default=field.default,
             description=field.description or "",
             choices=choices,
-            scopes=frozenset().union(*(mark.names for mark in marks if isinstance(mark, Scope))),
+            scopes=frozenset(mark.name for mark in marks if isinstance(mark, Scope)),
         )
 
 

@@ -7,9 +7,16 @@ from pydantic import Field
 from trainer.config.cluster import ElasticConfig, EtcdConfig, GpuConfig, SiteConfig, StorageConfig
 from trainer.config.discovery import declared
 from trainer.config.fields import (
+    CARD,
+    COMMAND,
     DEVICE,
+    FINGERPRINT,
+    FIXED,
+    IDENTITY,
     LABEL,
+    LOOKUP,
     NAMESPACE,
+    PLACE,
     PORT_RANGE,
     RUN_ID,
     UNSET,
@@ -22,7 +29,6 @@ from trainer.config.fields import (
     NonNegative,
     OrUnset,
     Positive,
-    Scope,
     Seconds,
     Tag,
 )
@@ -64,42 +70,42 @@ class Schema(Group):
         lt=1,
         description="Fraction of the samples held out for evaluation, chosen by a hash of each sample's content.",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63), Scope("fingerprint", "fixed", "card")] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**63), FINGERPRINT, FIXED, CARD] = Field(
         42, description="Seed for the initialisation, the data order and every other random choice."
     )
 
     # Optimisation
-    total_steps: Annotated[Positive, Scope("fingerprint", "card")] = Field(
+    total_steps: Annotated[Positive, FINGERPRINT, CARD] = Field(
         30_000, description="Inner steps in the whole training."
     )
-    local_steps: Annotated[Positive, Scope("fingerprint", "fixed", "card")] = Field(
+    local_steps: Annotated[Positive, FINGERPRINT, FIXED, CARD] = Field(
         128, description="Inner steps between two synchronisations (one round)."
     )
-    batch_size: Annotated[Positive, Scope("fingerprint", "fixed", "card")] = Field(
+    batch_size: Annotated[Positive, FINGERPRINT, FIXED, CARD] = Field(
         512, description="Samples that one worker consumes in an inner step."
     )
     per_device_train_batch_size: Positive = Field(
         32, description="Samples in one forward pass. An inner step accumulates batch_size / this many passes."
     )
-    lr: Annotated[float, Scope("card")] = Field(4e-4, gt=0, description="Peak learning rate of the inner optimizer.")
-    warmup_steps: Annotated[NonNegative, Scope("card")] = Field(
+    lr: Annotated[float, CARD] = Field(4e-4, gt=0, description="Peak learning rate of the inner optimizer.")
+    warmup_steps: Annotated[NonNegative, CARD] = Field(
         1000, description="Inner steps of linear warm-up; a cosine decay to zero follows."
     )
-    inner_optimizer: Annotated[Literal["adamw", "muon"], Scope("card")] = Field(
+    inner_optimizer: Annotated[Literal["adamw", "muon"], CARD] = Field(
         "adamw", description="Inner optimizer. muon updates hidden matrices, and adamw everything else."
     )
-    optim_method: Annotated[Literal["sgd", "demo", "ddp"], Scope("fingerprint", "fixed", "card")] = Field(
+    optim_method: Annotated[Literal["sgd", "demo", "ddp"], FINGERPRINT, FIXED, CARD] = Field(
         "sgd",
         description="sgd: DiLoCo; demo: DiLoCo with DCT-compressed decoupled momentum; ddp: average gradients at every "
         "step, as a baseline.",
     )
-    outer_optimizer: Annotated[str, Choices((*OUTER_OPTIMIZERS,)), Scope("fingerprint", "card")] = Field(
+    outer_optimizer: Annotated[str, Choices((*OUTER_OPTIMIZERS,)), FINGERPRINT, CARD] = Field(
         "nesterov", description="Outer optimizer: how the mean pseudo-gradient moves the global parameters."
     )
-    outer_lr: Annotated[float, Scope("fingerprint", "card")] = Field(
+    outer_lr: Annotated[float, FINGERPRINT, CARD] = Field(
         0.7, gt=0, description="Learning rate of the outer optimizer."
     )
-    outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], Scope("fingerprint", "card")] = Field(
+    outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = Field(
         float(UNSET),
         description="Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback.",
     )
@@ -108,14 +114,14 @@ class Schema(Group):
     )
 
     # What goes over the wire
-    codec: Annotated[str, Choices((*CODECS,)), Scope("fingerprint", "card")] = Field(
+    codec: Annotated[str, Choices((*CODECS,)), FINGERPRINT, CARD] = Field(
         "fp32", description="Encoding of a pseudo-gradient (with demo: of its DCT coefficients) on the wire."
     )
     quantization: bool = Field(False, description="Short form of codec=int8.")
-    async_communication: Annotated[bool, Scope("fingerprint")] = Field(
+    async_communication: Annotated[bool, FINGERPRINT] = Field(
         False, description="Synchronise while the next round's inner steps run."
     )
-    fragments: Annotated[Positive, Field(le=64), Scope("fingerprint", "fixed")] = Field(
+    fragments: Annotated[Positive, Field(le=64), FINGERPRINT, FIXED] = Field(
         1, description="Number of parameter fragments that synchronise at different times (Streaming DiLoCo)."
     )
     overlap_tau: NonNegative = Field(
@@ -124,13 +130,13 @@ class Schema(Group):
         "possible.",
     )
     overlap_alpha: Fraction = Field(
-        0.5, description="Weight of the local parameters when a delayed outer step is mixed in."
+        0.5, description="Weight of the local parameters when mixing in a delayed outer step."
     )
     compression_decay: Fraction = Field(0.9, description="Decay of the decoupled momentum (optim_method=demo).")
-    compression_topk: Annotated[Positive, Field(le=4096), Scope("fingerprint")] = Field(
+    compression_topk: Annotated[Positive, Field(le=4096), FINGERPRINT] = Field(
         32, description="DCT coefficients sent for each 64 x 64 chunk (optim_method=demo)."
     )
-    sparse_topk: Annotated[Positive, Field(le=4096, multiple_of=4), Scope("fingerprint")] = Field(
+    sparse_topk: Annotated[Positive, Field(le=4096, multiple_of=4), FINGERPRINT] = Field(
         512, description="Values sent for each block of 4096 (codec=sparse)."
     )
     error_feedback: OrUnset[Fraction] = Field(
@@ -138,10 +144,10 @@ class Schema(Group):
     )
 
     # The run
-    run_id: Annotated[str, Scope("lookup", "identity")] = Field(
+    run_id: Annotated[str, LOOKUP, IDENTITY] = Field(
         "", pattern=RUN_ID, description="Name of the run. An unfinished run of that name resumes. Empty: generated."
     )
-    run_dir: Annotated[str, Scope("command", "lookup", "identity")] = Field(
+    run_dir: Annotated[str, COMMAND, LOOKUP, IDENTITY] = Field(
         "", description="Directory that the run writes to. Empty: runs/<run_id>."
     )
     resume: str = Field(
@@ -154,57 +160,49 @@ class Schema(Group):
         description="How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
         "auto: PyTorchJobs inside a Kubeflow Pipelines step, otherwise local processes.",
     )
-    device: Annotated[str, Scope("command")] = Field(
+    device: Annotated[str, COMMAND] = Field(
         "cuda", pattern=DEVICE, description="Device to train on: cuda, cuda:<index> or cpu."
     )
-    model_cache_dir: Annotated[str, Scope("place")] = Field(
+    model_cache_dir: Annotated[str, PLACE] = Field(
         "/data/models", min_length=1, description="Directory for models on a worker's volume."
     )
-    dataset_cache_dir: Annotated[str, Scope("place")] = Field(
+    dataset_cache_dir: Annotated[str, PLACE] = Field(
         "/data/datasets", min_length=1, description="Directory for datasets on a worker's volume."
     )
-    checkpoint_path: Annotated[str, Scope("place")] = Field(
+    checkpoint_path: Annotated[str, PLACE] = Field(
         "/data/checkpoints/checkpoint.pth",
         min_length=1,
-        description="Directory for checkpoints on a worker's volume. For a name ending in .pth or .pt, its parent.",
+        description="Directory for checkpoints on a worker's volume; the parent if it ends in .pth or .pt.",
     )
     checkpoint_interval: Positive = Field(
-        512, description="Inner steps between checkpoints, which are written at the end of a round."
+        512, description="Inner steps between checkpoints, written at the end of a round."
     )
     keep_checkpoints: Positive = Field(3, description="Number of recent checkpoints to keep.")
-    eval_interval: NonNegative = Field(
-        10, description="Rounds between evaluations on held-out data during training; 0: none."
-    )
-    eval_samples: Annotated[Positive, Scope("command")] = Field(
-        1024, description="Maximum number of held-out samples to score."
-    )
-    compile_model: bool = Field(
-        False, description="Compile the model with torch.compile; if that fails, warn and train uncompiled."
-    )
+    eval_interval: NonNegative = Field(10, description="Rounds between evaluations during training; 0: none.")
+    eval_samples: Annotated[Positive, COMMAND] = Field(1024, description="Maximum number of held-out samples to score.")
+    compile_model: bool = Field(False, description="Use torch.compile; if it fails, warn and train uncompiled.")
     compile_backend: str = Field("inductor", min_length=1, description="Backend of torch.compile.")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         "default", description="Mode of torch.compile."
     )
 
     # Unequal workers
-    heterogeneous: Annotated[bool, Scope("fingerprint")] = Field(
+    heterogeneous: Annotated[bool, FINGERPRINT] = Field(
         False, description="Fit each worker's batch size and local steps to its speed."
     )
     min_batch_size: Positive = Field(16, description="Smallest per-device batch size to try (heterogeneous).")
     max_batch_size: Positive = Field(512, description="Largest per-device batch size to try (heterogeneous).")
-    group_perc_variance: Annotated[Fraction, Scope("fingerprint")] = Field(
+    group_perc_variance: Annotated[Fraction, FINGERPRINT] = Field(
         0.15, description="Workers whose speeds differ by less than this fraction share one setting (heterogeneous)."
     )
 
     # Membership
-    nodes: Annotated[Nodes, Scope("card")] = Field(2, description="Number of nodes that train.")
+    nodes: Annotated[Nodes, CARD] = Field(2, description="Number of nodes that train.")
     lease_ttl: Annotated[float, Field(ge=1)] = Field(
-        15.0, description="Time to live of a member's lease in etcd, in seconds."
+        15.0, description="Time to live of a member's etcd lease, in seconds."
     )
     grace_period: Seconds = Field(10.0, description="Maximum time that a round waits for late members, in seconds.")
-    collective_timeout: Seconds = Field(
-        5.0, description="Time without progress after which a collective fails, in seconds."
-    )
+    collective_timeout: Seconds = Field(5.0, description="Seconds without progress after which a collective fails.")
     etcd_outage_limit: Seconds = Field(300.0, description="Longest etcd outage that a run survives, in seconds.")
     late_policy: Literal["carry", "drop"] = Field(
         "carry",
@@ -213,14 +211,10 @@ class Schema(Group):
     joiner_moments: Literal["donor", "warmup"] = Field(
         "donor", description="Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
     )
-    catch_up_rounds: Positive = Field(
-        8, description="Number of committed means that are kept so that other members can catch up."
-    )
+    catch_up_rounds: Positive = Field(8, description="Number of committed means kept for members that catch up.")
     advertise_address: str = Field("", description="Address at which other workers reach this one. Empty: detected.")
     network_interface: str = Field("", description="Network interface for the collectives. Empty: detected.")
-    port_range: str = Field(
-        "", pattern=PORT_RANGE, description="Ports to listen on, `low-high`. Empty: ephemeral ports."
-    )
+    port_range: str = Field("", pattern=PORT_RANGE, description="Ports to listen on, `low-high`. Empty: ephemeral.")
     pgroup_backend: Literal["", "gloo", "nccl"] = Field(
         "",
         description="Backend of torch's process group with optim_method=ddp. Empty: nccl on GPUs, gloo on CPUs. DiLoCo "
@@ -240,12 +234,12 @@ class Schema(Group):
     experiment_tags: list[Tag] = Field(["diloco", "gpt-neo-x", "c4"], description="Tags of the experiment.")
     metrics_port: OrUnset[Annotated[int, Field(ge=1024, lt=65000)]] = Field(
         UNSET,
-        description="Port for Prometheus metrics. Further workers on the same machine use the next ports. -1: none.",
+        description="Port for Prometheus metrics; other workers on the machine use the next ones. -1: none.",
     )
-    hf_upload: Annotated[bool, Scope("command")] = Field(
+    hf_upload: Annotated[bool, COMMAND] = Field(
         False, description="Push the exported model to the Hugging Face Hub; needs HF_TOKEN."
     )
-    trained_model_hf_name: Annotated[str, Scope("command")] = Field(
+    trained_model_hf_name: Annotated[str, COMMAND] = Field(
         "", description="Hugging Face Hub repository for the exported model."
     )
 
@@ -268,26 +262,18 @@ class Schema(Group):
     )
     cpu_cores: Positive = Field(16, description="CPU limit of a worker's pod, in cores; it requests one.")
     memory_gb: Positive = Field(32, description="Memory of a worker's pod, in GB, requested in full.")
-    ephemeral_storage_gb: Positive = Field(
-        100, description="Ephemeral storage limit of a worker's pod, in GB; it requests 2."
-    )
+    ephemeral_storage_gb: Positive = Field(100, description="Ephemeral storage limit of a pod, in GB; it requests 2.")
     gpu_count: NonNegative = Field(1, description="GPUs per worker pod; none if 0, or if device=cpu.")
     gpu_vendor: Literal["NVIDIA", "AMD"] = Field("NVIDIA", description="GPU vendor that the project's image supports.")
     gpu_type: str = Field("A100", description="Preferred GPU; nodes labelled with this product are tried first.")
-    gpu_memory: Positive = Field(
-        80, description="Preferred GPU memory, in GB; nodes labelled with at least this much are tried first."
-    )
+    gpu_memory: Positive = Field(80, description="Preferred GPU memory, in GB; nodes labelled with it are tried first.")
     sites: list[SiteConfig] = Field(
         [],
         description="Pools of nodes: name, replicas, node_selector, tolerations, image, gpu_resource, gpu_count, "
         "runtime_class_name, storage_class_name. Replicas must add up to `nodes`. Empty: one pool for each GPU vendor.",
     )
-    active_deadline: Positive = Field(
-        1_209_600, description="Maximum lifetime of a training's job on the cluster, in seconds."
-    )
-    finished_ttl: Positive = Field(
-        86_400, description="Seconds for which a finished job and its pods' logs stay on the cluster."
-    )
+    active_deadline: Positive = Field(1_209_600, description="Maximum lifetime of a job on the cluster, in seconds.")
+    finished_ttl: Positive = Field(86_400, description="Seconds for which a finished job and its logs are kept.")
     storage: StorageConfig = Field(default_factory=StorageConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
     etcd: EtcdConfig = Field(default_factory=EtcdConfig)

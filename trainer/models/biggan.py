@@ -18,8 +18,8 @@ def make(config: dict[str, Any]) -> Any:
     """Generator and discriminator, with random weights.
 
     Args:
-        config: `image_size`, `channels`, `labels` (names of the classes); `width` (base width), `stages` (factors of it,
-            from the smallest pictures to the largest), `noise` (size of a chunk) and `embedding`.
+        config: `image_size`, `channels`, `labels` (names of the classes); `width`, `stages` (factors of the width, from
+            the smallest pictures to the largest), `noise` (size of a chunk) and `embedding`.
 
     Returns:
         A module with `generator(noise, labels)`, pictures (n, channels, size, size) from -1 to 1, and

@@ -163,7 +163,7 @@ def test_files_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda path, mode: Path(path).name != "a.txt")
         (tmp_path / "a.txt").write_text("a")
-        assert "a.txt may not be read" in refusal(f"files:{tmp_path}")
+        assert "a.txt is not readable" in refusal(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").write_text('{"content": "x", "id": 1}\n')
     assert "a.jsonl has no column `text`; it has content, id" in refusal(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").unlink()

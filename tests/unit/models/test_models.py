@@ -34,8 +34,8 @@ def test_every_family_has_a_task_and_sizes() -> None:
         ("gpt5", "no such model"),
         ("gpt-neo:huge", "no such size of gpt-neo; there are test, tiny, 125m"),
         ("hf", "no such size of hf; there are a Hub id"),
-        ("hf:./nowhere", "is no directory with a config.json"),
-        ("resnet50:./nowhere", "is no directory with a config.json"),
+        ("hf:./nowhere", "is not a directory with a config.json"),
+        ("resnet50:./nowhere", "is not a directory with a config.json"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(spec: str, reason: str) -> None:
