@@ -30,6 +30,7 @@ def load_config(
     Raises:
         ConfigError: An unknown key or a bad value, naming the field, the value and what is allowed.
     """
+    # The file; then the environment over it; then the flags over both.
     tree = _read_yaml(config_file) if config_file else {}
     known = {parameter.name: parameter for parameter in TrainingConfig.parameters()}
     environment = os.environ if environ is None else environ

@@ -21,6 +21,7 @@ def first_error(error: ValidationError, parameters: list[Parameter]) -> ConfigEr
     field = next((name for name in known if location == name or location.startswith(name + ".")), location)
     if field == "sites":  # its elements have fields of their own
         field = location
+    # Unknown names, choices and patterns have sentences of their own; the rest is pydantic's message.
     parameter = known.get(field)
     if details["type"] == "extra_forbidden":
         return ConfigError(location, "…" if is_secret(location) else details["input"], unknown(location, known))

@@ -23,12 +23,15 @@ def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
 
     A parameter that is given as well stays; `check` refuses the two if they disagree.
     """
+    # quantization stands for codec=int8.
     tree = dict(tree)
     if str(tree.get("quantization")).lower() in _TRUE and tree.get("codec", "fp32") == "fp32":
         tree["codec"] = "int8"
+    # elastic.etcd.run_id stands for run_id.
     run_id = find(tree, ("elastic", "etcd", "run_id"))
     if isinstance(run_id, str) and re.match(RUN_ID, run_id):  # else it is refused under its own name
         tree["run_id"] = tree.get("run_id") or run_id
+    # elastic.etcd.external_endpoint stands for a single one of etcd.endpoints.
     external, etcd = find(tree, ("elastic", "etcd", "external_endpoint")), tree.get("etcd", {})
     if external and isinstance(etcd, dict):
         tree["etcd"] = {**etcd, "endpoints": etcd.get("endpoints") or [external]}

@@ -68,6 +68,7 @@ class GraphDataset(ArrayDataset):
 
     def shared(self) -> dict[str, np.ndarray]:
         """`features`, and `edges` in both directions, without duplicates and self-loops."""
+        # An edge as one number, so that `unique` removes duplicates.
         source, target = self._graph.edges
         nodes = len(self._graph.labels)
         codes = np.unique(np.concatenate([source * nodes + target, target * nodes + source]))

@@ -1,11 +1,13 @@
 """The Hugging Face Hub: rows of its datasets, and one clear sentence for each of its errors."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.registry import DatasetFamily
 from trainer.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -33,8 +35,10 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
     also = f", {instead}" if instead else ""
     try:
         yield
+    # Errors of our own pass.
     except (ConfigError, TrainingError):
         raise
+    # The user can change the name or the token.
     except GatedRepoError:
         reason = "is gated: accept its terms on the hub and set HF_TOKEN in the environment"
         raise ConfigError(field, name, reason + also) from None
@@ -45,6 +49,7 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
         raise ConfigError(field, name, reason + also) from None
     except DataFilesNotFoundError as error:
         raise ConfigError(field, name, f"does not have the expected layout: {_first_line(error)}") from None
+    # The hub or the network failed.
     except HfHubHTTPError as error:
         raise TrainingError(f"{field} {name}: the hub answered with an error: {_first_line(error)}") from error
     except Exception as error:
@@ -55,6 +60,31 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+class HubDataset(DatasetFamily):
+    """A dataset on the hub, or `<name>:<folder>` or `<name>:<repository>[@<revision>]` with the same layout.
+
+    A mixin: it comes before the class for the kind of samples.
+    """
+
+    takes_argument = True
+    local = False
+
+    @property
+    @abstractmethod
+    def rows(self) -> "HubRows":
+        """The rows that the samples are made from."""
+
+    def check(self) -> None:
+        super().check()
+        self.rows.check()
+
+    def identity(self) -> str:
+        return self.rows.identity(self.name) or self.spec
+
+    def revision(self) -> str:
+        return self.rows.revision()
 
 
 class HubRows:

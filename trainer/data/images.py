@@ -32,6 +32,7 @@ def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
     """As `decode`, for an open picture. Bicubic and antialiased; 1 channel is grey, 3 are RGB."""
     from PIL import Image
 
+    # Resize the shorter side, then cut out the centre.
     picture = picture.convert("L" if channels == 1 else "RGB")
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
@@ -56,6 +57,7 @@ def augment(images: np.ndarray, positions: np.ndarray, seed: int, how: Augmentat
     import torch
     import torch.nn.functional as F
 
+    # Draw area, aspect ratio, position, angle and mirroring of each crop.
     numbers = torch.from_numpy(uniform(positions, seed, 6))
     low, high = how.scale
     area = low + (high - low) * numbers[:, 0]
@@ -66,6 +68,7 @@ def augment(images: np.ndarray, positions: np.ndarray, seed: int, how: Augmentat
     x, y = (1 - width) * (2 * numbers[:, 2] - 1), (1 - height) * (2 * numbers[:, 3] - 1)
     angle = math.radians(how.rotation) * (2 * numbers[:, 4] - 1)
     mirror = torch.where((numbers[:, 5] < 0.5) & how.flip, -1.0, 1.0)
+    # Resample each picture along the affine map from its new pixels to its old ones.
     rows = (
         torch.stack([mirror * width * angle.cos(), -height * angle.sin(), x], dim=1),
         torch.stack([mirror * width * angle.sin(), height * angle.cos(), y], dim=1),

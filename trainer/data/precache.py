@@ -55,10 +55,12 @@ def precache(
         ConfigError: The configuration cannot work, or the disk lacks space.
         TrainingError: The source cannot be read, or the disk has filled up.
     """
+    # Refuse what cannot work before anything is written.
     check(config)
     dataset, path = resolve(config), directory(config, volume.datasets)
     require_writable(volume.datasets, "dataset_cache_dir")
     require_writable(volume.models, "model_cache_dir")
+    # The dataset: verified, copied from another volume, or built from its source.
     with _disk_errors(volume.datasets), _locked(path, log):
         manifest = _usable(path, dataset, log, verify)
         if manifest:
@@ -66,6 +68,7 @@ def precache(
         else:
             manifest = _copied(path, dataset, source, log) or _built(path, dataset, log)
             log(f"dataset {dataset.spec}: {manifest.contents}, in {path}")
+    # The model, which depends on the dataset (its vocabulary, its classes).
     path = models.directory(config, manifest.for_model, volume.models)
     with _disk_errors(volume.models), _locked(path, log):
         _, written = models.precache(config, manifest.for_model, volume.models)
@@ -139,6 +142,7 @@ def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
     revision = dataset.revision()
     with whole_directory(path) as temporary:
         manifest = dataset.prepare(temporary, revision, log)
+        # Record every file's hash; READY, written last, vouches for the manifest.
         files = {
             file.relative_to(temporary).as_posix(): StoredFile(bytes=file.stat().st_size, sha256=sha256(file))
             for file in sorted(temporary.rglob("*"))

@@ -53,6 +53,7 @@ class SampleOrder:
         """The samples at these positions, int64 of the same shape."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, within = np.divmod(positions.ravel(), self.num_samples)
+        # Each epoch has a permutation of its own, of whole groups.
         keys = mix(mix(np.array(self.seed % 2**64, dtype=np.uint64)) ^ epochs.astype(np.uint64))
         groups, rest = np.divmod(within, self.group)
         chosen = self._permute(groups.astype(np.uint64), keys)
@@ -98,6 +99,7 @@ def batches(
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
+    # One thread reads; a queue of futures keeps the batches in order.
     wanted = np.asarray(positions, dtype=np.int64)
     chunks = (wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
@@ -105,6 +107,7 @@ def batches(
             thread.submit(read, chunk) for chunk in itertools.islice(chunks, prefetch)
         )
         try:
+            # Submit the next batch before handing out this one.
             while ahead:
                 batch = ahead.popleft().result()
                 ahead.extend(thread.submit(read, chunk) for chunk in itertools.islice(chunks, 1))

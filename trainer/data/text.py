@@ -90,30 +90,17 @@ class TextDataset(DatasetFamily):
             for texts in _batched(documents(), _BATCH_CHARACTERS):
                 for text, tokens in zip(texts, tokenizers.encode(tokenizer, texts), strict=True):
                     raw = text.encode()
-                    place = content_hash(raw)
-                    smallest_hash = min(smallest_hash, place) if len(tokens) >= length else smallest_hash
-                    if place < fraction:
+                    hashed = content_hash(raw)
+                    smallest_hash = min(smallest_hash, hashed) if len(tokens) >= length else smallest_hash
+                    if hashed < fraction:
                         validation.add(tokens, end, len(raw))
                     else:
                         train.add(tokens, end, len(raw))
                         byte_counts += np.bincount(np.frombuffer(raw, dtype=np.uint8), minlength=256)
                     progress.update(len(raw))
-        # Refuse a dataset that would leave a split empty, and name what would help.
         counts, held_out = train.close(), validation.close()
-        if not counts.sequences:
-            raise ConfigError(
-                "dataset",
-                self.spec,
-                f"has too little text: {counts.documents} training documents do not fill a sequence of {length} tokens",
-            )
-        if not held_out.sequences:
-            hint = f" (above {smallest_hash:.2g} suffices)" if smallest_hash < 1 else ""
-            raise ConfigError(
-                "validation_fraction",
-                fraction,
-                f"holds out {held_out.documents} of {counts.documents + held_out.documents} documents, which do not "
-                f"fill a sequence of {length} tokens: raise it{hint}, add text, or lower sequence_length",
-            )
+        self._refuse_empty(counts, held_out, smallest_hash)
+        # The hash covers everything that a model sees: the tokens, and what they mean.
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
         content = (self.tasks[0], length, end, vocabulary, train.digest, validation.digest)
         return TextManifest(
@@ -131,6 +118,24 @@ class TextDataset(DatasetFamily):
             versions={"python": platform.python_version()}
             | {name: version(name) for name in ("datasets", "pyarrow", "tokenizers", "transformers")},
         )
+
+    def _refuse_empty(self, counts: SplitCounts, held_out: SplitCounts, smallest_hash: float) -> None:
+        """Raise ConfigError if a split has no sequence, with what would help."""
+        length, fraction = self.config.sequence_length, self.config.validation_fraction
+        if not counts.sequences:
+            raise ConfigError(
+                "dataset",
+                self.spec,
+                f"has too little text: {counts.documents} training documents do not fill a sequence of {length} tokens",
+            )
+        if not held_out.sequences:
+            hint = f" (above {smallest_hash:.2g} suffices)" if smallest_hash < 1 else ""
+            raise ConfigError(
+                "validation_fraction",
+                fraction,
+                f"holds out {held_out.documents} of {counts.documents + held_out.documents} documents, which do not "
+                f"fill a sequence of {length} tokens: raise it{hint}, add text, or lower sequence_length",
+            )
 
 
 class _Packer:
@@ -191,12 +196,14 @@ class _Packer:
 
         if not rows:
             return
+        # Cut full sequences off the stream; the rest waits for the next documents.
         tokens = np.concatenate(self._waiting)
         packed, rest = tokens[: rows * self._length], tokens[rows * self._length :]
         self._waiting, self._waiting_tokens = [rest.copy()], len(rest)
         if self._writer is None:
             path = self._directory / f"{self._name}-{self._sequences // self._shard_rows:05}.arrow"
             self._writer = ArrowWriter(path=str(path), features=self._features)
+        # One Arrow record batch per call, without a copy of the tokens.
         columns = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(packed), self._length)}
         if self._sizes is not None:
             scored = packed.reshape(rows, self._length)[:, 1:]

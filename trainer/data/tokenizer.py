@@ -68,10 +68,12 @@ def load(spec: str, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerF
         ConfigError: There is no such tokenizer, or it cannot be used here.
         TrainingError: The hub cannot be reached.
     """
+    # Our own kinds.
     if spec == "bytes":
         return _wrap(_byte_level())
     if spec.startswith("bpe:"):
         return _wrap(_trained(_bpe_size(spec), texts()))
+    # A directory's or the hub's.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if _is_path(spec):
@@ -82,6 +84,7 @@ def load(spec: str, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerF
     else:
         with hub_errors("tokenizer", spec, "or give a directory, bytes or bpe:<vocabulary size>"):
             tokenizer = _from_hub(spec)
+    # Encoding needs a fast tokenizer, and packing a separator.
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError("tokenizer", spec, "is a slow tokenizer: a fast one (tokenizer.json) is needed")
     if tokenizer.eos_token_id is None:
@@ -121,11 +124,12 @@ def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
             return bytes([int(token[3:5], 16)])
         return token.removeprefix("##").replace("▁", " ").encode()
 
+    # Added tokens are stored as plain text, all others in the decoder's alphabet.
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids)
     contents = [b""] * vocabulary_size(tokenizer)
     for token, number in tokenizer.get_vocab().items():
-        if number in added:  # added tokens are stored as plain text
+        if number in added:
             contents[number] = b"" if added[number].special or number in special else token.encode()
         elif number not in special:
             contents[number] = content(token)

@@ -102,12 +102,14 @@ def resolve(spec: str) -> ModelSpec:
     Raises:
         ConfigError: No such family, size or directory.
     """
+    # A family and one of its sizes.
     name, _, size = spec.partition(":")
     if name not in families():
         raise ConfigError("model", spec, f"no such model; there are {', '.join(sorted(families()))}")
     family = families()[name]
     if size in family.sizes or (not size and family.default_size):
         return ModelSpec(family, size or family.default_size)
+    # A pretrained model: a Hub id, or a directory.
     if family.fetch is None or not (
         _PATH.match(size) or (_HUB_ID.fullmatch(size) and ("/" in size or not family.sizes))
     ):

@@ -21,12 +21,14 @@ def fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
     """
     from transformers import AutoConfig
 
+    # Positions limit the sequences, whether there are weights or not.
     huggingface.fetch(directory, source, AUTO, {})
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and data["sequence_length"] > positions:
         raise ConfigError("sequence_length", data["sequence_length"], f"{source} has {positions} positions")
+    # With weights, the vocabulary is the model's; without, it becomes the data's.
     if any(directory.glob("*.safetensors")):
         if data["vocabulary_size"] > text.vocab_size:
             problem = (

@@ -31,12 +31,14 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
     name, _, revision = source.partition("@") if not source.startswith("/") else (source, "", "")
     local = source.startswith("/")
     try:
+        # The configuration, with the fields that depend on the data.
         config = transformers.AutoConfig.from_pretrained(name, revision=revision or None, local_files_only=local)
         for field, value in overrides.items():
             setattr(config, field, value)
         config.save_pretrained(directory)
         if local and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
             return
+        # The weights.
         model = getattr(transformers, auto).from_pretrained(
             name,
             config=config,

@@ -38,10 +38,12 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
         """The hinge loss (arXiv 1705.02894): the discriminator's plus the generator's."""
         networks: Any = model
+        # The discriminator's loss: real pictures above 1, generated ones below −1.
         labels, critic = batch["label"], networks.discriminator
         real = batch["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
         fake = networks.generator(networks.noise(len(labels)), labels)
         seen = (1 - critic(real, labels)).relu().mean() + (1 + critic(fake.detach(), labels)).relu().mean()
+        # The generator's loss: the discriminator's score of what it generates.
         critic.requires_grad_(False)  # the generator's loss must not train it
         deceived = -critic(fake, labels).mean()
         critic.requires_grad_(True)

@@ -103,12 +103,14 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         import torch
         from transformers import AutoTokenizer
 
+        # The prompt: at most half of the sequence, within the model's positions.
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         writer: Any = model  # a transformers model, so that it can generate
         tokens = batch["input_ids"][:1]
         prompt = tokens[:, : min(MOST_PROMPT, tokens.shape[1] // 2)]
         most = getattr(writer.config.get_text_config(), "max_position_embeddings", MOST_PROMPT + MOST_NEW)
         new = min(MOST_NEW, most - prompt.shape[1])
+        # Sample a continuation, reproducibly.
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             drawn = writer.generate(

@@ -88,6 +88,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         frequencies at every frame, with the best probability of a blank."""
         import torch
 
+        # One transcript for all clips, and letter frequencies for the loss.
         texts = facts_of(data)["transcripts"]
         constant = best_constant(texts[:FEW])
         vocabulary = read_json(data / "manifest.json")["for_model"]["vocabulary"]
@@ -124,11 +125,13 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         """Logits, (samples, frames, vocabulary), and the number of valid frames of each, int64 (samples,)."""
         import torch
 
+        # Normalise each clip to zero mean and unit variance, ignoring the padding.
         audio, lengths = batch["audio"].float() / 32768, batch["audio_length"]
         inside = torch.arange(audio.shape[1], device=audio.device) < lengths[:, None]
         mean = (audio * inside).sum(dim=1, keepdim=True) / lengths[:, None]
         centred = (audio - mean) * inside
         scaled = centred / (centred.square().sum(dim=1, keepdim=True) / lengths[:, None] + 1e-7).sqrt()
+        # Models without an attention mask see the padding, as in their training.
         recogniser: Any = model
         mask = inside.long() if _takes_mask(model) else None
         frames = recogniser._get_feat_extract_output_lengths(lengths)

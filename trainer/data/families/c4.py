@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from trainer.config import given
-from trainer.data.hub import HubRows
+from trainer.data.hub import HubDataset, HubRows
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError
 
@@ -16,7 +16,7 @@ _TOKENS_EACH = 470
 _COMPRESSED = 3  # approximate compression ratio
 
 
-class C4(TextDataset):
+class C4(HubDataset, TextDataset):
     """`c4`; or `c4:<folder>` or `c4:<repository>[@<revision>]` for data with the same layout.
 
     Only the first `max_samples` documents are downloaded, in the order of the shards. As with every dataset, a hash of
@@ -24,16 +24,10 @@ class C4(TextDataset):
     """
 
     name = "c4"
-    takes_argument = True
-    local = False
-
-    def check(self) -> None:
-        super().check()
-        self._rows.check()
 
     def check_parameters(self) -> None:
         super().check_parameters()
-        if given(self.config.max_samples) is None and not self._rows.is_path:
+        if given(self.config.max_samples) is None and not self.rows.is_path:
             config = self.config
             sequences = config.total_steps * config.batch_size * config.nodes
             enough = min(_DOCUMENTS, -(-sequences * config.sequence_length // _TOKENS_EACH))
@@ -44,21 +38,15 @@ class C4(TextDataset):
                 f"{config.sequence_length} tokens, about {enough:,} documents; with fewer, it repeats them",
             )
 
-    def identity(self) -> str:
-        return self._rows.identity(self.name) or self.spec
-
-    def revision(self) -> str:
-        return self._rows.revision()
-
     def text_size(self) -> int:
         size = min(given(self.config.max_samples) or _DOCUMENTS, _DOCUMENTS) * _BYTES_EACH
-        return min(size, self._rows.local_bytes() * _COMPRESSED or size)
+        return min(size, self.rows.local_bytes() * _COMPRESSED or size)
 
     def documents(self, revision: str) -> Iterator[str]:
-        return (row["text"] for row in self._rows.read(revision))
+        return (row["text"] for row in self.rows.read(revision))
 
     @cached_property
-    def _rows(self) -> HubRows:
+    def rows(self) -> HubRows:
         return HubRows(self.spec, self.argument, _REPOSITORY, _SHARDS, loader="json")
 
 

@@ -41,6 +41,7 @@ class StdlibGraph(GraphDataset):
         return 15_000, 60_000
 
     def load(self) -> Graph:
+        # Nodes: the functions of the largest packages.
         found = list(_functions())
         sizes = Counter(package for package, _, _ in found)
         classes = sorted(package for package, _ in sizes.most_common(CLASSES))
@@ -48,6 +49,7 @@ class StdlibGraph(GraphDataset):
         places: dict[str, list[int]] = defaultdict(list)
         for node, (_, name, _) in enumerate(kept):
             places[name].append(node)
+        # Features: hashed identifiers. Edges: to the functions that an identifier names.
         features = np.zeros((len(kept), WIDTH), dtype=np.float32)
         edges: set[tuple[int, int]] = set()
         for node, (_, _, words) in enumerate(kept):

@@ -41,6 +41,7 @@ class Files(TextDataset):
         return f"{self.name}:{self._root.absolute()}"
 
     def check(self) -> None:
+        # Does the path exist, and hold files of a supported kind?
         if not self.argument:
             raise ConfigError("dataset", self.spec, "must name a file or a folder: files:<path>")
         if not self._root.exists():
@@ -53,6 +54,7 @@ class Files(TextDataset):
             raise ConfigError("dataset", self.spec, "holds only empty files")
         if unreadable := [path for _, path in self._files if not os.access(path, os.R_OK)]:
             raise ConfigError("dataset", self.spec, f"{unreadable[0]} is not readable")
+        # Does the first file of each kind look as it should? The others are checked while they are read.
         super().check()
         for loader, path in self._first_of_each_loader():
             self._check_start(loader, path)
