@@ -4,11 +4,12 @@ An outer optimizer is a class in a module of this package with a literal `name`,
 configuration. It is an `OuterOptimizer`, constructed as `Class(lr, momentum)`.
 """
 
+from trainer.diloco.outer.average import Averaged
 from trainer.diloco.outer.nesterov import Nesterov
 from trainer.diloco.outer.optimizer import OuterOptimizer, Tensors
 from trainer.plugins import named_classes
 
-__all__ = ["Nesterov", "OuterOptimizer", "Tensors", "make"]
+__all__ = ["Averaged", "Nesterov", "OuterOptimizer", "Tensors", "make"]
 
 
 def make(name: str, lr: float, momentum: float) -> OuterOptimizer:
