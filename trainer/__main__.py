@@ -7,15 +7,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer import commands
-from trainer.config import add_config_flags
+from trainer.config import TrainingConfig, add_config_flags
 from trainer.errors import run_main
 from trainer.library_logs import set_up_logging
-
-# The parameters that locate a run: all that `status` and `scale` need.
-_LOOKUP = (
-    *("run_id", "run_dir", "elastic_etcd_prefix", "elastic_etcd_protocol"),
-    *("etcd_endpoints", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user"),
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--json", action="store_true", help="print one JSON object a line")
         if name == "scale":
             command.add_argument("count", metavar="N", help="the new number of nodes")
-        add_config_flags(command, _LOOKUP if name in ("status", "scale") else None)
+        add_config_flags(command, TrainingConfig.names_in_scope("lookup") if name in ("status", "scale") else None)
     report = add("report", "write the report of a run, or a comparison of several", commands.report)
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run; several are compared")
     report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html; several: comparison.html]")

@@ -184,7 +184,7 @@ def test_a_changed_source_is_read_anew(root: Path, made: Path) -> None:
     held = before.train[np.arange(len(before.train))]["input_ids"]
     (root / "source" / "new.txt").write_text("something new " * 50)
     log = again(root)
-    assert log[0] == f"making {made} anew: its source has changed"
+    assert log[0] == f"rebuilding {made}: its source has changed"
     assert data.open_dataset(made).manifest.hash != before.manifest.hash
     # A run that is training on the old one goes on with it.
     assert np.array_equal(before.train[np.arange(len(before.train))]["input_ids"], held)
@@ -196,7 +196,7 @@ def test_another_worker_takes_what_is_there(root: Path, made: Path) -> None:
     log = Log()
     manifest = data.precache(own, Volume.of(own), log, source=made.parent)
     taken = data.directory(own, Volume.of(own).datasets)
-    assert log[0] == f"taking dataset files:{root / 'source'} from {made}"
+    assert log[0] == f"copying dataset files:{root / 'source'} from {made}"
     assert data.open_dataset(taken).manifest == manifest == data.open_dataset(made).manifest
     assert damage(taken) is None
     shutil.rmtree(made)
@@ -208,7 +208,7 @@ def test_damaged_goods_are_not_taken(root: Path, made: Path) -> None:
     own = config(root, dataset_cache_dir=str(root / "other" / "datasets"))
     log = Log()
     data.precache(own, Volume.of(own), log, source=made.parent)
-    assert not log.has("taking")
+    assert not log.has("copying")
     assert damage(data.directory(own, Volume.of(own).datasets)) is None
 
 
@@ -222,7 +222,7 @@ def test_every_worker_of_a_run(root: Path) -> None:
     hashes = [data.open_dataset(data.directory(own, volume.datasets)).manifest.hash for volume in volumes]
     assert len(hashes) == 3
     assert len(set(hashes)) == 1
-    assert sum("taking" in line for line in log) == 2
+    assert sum("copying" in line for line in log) == 2
 
 
 PRECACHE_AND_HANG = """

@@ -157,7 +157,7 @@ def test_unless_all_must_be_there_the_others_go_on(start: Start, tmp_path: Path)
     (tmp_path / "go").touch()
     output, _ = launch.communicate()
     assert launch.returncode == 0
-    assert "training goes on while at least one of them is there (elastic.min_nodes=1)" in shown[0]
+    assert "training continues while at least 1 is available (elastic.min_nodes=1)" in shown[0]
     assert output.splitlines()[-1] == f"run r is complete, without worker 1: {tmp_path}"
 
 

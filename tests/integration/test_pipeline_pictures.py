@@ -38,7 +38,7 @@ def test_pictures_go_through_the_pipeline(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "% of the pictures are recognised; the most frequent class alone gives" in done.stdout
+    assert "% of the pictures are classified correctly; the most frequent class alone gives" in done.stdout
     run_dir = tmp_path / "runs" / "digits"
     found = json.loads((run_dir / "evaluation.json").read_text())
     assert found["sequences"] == 64 and len(found["sample"]["pictures"]) == 24

@@ -1,4 +1,4 @@
-"""Datasets of arrays: each sample is decoded once, when it is precached."""
+"""Datasets of arrays: samples are decoded once, when they are precached."""
 
 import hashlib
 import itertools
@@ -15,57 +15,57 @@ from trainer.config import given
 from trainer.data.arrays import ArrayWriter, write_shared
 from trainer.data.manifest import ArrayManifest, Augmentation, Column
 from trainer.data.progress import Progress
+from trainer.data.random_numbers import content_hash
 from trainer.data.registry import DatasetFamily, Log
-from trainer.data.text import content_hash
 from trainer.errors import ConfigError
 
 Sample = Mapping[str, np.ndarray]
 
 
 class ArrayDataset(DatasetFamily):
-    """A dataset of arrays. A subclass says what the samples are and where they come from.
+    """A dataset of arrays. A subclass defines the samples and where they come from.
 
-    Samples whose content's hash falls below `validation_fraction` are held out: equal ones are in one split.
+    Samples whose content hash is below `validation_fraction` are held out, so equal samples are in the same split.
 
     Attributes:
-        group: So many samples of about the same length are read together; 1 where all are of one shape.
+        group: Number of samples of similar length that are read together; 1 if all have the same shape.
     """
 
     group: ClassVar[int] = 1
 
     @abstractmethod
     def columns(self) -> dict[str, Column]:
-        """What a sample consists of."""
+        """The arrays of a sample, by name."""
 
     @abstractmethod
     def samples(self, revision: str) -> Iterator[Sample]:
-        """The samples of this revision, always in the same order. `max_samples` is applied to them elsewhere."""
+        """The samples of this revision, always in the same order. The caller applies `max_samples`."""
 
     @abstractmethod
     def count(self) -> int:
-        """About how many samples there are, `max_samples` or not."""
+        """Approximate number of samples, regardless of `max_samples`."""
 
     @abstractmethod
     def for_model(self) -> dict[str, Any]:
-        """What a model has to know of them. Asked for when all samples have been read."""
+        """What a model needs to know about the samples. Called after all samples have been read."""
 
     def content(self, sample: Sample) -> bytes:
-        """By which it is decided whether a sample is held out: its first column."""
+        """The content whose hash decides whether a sample is held out; by default, its first column."""
         return np.ascontiguousarray(sample[next(iter(self.columns()))]).tobytes()
 
     def shared(self) -> dict[str, np.ndarray]:
-        """Arrays that all samples share. Asked for when all samples have been read."""
+        """Arrays that all samples share. Called after all samples have been read."""
         return {}
 
     def augmentation(self) -> Augmentation | None:
-        """How training samples are varied."""
+        """How training samples are augmented; None: not at all."""
         return None
 
     def observe(self, sample: Sample) -> None:
-        """Told of each training sample."""
+        """Called with each training sample."""
 
     def facts(self) -> dict[str, Any]:
-        """What a baseline or a person may want to know of the training samples. Asked for when all have been read."""
+        """Facts about the training samples, for a baseline or a person. Called after all have been read."""
         return {}
 
     def inputs(self) -> dict[str, object]:
@@ -78,12 +78,13 @@ class ArrayDataset(DatasetFamily):
         return min(self.count(), given(self.config.max_samples) or self.count()) * each + 16 * 2**20
 
     def prepare(self, directory: Path, revision: str, log: Log) -> ArrayManifest:
+        # Split the samples by their content's hash.
         config, columns = self.config, self.columns()
         everything = min(self.count(), given(config.max_samples) or self.count())
         with (
             ArrayWriter(directory, "train", columns, self.group) as train,
             ArrayWriter(directory, "validation", columns, self.group) as held_out,
-            Progress(f"reading {self.spec}", everything, log) as progress,
+            Progress(f"reading {self.spec}", everything, log, "samples") as progress,
         ):
             for sample in itertools.islice(self.samples(revision), given(config.max_samples)):
                 if content_hash(self.content(sample)) < config.validation_fraction:
@@ -98,6 +99,7 @@ class ArrayDataset(DatasetFamily):
         if not apart.samples:
             problem = f"holds out none of {counts.samples} samples: raise it, or give more samples"
             raise ConfigError("validation_fraction", config.validation_fraction, problem)
+        # The hash covers everything that a model sees: samples, shared arrays, and what the model knows of them.
         shared = self.shared()
         digest = hashlib.sha256(repr((columns, self.for_model(), train.digest, held_out.digest)).encode())
         for name, array in sorted(shared.items()):

@@ -1,7 +1,7 @@
 """Samples as plain memory-mapped arrays: pictures, audio, nodes.
 
-A column of a split is one file, `<split>-<column>.bin`: the samples' numbers one after the other (C order). Of a ragged
-column `<split>-<column>-ends.bin` tells where each sample ends, int64. What all samples share lies in
+A column of a split is one file, `<split>-<column>.bin`: the samples' values one after the other (C order). A ragged
+column also has `<split>-<column>-ends.bin`, int64: where each sample ends. Arrays that all samples share are in
 `shared-<name>.bin`.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 from trainer.data.images import augment
 from trainer.data.manifest import ArrayManifest, Column, Manifest, SampleCounts
 
-_WINDOW = 1024  # samples that are held in memory to be sorted by length
+_WINDOW = 1024  # samples held in memory to be sorted by length
 
 
 class ArraySplit:
-    """Samples of arrays. `split[indices]` gives each column, (n, *shape), as it is stored.
+    """Samples of arrays. `split[indices]` gives each column as stored, (n, *shape).
 
-    A ragged column comes padded with zeros to the longest of those that are asked for, rounded up to `multiple`, and
-    with `<column>_length`, int64 (n,).
+    A ragged column is padded with zeros to the longest of the requested samples, rounded up to `multiple`, and
+    comes with `<column>_length`, int64 (n,).
     """
 
     def __init__(self, directory: Path, name: str, manifest: ArrayManifest) -> None:
@@ -54,15 +54,17 @@ class ArraySplit:
         return found
 
     def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The same samples; pictures varied as the dataset's augmentation says."""
+        """The same samples, with pictures augmented as the manifest says."""
         if self._manifest.augmentation is None:
             return columns
         return {**columns, "image": augment(columns["image"], positions, seed, self._manifest.augmentation)}
 
     def _padded(self, column: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Where each sample begins and how long it is.
         ends, form, stored = self._ends[column], self._manifest.columns[column], self._columns[column]
         starts = np.where(indices > 0, ends[indices - 1], 0)
         lengths = ends[indices] - starts
+        # Pad to a common length: few different ones, so that compiled models see few shapes.
         longest = int(lengths.max(initial=1))
         longest += -longest % form.multiple
         padded = np.zeros((len(indices), longest, *form.shape), dtype=form.dtype)
@@ -75,11 +77,11 @@ class ArrayWriter:
     """Writes one split, sample by sample.
 
     Args:
-        directory: Where to.
+        directory: Directory to write to.
         name: The split.
-        columns: What a sample consists of.
-        group: If more than 1, samples are sorted by the length of the first column (in windows, so that memory is
-            bounded), and the last ones that fill no group are left out.
+        columns: The arrays of a sample.
+        group: If more than 1, samples are sorted by the length of the first column (within windows, to bound memory),
+            and the last samples that do not fill a group are dropped.
     """
 
     def __init__(self, directory: Path, name: str, columns: Mapping[str, Column], group: int = 1) -> None:
@@ -102,7 +104,7 @@ class ArrayWriter:
         self._files.close()
 
     def add(self, sample: Mapping[str, np.ndarray]) -> None:
-        """Append a sample. Raises ValueError if it is not as the columns say."""
+        """Append a sample. Raises ValueError if it does not match the columns."""
         for column, form in self._columns.items():
             shape = sample[column].shape[1:] if form.ragged else sample[column].shape
             if shape != form.shape or sample[column].dtype != form.dtype:
@@ -112,7 +114,7 @@ class ArrayWriter:
             self._flush()
 
     def close(self) -> SampleCounts:
-        """Write what is left."""
+        """Write the remaining samples."""
         if self._group > 1:
             self._waiting.sort(key=self._size)
             del self._waiting[: len(self._waiting) % self._group]
@@ -122,7 +124,7 @@ class ArrayWriter:
 
     @property
     def digest(self) -> str:
-        """Hash of everything written so far."""
+        """sha256 of everything written so far."""
         return self._hash.hexdigest()
 
     def _size(self, sample: Mapping[str, np.ndarray]) -> int:
@@ -145,14 +147,14 @@ class ArrayWriter:
 
 
 def write_shared(directory: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Column]:
-    """Write arrays that all samples share; returns how they are."""
+    """Write arrays that all samples share, and return their dtypes and shapes."""
     for name, array in arrays.items():
         np.ascontiguousarray(array).tofile(directory / f"shared-{name}.bin")
     return {name: Column(dtype=str(array.dtype), shape=array.shape) for name, array in arrays.items()}
 
 
 def read_shared(directory: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The arrays that all samples share, memory-mapped; none of text."""
+    """The arrays that all samples share, memory-mapped. Text has none."""
     shared = manifest.shared if isinstance(manifest, ArrayManifest) else {}
     return {
         name: _map(directory / f"shared-{name}.bin", form.dtype).reshape(form.shape) for name, form in shared.items()
@@ -160,7 +162,7 @@ def read_shared(directory: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:
-    """A file's numbers, memory-mapped for reading; an empty file has none, and cannot be mapped."""
+    """A file's values, memory-mapped for reading. (An empty file cannot be mapped.)"""
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")

@@ -6,17 +6,17 @@ from math import gcd
 
 import numpy as np
 
-RATE = 16_000  # samples a second: what wav2vec 2.0 takes
+RATE = 16_000  # samples a second, as wav2vec 2.0 expects
 # Characters of wav2vec 2.0's published models, by number; `|` is the space between two words.
 VOCABULARY = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 _NUMBERS = {character: number for number, character in enumerate(VOCABULARY)}
 
 
 def decode(content: bytes) -> np.ndarray:
-    """An audio file's samples: int16 (n,), one channel, `RATE` a second.
+    """An audio file's samples: int16 (n,), mono, at `RATE`.
 
     Raises:
-        ValueError: Those are the bytes of no audio.
+        ValueError: The content is not audio.
     """
     import soundfile
 
@@ -28,7 +28,7 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (n,), `rate` a second, as `RATE` a second: a polyphase filter that lets nothing alias."""
+    """Samples (n,) resampled from `rate` to `RATE`, by a polyphase filter against aliasing."""
     from scipy.signal import resample_poly
 
     shared = gcd(rate, RATE)
@@ -36,9 +36,9 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def spelled(text: str) -> np.ndarray | None:
-    """A transcript by the vocabulary's numbers, int16 (n,); None if it cannot be spelled (digits), or is empty.
+    """A transcript as numbers of the vocabulary, int16 (n,); None if it is empty or contains digits.
 
-    Capitals, one space between words, and no punctuation but apostrophes: as LibriSpeech's transcripts are.
+    It is normalised as LibriSpeech's transcripts are: capitals, single spaces, no punctuation except apostrophes.
     """
     if re.search(r"\d", text):
         return None

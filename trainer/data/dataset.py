@@ -1,4 +1,4 @@
-"""A precached dataset: its manifest, and its splits, memory-mapped."""
+"""A precached dataset: its manifest and its memory-mapped splits."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -37,24 +37,23 @@ __all__ = [
 
 
 class Samples(Protocol):
-    """A split, whatever is in it."""
+    """A split of any kind."""
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Number of samples."""
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The columns of these samples as new arrays, (n, …) each, in this order."""
+        """The columns of these samples, in this order, as new arrays, (n, …) each."""
 
     def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The same samples varied for training, by nothing but the seed and their positions in the data order."""
+        """The same samples, augmented. The result depends on the seed and the positions in the data order only."""
 
 
 class Split:
-    """Sequences of tokens, read from memory-mapped Arrow files when they are asked for.
+    """Sequences of tokens in memory-mapped Arrow files.
 
-    `len(split)` is the number of samples; `split[indices]` gives their columns as new arrays, in that order:
-    `input_ids` int64 (n, sequence_length), and in the held-out split `bytes` int64 (n,), the UTF-8 bytes of the tokens
-    that a model is scored on: all of a sample but its first.
+    `split[indices]` gives the samples' columns as new arrays: `input_ids`, int64 (n, sequence_length), and in the
+    held-out split `bytes`, int64 (n,): the UTF-8 bytes of the tokens that a model is scored on, all but the first.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -63,7 +62,7 @@ class Split:
         self._chunks: list[dict[str, np.ndarray]] = []
         sizes = []
         for path in files:
-            # The arrays below are views into the map, which lives as long as they do.
+            # The arrays are views into the map, and keep it alive.
             for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
                 self._chunks.append({name: _view(batch.column(name)) for name in batch.schema.names})
                 sizes.append(batch.num_rows)
@@ -87,7 +86,7 @@ class Split:
         }
 
     def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """Text stays as it is."""
+        """Text is not augmented."""
         return columns
 
 
@@ -96,11 +95,11 @@ class Dataset:
     """A precached dataset.
 
     Attributes:
-        train: What is trained on.
-        validation: What is held out.
-        manifest: What is known of both.
-        tokenizer_dir: Of text: its tokenizer.
-        shared: Arrays that belong to every batch, by name: a graph.
+        train: The training split.
+        validation: The held-out split.
+        manifest: Facts about both.
+        tokenizer_dir: The tokenizer of text.
+        shared: Arrays that belong to every batch, by name (a graph).
     """
 
     train: Samples
@@ -111,12 +110,12 @@ class Dataset:
 
     @property
     def group(self) -> int:
-        """So many consecutive training samples are read together (`SampleOrder`)."""
+        """Number of consecutive training samples that are read together (`SampleOrder`)."""
         return self.manifest.group if isinstance(self.manifest, ArrayManifest) else 1
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Open the dataset that `precache` wrote into `directory`. Raises ConfigError if it is not there, whole."""
+    """Open the dataset that `precache` wrote into `directory`. Raises ConfigError if it is missing or incomplete."""
     manifest = read_manifest(directory)
     if manifest is None or any(
         not (directory / name).is_file() or (directory / name).stat().st_size != record.bytes
@@ -130,14 +129,14 @@ def open_dataset(directory: Path) -> Dataset:
 
 
 def open_split(directory: Path, manifest: Manifest, name: str) -> Samples:
-    """One split; of the files, its own are enough."""
+    """One split. The files of other splits may be missing."""
     if isinstance(manifest, ArrayManifest):
         return ArraySplit(directory, name, manifest)
     return Split(directory / file for file in sorted(manifest.files) if file.startswith(f"{name}-"))
 
 
 def _view(column: "object") -> np.ndarray:
-    """A column as an array of shape (rows,) or (rows, length), without a copy."""
+    """A column as an array, (rows,) or (rows, length), without a copy."""
     import pyarrow as pa
 
     if isinstance(column, pa.FixedSizeListArray):

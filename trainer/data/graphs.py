@@ -1,4 +1,4 @@
-"""Graphs: every sample is a node; features and edges of the whole graph are shared by all of them."""
+"""Graphs: a sample is a node; all samples share the features and edges of the graph."""
 
 from abc import abstractmethod
 from collections import Counter
@@ -20,8 +20,8 @@ class Graph:
     Attributes:
         features: float32 (nodes, width).
         edges: int64 (2, edges): from, to. Directions are ignored.
-        labels: int64 (nodes,): each node's class.
-        classes: The classes' names, by number.
+        labels: int64 (nodes,), the class of each node.
+        classes: Names of the classes, by number.
     """
 
     features: np.ndarray
@@ -31,11 +31,10 @@ class Graph:
 
 
 class GraphDataset(ArrayDataset):
-    """A graph for node classification: the classes of some nodes are to be told, held-out nodes' are not learnt from.
+    """A graph for node classification. A subclass loads the graph.
 
-    Features and edges of held-out nodes are known while training (transductive learning, as in arXiv 1609.02907). A
-    subclass says what the graph is. With `max_samples`, training and evaluation are on that many nodes; the graph stays
-    whole.
+    Training sees features and edges of held-out nodes, but not their classes (transductive learning, as in arXiv
+    1609.02907). `max_samples` limits the nodes for training and evaluation; the graph stays complete.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("node_classification",)
@@ -46,7 +45,7 @@ class GraphDataset(ArrayDataset):
 
     @abstractmethod
     def about(self) -> tuple[int, int]:
-        """About how many nodes and edges it has."""
+        """Approximate numbers of nodes and edges."""
 
     def columns(self) -> dict[str, Column]:
         return {"node": Column(dtype="int64"), "label": Column(dtype="int64")}
@@ -56,7 +55,7 @@ class GraphDataset(ArrayDataset):
             yield {"node": np.array(node), "label": np.array(label)}
 
     def content(self, sample: Sample) -> bytes:
-        """A node's: its features, and how many edges it has."""
+        """A node's features and its number of edges."""
         node = int(sample["node"])
         return self._graph.features[node].tobytes() + int(self._degrees[node]).to_bytes(8, "little")
 
@@ -68,7 +67,8 @@ class GraphDataset(ArrayDataset):
         return nodes * 1024 + edges * 32 + 16 * 2**20
 
     def shared(self) -> dict[str, np.ndarray]:
-        """`features`, and `edges` in both directions, each once and none from a node to itself."""
+        """`features`, and `edges` in both directions, without duplicates and self-loops."""
+        # An edge as one number, so that `unique` removes duplicates.
         source, target = self._graph.edges
         nodes = len(self._graph.labels)
         codes = np.unique(np.concatenate([source * nodes + target, target * nodes + source]))

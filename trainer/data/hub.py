@@ -1,30 +1,32 @@
-"""The hub: rows of its Parquet datasets, and its many errors in one sentence each."""
+"""The Hugging Face Hub: rows of its datasets, and one clear sentence for each of its errors."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.registry import DatasetFamily
 from trainer.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-_PARQUET_END = 64 << 10  # bytes
+_END_BYTES = 64 << 10
 
 
 @contextmanager
 def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
-    """Turn what the hub's libraries raise in this block into an error that a person can act on.
+    """Turn an exception of the hub's libraries in this block into an error that a person can act on.
 
     Args:
-        field: The parameter that named something on the hub.
-        name: What it named.
-        instead: What could be done instead, as the rest of a sentence.
+        field: The parameter that names something on the hub.
+        name: Its value.
+        instead: An alternative for the user, as the rest of a sentence.
 
     Raises:
-        ConfigError: There is nothing of that name, or the user may not have it.
+        ConfigError: Nothing of that name exists, or the user has no access.
         TrainingError: The hub cannot be reached, or failed.
     """
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
@@ -33,8 +35,10 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
     also = f", {instead}" if instead else ""
     try:
         yield
+    # Errors of our own pass.
     except (ConfigError, TrainingError):
         raise
+    # The user can change the name or the token.
     except GatedRepoError:
         reason = "is gated: accept its terms on the hub and set HF_TOKEN in the environment"
         raise ConfigError(field, name, reason + also) from None
@@ -44,7 +48,8 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
         reason = "is not on the hub, or is private: check its name, or set HF_TOKEN in the environment"
         raise ConfigError(field, name, reason + also) from None
     except DataFilesNotFoundError as error:
-        raise ConfigError(field, name, f"is not laid out as it should be: {_first_line(error)}") from None
+        raise ConfigError(field, name, f"does not have the expected layout: {_first_line(error)}") from None
+    # The hub or the network failed.
     except HfHubHTTPError as error:
         raise TrainingError(f"{field} {name}: the hub answered with an error: {_first_line(error)}") from error
     except Exception as error:
@@ -57,43 +62,82 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+class HubDataset(DatasetFamily):
+    """A dataset on the hub, or `<name>:<folder>` or `<name>:<repository>[@<revision>]` with the same layout.
+
+    A mixin: it comes before the class for the kind of samples.
+    """
+
+    takes_argument = True
+    local = False
+
+    @property
+    @abstractmethod
+    def rows(self) -> "HubRows":
+        """The rows that the samples are made from."""
+
+    def check(self) -> None:
+        super().check()
+        self.rows.check()
+
+    def identity(self) -> str:
+        return self.rows.identity(self.name) or self.spec
+
+    def revision(self) -> str:
+        return self.rows.revision()
+
+
 class HubRows:
-    """The rows of a dataset's Parquet files: on the hub, or in a folder of the same layout.
+    """The rows of a dataset's files: on the Hugging Face Hub, or in a local folder of the same layout.
 
     Args:
         spec: The dataset as a user writes it.
-        argument: What follows its name: "", a folder, or `<repository>[@<revision>]`.
-        repository: Of the hub, unless the argument names one.
-        shards: Which files, as a glob.
-        raw: Columns of pictures or audio that are to stay as their files' bytes.
+        argument: The part after its name: "", a folder, or `<repository>[@<revision>]`.
+        repository: Repository on the hub, unless the argument names one.
+        shards: Glob of the files to read.
+        loader: Format of the files: a loader of `datasets`, such as "parquet" or "json".
+        raw: Columns of pictures or audio that stay undecoded, as the bytes of their files.
+
+    Attributes:
+        is_path: Whether the argument names a folder, which may not exist.
     """
 
-    def __init__(self, spec: str, argument: str, repository: str, shards: str, raw: tuple[str, ...] = ()) -> None:
-        self._spec, self._shards, self._raw = spec, shards, raw
+    def __init__(
+        self,
+        spec: str,
+        argument: str,
+        repository: str,
+        shards: str,
+        *,
+        loader: str = "parquet",
+        raw: tuple[str, ...] = (),
+    ) -> None:
+        self._spec, self._shards, self._loader, self._raw = spec, shards, loader, raw
         self._folder = Path(argument).expanduser()
         self._is_local = bool(argument) and self._folder.is_dir()
-        self._is_path = argument.startswith((".", "/", "~"))
+        self.is_path = self._is_local or argument.startswith((".", "/", "~"))
         name, _, revision = argument.partition("@")
         self._repository, self._revision = name or repository, revision or None
 
     def check(self) -> None:
-        """Raise ConfigError for a folder that is not there, or holds nothing of the kind."""
-        if self._is_path and not self._is_local:
+        """Raise ConfigError for a folder that does not exist or has no such files."""
+        if self.is_path and not self._is_local:
             raise ConfigError("dataset", self._spec, "no such folder")
         if self._is_local and not self._local_shards():
             raise ConfigError("dataset", self._spec, f"holds no {self._shards}")
 
     def identity(self, name: str) -> str | None:
-        """The folder, with its whole path; None if it is on the hub."""
+        """The folder with its absolute path; None for a dataset on the hub."""
         return f"{name}:{self._folder.absolute()}" if self._is_local else None
 
     def revision(self) -> str:
-        """The commit on the hub; of a folder, its files' names, sizes and ends, where Parquet keeps its statistics."""
+        """The commit on the hub. For a folder, a hash of its files' names, sizes and ends, where Parquet keeps its
+        statistics and gzip a checksum."""
         if self._is_local:
             digest = hashlib.sha256()
             for path in self._local_shards():
                 with path.open("rb") as file:
-                    file.seek(max(0, path.stat().st_size - _PARQUET_END))
+                    file.seek(max(0, path.stat().st_size - _END_BYTES))
                     digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read())
             return f"local copy, sha256 {digest.hexdigest()}"
         from huggingface_hub import HfApi
@@ -101,8 +145,12 @@ class HubRows:
         with hub_errors("dataset", self._spec):
             return str(HfApi().dataset_info(self._repository, revision=self._revision).sha)
 
+    def local_bytes(self) -> int:
+        """Total size of a folder's files; 0 for a dataset on the hub."""
+        return sum(path.stat().st_size for path in self._local_shards()) if self._is_local else 0
+
     def count(self, usual: int) -> int:
-        """Rows: of a folder as its files say, else as usual."""
+        """Number of rows: for a folder of Parquet as its files state, otherwise `usual`."""
         if not self._is_local:
             return usual
         import pyarrow.parquet as pq
@@ -113,34 +161,29 @@ class HubRows:
             raise ConfigError("dataset", self._spec, f"cannot be read: {_first_line(error)}") from None
 
     def features(self) -> "Mapping[str, Any] | None":
-        """The columns' types, if the files tell them."""
-        return self._rows().features
+        """The columns' types, if the files state them."""
+        return self._rows(self._revision).features
 
-    def read(self) -> Iterator[dict[str, Any]]:
-        """The rows, in the order of the shards, streamed."""
+    def read(self, revision: str) -> Iterator[dict[str, Any]]:
+        """Stream the rows of that revision, in the order of the shards."""
         from datasets import Audio, Image
 
         with hub_errors("dataset", self._spec):
-            rows = self._rows()
+            rows = self._rows(revision)
             for name in self._raw:
                 form = (rows.features or {}).get(name)
                 if isinstance(form, Audio | Image):
                     rows = rows.cast_column(name, type(form)(decode=False))
             yield from rows
 
-    def _rows(self) -> "IterableDataset":
+    def _rows(self, revision: str | None) -> "IterableDataset":
         from datasets import load_dataset
 
         if self._is_local:
             files = [str(path) for path in self._local_shards()]
-            return load_dataset("parquet", data_files={"train": files}, split="train", streaming=True)
-        return load_dataset(
-            self._repository,
-            data_files={"train": self._shards},
-            split="train",
-            streaming=True,
-            revision=self._revision,
-        )
+            return load_dataset(self._loader, data_files={"train": files}, split="train", streaming=True)
+        shards = {"train": self._shards}
+        return load_dataset(self._repository, data_files=shards, split="train", streaming=True, revision=revision)
 
     def _local_shards(self) -> list[Path]:
         return sorted(self._folder.glob(self._shards))

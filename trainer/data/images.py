@@ -1,4 +1,4 @@
-"""Pictures: decoded, resized and varied without torchvision."""
+"""Pictures: decoding, resizing and augmentation without torchvision."""
 
 import io
 import math
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def decode(content: bytes, size: int, channels: int) -> np.ndarray:
-    """A picture file's pixels, uint8 (size, size, channels): its shorter side resized to `size`, the middle cut out.
+    """A picture file's pixels, uint8 (size, size, channels): shorter side resized to `size`, then a centre crop.
 
     Raises:
-        ValueError: Those are the bytes of no picture.
+        ValueError: The content is not a picture.
     """
     from PIL import Image
 
@@ -29,9 +29,10 @@ def decode(content: bytes, size: int, channels: int) -> np.ndarray:
 
 
 def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
-    """As `decode`, of a picture that is open. Bicubic and antialiased; 1 channel is grey, 3 are RGB."""
+    """As `decode`, for an open picture. Bicubic and antialiased; 1 channel is grey, 3 are RGB."""
     from PIL import Image
 
+    # Resize the shorter side, then cut out the centre.
     picture = picture.convert("L" if channels == 1 else "RGB")
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
@@ -41,31 +42,33 @@ def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
 
 
 def augment(images: np.ndarray, positions: np.ndarray, seed: int, how: Augmentation) -> np.ndarray:
-    """Cut out a part, resize it back, rotate, mirror: Inception's random crops (arXiv 1409.4842, §6).
+    """Crop, resize back, rotate and mirror: Inception's random crops (arXiv 1409.4842, §6).
 
-    Random numbers depend on the seed and the picture's position in the data order alone: a resumed run, another worker
-    or another batch size varies it alike.
+    The random numbers depend only on the seed and the picture's position in the data order. So the result is the same
+    in a resumed run, in another worker and with another batch size.
 
     Args:
         images: uint8 (n, height, width, channels).
         positions: int64 (n,).
 
     Returns:
-        uint8, of the same shape. What a rotation brings in from outside repeats the border.
+        uint8, of the same shape. Pixels from outside the picture repeat its border.
     """
     import torch
     import torch.nn.functional as F
 
+    # Draw area, aspect ratio, position, angle and mirroring of each crop.
     numbers = torch.from_numpy(uniform(positions, seed, 6))
     low, high = how.scale
     area = low + (high - low) * numbers[:, 0]
     shape = torch.exp(math.log(how.ratio[0]) + math.log(how.ratio[1] / how.ratio[0]) * numbers[:, 1])
     width, height = (area * shape).sqrt().clamp(max=1.0), (area / shape).sqrt().clamp(max=1.0)
-    if high > 1:  # parts larger than the picture: it becomes smaller
+    if high > 1:  # a crop larger than the picture shrinks it
         width, height = (area * shape).sqrt(), (area / shape).sqrt()
     x, y = (1 - width) * (2 * numbers[:, 2] - 1), (1 - height) * (2 * numbers[:, 3] - 1)
     angle = math.radians(how.rotation) * (2 * numbers[:, 4] - 1)
     mirror = torch.where((numbers[:, 5] < 0.5) & how.flip, -1.0, 1.0)
+    # Resample each picture along the affine map from its new pixels to its old ones.
     rows = (
         torch.stack([mirror * width * angle.cos(), -height * angle.sin(), x], dim=1),
         torch.stack([mirror * width * angle.sin(), height * angle.cos(), y], dim=1),

@@ -1,4 +1,4 @@
-"""What is known of a precached dataset: `manifest.json`."""
+"""Facts about a precached dataset: `manifest.json`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,20 +11,20 @@ READY = "READY"
 MANIFEST = "manifest.json"
 
 
-class Record(BaseModel):
-    """Part of a manifest: nothing in it is unknown, and nothing changes."""
+class _Frozen(BaseModel):
+    """Part of a manifest: immutable, without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class SplitCounts(Record):
-    """What a split of text holds.
+class SplitCounts(_Frozen):
+    """Contents of a split of text.
 
     Attributes:
-        documents: Documents of the source that it was made of.
-        tokens: Tokens that were packed, the separators among them: `sequences * sequence_length`.
+        documents: Documents of the source.
+        tokens: Packed tokens, including separators: `sequences * sequence_length`.
         sequences: Samples.
-        bytes: UTF-8 bytes of its documents' text.
+        bytes: UTF-8 bytes of the documents' text.
     """
 
     documents: int
@@ -33,33 +33,33 @@ class SplitCounts(Record):
     bytes: int
 
 
-class SampleCounts(Record):
-    """What a split of arrays holds.
+class SampleCounts(_Frozen):
+    """Contents of a split of arrays.
 
     Attributes:
         samples: Pictures, clips or nodes.
-        bytes: Of its arrays.
+        bytes: Size of its arrays.
     """
 
     samples: int
     bytes: int
 
 
-class FileRecord(Record):
-    """A file of the dataset, as it was written."""
+class StoredFile(_Frozen):
+    """A file of the dataset."""
 
     bytes: int
     sha256: str
 
 
-class Column(Record):
+class Column(_Frozen):
     """One array of each sample.
 
     Attributes:
-        dtype: numpy's name of it.
-        shape: Of one sample's array; of a ragged one, without its first dimension, whose length differs.
-        ragged: Whether samples differ in length.
-        multiple: A batch of ragged arrays is padded with zeros to a multiple of so many.
+        dtype: numpy's name of the dtype.
+        shape: Shape of one sample's array; if ragged, without the first dimension.
+        ragged: Whether samples differ in the length of the first dimension.
+        multiple: A batch of ragged arrays is padded with zeros to a multiple of this length.
     """
 
     dtype: str
@@ -68,14 +68,14 @@ class Column(Record):
     multiple: int = 1
 
 
-class Augmentation(Record):
-    """How training pictures are varied (`trainer.data.images.augment`).
+class Augmentation(_Frozen):
+    """How training pictures are augmented (`trainer.data.images.augment`).
 
     Attributes:
-        scale: Smallest and largest area of the part that is cut out, as shares of the picture's.
-        ratio: Its narrowest and widest shape: width by height.
-        rotation: Most degrees, either way.
-        flip: Whether one half of the pictures is mirrored.
+        scale: Smallest and largest area of the crop, as fractions of the picture's area.
+        ratio: Smallest and largest aspect ratio of the crop (width / height).
+        rotation: Maximum rotation in either direction, in degrees.
+        flip: Whether half of the pictures are mirrored.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -84,15 +84,15 @@ class Augmentation(Record):
     flip: bool = False
 
 
-class _Manifest(Record):
-    """What the manifests of all kinds of datasets have.
+class _Manifest(_Frozen):
+    """Fields of all manifests.
 
     Attributes:
-        dataset: As the user asked for it.
-        revision: Which content its source had.
+        dataset: The dataset as the user writes it.
+        revision: Revision of its source.
         inputs: The parameters that it depends on.
-        hash: Hash of the content: equal on every worker that trains on the same samples.
-        versions: Of the libraries that made it.
+        hash: Hash of the content, equal on all workers that train on the same samples.
+        versions: Versions of the libraries that made it.
         files: Every other file below the directory, by relative path.
     """
 
@@ -101,20 +101,20 @@ class _Manifest(Record):
     inputs: dict[str, object]
     hash: str
     versions: dict[str, str]
-    files: dict[str, FileRecord] = {}
+    files: dict[str, StoredFile] = {}
 
 
 class TextManifest(_Manifest):
-    """Of packed sequences of tokens.
+    """Manifest of packed sequences of tokens.
 
     Attributes:
         tokenizer: Hub id, path, `bytes` or `bpe:<n>`.
-        vocabulary_size: Token ids are below it.
-        eos_token_id: The token between two documents.
+        vocabulary_size: Upper bound of token ids.
+        eos_token_id: Token that ends a document.
         sequence_length: Tokens in a sample.
-        train: Counts of what is trained on.
-        validation: Counts of what is held out: the documents whose content hash falls below `validation_fraction`.
-        byte_counts: How often each of the 256 byte values occurs in the training text (UTF-8).
+        train: Counts of the training split.
+        validation: Counts of the held-out split: documents whose content hash is below `validation_fraction`.
+        byte_counts: Frequency of each of the 256 byte values in the training text (UTF-8).
     """
 
     kind: Literal["text"] = "text"
@@ -128,7 +128,7 @@ class TextManifest(_Manifest):
 
     @property
     def for_model(self) -> dict[str, Any]:
-        """What a model has to know of its data (`trainer.models.ModelFamily.write`)."""
+        """What a model needs to know about its data (`trainer.models.ModelFamily.write`)."""
         return {
             "vocabulary_size": self.vocabulary_size,
             "sequence_length": self.sequence_length,
@@ -137,13 +137,13 @@ class TextManifest(_Manifest):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the model card."""
+        """Facts for the model card."""
         name = Path(self.tokenizer).name if Path(self.tokenizer).exists() else self.tokenizer
         return {**self.for_model, "tokenizer": name}
 
     @property
     def contents(self) -> str:
-        """What there is, in words."""
+        """The contents in words."""
         return (
             f"{self.train.sequences} sequences of {self.sequence_length} tokens to train on, "
             f"{self.validation.sequences} held out"
@@ -151,17 +151,17 @@ class TextManifest(_Manifest):
 
 
 class ArrayManifest(_Manifest):
-    """Of arrays: pictures, audio, nodes of a graph.
+    """Manifest of arrays: pictures, audio, nodes of a graph.
 
     Attributes:
-        columns: What a sample consists of, by name.
-        shared: Arrays that all samples share (a graph's features and edges), by name; `shape` is theirs.
-        for_model: What a model has to know of its data (`trainer.models.ModelFamily.write`).
-        facts: What a baseline or a person may want to know of the training split.
-        augmentation: How training pictures are varied.
-        group: So many consecutive samples are read together, because they are of about the same length.
-        train: Counts of what is trained on.
-        validation: Counts of what is held out: the samples whose content hash falls below `validation_fraction`.
+        columns: The arrays of a sample, by name.
+        shared: Arrays that all samples share (a graph's features and edges), by name.
+        for_model: What a model needs to know about its data (`trainer.models.ModelFamily.write`).
+        facts: Facts about the training split, for a baseline or a person.
+        augmentation: How training pictures are augmented.
+        group: Number of consecutive samples that are read together because they have similar lengths.
+        train: Counts of the training split.
+        validation: Counts of the held-out split: samples whose content hash is below `validation_fraction`.
     """
 
     kind: Literal["arrays"] = "arrays"
@@ -176,7 +176,7 @@ class ArrayManifest(_Manifest):
 
     @property
     def contents(self) -> str:
-        """What there is, in words."""
+        """The contents in words."""
         return f"{self.train.samples} samples to train on, {self.validation.samples} held out"
 
 
@@ -185,12 +185,12 @@ _ANY: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminato
 
 
 def parse_manifest(value: object) -> Manifest:
-    """The manifest that a JSON value is. Raises ValueError if it is none."""
+    """The manifest in a JSON value. Raises ValueError if it is not one."""
     return _ANY.validate_python(value)
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a dataset that was written whole; None if `directory` holds none."""
+    """The manifest of a completely written dataset; None if `directory` does not hold one."""
     try:
         if not (directory / READY).exists():
             return None

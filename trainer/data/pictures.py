@@ -1,4 +1,4 @@
-"""Picture datasets: labelled pictures of one size."""
+"""Picture datasets: labelled pictures of equal size."""
 
 from abc import abstractmethod
 from collections import Counter
@@ -16,7 +16,7 @@ class PictureDataset(ArrayDataset):
     """Labelled pictures, for classification and for generation. A subclass says where they come from.
 
     Attributes:
-        own_size: Pixels in height and width, if `image_size` does not say.
+        own_size: Height and width in pixels when `image_size` is not given.
         channels: 1 for grey, 3 for RGB.
     """
 
@@ -34,7 +34,7 @@ class PictureDataset(ArrayDataset):
 
     @abstractmethod
     def labels(self) -> list[str]:
-        """The classes' names, by number."""
+        """Names of the classes, by number."""
 
     def columns(self) -> dict[str, Column]:
         return {
@@ -52,7 +52,7 @@ class PictureDataset(ArrayDataset):
         return {**super().inputs(), "image_size": self.size}
 
     def augmentation(self) -> Augmentation | None:
-        """Random crops, mirrored or not: what ImageNet classifiers are trained with (ResNet, arXiv 1512.03385)."""
+        """Random crops and mirroring, as for ImageNet classifiers (ResNet, arXiv 1512.03385)."""
         return Augmentation(scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3), flip=True)
 
     def observe(self, sample: Sample) -> None:
@@ -63,7 +63,7 @@ class PictureDataset(ArrayDataset):
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Every picture in the folders below `folder`, in the order of their paths; hidden ones are skipped."""
+    """Every picture in the subfolders of `folder`, in the order of their paths. Hidden files are skipped."""
     endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
     found = (path for path in folder.glob("*/**/*") if path.suffix.lower() in endings and path.is_file())
     return sorted(

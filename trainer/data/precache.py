@@ -1,7 +1,7 @@
-"""Precaching: from a dataset's source to a directory that training reads, whole or not at all.
+"""Precaching: from a dataset's source to a directory that training reads, atomically.
 
-`<datasets>/<name>-<fingerprint>/` holds `<split>-<number>.arrow`, `tokenizer/`, `manifest.json`, and `READY`, which is
-written last and holds the manifest's sha256.
+`<datasets>/<name>-<fingerprint>/` holds the splits, `tokenizer/`, `manifest.json`, and `READY`, which is written last
+and holds the manifest's sha256.
 """
 
 import errno
@@ -16,23 +16,23 @@ from pathlib import Path
 
 from trainer import models
 from trainer.config import TrainingConfig
-from trainer.data.manifest import MANIFEST, READY, FileRecord, Manifest, read_manifest
+from trainer.data.manifest import MANIFEST, READY, Manifest, StoredFile, read_manifest
 from trainer.data.registry import DatasetFamily, Log, resolve
 from trainer.errors import TrainingError
 from trainer.files import require_free_space, require_writable, sha256, whole_directory, write_json, write_text
 from trainer.volume import Volume, worker_configs
 
-_FORMAT = 2  # of the files: another one, another directory
-_CHEAP_BYTES = 2**30  # read again and compared every time; more than that only when asked
+_FORMAT = 2  # version of the files; part of the directory's name
+_CHEAP_BYTES = 2**30  # up to this size, every byte is verified each time; beyond it, only on request
 
 
 def check(config: TrainingConfig) -> None:
-    """Raise ConfigError for a dataset or tokenizer that cannot work. Cheap, and without network."""
+    """Raise ConfigError for a dataset or tokenizer that cannot work. Cheap; needs no network."""
     resolve(config).check()
 
 
 def directory(config: TrainingConfig, datasets: Path) -> Path:
-    """Where the dataset lies below a volume's datasets directory. Reads neither the source nor the hub."""
+    """The dataset's directory below a volume's datasets directory. Reads neither the source nor the hub."""
     dataset = resolve(config)
     inputs = json.dumps({"format": _FORMAT, "source": dataset.identity(), **dataset.inputs()}, sort_keys=True)
     return datasets / f"{dataset.name}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
@@ -41,32 +41,34 @@ def directory(config: TrainingConfig, datasets: Path) -> Path:
 def precache(
     config: TrainingConfig, volume: Volume, log: Log = print, *, source: Path | None = None, verify: bool = False
 ) -> Manifest:
-    """Put the dataset and the model of `config` onto a worker's volume, unless they are there.
+    """Write the dataset and the model of `config` to a worker's volume, unless they exist.
 
-    What is there is checked first: all of it if it is small, sizes alone beyond 1 GiB. What is torn or corrupt, or was
-    made of a local source that has changed since, is made anew. Several processes may do this at once.
+    An existing dataset is verified first: every byte if it is small, only sizes beyond 1 GiB. It is rebuilt if it is
+    incomplete or corrupt, or if its local source has changed. Several processes may do this concurrently.
 
     Args:
         log: Prints a line.
-        source: Another volume's datasets directory: what has been precached there is linked or copied from it, if it
-            is intact, rather than made again.
-        verify: Read and compare every byte, however large it is.
+        source: Another volume's datasets directory, from which an intact copy is linked or copied instead.
+        verify: Verify every byte, whatever the size.
 
     Raises:
-        ConfigError: Something in the configuration cannot work, or the disk has no room.
+        ConfigError: The configuration cannot work, or the disk lacks space.
         TrainingError: The source cannot be read, or the disk has filled up.
     """
+    # Refuse what cannot work before anything is written.
     check(config)
     dataset, path = resolve(config), directory(config, volume.datasets)
     require_writable(volume.datasets, "dataset_cache_dir")
     require_writable(volume.models, "model_cache_dir")
+    # The dataset: verified, copied from another volume, or built from its source.
     with _disk_errors(volume.datasets), _locked(path, log):
         manifest = _usable(path, dataset, log, verify)
         if manifest:
             log(f"dataset {dataset.spec} is already precached in {path}")
         else:
-            manifest = _taken(path, dataset, source, log) or _made(path, dataset, log)
+            manifest = _copied(path, dataset, source, log) or _built(path, dataset, log)
             log(f"dataset {dataset.spec}: {manifest.contents}, in {path}")
+    # The model, which depends on the dataset (its vocabulary, its classes).
     path = models.directory(config, manifest.for_model, volume.models)
     with _disk_errors(volume.models), _locked(path, log):
         _, written = models.precache(config, manifest.for_model, volume.models)
@@ -75,7 +77,7 @@ def precache(
 
 
 def precache_all(config: TrainingConfig, log: Log = print) -> Manifest:
-    """`precache` for every worker of a run on this machine: made for the first, taken from there by the others."""
+    """`precache` for every worker of a run on this machine: built for the first, copied to the others."""
     first, *others = worker_configs(config)
     manifest = precache(first, Volume.of(first), log)
     for own in others:
@@ -84,10 +86,10 @@ def precache_all(config: TrainingConfig, log: Log = print) -> Manifest:
 
 
 def damage(path: Path, thorough: bool = True) -> str | None:
-    """What is wrong with the dataset in `path`, in a few words; None if nothing is.
+    """What is wrong with the dataset in `path`, in a few words; None if it is intact.
 
     Args:
-        thorough: Whether to compare every file's sha256, and not its size alone.
+        thorough: Whether to compare every file's sha256, not only its size.
     """
     if not (path / READY).exists():
         return f"{READY} is missing"
@@ -106,7 +108,7 @@ def damage(path: Path, thorough: bool = True) -> str | None:
 
 
 def _usable(path: Path, dataset: DatasetFamily, log: Log, verify: bool) -> Manifest | None:
-    """The manifest of what is there, if it can be trusted; says why if not."""
+    """The manifest of an existing dataset if it is usable; otherwise logs the reason."""
     if not path.exists():
         return None
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -116,32 +118,33 @@ def _usable(path: Path, dataset: DatasetFamily, log: Log, verify: bool) -> Manif
     manifest = read_manifest(path)
     assert manifest is not None  # nothing is damaged
     if dataset.local and manifest.revision != dataset.revision():
-        log(f"making {path} anew: its source has changed")
+        log(f"rebuilding {path}: its source has changed")
         return None
     return manifest
 
 
-def _taken(path: Path, dataset: DatasetFamily, source: Path | None, log: Log) -> Manifest | None:
-    """The same dataset from another volume, if it lies there intact."""
+def _copied(path: Path, dataset: DatasetFamily, source: Path | None, log: Log) -> Manifest | None:
+    """Copy the same dataset from another volume, if it is intact there."""
     if source is None or (other := source / path.name).resolve() == path.resolve() or damage(other):
         return None
     manifest = read_manifest(other)
     if manifest is None or (dataset.local and manifest.revision != dataset.revision()):
         return None
-    log(f"taking dataset {dataset.spec} from {other}")
+    log(f"copying dataset {dataset.spec} from {other}")
     with whole_directory(path) as temporary:
         shutil.copytree(other, temporary, dirs_exist_ok=True, copy_function=_link_or_copy)
     return manifest
 
 
-def _made(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
-    """The dataset from its source."""
+def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
+    """Build the dataset from its source."""
     require_free_space(path.parent, dataset.estimated_size(), "dataset_cache_dir")
     revision = dataset.revision()
     with whole_directory(path) as temporary:
         manifest = dataset.prepare(temporary, revision, log)
+        # Record every file's hash; READY, written last, vouches for the manifest.
         files = {
-            file.relative_to(temporary).as_posix(): FileRecord(bytes=file.stat().st_size, sha256=sha256(file))
+            file.relative_to(temporary).as_posix(): StoredFile(bytes=file.stat().st_size, sha256=sha256(file))
             for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }
@@ -152,7 +155,7 @@ def _made(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """One file under two names where the file system allows it: read once from disk, held once in memory."""
+    """A hard link where the file system allows it: read from disk once, held in memory once."""
     try:
         os.link(source, target)
     except OSError:
@@ -161,14 +164,14 @@ def _link_or_copy(source: str, target: str) -> None:
 
 @contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    """One process at a time makes `path`. The lock goes with its process, however that ends."""
+    """Let one process at a time write `path`. The lock is released when its process ends, however it ends."""
     with (path.parent / f".{path.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f"waiting for another process that precaches {path}")
+            log(f"waiting for another process that is precaching {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        # Who holds the lock is alone: these are of processes that died, whatever their ids may be taken for today.
+        # The holder of the lock is the only writer, so these were left by processes that died.
         for torn in path.parent.glob(f".{path.name}.*.tmp"):
             shutil.rmtree(torn, ignore_errors=True)
         yield

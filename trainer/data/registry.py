@@ -1,7 +1,5 @@
-"""What a dataset family is, and how one is found by name."""
+"""Dataset families, and how one is found by name."""
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
@@ -12,21 +10,22 @@ from trainer import models
 from trainer.config import TrainingConfig
 from trainer.data.manifest import Manifest
 from trainer.errors import ConfigError
+from trainer.plugins import modules_of
 
 Log = Callable[[str], None]
 
 
 class DatasetFamily(ABC):
-    """A dataset that a user asks for as `name` or `name:argument`.
+    """A dataset that a user selects as `name` or `name:argument`.
 
-    Subclass the one that fits (`trainer.data.text.TextDataset`, `trainer.data.pictures.PictureDataset`) rather than
-    this. Two families may have one name (`files`) if they are for different tasks.
+    Subclass a more specific class (`trainer.data.text.TextDataset`, `trainer.data.pictures.PictureDataset`, …). Two
+    families may share a name (`files`) if they are for different tasks.
 
     Attributes:
-        name: What a user writes before the colon.
+        name: The part before the colon.
         tasks: Names of the tasks in `trainer.tasks` that its samples are for.
-        takes_argument: Whether something may follow the name.
-        local: Whether `revision` needs no network, so that precaching again can ask whether the source has changed.
+        takes_argument: Whether an argument may follow the name.
+        local: Whether `revision` needs no network, so that precaching can detect a changed source.
     """
 
     name: ClassVar[str]
@@ -40,67 +39,66 @@ class DatasetFamily(ABC):
 
     @property
     def spec(self) -> str:
-        """As a user writes it."""
+        """The dataset as a user writes it."""
         return f"{self.name}:{self.argument}" if self.argument else self.name
 
     def identity(self) -> str:
-        """What is known of the source without reading it: names the directory of the precached dataset."""
+        """Identity of the source, known without reading it; part of the precached directory's name."""
         return self.spec
 
     def check_parameters(self) -> None:
-        """Raise ConfigError for parameters that cannot work on any machine: also called where the data is not."""
+        """Raise ConfigError for parameters that cannot work on any machine; also called where the data is absent."""
         if self.argument and not self.takes_argument:
             raise ConfigError("dataset", self.spec, f"takes no argument: just {self.name}")
 
     def check(self) -> None:
-        """Raise ConfigError for what cannot work here. Cheap, and without network: called before anything starts."""
+        """Raise ConfigError for what cannot work on this machine. Cheap; needs no network."""
         self.check_parameters()
 
     def inputs(self) -> dict[str, object]:
-        """Every parameter, beside the source, that changes what is precached."""
+        """The parameters, besides the source, that the precached dataset depends on."""
         return {}
 
     @abstractmethod
     def revision(self) -> str:
-        """Which content the source has now: equal on two machines when their content is."""
+        """The current revision of the source: equal on two machines if the content is."""
 
     @abstractmethod
     def estimated_size(self) -> int:
-        """About how many bytes `prepare` will write."""
+        """Approximate number of bytes that `prepare` writes."""
 
     @abstractmethod
     def prepare(self, directory: Path, revision: str, log: Log) -> Manifest:
-        """Read the source and write the samples, ready for training, into `directory`.
+        """Read the source and write the samples into `directory`, ready for training.
 
         Returns:
-            The manifest, but for `files`.
+            The manifest, without `files`.
         """
 
 
 @cache
-def families() -> dict[str, tuple[type[DatasetFamily], ...]]:
-    """Every family in this package, by name."""
-    package = importlib.import_module("trainer.data.families")  # whose modules import this one
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+def dataset_families() -> dict[str, tuple[type[DatasetFamily], ...]]:
+    """Every family in `trainer/data/families/`, by name."""
     found: dict[str, tuple[type[DatasetFamily], ...]] = {}
-    for family in (module.FAMILY for module in modules if hasattr(module, "FAMILY")):
+    for family in (module.FAMILY for module in modules_of("trainer.data.families") if hasattr(module, "FAMILY")):
         found[family.name] = (*found.get(family.name, ()), family)
     return found
 
 
 def resolve(config: TrainingConfig) -> DatasetFamily:
-    """The dataset that `config` asks for, of those of that name the one for the model's task.
+    """The dataset family that `config` selects, by name and the model's task.
 
     Raises:
-        ConfigError: There is none of that name, or it is for another task.
+        ConfigError: No family has that name, or it is for another task.
     """
     name, _, argument = config.dataset.partition(":")
-    if name not in families():
-        raise ConfigError("dataset", config.dataset, f"no such dataset; there are {', '.join(sorted(families()))}")
+    if name not in dataset_families():
+        raise ConfigError(
+            "dataset", config.dataset, f"no such dataset; there are {', '.join(sorted(dataset_families()))}"
+        )
     task = models.resolve(config.model).family.task
-    for family in families()[name]:
+    for family in dataset_families()[name]:
         if task in family.tasks:
             return family(argument, config)
-    offered = sorted({own for family in families()[name] for own in family.tasks})
+    offered = sorted({own for family in dataset_families()[name] for own in family.tasks})
     raise ConfigError("dataset", config.dataset, f"is for {' and '.join(offered)}, but {config.model} is for {task}")

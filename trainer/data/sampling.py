@@ -1,4 +1,4 @@
-"""Who reads what, in which order, and how it gets to the training thread in time."""
+"""The order in which samples are read, and batches that are read ahead of training."""
 
 import itertools
 from collections import deque
@@ -19,22 +19,22 @@ _FEISTEL_ROUNDS = 8
 
 
 def evenly(count: int, limit: int) -> np.ndarray:
-    """At most `limit` indices below `count`, evenly spread and in order: what is scored of a held-out split."""
+    """At most `limit` evenly spaced indices below `count`, ascending: the part of a held-out split that is scored."""
     return np.unique(np.linspace(0, count - 1, min(count, limit)).astype(np.int64))
 
 
 class SampleOrder:
     """The one order in which all workers go through the samples, epoch after epoch.
 
-    Position p is sample `permutation(seed, p // num_samples)[p % num_samples]`, which is computed and not stored: a
-    Feistel network over pairs of digits (Luby and Rackoff 1988; "cycle-walking" after Black and Rogaway 2002). It takes
-    no memory at any number of samples, every position costs the same, and as it is integer arithmetic alone it is the
-    same on every platform and with every version of numpy, whose own shuffle may change between versions.
+    Position p is sample `permutation(seed, p // num_samples)[p % num_samples]`. The permutation is computed, not
+    stored: a Feistel network over pairs of digits (Luby and Rackoff 1988) with cycle-walking (Black and Rogaway 2002).
+    It takes no memory, every position costs the same, and as pure integer arithmetic it is the same on every platform
+    and with every version of numpy (whose own shuffle may change).
 
     Args:
         num_samples: Samples in an epoch.
-        seed: Another seed, another order.
-        group: So many consecutive samples stay together, in their order: those of about the same length. It divides
+        seed: Seed of the order.
+        group: Number of consecutive samples, of similar length, that stay together in their order. It divides
             `num_samples`.
     """
 
@@ -42,21 +42,22 @@ class SampleOrder:
         if num_samples < 1:
             raise ValueError(f"an order needs at least one sample, not {num_samples}")
         if num_samples % group:
-            raise ValueError(f"{num_samples} samples are no groups of {group}")
+            raise ValueError(f"{num_samples} samples cannot be divided into groups of {group}")
         self.num_samples, self.group = num_samples, group
         self.seed = seed
         self._groups = num_samples // group
-        # Pairs of digits in this base are the smallest square that holds every group.
+        # The base whose pairs of digits form the smallest square that holds every group.
         self._base = np.uint64(isqrt(self._groups - 1) + 1)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The samples at these positions: int64, any shape in, the same shape out."""
+        """The samples at these positions, int64 of the same shape."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, within = np.divmod(positions.ravel(), self.num_samples)
+        # Each epoch has a permutation of its own, of whole groups.
         keys = mix(mix(np.array(self.seed % 2**64, dtype=np.uint64)) ^ epochs.astype(np.uint64))
         groups, rest = np.divmod(within, self.group)
         chosen = self._permute(groups.astype(np.uint64), keys)
-        # The square holds up to 2 * sqrt(groups) values too many: what lands there walks on until it is inside.
+        # The square holds up to 2 * sqrt(groups) values too many: walk on from those until a valid group is reached.
         while (outside := np.flatnonzero(chosen >= self._groups)).size:
             chosen[outside] = self._permute(chosen[outside], keys[outside])
         return (chosen.astype(np.int64) * self.group + rest).reshape(positions.shape)
@@ -77,19 +78,19 @@ def batches(
     prefetch: int = 4,
     pin_memory: bool = False,
 ) -> Generator[dict[str, "torch.Tensor"], None, None]:
-    """The samples at `positions`, in order, in batches that a thread reads ahead.
+    """Batches of the samples at `positions`, in order, read ahead by a thread.
 
     Args:
         positions: int64 (samples,).
-        batch_size: Samples in a batch; the last one may be smaller.
-        prefetch: Batches that are read ahead.
-        pin_memory: Whether the tensors lie in pinned memory, so that copies to a GPU can overlap.
+        batch_size: Samples in a batch; the last batch may be smaller.
+        prefetch: Batches to read ahead.
+        pin_memory: Whether to put the tensors into pinned memory, so that copies to a GPU can overlap.
 
     Yields:
-        The columns of the split as tensors, varied as `Samples.augmented` does: of text, `input_ids` int64
+        The columns of the split as tensors on the CPU, augmented (`Samples.augmented`). For text: `input_ids`, int64
         (batch_size, sequence_length).
 
-    An error while reading is raised at the batch that it belongs to. Closing the iterator ends the thread.
+    An error while reading is raised at the batch it belongs to. Closing the iterator ends the thread.
     """
     import torch
 
@@ -98,16 +99,18 @@ def batches(
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
+    # One thread reads; a queue of futures keeps the batches in order.
     wanted = np.asarray(positions, dtype=np.int64)
-    shares = (wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size))
+    chunks = (wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
         ahead: deque[Future[dict[str, torch.Tensor]]] = deque(
-            thread.submit(read, share) for share in itertools.islice(shares, prefetch)
+            thread.submit(read, chunk) for chunk in itertools.islice(chunks, prefetch)
         )
         try:
+            # Submit the next batch before handing out this one.
             while ahead:
                 batch = ahead.popleft().result()
-                ahead.extend(thread.submit(read, share) for share in itertools.islice(shares, 1))
+                ahead.extend(thread.submit(read, chunk) for chunk in itertools.islice(chunks, 1))
                 yield batch
         finally:
             for future in ahead:

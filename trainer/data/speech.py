@@ -11,15 +11,15 @@ from trainer.data.audio import RATE, VOCABULARY, decode, spelled, written
 from trainer.data.manifest import Column
 from trainer.errors import ConfigError, TrainingError
 
-SHORTEST, LONGEST = 0.4, 20.0  # seconds: clips that are not between are left out
-MOST_TRANSCRIPTS = 200  # that the manifest keeps, for baselines
+SHORTEST, LONGEST = 0.4, 20.0  # seconds; other clips are dropped
+MOST_TRANSCRIPTS = 200  # kept in the manifest, for baselines
 
 
 class SpeechDataset(ArrayDataset):
-    """Clips of speech, with what is said in them. A subclass says where they come from.
+    """Clips of speech with their transcripts. A subclass says where they come from.
 
-    Clips are resampled to 16 kHz, and lie in the order of their length, so that those read together are about equally
-    long. What cannot be spelled with the letters of the alphabet is left out.
+    Clips are resampled to 16 kHz and sorted by length, so that clips read together have similar lengths. Clips whose
+    transcript needs more than the letters of the alphabet are dropped.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("speech_recognition",)
@@ -27,7 +27,7 @@ class SpeechDataset(ArrayDataset):
 
     @abstractmethod
     def clips(self, revision: str) -> Iterator[tuple[str, bytes, str]]:
-        """Each clip's name, the content of its audio file, and its transcript."""
+        """The name, the content of the audio file, and the transcript of each clip."""
 
     def check(self) -> None:
         super().check()
@@ -50,7 +50,7 @@ class SpeechDataset(ArrayDataset):
             try:
                 audio = decode(content)
             except ValueError as error:
-                raise TrainingError(f"dataset {self.spec}: {name} is no audio: {error}") from None
+                raise TrainingError(f"dataset {self.spec}: {name} is not audio: {error}") from None
             if SHORTEST <= len(audio) / RATE <= LONGEST:
                 yield {"audio": audio, "text": text}
 

@@ -15,34 +15,34 @@ from trainer.config import given
 from trainer.data import tokenizer as tokenizers
 from trainer.data.manifest import Manifest, SplitCounts, TextManifest
 from trainer.data.progress import Progress
+from trainer.data.random_numbers import content_hash
 from trainer.data.registry import DatasetFamily, Log
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets.arrow_writer import ArrowWriter
 
-_CHUNK_BYTES = 16 * 2**20  # of one Arrow record batch: what is held in memory
+_CHUNK_BYTES = 16 * 2**20  # of one Arrow record batch, which is held in memory
 _SHARD_BYTES = 512 * 2**20  # of one Arrow file
-_BATCH_CHARACTERS = 2 * 2**20  # tokenised at once
+_BATCH_CHARACTERS = 2 * 2**20  # tokenised together
 
 
 class TextDataset(DatasetFamily):
     """A dataset of documents, for language modelling. A subclass says where they come from.
 
-    Documents whose content hash falls below `validation_fraction` are held out. Documents are tokenised, an
-    end-of-text token is put after each, and what they make is cut into sequences of equal length; what is left over at
-    the end of a split is dropped.
+    Documents whose content hash is below `validation_fraction` are held out. Documents are tokenised, each is followed
+    by an end-of-text token, and the stream is cut into sequences of equal length. The remainder of a split is dropped.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("language_modelling",)
 
     @abstractmethod
     def documents(self, revision: str) -> Iterator[str]:
-        """The documents of this revision, always in the same order. `max_samples` is applied to them elsewhere."""
+        """The documents of this revision, always in the same order. The caller applies `max_samples`."""
 
     @abstractmethod
     def text_size(self) -> int:
-        """About how many bytes of text `documents` will give, `max_samples` or not."""
+        """Approximate number of bytes of text in `documents`, regardless of `max_samples`."""
 
     def check(self) -> None:
         super().check()
@@ -58,7 +58,7 @@ class TextDataset(DatasetFamily):
         }
 
     def estimated_size(self) -> int:
-        # A token takes 2 bytes up to a vocabulary of 65536, else 4, and stands for 1 byte of text, or 3 and more.
+        # A token takes 2 bytes (4 from a vocabulary of 65536), and stands for 1 byte of text, or for at least 3.
         bytes_each = 2 if tokenizers.resolve(self.config) == "bytes" else 4 / 3
         return int(self.text_size() * bytes_each) + 16 * 2**20
 
@@ -69,14 +69,16 @@ class TextDataset(DatasetFamily):
 
         def documents() -> Iterator[str]:
             for text in itertools.islice(self.documents(revision), given(config.max_samples)):
-                yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of surrogate pairs
+                yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can contain lone surrogates
 
+        # The tokenizer, trained without the held-out documents.
         if spec.startswith("bpe:"):
             log(f"training tokenizer {spec}")
         tokenizer = tokenizers.load(
             spec, lambda: (text for text in documents() if content_hash(text.encode()) >= fraction)
         )
         tokenizer.save_pretrained(directory / "tokenizer")
+        # Tokenise, split and pack the documents.
         sizes = tokenizers.token_bytes(tokenizer)
         dtype = np.dtype(np.uint16 if len(sizes) <= 2**16 else np.int32)
         end = tokenizer.eos_token_id
@@ -88,29 +90,17 @@ class TextDataset(DatasetFamily):
             for texts in _batched(documents(), _BATCH_CHARACTERS):
                 for text, tokens in zip(texts, tokenizers.encode(tokenizer, texts), strict=True):
                     raw = text.encode()
-                    place = content_hash(raw)
-                    smallest_hash = min(smallest_hash, place) if len(tokens) >= length else smallest_hash
-                    if place < fraction:
+                    hashed = content_hash(raw)
+                    smallest_hash = min(smallest_hash, hashed) if len(tokens) >= length else smallest_hash
+                    if hashed < fraction:
                         validation.add(tokens, end, len(raw))
                     else:
                         train.add(tokens, end, len(raw))
                         byte_counts += np.bincount(np.frombuffer(raw, dtype=np.uint8), minlength=256)
                     progress.update(len(raw))
         counts, held_out = train.close(), validation.close()
-        if not counts.sequences:
-            raise ConfigError(
-                "dataset",
-                self.spec,
-                f"has too little text: {counts.documents} documents to train on fill no sequence of {length} tokens",
-            )
-        if not held_out.sequences:
-            hint = f" (above {smallest_hash:.2g} would do)" if smallest_hash < 1 else ""
-            raise ConfigError(
-                "validation_fraction",
-                fraction,
-                f"holds out {held_out.documents} of {counts.documents + held_out.documents} documents, which fill no "
-                f"sequence of {length} tokens: raise it{hint}, or give more text or a smaller sequence_length",
-            )
+        self._refuse_empty(counts, held_out, smallest_hash)
+        # The hash covers everything that a model sees: the tokens, and what they mean.
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
         content = (self.tasks[0], length, end, vocabulary, train.digest, validation.digest)
         return TextManifest(
@@ -129,22 +119,34 @@ class TextDataset(DatasetFamily):
             | {name: version(name) for name in ("datasets", "pyarrow", "tokenizers", "transformers")},
         )
 
-
-def content_hash(content: bytes) -> float:
-    """A number from 0 to 1 that depends on the content alone: held out is what falls below `validation_fraction`."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+    def _refuse_empty(self, counts: SplitCounts, held_out: SplitCounts, smallest_hash: float) -> None:
+        """Raise ConfigError if a split has no sequence, with what would help."""
+        length, fraction = self.config.sequence_length, self.config.validation_fraction
+        if not counts.sequences:
+            raise ConfigError(
+                "dataset",
+                self.spec,
+                f"has too little text: {counts.documents} training documents do not fill a sequence of {length} tokens",
+            )
+        if not held_out.sequences:
+            hint = f" (above {smallest_hash:.2g} suffices)" if smallest_hash < 1 else ""
+            raise ConfigError(
+                "validation_fraction",
+                fraction,
+                f"holds out {held_out.documents} of {counts.documents + held_out.documents} documents, which do not "
+                f"fill a sequence of {length} tokens: raise it{hint}, add text, or lower sequence_length",
+            )
 
 
 class _Packer:
-    """Packs documents of one split into sequences and writes them to Arrow files, in bounded memory.
+    """Packs the documents of one split into sequences and writes them to Arrow files, in bounded memory.
 
     Args:
-        directory: Where `<name>-<number>.arrow` are written.
+        directory: Directory for `<name>-<number>.arrow`.
         name: The split.
         length: Tokens in a sequence.
-        dtype: Of a token.
-        sizes: Bytes of each token; if given, a column `bytes` tells for each sequence how many its tokens but the first
-            stand for.
+        dtype: dtype of a token.
+        sizes: Bytes of each token. If given, a column `bytes` holds the bytes of each sequence's tokens but the first.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class _Packer:
         self._hash = hashlib.sha256()
 
     def add(self, tokens: np.ndarray, end: int, size: int) -> None:
-        """Append a document of `size` bytes, and the token that ends it."""
+        """Append a document of `size` bytes and the token that ends it."""
         self._waiting += [tokens.astype(self._dtype), np.array([end], dtype=self._dtype)]
         self._waiting_tokens += len(tokens) + 1
         self._documents += 1
@@ -173,7 +175,7 @@ class _Packer:
             self._write(self._chunk_rows)
 
     def close(self) -> SplitCounts:
-        """Write what is left, but for the tokens that do not fill a sequence."""
+        """Write the remaining complete sequences."""
         self._write(self._waiting_tokens // self._length)
         self._end_shard()
         return SplitCounts(
@@ -185,7 +187,7 @@ class _Packer:
 
     @property
     def digest(self) -> str:
-        """Hash of every token written so far, whatever the files look like."""
+        """sha256 of the tokens written so far, independent of how they are divided into files."""
         return self._hash.hexdigest()
 
     def _write(self, rows: int) -> None:
@@ -194,12 +196,14 @@ class _Packer:
 
         if not rows:
             return
+        # Cut full sequences off the stream; the rest waits for the next documents.
         tokens = np.concatenate(self._waiting)
         packed, rest = tokens[: rows * self._length], tokens[rows * self._length :]
         self._waiting, self._waiting_tokens = [rest.copy()], len(rest)
         if self._writer is None:
             path = self._directory / f"{self._name}-{self._sequences // self._shard_rows:05}.arrow"
             self._writer = ArrowWriter(path=str(path), features=self._features)
+        # One Arrow record batch per call, without a copy of the tokens.
         columns = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(packed), self._length)}
         if self._sizes is not None:
             scored = packed.reshape(rows, self._length)[:, 1:]
@@ -217,7 +221,7 @@ class _Packer:
 
 
 def _batched(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Lists of texts that together have at least so many characters, so that a tokenizer's threads are kept busy."""
+    """Lists of texts with at least this many characters in total, to keep the tokenizer's threads busy."""
     batch: list[str] = []
     waiting = 0
     for text in texts:

@@ -1,6 +1,6 @@
-"""Tokenizers: a model's own from the hub, one from a directory, bytes, or one trained on the data.
+"""Tokenizers: a model's own from the hub, one from a directory, a byte-level one, or one trained on the data.
 
-All of them are Hugging Face fast tokenizers with an end-of-text token, which separates documents.
+All are Hugging Face fast tokenizers with an end-of-text token, which separates documents.
 """
 
 import json
@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Enough for any vocabulary, and read in about a minute.
+# Enough for any vocabulary; takes about a minute.
 _TRAINING_BYTES = 256 * 2**20
 
 
 def resolve(config: TrainingConfig) -> str:
-    """The tokenizer that `config` asks for: its own word, or the model's default. Raises ConfigError if neither is."""
+    """The tokenizer that `config` names, or the model's default. Raises ConfigError if there is neither."""
     spec = config.tokenizer or models.resolve(config.model).default_tokenizer
     if not spec:
-        raise ConfigError("tokenizer", "", f"{config.model} brings none: name one, for example bytes or bpe:4096")
+        raise ConfigError(
+            "tokenizer", "", f"{config.model} has no tokenizer of its own: name one, for example bytes or bpe:4096"
+        )
     return spec
 
 
 def check(spec: str) -> None:
-    """Raise ConfigError for a tokenizer that cannot be. Asks no hub."""
+    """Raise ConfigError for a tokenizer that cannot exist. Does not contact the hub."""
     if spec == "bytes":
         return
     if spec == "bpe" or spec.startswith("bpe:"):
@@ -56,30 +58,33 @@ def check(spec: str) -> None:
 
 
 def load(spec: str, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerFast":
-    """Make the tokenizer, or fetch it.
+    """Build or fetch the tokenizer.
 
     Args:
         spec: `bytes`, `bpe:<vocabulary size>`, a directory or a Hub id.
-        texts: Gives the training text from its start, for a tokenizer that is trained.
+        texts: Iterates over the training text, for a tokenizer that is trained.
 
     Raises:
-        ConfigError: There is no such tokenizer, or none that can be used here.
+        ConfigError: There is no such tokenizer, or it cannot be used here.
         TrainingError: The hub cannot be reached.
     """
+    # Our own kinds.
     if spec == "bytes":
         return _wrap(_byte_level())
     if spec.startswith("bpe:"):
         return _wrap(_trained(_bpe_size(spec), texts()))
+    # A directory's or the hub's.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if _is_path(spec):
         try:
             tokenizer = AutoTokenizer.from_pretrained(Path(spec).expanduser(), local_files_only=True)
-        except Exception as error:  # each library beneath has its own
+        except Exception as error:  # the libraries raise errors of many kinds
             raise ConfigError("tokenizer", spec, f"cannot be loaded: {one_line(error)}") from None
     else:
         with hub_errors("tokenizer", spec, "or give a directory, bytes or bpe:<vocabulary size>"):
             tokenizer = _from_hub(spec)
+    # Encoding needs a fast tokenizer, and packing a separator.
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError("tokenizer", spec, "is a slow tokenizer: a fast one (tokenizer.json) is needed")
     if tokenizer.eos_token_id is None:
@@ -88,13 +93,13 @@ def load(spec: str, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerF
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """One more than the largest token id."""
+    """The largest token id plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.ndarray]:
-    """The tokens of each text: nothing added, and what looks like a special token is taken for the text that it is."""
-    if _is_bytes(tokenizer):  # a hundred times faster, and the same
+    """The tokens of each text. Nothing is added, and text that looks like a special token stays text."""
+    if _is_bytes(tokenizer):  # the same result, a hundred times faster
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
@@ -105,10 +110,9 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.nd
 
 
 def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
-    """The UTF-8 bytes of text that each token stands for, by token id.
+    """The UTF-8 bytes of text that each token represents, by token id. Special tokens represent none.
 
-    Exact for byte-level tokenizers, and for SentencePiece's but for the space that some put before a text. Special
-    tokens stand for none.
+    Exact for byte-level tokenizers, and for SentencePiece except for the space that some prepend to a text.
     """
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
     byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
@@ -120,11 +124,12 @@ def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
             return bytes([int(token[3:5], 16)])
         return token.removeprefix("##").replace("▁", " ").encode()
 
+    # Added tokens are stored as plain text, all others in the decoder's alphabet.
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids)
     contents = [b""] * vocabulary_size(tokenizer)
     for token, number in tokenizer.get_vocab().items():
-        if number in added:  # these are kept as plain text
+        if number in added:
             contents[number] = b"" if added[number].special or number in special else token.encode()
         elif number not in special:
             contents[number] = content(token)
@@ -132,23 +137,23 @@ def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
-    """How many UTF-8 bytes of text each token stands for (see `token_contents`): int64 (vocabulary_size,)."""
+    """Number of UTF-8 bytes that each token represents (see `token_contents`): int64 (vocabulary_size,)."""
     return np.array([len(content) for content in token_contents(tokenizer)], dtype=np.int64)
 
 
 def _from_hub(name: str) -> Any:
-    """From the hub, or from its cache on this machine when the hub cannot be asked."""
+    """Load from the hub, or from the local cache if the hub cannot be reached."""
     from huggingface_hub import HfApi
     from transformers import AutoTokenizer
 
     try:
-        # One plain question first: the loaders below ask again and again for a minute when there is no network.
+        # A single request first: without a network, the loaders below retry for a minute.
         revision = HfApi().model_info(name).sha
     except Exception:
         try:
             return AutoTokenizer.from_pretrained(name, local_files_only=True)
         except Exception:
-            pass  # not cached either: the hub's own answer is the one that helps
+            pass  # not cached either: the hub's own error is the helpful one
         raise
     return AutoTokenizer.from_pretrained(name, revision=revision)
 
@@ -159,26 +164,26 @@ def _is_path(spec: str) -> bool:
 
 def _bpe_size(spec: str) -> int:
     number = spec.removeprefix("bpe").removeprefix(":")
-    # 256 bytes and the end of text are always there.
+    # The 256 bytes and the end-of-text token are always included.
     if not number.isdecimal() or not 257 <= int(number) <= 1_000_000:
         raise ConfigError("tokenizer", spec, "must be bpe:<vocabulary size>, from 257 to 1000000, for example bpe:4096")
     return int(number)
 
 
 def _byte_characters() -> list[str]:
-    """The characters by which byte-level tokenizers write the 256 bytes: themselves where they can be seen (GPT-2)."""
+    """The characters that represent the 256 bytes in byte-level tokenizers: visible bytes are themselves (GPT-2)."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = (chr(number) for number in range(256, 512))
     return [chr(byte) if byte in visible else next(hidden) for byte in range(256)]
 
 
 def _is_bytes(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether this is `_byte_level`."""
+    """Whether this is the tokenizer of `_byte_level`."""
     return tokenizer.get_vocab() == {token: byte for byte, token in enumerate((*_byte_characters(), END_OF_TEXT))}
 
 
 def _byte_level() -> "Tokenizer":
-    """Every byte is a token, and its value is the token's id."""
+    """A tokenizer in which every byte is a token, with its value as the id."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -189,7 +194,7 @@ def _byte_level() -> "Tokenizer":
 
 
 def _trained(size: int, texts: Iterable[str]) -> "Tokenizer":
-    """A byte-level BPE tokenizer, trained on the first 256 MiB; the same text gives the same tokenizer."""
+    """A byte-level BPE tokenizer, trained on the first 256 MiB. The same text gives the same tokenizer."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
 

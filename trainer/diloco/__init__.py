@@ -1,10 +1,9 @@
 """DiLoCo as a library: five lines make a worker of a training loop of your own (see `DiLoCo`)."""
 
-from trainer.diloco.average import Averaged
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.ddp import DDP
 from trainer.diloco.diloco import DiLoCo, Overlap
-from trainer.diloco.outer import Nesterov, OuterOptimizer
+from trainer.diloco.outer import Averaged, Nesterov, OuterOptimizer
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, Reduced, Superseded
 from trainer.diloco.state import Fragment, GlobalState
 

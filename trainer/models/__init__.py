@@ -1,14 +1,11 @@
 """Models: one file a family. A family is a `ModelFamily` named `FAMILY` (or several, `FAMILIES`) in a module here.
 
-A model is asked for as `family` or `family:size`, or, to go on from a pretrained one, `family:<Hub id or directory>`.
-Precaching writes it into a directory of a worker's volume, which is all that `build` needs: training never touches the
-hub.
+A model is selected as `family` or `family:size`, or, to continue from a pretrained one, `family:<Hub id or directory>`.
+Precaching writes it to a directory on a worker's volume. `build` needs nothing else: training never contacts the hub.
 """
 
 import hashlib
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.files import read_json, whole_directory, write_json
+from trainer.plugins import modules_of
 
 if TYPE_CHECKING:
     import torch
 
 READY = "READY"
-_PATH = re.compile(r"[./~]")  # how a directory begins
+_PATH = re.compile(r"[./~]")  # how a directory's name begins
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -33,16 +31,16 @@ class ModelFamily:
     """A family of models.
 
     Attributes:
-        name: What a user writes before the colon.
+        name: The part before the colon. A literal, so that the configuration can list it without importing the module.
         task: Name of the task in `trainer.tasks` that trains it.
-        sizes: Named sizes; each a mapping of what distinguishes it (for Hugging Face models: fields of their config).
-        default_size: The size meant by the bare name.
-        default_tokenizer: Hub id of the tokenizer that it is published with ("" where there is none).
-        write: `write(directory, size, data)` puts what `build` needs into the directory; `data` tells of the dataset
-            what a model has to know (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
-        build: `build(directory)` makes the module, with random weights drawn from torch's global generator.
-        fetch: `fetch(directory, source, data)` does as `write` for a pretrained model, a Hub id (`<id>@<revision>`) or
-            a local directory. None: there are none.
+        sizes: Named sizes, each with its settings (for Hugging Face models: fields of their config).
+        default_size: The size of the bare name.
+        default_tokenizer: Hub id of the tokenizer that it is published with; "" if there is none.
+        write: `write(directory, size, data)` writes the files that `build` needs. `data` is what a model needs to know
+            about the dataset (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
+        build: `build(directory)` returns the module, with random weights from torch's global generator.
+        fetch: `fetch(directory, source, data)` is `write` for a pretrained model: a Hub id (`<id>@<revision>`) or a
+            local directory. None: not supported.
     """
 
     name: str
@@ -57,11 +55,11 @@ class ModelFamily:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A family and one of its sizes, or where a pretrained model of it is.
+    """A family with one of its sizes, or with a pretrained model.
 
     Attributes:
-        size: "" of a pretrained one.
-        source: Hub id or directory of a pretrained one, else "".
+        size: Name of the size; "" for a pretrained model.
+        source: Hub id or directory of a pretrained model, otherwise "".
     """
 
     family: ModelFamily
@@ -74,43 +72,44 @@ class ModelSpec:
 
     @property
     def definition(self) -> Mapping[str, Any]:
-        """What distinguishes it within its family."""
+        """The settings that distinguish the model within its family."""
         return {"source": self.source} if self.source else self.family.sizes[self.size]
 
     @property
     def average_decay(self) -> float:
-        """Of an exponential moving average of the global parameters, an inner step; that is exported. 0: none is."""
+        """Decay per inner step of the average of the global parameters that is exported; 0: no average."""
         return float(self.definition.get("average_decay", 0.0))
 
     @property
     def default_tokenizer(self) -> str:
-        """Of a pretrained language model: its own."""
+        """The pretrained model's own tokenizer, or the family's."""
         return self.source or self.family.default_tokenizer
 
 
 @cache
 def families() -> dict[str, ModelFamily]:
     """Every family in this package, by name."""
-    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     found: dict[str, ModelFamily] = {}
-    for module in modules:
+    for module in modules_of(__name__):
         own = (module.FAMILY,) if hasattr(module, "FAMILY") else getattr(module, "FAMILIES", ())
         found |= {family.name: family for family in own}
     return found
 
 
 def resolve(spec: str) -> ModelSpec:
-    """The model that a user asks for.
+    """The model that a user names.
 
     Raises:
-        ConfigError: There is no such family or size, or no such directory.
+        ConfigError: No such family, size or directory.
     """
+    # A family and one of its sizes.
     name, _, size = spec.partition(":")
     if name not in families():
         raise ConfigError("model", spec, f"no such model; there are {', '.join(sorted(families()))}")
     family = families()[name]
     if size in family.sizes or (not size and family.default_size):
         return ModelSpec(family, size or family.default_size)
+    # A pretrained model: a Hub id, or a directory.
     if family.fetch is None or not (
         _PATH.match(size) or (_HUB_ID.fullmatch(size) and ("/" in size or not family.sizes))
     ):
@@ -120,12 +119,12 @@ def resolve(spec: str) -> ModelSpec:
         return ModelSpec(family, "", size)
     path = Path(size).expanduser().absolute()
     if not (path / "config.json").is_file():
-        raise ConfigError("model", spec, "is no directory with a config.json")
+        raise ConfigError("model", spec, "is not a directory with a config.json")
     return ModelSpec(family, "", str(path))
 
 
 def directory(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> Path:
-    """Where the model for this data lies below a volume's models directory."""
+    """The directory, below a volume's models directory, of the model for this data."""
     spec = resolve(config.model)
     inputs = json.dumps({"model": spec.name, "definition": spec.definition, "data": data}, sort_keys=True)
     size = spec.size or re.sub(r"[^\w.-]", "-", Path(spec.source).name)
@@ -133,13 +132,13 @@ def directory(config: TrainingConfig, data: Mapping[str, Any], models_root: Path
 
 
 def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> tuple[Path, bool]:
-    """Write the model into its directory, whole or not at all.
+    """Write the model to its directory, atomically.
 
     Args:
-        data: What the model has to know of the dataset (see `ModelFamily.write`).
+        data: What the model needs to know about the dataset (see `ModelFamily.write`).
 
     Returns:
-        The directory, and whether it had to be written (False: it was there).
+        The directory, and whether it was written (False: it existed).
     """
     spec = resolve(config.model)
     path = directory(config, data, models_root)
@@ -147,7 +146,7 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
         return path, False
     with whole_directory(path) as temporary:
         if spec.source:
-            assert spec.family.fetch is not None  # `resolve` has seen to that
+            assert spec.family.fetch is not None  # `resolve` has checked it
             spec.family.fetch(temporary, spec.source, data)
         else:
             spec.family.write(temporary, spec.definition, data)
@@ -157,9 +156,9 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
 
 
 def build(path: Path, seed: int) -> "torch.nn.Module":
-    """The model that `precache` wrote into `path`, on the CPU; random weights are drawn from `seed`.
+    """The model that `precache` wrote to `path`, on the CPU, with random weights from `seed`.
 
-    The caller's random number generator is left as it was.
+    The caller's random number generator does not change.
     """
     import torch
 

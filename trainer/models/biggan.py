@@ -1,8 +1,8 @@
-"""BigGAN (arXiv 1809.11096): pictures of a class, from noise.
+"""BigGAN (arXiv 1809.11096): class-conditional picture generation.
 
 As in the paper: class-conditional batch norm fed by a shared embedding and a chunk of the noise for each block (§3.1,
 appendix B), a projection discriminator (arXiv 1802.05637), self-attention (arXiv 1805.08318), spectral norm in both
-networks (arXiv 1802.05957), orthogonal initialisation, and an average of the generator, which is what is sampled.
+networks (arXiv 1802.05957), orthogonal initialisation, and sampling from an average of the generator.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ def make(config: dict[str, Any]) -> Any:
     """Generator and discriminator, with random weights.
 
     Args:
-        config: `image_size`, `channels`, `labels` (the classes' names); `width` of the widest layers' unit, `stages`
-            (factors of it, from the smallest pictures to the largest), `noise` (numbers in a chunk) and `embedding`.
+        config: `image_size`, `channels`, `labels` (names of the classes); `width`, `stages` (factors of the width, from
+            the smallest pictures to the largest), `noise` (size of a chunk) and `embedding`.
 
     Returns:
-        A module with `generator(noise, labels)`, which makes pictures (n, channels, size, size) from -1 to 1, and
-        `discriminator(pictures, labels)`, which gives a number for each (n,): the higher, the more real.
+        A module with `generator(noise, labels)`, pictures (n, channels, size, size) from -1 to 1, and
+        `discriminator(pictures, labels)`, a score for each, (n,): higher means more real.
     """
     from trainer.models.biggan_networks import BigGAN
 
@@ -55,7 +55,7 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
 FAMILY = ModelFamily(
     name="biggan",
     task="image_generation",
-    # Stages double the size from 4 × 4 pixels on: appendix B's tables. Noise is a chunk for each stage and one more.
+    # Stages double the size from 4 × 4 pixels: appendix B's tables. There is one chunk of noise more than stages.
     sizes={
         "test": _size(4, (2, 1), 4, 8, 0.9),
         "tiny": _size(32, (2, 1), 16, 32, 0.985),

@@ -1,4 +1,4 @@
-"""Graph convolutional networks (arXiv 1609.02907), of PyTorch Geometric's GCNConv."""
+"""Graph convolutional networks (arXiv 1609.02907) with PyTorch Geometric's GCNConv."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +16,11 @@ def make(config: dict[str, Any]) -> "nn.Module":
     """A network with random weights.
 
     Args:
-        config: `features` (their width), `labels` (the classes' names), `hidden`, `layers` and `dropout`.
+        config: `features` (their width), `labels` (names of the classes), `hidden`, `layers` and `dropout`.
 
     Returns:
-        A module that makes of features, float32 (nodes, width), and edges, int64 (2, edges), logits (nodes, classes).
-        Between two convolutions are batch norm, a ReLU and dropout, as in the benchmark's own (arXiv 2005.00687).
+        A module from features, float32 (nodes, width), and edges, int64 (2, edges), to logits, (nodes, classes).
+        Batch norm, ReLU and dropout separate the convolutions, as in the benchmark's model (arXiv 2005.00687).
 
     Raises:
         ConfigError: PyTorch Geometric is not installed.

@@ -1,4 +1,4 @@
-"""GPT-Neo (Black et al. 2021, zenodo.5297715), from transformers: every other layer attends to 256 tokens alone."""
+"""GPT-Neo (Black et al. 2021, zenodo.5297715), from transformers: every other layer has a window of 256 tokens."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
 FAMILY = ModelFamily(
     name="gpt-neo",
     task="language_modelling",
-    # From 125m: those that EleutherAI has published. The two smallest are ours, for a CPU.
+    # From 125m on: as published by EleutherAI. The two smallest are ours, for CPUs.
     sizes={
         "test": _size(32, 2, 2),
         "tiny": _size(128, 4, 4),

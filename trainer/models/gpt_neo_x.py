@@ -33,7 +33,7 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
 FAMILY = ModelFamily(
     name="gpt-neo-x",
     task="language_modelling",
-    # From 14m to 12b: Pythia's (arXiv 2304.01373, table 1); 20b: GPT-NeoX-20B's. The two smallest are ours, for a CPU.
+    # 14m to 12b: Pythia's (arXiv 2304.01373, table 1); 20b: GPT-NeoX-20B. The two smallest are ours, for CPUs.
     sizes={
         "test": _size(32, 2, 2),
         "tiny": _size(128, 4, 4),

@@ -1,4 +1,4 @@
-"""Models that are not from transformers: a `config.json` and `model.safetensors`. No family itself."""
+"""Models outside transformers, as `config.json` and `model.safetensors`. Not a family itself."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def write_config(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """As `ModelFamily.write`: what `make` of `load` takes, in one mapping."""
+    """As `ModelFamily.write`: one mapping, the argument of `load`'s `make`."""
     write_json(directory / CONFIG, {**size, **data})
 
 
 def save(model: "torch.nn.Module", directory: Path) -> None:
-    """Write an export; `model.config` is what the model was made of."""
+    """Write an export; `model.config` is the argument that the model was made from."""
     from safetensors.torch import save_file
 
     write_json(directory / CONFIG, model.config)

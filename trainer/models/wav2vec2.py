@@ -22,12 +22,12 @@ def _size(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     }
 
 
-# Layer norm everywhere, and before each block: what trains from scratch, and takes clips of any length together.
+# Pre-norm layer norm throughout: it trains from scratch, and allows clips of any length in a batch.
 _STABLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 _SMALL = {
     **_STABLE,
-    # Windows of 25 ms, 10 ms apart, as in classical features, instead of five more layers; then 25 outputs a second
-    # and not 50, which is still more than there are letters in speech: minutes of audio are enough to learn from.
+    # Windows of 25 ms every 10 ms, as in classical features, replace five layers. 25 outputs a second instead of 50
+    # still exceed the rate of letters in speech, and minutes of audio are enough to learn from.
     "conv_dim": [64, 96, 96],
     "conv_kernel": [400, 5, 5],
     "conv_stride": [160, 2, 2],
@@ -45,7 +45,7 @@ def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
         "pad_token_id": data["vocabulary"].index("<pad>"),
         "bos_token_id": data["vocabulary"].index("<s>"),
         "eos_token_id": data["vocabulary"].index("</s>"),
-        # A layer that is dropped has no gradient, which data parallelism would miss.
+        # A dropped layer has no gradient, but data parallelism expects one.
         "layerdrop": 0.0,
     }
 
@@ -61,7 +61,7 @@ def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
 
 
 def _build(directory: Path) -> "torch.nn.Module":
-    """A pretrained model's convolutions stay as they are, as the paper's do in fine-tuning (§4.3)."""
+    """Freezes a pretrained model's convolutions, as the paper does in fine-tuning (§4.3)."""
     model = huggingface.build(directory, AUTO)
     if (directory / huggingface.WEIGHTS).exists():
         model.freeze_feature_encoder()  # type: ignore[operator]

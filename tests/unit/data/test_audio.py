@@ -141,5 +141,5 @@ def test_a_file_that_is_no_audio_is_named(tmp_path: Path) -> None:
     folder = tones(tmp_path / "tones")
     (folder / "7.wav").write_bytes(b"torn")
 
-    with pytest.raises(TrainingError, match=r"7\.wav is no audio"):
+    with pytest.raises(TrainingError, match=r"7\.wav is not audio"):
         precached(config(f"files:{folder}", tmp_path))

@@ -12,7 +12,7 @@ import pytest
 
 from trainer import data
 from trainer.config import TrainingConfig
-from trainer.data import DatasetFamily, registry, resolve
+from trainer.data import DatasetFamily, families, registry, resolve
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError, TrainingError
 
@@ -36,9 +36,9 @@ def refusal(dataset: str, **changes: Any) -> str:
 
 
 def test_every_family_is_found_by_its_name() -> None:
-    assert {"c4", "files", "stdlib"} <= data.families().keys()
-    for name, families in data.families().items():
-        for family in families:
+    assert {"c4", "files", "stdlib"} <= data.dataset_families().keys()
+    for name, same_name in data.dataset_families().items():
+        for family in same_name:
             assert family.name == name
             assert issubclass(family, DatasetFamily)
 
@@ -53,12 +53,12 @@ def test_a_newcomers_dataset_is_one_file(tmp_path: Path, monkeypatch: pytest.Mon
         "    def documents(self, revision): yield 'an old silent pond'\n"
         "FAMILY = Haiku\n"
     )
-    monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path)])
-    registry.families.cache_clear()
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    registry.dataset_families.cache_clear()
     try:
         assert documents("haiku") == ["an old silent pond"]
     finally:
-        registry.families.cache_clear()
+        registry.dataset_families.cache_clear()
 
 
 def test_unknown_datasets_are_refused() -> None:
@@ -87,7 +87,7 @@ def test_stdlib_is_real_text_in_a_fixed_order() -> None:
 
 def test_stdlib_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
-    assert "this Python has no sources of its library in" in refusal("stdlib")
+    assert "the sources of Python's library are not in" in refusal("stdlib")
 
 
 @pytest.fixture
@@ -157,32 +157,32 @@ def test_files_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert "holds no text; looked for .txt" in refusal(f"files:{tmp_path}")
     (tmp_path / "a.png").touch()
     assert "holds no text; looked for .txt" in refusal(f"files:{tmp_path}")
-    assert "is of no kind that can be read; looked for .txt" in refusal(f"files:{tmp_path / 'a.png'}")
+    assert "is not a supported kind of file; looked for .txt" in refusal(f"files:{tmp_path / 'a.png'}")
     (tmp_path / "a.txt").touch()
     assert "holds only empty files" in refusal(f"files:{tmp_path}")
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda path, mode: Path(path).name != "a.txt")
         (tmp_path / "a.txt").write_text("a")
-        assert "a.txt may not be read" in refusal(f"files:{tmp_path}")
+        assert "a.txt is not readable" in refusal(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").write_text('{"content": "x", "id": 1}\n')
     assert "a.jsonl has no column `text`; it has content, id" in refusal(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    assert "a.parquet is no Parquet file" in refusal(f"files:{tmp_path}")
+    assert "a.parquet is not a Parquet file" in refusal(f"files:{tmp_path}")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     assert "a.parquet has no column `text`; it has body" in refusal(f"files:{tmp_path}")
 
 
 def test_rows_without_text_and_torn_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n')
-    with pytest.raises(ConfigError, match=r"a.jsonl has a row without a text in `text`"):
+    with pytest.raises(ConfigError, match=r"a.jsonl has a row without text in `text`"):
         documents(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").unlink()
     for name, content, message in (
-        ("a.txt.gz", gzip.compress(b"text" * 1000)[:-20], "is no whole gzip file: Compressed file ended"),
-        ("a.txt.gz", b"no gzip", "is no whole gzip file: Not a gzipped file"),
-        ("a.txt", b"GIF89\0", "is no text in UTF-8: it has bytes of value 0"),
-        ("a.jsonl", b'{"text": "x"\n', "line 1: is no JSON: "),
+        ("a.txt.gz", gzip.compress(b"text" * 1000)[:-20], "is not a complete gzip file: Compressed file ended"),
+        ("a.txt.gz", b"no gzip", "is not a complete gzip file: Not a gzipped file"),
+        ("a.txt", b"GIF89\0", "is not UTF-8 text: it has bytes of value 0"),
+        ("a.jsonl", b'{"text": "x"\n', "line 1: is not JSON: "),
     ):
         (tmp_path / name).write_bytes(content)
         assert f"{tmp_path / name}" in (said := refusal(f"files:{tmp_path / name}")) and message in said
@@ -245,12 +245,12 @@ def test_the_revision_of_a_local_c4_is_its_content(c4: Path) -> None:
 def test_c4_needs_a_bound() -> None:
     message = refusal("c4", total_steps=1000, batch_size=512, nodes=2, sequence_length=1024)
     assert message.startswith("max_samples = -1: must be set: C4 has 364,868,892 documents (800 GB).")
-    assert "1,024,000 sequences of 1024 tokens: 2,231,013 documents are about as many" in message
+    assert "1,024,000 sequences of 1024 tokens, about 2,231,013 documents" in message
     data.check(config("c4", max_samples=1000))
 
 
 def test_c4_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "holds no shards of C4: en/c4-train.*.json.gz" in refusal(f"c4:{tmp_path}")
+    assert "holds no en/c4-train.*.json.gz" in refusal(f"c4:{tmp_path}")
     assert refusal("c4:/no/such", max_samples=1) == "dataset = 'c4:/no/such': no such folder"
 
 

@@ -81,7 +81,7 @@ def test_an_arxiv_that_cannot_be_is_refused(tmp_path: Path) -> None:
         data.check(config(f"ogbn_arxiv:{tmp_path}", tmp_path))
     copy = papers(tmp_path / "copy")
     (copy / "raw" / "node-label.csv.gz").write_bytes(gzip.compress(b"0\n1\n"))
-    with pytest.raises(TrainingError, match="its files do not go together"):
+    with pytest.raises(TrainingError, match="its files do not match"):
         precached(config(f"ogbn_arxiv:{copy}", tmp_path))
     with pytest.raises(ConfigError, match="is for node_classification, but resnet18:test is for image_classification"):
         data.check(config(f"ogbn_arxiv:{copy}", tmp_path, model="resnet18:test"))

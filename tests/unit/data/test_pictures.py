@@ -119,7 +119,7 @@ def test_a_folder_of_each_class(tmp_path: Path) -> None:
     assert ((everything["image"][:, 0, 0, 0] > 100) == (everything["label"] == 0)).all()
 
     (folder / "lime" / "3.png").write_bytes(b"torn")
-    with pytest.raises(ConfigError, match=r"3\.png is no picture"):
+    with pytest.raises(ConfigError, match=r"3\.png is not a picture"):
         precached(tmp_path, f"files:{folder}", image_size=16)
 
 
@@ -127,7 +127,7 @@ def test_a_folder_of_each_class(tmp_path: Path) -> None:
     ("make", "reason"),
     [
         (lambda path: None, "no such folder"),
-        (lambda path: path.mkdir(), "must hold a folder of pictures for each of two classes or more"),
+        (lambda path: path.mkdir(), "must hold a folder of pictures for each of at least two classes"),
     ],
 )
 def test_a_folder_that_cannot_be_is_refused_early(make: Callable[[Path], None], reason: str, tmp_path: Path) -> None:

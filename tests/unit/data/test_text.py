@@ -48,7 +48,7 @@ class Memory(text.TextDataset):
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> type[Memory]:
-    monkeypatch.setitem(registry.families(), "memory", (Memory,))
+    monkeypatch.setitem(registry.dataset_families(), "memory", (Memory,))
     monkeypatch.setattr(Memory, "contents", CORPUS)
     return Memory
 
@@ -302,7 +302,7 @@ def test_tokenizer_is_trained_without_the_held_out_text(
 
 def test_too_little_text_says_what_would_do(memory: type[Memory], tmp_path: Path) -> None:
     memory.contents = ["short"]
-    with pytest.raises(ConfigError, match=r"dataset = 'memory': has too little text: 1 documents to train on fill no"):
+    with pytest.raises(ConfigError, match=r"dataset = 'memory': has too little text: 1 training documents do not fill"):
         resolve(config()).prepare(tmp_path, "1", print)
     memory.contents = [f"document {i} " * 10 for i in range(30)]
     with pytest.raises(ConfigError) as error:

@@ -14,9 +14,9 @@ from torch import Size, Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
-from trainer.diloco import outer as outer_module
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
 from trainer.diloco.collective import decoded, warm_up, weighted_mean
+from trainer.diloco.outer import nesterov
 from trainer.diloco.quorum import Reduced
 from trainer.elastic.mesh import form_group, gloo_device
 
@@ -168,7 +168,7 @@ def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch:
 def compile_and_reduce(names: list[str]) -> list[str]:
     """What synchronisations of codecs that have been warmed up had to compile all the same, of an unused process."""
     found = []
-    modules = (kernels, sparse, dct, collective, outer_module)
+    modules = (kernels, sparse, dct, collective, nesterov)
     loops = [loop for module in modules for loop in vars(module).values()]
     compiled = [loop for loop in loops if hasattr(loop, "signatures")]
     setattr(collective, "SMALLEST", 1)  # noqa: B010

@@ -34,8 +34,8 @@ def test_every_family_has_a_task_and_sizes() -> None:
         ("gpt5", "no such model"),
         ("gpt-neo:huge", "no such size of gpt-neo; there are test, tiny, 125m"),
         ("hf", "no such size of hf; there are a Hub id"),
-        ("hf:./nowhere", "is no directory with a config.json"),
-        ("resnet50:./nowhere", "is no directory with a config.json"),
+        ("hf:./nowhere", "is not a directory with a config.json"),
+        ("resnet50:./nowhere", "is not a directory with a config.json"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(spec: str, reason: str) -> None:
@@ -80,7 +80,7 @@ def test_another_tokenizer_than_a_pretrained_models_is_refused(tmp_path: Path) -
 
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     built("resnet18:test", PICTURES, tmp_path / "m").save_pretrained(tmp_path / "trained")  # type: ignore[operator]
-    with pytest.raises(ConfigError, match="is none that AutoModelForCausalLM loads"):
+    with pytest.raises(ConfigError, match="cannot be loaded by AutoModelForCausalLM"):
         built(f"hf:{tmp_path / 'trained'}", TEXT, tmp_path / "m")
 
 

@@ -12,7 +12,7 @@ from trainer.data.manifest import Augmentation
 from trainer.data.pictures import PictureDataset
 from trainer.errors import ConfigError
 
-_BRIGHTEST = 16  # of the pixels in scikit-learn's arrays
+_BRIGHTEST = 16  # maximum of scikit-learn's pixels
 
 
 class Digits(PictureDataset):
@@ -51,7 +51,7 @@ class Digits(PictureDataset):
             yield self.sample(pixels(picture, self.size, self.channels), int(label))
 
     def augmentation(self) -> Augmentation | None:
-        """A mirrored digit is none; when pictures are to be generated, they stay as they are."""
+        """No mirroring: a mirrored digit is not a digit. No augmentation at all when training a generator."""
         from trainer import models
 
         if models.resolve(self.config.model).family.task == "image_generation":

@@ -1,4 +1,4 @@
-"""A user's own pictures: a folder of each class."""
+"""A user's own pictures, one folder per class."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from trainer.files import sha256
 
 
 class PictureFolders(PictureDataset):
-    """`files:<folder>`, which holds a folder of pictures for each class, named as the class."""
+    """`files:<folder>`, with one subfolder of pictures per class, named after the class."""
 
     name = "files"
     takes_argument = True
@@ -29,7 +29,7 @@ class PictureFolders(PictureDataset):
         if not self._root.is_dir():
             raise ConfigError("dataset", self.spec, "no such folder")
         if len(self.labels()) < 2:
-            raise ConfigError("dataset", self.spec, "must hold a folder of pictures for each of two classes or more")
+            raise ConfigError("dataset", self.spec, "must hold a folder of pictures for each of at least two classes")
 
     def revision(self) -> str:
         digest = hashlib.sha256()
@@ -45,12 +45,12 @@ class PictureFolders(PictureDataset):
 
     def samples(self, revision: str) -> Iterator[Sample]:
         numbers = {label: number for number, label in enumerate(self.labels())}
-        # Not class by class, so that max_samples takes some of each.
+        # Shuffled by hash, so that max_samples takes some pictures of each class.
         for path in sorted(self._files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
             try:
                 yield self.sample(decode(path.read_bytes(), self.size, self.channels), numbers[self._label(path)])
             except ValueError as error:
-                raise ConfigError("dataset", self.spec, f"{path} is no picture: {error}") from None
+                raise ConfigError("dataset", self.spec, f"{path} is not a picture: {error}") from None
 
     def _label(self, path: Path) -> str:
         return path.relative_to(self._root).parts[0]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from trainer.data.array_dataset import Sample
-from trainer.data.hub import HubRows, hub_errors
+from trainer.data.hub import HubDataset, HubRows, hub_errors
 from trainer.data.images import decode
 from trainer.data.pictures import PictureDataset
 from trainer.errors import ConfigError, TrainingError
@@ -14,54 +14,41 @@ _SHARDS = "data/train-*.parquet"
 _PICTURES = 1_281_167  # of the training split (the dataset's card)
 
 
-class ImageNet(PictureDataset):
-    """`imagenet`, or `imagenet:<folder>` or `imagenet:<repository>[@<revision>]` for what has the same layout.
+class ImageNet(HubDataset, PictureDataset):
+    """`imagenet`; or `imagenet:<folder>` or `imagenet:<repository>[@<revision>]` for data with the same layout.
 
-    The pictures are those of the training split, of which some are held out by their content's hash, as of any other
-    dataset; ImageNet's own validation split is not read.
+    Only the training split is used. As with every dataset, a hash of the content chooses the held-out pictures.
     """
 
     name = "imagenet"
-    takes_argument = True
-    local = False
     own_size = 224
     channels = 3
 
-    def check(self) -> None:
-        super().check()
-        self._rows.check()
-
-    def identity(self) -> str:
-        return self._rows.identity(self.name) or self.spec
-
-    def revision(self) -> str:
-        return self._rows.revision()
-
     def count(self) -> int:
-        return self._rows.count(_PICTURES)
+        return self.rows.count(_PICTURES)
 
     def labels(self) -> list[str]:
         return self._labels
 
     def samples(self, revision: str) -> Iterator[Sample]:
-        for number, row in enumerate(self._rows.read()):
+        for number, row in enumerate(self.rows.read(revision)):
             if not 0 <= row["label"] < len(self._labels):
                 raise ConfigError("dataset", self.spec, f"row {number} has no label: {row['label']}")
             try:
                 yield self.sample(decode(row["image"]["bytes"], self.size, self.channels), row["label"])
             except ValueError as error:
-                raise TrainingError(f"dataset {self.spec}: row {number} is no picture: {error}") from None
+                raise TrainingError(f"dataset {self.spec}: row {number} is not a picture: {error}") from None
 
     @cached_property
-    def _rows(self) -> HubRows:
+    def rows(self) -> HubRows:
         return HubRows(self.spec, self.argument, _REPOSITORY, _SHARDS, raw=("image",))
 
     @cached_property
     def _labels(self) -> list[str]:
         with hub_errors("dataset", self.spec):
-            names = getattr((self._rows.features() or {}).get("label"), "names", None)
+            names = getattr((self.rows.features() or {}).get("label"), "names", None)
         if not names:
-            raise ConfigError("dataset", self.spec, "does not name its classes: its column `label` is no ClassLabel")
+            raise ConfigError("dataset", self.spec, "does not name its classes: its column `label` is not a ClassLabel")
         return [str(name) for name in names]
 
 

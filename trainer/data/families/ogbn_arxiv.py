@@ -16,15 +16,15 @@ from trainer.files import sha256
 
 ADDRESS = "http://snap.stanford.edu/ogb/data/nodeproppred/arxiv.zip"
 _FILES = ("raw/edge.csv.gz", "raw/node-feat.csv.gz", "raw/node-label.csv.gz")
-_CLASSES = "mapping/labelidx2arxivcategeory.csv.gz"  # so it is called there
+_CLASSES = "mapping/labelidx2arxivcategeory.csv.gz"  # sic
 _TIMEOUT = 60.0  # seconds without a byte
 
 
 class OgbnArxiv(GraphDataset):
     """`ogbn_arxiv`, or `ogbn_arxiv:<folder>` for an unpacked copy (with `raw/` in it).
 
-    Papers are held out by their content's hash, as of any other dataset; the benchmark's own split, by year, is not
-    read.
+    As with every dataset, a hash of the content chooses the held-out papers; the benchmark's own split by year is not
+    used.
     """
 
     name = "ogbn_arxiv"
@@ -57,7 +57,7 @@ class OgbnArxiv(GraphDataset):
             try:
                 zipfile.ZipFile(io.BytesIO(self._archive)).extractall(temporary)
             except zipfile.BadZipFile as error:
-                raise TrainingError(f"dataset {self.spec}: {ADDRESS} is no whole archive: {error}") from None
+                raise TrainingError(f"dataset {self.spec}: {ADDRESS} is not a complete archive: {error}") from None
             return self._read(Path(temporary) / "arxiv")
 
     def _read(self, folder: Path) -> Graph:
@@ -69,7 +69,7 @@ class OgbnArxiv(GraphDataset):
         except (OSError, ValueError) as error:
             raise TrainingError(f"dataset {self.spec} cannot be read: {one_line(error)}") from None
         if len(features) != len(labels) or edges.shape[1] != 2 or edges.max(initial=0) >= len(labels):
-            raise TrainingError(f"dataset {self.spec}: its files do not go together")
+            raise TrainingError(f"dataset {self.spec}: its files do not match")
         known = int(labels.max()) + 1
         classes = names if len(names) >= known else [str(number) for number in range(known)]
         return Graph(features.astype(np.float32), edges.T.astype(np.int64), labels[:, 0].astype(np.int64), classes)

@@ -16,7 +16,7 @@ _SOUNDS = "asterisk/sounds/en_US_f_Allison"
 
 
 class Prompts(SpeechDataset):
-    """`prompts`, once the packages are installed; or `prompts:<folder>` that they are unpacked into (`dpkg-deb -x`)."""
+    """`prompts` if the packages are installed, or `prompts:<folder>` with them unpacked (`dpkg-deb -x`)."""
 
     name = "prompts"
     takes_argument = True
@@ -30,8 +30,8 @@ class Prompts(SpeechDataset):
             raise ConfigError(
                 "dataset",
                 self.spec,
-                f"is not in {self._share}: apt-get install {PACKAGES}, or apt-get download and dpkg-deb -x them, and "
-                "say prompts:<folder>",
+                f"is not in {self._share}: apt-get install {PACKAGES}, or unpack them (apt-get download, dpkg-deb -x) "
+                "and use prompts:<folder>",
             )
 
     def revision(self) -> str:
@@ -44,12 +44,11 @@ class Prompts(SpeechDataset):
     def clips(self, revision: str) -> Iterator[tuple[str, bytes, str]]:
         opened = gzip.open if self._texts.suffix == ".gz" else open
         with opened(self._texts, "rt", encoding="utf-8", errors="replace") as lines:
-            said = {
-                name.strip(): text.strip() for name, found, text in (line.partition(":") for line in lines) if found
-            }
+            parts = (line.partition(":") for line in lines)
+            transcripts = {name.strip(): text.strip() for name, found, text in parts if found}
         for path in self._files:
             name = path.relative_to(self._sounds).with_suffix("").as_posix()
-            if (text := said.get(name, "")) and "[" not in text:  # in brackets is what is no speech
+            if (text := transcripts.get(name, "")) and "[" not in text:  # brackets mark sounds that are not speech
                 yield name, path.read_bytes(), text
 
     @property

@@ -1,4 +1,4 @@
-"""A user's own speech: a folder of audio files, each with its transcript beside it."""
+"""A user's own speech: a folder of audio files with transcripts."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 
 
 class SpeechFiles(SpeechDataset):
-    """`files:<folder>`: for each `<name>.wav` (flac, ogg, mp3) a text file `<name>.txt`, in folders of any depth."""
+    """`files:<folder>`: `<name>.wav` (flac, ogg, mp3) with `<name>.txt`, in folders of any depth."""
 
     name = "files"
     takes_argument = True

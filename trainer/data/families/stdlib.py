@@ -1,4 +1,4 @@
-"""Python's own standard library: about 12 MB of real text that is on every machine."""
+"""Python's own standard library: about 12 MB of real text on every machine."""
 
 import hashlib
 import os
@@ -12,15 +12,14 @@ from trainer.config import given
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError
 
-# Packages that other projects put there, and tests, which not every distribution ships and which are larger than the
-# library itself.
+# Third-party packages, and tests, which not every distribution ships and which are larger than the library itself.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-# Written when Python was built: they differ between machines.
+# Generated when Python was built: they differ between machines.
 _SKIPPED_NAMES = ("_sysconfigdata", "python-config", "_sysconfig_vars")
 
 
 class Stdlib(TextDataset):
-    """A document is a module; their order is that of their paths."""
+    """A document is a module; modules come in the order of their paths."""
 
     name = "stdlib"
 
@@ -30,7 +29,7 @@ class Stdlib(TextDataset):
     def check(self) -> None:
         super().check()
         if not self._modules:
-            raise ConfigError("dataset", self.spec, f"this Python has no sources of its library in {library()}")
+            raise ConfigError("dataset", self.spec, f"the sources of Python's library are not in {library()}")
 
     def revision(self) -> str:
         digest = hashlib.sha256()
@@ -50,7 +49,7 @@ class Stdlib(TextDataset):
 
 
 def library() -> Path:
-    """Where this Python's standard library lies."""
+    """Directory of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 

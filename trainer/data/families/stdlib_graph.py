@@ -1,8 +1,7 @@
-"""Which functions of Python's standard library mention which: a real graph that is on every machine.
+"""References between functions of Python's standard library: a real graph on every machine.
 
-A stand-in for citation graphs: a node is a function (as a paper), an edge says that one names the other (a citation),
-features tell which identifiers it contains (words of the abstract), and its class is the package that it belongs to
-(the subject area).
+It resembles a citation graph: a node is a function (a paper), an edge means that one names the other (a citation),
+features are the identifiers in it (words of the abstract), and its class is its package (the subject area).
 """
 
 import ast
@@ -17,13 +16,13 @@ from trainer.data.families.stdlib import Stdlib, library, modules
 from trainer.data.graphs import Graph, GraphDataset
 from trainer.errors import ConfigError
 
-WIDTH = 256  # of the features: identifiers are hashed into so many
-CLASSES = 20  # the packages with the most functions; functions of others are left out
-AMBIGUOUS = 5  # a name that more functions have says nothing
+WIDTH = 256  # of the features: identifiers are hashed
+CLASSES = 20  # packages with the most functions; other functions are dropped
+AMBIGUOUS = 5  # a name shared by more functions makes no edges
 
 
 class StdlibGraph(GraphDataset):
-    """A node is a function or method of one of the largest packages (or modules that are in none)."""
+    """A node is a function or method of one of the largest packages (or top-level modules)."""
 
     name = "stdlib_graph"
 
@@ -33,7 +32,7 @@ class StdlibGraph(GraphDataset):
     def check(self) -> None:
         super().check()
         if not modules(library()):
-            raise ConfigError("dataset", self.spec, f"this Python has no sources of its library in {library()}")
+            raise ConfigError("dataset", self.spec, f"the sources of Python's library are not in {library()}")
 
     def revision(self) -> str:
         return Stdlib("", self.config).revision()
@@ -42,6 +41,7 @@ class StdlibGraph(GraphDataset):
         return 15_000, 60_000
 
     def load(self) -> Graph:
+        # Nodes: the functions of the largest packages.
         found = list(_functions())
         sizes = Counter(package for package, _, _ in found)
         classes = sorted(package for package, _ in sizes.most_common(CLASSES))
@@ -49,6 +49,7 @@ class StdlibGraph(GraphDataset):
         places: dict[str, list[int]] = defaultdict(list)
         for node, (_, name, _) in enumerate(kept):
             places[name].append(node)
+        # Features: hashed identifiers. Edges: to the functions that an identifier names.
         features = np.zeros((len(kept), WIDTH), dtype=np.float32)
         edges: set[tuple[int, int]] = set()
         for node, (_, _, words) in enumerate(kept):
@@ -62,13 +63,13 @@ class StdlibGraph(GraphDataset):
 
 
 def _functions() -> Iterator[tuple[str, str, set[str]]]:
-    """Every function: its package, its name, and the identifiers that it contains."""
+    """Package, name and identifiers of every function."""
     root = library()
     for path in modules(root):
         package = path.relative_to(root).parts[0].removesuffix(".py")
         try:
             tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-        except (SyntaxError, ValueError):  # templates, and Python of another time
+        except (SyntaxError, ValueError):  # templates, and code for other versions of Python
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -14,7 +14,7 @@ from trainer.data.text import TextDataset
 from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.files import sha256
 
-# What `datasets` calls the loader, and the names it is for; each may end in .gz too, but Parquet, which is compressed.
+# Loaders of `datasets` and their file names; each may also end in .gz, except Parquet.
 _LOADERS = {
     "text": (
         *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".xml"),
@@ -23,15 +23,15 @@ _LOADERS = {
     "json": (".jsonl", ".json", ".ndjson"),
     "parquet": (".parquet",),
 }
-_COMPRESSED = 4  # times smaller than the text inside, about
-_PIECE = 32 * 2**10  # characters: a longer plain text is cut, or a single long one could not be held out in part
+_COMPRESSED = 4  # approximate compression ratio
+_PIECE = 32 * 2**10  # characters; longer plain texts are divided, so that part of a single one can be held out
 
 
 class Files(TextDataset):
     """`files:<path>`. A document is a file of plain text, or the field `text` of a row of JSON lines or Parquet.
 
-    A plain text of more than 32768 characters becomes several documents, cut at the ends of lines. Files come in the
-    order of their paths, first plain text, then JSON lines, then Parquet; hidden ones are skipped.
+    A plain text of more than 32768 characters becomes several documents, divided at line ends. Files come in the order
+    of their paths: first plain text, then JSON lines, then Parquet. Hidden files are skipped.
     """
 
     name = "files"
@@ -41,18 +41,20 @@ class Files(TextDataset):
         return f"{self.name}:{self._root.absolute()}"
 
     def check(self) -> None:
+        # Does the path exist, and hold files of a supported kind?
         if not self.argument:
             raise ConfigError("dataset", self.spec, "must name a file or a folder: files:<path>")
         if not self._root.exists():
             raise ConfigError("dataset", self.spec, "no such file or folder")
         if not self._files:
             endings = " ".join(ending for endings in _LOADERS.values() for ending in endings)
-            problem = "holds no text" if self._root.is_dir() else "is of no kind that can be read"
+            problem = "holds no text" if self._root.is_dir() else "is not a supported kind of file"
             raise ConfigError("dataset", self.spec, f"{problem}; looked for {endings} (and .gz of these)")
         if not any(path.stat().st_size for _, path in self._files):
             raise ConfigError("dataset", self.spec, "holds only empty files")
         if unreadable := [path for _, path in self._files if not os.access(path, os.R_OK)]:
-            raise ConfigError("dataset", self.spec, f"{unreadable[0]} may not be read")
+            raise ConfigError("dataset", self.spec, f"{unreadable[0]} is not readable")
+        # Does the first file of each kind look as it should? The others are checked while they are read.
         super().check()
         for loader, path in self._first_of_each_loader():
             self._check_start(loader, path)
@@ -80,7 +82,7 @@ class Files(TextDataset):
                     self._check_start(loader, path)
                     yield from _pieces(path)
                     continue
-                # One file at a time: what two of them hold beside `text` need not agree.
+                # One file at a time: columns other than `text` may differ between files.
                 options: dict[str, Any] = {"columns": ["text"]} if loader == "parquet" else {}
                 rows = load_dataset(loader, data_files=[str(path)], split="train", streaming=True, **options)
                 for row in rows:
@@ -88,11 +90,11 @@ class Files(TextDataset):
                     if isinstance(text, str):
                         yield text
                     elif text is not None:
-                        raise ConfigError("dataset", self.spec, f"{path.name} has a row without a text in `text`")
+                        raise ConfigError("dataset", self.spec, f"{path.name} has a row without text in `text`")
             except ConfigError:
                 raise
             except Exception as error:
-                if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the file's
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the content's
                     raise TrainingError(f"dataset {self.spec}: {path} cannot be read: {error}") from error
                 raise ConfigError(
                     "dataset", self.spec, f"{path} cannot be read as {_kind(loader, path)}: {one_line(error)}"
@@ -104,7 +106,7 @@ class Files(TextDataset):
 
     @cached_property
     def _files(self) -> list[tuple[str, Path]]:
-        """Every file that can be read, with its loader."""
+        """Every supported file, with its loader."""
         if self._root.is_file():
             paths = [self._root]
         else:
@@ -127,36 +129,38 @@ class Files(TextDataset):
         return list(first.items())
 
     def _check_start(self, loader: str, path: Path) -> None:
-        """Raise ConfigError for a file that is not what its name says, as far as can be seen at its start."""
+        """Raise ConfigError if the start of a file does not match its name."""
         try:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
                 start = file.read(8192)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ConfigError("dataset", self.spec, f"{path} is no whole gzip file: {one_line(error)}") from None
+            raise ConfigError("dataset", self.spec, f"{path} is not a complete gzip file: {one_line(error)}") from None
         if loader == "text" and b"\0" in start:
-            raise ConfigError("dataset", self.spec, f"{path} is no text in UTF-8: it has bytes of value 0")
+            raise ConfigError("dataset", self.spec, f"{path} is not UTF-8 text: it has bytes of value 0")
 
     def _check_columns(self, loader: str, path: Path) -> None:
-        """Raise ConfigError if the file has no column `text`, as far as can be seen at its start."""
+        """Raise ConfigError if the start of a file shows that it has no column `text`."""
         if loader == "parquet":
             import pyarrow.parquet as pq
 
             try:
                 columns = pq.read_schema(path).names
             except (OSError, ValueError) as error:
-                raise ConfigError("dataset", self.spec, f"{path.name} is no Parquet file: {error}") from None
+                raise ConfigError("dataset", self.spec, f"{path.name} is not a Parquet file: {error}") from None
         elif loader == "json" and path.suffix != ".gz":
             with path.open(encoding="utf-8", errors="replace") as file:
                 line = file.readline(2**20)
             try:
                 row = json.loads(line)
             except ValueError as error:
-                if path.suffix != ".json" and line.strip() and len(line) < 2**20:  # that may be one value in many lines
-                    problem = f"{path}, line 1: is no JSON: {one_line(error)}"
+                if (
+                    path.suffix != ".json" and line.strip() and len(line) < 2**20
+                ):  # .json may be one value on many lines
+                    problem = f"{path}, line 1: is not JSON: {one_line(error)}"
                     raise ConfigError("dataset", self.spec, problem) from None
                 row = None
             if not isinstance(row, dict):
-                return  # a list, or a very long line: the loader will tell
+                return  # a list, or a very long line: leave it to the loader
             columns = list(row)
         else:
             return
@@ -165,13 +169,13 @@ class Files(TextDataset):
 
 
 def _kind(loader: str, path: Path) -> str:
-    """What the file should have been, in words."""
+    """The expected format of the file, in words."""
     what = {"text": "text", "json": "JSON lines", "parquet": "Parquet"}[loader]
     return f"compressed {what}" if path.suffix == ".gz" else what
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """A plain text in pieces that end with a line, unless that is as long as a piece. Line ends stay as they are."""
+    """A plain text in pieces that end with a line, if lines are shorter than a piece. Line ends are kept."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
         while piece := file.read(_PIECE) + file.readline(_PIECE):

@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
-from trainer.diloco.outer import OuterOptimizer, Tensors
+from trainer.diloco.outer.optimizer import OuterOptimizer, Tensors
 
 
 class Averaged:
-    """An outer optimizer that keeps an average of the parameters that it makes: ā ← d ā + (1 − d) θ after each step.
+    """An outer optimizer that also keeps an average of the parameters: ā ← d ā + (1 − d) θ after each step.
 
-    What is kept is `lag`, ā − θ: it needs to know the steps alone. As part of the global state it is equal in all
-    workers, goes to joiners and is in every checkpoint. GANs are sampled from such an average (arXiv 1809.11096, §3).
+    It keeps `lag`, ā − θ, which depends on the steps alone. As part of the global state, the average is identical in
+    all workers, reaches joiners, and is in every checkpoint. GANs are sampled from such an average (arXiv 1809.11096,
+    §3).
 
     Args:
-        outer: Makes the steps.
-        decay: d, a round.
+        outer: Takes the steps.
+        decay: d, per round.
     """
 
     LAG = "lag"
