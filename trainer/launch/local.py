@@ -20,8 +20,9 @@ from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient, EtcdError
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.files import require_writable, write_json
-from trainer.launch.scale import LAUNCHED, WANTED, with_nodes
+from trainer.launch.scale import WANTED, with_nodes
 from trainer.monitor.dashboard import Board, View, view
+from trainer.monitor.find_run import LAUNCHED
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.process import dying_with_parent
 from trainer.volume import Volume, worker_configs

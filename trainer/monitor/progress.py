@@ -1,42 +1,13 @@
 """How the workers are, from their `metrics.jsonl`."""
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from trainer.monitor.dashboard import SILENT, Board, Happening, Row
-
-Event = dict[str, Any]
+from trainer.monitor.events import Event, EventReader
 
 _SMOOTHING = 0.2  # weight of the newest step in the shown loss and speed
-
-
-class Tail:
-    """The events that are appended to a `metrics.jsonl`, from now on. The file need not exist yet."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-        self._rest = b""
-
-    def read(self) -> Iterator[Event]:
-        """The events since the last call. A line that is no JSON (its writer was killed) is passed over."""
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        self._offset += len(text)
-        *lines, self._rest = (self._rest + text).split(b"\n")
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and "event" in event:
-                yield event
 
 
 class WorkerProgress:
@@ -55,7 +26,7 @@ class WorkerProgress:
 
     def __init__(self, number: int, metrics: Path) -> None:
         self.number = number
-        self._tail = Tail(metrics)
+        self._reader = EventReader(metrics, last=0)
         self.state = "starting"
         self.step = self.round = self.bytes = 0
         self.loss: float | None = None
@@ -71,7 +42,7 @@ class WorkerProgress:
 
     def update(self) -> list[Event]:
         """Take in the new events, and return them."""
-        events = list(self._tail.read())
+        events = self._reader.read()
         for event in events:
             take = getattr(self, f"_on_{event['event']}", None)
             if take:

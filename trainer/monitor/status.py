@@ -12,8 +12,8 @@ from typing import Any
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.etcd.client import Entry, EtcdClient, EtcdError
-from trainer.launch.scale import find, has_completed, run_directory
 from trainer.monitor.dashboard import Board, Happening, Row, row_text, view
+from trainer.monitor.find_run import find, has_completed, run_directory
 from trainer.protocol.rounds import Record
 
 LOOK_INTERVAL = 1.0  # seconds between two looks at etcd, at least

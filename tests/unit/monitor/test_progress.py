@@ -9,7 +9,7 @@ import pytest
 from trainer.launch.local import last_words
 from trainer.monitor import dashboard
 from trainer.monitor.dashboard import Board, Live, Plain, Row
-from trainer.monitor.progress import Tail, WorkerProgress, fill
+from trainer.monitor.progress import WorkerProgress, fill
 
 
 def append(path: Path, *events: dict[str, object], torn: str = "") -> None:
@@ -19,25 +19,6 @@ def append(path: Path, *events: dict[str, object], torn: str = "") -> None:
 
 def step(number: int, time: float, loss: float | None = 2.0) -> dict[str, object]:
     return {"event": "step", "round": 1, "step": number, "loss": loss, "samples": 8, "time": time}
-
-
-def test_tail_begins_now_and_passes_over_torn_lines(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    append(path, step(1, 1.0))
-    tail = Tail(path)
-    append(path, step(2, 2.0), torn='{"event": "step", "st')
-    assert [event["step"] for event in tail.read()] == [2]
-    append(path, torn="\n")  # the next life of the worker ends the torn line
-    append(path, step(3, 3.0))
-    assert [event["step"] for event in tail.read()] == [3]
-    assert list(tail.read()) == []
-
-
-def test_tail_of_a_file_that_comes_later(tmp_path: Path) -> None:
-    tail = Tail(tmp_path / "metrics.jsonl")
-    assert list(tail.read()) == []
-    append(tmp_path / "metrics.jsonl", step(1, 1.0))
-    assert len(list(tail.read())) == 1
 
 
 def test_worker_progress(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.etcd.client import Entry
 from trainer.files import write_json
-from trainer.launch.scale import LAUNCHED, find, has_completed
 from trainer.monitor.dashboard import Plain
+from trainer.monitor.find_run import LAUNCHED, find, has_completed
 from trainer.monitor.status import Watcher, headline, status_of
 from trainer.protocol.rounds import Arrival, Cursor, Outcome, Record, State, Vote
 
@@ -172,7 +172,7 @@ def test_run_is_found_by_what_launch_has_left(tmp_path: Path) -> None:
         find(TrainingConfig())
     with pytest.raises(ConfigError, match="must name the run"):
         find(TrainingConfig.from_flat({"etcd_endpoints": ["h:1"]}))
-    with pytest.raises(ConfigError, match="no directory in which `launch` has run"):
+    with pytest.raises(ConfigError, match="`launch` has not run in this directory"):
         find(TrainingConfig.from_flat({"run_dir": str(tmp_path / "elsewhere")}))
 
 
