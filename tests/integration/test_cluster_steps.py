@@ -30,6 +30,7 @@ from trainer.kubernetes.steps.precache import precache
 from trainer.kubernetes.steps.results import take
 from trainer.kubernetes.steps.session import Session, Workflow, has_ended
 from trainer.kubernetes.steps.training import Trained, train
+from trainer.timeouts import MonitorTimeouts
 
 pytestmark = pytest.mark.timeout(120)
 
