@@ -85,8 +85,6 @@ def describe(parameter: Parameter) -> str:
     text = parameter.description
     if parameter.choices:
         text += f" One of: {', '.join(choice or '(empty)' for choice in parameter.choices)}."
-    if parameter.later:
-        text += f" Not available yet: {parameter.later}."
     return text
 
 

@@ -6,16 +6,10 @@ import re
 from pathlib import Path
 
 from trainer.chatter import set_up_logging
-from trainer.config import add_config_flags, config_from_arguments
+from trainer.config import TrainingConfig, add_config_flags, config_from_arguments
 from trainer.errors import ConfigError, run_main
 
 # What a command needs is imported when it runs: `--help` answers at once.
-
-# What it takes to find a run: all that a command needs which looks at one.
-_WHICH_RUN = (
-    *("run_id", "run_dir", "elastic_etcd_prefix", "elastic_etcd_protocol"),
-    *("etcd_endpoints", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user"),
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--json", action="store_true", help="print a JSON object a line")
         if name == "scale":
             command.add_argument("count", metavar="N", help="how many nodes it shall have")
-        add_config_flags(command, _WHICH_RUN if name in ("status", "scale") else None)
+        add_config_flags(command, TrainingConfig.names_in_scope("lookup") if name in ("status", "scale") else None)
     report = commands.add_parser("report", help="write the report of a run, or of several", allow_abbrev=False)
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="the run; several are compared")
     report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html; several: comparison.html]")
@@ -56,8 +50,6 @@ def _run(arguments: argparse.Namespace) -> int:
     set_up_logging()
     if arguments.command == "schema":
         import json
-
-        from trainer.config import TrainingConfig
 
         print(json.dumps(TrainingConfig.model_json_schema(), indent=2))
         return 0

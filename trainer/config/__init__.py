@@ -1,19 +1,19 @@
 """`TrainingConfig`: every parameter of a training, once.
 
 The command line, the environment, YAML files, the pipeline's signature, the JSON schema and the help texts are all
-derived from its fields (`training.py`, and `cluster.py` for the groups). Precedence: flag > `DILOCO_*` variable > YAML
+derived from its fields (`schema.py`, and `cluster.py` for the groups). Precedence: flag > `DILOCO_*` variable > YAML
 file (`--config`) > default.
 
-A parameter has a *path* in the tree (`elastic.min_nodes`, as YAML nests it) and a *flat name* (`elastic_min_nodes`,
-as the pipeline, `DILOCO_ELASTIC_MIN_NODES` and `--elastic-min-nodes` write it). None is ever null: a number that is
-not given is -1 (`UNSET`).
+A parameter has a *path* in the tree (`elastic.min_nodes`, as in YAML) and a *flat name* (`elastic_min_nodes`, as in the
+pipeline, `DILOCO_ELASTIC_MIN_NODES` and `--elastic-min-nodes`). No value is ever null: a number that is not given is
+-1 (`UNSET`). Lists of parameters for a purpose, such as the model card's, are scopes in the fields' metadata (`Scope`).
 
-Secrets are no parameters: `WANDB_API_KEY`, `HF_TOKEN` and `ETCD_PASSWORD` are read from the environment where they are
+Secrets are not parameters: `WANDB_API_KEY`, `HF_TOKEN` and `ETCD_PASSWORD` are read from the environment where they are
 needed, and nowhere else.
 """
 
 from trainer.config.cluster import SiteConfig, VendorConfig
-from trainer.config.fields import UNSET, given
+from trainer.config.fields import UNSET, Scope, ScopeName, given
 from trainer.config.load import ENV_PREFIX, add_config_flags, config_from_arguments, flags_from, load_config
 from trainer.config.parameters import Parameter
 from trainer.config.training import TrainingConfig
@@ -22,6 +22,8 @@ __all__ = [
     "ENV_PREFIX",
     "UNSET",
     "Parameter",
+    "Scope",
+    "ScopeName",
     "SiteConfig",
     "TrainingConfig",
     "VendorConfig",

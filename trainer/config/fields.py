@@ -1,19 +1,19 @@
-"""What all groups of parameters are made of."""
+"""Building blocks of the parameter groups: limited types, `UNSET`, `Scope`, `Choices`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-UNSET = -1  # a number that is not given; its description says what is taken instead
+UNSET = -1  # a number that is not given; its description names the value that is used instead
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Nodes = Annotated[int, Field(gt=0, le=64)]  # one that sums for all others would be the bottleneck of more
-Tag = Annotated[str, Field(min_length=1, max_length=64)]  # Weights & Biases takes no other
+Nodes = Annotated[int, Field(gt=0, le=64)]  # with more, each owner of a shard of the sum would be a bottleneck
+Tag = Annotated[str, Field(min_length=1, max_length=64)]  # the limits of Weights & Biases
 
 RUN_ID = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})?$"  # it names directories, keys and Weights & Biases runs
 WANDB_PROJECT = r"^[^/\\#?%:]{0,128}$"
@@ -32,13 +32,41 @@ IN_WORDS = {
     NAMESPACE: "must be lower-case letters, digits and -, and neither begin nor end with -",
 }
 
+ScopeName = Literal["fingerprint", "fixed", "card", "command", "place", "lookup", "identity"]
+
+
+class Scope:
+    """Marks a parameter with the lists that it belongs to (`TrainingConfig.names_in_scope`, `in_scope`).
+
+    - fingerprint: all workers of a run must have the same value; etcd keeps it.
+    - fixed: part of the fingerprint that a run keeps even if its etcd has lost its data: its checkpoints depend on it.
+    - card: a model card shows it.
+    - command: it belongs to the command at hand (export, evaluate), not to the run that was trained.
+    - place: a directory on a worker's volume.
+    - lookup: `status` and `scale` find a run by it.
+    - identity: it names a run; two runs that differ only in it are configured alike.
+    """
+
+    def __init__(self, *names: ScopeName) -> None:
+        self.names = frozenset(names)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Marks text that must be one of `names`: a `Literal` whose values are found at run time."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
+
 
 @dataclass(frozen=True)
 class AllowUnset:
     """Marks a number that may be `UNSET`, whatever its own limits; null and empty text mean the same.
 
-    Not null itself: the driver of Kubeflow Pipelines passes no null into a nested DAG (kubeflow/pipelines#11667), and
-    the Kubeflow UI starts no run while a parameter has no default (#11331).
+    Null itself is no value: the driver of Kubeflow Pipelines passes no null into a nested DAG
+    (kubeflow/pipelines#11667), and the Kubeflow UI does not start a run while a parameter lacks a default (#11331).
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -60,18 +88,11 @@ OrUnset = Annotated[Number, AllowUnset()]
 
 
 def given(number: Number) -> Number | None:
-    """The number; None if it is `UNSET`."""
+    """The number, or None if it is `UNSET`."""
     return None if number == UNSET else number
 
 
-@dataclass(frozen=True)
-class Later:
-    """Marks a parameter whose behaviour is still to come: any value but its default is refused."""
-
-    what: str
-
-
 class Group(BaseModel):
-    """A group of parameters: unknown keys are refused."""
+    """A group of parameters. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)

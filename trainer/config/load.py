@@ -46,7 +46,7 @@ def load_config(
 
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Give the parser `--config FILE` and one flag for each parameter, or for those whose flat names are given."""
+    """Give the parser `--config FILE` and a flag for each parameter (or for those in `names`, by flat name)."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with parameters")
     group = parser.add_argument_group("parameters", "also as DILOCO_<NAME> in the environment, and in the YAML file")
     for parameter in TrainingConfig.parameters():
@@ -54,10 +54,8 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | N
             continue
         flag = "--" + parameter.name.replace("_", "-")
         text = parameter.description
-        if parameter.default not in ("", UNSET):  # else the description says what is taken
+        if parameter.default not in ("", UNSET):  # otherwise the description names the value that is used
             text += f" [{parameter.default}]"
-        if parameter.later:
-            text += f" (not available yet: {parameter.later})"
         options: dict[str, Any] = {
             "dest": f"parameter:{parameter.name}",
             "default": None,
@@ -71,7 +69,7 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | N
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> TrainingConfig:
-    """The configuration that a parser with `add_config_flags` has parsed. Raises ConfigError."""
+    """The configuration from a command line (`add_config_flags`), environment and file. Raises ConfigError."""
     return load_config(arguments.config, flags_from(arguments))
 
 
@@ -82,7 +80,7 @@ def flags_from(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _parse(text: str, parameter: Parameter) -> Any:
-    """A value from text: words stay words, numbers are pydantic's to read, lists and maps are YAML (or `a,b`)."""
+    """A value from text. Text stays text, pydantic reads numbers, lists and maps are YAML (or `a,b`)."""
     if parameter.type is str:
         return text
     if parameter.type in (list, dict):
@@ -113,7 +111,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _load_yaml(text: str, name: str) -> Any:
-    """`yaml.safe_load`, which would let the last of two equal keys win, and lets keys be numbers."""
+    """Like `yaml.safe_load`, but refuses duplicate keys and keys that are not words."""
     loader = _Loader(text)
     loader.name = name
     try:

@@ -14,32 +14,32 @@ def first_error(error: ValidationError, parameters: list[Parameter]) -> ConfigEr
     """The first of pydantic's errors, in our words."""
     known = {".".join(parameter.path): parameter for parameter in parameters}
     details = error.errors()[0]
-    cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
+    if isinstance(cause := details.get("ctx", {}).get("error"), ConfigError):
         return cause
+    # The location of a list's element, or of one branch of a union, is longer than the field's path.
     location = ".".join(str(part) for part in details["loc"])
-    # The location of a list's element, or of one branch of a union, ends in more than the field.
     field = next((name for name in known if location == name or location.startswith(name + ".")), location)
-    if field == "sites":  # whose elements have fields of their own
+    if field == "sites":  # its elements have fields of their own
         field = location
+    parameter = known.get(field)
     if details["type"] == "extra_forbidden":
         return ConfigError(location, "…" if is_secret(location) else details["input"], unknown(location, known))
-    if field in known and known[field].choices:
-        return ConfigError(field, details["input"], f"must be one of {', '.join(known[field].choices or ())}")
+    if parameter and parameter.choices:
+        return ConfigError(field, details["input"], f"must be one of {', '.join(parameter.choices)}")
     if words := IN_WORDS.get(details.get("ctx", {}).get("pattern", "")):
         return ConfigError(field, details["input"], words)
     message = details["msg"].replace("Input should be", "must be").replace("String should", "must")
-    unset = f", or {UNSET}" if field in known and known[field].may_be_unset else ""
+    unset = f", or {UNSET}" if parameter and parameter.may_be_unset else ""
     return ConfigError(field, details["input"], message[0].lower() + message[1:] + unset)
 
 
 def unknown(name: str, known: Mapping[str, object], shown: Callable[[str], str] = str) -> str:
-    """What is said of a name that no parameter has.
+    """The refusal of a name that no parameter has.
 
     Args:
-        name: The name, as it was given.
+        name: The name, as given.
         known: The parameters, by the kind of name that was given.
-        shown: How a name that is suggested is written.
+        shown: How a suggested name is written.
     """
     if is_secret(name):
         return "is a secret, not a parameter: set WANDB_API_KEY, HF_TOKEN or ETCD_PASSWORD in the environment"
@@ -48,5 +48,5 @@ def unknown(name: str, known: Mapping[str, object], shown: Callable[[str], str] 
 
 
 def is_secret(name: str) -> bool:
-    """Whether the (unknown) name asks for a secret, whose value must then not be shown."""
+    """Whether an unknown name asks for a secret, whose value must not be shown."""
     return any(word in name.lower().replace("_", "") for word in ("key", "token", "password", "secret"))

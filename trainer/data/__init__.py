@@ -7,7 +7,7 @@ of them go through it, and a range of its positions is a disjoint share.
 
 from trainer.data.dataset import Dataset, Manifest, Split, SplitCounts, open_dataset
 from trainer.data.precache import check, directory, precache, precache_all
-from trainer.data.registry import DatasetFamily, families, resolve
+from trainer.data.registry import DatasetFamily, dataset_families, resolve
 from trainer.data.sampling import SampleOrder, batches, evenly
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
     "SplitCounts",
     "batches",
     "check",
+    "dataset_families",
     "directory",
     "evenly",
-    "families",
     "open_dataset",
     "precache",
     "precache_all",

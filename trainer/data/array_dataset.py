@@ -15,8 +15,8 @@ from trainer.config import given
 from trainer.data.arrays import ArrayWriter, write_shared
 from trainer.data.manifest import ArrayManifest, Augmentation, Column
 from trainer.data.progress import Progress
+from trainer.data.random_numbers import content_hash
 from trainer.data.registry import DatasetFamily, Log
-from trainer.data.text import content_hash
 from trainer.errors import ConfigError
 
 Sample = Mapping[str, np.ndarray]
@@ -83,7 +83,7 @@ class ArrayDataset(DatasetFamily):
         with (
             ArrayWriter(directory, "train", columns, self.group) as train,
             ArrayWriter(directory, "validation", columns, self.group) as held_out,
-            Progress(f"reading {self.spec}", everything, log) as progress,
+            Progress(f"reading {self.spec}", everything, log, "samples") as progress,
         ):
             for sample in itertools.islice(self.samples(revision), given(config.max_samples)):
                 if content_hash(self.content(sample)) < config.validation_fraction:

@@ -11,7 +11,7 @@ from trainer.errors import ConfigError, TrainingError
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-_PARQUET_END = 64 << 10  # bytes
+_END_BYTES = 64 << 10
 
 
 @contextmanager
@@ -58,42 +58,56 @@ def _first_line(error: Exception) -> str:
 
 
 class HubRows:
-    """The rows of a dataset's Parquet files: on the hub, or in a folder of the same layout.
+    """The rows of a dataset's files: on the Hugging Face Hub, or in a local folder of the same layout.
 
     Args:
         spec: The dataset as a user writes it.
-        argument: What follows its name: "", a folder, or `<repository>[@<revision>]`.
-        repository: Of the hub, unless the argument names one.
-        shards: Which files, as a glob.
-        raw: Columns of pictures or audio that are to stay as their files' bytes.
+        argument: The part after its name: "", a folder, or `<repository>[@<revision>]`.
+        repository: Repository on the hub, unless the argument names one.
+        shards: Glob of the files to read.
+        loader: Format of the files: a loader of `datasets`, such as "parquet" or "json".
+        raw: Columns of pictures or audio that stay undecoded, as the bytes of their files.
+
+    Attributes:
+        is_path: Whether the argument names a folder, which may not exist.
     """
 
-    def __init__(self, spec: str, argument: str, repository: str, shards: str, raw: tuple[str, ...] = ()) -> None:
-        self._spec, self._shards, self._raw = spec, shards, raw
+    def __init__(
+        self,
+        spec: str,
+        argument: str,
+        repository: str,
+        shards: str,
+        *,
+        loader: str = "parquet",
+        raw: tuple[str, ...] = (),
+    ) -> None:
+        self._spec, self._shards, self._loader, self._raw = spec, shards, loader, raw
         self._folder = Path(argument).expanduser()
         self._is_local = bool(argument) and self._folder.is_dir()
-        self._is_path = argument.startswith((".", "/", "~"))
+        self.is_path = self._is_local or argument.startswith((".", "/", "~"))
         name, _, revision = argument.partition("@")
         self._repository, self._revision = name or repository, revision or None
 
     def check(self) -> None:
-        """Raise ConfigError for a folder that is not there, or holds nothing of the kind."""
-        if self._is_path and not self._is_local:
+        """Raise ConfigError for a folder that does not exist or has no such files."""
+        if self.is_path and not self._is_local:
             raise ConfigError("dataset", self._spec, "no such folder")
         if self._is_local and not self._local_shards():
             raise ConfigError("dataset", self._spec, f"holds no {self._shards}")
 
     def identity(self, name: str) -> str | None:
-        """The folder, with its whole path; None if it is on the hub."""
+        """The folder with its absolute path; None for a dataset on the hub."""
         return f"{name}:{self._folder.absolute()}" if self._is_local else None
 
     def revision(self) -> str:
-        """The commit on the hub; of a folder, its files' names, sizes and ends, where Parquet keeps its statistics."""
+        """The commit on the hub. For a folder, a hash of its files' names, sizes and ends, where Parquet keeps its
+        statistics and gzip a checksum."""
         if self._is_local:
             digest = hashlib.sha256()
             for path in self._local_shards():
                 with path.open("rb") as file:
-                    file.seek(max(0, path.stat().st_size - _PARQUET_END))
+                    file.seek(max(0, path.stat().st_size - _END_BYTES))
                     digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read())
             return f"local copy, sha256 {digest.hexdigest()}"
         from huggingface_hub import HfApi
@@ -101,8 +115,12 @@ class HubRows:
         with hub_errors("dataset", self._spec):
             return str(HfApi().dataset_info(self._repository, revision=self._revision).sha)
 
+    def local_bytes(self) -> int:
+        """Total size of a folder's files; 0 for a dataset on the hub."""
+        return sum(path.stat().st_size for path in self._local_shards()) if self._is_local else 0
+
     def count(self, usual: int) -> int:
-        """Rows: of a folder as its files say, else as usual."""
+        """Number of rows: for a folder of Parquet as its files state, otherwise `usual`."""
         if not self._is_local:
             return usual
         import pyarrow.parquet as pq
@@ -113,34 +131,29 @@ class HubRows:
             raise ConfigError("dataset", self._spec, f"cannot be read: {_first_line(error)}") from None
 
     def features(self) -> "Mapping[str, Any] | None":
-        """The columns' types, if the files tell them."""
-        return self._rows().features
+        """The columns' types, if the files state them."""
+        return self._rows(self._revision).features
 
-    def read(self) -> Iterator[dict[str, Any]]:
-        """The rows, in the order of the shards, streamed."""
+    def read(self, revision: str) -> Iterator[dict[str, Any]]:
+        """Stream the rows of that revision, in the order of the shards."""
         from datasets import Audio, Image
 
         with hub_errors("dataset", self._spec):
-            rows = self._rows()
+            rows = self._rows(revision)
             for name in self._raw:
                 form = (rows.features or {}).get(name)
                 if isinstance(form, Audio | Image):
                     rows = rows.cast_column(name, type(form)(decode=False))
             yield from rows
 
-    def _rows(self) -> "IterableDataset":
+    def _rows(self, revision: str | None) -> "IterableDataset":
         from datasets import load_dataset
 
         if self._is_local:
             files = [str(path) for path in self._local_shards()]
-            return load_dataset("parquet", data_files={"train": files}, split="train", streaming=True)
-        return load_dataset(
-            self._repository,
-            data_files={"train": self._shards},
-            split="train",
-            streaming=True,
-            revision=self._revision,
-        )
+            return load_dataset(self._loader, data_files={"train": files}, split="train", streaming=True)
+        shards = {"train": self._shards}
+        return load_dataset(self._repository, data_files=shards, split="train", streaming=True, revision=revision)
 
     def _local_shards(self) -> list[Path]:
         return sorted(self._folder.glob(self._shards))

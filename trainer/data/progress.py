@@ -1,9 +1,9 @@
-"""How far a long step has come: a bar on a terminal, a plain line now and then otherwise."""
+"""Progress of a long step: a bar on a terminal, otherwise a plain line every ten seconds."""
 
 import sys
 import time
-from types import TracebackType
-from typing import Any
+from contextlib import ExitStack
+from typing import Self
 
 from trainer.data.registry import Log
 
@@ -11,38 +11,53 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts bytes of text.
+    """Counts what a step has read.
 
     Args:
-        label: What is going on.
-        total: Bytes to come, about; 0 if nobody knows.
+        label: What the step does.
+        total: How much there is to read, approximately; 0: unknown.
         log: Prints a line, where there is no terminal.
+        unit: What is counted: "bytes", or another noun in the plural.
     """
 
-    def __init__(self, label: str, total: int, log: Log) -> None:
-        self._label, self._total, self._log = label, total, log
+    def __init__(self, label: str, total: int, log: Log, unit: str = "bytes") -> None:
+        self._label, self._total, self._log, self._unit = label, total, log, unit
         self._done = 0
         self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-        self._bar: Any = None
+        self._terminal = ExitStack()
+        self._bar = None
         if sys.stderr.isatty():
-            from tqdm import tqdm
+            from rich import progress
+            from rich.console import Console
 
-            self._bar = tqdm(desc=label, total=total or None, unit="B", unit_scale=True, leave=False)
+            amount = progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn()
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                amount,
+                progress.TimeRemainingColumn(),
+            )
+            self._bar = self._terminal.enter_context(
+                progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            )
+            self._task = self._bar.add_task(label, total=total or None)
 
     def update(self, amount: int) -> None:
+        """Count `amount` more."""
         self._done += amount
         if self._bar is not None:
-            self._bar.update(amount)
+            self._bar.update(self._task, advance=amount)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            of = f" of about {self._total / 1e6:.0f}" if self._total else ""
-            self._log(f"{self._label}: {self._done / 1e6:.0f}{of} MB")
+            of = f" of about {self._in_words(self._total)}" if self._total else ""
+            unit = "MB" if self._unit == "bytes" else self._unit
+            self._log(f"{self._label}: {self._in_words(self._done)}{of} {unit}")
 
-    def __enter__(self) -> "Progress":
+    def _in_words(self, amount: int) -> str:
+        return f"{amount / 1e6:.0f}" if self._unit == "bytes" else f"{amount:,}"
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def __exit__(self, *_: object) -> None:
+        self._terminal.close()

@@ -1,8 +1,15 @@
-"""Random numbers that are computed from a place, and not drawn: the same on every machine, in every process."""
+"""Random numbers that are computed and not drawn: the same on every machine, in every process."""
+
+import hashlib
 
 import numpy as np
 
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+def content_hash(content: bytes) -> float:
+    """A number from [0, 1) that depends on the content alone. A sample below `validation_fraction` is held out."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
 
 
 def mix(values: np.ndarray) -> np.ndarray:

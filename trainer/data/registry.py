@@ -1,7 +1,5 @@
 """What a dataset family is, and how one is found by name."""
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +10,7 @@ from trainer import models
 from trainer.config import TrainingConfig
 from trainer.data.manifest import Manifest
 from trainer.errors import ConfigError
+from trainer.plugins import modules_of
 
 Log = Callable[[str], None]
 
@@ -78,13 +77,10 @@ class DatasetFamily(ABC):
 
 
 @cache
-def families() -> dict[str, tuple[type[DatasetFamily], ...]]:
-    """Every family in this package, by name."""
-    package = importlib.import_module("trainer.data.families")  # whose modules import this one
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+def dataset_families() -> dict[str, tuple[type[DatasetFamily], ...]]:
+    """Every family in `trainer/data/families/`, by name."""
     found: dict[str, tuple[type[DatasetFamily], ...]] = {}
-    for family in (module.FAMILY for module in modules if hasattr(module, "FAMILY")):
+    for family in (module.FAMILY for module in modules_of("trainer.data.families") if hasattr(module, "FAMILY")):
         found[family.name] = (*found.get(family.name, ()), family)
     return found
 
@@ -96,11 +92,13 @@ def resolve(config: TrainingConfig) -> DatasetFamily:
         ConfigError: There is none of that name, or it is for another task.
     """
     name, _, argument = config.dataset.partition(":")
-    if name not in families():
-        raise ConfigError("dataset", config.dataset, f"no such dataset; there are {', '.join(sorted(families()))}")
+    if name not in dataset_families():
+        raise ConfigError(
+            "dataset", config.dataset, f"no such dataset; there are {', '.join(sorted(dataset_families()))}"
+        )
     task = models.resolve(config.model).family.task
-    for family in families()[name]:
+    for family in dataset_families()[name]:
         if task in family.tasks:
             return family(argument, config)
-    offered = sorted({own for family in families()[name] for own in family.tasks})
+    offered = sorted({own for family in dataset_families()[name] for own in family.tasks})
     raise ConfigError("dataset", config.dataset, f"is for {' and '.join(offered)}, but {config.model} is for {task}")

@@ -15,6 +15,7 @@ from trainer.config import given
 from trainer.data import tokenizer as tokenizers
 from trainer.data.manifest import Manifest, SplitCounts, TextManifest
 from trainer.data.progress import Progress
+from trainer.data.random_numbers import content_hash
 from trainer.data.registry import DatasetFamily, Log
 from trainer.errors import ConfigError
 
@@ -128,11 +129,6 @@ class TextDataset(DatasetFamily):
             versions={"python": platform.python_version()}
             | {name: version(name) for name in ("datasets", "pyarrow", "tokenizers", "transformers")},
         )
-
-
-def content_hash(content: bytes) -> float:
-    """A number from 0 to 1 that depends on the content alone: held out is what falls below `validation_fraction`."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
 
 
 class _Packer:

@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 
 FACTS = "training.json"
 
-# What of the configuration concerns this command, and not the run that was trained.
-_OF_THE_COMMAND = ("run_dir", "device", "eval_samples", "hf_upload", "trained_model_hf_name")
-_PLACES = ("model_cache_dir", "dataset_cache_dir", "checkpoint_path")
-_ON_THE_CARD = (
-    *("optim_method", "nodes", "total_steps", "local_steps", "batch_size", "lr", "warmup_steps", "inner_optimizer"),
-    *("outer_lr", "outer_momentum", "codec", "seed"),
-)
-
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -100,7 +92,7 @@ class TrainedRun:
     def build(self) -> "torch.nn.Module":
         """The model with the committed global parameters (of a run that averages them: their average), on the CPU.
 
-        In evaluation mode; its buffers are settled on them.
+        In evaluation mode; its buffers are recomputed from them.
         """
         import torch
 
@@ -128,7 +120,7 @@ class TrainedRun:
         with torch.random.fork_rng([]):
             torch.manual_seed(self.config.seed)
             task = tasks()[models.resolve(self.config.model).family.task]
-            scoring.settle(task, model, data.open_dataset(self.dataset), size, cpu)
+            scoring.recompute_buffers(task, model, data.open_dataset(self.dataset), size, cpu)
         return model
 
 
@@ -166,8 +158,8 @@ def export(config: TrainingConfig, output: Path | str | None = None) -> Path:
 def _as_trained(recorded: TrainingConfig, now: TrainingConfig) -> TrainingConfig:
     """A worker's configuration with what the user says now, and without the place where its volume lay then."""
     then, given, default = recorded.to_flat(), now.to_flat(), TrainingConfig().to_flat()
-    values = {name: given[name] for name in _OF_THE_COMMAND}
-    for name in _PLACES:
+    values = {name: given[name] for name in TrainingConfig.names_in_scope("command")}
+    for name in TrainingConfig.names_in_scope("place"):
         if given[name] != default[name]:
             values[name] = given[name]
         elif Path(then[name]).is_relative_to(then["run_dir"]):
@@ -227,7 +219,6 @@ def _facts(run: TrainedRun, parameters: int) -> dict[str, Any]:
     manifest = read_manifest(run.dataset)
     assert manifest is not None  # `build` has read it
     content = summary(read_run(run.directory))
-    flat = run.config.to_flat() | {"outer_momentum": run.config.momentum}  # what was taken if none was given
     family, _, argument = run.config.dataset.partition(":")
     return {
         "run_id": run.config.run_id,
@@ -242,7 +233,7 @@ def _facts(run: TrainedRun, parameters: int) -> dict[str, Any]:
         "workers": len(content["workers"]),
         "description": run.config.experiment_description,
         "tags": run.config.experiment_tags,
-        "settings": {name: flat[name] for name in _ON_THE_CARD},
+        "settings": run.config.in_scope("card"),
         "data": {
             "name": f"{family}:{Path(argument).name}" if argument else family,
             "task": models.resolve(run.config.model).family.task,

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from trainer import checkpoint, data, models
-from trainer.config import UNSET, TrainingConfig
+from trainer.config import UNSET, ScopeName, TrainingConfig
 from trainer.data.dataset import read_manifest
 from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.etcd.client import EtcdError, local_address
@@ -17,18 +17,6 @@ from trainer.process import listen
 from trainer.volume import Volume, worker_configs
 
 LEAST_FREE_BYTES = 100 << 20
-_ALWAYS_THE_SAME = ("local_steps", "batch_size", "optim_method", "seed", "fragments")
-# The run's, as long as its etcd has its data.
-_KEPT_BY_ETCD = (
-    "total_steps",
-    "outer_lr",
-    "outer_momentum",
-    "codec",
-    "compression_topk",
-    "sparse_topk",
-    "async_communication",
-    "heterogeneous",
-)
 
 
 def check(config: TrainingConfig, *, precached: bool = False, network: bool = True) -> None:
@@ -161,10 +149,15 @@ def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -
     if then:
         _check_model("model", worker.model, worker, state)
     embedded = not worker.etcd.endpoints and (Path(worker.run_dir).parent / "etcd").exists()
-    for name in (*_ALWAYS_THE_SAME, *(_KEPT_BY_ETCD if embedded else ())):
-        value = getattr(worker, name)
-        if then.get(name, value) != value:
-            raise ConfigError(name, value, f"{where} have {then[name]}: {advice}")
+    scope: ScopeName = "fingerprint" if embedded else "fixed"
+    try:
+        recorded = TrainingConfig.from_tree({**worker.model_dump(mode="json"), **then}).in_scope(scope)
+    except ConfigError as error:
+        made = f"{where} were made by another version ({error}): choose another run_id"
+        raise ConfigError("run_id", worker.run_id, made) from None
+    for name, value in worker.in_scope(scope).items():
+        if recorded[name] != value:
+            raise ConfigError(name, value, f"{where} have {recorded[name]}: {advice}")
     _check_steps(worker, state)
     manifest = read_manifest(data.directory(worker, volume.datasets))
     if manifest is not None and state.get("dataset", manifest.hash) != manifest.hash:

@@ -6,9 +6,7 @@ hub.
 """
 
 import hashlib
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.files import read_json, whole_directory, write_json
+from trainer.plugins import modules_of
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +90,8 @@ class ModelSpec:
 @cache
 def families() -> dict[str, ModelFamily]:
     """Every family in this package, by name."""
-    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     found: dict[str, ModelFamily] = {}
-    for module in modules:
+    for module in modules_of(__name__):
         own = (module.FAMILY,) if hasattr(module, "FAMILY") else getattr(module, "FAMILIES", ())
         found |= {family.name: family for family in own}
     return found

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
-SETTLING = 30  # power iterations: enough for float32
-ATTENTION_SIZE = 64  # pixels in height and width at which both networks attend; half of smaller pictures'
+POWER_ITERATIONS = 30  # enough for float32
+ATTENTION_SIZE = 64  # height and width at which both networks apply attention; half the size of smaller pictures
 
 
 class SpectralNorm(nn.Module):
-    """Divides a weight by its largest singular value, which one power iteration a forward pass follows."""
+    """Divides a weight by its largest singular value, tracked by one power iteration per forward pass."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SpectralNorm(nn.Module):
     def converge(self, weight: Tensor) -> None:
         """Make the buffer a function of the weight alone."""
         self.u.fill_(len(self.u) ** -0.5)
-        for _ in range(SETTLING):
+        for _ in range(POWER_ITERATIONS):
             self._iterate(weight)
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention between all places of a feature map; it begins as the identity."""
+    """Self-attention between all positions of a feature map; initially the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """Makes pictures of classes from noise."""
+    """Generates pictures of given classes from noise."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Generator(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """Halves height and width, or (`keeps`) does not."""
+    """Halves height and width, unless `keeps`."""
 
     def __init__(self, inputs: int, outputs: int, *, first: bool, keeps: bool) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Says how real pictures of classes look: a projection discriminator."""
+    """Scores how real pictures of given classes look: a projection discriminator."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Discriminator(nn.Module):
 
 
 class BigGAN(nn.Module):
-    """Both networks, so that both are trained, synchronised and saved as one model."""
+    """Both networks, trained, synchronised and saved as one model."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -194,8 +194,8 @@ class BigGAN(nn.Module):
             pictures = self.generator(self.noise(len(labels)), labels)
         return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
-    def settle(self) -> None:
-        """Make spectral norm's buffers functions of the weights (`trainer.tasks.Task.settle`)."""
+    def recompute_buffers(self) -> None:
+        """Make spectral norm's buffers functions of the weights (`trainer.tasks.Task.recompute_buffers`)."""
         for module in self.modules():
             if is_parametrized(module, "weight"):
                 weight: Any = module.parametrizations["weight"]  # type: ignore[index]

@@ -1,5 +1,6 @@
-"""What the families from transformers have in common: no family itself."""
+"""Models from transformers: fetch, build, save and load. Not a family itself."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,12 @@ WEIGHTS = "model.safetensors"
 
 
 def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any]) -> None:
-    """Write a pretrained model into `directory`; of a source that has a configuration alone, that alone.
+    """Write a pretrained model into `directory`, or only its configuration if the source has no weights.
 
     Args:
         source: Hub id (`<id>@<revision>`), or a local directory.
-        auto: Which class of transformers loads it: `AutoModelForCausalLM` and so on.
-        overrides: Fields of its configuration that are not as they were. If parts of the model have another shape then,
-            these parts begin with random weights.
+        auto: Class of transformers that loads it, such as `AutoModelForCausalLM`.
+        overrides: Fields of its configuration to change. Parts of the model whose shape changes get random weights.
 
     Raises:
         ConfigError: There is no such model, or it is of another kind.
@@ -50,16 +50,42 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
             raise ConfigError("model", source, f"cannot be loaded: {one_line(error)}") from None
         raise TrainingError(f"model {source} cannot be fetched from the hub: {one_line(error)}") from error
     except (ValueError, KeyError) as error:
-        raise ConfigError("model", source, f"is none that {auto} loads: {one_line(error)}") from None
+        raise ConfigError("model", source, f"cannot be loaded by {auto}: {one_line(error)}") from None
     model.save_pretrained(directory)
 
 
 def build(directory: Path, auto: str) -> "torch.nn.Module":
-    """The model that `fetch`, or a family's `write`, has put into `directory`, in float32."""
+    """The model that `fetch`, or a family's `write`, put into `directory`, in float32."""
+    import transformers
+
+    if any(directory.glob("*.safetensors")):
+        return load(directory, auto).train()
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    model: torch.nn.Module = getattr(transformers, auto).from_config(config)
+    return model
+
+
+def save(model: "torch.nn.Module", directory: Path) -> None:
+    """Write an export: a directory that transformers' auto classes load."""
+    saved: Any = model
+    _no_bars_into_logs()
+    saved.save_pretrained(directory)
+
+
+def load(directory: Path, auto: str) -> "torch.nn.Module":
+    """The model that `save` wrote, in float32 and evaluation mode."""
     import torch
     import transformers
 
-    kind = getattr(transformers, auto)
-    if any(directory.glob("*.safetensors")):
-        return kind.from_pretrained(directory, local_files_only=True, dtype=torch.float32).train()
-    return kind.from_config(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))
+    _no_bars_into_logs()
+    kind: Any = getattr(transformers, auto)
+    model: torch.nn.Module = kind.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+    return model
+
+
+def _no_bars_into_logs() -> None:
+    """Show transformers' progress bars on terminals only."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()

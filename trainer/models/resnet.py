@@ -34,8 +34,8 @@ def _build(directory: Path) -> "torch.nn.Module":
     return huggingface.build(directory, AUTO)
 
 
-def _family(layers: int, depths: list[int], kind: str) -> ModelFamily:
-    """ResNet-`layers`: table 1 of the paper. `tiny` has its depth, and a sixteenth of its width or less."""
+def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
+    """Table 1 of the paper. `tiny` has a family's depth, and a sixteenth of its width or less."""
     wide = 4 if kind == "bottleneck" else 1
 
     def size(width: int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _family(layers: int, depths: list[int], kind: str) -> ModelFamily:
         return {"embedding_size": width, "hidden_sizes": hidden, "depths": depths, "layer_type": kind}
 
     return ModelFamily(
-        name=f"resnet{layers}",
+        name=name,
         task="image_classification",
         sizes={"test": {**size(4), "depths": [1, 1, 1, 1]}, "tiny": size(16 // wide), "full": size(64)},
         default_size="full",
@@ -55,7 +55,7 @@ def _family(layers: int, depths: list[int], kind: str) -> ModelFamily:
 
 
 FAMILIES = (
-    _family(18, [2, 2, 2, 2], "basic"),
-    _family(50, [3, 4, 6, 3], "bottleneck"),
-    _family(101, [3, 4, 23, 3], "bottleneck"),
+    _family(name="resnet18", depths=[2, 2, 2, 2], kind="basic"),
+    _family(name="resnet50", depths=[3, 4, 6, 3], kind="bottleneck"),
+    _family(name="resnet101", depths=[3, 4, 23, 3], kind="bottleneck"),
 )

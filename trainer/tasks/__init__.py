@@ -1,17 +1,17 @@
 """Tasks: what a batch means. One file a task; a task is a `Task` named `TASK` in a module of this package.
 
-The loop, DiLoCo, elasticity and checkpoints know a task only through the interface below.
+The worker, DiLoCo, checkpoints, evaluation and the report know a task only through the interface below.
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainer.files import read_json
+from trainer.plugins import modules_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,20 +20,47 @@ Batch = Mapping[str, "Tensor"]
 Sums = Mapping[str, Any]  # numbers and numpy arrays
 
 
-class Task(ABC):
-    """How batches become losses, scores and an exported model.
-
-    A batch has the dataset's columns, (samples, …) each, and the arrays that all its samples share.
+@dataclass(frozen=True)
+class ReportRow:
+    """A score in the report: the model's value beside the baseline's.
 
     Attributes:
-        name: What model families call it.
+        label: The row's heading.
+        score: Name of the score among those of an evaluation (`Task.metrics`).
+        baseline: Name of the baseline's score; "" if there is none.
+        form: How a value is written, for `str.format`.
+        better: Which values are better, if a comparison of runs has a column for the score.
+        scale: Factor from the score to the value shown.
+    """
+
+    label: str
+    score: str
+    baseline: str = ""
+    form: str = "{:.4f}"
+    better: Literal["lower", "higher", ""] = ""
+    scale: float = 1.0
+
+
+class Task(ABC):
+    """How batches become losses, scores, an exported model and rows of the report.
+
+    A batch has the dataset's columns, (samples, …) each, and the arrays that all samples share.
+
+    Attributes:
+        name: The name by which model and dataset families refer to it.
         unit: What `tokens` counts, in the plural.
+        loss_unit: Unit of the loss; "" if it has none.
+        baseline_label: What `baseline` is, as the heading of a column.
+        rows: The task's own scores, in the order of the report.
         how_to_load: Python that loads an export from the directory ".".
-        pipeline_tag: The hub's name of it, if it has one.
+        pipeline_tag: The Hugging Face Hub's name for the task, if it has one.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    loss_unit: ClassVar[str] = ""
+    baseline_label: ClassVar[str]
+    rows: ClassVar[tuple[ReportRow, ...]] = ()
     how_to_load: ClassVar[str]
     pipeline_tag: ClassVar[str] = ""
 
@@ -43,58 +70,71 @@ class Task(ABC):
 
     @abstractmethod
     def tokens(self, batch: Batch) -> int:
-        """How many of its unit the batch trains on."""
+        """Number of `unit` that the batch trains on."""
 
     @abstractmethod
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
-        """Sums over the held-out batch, numbers or numpy arrays. Those of several batches, or workers, add up."""
+        """Sums over a held-out batch, numbers or numpy arrays; sums of several batches, or workers, can be added."""
 
     @abstractmethod
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Scores from sums; always with `loss`, in the unit of the training loss."""
+        """Scores from sums. One is `loss`, in the unit of the training loss."""
 
     @abstractmethod
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
-        """Write the model into `directory` in the format its users load; `data` is the dataset it was trained on."""
+        """Write the model in the format that its users load; `data` is the directory of its dataset."""
 
     @abstractmethod
     def load(self, directory: Path) -> "nn.Module":
-        """The model that `export` wrote into `directory`, in float32."""
+        """The model that `export` wrote, in float32."""
 
     @abstractmethod
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """The simplest model that knows the training data: gives sums over a held-out batch, as `score` does, which
-        `metrics` makes into scores for comparison. Of `data`, the held-out part and the manifest are there."""
+        """The simplest model of the training data, for comparison.
+
+        Args:
+            data: Directory of the dataset, with its manifest and held-out split.
+
+        Returns:
+            Its sums over a held-out batch, like those of `score`, for `metrics`.
+        """
 
     @abstractmethod
     def headline(self, scores: Mapping[str, Any]) -> str:
-        """The score that matters, beside the baseline's, in a few words."""
+        """The most important score, beside the baseline's, in a few words."""
 
     @abstractmethod
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
-        """What a person would look at: what the model makes of a held-out batch. JSON values; `directory` is the
-        export."""
+        """Example output on a held-out batch, for a person to look at. JSON values; `directory` is the export."""
+
+    def report_rows(self) -> tuple[ReportRow, ...]:
+        """The rows of the report's table of scores; a row whose score an evaluation lacks is left out."""
+        loss = f"Loss ({self.loss_unit})" if self.loss_unit else "Loss"
+        return (
+            *self.rows,
+            ReportRow(loss, "loss", "constant_loss"),
+            ReportRow(f"{self.unit.capitalize()} a second", "tokens_per_second", form="{:,.0f}"),
+        )
 
     def confusion(self, sums: Sums, data: Path) -> dict[str, Any] | None:
-        """Of a classification: `labels`, and `matrix`, how often each (row) was taken for each (column)."""
+        """The confusion matrix of a classification: `labels`, and `matrix`, actual (row) by predicted (column)."""
         return None
 
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]] | None:
-        """AdamW's groups of parameters, where a task wants others than usual. `lr_scale` of a group multiplies its
-        learning rate."""
+        """AdamW's parameter groups; None: the usual ones. A group's `lr_scale` multiplies its learning rate."""
         return None
 
     def modules_to_compile(self, model: "nn.Module") -> "list[nn.Module]":
-        """What torch.compile is for."""
+        """The modules that torch.compile compiles."""
         return [model]
 
-    def settle(self, model: "nn.Module", batches: Iterable[Batch]) -> None:
-        """Make the buffers a function of the parameters: the rule by which all replicas' exports are equal.
+    def recompute_buffers(self, model: "nn.Module", batches: Iterable[Batch]) -> None:
+        """Make the buffers a function of the parameters, so that the exports of all replicas are equal.
 
-        Buffers are each worker's own while it trains. Whenever global parameters are scored or exported, batch norm's
-        statistics are taken anew over a fixed part of the training data (as arXiv 2105.07576, §3, shows to be better
-        than a running average anyway, and for an average of models necessary: arXiv 1803.05407, §3.3); a module with
-        buffers of another kind has a method `settle()`, which sets them from its parameters.
+        During training, buffers are each worker's own. Before global parameters are scored or exported, batch-norm
+        statistics are recomputed over a fixed part of the training data. This is better than a running average (arXiv
+        2105.07576, §3), and necessary for an average of models (arXiv 1803.05407, §3.3). A module with buffers of
+        another kind defines `recompute_buffers()`, which sets them from its parameters.
 
         Args:
             model: In evaluation mode.
@@ -104,15 +144,16 @@ class Task(ABC):
         from torch.nn.modules.batchnorm import _BatchNorm
 
         for module in model.modules():
-            if callable(own := getattr(module, "settle", None)):
+            if callable(own := getattr(module, "recompute_buffers", None)):
                 own()
+        # A plain mean over all batches instead of a running one.
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if not norms:
             return
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches
+            norm.momentum = None
             norm.train()
         with torch.no_grad():
             for batch in batches:
@@ -123,12 +164,11 @@ class Task(ABC):
 
 
 def facts_of(data: Path) -> dict[str, Any]:
-    """What the manifest of a dataset of arrays says of its training split."""
+    """Facts about the training split, from the manifest of a dataset of arrays."""
     return dict(read_json(data / "manifest.json")["facts"])
 
 
 @cache
 def tasks() -> dict[str, Task]:
     """Every task in this package, by name."""
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}
+    return {module.TASK.name: module.TASK for module in modules_of(__name__) if hasattr(module, "TASK")}

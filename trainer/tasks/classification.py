@@ -1,54 +1,67 @@
-"""What classifications have in common, of pictures or of nodes: no task itself."""
+"""Base class of classification tasks, of pictures or of nodes. Not a task itself."""
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.tasks import Batch, Sums, facts_of
+from trainer.files import read_json
+from trainer.tasks import Batch, Sums, Task, facts_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-BEST = 5  # classes that the right one may be among, for top-5 accuracy
-
-
-def score(logits: "Tensor", labels: "Tensor") -> dict[str, Any]:
-    """Sums: `nats`, `samples`, how many are right (`top1`, `top5`), and the confusion matrix.
-
-    Args:
-        logits: (n, classes).
-        labels: int64 (n,).
-    """
-    import torch
-    import torch.nn.functional as F
-
-    logits, classes = logits.float(), logits.shape[1]
-    best = logits.topk(min(BEST, classes), dim=1).indices
-    right = best == labels[:, None]
-    confused = torch.bincount(labels * classes + best[:, 0], minlength=classes * classes)
-    return {
-        "nats": F.cross_entropy(logits, labels, reduction="sum").item(),
-        "samples": float(len(labels)),
-        "top1": right[:, 0].sum().item(),
-        "top5": right.any(dim=1).sum().item(),
-        "confusion": confused.view(classes, classes).cpu().numpy().astype(np.float64),
-    }
+BEST = 5  # guesses that count for top-5 accuracy
 
 
-def shares(sums: Sums, names: Mapping[str, str]) -> dict[str, float]:
-    """`loss` in nats a sample, and each of the named sums (by its score's name) as a share of the samples."""
-    found = {"loss": sums["nats"] / sums["samples"]}
-    return found | {name: sums[key] / sums["samples"] for name, key in names.items() if key in sums}
+class Classification(Task):
+    """Batches hold `label`, int64 (samples,), and whatever `logits` needs."""
 
+    baseline_label = "Most frequent class"
 
-def majority(data: Path) -> Callable[[Batch], dict[str, Any]]:
-    """Says for every sample what most training samples are."""
-    counts = np.array(facts_of(data)["label_counts"])
-    return lambda batch: {"majority": (batch["label"] == int(counts.argmax())).sum().item()}
+    @abstractmethod
+    def logits(self, model: "nn.Module", batch: Batch) -> "Tensor":
+        """The model's output for the batch, (samples, classes)."""
 
+    def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
+        """Mean cross-entropy, in nats a sample."""
+        import torch.nn.functional as F
 
-def confusion(sums: Sums, labels: list[str]) -> dict[str, Any]:
-    """As `Task.confusion` gives it."""
-    return {"labels": labels, "matrix": sums["confusion"].astype(int).tolist()}
+        return F.cross_entropy(self.logits(model, batch).float(), batch["label"])
+
+    def tokens(self, batch: Batch) -> int:
+        return len(batch["label"])
+
+    def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
+        """`nats`, `samples`, the numbers of correct guesses (`top1`, `top5`), and the `confusion` matrix."""
+        import torch
+        import torch.nn.functional as F
+
+        logits, labels = self.logits(model, batch).float(), batch["label"]
+        classes = logits.shape[1]
+        best = logits.topk(min(BEST, classes), dim=1).indices
+        right = best == labels[:, None]
+        confused = torch.bincount(labels * classes + best[:, 0], minlength=classes * classes)
+        return {
+            "nats": F.cross_entropy(logits, labels, reduction="sum").item(),
+            "samples": float(len(labels)),
+            "top1": right[:, 0].sum().item(),
+            "top5": right.any(dim=1).sum().item(),
+            "confusion": confused.view(classes, classes).cpu().numpy().astype(np.float64),
+        }
+
+    def fractions(self, sums: Sums, **names: str) -> dict[str, float]:
+        """`loss` in nats a sample, and the named sums (score=sum) as fractions of the samples."""
+        scores = {"loss": sums["nats"] / sums["samples"]}
+        return scores | {score: sums[name] / sums["samples"] for score, name in names.items() if name in sums}
+
+    def confusion(self, sums: Sums, data: Path) -> dict[str, Any]:
+        labels = read_json(data / "manifest.json")["for_model"]["labels"]
+        return {"labels": labels, "matrix": sums["confusion"].astype(int).tolist()}
+
+    def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
+        """The most frequent class of the training samples."""
+        counts = np.array(facts_of(data)["label_counts"])
+        return lambda batch: {"majority": (batch["label"] == int(counts.argmax())).sum().item()}

@@ -1,11 +1,11 @@
-"""How many words or characters are wrong: no task itself."""
+"""Edit distance, for character and word error rates. Not a task itself."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 
 def edit_distance(one: Sequence[object], other: Sequence[object]) -> int:
-    """Levenshtein's: fewest insertions, deletions and substitutions that turn one into the other."""
+    """Levenshtein distance: the fewest insertions, deletions and substitutions that turn one into the other."""
     row = list(range(len(other) + 1))
     for number, item in enumerate(one, start=1):
         diagonal, row[0] = row[0], number
@@ -15,11 +15,11 @@ def edit_distance(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def best_constant(texts: Sequence[str], longest: int = 10, letters: int = 12) -> str:
-    """The one output that has the fewest wrong characters for all the texts together, found greedily.
+    """The one output with the fewest character errors over all texts, found greedily.
 
     Args:
-        longest: Characters that it has at most.
-        letters: Of so many, the most frequent ones, it consists.
+        longest: Its maximum length, in characters.
+        letters: Number of most frequent letters to choose from.
     """
     frequent = [letter for letter, _ in Counter("".join(texts)).most_common(letters)]
     best, errors = "", sum(map(len, texts))

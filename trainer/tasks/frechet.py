@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of pictures (arXiv 1706.08500), from sums that add up: no task itself."""
+"""The Fréchet distance between sets of pictures (arXiv 1706.08500), from sums that add up. Not a task itself."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 WIDTH = 64
 NAME = "random-convnet-64"
 ABOUT = (
-    f"{NAME}, {WIDTH} features of a convolutional network with fixed random weights, which serve for pictures unlike "
-    "ImageNet's (arXiv 2002.09797, §5) and are the same everywhere; distances with other features do not compare"
+    f"{NAME}, {WIDTH} features of a convolutional network with fixed random weights, suitable for pictures "
+    "unlike ImageNet's (arXiv 2002.09797, §5) and the same everywhere; not comparable to other features"
 )
 
 
 @cache
 def extractor() -> "nn.Module":
-    """Makes of float32 (n, 3, 32, 32), from -1 to 1, features (n, `WIDTH`). Its weights never change."""
+    """A network from float32 (n, 3, 32, 32), -1 to 1, to features (n, `WIDTH`). Its weights are always the same."""
     import torch
     from torch import nn
 
@@ -47,7 +47,7 @@ def sums(pictures: "Tensor", prefix: str) -> dict[str, Any]:
 
 
 def distance(found: Mapping[str, Any], one: str, other: str) -> float:
-    """Between the sets whose sums have these prefixes."""
+    """The distance between the two sets whose sums have these prefixes."""
     (mean, covariance), (mean2, covariance2) = (_moments(found, prefix) for prefix in (one, other))
     root = _root(covariance)
     both = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance2 @ root), 0, None)).sum()
@@ -61,6 +61,6 @@ def _moments(found: Mapping[str, Any], prefix: str) -> tuple[np.ndarray, np.ndar
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:
-    """Of a symmetric positive semi-definite matrix."""
+    """Square root of a symmetric positive semi-definite matrix."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T

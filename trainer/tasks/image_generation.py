@@ -1,30 +1,32 @@
-"""Image generation: two networks that play against each other, trained as one model."""
+"""Image generation: a generator and a discriminator that compete, trained as one model."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.models import biggan, plain
-from trainer.tasks import Batch, Sums, Task, frechet
+from trainer.tasks import Batch, ReportRow, Sums, Task, frechet
 from trainer.tasks.pictures import data_uri, shown_scale
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROWS, COLUMNS = 10, 8  # of the grid of pictures that is shown: classes, and pictures of each
-GENERATOR_LR = 0.5  # of the discriminator's: two time scales (arXiv 1706.08500)
+ROWS, COLUMNS = 10, 8  # of the grid of samples: classes, and pictures of each
+GENERATOR_LR = 0.5  # relative to the discriminator's: two time scales (arXiv 1706.08500)
 BETAS = (0.0, 0.999)
 
 
 class ImageGeneration(Task):
     """Batches hold `image`, uint8 (samples, height, width, channels), and `label`, int64 (samples,).
 
-    Both networks take a step in each inner step, at the same time: the loss is the sum of theirs, and each one's
-    gradient is of its own part alone. So DiLoCo synchronises both, every round, as it does any model's parameters.
+    Both networks are updated in every inner step: the loss is the sum of their losses, and each network's gradient
+    comes from its own loss only. So DiLoCo synchronises both, as the parameters of any model.
     """
 
     name = "image_generation"
     unit = "pictures"
+    baseline_label = "Shuffled pixels"
+    rows = (ReportRow("Fréchet distance", "frechet", "shuffled_frechet", "{:.3f}", better="lower"),)
     pipeline_tag = "unconditional-image-generation"
     how_to_load = """\
 import torch
@@ -40,7 +42,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         real = batch["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
         fake = networks.generator(networks.noise(len(labels)), labels)
         seen = (1 - critic(real, labels)).relu().mean() + (1 + critic(fake.detach(), labels)).relu().mean()
-        critic.requires_grad_(False)  # the generator's loss is none of its
+        critic.requires_grad_(False)  # the generator's loss must not train it
         deceived = -critic(fake, labels).mean()
         critic.requires_grad_(True)
         return seen + deceived
@@ -49,7 +51,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         return len(batch["label"])
 
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
-        """Sums of the loss, and of the features of the batch and of as many generated pictures of its classes."""
+        """Sums of the loss, and of the features of the batch and of equally many generated pictures of its classes."""
         networks: Any = model
         made = networks.generator(networks.noise(len(batch["label"])), batch["label"])
         pictures = ((made.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
@@ -61,7 +63,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         }
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """`loss`; `frechet`, the distance of generated pictures from held-out ones, and that of `shuffled` ones."""
+        """`loss`, and the Fréchet distances of generated and of `shuffled` pictures from held-out ones."""
         scores = {"loss": sums["loss"] / sums["samples"], "frechet": frechet.distance(sums, "real", "made")}
         if "shuffled_count" in sums:
             scores["shuffled_frechet"] = frechet.distance(sums, "real", "shuffled")
@@ -76,8 +78,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         return model
 
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """Held-out pictures whose pixels are shuffled among them: each pixel is distributed as in real pictures, on its
-        own."""
+        """Held-out pictures with each pixel position shuffled among them: the marginal distributions are exact."""
         import torch
 
         def shuffled(batch: Batch) -> dict[str, Any]:
@@ -95,7 +96,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         )
 
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
-        """`grid`: generated pictures as one, a row of each class; `how` they were made."""
+        """`grid`: one image of generated pictures, a row per class; and `how` they were sampled."""
         import numpy as np
         import torch
 
@@ -105,13 +106,11 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         pictures = networks.draw(labels, seed).cpu().numpy()
         rows = [np.concatenate(list(row), axis=1) for row in np.split(pictures, len(names))]
         scale = max(1, shown_scale(pictures.shape[1]) // 2)
-        how = (
-            f"A row of each class ({', '.join(names)}); seed {seed}, nothing chosen. Fréchet distance: {frechet.ABOUT}."
-        )
+        how = f"One row per class ({', '.join(names)}); seed {seed}, unselected. Fréchet distance: {frechet.ABOUT}."
         return {"grid": data_uri(np.concatenate(rows, axis=0), scale), "how": how}
 
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]]:
-        """Adam without momentum or decay, and a slower generator, as BigGAN's."""
+        """As in BigGAN: Adam without momentum or weight decay, and a lower learning rate for the generator."""
         networks: Any = model
         common = {"betas": BETAS, "weight_decay": 0.0}
         return [

@@ -1,4 +1,4 @@
-"""Causal language modelling: predict each token of a sequence from those before it."""
+"""Causal language modelling: predict each token of a sequence from the tokens before it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,23 +6,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import read_json
-from trainer.tasks import Task
-from trainer.tasks.transformers_logs import no_bars_into_logs
+from trainer.models import huggingface
+from trainer.tasks import ReportRow, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Of the text that an evaluation shows.
-MOST_PROMPT, MOST_NEW = 128, 256  # tokens
+# Longest prompt and continuation that an evaluation shows, in tokens.
+MOST_PROMPT, MOST_NEW = 128, 256
 TEMPERATURE, TOP_P = 0.8, 0.95
 
 
 class LanguageModelling(Task):
     """Batches hold `input_ids`, int64 (samples, tokens); held-out ones also `bytes`, int64 (samples,): the UTF-8 bytes
-    that tokens 1 … of each sequence stand for (the first token is only ever context)."""
+    of all tokens of a sequence but the first, which is context only."""
 
     name = "language_modelling"
     unit = "tokens"
+    loss_unit = "nats a token"
+    baseline_label = "Unigram byte model"
+    rows = (
+        ReportRow("Bits a byte", "bits_per_byte", "unigram_bits_per_byte", better="lower"),
+        ReportRow("Compressed to", "bits_per_byte", "unigram_bits_per_byte", "{:.1%}", scale=1 / 8),
+        ReportRow("Perplexity", "perplexity", form="{:,.2f}"),
+    )
     pipeline_tag = "text-generation"
     how_to_load = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,13 +49,13 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         return batch["input_ids"].numel()
 
     def score(self, model: "nn.Module", batch: "Mapping[str, Tensor]") -> dict[str, float]:
-        """`nats`, and the `tokens` and `bytes` that they are spent on."""
+        """`nats`, and the number of `tokens` and `bytes` predicted."""
         predicted = batch["input_ids"][:, 1:].numel()
         nats = self.loss(model, batch).item() * predicted
         return {"nats": nats, "tokens": float(predicted), "bytes": float(batch["bytes"].sum())}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """`loss` in nats a token, `perplexity`, and `bits_per_byte`, which compares across tokenizers."""
+        """`loss` in nats a token, `perplexity`, and `bits_per_byte`, which is comparable across tokenizers."""
         loss = sums["nats"] / sums["tokens"]
         scores = {
             "loss": loss,
@@ -61,24 +68,19 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
         """A Hugging Face directory: `AutoModelForCausalLM` and `AutoTokenizer` load it."""
-        from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+        from transformers import AutoTokenizer, GenerationConfig
 
-        assert isinstance(model, PreTrainedModel)
-        no_bars_into_logs()
-        model.save_pretrained(directory)
+        saved: Any = model
+        huggingface.save(saved, directory)
         AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True).save_pretrained(directory)
-        GenerationConfig.from_model_config(model.config).save_pretrained(directory)
+        GenerationConfig.from_model_config(saved.config).save_pretrained(directory)
 
     def load(self, directory: Path) -> "nn.Module":
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        no_bars_into_logs()
-        return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+        return huggingface.load(directory, "AutoModelForCausalLM")
 
     def baseline(self, data: Path) -> "Callable[[Mapping[str, Tensor]], dict[str, float]]":
-        """The unigram byte model: it knows how often each byte occurs in the training text (add-one smoothed), and pays
-        for exactly the bytes that the model is scored on; the ends of texts cost it nothing."""
+        """The unigram byte model: byte frequencies of the training text, with add-one smoothing. It is scored on the
+        same bytes as the model; the ends of texts cost it nothing."""
         import numpy as np
         import torch
         from transformers import AutoTokenizer
@@ -94,15 +96,15 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 
     def headline(self, scores: Mapping[str, Any]) -> str:
         bits, baseline = scores["bits_per_byte"], scores["unigram_bits_per_byte"]
-        return f"{bits:.3f} bits per byte; the frequencies of bytes alone give {baseline:.3f}"
+        return f"{bits:.3f} bits per byte; byte frequencies alone give {baseline:.3f}"
 
     def sample(self, model: "nn.Module", directory: Path, batch: "Mapping[str, Tensor]", seed: int) -> dict[str, Any]:
-        """`prompt`, the start of the batch's first sequence; `continuation`, by the model; `how` it was drawn."""
+        """`prompt`, the start of the batch's first sequence; the model's `continuation`; and `how` it was sampled."""
         import torch
         from transformers import AutoTokenizer
 
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        writer: Any = model  # of transformers, so that it can generate
+        writer: Any = model  # a transformers model, so that it can generate
         tokens = batch["input_ids"][:1]
         prompt = tokens[:, : min(MOST_PROMPT, tokens.shape[1] // 2)]
         most = getattr(writer.config.get_text_config(), "max_position_embeddings", MOST_PROMPT + MOST_NEW)
@@ -122,7 +124,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], drawn[0]))
         if not whole.startswith(before):  # the prompt ended inside a character
             whole = before + tokenizer.decode(drawn[0, prompt.shape[1] :], skip_special_tokens=True)
-        how = f"drawn at temperature {TEMPERATURE}, top-p {TOP_P}, seed {seed}"
+        how = f"sampled at temperature {TEMPERATURE}, top-p {TOP_P}, seed {seed}"
         return {"prompt": before, "continuation": whole.removeprefix(before), "how": how}
 
 

@@ -1,4 +1,4 @@
-"""What tasks with pictures have in common: no task itself."""
+"""Pictures for models and for people. Not a task itself."""
 
 import base64
 import io
@@ -9,12 +9,12 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of the pictures that ImageNet's classifiers are published for; grey ones are put between -1 and 1.
+# As ImageNet's published classifiers expect; grey pictures are scaled to -1 … 1.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by which pixels between 0 and 1 are normalised."""
+    """Mean and standard deviation with which pixels from 0 to 1 are normalised."""
     return (MEAN, DEVIATION) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
 
 
@@ -26,7 +26,7 @@ def normalised(images: "Tensor") -> "Tensor":
 
 
 def data_uri(image: np.ndarray, scale: int = 1) -> str:
-    """A picture, uint8 (height, width, channels), as PNG inside a page; each pixel becomes `scale` × `scale`."""
+    """A picture, uint8 (height, width, channels), as a PNG data URI; each pixel becomes `scale` × `scale`."""
     from PIL import Image
 
     picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
@@ -38,5 +38,5 @@ def data_uri(image: np.ndarray, scale: int = 1) -> str:
 
 
 def shown_scale(size: int) -> int:
-    """By how much a picture is enlarged for a person."""
+    """Factor by which a picture is enlarged for display."""
     return max(1, 96 // size)

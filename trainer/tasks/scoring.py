@@ -1,4 +1,4 @@
-"""What scoring a model has in common, while it trains and afterwards."""
+"""Scoring a model on held-out samples, during training and afterwards."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,26 +12,31 @@ from trainer.data import Dataset, evenly
 from trainer.data.dataset import Samples
 from trainer.tasks import Task
 
-SETTLING = 1024  # training samples that buffers are settled on
+BUFFER_SAMPLES = 1024  # training samples from which buffers are recomputed
 
 
 def shared_tensors(shared: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """The arrays that all samples of a dataset share, on the device."""
+    """The arrays that all samples of a dataset share, as tensors on the device."""
     return {name: torch.from_numpy(np.array(array)).to(device) for name, array in shared.items()}
 
 
+def on_device(batch: Mapping[str, Tensor], shared: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch as models take it: its columns on the device, and the tensors that all samples share."""
+    return {**{name: column.to(device, non_blocking=True) for name, column in batch.items()}, **shared}
+
+
 def batches(
-    split: Samples, chosen: np.ndarray, size: int, shared: Mapping[str, Tensor], device: torch.device
+    split: Samples, indices: np.ndarray, batch_size: int, shared: Mapping[str, Tensor], device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """The chosen samples, as they are, in batches of at most `size`."""
-    for start in range(0, len(chosen), size):
-        columns = split[chosen[start : start + size]]
-        yield {**{name: torch.from_numpy(column).to(device) for name, column in columns.items()}, **shared}
+    """The samples at these indices, without augmentation, on the device (for training: `trainer.data.batches`)."""
+    for start in range(0, len(indices), batch_size):
+        columns = split[indices[start : start + batch_size]]
+        yield on_device({name: torch.from_numpy(column) for name, column in columns.items()}, shared, device)
 
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Evaluation mode, with random numbers of its own; afterwards the model and its buffers are as before."""
+    """Evaluation mode with its own random numbers; restores buffers and training mode afterwards."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast(device):
@@ -43,14 +48,14 @@ def evaluating(model: nn.Module, device: torch.device, seed: int) -> Iterator[No
             model.train()
 
 
-def settle(task: Task, model: nn.Module, dataset: Dataset, size: int, device: torch.device) -> None:
-    """Settle the model's buffers (`Task.settle`) on the dataset: always on the same samples."""
-    chosen = evenly(len(dataset.train), SETTLING)
-    task.settle(model, batches(dataset.train, chosen, size, shared_tensors(dataset.shared, device), device))
+def recompute_buffers(task: Task, model: nn.Module, dataset: Dataset, batch_size: int, device: torch.device) -> None:
+    """Recompute the model's buffers (`Task.recompute_buffers`) from the dataset, always from the same samples."""
+    indices, shared = evenly(len(dataset.train), BUFFER_SAMPLES), shared_tensors(dataset.shared, device)
+    task.recompute_buffers(model, batches(dataset.train, indices, batch_size, shared, device))
 
 
 def restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Give the model these buffers, by name."""
+    """Set the model's buffers, by name."""
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in buffers:
@@ -58,13 +63,13 @@ def restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 
 def add(sums: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Add up what `Task.score` gives."""
+    """Add the results of `Task.score` to `sums`."""
     for name, value in more.items():
         sums[name] = sums[name] + value if name in sums else value
 
 
 def total(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sum of what `Task.score` gave for each batch."""
+    """The sum of the results of `Task.score`."""
     found: dict[str, Any] = {}
     for one in sums:
         add(found, one)
@@ -72,5 +77,5 @@ def total(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA alone."""
+    """Autocast to bfloat16, on CUDA only."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""Speech recognition: write down what is said, with connectionist temporal classification (Graves et al. 2006)."""
+"""Speech recognition: transcribe speech, with connectionist temporal classification (Graves et al. 2006)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import read_json, write_json
-from trainer.tasks import Batch, Sums, Task, facts_of
+from trainer.models import huggingface
+from trainer.tasks import Batch, ReportRow, Sums, Task, facts_of
 from trainer.tasks.edit_distance import best_constant, edit_distance
-from trainer.tasks.transformers_logs import no_bars_into_logs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SHOWN = 16  # transcripts
-FEW = 20  # transcripts that the best constant output is sought on
-BLANKS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # probabilities of the blank that the best constant one is sought among
+FEW = 20  # transcripts from which the best constant output is found
+BLANKS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # candidate blank probabilities of the best constant output
 RATE = 16_000
-FRAMES = (320, 640)  # samples between two outputs of the best constant one
+FRAMES = (320, 640)  # candidate samples per frame of the best constant output
 
 
 class SpeechRecognition(Task):
@@ -26,7 +26,13 @@ class SpeechRecognition(Task):
     `audio_length` and `text_length`, int64 (samples,)."""
 
     name = "speech_recognition"
-    unit = "seconds"
+    unit = "seconds of sound"
+    loss_unit = "nats a character"
+    baseline_label = "Best constant output"
+    rows = (
+        ReportRow("Character error rate", "cer", "constant_cer", "{:.1%}", better="lower"),
+        ReportRow("Word error rate", "wer", "constant_wer", "{:.1%}"),
+    )
     pipeline_tag = "automatic-speech-recognition"
     how_to_load = """\
 from transformers import AutoModelForCTC, AutoProcessor
@@ -42,14 +48,14 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         return int(batch["audio_length"].sum()) // RATE
 
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
-        """`nats`, and how many of the `chars` and `words` are wrong."""
+        """`nats`, `chars` and `words`, and how many of these are wrong."""
         logits, lengths = self._logits(model, batch)
         nats = self._nats(logits, lengths, batch).item()
-        return {"nats": nats, **_errors(zip(_heard(logits, lengths), _said(batch), strict=True))}
+        return {"nats": nats, **_errors(zip(_decoded(logits, lengths), _transcripts(batch), strict=True))}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """`loss` in nats a character; `cer` and `wer`, wrong characters and words by those that are said; and those of
-        the best `constant` output."""
+        """`loss` in nats a character; character and word error rates, `cer` and `wer`; and the same of the best
+        `constant` output."""
         scores = {
             "loss": sums["nats"] / sums["chars"],
             "cer": sums["char_errors"] / sums["chars"],
@@ -64,11 +70,9 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
 
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
         """A Hugging Face directory: `AutoModelForCTC` and `AutoProcessor` load it."""
-        from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+        from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
-        assert isinstance(model, PreTrainedModel)
-        no_bars_into_logs()
-        model.save_pretrained(directory)
+        huggingface.save(model, directory)
         vocabulary = read_json(data / "manifest.json")["for_model"]["vocabulary"]
         write_json(directory / "vocab.json", {character: number for number, character in enumerate(vocabulary)})
         Wav2Vec2Processor(
@@ -77,15 +81,11 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         ).save_pretrained(directory)
 
     def load(self, directory: Path) -> "nn.Module":
-        import torch
-        from transformers import AutoModelForCTC
-
-        no_bars_into_logs()
-        return AutoModelForCTC.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+        return huggingface.load(directory, "AutoModelForCTC")
 
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """The best constant output: the one transcript that fits the training transcripts best; and, for the loss, the
-        letters' frequencies in them at every moment, with the best share of blanks."""
+        """The best constant output: the transcript closest to all training transcripts. For the loss: the letters'
+        frequencies at every frame, with the best probability of a blank."""
         import torch
 
         texts = facts_of(data)["transcripts"]
@@ -96,7 +96,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         frequencies /= frequencies.sum()
 
         def score(batch: Batch) -> dict[str, Any]:
-            found = _errors((constant, said) for said in _said(batch))
+            found = _errors((constant, text) for text in _transcripts(batch))
             sums = {f"constant_{name}": found[name] for name in ("char_errors", "word_errors")}
             for frame, blank in product(FRAMES, BLANKS):
                 output = frequencies * (1 - blank)
@@ -115,13 +115,13 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         )
 
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
-        """`rows` of a table: what is said in some clips, and what was heard."""
-        heard = _heard(*self._logits(model, batch))
-        rows = [list(pair) for pair in zip(_said(batch), heard, strict=True)]
-        return {"title": "Transcripts", "head": ["Said", "Heard"], "rows": rows[:SHOWN]}
+        """`rows` of a table: the transcripts of some clips, and the recognised text."""
+        recognised = _decoded(*self._logits(model, batch))
+        rows = [list(pair) for pair in zip(_transcripts(batch), recognised, strict=True)]
+        return {"title": "Transcripts", "head": ["Transcript", "Recognised"], "rows": rows[:SHOWN]}
 
     def _logits(self, model: "nn.Module", batch: Batch) -> "tuple[Tensor, Tensor]":
-        """(samples, frames, vocabulary), and how many frames of each count, int64 (samples,)."""
+        """Logits, (samples, frames, vocabulary), and the number of valid frames of each, int64 (samples,)."""
         import torch
 
         audio, lengths = batch["audio"].float() / 32768, batch["audio_length"]
@@ -135,7 +135,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         return recogniser(scaled, attention_mask=mask).logits, frames
 
     def _nats(self, logits: "Tensor", lengths: "Tensor", batch: Batch) -> "Tensor":
-        """The CTC loss of all clips together. One that is too short for its transcript counts nothing."""
+        """The summed CTC loss of the clips; a clip too short for its transcript contributes 0."""
         import torch.nn.functional as F
 
         likely = logits.float().log_softmax(dim=-1).transpose(0, 1)
@@ -144,19 +144,19 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
 
 
 def _takes_mask(model: Any) -> bool:
-    """Whether it is told where clips end: those with group norm were trained without."""
+    """Whether the model takes an attention mask: models with group norm were trained without."""
     return bool(model.config.feat_extract_norm == "layer")
 
 
-def _said(batch: Batch) -> list[str]:
+def _transcripts(batch: Batch) -> list[str]:
     from trainer.data.audio import written
 
     rows = zip(batch["text"].cpu().numpy(), batch["text_length"].tolist(), strict=True)
     return [written(row[:length]) for row, length in rows]
 
 
-def _heard(logits: "Tensor", lengths: "Tensor") -> list[str]:
-    """The most likely character of each frame; repeated ones once, and no blanks."""
+def _decoded(logits: "Tensor", lengths: "Tensor") -> list[str]:
+    """Greedy decoding: the most likely character of each frame, with repeats and blanks removed."""
     from trainer.data.audio import written
 
     texts = []
@@ -167,13 +167,13 @@ def _heard(logits: "Tensor", lengths: "Tensor") -> list[str]:
 
 
 def _errors(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """What is wrong in what was heard, by what was said."""
+    """Errors in pairs of recognised text and transcript."""
     found = Counter[str]()
-    for heard, said in pairs:
-        found["char_errors"] += edit_distance(heard, said)
-        found["chars"] += len(said)
-        found["word_errors"] += edit_distance(heard.split(), said.split())
-        found["words"] += len(said.split())
+    for recognised, transcript in pairs:
+        found["char_errors"] += edit_distance(recognised, transcript)
+        found["chars"] += len(transcript)
+        found["word_errors"] += edit_distance(recognised.split(), transcript.split())
+        found["words"] += len(transcript.split())
     return {name: float(found[name]) for name in ("char_errors", "chars", "word_errors", "words")}
 
 

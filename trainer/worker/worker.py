@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trainer import checkpoint, data, models
 from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import TrainingConfig
-from trainer.diloco import DDP, Averaged, Commit, DiLoCo, Nesterov, Overlap, Superseded, codecs
+from trainer.diloco import DDP, Averaged, Commit, DiLoCo, OuterOptimizer, Overlap, Superseded, codecs, outer
 from trainer.elastic.member import ElasticQuorum, Hooks
 from trainer.elastic.quorum import FixedQuorum
 from trainer.errors import ConfigError, Interrupted, TrainingError
@@ -90,19 +90,7 @@ class Worker:
             "protocol": PROTOCOL,
             "model": spec.name,
             "dataset": manifest.hash,
-            "optim_method": config.optim_method,
-            "codec": config.codec,
-            "compression_topk": config.compression_topk,
-            "sparse_topk": config.sparse_topk,
-            "fragments": config.fragments,
-            "overlap": config.overlaps,
-            "local_steps": config.local_steps,
-            "heterogeneous": config.group_perc_variance if config.heterogeneous else None,
-            "batch_size": config.batch_size,
-            "total_steps": config.total_steps,
-            "outer_lr": config.outer_lr,
-            "outer_momentum": config.momentum,
-            "seed": config.seed,
+            **config.in_scope("fingerprint"),
         }
         # Data parallelism averages every step's gradients: a member less is a world that starts again.
         kind: type[FixedQuorum | ElasticQuorum] = FixedQuorum if config.optim_method == "ddp" else ElasticQuorum
@@ -122,7 +110,7 @@ class Worker:
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,
-            outer=Averaged.of(Nesterov(config.outer_lr, config.momentum), spec.average_decay**config.round_steps),
+            outer=Averaged.of(outer_of(config), spec.average_decay**config.round_steps),
             codec=codec_of(config),
             sync_every=config.local_steps,
             quorum=self.quorum,
@@ -283,8 +271,7 @@ class Worker:
         total = torch.zeros((), device=self.device)
         tokens = 0
         for _ in range(accumulation):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
-            batch |= self.shared
+            batch = scoring.on_device(next(batches), self.shared, self.device)
             with scoring.autocast(self.device):
                 loss = self.task.loss(self.model, batch) / accumulation
             loss.backward()
@@ -379,7 +366,7 @@ class Worker:
         size = min(self.config.per_device_train_batch_size, self.profile.batch_size)
         sums: dict[str, Any] = {}
         with self.diloco.global_parameters(), scoring.evaluating(self.model, self.device, self.config.seed):
-            scoring.settle(self.task, self.model, self.dataset, size, self.device)
+            scoring.recompute_buffers(self.task, self.model, self.dataset, size, self.device)
             with torch.inference_mode():
                 for batch in scoring.batches(self.dataset.validation, chosen, size, self.shared, self.device):
                     if self.stopping.is_set():
@@ -593,6 +580,11 @@ def codec_of(config: TrainingConfig) -> codecs.Codec:
         topk = config.compression_topk
         return codecs.make("demo", feedback=config.feedback, topk=topk, values=config.codec)
     return codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
+
+
+def outer_of(config: TrainingConfig) -> OuterOptimizer:
+    """The outer optimizer that the configuration asks for."""
+    return outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
 
 
 def versions() -> dict[str, str]:

@@ -29,14 +29,23 @@ REFUSED = {
     ),
     "too long a warm-up": ({"total_steps": 10}, "warmup_steps = 1000: must be at most total_steps (10)"),
     "timeouts out of order": ({"grace_period": 20}, "lease_ttl = 15.0: must be greater than grace_period (20.0)"),
-    "not available": ({"pgroup_backend": "nccl"}, "pgroup_backend = 'nccl': not available yet: nccl process groups"),
+    "nccl between DiLoCo workers": (
+        {"pgroup_backend": "nccl"},
+        "pgroup_backend = 'nccl': needs optim_method = 'ddp' and GPUs (device = 'cuda'): DiLoCo workers use gloo",
+    ),
+    "nccl on CPUs": (
+        {"pgroup_backend": "nccl", "optim_method": "ddp", "device": "cpu"},
+        "pgroup_backend = 'nccl': needs optim_method = 'ddp' and GPUs (device = 'cuda')",
+    ),
+    "codec": ({"codec": "zip"}, "codec = 'zip': must be one of fp32, bf16, int8, int4, ternary, sign, sparse"),
+    "outer optimizer": ({"outer_optimizer": "adam"}, "outer_optimizer = 'adam': must be one of nesterov"),
     "unequal, baseline": (
         {"heterogeneous": True, "optim_method": "ddp", "nodes": 2, "elastic_min_nodes": 2, "elastic_max_nodes": 2},
-        "heterogeneous = True: does not go with optim_method = 'ddp', which averages every step's gradients",
+        "heterogeneous = True: cannot be combined with optim_method = 'ddp', which averages",
     ),
     "unequal, rounds": (
         {"heterogeneous": True, "local_steps": 16, "fragments": 4},
-        "heterogeneous = True: needs rounds of at least 8 inner steps (local_steps / fragments), to share them out",
+        "heterogeneous = True: needs at least 8 inner steps a round (local_steps / fragments) to divide by speed",
     ),
     "unequal, bounds": (
         {"heterogeneous": True, "min_batch_size": 64, "max_batch_size": 32},
@@ -44,23 +53,23 @@ REFUSED = {
     ),
     "unequal, no size": (
         {"heterogeneous": True, "batch_size": 34, "per_device_train_batch_size": 34, "max_batch_size": 16},
-        "batch_size = 34: must be a multiple of some number from min_batch_size (16) to max_batch_size (16)",
+        "batch_size = 34: must be a multiple of a number from min_batch_size (16) to max_batch_size (16)",
     ),
     "quantization and another codec": (
         {"quantization": True, "codec": "sign"},
         "quantization = True: means codec = 'int8', and disagrees with codec = 'sign'",
     ),
-    "fragments": ({"fragments": 3}, "fragments = 3: must divide local_steps (128) without a rest"),
+    "fragments": ({"fragments": 3}, "fragments = 3: must divide local_steps (128)"),
     "tau": ({"fragments": 4, "overlap_tau": 32}, "overlap_tau = 32: must be less than local_steps / fragments (32)"),
-    "sparse twice": ({"optim_method": "demo", "codec": "sparse"}, "codec = 'sparse': does not go with"),
-    "two decays": ({"optim_method": "demo", "error_feedback": 0.5}, "error_feedback = 0.5: does not go with"),
+    "sparse twice": ({"optim_method": "demo", "codec": "sparse"}, "codec = 'sparse': cannot be combined with"),
+    "two decays": ({"optim_method": "demo", "error_feedback": 0.5}, "error_feedback = 0.5: cannot be combined with"),
     "topk that does not fill bytes": (
         {"optim_method": "demo", "codec": "ternary"},
-        "compression_topk = 32: must be a multiple of 5 with codec = 'ternary'",
+        "compression_topk = 32: must be a multiple of 5: codec = 'ternary' packs 5 values into a byte",
     ),
     "ddp with a codec": (
         {"optim_method": "ddp", "codec": "int8"},
-        "codec = 'int8': does not go with optim_method = 'ddp'",
+        "codec = 'int8': cannot be combined with optim_method = 'ddp'",
     ),
     "pods without volumes": (
         {"launcher": "pytorchjob", "storage_enabled": False},
@@ -72,7 +81,7 @@ REFUSED = {
     ),
     "sites that do not add up": (
         {"sites": [{"name": "a"}]},
-        "sites = '1 replicas in all': must be as many as nodes (2)",
+        "sites = '1 replicas in total': must add up to nodes (2)",
     ),
     "two sites of a name": ({"sites": [{"name": "a"}, {"name": "a"}]}, "sites = 'a': is the name of two sites"),
     "field of a site": ({"sites": [{"name": "a", "replicas": 0}]}, "sites.0.replicas = 0: must be greater than 0"),
@@ -127,11 +136,11 @@ REFUSED = {
     "URL of etcd": ({"etcd_endpoints": ["http://h:2379"]}, "etcd.endpoints = 'http://h:2379': must be host:port"),
     "user of an embedded etcd": (
         {"launcher": "local", "etcd_user": "me"},
-        "etcd.user = 'me': needs an etcd of your own (etcd.endpoints)",
+        "etcd.user = 'me': needs an external etcd (etcd.endpoints)",
     ),
     "TLS of an embedded etcd": (
         {"launcher": "local", "elastic_etcd_protocol": "https", "etcd_ca": "ca.pem"},
-        "etcd.ca = 'ca.pem': needs an etcd of your own",
+        "etcd.ca = 'ca.pem': needs an external etcd",
     ),
     "project that W&B does not take": ({"wandb_project_name": "a/b"}, "wandb_project_name = 'a/b': must be at most"),
     "run id that W&B does not take": ({"wandb_run_id": "a:b"}, "wandb_run_id = 'a:b': must be at most"),
@@ -266,10 +275,10 @@ def test_what_a_number_that_is_not_given_means() -> None:
     [
         ({"nodes": 1}, "1 node"),
         ({"nodes": 1, "elastic_max_nodes": 2}, "1 node; up to 2 can train (elastic.max_nodes)"),
-        ({}, "2 nodes; training goes on while at least one of them is there (elastic.min_nodes=1)"),
-        ({"nodes": 4, "elastic_min_nodes": 3}, "4 nodes; training goes on while at least 3 of them are there"),
-        ({"elastic_min_nodes": 2}, "2 nodes, and all must be there: while one is away, the others wait"),
-        ({"optim_method": "ddp"}, "2 nodes, and all must be there"),
+        ({}, "2 nodes; training continues while at least 1 is available (elastic.min_nodes=1)"),
+        ({"nodes": 4, "elastic_min_nodes": 3}, "4 nodes; training continues while at least 3 are available"),
+        ({"elastic_min_nodes": 2}, "2 nodes, all of them required: if one is missing, the others wait"),
+        ({"optim_method": "ddp"}, "2 nodes, all of them required"),
     ],
 )
 def test_a_run_says_what_the_fewest_nodes_mean(values: dict[str, object], words: str) -> None:
@@ -300,3 +309,38 @@ def test_resolved_fills_run_id_and_run_dir() -> None:
     config = TrainingConfig().resolved()
     assert config.run_dir == f"runs/{config.run_id}"
     assert TrainingConfig(run_id="mine", run_dir="there").resolved().run_dir == "there"
+
+
+def test_scopes_are_lists_of_parameters_with_their_effective_values() -> None:
+    config = TrainingConfig(codec="sign", overlap_tau=3, group_perc_variance=0.5, elastic={"nproc_per_node": 2})
+    fingerprint = config.in_scope("fingerprint")
+    assert tuple(fingerprint) == TrainingConfig.names_in_scope("fingerprint")
+    assert fingerprint["outer_momentum"] == 0.5, "as the codec's feedback makes it"
+    assert fingerprint["async_communication"] is True, "overlap_tau overlaps, too"
+    assert fingerprint["group_perc_variance"] == 0, "no effect unless heterogeneous"
+    assert set(TrainingConfig.names_in_scope("fixed")) < set(fingerprint)
+    assert {"run_id", "run_dir", "etcd_endpoints"} <= set(TrainingConfig.names_in_scope("identity"))
+
+
+@pytest.mark.parametrize("yes", [True, "true", "Yes", "on", "1", 1])
+def test_aliases_set_what_they_stand_for(yes: object) -> None:
+    assert TrainingConfig.from_flat({"quantization": yes}).codec == "int8"
+    given = {"elastic_etcd_run_id": "mine", "elastic_etcd_external_endpoint": "h:1"}
+    config = TrainingConfig.from_flat(given)
+    assert (config.run_id, config.etcd.endpoints) == ("mine", ["h:1"])
+    assert TrainingConfig.from_flat(config.to_flat()) == config
+    assert given == {"elastic_etcd_run_id": "mine", "elastic_etcd_external_endpoint": "h:1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "backend"),
+    [
+        ({}, "gloo"),
+        ({"optim_method": "ddp"}, "nccl"),
+        ({"optim_method": "ddp", "pgroup_backend": "nccl", "device": "cuda:1"}, "nccl"),
+        ({"optim_method": "ddp", "pgroup_backend": "gloo"}, "gloo"),
+        ({"optim_method": "ddp", "device": "cpu"}, "gloo"),
+    ],
+)
+def test_data_parallelism_on_gpus_uses_nccl(values: dict[str, object], backend: str) -> None:
+    assert TrainingConfig.from_flat(values).process_group_backend == backend

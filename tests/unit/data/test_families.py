@@ -12,7 +12,7 @@ import pytest
 
 from trainer import data
 from trainer.config import TrainingConfig
-from trainer.data import DatasetFamily, registry, resolve
+from trainer.data import DatasetFamily, families, registry, resolve
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError, TrainingError
 
@@ -36,9 +36,9 @@ def refusal(dataset: str, **changes: Any) -> str:
 
 
 def test_every_family_is_found_by_its_name() -> None:
-    assert {"c4", "files", "stdlib"} <= data.families().keys()
-    for name, families in data.families().items():
-        for family in families:
+    assert {"c4", "files", "stdlib"} <= data.dataset_families().keys()
+    for name, same_name in data.dataset_families().items():
+        for family in same_name:
             assert family.name == name
             assert issubclass(family, DatasetFamily)
 
@@ -53,12 +53,12 @@ def test_a_newcomers_dataset_is_one_file(tmp_path: Path, monkeypatch: pytest.Mon
         "    def documents(self, revision): yield 'an old silent pond'\n"
         "FAMILY = Haiku\n"
     )
-    monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path)])
-    registry.families.cache_clear()
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    registry.dataset_families.cache_clear()
     try:
         assert documents("haiku") == ["an old silent pond"]
     finally:
-        registry.families.cache_clear()
+        registry.dataset_families.cache_clear()
 
 
 def test_unknown_datasets_are_refused() -> None:
@@ -250,7 +250,7 @@ def test_c4_needs_a_bound() -> None:
 
 
 def test_c4_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "holds no shards of C4: en/c4-train.*.json.gz" in refusal(f"c4:{tmp_path}")
+    assert "holds no en/c4-train.*.json.gz" in refusal(f"c4:{tmp_path}")
     assert refusal("c4:/no/such", max_samples=1) == "dataset = 'c4:/no/such': no such folder"
 
 

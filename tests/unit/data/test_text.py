@@ -48,7 +48,7 @@ class Memory(text.TextDataset):
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> type[Memory]:
-    monkeypatch.setitem(registry.families(), "memory", (Memory,))
+    monkeypatch.setitem(registry.dataset_families(), "memory", (Memory,))
     monkeypatch.setattr(Memory, "contents", CORPUS)
     return Memory
 

@@ -170,7 +170,6 @@ def test_the_mean_may_have_its_own_codec() -> None:
     codec = Dct(mean=mean)
     assert codec.mean is mean
     assert codec.of([Size((70, 70))]).mean is mean
-    assert Dct().of([Size((70, 70))]).name == "demo"
 
 
 def test_codecs_that_do_not_fit_are_refused() -> None:

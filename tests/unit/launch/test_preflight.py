@@ -58,7 +58,7 @@ def test_a_run_from_when_a_number_that_is_not_given_was_null_can_go_on(tmp_path:
     save(own(config(tmp_path)), config(tmp_path), config=made_with)
     (tmp_path / "run" / "etcd").mkdir()
     preflight.check(config(tmp_path))
-    assert re.match(r"outer_momentum = 0.5: the checkpoints .* have -1", refusal(config(tmp_path, outer_momentum=0.5)))
+    assert re.match(r"outer_momentum = 0.5: the checkpoints .* have 0.9", refusal(config(tmp_path, outer_momentum=0.5)))
 
 
 @pytest.mark.parametrize(

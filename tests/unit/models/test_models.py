@@ -80,7 +80,7 @@ def test_another_tokenizer_than_a_pretrained_models_is_refused(tmp_path: Path) -
 
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     built("resnet18:test", PICTURES, tmp_path / "m").save_pretrained(tmp_path / "trained")  # type: ignore[operator]
-    with pytest.raises(ConfigError, match="is none that AutoModelForCausalLM loads"):
+    with pytest.raises(ConfigError, match="cannot be loaded by AutoModelForCausalLM"):
         built(f"hf:{tmp_path / 'trained'}", TEXT, tmp_path / "m")
 
 

@@ -72,7 +72,8 @@ def outputs_of(component: Ir) -> Values:
 def another(parameter: Parameter) -> Any:
     """A value of the parameter's type that is not its default."""
     if parameter.choices:
-        return next(choice for choice in parameter.choices if choice not in ("", parameter.default))
+        others = (choice for choice in parameter.choices if choice not in ("", parameter.default))
+        return next(others, parameter.default)
     if parameter.type is bool:
         return not parameter.default
     if parameter.type in (int, float):

@@ -111,14 +111,14 @@ def test_the_generator_makes_other_pictures_of_other_classes_and_the_same_of_a_s
 
 def test_spectral_norm_holds_weights_to_one() -> None:
     model = gan().eval()
-    model.settle()
+    model.recompute_buffers()
     for module in (model.discriminator.blocks[0].first, model.generator.first):
         with torch.no_grad():
             assert torch.linalg.matrix_norm(module.weight.flatten(1), 2) == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["image_generation", "node_classification"])
-def test_settled_buffers_are_a_function_of_the_parameters(name: str) -> None:
+def test_recomputed_buffers_are_a_function_of_the_parameters(name: str) -> None:
     task = tasks()[name]
     if name == "image_generation":
         first, second, batches = gan(0), gan(1), [pictures(), pictures(4)]
@@ -136,7 +136,7 @@ def test_settled_buffers_are_a_function_of_the_parameters(name: str) -> None:
     assert any(changed)
     for model in (first, second):
         torch.manual_seed(3)
-        task.settle(model.eval(), iter(batches))
+        task.recompute_buffers(model.eval(), iter(batches))
         assert not any(module.training for module in model.modules())
     for one, other in zip(first.buffers(), second.buffers(), strict=True):
         assert torch.equal(one, other)

@@ -44,7 +44,7 @@ class ImageNet(PictureDataset):
         return self._labels
 
     def samples(self, revision: str) -> Iterator[Sample]:
-        for number, row in enumerate(self._rows.read()):
+        for number, row in enumerate(self._rows.read(revision)):
             if not 0 <= row["label"] < len(self._labels):
                 raise ConfigError("dataset", self.spec, f"row {number} has no label: {row['label']}")
             try:

@@ -36,7 +36,7 @@ class LibriSpeech(SpeechDataset):
         return self._rows.count(_CLIPS)
 
     def clips(self, revision: str) -> Iterator[tuple[str, bytes, str]]:
-        for number, row in enumerate(self._rows.read()):
+        for number, row in enumerate(self._rows.read(revision)):
             yield str(row.get("id", f"row {number}")), row["audio"]["bytes"], row["text"]
 
     @cached_property

@@ -8,14 +8,18 @@ from torch import Size, Tensor
 
 
 class Codec(ABC):
-    """A way to put a pseudo-gradient on the wire.
+    """An encoding of a pseudo-gradient on the wire.
 
     A vector is arranged into blocks of `block` numbers, and each block becomes a row of `row` bytes, which can be read
     on its own. So a coded vector can be cut between any two rows, and joined again: what several owners have coded is
     the same as if one had.
 
     Attributes:
-        name: As `codec` in the configuration has it.
+        name: The choice of `codec` in the configuration. This and the next three are literals: the configuration reads
+            them without importing the module (`trainer.config.discovery`).
+        default_feedback: `feedback` where the configuration gives none (`error_feedback` -1).
+        per_byte: How many numbers share a byte: a block's numbers are a multiple of it.
+        sparse: Whether only some numbers of a block are sent.
         block: Numbers that are coded together.
         row: Bytes of a coded block.
         in_order: Whether `arrange` leaves the numbers where they are, so that any rows are the numbers from the first
@@ -24,7 +28,10 @@ class Codec(ABC):
             arXiv 1901.09847). 0: nothing is kept.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
+    default_feedback: ClassVar[float] = 0.0
+    per_byte: ClassVar[int] = 1
+    sparse: ClassVar[bool] = False
     in_order: ClassVar[bool] = True
     block: int
 
@@ -32,6 +39,16 @@ class Codec(ABC):
         if mean is not None and mean.block != block:
             raise ValueError(f"the mean's codec has blocks of {mean.block} numbers, not {block}")
         self.block, self.row, self.feedback, self._mean = block, row, feedback, mean
+
+    @classmethod
+    def configured(cls, feedback: float, topk: int) -> Self:
+        """The codec as a run uses it.
+
+        Args:
+            feedback: As in the attributes.
+            topk: `sparse_topk`.
+        """
+        return cls(feedback=feedback)  # type: ignore[call-arg]  # a subclass chooses its block and row
 
     @property
     def mean(self) -> "Codec":

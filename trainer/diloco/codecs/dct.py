@@ -46,7 +46,6 @@ class Dct(Codec):
     Encoding and decoding give the same bits everywhere: see `transform`.
     """
 
-    name = "demo"
     in_order = False
 
     def __init__(

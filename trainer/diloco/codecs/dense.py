@@ -3,6 +3,8 @@
 The error bounds below are of one coding, for a block x; â is what is decoded, s the block's scale. Scales are bfloat16.
 """
 
+from typing import Self
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ class Fp32(Codec):
 
     def __init__(self, block: int = 1024) -> None:
         super().__init__(block, 4 * block)
+
+    @classmethod
+    def configured(cls, feedback: float, topk: int) -> Self:
+        return cls()
 
     def encode(self, blocks: Tensor) -> Tensor:
         return blocks.view(torch.uint8)
@@ -92,6 +98,7 @@ class Int4(Integer):
     """4 bits a number, and 2 bytes a block: |x − x̂| ≤ max |x| / 13.8."""
 
     name = "int4"
+    per_byte = 2
 
     def __init__(self, block: int = 256, feedback: float = 0.0, mean: Codec | None = None) -> None:
         super().__init__(4, block, feedback, mean)
@@ -105,9 +112,15 @@ class Ternary(_Scaled):
     """
 
     name = "ternary"
+    default_feedback = 0.5
+    per_byte = 5
 
     def __init__(self, block: int = 640, feedback: float = 0.0, mean: Codec | None = None) -> None:
-        super().__init__(block, 5, feedback, mean)
+        super().__init__(block, self.per_byte, feedback, mean)
+
+    @classmethod
+    def configured(cls, feedback: float, topk: int) -> Self:
+        return cls(feedback=feedback, mean=Integer(2, cls().block))
 
     def encode(self, blocks: Tensor) -> Tensor:
         rows = self._rows(blocks)
@@ -127,9 +140,11 @@ class Sign(_Scaled):
     """
 
     name = "sign"
+    default_feedback = 0.5
+    per_byte = 8
 
     def __init__(self, block: int = 512, feedback: float = 0.5, mean: Codec | None = None) -> None:
-        super().__init__(block, 8, feedback, mean)
+        super().__init__(block, self.per_byte, feedback, mean)
 
     def encode(self, blocks: Tensor) -> Tensor:
         rows = self._rows(blocks)

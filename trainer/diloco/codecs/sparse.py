@@ -1,5 +1,7 @@
 """Sparse codecs: of every block only the numbers of largest magnitude are sent, and where they stand."""
 
+from typing import Self
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,6 +31,8 @@ class TopK(Codec):
     """
 
     name = "sparse"
+    default_feedback = 0.5
+    sparse = True
 
     def __init__(
         self,
@@ -54,6 +58,10 @@ class TopK(Codec):
         self.k, self.values = k, values
         self._positions = _Positions(k, block)
         super().__init__(block, self._positions.row + values.row, feedback, mean)
+
+    @classmethod
+    def configured(cls, feedback: float, topk: int) -> Self:
+        return cls(topk, feedback=feedback)
 
     def encode(self, blocks: Tensor) -> Tensor:
         found = torch.empty(len(blocks), self.k, dtype=torch.int64)

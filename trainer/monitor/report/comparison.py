@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.config import TrainingConfig
 from trainer.files import write_text
 from trainer.monitor.report.drawing import (
     HALF,
@@ -29,7 +30,8 @@ from trainer.monitor.report.run import FloatArray, RunRecord, last_finite, numbe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OWN = ("run_id", "run_dir", "etcd.endpoints")  # parameters that say which run it is, not how it trains
+# Parameters that identify a run, by path: they say nothing about how it trains.
+OWN = {".".join(parameter.path) for parameter in TrainingConfig.parameters() if "identity" in parameter.scopes}
 
 Points = Callable[[RunRecord], tuple[FloatArray, FloatArray]]
 Unit = Callable[[float], tuple[float, str]]

@@ -15,18 +15,12 @@ import numpy as np
 
 from trainer.config import UNSET, Parameter, TrainingConfig
 from trainer.files import write_text
-from trainer.monitor.report.run import LOSS_UNITS, TOKENS, RunRecord, number, read_run, write_summary
+from trainer.monitor.report.run import RunRecord, number, read_run, write_summary
+from trainer.tasks import tasks
 
 MOST_ROWS = 200  # of the table of rounds, and of the lists of events
 MOST_CLASSES = 20  # of a confusion matrix that is shown; of one with more, the most frequent confusions are
 MOST_CONFUSIONS = 20
-# By task, but for language: the baseline's name.
-BASELINES = {
-    "image_classification": "Most frequent class",
-    "node_classification": "Most frequent class",
-    "speech_recognition": "Best constant output",
-    "image_generation": "Shuffled pixels",
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,7 @@ def _render(run: RunRecord, charts: Iterable[Any]) -> str:
         charts=list(charts),
         evaluation=run.evaluation,
         scores=scores(run.evaluation or {}),
-        baseline=BASELINES.get(str((run.evaluation or {}).get("task"))),
+        baseline=baseline_label(run.evaluation or {}),
         confusion=confusion(run.evaluation or {}),
         confusions=confusions(run.evaluation or {}),
         rounds=_round_rows(run),
@@ -179,7 +173,7 @@ def _tiles(run: RunRecord) -> list[Tile]:
         note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} a worker stood still to synchronise"
         tiles.append(Tile("Exposed", f"{100 * run.exposed_share:.1f}", "% of the rounds", note))
     if run.samples and wall > 0:
-        rate, unit = (run.tokens, TOKENS.get(run.task, "tokens")) if run.tokens else (run.samples, "samples")
+        rate, unit = (run.tokens, run.unit) if run.tokens else (run.samples, "samples")
         tiles.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
     if math.isfinite(run.goodput):
         tiles.append(
@@ -189,29 +183,20 @@ def _tiles(run: RunRecord) -> list[Tile]:
 
 
 def scores(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the evaluation's table: a score, the model's, and the baseline's where it has one."""
-    bits, baseline = (number(evaluation.get(name)) for name in ("bits_per_byte", "unigram_bits_per_byte"))
-    task = str(evaluation.get("task", "language_modelling"))
-    unit, tokens = LOSS_UNITS.get(task, ""), TOKENS.get(task, "tokens")
-    rows = [
-        ("Bits a byte", evaluation.get("bits_per_byte"), evaluation.get("unigram_bits_per_byte"), "{:.4f}"),
-        ("Compressed to", bits / 8 * 100, baseline / 8 * 100, "{:.1f} %"),
-        ("Right (top 1)", evaluation.get("top1"), evaluation.get("majority_top1"), "{:.1%}"),
-        ("Right among five (top 5)", evaluation.get("top5"), None, "{:.1%}"),
-        ("Nodes right", evaluation.get("accuracy"), evaluation.get("majority_accuracy"), "{:.1%}"),
-        ("Character error rate", evaluation.get("cer"), evaluation.get("constant_cer"), "{:.1%}"),
-        ("Word error rate", evaluation.get("wer"), evaluation.get("constant_wer"), "{:.1%}"),
-        ("Fréchet distance", evaluation.get("frechet"), evaluation.get("shuffled_frechet"), "{:.3f}"),
-        (f"Loss ({unit})" if unit else "Loss", evaluation.get("loss"), evaluation.get("constant_loss"), "{:.4f}"),
-        ("Perplexity", evaluation.get("perplexity"), None, "{:,.2f}"),
-        (f"{tokens.capitalize()} a second", evaluation.get("tokens_per_second"), None, "{:,.0f}"),
-    ]
+    """Rows of the evaluation's table: a score, the model's value, and the baseline's if it has one."""
     found = []
-    for name, model, trivial, form in rows:
-        if math.isfinite(number(model)):
-            shown = form.format(number(trivial)) if math.isfinite(number(trivial)) else ""
-            found.append({"name": name, "model": form.format(number(model)), "baseline": shown})
+    for row in tasks()[str(evaluation.get("task", "language_modelling"))].report_rows():
+        model, baseline = (row.scale * number(evaluation.get(name)) for name in (row.score, row.baseline))
+        if math.isfinite(model):
+            shown = row.form.format(baseline) if math.isfinite(baseline) else ""
+            found.append({"name": row.label, "model": row.form.format(model), "baseline": shown})
     return found
+
+
+def baseline_label(evaluation: Mapping[str, Any]) -> str | None:
+    """The baseline's name; None for language, whose report has words of its own."""
+    task = str(evaluation.get("task", "language_modelling"))
+    return None if task == "language_modelling" else tasks()[task].baseline_label
 
 
 def confusion(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

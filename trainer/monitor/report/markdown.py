@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.monitor.report.html import (
-    BASELINES,
     VERDICTS,
+    baseline_label,
     byte_count,
     confusion,
     confusions,
@@ -52,7 +52,7 @@ def markdown_summary(run_dir: Path | str) -> str:
     elif evaluation.get("headline"):
         blocks.append(f"Held out: {_text(evaluation['headline'])}.")
     if rows := scores(evaluation):
-        baseline = BASELINES.get(str(evaluation.get("task"))) or "Unigram byte model"
+        baseline = baseline_label(evaluation) or "Unigram byte model"
         blocks += ["### Scores", _table(("Score", "This model", _text(baseline)), _score_rows(rows))]
     if rows := confusion(evaluation):
         labels = [_text(row["label"]) for row in rows]

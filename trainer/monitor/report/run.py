@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trainer.errors import ConfigError
 from trainer.files import read_json, write_json
+from trainer.tasks import tasks
 
 FloatArray = NDArray[np.float64]
 Event = dict[str, Any]
@@ -48,22 +49,6 @@ class Series:
 
     def __getitem__(self, column: str) -> FloatArray:
         return self._columns[column]
-
-
-# What a task's `tokens` are, and the unit of its loss; a game's has none.
-TOKENS = {
-    "language_modelling": "tokens",
-    "image_classification": "pictures",
-    "image_generation": "pictures",
-    "node_classification": "nodes",
-    "speech_recognition": "seconds of sound",
-}
-LOSS_UNITS = {
-    "language_modelling": "nats a token",
-    "image_classification": "nats a picture",
-    "node_classification": "nats a node",
-    "speech_recognition": "nats a character",
-}
 
 
 @dataclass(frozen=True)
@@ -179,7 +164,12 @@ class RunRecord:
     @property
     def loss_unit(self) -> str:
         """The unit of the run's losses, "" where there is none."""
-        return LOSS_UNITS.get(self.task, "")
+        return tasks()[self.task].loss_unit if self.task in tasks() else ""
+
+    @property
+    def unit(self) -> str:
+        """What the run's tokens are, in the plural."""
+        return tasks()[self.task].unit if self.task in tasks() else "tokens"
 
     @cached_property
     def status(self) -> str:

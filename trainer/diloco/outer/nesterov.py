@@ -1,41 +1,11 @@
-"""Outer optimizers: how the mean pseudo-gradient moves the global parameters."""
-
-from collections.abc import Mapping
-from typing import Protocol
+"""SGD with Nesterov momentum, or without any."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.diloco.jit import Floats, compiled
-
-Tensors = Mapping[str, Tensor]
-
-
-class OuterOptimizer(Protocol):
-    """A rule for each number on its own, without memory: its state is flat, and part of the global state.
-
-    So it can be applied to a part of the vector; it is, to one after the other that fits into the processor's cache.
-
-    Attributes:
-        replaces: Whether a step gives the workers' mean parameters, θ − mean: so that those of one worker become the
-            global ones.
-    """
-
-    @property
-    def replaces(self) -> bool: ...
-
-    def initial_state(self, size: int) -> dict[str, Tensor]:
-        """The state for n = `size` parameters before the first step, float32 (n,) each, by name."""
-
-    def step(self, mean: Tensor, before: Tensors, after: Tensors) -> None:
-        """Take a step.
-
-        Args:
-            mean: The mean pseudo-gradient, float32 (n,). Not changed.
-            before: The global parameters, "model", and the state, as `initial_state` gave it. Not changed.
-            after: The same after the step: memory to put it into.
-        """
+from trainer.diloco.outer.optimizer import Tensors
 
 
 class Nesterov:
@@ -43,6 +13,8 @@ class Nesterov:
 
     m ← μ m + g; θ ← θ − lr (g + μ m). With momentum 0 it is plain SGD and keeps no state.
     """
+
+    name = "nesterov"
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.9) -> None:
         self.lr, self.momentum = lr, momentum
