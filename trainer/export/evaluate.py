@@ -45,7 +45,7 @@ def evaluate(
 
     from trainer.data.arrays import read_shared
     from trainer.data.sampling import evenly
-    from trainer.monitor.report.run import finite
+    from trainer.monitor.report.summary import finite
     from trainer.tasks import scoring, tasks
     from trainer.worker.worker import device_of
 

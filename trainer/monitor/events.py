@@ -11,7 +11,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -161,21 +162,25 @@ class EventReader:
         return events
 
 
-def effective(events: Iterable[Event]) -> list[Event]:
+def newest_run(events: Sequence[Event]) -> Sequence[Event]:
+    """The events since the last `start` of another run: a volume can hold several runs after each other."""
+    starts = [index for index, event in enumerate(events) if event["event"] == "start"]
+    changes = [new for old, new in pairwise(starts) if events[old].get("run_id") != events[new].get("run_id")]
+    return events[changes[-1] :] if changes else events
+
+
+def effective(events: Sequence[Event]) -> list[Event]:
     """The events that count in the end: of the newest run in the file, each step, round and evaluation once.
 
     A process that resumes from a checkpoint repeats steps, so the last line of a step wins; what its predecessor did
     beyond that checkpoint is void. Steps, rounds and evaluations without a position are left out.
     """
     kept: dict[tuple[str, float], Event] = {}
-    run_id: object = None
     resumed = False  # no step has come since the last `start`
-    for index, event in enumerate(events):
+    for index, event in enumerate(newest_run(events)):
         kind = event["event"]
         if kind == "start":
-            if run_id not in (None, event.get("run_id")):
-                kept.clear()  # another run on this volume
-            run_id, resumed = event.get("run_id"), True
+            resumed = True
         if kind not in POSITIONS:
             kept[kind, index] = event
             continue
