@@ -1,4 +1,4 @@
-"""Evaluate: score the export, as others will load it, on held-out data that training never saw."""
+"""Evaluation: scores of the export, loaded as others load it, on held-out data that training never sees."""
 
 import math
 import time
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
-from trainer.export.export import FACTS, TrainedRun, add_scores, push
+from trainer.export.hub import push
+from trainer.export.model_card import FACTS, add_scores
+from trainer.export.run import TrainedRun
 from trainer.files import read_json, write_json
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Manifest, Samples
 
-SHOWN = 32  # samples that a person may look at
+SHOWN = 32  # samples of which the report shows the model's output
 
 
 def evaluate(
@@ -23,19 +25,19 @@ def evaluate(
     dataset: Path | str | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Score a run's export on at most `eval_samples` held-out samples, taken evenly from the whole split.
+    """Score a run's export on at most `eval_samples` held-out samples, spread evenly over the split.
 
-    Writes `<run_dir>/evaluation.json`, and puts the scores on the model card.
+    Writes `<run_dir>/evaluation.json`, and adds the scores to the model card.
 
     Args:
         config: Names the run by `run_dir` or `run_id`; `device` says where to compute (bf16 autocast on CUDA alone).
         directory: The export; `<run_dir>/export` by default.
-        dataset: The precached dataset, of which the held-out files are enough; the run's own by default.
+        dataset: The precached dataset; its held-out files suffice. The run's own by default.
 
     Returns:
-        What `evaluation.json` holds: the task's scores and its baseline's, `headline`, `tokens_per_second`, `sequences`
-        (samples), every sum of `Task.score` that is a number, `sample` (what a person would look at), `confusion` (of
-        a classification), and how it was done.
+        The content of `evaluation.json`: the scores of the task and of its baseline, `headline`, `tokens_per_second`,
+        `sequences` (samples), every sum of `Task.score` that is a number, `sample` (example output), `confusion` (of a
+        classification), and the circumstances.
 
     Raises:
         ConfigError: There is no such run, export, dataset or device.
@@ -49,6 +51,7 @@ def evaluate(
     from trainer.tasks import scoring, tasks
     from trainer.worker.worker import device_of
 
+    # Find the export, the held-out data and the device.
     run = TrainedRun.find(config)
     directory = Path(directory) if directory else run.directory / "export"
     if not (directory / FACTS).is_file():
@@ -64,6 +67,7 @@ def evaluate(
     baseline = task.baseline(dataset)
     shared = scoring.shared_tensors(read_shared(dataset, manifest), device)
 
+    # Score the model and its baseline.
     chosen = evenly(len(held_out), config.eval_samples)
     size = config.per_device_train_batch_size
     sums: dict[str, Any] = {}
@@ -79,6 +83,8 @@ def evaluate(
         middle = np.roll(chosen, -(len(chosen) // 2))[:SHOWN]
         (few,) = scoring.batches(held_out, middle, SHOWN, shared, device)
         sample = task.sample(model, directory, few, run.config.seed)
+
+    # Keep the scores: for the report, on the model card, and on the hub.
     evaluation = {
         **{name: int(value) for name, value in sums.items() if isinstance(value, float) and value.is_integer()},
         **scores,
@@ -105,10 +111,10 @@ def evaluate(
 
 
 def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":
-    """The held-out samples in `directory`, where the other files of the dataset may be missing.
+    """The dataset's manifest and held-out samples. Its other files may be missing from `directory`.
 
     Raises:
-        ConfigError: They are not there, whole, or belong to other data than the model was trained on.
+        ConfigError: The samples are missing or torn, or belong to other data than the model was trained on.
     """
     from trainer.data.dataset import MANIFEST, open_split, parse_manifest
 

@@ -16,7 +16,8 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
 from trainer.export.evaluate import evaluate
-from trainer.export.export import TrainedRun, export
+from trainer.export.export import export
+from trainer.export.run import TrainedRun
 from trainer.files import read_json
 from trainer.monitor.events import EventLog
 from trainer.monitor.report import write_report
@@ -170,7 +171,9 @@ def test_below_a_chosen_checkpoint_path_each_worker_has_its_own(tmp_path: Path) 
 def test_a_recorded_configuration_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with EventLog(tmp_path / "worker-0" / "metrics.jsonl") as metrics:
         metrics.write("start", run_id="oak", worker=0, config={"run_id": "oak", "nodez": 2})
-    with pytest.raises(ConfigError, match=r"what its workers recorded cannot be used: nodez = 2: no such parameter"):
+    with pytest.raises(
+        ConfigError, match=r"the recorded configuration cannot be used: nodez = 2: no such parameter"
+    ):
         export(of(tmp_path))
 
 
@@ -268,7 +271,7 @@ def test_scores_agree_with_a_count_by_hand(made: Path, run_dir: Path) -> None:
     assert read_json(run_dir / "summary.json")["evaluation"]["bits_per_byte"] == found["bits_per_byte"]
     assert found["sample"]["prompt"] and found["sample"]["prompt"] in report
     card = (run_dir / "export" / "README.md").read_text()
-    assert f"| bits a byte | {found['bits_per_byte']:.4f} |" in card and "Not evaluated yet" not in card
+    assert f"| bits per byte | {found['bits_per_byte']:.4f} |" in card and "Not evaluated yet" not in card
     metrics = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"]
     assert {"type": "loss", "value": found["loss"]} in metrics
 
