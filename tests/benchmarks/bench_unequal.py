@@ -34,7 +34,8 @@ import numpy as np
 import psutil
 
 from trainer.files import write_json
-from trainer.monitor.report.run import RunHistory, last_finite, read_run
+from trainer.monitor.report.curves import last_finite
+from trainer.monitor.report.run import RunHistory, read_run
 from trainer.monitor.report.summary import finite
 from trainer.process import dying_with_parent
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,10 @@ from trainer.export.run import TrainedRun
 from trainer.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from trainer.data.dataset import Manifest, Samples
+    from trainer.tasks import Batch, Task
 
 SHOWN = 32  # samples of which the report shows the model's output
 
@@ -64,25 +67,18 @@ def evaluate(
     device = device_of(run.config)
     task = tasks()[facts["data"]["task"]]
     model = task.load(directory).to(device)
-    baseline = task.baseline(dataset)
     shared = scoring.shared_tensors(read_shared(dataset, manifest), device)
 
-    # Score the model and its baseline.
+    # Score the model and its baseline, and let the model show what it does.
     chosen = evenly(len(held_out), config.eval_samples)
     size = config.per_device_train_batch_size
-    sums: dict[str, Any] = {}
-    seconds, tokens = 0.0, 0
     with scoring.evaluating(model, device, run.config.seed), torch.inference_mode():
-        for samples in scoring.batches(held_out, chosen, size, shared, device):
-            began = time.perf_counter()
-            scored = task.score(model, samples)  # its `.item()` waits for a GPU
-            seconds += time.perf_counter() - began
-            tokens += task.tokens(samples)
-            scoring.add(sums, {**scored, **baseline(samples)})
-        scores = task.metrics(sums)
+        batches = scoring.batches(held_out, chosen, size, shared, device)
+        sums, tokens, seconds = _score(task, model, task.baseline(dataset), batches)
         middle = np.roll(chosen, -(len(chosen) // 2))[:SHOWN]
         (few,) = scoring.batches(held_out, middle, SHOWN, shared, device)
         sample = task.sample(model, directory, few, run.config.seed)
+    scores = task.metrics(sums)
 
     # Keep the scores: for the report, on the model card, and on the hub.
     evaluation = {
@@ -108,6 +104,23 @@ def evaluate(
     push(run.config, directory, only="README.md")
     log("held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()))
     return evaluation
+
+
+def _score(
+    task: "Task", model: "nn.Module", baseline: Callable[["Batch"], dict[str, Any]], batches: "Iterable[Batch]"
+) -> tuple[dict[str, Any], int, float]:
+    """Sums of the model's and the baseline's scores, the tokens scored, and the seconds that the model took."""
+    from trainer.tasks import scoring
+
+    sums: dict[str, Any] = {}
+    seconds, tokens = 0.0, 0
+    for samples in batches:
+        began = time.perf_counter()
+        scored = task.score(model, samples)  # its `.item()` waits for a GPU
+        seconds += time.perf_counter() - began
+        tokens += task.tokens(samples)
+        scoring.add(sums, {**scored, **baseline(samples)})
+    return sums, tokens, seconds
 
 
 def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":

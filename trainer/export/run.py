@@ -51,9 +51,7 @@ class TrainedRun:
             try:
                 trained = TrainingConfig.from_tree(recorded)
             except ConfigError as error:  # written by another version, or damaged
-                raise ConfigError(
-                    "run_dir", directory, f"the recorded configuration cannot be used: {error}"
-                ) from None
+                raise ConfigError("run_dir", directory, f"the recorded configuration cannot be used: {error}") from None
             config = _as_trained(trained, config)
         # In a pod the run directory is a worker's own volume; on one machine it holds one for each worker.
         return cls(directory, config, tuple(map(Volume.of, (*worker_configs(config), config))))

@@ -171,9 +171,7 @@ def test_below_a_chosen_checkpoint_path_each_worker_has_its_own(tmp_path: Path) 
 def test_a_recorded_configuration_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with EventLog(tmp_path / "worker-0" / "metrics.jsonl") as metrics:
         metrics.write("start", run_id="oak", worker=0, config={"run_id": "oak", "nodez": 2})
-    with pytest.raises(
-        ConfigError, match=r"the recorded configuration cannot be used: nodez = 2: no such parameter"
-    ):
+    with pytest.raises(ConfigError, match=r"the recorded configuration cannot be used: nodez = 2: no such parameter"):
         export(of(tmp_path))
 
 

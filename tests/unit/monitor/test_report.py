@@ -15,7 +15,7 @@ import pytest
 from trainer.config import TrainingConfig
 from trainer.monitor.report import markdown_summary, read_run, summary, write_comparison, write_report, write_summary
 from trainer.monitor.report.comparison import differences
-from trainer.monitor.report.run import weighted_mean
+from trainer.monitor.report.curves import weighted_mean
 from trainer.monitor.report.tables import MOST_CLASSES, MOST_CONFUSIONS
 from trainer.monitor.report.words import byte_count, seconds
 from trainer.tasks import tasks

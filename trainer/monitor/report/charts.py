@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.monitor.events import number
+from trainer.monitor.report.curves import FloatArray, Points, Worker
 from trainer.monitor.report.drawing import (
     FIRST,
     HALF,
@@ -30,7 +31,7 @@ from trainer.monitor.report.drawing import (
     round_axis,
     thin,
 )
-from trainer.monitor.report.run import FloatArray, Points, RunHistory, Worker
+from trainer.monitor.report.run import RunHistory
 from trainer.monitor.report.words import BYTES, COUNTS, TIMES, Units, byte_count, labelled, unit_of
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import Any
 
 from trainer.files import write_text
 from trainer.monitor.events import number
+from trainer.monitor.report.curves import last_finite
 from trainer.monitor.report.html import VERDICTS, page
-from trainer.monitor.report.run import RunHistory, last_finite, read_run
+from trainer.monitor.report.run import RunHistory, read_run
 from trainer.monitor.report.tables import leaves, parameters, value_text
 from trainer.monitor.report.words import byte_count, seconds
 

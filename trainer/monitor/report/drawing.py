@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.monitor.report.run import FloatArray
+from trainer.monitor.report.curves import FloatArray
 from trainer.monitor.report.words import digits
 
 if TYPE_CHECKING:

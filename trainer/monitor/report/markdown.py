@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.monitor.report import tables
+from trainer.monitor.report.curves import last_finite
 from trainer.monitor.report.html import VERDICTS, title
-from trainer.monitor.report.run import RunHistory, last_finite, read_run
+from trainer.monitor.report.run import RunHistory, read_run
 from trainer.monitor.report.words import byte_count, count, seconds, short
 
 # Punctuation that Markdown, or a table of it, reads as markup.

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.files import write_json
-from trainer.monitor.report.run import RunHistory, last_finite, read_run
+from trainer.monitor.report.curves import last_finite
+from trainer.monitor.report.run import RunHistory, read_run
 
 
 def write_summary(run_dir: Path | str) -> Path:

@@ -9,7 +9,8 @@ import numpy as np
 
 from trainer.config import UNSET, Parameter, TrainingConfig
 from trainer.monitor.events import number
-from trainer.monitor.report.run import FloatArray, RunHistory
+from trainer.monitor.report.curves import FloatArray
+from trainer.monitor.report.run import RunHistory
 from trainer.monitor.report.words import byte_count, plain, seconds
 from trainer.tasks import Task, tasks
 
