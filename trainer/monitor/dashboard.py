@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.filesize import decimal as bytes_text
 
@@ -237,23 +237,9 @@ class Dashboard:
         return Group(*parts)
 
 
-class View(Protocol):
-    """Shows a dashboard."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def show(self, message: str) -> None:
-        """Print a line that stays."""
-
-    def refresh(self) -> None:
-        """Show the dashboard's present state."""
-
-
 def view(
     dashboard: Dashboard, write: Callable[[str], None] | None = None, timeouts: MonitorTimeouts | None = None
-) -> View:
+) -> "View":
     """A live view if standard output is a terminal, else plain lines, which `write` prints."""
     return Live(dashboard) if sys.stdout.isatty() else Plain(dashboard, write, timeouts)
 
@@ -280,9 +266,11 @@ class Plain:
         self._write_heading()
 
     def show(self, message: str) -> None:
+        """Print a line that stays."""
         self._write(message)
 
     def refresh(self) -> None:
+        """Print what is new on the dashboard."""
         dashboard, now = self._dashboard, time.monotonic()
         if not self._headed:
             self._headed = True
@@ -321,10 +309,14 @@ class Live:
         self._live.stop()
 
     def show(self, message: str) -> None:
+        """Print a line that stays, above the dashboard."""
         self._console.print(message, markup=False, highlight=False)
 
     def refresh(self) -> None:
         self._live.update(self._dashboard.draw(), refresh=True)
+
+
+View = Plain | Live
 
 
 def sparkline(values: Sequence[float]) -> str:

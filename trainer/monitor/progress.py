@@ -83,7 +83,7 @@ class WorkerProgress(WorkerRow):
 
     def _on_end(self, event: Event) -> None:
         self.state = event["status"]
-        self._reach(event.get("step", self.step), event)
+        self._reach(event.get("step", self.step or 0), event)
         self.reason, self.pid = event.get("reason") or "", None
         if self.state != "complete":
             self._changed(event["time"], f"left: {self.reason}" if self.state == "stopped" else self.state)

@@ -24,7 +24,7 @@ def events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_sink_that_fails_is_switched_off_and_told_of(tmp_path: Path) -> None:
+def test_a_sink_that_fails_is_switched_off_and_reported(tmp_path: Path) -> None:
     class Full:
         name = "the sink"
         told = 0
@@ -45,7 +45,7 @@ def test_a_sink_that_fails_is_switched_off_and_told_of(tmp_path: Path) -> None:
     assert full.told == 1
 
 
-def test_a_sink_that_cannot_be_set_up_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_that_cannot_be_set_up_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no such entity")
 
@@ -81,7 +81,7 @@ def test_prometheus_serves_what_events_say(tmp_path: Path) -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
 
 
-def test_a_metrics_port_that_is_taken_is_told_of(tmp_path: Path) -> None:
+def test_a_metrics_port_that_is_taken_is_reported(tmp_path: Path) -> None:
     with listen("0.0.0.0") as taken, EventLog(tmp_path / "metrics.jsonl") as written:
         config = TrainingConfig(wandb_logging=False, metrics_port=taken.getsockname()[1])
         assert sinks(config, 0, tmp_path, written.warn) == []
