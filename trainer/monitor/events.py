@@ -58,7 +58,8 @@ class EventLog:
         self._file = path.open("a", encoding="utf-8")
         self.sinks: list[Sink] = []
         self._lock = threading.Lock()  # checkpoints are written by a thread of their own
-        self._handler: logging.Handler | None = None
+        self._captured: logging.Logger | None = None
+        self._handler = _WarningHandler(lambda message: self.write("warning", message=message))
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; its `time` is now."""
@@ -89,12 +90,11 @@ class EventLog:
         Args:
             name: The logger to listen to, with all loggers below it.
         """
-        self._handler = _WarningHandler(lambda message: self.write("warning", message=message))
         self._captured = logging.getLogger(name)
         self._captured.addHandler(self._handler)
 
     def close(self) -> None:
-        if self._handler is not None:
+        if self._captured is not None:
             self._captured.removeHandler(self._handler)
         for sink in self.sinks:
             sink.close()
