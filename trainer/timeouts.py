@@ -80,7 +80,21 @@ class LaunchTimeouts:
 
 @dataclass(frozen=True)
 class MonitorTimeouts:
-    """Of `trainer.monitor`."""
+    """Timeouts and intervals of `trainer.monitor`.
+
+    Attributes:
+        wandb: For the server of Weights & Biases to let a run begin, and again to take the rest at the end.
+        wandb_close: For the whole of it, if training ends before the run could begin.
+        plain: Between two lines of the plain view while no round ends.
+        rate: The window, at least, over which the time per step is measured.
+        look: Between two looks of `status --watch` at etcd, at least.
+    """
+
+    wandb: float = 10.0
+    wandb_close: float = 25.0
+    plain: float = 15.0
+    rate: float = 60.0
+    look: float = 1.0
 
 
 @dataclass(frozen=True)

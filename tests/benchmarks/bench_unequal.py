@@ -34,7 +34,9 @@ import numpy as np
 import psutil
 
 from trainer.files import write_json
-from trainer.monitor.report.run import RunRecord, finite, last_finite, read_run
+from trainer.monitor.report.curves import last_finite
+from trainer.monitor.report.run import RunHistory, read_run
+from trainer.monitor.report.summary import finite
 from trainer.process import dying_with_parent
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +67,7 @@ def limited(share: float) -> Iterator[Callable[[int], None]]:
         own.rmdir()
 
 
-def launched(directory: Path, shares: Sequence[float], **values: Any) -> RunRecord:
+def launched(directory: Path, shares: Sequence[float], **values: Any) -> RunHistory:
     """One run, to its end; the workers have these shares of a core, 0 standing for no limit."""
     settings = {
         "config": ROOT / "trainer" / "recipes" / "stdlib.yaml",
@@ -120,13 +122,13 @@ def agents(launcher: int) -> Iterator[tuple[int, int]]:
         return
 
 
-def speed_alone(run: RunRecord) -> float:
+def speed_alone(run: RunHistory) -> float:
     (worker,) = run.workers
     seconds, samples = worker.steps["seconds"][1:], worker.steps["samples"][1:]
     return float(samples.sum() / seconds.sum())
 
 
-def row(run: RunRecord, alone: float, loss: float) -> dict[str, float]:
+def row(run: RunHistory, alone: float, loss: float) -> dict[str, float]:
     """What the table shows of a run."""
     _, waited = run.over_rounds("sync_seconds")
     _, seconds = run.over_rounds("seconds")

@@ -34,6 +34,7 @@ from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import etcd_binary
 from trainer.etcd.errors import EtcdError
 from trainer.files import write_json, write_text
+from trainer.monitor.events import EventReader
 from trainer.process import dying_with_parent, listen
 from trainer.volume import Volume
 
@@ -187,7 +188,7 @@ class Run:
         self.client = EtcdClient.of(self.config)
         self.pods: list[Pod] = []
         self.settled = 0.0  # when the first quorum that a test has waited for stood: faults come after it
-        self._read: dict[int, tuple[int, list[Event]]] = {}
+        self._read: dict[int, tuple[EventReader, list[Event]]] = {}
 
     def start(self, slot: int, inside: Sequence[str] = ()) -> Pod:
         """Start a pod on the volume `slot`, which may have been used before; `inside`: a command to run it with."""
@@ -205,18 +206,10 @@ class Run:
 
     def events(self, slot: int) -> list[Event]:
         """Everything in a worker's metrics.jsonl."""
-        offset, events = self._read.get(slot, (0, []))
-        path = self.directory / f"worker-{slot}" / "metrics.jsonl"
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break  # it is being written, or was when its process died
-                    offset += len(line)
-                    with suppress(ValueError):  # torn by a kill
-                        events.append(json.loads(line))
-        self._read[slot] = offset, events
+        if slot not in self._read:
+            self._read[slot] = EventReader(self.directory / f"worker-{slot}" / "metrics.jsonl"), []
+        reader, events = self._read[slot]
+        events += reader.read()
         return events
 
     def lives(self, slot: int) -> list[list[Event]]:

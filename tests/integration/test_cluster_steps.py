@@ -30,6 +30,7 @@ from trainer.kubernetes.steps.precache import precache
 from trainer.kubernetes.steps.results import take
 from trainer.kubernetes.steps.session import Session, Workflow, has_ended
 from trainer.kubernetes.steps.training import Trained, train
+from trainer.timeouts import MonitorTimeouts
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -630,7 +631,7 @@ def test_silence_is_named_and_what_was_said_meanwhile_is_read_afterwards(
 ) -> None:
     monkeypatch.setattr(pods, "SILENCE", 0.5)
     monkeypatch.setattr(client, "LOG_TIMEOUT", 0.3)
-    monkeypatch.setattr("trainer.monitor.dashboard.PLAIN_INTERVAL", 0.2)
+    monkeypatch.setattr("trainer.monitor.dashboard.MonitorTimeouts", lambda: MonitorTimeouts(plain=0.2))
     here = place.session()
     here.client.patience = 0.0
     silent = f"no news of worker 0, worker 1 for 1 min: {who} does not answer"
@@ -672,7 +673,7 @@ def test_one_silent_node_does_not_hide_what_the_others_do(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "LOG_TIMEOUT", 0.3)
-    monkeypatch.setattr("trainer.monitor.dashboard.PLAIN_INTERVAL", 0.1)
+    monkeypatch.setattr("trainer.monitor.dashboard.MonitorTimeouts", lambda: MonitorTimeouts(plain=0.1))
 
     def talk(cluster: Cluster, pod: Object, life: int) -> None:
         number = int(pod["metadata"]["labels"]["diloco-pipelines/worker"])

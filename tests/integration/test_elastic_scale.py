@@ -18,7 +18,8 @@ from trainer.data import precache_all
 from trainer.errors import ConfigError, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.files import write_json
-from trainer.launch.scale import LAUNCHED, find, scale
+from trainer.launch.scale import scale
+from trainer.monitor.find_run import LAUNCHED, find
 from trainer.monitor.status import RunStatus, look, status
 
 VALUES: dict[str, Any] = {

@@ -18,7 +18,7 @@ import pytest
 
 from trainer import data
 from trainer.config import TrainingConfig
-from trainer.monitor.events import WANDB_CLOSE_TIMEOUT
+from trainer.timeouts import MonitorTimeouts
 from trainer.volume import Volume, worker_configs
 
 pytestmark = pytest.mark.timeout(600)  # the first test pays for four trainings
@@ -144,7 +144,9 @@ def test_training_does_not_wait_and_ends(manner: str, trained: dict[str, "Future
     assert [event["step"] for event in run.events if event["event"] == "step"] == list(range(1, STEPS + 1))
     if manner == "hangs":  # and is given up after a while
         assert run.time_of("step") < run.time_of("warning")
-    assert run.ended - run.time_of("end") < WANDB_CLOSE_TIMEOUT + 60  # and what wandb does when a process exits
+    assert (
+        run.ended - run.time_of("end") < MonitorTimeouts().wandb_close + 60
+    )  # and what wandb does when a process exits
     assert (run.asked > 0) == (manner != "refuses")
 
 

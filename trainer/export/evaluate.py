@@ -1,20 +1,25 @@
-"""Evaluate: score the export, as others will load it, on held-out data that training never saw."""
+"""Evaluation: scores of the export, loaded as others load it, on held-out data that training never sees."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
-from trainer.export.export import FACTS, TrainedRun, add_scores, push
+from trainer.export.hub import push
+from trainer.export.model_card import FACTS, add_scores
+from trainer.export.run import TrainedRun
 from trainer.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Manifest, Samples
+    from torch import nn
 
-SHOWN = 32  # samples that a person may look at
+    from trainer.data.dataset import Manifest, Samples
+    from trainer.tasks import Batch, Task
+
+SHOWN = 32  # samples of which the report shows the model's output
 
 
 def evaluate(
@@ -23,19 +28,19 @@ def evaluate(
     dataset: Path | str | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Score a run's export on at most `eval_samples` held-out samples, taken evenly from the whole split.
+    """Score a run's export on at most `eval_samples` held-out samples, spread evenly over the split.
 
-    Writes `<run_dir>/evaluation.json`, and puts the scores on the model card.
+    Writes `<run_dir>/evaluation.json`, and adds the scores to the model card.
 
     Args:
         config: Names the run by `run_dir` or `run_id`; `device` says where to compute (bf16 autocast on CUDA alone).
         directory: The export; `<run_dir>/export` by default.
-        dataset: The precached dataset, of which the held-out files are enough; the run's own by default.
+        dataset: The precached dataset; its held-out files suffice. The run's own by default.
 
     Returns:
-        What `evaluation.json` holds: the task's scores and its baseline's, `headline`, `tokens_per_second`, `sequences`
-        (samples), every sum of `Task.score` that is a number, `sample` (what a person would look at), `confusion` (of
-        a classification), and how it was done.
+        The content of `evaluation.json`: the scores of the task and of its baseline, `headline`, `tokens_per_second`,
+        `sequences` (samples), every sum of `Task.score` that is a number, `sample` (example output), `confusion` (of a
+        classification), and the circumstances.
 
     Raises:
         ConfigError: There is no such run, export, dataset or device.
@@ -45,10 +50,11 @@ def evaluate(
 
     from trainer.data.arrays import read_shared
     from trainer.data.sampling import evenly
-    from trainer.monitor.report.run import finite
+    from trainer.monitor.report.summary import finite
     from trainer.tasks import scoring, tasks
     from trainer.worker.worker import device_of
 
+    # Find the export, the held-out data and the device.
     run = TrainedRun.find(config)
     directory = Path(directory) if directory else run.directory / "export"
     if not (directory / FACTS).is_file():
@@ -61,24 +67,20 @@ def evaluate(
     device = device_of(run.config)
     task = tasks()[facts["data"]["task"]]
     model = task.load(directory).to(device)
-    baseline = task.baseline(dataset)
     shared = scoring.shared_tensors(read_shared(dataset, manifest), device)
 
+    # Score the model and its baseline, and let the model show what it does.
     chosen = evenly(len(held_out), config.eval_samples)
     size = config.per_device_train_batch_size
-    sums: dict[str, Any] = {}
-    seconds, tokens = 0.0, 0
     with scoring.evaluating(model, device, run.config.seed), torch.inference_mode():
-        for samples in scoring.batches(held_out, chosen, size, shared, device):
-            began = time.perf_counter()
-            scored = task.score(model, samples)  # its `.item()` waits for a GPU
-            seconds += time.perf_counter() - began
-            tokens += task.tokens(samples)
-            scoring.add(sums, {**scored, **baseline(samples)})
-        scores = task.metrics(sums)
+        batches = scoring.batches(held_out, chosen, size, shared, device)
+        sums, tokens, seconds = _score(task, model, task.baseline(dataset), batches)
         middle = np.roll(chosen, -(len(chosen) // 2))[:SHOWN]
         (few,) = scoring.batches(held_out, middle, SHOWN, shared, device)
         sample = task.sample(model, directory, few, run.config.seed)
+    scores = task.metrics(sums)
+
+    # Keep the scores: for the report, on the model card, and on the hub.
     evaluation = {
         **{name: int(value) for name, value in sums.items() if isinstance(value, float) and value.is_integer()},
         **scores,
@@ -104,11 +106,28 @@ def evaluate(
     return evaluation
 
 
+def _score(
+    task: "Task", model: "nn.Module", baseline: Callable[["Batch"], dict[str, Any]], batches: "Iterable[Batch]"
+) -> tuple[dict[str, Any], int, float]:
+    """Sums of the model's and the baseline's scores, the tokens scored, and the seconds that the model took."""
+    from trainer.tasks import scoring
+
+    sums: dict[str, Any] = {}
+    seconds, tokens = 0.0, 0
+    for samples in batches:
+        began = time.perf_counter()
+        scored = task.score(model, samples)  # its `.item()` waits for a GPU
+        seconds += time.perf_counter() - began
+        tokens += task.tokens(samples)
+        scoring.add(sums, {**scored, **baseline(samples)})
+    return sums, tokens, seconds
+
+
 def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":
-    """The held-out samples in `directory`, where the other files of the dataset may be missing.
+    """The dataset's manifest and held-out samples. Its other files may be missing from `directory`.
 
     Raises:
-        ConfigError: They are not there, whole, or belong to other data than the model was trained on.
+        ConfigError: The samples are missing or torn, or belong to other data than the model was trained on.
     """
     from trainer.data.dataset import MANIFEST, open_split, parse_manifest
 

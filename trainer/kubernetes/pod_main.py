@@ -76,19 +76,21 @@ def _train(config: TrainingConfig, slot: int | None) -> int:
     """One node's agent; its workers' metrics are said aloud."""
     from trainer.files import write_json
     from trainer.launch.agent import run_agent
-    from trainer.monitor.progress import Tail
+    from trainer.monitor.events import EventReader
 
     own = Path(config.run_dir) / "config.json"
     write_json(own, config.model_dump(mode="json"))
-    tails = {rank: Tail(Volume.of(config, rank).metrics) for rank in range(config.elastic.nproc_per_node)}
+    readers = {
+        rank: EventReader(Volume.of(config, rank).metrics, last=0) for rank in range(config.elastic.nproc_per_node)
+    }
     ended = threading.Event()
 
     def echo() -> None:
         last = False
         while not last:
             last = ended.wait(_ECHO_INTERVAL)
-            for rank, tail in tails.items():
-                for event in tail.read():
+            for rank, reader in readers.items():
+                for event in reader.read():
                     _tell(METRICS, {"local_rank": rank, **event})
 
     echoing = threading.Thread(target=echo)

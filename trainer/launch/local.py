@@ -22,8 +22,9 @@ from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
 from trainer.launch.agent_process import AgentProcess
-from trainer.launch.scale import DESIRED, LAUNCHED, with_nodes
+from trainer.launch.scale import DESIRED, with_nodes
 from trainer.monitor.dashboard import Board, View, view
+from trainer.monitor.find_run import LAUNCHED
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.timeouts import LaunchTimeouts
 from trainer.volume import Volume, worker_configs

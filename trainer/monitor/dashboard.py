@@ -1,6 +1,6 @@
-"""The view of a run while it trains, the same however one sees it: on a terminal redrawn in place, else plain lines.
+"""The dashboard of a run while it trains: redrawn in place on a terminal, else plain lines.
 
-`launch` and the step on a cluster fill a `Board` from the workers' `metrics.jsonl`, `status` from etcd.
+`launch` and the train step on a cluster fill a `Dashboard` from the workers' `metrics.jsonl`, `status` from etcd.
 """
 
 import sys
@@ -8,111 +8,155 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from datetime import timedelta
+from typing import Any, Self
 
-PLAIN_INTERVAL = 15.0  # seconds between two plain lines when no round ends
-MOST_EVENTS = 6  # that the live view shows
-MOST_LOSSES = 40  # that the sparkline shows
-PACE_WINDOW = 60.0  # seconds over which the pace is measured, at least
+from rich.filesize import decimal as bytes_text
+
+from trainer.timeouts import MonitorTimeouts
+
+MOST_EVENTS = 6  # shown in the live view
+MOST_LOSSES = 40  # shown in the sparkline
 BARS = "▁▂▃▄▅▆▇█"
-SILENT = "no news"  # the state of a worker whose events cannot be read just now
-AWAY = ("joining", "stopped", "failed", "died", SILENT)  # states of workers that do not say where the run is
+NO_NEWS = "no news"  # the state of a worker whose events cannot be read at present
+AWAY = ("joining", "stopped", "failed", "died", NO_NEWS)  # states of workers whose step is not that of the run
 
 
-@dataclass(frozen=True)
-class Row:
-    """A worker. None: not known.
+@dataclass
+class WorkerRow:
+    """A worker as the views show it. None or "": not known.
 
     Attributes:
-        state: One word, or two.
+        state: What it is doing, in one or two words.
         loss: Of its last inner steps.
-        held_out: Loss of its share of the held-out samples.
-        speed: Samples a second.
-        bytes: Sent and received.
-        note: What else there is to say.
+        held_out: Loss on its part of the held-out samples.
+        speed: Samples per second.
+        bytes: Sent and received by its process.
+        samples: Consumed by its process.
         at: When it reached its step, in Unix seconds by its own clock.
+        lag: Committed rounds that it has yet to catch up with.
+        member: Its id as a member; "" before it has joined.
+        node, host, pid: Where it runs.
+        silent: Its events cannot be read at present: the other fields may be out of date.
     """
 
     worker: int
-    state: str
+    state: str = "starting"
     step: int | None = None
     round: int | None = None
     loss: float | None = None
     held_out: float | None = None
     speed: float | None = None
     bytes: int | None = None
-    note: str = ""
+    samples: int | None = None
     at: float | None = None
+    lag: int = 0
+    member: str = ""
+    node: str = ""
+    host: str = ""
+    pid: int | None = None
+    silent: bool = False
+
+    @property
+    def shown_state(self) -> str:
+        return NO_NEWS if self.silent and self.state == "training" else self.state
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """The row as text, by column."""
+        host = f"on {self.host}" if self.host else ""
+        age = f"reported {max(0.0, time.time() - self.at):.0f} s ago" if self.host and self.at is not None else ""
+        behind = f"{self.lag} rounds behind" if self.lag else ""
+        return {
+            "worker": str(self.worker),
+            "state": self.shown_state,
+            "step": "" if self.step is None else str(self.step),
+            "round": "" if self.round is None else str(self.round),
+            "loss": "" if self.loss is None else f"{self.loss:.4f}",
+            "held-out loss": "" if self.held_out is None else f"{self.held_out:.4f}",
+            "samples/s": "" if self.speed is None else f"{self.speed:.1f}",
+            "exchanged": "" if self.bytes is None else bytes_text(self.bytes),
+            "": ", ".join(filter(None, (host, age, behind))),
+        }
+
+    def __str__(self) -> str:
+        return "  ".join(f"{column} {text}".strip() for column, text in self.cells.items() if text)
 
 
 @dataclass(frozen=True)
-class Happening:
-    """That a worker joined, left, died or was late; `time` in Unix seconds."""
+class MembershipEvent:
+    """A worker joined, left, died or was late; `time` in Unix seconds."""
 
     time: float
     worker: int
     what: str
 
     def __str__(self) -> str:
-        return f"{time.strftime('%H:%M:%S', time.localtime(self.time))}  worker {self.worker} {self.what}"
+        return f"{_clock_time(self.time)}  worker {self.worker} {self.what}"
 
 
-class Board:
-    """What is known of a run.
+class Dashboard:
+    """The state of a run, as the views show it.
 
     Attributes:
         heading: Lines above the workers.
         step: The schedule position that the run has reached.
-        round: The committed rounds.
-        losses: The workers' mean loss when each round was seen to be committed.
-        happenings: All of them, oldest first.
+        round: The number of committed rounds.
+        losses: The workers' mean loss whenever a round was committed.
+        events: Changes of the membership, oldest first.
         silent_since: Since when there is no news of any worker, in Unix seconds; None: there is.
     """
 
-    def __init__(self, total_steps: int | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        total_steps: int | None = None,
+        clock: Callable[[], float] = time.time,
+        timeouts: MonitorTimeouts | None = None,
+    ) -> None:
         self.total_steps = total_steps
-        self._clock = clock
         self.heading: Sequence[str] = ()
-        self.rows: Sequence[Row] = ()
+        self.rows: Sequence[WorkerRow] = ()
         self.step = self.round = 0
         self.losses: list[float] = []
-        self.happenings: list[Happening] = []
+        self.events: list[MembershipEvent] = []
         self.silent_since: float | None = None
+        self._clock, self._window = clock, (timeouts or MonitorTimeouts()).rate
         self._started = clock()
-        self._places: deque[tuple[float, int]] = deque()  # when which step was reached
-        self._moved = clock()  # when the last of them was seen
-        self._behind: dict[int, float] = {}  # by worker: how far its clock is behind ours, or more by what news takes
+        self._reached: deque[tuple[float, int]] = deque()  # when the run reached which step
+        self._moved = clock()  # when we saw the newest of them
+        # By worker: how far its clock is behind ours, plus the shortest delay of its news.
+        self._behind: dict[int, float] = {}
 
-    def fill(self, rows: Sequence[Row], *, step: int | None = None, round: int | None = None) -> None:
-        """Take in how the workers are now.
+    def fill(self, rows: Sequence[WorkerRow], *, step: int | None = None, round: int | None = None) -> None:
+        """Take in the workers' present state.
 
         Args:
-            step, round: The run's; what the slowest worker under way has reached, if they are not known.
+            step, round: The run's. By default those of the slowest worker that trains.
         """
         self.rows = rows
         for row in rows:
             if row.at is not None:
                 behind = self._clock() - row.at
                 self._behind[row.worker] = min(behind, self._behind.get(row.worker, behind))
-        under_way = [row for row in rows if row.state not in AWAY] or rows
+
+        # The run is where its slowest worker is.
+        training = [row for row in rows if row.shown_state not in AWAY] or rows
         before = self.round
-        self.step = min((row.step or 0 for row in under_way), default=0) if step is None else step
-        self.round = min((row.round or 0 for row in under_way), default=0) if round is None else round
+        self.step = min((row.step or 0 for row in training), default=0) if step is None else step
+        self.round = min((row.round or 0 for row in training), default=0) if round is None else round
         if self.round > before and self.loss is not None:
             self.losses.append(self.loss)
-        if not self._places or self.step != self._places[-1][1]:
-            if self._places and self.step < self._places[-1][1]:
-                self._places.clear()  # the run goes on from a checkpoint
-            self._moved = self._clock()
-            # By the workers' own clocks, where they tell: what is heard all at once has not happened all at once.
-            reached = [self._ours(row.worker, row.at) for row in under_way if row.at and row.step == self.step]
-            self._places.append((max(reached, default=self._moved), self.step))
-        while len(self._places) > 4 and self._places[1][0] < self._places[-1][0] - PACE_WINDOW:
-            self._places.popleft()
 
-    def _ours(self, worker: int, at: float) -> float:
-        """A time by a worker's clock as one by ours: workers' clocks may be minutes apart."""
-        return at + self._behind[worker]
+        # Remember when it got there.
+        if not self._reached or self.step != self._reached[-1][1]:
+            if self._reached and self.step < self._reached[-1][1]:
+                self._reached.clear()  # the run resumes from a checkpoint
+            self._moved = self._clock()
+            # By the workers' clocks, moved to ours: after an outage we hear at once what happened over minutes.
+            times = [row.at + self._behind[row.worker] for row in training if row.at and row.step == self.step]
+            self._reached.append((max(times, default=self._moved), self.step))
+        while len(self._reached) > 4 and self._reached[1][0] < self._reached[-1][0] - self._window:
+            self._reached.popleft()
 
     @property
     def loss(self) -> float | None:
@@ -121,22 +165,21 @@ class Board:
         return sum(losses) / len(losses) if losses else None
 
     @property
-    def left(self) -> float | None:
-        """Seconds until the run is complete at its pace, waiting and all; None before that is known, and while there
-        is no news.
+    def seconds_left(self) -> float | None:
+        """Seconds until the run is complete at its present rate, waiting included; None while that is not known.
 
-        The first place does not count: how long before we looked it was reached, nobody knows.
+        The first step seen is left out: it may have been reached long before we looked.
         """
-        if self.total_steps is None or len(self._places) < 3 or self.silent_since is not None:
+        if self.total_steps is None or len(self._reached) < 3 or self.silent_since is not None:
             return None
-        (first, from_step), (last, to_step) = self._places[1], self._places[-1]
+        (first, from_step), (last, to_step) = self._reached[1], self._reached[-1]
         if last <= first:  # a clock was set back
             return None
-        stands = max(0.0, self._clock() - self._moved)
-        usual = (last - first) / (len(self._places) - 2)
-        overdue = max(0.0, stands - 2 * usual)  # it stands still: that is its pace, too
+        waiting = max(0.0, self._clock() - self._moved)
+        usual = (last - first) / (len(self._reached) - 2)
+        overdue = max(0.0, waiting - 2 * usual)  # a run that stands still becomes slower
         seconds = (last - first + overdue) / max(1, to_step - from_step)
-        return max(0.0, (self.total_steps - self.step) * seconds - stands)
+        return max(0.0, (self.total_steps - self.step) * seconds - waiting)
 
     def line(self) -> str:
         """The run in one line."""
@@ -146,71 +189,74 @@ class Board:
             parts.append(f"loss {self.loss:.4f}")
         parts.append(f"{sum(row.speed or 0 for row in self.rows):.1f} samples/s")
         if any(row.bytes is not None for row in self.rows):
-            parts.append(f"{bytes_text(sum(row.bytes or 0 for row in self.rows) / 2)} exchanged")
-        if outlook := self._outlook():
-            parts.append(outlook)
-        parts += [f"worker {row.worker}: {row.state}" for row in self.rows if row.state != "training"]
+            parts.append(f"{bytes_text(sum(row.bytes or 0 for row in self.rows) // 2)} exchanged")
+        parts += filter(None, [self._outlook()])
+        parts += [f"worker {row.worker}: {row.shown_state}" for row in self.rows if row.shown_state != "training"]
         return "  ".join(parts)
 
     def _outlook(self) -> str:
-        """The time that is left; or why it is not known, if that is known."""
+        """The time left, or why it is not known, or ""."""
         if self.silent_since is not None:
-            return f"no news since {time.strftime('%H:%M:%S', time.localtime(self.silent_since))}"
-        left = self.left
-        return "" if left is None else f"{duration(left)} left"
+            return f"no news since {_clock_time(self.silent_since)}"
+        left = self.seconds_left
+        return "" if left is None else f"{_duration(left)} left"
 
     def draw(self) -> Any:
-        """The run as rich draws it."""
+        """The run as something that rich prints."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        parts: list[Any] = [Text(line) for line in self.heading]
-        parts.append(_table([_cells(row, self.total_steps) for row in self.rows]))
+        # One row per worker: text on the left, numbers on the right.
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for column in self.rows[0].cells if self.rows else ():
+            table.add_column(column, justify="left" if column in ("worker", "state", "") else "right")
+        for row in self.rows:
+            cells = row.cells
+            if cells["step"] and self.total_steps is not None:
+                cells["step"] += f"/{self.total_steps}"
+            table.add_row(*cells.values())
+        parts: list[Any] = [*map(Text, self.heading), table]
+
+        # The run: progress, loss, and what happened last.
         if self.total_steps:
             bar = Table.grid(padding=(0, 2))
             bar.add_row(
                 ProgressBar(total=self.total_steps, completed=self.step, width=40),
                 f"{100 * self.step / self.total_steps:.0f} %",
                 f"round {self.round}",
-                f"{duration(self._clock() - self._started)} watched",
+                f"{_duration(self._clock() - self._started)} watched",
                 self._outlook(),
             )
             parts.append(bar)
         if len(self.losses) > 1:
             shown = self.losses[-MOST_LOSSES:]
             parts.append(Text(f"loss of {len(shown)} rounds  {shown[0]:.4f} {sparkline(shown)} {shown[-1]:.4f}"))
-        parts += [Text(str(happening), style="dim") for happening in self.happenings[-MOST_EVENTS:]]
+        parts += [Text(str(event), style="dim") for event in self.events[-MOST_EVENTS:]]
         return Group(*parts)
 
 
-class View(Protocol):
-    """Shows a board."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def show(self, message: str) -> None:
-        """A line that stays."""
-
-    def refresh(self) -> None:
-        """Show the board as it is now."""
-
-
-def view(board: Board, write: Callable[[str], None] | None = None) -> View:
+def view(
+    dashboard: Dashboard, write: Callable[[str], None] | None = None, timeouts: MonitorTimeouts | None = None
+) -> "View":
     """A live view if standard output is a terminal, else plain lines, which `write` prints."""
-    return Live(board) if sys.stdout.isatty() else Plain(board, write)
+    return Live(dashboard) if sys.stdout.isatty() else Plain(dashboard, write, timeouts)
 
 
 class Plain:
-    """A line for each round and for what happens to workers, one now and then; the heading at the start and the end."""
+    """Prints a line per round and membership event, one in a while otherwise, and the heading at start and end."""
 
-    def __init__(self, board: Board, write: Callable[[str], None] | None = None) -> None:
-        self._board = board
+    def __init__(
+        self,
+        dashboard: Dashboard,
+        write: Callable[[str], None] | None = None,
+        timeouts: MonitorTimeouts | None = None,
+    ) -> None:
+        self._dashboard = dashboard
         self._write = write or (lambda line: print(line, flush=True))
-        self._round, self._said, self._told = 0, time.monotonic(), 0
+        self._interval = (timeouts or MonitorTimeouts()).plain
+        self._round, self._written, self._events = 0, time.monotonic(), 0
         self._headed = self._silent = False
 
     def __enter__(self) -> Self:
@@ -220,35 +266,37 @@ class Plain:
         self._write_heading()
 
     def show(self, message: str) -> None:
+        """Print a line that stays."""
         self._write(message)
 
     def refresh(self) -> None:
-        board, now = self._board, time.monotonic()
+        """Print what is new on the dashboard."""
+        dashboard, now = self._dashboard, time.monotonic()
         if not self._headed:
             self._headed = True
             self._write_heading()
-        for happening in board.happenings[self._told :]:
-            self._write(str(happening))
-        self._told = len(board.happenings)
-        silent = board.silent_since is not None
-        stale = silent and self._silent  # the same line again would say nothing new
-        if board.round > self._round or (now - self._said >= PLAIN_INTERVAL and not stale):
-            self._round, self._said, self._silent = max(board.round, self._round), now, silent
-            self._write(board.line())
+        for event in dashboard.events[self._events :]:
+            self._write(str(event))
+        self._events = len(dashboard.events)
+        silent = dashboard.silent_since is not None
+        repeated = silent and self._silent  # the same line again would say nothing new
+        if dashboard.round > self._round or (now - self._written >= self._interval and not repeated):
+            self._round, self._written, self._silent = max(dashboard.round, self._round), now, silent
+            self._write(dashboard.line())
 
     def _write_heading(self) -> None:
-        for line in self._board.heading:
+        for line in self._dashboard.heading:
             self._write(line)
 
 
 class Live:
-    """The board, redrawn in place."""
+    """Redraws the dashboard in place."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, dashboard: Dashboard) -> None:
         from rich.console import Console
         from rich.live import Live as RichLive
 
-        self._board = board
+        self._dashboard = dashboard
         self._console = Console()
         self._live = RichLive(console=self._console, auto_refresh=False, redirect_stderr=False)
 
@@ -261,14 +309,19 @@ class Live:
         self._live.stop()
 
     def show(self, message: str) -> None:
+        """Print a line that stays, above the dashboard."""
         self._console.print(message, markup=False, highlight=False)
 
     def refresh(self) -> None:
-        self._live.update(self._board.draw(), refresh=True)
+        self._live.update(self._dashboard.draw(), refresh=True)
+
+
+View = Plain | Live
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """
+    """Draw numbers as a line of bars.
+
     >>> sparkline([3.0, 2.0, 1.0])
     '█▅▁'
     """
@@ -277,47 +330,12 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[round((value - low) * scale)] for value in values)
 
 
-def duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
-def bytes_text(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def _clock_time(moment: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(moment))
 
 
-def row_text(row: Row) -> str:
-    """A worker in one line."""
-    return "  ".join(f"{name} {text}".strip() for name, text in _cells(row).items() if text)
-
-
-def _cells(row: Row, total_steps: int | None = None) -> dict[str, str]:
-    of = "" if total_steps is None else f"/{total_steps}"
-    return {
-        "worker": str(row.worker),
-        "state": row.state,
-        "step": "" if row.step is None else f"{row.step}{of}",
-        "round": "" if row.round is None else str(row.round),
-        "loss": "" if row.loss is None else f"{row.loss:.4f}",
-        "held-out loss": "" if row.held_out is None else f"{row.held_out:.4f}",
-        "samples/s": "" if row.speed is None else f"{row.speed:.1f}",
-        "exchanged": "" if row.bytes is None else bytes_text(row.bytes),
-        "": row.note,
-    }
-
-
-def _table(rows: Sequence[dict[str, str]]) -> Any:
-    """A rich table of workers: text on the left, numbers on the right."""
-    from rich.table import Table
-
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for column in rows[0] if rows else ():
-        drawn.add_column(column, justify="left" if column in ("worker", "state", "") else "right")
-    for row in rows:
-        drawn.add_row(*row.values())
-    return drawn
+Board = Dashboard  # its name until `launch` and `kubernetes` use the new one

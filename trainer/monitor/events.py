@@ -1,8 +1,8 @@
-"""What a worker tells of itself: `metrics.jsonl`, Weights & Biases and Prometheus.
+"""The events of a worker, `metrics.jsonl`: one writer (`EventLog`) and one reader (`EventReader`, `effective`).
 
-`metrics.jsonl` is the record that everything else reads: one JSON object a line, flushed as it happens. `event` is one
-of start, step, round, eval, checkpoint, membership, warning and end, `time` is in Unix seconds. Numbers that JSON does
-not have (NaN, infinities) are null.
+Every other view of a run is made from this file: one JSON object a line, flushed as it happens. `event` is one of
+start, step, round, eval, checkpoint, membership, warning and end; `time` is in Unix seconds. NaN and infinities, which
+JSON does not have, are written as null.
 """
 
 import json
@@ -11,23 +11,27 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
-from trainer.config import TrainingConfig, given
 from trainer.errors import one_line
 
 logger = logging.getLogger(__name__)
 
-WANDB_TIMEOUT = 10.0  # seconds for the server of Weights & Biases to let a run begin, and to take the rest at its end
-WANDB_CLOSE_TIMEOUT = 25.0  # seconds for all of it, if the training ends before the run could begin
+Event = dict[str, Any]
+
+POSITIONS = {
+    "step": "step",
+    "round": "round",
+    "eval": "round",
+}  # by kind: the field in which repeated events agree
 
 
 class Sink(Protocol):
-    """Something else that takes events."""
+    """Another destination of events."""
 
     name: str
 
@@ -36,11 +40,16 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class Metrics:
-    """Writes events to a file, and to sinks that may fail without harm.
+class EventLog:
+    """Appends events to a file and forwards them to sinks, whose failures do no harm.
+
+    Example:
+        with EventLog(volume.metrics) as events:
+            events.capture_warnings()
+            events.write("step", step=1, loss=2.5)
 
     Attributes:
-        sinks: Those that take events; one that fails is taken out, with a warning.
+        sinks: Further destinations. A sink that fails is removed, with a warning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,36 +57,48 @@ class Metrics:
         _end_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
         self.sinks: list[Sink] = []
-        self._lock = threading.Lock()  # checkpoints report from a thread of their own
+        self._lock = threading.Lock()  # checkpoints are written by a thread of their own
+        self._captured: logging.Logger | None = None
+        self._handler = _WarningHandler(lambda message: self.write("warning", message=message))
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event. `time` is added."""
-        record = {"event": event, **{key: _plain(value) for key, value in fields.items()}, "time": time.time()}
+        """Append one event; its `time` is now."""
+        record = {"event": event, **{key: _json_number(value) for key, value in fields.items()}, "time": time.time()}
+        failures = []
         with self._lock:
             self._file.write(json.dumps(record, allow_nan=False, default=str) + "\n")
             self._file.flush()
-            warnings = [warning for sink in list(self.sinks) if (warning := self._tell(sink, record))]
-        for warning in warnings:
-            self.warn(warning)
+            for sink in list(self.sinks):
+                try:
+                    sink.write(record)
+                except Exception as error:
+                    self.sinks.remove(sink)
+                    failures.append(f"{sink.name} is switched off: {one_line(error)}")
+        for failure in failures:  # outside of the lock: a warning is an event, too
+            self.warn(failure)
 
     def warn(self, message: str) -> None:
-        """Log a warning, and keep it as an event."""
+        """Log a warning, and record it as an event."""
         logger.warning(message)
         self.write("warning", message=message)
 
+    def capture_warnings(self, name: str = "trainer") -> None:
+        """Record log messages marked with `extra={"event": True}` as `warning` events, until the log is closed.
+
+        Code below this floor reports to the event log this way, without having it handed in.
+
+        Args:
+            name: The logger to listen to, with all loggers below it.
+        """
+        self._captured = logging.getLogger(name)
+        self._captured.addHandler(self._handler)
+
     def close(self) -> None:
+        if self._captured is not None:
+            self._captured.removeHandler(self._handler)
         for sink in self.sinks:
             sink.close()
         self._file.close()
-
-    def _tell(self, sink: Sink, record: Mapping[str, Any]) -> str:
-        """Why the sink is told no more; "" if it took the event."""
-        try:
-            sink.write(record)
-        except Exception as error:
-            self.sinks.remove(sink)
-            return f"{sink.name} is switched off: {one_line(error)}"
-        return ""
 
     def __enter__(self) -> Self:
         return self
@@ -88,121 +109,107 @@ class Metrics:
         self.close()
 
 
-class WandbSink:
-    """One Weights & Biases run for a worker, grouped with the others'; resumes under the same id.
+Metrics = EventLog  # its name until the worker uses the new one
 
-    Offline without WANDB_API_KEY: nothing is asked and nothing is sent. (`wandb sync` uploads what was kept.)
 
-    A thread does all of it, so that training never waits for a server; one that does not let the run begin is given up,
-    and the run is kept offline.
+class _WarningHandler(logging.Handler):
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "event", False) is not True:
+            return
+        try:
+            self._write(record.getMessage())
+        except Exception:
+            self.handleError(record)
+
+
+class EventReader:
+    """Reads events as they are appended. The file need not exist yet.
+
+    A last line without its newline is still being written: it is left for the next call. Other lines that are not
+    events (torn by a kill) are skipped.
+
+    Args:
+        path: The `metrics.jsonl`.
+        last: Begin this many bytes before the file's present end; None: at its start.
     """
 
-    name = "Weights & Biases"
+    def __init__(self, path: Path, last: int | None = None) -> None:
+        self._path = path
+        size = path.stat().st_size if path.exists() else 0
+        self._offset = 0 if last is None else max(0, size - last)
 
-    def __init__(self, config: TrainingConfig, worker: int, directory: Path, warn: Callable[[str], None]) -> None:
-        self._warn = warn
-        self._events: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()  # None: there are no more
-        self._thread = threading.Thread(target=self._work, args=(config, worker, directory), name="wandb", daemon=True)
-        self._thread.start()
-
-    def write(self, event: Mapping[str, Any]) -> None:
-        if event["event"] in ("step", "round", "eval") and self._thread.is_alive():
-            self._events.put(event)
-
-    def close(self) -> None:
-        self._events.put(None)
-        self._thread.join(WANDB_CLOSE_TIMEOUT)
-        if self._thread.is_alive():
-            self._warn(f"{self.name} does not answer: it is not waited for any longer")
-            self._warn = logger.warning  # where the others go is closed by then
-
-    def _work(self, config: TrainingConfig, worker: int, directory: Path) -> None:
-        try:
-            run = self._begin(config, worker, directory)
-            for unit in ("step", "round"):
-                run.define_metric(f"{unit}/*", step_metric=f"{unit}/{unit}")
-            for event in iter(self._events.get, None):
-                kind = event["event"]
-                run.log({f"{kind}/{key}": value for key, value in event.items() if isinstance(value, int | float)})
+    def read(self) -> list[Event]:
+        """The events since the last call, in the file's order."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            content = file.read()
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        events = []
+        for line in complete.splitlines():
             try:
-                run.finish()
-            except TimeoutError:
-                self._warn(f"{self.name} did not take everything: `wandb sync {Path(run.dir).parent}` uploads the rest")
-        except Exception as error:
-            self._warn(f"{self.name} is switched off: {one_line(error)}")
-
-    def _begin(self, config: TrainingConfig, worker: int, directory: Path) -> Any:
-        """The run, as wandb has it: online if there is a key and the server answers."""
-        # wandb's reports of its own errors would go to the same server, and keep a finished process from ending.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        os.environ.pop("WANDB_SERVICE", None)  # of who started this process: not ours to end, if its server hangs
-        import wandb
-
-        def begin(mode: Literal["online", "offline"]) -> Any:
-            return wandb.init(
-                project=config.wandb_project_name,
-                group=config.wandb_group,
-                id=f"{config.wandb_run_id or config.run_id}-{worker}",
-                name=f"{config.run_id} worker {worker}",
-                notes=config.experiment_description,
-                tags=config.experiment_tags,
-                config=config.model_dump(mode="json"),
-                dir=str(directory),
-                resume="allow",
-                mode=mode,
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    init_timeout=WANDB_TIMEOUT,
-                    finish_timeout=WANDB_TIMEOUT,
-                    finish_timeout_raises=True,
-                ),
-            )
-
-        if not os.environ.get("WANDB_API_KEY"):
-            return begin("offline")
-        try:
-            return begin("online")
-        except Exception as error:
-            wandb.teardown()  # it would take the same id for a second run
-            run = begin("offline")
-            self._warn(f"{self.name} is kept offline, in {Path(run.dir).parent}: {one_line(error)}")
-            return run
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                events.append(event)
+        return events
 
 
-def sinks(
-    config: TrainingConfig, worker: int, directory: Path, warn: Callable[[str], None], local_rank: int = 0
-) -> list[Sink]:
-    """The sinks that the configuration asks for; `warn` is told of one that cannot be set up, and is left out."""
-    made: dict[str, Callable[[], Sink]] = {}
-    if config.wandb_logging:
-        made[WandbSink.name] = lambda: WandbSink(config, worker, directory, warn)
-    if port := given(config.metrics_port):
-        made[f"Prometheus (metrics_port {port + local_rank})"] = lambda: _prometheus(
-            port + local_rank, config.run_id, worker
-        )
-    found = []
-    for name, make in made.items():
-        try:
-            found.append(make())
-        except Exception as error:
-            warn(f"{name} is switched off: {one_line(error)}")
-    return found
+def newest_run(events: Sequence[Event]) -> Sequence[Event]:
+    """The events since the last `start` of another run: a volume can hold several runs after each other."""
+    starts = [index for index, event in enumerate(events) if event["event"] == "start"]
+    changes = [new for old, new in pairwise(starts) if events[old].get("run_id") != events[new].get("run_id")]
+    return events[changes[-1] :] if changes else events
 
 
-def _prometheus(port: int, run_id: str, worker: int) -> Sink:
-    from trainer.monitor.prometheus import PrometheusSink
+def effective(events: Sequence[Event]) -> list[Event]:
+    """The events that count in the end: of the newest run in the file, each step, round and evaluation once.
 
-    return PrometheusSink(port, run_id, worker)
+    A process that resumes from a checkpoint repeats steps, so the last line of a step wins; what its predecessor did
+    beyond that checkpoint is void. Steps, rounds and evaluations without a position are left out.
+    """
+    kept: dict[tuple[str, float], Event] = {}
+    resumed = False  # no step has come since the last `start`
+    for index, event in enumerate(newest_run(events)):
+        kind = event["event"]
+        if kind == "start":
+            resumed = True
+        if kind not in POSITIONS:
+            kept[kind, index] = event
+            continue
+        position = number(event.get(POSITIONS[kind]))
+        if not math.isfinite(position):
+            continue
+        if kind == "step" and resumed:
+            resumed = False
+            void = {key for key, old in kept.items() if key[0] in POSITIONS and number(old.get("step")) >= position}
+            kept = {key: old for key, old in kept.items() if key not in void}
+        kept[kind, position] = event
+    return list(kept.values())
 
 
-def _plain(value: Any) -> Any:
-    """JSON has neither NaN nor infinities."""
+def number(value: object) -> float:
+    """A JSON value as a float; NaN if it is not a number."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _json_number(value: Any) -> Any:
+    """The value, or None for a float that JSON cannot express."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _end_torn_line(path: Path) -> None:
-    """A process that was killed may have left half a line: end it, so that the next event has a line of its own."""
+    """End the half line that a killed process may have left, so that the next event has a line of its own."""
     if path.exists() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, os.SEEK_END)

@@ -1,155 +1,104 @@
-"""How the workers are, from their `metrics.jsonl`."""
+"""The workers' progress, followed in their `metrics.jsonl`."""
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from trainer.monitor.dashboard import SILENT, Board, Happening, Row
-
-Event = dict[str, Any]
+from trainer.monitor.dashboard import Dashboard, MembershipEvent, WorkerRow
+from trainer.monitor.events import Event, EventReader
 
 _SMOOTHING = 0.2  # weight of the newest step in the shown loss and speed
 
 
-class Tail:
-    """The events that are appended to a `metrics.jsonl`, from now on. The file need not exist yet."""
+class WorkerProgress(WorkerRow):
+    """A worker's row, kept up to date from the events that it appends from now on.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-        self._rest = b""
-
-    def read(self) -> Iterator[Event]:
-        """The events since the last call. A line that is no JSON (its writer was killed) is passed over."""
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        self._offset += len(text)
-        *lines, self._rest = (self._rest + text).split(b"\n")
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and "event" in event:
-                yield event
-
-
-class WorkerProgress:
-    """What one worker's events say about where it is.
+    `state` is one of starting, training, died, stopped, failed and complete; or, until its first step, joining: for a
+    worker that has died before, and, set by `launch`, for one that starts while others train. `speed` and `loss` are
+    smoothed; the speed is 0 before the second step. `pid` is None while no process is known to run.
 
     Attributes:
-        state: "starting", "training", "died", "stopped", "failed" or "complete"; "joining", until its
-            first step, for one that died, and, set by `launch`, for one that starts while others train.
-        speed: Samples a second, smoothed; 0 before the second step.
-        bytes: Sent and received by this worker, since it was started.
-        loss: Smoothed; None before the first step.
-        pid: Of its process; None before that has said so, and when it has ended.
-        happenings: What became of it, oldest first.
-        silent: Whether its events cannot be read just now: what they said may be old.
+        reason: Why it ended.
+        changes: Its membership events since they were last shown.
     """
 
     def __init__(self, number: int, metrics: Path) -> None:
-        self.number = number
-        self._tail = Tail(metrics)
-        self.state = "starting"
-        self.step = self.round = self.bytes = 0
-        self.loss: float | None = None
-        self.speed = 0.0
-        self.pid: int | None = None
-        self.happenings: list[Happening] = []
-        self._last_step: float | None = None  # when it ended
-        self._at: float | None = None  # when it reached `step`
-        self.last_round: Event | None = None
-        self.held_out: float | None = None
+        super().__init__(number, step=0, round=0, bytes=0, speed=0.0)
         self.reason = ""
-        self.silent = False
+        self.changes: list[MembershipEvent] = []
+        self._reader = EventReader(metrics, last=0)
+        self._last_step: float | None = None  # when its newest step of this life ended
+
+    @property
+    def number(self) -> int:
+        return self.worker
 
     def update(self) -> list[Event]:
         """Take in the new events, and return them."""
-        events = list(self._tail.read())
+        events = self._reader.read()
         for event in events:
-            take = getattr(self, f"_on_{event['event']}", None)
-            if take:
-                take(event)
+            handle = getattr(self, f"_on_{event['event']}", None)
+            if handle:
+                handle(event)
         return events
 
     def lost(self, at: float) -> None:
-        """Its process is gone, and has not said why."""
+        """Its process has gone without an `end` event."""
         self.state, self.pid = "died", None
-        self._happened(at, "died")
+        self._changed(at, "died")
 
-    def _happened(self, at: float, what: str) -> None:
-        self.happenings.append(Happening(at, self.number, what))
+    def _changed(self, at: float, what: str) -> None:
+        self.changes.append(MembershipEvent(at, self.worker, what))
 
     def _on_start(self, event: Event) -> None:
         if self.state == "training":
-            self.lost(event["time"])  # it has a successor
+            self.lost(event["time"])  # its successor starts
         self.state, self._last_step = ("joining" if self.state in ("joining", "died") else "training"), None
         self.pid = event.get("pid")
         resumed = event.get("resumed_round")
         self.round = resumed or self.round
-        self._happened(event["time"], f"joined, with round {resumed}" if resumed else "joined")
+        self._changed(event["time"], f"joined, with round {resumed}" if resumed else "joined")
 
     def _on_membership(self, event: Event) -> None:
         if event.get("change") == "caught up":
             missed = event.get("missed", 1)
-            self._happened(event["time"], f"was late: {missed} round{'s' if missed > 1 else ''} without it")
+            self._changed(event["time"], f"was late: {missed} round{'s' if missed > 1 else ''} without it")
 
     def _on_step(self, event: Event) -> None:
         self.state = "training"
-        self._reached(math.floor(event["step"]), event)
+        self._reach(math.floor(event["step"]), event)
         if event.get("loss") is not None:
             self.loss = _smooth(self.loss, event["loss"])
         if self._last_step is not None and event["time"] > self._last_step:
-            elapsed = event["time"] - self._last_step
-            self.speed = _smooth(self.speed or None, event["samples"] / elapsed)
+            self.speed = _smooth(self.speed or None, event["samples"] / (event["time"] - self._last_step))
         self._last_step = event["time"]
 
     def _on_round(self, event: Event) -> None:
-        self.round, self.last_round = event["round"], event
-        self._reached(event["step"], event)
-        self.bytes += (event.get("bytes_sent") or 0) + (event.get("bytes_received") or 0)
+        self.round = event["round"]
+        self._reach(event["step"], event)
+        self.bytes = (self.bytes or 0) + (event.get("bytes_sent") or 0) + (event.get("bytes_received") or 0)
 
     def _on_eval(self, event: Event) -> None:
         self.held_out = event.get("loss")
 
     def _on_end(self, event: Event) -> None:
         self.state = event["status"]
-        self._reached(event.get("step", self.step), event)
+        self._reach(event.get("step", self.step or 0), event)
         self.reason, self.pid = event.get("reason") or "", None
         if self.state != "complete":
-            self._happened(event["time"], f"left: {self.reason}" if self.state == "stopped" else self.state)
+            self._changed(event["time"], f"left: {self.reason}" if self.state == "stopped" else self.state)
 
-    def _reached(self, step: int, event: Event) -> None:
+    def _reach(self, step: int, event: Event) -> None:
         if step != self.step:
-            self.step, self._at = step, event["time"]
-
-    @property
-    def row(self) -> Row:
-        return Row(
-            self.number,
-            SILENT if self.silent and self.state == "training" else self.state,
-            self.step,
-            self.round,
-            self.loss,
-            self.held_out,
-            self.speed,
-            self.bytes,
-            at=self._at,
-        )
+            self.step, self.at = step, event["time"]
 
 
-def fill(board: Board, workers: Sequence[WorkerProgress]) -> None:
-    """Put on the board how the workers are, and what has happened to them since the last time."""
+def fill(dashboard: Dashboard, workers: Sequence[WorkerProgress]) -> None:
+    """Show the workers' present state on the dashboard, and what has changed since the last call."""
     for worker in workers:
-        board.happenings += worker.happenings
-        worker.happenings.clear()
-    board.fill([worker.row for worker in workers])
+        dashboard.events += worker.changes
+        worker.changes.clear()
+    dashboard.fill(workers)
 
 
 def _smooth(old: float | None, new: float) -> float:

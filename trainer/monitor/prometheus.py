@@ -1,7 +1,7 @@
 """A worker's metrics for Prometheus: `http://<worker>:<metrics_port>/metrics`.
 
-Names and types as Prometheus asks for them (https://prometheus.io/docs/practices/naming/): base units, and counters
-that end in `_total`. A worker that was started again begins its counters anew, as counters may.
+Names and types follow https://prometheus.io/docs/practices/naming/: base units, and counters that end in `_total`. The
+counters of a restarted worker begin at 0 again, as Prometheus expects.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,28 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper bounds of a synchronisation's buckets
-_LABELS = ("run_id", "worker")
+# Kind, name and help of the metric that a field of an event feeds.
+_METRICS: dict[tuple[str, str], tuple[type[Gauge | Counter | Histogram], str, str]] = {
+    ("step", "step"): (Gauge, "step", "Schedule position: inner steps since the training began."),
+    ("step", "loss"): (Gauge, "loss", "Training loss of this worker's last inner step."),
+    ("step", "gradient_norm"): (Gauge, "gradient_norm", "Norm of its gradient, before clipping."),
+    ("step", "lr"): (Gauge, "learning_rate", "Learning rate of the inner optimizer."),
+    ("step", "samples_per_second"): (Gauge, "samples_per_second", "Samples of the last inner step, over its duration."),
+    ("step", "samples"): (Counter, "samples", "Samples that this worker has trained on."),
+    ("step", "tokens"): (Counter, "tokens", "Tokens (pixels, frames) in these samples."),
+    ("round", "round"): (Gauge, "round", "Committed rounds."),
+    ("round", "world_size"): (Gauge, "members", "Members of the last round that this worker took part in."),
+    ("round", "bytes_sent"): (Counter, "sent_bytes", "Bytes sent by synchronisations."),
+    ("round", "bytes_received"): (Counter, "received_bytes", "Bytes received by synchronisations."),
+    ("round", "sync_seconds"): (Histogram, "synchronisation_seconds", "Duration of a synchronisation."),
+    ("round", "exposed_seconds"): (Histogram, "exposed_seconds", "Time that inner steps stood still for one."),
+    ("eval", "loss"): (Gauge, "held_out_loss", "Loss on this worker's part of the held-out samples."),
+    ("warning", "count"): (Counter, "warnings", "Warnings."),
+}
 
 
 class PrometheusSink:
-    """Serves what the events of a worker say, from a thread.
+    """Serves the metrics of a worker's events, from a thread.
 
     Args:
         port: Where it listens, on all addresses.
@@ -27,55 +44,30 @@ class PrometheusSink:
     name = "Prometheus"
 
     def __init__(self, port: int, run_id: str, worker: int) -> None:
-        registry, values = CollectorRegistry(), (run_id, str(worker))
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"diloco_{name}", text, _LABELS, registry=registry).labels(*values)
-
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"diloco_{name}", text, _LABELS, registry=registry).labels(*values)
-
-        def seconds(name: str, text: str) -> Histogram:
-            return Histogram(f"diloco_{name}", text, _LABELS, registry=registry, buckets=_SECONDS).labels(*values)
-
-        self._gauges = {
-            ("step", "step"): gauge("step", "Schedule position: inner steps since the training began."),
-            ("step", "loss"): gauge("loss", "Training loss of this worker's last inner step."),
-            ("step", "gradient_norm"): gauge("gradient_norm", "Norm of its gradient, before it was clipped."),
-            ("step", "lr"): gauge("learning_rate", "Learning rate of the inner optimizer."),
-            ("round", "round"): gauge("round", "Rounds that are committed."),
-            ("round", "world_size"): gauge("members", "Members of the last round that this worker took part in."),
-            ("eval", "loss"): gauge("held_out_loss", "Loss of this worker's share of the held-out samples."),
-        }
-        self._rate = gauge("samples_per_second", "Samples of the last inner step, by its seconds.")
-        self._counters = {
-            ("step", "samples"): counter("samples", "Samples that this worker has trained on."),
-            ("step", "tokens"): counter("tokens", "Tokens (pixels, frames) of them."),
-            ("round", "bytes_sent"): counter("sent_bytes", "Bytes that synchronisations have sent."),
-            ("round", "bytes_received"): counter("received_bytes", "Bytes that they have received."),
-        }
-        self._histograms = {
-            ("round", "sync_seconds"): seconds("synchronisation_seconds", "Duration of a synchronisation."),
-            ("round", "exposed_seconds"): seconds("exposed_seconds", "How long inner steps stood still for one."),
-        }
-        self._warnings = counter("warnings", "Warnings.")
+        registry = CollectorRegistry()
+        self._metrics: dict[tuple[str, str], Any] = {}
+        for field, (kind, name, text) in _METRICS.items():
+            buckets: dict[str, Any] = {"buckets": _SECONDS} if kind is Histogram else {}
+            metric = kind(f"diloco_{name}", text, ("run_id", "worker"), registry=registry, **buckets)
+            self._metrics[field] = metric.labels(run_id, str(worker))
         self._server, self._thread = start_http_server(port, registry=registry)
 
     def write(self, event: Mapping[str, Any]) -> None:
-        kind = event["event"]
-        for key, value in event.items():
-            if not isinstance(value, int | float):
-                continue
-            if found := self._gauges.get((kind, key)):
-                found.set(value)
-            elif counted := self._counters.get((kind, key)):
-                counted.inc(value)
-            elif observed := self._histograms.get((kind, key)):
-                observed.observe(value)
+        kind, values = event["event"], dict(event)
         if kind == "step" and event["seconds"]:
-            self._rate.set(event["samples"] / event["seconds"])
+            values["samples_per_second"] = event["samples"] / event["seconds"]
         if kind == "warning":
-            self._warnings.inc()
+            values["count"] = 1
+        for field, value in values.items():
+            metric = self._metrics.get((kind, field))
+            if metric is None or not isinstance(value, int | float):
+                continue
+            if isinstance(metric, Gauge):
+                metric.set(value)
+            elif isinstance(metric, Counter):
+                metric.inc(value)
+            else:
+                metric.observe(value)
 
     def close(self) -> None:
         self._server.shutdown()

@@ -1,4 +1,4 @@
-"""The workers' events as a step hears them, kept in files like their own: progress and reports are made of these."""
+"""The workers' events as a pipeline step receives them, in files like the workers' own, for progress and reports."""
 
 import json
 import threading
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class WorkerEvents:
-    """Writes events to `<directory>/worker-<i>/metrics.jsonl` as they come.
+    """Writes received events to `<directory>/worker-<i>/metrics.jsonl`.
 
     Args:
-        directory: A run's, as far as reports and progress can tell.
+        directory: Stands in for a run directory.
         processes: Workers on each node.
     """
 
@@ -23,10 +23,10 @@ class WorkerEvents:
     def path(self, number: int) -> Path:
         return self._directory / f"worker-{number}" / "metrics.jsonl"
 
-    def write(self, worker: int, told: Mapping[str, Any]) -> None:
-        """Keep an event of one of a node's workers."""
-        number = worker * self._processes + int(told.get("local_rank", 0))
-        event = {name: value for name, value in told.items() if name != "local_rank"}
+    def write(self, worker: int, received: Mapping[str, Any]) -> None:
+        """Keep an event of one of a node's workers; its `local_rank` says which."""
+        number = worker * self._processes + int(received.get("local_rank", 0))
+        event = {name: value for name, value in received.items() if name != "local_rank"}
         with self._lock:
             if event.get("event") == "checkpoint":
                 self._newest[number] = (event["round"], event["step"])

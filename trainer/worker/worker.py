@@ -26,7 +26,8 @@ from trainer.elastic.member import ElasticQuorum, Hooks
 from trainer.elastic.quorum import FixedQuorum
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.files import require_free_space
-from trainer.monitor.events import Metrics, sinks
+from trainer.monitor.events import EventLog
+from trainer.monitor.sinks import sinks
 from trainer.process import number_from
 from trainer.protocol.rounds import Cursor, Range, Share, cursor_from_json, deal, unused, used_of
 from trainer.tasks import scoring, tasks
@@ -105,7 +106,7 @@ class Worker:
         self.quorum = kind(config, fingerprint, stopping.is_set, hooks)
         resources.enter_context(self.quorum)
         worker = self.quorum.worker
-        self.metrics = resources.enter_context(Metrics(self.volume.metrics))
+        self.metrics = resources.enter_context(EventLog(self.volume.metrics))
         self.diloco = (DDP if config.optim_method == "ddp" else DiLoCo)(
             self.model,
             self.optimizer,

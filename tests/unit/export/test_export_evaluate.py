@@ -16,9 +16,10 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
 from trainer.export.evaluate import evaluate
-from trainer.export.export import TrainedRun, export
+from trainer.export.export import export
+from trainer.export.run import TrainedRun
 from trainer.files import read_json
-from trainer.monitor.events import Metrics
+from trainer.monitor.events import EventLog
 from trainer.monitor.report import write_report
 from trainer.volume import Volume, worker_configs
 
@@ -58,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = models.build(models.directory(own, manifest.for_model, volume.models), seed=7)
         for complete, shift in ((False, 0.0), (True, 0.01)):
             save(volume, model, round=1 + complete, step=2 * (1 + complete), shift=shift, complete=complete)
-        with Metrics(volume.metrics) as metrics:
+        with EventLog(volume.metrics) as metrics:
             settings = own.model_dump(mode="json")
             metrics.write("start", run_id="oak", worker=rank, config=settings, versions={"torch": torch.__version__})
             for step in range(1, 5):
@@ -161,16 +162,16 @@ def test_below_a_chosen_checkpoint_path_each_worker_has_its_own(tmp_path: Path) 
     places = [Volume.of(own).checkpoints for own in worker_configs(config)]
     assert places == [chosen / "worker-0" / "oak", chosen / "worker-1" / "oak"]
     for own in worker_configs(config):
-        with Metrics(Volume.of(own).metrics) as metrics:
+        with EventLog(Volume.of(own).metrics) as metrics:
             metrics.write("start", run_id="oak", config=own.model_dump(mode="json"))
     found = TrainedRun.find(of(run_dir))  # what the run was told need not be said again
     assert [volume.checkpoints for volume in found.volumes[:2]] == places
 
 
 def test_a_recorded_configuration_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
-    with Metrics(tmp_path / "worker-0" / "metrics.jsonl") as metrics:
+    with EventLog(tmp_path / "worker-0" / "metrics.jsonl") as metrics:
         metrics.write("start", run_id="oak", worker=0, config={"run_id": "oak", "nodez": 2})
-    with pytest.raises(ConfigError, match=r"what its workers recorded cannot be used: nodez = 2: no such parameter"):
+    with pytest.raises(ConfigError, match=r"the recorded configuration cannot be used: nodez = 2: no such parameter"):
         export(of(tmp_path))
 
 
@@ -268,7 +269,7 @@ def test_scores_agree_with_a_count_by_hand(made: Path, run_dir: Path) -> None:
     assert read_json(run_dir / "summary.json")["evaluation"]["bits_per_byte"] == found["bits_per_byte"]
     assert found["sample"]["prompt"] and found["sample"]["prompt"] in report
     card = (run_dir / "export" / "README.md").read_text()
-    assert f"| bits a byte | {found['bits_per_byte']:.4f} |" in card and "Not evaluated yet" not in card
+    assert f"| bits per byte | {found['bits_per_byte']:.4f} |" in card and "Not evaluated yet" not in card
     metrics = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"]
     assert {"type": "loss", "value": found["loss"]} in metrics
 

@@ -1,6 +1,7 @@
 """`metrics.jsonl`, and the sinks that may fail without harm."""
 
 import json
+import logging
 import math
 import urllib.request
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer.config import TrainingConfig
-from trainer.monitor import events as events_module
-from trainer.monitor.events import Metrics, sinks
+from trainer.monitor.events import EventLog, EventReader, effective
+from trainer.monitor.sinks import sinks
+from trainer.monitor.wandb_sink import WandbSink
 from trainer.process import listen
 from trainer.volume import worker_configs
 
@@ -22,7 +24,7 @@ def events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_sink_that_fails_is_switched_off_and_told_of(tmp_path: Path) -> None:
+def test_a_sink_that_fails_is_switched_off_and_reported(tmp_path: Path) -> None:
     class Full:
         name = "the sink"
         told = 0
@@ -34,7 +36,7 @@ def test_a_sink_that_fails_is_switched_off_and_told_of(tmp_path: Path) -> None:
         def close(self) -> None: ...
 
     full = Full()
-    with Metrics(tmp_path / "metrics.jsonl") as written:
+    with EventLog(tmp_path / "metrics.jsonl") as written:
         written.sinks.append(full)
         written.write("step", step=1)
         written.write("step", step=2)
@@ -43,12 +45,12 @@ def test_a_sink_that_fails_is_switched_off_and_told_of(tmp_path: Path) -> None:
     assert full.told == 1
 
 
-def test_a_sink_that_cannot_be_set_up_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_that_cannot_be_set_up_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no such entity")
 
-    monkeypatch.setattr(events_module.WandbSink, "__init__", fail)
-    with Metrics(tmp_path / "metrics.jsonl") as written:
+    monkeypatch.setattr(WandbSink, "__init__", fail)
+    with EventLog(tmp_path / "metrics.jsonl") as written:
         assert sinks(TrainingConfig(), 0, tmp_path, written.warn) == []
         assert sinks(TrainingConfig(wandb_logging=False), 0, tmp_path, written.warn) == []
     (event,) = events(tmp_path / "metrics.jsonl")
@@ -59,7 +61,7 @@ def test_prometheus_serves_what_events_say(tmp_path: Path) -> None:
     with listen("127.0.0.1") as free:
         port = free.getsockname()[1]
     config = TrainingConfig(wandb_logging=False, metrics_port=port, run_id="mine")
-    with Metrics(tmp_path / "metrics.jsonl") as written:
+    with EventLog(tmp_path / "metrics.jsonl") as written:
         written.sinks += sinks(config, 3, tmp_path, written.warn)
         written.write("step", step=7, loss=2.5, lr=1e-3, gradient_norm=0.5, samples=8, tokens=64, seconds=0.5)
         written.write("step", step=8, loss=math.nan, lr=1e-3, gradient_norm=0.5, samples=8, tokens=64, seconds=0.5)
@@ -79,8 +81,8 @@ def test_prometheus_serves_what_events_say(tmp_path: Path) -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
 
 
-def test_a_metrics_port_that_is_taken_is_told_of(tmp_path: Path) -> None:
-    with listen("0.0.0.0") as taken, Metrics(tmp_path / "metrics.jsonl") as written:
+def test_a_metrics_port_that_is_taken_is_reported(tmp_path: Path) -> None:
+    with listen("0.0.0.0") as taken, EventLog(tmp_path / "metrics.jsonl") as written:
         config = TrainingConfig(wandb_logging=False, metrics_port=taken.getsockname()[1])
         assert sinks(config, 0, tmp_path, written.warn) == []
     (event,) = events(tmp_path / "metrics.jsonl")
@@ -90,3 +92,59 @@ def test_a_metrics_port_that_is_taken_is_told_of(tmp_path: Path) -> None:
 def test_workers_of_one_machine_have_ports_of_their_own() -> None:
     config = TrainingConfig(run_dir="runs/x", nodes=3, elastic={"nproc_per_node": 2}, metrics_port=9000)
     assert [worker.metrics_port for worker in worker_configs(config)] == [9000, 9002, 9004]
+
+
+def append(path: Path, *lines: str) -> None:
+    with path.open("a") as file:
+        file.write("".join(lines))
+
+
+def step(number: int, **fields: object) -> str:
+    return json.dumps({"event": "step", "step": number, **fields}) + "\n"
+
+
+def test_a_reader_begins_now_and_skips_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, step(1))
+    reader = EventReader(path, last=0)
+    append(path, step(2), '{"event": "step", "st')
+    assert [event["step"] for event in reader.read()] == [2]
+    append(path, "\n")  # the next process of the worker ends the torn line
+    append(path, step(3), '[1]\n{"event": 3}\n\n', step(4)[:9])
+    assert [event["step"] for event in reader.read()] == [3]
+    append(path, step(4)[9:])
+    assert [event["step"] for event in reader.read()] == [4], "a line is read when it is whole"
+    assert reader.read() == []
+    assert [event["step"] for event in EventReader(path).read()] == [1, 2, 3, 4]
+
+
+def test_a_reader_of_a_file_that_comes_later(tmp_path: Path) -> None:
+    reader = EventReader(tmp_path / "metrics.jsonl", last=0)
+    assert reader.read() == []
+    append(tmp_path / "metrics.jsonl", step(1))
+    assert len(reader.read()) == 1
+
+
+def test_the_last_line_of_a_step_is_effective_and_what_a_resume_undid_is_not() -> None:
+    def start(run_id: str) -> dict[str, Any]:
+        return {"event": "start", "run_id": run_id}
+
+    first = [start("a"), *({"event": "step", "step": number, "life": 1} for number in (1, 2, 3, 4))]
+    first.insert(4, {"event": "round", "round": 1, "step": 3})
+    second = [start("a"), {"event": "step", "step": 3, "life": 2}, {"event": "step"}]
+    kept = effective([*first, *second])
+    assert [(event["step"], event["life"]) for event in kept if event["event"] == "step"] == [(1, 1), (2, 1), (3, 2)]
+    assert [event["event"] for event in kept].count("round") == 0
+    assert effective([*first, start("b")]) == [start("b")]
+
+
+def test_marked_log_messages_become_warnings(tmp_path: Path) -> None:
+    log = logging.getLogger("trainer.elastic.member")
+    with EventLog(tmp_path / "metrics.jsonl") as written:
+        log.warning("before", extra={"event": True})
+        written.capture_warnings()
+        log.warning("no event")
+        log.warning("worker %d is cut off", 2, extra={"event": True})
+    log.warning("after", extra={"event": True})
+    (event,) = events(tmp_path / "metrics.jsonl")
+    assert (event["event"], event["message"]) == ("warning", "worker 2 is cut off")

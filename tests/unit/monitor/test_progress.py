@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.launch.agent_process import last_error
-from trainer.monitor import dashboard
-from trainer.monitor.dashboard import Board, Live, Plain, Row
-from trainer.monitor.progress import Tail, WorkerProgress, fill
+from trainer.launch.local import last_words
+from trainer.monitor.dashboard import Dashboard, Live, MembershipEvent, Plain, WorkerRow
+from trainer.monitor.progress import WorkerProgress, fill
+from trainer.timeouts import MonitorTimeouts
 
 
 def append(path: Path, *events: dict[str, object], torn: str = "") -> None:
@@ -19,25 +19,6 @@ def append(path: Path, *events: dict[str, object], torn: str = "") -> None:
 
 def step(number: int, time: float, loss: float | None = 2.0) -> dict[str, object]:
     return {"event": "step", "round": 1, "step": number, "loss": loss, "samples": 8, "time": time}
-
-
-def test_tail_begins_now_and_passes_over_torn_lines(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    append(path, step(1, 1.0))
-    tail = Tail(path)
-    append(path, step(2, 2.0), torn='{"event": "step", "st')
-    assert [event["step"] for event in tail.read()] == [2]
-    append(path, torn="\n")  # the next life of the worker ends the torn line
-    append(path, step(3, 3.0))
-    assert [event["step"] for event in tail.read()] == [3]
-    assert list(tail.read()) == []
-
-
-def test_tail_of_a_file_that_comes_later(tmp_path: Path) -> None:
-    tail = Tail(tmp_path / "metrics.jsonl")
-    assert list(tail.read()) == []
-    append(tmp_path / "metrics.jsonl", step(1, 1.0))
-    assert len(list(tail.read())) == 1
 
 
 def test_worker_progress(tmp_path: Path) -> None:
@@ -56,7 +37,7 @@ def test_worker_progress(tmp_path: Path) -> None:
 
 def test_what_becomes_of_a_worker(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    worker, dashboard = WorkerProgress(2, path), Board(100)
+    worker, dashboard = WorkerProgress(2, path), Dashboard(100)
     append(path, {"event": "start", "time": 1.0, "pid": 7}, step(1, 2.0))
     worker.update()
     assert (worker.pid, worker.state) == (7, "training")
@@ -65,7 +46,7 @@ def test_what_becomes_of_a_worker(tmp_path: Path) -> None:
     append(path, {"event": "end", "status": "stopped", "reason": "told to leave", "step": 4, "time": 11.0})
     worker.update()
     fill(dashboard, [worker])
-    assert [(one.time, one.what) for one in dashboard.happenings] == [
+    assert [(one.time, one.what) for one in dashboard.events] == [
         (1.0, "joined"),
         (9.0, "died"),
         (9.0, "joined, with round 3"),
@@ -74,13 +55,13 @@ def test_what_becomes_of_a_worker(tmp_path: Path) -> None:
     ]
     assert (worker.pid, worker.state) == (None, "stopped")
     fill(dashboard, [worker])
-    assert len(dashboard.happenings) == 5, "each is told once"
+    assert len(dashboard.events) == 5, "each is told once"
 
 
 def test_plain_view_says_one_line_a_round(tmp_path: Path) -> None:
     workers = [WorkerProgress(number, tmp_path / f"{number}.jsonl") for number in range(2)]
     lines: list[str] = []
-    dashboard = Board(100)
+    dashboard = Dashboard(100)
     with Plain(dashboard, lines.append) as view:
 
         def look() -> None:
@@ -100,12 +81,12 @@ def test_plain_view_says_one_line_a_round(tmp_path: Path) -> None:
 
 
 def test_live_view_draws(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = Board(20)
+    shown = Dashboard(20)
     with Live(shown) as view:
         view.show("a [line] that stays")
         for round in (1, 2):
-            shown.fill([Row(3, "training", step=5 * round, round=round, loss=3.0 / round, speed=8.0, bytes=2000)])
-        shown.happenings.append(dashboard.Happening(0.0, 3, "joined"))
+            shown.fill([WorkerRow(3, "training", step=5 * round, round=round, loss=3.0 / round, speed=8.0, bytes=2000)])
+        shown.events.append(MembershipEvent(0.0, 3, "joined"))
     drawn = capsys.readouterr().out
     for words in ("a [line] that stays", "10/20", "50 %", "training", "2.0 kB", "3.0000 █▁ 1.5000", "worker 3 joined"):
         assert words in drawn, words
@@ -114,12 +95,12 @@ def test_live_view_draws(capsys: pytest.CaptureFixture[str]) -> None:
 def test_time_left_is_that_of_the_pace_with_all_waiting() -> None:
     places = [(100.0, 30), (102.0, 40), (112.0, 80), (122.0, 120), (127.0, 120), (162.0, 120), (163.0, 80)]
     now = 0.0
-    shown = Board(1000, clock=lambda: now)
+    shown = Dashboard(1000, clock=lambda: now)
     left = []
     for moment, step in places:
         now = moment
-        shown.fill([Row(0, "training", step=step)])
-        left.append(shown.left)
+        shown.fill([WorkerRow(0, "training", step=step)])
+        left.append(shown.seconds_left)
     assert left[:2] == [None, None]  # how long the 30 steps took was not seen
     assert left[2:5] == pytest.approx([230.0, 220.0, 215.0])  # 4 steps a second, told every 10 s
     assert left[5] == pytest.approx(880 / 80 * 40 - 40), "it stands still, and may go on so"
@@ -128,7 +109,7 @@ def test_time_left_is_that_of_the_pace_with_all_waiting() -> None:
 
 def test_what_is_heard_all_at_once_after_an_outage_has_the_pace_at_which_it_happened(tmp_path: Path) -> None:
     path, now = tmp_path / "metrics.jsonl", 1000.0
-    worker, shown = WorkerProgress(0, path), Board(1000, clock=lambda: now)
+    worker, shown = WorkerProgress(0, path), Dashboard(1000, clock=lambda: now)
 
     def look(moment: float) -> None:
         nonlocal now
@@ -139,47 +120,49 @@ def test_what_is_heard_all_at_once_after_an_outage_has_the_pace_at_which_it_happ
     for second in range(0, 60, 10):  # a step a second, a look every ten
         append(path, *(step(second + number, 1000.0 + second + number) for number in range(10)))
         look(1000.0 + second + 9)
-    assert shown.left == pytest.approx(1000 - 59)
+    assert shown.seconds_left == pytest.approx(1000 - 59)
     shown.silent_since = 1059.0
     for moment in range(1060, 1360):  # five minutes of silence
         look(float(moment))
-        assert shown.left is None
+        assert shown.seconds_left is None
     append(path, *(step(number, 1000.0 + number) for number in range(60, 360)))
     shown.silent_since = None
     look(1360.0)
-    assert shown.left == pytest.approx(1000 - 359), "its own 300 seconds, not the one in which it was heard"
+    assert shown.seconds_left == pytest.approx(1000 - 359), "its own 300 seconds, not the one in which it was heard"
     append(path, step(360, 1360.0))
     look(1361.0)
-    assert shown.left == pytest.approx(1000 - 360)
+    assert shown.seconds_left == pytest.approx(1000 - 360)
 
 
 @pytest.mark.parametrize("apart", [0.0, 300.0, -300.0])
 def test_workers_whose_clocks_are_minutes_apart_have_the_pace_of_one_clock(apart: float) -> None:
     now = 0.0
-    shown = Board(1000, clock=lambda: now)
+    shown = Dashboard(1000, clock=lambda: now)
     for second in range(1000, 1100):  # a step a second, by turns with one worker in front
         now = float(second)
         steps = [second - 1000 + (second + number) % 2 for number in range(2)]
         clocks = (0.0, apart)
         shown.fill(
             [
-                Row(number, "training", step=steps[number], at=now - 1 + steps[number] - min(steps) + clocks[number])
+                WorkerRow(
+                    number, "training", step=steps[number], at=now - 1 + steps[number] - min(steps) + clocks[number]
+                )
                 for number in range(2)
             ]
         )
-    assert shown.left == pytest.approx(1000 - 99, rel=0.05)
+    assert shown.seconds_left == pytest.approx(1000 - 99, rel=0.05)
 
 
 def test_clocks_of_workers_that_differ_make_no_estimate_out_of_nothing() -> None:
-    shown = Board(100, clock=lambda: 50.0)
+    shown = Dashboard(100, clock=lambda: 50.0)
     for number, at in ((1, 10.0), (2, 40.0), (3, 39.0)):
-        shown.fill([Row(0, "training", step=number, at=at)])
-    assert shown.left is None
+        shown.fill([WorkerRow(0, "training", step=number, at=at)])
+    assert shown.seconds_left is None
 
 
 def test_a_worker_that_cannot_be_heard_does_not_say_where_the_run_is(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.jsonl" for number in range(2)]
-    workers, shown = [WorkerProgress(number, path) for number, path in enumerate(paths)], Board(100)
+    workers, shown = [WorkerProgress(number, path) for number, path in enumerate(paths)], Dashboard(100)
     for number, path in enumerate(paths):
         append(path, step(10 * (number + 1), 10.0))
         workers[number].update()
@@ -197,16 +180,15 @@ def test_a_worker_that_cannot_be_heard_does_not_say_where_the_run_is(tmp_path: P
     assert "worker 0" not in shown.line()
 
 
-def test_without_news_the_line_says_since_when_and_says_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dashboard, "PLAIN_INTERVAL", 0.0)
+def test_without_news_the_line_says_since_when_and_says_it_once() -> None:
     now = 0.0
-    shown = Board(100, clock=lambda: now)
+    shown = Dashboard(100, clock=lambda: now)
     for number in range(4):
         now = 10.0 * number
-        shown.fill([Row(0, "training", step=number + 1)])
+        shown.fill([WorkerRow(0, "training", step=number + 1)])
     assert shown.line().endswith("16:00 left")
     lines: list[str] = []
-    with Plain(shown, lines.append) as view:
+    with Plain(shown, lines.append, MonitorTimeouts(plain=0.0)) as view:
         shown.silent_since = 30.0
         for _ in range(3):
             view.refresh()
@@ -228,12 +210,12 @@ def test_without_news_the_line_says_since_when_and_says_it_once(monkeypatch: pyt
         ("torch.OutOfMemoryError: CUDA out of memory\n", "torch.OutOfMemoryError: CUDA out of memory"),
     ],
 )
-def test_last_error(tmp_path: Path, log: str, expected: str) -> None:
+def test_last_words(tmp_path: Path, log: str, expected: str) -> None:
     (tmp_path / "log").write_text(log)
-    assert last_error(tmp_path / "log") == expected
+    assert last_words(tmp_path / "log") == expected
 
 
 def test_last_words_are_of_this_launch(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("error: of yesterday\n")
-    assert last_error(tmp_path / "log", start=len("error: of yesterday\n")) == ""
-    assert last_error(tmp_path / "none") == ""
+    assert last_words(tmp_path / "log", start=len("error: of yesterday\n")) == ""
+    assert last_words(tmp_path / "none") == ""

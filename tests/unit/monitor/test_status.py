@@ -11,8 +11,8 @@ from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.etcd.client import Entry
 from trainer.files import write_json
-from trainer.launch.scale import LAUNCHED, find, has_completed
 from trainer.monitor.dashboard import Plain
+from trainer.monitor.find_run import LAUNCHED, find, has_completed
 from trainer.monitor.status import Watcher, headline, status_of
 from trainer.protocol.rounds import Arrival, Cursor, Outcome, Record, State, Vote
 
@@ -82,7 +82,7 @@ def test_open_round() -> None:
     values = {
         "run": {"status": "open", "reason": "", "slot": None},
         "round": record().to_json(),
-        "decider": {"member": B},
+        "coordinator": {"member": B},
         f"members/{A}": member(0, 4, loss=1.0),
         f"members/{B}": member(1, 3, loss=None),  # it applies the step just now
         f"members/{C}": member(2, 1, loss=3.0),
@@ -94,7 +94,7 @@ def test_open_round() -> None:
     }
     run = status_of("r", entries(**values))
     assert (run.term, run.round, run.attempt, run.phase, run.step) == (1, 5, 1, "gather", 32)
-    assert (run.decider, run.durable) == (1, 4)
+    assert (run.coordinator, run.durable) == (1, 4)
     assert run.committed == {"round": 4, "attempt": 1, "members": [0, 1], "weight": 64.0}
     assert [(worker.state, worker.lag, worker.round) for worker in run.workers] == [
         ("arrived", 0, 4),
@@ -102,7 +102,7 @@ def test_open_round() -> None:
         ("catching up", 3, 1),
     ]
     assert headline(run) == [
-        "run r: open, round 5 in attempt 1 (gather, term 1), step 32, worker 1 decides",
+        "run r: open, round 5, attempt 1 (gather, term 1), step 32, worker 1 coordinates",
         "last commit: round 4, by workers 0, 1",
         "newest checkpoint: round 4",
     ]
@@ -122,20 +122,14 @@ def test_reduce_retry_and_end() -> None:
     assert headline(status_of("r", entries(**end)))[0] == "run r: succeeded, complete at step 32"
 
 
-def test_world_without_rounds() -> None:
-    """`ddp`: its members have fewer words."""
-    value = {"incarnation": "x", "slot": 0, "local_rank": 0, "host": "h", "pid": 1}
-    assert states({"members/0000": value, "groups/1": {"incarnations": ["x"], "store": "h:1"}}) == {0: "training"}
-
-
 def test_a_watch_says_what_changes() -> None:
     lines: list[str] = []
     watcher = Watcher()
-    plain = Plain(watcher.board, lines.append)
+    plain = Plain(watcher.dashboard, lines.append)
 
     def look(**values: Any) -> list[str]:
         lines.clear()
-        watcher.take(status_of("r", entries(fingerprint={"total_steps": 80}, **values)))
+        watcher.update(status_of("r", entries(fingerprint={"total_steps": 80}, **values)))
         plain.refresh()
         return [line.partition("  worker ")[2] or line for line in lines]
 
@@ -143,7 +137,7 @@ def test_a_watch_says_what_changes() -> None:
     now = {"round": record().to_json(), **both}
     first = look(**now)
     assert first[0].startswith("run r: open, round 5")
-    assert first[-1] == "round 4  step 32/80  loss 2.5000  20.0 samples/s  40 B exchanged"
+    assert first[-1] == "round 4  step 32/80  loss 2.5000  20.0 samples/s  40 bytes exchanged"
     assert look(**now) == []
     later = {"round": record(round=8, base=State(7, 56), committed=None).to_json()}
     assert look(**later, **{f"members/{A}": member(0, 7), f"members/{B}": member(1, 4)}) == ["1 is late"]
@@ -172,7 +166,7 @@ def test_run_is_found_by_what_launch_has_left(tmp_path: Path) -> None:
         find(TrainingConfig())
     with pytest.raises(ConfigError, match="must name the run"):
         find(TrainingConfig.from_flat({"etcd_endpoints": ["h:1"]}))
-    with pytest.raises(ConfigError, match="no directory in which `launch` has run"):
+    with pytest.raises(ConfigError, match="`launch` has not run in this directory"):
         find(TrainingConfig.from_flat({"run_dir": str(tmp_path / "elsewhere")}))
 
 

@@ -18,7 +18,7 @@ from tests.cluster import test_cluster as story
 from tests.cluster.needs import Cluster, demand, lacking, requests, why_unusable, words
 from tests.kubernetes_schemas import needs_crd, validate
 from trainer.config import TrainingConfig
-from trainer.monitor.dashboard import Board, Row
+from trainer.monitor.dashboard import Dashboard, WorkerRow
 
 ROOT = Path(__file__).parents[3]
 READY = [{"type": "MemoryPressure", "status": "False"}, {"type": "Ready", "status": "True"}]
@@ -229,8 +229,10 @@ def test_the_job_that_asks_for_the_operator_is_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_lines_of_a_training_are_told_from_those_of_precaching() -> None:
-    board = Board(60)
-    board.fill([Row(0, "training", step=20, round=2, loss=2.0), Row(1, "training", step=20, round=2, loss=2.0)])
+    board = Dashboard(60)
+    board.fill(
+        [WorkerRow(0, "training", step=20, round=2, loss=2.0), WorkerRow(1, "training", step=20, round=2, loss=2.0)]
+    )
     log = "precaching for worker 1 runs on node a\nPyTorchJob j is there already: following it\nround 0  step 0/60\n"
     assert not any(re.search(pattern, log, re.MULTILINE) for pattern in (*story.RUNS, story.ROUND))
     assert re.search(story.FOLLOWS, log, re.MULTILINE)

@@ -1,13 +1,16 @@
-"""The report's charts: one function a chart, from a `RunRecord` to SVG. To add one, list it in `CHARTS`."""
+"""The report's charts: one function per chart, from a run to SVG. To add one, list it in `OF_ONE` or `OF_SEVERAL`."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.monitor.events import number
+from trainer.monitor.report.curves import FloatArray, Points, Worker
 from trainer.monitor.report.drawing import (
-    DASHED,
     FIRST,
     HALF,
     INK,
@@ -19,24 +22,17 @@ from trainer.monitor.report.drawing import (
     WHOLE,
     Chart,
     bars,
-    byte_text,
-    byte_unit,
     drawn,
-    end_label,
-    end_labels,
     extent,
-    finite_points,
-    held_out_line,
-    loss_label,
-    marker_of,
+    from_zero,
+    label,
+    line,
     robust_limits,
     round_axis,
-    samples_axis,
-    styled_line,
     thin,
-    time_axis,
 )
-from trainer.monitor.report.run import FloatArray, RunRecord, Worker, number
+from trainer.monitor.report.run import RunHistory
+from trainer.monitor.report.words import BYTES, COUNTS, TIMES, Units, byte_count, labelled, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,142 +49,136 @@ MARKS: dict[str, Any] = {  # what happens to a worker
 }
 
 
-def losses_over_steps(run: RunRecord) -> Chart | None:
-    """Every worker's training loss, faint, and their mean."""
-    steps, caption = run.step_losses[0], "The training loss of each inner step."
-    if skipped := run.skipped_steps:
-        caption += f" {skipped} steps were skipped, because their loss or gradient was not finite."
-    return _losses(run, "losses-over-steps", "Loss over inner steps", caption, steps, "inner step", size=WHOLE)
+@dataclass(frozen=True)
+class Axis:
+    """A quantity that grows as a run goes on, for the x axis of losses.
+
+    Attributes:
+        at: Steps of the schedule, and the quantity at their ends.
+    """
+
+    name: str
+    units: Units
+    at: Callable[[RunHistory], Points]
+
+    def along(self, run: RunHistory, steps: FloatArray) -> FloatArray:
+        """The quantity at some steps."""
+        known, values = self.at(run)
+        return np.interp(steps, np.append(0, known), np.append(0, values))
 
 
-def losses_over_samples(run: RunRecord) -> Chart | None:
-    """The same over what was consumed, with the held-out loss."""
-    scale, label = samples_axis(float(np.max(run.samples_at_steps, initial=0)))
-    return _losses(
-        run,
-        "losses-over-samples",
-        "Loss over samples",
-        "Over the samples that all workers together had consumed.",
-        run.samples_at_steps / scale,
-        label,
-        held_out=True,
-    )
+def _bytes_at_rounds(run: RunHistory) -> Points:
+    sent = np.nansum(run.over_rounds("bytes_sent")[1], axis=0) / max(1, len(run.workers))
+    return run.round_ends, np.cumsum(sent)
 
 
-def losses_over_time(run: RunRecord) -> Chart | None:
-    """The same over wall time, with the held-out loss."""
-    scale, label = time_axis(float(np.max(run.seconds_at_steps, initial=0)))
-    return _losses(
-        run,
-        "losses-over-time",
-        "Loss over time",
-        "Over wall time: when the last worker had made the step. Pauses after an orderly stop are left out.",
-        run.seconds_at_steps / scale,
-        label,
-        held_out=True,
-    )
+STEPS = Axis("inner step", ((1.0, ""),), lambda run: (run.step_losses[0], run.step_losses[0]))
+SAMPLES = Axis("samples", COUNTS, lambda run: (run.step_losses[0], run.samples_at_steps))
+TIME = Axis("time", TIMES, lambda run: (run.step_losses[0], run.seconds_at_steps))
+SENT = Axis("sent by a worker", BYTES, _bytes_at_rounds)
 
 
-def _losses(
-    run: RunRecord,
-    name: str,
-    title: str,
-    caption: str,
-    at: FloatArray,
-    label: str,
-    held_out: bool = False,
-    size: tuple[int, int] = HALF,
-) -> Chart | None:
-    """Training losses of all workers and their mean, over `at`: where each inner step lies on the x axis."""
+# Losses of one run
+
+
+def _losses(axis: Axis, caption: str, held_out: bool, size: tuple[int, int], run: RunHistory) -> Chart | None:
+    """The workers' training losses, faint, their mean, and the held-out loss."""
     steps, mean = run.step_losses
     if not np.isfinite(mean).any():
         return None
     _, losses = run.over_steps("loss")
-    x, lines = thin(at, np.vstack([mean, losses]))
-    workers, over = lines[1:], len(losses)
+    at = axis.along(run, steps)
+    scale, unit = unit_of(float(np.max(at, initial=0)), axis.units)
+    x, (shown, *workers) = thin(at / scale, np.vstack([mean, losses]))
+    scored, scores = _finite(*run.held_out_over_steps) if held_out else (np.empty(0), np.empty(0))
+    if axis is STEPS and (skipped := run.skipped_steps):
+        caption += f" {skipped} steps were skipped because their loss or gradient was not finite."
     if len(steps) > len(x):
         caption += f" Each point is the mean of about {round(len(steps) / len(x))} steps."
-    scored, scores = run.held_out_over_steps
-    scored, scores = finite_points(scored, scores) if held_out else (np.empty(0), np.empty(0))
-    scored = np.interp(scored, np.append(0, steps), np.append(0, at))
 
     def draw(axes: "Axes") -> None:
+        over = len(workers)
         if 1 < over <= MOST_LINES:
-            for line in workers:
-                axes.plot(x, line, color=MUTED, linewidth=0.7, alpha=0.55, label="_")
-            axes.plot([], [], color=MUTED, linewidth=0.7, label=f"each of {over} workers")
+            faint: Any = {"color": MUTED, "linewidth": 0.7}
+            for one in workers:
+                axes.plot(x, one, alpha=0.55, label="_", **faint)
+            axes.plot([], [], label=f"each of {over} workers", **faint)
         elif over > MOST_LINES:
-            low, high = extent(workers)
-            axes.fill_between(x, low, high, color=MUTED, alpha=0.25, linewidth=0, label=f"range of {over} workers")
-        axes.plot(x, lines[0], color=FIRST, linewidth=1.6, marker=marker_of(x), label="mean" if over > 1 else "loss")
+            band = extent(np.array(workers))
+            axes.fill_between(x, *band, color=MUTED, alpha=0.25, linewidth=0, label=f"range of {over} workers")
+        end = line(axes, x, shown, label="mean" if over > 1 else "loss")
         if len(scored):
-            held_out_line(axes, scored, scores)
-        else:
-            end_label(axes, x, lines[0], FIRST)
+            end = line(axes, axis.along(run, scored) / scale, scores, 1, "held out")
         robust_limits(axes, mean, scores)
-        axes.set_xlabel(label)
-        axes.set_ylabel(loss_label(run.loss_unit))
+        label(axes, (end, "{}"))
+        axes.set_xlabel(labelled(axis.name, unit))
+        axes.set_ylabel(labelled("loss", run.loss_unit))
 
-    return drawn(name, title, caption, [draw], size)
+    name = "steps" if axis is STEPS else axis.name
+    title = "Loss over inner steps" if axis is STEPS else f"Loss over {name}"
+    return drawn(title, caption, draw, name=f"losses-over-{name}", size=size)
 
 
-def losses_over_rounds(run: RunRecord) -> Chart | None:
+def losses_over_rounds(run: RunHistory) -> Chart | None:
     """The mean training loss of each round, and the held-out loss where it was scored."""
     rounds, losses = run.round_losses
-    scored, held_out = run.held_out_losses
-    if not np.isfinite(losses).any() and not np.isfinite(held_out).any():
+    scored, scores = _finite(*run.held_out_losses)
+    trained = np.isfinite(losses).any()
+    if not trained and not len(scored):
         return None
-    x, lines = thin(rounds, losses[None])
+    x, (shown,) = thin(rounds, losses[None])
 
     def draw(axes: "Axes") -> None:
-        if np.isfinite(losses).any():
-            axes.plot(x, lines[0], color=FIRST, linewidth=1.6, marker=marker_of(x), label="training")
-            robust_limits(axes, losses, held_out)
-        if np.isfinite(held_out).any():
-            held_out_line(axes, *finite_points(scored, held_out))
-        elif np.isfinite(losses).any():
-            end_label(axes, x, lines[0], FIRST)
+        end = None
+        if trained:
+            end = line(axes, x, shown, label="training")
+            robust_limits(axes, losses, scores)
+        if len(scored):
+            end = line(axes, scored, scores, 1, "held out")
+        label(axes, (end, "{}"))
         round_axis(axes, np.union1d(rounds, scored))
-        axes.set_ylabel(loss_label(run.loss_unit))
+        axes.set_ylabel(labelled("loss", run.loss_unit))
 
     caption = "Training: the samples-weighted mean of the workers' losses in the round."
-    if np.isfinite(held_out).any():
+    if len(scored):
         caption += " Held out: samples that training never sees, scored with the global parameters after the round."
-    return drawn("losses-over-rounds", "Loss over rounds", caption, [draw])
+    return drawn("Loss over rounds", caption, draw, name="losses-over-rounds")
 
 
-def bytes_over_rounds(run: RunRecord) -> Chart | None:
-    """What the synchronisations moved, as the network counted it."""
+# Rounds of one run
+
+
+def bytes_over_rounds(run: RunHistory) -> Chart | None:
+    """What the synchronisations sent, as the network counted it."""
     rounds, sent = run.over_rounds("bytes_sent")
     if not np.nansum(sent) > 0:
         return None
     total = np.nansum(sent, axis=0)
-    scale, unit = byte_unit(float(np.max(total)))
+    scale, unit = unit_of(float(np.max(total)), BYTES)
 
     def draw(axes: "Axes") -> None:
         bars(axes, rounds, total / scale, FIRST)
         axes.set_ylim(bottom=0)
         round_axis(axes, rounds)
-        axes.set_ylabel(f"sent ({unit})")
+        axes.set_ylabel(labelled("sent", unit))
 
-    caption = f"Bytes that all workers together sent in each round; {byte_text(float(total.sum()))} in all."
+    caption = f"Bytes that all workers together sent in each round; {byte_count(float(total.sum()))} in all."
     if len(sent) > 1:
-        caption += f" A worker sent {byte_text(float(np.nanmean(sent)))} a round."
-    return drawn("bytes-over-rounds", "Bytes sent in each round", caption, [draw])
+        caption += f" On average a worker sent {byte_count(float(np.nanmean(sent)))} per round."
+    return drawn("Bytes sent in each round", caption, draw, name="bytes-over-rounds")
 
 
-def exposed_over_rounds(run: RunRecord) -> Chart | None:
-    """How long the inner loops stood still for each synchronisation, and the share of the round that this was."""
+def exposed_over_rounds(run: RunHistory) -> Chart | None:
+    """How long inner loops stood still for each synchronisation, and the share of the round that this was."""
     rounds, exposed = run.over_rounds("exposed_seconds")
-    if not np.isfinite(exposed).any():
-        return None
     kept = np.isfinite(exposed).any(axis=0)
+    if not kept.any():
+        return None
     rounds, exposed = rounds[kept], exposed[:, kept]
-    mean = np.nanmean(exposed, axis=0)
-    share = 100 * run.exposed_shares[1][kept]
+    x, (share,) = thin(rounds, 100 * run.exposed_shares[1][None, kept])
 
     def draw_seconds(axes: "Axes") -> None:
-        bars(axes, rounds, mean, FIRST)
+        bars(axes, rounds, np.nanmean(exposed, axis=0), FIRST)
         if len(exposed) > 1 and len(rounds) <= MOST_BARS:
             axes.vlines(rounds, *extent(exposed), color=INK, linewidth=0.9, label="lowest to highest worker")
         axes.set_ylim(bottom=0)
@@ -196,69 +186,69 @@ def exposed_over_rounds(run: RunRecord) -> Chart | None:
         axes.set_ylabel("exposed (s)")
 
     def draw_share(axes: "Axes") -> None:
-        x, lines = thin(rounds, share[None])
-        axes.plot(x, lines[0], color=SECOND, linewidth=1.4, linestyle=DASHED, marker=marker_of(x))
-        end_label(axes, x, lines[0], SECOND, " %")
-        axes.set_ylim(bottom=0, top=max(1.0, 1.15 * float(np.nanmax(share))) if np.isfinite(share).any() else 1)
+        end = line(axes, x, share, 1)
+        from_zero(axes, share)
+        label(axes, (end, "{} %"))
         round_axis(axes, rounds)
         axes.set_ylabel("share (%)")
 
     caption = (
-        "Exposed seconds: how long a worker's inner loop stood still for the round's synchronisation (waiting for the "
-        "others included), mean over the workers; below, the share of the round that this was."
+        "Exposed seconds: how long a worker's inner loop stood still for the round's synchronisation, waiting for the "
+        "others included; mean over the workers. Below: the share of the round that this was."
     )
-    return drawn("exposed-over-rounds", "Exposed seconds in each round", caption, [draw_seconds, draw_share])
+    return drawn("Exposed seconds in each round", caption, draw_seconds, draw_share, name="exposed-over-rounds")
 
 
-def throughput_over_rounds(run: RunRecord) -> Chart | None:
-    """Samples a second of all workers together."""
+def throughput_over_rounds(run: RunHistory) -> Chart | None:
+    """Samples per second of all workers together."""
     rounds, rate = run.round_throughput
     if not np.nansum(rate) > 0:
         return None
-    kept = rate > 0
-    x, lines = thin(rounds[kept], rate[None, kept])
+    x, (shown,) = thin(rounds[rate > 0], rate[None, rate > 0])
 
     def draw(axes: "Axes") -> None:
-        axes.plot(x, lines[0], color=FIRST, linewidth=1.6, marker=marker_of(x))
-        end_label(axes, x, lines[0], FIRST)
-        axes.set_ylim(bottom=0, top=1.15 * float(np.nanmax(lines)))
+        end = line(axes, x, shown)
+        from_zero(axes, shown)
+        label(axes, (end, "{}"))
         round_axis(axes, rounds)
         axes.set_ylabel("samples a second")
 
     caption = "Samples that all workers together trained on, over the time of the round with its synchronisation."
-    return drawn("throughput-over-rounds", "Throughput", caption, [draw])
+    return drawn("Throughput", caption, draw, name="throughput-over-rounds")
 
 
-def steps_of_unequal_workers(run: RunRecord) -> Chart | None:
-    """How many inner steps each worker made in a round, if they differ by design."""
+def steps_of_unequal_workers(run: RunHistory) -> Chart | None:
+    """Inner steps of each worker in a round, if they differ by design."""
     rounds, made = run.over_rounds("inner_steps")
     if not run.config.get("heterogeneous") or not np.isfinite(made).any() or len(made) > MOST_LINES:
         return None
     x, lines = thin(rounds, made)
-    names = [worker.name.removeprefix("worker-") for worker in run.workers]
 
     def draw(axes: "Axes") -> None:
         ends = []
-        for place, (name, line) in enumerate(zip(names, lines, strict=True)):
-            known = np.isfinite(line)
-            if known.any():
-                color = styled_line(axes, place, x[known], line[known], f"worker {name}")
-                ends.append((float(x[known][-1]), float(line[known][-1]), f"{name}: {line[known][-1]:.0f}", color))
-        axes.set_ylim(bottom=0, top=1.15 * float(np.nanmax(lines)))
-        end_labels(axes, ends)
+        for style, (worker, one) in enumerate(zip(run.workers, lines, strict=True)):
+            if np.isfinite(one).any():
+                name = worker.name.removeprefix("worker-")
+                end = line(axes, *_finite(x, one), style, f"worker {name}", equal=True)
+                ends.append((end, f"{name}: {one[np.isfinite(one)][-1]:.0f}"))
+        from_zero(axes, *lines)
+        label(axes, *ends)
         round_axis(axes, rounds)
         axes.set_ylabel("inner steps")
 
-    caption = "Inner steps of each worker in a round: in proportion to its speed, so that all are done at once."
-    return drawn("steps-of-unequal-workers", "Unequal workers", caption, [draw])
+    caption = "Inner steps of each worker in a round: in proportion to its speed, so that all finish at the same time."
+    return drawn("Unequal workers", caption, draw, name="steps-of-unequal-workers")
 
 
-def membership_over_time(run: RunRecord) -> Chart | None:
-    """Who was in which quorum, and who joined, died, came late or left."""
+# Membership of one run
+
+
+def membership_over_time(run: RunHistory) -> Chart | None:
+    """Which workers were in which quorum, and when each joined, died, came late or left."""
     workers = [worker for worker in run.workers if worker.lives]
     if not any(len(worker.rounds) for worker in workers) or len(workers) > MOST_ROWS:
         return None
-    scale, label = time_axis(run.last - run.started)
+    scale, unit = unit_of(run.last - run.started, TIMES)
     ticked = sum(len(worker.rounds) for worker in workers) <= MOST_TICKS
 
     def at(times: Iterable[float]) -> FloatArray:
@@ -270,41 +260,36 @@ def membership_over_time(run: RunRecord) -> Chart | None:
         for row, worker in enumerate(workers):
             for life in worker.lives:
                 axes.plot(at((life.start, life.last)), (row, row), color=MUTED, linewidth=1, label="_")
-            for first, last in _stretches(worker.rounds["round"]):
-                ends = at(worker.rounds["time"][[first, last]])
-                axes.plot(ends, (row, row), **BAR, label="_")
+            # A bar for each stretch of rounds without a gap.
+            times = worker.rounds["time"].to_numpy()
+            gaps = np.flatnonzero(np.diff(worker.rounds["round"]) > 1) + 1
+            for stretch in np.split(times, gaps) if len(times) else ():
+                axes.plot(at(stretch[[0, -1]]), (row, row), **BAR, label="_")
             if ticked:
-                axes.plot(at(worker.rounds["time"]), np.full(len(worker.rounds), row), **TICK, label="_")
-            for name, times in _changes(run, worker).items():
-                marks[name][0].extend(times)
-                marks[name][1].extend([row] * len(times))
-        for name, (times, rows) in marks.items():
-            if times:
-                axes.plot(at(times), rows, label=name, linestyle="", markerfacecolor=SURFACE, **MARKS[name])
+                axes.plot(at(times), np.full(len(times), row), **TICK, label="_")
+            for name, moments in _changes(run, worker).items():
+                marks[name][0].extend(moments)
+                marks[name][1].extend([row] * len(moments))
+        for name, (moments, rows) in marks.items():
+            if moments:
+                axes.plot(at(moments), rows, label=name, linestyle="", markerfacecolor=SURFACE, **MARKS[name])
         axes.set_yticks(range(len(workers)), [worker.name.removeprefix("worker-") for worker in workers])
         axes.set_ylim(len(workers) - 0.5, -0.5)
-        axes.set_xlabel(label)
+        axes.set_xlabel(labelled("time", unit))
         axes.set_ylabel("worker")
 
     caption = (
         "A worker's thin line lasts while its process lives, the thick one while it is in every quorum; a tick is a "
-        "round that was committed with it. Late: it took over what the others had committed without it."
+        "round that was committed with it. Late: it caught up with rounds that the others had committed without it."
     )
-    height = 90 + 26 * len(workers)
-    return drawn("membership-over-time", "Membership", caption, [draw], (WHOLE[0], height), rows=True)
+    size = (WHOLE[0], 90 + 26 * len(workers))
+    return drawn("Membership", caption, draw, name="membership-over-time", size=size, rows=True)
 
 
-def _stretches(rounds: FloatArray) -> list[tuple[int, int]]:
-    """The first and the last index of each stretch of rounds without a gap."""
-    gaps = np.flatnonzero(np.diff(rounds) > 1)
-    starts, stops = np.append(0, gaps + 1), np.append(gaps, len(rounds) - 1)
-    return list(zip(starts.tolist(), stops.tolist(), strict=True)) if len(rounds) else []
-
-
-def _changes(run: RunRecord, worker: Worker) -> dict[str, list[float]]:
-    """When a worker joined the run under way, came late, died and left, in Unix seconds; by the names of MARKS."""
+def _changes(run: RunHistory, worker: Worker) -> dict[str, list[float]]:
+    """When a worker joined the running run, was late, died and left, in Unix seconds; by the names of MARKS."""
     ends = [event for event in worker.events if event["event"] == "end" and event.get("status") != "complete"]
-    begun = min((number(one.rounds["time"][0]) for one in run.workers if len(one.rounds)), default=math.inf)
+    begun = min((one.rounds["time"].iloc[0] for one in run.workers if len(one.rounds)), default=math.inf)
     late = [event for event in worker.events if event.get("change") == "caught up"]
     return {
         "joined": [life.start for life in worker.lives if life.start > begun],
@@ -314,10 +299,73 @@ def _changes(run: RunRecord, worker: Worker) -> dict[str, list[float]]:
     }
 
 
-CHARTS: Sequence[Callable[[RunRecord], Chart | None]] = (
-    losses_over_steps,
-    losses_over_samples,
-    losses_over_time,
+# Several runs
+
+
+def _overlaid(axis: Axis, held_out: bool, size: tuple[int, int], runs: Sequence[RunHistory]) -> Chart | None:
+    """The held-out or training losses of all runs."""
+    points = [run.held_out_over_steps if held_out else (run.round_ends, run.round_losses[1]) for run in runs]
+    known = [_finite(*one) for one in points]
+    lines = [(axis.along(run, steps), losses) for run, (steps, losses) in zip(runs, known, strict=True)]
+    longest = max((float(x[-1]) for x, _ in lines if len(x)), default=0.0)
+    if not longest:
+        return None
+    scale, unit = unit_of(longest, axis.units)
+
+    def draw(axes: "Axes") -> None:
+        ends = []
+        for place, (x, losses) in enumerate(lines):
+            if len(x):
+                x, (y,) = thin(x / scale, losses[None])
+                ends.append((line(axes, x, y, place, letter(place), equal=True), f"{letter(place)} {{}}"))
+        axes.set_xlim(0, longest / scale)
+        # Leave out the steep start: the end shows how runs differ.
+        shown = [losses for _, losses in lines if len(losses)]
+        low = min(float(one.min()) for one in shown)
+        high = max(float(one[len(one) // 5 :].max()) for one in shown)
+        margin = 0.08 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+        label(axes, *ends)
+        axes.set_xlabel(labelled(axis.name, unit))
+        axes.set_ylabel(labelled("loss", common_unit(runs)))
+
+    caption = (
+        "Scored with the global parameters on samples that training never sees."
+        if held_out
+        else "The samples-weighted mean of the workers' losses in each round."
+    )
+    sent = " Bytes: what a worker sent, on average." if axis is SENT else ""
+    name = f"{'Held-out' if held_out else 'Training'} loss over {'bytes' if axis is SENT else axis.name}"
+    return drawn(name, f"{caption}{sent} The steep start is cut off.", draw, size=size)
+
+
+def letter(place: int) -> str:
+    """A run's short name: A to Z, then A1, B1, …"""
+    turn, rest = divmod(place, 26)
+    return chr(ord("A") + rest) + (str(turn) if turn else "")
+
+
+def common_unit(runs: Sequence[RunHistory]) -> str:
+    """The unit of all runs' losses; "" if they have none, or not the same."""
+    units = {run.loss_unit for run in runs}
+    return units.pop() if len(units) == 1 else ""
+
+
+def _finite(x: FloatArray, y: FloatArray) -> Points:
+    """The points at which y is finite."""
+    return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+OF_ONE: Sequence[Callable[[RunHistory], Chart | None]] = (
+    partial(_losses, STEPS, "The training loss of each inner step.", False, WHOLE),
+    partial(_losses, SAMPLES, "Over the samples that all workers together had consumed.", True, HALF),
+    partial(
+        _losses,
+        TIME,
+        "Over the wall time at which the last worker had made the step. Pauses after an orderly stop are left out.",
+        True,
+        HALF,
+    ),
     losses_over_rounds,
     bytes_over_rounds,
     exposed_over_rounds,
@@ -325,8 +373,16 @@ CHARTS: Sequence[Callable[[RunRecord], Chart | None]] = (
     steps_of_unequal_workers,
     membership_over_time,
 )
+OF_SEVERAL: Sequence[Callable[[Sequence[RunHistory]], Chart | None]] = (
+    partial(_overlaid, SAMPLES, True, WHOLE),
+    partial(_overlaid, TIME, True, HALF),
+    partial(_overlaid, SENT, True, HALF),
+    partial(_overlaid, SAMPLES, False, HALF),
+    partial(_overlaid, TIME, False, HALF),
+)
 
 
-def draw_all(run: RunRecord) -> list[Chart]:
-    """Every chart that the run has the data for."""
-    return [chart for function in CHARTS if (chart := function(run)) is not None]
+def charts(runs: Sequence[RunHistory]) -> list[Chart]:
+    """Every chart that there is data for: of a run, or of several over each other."""
+    drawings = [chart(runs[0]) for chart in OF_ONE] if len(runs) == 1 else [chart(runs) for chart in OF_SEVERAL]
+    return [chart for chart in drawings if chart is not None]

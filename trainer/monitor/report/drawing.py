@@ -1,8 +1,8 @@
 """How the report draws: panels into SVG that a page can hold.
 
-Each chart is drawn twice, for a wide page and for a phone, so that its letters stay legible; the style sheet shows one.
+Each chart is drawn twice, for a wide page and for a phone, so that its text stays legible; the style sheet shows one.
 Colours are roles: matplotlib draws in sentinel colours, which become `var(--…)` of the page, so that light and dark
-both work. Lines also differ in style and carry labels, so that colour is never needed.
+mode both work. Lines also differ in style and carry labels, so that colour is never needed to tell them apart.
 """
 
 import hashlib
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.monitor.report.run import FloatArray, last_finite
+from trainer.monitor.report.curves import FloatArray
+from trainer.monitor.report.words import digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,25 +25,22 @@ ROLES = ("ink", "muted", "grid", "first", "second", "surface", "third", "fourth"
 VARIABLES = {"#" + 3 * f"{place:02d}": role for place, role in enumerate(ROLES, 1)}
 INK, MUTED, GRID, FIRST, SECOND, SURFACE, THIRD, FOURTH = VARIABLES
 
-# Width and height in the page's pixels: the first chart, over the whole page; the others, two in a row; on a phone.
+# Width and height in the page's pixels: over the whole page; two in a row; on a phone.
 WHOLE, HALF, NARROW = (1045, 330), (490, 270), (330, 240)
 MOST_POINTS = 3000  # in a chart, over all its lines: keeps a report small however long the run was
 MOST_LINES = 12  # more workers than this are drawn as the band from the lowest to the highest
 MOST_BARS = 80
+MOST_MARKED = 30  # points of a line that are all marked, so that even a single one is visible
 LABEL_SIZE = (60.0, 13.0)  # of a label at a line's end, in points
-DASHED = (0, (4, 2))
-# Of lines that are equals: colour, dashes and marker. Any one of them tells a line from its neighbours.
+# Colour, dashes and marker of lines: any one of them tells a line from its neighbours.
 STYLES: Sequence[tuple[str, Any, str]] = (
     (FIRST, "-", "o"),
-    (SECOND, DASHED, "D"),
+    (SECOND, (0, (4, 2)), "D"),
     (THIRD, (0, (1, 1.4)), "s"),
     (FOURTH, (0, (6, 1.5, 1, 1.5)), "^"),
     (INK, "-", "v"),
-    (MUTED, DASHED, "X"),
+    (MUTED, (0, (4, 2)), "X"),
 )
-
-COUNTS = ((1e6, "millions"), (1e3, "thousands"))
-TIMES = ((7200.0, "h"), (120.0, "min"))
 
 Panel = Callable[["Axes"], None]
 
@@ -60,14 +58,21 @@ class Chart:
 
 
 def drawn(
-    name: str, title: str, caption: str, panels: Sequence[Panel], size: tuple[int, int] = HALF, rows: bool = False
+    title: str,
+    caption: str,
+    *panels: Panel,
+    name: str = "",
+    size: tuple[int, int] = HALF,
+    rows: bool = False,
 ) -> Chart:
     """Draw panels below each other over one x axis.
 
     Args:
+        name: The chart's id on the page; by default made from the title.
         size: On a wide page.
-        rows: The y axis has names that the panels have set, instead of numbers; each needs its height on a phone, too.
+        rows: The y axis has names, set by the panels, instead of numbers. Each needs its height on a phone, too.
     """
+    name = name or title.lower().replace(" ", "-")
     wide, narrow = (_svg(name, title, panels, one, rows) for one in (size, (NARROW[0], size[1]) if rows else NARROW))
     return Chart(name, title, caption, wide, narrow, whole=size[0] == WHOLE[0])
 
@@ -77,6 +82,7 @@ def _svg(name: str, title: str, panels: Sequence[Panel], size: tuple[int, int], 
 
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
 
     narrow = size[0] == NARROW[0]
     name = f"{name}-{'narrow' if narrow else 'wide'}"
@@ -90,7 +96,8 @@ def _svg(name: str, title: str, panels: Sequence[Panel], size: tuple[int, int], 
             if one is not axes[-1]:
                 one.set_xlabel("")
             if not rows:
-                one.yaxis.set_major_locator(_locator(4 if len(panels) > 1 else 5))
+                ticks = 4 if len(panels) > 1 else 5
+                one.yaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]))
             one.grid(axis="x" if rows else "y")
             if one.get_legend_handles_labels()[0]:
                 one.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, borderpad=0)
@@ -102,7 +109,7 @@ def _svg(name: str, title: str, panels: Sequence[Panel], size: tuple[int, int], 
 
 @contextmanager
 def _style(salt: str) -> Iterator[None]:
-    """Our matplotlib settings. The salt makes ids the same every time, and different between charts."""
+    """Our matplotlib settings. The salt makes ids reproducible, and different between charts."""
     import matplotlib
 
     # fmt: off
@@ -122,7 +129,7 @@ def _style(salt: str) -> Iterator[None]:
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    """Matplotlib's SVG file as an element of a page: no header or metadata, ids of its own, colours as variables."""
+    """Turn matplotlib's SVG file into an element of a page: no metadata, ids of its own, colours as variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
@@ -143,14 +150,14 @@ def _inline(svg: str, name: str, title: str) -> str:
 
 
 def thin(x: FloatArray, lines: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """About MOST_POINTS points over all lines that are drawn, each the mean of equally many neighbours.
+    """Reduce lines to about MOST_POINTS points in all, each the mean of equally many neighbours.
 
     Args:
         x: Shape (points,).
-        lines: Shape (lines, points); what is not finite counts for nothing.
+        lines: Shape (lines, points); values that are not finite are ignored.
 
     Returns:
-        The same with fewer points.
+        x and lines with fewer points.
     """
     lines = np.where(np.isfinite(lines), lines, np.nan)
     size = -(-x.size // max(50, min(600, MOST_POINTS // min(len(lines), MOST_LINES))))
@@ -173,7 +180,7 @@ def extent(lines: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def bars(axes: "Axes", x: FloatArray, heights: FloatArray, color: str) -> None:
-    """Bars, or, when they would be too many, a filled line."""
+    """Draw bars; or a filled line where they would be too many."""
     if len(x) <= MOST_BARS:
         axes.bar(x, heights, width=0.72, color=color, alpha=0.85, linewidth=0)
         if len(x) < 4:  # one bar that fills the whole chart says nothing
@@ -184,93 +191,68 @@ def bars(axes: "Axes", x: FloatArray, heights: FloatArray, color: str) -> None:
     axes.plot(x, lines[0], color=color, linewidth=1.2)
 
 
-def marker_of(x: FloatArray) -> str:
-    """Few points are marked, so that even a single one is seen."""
-    return "o" if len(x) <= 30 else ""
-
-
-def styled_line(axes: "Axes", place: int, x: FloatArray, y: FloatArray, label: str) -> str:
-    """Draw one of several lines that are equals; returns its colour."""
-    color, dashes, marker = STYLES[place % len(STYLES)]
-    markers: Any = {"marker": marker, "markevery": max(1, len(x) // 8), "markersize": 5, "markerfacecolor": SURFACE}
-    axes.plot(x, y, color=color, linestyle=dashes, linewidth=1.5, label=label, **markers)
-    return color
-
-
-def end_label(axes: "Axes", x: FloatArray, y: FloatArray, color: str, unit: str = "") -> None:
-    """Write the last value beside the end of its line."""
-    known = np.isfinite(y)
-    if known.any():
-        axes.annotate(
-            digits(last_finite(y)) + unit,
-            (float(x[known][-1]), last_finite(y)),
-            xytext=(8, 0),
-            textcoords="offset points",
-            verticalalignment="center",
-            color=color,
-            fontweight="bold",
-            annotation_clip=False,
-        )
-
-
-def end_labels(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write beside the ends of lines what they are, none over another. After the limits of the axes are set.
+def line(
+    axes: "Axes", x: FloatArray, y: FloatArray, style: int = 0, label: str = "_", *, equal: bool = False
+) -> tuple[float, float, str] | None:
+    """Draw a line in one of the styles.
 
     Args:
-        ends: Of each line: x, y, text and color.
+        equal: It is one of several that are equals: markers tell them apart, however long they are.
+
+    Returns:
+        x, y and colour of its last finite point; None if there is none.
     """
-    to_points = axes.transData.transform([(x, y) for x, y, _, _ in ends]) * 72 / axes.figure.dpi
+    color, dashes, marker = STYLES[style % len(STYLES)]
+    look: dict[str, Any] = {"color": color, "linestyle": dashes, "linewidth": 1.5, "label": label}
+    if equal or len(x) <= MOST_MARKED:
+        look |= {"marker": marker, "markevery": max(1, len(x) // 8) if equal else 1}
+    if equal or style:
+        look |= {"markersize": 4.5, "markerfacecolor": SURFACE}
+    axes.plot(x, y, **look)
+    known = np.isfinite(y)
+    return (float(x[known][-1]), float(y[known][-1]), color) if known.any() else None
+
+
+def label(axes: "Axes", *ends: tuple[tuple[float, float, str] | None, str]) -> None:
+    """Write texts beside the ends of lines, none over another. Call it when the limits of the axes are set.
+
+    Args:
+        ends: What `line` returned, and a text in which {} stands for the last value.
+    """
+    known = sorted(((*end, text) for end, text in ends if end is not None), key=lambda one: one[1])
     placed: list[tuple[float, float]] = []
-    style: Any = {"verticalalignment": "center", "fontweight": "bold", "annotation_clip": False}
-    for (left, wanted), (x, y, text, color) in sorted(
-        zip(to_points.tolist(), ends, strict=True), key=lambda one: one[0][1]
-    ):
+    for x, y, color, text in known:
+        left, wanted = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
         bottom = wanted
         for other_left, other in sorted(placed, key=lambda one: one[1]):
             if abs(other_left - left) < LABEL_SIZE[0] and abs(other - bottom) < LABEL_SIZE[1]:
                 bottom = other + LABEL_SIZE[1]
         placed.append((left, bottom))
-        axes.annotate(text, (x, y), xytext=(8, bottom - wanted), textcoords="offset points", color=color, **style)
+        axes.annotate(
+            text.format(digits(y)),
+            (x, y),
+            xytext=(8, bottom - wanted),
+            textcoords="offset points",
+            verticalalignment="center",
+            fontweight="bold",
+            color=color,
+            annotation_clip=False,
+        )
 
 
 def robust_limits(axes: "Axes", *lines: FloatArray) -> None:
     """Keep a few spikes from flattening everything else."""
-    values = np.concatenate([line[np.isfinite(line)] for line in lines])
+    values = np.concatenate([one[np.isfinite(one)] for one in lines])
     usual = float(np.quantile(values, 0.97))
     if usual > 0 and values.max() > 4 * usual:
         low, high = float(values.min()), 1.3 * usual
         axes.set_ylim(low - 0.05 * (high - low), high)
 
 
-def held_out_line(axes: "Axes", x: FloatArray, losses: FloatArray) -> None:
-    """The held-out losses, all finite, with the last one's value."""
-    axes.plot(
-        x,
-        losses,
-        color=SECOND,
-        linewidth=1.4,
-        linestyle=DASHED,
-        marker="D" if len(x) <= 30 else "",
-        markersize=4.5,
-        markerfacecolor=SURFACE,
-        label="held out",
-    )
-    end_label(axes, x, losses, SECOND)
-
-
-def loss_label(unit: str) -> str:
-    return f"loss ({unit})" if unit else "loss"
-
-
-def finite_points(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The points at which y is finite."""
-    return x[np.isfinite(y)], y[np.isfinite(y)]
-
-
-def _locator(ticks: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10])
+def from_zero(axes: "Axes", *lines: FloatArray) -> None:
+    """Let the y axis begin at 0, with room for a label above the highest value of the lines."""
+    values = np.concatenate([one[np.isfinite(one)] for one in lines])
+    axes.set_ylim(bottom=0, top=1.15 * float(values.max()) if len(values) and values.max() > 0 else 1)
 
 
 def round_axis(axes: "Axes", rounds: FloatArray) -> None:
@@ -281,31 +263,3 @@ def round_axis(axes: "Axes", rounds: FloatArray) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("round")
-
-
-def digits(value: float) -> str:
-    """A number in about three digits: `1.59`, `12.3`, `1,358`."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def byte_unit(largest: float) -> tuple[float, str]:
-    """The unit for an axis that reaches to `largest` bytes."""
-    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    return next(((scale, unit) for scale, unit in units if largest >= scale), (1.0, "bytes"))
-
-
-def byte_text(count: float) -> str:
-    scale, unit = byte_unit(count)
-    return f"{count / scale:.3g} {unit}"
-
-
-def samples_axis(largest: float) -> tuple[float, str]:
-    """The scale and the label of an axis that reaches to `largest` samples."""
-    scale, unit = next(((scale, f" ({unit})") for scale, unit in COUNTS if largest >= scale), (1.0, ""))
-    return scale, f"samples{unit}"
-
-
-def time_axis(longest: float) -> tuple[float, str]:
-    """The scale and the label of an axis that reaches to `longest` seconds."""
-    scale, unit = next(((scale, unit) for scale, unit in TIMES if longest >= scale), (1.0, "s"))
-    return scale, f"time ({unit})"

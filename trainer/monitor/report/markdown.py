@@ -1,4 +1,4 @@
-"""A run on one page of Markdown: what the Kubeflow UI shows beside other runs', where its tables cut numbers off."""
+"""A run on one page of Markdown, for the Kubeflow UI, whose own tables cut numbers off."""
 
 import math
 import re
@@ -6,19 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trainer.monitor.report.html import (
-    VERDICTS,
-    baseline_label,
-    byte_count,
-    confusion,
-    confusions,
-    count,
-    scores,
-    seconds,
-    short,
-    title,
-)
-from trainer.monitor.report.run import RunRecord, last_finite, read_run
+from trainer.monitor.report import tables
+from trainer.monitor.report.curves import last_finite
+from trainer.monitor.report.html import VERDICTS, title
+from trainer.monitor.report.run import RunHistory, read_run
+from trainer.monitor.report.words import byte_count, count, seconds, short
 
 # Punctuation that Markdown, or a table of it, reads as markup.
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&])")
@@ -29,8 +21,8 @@ _PATH = re.compile(r"(?<![^\s,;:='\"(\[])~?/(?!/)[^\s,;:'\")\]]*")
 def markdown_summary(run_dir: Path | str) -> str:
     """A run in numbers, its scores beside the baseline's, and a classification's confusion matrix.
 
-    Needs no more than `evaluation.json` and the workers' `metrics.jsonl`, and says so where one is missing. Names no
-    directory of the machine: of an absolute path only the last part is left.
+    It needs only `evaluation.json` and the workers' `metrics.jsonl`, and states if one is missing. It names no
+    directory of the machine: only the last part of an absolute path is shown.
 
     Args:
         run_dir: The run, at any moment of its life.
@@ -51,24 +43,28 @@ def markdown_summary(run_dir: Path | str) -> str:
         blocks.append("Not evaluated.")
     elif evaluation.get("headline"):
         blocks.append(f"Held out: {_text(evaluation['headline'])}.")
-    if rows := scores(evaluation):
-        baseline = baseline_label(evaluation) or "Unigram byte model"
-        blocks += ["### Scores", _table(("Score", "This model", _text(baseline)), _score_rows(rows))]
-    if rows := confusion(evaluation):
-        labels = [_text(row["label"]) for row in rows]
+    if rows := tables.scores(evaluation):
+        names = ("Score", "This model", _text(tables.task_of(evaluation).baseline_label))
+        lines = [(_text(row["name"]), f"**{_text(row['model'])}**", _text(row["baseline"] or "–")) for row in rows]
+        blocks += ["### Scores", _table(names, lines)]
+    if rows := tables.confusion(evaluation):
+        names = ("Class", *(_text(row["label"]) for row in rows))
         blocks += [
             "### Confusion matrix",
-            _table(("Class", *labels), _confusion_rows(rows)),
-            "A row is a class, a column what the model took its samples for.",
+            _table(names, _confusion_rows(rows)),
+            "A row is a class, a column the class that the model assigned.",
         ]
-    if rows := confusions(evaluation):
+    if rows := tables.confusions(evaluation):
         names = ("Class", "Taken for", "Samples", "Of the class")
-        blocks += ["### Most frequent confusions", _table(names, _most_frequent(rows), texts=2)]
+        lines = [
+            (_text(row["label"]), _text(row["taken_for"]), count(row["count"]), f"{row['share']} %") for row in rows
+        ]
+        blocks += ["### Most frequent confusions", _table(names, lines, texts=2)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _facts(run: RunRecord) -> Iterable[tuple[str, str]]:
-    """Rows of the table of the run: a name, and the value with its unit; what is not known has none."""
+def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
+    """Rows of the run's table: a name, and the value with its unit. Unknown values have no row."""
     workers, skipped = len(run.workers), run.skipped_steps
     rounds, steps = run.round_losses[0], run.step_losses[0]
     sent = run.total("bytes_sent")
@@ -89,18 +85,10 @@ def _facts(run: RunRecord) -> Iterable[tuple[str, str]]:
         yield "Wall time", seconds(run.wall_seconds)
 
 
-def _score_rows(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
-    return ((_text(row["name"]), f"**{_text(row['model'])}**", _text(row["baseline"] or "–")) for row in rows)
-
-
 def _confusion_rows(rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
     for place, row in enumerate(rows):
         cells = (f"**{number}**" if column == place else str(number) for column, (number, _) in enumerate(row["cells"]))
         yield _text(row["label"]), *cells
-
-
-def _most_frequent(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
-    return ((_text(row["label"]), _text(row["taken_for"]), count(row["count"]), f"{row['share']} %") for row in rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
@@ -110,7 +98,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -
 
 
 def _text(value: object) -> str:
-    """A value as one line of text, whatever it holds: no markup, and of absolute paths the last part only."""
+    """A value as one line of text without markup, and only the last part of absolute paths."""
     line = " ".join(str(value).split())
     line = _PATH.sub(lambda found: f"…/{PurePosixPath(found[0]).name}".rstrip("/"), line)
     return _MARKUP.sub(r"\\\1", line)

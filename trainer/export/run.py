@@ -1,0 +1,137 @@
+"""A trained run as export and evaluation find it: configuration, checkpoint, dataset and model."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from trainer.config import TrainingConfig
+from trainer.errors import ConfigError, TrainingError
+from trainer.volume import Volume, worker_configs
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run on this machine, and where its parts are.
+
+    Attributes:
+        directory: The run directory.
+        config: As its workers recorded it, with the user's present values of the parameters in the scope "command".
+        volumes: The workers' volumes, in the order of the search.
+    """
+
+    directory: Path
+    config: TrainingConfig
+    volumes: tuple[Volume, ...]
+
+    @classmethod
+    def find(cls, config: TrainingConfig) -> Self:
+        """Find the run in `config.run_dir` (or `runs/<run_id>`). No other parameter has to be given again.
+
+        Raises:
+            ConfigError: No run is named, there is none, or it is another one.
+        """
+        from trainer.monitor.report.run import read_run
+
+        if not config.run_dir and not config.run_id:
+            raise ConfigError("run_dir", "", "must name the run's directory")
+        directory = Path(config.run_dir or Path("runs") / config.run_id)
+        if not directory.is_dir():
+            raise ConfigError("run_dir", directory, "no such directory")
+        recorded = read_run(directory).config
+        if recorded and config.run_id not in ("", recorded.get("run_id")):
+            raise ConfigError("run_id", config.run_id, f"the run in {directory} is {recorded.get('run_id')}")
+        config = config.with_values(run_dir=str(directory))
+        if recorded:
+            try:
+                trained = TrainingConfig.from_tree(recorded)
+            except ConfigError as error:  # written by another version, or damaged
+                raise ConfigError("run_dir", directory, f"the recorded configuration cannot be used: {error}") from None
+            config = _as_trained(trained, config)
+        # In a pod the run directory is a worker's own volume; on one machine it holds one for each worker.
+        return cls(directory, config, tuple(map(Volume.of, (*worker_configs(config), config))))
+
+    @cached_property
+    def checkpoint(self) -> "Checkpoint":
+        """The newest intact checkpoint of any worker. Raises ConfigError if there is none."""
+        from trainer import checkpoint
+
+        places = list(dict.fromkeys(volume.checkpoints for volume in self.volumes))
+        found = [newest for place in places if (newest := checkpoint.newest(place)) is not None]
+        if not found:
+            looked = ", ".join(map(str, places))
+            raise ConfigError("run_dir", self.directory, f"has no checkpoint to export; looked in {looked}")
+        return max(found, key=lambda one: (one.round, one.step))
+
+    @cached_property
+    def dataset(self) -> Path:
+        """The directory of the dataset that the run was trained on. Raises ConfigError if it is missing."""
+        from trainer import data
+        from trainer.data.dataset import READY
+
+        places = [data.directory(self.config, volume.datasets) for volume in self.volumes]
+        for place in places:
+            if (place / READY).exists():
+                return place
+        raise ConfigError("dataset", self.config.dataset, f"is not in {places[0].parent}: precache it again")
+
+    def build(self) -> "torch.nn.Module":
+        """Build the model with the committed global parameters, or their average where the run keeps one.
+
+        The model is on the CPU and in evaluation mode; its buffers are recomputed from the parameters.
+
+        Raises:
+            ConfigError: The dataset or a checkpoint is missing.
+            TrainingError: The checkpoint is of another model.
+        """
+        import torch
+
+        from trainer import data, models
+        from trainer.data.dataset import read_manifest
+        from trainer.tasks import scoring, tasks
+
+        # Build the model as it was before training: parameters that are not trained are in no checkpoint.
+        manifest = read_manifest(self.dataset)
+        if manifest is None:
+            raise ConfigError("dataset", self.dataset, "has no manifest: precache it again")
+        places = [models.directory(self.config, manifest.for_model, volume.models) for volume in self.volumes]
+        place = next((one for one in places if (one / models.READY).exists()), places[0])
+        model = models.build(place, self.config.seed)
+        parameters = self.checkpoint.averaged_parameters()
+
+        # Take over the trained parameters.
+        own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if own.keys() != parameters.keys():
+            different = sorted(own.keys() ^ parameters.keys())
+            raise TrainingError(f"{self.checkpoint.path} is not of this model: only one of them has {different[0]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(parameters[name])
+
+        # Recompute buffers, such as the statistics of batch normalisation.
+        model.eval()
+        cpu, size = torch.device("cpu"), self.config.per_device_train_batch_size
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.config.seed)
+            task = tasks()[models.resolve(self.config.model).family.task]
+            scoring.recompute_buffers(task, model, data.open_dataset(self.dataset), size, cpu)
+        return model
+
+
+def _as_trained(recorded: TrainingConfig, now: TrainingConfig) -> TrainingConfig:
+    """The recorded configuration, with the user's parameters of this command and without the volume's old paths."""
+    then, given, default = recorded.to_flat(), now.to_flat(), TrainingConfig().to_flat()
+    values = {name: given[name] for name in TrainingConfig.names_in_scope("command")}
+    for name in TrainingConfig.names_in_scope("place"):
+        if given[name] != default[name]:
+            values[name] = given[name]
+        elif Path(then[name]).is_relative_to(then["run_dir"]):
+            values[name] = default[name]
+        elif name == "checkpoint_path" and Path(then[name]).name == Path(then["run_dir"]).name:
+            values[name] = str(Path(then[name]).parent)  # each worker has its own below the one that was chosen
+    return recorded.with_values(**values)

@@ -1,0 +1,59 @@
+"""Finding a run from outside: its directory, the etcd that `launch` recorded there, and whether it has completed."""
+
+from pathlib import Path
+
+from trainer.config import TrainingConfig
+from trainer.errors import ConfigError, one_line
+from trainer.files import read_json
+from trainer.monitor.events import EventReader
+from trainer.volume import worker_roots
+
+LAUNCHED = "launch.json"  # in the run directory: the run's configuration, with the etcd that `launch` has started
+_TAIL = 65536  # bytes at the end of a `metrics.jsonl` that hold its last event
+
+
+def find(config: TrainingConfig) -> TrainingConfig:
+    """Return a configuration with run id and etcd: `config`, completed by what `launch` left in the run directory.
+
+    Raises:
+        ConfigError: Neither an etcd nor a run directory is named, or the directory is not a run's.
+    """
+    directory = run_directory(config)
+    launched = _launched(directory) if directory else None
+    if config.etcd.endpoints:
+        if not config.run_id and launched is None:
+            raise ConfigError("run_id", "", "must name the run (or run_dir its directory)")
+        return config if config.run_id or launched is None else config.with_values(run_id=launched.run_id)
+    if directory is None:
+        raise ConfigError("run_id", "", "must name the run, with its etcd (etcd.endpoints) or its directory (run_dir)")
+    if launched is None:
+        raise ConfigError("run_dir", directory, "`launch` has not run in this directory; or name an etcd: --etcd")
+    return launched.with_values(run_dir=str(directory.absolute()))
+
+
+def run_directory(config: TrainingConfig) -> Path | None:
+    """Return the directory in which `launch` keeps the run; None if neither run_dir nor run_id is given."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    return Path("runs") / config.run_id if config.run_id else None
+
+
+def has_completed(directory: Path) -> bool:
+    """Whether a worker below the run directory has ended because the run is complete."""
+    for root in worker_roots(directory):
+        events = EventReader(root / "metrics.jsonl", last=_TAIL).read()
+        # A sink that is closed after the end may still warn.
+        last = next((event for event in reversed(events) if event["event"] != "warning"), {})
+        if (last.get("event"), last.get("status")) == ("end", "complete"):
+            return True
+    return False
+
+
+def _launched(directory: Path) -> TrainingConfig | None:
+    path = directory / LAUNCHED
+    if not path.exists():
+        return None
+    try:
+        return TrainingConfig.from_tree(read_json(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError("run_dir", directory, f"its {LAUNCHED} cannot be used: {one_line(error)}") from None

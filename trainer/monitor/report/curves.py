@@ -1,0 +1,187 @@
+"""A run's workers as arrays: losses, bytes and times over steps and over rounds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from trainer.monitor.events import Event
+
+FloatArray = NDArray[np.float64]
+Points = tuple[FloatArray, FloatArray]
+"""x and y, both of shape (points,)."""
+
+SUMMED = ("samples", "tokens", "seconds")  # columns of which several inner steps together have the sum
+
+
+@dataclass(frozen=True)
+class Life:
+    """One process of a worker, from its `start` to the last event that shows it at work; both in Unix seconds."""
+
+    start: float
+    last: float
+    ended: bool  # by an `end`: otherwise it goes on, or has died
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker's file. Tables have one row per step, round or evaluation; a missing value is NaN.
+
+    Attributes:
+        steps: `seconds` is the duration of the step, `wall` the worker's wall time at its end.
+        rounds: `seconds` is the duration with the synchronisation.
+        events: start, checkpoint, membership, warning and end, in the file's order.
+        wall_seconds: While the worker was meant to run: the time between an `end` and the next `start` does not count.
+    """
+
+    name: str
+    lives: tuple[Life, ...]
+    steps: pd.DataFrame
+    rounds: pd.DataFrame
+    evals: pd.DataFrame
+    events: tuple[Event, ...]
+    wall_seconds: float
+
+    @property
+    def start(self) -> Event:
+        """The newest `start` event, or an empty one."""
+        return next((event for event in reversed(self.events) if event["event"] == "start"), {})
+
+    @property
+    def end(self) -> Event | None:
+        """The `end` event of the worker's last life; None if it goes on, or has died."""
+        last = next((event for event in reversed(self.events) if event["event"] in ("start", "end")), None)
+        return last if last is not None and last["event"] == "end" else None
+
+    @property
+    def status(self) -> str:
+        """complete, stopped, failed; or unfinished, without an `end`."""
+        return str(self.end.get("status", "stopped")) if self.end else "unfinished"
+
+    @property
+    def skipped(self) -> NDArray[np.bool_]:
+        """Steps that were skipped because their loss or gradient was not finite: they consumed no samples."""
+        return (self.steps["loss"].isna() | (self.steps["samples"] == 0)).to_numpy(dtype=bool)
+
+    @property
+    def useful_seconds(self) -> float:
+        """Seconds in inner steps that were kept, and were not skipped."""
+        return float(self.steps["seconds"][~self.skipped].sum())
+
+    @property
+    def goodput(self) -> float:
+        """The fraction of the wall time spent in inner steps that were kept, 0 to 1; NaN before the first step.
+
+        Start-up, waiting, synchronisation, evaluation, checkpoints that block, and steps that were repeated or skipped
+        count as wall time only.
+        """
+        return self.useful_seconds / self.wall_seconds if len(self.steps) and self.wall_seconds > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Series over the steps and rounds of a run. Arrays of several workers are (workers, steps or rounds)."""
+
+    workers: tuple[Worker, ...]
+
+    def over_steps(self, column: str) -> tuple[FloatArray, FloatArray]:
+        """The schedule's steps, (steps,), and a column at them, (workers, steps), NaN where a worker has none.
+
+        Unequal workers make more or fewer inner steps than the schedule: those that lead to one step are combined.
+        """
+        frames = [worker.steps.assign(step=np.ceil(worker.steps["step"])) for worker in self.workers]
+        return _table(frames, "step", column, add=column in SUMMED)
+
+    def over_rounds(self, column: str) -> tuple[FloatArray, FloatArray]:
+        """Committed rounds, (rounds,), and a column at them, (workers, rounds)."""
+        return _table([worker.rounds for worker in self.workers], "round", column)
+
+    def over_evals(self, column: str) -> tuple[FloatArray, FloatArray]:
+        """Rounds with an evaluation, (evaluations,), and a column at them, (workers, evaluations)."""
+        return _table([worker.evals for worker in self.workers], "round", column)
+
+    @cached_property
+    def samples_at_steps(self) -> FloatArray:
+        """Samples that all workers had consumed at the end of each step of `step_losses`; (steps,)."""
+        return np.cumsum(np.nansum(self.over_steps("samples")[1], axis=0))
+
+    @cached_property
+    def seconds_at_steps(self) -> FloatArray:
+        """Wall time at which the last worker ended each step of `step_losses`; (steps,)."""
+        wall = np.nan_to_num(self.over_steps("wall")[1])
+        return np.maximum.accumulate(np.max(wall, axis=0, initial=0.0))
+
+    @cached_property
+    def step_losses(self) -> Points:
+        """Steps, and the workers' samples-weighted mean loss."""
+        steps, losses = self.over_steps("loss")
+        return steps, weighted_mean(losses, self.over_steps("samples")[1])
+
+    @cached_property
+    def round_losses(self) -> Points:
+        """Rounds, and the workers' samples-weighted mean loss."""
+        rounds, losses = self.over_rounds("loss")
+        return rounds, weighted_mean(losses, self.over_rounds("samples")[1])
+
+    @cached_property
+    def held_out_losses(self) -> Points:
+        """Rounds after which held-out samples were scored, and the workers' samples-weighted mean loss."""
+        rounds, losses = self.over_evals("loss")
+        return rounds, weighted_mean(losses, self.over_evals("samples")[1])
+
+    @cached_property
+    def held_out_over_steps(self) -> Points:
+        """The schedule's steps of `held_out_losses`, and the losses."""
+        steps = self.over_evals("step")[1]
+        return weighted_mean(steps, np.ones_like(steps)), self.held_out_losses[1]
+
+    @cached_property
+    def round_ends(self) -> FloatArray:
+        """The schedule's step at which each round of `round_losses` ended; (rounds,)."""
+        return np.max(np.nan_to_num(self.over_rounds("step")[1]), axis=0, initial=0.0)
+
+    @cached_property
+    def exposed_shares(self) -> Points:
+        """Rounds, and the fraction of each that inner loops stood still for its synchronisation."""
+        rounds, exposed = self.over_rounds("exposed_seconds")
+        seconds = self.over_rounds("seconds")[1]
+        return rounds, np.clip(_ratio(np.nansum(exposed, axis=0), np.nansum(seconds, axis=0)), 0, 1)
+
+    @cached_property
+    def round_throughput(self) -> Points:
+        """Rounds, and the samples per second of all workers together."""
+        rounds, samples = self.over_rounds("samples")
+        return rounds, np.nansum(_ratio(samples, self.over_rounds("seconds")[1]), axis=0)
+
+
+def last_finite(values: FloatArray) -> float:
+    """The last finite value of a series, or NaN."""
+    kept = values[np.isfinite(values)]
+    return float(kept[-1]) if len(kept) else math.nan
+
+
+def weighted_mean(values: FloatArray, weights: FloatArray) -> FloatArray:
+    """Mean of the finite values over the first axis, NaN where there are none. A missing weight counts as 1."""
+    known = np.isfinite(values)
+    weights = np.where(known, np.nan_to_num(weights, nan=1.0), 0.0)
+    return _ratio(np.sum(np.where(known, values, 0.0) * weights, axis=0), np.sum(weights, axis=0))
+
+
+def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    """The quotient, NaN where the denominator is not positive."""
+    result = np.full(np.shape(numerator), np.nan)
+    return np.divide(numerator, denominator, out=result, where=np.nan_to_num(denominator) > 0)
+
+
+def _table(frames: Sequence[pd.DataFrame], key: str, column: str, add: bool = False) -> tuple[FloatArray, FloatArray]:
+    """All keys in order, (keys,), and the column at them, (frames, keys). Rows with the same key: their mean or sum."""
+    groups = [frame.groupby(key)[column] for frame in frames]
+    columns = [group.sum(min_count=1) if add else group.mean() for group in groups]
+    if not columns:
+        return np.empty(0), np.empty((0, 0))
+    table = pd.concat(columns, axis=1, join="outer").sort_index()
+    return table.index.to_numpy(dtype=float), table.to_numpy(dtype=float).T

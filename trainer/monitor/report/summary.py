@@ -1,0 +1,65 @@
+"""`summary.json`: a run in numbers, for other programs."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.files import write_json
+from trainer.monitor.report.curves import last_finite
+from trainer.monitor.report.run import RunHistory, read_run
+
+
+def write_summary(run_dir: Path | str) -> Path:
+    """Write `<run_dir>/summary.json`, whole or not at all, and return its path. Unknown values are null."""
+    run = read_run(run_dir)
+    path = run.directory / "summary.json"
+    write_json(path, summary(run))
+    return path
+
+
+def summary(run: RunHistory) -> dict[str, Any]:
+    """The content of `summary.json`: plain JSON values, no NaN."""
+    rounds, round_losses = run.round_losses
+    steps, _ = run.step_losses
+    wall = run.wall_seconds
+    content = {
+        "run_id": run.run_id,
+        "status": run.status,
+        "reason": run.reason,
+        "rounds": int(rounds[-1]) if len(rounds) else 0,
+        "steps": int(steps[-1]) if len(steps) else 0,
+        "skipped_steps": run.skipped_steps,
+        "samples": run.samples,
+        "tokens": run.tokens,
+        "parameters": run.parameters,
+        "final": {"loss": last_finite(round_losses), "held_out_loss": last_finite(run.held_out_losses[1])},
+        "evaluation": run.evaluation,
+        "bytes_sent": run.total("bytes_sent"),
+        "bytes_received": run.total("bytes_received"),
+        "exposed_seconds": run.total("exposed_seconds"),
+        "exposed_share": run.exposed_share,
+        "wall_seconds": wall,
+        "samples_per_second": run.samples / wall if wall > 0 else None,
+        "tokens_per_second": run.tokens / wall if wall > 0 else None,
+        "goodput": run.goodput,
+        "workers": {
+            worker.name: {"status": worker.status, "steps": len(worker.steps), "goodput": worker.goodput}
+            for worker in run.workers
+        },
+        "warnings": len(run.of_kind("warning")),
+        "global_hashes": run.global_hashes,
+        "dataset_hash": run.dataset_hash,
+        "versions": run.versions,
+        "config": run.config,
+    }
+    return {name: finite(value) for name, value in content.items()}
+
+
+def finite(value: Any) -> Any:
+    """The JSON value with null for every number that is not finite, and whole floats as integers."""
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, Mapping):
+        return {str(name): finite(item) for name, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,209 @@
+"""The report's tables, as text in rows. `html.py` and `markdown.py` lay them out."""
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from trainer.config import UNSET, Parameter, TrainingConfig
+from trainer.monitor.events import number
+from trainer.monitor.report.curves import FloatArray
+from trainer.monitor.report.run import RunHistory
+from trainer.monitor.report.words import byte_count, plain, seconds
+from trainer.tasks import Task, tasks
+
+MOST_ROWS = 200  # of the table of rounds, and of the history
+MOST_CLASSES = 20  # of a confusion matrix that is shown; of a larger one the most frequent confusions are
+MOST_CONFUSIONS = 20
+# Changes of the membership, in words.
+CHANGES = {"joined": "joined workers", "quorum": "new quorum of workers", "took moments": "took another's moments"}
+
+Row = dict[str, Any]
+
+
+def task_of(evaluation: Mapping[str, Any]) -> Task:
+    """The task that was evaluated. Evaluations of old runs are of language models and do not name it."""
+    return tasks()[str(evaluation.get("task", "language_modelling"))]
+
+
+def scores(evaluation: Mapping[str, Any]) -> list[Row]:
+    """Scores: `name`, and the values of the `model` and of the `baseline` ("" if it has none)."""
+    found = []
+    for row in task_of(evaluation).report_rows():
+        model, baseline = (row.scale * number(evaluation.get(name)) for name in (row.score, row.baseline))
+        if math.isfinite(model):
+            found.append({"name": row.label, "model": row.form.format(model), "baseline": plain(baseline, row.form)})
+    return found
+
+
+def confusion(evaluation: Mapping[str, Any]) -> list[Row]:
+    """The confusion matrix: `label`, and `cells` with each count and its percentage of the row.
+
+    Empty if there is no matrix, or one of more than MOST_CLASSES classes.
+    """
+    labels, matrix = _matrix(evaluation)
+    if len(labels) > MOST_CLASSES:
+        return []
+    return [
+        {"label": label, "cells": [(count, round(100 * count / max(1, sum(row)))) for count in row]}
+        for label, row in zip(labels, matrix, strict=True)
+    ]
+
+
+def confusions(evaluation: Mapping[str, Any]) -> list[Row]:
+    """The most frequent confusions of a matrix that is too large to be shown, the most frequent first.
+
+    `label`, `taken_for`, `count`, and the `share` of the label's samples in percent; empty for a smaller matrix.
+    """
+    labels, matrix = _matrix(evaluation)
+    if len(labels) <= MOST_CLASSES:
+        return []
+    counts = np.array(matrix)
+    totals = counts.sum(axis=1)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    return [
+        {
+            "label": labels[row],
+            "taken_for": labels[column],
+            "count": int(counts[row, column]),
+            "share": round(100 * counts[row, column] / totals[row]),
+        }
+        for row, column in zip(*np.unravel_index(order, counts.shape), strict=True)
+        if counts[row, column]
+    ]
+
+
+def _matrix(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
+    """The labels, and how often each (row) was taken for each (column); empty if the task classifies nothing."""
+    found = evaluation.get("confusion") or {}
+    return found.get("labels", []), found.get("matrix", [])
+
+
+def rounds(run: RunHistory) -> list[Row]:
+    """Rounds, thinned evenly to MOST_ROWS; the first and the last are always among them."""
+    numbers, losses = run.round_losses
+    if not len(numbers):
+        return []
+    held_out = dict(zip(*(series.tolist() for series in run.held_out_losses), strict=True))
+    names = ("bytes_sent", "exposed_seconds", "seconds", "world_size", "attempt")
+    sent, exposed, took, world, attempts = (np.ma.masked_invalid(run.over_rounds(name)[1]) for name in names)
+
+    def over_workers(values: Any) -> FloatArray:
+        return np.ma.filled(values.astype(float), np.nan)
+
+    columns: Mapping[str, tuple[FloatArray, str]] = {
+        "workers": (over_workers(np.ma.where(world.count(0) > 0, world.max(0), sent.count(0))), "{:.0f}"),
+        "loss": (losses, "{:.4f}"),
+        "exposed": (over_workers(exposed.mean(0)), "{:.2f}"),
+        "share": (100 * run.exposed_shares[1], "{:.1f}"),
+        "seconds": (over_workers(took.mean(0)), "{:.1f}"),
+        "rate": (run.round_throughput[1], "{:,.1f}"),
+        "attempts": (over_workers(np.ma.filled(attempts.max(0), 0)), "{:.0f}"),
+    }
+    chosen = np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), MOST_ROWS)).astype(int))
+    return [
+        {
+            "round": f"{numbers[i]:.0f}",
+            "held_out": plain(held_out.get(numbers[i], math.nan), "{:.4f}"),
+            "sent": byte_count(float(np.ma.filled(sent[:, i].sum(), 0))),
+            **{name: plain(values[i], form) for name, (values, form) in columns.items()},
+        }
+        for i in chosen
+    ]
+
+
+def history(run: RunHistory) -> list[Row]:
+    """Starts, membership, warnings, deaths and ends, oldest first; equal ones of several workers are one row."""
+    # Collect the events. The same text of the same kind is one row, at the time of the first.
+    found: dict[tuple[str, str], Row] = {}
+    for kind in ("start", "membership", "warning", "end"):
+        for worker, event in run.of_kind(kind):
+            text = _in_words(event)
+            row = found.setdefault((kind, text), {"time": number(event.get("time")), "workers": []})
+            row["workers"].append(worker.name)
+    rows = [{"kind": kind, "text": text, **row} for (kind, text), row in found.items()]
+    for worker in run.workers:
+        deaths = [life.last for life in worker.lives if run.died(worker, life)]
+        rows += [{"kind": "death", "text": "died", "time": time, "workers": [worker.name]} for time in deaths]
+    rows.sort(key=lambda row: row["time"])
+
+    # Lay them out.
+    lines = []
+    for row in rows[:MOST_ROWS]:
+        names, since = list(dict.fromkeys(row["workers"])), row["time"] - run.started
+        repeated = f" ({len(row['workers'])} times)" if len(row["workers"]) > len(names) else ""
+        lines.append(
+            {
+                "when": f"+{seconds(since)}" if math.isfinite(since) else "",
+                "kind": row["kind"],
+                "text": row["text"] + repeated,
+                "who": "all workers" if len(names) == len(run.workers) > 1 else ", ".join(names),
+            }
+        )
+    if len(rows) > MOST_ROWS:
+        text = f"{len(rows) - MOST_ROWS} more are in metrics.jsonl"
+        lines.append({"when": "", "kind": "", "text": text, "who": ""})
+    return lines
+
+
+def _in_words(event: Mapping[str, Any]) -> str:
+    kind = event["event"]
+    if kind == "start":
+        resumed = event.get("resumed_round")
+        return f"started from round {resumed}" if resumed else "started"
+    if kind == "membership":
+        members = event.get("members") or []
+        listed = f": {', '.join(map(_short_name, members))}" if isinstance(members, list) and members else ""
+        missed = f" with {event['missed']} rounds that the others had committed" if event.get("missed") else ""
+        return f"{CHANGES.get(str(event.get('change')), event.get('change', 'changed'))}{missed}{listed}"
+    if kind == "end":
+        reason = f": {event['reason']}" if event.get("reason") else ""
+        return f"{event.get('status', 'ended')} after round {event.get('round', '?')}{reason}"
+    return str(event.get("message", ""))
+
+
+def _short_name(member: object) -> str:
+    """A worker's number, from its member id (`001-bbbbbbbb`)."""
+    worker = str(member).partition("-")[0]
+    return str(int(worker)) if worker.isdecimal() else str(member)
+
+
+def settings(config: Mapping[str, Any]) -> list[Row]:
+    """Every parameter: its path as `name`, `value`, `default`, and whether it was `changed`."""
+    rows = []
+    for name, value in leaves(config):
+        parameter = parameters().get(name)
+        default = parameter.default if parameter else None
+        changed = parameter is not None and value is not None and value != default
+        texts = {"value": value_text(name, value), "default": value_text(name, default)}
+        rows.append({"name": name, "changed": changed, **texts})
+    return rows
+
+
+@cache
+def parameters() -> Mapping[str, Parameter]:
+    """All parameters by their path (`elastic.min_nodes`)."""
+    return {".".join(parameter.path): parameter for parameter in TrainingConfig.parameters()}
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The values of a nested configuration, by path."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def value_text(name: str, value: object) -> str:
+    """A parameter's value as text. Old runs have recorded null for a number that was not given."""
+    if value is None or (value == UNSET and name in parameters() and parameters()[name].may_be_unset):
+        return "not set"
+    if value == "":
+        return "empty"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "empty"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
