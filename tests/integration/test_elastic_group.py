@@ -14,7 +14,8 @@ import torch
 
 from trainer.elastic import mesh as mesh_module
 from trainer.elastic.mesh import MeshStore, form_group, gloo_device
-from trainer.etcd.client import Entry, EtcdClient, EtcdError, Json
+from trainer.etcd.client import Entry, EtcdClient, Json
+from trainer.etcd.errors import EtcdError
 from trainer.transport.wire_meter import WireMeter
 
 WAIT = 60.0  # seconds until a test gives up

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from trainer.etcd.client import Entry, EtcdClient, EtcdError, Lease
+from trainer.etcd.client import Entry, EtcdClient
+from trainer.etcd.errors import EtcdError
+from trainer.etcd.lease import Lease
 from trainer.process import refused
 from trainer.protocol.rounds import (
     Ready,

@@ -12,7 +12,8 @@ from typing import Any, Self
 from torch.distributed import ProcessGroupGloo, Store, TCPStore
 
 from trainer.errors import ConfigError
-from trainer.etcd.client import EtcdClient, EtcdError, Json
+from trainer.etcd.client import EtcdClient, Json
+from trainer.etcd.errors import EtcdError
 from trainer.transport.wire_meter import WireMeter
 
 _LOOK_INTERVAL = 0.01  # seconds between two looks at whether a mesh is still wanted

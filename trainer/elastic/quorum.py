@@ -41,7 +41,9 @@ from trainer.diloco.quorum import Commit, Take
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish, verdict
 from trainer.elastic.mesh import connect_store, form_group, gloo_device
 from trainer.errors import Interrupted, TrainingError
-from trainer.etcd.client import EtcdClient, EtcdError, Json, Lease, local_address
+from trainer.etcd.client import EtcdClient, Json, local_address
+from trainer.etcd.errors import EtcdError
+from trainer.etcd.lease import Lease
 from trainer.process import listen, number_from
 from trainer.protocol.rounds import Cursor, Share, State, deal, state_from_json
 from trainer.transport.wire_meter import WireMeter

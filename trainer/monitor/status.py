@@ -12,7 +12,8 @@ from typing import Any
 
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
-from trainer.etcd.client import Entry, EtcdClient, EtcdError
+from trainer.etcd.client import Entry, EtcdClient
+from trainer.etcd.errors import EtcdError
 from trainer.monitor.dashboard import Dashboard, MembershipEvent, WorkerRow, view
 from trainer.monitor.find_run import find, has_completed, run_directory
 from trainer.timeouts import MonitorTimeouts

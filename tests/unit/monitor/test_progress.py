@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.launch.local import last_words
+from trainer.launch.agent_process import last_error
 from trainer.monitor.dashboard import Dashboard, Live, MembershipEvent, Plain, WorkerRow
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.timeouts import MonitorTimeouts
@@ -212,10 +212,10 @@ def test_without_news_the_line_says_since_when_and_says_it_once() -> None:
 )
 def test_last_words(tmp_path: Path, log: str, expected: str) -> None:
     (tmp_path / "log").write_text(log)
-    assert last_words(tmp_path / "log") == expected
+    assert last_error(tmp_path / "log") == expected
 
 
 def test_last_words_are_of_this_launch(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("error: of yesterday\n")
-    assert last_words(tmp_path / "log", start=len("error: of yesterday\n")) == ""
-    assert last_words(tmp_path / "none") == ""
+    assert last_error(tmp_path / "log", start=len("error: of yesterday\n")) == ""
+    assert last_error(tmp_path / "none") == ""

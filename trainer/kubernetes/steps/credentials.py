@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.errors import TrainingError
-from trainer.etcd.client import EtcdClient, EtcdError, run_prefix
+from trainer.etcd.client import EtcdClient, run_prefix
+from trainer.etcd.errors import EtcdError
 from trainer.kubernetes.api.client import SECRET, Client
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import ETCD_CREDENTIALS

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from trainer.elastic import keys
 from trainer.errors import Interrupted, TrainingError
-from trainer.etcd.client import EtcdClient, EtcdError
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.errors import EtcdError
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.api import diagnosis
 from trainer.kubernetes.api.client import PYTORCH_JOB, ApiError, Object
