@@ -14,13 +14,11 @@ from trainer.config import TrainingConfig, load_config
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.claims import claim
-from trainer.kubernetes.objects.jobs import precache_job, result_job
+from trainer.kubernetes.objects.jobs import claim, config_map, precache_job, result_job, run_secret
 from trainer.kubernetes.objects.network import STEP_LABELS, network_policy
 from trainer.kubernetes.objects.plan import Owner, Plan, plan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD, RESULT_PORT
 from trainer.kubernetes.objects.pytorchjob import training_jobs
-from trainer.kubernetes.objects.settings import config_map, run_secret
 from trainer.launch.etcd3_diloco_rendezvous import BACKEND, client_of
 
 OWNER = Owner("argoproj.io/v1alpha1", "Workflow", "diloco-training-x7k2p", "7b1c0e9e-0000-4000-8000-000000000000")

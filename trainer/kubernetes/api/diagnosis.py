@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer.errors import out_of_memory
-from trainer.kubernetes.api.client import QUOTA_ADVICE, Object, quota
+from trainer.kubernetes.api.client import QUOTA_ADVICE, quota
+from trainer.kubernetes.api.kinds import Object
 
 KILLED = 137
 TOLD_TO_LEAVE = 143

@@ -7,7 +7,7 @@ The configuration comes from the training's ConfigMap, as the file that `--confi
 from pathlib import Path
 from typing import Literal
 
-from trainer.config import given
+from trainer.config import TrainingConfig, given
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
 from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site
@@ -148,18 +148,8 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         values["NVIDIA_VISIBLE_DEVICES"] = "void"  # NVIDIA's runtime class shows them all to a pod that asks for none
     if site.device == "cpu" and config.device != "cpu":
         values["DILOCO_DEVICE"] = "cpu"
-    if site.vendor != "cpu":  # RCCL reads the same variables
-        nccl = config.elastic.nccl
-        values |= {
-            "NCCL_DEBUG": nccl.debug,
-            "NCCL_IB_TIMEOUT": nccl.ib_timeout,
-            "NCCL_NSOCKS_PERTHREAD": nccl.nsocks_per_thread,
-            "NCCL_SOCKET_NTHREADS": nccl.socket_nthreads,
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": nccl.async_error_handling,
-            "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": nccl.timeout,
-        }
-        if nccl.socket_ifname:
-            values["NCCL_SOCKET_IFNAME"] = nccl.socket_ifname
+    if step == "train" and site.vendor != "cpu" and config.optim_method == "ddp":  # gloo connects all other workers
+        values |= _nccl(config)
     environment = [{"name": name, "value": str(value)} for name, value in values.items()]
     environment.append(_field("POD_NAME", "metadata.name"))
     if step == "train":
@@ -174,6 +164,21 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     if step in ("held-out", "export", "evaluate"):
         environment.append(_secret(TOKEN_VARIABLE, names.of_training(plan.name, "run"), TOKEN_KEY))
     return environment
+
+
+def _nccl(config: TrainingConfig) -> dict[str, object]:
+    """NCCL's variables, which RCCL reads, too: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html"""
+    nccl = config.elastic.nccl
+    interface = {"NCCL_SOCKET_IFNAME": nccl.socket_ifname} if nccl.socket_ifname else {}
+    return {
+        "NCCL_DEBUG": nccl.debug,
+        "NCCL_IB_TIMEOUT": nccl.ib_timeout,
+        "NCCL_NSOCKS_PERTHREAD": nccl.nsocks_per_thread,
+        "NCCL_SOCKET_NTHREADS": nccl.socket_nthreads,
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": nccl.async_error_handling,
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": nccl.timeout,
+        **interface,
+    }
 
 
 def _field(variable: str, path: str) -> Object:
