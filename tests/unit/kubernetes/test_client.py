@@ -441,13 +441,13 @@ def test_what_a_step_makes_belongs_to_its_workflow_and_has_its_image(own_pod: di
     here = open_context()
     assert here.plan.owner == Owner("argoproj.io/v1alpha1", "Workflow", "run-x", "u-1")
     assert here.workflow == Workflow("default", "run-x", "u-1")
-    assert here.plan.image == "registry/own:1"
+    assert here.plan.sites[0].image == "registry/own:1"
 
 
 def test_in_another_namespace_nothing_may_own_it(own_pod: dict[str, Any]) -> None:
     here = open_context("elsewhere")
     assert here.plan.owner is None
-    assert here.plan.image == "registry/own:1"
+    assert here.plan.sites[0].image == "registry/own:1"
 
 
 def test_a_workflow_in_another_namespace_is_asked_there(server: ApiServer, own_pod: dict[str, Any]) -> None:
@@ -484,10 +484,10 @@ def test_nor_does_one_whose_pod_is_not_in_the_cluster_that_it_trains_on(
 def test_a_step_that_may_not_see_itself_says_so(server: ApiServer, own_pod: dict[str, Any]) -> None:
     server.forbidden.add(("get", "pods"))
     here = open_context()
-    assert (here.plan.owner, here.plan.image) == (None, "fallback:1")
+    assert (here.plan.owner, here.plan.sites[0].image) == (None, "fallback:1")
     assert "do not end with its workflow: not allowed to get pods" in said.get_nowait()
 
 
 def test_outside_of_a_pod_there_is_no_owner(server: ApiServer) -> None:
     here = open_context()
-    assert (here.plan.owner, here.plan.image) == (None, "fallback:1")
+    assert (here.plan.owner, here.plan.sites[0].image) == (None, "fallback:1")

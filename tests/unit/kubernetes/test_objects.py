@@ -46,7 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def planned(**values: Any) -> Plan:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine", **values})
-    return plan(config, namespace="team", image="python:1", owner=OWNER, labels={"kueue.x-k8s.io/queue-name": "q"})
+    return plan(config, namespace="team", image="python:1", owner=OWNER)
 
 
 def of_the_run(made: Plan) -> Iterator[dict[str, Any]]:
@@ -97,7 +97,6 @@ def test_what_belongs_to_the_run_is_labelled_and_owned_and_named_once(made: Plan
         assert metadata["namespace"] == "team"
         assert metadata["annotations"]["diloco-pipelines/run-id"] == "mine"
         assert metadata["labels"]["app.kubernetes.io/instance"] == made.name
-        assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "q"
         assert metadata["name"].startswith(made.name)
 
 
@@ -161,13 +160,6 @@ def test_the_network_policy_lets_workers_at_each_other_and_steps_at_results(made
         (container,) = job["spec"]["template"]["spec"]["containers"]
         assert container["ports"][0]["containerPort"] == RESULT_PORT
         assert container["args"][-1] == str(RESULT_PORT)
-
-
-def test_managed_by_passes_through() -> None:
-    config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine"})
-    made = plan(config, namespace="team", image="i", managed_by="kueue.x-k8s.io/multikueue")
-    assert {job["spec"]["runPolicy"]["managedBy"] for job in training_jobs(made)} == {"kueue.x-k8s.io/multikueue"}
-    assert "managedBy" not in training_jobs(planned())[0]["spec"]["runPolicy"]
 
 
 def test_without_an_owner_there_is_no_reference() -> None:

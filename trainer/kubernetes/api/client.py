@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -148,8 +147,7 @@ class Client:
         """Changes since `version` as they happen: `{type: ADDED | MODIFIED | DELETED | BOOKMARK, object}`.
 
         The iterator ends after `timeouts.watch`, or with the connection; watch again from the last object's version.
-        (`kubernetes.watch.Watch` would do the same with a client of its own for each watch, and fails on an error that
-        has no reason.)
+        (`kubernetes.watch.Watch` makes a client for each watch, and fails on an error that has no reason.)
 
         Args:
             begun: Called when the API server has accepted the request.
@@ -158,11 +156,11 @@ class Client:
             ApiError: With status 410, the version is too old: list again.
         """
         seconds = self.timeouts.watch
-        lines = self._stream(
+        response = self._send(
             "watch",
             kind,
-            "",
-            seconds + self.timeouts.answer,
+            limits=(self.timeouts.connect, seconds + self.timeouts.answer),
+            stream=True,
             watch="true",
             resource_version=version,
             label_selector=labels or None,
@@ -170,7 +168,7 @@ class Client:
             query_params=[("allowWatchBookmarks", "true")],
         )
         begun()
-        for line in lines:
+        for line in _lines(response):
             event = json.loads(line)
             if event["type"] == "ERROR":
                 answer = event["object"]
@@ -187,23 +185,13 @@ class Client:
         query = [("container", container), ("timestamps", "true")]
         query += [("follow", "true")] if follow else []
         query += [("sinceTime", since)] if since else []
-        arguments: dict[str, Any] = {"query_params": query, "header_params": {"Accept": "*/*"}, "part": "/log"}
-        if follow:
-            yield from self._stream("get", POD, pod, self.timeouts.log_silence, **arguments)
-        else:
-            limits = (self.timeouts.connect, self.timeouts.answer)
-            with self._in_words("get", POD, pod):
-                text = self._send("get", POD, pod, limits, serialize=False, **arguments).data.decode(errors="replace")
-            yield from filter(None, text.split("\n"))
+        limits = (self.timeouts.connect, self.timeouts.log_silence if follow else self.timeouts.answer)
+        response = self._send("log", POD, pod, limits=limits, stream=follow, query_params=query)
+        yield from _lines(response) if follow else filter(None, response.data.decode(errors="replace").split("\n"))
 
     def _json(self, verb: str, kind: Kind, name: str = "", timeout: float | None = None, **arguments: Any) -> Any:
         """One request, retried while the server is away, unless `timeout` allows a single attempt only."""
         limits = (self.timeouts.connect, self.timeouts.read) if timeout is None else (timeout, timeout)
-
-        def attempt() -> Any:
-            with self._in_words(verb, kind, name):
-                return self._send(verb, kind, name, limits, serializer=lambda client, content: content, **arguments)
-
         policy = retrying(
             lambda error: isinstance(error, ApiError) and error.is_transient,
             patience=self.patience if timeout is None else 0.0,
@@ -211,27 +199,29 @@ class Client:
             longest_pause=self.timeouts.longest_retry,
             on_retry=lambda error: logger.warning("%s; trying again", error),
         )
-        return policy(attempt)
-
-    def _stream(self, verb: str, kind: Kind, name: str, silence: float, **arguments: Any) -> Iterator[str]:
-        """One request whose answer arrives line by line.
-
-        A line without a newline at the end of the stream is dropped: it was cut off.
-
-        Args:
-            silence: Seconds without a line after which the connection is given up.
-        """
-        with self._in_words(verb, kind, name):
-            response = self._send(verb, kind, name, (self.timeouts.connect, silence), serialize=False, **arguments)
-        return _lines(response)
+        return json.loads(policy(self._send, verb, kind, name, limits=limits, **arguments).data)
 
     def _send(
-        self, verb: str, kind: Kind, name: str, limits: tuple[float, float], *, part: str = "", **arguments: Any
+        self,
+        verb: str,
+        kind: Kind,
+        name: str = "",
+        *,
+        limits: tuple[float, float],
+        stream: bool = False,
+        **arguments: Any,
     ) -> Any:
-        """One attempt at one request, by the dynamic client."""
-        from kubernetes.dynamic import Resource
+        """One attempt at a request, by the dynamic client. Returns the response.
 
-        where = {"name": quote(name, safe="") or None, "namespace": quote(self.namespace, safe="")}
+        Args:
+            limits: Seconds to connect, and without data.
+            stream: Leave the response's data to the caller.
+            arguments: For the dynamic client.
+        """
+        from kubernetes.client import ApiException
+        from kubernetes.dynamic import Resource
+        from urllib3.exceptions import HTTPError
+
         resource = Resource(
             prefix="apis" if kind.group else "api",
             group=kind.group,
@@ -240,21 +230,19 @@ class Client:
             name=kind.plural,
             namespaced=True,
         )
-        arguments["_request_timeout"] = limits
-        if part:
-            return self._dynamic.request("get", resource.path(**where) + part, **arguments)
-        return getattr(self._dynamic, _METHODS.get(verb, verb))(resource, **where, **arguments)
-
-    @contextmanager
-    def _in_words(self, verb: str, kind: Kind, name: str) -> Iterator[None]:
-        """Turn exceptions of the client library into `ApiError`."""
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
+        where = {"name": quote(name, safe="") or None, "namespace": quote(self.namespace, safe="")}
+        arguments |= {"serialize": False, "_request_timeout": limits}
         try:
-            yield
+            if verb == "log":
+                path, accept = resource.path(**where) + "/log", {"Accept": "*/*"}
+                response = self._dynamic.request("get", path, header_params=accept, **arguments)
+            else:
+                response = getattr(self._dynamic, _METHODS.get(verb, verb))(resource, **where, **arguments)
+            if not stream:
+                _ = response.data  # a connection that breaks here is a failure of the request
+            return response
         except ApiException as error:
-            raise self._refusal(verb, kind, name, error.status or 0, _answer(error)) from None
+            raise self._refusal(verb.replace("log", "get"), kind, name, error.status or 0, _answer(error)) from None
         except (HTTPError, OSError) as error:
             why = f"the Kubernetes API at {self._host} cannot be reached: {one_line(error)}"
             raise ApiError(why, 0, "Unreachable") from None

@@ -29,7 +29,7 @@ def claim(plan: Plan, worker: WorkerPlan) -> Object:
     }
     if site.storage_class:  # otherwise the key is left out: "" would mean "no class"
         spec["storageClassName"] = site.storage_class
-    metadata = {"name": worker.claim, "namespace": plan.namespace, "labels": {**plan.extra_labels, **labels}}
+    metadata = {"name": worker.claim, "namespace": plan.namespace, "labels": labels}
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 
 

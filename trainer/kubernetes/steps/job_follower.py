@@ -234,9 +234,10 @@ class JobFollower:
     def finish_reading(self, pods: Sequence[Object]) -> list[Message]:
         """Wait for the last lines of those pods that have ended. Returns the new messages of all pods."""
         deadline = time.monotonic() + self._timeouts.read_logs
+        existing = {pod["metadata"]["uid"] for pod in self.pods.values()}  # nothing can be read of those that are gone
         for pod in pods:
             log = self._logs.get(pod["metadata"]["uid"])
-            if log is not None and self.exit_status(pod) is not None:
+            if log is not None and pod["metadata"]["uid"] in existing and self.exit_status(pod) is not None:
                 log.end()
                 log.done.wait(max(0.0, deadline - time.monotonic()))
         return self._read_lines()

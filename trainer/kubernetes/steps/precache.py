@@ -52,14 +52,14 @@ def precache(context: StepContext, held_out: Path) -> Precached:
         return _precache(context, held_out)
     except (Interrupted, KeyboardInterrupt):
         if context.workflow_has_ended():
-            context.clean_up_jobs(finished=True)  # before anything else: there may be less than a second
+            context.clean_up(training=False)  # before anything else: there may be less than a second
             context.say("cancelled: the precaching jobs are deleted")
         else:
             context.say("this step goes away, and its jobs continue: the step's next pod follows them")
         raise
     except Exception:
         try:
-            context.clean_up_jobs(finished=False)
+            context.clean_up(finished=False, training=False)
         except TrainingError as error:  # the last line must be the step's own failure
             context.say(f"warning: the step's objects are not cleaned up: {error}")
         raise

@@ -67,19 +67,15 @@ class StepContext:
     def timeouts(self) -> KubernetesTimeouts:
         return self.client.timeouts
 
-    def apply(self, body: Object) -> None:
-        """Create an object of the run, or bring it up to date."""
-        try:
-            self.client.create(body)
-        except ApiError as error:
-            if error.reason != "AlreadyExists":
-                raise
-            self.client.patch(KINDS[body["kind"]], body["metadata"]["name"], body)
-
     def prepare(self) -> None:
         """Apply what pods need before they start: their configuration, and the policy that lets them connect."""
-        self.apply(config_map(self.plan))
-        self.apply(network_policy(self.plan))
+        for body in (config_map(self.plan), network_policy(self.plan)):
+            try:
+                self.client.create(body)
+            except ApiError as error:
+                if error.reason != "AlreadyExists":
+                    raise
+                self.client.patch(KINDS[body["kind"]], body["metadata"]["name"], body)
 
     def new_token(self) -> str:
         """Put a new secret, which entitles to a result, into the run's Secret. Nothing ever reads it back."""
@@ -132,35 +128,20 @@ class StepContext:
             self.say(f"warning: cannot find out whether workflow {own.name} was terminated: {error}")
             return False
 
-    def clean_up_jobs(self, *, finished: bool) -> None:
-        """Delete the run's Jobs, and what only they need.
-
-        If a training of the run is under way (an earlier workflow's, for example), that is everything but the settings.
-
-        Args:
-            finished: Also delete Jobs that have ended, or belong to another workflow.
-        """
-        if finished:
-            self.client.delete_all(JOB, self.plan.selector)
-        else:
-            for job in self._running(JOB):
-                if not self._other_owner(job):
-                    self.client.delete(JOB, job["metadata"]["name"])
-        if not self._running(PYTORCH_JOB):
-            self._delete_settings()
-
-    def clean_up(self, *, finished: bool = True, claims: bool = False) -> None:
+    def clean_up(self, *, finished: bool = True, training: bool = True, claims: bool = False) -> None:
         """Delete what the run has made; workers that still train save and leave.
 
         Args:
             finished: Also delete jobs that have ended, with their pods and logs; else they go after `finished_ttl`, and
                 nothing is deleted if another workflow continues the run.
+            training: Also delete training jobs; else the settings stay, too, if a training of the run is under way.
             claims: Also delete the run's claims with all their data, unless another run uses them. Then jobs that have
                 ended are deleted, too: a claim stays as long as a pod exists that has mounted it.
         """
         # Leave a run alone that another workflow continues
+        kinds = (PYTORCH_JOB, JOB) if training else (JOB,)
         running: list[tuple[Kind, str]] = []
-        for kind in (PYTORCH_JOB, JOB) if not finished else ():
+        for kind in kinds if not finished else ():
             for job in self._running(kind):
                 if other := self._other_owner(job):
                     self.say(f"workflow {other} continues run {self.plan.run_id}: nothing is deleted")
@@ -175,22 +156,20 @@ class StepContext:
 
         # Jobs first, by one request if possible: a cancelled step may have a second
         if finished or claims:
-            for kind in (PYTORCH_JOB, JOB):
+            for kind in kinds:
                 self.client.delete_all(kind, self.plan.selector)
         else:
             for one, name in running:
                 self.client.delete(one, name)
-        self._delete_settings()
+        if training or not self._running(PYTORCH_JOB):
+            for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
+                self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
         for worker in self.plan.claimants if claims else ():
             self.client.delete(CLAIM, worker.claim)
 
     def _running(self, kind: JobKind) -> list[Object]:
         """The run's jobs of a kind that have not ended."""
         return [job for job in self.client.list(kind, self.plan.selector)[0] if not kind.has_ended(job)]
-
-    def _delete_settings(self) -> None:
-        for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
-            self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
 
     def _other_owner(self, one: Object) -> str:
         """The name of the workflow that owns an object, if it is not this step's; else ""."""

@@ -14,6 +14,7 @@ from trainer.elastic import keys
 from trainer.errors import Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient, EtcdError
 from trainer.kubernetes.api.kinds import PYTORCH_JOB, JobKind, Object
+from trainer.kubernetes.api.silence import Say
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import Plan, WorkerPlan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD
@@ -23,6 +24,7 @@ from trainer.kubernetes.steps.job_follower import JobFollower
 from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
 from trainer.kubernetes.steps.training_view import TrainingView
 from trainer.kubernetes.steps.worker_ends import WorkerEnds
+from trainer.monitor.dashboard import Board, view
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ def train(
     Raises:
         TrainingError: The training has failed, or cannot continue, with the reason.
     """
-    with reachable_etcd(context) as etcd:
-        training = _Training(context, etcd, directory, kind, build(context.plan))
+    board = Board(context.plan.config.total_steps)
+    with reachable_etcd(context) as etcd, view(board, context.say) as shown:
+        run_view = TrainingView(context.plan, directory, board, shown)
+        training = _Training(context, etcd, kind, build(context.plan), run_view, shown.show)
         try:
             training.begin()
             context.client.patience = max(context.client.patience, context.timeouts.outage_in_training)
@@ -75,23 +79,28 @@ class _Training:
     """A training on the cluster, and its verdict."""
 
     def __init__(
-        self, context: StepContext, etcd: EtcdClient, directory: Path, kind: JobKind, bodies: Sequence[Object]
+        self,
+        context: StepContext,
+        etcd: EtcdClient,
+        kind: JobKind,
+        bodies: Sequence[Object],
+        view: TrainingView,
+        say: Say,
     ) -> None:
-        self._context, self._etcd, self._kind, self._plan = context, etcd, kind, context.plan
-        self._config, self._timeouts = context.plan.config, context.timeouts
+        self._context, self._etcd, self._kind, self._view, self._say = context, etcd, kind, view, say
+        self._plan, self._config = context.plan, context.plan.config
         self._bodies = {body["metadata"]["name"]: body for body in bodies}
-        self._view = TrainingView(self._plan, directory, context.say)
         selector = names.selector({"app.kubernetes.io/component": "train"})
         self._jobs = JobFollower(
             context,
             kind,
             {self._called(name): body for name, body in self._bodies.items()},
             f"{self._plan.selector},{selector}",
-            self._view.say,
+            say,
             pod_names={worker.pod: self._worker_name(worker) for worker in self._plan.workers},
             patience=self._config.active_deadline,  # workers train on without the API server for as long as that
         )
-        self._ends = WorkerEnds(self._plan, kind, self._jobs, self._view.say)
+        self._ends = WorkerEnds(self._plan, kind, self._jobs, say)
         self._verdict = keys.Verdict("open")
         self._asked_etcd, self._etcd_is_away = 0.0, False
 
@@ -117,22 +126,20 @@ class _Training:
         for name in self._bodies:
             found = self._jobs.create(name, replace=lambda job: self._kind.has_ended(job) and not under_way)
             if found is None:
-                self._context.say(f"{self._kind.name} {name} made")
+                self._say(f"{self._kind.name} {name} made")
             else:
                 self._context.adopt(self._kind, found)
-                self._context.say(f"{self._kind.name} {name} exists already: following it")
+                self._say(f"{self._kind.name} {name} exists already: following it")
 
     def follow(self) -> Trained:
         """Follow the training until it has ended. Raises TrainingError if it has failed."""
         run = f"run {self._plan.run_id}"
-        with self._jobs, self._view:
+        with self._jobs:
             if self._verdict.terminal:
-                self._view.say(f"{run} has ended already: it has {self._verdict.status}")
+                self._say(f"{run} has ended already: it has {self._verdict.status}")
             else:
-                self._view.say(f"{run}: {self._config.attendance}")
-                self._view.say(
-                    f"kubectl get {self._kind.name.lower()} -n {self._plan.namespace} -l {self._plan.selector}"
-                )
+                self._say(f"{run}: {self._config.attendance}")
+                self._say(f"kubectl get {self._kind.name.lower()} -n {self._plan.namespace} -l {self._plan.selector}")
             for messages in self._jobs.looks():
                 self._view.keep(messages)
                 self._take_in()
@@ -143,7 +150,7 @@ class _Training:
             self._wind_up()
         if self._verdict.status == "failed":
             raise TrainingError(self._ends.explain(self._verdict))
-        self._context.say(f"{run} is complete")
+        self._say(f"{run} is complete")
         return Trained(self._view.by_checkpoint())
 
     def _take_in(self) -> None:
@@ -159,7 +166,7 @@ class _Training:
         for name in self._bodies:
             if jobs.job(name) is not None or not self._is_over():
                 ends.note_job(name)
-        if not self._is_over() and time.monotonic() - self._asked_etcd > self._timeouts.etcd:
+        if not self._is_over() and time.monotonic() - self._asked_etcd > self._context.timeouts.etcd:
             self._ask_etcd()
         if ends.complete and not self._verdict.terminal:
             self._verdict = keys.Verdict("succeeded")
@@ -196,7 +203,7 @@ class _Training:
         try:
             keys.finish(self._etcd, "failed", reason)
         except EtcdError as error:
-            self._view.say(f"warning: the failure of the run could not be written to etcd: {error}")
+            self._say(f"warning: the failure of the run could not be written to etcd: {error}")
 
     def _ask_etcd(self) -> None:
         self._asked_etcd = time.monotonic()
@@ -204,11 +211,11 @@ class _Training:
             self._verdict = keys.verdict(self._etcd)
         except EtcdError as error:
             if not self._etcd_is_away:
-                self._view.say(f"etcd does not answer, the workers continue without it: {error}")
+                self._say(f"etcd does not answer, the workers continue without it: {error}")
             self._etcd_is_away = True
         else:
             if self._etcd_is_away:
-                self._view.say("etcd answers again")
+                self._say("etcd answers again")
             self._etcd_is_away = False
 
     def _wind_up(self) -> None:

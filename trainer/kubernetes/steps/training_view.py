@@ -1,52 +1,32 @@
 """The progress of a training on a cluster, as shown to people: from the workers' events in their pods' logs."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
 
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.objects.plan import Plan, WorkerPlan
-from trainer.kubernetes.steps.job_follower import Message, Say
-from trainer.monitor.dashboard import Board, View, view
+from trainer.kubernetes.steps.job_follower import Message
+from trainer.monitor.dashboard import Board, View
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.monitor.worker_log import WorkerEvents
 
 
 class TrainingView:
-    """Keeps the workers' events and shows where the run is. As a context manager it owns the terminal.
+    """Keeps the workers' events, and shows where the run is.
 
     Args:
         directory: Takes the events: `worker-<i>/metrics.jsonl`.
-        say: Prints a line.
+        board, shown: The dashboard's content, and the view that draws it.
     """
 
-    def __init__(self, plan: Plan, directory: Path, say: Say) -> None:
-        self._plan, self._say = plan, say
+    def __init__(self, plan: Plan, directory: Path, board: Board, shown: View) -> None:
+        self._plan, self._board, self._shown = plan, board, shown
         self._processes = plan.config.elastic.nproc_per_node
         self._by_pod = {worker.pod: worker for worker in plan.workers}
         self._events = WorkerEvents(directory, self._processes)
         self._progress = [
             WorkerProgress(number, self._events.path(number)) for number in range(len(plan.workers) * self._processes)
         ]
-        self._board = Board(plan.config.total_steps)
-        self._view: View | None = None
-        self._resources = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._view = self._resources.enter_context(view(self._board, self._say))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._view = None
-        self._resources.__exit__(None, None, None)
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        if self._view is not None:
-            self._view.show(text)
-        else:
-            self._say(text)
 
     def keep(self, messages: Sequence[Message]) -> None:
         """Keep the events among the pods' messages."""
@@ -70,10 +50,9 @@ class TrainingView:
         for progress in self._progress:
             for event in progress.update():
                 if event["event"] == "end" and event["status"] == "failed":
-                    self.say(f"worker {progress.number} ended: {event['reason']}")
+                    self._shown.show(f"worker {progress.number} ended: {event['reason']}")
         fill(self._board, self._progress)
-        if self._view is not None:
-            self._view.refresh()
+        self._shown.refresh()
 
     def by_checkpoint(self) -> tuple[int, ...]:
         """The workers' indices, those with the newest checkpoints first."""

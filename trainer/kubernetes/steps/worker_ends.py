@@ -50,7 +50,8 @@ class WorkerEnds:
         why = self._ended[uid] = self._jobs.why_ended(pod)
         worker = self._by_pod.get(pod["metadata"]["name"])
         hopeless = worker is not None and self._is_hopeless(worker, pod)
-        restarted = code is not None and code >= 128 and not hopeless
+        lost = worker is not None and worker.index in self.lost
+        restarted = code is not None and code >= 128 and not hopeless and not lost
         self._say(f"{self._jobs.called(pod)} has ended: {why}{f': {self._kind.name} restarts it' if restarted else ''}")
         if worker is not None:
             self._why[worker.index] = why
