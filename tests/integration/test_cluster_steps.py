@@ -447,7 +447,7 @@ def test_of_a_site_s_one_job_only_the_worker_that_failed_is_lost(
     place.story.released.clear()
     values = {"storage_access_mode": "ReadWriteMany", "nodes": 3, "elastic_min_nodes": 2}
     train(place.context(**values), tmp_path / "run")
-    assert place.said("worker 1 has failed for good: CUDA has gone: the others continue (2 left)")
+    assert place.said("worker 1 has failed permanently: CUDA has gone: the others continue (2 left)")
     assert not place.said("of at least")
 
 
@@ -455,7 +455,7 @@ def test_a_failed_worker_is_no_failed_training_while_the_quorum_holds(place: Pla
     one_fails(place, 1, words="error: CUDA has gone")
     place.on_line = lambda line: place.story.released.set() if "the others continue (1 left)" in line else None
     train(place.context(elastic_min_nodes=1), tmp_path / "run")
-    assert place.said("worker 1 has failed for good: CUDA has gone")
+    assert place.said("worker 1 has failed permanently: CUDA has gone")
 
 
 def test_without_the_quorum_it_is_with_the_worker_s_words(place: Place, tmp_path: Path) -> None:

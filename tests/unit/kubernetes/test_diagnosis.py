@@ -74,9 +74,9 @@ def test_waiting(pod: Object, events: list[Object], claims: dict[str, str], word
         (ended(0, "Completed"), ""),
         (ended(137, "OOMKilled"), "it needs more memory than it has (it may take 32Gi): lower per_device_train_batch"),
         (ended(1, "OOMKilled"), "it was killed because it needs more memory than it has"),
-        (ended(143, "OOMKilled"), "it was told to leave"),  # one of its processes was, long ago
+        (ended(143, "OOMKilled"), "it was terminated"),  # one of its processes was, long ago
         (ended(137), "it was killed (status 137)"),
-        (ended(143), "it was told to leave"),
+        (ended(143), "it was terminated"),
         (ended(1), "it ended with status 1"),
         (
             ended(137, reason="Error") | {"status": {"phase": "Failed", "reason": "Evicted"}},

@@ -12,10 +12,10 @@ from trainer.kubernetes.api.client import QUOTA_ADVICE, quota
 from trainer.kubernetes.api.kinds import Object
 
 KILLED = 137
-TOLD_TO_LEAVE = 143
+TERMINATED = 143
 BAD_CONFIGURATION = 2
 
-_WAS_KILLED, _HAS_LEFT = "it was killed (status 137)", "it was told to leave (SIGTERM)"
+_WAS_KILLED, _HAS_LEFT = "it was killed (status 137)", "it was terminated (SIGTERM)"
 _ENDED_WITH = "it ended with status "
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
@@ -114,7 +114,7 @@ def why_ended(pod: Object, container: str, memory: str = "") -> str:
         return f"it {out_of_memory(memory)}"
     if code == KILLED:
         return _WAS_KILLED
-    if code == TOLD_TO_LEAVE:
+    if code == TERMINATED:
         return _HAS_LEFT
     return f"{_ENDED_WITH}{code}"
 
@@ -145,7 +145,7 @@ def is_out_of_memory(pod: Object, container: str) -> bool:
     (After the kill of a single process, containerd keeps the reason until the container ends.)
     """
     ended = _terminated(pod, container)
-    return ended.get("reason") == "OOMKilled" and ended.get("exitCode") not in (0, TOLD_TO_LEAVE)
+    return ended.get("reason") == "OOMKilled" and ended.get("exitCode") not in (0, TERMINATED)
 
 
 def exit_status(pod: Object, container: str) -> int | None:

@@ -46,7 +46,7 @@ def _fetch_from(context: StepContext, worker: WorkerPlan, what: jobs.Result, dir
     selector = f"{context.plan.selector},{names.selector({'app.kubernetes.io/component': component})}"
     bodies = {f"{what} on worker {worker.index}'s claim": body}
     try:
-        # A Job of an earlier step, under another token, would serve the result to nobody: hence `fresh`
+        # A Job of an earlier step, under another token, would not serve the result to us: hence `fresh`
         with closing(run_jobs(context, bodies, selector, fresh=True)) as running:
             for message in (message for messages in running for message in messages):
                 if message.word == pod_main.RESULT:

@@ -205,7 +205,7 @@ class JobFollower:
 
     def why_ended(self, pod: Object) -> str:
         """Why a pod's container has failed: its own last error, unless it was ended from outside."""
-        killed = self.exit_status(pod) in (diagnosis.KILLED, diagnosis.TOLD_TO_LEAVE)
+        killed = self.exit_status(pod) in (diagnosis.KILLED, diagnosis.TERMINATED)
         own = "" if killed or diagnosis.why_lost(pod) else self._last_errors.get(pod["metadata"]["uid"], "")
         return own or diagnosis.why_ended(pod, self.container, self._memory)
 

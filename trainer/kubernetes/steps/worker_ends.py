@@ -12,14 +12,14 @@ from trainer.launch.agent import MEMORY_KILLS, is_vague
 
 
 class WorkerEnds:
-    """The pods that have ended, and the workers that are lost for good.
+    """The pods that have ended, and the workers that are lost permanently.
 
     Args:
         say: Prints a line.
 
     Attributes:
         complete: Whether a worker has ended that had completed the run.
-        lost: Workers that have failed for good, by index: why.
+        lost: Workers that have failed permanently, by index: why.
     """
 
     def __init__(self, plan: Plan, kind: JobKind, jobs: JobFollower, say: Say) -> None:
@@ -76,14 +76,14 @@ class WorkerEnds:
         self.complete |= self._kind.has_succeeded(job)
 
     def lose(self, workers: Sequence[WorkerPlan], why: str) -> None:
-        """Note that workers have failed for good, unless it is known already."""
+        """Note that workers have failed permanently, unless it is known already."""
         new = [worker for worker in workers if worker.index not in self.lost]
         if not new:
             return
         self.lost |= {worker.index: why for worker in new}
         names = f"worker{'s' if len(new) > 1 else ''} {', '.join(str(worker.index) for worker in new)}"
         others = f": the others continue ({self.left} left)" if self.left >= self._plan.config.min_nodes else ""
-        self._say(f"{names} {'have' if len(new) > 1 else 'has'} failed for good: {why}{others}")
+        self._say(f"{names} {'have' if len(new) > 1 else 'has'} failed permanently: {why}{others}")
 
     def members(self, job: str) -> list[WorkerPlan]:
         """The workers of a job."""
