@@ -178,7 +178,7 @@ def test_prods_image_is_named_in_two_lines(tmp_path: Path) -> None:
 def test_prods_readme_says_what_to_decide_before_the_first_apply() -> None:
     text = (MANIFESTS / "overlays" / "prod" / "README.md").read_text(encoding="utf-8")
     first_apply = text.index("kubectl apply")
-    for decision in ("`- path: a-node-each.yaml`", "`newName`", "`newTag`", "Three nodes must be able to take one member each"):
+    for decision in ("`- path: a-node-each.yaml`", "`newName`", "`newTag`", "Three nodes must be able to take"):
         assert text.index(decision) < first_apply, decision
     (selected,) = re.findall(r"kubectl delete pod -n <namespace> -l ([^`]+)`", text)
     label, _, value = selected.partition("=")
