@@ -13,7 +13,7 @@ from trainer.errors import TrainingError
 from trainer.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from trainer.kubernetes.steps.session import Session
+    from trainer.kubernetes.steps.step_context import StepContext
 
 TRAINED = "trained.json"  # in the artifact of train: which workers' claims have the model, the newest first
 
@@ -26,17 +26,17 @@ class ClusterLauncher:
         self._scratch = Path(tempfile.mkdtemp(prefix=f"{config.run_id}-"))  # the step's pod takes it away
 
     @cached_property
-    def _session(self) -> "Session":
-        from trainer.kubernetes.steps.session import Session
+    def _context(self) -> "StepContext":
+        from trainer.kubernetes.steps.step_context import StepContext
 
-        return Session.open(self._config, IMAGE)
+        return StepContext.open(self._config, IMAGE)
 
     def precache(self) -> Output:
         from trainer.data.manifest import MANIFEST, parse_manifest
         from trainer.kubernetes.steps.precache import precache
 
         held_out = self._scratch / "held-out"
-        precached = precache(self._session, held_out)
+        precached = precache(self._context, held_out)
         write_json(self._scratch / "claims.json", precached.claims)
         manifest = parse_manifest(read_json(held_out / MANIFEST))
         files = {path.name: path for path in (*held_out.iterdir(), self._scratch / "claims.json")}
@@ -46,8 +46,8 @@ class ClusterLauncher:
         from trainer.kubernetes.steps.training import train
 
         directory = self._scratch / "run"
-        trained = train(self._session, directory)
-        workers = [self._session.plan.workers[index] for index in trained.workers]
+        trained = train(self._context, directory)
+        workers = [self._context.plan.workers[index] for index in trained.workers]
         places = [{"worker": worker.index, "claim": worker.claim, "site": worker.site.name} for worker in workers]
         write_json(directory / TRAINED, places)
         said, metrics = in_numbers(directory)
@@ -56,11 +56,11 @@ class ClusterLauncher:
 
     def export(self, trained: Any) -> Output:
         from trainer.export.export import FACTS
-        from trainer.kubernetes.steps.results import take
+        from trainer.kubernetes.steps.fetch_results import fetch_result
 
-        plan, directory = self._session.plan, self._scratch / "export"
+        plan, directory = self._context.plan, self._scratch / "export"
         places = read_json(Path(trained.path) / TRAINED)
-        worker = take(self._session, [plan.workers[place["worker"]] for place in places], "export", directory)
+        worker = fetch_result(self._context, [plan.workers[place["worker"]] for place in places], "export", directory)
         facts = read_json(directory / FACTS)
         print(f"model of round {facts['round']}, step {facts['step']}, from claim {worker.claim}")
         names = ("run_id", "model", "parameters", "complete", "round", "step", "samples", "tokens")
@@ -68,18 +68,18 @@ class ClusterLauncher:
         return Output({path.name: path for path in directory.iterdir()}, metadata)
 
     def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
-        from trainer.kubernetes.steps.results import take
+        from trainer.kubernetes.steps.fetch_results import fetch_result
 
         if "worker" not in model.metadata:
             raise TrainingError("the model does not say on which worker's claim it lies: export it again")
         directory, run_dir = self._scratch / "evaluation", self._scratch / "run"
-        take(self._session, [self._session.plan.workers[int(model.metadata["worker"])]], "evaluate", directory)
+        fetch_result(self._context, [self._context.plan.workers[int(model.metadata["worker"])]], "evaluate", directory)
         shutil.copytree(trained.path, run_dir)  # the workers' events
         shutil.copy(directory / "evaluation.json", run_dir)
         if not self._config.storage.retain:
-            self._session.clean_up(finished=False, claims=True)
+            self._context.clean_up(finished=False, claims=True)
         scores = read_json(run_dir / "evaluation.json")
         return Output(pages(run_dir), {}, scores)
 
     def clean_up(self) -> None:
-        self._session.clean_up(finished=False)
+        self._context.clean_up(finished=False)

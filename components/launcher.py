@@ -81,7 +81,7 @@ def placed(config: TrainingConfig) -> TrainingConfig:
     if config.launcher == "auto" and all(variable in os.environ for variable in _IN_A_STEPS_POD):
         config = config.with_values(launcher="pytorchjob")
     if config.launcher == "pytorchjob" and not config.deployment_namespace:
-        from trainer.kubernetes.steps.session import own_namespace
+        from trainer.kubernetes.steps.workflow import own_namespace
 
         config = config.with_values(deployment_namespace=own_namespace())
     return config

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 from components.step import STARTED
 from trainer.errors import TrainingError
-from trainer.kubernetes.api.client import EVENT, POD, WORKFLOW, Client, Object
+from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.api.diagnosis import why_pending
+from trainer.kubernetes.api.kinds import EVENT, POD, WORKFLOW, Object
 
 STEPS = ("precache", "train", "export", "evaluate", "clean-up")  # their names in the graph, in order
 FINAL = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}

@@ -18,7 +18,7 @@ from trainer.etcd.embedded import etcd_binary
 from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.steps.credentials import reachable_etcd
-from trainer.kubernetes.steps.session import Session
+from trainer.kubernetes.steps.step_context import StepContext
 from trainer.process import dying_with_parent, refused
 
 pytestmark = [
@@ -70,7 +70,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServe
         yield server
 
 
-def session(endpoint: str) -> Session:
+def context(endpoint: str) -> StepContext:
     values = {
         "launcher": "pytorchjob",
         "run_id": "mine",
@@ -78,7 +78,7 @@ def session(endpoint: str) -> Session:
         "etcd_endpoints": [endpoint],
     }
     config = TrainingConfig.from_flat(values).resolved()
-    return Session(Client("default"), plan(config, namespace="default", image="python:1"), print)
+    return StepContext(Client("default"), plan(config, namespace="default", image="python:1"), print)
 
 
 def test_the_secret_s_certificates_open_etcd_and_are_gone_again(
@@ -95,7 +95,7 @@ def test_the_secret_s_certificates_open_etcd_and_are_gone_again(
     data = {"ca.crt": ca, "tls.crt": ca, "tls.key": key}
     encoded = {name: base64.b64encode(value).decode() for name, value in data.items()}
     server.put("secrets", {"metadata": {"name": "diloco-etcd-client"}, "data": encoded})
-    here = session(endpoint)
+    here = context(endpoint)
     with reachable_etcd(here) as etcd:
         etcd.put("run", {"status": "open"})
         files = list((tmp_path / "scratch").rglob("*.*"))
@@ -109,6 +109,6 @@ def test_an_incomplete_secret_is_named(server: ApiServer, endpoint: str) -> None
     server.put("secrets", {"metadata": {"name": "diloco-etcd-client"}, "data": {"ca.crt": ""}})
     with (
         pytest.raises(TrainingError, match=r"Secret diloco-etcd-client has no key tls\.crt"),
-        reachable_etcd(session(endpoint)),
+        reachable_etcd(context(endpoint)),
     ):
         pass

@@ -3,11 +3,11 @@
 The API server (tests/cluster) enforces the Role of manifests/ and the published schemas; a `Story` says what pods do.
 """
 
-import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from trainer.config import TrainingConfig
 from trainer.elastic.keys import Verdict, finish, verdict
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient, run_prefix
-from trainer.kubernetes.api import client, logs, pods
-from trainer.kubernetes.api.client import CLAIM, Client
-from trainer.kubernetes.objects.claims import claim
+from trainer.kubernetes.api.client import Client
+from trainer.kubernetes.api.kinds import CLAIM, PYTORCH_JOB
+from trainer.kubernetes.objects.jobs import claim
 from trainer.kubernetes.objects.plan import Owner, plan
-from trainer.kubernetes.steps import training
+from trainer.kubernetes.steps.fetch_results import fetch_result
+from trainer.kubernetes.steps.job_follower import JobFollower, Message
 from trainer.kubernetes.steps.precache import precache
-from trainer.kubernetes.steps.results import take
-from trainer.kubernetes.steps.session import Session, Workflow, has_ended
+from trainer.kubernetes.steps.step_context import StepContext
 from trainer.kubernetes.steps.training import Trained, train
-from trainer.timeouts import MonitorTimeouts
+from trainer.kubernetes.steps.workflow import Workflow
+from trainer.timeouts import KubernetesTimeouts, MonitorTimeouts
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -40,10 +41,24 @@ ANOTHER_OWNER = Owner(
 OWNER = Owner("argoproj.io/v1alpha1", "Workflow", "diloco-training-x7k2p", "7b1c0e9e-0000-4000-8000-000000000000")
 
 
+QUICK = KubernetesTimeouts(
+    outage=2.0,
+    retry=0.05,
+    longest_log_retry=0.2,
+    look=0.1,
+    etcd=0.1,
+    seen=1.0,
+    poll=0.05,
+    explain_after=0.1,
+    explain_interval=0.2,
+)
+
+
 class Place:
     """A cluster to run steps on, and what they said.
 
     Attributes:
+        timeouts: Of the steps.
         lines: What the steps have said.
         on_line: Called with each line, in the step's thread: what it raises happens to the step.
     """
@@ -55,12 +70,13 @@ class Place:
             metadata = {"name": owner.name, "uid": owner.uid}
             server.put("workflows", {"metadata": metadata, "spec": {}, "status": {"phase": "Running"}})
         self.cluster = Cluster(server, self.story)
+        self.timeouts = QUICK
         self.lines: list[str] = []
         self.on_line: Callable[[str], None] = lambda line: None
         self._etcd = etcd
         self._said = threading.Condition()
 
-    def session(self, **values: Any) -> Session:
+    def context(self, **values: Any) -> StepContext:
         quick = {
             "collective_timeout": 0.1,
             "grace_period": 0.2,
@@ -72,7 +88,7 @@ class Place:
         config = TrainingConfig.from_flat({**base, **quick, **values}).resolved()
         made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=self.owner)
         workflow = Workflow("default", self.owner.name, self.owner.uid) if self.owner else None
-        return Session(Client(config.deployment_namespace, patience=2.0), made, self.say, workflow)
+        return StepContext(Client(config.deployment_namespace, self.timeouts), made, self.say, workflow)
 
     def terminate(self) -> None:
         """Terminate the workflow, as KFP does: before the step hears of it."""
@@ -100,7 +116,7 @@ class Place:
 
     def etcd(self) -> EtcdClient:
         """The run's keys, with more patience than the run's short limits allow its own clients."""
-        config = self.session().plan.config
+        config = self.context().plan.config
         return EtcdClient([self._etcd], run_prefix(config.elastic.etcd.prefix, config.run_id))
 
 
@@ -108,16 +124,6 @@ class Place:
 def place(
     etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[Place]:
-    monkeypatch.setattr(pods, "EXPLAIN_AFTER", 0.1)
-    monkeypatch.setattr(pods, "EXPLAIN_INTERVAL", 0.2)
-    monkeypatch.setattr(training, "ETCD_INTERVAL", 0.1)
-    monkeypatch.setattr(training, "SEEN_TIMEOUT", 1.0)
-    for module in ("steps.job_runner", "steps.training"):
-        monkeypatch.setattr(f"trainer.kubernetes.{module}.LOOK_INTERVAL", 0.1)
-    monkeypatch.setattr(client, "RETRY_INTERVAL", 0.05)
-    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.2)
-    for module in ("informer", "logs"):
-        monkeypatch.setattr(f"trainer.kubernetes.api.{module}.RETRY_INTERVAL", 0.05)
     with ExitStack() as resources:
         server = resources.enter_context(serving())
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
@@ -137,7 +143,7 @@ def never(*_: Any) -> None:
 
 
 def test_claims_are_made_filled_and_found_warm_by_the_next_run(place: Place, tmp_path: Path) -> None:
-    done = precache(place.session(), tmp_path / "held-out")
+    done = precache(place.context(), tmp_path / "held-out")
     claims = place.server.all("persistentvolumeclaims")
     assert list(done.claims) == list(claims) == [f"diloco-training-job-cpu-worker-{i}-data" for i in range(2)]
     assert done.claims[next(iter(claims))] == {"hash": "abc", "dataset": "files:corpus"}
@@ -146,16 +152,16 @@ def test_claims_are_made_filled_and_found_warm_by_the_next_run(place: Place, tmp
     assert place.said("precaching for worker 1", "1 of about 1 MB")
     before = {name: claim["metadata"]["uid"] for name, claim in claims.items()}
     place.run_id += "-later"
-    precache(place.session(), tmp_path / "held-out")
+    precache(place.context(), tmp_path / "held-out")
     after = {name: claim["metadata"]["uid"] for name, claim in place.server.all("persistentvolumeclaims").items()}
     assert after == before
     assert place.said("claim diloco-training-job-cpu-worker-0-data found")
 
 
 def test_a_claim_of_another_size_is_used_as_it_is_and_that_is_said(place: Place, tmp_path: Path) -> None:
-    precache(place.session(), tmp_path / "held-out")
-    precache(place.session(storage_size_gb=7), tmp_path / "held-out")
-    assert place.said("found (used as it is: its size is 100Gi, not 7Gi)")
+    precache(place.context(), tmp_path / "held-out")
+    precache(place.context(storage_size_gb=7), tmp_path / "held-out")
+    assert place.said("found (used unchanged: its size is 100Gi, not 7Gi)")
 
 
 def test_a_failed_job_is_tried_again(place: Place, tmp_path: Path) -> None:
@@ -168,7 +174,7 @@ def test_a_failed_job_is_tried_again(place: Place, tmp_path: Path) -> None:
             place.story.precache(cluster, pod)
 
     place.story.told["precache"] = fail_first
-    assert len(precache(place.session(), tmp_path / "held-out").claims) == 2
+    assert len(precache(place.context(), tmp_path / "held-out").claims) == 2
     assert place.said("precaching for worker 1 has failed: the hub does not answer; trying it again")
 
 
@@ -178,7 +184,7 @@ def test_a_job_that_fails_for_good_ends_the_step_with_its_words(
 ) -> None:
     place.story.fail("precache", "dataset = 'files:x': no such folder", status)
     with pytest.raises(TrainingError, match=f"has failed{often}: dataset = 'files:x': no such folder"):
-        precache(place.session(nodes=1), tmp_path / "held-out")
+        precache(place.context(nodes=1), tmp_path / "held-out")
     assert set(place.story.lives.values()) == {lives - 1}
 
 
@@ -186,7 +192,7 @@ def test_different_data_on_two_claims_is_refused(place: Place, tmp_path: Path) -
     hashes = iter(["one", "two"])
     place.story.told["precache"] = lambda cluster, pod, life: place.story.precache(cluster, pod, hash=next(hashes))
     with pytest.raises(TrainingError, match="the claims hold different data"):
-        precache(place.session(), tmp_path / "held-out")
+        precache(place.context(), tmp_path / "held-out")
 
 
 def test_a_step_that_was_started_again_goes_on_with_its_jobs(place: Place, tmp_path: Path) -> None:
@@ -201,9 +207,9 @@ def test_a_step_that_was_started_again_goes_on_with_its_jobs(place: Place, tmp_p
     place.story.told["precache"] = wait
     place.on_line = die_at("precaching for worker 1 runs")
     with pytest.raises(Died):
-        precache(place.session(), tmp_path / "held-out")
+        precache(place.context(), tmp_path / "held-out")
     place.on_line = lambda line: release.set() if "worker 1: its Job is under way already" in line else None
-    assert len(precache(place.session(), tmp_path / "held-out").claims) == 2
+    assert len(precache(place.context(), tmp_path / "held-out").claims) == 2
     assert {life for name, life in place.story.lives.items() if "precache" in name} == {0}
 
 
@@ -211,11 +217,11 @@ def test_claims_of_a_run_under_way_are_refused(place: Place, tmp_path: Path) -> 
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
     first, place.run_id = place.run_id, "another"
-    with pytest.raises(ConfigError, match=f"its claims are in use by run {first}"):
-        precache(place.session(), tmp_path / "held-out")
+    with pytest.raises(ConfigError, match=f"run {first} uses its claims"):
+        precache(place.context(), tmp_path / "held-out")
 
 
 # What a pod may wait for
@@ -239,7 +245,7 @@ def test_an_image_that_cannot_be_pulled_is_explained(place: Place, tmp_path: Pat
         go_on(cluster, pod)
 
     place.story.told["precache"] = wait
-    precache(place.session(nodes=1), tmp_path / "held-out")
+    precache(place.context(nodes=1), tmp_path / "held-out")
 
 
 def test_a_pod_that_fits_no_node_is_explained(place: Place, tmp_path: Path) -> None:
@@ -250,7 +256,7 @@ def test_a_pod_that_fits_no_node_is_explained(place: Place, tmp_path: Path) -> N
         go_on(cluster, pod)
 
     place.story.told["precache"] = wait
-    precache(place.session(nodes=1), tmp_path / "held-out")
+    precache(place.context(nodes=1), tmp_path / "held-out")
 
 
 def test_a_claim_that_stays_pending_is_explained(place: Place, tmp_path: Path) -> None:
@@ -263,7 +269,7 @@ def test_a_claim_that_stays_pending_is_explained(place: Place, tmp_path: Path) -
         go_on(cluster, pod)
 
     place.story.told["precache"] = wait
-    precache(place.session(nodes=1, storage_storage_class_name="fast"), tmp_path / "held-out")
+    precache(place.context(nodes=1, storage_storage_class_name="fast"), tmp_path / "held-out")
 
 
 def test_a_volume_that_cannot_be_mounted_is_explained(place: Place, tmp_path: Path) -> None:
@@ -274,7 +280,7 @@ def test_a_volume_that_cannot_be_mounted_is_explained(place: Place, tmp_path: Pa
         go_on(cluster, pod)
 
     place.story.told["precache"] = wait
-    precache(place.session(nodes=1), tmp_path / "held-out")
+    precache(place.context(nodes=1), tmp_path / "held-out")
 
 
 def test_a_quota_without_room_for_pods_is_explained(place: Place, tmp_path: Path) -> None:
@@ -285,20 +291,20 @@ def test_a_quota_without_room_for_pods_is_explained(place: Place, tmp_path: Path
             place.server.quota.clear()
 
     place.on_line = make_room
-    precache(place.session(nodes=1), tmp_path / "held-out")
+    precache(place.context(nodes=1), tmp_path / "held-out")
     assert place.said("precaching for worker 0 waits: its pod does not fit the namespace's quota", "memory_gb")
 
 
 def test_a_quota_without_room_for_claims_ends_the_step(place: Place, tmp_path: Path) -> None:
     place.server.quota["persistentvolumeclaims"] = "team, requested: requests.storage=100Gi, limited: 50Gi"
     with pytest.raises(TrainingError, match=r"does not fit the namespace's quota: team, requested.*storage\.size_gb"):
-        precache(place.session(), tmp_path / "held-out")
+        precache(place.context(), tmp_path / "held-out")
 
 
 def test_what_never_starts_ends_the_step_with_the_reason(place: Place, tmp_path: Path) -> None:
     place.story.told["precache"] = lambda cluster, pod, life: cluster.wait_for_image(pod, "not found")
     with pytest.raises(TrainingError, match=r"has not started in 2 s: its image python:1 cannot be pulled: not found"):
-        precache(place.session(nodes=1, elastic_rdzv_timeout=2.0), tmp_path / "held-out")
+        precache(place.context(nodes=1, elastic_rdzv_timeout=2.0), tmp_path / "held-out")
 
 
 # Training
@@ -317,7 +323,7 @@ def release_once_all_run(place: Place, workers: int = 2) -> None:
 
 def test_a_training_is_made_followed_and_ends_as_it_ended(place: Place, tmp_path: Path) -> None:
     release_once_all_run(place)
-    done = train(place.session(), tmp_path / "run")
+    done = train(place.context(), tmp_path / "run")
     assert done == Trained((0, 1))
     jobs = place.server.all("pytorchjobs")
     assert len(jobs) == 2
@@ -331,7 +337,7 @@ def test_a_training_is_made_followed_and_ends_as_it_ended(place: Place, tmp_path
 @pytest.mark.parametrize("least", [1, 2])
 def test_at_start_it_is_said_what_the_loss_of_a_worker_means(place: Place, tmp_path: Path, least: int) -> None:
     release_once_all_run(place)
-    here = place.session(elastic_min_nodes=least)
+    here = place.context(elastic_min_nodes=least)
     train(here, tmp_path / "run")
     assert f"run {place.run_id}: {here.plan.config.attendance}" in place.lines
 
@@ -346,7 +352,7 @@ def test_it_ends_when_etcd_says_so_whatever_pods_do(place: Place, tmp_path: Path
             place.story.released.set()
 
     place.on_line = succeed
-    train(place.session(), tmp_path / "run")
+    train(place.context(), tmp_path / "run")
 
 
 def test_the_claim_with_the_newest_checkpoint_comes_first(place: Place, tmp_path: Path) -> None:
@@ -354,13 +360,13 @@ def test_the_claim_with_the_newest_checkpoint_comes_first(place: Place, tmp_path
         cluster, pod, rounds=3 if pod["metadata"]["name"].endswith("1-worker-0") else 2
     )
     release_once_all_run(place)
-    assert train(place.session(), tmp_path / "run") == Trained((1, 0))
+    assert train(place.context(), tmp_path / "run") == Trained((1, 0))
 
 
 def test_a_complete_run_is_not_trained_again(place: Place, tmp_path: Path) -> None:
     with place.etcd() as etcd:
         finish(etcd, "succeeded")
-    train(place.session(), tmp_path / "run")
+    train(place.context(), tmp_path / "run")
     assert place.said("has ended already: it has succeeded")
     assert not place.server.all("pytorchjobs")
 
@@ -369,10 +375,10 @@ def test_a_step_that_was_started_again_follows_the_training(place: Place, tmp_pa
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
-        train(place.session(), tmp_path / "first")
+        train(place.context(), tmp_path / "first")
     before = {name: job["metadata"]["uid"] for name, job in place.server.all("pytorchjobs").items()}
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
-    train(place.session(), tmp_path / "second")
+    train(place.context(), tmp_path / "second")
     assert {name: job["metadata"]["uid"] for name, job in place.server.all("pytorchjobs").items()} == before
     assert set(place.story.lives.values()) == {0}
     # What was said while nobody listened is not lost.
@@ -389,9 +395,9 @@ def test_a_failed_run_begins_again_with_new_jobs(place: Place, tmp_path: Path) -
 
     place.story.told["train"] = fail
     with pytest.raises(TrainingError, match=r"worker [01]: the loss is not finite"):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
     place.story.told.clear()
-    train(place.session(), tmp_path / "run")
+    train(place.context(), tmp_path / "run")
     with place.etcd() as etcd:
         assert verdict(etcd) == Verdict("open")  # these workers, being a story, have told etcd nothing
 
@@ -426,44 +432,44 @@ def test_of_a_site_s_one_job_only_the_worker_that_failed_is_lost(
         cluster.say(pod, "error: CUDA has gone")
         cluster.end(pod, 1)
 
-    looks: list[Any] = []
-    look = training._Training._look
+    looks: list[bool] = []
+    look = JobFollower.look
 
-    def look_and_release(self: Any, seen: Any) -> None:
-        look(self, seen)
-        if any(has_ended(job) for job in seen.owners.values()):
-            looks.append(seen)
-            if len(looks) > 2:  # the step has taken in that the job has failed
-                place.story.released.set()
+    def look_and_release(self: JobFollower) -> list[Message]:
+        found = look(self)
+        looks.extend(PYTORCH_JOB.has_failed(job) for job in self._jobs.values())
+        if sum(looks) > 2:  # the step has taken in that the job has failed
+            place.story.released.set()
+        return found
 
-    monkeypatch.setattr(training._Training, "_look", look_and_release)
+    monkeypatch.setattr(JobFollower, "look", look_and_release)
     place.story.told["train"] = fail
     place.story.released.clear()
     values = {"storage_access_mode": "ReadWriteMany", "nodes": 3, "elastic_min_nodes": 2}
-    train(place.session(**values), tmp_path / "run")
-    assert place.said("worker 1 has failed for good: CUDA has gone: the others go on (2 left)")
+    train(place.context(**values), tmp_path / "run")
+    assert place.said("worker 1 has failed permanently: CUDA has gone: the others continue (2 left)")
     assert not place.said("of at least")
 
 
 def test_a_failed_worker_is_no_failed_training_while_the_quorum_holds(place: Place, tmp_path: Path) -> None:
     one_fails(place, 1, words="error: CUDA has gone")
-    place.on_line = lambda line: place.story.released.set() if "the others go on (1 left)" in line else None
-    train(place.session(elastic_min_nodes=1), tmp_path / "run")
-    assert place.said("worker 1 has failed for good: CUDA has gone")
+    place.on_line = lambda line: place.story.released.set() if "the others continue (1 left)" in line else None
+    train(place.context(elastic_min_nodes=1), tmp_path / "run")
+    assert place.said("worker 1 has failed permanently: CUDA has gone")
 
 
 def test_without_the_quorum_it_is_with_the_worker_s_words(place: Place, tmp_path: Path) -> None:
     one_fails(place, 1, words="error: CUDA has gone")
     with pytest.raises(TrainingError, match="1 of at least 2 workers are left: CUDA has gone"):
-        train(place.session(elastic_min_nodes=2), tmp_path / "run")
+        train(place.context(elastic_min_nodes=2), tmp_path / "run")
     with place.etcd() as etcd:
         assert verdict(etcd).status == "failed"  # so the others leave
 
 
 def test_a_worker_out_of_memory_is_told_so_and_what_to_lower(place: Place, tmp_path: Path) -> None:
     one_fails(place, 137, "OOMKilled")
-    place.on_line = lambda line: place.story.released.set() if "starts it again" in line else None
-    train(place.session(), tmp_path / "run")
+    place.on_line = lambda line: place.story.released.set() if "restarts it" in line else None
+    train(place.context(), tmp_path / "run")
     line = place.wait_for(
         "worker 1 has ended: it was killed because it needs more memory than it has (it may take 32Gi)"
     )
@@ -487,9 +493,9 @@ def test_a_worker_that_is_out_of_memory_a_second_time_is_given_up(
     place.story.told["train"] = fail
     place.story.released.clear()
     with pytest.raises(TrainingError, match=r"1 of at least 2 workers are left: it was killed because it needs more"):
-        train(place.session(elastic_min_nodes=2, elastic_max_restarts=restarts), tmp_path / "run")
+        train(place.context(elastic_min_nodes=2, elastic_max_restarts=restarts), tmp_path / "run")
     ends = [line for line in place.lines if "worker 1 has ended: it was killed" in line]
-    assert ["starts it again" in line for line in ends] == [True] * (lives - 1) + [False]
+    assert ["restarts it" in line for line in ends] == [True] * (lives - 1) + [False]
 
 
 @pytest.mark.parametrize(
@@ -519,7 +525,7 @@ def test_the_last_line_is_the_reason_and_not_that_a_worker_has_ended(
     place.story.told["train"] = fail
     place.story.released.clear()
     with pytest.raises(TrainingError, match=f"^{last}"):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
 
 
 def test_a_lost_node_is_named_and_the_worker_comes_back(place: Place, tmp_path: Path) -> None:
@@ -539,22 +545,22 @@ def test_a_lost_node_is_named_and_the_worker_comes_back(place: Place, tmp_path: 
     place.story.told["train"] = lose
     place.story.released.clear()
     place.on_line = go_on
-    train(place.session(), tmp_path / "run")
+    train(place.context(), tmp_path / "run")
 
 
 def test_a_deleted_job_is_a_lost_worker(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
-    gone = next(one.job for one in place.session().plan.workers if one.index == 1)
+    gone = next(one.job for one in place.context().plan.workers if one.index == 1)
 
     def delete(line: str) -> None:
         if line == "worker 1 runs on node node-1":
             place.server.remove("pytorchjobs", gone)
-        elif "the others go on" in line:
+        elif "the others continue" in line:
             place.story.released.set()
 
     place.on_line = delete
-    train(place.session(elastic_min_nodes=1), tmp_path / "run")
-    assert place.said(f"somebody has deleted PyTorchJob {gone}")
+    train(place.context(elastic_min_nodes=1), tmp_path / "run")
+    assert place.said(f"PyTorchJob {gone} was deleted")
 
 
 def test_dropped_and_outdated_watches_lose_nothing(place: Place, tmp_path: Path) -> None:
@@ -571,7 +577,7 @@ def test_dropped_and_outdated_watches_lose_nothing(place: Place, tmp_path: Path)
         place.server.forget()
 
     place.story.told["train"] = chatter
-    train(place.session(nodes=1), tmp_path / "run")
+    train(place.context(nodes=1), tmp_path / "run")
     assert [line for line in place.lines if "| line" in line] == [f"worker 0 | line {i}" for i in range(30)]
 
 
@@ -586,11 +592,11 @@ def test_an_api_server_that_is_away_for_a_moment_is_waited_for(place: Place, tmp
 
     place.server.outages = 2
     place.on_line = go_away
-    train(place.session(), tmp_path / "run")
+    train(place.context(), tmp_path / "run")
 
 
 def test_the_training_is_followed_on_after_an_api_server_has_been_away_for_long(place: Place, tmp_path: Path) -> None:
-    here = place.session()
+    here = place.context()
     here.client.patience = 0.0  # of all else
     place.story.released.clear()
 
@@ -604,11 +610,9 @@ def test_the_training_is_followed_on_after_an_api_server_has_been_away_for_long(
     train(here, tmp_path / "run")
 
 
-def test_an_outage_of_the_api_server_is_no_time_in_which_workers_have_not_started(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outage_of_the_api_server_is_no_time_in_which_workers_have_not_started(place: Place, tmp_path: Path) -> None:
     timeout = 5.0
-    monkeypatch.setattr(pods, "SILENCE", timeout + 1.0)
+    place.timeouts = replace(QUICK, silence=timeout + 1.0)
 
     def wait(cluster: Cluster, pod: Object, life: int) -> None:
         cluster.refuse_place(pod, "0/3 nodes are available")
@@ -622,17 +626,16 @@ def test_an_outage_of_the_api_server_is_no_time_in_which_workers_have_not_starte
 
     place.story.told["train"] = wait
     place.on_line = go_away
-    train(place.session(nodes=1, elastic_rdzv_timeout=timeout), tmp_path / "run")
+    train(place.context(nodes=1, elastic_rdzv_timeout=timeout), tmp_path / "run")
 
 
 @pytest.mark.parametrize("who", ["the API server", "the kubelet of node-1"])
 def test_silence_is_named_and_what_was_said_meanwhile_is_read_afterwards(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
 ) -> None:
-    monkeypatch.setattr(pods, "SILENCE", 0.5)
-    monkeypatch.setattr(client, "LOG_TIMEOUT", 0.3)
+    place.timeouts = replace(QUICK, silence=0.5, log_silence=0.3)
     monkeypatch.setattr("trainer.monitor.dashboard.MonitorTimeouts", lambda: MonitorTimeouts(plain=0.2))
-    here = place.session()
+    here = place.context()
     here.client.patience = 0.0
     silent = f"no news of worker 0, worker 1 for 1 min: {who} does not answer"
 
@@ -672,7 +675,7 @@ def test_silence_is_named_and_what_was_said_meanwhile_is_read_afterwards(
 def test_one_silent_node_does_not_hide_what_the_others_do(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "LOG_TIMEOUT", 0.3)
+    place.timeouts = replace(QUICK, log_silence=0.3)
     monkeypatch.setattr("trainer.monitor.dashboard.MonitorTimeouts", lambda: MonitorTimeouts(plain=0.1))
 
     def talk(cluster: Cluster, pod: Object, life: int) -> None:
@@ -687,7 +690,7 @@ def test_one_silent_node_does_not_hide_what_the_others_do(
         cluster.end(pod, 0)
 
     place.story.told["train"] = talk
-    train(place.session(), tmp_path / "run")
+    train(place.context(), tmp_path / "run")
     assert place.said("step 11/", "worker 0: no news")
 
 
@@ -695,12 +698,12 @@ def test_a_run_that_has_failed_is_not_called_complete(place: Place, tmp_path: Pa
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
     with place.etcd() as etcd:
         finish(etcd, "failed", "the loss is not finite")
     with pytest.raises(TrainingError, match="the loss is not finite"):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
     assert place.said("has ended already: it has failed")
 
 
@@ -711,17 +714,15 @@ def test_a_run_that_has_failed_is_not_called_complete(place: Place, tmp_path: Pa
 def test_without_the_crd_it_says_what_to_install(place: Place, tmp_path: Path, step: Callable[..., Any]) -> None:
     place.server.missing.add("pytorchjobs")
     with pytest.raises(TrainingError, match=r"the cluster has no pytorchjobs: .* install Kubeflow's training operator"):
-        step(place.session(), tmp_path / "out")
+        step(place.context(), tmp_path / "out")
 
 
-def test_an_operator_that_does_not_run_is_noticed(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "OPERATOR_TIMEOUT", 0.3)
+def test_an_operator_that_does_not_run_is_noticed(place: Place, tmp_path: Path) -> None:
+    place.timeouts = replace(QUICK, controller=0.3)
     place.cluster.operator = False
     with pytest.raises(TrainingError, match=r"is Kubeflow's training operator installed, and running\?"):
-        train(place.session(elastic_rdzv_timeout=2.0), tmp_path / "run")
-    assert place.said("nobody acts on PyTorchJob")
+        train(place.context(elastic_rdzv_timeout=2.0), tmp_path / "run")
+    assert place.said("no controller acts on PyTorchJob")
 
 
 @pytest.mark.parametrize(("verb", "resource"), [("create", "pytorchjobs"), ("watch", "pods"), ("list", "pytorchjobs")])
@@ -729,31 +730,33 @@ def test_a_missing_permission_is_named(place: Place, tmp_path: Path, verb: str, 
     place.server.forbidden.add((verb, resource))
     place.story.released.clear()
     with pytest.raises(TrainingError, match=f"not allowed to {verb} {resource} in namespace default.* manifests/"):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
 
 
 def test_a_namespace_that_is_not_there_is_named(place: Place, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="there is no namespace nowhere: make it, or set deployment_namespace"):
-        precache(place.session(deployment_namespace="nowhere"), tmp_path / "held-out")
+    with pytest.raises(TrainingError, match="there is no namespace nowhere: create it, or set deployment_namespace"):
+        precache(place.context(deployment_namespace="nowhere"), tmp_path / "held-out")
 
 
 def test_an_etcd_that_cannot_be_reached_is_named(place: Place, tmp_path: Path) -> None:
     with pytest.raises(
-        TrainingError, match=r"127.0.0.1:1.*Is etcd there .manifests/ has one., is etcd.endpoints right"
+        TrainingError, match=r"127.0.0.1:1.*Does etcd run .manifests/ has one., is etcd.endpoints right"
     ):
-        train(place.session(etcd_endpoints=["127.0.0.1:1"]), tmp_path / "run")
+        train(place.context(etcd_endpoints=["127.0.0.1:1"]), tmp_path / "run")
     assert not place.server.all("pytorchjobs")
 
 
 def test_missing_etcd_credentials_are_named(place: Place, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="there is no Secret diloco-etcd-client in namespace default"):
-        train(place.session(etcd_user="diloco"), tmp_path / "run")
+    with pytest.raises(
+        TrainingError, match="there is no Secret diloco-etcd-client with etcd's credentials in namespace default"
+    ):
+        train(place.context(etcd_user="diloco"), tmp_path / "run")
 
 
 def test_a_cluster_that_cannot_be_reached_is_named(place: Place, tmp_path: Path) -> None:
     place.server.outages = 10**6
     with pytest.raises(TrainingError, match=r"the Kubernetes API at http://127\.0\.0\.1:\d+ cannot be reached"):
-        precache(place.session(), tmp_path / "held-out")
+        precache(place.context(), tmp_path / "held-out")
 
 
 # Cancelling
@@ -805,11 +808,11 @@ ENDS: dict[str, Callable[[Place], None]] = {
 
 def interrupt_training(place: Place, tmp_path: Path, before: Callable[[], None] = lambda: None) -> None:
     """The step gets SIGTERM while both workers train, just after what is to happen `before` that."""
-    precache(place.session(), tmp_path / "held-out")
+    precache(place.context(), tmp_path / "held-out")
     place.story.released.clear()
     place.on_line = interrupt_at("worker 1 runs on node", before)
     with pytest.raises(Interrupted):
-        train(place.session(), tmp_path / "first")
+        train(place.context(), tmp_path / "first")
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -830,11 +833,11 @@ def test_a_drained_step_leaves_the_training_alone_and_its_successor_follows_the_
     place: Place, tmp_path: Path
 ) -> None:
     interrupt_training(place, tmp_path)
-    assert place.said("this step goes away, and the training goes on")
+    assert place.said("this step goes away, and the training continues")
     before = uids(place, "pytorchjobs") | uids(place, "pods")
     assert len(before) == 5  # two jobs, their pods, and that of the held-out part
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
-    train(place.session(), tmp_path / "second")
+    train(place.context(), tmp_path / "second")
     assert uids(place, "pytorchjobs") | uids(place, "pods") == before
     assert place.said(f"run {place.run_id} is complete")
     assert len([event for event in events(tmp_path / "second", 0) if '"event": "round"' in event]) == 2
@@ -861,7 +864,7 @@ def test_a_step_that_cannot_ask_whether_it_was_terminated_leaves_the_training_al
             place.server.go_away()
 
     place.story.released.clear()
-    here = place.session()
+    here = place.context()
     place.on_line = interrupt_at("worker 1 runs on node", begin)
     began = time.monotonic()
     with pytest.raises(Interrupted):
@@ -869,7 +872,7 @@ def test_a_step_that_cannot_ask_whether_it_was_terminated_leaves_the_training_al
     assert here.client.patience > 60
     assert time.monotonic() - began < 20, "it must not wait: it is killed two seconds later"
     why = "not allowed to get workflows" if trouble == "forbidden" else "cannot be reached"
-    assert place.said("it cannot be found out whether workflow diloco-training-x7k2p was terminated", why)
+    assert place.said("cannot find out whether workflow diloco-training-x7k2p was terminated", why)
     assert len(place.server.all("pytorchjobs")) == 2
     place.server.come_back()
 
@@ -896,7 +899,7 @@ def test_a_precache_that_is_terminated_leaves_nothing_but_the_claims(place: Plac
     precaching_goes_on(place)
     place.on_line = interrupt_at("worker 1 runs on node", place.terminate if place.owner else lambda: None)
     with pytest.raises(Interrupted):
-        precache(place.session(), tmp_path / "held-out")
+        precache(place.context(), tmp_path / "held-out")
     nothing_but_claims(place)
 
 
@@ -906,12 +909,12 @@ def test_a_drained_precache_leaves_its_jobs_alone_and_its_successor_goes_on_with
     release = precaching_goes_on(place)
     place.on_line = interrupt_at("precaching for worker 1 runs on node")
     with pytest.raises(Interrupted):
-        precache(place.session(), tmp_path / "held-out")
-    assert place.said("this step goes away, and its jobs go on")
+        precache(place.context(), tmp_path / "held-out")
+    assert place.said("this step goes away, and its jobs continue")
     before = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
     assert len(before) == 2
     place.on_line = lambda line: release.set() if "worker 1: its Job is under way already" in line else None
-    assert len(precache(place.session(), tmp_path / "held-out").claims) == 2
+    assert len(precache(place.context(), tmp_path / "held-out").claims) == 2
     after = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
     assert len(after) == 3  # and that of the held-out part
     assert before < after
@@ -926,8 +929,8 @@ def test_a_precache_that_cannot_ask_leaves_its_jobs_alone(place: Place, tmp_path
         begin = place.terminate
     place.on_line = interrupt_at("precaching for worker 1 runs on node", begin)
     with pytest.raises(Interrupted):
-        precache(place.session(), tmp_path / "held-out")
-    assert place.said("it cannot be found out whether workflow")
+        precache(place.context(), tmp_path / "held-out")
+    assert place.said("cannot find out whether workflow")
     assert len(place.server.all("jobs")) == 2
     place.server.come_back()
 
@@ -949,7 +952,7 @@ def test_a_precache_that_fails_cleans_up_after_itself_and_leaves_ended_jobs_to_b
 
     place.story.told["precache"] = fail
     with pytest.raises(TrainingError, match="no such folder"):
-        precache(place.session(), tmp_path / "held-out")
+        precache(place.context(), tmp_path / "held-out")
     (left,) = place.server.all("jobs").values()
     assert left["metadata"]["labels"]["diloco-pipelines/worker"] == "0"
     place.server.wait_until(lambda: len(place.server.all("pods")) == 1)
@@ -962,7 +965,7 @@ def test_a_precache_that_fails_leaves_a_training_of_the_run_alone(place: Place, 
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
     before = uids(place, "pytorchjobs") | uids(place, "pods")
 
@@ -972,7 +975,7 @@ def test_a_precache_that_fails_leaves_a_training_of_the_run_alone(place: Place, 
 
     place.story.told["precache"] = fail
     with pytest.raises(TrainingError, match="ended with status 2"):
-        precache(place.session(), tmp_path / "held-out")
+        precache(place.context(), tmp_path / "held-out")
     assert uids(place, "pytorchjobs") | uids(place, "pods") == before
     assert place.server.all("configmaps")
     assert place.server.all("networkpolicies")
@@ -989,30 +992,30 @@ def test_an_export_that_is_interrupted_is_deleted_only_with_its_workflow(
 
     place.story.told["export"] = wait
     place.on_line = interrupt_at("runs on node", (lambda: None) if drained else place.terminate)
-    here = place.session()
+    here = place.context()
     with pytest.raises(Interrupted):
-        take(here, here.plan.workers, "export", tmp_path / "export")
+        fetch_result(here, here.plan.workers, "export", tmp_path / "export")
     assert len(place.server.all("jobs")) == int(drained)
 
 
 def test_cleaning_up_ends_what_runs_and_leaves_what_has_ended_to_be_read(place: Place, tmp_path: Path) -> None:
-    precache(place.session(), tmp_path / "held-out")
+    precache(place.context(), tmp_path / "held-out")
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
     ended = set(place.server.all("jobs"))
-    place.session().clean_up(finished=False)
+    place.context().clean_up(finished=False)
     place.server.wait_until(lambda: all("precache" in name or "held-out" in name for name in place.server.all("pods")))
     assert not place.server.all("pytorchjobs")
     assert set(place.server.all("jobs")) == ended
     assert not place.server.all("configmaps")
-    place.session().clean_up(finished=False)  # it may be done again
+    place.context().clean_up(finished=False)  # it may be done again
 
 
 def test_claims_that_are_not_retained_are_gone_and_made_anew(place: Place, tmp_path: Path) -> None:
     """Though pods that have ended keep them, as long as they are there."""
-    here = place.session()
+    here = place.context()
     precache(here, tmp_path / "held-out")
     before = {one["metadata"]["uid"] for one in place.server.all("persistentvolumeclaims").values()}
     here.clean_up(finished=False, claims=True)
@@ -1023,13 +1026,9 @@ def test_claims_that_are_not_retained_are_gone_and_made_anew(place: Place, tmp_p
     assert not before & after
 
 
-def test_a_claim_that_is_being_deleted_is_waited_for(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = importlib.import_module("trainer.kubernetes.steps.precache")
-    monkeypatch.setattr(module, "CLAIM_INTERVAL", 0.05)
-    monkeypatch.setattr(module, "CLAIM_TIMEOUT", 0.2)
-    here = place.session(nodes=1)
+def test_a_claim_that_is_being_deleted_is_waited_for(place: Place, tmp_path: Path) -> None:
+    place.timeouts = replace(QUICK, deleted=0.2)
+    here = place.context(nodes=1)
     (worker,) = here.plan.workers
     claims = place.server.all
     here.client.create(claim(here.plan, worker))
@@ -1041,25 +1040,27 @@ def test_a_claim_that_is_being_deleted_is_waited_for(
     place.server.wait_until(lambda: "shell" in claims("pods"))
     place.cluster.kubelet = place.story
     here.client.delete(CLAIM, worker.claim)
-    with pytest.raises(TrainingError, match=f"claim {worker.claim} was deleted, and is there .* a pod still uses it"):
+    with pytest.raises(
+        TrainingError, match=f"claim {worker.claim} was deleted, and still exists .* a pod still uses it"
+    ):
         precache(here, tmp_path / "held-out")
-    monkeypatch.setattr(module, "CLAIM_TIMEOUT", 30.0)
+    place.timeouts = QUICK
     place.on_line = lambda line: place.server.remove("pods", "shell") if "is being deleted" in line else None
-    precache(here, tmp_path / "held-out")
+    precache(place.context(nodes=1), tmp_path / "held-out")
     assert place.said(f"claim {worker.claim} made")
 
 
 def test_claims_that_another_run_uses_are_kept(place: Place, tmp_path: Path) -> None:
-    here = place.session()
+    here = place.context()
     precache(here, tmp_path / "held-out")
     place.run_id += "-other"
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
     here.clean_up(finished=False, claims=True)
-    assert place.said("warning: the claims are kept", "in use by run")
+    assert place.said("warning: the claims are kept", "uses its claims")
     claims = place.server.all("persistentvolumeclaims").values()
     assert [one for one in claims if "deletionTimestamp" not in one["metadata"]] == list(claims)
 
@@ -1071,8 +1072,8 @@ def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_pat
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
-        train(place.session(), tmp_path / "first")
-    first = place.session()
+        train(place.context(), tmp_path / "first")
+    first = place.context()
     place.owner = ANOTHER_OWNER
 
     def old_one_ends(line: str) -> None:
@@ -1081,10 +1082,10 @@ def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_pat
             place.story.released.set()
 
     place.on_line = old_one_ends
-    train(place.session(), tmp_path / "second")
+    train(place.context(), tmp_path / "second")
     jobs = place.server.all("pytorchjobs").values()
     assert [job["metadata"]["ownerReferences"][0]["uid"] for job in jobs] == [ANOTHER_OWNER.uid] * 2
-    assert place.said(f"workflow {ANOTHER_OWNER.name} goes on with run")
+    assert place.said(f"workflow {ANOTHER_OWNER.name} continues run")
     assert place.server.all("configmaps")
 
 
@@ -1092,35 +1093,33 @@ def test_a_run_of_another_deployment_with_the_same_id_is_left_alone(place: Place
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
-        train(place.session(), tmp_path / "run")
+        train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
     before = set(place.server.all("pytorchjobs"))
-    place.session(deployment_name="another").clean_up()
+    place.context(deployment_name="another").clean_up()
     assert set(place.server.all("pytorchjobs")) == before
 
 
 def test_names_of_two_deployments_that_meet_are_refused(place: Place, tmp_path: Path) -> None:
-    def session(deployment: str, run: str, site: str) -> Session:
+    def context(deployment: str, run: str, site: str) -> StepContext:
         place.run_id = run
-        return place.session(deployment_name=deployment, nodes=1, sites=[{"name": site, "replicas": 1}])
+        return place.context(deployment_name=deployment, nodes=1, sites=[{"name": site, "replicas": 1}])
 
-    precache(session("llm", "mine", "eu-west"), tmp_path / "held-out")
+    precache(context("llm", "mine", "eu-west"), tmp_path / "held-out")
     refused = (
-        "PersistentVolumeClaim llm-eu-west-worker-0-data would be that of deployment llm-eu, and is that of deploym"
+        "PersistentVolumeClaim llm-eu-west-worker-0-data of deployment llm-eu already exists as that of deployment llm:"
     )
     with pytest.raises(ConfigError, match=refused):
-        precache(session("llm-eu", "other", "west"), tmp_path / "held-out")
+        precache(context("llm-eu", "other", "west"), tmp_path / "held-out")
     place.story.released.clear()
     place.on_line = die_at("worker 0 runs")
     with pytest.raises(Died):
-        train(session("llm", "eu-mine", "west"), tmp_path / "run")
+        train(context("llm", "eu-mine", "west"), tmp_path / "run")
     place.on_line = lambda line: None
     before = place.server.all("configmaps")
-    refused = (
-        "PyTorchJob llm-eu-mine-west-0 would be that of run mine of deployment llm-eu, and is that of run eu-mine of"
-    )
+    refused = "PyTorchJob llm-eu-mine-west-0 of run mine of deployment llm-eu already exists as that of run eu-mine of"
     with pytest.raises(ConfigError, match=refused):
-        train(session("llm-eu", "mine", "west"), tmp_path / "run")
+        train(context("llm-eu", "mine", "west"), tmp_path / "run")
     assert place.server.all("configmaps") == before
 
 
@@ -1137,20 +1136,20 @@ def test_the_next_claim_is_asked_when_one_has_not_the_result(place: Place, tmp_p
             place.story.serve(cluster, pod)
 
     place.story.told["export"] = refuse
-    here = place.session()
+    here = place.context()
     place.story.results = {"config.json": "{}", "tokenizer/vocabulary.json": "[]"}
-    assert take(here, here.plan.workers, "export", tmp_path / "export").index == 1
+    assert fetch_result(here, here.plan.workers, "export", tmp_path / "export").index == 1
     assert (tmp_path / "export" / "tokenizer" / "vocabulary.json").read_text() == "[]"
     assert place.said("warning: export on worker 0's claim has failed: run_dir = '/data': has no checkpoint to export")
 
 
 def test_a_step_that_was_started_again_takes_the_result_anew(place: Place, tmp_path: Path) -> None:
     place.on_line = die_at("runs on node")
-    here = place.session()
+    here = place.context()
     with pytest.raises(Died):
-        take(here, here.plan.workers, "export", tmp_path / "export")
+        fetch_result(here, here.plan.workers, "export", tmp_path / "export")
     place.on_line = lambda line: None
-    take(place.session(), here.plan.workers, "export", tmp_path / "export")
+    fetch_result(place.context(), here.plan.workers, "export", tmp_path / "export")
     assert (tmp_path / "export" / "manifest.json").is_file()
 
 
@@ -1161,9 +1160,9 @@ def test_a_step_that_is_tried_again_after_the_clean_up_has_what_its_pods_need(pl
         place.story.serve(cluster, pod)
 
     place.story.told["export"] = serve
-    here = place.session()
+    here = place.context()
     here.clean_up(finished=False)
-    take(here, here.plan.workers, "export", tmp_path / "export")
+    fetch_result(here, here.plan.workers, "export", tmp_path / "export")
     assert (tmp_path / "export" / "manifest.json").is_file()
 
 
@@ -1173,7 +1172,7 @@ def test_a_step_that_is_tried_again_after_the_clean_up_has_what_its_pods_need(pl
 def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path) -> None:
     """The stand-in refuses what the Role has not; here everything that it has is used."""
     place.server.put("secrets", {"metadata": {"name": "diloco-etcd-client"}, "data": {"password": "c2VjcmV0"}})
-    here = place.session(nodes=1)
+    here = place.context(nodes=1)
     wait = started_once_said(place, "no node takes it")
 
     def explain(cluster: Cluster, pod: Object, life: int) -> None:
@@ -1187,7 +1186,7 @@ def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path
     precache(here, tmp_path / "held-out")
     precache(here, tmp_path / "held-out")
     with pytest.raises(TrainingError, match=r"Secret diloco-etcd-client has no key ca\.crt"):
-        train(place.session(nodes=1, elastic_etcd_protocol="https"), tmp_path / "run")
+        train(place.context(nodes=1, elastic_etcd_protocol="https"), tmp_path / "run")
     place.story.released.clear()
     place.on_line = die_at("worker 0 runs")
     with pytest.raises(Died):
@@ -1198,11 +1197,11 @@ def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path
         train(here, tmp_path / "run")
     place.on_line = interrupt_at("following it")
     with pytest.raises(Interrupted):
-        train(place.session(nodes=1), tmp_path / "run")
+        train(place.context(nodes=1), tmp_path / "run")
     place.owner = ANOTHER_OWNER
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
     place.server.drop_streams()
-    train(place.session(nodes=1), tmp_path / "run")
+    train(place.context(nodes=1), tmp_path / "run")
     here.clean_up(claims=True)
     assert unused(permissions(), place.server.used) == set()
 

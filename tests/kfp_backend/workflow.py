@@ -40,8 +40,8 @@ GRACE = 2.0
 _RUN_ID = "pipeline/runid"
 _MOUNT = """\
 from pathlib import Path
-from trainer.kubernetes import session
-session.SERVICE_ACCOUNT = Path({path!r})
+from trainer.kubernetes.steps import workflow
+workflow.SERVICE_ACCOUNT = Path({path!r})
 """
 _TYPES = {
     "system.Metrics": "Metric",

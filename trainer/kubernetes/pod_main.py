@@ -1,10 +1,10 @@
-"""What the pods of a training run: `python -m trainer pod <command> --config FILE`.
+"""The command of a training's pods: `python -m trainer pod <command> --config FILE`.
 
-What a pod has to tell its step goes through its log, a line each: a word and JSON.
+A pod sends messages to its step through its log, each as a line with a word and JSON:
 
     metrics {"local_rank": 0, "event": "round", …}   an event of a worker's metrics.jsonl, as it happens
-    precached {"hash": …, "train": …}                what lies on this pod's claim now
-    result {"port": 7001}                            the result can be taken (`trainer.transport.handover`)
+    precached {"hash": …, "train": …}                the dataset on this pod's claim
+    result {"port": 7001}                            the result can be fetched (`trainer.transport.handover`)
 """
 
 import json
@@ -17,25 +17,24 @@ from typing import Any
 
 from trainer.config import TrainingConfig, load_config
 from trainer.errors import ConfigError, raise_on_sigterm
+from trainer.timeouts import KubernetesTimeouts
 from trainer.volume import Volume
 
-METRICS, PRECACHED, RESULT = "metrics", "precached", "result"
-RESULT_LIMIT = 1800.0  # seconds in which the step must have come for a result, or gone on with it
-_ECHO_INTERVAL = 0.5  # seconds
+METRICS, PRECACHED, RESULT = "metrics", "precached", "result"  # the words
 
 
 def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0) -> int:
-    """Do a pod's work; returns its exit status.
+    """Do a pod's work. Returns its exit status.
 
     Args:
         what: "precache", "train", "held-out", "export" or "evaluate".
-        config_file: The pod's configuration; `DILOCO_*` variables go before it.
-        slot: The slot that a node would like to have.
-        port: Where a result is served; 0: anywhere.
+        config_file: The pod's configuration; `DILOCO_*` variables override it.
+        slot: The slot that a node prefers.
+        port: The port that serves a result; 0: any free one.
 
     Raises:
         ConfigError, TrainingError: As the commands that do the same outside of a cluster.
-        Interrupted: After SIGTERM. An agent (`train`) has its own way to leave, once it is there.
+        Interrupted: After SIGTERM. An agent (`train`) handles SIGTERM itself once it runs.
     """
     raise_on_sigterm()
     config = load_config(config_file)
@@ -48,50 +47,53 @@ def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0)
 
 
 def _threads(config: TrainingConfig, what: str) -> int:
-    """Threads of each of the pod's processes: their share of the cores that they may use and that the node has.
+    """Threads for each of the pod's processes: the cores that the pod may use, and the node has, divided among them.
 
-    Without the node's number a pod that may use 16 cores would have 16 threads stand in each other's way on two.
+    A pod that may use 16 cores of a node with two would otherwise run 16 threads on these two.
     """
     processes = config.elastic.nproc_per_node if what == "train" else 1
     return max(1, min(config.cpu_cores, len(os.sched_getaffinity(0))) // processes)
 
 
 def parse(line: str) -> tuple[str, dict[str, Any]] | None:
-    """What a line of a pod's log tells the step, if it is not for people."""
+    """The message in a line of a pod's log: its word and content; None if the line is for people."""
     word, _, rest = line.partition(" ")
     if word not in (METRICS, PRECACHED, RESULT) or not rest.startswith("{"):
         return None
     try:
         return word, json.loads(rest)
-    except ValueError:  # a line that was torn
+    except ValueError:  # a torn line
         return None
 
 
-def _tell(word: str, content: Mapping[str, Any]) -> None:
+def _send(word: str, content: Mapping[str, Any]) -> None:
     sys.stdout.write(f"{word} {json.dumps(content)}\n")
     sys.stdout.flush()
 
 
 def _train(config: TrainingConfig, slot: int | None) -> int:
-    """One node's agent; its workers' metrics are said aloud."""
+    """Run one node's agent, and send its workers' events to the step."""
     from trainer.files import write_json
     from trainer.launch.agent import run_agent
     from trainer.monitor.events import EventReader
 
+    # The workers read the configuration with this pod's `DILOCO_*` variables resolved
     own = Path(config.run_dir) / "config.json"
     write_json(own, config.model_dump(mode="json"))
     readers = {
         rank: EventReader(Volume.of(config, rank).metrics, last=0) for rank in range(config.elastic.nproc_per_node)
     }
     ended = threading.Event()
+    interval = KubernetesTimeouts().echo
 
+    # Send events from a thread until the agent has ended, and once more after that
     def echo() -> None:
         last = False
         while not last:
-            last = ended.wait(_ECHO_INTERVAL)
+            last = ended.wait(interval)
             for rank, reader in readers.items():
                 for event in reader.read():
-                    _tell(METRICS, {"local_rank": rank, **event})
+                    _send(METRICS, {"local_rank": rank, **event})
 
     echoing = threading.Thread(target=echo)
     echoing.start()
@@ -106,12 +108,12 @@ def _precache(config: TrainingConfig) -> int:
     from trainer import data
 
     manifest = data.precache(config, Volume.of(config))
-    _tell(PRECACHED, manifest.model_dump(mode="json", exclude={"files", "byte_counts"}))
+    _send(PRECACHED, manifest.model_dump(mode="json", exclude={"files", "byte_counts"}))
     return 0
 
 
 def _held_out(config: TrainingConfig) -> dict[str, Path]:
-    """The dataset's held-out part, with its manifest and tokenizer."""
+    """The files of the dataset's held-out part, with its manifest and tokenizer, by name."""
     from trainer import data
     from trainer.data.dataset import MANIFEST, read_manifest
 
@@ -124,24 +126,24 @@ def _held_out(config: TrainingConfig) -> dict[str, Path]:
 
 
 def _export(config: TrainingConfig) -> dict[str, Path]:
-    """The model, as `from_pretrained` takes it.
+    """Export the model in the layout of `from_pretrained`. Returns its files by name.
 
     Raises:
-        ConfigError: This claim's newest checkpoint is not the run's final one, which another claim has then.
+        ConfigError: This claim's newest checkpoint is not the run's final one: another claim has it.
     """
     from trainer.export.export import TrainedRun, export
 
     newest = TrainedRun.find(config).checkpoint
     if not newest.complete:
         raise ConfigError(
-            "run_id", config.run_id, f"its final checkpoint is not here: the newest is {newest.path.name}"
+            "run_id", config.run_id, f"its final checkpoint is not on this claim: the newest is {newest.path.name}"
         )
     directory = export(config)
     return {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
 
 
 def _evaluate(config: TrainingConfig) -> dict[str, Path]:
-    """The scores. The model card with them stays on the claim, and goes to the hub from there."""
+    """Evaluate the model. Returns the scores; the model card with them stays on the claim, and is pushed from there."""
     from trainer.export.evaluate import evaluate
 
     evaluate(config)
@@ -156,12 +158,13 @@ _RESULTS: dict[str, Callable[[TrainingConfig], dict[str, Path]]] = {
 
 
 def _serve(files: Mapping[str, Path], port: int) -> int:
+    """Serve a result until the step has fetched it."""
     from trainer.transport.handover import TOKEN_VARIABLE, ResultServer
 
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise ConfigError(TOKEN_VARIABLE, "", "must be in the environment")
     with ResultServer(files, token, port) as server:
-        _tell(RESULT, {"port": server.server_port})
-        server.wait(RESULT_LIMIT)
+        _send(RESULT, {"port": server.server_port})
+        server.wait(KubernetesTimeouts().result)
     return 0

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes what prod's etcd needs and keeps it nowhere but in Secrets: an authority, a server and a client certificate (ten
-# years), two passwords.
+# Creates the credentials of prod's etcd, and keeps them in Secrets only: an authority, a server and a client certificate
+# (valid for ten years), and two passwords.
 #
 #   certificates.sh <namespace>                applies the Secrets
-#   certificates.sh <namespace> <directory>    writes the files there instead (to keep them elsewhere, or to look at them)
+#   certificates.sh <namespace> <directory>    writes files instead (to keep them elsewhere, or to inspect them)
 set -euo pipefail
 namespace=${1:?usage: certificates.sh <namespace> [directory]}
 directory=${2:-$(mktemp -d)}
@@ -22,7 +22,7 @@ sign() { # <name> <common name> <extensions>
 
 key ca.key
 openssl req -x509 -new -key ca.key -days 3650 -subj "/CN=diloco-etcd authority" -out ca.crt
-# Members are servers and, for each other, clients: etcd looks the names up to see that a member is who it says.
+# Members are servers and each other's clients: etcd resolves the names to verify a member.
 names="DNS:localhost,IP:127.0.0.1"
 for member in 0 1 2; do
     host=diloco-etcd-$member.diloco-etcd

@@ -17,7 +17,7 @@ from components.precache.run import resolve
 from components.step import hand_on, log_metrics, step
 from trainer.config import Parameter, TrainingConfig
 from trainer.errors import ConfigError, Interrupted, TrainingError
-from trainer.kubernetes.steps import session
+from trainer.kubernetes.steps import step_context, workflow
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_sigterm_ends_a_step_whose_output_has_no_reader_after_its_clean_up(monke
             os.kill(os.getpid(), signal.SIGTERM)
             signal.sigtimedwait([], 10)
         except Interrupted:
-            session.say("cancelled")
+            step_context.say("cancelled")
             cleaned_up.append("jobs")
             raise
 
@@ -171,7 +171,7 @@ def test_a_run_without_any_name_gets_one() -> None:
 def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the pod of a step: its service account's files, and the variables that KFP and Kubernetes set."""
     (tmp_path / "namespace").write_text("team\n")
-    monkeypatch.setattr(session, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr(workflow, "SERVICE_ACCOUNT", tmp_path)
     monkeypatch.setenv("KFP_POD_NAME", "diloco-training-x7k2p-system-container-impl-1")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
 

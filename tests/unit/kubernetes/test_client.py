@@ -1,9 +1,10 @@
-"""The client, the mirror and the logs against a stand-in API server: what they survive, and that they miss nothing."""
+"""The client, the informer and the logs against a stand-in API server: what they survive, without missing anything."""
 
 import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,23 +14,25 @@ import pytest
 
 from tests.cluster.apiserver import ApiServer, serving
 from trainer.errors import TrainingError
-from trainer.kubernetes.api import client as api
-from trainer.kubernetes.api import logs, pods
-from trainer.kubernetes.api.client import CONFIG_MAP, JOB, ApiError, Client, Silence, quota
-from trainer.kubernetes.api.informer import Mirror
+from trainer.kubernetes.api import silence
+from trainer.kubernetes.api.client import ApiError, Client, quota
+from trainer.kubernetes.api.informer import Informer
+from trainer.kubernetes.api.kinds import CONFIG_MAP, JOB, Kind
 from trainer.kubernetes.api.logs import LogFollower
+from trainer.kubernetes.api.silence import Silence, SilenceNotices
 from trainer.kubernetes.objects.plan import Owner
-from trainer.kubernetes.steps import session
-from trainer.kubernetes.steps.session import Session, Workflow
+from trainer.kubernetes.steps import workflow
+from trainer.kubernetes.steps.step_context import StepContext
+from trainer.kubernetes.steps.workflow import Workflow
+from trainer.timeouts import KubernetesTimeouts
 
 pytestmark = pytest.mark.timeout(30)
+
+QUICK = KubernetesTimeouts(outage=1.0, retry=0.02, longest_log_retry=0.05)
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
-    monkeypatch.setattr(api, "RETRY_INTERVAL", 0.02)
-    for module in ("informer", "logs"):
-        monkeypatch.setattr(f"trainer.kubernetes.api.{module}.RETRY_INTERVAL", 0.02)
     with serving() as server:
         server.granted = {
             (verb, "", resource, "")
@@ -42,7 +45,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServe
 
 @pytest.fixture
 def client(server: ApiServer) -> Client:
-    return Client("default", patience=1.0)
+    return Client("default", QUICK)
 
 
 def config_map(name: str, **data: str) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def test_a_long_list_comes_in_pages(server: ApiServer, client: Client) -> None:
     ],
 )
 def test_refusals_in_words(
-    server: ApiServer, client: Client, prepare: str | None, kind: api.Kind, status: int, reason: str, words: str
+    server: ApiServer, client: Client, prepare: str | None, kind: Kind, status: int, reason: str, words: str
 ) -> None:
     if prepare:
         getattr(server, prepare).add(kind.plural)
@@ -91,10 +94,10 @@ def test_refusals_in_words(
 
 def test_what_is_there_and_what_is_invalid(client: Client) -> None:
     client.create(config_map("one"))
-    with pytest.raises(ApiError, match="ConfigMap one in namespace default is there already") as refused:
+    with pytest.raises(ApiError, match="ConfigMap one in namespace default already exists") as refused:
         client.create(config_map("one"))
     assert refused.value.reason == "AlreadyExists"
-    with pytest.raises(ApiError, match=r"the cluster does not take ConfigMap two in namespace default: .*'nodata'"):
+    with pytest.raises(ApiError, match=r"the cluster rejects ConfigMap two in namespace default: .*'nodata'"):
         client.create({**config_map("two"), "nodata": {}})
 
 
@@ -119,11 +122,11 @@ def test_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 class Followed:
-    """A mirror of ConfigMaps, and whether it has come to be as it should."""
+    """An informer of ConfigMaps, and whether it has come to be as it should."""
 
     def __init__(self, client: Client) -> None:
         self.changed = threading.Condition()
-        self.mirror = Mirror(client, CONFIG_MAP, "own=yes", self.notify)
+        self.informer = Informer(client, CONFIG_MAP, "own=yes", self.notify)
 
     def notify(self) -> None:
         with self.changed:
@@ -131,27 +134,29 @@ class Followed:
 
     def wait_for(self, *names: str) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: set(self.mirror.objects()) == set(names), 10), self.mirror.objects()
+            assert self.changed.wait_for(lambda: set(self.informer.objects()) == set(names), 10), (
+                self.informer.objects()
+            )
 
 
-def test_a_mirror_follows(server: ApiServer, client: Client) -> None:
+def test_an_informer_follows(server: ApiServer, client: Client) -> None:
     client.create(config_map("one"))
     followed = Followed(client)
-    with followed.mirror:
+    with followed.informer:
         followed.wait_for("one")
         client.create(config_map("two"))
         client.create({**config_map("other"), "metadata": {"name": "other"}})
         followed.wait_for("one", "two")
         client.delete(CONFIG_MAP, "one")
         followed.wait_for("two")
-        (gone,) = followed.mirror.departed()
+        (gone,) = followed.informer.departed()
         assert gone["metadata"]["name"] == "one"
-        assert followed.mirror.departed() == []
+        assert followed.informer.departed() == []
 
 
 def test_a_dropped_watch_goes_on_where_it_was(server: ApiServer, client: Client) -> None:
     followed = Followed(client)
-    with followed.mirror:
+    with followed.informer:
         server.wait_until(lambda: server.streams)
         lists = [one for one in server.used if one[0] == "list"]
         server.drop_streams()
@@ -164,7 +169,7 @@ def test_a_deletion_in_a_time_that_the_server_has_forgotten_is_noticed(server: A
     client.create(config_map("one"))
     client.create(config_map("two"))
     followed = Followed(client)
-    with followed.mirror:
+    with followed.informer:
         followed.wait_for("one", "two")
         with server.changed:  # nobody watches meanwhile
             server.drop_streams()
@@ -172,24 +177,24 @@ def test_a_deletion_in_a_time_that_the_server_has_forgotten_is_noticed(server: A
             server.put("configmaps", config_map("three"))
             server.forget()
         followed.wait_for("two", "three")
-        assert [one["metadata"]["name"] for one in followed.mirror.departed()] == ["one"]
+        assert [one["metadata"]["name"] for one in followed.informer.departed()] == ["one"]
 
 
-def test_a_mirror_that_is_refused_tells_its_reader(server: ApiServer, client: Client) -> None:
+def test_an_informer_that_is_refused_tells_its_reader(server: ApiServer, client: Client) -> None:
     followed = Followed(client)
-    with followed.mirror:
+    with followed.informer:
         server.wait_until(lambda: server.streams)
         server.forbidden.add(("watch", "configmaps"))
         server.drop_streams()
         with followed.changed:
-            followed.changed.wait_for(lambda: refused(followed.mirror), 10)
+            followed.changed.wait_for(lambda: refused(followed.informer), 10)
         with pytest.raises(ApiError, match="not allowed to watch configmaps"):
-            followed.mirror.objects()
+            followed.informer.objects()
 
 
-def refused(mirror: Mirror) -> bool:
+def refused(informer: Informer) -> bool:
     try:
-        mirror.objects()
+        informer.objects()
     except ApiError:
         return True
     return False
@@ -252,9 +257,7 @@ def test_a_log_that_ends_in_the_middle_of_a_line_loses_nothing_of_it(server: Api
 def test_an_outage_of_any_length_is_named_and_loses_no_line_and_repeats_none(
     server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch, who: str
 ) -> None:
-    monkeypatch.setattr(api, "LOG_TIMEOUT", 0.2)
-    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.05)
-    heard = Heard(server, client)
+    heard = Heard(server, Client("default", replace(QUICK, log_silence=0.2)))
     heard.say("before")
     began = time.monotonic()
     if who == "the API server":
@@ -281,8 +284,7 @@ def test_an_outage_of_any_length_is_named_and_loses_no_line_and_repeats_none(
 def test_a_container_that_says_nothing_for_long_is_not_called_silent(
     server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "LOG_TIMEOUT", 0.1)
-    heard = Heard(server, client)
+    heard = Heard(server, Client("default", replace(QUICK, log_silence=0.1)))
     silences = []
     server.wait_until(lambda: silences.append(heard.follower.silence) or server.streams >= 10)
     assert set(silences) == {None}
@@ -292,7 +294,6 @@ def test_a_container_that_says_nothing_for_long_is_not_called_silent(
 def test_a_log_ends_with_its_pod_also_when_that_went_in_an_outage(
     server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch, successor: bool
 ) -> None:
-    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.05)
     heard = Heard(server, client)
     heard.say("before")
     server.go_away()
@@ -311,7 +312,6 @@ def test_a_log_ends_with_its_pod_also_when_that_went_in_an_outage(
 def test_what_a_container_said_last_is_read_after_an_outage(
     server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.05)
     heard = Heard(server, client)
     heard.say("before")
     server.go_away()
@@ -332,63 +332,63 @@ def test_a_log_that_nobody_wants_any_more_is_followed_no_more(server: ApiServer,
     assert heard.follower.done.wait(10)
 
 
-def test_a_mirror_waits_for_the_server_and_says_so(server: ApiServer, client: Client) -> None:
+def test_an_informer_waits_for_the_server_and_says_so(server: ApiServer, client: Client) -> None:
     client.patience = 0.0
     followed = Followed(client)
-    with followed.mirror:
+    with followed.informer:
         server.wait_until(lambda: server.streams)
         server.go_away()
-        server.wait_until(lambda: followed.mirror.silence)
+        server.wait_until(lambda: followed.informer.silence)
         server.put("configmaps", config_map("one"))
         server.come_back()
         followed.wait_for("one")
-        assert followed.mirror.silence is None
+        assert followed.informer.silence is None
 
 
-def test_a_server_that_is_still_starting_may_refuse_a_mirror(server: ApiServer, client: Client) -> None:
+def test_a_server_that_is_still_starting_may_refuse_an_informer(server: ApiServer, client: Client) -> None:
     followed = Followed(client)
-    with followed.mirror:
+    with followed.informer:
         server.wait_until(lambda: server.streams)
         server.forbidden.add(("watch", "configmaps"))
         server.go_away()
-        server.wait_until(lambda: followed.mirror.silence)
+        server.wait_until(lambda: followed.informer.silence)
         server.come_back()
-        server.wait_until(lambda: followed.mirror.silence and "not allowed to watch" in followed.mirror.silence.why)
+        server.wait_until(lambda: followed.informer.silence and "not allowed to watch" in followed.informer.silence.why)
         server.put("configmaps", config_map("one"))
         server.forbidden.clear()
         followed.wait_for("one")
 
 
-def test_a_mirror_s_patience_has_an_end(server: ApiServer, client: Client) -> None:
-    mirror = Mirror(client, CONFIG_MAP, "own=yes", lambda: None, patience=0.1)
-    with mirror:
+def test_an_informer_s_patience_has_an_end(server: ApiServer, client: Client) -> None:
+    informer = Informer(client, CONFIG_MAP, "own=yes", lambda: None, patience=0.1)
+    with informer:
         server.wait_until(lambda: server.streams)
         server.go_away()
-        server.wait_until(lambda: refused(mirror))
+        server.wait_until(lambda: refused(informer))
 
 
 def test_silence_is_printed_once_for_each_reason_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(pods, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    shown = pods._Silent(lines.append)
+    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    shown = SilenceNotices(lines.append, KubernetesTimeouts())
     api_away, kubelet = "the API server does not answer", "the kubelet of node-1 does not answer"
     silent = {f"worker {number}": Silence(1000.0, api_away) for number in range(6)}
     for clock.now in range(1000, 1240):
-        shown.take(silent)
+        shown.update(silent)
     assert lines == [
         f"no news of worker 0, worker 1, worker 2, worker 3 and 2 more for {minutes} min: {api_away}"
         for minutes in (1, 2)
     ]
-    shown.take({"worker 0": silent["worker 0"]})
+    shown.update({"worker 0": silent["worker 0"]})
     assert lines[2:] == ["worker 1, worker 2, worker 3, worker 4 and 1 more are heard again"]
-    shown.take({"worker 0": Silence(1000.0, kubelet)})
+    shown.update({"worker 0": Silence(1000.0, kubelet)})
     assert lines[3:] == [f"no news of worker 0 for 4 min: {kubelet}"]
-    shown.take({})
+    shown.update({})
     assert lines[4:] == ["worker 0 is heard again"]
     for clock.now in range(1240, 1290):
-        shown.take({"worker 0": Silence(1240.0, kubelet)})
-    shown.take({})
+        shown.update({"worker 0": Silence(1240.0, kubelet)})
+    shown.update({})
     assert len(lines) == 5, "a moment's silence is not worth a line"
 
 
@@ -406,8 +406,7 @@ def test_a_node_s_zone_loses_no_line_and_repeats_none(server: ApiServer, client:
 
 
 def test_a_followed_log_has_a_read_timeout(server: ApiServer, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "LOG_TIMEOUT", 0.2)
-    heard = Heard(server, client)
+    heard = Heard(server, Client("default", replace(QUICK, log_silence=0.2)))
     server.wait_until(lambda: server.streams >= 3)
     heard.say("line")
 
@@ -419,7 +418,7 @@ def test_a_followed_log_has_a_read_timeout(server: ApiServer, client: Client, mo
 def own_pod(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """This process as a step's pod of a workflow."""
     (tmp_path / "namespace").write_text("default")
-    monkeypatch.setattr(session, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr(workflow, "SERVICE_ACCOUNT", tmp_path)
     monkeypatch.setenv("HOSTNAME", "step")
     monkeypatch.delenv("KFP_POD_NAME", raising=False)
     owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run-x", "uid": "u-1"}
@@ -428,37 +427,37 @@ def own_pod(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return server.put("pods", pod)
 
 
-def open_session(namespace: str = "default") -> Session:
+def open_context(namespace: str = "default") -> StepContext:
     from trainer.config import TrainingConfig
 
     values = {"launcher": "pytorchjob", "run_id": "mine", "deployment_namespace": namespace, "device": "cpu"}
-    return Session.open(TrainingConfig.from_flat(values).resolved(), "fallback:1", lambda line: said.put(line))
+    return StepContext.open(TrainingConfig.from_flat(values).resolved(), "fallback:1", said.put, QUICK)
 
 
 said: "queue.Queue[str]" = queue.Queue()
 
 
 def test_what_a_step_makes_belongs_to_its_workflow_and_has_its_image(own_pod: dict[str, Any]) -> None:
-    here = open_session()
+    here = open_context()
     assert here.plan.owner == Owner("argoproj.io/v1alpha1", "Workflow", "run-x", "u-1")
     assert here.workflow == Workflow("default", "run-x", "u-1")
-    assert here.plan.image == "registry/own:1"
+    assert here.plan.sites[0].image == "registry/own:1"
 
 
 def test_in_another_namespace_nothing_may_own_it(own_pod: dict[str, Any]) -> None:
-    here = open_session("elsewhere")
+    here = open_context("elsewhere")
     assert here.plan.owner is None
-    assert here.plan.image == "registry/own:1"
+    assert here.plan.sites[0].image == "registry/own:1"
 
 
 def test_a_workflow_in_another_namespace_is_asked_there(server: ApiServer, own_pod: dict[str, Any]) -> None:
     server.granted.add(("get", "argoproj.io", "workflows", ""))
     server.put("workflows", {"metadata": {"name": "run-x", "uid": "u-1"}, "spec": {}})
-    assert not open_session("elsewhere").workflow_has_ended()
+    assert not open_context("elsewhere").workflow_has_ended()
     server.update("workflows", "run-x", lambda one: one["spec"].update(activeDeadlineSeconds=0))
-    assert open_session("elsewhere").workflow_has_ended()
+    assert open_context("elsewhere").workflow_has_ended()
     server.update("workflows", "run-x", lambda one: one["spec"].update(activeDeadlineSeconds=3600))
-    assert not open_session("elsewhere").workflow_has_ended(), "a limit, and not an end"
+    assert not open_context("elsewhere").workflow_has_ended(), "a limit, and not an end"
 
 
 def test_a_step_of_kfp_that_may_not_see_itself_takes_nothing_for_the_end(
@@ -466,29 +465,29 @@ def test_a_step_of_kfp_that_may_not_see_itself_takes_nothing_for_the_end(
 ) -> None:
     server.forbidden.add(("get", "pods"))
     monkeypatch.setenv("KFP_POD_NAME", "step")
-    here = open_session()
+    here = open_context()
     said.get_nowait()
     assert not here.workflow_has_ended()
-    assert "it cannot be found out whether the workflow of this step was terminated" in said.get_nowait()
+    assert "cannot find out whether the workflow of this step was terminated" in said.get_nowait()
 
 
 def test_nor_does_one_whose_pod_is_not_in_the_cluster_that_it_trains_on(
     server: ApiServer, own_pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.remove("pods", "step")
-    assert open_session().workflow_has_ended(), "a person's own pod"
+    assert open_context().workflow_has_ended(), "a person's own pod"
     monkeypatch.setenv("KFP_POD_NAME", "step")
-    assert not open_session().workflow_has_ended()
-    assert "cannot be found out" in said.get_nowait()
+    assert not open_context().workflow_has_ended()
+    assert "cannot find out" in said.get_nowait()
 
 
 def test_a_step_that_may_not_see_itself_says_so(server: ApiServer, own_pod: dict[str, Any]) -> None:
     server.forbidden.add(("get", "pods"))
-    here = open_session()
-    assert (here.plan.owner, here.plan.image) == (None, "fallback:1")
-    assert "does not end with its workflow: not allowed to get pods" in said.get_nowait()
+    here = open_context()
+    assert (here.plan.owner, here.plan.sites[0].image) == (None, "fallback:1")
+    assert "do not end with its workflow: not allowed to get pods" in said.get_nowait()
 
 
 def test_outside_of_a_pod_there_is_no_owner(server: ApiServer) -> None:
-    here = open_session()
-    assert (here.plan.owner, here.plan.image) == (None, "fallback:1")
+    here = open_context()
+    assert (here.plan.owner, here.plan.sites[0].image) == (None, "fallback:1")

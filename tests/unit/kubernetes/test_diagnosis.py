@@ -37,19 +37,19 @@ def event(reason: str, message: str, kind: str = "Warning") -> Object:
             waiting("CreateContainerConfigError", 'secret "diloco-etcd-client" not found'),
             [],
             {},
-            'its container cannot be made: secret "diloco-etcd-client" not found',
+            'its container cannot be created: secret "diloco-etcd-client" not found',
         ),
         (waiting("ContainerCreating"), [event("FailedMount", "timed out")], {}, "cannot be mounted: timed out"),
         (
             waiting("ContainerCreating"),
             [event("FailedCreatePodSandBox", "no ip")],
             {},
-            "its sandbox cannot be made: no",
+            "its sandbox cannot be created: no",
         ),
         (waiting("ContainerCreating"), [event("Pulling", "image", "Normal")], {}, ""),
         (unschedulable("0/2 nodes: 2 Insufficient nvidia.com/gpu"), [], {}, "gpu_count or nodes are more than is free"),
         (unschedulable("0/2 nodes: 2 node(s) had untolerated taint {a}"), [], {}, "give the site a toleration"),
-        (unschedulable("0/2 nodes are busy"), [], {}, "no node takes it: 0/2 nodes are busy. It starts when there is"),
+        (unschedulable("0/2 nodes are busy"), [], {}, "no node takes it: 0/2 nodes are busy. It starts when resources"),
         (
             unschedulable("0/2 nodes are available: 2 Insufficient memory. preemption: not helpful for scheduling.. "),
             [],
@@ -74,9 +74,9 @@ def test_waiting(pod: Object, events: list[Object], claims: dict[str, str], word
         (ended(0, "Completed"), ""),
         (ended(137, "OOMKilled"), "it needs more memory than it has (it may take 32Gi): lower per_device_train_batch"),
         (ended(1, "OOMKilled"), "it was killed because it needs more memory than it has"),
-        (ended(143, "OOMKilled"), "it was told to leave"),  # one of its processes was, long ago
+        (ended(143, "OOMKilled"), "it was terminated"),  # one of its processes was, long ago
         (ended(137), "it was killed (status 137)"),
-        (ended(143), "it was told to leave"),
+        (ended(143), "it was terminated"),
         (ended(1), "it ended with status 1"),
         (
             ended(137, reason="Error") | {"status": {"phase": "Failed", "reason": "Evicted"}},
@@ -99,7 +99,7 @@ def test_ended(pod: Object, words: str) -> None:
             {"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}]},
             "priority",
         ),
-        ({"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "New"}]}, "its node gives it up"),
+        ({"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "New"}]}, "its node evicts it"),
         ({"conditions": [{"type": "Ready", "status": "False"}]}, ""),
     ],
 )
@@ -123,7 +123,7 @@ def test_no_pod() -> None:
     assert "does not fit the namespace's quota: team, requested" in why_no_pod(
         [event("FailedCreate", "pods is forbidden: exceeded quota: team, requested: pods=1")]
     )
-    assert why_no_pod([event("FailedCreate", "denied by policy")]) == "its pod cannot be made: denied by policy"
+    assert why_no_pod([event("FailedCreate", "denied by policy")]) == "its pod cannot be created: denied by policy"
     assert why_no_pod([event("SuccessfulCreate", "made", "Normal")]) == ""
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from trainer.config import TrainingConfig
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.claims import claim
-from trainer.kubernetes.objects.jobs import precache_job
+from trainer.kubernetes.objects.jobs import claim, precache_job
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.objects.pytorchjob import training_jobs
 

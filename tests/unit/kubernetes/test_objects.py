@@ -14,13 +14,11 @@ from trainer.config import TrainingConfig, load_config
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.claims import claim
-from trainer.kubernetes.objects.jobs import precache_job, result_job
+from trainer.kubernetes.objects.jobs import claim, config_map, precache_job, result_job, run_secret
 from trainer.kubernetes.objects.network import STEP_LABELS, network_policy
 from trainer.kubernetes.objects.plan import Owner, Plan, plan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD, RESULT_PORT
 from trainer.kubernetes.objects.pytorchjob import training_jobs
-from trainer.kubernetes.objects.settings import config_map, run_secret
 from trainer.launch.etcd3_diloco_rendezvous import BACKEND, client_of
 
 OWNER = Owner("argoproj.io/v1alpha1", "Workflow", "diloco-training-x7k2p", "7b1c0e9e-0000-4000-8000-000000000000")
@@ -48,7 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def planned(**values: Any) -> Plan:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine", **values})
-    return plan(config, namespace="team", image="python:1", owner=OWNER, labels={"kueue.x-k8s.io/queue-name": "q"})
+    return plan(config, namespace="team", image="python:1", owner=OWNER)
 
 
 def of_the_run(made: Plan) -> Iterator[dict[str, Any]]:
@@ -99,7 +97,6 @@ def test_what_belongs_to_the_run_is_labelled_and_owned_and_named_once(made: Plan
         assert metadata["namespace"] == "team"
         assert metadata["annotations"]["diloco-pipelines/run-id"] == "mine"
         assert metadata["labels"]["app.kubernetes.io/instance"] == made.name
-        assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "q"
         assert metadata["name"].startswith(made.name)
 
 
@@ -163,13 +160,6 @@ def test_the_network_policy_lets_workers_at_each_other_and_steps_at_results(made
         (container,) = job["spec"]["template"]["spec"]["containers"]
         assert container["ports"][0]["containerPort"] == RESULT_PORT
         assert container["args"][-1] == str(RESULT_PORT)
-
-
-def test_managed_by_passes_through() -> None:
-    config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine"})
-    made = plan(config, namespace="team", image="i", managed_by="kueue.x-k8s.io/multikueue")
-    assert {job["spec"]["runPolicy"]["managedBy"] for job in training_jobs(made)} == {"kueue.x-k8s.io/multikueue"}
-    assert "managedBy" not in training_jobs(planned())[0]["spec"]["runPolicy"]
 
 
 def test_without_an_owner_there_is_no_reference() -> None:

@@ -11,13 +11,11 @@ import pytest
 
 from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes import pod_main
-from trainer.kubernetes.objects.claims import claim
-from trainer.kubernetes.objects.etcd import ETCD_SETTINGS
-from trainer.kubernetes.objects.jobs import RESULTS, precache_job, result_job
+from trainer.kubernetes.objects.jobs import RESULTS, claim, config_map, precache_job, result_job
 from trainer.kubernetes.objects.network import network_policy
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.objects.pytorchjob import training_jobs
-from trainer.kubernetes.objects.settings import config_map
+from trainer.kubernetes.objects.render import ETCD_SETTINGS
 
 CLUSTER = {"launcher": "pytorchjob", "run_id": "mine"}
 
@@ -103,6 +101,7 @@ def test_workers_are_on_nodes_of_their_own_where_there_are_enough() -> None:
 
 
 BOTH = {"gpu_amd_image": "rocm", "nodes": 5}
+DDP = {"optim_method": "ddp"}
 PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({"deployment_name": "gpt"}, lambda r: r.job["metadata"]["name"], "gpt-mine-nvidia-0"),
     ({"deployment_name": "gpt"}, lambda r: r.claim["metadata"]["name"], "gpt-nvidia-worker-0-data"),
@@ -122,7 +121,11 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({"gpu_count": 4}, lambda r: (limits(r)["nvidia.com/gpu"], requests(r)["nvidia.com/gpu"]), ("4", "4")),
     ({"gpu_count": 0}, lambda r: [key for key in limits(r) if "gpu" in key], []),
     ({"gpu_count": 0}, lambda r: r.env["DILOCO_DEVICE"], "cpu"),
-    ({"device": "cpu"}, lambda r: ("NCCL_DEBUG" in r.env, r.pod["tolerations"], sites(r)), (False, [], {"cpu": 2})),
+    (
+        {**DDP, "device": "cpu"},
+        lambda r: ("NCCL_DEBUG" in r.env, r.pod["tolerations"], sites(r)),
+        (False, [], {"cpu": 2}),
+    ),
     ({"gpu_vendor": "AMD"}, lambda r: limits(r)["amd.com/gpu"], "1"),
     ({"gpu_type": "NVIDIA-H100-80GB-HBM3"}, lambda r: preferred(r)["nvidia.com/gpu.product"], "NVIDIA-H100-80GB-HBM3"),
     ({"gpu_type": "MI300X", "gpu_vendor": "AMD"}, lambda r: preferred(r)["amd.com/gpu.product-name"], "MI300X"),
@@ -154,14 +157,15 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({}, lambda r: r.pod["runtimeClassName"], "nvidia"),
     ({"gpu_nvidia_runtime_class_name": ""}, lambda r: "runtimeClassName" in r.pod, False),
     ({"gpu_vendor": "AMD", "gpu_amd_runtime_class_name": "rocm"}, lambda r: r.pod["runtimeClassName"], "rocm"),
-    ({"elastic_nccl_debug": "WARN"}, lambda r: r.env["NCCL_DEBUG"], "WARN"),
-    ({"elastic_nccl_async_error_handling": 3}, lambda r: r.env["TORCH_NCCL_ASYNC_ERROR_HANDLING"], "3"),
-    ({"elastic_nccl_timeout": 60}, lambda r: r.env["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"], "60"),
-    ({"elastic_nccl_ib_timeout": 14}, lambda r: r.env["NCCL_IB_TIMEOUT"], "14"),
-    ({"elastic_nccl_nsocks_per_thread": 2}, lambda r: r.env["NCCL_NSOCKS_PERTHREAD"], "2"),
-    ({"elastic_nccl_socket_nthreads": 2}, lambda r: r.env["NCCL_SOCKET_NTHREADS"], "2"),
-    ({"elastic_nccl_socket_ifname": "eth1"}, lambda r: r.env["NCCL_SOCKET_IFNAME"], "eth1"),
-    ({}, lambda r: "NCCL_SOCKET_IFNAME" in r.env, False),
+    ({**DDP, "elastic_nccl_debug": "WARN"}, lambda r: r.env["NCCL_DEBUG"], "WARN"),
+    ({**DDP, "elastic_nccl_async_error_handling": 3}, lambda r: r.env["TORCH_NCCL_ASYNC_ERROR_HANDLING"], "3"),
+    ({**DDP, "elastic_nccl_timeout": 60}, lambda r: r.env["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"], "60"),
+    ({**DDP, "elastic_nccl_ib_timeout": 14}, lambda r: r.env["NCCL_IB_TIMEOUT"], "14"),
+    ({**DDP, "elastic_nccl_nsocks_per_thread": 2}, lambda r: r.env["NCCL_NSOCKS_PERTHREAD"], "2"),
+    ({**DDP, "elastic_nccl_socket_nthreads": 2}, lambda r: r.env["NCCL_SOCKET_NTHREADS"], "2"),
+    ({**DDP, "elastic_nccl_socket_ifname": "eth1"}, lambda r: r.env["NCCL_SOCKET_IFNAME"], "eth1"),
+    ({**DDP}, lambda r: "NCCL_SOCKET_IFNAME" in r.env, False),
+    ({}, lambda r: [name for name in r.env if "NCCL" in name], []),  # gloo alone connects workers
     ({"elastic_etcd_external_endpoint": "e:99"}, lambda r: (r.elastic["rdzvHost"], r.elastic["rdzvPort"]), ("e", 99)),
     ({"etcd_endpoints": ["a:1", "b:2"]}, lambda r: r.plan.config.etcd.endpoints, ["a:1", "b:2"]),
     (
@@ -369,7 +373,7 @@ def test_a_pod_s_threads_are_those_that_its_node_has(
 
 
 def test_the_threads_are_set_before_torch_is_there() -> None:
-    code = "import sys; from trainer.kubernetes import inside; sys.exit('torch' in sys.modules)"
+    code = "import sys; from trainer.kubernetes import pod_main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

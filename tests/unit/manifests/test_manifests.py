@@ -15,11 +15,10 @@ import yaml
 from tests.kubernetes_schemas import needs_crd, validate
 from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.etcd import ETCD_SETTINGS
 from trainer.kubernetes.objects.network import STEP_LABELS
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.objects.pytorchjob import training_jobs
-from trainer.kubernetes.objects.render import main, render_manifests
+from trainer.kubernetes.objects.render import ETCD_SETTINGS, main, render_manifests
 
 MANIFESTS = Path(__file__).parents[3] / "manifests"
 OVERLAYS = ("dev", "prod")
@@ -179,7 +178,7 @@ def test_prods_image_is_named_in_two_lines(tmp_path: Path) -> None:
 def test_prods_readme_says_what_to_decide_before_the_first_apply() -> None:
     text = (MANIFESTS / "overlays" / "prod" / "README.md").read_text(encoding="utf-8")
     first_apply = text.index("kubectl apply")
-    for decision in ("`- path: a-node-each.yaml`", "`newName`", "`newTag`", "Three nodes must be there"):
+    for decision in ("`- path: a-node-each.yaml`", "`newName`", "`newTag`", "Three nodes must be able to take"):
         assert text.index(decision) < first_apply, decision
     (selected,) = re.findall(r"kubectl delete pod -n <namespace> -l ([^`]+)`", text)
     label, _, value = selected.partition("=")

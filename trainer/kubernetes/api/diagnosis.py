@@ -1,6 +1,6 @@
-"""Why a pod waits, or has ended, in a person's words: what `kubectl describe` shows, with what to do about it.
+"""Why a pod waits, or has ended, in sentences for people: the content of `kubectl describe`, with advice.
 
-Pure functions of what the API says. Pod conditions and container reasons:
+Pure functions of the API's objects. Pod conditions and container reasons:
 https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/
 """
 
@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer.errors import out_of_memory
-from trainer.kubernetes.api.client import QUOTA_ADVICE, Object, quota
+from trainer.kubernetes.api.client import QUOTA_ADVICE, quota
+from trainer.kubernetes.api.kinds import Object
 
 KILLED = 137
-TOLD_TO_LEAVE = 143
+TERMINATED = 143
 BAD_CONFIGURATION = 2
 
-_WAS_KILLED, _HAS_LEFT = "it was killed (status 137)", "it was told to leave (SIGTERM)"
+_WAS_KILLED, _HAS_LEFT = "it was killed (status 137)", "it was terminated (SIGTERM)"
 _ENDED_WITH = "it ended with status "
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
@@ -33,11 +34,11 @@ _LOST = {
 
 
 def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]) -> str:
-    """Why a pod does not start yet; "" if it has started, or nothing is known.
+    """Why a pod does not start; "" if it has started, or no reason is known.
 
     Args:
-        events: About the pod, oldest first.
-        claims: Of those of its claims that wait, why, by name.
+        events: Events about the pod, oldest first.
+        claims: Why claims of the pod wait, by name.
     """
     status = pod.get("status") or {}
     for container in _containers(status):
@@ -49,9 +50,9 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
                 "Check the name (deployment_image, a site's or a vendor's image), and that the namespace may pull it"
             )
         if reason.startswith("Create") and reason.endswith("Error"):
-            return f"its container cannot be made: {message or reason}"
+            return f"its container cannot be created: {message or reason}"
         if reason == "CrashLoopBackOff":
-            return "its container ends again and again: see what it said last"
+            return "its container ends again and again: see the last lines of its log"
     if (status.get("phase") or "Pending") != "Pending":
         return ""
     scheduled: Mapping[str, Any] = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
@@ -59,50 +60,50 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         waiting_claims = [f"claim {name} {why}" for name, why in claims.items()]
         if waiting_claims:
             return "; ".join(waiting_claims)
-        said = scheduled.get("message") or "no node suits it"
-        return f"no node takes it: {_sentence(said)} {_room(said)}"
+        message = scheduled.get("message") or "no node fits"
+        return f"no node takes it: {_sentence(message)} {_advice(message)}"
     for event in reversed(list(events)):
         if event.get("reason") in _VOLUME:
             return f"its volume cannot be mounted: {event.get('message', '')}"
         if event.get("reason") == "FailedCreatePodSandBox":
-            return f"its sandbox cannot be made: {event.get('message', '')}"
+            return f"its sandbox cannot be created: {event.get('message', '')}"
     return ""
 
 
 def why_claim_waits(claim: Object, events: Iterable[Object]) -> str:
-    """Why a claim has no volume; "" if it has one, or nothing is known to be wrong."""
+    """Why a claim has no volume; "" if it has one, or no reason is known."""
     status = (claim.get("status") or {}).get("phase", "Pending")
     if status == "Bound":
         return ""
     asked = claim["spec"].get("storageClassName")
     of_class = f"of storage class {asked}" if asked else "of the cluster's default storage class"
     if status == "Lost":
-        return "has lost its volume: delete the claim to begin with a new one"
+        return "has lost its volume: delete the claim to start with a new one"
     for event in reversed(list(events)):
         if event.get("reason") in ("ProvisioningFailed", "FailedBinding"):
-            said = event.get("message", "")
-            return f"gets no volume {of_class}: {_sentence(said)} See storage.storage_class_name, storage.size_gb"
+            message = _sentence(event.get("message", ""))
+            return f"gets no volume {of_class}: {message} See storage.storage_class_name, storage.size_gb"
         if event.get("reason") == "ExternalProvisioning":
             return f"waits for a volume {of_class}: {event.get('message', '')}"
     return ""
 
 
 def why_no_pod(events: Iterable[Object]) -> str:
-    """Why a Job or PyTorchJob gets no pod; "" if nothing is known."""
+    """Why a job gets no pod; "" if no reason is known."""
     for event in reversed(list(events)):
         message = event.get("message", "")
         if "exceeded quota" in message:
             return f"its pod does not fit the namespace's quota: {quota(message)}. {QUOTA_ADVICE}"
         if event.get("type") == "Warning" and event.get("reason", "").startswith("Failed"):
-            return f"its pod cannot be made: {message}"
+            return f"its pod cannot be created: {message}"
     return ""
 
 
 def why_ended(pod: Object, container: str, memory: str = "") -> str:
-    """How a pod's container has failed; "" if it has not.
+    """Why a pod's container has failed; "" if it has not.
 
     Args:
-        memory: What the container may take at most, as its limits have it.
+        memory: The container's memory limit.
     """
     if lost := why_lost(pod):
         return lost
@@ -113,24 +114,24 @@ def why_ended(pod: Object, container: str, memory: str = "") -> str:
         return f"it {out_of_memory(memory)}"
     if code == KILLED:
         return _WAS_KILLED
-    if code == TOLD_TO_LEAVE:
+    if code == TERMINATED:
         return _HAS_LEFT
     return f"{_ENDED_WITH}{code}"
 
 
 def is_vague(why: str) -> bool:
-    """Whether what `why_ended` has found only says that a container has ended, and not why."""
+    """Whether a result of `why_ended` only states that a container has ended, and not why."""
     return why in (_WAS_KILLED, _HAS_LEFT) or why.startswith(_ENDED_WITH)
 
 
 def why_lost(pod: Object) -> str:
-    """What has happened to a pod's node; "" if nothing is known."""
+    """How a pod was lost with its node; "" if no reason is known."""
     status = pod.get("status") or {}
     node = (pod.get("spec") or {}).get("nodeName", "")
     named = f" ({node})" if node else ""
     for condition in status.get("conditions") or []:
         if condition["type"] == "DisruptionTarget" and condition.get("status") == "True":
-            return _LOST.get(condition.get("reason", ""), "its node gives it up") + named
+            return _LOST.get(condition.get("reason", ""), "its node evicts it") + named
     if status.get("reason") in _LOST:
         return _LOST[status["reason"]] + named
     if status.get("phase") == "Unknown":
@@ -139,20 +140,22 @@ def why_lost(pod: Object) -> str:
 
 
 def is_out_of_memory(pod: Object, container: str) -> bool:
-    """Whether a pod's container was killed for its memory; or (containerd keeps the reason until the container ends, as
-    it may) one of its processes was, and the container has failed since."""
+    """Whether a pod's container was killed for using too much memory, or has failed after one of its processes was.
+
+    (After the kill of a single process, containerd keeps the reason until the container ends.)
+    """
     ended = _terminated(pod, container)
-    return ended.get("reason") == "OOMKilled" and ended.get("exitCode") not in (0, TOLD_TO_LEAVE)
+    return ended.get("reason") == "OOMKilled" and ended.get("exitCode") not in (0, TERMINATED)
 
 
 def exit_status(pod: Object, container: str) -> int | None:
-    """With what a pod's container has ended; None if it has not."""
+    """The exit status of a pod's container; None if it has not ended."""
     code = _terminated(pod, container).get("exitCode")
     return None if code is None else int(code)
 
 
 def has_started(pod: Object, container: str) -> bool:
-    """Whether there is something to read in the container's log."""
+    """Whether the container has a log."""
     state = _state(pod, container)
     return "running" in state or "terminated" in state
 
@@ -170,28 +173,28 @@ def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
 
 
-def _sentence(said: str) -> str:
-    """Kubernetes' own words as a sentence that another one can follow.
+def _sentence(message: str) -> str:
+    """A message of Kubernetes' as a sentence that another one can follow.
 
     >>> _sentence("0/2 nodes are available. preemption: not helpful for scheduling.. ")
     '0/2 nodes are available. preemption: not helpful for scheduling.'
     >>> _sentence("no such class")
     'no such class.'
     """
-    return f"{said.rstrip(' .')}."
+    return f"{message.rstrip(' .')}."
 
 
-def _room(message: str) -> str:
-    """What may help, by what the scheduler said."""
+def _advice(message: str) -> str:
+    """What may help, by the scheduler's message."""
     advice = {
         "nvidia.com/gpu": "gpu_count or nodes are more than is free",
         "amd.com/gpu": "gpu_count or nodes are more than is free",
         "Insufficient memory": "lower memory_gb",
-        "Insufficient cpu": "free a core on a node, which each pod needs",
-        "Insufficient ephemeral-storage": "free ephemeral storage on a node, of which each pod needs 2 GB at most",
+        "Insufficient cpu": "free a core on a node: each pod needs one",
+        "Insufficient ephemeral-storage": "free ephemeral storage on a node: each pod needs up to 2 GB",
         "untolerated taint": "give the site a toleration (sites)",
         "node affinity/selector": "check the site's nodeSelector (sites)",
-        "volume node affinity conflict": "delete the claim, so that its volume is made where there is room",
+        "volume node affinity conflict": "delete the claim, so that a new volume is created where there is room",
     }
     found = dict.fromkeys(text for word, text in advice.items() if word in message)
-    return "It may help: " + ", ".join(found) if found else "It starts when there is room"
+    return "It may help: " + ", ".join(found) if found else "It starts when resources are free"

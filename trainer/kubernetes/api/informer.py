@@ -1,8 +1,8 @@
-"""A mirror of some of the API's objects that follows them: what client-go calls an informer.
+"""A local copy of some of the API's objects that follows their changes, like client-go's informers.
 
-It lists, and watches from the list's version on. A watch ends now and then, breaks, or is refused because its version
-is too old (410): then it watches again from the last version, or lists again. What is missing in the new list is gone,
-so that no deletion is missed, however long the watch was broken. An API server that does not answer is waited for.
+It lists the objects, then watches them from the list's version on. A watch ends after a minute, breaks, or is refused
+because its version is too old (410): the informer then resumes from the last version, or lists again. Objects that the
+new list lacks have been deleted, so no deletion is missed, however long the watch was down.
 """
 
 import logging
@@ -10,50 +10,35 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from trainer.errors import TrainingError
-from trainer.kubernetes.api.client import (
-    ANSWER_TIMEOUT,
-    API_SILENT,
-    BROKEN,
-    PASSING,
-    RETRY_INTERVAL,
-    TIMED_OUT,
-    ApiError,
-    Client,
-    Kind,
-    Object,
-    Silence,
-)
+from trainer.kubernetes.api.client import BROKEN, TIMED_OUT, ApiError, Client
+from trainer.kubernetes.api.kinds import Kind, Object
+from trainer.kubernetes.api.silence import API_SILENT, Silence
+from trainer.retry import retrying
 
 logger = logging.getLogger(__name__)
 
 
-class Mirror:
-    """The objects of one kind that a selector selects, as they are now. Use it as a context manager.
+class Informer:
+    """The current objects of one kind that match a selector. Use it as a context manager.
 
     Args:
         labels: The label selector.
-        changed: Called, from a thread, after each change.
+        changed: Called after each change, from a thread of the informer's.
         patience: Seconds that the API server may be away.
 
     Attributes:
-        silence: Since when, and why, it is not known how the objects are, if so.
+        silence: Since when, and why, the objects' state is unknown; None: it is known.
     """
 
     def __init__(
-        self,
-        client: Client,
-        kind: Kind,
-        labels: str,
-        changed: Callable[[], None],
-        patience: float = math.inf,
+        self, client: Client, kind: Kind, labels: str, changed: Callable[[], None], patience: float = math.inf
     ) -> None:
+        self._client, self._kind, self._labels, self._changed = client, kind, labels, changed
         self._patience, self._heard = patience, time.monotonic()
         self.silence: Silence | None = None
-        self._client, self._kind, self._labels, self._changed = client, kind, labels, changed
         self._objects: dict[str, Object] = {}
         self._departed: list[Object] = []
         self._version = ""
@@ -62,20 +47,18 @@ class Mirror:
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
-        self._list()  # here, so that a refusal is the caller's
+        self._list()  # in the caller's thread, which gets a refusal as an exception
         threading.Thread(target=self._run, name=f"watch-{self._kind.plural}", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closed.set()  # the thread ends with its connection, and nobody waits for it
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()  # the thread ends with its connection; there is no need to wait for it
 
     def objects(self) -> dict[str, Object]:
-        """By name, as they are now.
+        """The current objects by name.
 
         Raises:
-            ApiError: They cannot be followed any more.
+            ApiError: The objects cannot be followed any more.
         """
         with self._lock:
             if self._failure is not None:
@@ -83,47 +66,63 @@ class Mirror:
             return dict(self._objects)
 
     def departed(self) -> list[Object]:
-        """Those that were deleted since the last call, as they were seen last."""
+        """The objects that were deleted since the last call, in their last known state."""
         with self._lock:
             found, self._departed = self._departed, []
             return found
 
     def _run(self) -> None:
-        while not self._closed.is_set():
-            try:
-                if not self._version:
-                    self._list(timeout=ANSWER_TIMEOUT)
-                    self._changed()
-                self._watch()
-                self._hear()
-            except ApiError as error:
-                if error.status == 410:
-                    self._version = ""
-                elif error.reason == BROKEN:
-                    self._hear()  # until now
-                elif error.reason != TIMED_OUT and not self._bear(error):
-                    self._fail(error)
-                    return
-                self._closed.wait(RETRY_INTERVAL if error.status != 410 else 0.0)
-            except Exception as error:  # whoever waits for this thread must not wait for ever
-                self._fail(TrainingError(f"{self._kind.plural} cannot be followed: {error!r}"))
-                return
+        pause = self._client.timeouts.retry
+        policy = retrying(
+            self._may_pass,
+            patience=math.inf,  # `_may_pass` counts from the last news, not from the first attempt
+            first_pause=pause,
+            longest_pause=pause,
+            stopping=self._closed,
+        )
+        try:
+            while not self._closed.is_set():
+                policy(self._follow)
+        except ApiError as error:
+            self._fail(error)
+        except Exception as error:  # without it, the reader would wait for this thread for ever
+            self._fail(TrainingError(f"{self._kind.plural} cannot be followed: {error!r}"))
 
-    def _hear(self) -> None:
+    def _follow(self) -> None:
+        """One watch, after a list if the version is unknown."""
+        if not self._version:
+            self._list(timeout=self._client.timeouts.answer)
+            self._changed()
+        try:
+            self._watch()
+        except ApiError as error:
+            if error.status != 410:
+                raise
+            self._version = ""
+        else:
+            self._note_news()
+
+    def _note_news(self) -> None:
         self._heard, self.silence = time.monotonic(), None
 
-    def _bear(self, error: ApiError) -> bool:
-        """Whether a refusal may pass. A server that comes back may refuse everything before it has read its roles."""
-        passing = error.status in PASSING
+    def _may_pass(self, error: BaseException) -> bool:
+        """Whether to try again after this error."""
+        if not isinstance(error, ApiError):
+            return False
+        if error.reason == BROKEN:  # news could have arrived until now
+            self._note_news()
+        if error.reason in (BROKEN, TIMED_OUT):
+            return True
+        # A server that has just started may refuse everything until it has loaded its roles.
         starting = self.silence is not None and error.status in (401, 403)
-        if not (passing or starting) or time.monotonic() - self._heard > self._patience:
+        if not (error.is_transient or starting) or time.monotonic() - self._heard > self._patience:
             return False
         logger.debug("watching %s again: %s", self._kind.plural, error)
-        self.silence = Silence(self._heard, API_SILENT if passing else str(error))
+        self.silence = Silence(self._heard, API_SILENT if error.is_transient else str(error))
         return True
 
     def _watch(self) -> None:
-        for event in self._client.watch(self._kind, self._version, self._labels, begun=self._hear):
+        for event in self._client.watch(self._kind, self._version, self._labels, begun=self._note_news):
             if self._closed.is_set():
                 return
             self._heard = time.monotonic()

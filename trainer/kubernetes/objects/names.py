@@ -1,9 +1,8 @@
-"""Names and labels of everything that a training makes on a cluster. The same inputs give the same names: a step
-that is tried again finds what it has made.
+"""Names and labels of a training's objects. They are deterministic: a step that is retried finds its objects.
 
 - A name is a DNS-1035 label (RFC 1035: lower case, begins with a letter, at most 63 characters), because the training
-  operator makes a Service of each pod's name, and Services take no other.
-- Labels are the recommended ones, `app.kubernetes.io/*`
+  operator names a Service after each pod, and a Service's name must be one.
+- Labels are the recommended `app.kubernetes.io/*`
   (https://kubernetes.io/docs/concepts/overview/working-with-objects/common-labels/), and our own below `PREFIX`.
 """
 
@@ -19,11 +18,11 @@ DEPLOYMENT_LABEL = f"{PREFIX}/deployment"
 SITE_LABEL = f"{PREFIX}/site"
 WORKER_LABEL = f"{PREFIX}/worker"
 
-# Secrets that a namespace may have (manifests/): pods refer to them, and nothing ever reads them here.
+# Secrets that a namespace may have (manifests/). Pods refer to them; a step reads only etcd's.
 WANDB_SECRET = "diloco-wandb"
 HUGGING_FACE_SECRET = "diloco-huggingface"
 ETCD_SECRET = "diloco-etcd-client"
-ETCD_SERVICE = "diloco-etcd"  # headless, and the StatefulSet behind it
+ETCD_SERVICE = "diloco-etcd"  # headless; also the name of its StatefulSet
 
 # The operator appends "-worker-<i>" to a job's name, and that must still be a label.
 _JOB_LIMIT = LIMIT - len("-worker-63")
@@ -31,7 +30,7 @@ _HASH = 8  # hex digits
 
 
 def label_safe(text: str, limit: int = LIMIT) -> str:
-    """`text` as a DNS-1123 label. What had to be changed leaves a hash, so that two texts never become one."""
+    """`text` as a DNS-1123 label, with a hash if it had to be changed, so that two texts never give the same label."""
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if slug == text and len(slug) <= limit:
         return slug
@@ -39,10 +38,7 @@ def label_safe(text: str, limit: int = LIMIT) -> str:
 
 
 def name(*parts: str, limit: int = LIMIT) -> str:
-    """The parts, which are labels, with "-" between them. The first one gives way, to a hash of all, if it is too long.
-
-    The first part begins with a letter, and the name does.
-    """
+    """The parts, each a label, joined by "-". If the name is too long, the first part is shortened, with a hash."""
     whole = "-".join(parts)
     if len(whole) <= limit:
         return whole
@@ -51,7 +47,7 @@ def name(*parts: str, limit: int = LIMIT) -> str:
 
 
 def training(config: TrainingConfig) -> str:
-    """A training's name: its deployment's, and its run id. Everything that the run makes begins with it."""
+    """A training's name, which all names of the run's objects begin with: deployment and run id."""
     return name(config.deployment_name, label_safe(config.run_id, 32), limit=_JOB_LIMIT)
 
 
@@ -66,12 +62,12 @@ def site_job(training: str, site: str) -> str:
 
 
 def pod(job: str, replica: int) -> str:
-    """A PyTorchJob's pod, as the training operator names it."""
+    """A PyTorchJob's pod, by the training operator's rule."""
     return f"{job}-worker-{replica}"
 
 
 def worker_claim(deployment: str, site: str, replica: int) -> str:
-    """The claim of one worker. Without the run in it: a later run finds the claim warm."""
+    """The claim of one worker. It does not name the run: later runs find the claim filled."""
     return name(deployment, site, "worker", str(replica), "data")
 
 
@@ -86,12 +82,12 @@ def step_job(training: str, step: str, site: str, replica: int) -> str:
 
 
 def of_training(training: str, what: str) -> str:
-    """One of the objects that a training has one of: its `config`, its `run` secret, its `network` policy."""
+    """An object of which each training has one: its `config`, its `run` secret, its `network` policy."""
     return name(training, what)
 
 
 def deployment_labels(config: TrainingConfig, component: str) -> dict[str, str]:
-    """Labels of what outlives a run."""
+    """Labels of objects that outlive a run."""
     return {
         "app.kubernetes.io/name": "diloco-training",
         "app.kubernetes.io/instance": config.deployment_name,
@@ -103,13 +99,13 @@ def deployment_labels(config: TrainingConfig, component: str) -> dict[str, str]:
 
 
 def training_labels(config: TrainingConfig, component: str) -> dict[str, str]:
-    """Labels of what belongs to one run."""
+    """Labels of objects that belong to one run."""
     own = {"app.kubernetes.io/instance": training(config), RUN_LABEL: label_safe(config.run_id)}
     return deployment_labels(config, component) | own
 
 
 def selector(labels: dict[str, str]) -> str:
-    """The labels as the API's `labelSelector` and `kubectl -l` take them."""
+    """A selector of these labels, for the API's `labelSelector` and `kubectl -l`."""
     return ",".join(f"{key}={value}" for key, value in labels.items())
 
 

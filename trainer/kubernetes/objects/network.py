@@ -1,4 +1,4 @@
-"""Who may reach a training's pods. (What they may reach is not restricted: hubs, Weights & Biases, etcd.)"""
+"""The policy for connections to a training's pods. Connections from them (hubs, etcd, ...) are not restricted."""
 
 from trainer.config import given
 from trainer.kubernetes.objects import names, pod_template
@@ -9,8 +9,11 @@ STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
 
 
 def network_policy(plan: Plan) -> Object:
-    """The NetworkPolicy of the run's pods: they reach each other on `port_range` (empty: on any port), the pipeline's
-    steps reach the pods that hand over results, and whoever scrapes metrics `metrics_port`."""
+    """The NetworkPolicy of the run's pods.
+
+    They connect to each other on `port_range` (empty: on any port). The pipeline's steps connect to pods that serve
+    results, and any pod of the cluster may scrape metrics.
+    """
     among: Object = {"from": [{"podSelector": {"matchLabels": plan.own_labels}}]}
     if plan.config.port_range:
         low, high = map(int, plan.config.port_range.split("-"))

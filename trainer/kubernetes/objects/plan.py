@@ -1,16 +1,15 @@
-"""What a training is on a cluster, before anything is made: its names, its sites and its workers.
+"""A training on a cluster before anything is created: its names, its sites and its workers.
 
-    plan = plan(config, namespace="team", image="registry/diloco-pipelines-python:0.1.0")
-    for job in training_jobs(plan):
+    made = plan(config, namespace="team", image="registry/diloco-pipelines-python")
+    for job in training_jobs(made):
         ...
 
-Two layouts, of the same builders. A PyTorchJob has no volumeClaimTemplates, and a pod template's `claimName` cannot
-vary by replica, so with ReadWriteOnce each worker is a PyTorchJob of its own, with a claim of its own. With
-ReadWriteMany a site is one PyTorchJob with a replica for each worker, and they share the site's claim.
+The same builders make two layouts. A PyTorchJob has no volumeClaimTemplates, and a pod template's `claimName` cannot
+vary by replica. So with ReadWriteOnce each worker is a PyTorchJob with a claim of its own. With ReadWriteMany a site
+is one PyTorchJob with a replica for each worker, and its workers share the site's claim.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import TrainingConfig
@@ -18,16 +17,18 @@ from trainer.errors import ConfigError
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.sites import Site, sites_of
 
-Object = dict[str, Any]  # as the Kubernetes API has it
+Object = dict[str, Any]  # in the form that the Kubernetes API takes
 
 DATA = "/data"  # a worker's volume in its pod
-ETCD_CREDENTIALS = "/etc/diloco-etcd"  # where the Secret with etcd's certificates is mounted
+ETCD_CREDENTIALS = "/etc/diloco-etcd"  # mount point of the Secret with etcd's certificates
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The object whose end ends everything: the Argo workflow of the pipeline's run. It must be in the same namespace:
-    the garbage collector deletes what is owned from another one."""
+    """The Argo workflow of the pipeline's run, with which the run's objects end.
+
+    It must be in their namespace: the garbage collector deletes objects whose owner is in another one.
+    """
 
     api_version: str
     kind: str
@@ -35,7 +36,7 @@ class Owner:
     uid: str
 
     def reference(self) -> Object:
-        """As `metadata.ownerReferences` has it. No controller: adopting is not what it is for."""
+        """An entry of `metadata.ownerReferences`. Not as the controller, which would claim to manage the object."""
         return {"apiVersion": self.api_version, "kind": self.kind, "name": self.name, "uid": self.uid}
 
 
@@ -44,12 +45,11 @@ class WorkerPlan:
     """One worker's node.
 
     Attributes:
-        index: Its number in the training, and the slot that it would like to have.
-        site: Where it runs.
+        index: Its number in the training, and its preferred slot.
+        site: Its site.
         replica: Its number in its site.
-        job: Its PyTorchJob.
-        pod: Its pod, as the training operator names it.
-        claim: Its claim; with ReadWriteMany its site's.
+        job, pod: Names of its PyTorchJob and its pod.
+        claim: Name of its claim; with ReadWriteMany its site's.
     """
 
     index: int
@@ -65,24 +65,18 @@ class Plan:
     """A training on a cluster.
 
     Attributes:
-        config: As the pods read it.
-        namespace: Of everything.
-        image: The project's, where neither site nor vendor nor deployment has another.
-        owner: What everything but the claims ends with, if anything.
-        sites: Where workers run.
-        workers: All of them, by index.
-        extra_labels: Put on all that the run makes, for a queue (Kueue) or a bill.
-        managed_by: `runPolicy.managedBy` of the PyTorchJobs; "": the training operator's.
+        config: The configuration that the pods read.
+        namespace: Namespace of all objects.
+        owner: The object with which all objects but the claims end, if there is one.
+        sites: The sites.
+        workers: All workers, by index.
     """
 
     config: TrainingConfig
     namespace: str
-    image: str
     owner: Owner | None
     sites: tuple[Site, ...]
     workers: tuple[WorkerPlan, ...]
-    extra_labels: Mapping[str, str] = field(default_factory=dict)
-    managed_by: str = ""
 
     @property
     def run_id(self) -> str:
@@ -90,35 +84,35 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """The training's, with which all its objects' names begin."""
+        """The training's name, which all names of its objects begin with."""
         return names.training(self.config)
 
     @property
     def selector(self) -> str:
-        """The label selector of all that the run has made."""
+        """The label selector of all objects of the run."""
         return names.selector(self.own_labels)
 
     @property
     def own_labels(self) -> dict[str, str]:
-        """Those that tell what the run has made from all else. Two deployments may have runs of one name."""
+        """The labels that only the run's objects have. Two deployments may have runs of the same name."""
         labels = names.training_labels(self.config, "")
         return {label: labels[label] for label in (names.DEPLOYMENT_LABEL, names.RUN_LABEL)}
 
     @property
     def a_job_a_worker(self) -> bool:
-        """The layout: whether each worker has a PyTorchJob, and a claim, of its own."""
-        return a_job_a_worker(self.config)
+        """The layout: whether each worker has a PyTorchJob and a claim of its own."""
+        return self.config.storage.access_mode == "ReadWriteOnce"
 
     @property
     def claimants(self) -> tuple[WorkerPlan, ...]:
-        """One worker for each claim, the first that uses it."""
+        """One worker for each claim: the first that uses it."""
         first: dict[str, WorkerPlan] = {}
         for worker in self.workers:
             first.setdefault(worker.claim, worker)
         return tuple(first.values())
 
     def metadata(self, name: str, component: str, site: Site | None = None, worker: WorkerPlan | None = None) -> Object:
-        """`metadata` of an object that belongs to the run, and ends with the workflow."""
+        """`metadata` of an object that belongs to the run and ends with the workflow."""
         labels = self.labels(component, site, worker)
         owners = {"ownerReferences": [self.owner.reference()]} if self.owner else {}
         annotations = {f"{names.PREFIX}/run-id": self.run_id}
@@ -128,31 +122,20 @@ class Plan:
         """Labels of an object or a pod that belongs to the run."""
         site = worker.site if worker else site
         return {
-            **self.extra_labels,
             **names.training_labels(self.config, component),
             **({names.SITE_LABEL: site.name} if site else {}),
             **({names.WORKER_LABEL: str(worker.index)} if worker else {}),
         }
 
 
-def plan(
-    config: TrainingConfig,
-    *,
-    namespace: str,
-    image: str,
-    owner: Owner | None = None,
-    labels: Mapping[str, str] | None = None,
-    managed_by: str = "",
-) -> Plan:
-    """Decide on everything that a training is on a cluster.
+def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Owner | None = None) -> Plan:
+    """Plan a training on a cluster.
 
     Args:
         config: Resolved: it has a run id.
-        namespace: Where everything is made.
-        image: The project's image.
+        namespace: Namespace of all objects.
+        image: The project's image, where neither site nor vendor nor deployment has another.
         owner: The pipeline run's workflow, if it is in the same namespace.
-        labels: More labels for all that the run makes.
-        managed_by: Another controller of the PyTorchJobs than the training operator.
 
     Raises:
         ConfigError: No run id; `nodes` cannot be split over the GPU vendors.
@@ -165,17 +148,12 @@ def plan(
         _worker(config, index, site, replica)
         for index, (site, replica) in enumerate((site, replica) for site in sites for replica in range(site.replicas))
     )
-    return Plan(config, namespace, image, owner, sites, workers, dict(labels or {}), managed_by)
-
-
-def a_job_a_worker(config: TrainingConfig) -> bool:
-    """Whether a worker has a PyTorchJob of its own: it has a claim of its own."""
-    return config.storage.access_mode == "ReadWriteOnce"
+    return Plan(config, namespace, owner, sites, workers)
 
 
 def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> WorkerPlan:
     training, deployment = names.training(config), config.deployment_name
-    if a_job_a_worker(config):
+    if config.storage.access_mode == "ReadWriteOnce":
         job = names.worker_job(training, site.name, replica)
         return WorkerPlan(
             index, site, replica, job, names.pod(job, 0), names.worker_claim(deployment, site.name, replica)
@@ -185,7 +163,7 @@ def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> Wor
 
 
 def _in_pods(config: TrainingConfig, namespace: str) -> TrainingConfig:
-    """The configuration that the pods read: where their volume is, and the etcd, named."""
+    """The configuration for the pods: with their volume, and with etcd's members and certificates."""
     changes: dict[str, Any] = {"run_dir": DATA}
     if not config.etcd.endpoints:
         changes["etcd_endpoints"] = [

@@ -1,13 +1,13 @@
-"""The pod that every job of a training has: resources, environment, volumes, security.
+"""The pod template of all jobs of a training: resources, environment, volumes, security.
 
-The configuration comes from the training's ConfigMap, as the file that `--config` reads; what differs from pod to pod
-(its address, the device of its site) comes as `DILOCO_*` variables, which win over the file. Secrets come by reference.
+The training's ConfigMap holds the configuration as the file that `--config` reads. `DILOCO_*` variables, which override
+the file, hold the values that differ between pods (address, device of the site). Secrets are passed by reference.
 """
 
 from pathlib import Path
 from typing import Literal
 
-from trainer.config import given
+from trainer.config import TrainingConfig, given
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
 from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site
@@ -19,14 +19,14 @@ Step = Literal["train", "precache", "held-out", "export", "evaluate"]
 
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
 CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
-RESULT_PORT = 7001  # where a pod that hands over a result listens
-TOKEN_KEY = "token"  # the key, in the run's Secret, of what whoever fetches a result must know
-CONTAINER = "pytorch"  # the name by which the training operator knows a job's main container
+RESULT_PORT = 7001  # of a pod that serves a result
+TOKEN_KEY = "token"  # in the run's Secret: the token that entitles to a result
+CONTAINER = "pytorch"  # the training operator's name for a job's main container
 
-_LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # cores, GiB, GiB: requested for what needs little
+_LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # smallest requests: cores, GiB, GiB
 
-GRACE_PERIOD = LaunchTimeouts().shutdown + 30  # seconds: the agent lets its workers save for the first part of it
-_USER = 1000  # the image's; not root
+GRACE_PERIOD = LaunchTimeouts().shutdown + 30  # seconds: in the first part of it the agent lets its workers save
+_USER = 1000  # the image's user; not root
 
 # Labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes.
 _GPU_PRODUCT = {"nvidia": "nvidia.com/gpu.product", "amd": "amd.com/gpu.product-name"}
@@ -38,14 +38,12 @@ def template(
     """A pod template.
 
     Args:
-        plan: The training's.
-        site: Where the pod runs.
-        step: What it does: `python -m trainer pod <step>`.
-        worker: The worker whose pod, or whose claim, it is; None: one of a site's replicas.
-        arguments: Further ones of its command.
+        step: The pod's command: `python -m trainer pod <step>`.
+        worker: The worker that owns the pod, or its claim; None: one of a site's replicas.
+        arguments: Further arguments of the command.
     """
     spec: Object = {
-        "automountServiceAccountToken": False,  # nothing in it talks to the API server
+        "automountServiceAccountToken": False,  # no process in it uses the API
         "enableServiceLinks": False,  # a Service named diloco-… would set DILOCO_* variables, which are parameters
         "terminationGracePeriodSeconds": GRACE_PERIOD,
         "securityContext": _security(plan, step),
@@ -63,7 +61,7 @@ def template(
         spec["serviceAccountName"] = plan.config.service_account
     if plan.config.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in plan.config.image_pull_secrets]
-    # A mesh's sidecar would outlive the work, and stand between workers: Kubeflow's namespaces inject Istio's.
+    # Kubeflow's namespaces inject Istio's sidecar, which would outlive the work, and intercept workers' connections.
     labels = {**plan.labels(step, site, worker), "sidecar.istio.io/inject": "false"}
     annotations = {"sidecar.istio.io/inject": "false"}
     if step == "train" and (port := given(plan.config.metrics_port)):
@@ -86,7 +84,7 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
         "resources": _resources(plan, site, step),
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": _mounts(plan, worker, step),
-        "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines of its log, in its status
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # its status holds the last lines of its log
     }
     if step in ("held-out", "export", "evaluate"):
         container["ports"] = [{"name": "result", "containerPort": RESULT_PORT, "protocol": "TCP"}]
@@ -96,13 +94,12 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
 
 
 def _resources(plan: Plan, site: Site, step: Step) -> Object:
-    """What the scheduler sets aside (requests), and the most that the container may take (limits: the parameters).
+    """The container's requests, which the scheduler reserves, and its limits, which are the parameters.
 
-    A core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while one core too many in
-    the request leaves the pod without a node for ever. Ephemeral storage likewise: little of it is written, as data,
-    models and checkpoints lie on the claim. A worker's memory is requested whole, because it will be taken and cannot
-    be taken back. The QoS class is Burstable, then, and not Guaranteed; but a node that runs short of memory evicts
-    first what uses more than it has requested, which a worker cannot.
+    One core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while a request that no
+    node can meet keeps the pod waiting for ever. Little ephemeral storage is needed: data, models and checkpoints are
+    on the claim. A worker's memory is requested in full, because it will be used. The QoS class is therefore Burstable;
+    but a node short of memory first evicts pods that use more than they have requested, which a worker cannot.
     """
     config = plan.config
     limits = {
@@ -120,46 +117,38 @@ def _resources(plan: Plan, site: Site, step: Step) -> Object:
 
 
 def _requested_memory(memory: int, step: Step) -> int:
-    """In GiB, at most a worker's `memory`."""
+    """The memory request of a step in GiB, at most a worker's `memory`."""
     if step == "train":
         return memory
-    if step in ("precache", "held-out"):  # data goes through in pieces
+    if step in ("precache", "held-out"):  # they process data in pieces
         return min(_LEAST_MEMORY, memory)
-    # These hold the model, and a checkpoint of it while it is loaded. A worker holds it at least six times: parameters,
-    # gradients, two moments, the committed state and the outer momentum.
+    # Export and evaluation hold the model, and a checkpoint while it is loaded. A worker holds at least six copies:
+    # parameters, gradients, two moments, the committed state and the outer momentum.
     return min(max(_LEAST_MEMORY, -(-memory // 3)), memory)
 
 
 def _has_gpus(site: Site, step: Step) -> bool:
-    """Training and evaluation compute on them. Precaching asks for them, too: where its claim's volume is made, the
-    worker's pod must fit later. The others come when the claim has its place, and would wait for a GPU to do nothing
-    with it."""
+    """Whether the pod requests GPUs: training and evaluation use them, and precaching decides on their node.
+
+    Where precaching's claim gets its volume, the worker's pod must fit later. The other steps use a claim that has its
+    place, and would wait for a GPU without using it.
+    """
     return bool(site.gpu_resource) and step in ("train", "evaluate", "precache")
 
 
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     config = plan.config
     values: dict[str, object] = {
-        "HOME": "/tmp",  # an image of somebody else's may have none that can be written
+        "HOME": "/tmp",  # other images may have no writable home
     }
-    if step != "train":  # of a PyTorchJob's pods the operator sets it
+    if step != "train":  # the operator sets it in a PyTorchJob's pods
         values["PYTHONUNBUFFERED"] = 1
     if site.vendor == "nvidia" and not _has_gpus(site, step):
-        values["NVIDIA_VISIBLE_DEVICES"] = "void"  # NVIDIA's runtime class shows them all to a pod that asks for none
+        values["NVIDIA_VISIBLE_DEVICES"] = "void"  # else NVIDIA's runtime class shows all GPUs to the pod
     if site.device == "cpu" and config.device != "cpu":
         values["DILOCO_DEVICE"] = "cpu"
-    if site.vendor != "cpu":  # RCCL reads the same variables
-        nccl = config.elastic.nccl
-        values |= {
-            "NCCL_DEBUG": nccl.debug,
-            "NCCL_IB_TIMEOUT": nccl.ib_timeout,
-            "NCCL_NSOCKS_PERTHREAD": nccl.nsocks_per_thread,
-            "NCCL_SOCKET_NTHREADS": nccl.socket_nthreads,
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": nccl.async_error_handling,
-            "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": nccl.timeout,
-        }
-        if nccl.socket_ifname:
-            values["NCCL_SOCKET_IFNAME"] = nccl.socket_ifname
+    if step == "train" and site.vendor != "cpu" and config.optim_method == "ddp":  # gloo connects all other workers
+        values |= _nccl(config)
     environment = [{"name": name, "value": str(value)} for name, value in values.items()]
     environment.append(_field("POD_NAME", "metadata.name"))
     if step == "train":
@@ -176,6 +165,21 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     return environment
 
 
+def _nccl(config: TrainingConfig) -> dict[str, object]:
+    """NCCL's variables, which RCCL reads, too: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html"""
+    nccl = config.elastic.nccl
+    interface = {"NCCL_SOCKET_IFNAME": nccl.socket_ifname} if nccl.socket_ifname else {}
+    return {
+        "NCCL_DEBUG": nccl.debug,
+        "NCCL_IB_TIMEOUT": nccl.ib_timeout,
+        "NCCL_NSOCKS_PERTHREAD": nccl.nsocks_per_thread,
+        "NCCL_SOCKET_NTHREADS": nccl.socket_nthreads,
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": nccl.async_error_handling,
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": nccl.timeout,
+        **interface,
+    }
+
+
 def _field(variable: str, path: str) -> Object:
     return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
@@ -189,11 +193,11 @@ def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> 
 
 def _volumes(plan: Plan, site: Site, worker: WorkerPlan | None) -> list[Object]:
     claim = worker.claim if worker else next(worker.claim for worker in plan.workers if worker.site == site)
-    shared_memory = f"{max(1, plan.config.memory_gb // 4)}Gi"  # it counts as the pod's memory
+    shared_memory = f"{max(1, plan.config.memory_gb // 4)}Gi"  # counts as the pod's memory
     volumes: list[Object] = [
         {"name": "data", "persistentVolumeClaim": {"claimName": claim}},
         {"name": "config", "configMap": {"name": names.of_training(plan.name, "config")}},
-        # Data loaders hand tensors over in it, and NCCL; a container's own has 64 MB.
+        # Data loaders and NCCL pass tensors through it; a container's default has 64 MB.
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}},
         {"name": "temporary", "emptyDir": {}},
     ]
@@ -216,8 +220,10 @@ def _mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
 
 
 def _data_mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
-    """The claim. A worker's own is `/data` as it is; of a shared one `/data` is a folder named like the worker's pod,
-    and models and datasets are one folder for all. A directory elsewhere than in `/data` is a folder of the claim, too.
+    """The mounts of the claim.
+
+    A worker's own claim is mounted at `/data`. Of a shared claim, `/data` is a folder named like the worker's pod, and
+    models and datasets are one folder for all workers. Directories outside of `/data` are folders of the claim, too.
     """
     volume = Volume.of(plan.config)
     folders = {"models": volume.models, "datasets": volume.datasets, "checkpoints": volume.checkpoints.parent}
@@ -241,7 +247,7 @@ def _data_mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Obje
 
 
 def _certificates(plan: Plan) -> list[str]:
-    """The files of etcd's Secret that the configuration names."""
+    """The files of etcd's Secret that the configuration refers to."""
     etcd = plan.config.etcd
     paths = [Path(path) for path in (etcd.ca, etcd.cert, etcd.key)]
     return [path.name for path in paths if path.parent == Path(ETCD_CREDENTIALS)]
@@ -252,20 +258,20 @@ def _security(plan: Plan, step: Step) -> Object:
         "runAsNonRoot": True,
         "runAsUser": _USER,
         "runAsGroup": _USER,
-        "fsGroup": _USER,  # a new volume is root's
+        "fsGroup": _USER,  # a new volume belongs to root
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }
     if plan.config.port_range and step == "train":
-        # gloo listens on ports of the kernel's choice: this makes it choose from the range, so that a firewall can
-        # let exactly that through. It is one of the sysctls that Kubernetes holds for safe.
+        # gloo listens on ports that the kernel chooses: with this (a safe sysctl, for Kubernetes) from the range that
+        # a firewall lets through.
         low, high = plan.config.port_range.split("-")
         context["sysctls"] = [{"name": "net.ipv4.ip_local_port_range", "value": f"{low} {high}"}]
     return context
 
 
 def _tolerations(site: Site) -> list[Object]:
-    """The site's own, and of the taint (named like the resource) that keeps pods without GPUs away from GPU nodes."""
+    """The site's own tolerations, and that of the taint, named like the resource, which reserves GPU nodes."""
     own = [dict(toleration) for toleration in site.tolerations]
     if site.vendor == "cpu":
         return own
@@ -273,8 +279,10 @@ def _tolerations(site: Site) -> list[Object]:
 
 
 def _affinity(plan: Plan, site: Site, step: Step) -> Object:
-    """Where the pod had better be: on a node with the wanted kind of GPU; and, as the one core that is requested would
-    let many workers share a node, on a node without another worker, or another worker's volume in the making."""
+    """The pod's preferred nodes: with the wanted kind of GPU, and without another worker or its precaching.
+
+    The request of a single core would let many workers share a node.
+    """
     preferred = "preferredDuringSchedulingIgnoredDuringExecution"
     affinity: Object = {}
     if gpus := _gpu_preference(plan, site):
@@ -291,7 +299,7 @@ def _gpu_preference(plan: Plan, site: Site) -> list[Object]:
     if site.vendor == "cpu":
         return []
     wanted: list[Object] = [{"key": _GPU_PRODUCT[site.vendor], "operator": "In", "values": [config.gpu_type]}]
-    if site.vendor == "nvidia":  # in MiB, and a little less than the GPU is sold with
+    if site.vendor == "nvidia":  # in MiB, and a little less than its nominal size
         least = config.gpu_memory * 1024 * 9 // 10
         wanted.append({"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": [str(least)]})
     else:

@@ -1,4 +1,4 @@
-"""The PyTorchJobs of a training (kubeflow.org/v1, training operator 1.9; the only module that knows that API).
+"""The PyTorchJobs of a training (kubeflow.org/v1, training operator 1.9; only this module knows that API).
 
 https://www.kubeflow.org/docs/components/trainer/legacy-v1/reference/
 """
@@ -9,7 +9,7 @@ from trainer.kubernetes.objects.sites import Site
 
 
 def training_jobs(plan: Plan) -> list[Object]:
-    """The PyTorchJobs that are the training: one for each worker, or (ReadWriteMany) for each site."""
+    """The PyTorchJobs of a training: one for each worker, or (ReadWriteMany) for each site."""
     if plan.a_job_a_worker:
         return [_job(plan, worker.job, worker.site, worker) for worker in plan.workers]
     return [_job(plan, names.site_job(plan.name, site.name), site, None) for site in plan.sites]
@@ -17,18 +17,16 @@ def training_jobs(plan: Plan) -> list[Object]:
 
 def _job(plan: Plan, name: str, site: Site, worker: WorkerPlan | None) -> Object:
     config = plan.config
-    # A pod of several in one job takes any free slot; the others the one that goes with their volume.
+    # A worker with a volume of its own takes the slot of that volume; one of several pods of a job takes any free slot.
     slot = ("--slot", str(worker.index)) if worker else ()
     replicas = 1 if worker else site.replicas
     run_policy: Object = {
         "activeDeadlineSeconds": config.active_deadline,
         "ttlSecondsAfterFinished": config.finished_ttl,
-        # The first worker that is done makes the job "Succeeded": the others still save, and must not be killed.
+        # The first worker to end makes the job "Succeeded", while the others still save and must not be killed.
         "cleanPodPolicy": "None",
         "schedulingPolicy": {"minAvailable": _fewest(plan, replicas)},
     }
-    if plan.managed_by:
-        run_policy["managedBy"] = plan.managed_by
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
@@ -40,7 +38,7 @@ def _job(plan: Plan, name: str, site: Site, worker: WorkerPlan | None) -> Object
             "pytorchReplicaSpecs": {
                 "Worker": {
                     "replicas": replicas,
-                    # Exit statuses from 128 on (SIGTERM, out of memory) bring a new pod; smaller ones are failures.
+                    # Exit statuses from 128 on (SIGTERM, out of memory) lead to a new pod; smaller ones are failures.
                     "restartPolicy": "ExitCode",
                     "template": pod_template.template(plan, site, "train", worker, arguments=slot),
                 }
@@ -50,17 +48,17 @@ def _job(plan: Plan, name: str, site: Site, worker: WorkerPlan | None) -> Object
 
 
 def _fewest(plan: Plan, replicas: int) -> int:
-    """How many of the job's pods a gang scheduler must place at once: what `min_nodes` needs, all others being there.
+    """The number of the job's pods that a gang scheduler must place at once for `min_nodes`, if all others run.
 
-    Without it the operator would demand all replicas (the job's own default), and no elastic start were possible.
+    The operator's default is all replicas, which would make an elastic start impossible.
     """
     return max(1, plan.config.min_nodes - (plan.config.nodes - replicas))
 
 
 def _elastic_policy(plan: Plan) -> Object:
-    """What the operator tells torchrun (PET_*). Our agent reads the same from the configuration: both agree.
+    """The operator's settings for torchrun (PET_*). Our agent reads the same ones from the configuration.
 
-    `minReplicas` and `maxReplicas` are the training's, also in the job of one worker: they only become `--nnodes`.
+    `minReplicas` and `maxReplicas` are those of the training, even in a job of one worker: they only set `--nnodes`.
     """
     config = plan.config
     host, _, port = config.etcd.endpoints[0].rpartition(":")

@@ -1,6 +1,6 @@
-"""What a training would be on a cluster, as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
+"""The objects of a training as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
 
-With `--config FILE` (and flags, as everywhere) it prints the objects. `make manifests` renders `manifests/` anew:
+With `--config FILE` (and the flags of all parameters) it prints the objects. `make manifests` renders `manifests/`:
 `examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, and etcd's settings, `base/etcd.env`, from `etcd.…`.
 """
 
@@ -13,19 +13,25 @@ import yaml
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments, load_config
 from trainer.errors import run_main
 from trainer.files import write_text
-from trainer.kubernetes.objects.claims import claim
-from trainer.kubernetes.objects.etcd import etcd_environment
-from trainer.kubernetes.objects.jobs import RESULTS, precache_job, result_job
+from trainer.kubernetes.objects.jobs import RESULTS, claim, config_map, precache_job, result_job, run_secret
 from trainer.kubernetes.objects.network import network_policy
 from trainer.kubernetes.objects.plan import Object, Plan, plan
 from trainer.kubernetes.objects.pytorchjob import training_jobs
-from trainer.kubernetes.objects.settings import config_map, run_secret
 
 IMAGE = "diloco-pipelines-python:0.1.0"  # a pipeline's step takes its own
 
+# Parameter, by flat name, and the variable that etcd reads (https://etcd.io/docs/v3.5/op-guide/configuration/).
+ETCD_SETTINGS = {
+    "etcd_heartbeat_interval": "ETCD_HEARTBEAT_INTERVAL",
+    "etcd_election_timeout": "ETCD_ELECTION_TIMEOUT",
+    "etcd_snapshot_count": "ETCD_SNAPSHOT_COUNT",
+    "etcd_auto_compaction_mode": "ETCD_AUTO_COMPACTION_MODE",
+    "etcd_auto_compaction_retention": "ETCD_AUTO_COMPACTION_RETENTION",
+}
+
 
 class _Readable(yaml.SafeDumper):
-    """Texts of several lines as they are, not as one line with escapes."""
+    """Writes multi-line texts as blocks, not as one line with escapes."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -36,7 +42,7 @@ _Readable.add_representer(str, _text)
 
 
 def objects(plan: Plan) -> Iterator[Object]:
-    """All that the steps would make, in their order; results of the first worker's claim."""
+    """All objects that the steps would make, in their order, with results of the first worker's claim."""
     yield from (claim(plan, worker) for worker in plan.claimants)
     yield config_map(plan)
     yield run_secret(plan, "made by each step that needs one")
@@ -55,17 +61,18 @@ def render(config: TrainingConfig) -> str:
 
 
 def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
-    """Write what is rendered in `manifests/`. Returns the files.
+    """Write the rendered files of `manifests/`. Returns their paths.
 
     Args:
         root: The folder `manifests`.
         config: For etcd's settings.
     """
     settings = root / "base" / "etcd.env"
-    lines = [f"{name}={value}\n" for name, value in etcd_environment(config).items()]
+    values = config.to_flat()
+    lines = [f"{variable}={values[name]}\n" for name, variable in ETCD_SETTINGS.items()]
     written = {settings: "".join(lines)}
     for file in sorted(root.glob("examples/*/config.yaml")):
-        head = f"# Rendered from {file.name} by `make manifests`: what the pipeline's steps would make of it.\n"
+        head = f"# Rendered from {file.name} by `make manifests`: the objects that the pipeline's steps would make.\n"
         written[file.with_name("objects.yaml")] = head + render(load_config(file, environ={}))
     for path, text in written.items():
         write_text(path, text)
@@ -75,7 +82,7 @@ def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, and render. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.kubernetes.objects.render", description="Print what a training would be on a cluster."
+        prog="python -m trainer.kubernetes.objects.render", description="Print the objects of a training on a cluster."
     )
     parser.add_argument("--manifests", type=Path, metavar="FOLDER", help="render this folder instead: manifests")
     add_config_flags(parser)

@@ -1,7 +1,7 @@
-"""Sites: pools of equal nodes, near or far, that take part in one training (NVIDIA, AMD and CPU ones together).
+"""Sites: pools of equal nodes, near or far, that take part in one training. They may mix NVIDIA, AMD and CPU nodes.
 
-The parameter `sites` names them. Without it, `nodes` is split over the GPU vendors that take part, by
-`elastic.gpu_distribution` and the vendors' own `min_nodes` and `max_nodes`; with no GPUs, there is one CPU site.
+The parameter `sites` lists them. Without it, `nodes` is split over the GPU vendors that take part, by
+`elastic.gpu_distribution` and the vendors' `min_nodes` and `max_nodes`. Without GPUs, there is one CPU site.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ class Site:
 
     Attributes:
         name: A DNS label.
-        replicas: Workers' nodes here.
-        vendor: Whose GPUs these are; "cpu": none.
+        replicas: Number of workers' nodes.
+        vendor: Vendor of the GPUs; "cpu": no GPUs.
         image: The workers' image.
         gpu_resource: The GPUs' extended resource; "" at a CPU site.
-        gpu_count: GPUs of a worker's pod.
+        gpu_count: GPUs in a worker's pod.
         node_selector: Labels of the nodes.
-        tolerations: Of the nodes' taints, as the Kubernetes API has them.
+        tolerations: Tolerations of the nodes' taints, in the API's form.
         runtime_class: RuntimeClass of the pods; "": the nodes' default.
         storage_class: StorageClass of the claims; "": the cluster's default.
     """
@@ -46,15 +46,14 @@ class Site:
     @property
     def device(self) -> str:
         """The parameter `device` of its workers."""
-        return "cpu" if self.vendor == "cpu" else "cuda"  # ROCm's torch calls its devices cuda, too
+        return "cpu" if self.vendor == "cpu" else "cuda"  # torch for ROCm also calls its devices cuda
 
 
 def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
     """The sites of a training.
 
     Args:
-        config: Its configuration.
-        image: The project's image, where nothing else is said.
+        image: The project's image, where neither site nor vendor nor deployment has another.
 
     Raises:
         ConfigError: `nodes` cannot be split over the GPU vendors.
@@ -81,7 +80,7 @@ def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
 
 
 def vendor_of(config: TrainingConfig, pool: SiteConfig) -> Vendor:
-    """Whose GPUs a site has: its resource says so (`amd.com/gpu`, `nvidia.com/mig-1g.10gb`); else `gpu_vendor`."""
+    """The vendor of a site's GPUs: by its resource (`amd.com/gpu`, `nvidia.com/mig-1g.10gb`), else by `gpu_vendor`."""
     count = config.gpu_count if pool.gpu_count == UNSET else pool.gpu_count
     if count == 0 or config.device == "cpu":
         return "cpu"
@@ -101,24 +100,24 @@ def _own_vendor(config: TrainingConfig) -> Vendor:
 def _by_vendor(config: TrainingConfig) -> list[SiteConfig]:
     if config.device == "cpu" or config.gpu_count == 0:
         return [SiteConfig(name="cpu", replicas=config.nodes)]
-    shares = vendor_shares(config)
     return [
-        SiteConfig(name=vendor, replicas=share, gpu_resource=GPU_RESOURCES[vendor])
-        for vendor, share in shares.items()
-        if share
+        SiteConfig(name=vendor, replicas=nodes, gpu_resource=GPU_RESOURCES[vendor])
+        for vendor, nodes in vendor_nodes(config).items()
+        if nodes
     ]
 
 
-def vendor_shares(config: TrainingConfig) -> dict[Vendor, int]:
-    """How many of `nodes` each GPU vendor has.
+def vendor_nodes(config: TrainingConfig) -> dict[Vendor, int]:
+    """The number of `nodes` for each GPU vendor.
 
-    A vendor takes part if it is enabled, and has an image: its own, or (`gpu_vendor`) the project's.
-    What `min_nodes` of the vendors leaves is split evenly (`auto`; an odd one goes to NVIDIA) or goes to the preferred
-    vendor first; none gets more than its `max_nodes`.
+    A vendor takes part if it is enabled and has an image: its own, or (`gpu_vendor`) the project's. Each gets its
+    `min_nodes`. The rest is split evenly (`auto`; an odd node goes to NVIDIA), or goes to the preferred vendor first,
+    up to each vendor's `max_nodes`.
 
     Raises:
-        ConfigError: No vendor takes part, or they admit fewer or demand more nodes than there are.
+        ConfigError: No vendor takes part, or they admit fewer or demand more nodes than `nodes`.
     """
+    # The vendors that take part, with their limits
     taking: list[Vendor] = []
     for vendor, settings in (("nvidia", config.gpu.nvidia), ("amd", config.gpu.amd)):
         if settings.enabled and (settings.image or vendor == _own_vendor(config)):
@@ -127,20 +126,22 @@ def vendor_shares(config: TrainingConfig) -> dict[Vendor, int]:
         enabled = "gpu.nvidia.enabled" if _own_vendor(config) == "nvidia" else "gpu.amd.enabled"
         raise ConfigError(enabled, False, "leaves no vendor's GPUs to train on: enable one, and give it an image")
     limits = {vendor: _limits(config, vendor) for vendor in taking}
-    shares = {vendor: low for vendor, (low, _) in limits.items()}
-    if sum(shares.values()) > config.nodes:
+    split = {vendor: low for vendor, (low, _) in limits.items()}
+    if sum(split.values()) > config.nodes:
         demanded = " + ".join(f"gpu.{vendor}.min_nodes ({low})" for vendor, (low, _) in limits.items() if low)
         raise ConfigError("nodes", config.nodes, f"must be at least {demanded}")
+
+    # The rest, node by node
     preferred = config.elastic.gpu_distribution.removeprefix("prefer-")
-    for _ in range(config.nodes - sum(shares.values())):
-        open_ = [vendor for vendor in taking if shares[vendor] < limits[vendor][1]]
+    for _ in range(config.nodes - sum(split.values())):
+        open_ = [vendor for vendor in taking if split[vendor] < limits[vendor][1]]
         if not open_:
             allowed = " + ".join(f"gpu.{vendor}.max_nodes ({high})" for vendor, (_, high) in limits.items())
             raise ConfigError("nodes", config.nodes, f"must be at most {allowed}")
         # The preferred vendor, or the one with fewest nodes; among equals NVIDIA, which is listed first.
-        chosen = min(open_, key=lambda vendor: (vendor != preferred) if preferred in taking else shares[vendor])
-        shares[chosen] += 1
-    return shares
+        chosen = min(open_, key=lambda vendor: (vendor != preferred) if preferred in taking else split[vendor])
+        split[chosen] += 1
+    return split
 
 
 def _limits(config: TrainingConfig, vendor: Vendor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""etcd, as a step of the pipeline reaches it: the pods have its credentials mounted, the step asks the API for them."""
+"""A step's client of etcd. Pods have etcd's credentials mounted; a step reads them from their Secret by the API."""
 
 import base64
 import os
@@ -10,26 +10,28 @@ from pathlib import Path
 from trainer.errors import TrainingError
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.etcd.errors import EtcdError
-from trainer.kubernetes.api.client import SECRET, Client
+from trainer.kubernetes.api.client import Client
+from trainer.kubernetes.api.kinds import SECRET
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import ETCD_CREDENTIALS
-from trainer.kubernetes.steps.session import Session
+from trainer.kubernetes.steps.step_context import StepContext
 
 
 @contextmanager
-def reachable_etcd(session: Session) -> Iterator[EtcdClient]:
-    """A client of the run's keys in etcd, which answers.
+def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
+    """A client of the run's keys in etcd, once etcd has answered.
 
     Raises:
-        TrainingError: etcd cannot be reached, or refuses us; its credentials are missing.
+        TrainingError: etcd cannot be reached, or refuses us; or its credentials are missing.
     """
-    config = session.plan.config
+    config = context.plan.config
     with tempfile.TemporaryDirectory() as directory:
+        # Copy the certificates that pods have mounted to files of our own, for as long as the client lives
         paths = {name: getattr(config.etcd, name) for name in ("ca", "cert", "key")}
         mounted = {name: Path(path) for name, path in paths.items() if Path(path).parent == Path(ETCD_CREDENTIALS)}
         password = os.environ.get("ETCD_PASSWORD", "")
         if mounted or (config.etcd.user and not password):
-            secret = _secret(session.client)
+            secret = _secret(context.client)
             for name, path in mounted.items():
                 own = Path(directory) / path.name
                 own.touch(mode=0o600)
@@ -37,6 +39,8 @@ def reachable_etcd(session: Session) -> Iterator[EtcdClient]:
                 paths[name] = str(own)
             if config.etcd.user and not password:
                 password = _value(secret, "password").decode()
+
+        # Connect, and see that etcd answers
         prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
         with EtcdClient(config.etcd.endpoints, prefix, user=config.etcd.user, password=password, **paths) as etcd:
             try:
@@ -45,7 +49,7 @@ def reachable_etcd(session: Session) -> Iterator[EtcdClient]:
                 if error.kind != "unreachable":
                     raise
                 raise TrainingError(
-                    f"{error}. Is etcd there (manifests/ has one), is etcd.endpoints right, and may this pod reach it?"
+                    f"{error}. Does etcd run (manifests/ has one), is etcd.endpoints right, and may this pod connect?"
                 ) from None
             yield etcd
 
@@ -54,7 +58,7 @@ def _secret(client: Client) -> dict[str, str]:
     secret = client.get(SECRET, names.ETCD_SECRET)
     if secret is None:
         raise TrainingError(
-            f"there is no Secret {names.ETCD_SECRET} in namespace {client.namespace}, which etcd's credentials are in: "
+            f"there is no Secret {names.ETCD_SECRET} with etcd's credentials in namespace {client.namespace}: "
             "see manifests/"
         )
     return dict(secret.get("data") or {})

@@ -1,24 +1,15 @@
-"""Jobs that a step runs, follows and, when one fails, runs again."""
+"""Runs Jobs side by side until all have succeeded, and retries those that fail."""
 
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from trainer.errors import TrainingError
-from trainer.kubernetes import pod_main
 from trainer.kubernetes.api import diagnosis
-from trainer.kubernetes.api.client import JOB, ApiError, Client, Object
-from trainer.kubernetes.api.pods import Pods, Say
-from trainer.kubernetes.steps.session import condition, has_ended, refuse_foreign
+from trainer.kubernetes.api.kinds import JOB, Object
+from trainer.kubernetes.steps.job_follower import JobFollower, Message
+from trainer.kubernetes.steps.step_context import StepContext
 
 ATTEMPTS = 3  # of a Job
-LOOK_INTERVAL = 1.0  # seconds between two looks, if nothing wakes us
-_SEEN_TIMEOUT = 10.0  # seconds for a Job that was created, or a pod that has ended, to be seen
-_GONE_TIMEOUT = 120.0  # seconds for a Job that was deleted to be gone
-
-OnTold = Callable[[str, Object, str, dict[str, Any]], None]  # a Job's name, its pod, and what that tells: word, content
 
 
 class JobFailed(TrainingError):
@@ -27,173 +18,83 @@ class JobFailed(TrainingError):
 
 @dataclass
 class _Run:
-    """One Job on its way."""
+    """The progress of one Job.
 
-    body: Object
-    called: str  # by a person
-    uid: str = ""
-    attempt: int = 0
-    last_words: str = ""  # its last error
+    Attributes:
+        called: Its name for people.
+    """
+
+    name: str
+    called: str
+    attempt: int = 1
     done: bool = False
 
 
-class Jobs:
-    """Runs Jobs side by side until all have succeeded.
+def run_jobs(
+    context: StepContext, bodies: Mapping[str, Object], labels: str, *, fresh: bool = False
+) -> Generator[list[Message], None, None]:
+    """Run Jobs until all have succeeded; yields their pods' messages as they arrive.
 
-    A Job that is there and under way is followed, one that has ended is run again: what they do finds itself done.
+    A Job that is under way is followed. One that has ended is run again: it finds its work done.
 
     Args:
-        bodies: As the API takes them, all with the same one container; by what a person calls each.
+        bodies: Each Job as the API takes it, by its name for people. All run the same container.
         labels: Selects these Jobs and their pods, and no others.
-        told: Takes what a pod tells the step (`inside.parse`), from threads.
-        timeout: Seconds that a Job may wait for its pod to start.
-        fresh: Run also those again that are under way.
+        fresh: Also replace Jobs that are under way.
+
+    Raises:
+        JobFailed: One has failed `ATTEMPTS` times, or rejects its configuration; with its own error.
+        TrainingError: One does not start, with the reason, or was deleted.
     """
-
-    def __init__(
-        self,
-        client: Client,
-        bodies: Mapping[str, Object],
-        labels: str,
-        say: Say,
-        told: OnTold,
-        *,
-        timeout: float,
-        fresh: bool = False,
-    ) -> None:
-        self._client, self._labels, self._say, self._told = client, labels, say, told
-        self._timeout, self._fresh = timeout, fresh
-        self._wake = threading.Event()
-        self._runs = {body["metadata"]["name"]: _Run(body, called) for called, body in bodies.items()}
-        template = next(iter(bodies.values()))["spec"]["template"]["spec"]
-        self._deadline = float(next(iter(bodies.values()))["spec"]["activeDeadlineSeconds"])  # of each, running
-        self._container = template["containers"][0]["name"]
-        self._memory = template["containers"][0].get("resources", {}).get("limits", {}).get("memory", "")
-
-    def run(self, each_look: Callable[[Pods], None] = lambda pods: None) -> None:
-        """Return when all have succeeded.
-
-        Args:
-            each_look: Called in this thread after each look at the pods.
-
-        Raises:
-            JobFailed: One has failed `ATTEMPTS` times, or refuses its configuration; with its last words.
-            TrainingError: One does not start, with the reason; or somebody has deleted it.
-        """
-        for run in self._runs.values():
-            self._start(run)
-        with Pods(
-            self._client,
-            JOB,
-            self._labels,
-            self._container,
-            self._called,
-            self._say,
-            self._hear,
-            patience=self._deadline,
-        ) as pods:
-            self._wake = pods.wake
-            while not all(run.done for run in self._runs.values()):
-                pods.wake.wait(LOOK_INTERVAL)
-                pods.look()
-                for name, run in self._runs.items():
-                    if not run.done:
-                        self._follow(name, run, pods)
-                each_look(pods)
-
-    def delete(self) -> None:
-        """Delete them, and their pods."""
-        for name in self._runs:
-            self._client.delete(JOB, name)
-
-    def _start(self, run: _Run) -> None:
-        name = run.body["metadata"]["name"]
-        deadline = time.monotonic() + _GONE_TIMEOUT
-        while True:
-            try:
-                run.uid = self._client.create(run.body)["metadata"]["uid"]
-                run.attempt += 1
-                return
-            except ApiError as error:
-                if error.reason != "AlreadyExists" or time.monotonic() > deadline:
-                    raise
-            there = self._client.get(JOB, name)
-            if there is None:
-                continue
-            refuse_foreign(run.body, there)
-            if there["metadata"].get("deletionTimestamp"):
-                time.sleep(0.2)
-            elif has_ended(there) or self._fresh:
-                self._client.delete(JOB, name)
-            else:
-                self._say(f"{run.called}: its Job is under way already")
-                run.uid = there["metadata"]["uid"]
-                run.attempt += 1
+    deadline = float(next(iter(bodies.values()))["spec"]["activeDeadlineSeconds"])  # of each Job
+    runs = [_Run(body["metadata"]["name"], called) for called, body in bodies.items()]
+    follower = JobFollower(context, JOB, bodies, labels, context.say, patience=deadline)
+    for run in runs:
+        if follower.create(run.name, replace=lambda job: fresh or JOB.has_ended(job)):
+            context.say(f"{run.called}: its Job is under way already")
+    with follower as jobs:
+        for messages in jobs.looks():
+            yield messages
+            for run in runs:
+                if not run.done and _has_ended(context, jobs, run):
+                    yield jobs.finish_reading(jobs.pods_of(run.name))
+                    _finish(context, jobs, run)
+            if all(run.done for run in runs):
                 return
 
-    def _follow(self, name: str, run: _Run, pods: Pods) -> None:
-        job = pods.owners.get(name)
-        if job is None or job["metadata"]["uid"] != run.uid:
-            if pods.waited(run.uid) > _SEEN_TIMEOUT:
-                raise TrainingError(f"{run.called}: somebody has deleted its Job {name}")
-            return
-        own = [pod for pod in pods.pods.values() if _job_of(pod).get("uid") == run.uid]
-        if not own and not has_ended(job):
-            pods.explain_missing(name, run.called)
-        for waiting in [pod["metadata"]["name"] for pod in own] or [name]:
-            if why := pods.why_not_started(waiting, self._timeout):
-                raise TrainingError(f"{run.called} has not started in {self._timeout:.0f} s: {why}")
-        if not has_ended(job):
-            return
-        seen = own and all(diagnosis.exit_status(pod, self._container) is not None for pod in own)
-        if not seen and pods.waited(f"end of {run.uid}") < _SEEN_TIMEOUT:
-            return  # the Job's end has been seen before its pod's
-        pods.finish_reading(pod["metadata"]["name"] for pod in own)
-        if condition(job, "Complete"):
-            run.done = True
-        else:
-            self._failed(name, run, job, own)
 
-    def _failed(self, name: str, run: _Run, job: Object, own: Sequence[Object]) -> None:
-        """Run it again, unless that would end the same way."""
-        why = next((why for pod in own if (why := diagnosis.why_ended(pod, self._container, self._memory))), "")
-        why = run.last_words if run.last_words and ("status" in why or not why) else why
-        why = why or _message(job)
-        bad = any(diagnosis.exit_status(pod, self._container) == diagnosis.BAD_CONFIGURATION for pod in own)
-        if bad or run.attempt >= ATTEMPTS:
-            often = "" if bad else f" {run.attempt} times"
-            raise JobFailed(f"{run.called} has failed{often}: {why}")
-        self._say(f"{run.called} has failed: {why}; trying it again")
-        run.last_words = ""
-        self._client.delete(JOB, name)
-        self._start(run)
-
-    def _called(self, pod: Object) -> str:
-        """What a person calls a pod."""
-        run = self._runs.get(_job_of(pod).get("name", ""))
-        return run.called if run else str(pod["metadata"]["name"])
-
-    def _hear(self, pod: Object, line: str) -> None:
-        job = _job_of(pod)
-        run = self._runs.get(job.get("name", ""))
-        if run is None or job["uid"] != run.uid:  # of an earlier step's, or attempt's
-            return
-        if told := pod_main.parse(line):
-            self._told(job["name"], pod, *told)
-            self._wake.set()
-            return
-        if line.startswith("error: "):
-            run.last_words = line.removeprefix("error: ")
-        self._say(f"{run.called} | {line}")
+def _has_ended(context: StepContext, jobs: JobFollower, run: _Run) -> bool:
+    """Whether a Job has ended. Raises TrainingError if it was deleted, or does not start."""
+    job = jobs.job(run.name)
+    if job is None:
+        if jobs.was_deleted(run.name):
+            raise TrainingError(f"{run.called}: its Job {run.name} was deleted")
+        return False
+    timeout = context.plan.config.elastic.rdzv_timeout
+    if why := jobs.why_not_started(run.name, timeout):
+        raise TrainingError(f"{run.called} has not started in {timeout:.0f} s: {why}")
+    if not JOB.has_ended(job):
+        return False
+    # The end of a Job may arrive before that of its pod
+    pods = jobs.pods_of(run.name)
+    pods_ended = bool(pods) and all(jobs.exit_status(pod) is not None for pod in pods)
+    return pods_ended or jobs.waited(f"end of {job['metadata']['uid']}") > context.timeouts.seen
 
 
-def _message(job: Object) -> str:
-    conditions = (job.get("status") or {}).get("conditions") or []
-    found = (c.get("message") for c in conditions if c["type"] == "Failed")
-    return str(next(found, None) or "it ended without a word why")
-
-
-def _job_of(pod: Object) -> Mapping[str, Any]:
-    """The reference to the Job that a pod is of."""
-    owners = pod["metadata"].get("ownerReferences") or []
-    return next((owner for owner in owners if owner["kind"] == "Job"), {})
+def _finish(context: StepContext, jobs: JobFollower, run: _Run) -> None:
+    """Note that a Job has succeeded, or retry it. Raises JobFailed if it would fail again."""
+    job, pods = jobs.job(run.name), jobs.pods_of(run.name)
+    assert job is not None
+    if JOB.has_succeeded(job):
+        run.done = True
+        return
+    why = next((why for pod in pods if (why := jobs.why_ended(pod))), "")
+    why = why or JOB.why_failed(job) or "it ended without giving a reason"
+    rejected = any(jobs.exit_status(pod) == diagnosis.BAD_CONFIGURATION for pod in pods)
+    if rejected or run.attempt >= ATTEMPTS:
+        times = "" if rejected else f" {run.attempt} times"
+        raise JobFailed(f"{run.called} has failed{times}: {why}")
+    context.say(f"{run.called} has failed: {why}; trying it again")
+    run.attempt += 1
+    jobs.delete(run.name)
+    jobs.create(run.name, replace=lambda job: True)

@@ -1,126 +1,128 @@
 """The precache step: a claim for each worker, filled by a Job that runs where the worker will.
 
-Claims outlive the run: a later one finds them, and its Jobs, which compare what lies there with what should, take
+Claims outlive the run. A later run finds them, and its Jobs, which compare a claim's content with the wanted one, take
 seconds.
 """
 
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import Interrupted, TrainingError
-from trainer.kubernetes.api.client import CLAIM, ApiError, Object
+from trainer.kubernetes import pod_main
+from trainer.kubernetes.api.client import ApiError
+from trainer.kubernetes.api.kinds import CLAIM, JOB, Object
 from trainer.kubernetes.objects import jobs, names
-from trainer.kubernetes.objects.claims import claim
 from trainer.kubernetes.objects.plan import WorkerPlan
-from trainer.kubernetes.steps.job_runner import Jobs
-from trainer.kubernetes.steps.results import take
-from trainer.kubernetes.steps.session import Session, refuse_foreign
-
-CLAIM_TIMEOUT = 300.0  # seconds for a claim that was deleted to be gone
-CLAIM_INTERVAL = 1.0  # seconds between two looks at it
+from trainer.kubernetes.steps.fetch_results import fetch_result
+from trainer.kubernetes.steps.job_runner import run_jobs
+from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
 
 
 @dataclass(frozen=True)
 class Precached:
-    """What the precache step has made, or found.
+    """What the precache step has created, or found.
 
     Attributes:
-        claims: By name, what lies on each: the dataset's manifest without its list of files.
+        claims: The dataset on each claim, by the claim's name: its manifest without the list of files.
     """
 
     claims: dict[str, dict[str, Any]]
 
 
-def precache(session: Session, held_out: Path) -> Precached:
-    """Make or find the workers' claims, put the dataset and the model onto each, and fetch the held-out part.
+def precache(context: StepContext, held_out: Path) -> Precached:
+    """Create or find the workers' claims, put dataset and model onto each, and fetch the held-out part.
+
+    The pipeline's exit handler covers only the steps that follow, so this step cleans up after itself. If it fails, or
+    its workflow was terminated, it deletes the Jobs that still run and what only they need. Claims stay, and after a
+    failure Jobs that have ended, for their logs. If only the step's pod goes away, the next one follows the Jobs.
 
     Args:
-        held_out: Directory that takes the held-out part of the dataset, with its manifest and tokenizer.
-
-    Nothing cleans up after this step but itself: the pipeline's exit handler is only for the steps that follow. If it
-    fails, or its workflow was terminated, what still runs is deleted, and what only that needed; claims stay, and after
-    a failure ended jobs, to be read. If only its pod goes away the step's next one goes on with the jobs.
+        held_out: Directory for the held-out part of the dataset, with its manifest and tokenizer.
 
     Raises:
         ConfigError: The claims are in use by another run.
         TrainingError: A claim cannot be filled, with the reason; or two claims hold different data.
     """
-    session.refuse_claims_in_use()
-    for worker in session.plan.claimants:
-        _ensure_claim(session, worker)
+    context.refuse_claims_in_use()
+    for worker in context.plan.claimants:
+        _ensure_claim(context, worker)
     try:
-        return _precache(session, held_out)
+        return _precache(context, held_out)
     except (Interrupted, KeyboardInterrupt):
-        if session.workflow_has_ended():
-            session.clean_up_jobs(finished=True)  # before anything else: there may be less than a second
-            session.say("cancelled: the precaching jobs are deleted")
+        if context.workflow_has_ended():
+            context.clean_up(training=False)  # before anything else: there may be less than a second
+            context.say("cancelled: the precaching jobs are deleted")
         else:
-            session.say("this step goes away, and its jobs go on: the step's next pod follows them")
+            context.say("this step goes away, and its jobs continue: the step's next pod follows them")
         raise
     except Exception:
         try:
-            session.clean_up_jobs(finished=False)
-        except TrainingError as error:  # the step's own failure is what its last line must say
-            session.say(f"warning: what the step has made is not cleaned up: {error}")
+            context.clean_up(finished=False, training=False)
+        except TrainingError as error:  # the last line must be the step's own failure
+            context.say(f"warning: the step's objects are not cleaned up: {error}")
         raise
 
 
-def _precache(session: Session, held_out: Path) -> Precached:
-    session.prepare()
-    found = _fill(session)
+def _precache(context: StepContext, held_out: Path) -> Precached:
+    context.prepare()
+    found = _fill(context)
     hashes = {name: manifest["hash"] for name, manifest in found.items()}
     if len(set(hashes.values())) > 1:
         different = ", ".join(f"{name}: {hash[:12]}" for name, hash in hashes.items())
         raise TrainingError(
-            f"the claims hold different data, so the source has changed meanwhile ({different}): precache again"
+            f"the claims hold different data, so the source has changed in the meantime ({different}): precache again"
         )
-    session.say(f"{len(found)} claims are precached: {', '.join(found)}")
-    take(session, session.plan.claimants[:1], "held-out", held_out)
+    context.say(f"{len(found)} claims are precached: {', '.join(found)}")
+    fetch_result(context, context.plan.claimants[:1], "held-out", held_out)
     return Precached(found)
 
 
-def _ensure_claim(session: Session, worker: WorkerPlan) -> None:
-    body = claim(session.plan, worker)
-    deadline, waits = time.monotonic() + CLAIM_TIMEOUT, False
+def _ensure_claim(context: StepContext, worker: WorkerPlan) -> None:
+    """Create a worker's claim, or find it. A claim that is being deleted is waited for."""
+    body, timeouts = jobs.claim(context.plan, worker), context.timeouts
+    deadline, waits = time.monotonic() + timeouts.deleted, False
     while True:
+        # Create it, unless it exists
         try:
-            session.client.create(body)
-            session.say(f"claim {worker.claim} made")
+            context.client.create(body)
+            context.say(f"claim {worker.claim} made")
             return
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise
-        there = session.client.get(CLAIM, worker.claim)
-        if there is None:
+        existing = context.client.get(CLAIM, worker.claim)
+        if existing is None:
             continue
-        refuse_foreign(body, there)
-        if not there["metadata"].get("deletionTimestamp"):
-            session.say(f"claim {worker.claim} found{_differs(body, there)}")
+        refuse_foreign(body, existing)
+        if not existing["metadata"].get("deletionTimestamp"):
+            context.say(f"claim {worker.claim} found{_differences(body, existing)}")
             return
+
+        # Wait until it is gone
         users = f"a pod still uses it (kubectl describe persistentvolumeclaim {worker.claim})"
         if time.monotonic() > deadline:
-            raise TrainingError(f"claim {worker.claim} was deleted, and is there {CLAIM_TIMEOUT:.0f} s later: {users}")
+            seconds = f"{timeouts.deleted:.0f} s"
+            raise TrainingError(f"claim {worker.claim} was deleted, and still exists {seconds} later: {users}")
         if not waits:
-            session.say(f"claim {worker.claim} is being deleted: waiting until it is gone; {users}")
+            context.say(f"claim {worker.claim} is being deleted: waiting until it is gone; {users}")
             waits = True
-        time.sleep(CLAIM_INTERVAL)
+        time.sleep(timeouts.poll)
 
 
-def _differs(wanted: Object, there: Object) -> str:
-    """In what a claim that is there differs from what one would make: it is used as it is, and that is said."""
-    said = []
+def _differences(wanted: Object, existing: Object) -> str:
+    """How an existing claim differs from the wanted one. It is used unchanged, with a note."""
+    notes = []
     for what, path in {
         "access mode": ("spec", "accessModes"),
         "storage class": ("spec", "storageClassName"),
         "size": ("spec", "resources", "requests", "storage"),
     }.items():
-        ours, theirs = _at(wanted, path), _at(there, path)
+        ours, theirs = _at(wanted, path), _at(existing, path)
         if ours is not None and ours != theirs:
-            said.append(f"its {what} is {theirs}, not {ours}")
-    return f" (used as it is: {', '.join(said)})" if said else ""
+            notes.append(f"its {what} is {theirs}, not {ours}")
+    return f" (used unchanged: {', '.join(notes)})" if notes else ""
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:
@@ -129,22 +131,19 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def _fill(session: Session) -> dict[str, dict[str, Any]]:
-    """Run a Job on each claim, all at once. Returns what lies on each claim then."""
-    plan = session.plan
-    workers = {jobs.precache_job(plan, worker)["metadata"]["name"]: worker for worker in plan.claimants}
-    bodies = {f"precaching for worker {worker.index}": jobs.precache_job(plan, worker) for worker in workers.values()}
-    found: dict[str, dict[str, Any]] = {}
-    lock = threading.Lock()
-
-    def told(job: str, pod: Object, word: str, content: dict[str, Any]) -> None:
-        with lock:
-            found[workers[job].claim] = content
-
+def _fill(context: StepContext) -> dict[str, dict[str, Any]]:
+    """Run a Job on each claim, all at once. Returns the manifest on each claim, by the claim's name."""
+    plan = context.plan
+    bodies = {f"precaching for worker {worker.index}": jobs.precache_job(plan, worker) for worker in plan.claimants}
+    job_names = [body["metadata"]["name"] for body in bodies.values()]
+    claims = dict(zip(job_names, (worker.claim for worker in plan.claimants), strict=True))
     selector = f"{plan.selector},{names.selector({'app.kubernetes.io/component': 'precache'})}"
-    timeout = plan.config.elastic.rdzv_timeout
-    Jobs(session.client, bodies, selector, session.say, told, timeout=timeout).run()
-    missing = [worker.claim for worker in plan.claimants if worker.claim not in found]
+    found: dict[str, dict[str, Any]] = {}
+    for messages in run_jobs(context, bodies, selector):
+        for message in messages:
+            if message.word == pod_main.PRECACHED:
+                found[claims[JOB.owner_of(message.pod)["name"]]] = message.content
+    missing = [name for name in claims.values() if name not in found]
     if missing:
-        raise TrainingError(f"the Job on claim {missing[0]} ended without a word about what lies there: precache again")
-    return {worker.claim: found[worker.claim] for worker in plan.claimants}
+        raise TrainingError(f"the Job on claim {missing[0]} ended without reporting its content: precache again")
+    return {name: found[name] for name in claims.values()}

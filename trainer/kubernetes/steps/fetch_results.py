@@ -1,0 +1,60 @@
+"""Results that lie on a worker's claim: a Job serves them beside the claim, and the step fetches them from its pod."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from trainer.errors import Interrupted, TrainingError
+from trainer.kubernetes import pod_main
+from trainer.kubernetes.api.kinds import JOB
+from trainer.kubernetes.objects import jobs, names
+from trainer.kubernetes.objects.plan import WorkerPlan
+from trainer.kubernetes.steps.job_runner import JobFailed, run_jobs
+from trainer.kubernetes.steps.step_context import StepContext
+from trainer.transport.handover import fetch
+
+
+def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: jobs.Result, directory: Path) -> WorkerPlan:
+    """Fetch a result ("held-out", "export" or "evaluate") from the first claim that can provide it.
+
+    Args:
+        workers: The workers whose claims may have it, the likeliest first.
+        directory: Takes the files; replaced if it exists.
+
+    Returns:
+        The worker whose claim provided it.
+
+    Raises:
+        TrainingError: No claim can provide it, with the first one's reason; or it arrived damaged.
+    """
+    context.prepare()  # if this step is retried after the run's end, that has cleaned up
+    refused: list[str] = []
+    for worker in workers:
+        try:
+            _fetch_from(context, worker, what, directory)
+            return worker
+        except JobFailed as error:
+            refused.append(str(error))
+            context.say(f"warning: {error}")
+    raise TrainingError(refused[0] if refused else f"no claim is known that could provide the {what} result")
+
+
+def _fetch_from(context: StepContext, worker: WorkerPlan, what: jobs.Result, directory: Path) -> None:
+    token = context.new_token()
+    body = jobs.result_job(context.plan, worker, what)
+    component = body["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
+    selector = f"{context.plan.selector},{names.selector({'app.kubernetes.io/component': component})}"
+    bodies = {f"{what} on worker {worker.index}'s claim": body}
+    try:
+        # A Job of an earlier step, under another token, would not serve the result to us: hence `fresh`
+        with closing(run_jobs(context, bodies, selector, fresh=True)) as running:
+            for message in (message for messages in running for message in messages):
+                if message.word == pod_main.RESULT:
+                    context.say(f"fetching the result of {what} from pod {message.pod['metadata']['name']}")
+                    fetch(message.pod["status"]["podIP"], int(message.content["port"]), token, directory)
+    except (Interrupted, KeyboardInterrupt):
+        if context.workflow_has_ended():
+            context.client.delete(JOB, body["metadata"]["name"])
+        raise
+    if not directory.is_dir():
+        raise TrainingError(f"the pod of {what} ended without providing its result")

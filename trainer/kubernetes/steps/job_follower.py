@@ -1,0 +1,296 @@
+"""The one follower of jobs: it creates them, and observes them, their pods and the pods' logs.
+
+It serves Jobs (`job_runner`) and training jobs (`training`); a `JobKind` holds all that depends on the kind of job.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Self
+
+from trainer.kubernetes import pod_main
+from trainer.kubernetes.api import diagnosis
+from trainer.kubernetes.api.client import ApiError
+from trainer.kubernetes.api.informer import Informer
+from trainer.kubernetes.api.kinds import POD, JobKind, Object
+from trainer.kubernetes.api.logs import LogFollower
+from trainer.kubernetes.api.silence import Say, Silence, SilenceNotices
+from trainer.kubernetes.api.wait_reasons import WaitReasons
+from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
+
+_ERROR = "error: "  # begins the last line of a command that fails (`errors.run_main`)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a pod has written for the step (`pod_main.parse`), and not for people."""
+
+    pod: Object
+    word: str
+    content: dict[str, Any]
+
+
+class JobFollower:
+    """Jobs of one kind and their pods, as last observed. As a context manager it begins to observe them.
+
+        with JobFollower(context, JOB, bodies, selector, context.say) as jobs:
+            for messages in jobs.looks():
+                ...
+
+    Everything is printed in the caller's thread, by `looks` and the other methods.
+
+    Args:
+        kind: The kind of all jobs.
+        bodies: Each job as the API takes it, by its name for people. All run the same container.
+        labels: Selects these jobs and their pods, and no others.
+        say: Prints a line.
+        pod_names: Pods' names for people, by name; else they are called as their jobs are.
+        patience: Seconds that the API server may be away.
+
+    Attributes:
+        container: Name of the container that does the work in each pod.
+        pods: The pods by name.
+        departed: The pods that were deleted between the last two looks, in their last known state.
+    """
+
+    def __init__(
+        self,
+        context: StepContext,
+        kind: JobKind,
+        bodies: Mapping[str, Object],
+        labels: str,
+        say: Say,
+        *,
+        pod_names: Mapping[str, str] | None = None,
+        patience: float = math.inf,
+    ) -> None:
+        self._context, self._kind, self._say, self._timeouts = context, kind, say, context.client.timeouts
+        self._bodies = {body["metadata"]["name"]: body for body in bodies.values()}
+        self._names = {body["metadata"]["name"]: name for name, body in bodies.items()}
+        self._pod_names = pod_names or {}
+        container = kind.template(next(iter(bodies.values())))["spec"]["containers"][0]
+        self.container: str = container["name"]
+        self._memory = container.get("resources", {}).get("limits", {}).get("memory", "")
+
+        self._wake = threading.Event()
+        self._job_informer = Informer(context.client, kind, labels, self._wake.set, patience)
+        self._pod_informer = Informer(context.client, POD, labels, self._wake.set, patience)
+        self._resources = ExitStack()
+        self._logs: dict[str, LogFollower] = {}  # by the pod's uid
+        self._lines: queue.SimpleQueue[tuple[Object, str]] = queue.SimpleQueue()  # a pod, and a line of its log
+        self._waits = WaitReasons(context.client, say)
+        self._notices = SilenceNotices(say, self._timeouts)
+
+        self._uids: dict[str, str] = {}  # of the jobs that were created, or found, by name
+        self._last_errors: dict[str, str] = {}  # the last error that a pod has printed, by uid
+        self._jobs: dict[str, Object] = {}
+        self.pods: dict[str, Object] = {}
+        self.departed: list[Object] = []
+
+    def __enter__(self) -> Self:
+        self._resources.enter_context(self._job_informer)
+        self._resources.enter_context(self._pod_informer)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._resources.close()
+        for log in self._logs.values():
+            log.close()
+
+    # Creating and deleting
+
+    def create(self, name: str, *, replace: Callable[[Object], bool] = lambda job: False) -> Object | None:
+        """Create a job, unless it exists. A job that is being deleted is waited for.
+
+        Args:
+            replace: Whether to delete a job that exists, and to create it anew.
+
+        Returns:
+            The job that exists already; None if it was created.
+
+        Raises:
+            ConfigError: The name is taken by a job of another run.
+            ApiError: A deleted job does not go away.
+        """
+        deadline = time.monotonic() + self._timeouts.deleted
+        while True:
+            try:
+                self._uids[name] = self._context.client.create(self._bodies[name])["metadata"]["uid"]
+                return None
+            except ApiError as error:
+                if error.reason != "AlreadyExists" or time.monotonic() > deadline:
+                    raise
+            job = self._context.client.get(self._kind, name)
+            if job is None:
+                continue
+            refuse_foreign(self._bodies[name], job)
+            if job["metadata"].get("deletionTimestamp"):
+                time.sleep(self._timeouts.poll)
+            elif replace(job):
+                self.delete(name)
+            else:
+                self._uids[name] = job["metadata"]["uid"]
+                return job
+
+    def delete(self, name: str) -> None:
+        """Delete a job and its pods."""
+        self._context.client.delete(self._kind, name)
+
+    # Observing
+
+    def looks(self) -> Iterator[list[Message]]:
+        """Look again whenever something has changed; yields the new messages of the pods."""
+        while True:
+            yield self.look()
+            self._wake.wait(self._timeouts.look)
+
+    def look(self) -> list[Message]:
+        """Take in the current state: print what has changed and why pods wait. Returns the pods' new messages."""
+        self._wake.clear()
+        api_is_silent = bool(self._job_informer.silence or self._pod_informer.silence)
+        self._waits.look(api_is_silent=api_is_silent)
+        self._jobs, self.pods = self._job_informer.objects(), self._pod_informer.objects()
+        self.departed = self._pod_informer.departed()
+
+        # Pods that are lost, run, or wait
+        for name, pod in self.pods.items():
+            self._follow_log(pod)
+            if lost := diagnosis.why_lost(pod):
+                self._waits.say_once(name, f"{self.called(pod)}: {lost}")
+            elif diagnosis.has_started(pod, self.container):
+                self._note_running(name, pod)
+            elif not api_is_silent:
+                self._waits.explain_pod(pod, self.called(pod))
+
+        # Jobs without a pod
+        for name in self._bodies if not api_is_silent else ():
+            job = self.job(name)
+            if job is not None and not self._kind.has_ended(job) and not self.pods_of(name):
+                self._waits.explain_job(name, self._names[name])
+                if self._kind.is_ignored(job) and self._waits.waited(name) > self._timeouts.controller:
+                    what = f"no controller acts on {self._kind.name} {name}"
+                    self._waits.say_once(name, f"{what}: {self._kind.controller}")
+
+        self._notices.update(self._silences())
+        return self._read_lines()
+
+    def job(self, name: str) -> Object | None:
+        """A job; None if it has not been seen yet, or was deleted."""
+        job = self._jobs.get(name)
+        return job if job and self._uids.get(name) in (None, job["metadata"]["uid"]) else None
+
+    def was_deleted(self, name: str) -> bool:
+        """Whether a job does not exist, though there was time to see it."""
+        return self.job(name) is None and self.waited(f"job {name} {self._uids.get(name)}") > self._timeouts.seen
+
+    def pods_of(self, name: str) -> list[Object]:
+        """The pods of a job."""
+        return [pod for pod in self.pods.values() if self._is_own(pod) and self._kind.owner_of(pod)["name"] == name]
+
+    def called(self, pod: Object) -> str:
+        """A pod's name for people."""
+        name = str(pod["metadata"]["name"])
+        return self._pod_names.get(name) or self._names.get(self._kind.owner_of(pod).get("name", ""), name)
+
+    def exit_status(self, pod: Object) -> int | None:
+        """The exit status of a pod's container; None if it has not ended."""
+        return diagnosis.exit_status(pod, self.container)
+
+    def is_running(self, pod: Object) -> bool:
+        return diagnosis.has_started(pod, self.container) and self.exit_status(pod) is None
+
+    def why_ended(self, pod: Object) -> str:
+        """Why a pod's container has failed: its own last error, unless it was ended from outside."""
+        killed = self.exit_status(pod) in (diagnosis.KILLED, diagnosis.TERMINATED)
+        own = "" if killed or diagnosis.why_lost(pod) else self._last_errors.get(pod["metadata"]["uid"], "")
+        return own or diagnosis.why_ended(pod, self.container, self._memory)
+
+    def waited(self, name: str) -> float:
+        """Seconds since the first call for this name, without the time in which the API server was away."""
+        return self._waits.waited(name)
+
+    def why_not_started(self, job: str, seconds: float, pods: Iterable[str] | None = None) -> str:
+        """Why a job has waited for longer than `seconds` for a pod, or one of its pods to start; "" if none has.
+
+        Args:
+            pods: Names of the pods that count; None: those of the job.
+        """
+        names = [pod["metadata"]["name"] for pod in self.pods_of(job)] if pods is None else list(pods)
+        why = next((why for name in (*names, job) if (why := self._waits.why(name, seconds))), "")
+        seen = self.job(job)
+        return self._kind.controller if why and seen and self._kind.is_ignored(seen) else why
+
+    def silent(self) -> dict[str, float]:
+        """The running pods from which no line can arrive, by name: since when, in Unix seconds."""
+        offset = time.time() - time.monotonic()
+        logs = {name: self._logs.get(pod["metadata"]["uid"]) for name, pod in self.pods.items()}
+        silences = {name: log.silence for name, log in logs.items() if log is not None}
+        return {name: offset + silence.since for name, silence in silences.items() if silence is not None}
+
+    def finish_reading(self, pods: Sequence[Object]) -> list[Message]:
+        """Wait for the last lines of those pods that have ended. Returns the new messages of all pods."""
+        deadline = time.monotonic() + self._timeouts.read_logs
+        existing = {pod["metadata"]["uid"] for pod in self.pods.values()}  # nothing can be read of those that are gone
+        for pod in pods:
+            log = self._logs.get(pod["metadata"]["uid"])
+            if log is not None and pod["metadata"]["uid"] in existing and self.exit_status(pod) is not None:
+                log.end()
+                log.done.wait(max(0.0, deadline - time.monotonic()))
+        return self._read_lines()
+
+    def _is_own(self, pod: Object) -> bool:
+        """Whether a pod belongs to one of the jobs, and not to an earlier job of the same name."""
+        owner = self._kind.owner_of(pod)
+        return bool(owner) and owner["name"] in self._bodies and self._uids.get(owner["name"]) in (None, owner["uid"])
+
+    def _follow_log(self, pod: Object) -> None:
+        """Follow the log of a pod once it has started, and end with it."""
+        uid = pod["metadata"]["uid"]
+        if uid not in self._logs and diagnosis.has_started(pod, self.container):
+            name, node = pod["metadata"]["name"], pod["spec"].get("nodeName") or "its node"
+            self._logs[uid] = LogFollower(
+                self._context.client, name, uid, self.container, node, lambda line: self._lines.put((pod, line))
+            )
+        if uid in self._logs and self.exit_status(pod) is not None:
+            self._logs[uid].end()
+
+    def _note_running(self, name: str, pod: Object) -> None:
+        for waiting in (name, self._kind.owner_of(pod).get("name", "")):
+            self._waits.forget(waiting)
+        if self.exit_status(pod) is None:
+            node = pod["spec"].get("nodeName", "")
+            self._waits.say_once(name, f"{self.called(pod)} runs" + (f" on node {node}" if node else ""))
+
+    def _read_lines(self) -> list[Message]:
+        """Print the lines that have arrived; returns those that are messages."""
+        messages = []
+        while not self._lines.empty():
+            pod, line = self._lines.get()
+            if not self._is_own(pod):
+                continue
+            if found := pod_main.parse(line):
+                messages.append(Message(pod, *found))
+            elif line.strip():
+                if line.startswith(_ERROR):
+                    self._last_errors[pod["metadata"]["uid"]] = line.removeprefix(_ERROR)
+                self._say(f"{self.called(pod)} | {line}")
+        return messages
+
+    def _silences(self) -> dict[str, Silence]:
+        """All silences, by a name for people: that of the API server by the followed pods, if there are any."""
+        logs = {pod["metadata"]["uid"]: pod for pod in (*self.departed, *self.pods.values())}
+        found = {
+            self.called(logs[uid]): silence
+            for uid, log in self._logs.items()
+            if uid in logs and (silence := log.silence) is not None
+        }
+        given = {silence.why for silence in found.values()}
+        for informer in (self._pod_informer, self._job_informer):
+            silence = informer.silence
+            if silence is not None and silence.why not in given:
+                found["the cluster"] = silence
+        return found

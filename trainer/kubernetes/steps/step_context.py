@@ -1,0 +1,198 @@
+"""What all steps of the pipeline on a cluster share: the client, the plan, the workflow, and cleaning up."""
+
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+from trainer.config import TrainingConfig
+from trainer.errors import ConfigError, TrainingError
+from trainer.kubernetes.api.client import ApiError, Client
+from trainer.kubernetes.api.kinds import CLAIM, JOB, KINDS, PYTORCH_JOB, SECRET, JobKind, Kind, Object
+from trainer.kubernetes.api.silence import Say
+from trainer.kubernetes.objects import names
+from trainer.kubernetes.objects.jobs import config_map, run_secret
+from trainer.kubernetes.objects.network import network_policy
+from trainer.kubernetes.objects.plan import Plan, plan
+from trainer.kubernetes.steps.workflow import Workflow, own_pod
+from trainer.timeouts import KubernetesTimeouts
+
+
+def say(line: str) -> None:
+    """Print a line at once, or drop it if its reader is gone.
+
+    SIGTERM ends KFP's launcher, through which a step prints, before the step, which must still clean up.
+    """
+    with suppress(BrokenPipeError):
+        print(line, flush=True)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step works with.
+
+    Attributes:
+        client: Client of the training's namespace, with the room's `timeouts`.
+        plan: The training on the cluster.
+        say: Prints a line.
+        workflow: The step's workflow; None: a person runs the step, in a pod or not.
+    """
+
+    client: Client
+    plan: Plan
+    say: Say
+    workflow: Workflow | None = None
+
+    @classmethod
+    def open(
+        cls, config: TrainingConfig, image: str, say: Say = say, timeouts: KubernetesTimeouts | None = None
+    ) -> Self:
+        """Find the cluster, the step's own pod and thereby its workflow, and plan the training.
+
+        Args:
+            config: Resolved.
+            image: The project's image, where neither the configuration nor the step's own pod has one.
+
+        Raises:
+            ConfigError: The configuration does not fit a cluster.
+            TrainingError: There is no cluster, or it refuses us.
+        """
+        client = Client(config.deployment_namespace, timeouts)
+        owner, workflow, own_image = own_pod(client.namespace, say, client.timeouts)
+        made = plan(config, namespace=client.namespace, image=own_image or image, owner=owner)
+        return cls(client, made, say, workflow)
+
+    @property
+    def timeouts(self) -> KubernetesTimeouts:
+        return self.client.timeouts
+
+    def prepare(self) -> None:
+        """Apply what pods need before they start: their configuration, and the policy that lets them connect."""
+        for body in (config_map(self.plan), network_policy(self.plan)):
+            try:
+                self.client.create(body)
+            except ApiError as error:
+                if error.reason != "AlreadyExists":
+                    raise
+                self.client.patch(KINDS[body["kind"]], body["metadata"]["name"], body)
+
+    def new_token(self) -> str:
+        """Put a new secret, which entitles to a result, into the run's Secret. Nothing ever reads it back."""
+        token = secrets.token_urlsafe(32)
+        body = run_secret(self.plan, token)
+        self.client.delete(SECRET, body["metadata"]["name"])
+        self.client.create(body)
+        return token
+
+    def refuse_claims_in_use(self) -> None:
+        """Raise ConfigError if another run of the same deployment trains on the claims."""
+        deployment = {names.DEPLOYMENT_LABEL: self.plan.config.deployment_name}
+        own = self.plan.own_labels[names.RUN_LABEL]
+        jobs, _ = self.client.list(PYTORCH_JOB, names.selector(deployment))
+        for job in jobs:
+            if job["metadata"]["labels"].get(names.RUN_LABEL) != own and not PYTORCH_JOB.has_ended(job):
+                other = job["metadata"].get("annotations", {}).get(f"{names.PREFIX}/run-id", job["metadata"]["name"])
+                allowed = f"run {other} uses its claims: wait for it, or choose another deployment_name"
+                raise ConfigError("deployment_name", self.plan.config.deployment_name, allowed)
+
+    def adopt(self, kind: Kind, existing: Object) -> None:
+        """Have an object of the run that another workflow has made end with this one."""
+        if self._other_owner(existing):
+            assert self.plan.owner is not None
+            change = {"metadata": {"ownerReferences": [self.plan.owner.reference()]}}
+            self.client.patch(kind, existing["metadata"]["name"], change)
+
+    # The end
+
+    def workflow_has_ended(self) -> bool:
+        """Whether the step's workflow was terminated, or is over: then an interrupted step deletes its work.
+
+        Otherwise only its pod goes away (a drain, an eviction), and the step's next pod continues. The person who runs
+        a step without a workflow has just ended it. If the workflow cannot be read, the answer is no, with a warning:
+        the exit handler and the owner references clean up what a workflow that is over has left.
+        """
+        return self._workflow_has_ended
+
+    @cached_property
+    def _workflow_has_ended(self) -> bool:  # asked once: there may be no time for more
+        own = self.workflow
+        if own is None:
+            return True
+        if not own.name:
+            self.say("warning: cannot find out whether the workflow of this step was terminated")
+            return False
+        try:
+            return own.has_ended(self.client)
+        except TrainingError as error:
+            self.say(f"warning: cannot find out whether workflow {own.name} was terminated: {error}")
+            return False
+
+    def clean_up(self, *, finished: bool = True, training: bool = True, claims: bool = False) -> None:
+        """Delete what the run has made; workers that still train save and leave.
+
+        Args:
+            finished: Also delete jobs that have ended, with their pods and logs; else they go after `finished_ttl`, and
+                nothing is deleted if another workflow continues the run.
+            training: Also delete training jobs; else the settings stay, too, if a training of the run is under way.
+            claims: Also delete the run's claims with all their data, unless another run uses them. Then jobs that have
+                ended are deleted, too: a claim stays as long as a pod exists that has mounted it.
+        """
+        # Leave a run alone that another workflow continues
+        kinds = (PYTORCH_JOB, JOB) if training else (JOB,)
+        running: list[tuple[Kind, str]] = []
+        for kind in kinds if not finished else ():
+            for job in self._running(kind):
+                if other := self._other_owner(job):
+                    self.say(f"workflow {other} continues run {self.plan.run_id}: nothing is deleted")
+                    return
+                running.append((kind, job["metadata"]["name"]))
+        if claims:
+            try:
+                self.refuse_claims_in_use()
+            except ConfigError as error:
+                self.say(f"warning: the claims are kept: {error}")
+                claims = False
+
+        # Jobs first, by one request if possible: a cancelled step may have a second
+        if finished or claims:
+            for kind in kinds:
+                self.client.delete_all(kind, self.plan.selector)
+        else:
+            for one, name in running:
+                self.client.delete(one, name)
+        if training or not self._running(PYTORCH_JOB):
+            for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
+                self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
+        for worker in self.plan.claimants if claims else ():
+            self.client.delete(CLAIM, worker.claim)
+
+    def _running(self, kind: JobKind) -> list[Object]:
+        """The run's jobs of a kind that have not ended."""
+        return [job for job in self.client.list(kind, self.plan.selector)[0] if not kind.has_ended(job)]
+
+    def _other_owner(self, one: Object) -> str:
+        """The name of the workflow that owns an object, if it is not this step's; else ""."""
+        if self.plan.owner is None:
+            return ""
+        owners = one["metadata"].get("ownerReferences") or []
+        others = (o["name"] for o in owners if o["kind"] == self.plan.owner.kind and o["uid"] != self.plan.owner.uid)
+        return next(others, "")
+
+
+def refuse_foreign(wanted: Object, existing: Object) -> None:
+    """Raise ConfigError if an object that has a wanted name belongs to another deployment or another run.
+
+    Names can collide: those of deployment `llm` at a site `eu-west`, and of deployment `llm-eu` at a site `west`.
+    """
+    ours, theirs = (one["metadata"].get("labels") or {} for one in (wanted, existing))
+    labels = {names.DEPLOYMENT_LABEL: "deployment", names.RUN_LABEL: "run"}
+    if all(theirs.get(label, ours.get(label)) == ours.get(label) for label in labels):
+        return
+
+    def owner(has: Object) -> str:
+        return " of ".join(f"{what} {has[label]}" for label, what in reversed(labels.items()) if label in has)
+
+    name = f"{wanted['kind']} {wanted['metadata']['name']}"
+    allowed = f"{name} of {owner(ours)} already exists as that of {owner(theirs)}: choose another name"
+    raise ConfigError("deployment_name", ours[names.DEPLOYMENT_LABEL], allowed)

@@ -1,0 +1,93 @@
+"""The step's own pod, and the Argo workflow that it belongs to."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.kubernetes.api.client import ApiError, Client
+from trainer.kubernetes.api.kinds import POD, WORKFLOW
+from trainer.kubernetes.api.silence import Say
+from trainer.kubernetes.objects.plan import Owner
+from trainer.timeouts import KubernetesTimeouts
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_STEP_CONTAINER = "main"  # Argo's name of it
+_OVER = ("Succeeded", "Failed", "Error")  # Argo's phases of a workflow that has ended
+_STOPPED = ("Terminate", "Stop")  # `spec.shutdown` of a workflow that Argo's own commands end
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """The Argo workflow of a step. Its namespace may differ from that of the training.
+
+    Attributes:
+        name, uid: Empty if the step's pod, which refers to the workflow, could not be read.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+
+    def has_ended(self, client: Client) -> bool:
+        """Whether it was terminated, or is over.
+
+        KFP terminates a workflow by `spec.activeDeadlineSeconds: 0`, and sets it before the step gets its SIGTERM.
+
+        Args:
+            client: Of any namespace.
+
+        Raises:
+            TrainingError: The workflow cannot be read.
+        """
+        if self.namespace != client.namespace:
+            client = Client(self.namespace, client.timeouts)
+        workflow = client.get(WORKFLOW, self.name, timeout=client.timeouts.workflow)
+        if workflow is None or workflow["metadata"]["uid"] != self.uid:
+            return True
+        spec, status = workflow.get("spec") or {}, workflow.get("status") or {}
+        return bool(
+            workflow["metadata"].get("deletionTimestamp")
+            or spec.get("activeDeadlineSeconds") == 0
+            or spec.get("shutdown") in _STOPPED
+            or status.get("phase") in _OVER
+        )
+
+
+def own_namespace() -> str:
+    """The namespace of the pod that this process runs in; "" elsewhere."""
+    if "KFP_POD_NAME" in os.environ and (given := os.environ.get("NAMESPACE")):  # the newest backends set it
+        return given
+    try:
+        return (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
+    except OSError:  # not in a pod
+        return ""
+
+
+def own_pod(namespace: str, say: Say, timeouts: KubernetesTimeouts) -> tuple[Owner | None, Workflow | None, str]:
+    """The step's workflow, and its pod's image.
+
+    Args:
+        namespace: The training's namespace.
+
+    Returns:
+        The workflow as an owner, if it is in `namespace`; the workflow, if there is one; the image, or "".
+    """
+    own, name = own_namespace(), os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+    if not own:
+        return None, None, ""
+    try:
+        pod = Client(own, timeouts).get(POD, name)
+    except ApiError as error:
+        say(f"warning: the objects of this step do not end with its workflow: {error}")
+        pod = None
+    if pod is None:  # a step that KFP has started has a workflow nevertheless
+        return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""
+    containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
+    image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))
+    owners = [one for one in pod["metadata"].get("ownerReferences") or [] if one["kind"] == "Workflow"]
+    if not owners:
+        return None, None, image
+    one = owners[0]
+    workflow = Workflow(own, one["name"], one["uid"])
+    owner = Owner(one["apiVersion"], one["kind"], one["name"], one["uid"]) if own == namespace else None
+    return owner, workflow, image
