@@ -23,10 +23,12 @@ from tests.kfp_backend.driver import FLAVOURS, Flavour
 from tests.kfp_backend.server import Backend
 from trainer.data.manifest import SplitCounts, TextManifest
 from trainer.errors import TrainingError
+from trainer.timeouts import PipelineTimeouts
 
 pytestmark = pytest.mark.timeout(180)
 
 STEPS = ("precache", "train", "export", "evaluate")
+QUICK = PipelineTimeouts(poll=0.1, read_log=0.1)
 SPLIT = SplitCounts(documents=1, tokens=64, sequences=1, bytes=64)
 HELD_OUT = TextManifest(
     **MANIFEST,
@@ -116,7 +118,8 @@ class Place:
         values = {"--device": "cpu", "--max-samples": "100", "--etcd-endpoints": json.dumps([self._etcd])}
         flags = [word for pair in values.items() for word in pair]
         try:
-            main(["submit", "--host", self.backend.url, "--namespace", self.backend.namespace, "--wait", *flags])
+            host = ["--host", self.backend.url, "--namespace", self.backend.namespace]
+            main(["submit", *host, "--wait", *flags], timeouts=QUICK)
         except TrainingError as error:
             self.error = str(error)
 
@@ -128,7 +131,6 @@ def flavour() -> Flavour:
 
 @pytest.fixture
 def place(flavour: Flavour, etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    monkeypatch.setattr("pipelines.backend.POLL_SECONDS", 0.1)
     story = Story()
     story.results = {
         "manifest.json": HELD_OUT.model_dump_json(),
@@ -140,7 +142,7 @@ def place(flavour: Flavour, etcd: str, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
         backend = resources.enter_context(Backend(flavour, kubernetes=server, environment={"OMP_NUM_THREADS": "1"}))
         place = Place(backend, server, story, etcd)
-        for module in ("following", "cli"):
+        for module in ("follower", "cli"):
             monkeypatch.setattr(f"pipelines.{module}.print", lambda line, **_: place.take(line), raising=False)
         resources.enter_context(place.cluster.running())
         yield place
@@ -232,10 +234,7 @@ def test_a_drained_train_step_leaves_its_workers_alone_and_the_next_one_goes_on(
     assert set(place.story.lives.values()) == {0}  # no pod of a worker was made again
 
 
-def test_the_laptop_prints_what_a_steps_pod_and_the_step_itself_wait_for(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipelines.following.READ_INTERVAL", 0.1)
+def test_the_laptop_prints_what_a_steps_pod_and_the_step_itself_wait_for(place: Place) -> None:
     read, seen = threading.Event(), threading.Event()
 
     def wait_for_memory(cluster: Cluster, pod: Object, life: int) -> None:

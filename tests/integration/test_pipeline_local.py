@@ -21,18 +21,18 @@ from trainer.errors import run_main
 
 @dsl.component(base_image="python", install_kfp_package=False)
 def first(path: str) -> str:
-    from components.step import step
+    from components.runtime import step_process
 
-    with step("first"):
+    with step_process("first"):
         print(f"working in {path}")
     return path
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
 def second(path: str, how: str):
-    from components.step import step
+    from components.runtime import step_process
 
-    with step("second"):
+    with step_process("second"):
         import threading
 
         from trainer.errors import ConfigError, TrainingError

@@ -5,7 +5,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from components.step import IMAGE
+from components.runtime import IMAGE
 from trainer.config import TrainingConfig
 from trainer.kubernetes.objects import render
 from trainer.kubernetes.objects.plan import plan
