@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.chatter import set_up_logging
 from trainer.config import add_config_flags, config_from_arguments
@@ -131,5 +132,10 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The command `diloco`: run one command and end the process with its status."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    run()
