@@ -31,7 +31,7 @@ from trainer.kubernetes.steps.results import take
 from trainer.kubernetes.steps.session import Session, Workflow, has_ended
 from trainer.kubernetes.steps.training import Trained, train
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 ANOTHER_OWNER = Owner(
     "argoproj.io/v1alpha1", "Workflow", "diloco-training-b2c3d", "00000000-0000-4000-8000-000000000001"
