@@ -12,7 +12,10 @@ _IN_A_STEPS_POD = ("KFP_POD_NAME", "KUBERNETES_SERVICE_HOST")
 
 
 class Launcher(Protocol):
-    """The steps of a run. All of them print their progress, and raise ConfigError or TrainingError."""
+    """The steps of a run. All of them print their progress, and raise ConfigError or TrainingError.
+
+    `trained`, `model` and `precached` are the artifacts of `train`, `export` and `precache`.
+    """
 
     def precache(self) -> Output:
         """Put dataset and model onto every worker's volume. Outputs the dataset's held-out part."""
@@ -21,26 +24,13 @@ class Launcher(Protocol):
         """Train until the run is complete. Outputs what export needs, and the run's metrics."""
 
     def export(self, trained: Any) -> Output:
-        """Write the model. Outputs the directory that `from_pretrained` loads.
-
-        Args:
-            trained: The artifact of `train`.
-        """
+        """Write the model. Outputs the directory that `from_pretrained` loads."""
 
     def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
-        """Score the model on held-out data. Outputs the scores as metrics, and `report.html` and `summary.md`.
-
-        Args:
-            trained: The artifact of `train`.
-            model: The artifact of `export`.
-            precached: The artifact of `precache`.
-        """
+        """Score the model on held-out data. Outputs the scores as metrics, and `report.html` and `summary.md`."""
 
     def clean_up(self) -> None:
-        """Stop everything of the run that is still running, and delete what only the running run needed.
-
-        Depends only on the names in the configuration.
-        """
+        """Stop what is still running of the run, and delete what only that needed. Uses only the configured names."""
 
 
 def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
