@@ -1,4 +1,4 @@
-"""Where a run and its workers keep their files.
+"""Where a run and its workers keep their files (DESIGN: files a run writes).
 
 `<run dir>/worker-<i>/` here is what `/data` is in a pod: one worker's own volume.
 """
