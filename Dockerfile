@@ -1,12 +1,12 @@
 # syntax=docker/dockerfile:1
-# The image of the pipeline's steps and of every pod that trains.
+# The image of the pipeline's steps and of every training pod. Its tag is the project's version.
 #
-#   docker build -t diloco-pipelines-python:0.1.0 .                      NVIDIA: torch's wheels bring CUDA, the node the driver
-#   docker build -t diloco-pipelines-python:0.1.0-rocm --build-arg ACCELERATOR=rocm --build-arg TORCH_INDEX=<…> .
-#   docker build -t diloco-pipelines-python:0.1.0-cpu --build-arg ACCELERATOR=cpu --build-arg TORCH_INDEX=<…> .
+#   make build                                          NVIDIA: torch's wheels contain CUDA, the node has the driver
+#   make build ACCELERATOR=rocm TORCH_INDEX=<…>
+#   make build ACCELERATOR=cpu TORCH_INDEX=<…>
 #
-# TORCH_INDEX is the package index with torch's wheels for that accelerator: https://pytorch.org/get-started names it.
-# What is installed is what constraints.txt pins. kfp wants "python" in the name of a step's image.
+# TORCH_INDEX is the package index with torch's wheels for that accelerator: see https://pytorch.org/get-started.
+# constraints.txt pins everything installed. kfp warns about a step's image without "python" in its name.
 ARG PYTHON=3.11-slim-bookworm
 
 FROM python:${PYTHON} AS build
@@ -17,14 +17,14 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 
-# Dependencies first: they change seldom, and are nearly all of the image.
+# Dependencies first: they change rarely, and make up nearly the whole image.
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch \
     && mkdir components pipelines trainer \
     && pip install --constraint constraints.txt '.[local,vision,speech,graph]' \
     && pip uninstall --yes diloco-pipelines
-# A build that was asked for one accelerator and found the wheels of another is none.
+# Fail if the index has given wheels for another accelerator.
 RUN python -c "import sys, torch; v = torch.version; \
 has = 'rocm' if v.hip else 'cuda' if v.cuda else 'cpu'; \
 sys.exit(f'error: ACCELERATOR={sys.argv[1]}, but this torch is for {has}: see TORCH_INDEX' if has != sys.argv[1] else 0)" \

@@ -1,4 +1,4 @@
-# Everything starts here: `make run`, `make test`. Both set up what is missing first.
+# Start here: `make run` or `make test`. Both set up a missing environment first.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -6,7 +6,8 @@ MAKEFLAGS += --no-print-directory
 
 RECIPE ?= trainer/recipes/stdlib.yaml
 ARGS ?=
-IMAGE ?= diloco-pipelines-python:0.1.0
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+IMAGE ?= diloco-pipelines-python:$(VERSION)
 ACCELERATOR ?= cuda
 TORCH_INDEX ?=
 
@@ -14,23 +15,23 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 SOURCES := pipelines components trainer tests
-# One more than there are cores: much of a test is waiting.
+# One more than there are cores: tests spend much of their time waiting.
 TESTERS = $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))')
 
-help:  ## list these targets
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-setup: $(READY)  ## make .venv with everything that is needed, pinned
+setup: $(READY)  ## create .venv with all dependencies, pinned
 
 $(READY): pyproject.toml constraints.txt
 	@for python in python3.12 python3.11 python3 none; do \
 	    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && break; \
 	done; \
 	if [ $$python = none ]; then \
-	    echo 'error: Python 3.11 or 3.12 is needed: none of python3.12, python3.11 and python3 on the PATH is one' >&2; \
+	    echo 'error: Python 3.11 or 3.12 is needed, but none of python3.12, python3.11 and python3 on the PATH is one' >&2; \
 	    exit 1; \
 	fi; \
-	echo "setting up $(VENV) with $$($$python --version): some minutes, once"; \
+	echo "setting up $(VENV) with $$($$python --version): this takes some minutes, once"; \
 	$$python -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[local,dev]' \
 	    | { grep --line-buffered -oE 'Downloading [^ ]+ \([0-9.]+ (MB|GB)\)|Installing collected packages' || true; }
@@ -39,16 +40,16 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, ARGS="--total-steps 100 ...")
 	@$(BIN)/python -m pipelines run --config $(RECIPE) $(ARGS)
 
-test: lint  ## lint, then all tests that need no cluster and no GPU (ARGS="-k name")
+test: lint  ## lint, then run all tests that need no cluster and no GPU (ARGS="-k name")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-faults: $(READY)  ## kill, freeze and cut off real processes; ends with a table (some 15 minutes)
+test-faults: $(READY)  ## kill, freeze and disconnect real processes; ends with a table of results (about 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
 
-test-cluster: $(READY)  ## the steps on the cluster of KUBECONFIG: 2.25 CPU, 4.5 GiB of memory free, training operator, default storage class, DILOCO_TEST_IMAGE
+test-cluster: $(READY)  ## run the steps on KUBECONFIG's cluster, with the image DILOCO_TEST_IMAGE (needs 2.25 CPU, 4.5 GiB of memory, training operator, default storage class)
 	@$(BIN)/python -m pytest -q -rs tests/cluster $(ARGS)
 
-bench: $(READY)  ## benchmarks: each prints what it measures
+bench: $(READY)  ## run the benchmarks; each prints its measurements
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 lint: $(READY)  ## ruff, mypy, the import contract and spelling
@@ -58,31 +59,31 @@ lint: $(READY)  ## ruff, mypy, the import contract and spelling
 	@output=$$($(BIN)/lint-imports --no-cache --no-logo) || { echo "$$output"; exit 1; }
 	@$(BIN)/codespell
 
-format: $(READY)  ## rewrite the sources as ruff wants them
+format: $(READY)  ## format the sources with ruff
 	@$(BIN)/ruff check --quiet --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
-compile: $(READY)  ## write the pipeline's YAML to build/
+compile: $(READY)  ## write the compiled pipeline to build/
 	@$(BIN)/python -m pipelines compile $(ARGS)
 
-submit: $(READY)  ## run the pipeline on Kubeflow (ARGS="--host URL --wait ...")
+submit: $(READY)  ## run the pipeline on a Kubeflow backend (ARGS="--host URL --wait ...")
 	@$(BIN)/python -m pipelines submit $(ARGS)
 
-schedule: $(READY)  ## run it there again and again (ARGS="create|list|pause|resume|delete ...")
+schedule: $(READY)  ## run it there repeatedly (ARGS="create|list|pause|resume|delete ...")
 	@$(BIN)/python -m pipelines schedule $(ARGS)
 
-build:  ## build the container image (ACCELERATOR=cuda|rocm|cpu; the last two need TORCH_INDEX=<where their torch is>)
+build:  ## build the container image (ACCELERATOR=cuda|rocm|cpu; rocm and cpu need TORCH_INDEX=<index of torch's wheels>)
 	docker build --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
 	    --tag $(IMAGE)$(if $(filter-out cuda,$(ACCELERATOR)),-$(ACCELERATOR)) .
 
-manifests: $(READY)  ## render manifests/ anew: the examples, and etcd's settings (ARGS="--etcd-heartbeat-interval 100 ...")
+manifests: $(READY)  ## render the examples and etcd's settings in manifests/ (ARGS="--etcd-heartbeat-interval 100 ...")
 	@$(BIN)/python -m trainer.kubernetes.objects.render --manifests manifests $(ARGS)
 
-clean:  ## remove build outputs and caches; the environment and the runs stay
+clean:  ## remove build outputs and caches, but not .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-clean-runs:  ## remove runs/: every checkpoint, model and report in it
+clean-runs:  ## remove runs/ with all checkpoints, models and reports
 	rm -rf runs
 
 .PHONY: help setup run test test-faults test-cluster bench lint format compile submit schedule build manifests clean clean-runs

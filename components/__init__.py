@@ -1,1 +1,1 @@
-"""The pipeline's steps as KFP components, one folder each. They hold no training logic: they call `trainer`."""
+"""The pipeline's steps as KFP components, one folder each. They hold no training logic: `trainer` does the work."""

@@ -13,13 +13,12 @@ from types import FrameType
 from typing import Any, TextIO
 from unittest import mock
 
-from components.step import RUNNER_PID, STARTED
+from components.runtime import RUNNER_PID, STARTED
 from trainer.config import TrainingConfig
 from trainer.errors import Interrupted, TrainingError
 
-_STARTED = re.compile(re.escape(STARTED).replace(r"\{name\}", r"(?P<name>\w+)").replace(r"\{pid\}", r"(?P<pid>\d+)"))
 _KFP_LOG = re.compile(r"\d\d:\d\d:\d\d\.\d{3} - [A-Z]+ - ")
-_KFP_INDENT = "    "  # kfp.local indents what a step prints, and nothing else that begins a line
+_KFP_INDENT = "    "  # kfp.local indents each line of a step's output, and no other line
 
 
 def run(config: TrainingConfig) -> None:
@@ -30,9 +29,9 @@ def run(config: TrainingConfig) -> None:
 
 
 def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run_dir: Path) -> Any:
-    """Run a KFP pipeline or component, and show what its steps print as they print it.
+    """Run a KFP pipeline or component, and show its steps' output live.
 
-    Everything that kfp says goes to `<run dir>/logs/pipeline.log`, artifacts to `<run dir>/pipeline/`.
+    All output, kfp's included, is appended to `<run dir>/logs/pipeline.log`. Artifacts go to `<run dir>/pipeline/`.
 
     Returns:
         The KFP task, with its outputs.
@@ -51,7 +50,7 @@ def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run
         with redirect_stdout(output), _forward_signals(output):
             try:
                 return pipeline(**arguments)
-            except RuntimeError as error:  # kfp's: it names the step that failed, and not why
+            except RuntimeError as error:  # kfp's: it names the failed step, but no reason
                 if output.stopped_by == signal.SIGINT:
                     raise KeyboardInterrupt from None
                 if output.stopped_by == signal.SIGTERM:
@@ -62,14 +61,14 @@ def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run
 
 
 class StepOutput(io.TextIOBase):
-    """Takes what kfp.local writes to stdout, and passes on what the steps themselves say, each line with its step.
+    """Receives kfp.local's standard output, and passes on the lines of the steps themselves, each with its step's name.
 
     Args:
-        shown: Where the steps' lines go.
-        log: Where every line goes.
+        shown: Gets the steps' lines.
+        log: Gets every line.
 
     Attributes:
-        pid: Process of the running step.
+        pid: Process id of the running step.
         stopped_by: The signal that was forwarded to it.
     """
 
@@ -77,7 +76,7 @@ class StepOutput(io.TextIOBase):
         self._shown, self._log = shown, log
         self._partial = ""
         self._step = ""
-        self._held = ""  # an error's line is held back: it is printed last, or when more follows
+        self._held = ""  # the latest line, if it is an error's: shown once another line follows it
         self._tail: deque[str] = deque(maxlen=60)
         self.pid: int | None = None
         self.stopped_by: int | None = None
@@ -87,14 +86,14 @@ class StepOutput(io.TextIOBase):
         for line in lines:
             self._log.write(line + "\n")
             self._log.flush()
-            self._take(line)
+            self._process(line)
         return len(text)
 
-    def _take(self, line: str) -> None:
-        if started := _STARTED.fullmatch(line.strip()):
+    def _process(self, line: str) -> None:
+        if started := STARTED.fullmatch(line.strip()):
             self._step, self.pid = started["name"], int(started["pid"])
             self._tail.clear()
-            if self.stopped_by:  # it came between two steps
+            if self.stopped_by:  # the signal arrived between two steps
                 os.kill(self.pid, self.stopped_by)
         elif _KFP_LOG.match(line):
             self.pid = None
@@ -111,40 +110,39 @@ class StepOutput(io.TextIOBase):
         lines = [self._held, line] if self._held else [line]
         self._held = lines.pop() if line.startswith("error: ") else ""
         for ready in lines:
-            self._say(f"{self._step:8} | {ready}")
+            self._print(f"{self._step:8} | {ready}")
 
-    def _say(self, line: str) -> None:
-        self._shown.write(line + "\n")  # `print` is not what it seems: kfp.local replaces it while a step runs
+    def _print(self, line: str) -> None:
+        self._shown.write(line + "\n")  # not `print`, which kfp.local replaces while a step runs
         self._shown.flush()
 
     def failure(self) -> str:
-        """Why the step failed: the last line that it printed, if that is an error's."""
-        if not self._step:  # it never came to its own code: what Python said is all there is
-            self._say("\n".join(self._tail))
+        """Why the step failed: its last line, if that is an error's."""
         last = self._tail[-1] if self._tail else ""
-        if not self._step:
+        if not self._step:  # it failed before our own code ran: Python's error is all the information there is
+            self._print("\n".join(self._tail))
             return last
         if last.startswith("error: ") or any(line.startswith("Traceback (") for line in self._tail):
             return f"{self._step}: {last.removeprefix('error: ')}"
-        return f"{self._step}: it was killed, or ended without a word why; its last line: {last!r}"
+        return f"{self._step}: it was killed, or ended without an error message; its last line: {last!r}"
 
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """The steps run in this process's own environment, whose `bin` need not be on the caller's PATH."""
+    """Let the steps run in this process's Python environment, whose `bin` may not be on the caller's PATH."""
     variables = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
         RUNNER_PID: str(os.getpid()),
     }
-    # kfp.local replaces "python3" by sys.executable, also inside of parameter values such as files:/usr/lib/python3.
+    # kfp.local replaces "python3" by sys.executable, even inside parameter values such as files:/usr/lib/python3.
     with mock.patch.dict(os.environ, variables), mock.patch.object(sys, "executable", "python3"):
         yield
 
 
 @contextmanager
 def _forward_signals(output: StepOutput) -> Iterator[None]:
-    """A signal stops the running step, which saves its work, and then us; kfp.local would leave it behind."""
+    """Forward SIGINT and SIGTERM to the running step, which saves its work; kfp.local would leave it running."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         output.stopped_by = number

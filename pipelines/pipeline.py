@@ -3,12 +3,12 @@
     precache ──config──▶ train ──model──▶ export ──model──▶ evaluate ──▶ metrics, summary, report
         └──────────────── dataset, and train's model ──────────▲
 
-The parameters are those of `TrainingConfig`, all of them, and are listed nowhere else. Only precache takes them; it
-checks them before anything else starts, and passes on the resolved configuration.
+Its parameters are all those of `TrainingConfig`, the only list of them. Only precache takes them: it checks them before
+anything else starts, and outputs the resolved configuration.
 
 On a backend, train, export and evaluate are inside an exit handler: clean-up follows, however they end. Precache is
 outside: an exit handler is a nested DAG, whose inputs would be all parameters instead of precache's two outputs. What
-precache makes belongs to the workflow, and it cleans up after itself.
+precache creates belongs to the workflow, and precache itself cleans it up.
 """
 
 import inspect
@@ -19,15 +19,15 @@ from typing import Any
 
 from kfp import compiler, dsl
 
-from components.clean_up.component import clean_up
-from components.evaluate.component import evaluate
-from components.export.component import export
-from components.precache.component import precache
-from components.train.component import train
+from components.clean_up import clean_up
+from components.evaluate import evaluate
+from components.export import export
+from components.precache import precache
+from components.train import train
 from trainer.config import Parameter, TrainingConfig
 
 DESCRIPTION = (
-    "Train a model with DiLoCo over workers that are far apart, unequal, and come and go: "
+    "Train a model with DiLoCo over distant, unequal workers that may join and leave at any time: "
     "precache the model and the data, train, export, evaluate."
 )
 
@@ -36,11 +36,11 @@ def training_pipeline(*, exit_handler: bool) -> Any:
     """The pipeline, with all parameters and their defaults.
 
     Args:
-        exit_handler: Clean up however the run ends, for a backend: there SIGTERM may not reach a step, or not leave it
-            the time. On one machine, processes die with their step.
+        exit_handler: Clean up however the run ends. A backend needs it: there SIGTERM may not reach a step, or leave it
+            too little time. On one machine, processes die with their step.
 
     Returns:
-        A KFP GraphComponent, named `diloco-training`.
+        A KFP GraphComponent named `diloco-training`.
     """
     parameters = TrainingConfig.parameters()
 
@@ -61,31 +61,28 @@ def training_pipeline(*, exit_handler: bool) -> Any:
         model = exported.outputs["model"]
         _uncached(evaluate(config=config, trained=trained.outputs["model"], model=model, precached=dataset))
 
-    diloco_training.__signature__ = inspect.Signature([_argument(parameter) for parameter in parameters])  # type: ignore[attr-defined]
-    diloco_training.__doc__ = "\n".join([DESCRIPTION, "", "Args:", *map(_documentation, parameters)])
+    # KFP reads the pipeline's parameters from the signature, and their descriptions from the docstring
+    diloco_training.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(p.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=p.default, annotation=p.type)
+            for p in parameters
+        ]
+    )
+    arguments = [f"    {parameter.name}: {describe(parameter)}" for parameter in parameters]
+    diloco_training.__doc__ = "\n".join([DESCRIPTION, "", "Args:", *arguments])
     return dsl.pipeline(diloco_training, name="diloco-training", display_name="DiLoCo training")
 
 
 def _uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """The steps work on the workers' own directories, which a cache key does not cover."""
+    """Switch caching off: the steps work on the workers' own volumes, which a cache key does not cover."""
     return task.set_caching_options(False)
-
-
-def _argument(parameter: Parameter) -> inspect.Parameter:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(parameter.name, kind, default=parameter.default, annotation=parameter.type)
-
-
-def _documentation(parameter: Parameter) -> str:
-    return f"    {parameter.name}: {describe(parameter)}"
 
 
 def describe(parameter: Parameter) -> str:
     """A parameter's description in the compiled pipeline."""
-    text = parameter.description
-    if parameter.choices:
-        text += f" One of: {', '.join(choice or '(empty)' for choice in parameter.choices)}."
-    return text
+    if not parameter.choices:
+        return parameter.description
+    return f"{parameter.description} One of: {', '.join(choice or '(empty)' for choice in parameter.choices)}."
 
 
 diloco_training = training_pipeline(exit_handler=True)
@@ -93,7 +90,7 @@ diloco_training = training_pipeline(exit_handler=True)
 
 @cache
 def compiled() -> str:
-    """The pipeline as YAML: what the Kubeflow UI, `kfp run create` and our own `submit` take."""
+    """The pipeline as YAML, for the Kubeflow UI, `kfp run create` and our own `submit`."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "pipeline.yaml"
         compiler.Compiler().compile(diloco_training, str(path))

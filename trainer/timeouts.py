@@ -11,6 +11,16 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class PipelineTimeouts:
+    """Of `pipelines`, which follows a run on a Kubeflow Pipelines backend."""
+
+    poll: float = 5.0  # between two requests for the run's state
+    outage: float = 300.0  # for which the backend may be unreachable
+    read_log: float = 30.0  # between two reads of a running step's output; doubles while the step makes progress
+    kubernetes_retry: float = 60.0  # before Kubernetes is asked again after it did not answer
+
+
+@dataclass(frozen=True)
 class EtcdTimeouts:
     """`trainer.etcd`.
 
@@ -154,6 +164,7 @@ class KubernetesTimeouts:
 class Timeouts:
     """All of them; each package takes its own."""
 
+    pipelines: PipelineTimeouts = field(default_factory=PipelineTimeouts)
     etcd: EtcdTimeouts = field(default_factory=EtcdTimeouts)
     transport: TransportTimeouts = field(default_factory=TransportTimeouts)
     member: MemberTimeouts = field(default_factory=MemberTimeouts)

@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from components.step import IMAGE
+from components.runtime import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
@@ -14,8 +14,8 @@ def clean_up(
     deployment_name: str,
     deployment_namespace: str,
 ) -> None:
-    """End what still runs of the training, however its steps have ended. What it needs follows from the names."""
+    """Stop everything of the run that is still running, however its steps ended. The names alone identify it."""
     values = dict(locals())
-    from components.clean_up.run import run
+    from components import steps
 
-    run(values.pop("job_id"), values)
+    steps.clean_up(values.pop("job_id"), values)

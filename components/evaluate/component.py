@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from components.step import IMAGE
+from components.runtime import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
@@ -15,7 +15,7 @@ def evaluate(
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Score the exported model on held-out data that training never saw, and write the run's summary and report."""
-    from components.evaluate.run import run
+    """Score the exported model on held-out data, and write the run's summary and report."""
+    from components import steps
 
-    run(config, trained, model, precached, metrics, summary, report)
+    steps.evaluate(config, trained, model, precached, metrics, summary, report)

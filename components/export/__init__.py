@@ -1,1 +1,5 @@
-"""Step 3: the committed global parameters as a Hugging Face model."""
+"""Step 3: export the global parameters as a Hugging Face model."""
+
+from components.export.component import export
+
+__all__ = ["export"]

@@ -2,12 +2,12 @@
 
 from kfp import dsl
 
-from components.step import IMAGE
+from components.runtime import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def export(config: dict, trained: dsl.Input[dsl.Model], model: dsl.Output[dsl.Model]) -> None:
     """Write the committed global parameters as a directory that `transformers` loads."""
-    from components.export.run import run
+    from components import steps
 
-    run(config, trained, model)
+    steps.export(config, trained, model)

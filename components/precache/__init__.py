@@ -1,1 +1,5 @@
-"""Step 1: check every parameter, and download or read model and dataset into each worker's own directory."""
+"""Step 1: check all parameters, and put the model and the dataset onto each worker's volume."""
+
+from components.precache.component import precache
+
+__all__ = ["precache"]

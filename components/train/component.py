@@ -2,14 +2,14 @@
 
 from kfp import dsl
 
-from components.step import IMAGE
+from components.runtime import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def train(
     config: dict, precached: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model], metrics: dsl.Output[dsl.Metrics]
 ) -> None:
-    """Train with DiLoCo until `total_steps`; a run with a checkpoint goes on from it."""
-    from components.train.run import run
+    """Train with DiLoCo until `total_steps`. A run that has a checkpoint resumes from it."""
+    from components import steps
 
-    run(config, model, metrics)
+    steps.train(config, model, metrics)

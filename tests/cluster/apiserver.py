@@ -176,7 +176,7 @@ class ApiServer(ThreadingHTTPServer):
             self._forgotten = self._version
             self._history.clear()
 
-    def wait_until(self, predicate: Callable[[], Any], seconds: float = 60.0) -> Any:
+    def wait_until(self, predicate: Callable[[], Any], seconds: float = 300.0) -> Any:
         """Return what the predicate returns, once that is something."""
         deadline = time.monotonic() + seconds
         with self.changed:

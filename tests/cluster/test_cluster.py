@@ -52,13 +52,13 @@ PARAMETERS = {
     "etcd_replica_count": 1,
 }
 PID_FILE = "/tmp/step.pid"  # where the step leaves its process id, for `kill`
-# What a step's pod runs: the components' own code, one step after the other, with what they hand on in a directory.
+# What a step's pod runs: the components' own code, one step after the other, with their artifacts in a directory.
 STEPS = """
 import json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
-from components.launcher import launcher_of
-from components.step import step
+from components.launcher import create_launcher
+from components.runtime import step_process
 from trainer.config import TrainingConfig
 
 def artifact(name):
@@ -71,12 +71,12 @@ precached, trained, model = map(artifact, ("precached", "trained", "model"))
 for name, what in (("precache", precached), ("train", trained), ("export", model)):
     if name not in steps:
         continue
-    with step(name):
-        launcher = launcher_of(config)
+    with step_process(name):
+        launcher = create_launcher(config)
         arguments = [trained] if name == "export" else []
-        getattr(launcher, name)(*arguments).hand_on(what)
-with step("evaluate"):
-    print("scores", json.dumps(dict(launcher_of(config).evaluate(trained, model, precached).metrics), default=str))
+        getattr(launcher, name)(*arguments).write_to(what)
+with step_process("evaluate"):
+    print("scores", json.dumps(dict(create_launcher(config).evaluate(trained, model, precached).metrics), default=str))
 """
 LONG = {"total_steps": 4000}  # some minutes: the training outlives the step that is killed
 ENDLESS = {"total_steps": 1_000_000}

@@ -30,7 +30,7 @@ def test_launch_refuses(name: str, tmp_path: Path) -> None:
     run_dir = [] if "--run-dir" in flags else ["--run-dir", str(tmp_path / "run")]
     command = [sys.executable, "-m", "trainer", "launch", "--run-id", "r", *GOOD, *run_dir]
     command += [flag.format(tmp=tmp_path) for flag in flags]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2, refused.stderr
     assert "Traceback" not in refused.stderr
     assert message.format(tmp=tmp_path) in refused.stderr.splitlines()[-1]
@@ -39,6 +39,6 @@ def test_launch_refuses(name: str, tmp_path: Path) -> None:
 
 def test_training_without_precaching_names_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer", "launch", "--run-id", "r", "--run-dir", str(tmp_path), *GOOD]
-    refused = subprocess.run([*command, "--nodes", "1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run([*command, "--nodes", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2, refused.stderr
     assert "run `python -m trainer precache` first" in refused.stderr.splitlines()[-1]

@@ -22,7 +22,7 @@ from trainer.kubernetes.steps.step_context import StepContext
 from trainer.process import dying_with_parent, refused
 
 pytestmark = [
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed"),
 ]
 

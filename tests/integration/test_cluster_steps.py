@@ -33,7 +33,7 @@ from trainer.kubernetes.steps.training import Trained, train
 from trainer.kubernetes.steps.workflow import Workflow
 from trainer.timeouts import KubernetesTimeouts, MonitorTimeouts
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 ANOTHER_OWNER = Owner(
     "argoproj.io/v1alpha1", "Workflow", "diloco-training-b2c3d", "00000000-0000-4000-8000-000000000001"

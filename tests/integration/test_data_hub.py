@@ -143,10 +143,10 @@ def precache(root: Path, endpoint: str, **flags: object) -> subprocess.Completed
         command += ["--" + name.replace("_", "-"), str(value)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "DILOCO_"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(root / "hf"), "HF_TOKEN": TOKEN}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_c4_is_streamed_from_the_hub(tmp_path: Path, hub: tuple[str, list[tuple[str, str]]]) -> None:
     endpoint, asked = hub
     done = precache(tmp_path, endpoint)
@@ -171,7 +171,7 @@ def test_c4_is_streamed_from_the_hub(tmp_path: Path, hub: tuple[str, list[tuple[
     assert "is already precached in" in again.stdout
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_no_hub_is_one_sentence(tmp_path: Path) -> None:
     failed = precache(tmp_path, "http://127.0.0.1:9")
     assert failed.returncode == 1

@@ -250,7 +250,7 @@ PRECACHE_AND_HANG = """
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_killed_half_way_while_another_waits(root: Path) -> None:
     own = config(root)
     path = data.directory(own, Volume.of(own).datasets)

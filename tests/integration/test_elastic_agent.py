@@ -56,7 +56,7 @@ def run(etcd: str, tmp_path: Path) -> Run:
         write_json(tmp_path / "config.json", config.model_dump(mode="json"))
         command = [sys.executable, "-c", AGENT, str(tmp_path), WORKER + worker]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        agent = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+        agent = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
         with EtcdClient.of(config) as client:
             return agent, (tmp_path / "lives").stat().st_size, verdict(client)
 

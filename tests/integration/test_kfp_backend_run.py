@@ -23,10 +23,10 @@ from tests.kfp_backend.driver import FLAVOURS, Flavour
 from tests.kfp_backend.server import Backend
 from trainer.data.manifest import SplitCounts, TextManifest
 from trainer.errors import TrainingError
-
-pytestmark = pytest.mark.timeout(180)
+from trainer.timeouts import PipelineTimeouts
 
 STEPS = ("precache", "train", "export", "evaluate")
+QUICK = PipelineTimeouts(poll=0.1, read_log=0.1)
 SPLIT = SplitCounts(documents=1, tokens=64, sequences=1, bytes=64)
 HELD_OUT = TextManifest(
     **MANIFEST,
@@ -71,14 +71,14 @@ class Place:
 
     def wait(self) -> str:
         """How it has ended: the error's line, or ""."""
-        self._thread.join(150)
+        self._thread.join(500)
         assert not self._thread.is_alive(), self.lines
         return self.error
 
     def wait_for(self, line: str) -> None:
         """Return once the laptop has printed a line that begins so."""
         with self._printed:
-            printed = self._printed.wait_for(lambda: any(one.startswith(line) for one in self.lines), 90)
+            printed = self._printed.wait_for(lambda: any(one.startswith(line) for one in self.lines), 300)
             assert printed, f"{line!r} was not printed: {self.lines}"
 
     def take(self, line: str) -> None:
@@ -116,7 +116,8 @@ class Place:
         values = {"--device": "cpu", "--max-samples": "100", "--etcd-endpoints": json.dumps([self._etcd])}
         flags = [word for pair in values.items() for word in pair]
         try:
-            main(["submit", "--host", self.backend.url, "--namespace", self.backend.namespace, "--wait", *flags])
+            host = ["--host", self.backend.url, "--namespace", self.backend.namespace]
+            main(["submit", *host, "--wait", *flags], timeouts=QUICK)
         except TrainingError as error:
             self.error = str(error)
 
@@ -128,7 +129,6 @@ def flavour() -> Flavour:
 
 @pytest.fixture
 def place(flavour: Flavour, etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    monkeypatch.setattr("pipelines.backend.POLL_SECONDS", 0.1)
     story = Story()
     story.results = {
         "manifest.json": HELD_OUT.model_dump_json(),
@@ -140,7 +140,7 @@ def place(flavour: Flavour, etcd: str, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
         backend = resources.enter_context(Backend(flavour, kubernetes=server, environment={"OMP_NUM_THREADS": "1"}))
         place = Place(backend, server, story, etcd)
-        for module in ("following", "cli"):
+        for module in ("follower", "cli"):
             monkeypatch.setattr(f"pipelines.{module}.print", lambda line, **_: place.take(line), raising=False)
         resources.enter_context(place.cluster.running())
         yield place
@@ -232,20 +232,17 @@ def test_a_drained_train_step_leaves_its_workers_alone_and_the_next_one_goes_on(
     assert set(place.story.lives.values()) == {0}  # no pod of a worker was made again
 
 
-def test_the_laptop_prints_what_a_steps_pod_and_the_step_itself_wait_for(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipelines.following.READ_INTERVAL", 0.1)
+def test_the_laptop_prints_what_a_steps_pod_and_the_step_itself_wait_for(place: Place) -> None:
     read, seen = threading.Event(), threading.Event()
 
     def wait_for_memory(cluster: Cluster, pod: Object, life: int) -> None:
         cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient memory.")
-        assert read.wait(60)
+        assert read.wait(300)
         place.story.precache(cluster, pod)
 
     def wait_for_a_core(pod: Object) -> None:
         place.cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient cpu.")
-        assert seen.wait(60)
+        assert seen.wait(300)
 
     place.story.told["precache"] = wait_for_memory
     place.backend.before["train"] = wait_for_a_core

@@ -21,18 +21,18 @@ from trainer.errors import run_main
 
 @dsl.component(base_image="python", install_kfp_package=False)
 def first(path: str) -> str:
-    from components.step import step
+    from components.runtime import step_process
 
-    with step("first"):
+    with step_process("first"):
         print(f"working in {path}")
     return path
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
 def second(path: str, how: str):
-    from components.step import step
+    from components.runtime import step_process
 
-    with step("second"):
+    with step_process("second"):
         import threading
 
         from trainer.errors import ConfigError, TrainingError
@@ -98,7 +98,7 @@ def start(tmp_path: Path, how: str) -> "subprocess.Popen[str]":
 )
 def test_a_failing_step_fails_the_run_with_its_reason_on_the_last_line(tmp_path: Path, how: str, reason: str) -> None:
     process = start(tmp_path, how)
-    stdout, stderr = process.communicate(timeout=150)
+    stdout, stderr = process.communicate(timeout=500)
     assert process.returncode == 1
     assert stderr.splitlines()[-1] == f"error: {reason}"
     assert "Traceback" not in stderr  # kfp.local's own
@@ -114,7 +114,7 @@ def test_a_signal_lets_the_running_step_save_its_work(tmp_path: Path, number: si
     assert process.stdout is not None
     seen = list(iter(process.stdout.readline, "second   | at work\n"))
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=150)
+    stdout, stderr = process.communicate(timeout=500)
     assert process.returncode == status
     assert stdout.endswith("second   | saved\n")
     assert "Traceback" not in stderr + stdout
@@ -130,5 +130,5 @@ def test_a_step_does_not_outlive_the_run(tmp_path: Path) -> None:
     ended = os.pidfd_open(step)
     process.kill()
     process.communicate()
-    assert select.select([ended], [], [], 30)[0], "the step is still running"
+    assert select.select([ended], [], [], 300)[0], "the step is still running"
     os.close(ended)

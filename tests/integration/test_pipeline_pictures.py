@@ -14,7 +14,7 @@ FLAGS = {
     "dataset": "digits",
     "validation-fraction": "0.2",
     "device": "cpu",
-    "nodes": "2",
+    "nodes": "1",
     "total-steps": "6",
     "local-steps": "3",
     "batch-size": "8",

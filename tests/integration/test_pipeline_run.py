@@ -12,11 +12,11 @@ import pytest
 import yaml
 from kfp import dsl
 
-from components.clean_up.component import clean_up
-from components.evaluate.component import evaluate
-from components.export.component import export
-from components.precache.component import precache
-from components.train.component import train
+from components.clean_up import clean_up
+from components.evaluate import evaluate
+from components.export import export
+from components.precache import precache
+from components.train import train
 from pipelines import local
 from pipelines.pipeline import compiled
 from tests.kfp_backend.driver import FLAVOURS, Flavour

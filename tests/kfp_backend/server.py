@@ -178,7 +178,7 @@ class Backend(Api):
         self.runs.append(self.start(json.loads(json.dumps(body))))
         return str(self.runs[-1]["run_id"])
 
-    def wait(self, run_id: str, seconds: float = 120.0) -> Ir:
+    def wait(self, run_id: str, seconds: float = 300.0) -> Ir:
         """The run with its tasks, once it has ended."""
         self._workflows[run_id].join(seconds)
         found = self._workflows[run_id].described(full=True)

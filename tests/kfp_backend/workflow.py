@@ -39,9 +39,13 @@ RETRIES = 2
 GRACE = 2.0
 _RUN_ID = "pipeline/runid"
 _MOUNT = """\
-from pathlib import Path
-from trainer.kubernetes.steps import workflow
-workflow.SERVICE_ACCOUNT = Path({path!r})
+import io, os
+opened = io.open
+def mounted(path, *arguments, **options):
+    if isinstance(path, (str, os.PathLike)):
+        path = os.fspath(path).replace("/var/run/secrets/kubernetes.io/serviceaccount", {path!r})
+    return opened(path, *arguments, **options)
+io.open = mounted  # pathlib's
 """
 _TYPES = {
     "system.Metrics": "Metric",

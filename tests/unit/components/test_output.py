@@ -1,85 +1,43 @@
-"""What `python -m pipelines run` shows of kfp.local's output, and what it takes for a failure's reason."""
+"""How a step's output becomes KFP artifacts."""
 
-import io
-from dataclasses import dataclass
+import math
+import os
+from pathlib import Path
 
 import pytest
+from kfp import dsl
 
-from pipelines.local import StepOutput
-
-BEFORE = """\
-11:22:33.444 - INFO - Executing task 'train'
-11:22:33.444 - INFO - Streamed logs:
-
-    [KFP Executor 2026-11-21 INFO]: Got executor_input:
-    {
-        "inputs": {}
-    }
-"""
-STARTED = "    step train started (pid 4194305)\n"  # beyond the largest pid of Linux
-AFTER = "11:22:35.444 - INFO - Task 'train' finished with status {status}\n"
+from components.output import Output, link_or_copy, log_metrics
 
 
-@dataclass
-class Case:
-    name: str
-    said: str  # by the step
-    shown: str
-    failure: str
+def test_artifacts_are_hard_links(tmp_path: Path) -> None:
+    (tmp_path / "export" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "export" / "tokenizer" / "vocabulary.json").write_text("{}")
+    (tmp_path / "report.html").write_text("<html>")
+    for _ in range(2):  # again, as a retried step does
+        link_or_copy(tmp_path / "export", str(tmp_path / "artifacts" / "model"))
+        link_or_copy(tmp_path / "report.html", str(tmp_path / "artifacts" / "report"))
+    assert (tmp_path / "artifacts" / "model" / "tokenizer" / "vocabulary.json").read_text() == "{}"
+    assert (tmp_path / "artifacts" / "report").samefile(tmp_path / "report.html")
 
 
-CASES = [
-    Case(
-        "its own lines, without kfp's",
-        STARTED + "    round 1\n    [KFP Executor 2026 INFO]: Wrote executor output file\n",
-        "train    | round 1\n",
-        "train: it was killed, or ended without a word why; its last line: "
-        "'[KFP Executor 2026 INFO]: Wrote executor output file'",
-    ),
-    Case("an error's line is left to the end", STARTED + "    error: no quorum\n", "", "train: no quorum"),
-    Case(
-        "unless more follows it",
-        STARTED + "    error: worker 1 is lost\n    round 2\n    error: no quorum\n",
-        "train    | error: worker 1 is lost\ntrain    | round 2\n",
-        "train: no quorum",
-    ),
-    Case(
-        "a traceback",
-        STARTED + "    Traceback (most recent call last):\n      File x\n    KeyError: 'y'\n",
-        "train    | Traceback (most recent call last):\ntrain    |   File x\ntrain    | KeyError: 'y'\n",
-        "train: KeyError: 'y'",
-    ),
-    Case(
-        "killed",
-        STARTED + "    round 7\n",
-        "train    | round 7\n",
-        "train: it was killed, or ended without a word why; its last line: 'round 7'",
-    ),
-]
+def test_artifacts_are_copies_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "report.html").write_text("<html>")
+    link_or_copy(tmp_path / "report.html", str(tmp_path / "artifacts" / "report"))
+    assert (tmp_path / "artifacts" / "report").read_text() == "<html>"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_step_output(case: Case) -> None:
-    shown, log = io.StringIO(), io.StringIO()
-    output = StepOutput(shown, log)
-    text = BEFORE + case.said + AFTER.format(status="FAILURE")
-    for start in range(0, len(text), 7):  # in pieces: a line may come in several writes
-        output.write(text[start : start + 7])
-    assert shown.getvalue() == case.shown
-    assert log.getvalue() == text
-    assert output.failure() == case.failure
-    assert output.pid is None
+def test_an_artifact_s_metadata_holds_no_null_and_no_nan() -> None:
+    artifact = dsl.Model(name="model", uri="model", metadata={})
+    Output({}, {"rounds": 3, "tokens": None, "goodput": math.nan, "claims": [], "complete": False}).write_to(artifact)
+    assert artifact.metadata == {"rounds": 3, "claims": [], "complete": False}
 
 
-def test_a_step_that_never_started_shows_what_python_said() -> None:
-    shown = io.StringIO()
-    output = StepOutput(shown, io.StringIO())
-    output.write(BEFORE + "    ModuleNotFoundError: No module named 'components'\n" + AFTER.format(status="FAILURE"))
-    assert output.failure() == "ModuleNotFoundError: No module named 'components'"
-    assert "ModuleNotFoundError" in shown.getvalue()
-
-
-def test_the_running_steps_process_is_known() -> None:
-    output = StepOutput(io.StringIO(), io.StringIO())
-    output.write(BEFORE + STARTED)
-    assert output.pid == 4194305
+def test_only_finite_numbers_are_metrics() -> None:
+    metrics = dsl.Metrics()
+    log_metrics(metrics, {"loss": 2.5, "rounds": 3, "nan": float("nan"), "none": None, "done": True, "run_id": "x"})
+    assert metrics.metadata == {"loss": 2.5, "rounds": 3.0}

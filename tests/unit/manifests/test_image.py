@@ -5,9 +5,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from components.step import IMAGE
+from components.runtime import IMAGE
 from trainer.config import TrainingConfig
-from trainer.kubernetes.objects import render
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.objects.pytorchjob import training_jobs
 
@@ -49,9 +48,8 @@ def test_it_runs_as_the_user_of_the_pods() -> None:
 def test_its_name_is_the_same_everywhere() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert fnmatch.fnmatch(IMAGE, "*python*:*")
-    assert f"IMAGE ?= {IMAGE}\n" in makefile
-    assert render.IMAGE == IMAGE
     name, _, tag = IMAGE.partition(":")
+    assert f"IMAGE ?= {name}:$(VERSION)\n" in makefile
     prod = (ROOT / "manifests" / "overlays" / "prod" / "kustomization.yaml").read_text(encoding="utf-8")
     assert f"- name: {name}\n    newName: {name}\n    newTag: {tag}\n" in prod
 

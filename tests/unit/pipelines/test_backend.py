@@ -1,6 +1,7 @@
 """`submit` and `schedule` against a stand-in for the Kubeflow Pipelines API, at the HTTP edge."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -8,14 +9,17 @@ import pytest
 import yaml
 from kfp import compiler, dsl
 
+from pipelines.backend import PipelineBackend, six_fields
 from pipelines.cli import main
-from pipelines.following import STEPS, own_words, why_no_pod
+from pipelines.follower import STEPS, own_lines, why_no_pod
 from pipelines.pipeline import compiled
 from tests.cluster.apiserver import serving
 from tests.kfp_backend.driver import FLAVOURS, Flavour
 from tests.kfp_backend.server import Api, Backend
 from trainer.errors import ConfigError, TrainingError
+from trainer.timeouts import PipelineTimeouts
 
+QUICK = PipelineTimeouts(poll=0.01)
 BOUND = ["--max-samples", "100"]  # without it the default dataset is refused
 
 
@@ -66,7 +70,6 @@ class Played(Api):
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Played]:
-    monkeypatch.setattr("pipelines.backend.POLL_SECONDS", 0.01)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with Played() as server:
         yield server
@@ -117,7 +120,7 @@ def test_wait_shows_each_steps_states_and_bears_an_outage(
         ("RUNNING", {**others, "precache": "SUCCEEDED", "train": "RUNNING"}),
         ("SUCCEEDED", {**others, "precache": "SUCCEEDED", "train": "SUCCEEDED", "clean-up": "SUCCEEDED"}),
     ]
-    assert main(["submit", "--host", backend.url, "--wait", *BOUND]) == 0
+    assert main(["submit", "--host", backend.url, "--wait", *BOUND], timeouts=QUICK) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[shown.index("run run-0") :] == [
         "run run-0",
@@ -148,7 +151,7 @@ def test_wait_shows_each_steps_states_and_bears_an_outage(
 def test_wait_fails_when_the_run_does(backend: Played, states: list[tuple[str, dict[str, str]]], reason: str) -> None:
     backend.states = states
     with pytest.raises(TrainingError, match=f"^run run-0 {reason}"):
-        main(["submit", "--host", backend.url, "--wait", *BOUND])
+        main(["submit", "--host", backend.url, "--wait", *BOUND], timeouts=QUICK)
 
 
 def test_a_failed_steps_last_lines_and_its_reason_are_shown(
@@ -158,7 +161,7 @@ def test_a_failed_steps_last_lines_and_its_reason_are_shown(
     backend.states = [("FAILED", {"precache": "SUCCEEDED", "train": "FAILED", "clean-up": "SUCCEEDED"})]
     backend.texts["apis/v1alpha1/runs/run-0/nodes/pod-of-train/log"] = LOG
     with pytest.raises(TrainingError, match=r"^run run-0 ended as failed: train: the disk is full$"):
-        main(["submit", "--host", backend.url, "--wait", *BOUND])
+        main(["submit", "--host", backend.url, "--wait", *BOUND], timeouts=QUICK)
     shown = capsys.readouterr().out
     assert shown.endswith("train: failed\nclean-up: succeeded\ntrain | round 1\ntrain | error: the disk is full\n")
 
@@ -182,7 +185,7 @@ def test_a_failed_steps_words_are_read_where_they_are(
             for line in LOG.splitlines():
                 server.log(pod["metadata"]["uid"], line)
         with pytest.raises(TrainingError, match=r"ended as failed: train: the disk is full$"):
-            main(["submit", "--host", backend.url, "--namespace", "default", "--wait", *BOUND])
+            main(["submit", "--host", backend.url, "--namespace", "default", "--wait", *BOUND], timeouts=QUICK)
 
 
 @dsl.container_component
@@ -203,12 +206,11 @@ def test_a_drivers_failure_is_read_at_the_laptop(
             need(amount=amount)
 
     compiler.Compiler().compile(dsl.pipeline(pipeline, name="tiny"), str(tmp_path / "tiny.yaml"))
-    monkeypatch.setattr("pipelines.backend.POLL_SECONDS", 0.01)
     with Backend(flavour) as backend:
         monkeypatch.setenv("KUBECONFIG", str(backend.root / "kubeconfig"))
         run = backend.submit(yaml.safe_load((tmp_path / "tiny.yaml").read_text()))
         with pytest.raises(TrainingError, match=r"^run .* ended as failed: .*: driver.*the resolved input.* is null"):
-            backend.Cluster(backend.url, "default").wait(run)
+            PipelineBackend(backend.url, "default", QUICK).wait(run)
 
 
 @dsl.container_component
@@ -223,12 +225,11 @@ def test_an_artifact_that_the_launcher_refuses_is_the_reason_and_not_what_the_st
         classify(words="error: one of the downloads, which was tried again").set_display_name("evaluate")
 
     compiler.Compiler().compile(dsl.pipeline(pipeline, name="tiny"), str(tmp_path / "tiny.yaml"))
-    monkeypatch.setattr("pipelines.backend.POLL_SECONDS", 0.01)
-    monkeypatch.setattr("pipelines.following.STEPS", ("classify",))
+    monkeypatch.setattr("pipelines.follower.STEPS", ("classify",))
     with Backend("native") as backend:
         run = backend.submit(yaml.safe_load((tmp_path / "tiny.yaml").read_text()))
         with pytest.raises(TrainingError, match=r"classify: .*No metric or metadata was found for ClassificationM"):
-            backend.Cluster(backend.url, "default").wait(run)
+            PipelineBackend(backend.url, "default", QUICK).wait(run)
 
 
 def test_a_pod_that_argo_may_not_make_waits_for_the_quota() -> None:
@@ -268,8 +269,8 @@ time="2026-11-28T20:41:19.100Z" level=info msg="sub-process exited" argo=true
         ("", []),
     ],
 )
-def test_a_steps_own_words_are_found_among_the_launchers(text: str, words: list[str]) -> None:
-    assert own_words(text) == words
+def test_a_steps_own_lines_are_found_among_the_launchers(text: str, words: list[str]) -> None:
+    assert own_lines(text) == words
 
 
 def test_the_steps_that_are_shown_are_those_of_the_pipeline() -> None:
@@ -277,11 +278,10 @@ def test_the_steps_that_are_shown_are_those_of_the_pipeline() -> None:
     assert {name.removeprefix("exec-") for name in executors} == set(STEPS)
 
 
-def test_wait_gives_up_on_a_backend_that_stays_away(backend: Played, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "PATIENCE_SECONDS", 0.05)
+def test_wait_gives_up_on_a_backend_that_stays_away(backend: Played) -> None:
     backend.outages = 10**6
     with pytest.raises(TrainingError, match="answered 503: upstream connect error"):
-        main(["submit", "--host", backend.url, "--wait", *BOUND])
+        main(["submit", "--host", backend.url, "--wait", *BOUND], timeouts=replace(QUICK, outage=0.05))
 
 
 def test_an_unreachable_backend_is_said_to_be_so() -> None:
@@ -361,7 +361,7 @@ def test_runs_of_a_schedule_may_not_share_a_run_id(backend: Played) -> None:
     ],
 )
 def test_cron(cron: str, expected: str) -> None:
-    assert backend.six_fields(cron) == expected
+    assert six_fields(cron) == expected
 
 
 @pytest.mark.parametrize(
@@ -369,4 +369,4 @@ def test_cron(cron: str, expected: str) -> None:
 )
 def test_bad_cron(cron: str) -> None:
     with pytest.raises(ConfigError, match="--cron"):
-        backend.six_fields(cron)
+        six_fields(cron)

@@ -13,7 +13,7 @@ from unittest.mock import create_autospec, patch
 import pytest
 
 from components.cluster import ClusterLauncher
-from components.launcher import Output
+from components.output import Output
 from tests.cluster import test_cluster as story
 from tests.cluster.needs import Cluster, demand, lacking, requests, why_unusable, words
 from tests.kubernetes_schemas import needs_crd, validate
@@ -258,7 +258,7 @@ def test_what_a_steps_pod_runs_fits_the_launcher(tmp_path: Path, capsys: pytest.
         "STEPS": "train export evaluate",
         "PID_FILE": str(tmp_path / "pid"),
     }
-    with patch.dict(os.environ, environment), patch("components.launcher.launcher_of", return_value=launcher):
+    with patch.dict(os.environ, environment), patch("components.launcher.create_launcher", return_value=launcher):
         exec(script, {})
     launcher.precache.assert_not_called()
     trained, model, precached = launcher.evaluate.call_args.args

@@ -14,8 +14,6 @@ from tests.kfp_backend.driver import FLAVOURS, Failed, Flavour, Refused, Values,
 from tests.kfp_backend.launcher import parsed
 from tests.kfp_backend.server import Backend
 
-pytestmark = pytest.mark.timeout(120)
-
 NULL = {"mlmd": "the resolved input parameter is null: amount", "native": "the resolved input is null"}
 
 
@@ -323,7 +321,7 @@ def test_tasks_are_listed_as_each_flavour_lists_them(backend: Backend, tmp_path:
 
 def test_a_waiting_step_is_held_by_its_pod(native: Backend, tmp_path: Path) -> None:
     held = threading.Event()
-    native.before["need"] = lambda pod: (held.wait(30), None)[1]
+    native.before["need"] = lambda pod: (held.wait(300), None)[1]
 
     def pipeline() -> None:
         need(amount=1)

@@ -17,8 +17,7 @@ from trainer.kubernetes.objects.jobs import RESULTS, claim, config_map, precache
 from trainer.kubernetes.objects.network import network_policy
 from trainer.kubernetes.objects.plan import Object, Plan, plan
 from trainer.kubernetes.objects.pytorchjob import training_jobs
-
-IMAGE = "diloco-pipelines-python:0.1.0"  # a pipeline's step takes its own
+from trainer.version import DEFAULT_IMAGE
 
 # Parameter, by flat name, and the variable that etcd reads (https://etcd.io/docs/v3.5/op-guide/configuration/).
 ETCD_SETTINGS = {
@@ -54,7 +53,7 @@ def objects(plan: Plan) -> Iterator[Object]:
 
 def render(config: TrainingConfig) -> str:
     """The objects of a training as YAML. Raises ConfigError."""
-    planned = plan(config.resolved(), namespace=config.deployment_namespace, image=IMAGE)
+    planned = plan(config.resolved(), namespace=config.deployment_namespace, image=DEFAULT_IMAGE)
     return "---\n".join(
         yaml.dump(obj, Dumper=_Readable, sort_keys=False, allow_unicode=True) for obj in objects(planned)
     )

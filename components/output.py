@@ -1,0 +1,111 @@
+"""What a step has produced, and how it becomes KFP artifacts."""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.files import read_json, write_text
+
+if TYPE_CHECKING:
+    from kfp import dsl
+
+    from trainer.data.dataset import Manifest
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step has produced.
+
+    Attributes:
+        files: Files and directories, by their names in the step's artifact.
+        metadata: The artifact's metadata. Values that are None, NaN or infinite are left out of the artifact.
+        metrics: Measured values, numbers and others.
+    """
+
+    files: Mapping[str, Path]
+    metadata: Mapping[str, Any]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def write_to(self, artifact: "dsl.Artifact") -> None:
+        """Put the files and their metadata into a KFP artifact.
+
+        ML Metadata accepts no null (backend/src/v2/metadata/converter.go), and JSON no NaN.
+        """
+        for name, path in self.files.items():
+            link_or_copy(path, f"{artifact.path}/{name}")
+        artifact.metadata.update({name: value for name, value in self.metadata.items() if _is_known(value)})
+
+
+def log_metrics(metrics: "dsl.Metrics", values: Mapping[str, Any]) -> None:
+    """Log those values that are finite numbers."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            metrics.log_metric(name, float(value))
+
+
+def link_or_copy(source: Path, artifact: str) -> None:
+    """Put a file, or a whole directory, where KFP expects an artifact: as hard links where possible, else as copies."""
+    destination = Path(artifact)
+    if source.is_dir():
+        shutil.copytree(source, destination, copy_function=_link_or_copy_file, dirs_exist_ok=True)
+    else:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy_file(str(source), str(destination))
+
+
+def _link_or_copy_file(source: str, destination: str) -> None:
+    Path(destination).unlink(missing_ok=True)
+    try:
+        os.link(source, destination)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, destination)
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def dataset_metadata(manifest: "Manifest") -> dict[str, Any]:
+    """A dataset's origin and its counts per split, for its artifact."""
+    known = manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
+    counts = {"train": manifest.train, "validation": manifest.validation}
+    return known | {f"{split}_{name}": value for split, count in counts.items() for name, value in count}
+
+
+def training_output(run_dir: Path, files: Mapping[str, Path], metadata: Mapping[str, Any]) -> Output:
+    """The output of the train step: these files and metadata, and the run's summary from its workers' events."""
+    from trainer.monitor.report import read_run, summary
+
+    content = summary(read_run(run_dir))
+    about = {name: content[name] for name in ("status", "parameters", "samples", "tokens")}
+    names = ("rounds", "steps", "skipped_steps", "samples", "bytes_sent", "bytes_received", "goodput")
+    return Output(files, {**metadata, **about}, content["final"] | {name: content[name] for name in names})
+
+
+def exported_output(directory: Path, **location: Any) -> Output:
+    """The output of the export step: an exported model's directory. Prints which model it is and where it is from.
+
+    Args:
+        directory: The Hugging Face directory.
+        location: Where later steps find the model, for its artifact's metadata.
+    """
+    from trainer.export.export import FACTS
+
+    facts = read_json(directory / FACTS)
+    where = ", ".join(f"{name} {value}" for name, value in location.items())
+    print(f"exported the model of round {facts['round']}, step {facts['step']} ({where})")
+    names = ("run_id", "model", "parameters", "complete", "round", "step", "samples", "tokens")
+    return Output({path.name: path for path in directory.iterdir()}, location | {name: facts[name] for name in names})
+
+
+def evaluation_output(run_dir: Path, scores: Mapping[str, Any]) -> Output:
+    """The output of the evaluate step: the scores, and `report.html` and `summary.md`, which this writes."""
+    from trainer.monitor.report import markdown_summary, write_report
+
+    summary = run_dir / "summary.md"
+    write_text(summary, markdown_summary(run_dir))
+    return Output({"report.html": write_report(run_dir), summary.name: summary}, {}, scores)

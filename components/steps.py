@@ -1,0 +1,88 @@
+"""What the components do. Each function is a component's whole body and runs in the step's own process.
+
+A component's README describes its inputs and outputs. `config` is the resolved configuration by flat name; `values`
+are parameters by flat name, not checked yet; `job_id` is explained at `resolve`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+
+from components.launcher import create_launcher, resolve_launcher
+from components.output import link_or_copy, log_metrics
+from components.runtime import step_process
+from trainer.config import TrainingConfig
+from trainer.files import write_json
+
+
+def precache(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapping[str, Any]) -> None:
+    """Check all parameters, precache for every worker, and output the held-out shard and the resolved configuration."""
+    from trainer import data
+
+    with step_process("precache"):
+        config = resolve(values, job_id)
+        data.resolve(config).check_parameters()  # before anything is created on a cluster
+        create_launcher(config).precache().write_to(precached)
+        write_json(Path(config_path), config.to_flat())
+
+
+def train(config: dict[str, Any], model: dsl.Model, metrics: dsl.Metrics) -> None:
+    """Train, and output the final checkpoint's global parameters, or the claims that hold them."""
+    with step_process("train"):
+        output = create_launcher(TrainingConfig.from_flat(config)).train()
+        output.write_to(model)
+        log_metrics(metrics, output.metrics)
+
+
+def export(config: dict[str, Any], trained: dsl.Model, model: dsl.Model) -> None:
+    """Export the trained model as a Hugging Face directory."""
+    with step_process("export"):
+        create_launcher(TrainingConfig.from_flat(config)).export(trained).write_to(model)
+
+
+def evaluate(
+    config: dict[str, Any],
+    trained: dsl.Model,
+    model: dsl.Model,
+    precached: dsl.Dataset,
+    metrics: dsl.Metrics,
+    summary: dsl.Markdown,
+    report: dsl.HTML,
+) -> None:
+    """Score the exported model on the held-out shard, and output the scores and the run's report.
+
+    There is no ClassificationMetrics output: a language model would leave it empty, and the newest backends fail a
+    step for an empty artifact after its work is done. The summary and the report contain the confusion matrix.
+    """
+    with step_process("evaluate"):
+        output = create_launcher(TrainingConfig.from_flat(config)).evaluate(trained, model, precached)
+        log_metrics(metrics, {name: value for name, value in output.metrics.items() if name != "time"})
+        link_or_copy(output.files["summary.md"], summary.path)
+        link_or_copy(output.files["report.html"], report.path)
+
+
+def clean_up(job_id: str, values: Mapping[str, Any]) -> None:
+    """Stop everything of the run that is still running."""
+    with step_process("clean_up"):
+        create_launcher(resolve(values, job_id)).clean_up()
+
+
+def resolve(values: Mapping[str, Any], job_id: str = "") -> TrainingConfig:
+    """Validate the parameters, name the run, and choose where it trains.
+
+    Args:
+        values: The parameters, by flat name. An empty string means the default if the parameter must not be empty: the
+            Kubeflow UI sends it for a text field that was cleared.
+        job_id: Names the run unless a parameter does, so that a retried step continues the same run.
+
+    Raises:
+        ConfigError: A bad value.
+    """
+    from trainer import models
+
+    full = {p.name for p in TrainingConfig.parameters() if not p.may_be_empty}
+    config = TrainingConfig.from_flat({n: value for n, value in values.items() if value != "" or n not in full})
+    models.resolve(config.model)  # else only a pod of the cluster would notice an unknown model
+    return resolve_launcher(config if config.run_id or not job_id else config.with_values(run_id=job_id)).resolved()
