@@ -13,20 +13,20 @@ Tensors = Mapping[str, Tensor]
 
 
 class OuterOptimizer(Protocol):
-    """A rule for each number on its own, without memory: its state is flat, and part of the global state.
+    """An elementwise rule without memory of its own: its state is flat, and part of the global state.
 
-    So it can be applied to a part of the vector; it is, to one after the other that fits into the processor's cache.
+    It can therefore be applied to any slice of the vector: it is, slice by slice, to stay in the processor's cache.
 
     Attributes:
-        replaces: Whether a step gives the workers' mean parameters, θ − mean: so that those of one worker become the
-            global ones.
+        replaces: Whether a step yields θ − mean, the workers' mean parameters: those of a single worker then become
+            the global ones.
     """
 
     @property
     def replaces(self) -> bool: ...
 
     def initial_state(self, size: int) -> dict[str, Tensor]:
-        """The state for n = `size` parameters before the first step, float32 (n,) each, by name."""
+        """The state before the first step, for n = `size` parameters: float32 (n,) each, by name."""
 
     def step(self, mean: Tensor, before: Tensors, after: Tensors) -> None:
         """Take a step.
@@ -34,7 +34,7 @@ class OuterOptimizer(Protocol):
         Args:
             mean: The mean pseudo-gradient, float32 (n,). Not changed.
             before: The global parameters, "model", and the state, as `initial_state` gave it. Not changed.
-            after: The same after the step: memory to put it into.
+            after: Memory for the same tensors after the step.
         """
 
 
@@ -68,6 +68,41 @@ class Nesterov:
         else:
             update = mean if self.lr == 1 else torch.mul(mean, self.lr, out=after["model"])
             torch.sub(before["model"], update, out=after["model"])
+
+
+class Averaged:
+    """An outer optimizer that also keeps an average of the parameters: ā ← d ā + (1 − d) θ after each step.
+
+    It keeps `lag`, ā − θ, which depends on the steps alone. As part of the global state, the average is identical in
+    all workers, reaches joiners, and is in every checkpoint. GANs are sampled from such an average (arXiv 1809.11096,
+    §3).
+
+    Args:
+        outer: Takes the steps.
+        decay: d, per round.
+    """
+
+    LAG = "lag"
+
+    def __init__(self, outer: OuterOptimizer, decay: float) -> None:
+        self.outer, self.decay = outer, decay
+
+    @classmethod
+    def of(cls, outer: OuterOptimizer, decay: float) -> OuterOptimizer:
+        """`outer`, averaged unless `decay` is 0."""
+        return cls(outer, decay) if decay else outer
+
+    @property
+    def replaces(self) -> bool:
+        return self.outer.replaces
+
+    def initial_state(self, size: int) -> dict[str, Tensor]:
+        return {**self.outer.initial_state(size), self.LAG: torch.zeros(size)}
+
+    def step(self, mean: Tensor, before: Tensors, after: Tensors) -> None:
+        self.outer.step(mean, before, after)
+        lag = torch.sub(before["model"], after["model"], out=after[self.LAG])
+        lag.add_(before[self.LAG]).mul_(self.decay)
 
 
 @compiled
