@@ -11,10 +11,14 @@ KEPT_OUTCOMES = 64  # rounds whose `commits/<term>.<round>` are kept, for member
 REAP_INTERVAL = 1.0  # seconds between two probes of a member that the others wait for
 
 
-def coordinate(id: str, rules: Rules) -> Machine[None]:
+def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Machine[None]:
     """Decide, until the role of coordinator is another member's.
 
     Every transition is a compare-and-swap: several coordinators at once are harmless.
+
+    Args:
+        id: The member's.
+        kept_outcomes: Outcomes before the last one that are kept.
     """
     waiting_for: tuple[Any, ...] | None = None
     since = reaped = yield Now()
@@ -31,7 +35,7 @@ def coordinate(id: str, rules: Rules) -> Machine[None]:
         if record and record.committed and (record.term, record.committed.round) != recorded:
             # Before the next transition: a member that missed this one must be able to look it up.
             recorded = record.term, record.committed.round
-            yield from _record_outcome(record, record.committed, entries)
+            yield from _record_outcome(record, record.committed, entries, kept_outcomes)
         view = view_of({key: entry.value for key, entry in entries.items()})
 
         # Measure how long the situation has lasted, and look for dead members that keep the others waiting
@@ -50,11 +54,13 @@ def coordinate(id: str, rules: Rules) -> Machine[None]:
             yield Swap(decided, entry.revision if entry else None)
 
 
-def _record_outcome(record: RoundState, committed: Outcome, entries: Mapping[str, Entry]) -> Machine[None]:
+def _record_outcome(
+    record: RoundState, committed: Outcome, entries: Mapping[str, Entry], kept_outcomes: int
+) -> Machine[None]:
     """Record the outcome of the last round, and delete keys that no member reads any more."""
     yield Put(outcome_key(record.term, committed.round), committed)
     outcomes = [key for key in entries if key.startswith("commits/")]
-    stale = outcomes[: max(0, len(outcomes) - KEPT_OUTCOMES)]
+    stale = outcomes[: max(0, len(outcomes) - kept_outcomes)]
     for key, entry in entries.items():
         prefix, _, id = key.partition("/")
         if prefix in ("arrivals", "votes", "ready", "left"):

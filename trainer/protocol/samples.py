@@ -38,9 +38,10 @@ class SampleLedger:
     _used_at_close: int = 0
 
     def consume(self, samples: int) -> tuple[Range, ...]:
-        """The positions of the next `samples` samples, which count as consumed from now on."""
-        _, ranges = allocate(Cursor(returned=self.unused()), samples)
-        self.used += samples
+        """The positions of the next `samples` samples (fewer at the end), which count as consumed from now on."""
+        rest = self.unused()
+        _, ranges = allocate(Cursor(returned=rest), min(samples, count(rest)))
+        self.used += count(ranges)
         return ranges
 
     def unused(self) -> tuple[Range, ...]:
