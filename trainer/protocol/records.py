@@ -326,4 +326,3 @@ def _decoder(hint: Any) -> Callable[[Any], Any]:
         inner = _decoder(arguments[1])
         return lambda value: {key: inner(item) for key, item in value.items()}
     return lambda value: value
-
