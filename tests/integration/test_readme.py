@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -89,8 +88,8 @@ def test_its_added_model_trains(tmp_path: Path, etcd: str, monkeypatch: pytest.M
         }  # fmt: skip
         (config,) = worker_configs(TrainingConfig.from_flat(values))
         data.precache(config, Volume.of(config), log=lambda line: None)
-        with ExitStack() as resources:
-            assert Worker(config, threading.Event(), resources).run() == 0
+        with Worker.open(config, threading.Event()) as worker:
+            assert worker.run() == 0
     finally:
         models.families.cache_clear()
 

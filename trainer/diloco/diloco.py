@@ -142,6 +142,11 @@ class DiLoCo:
         return self._pending is not None
 
     @property
+    def complete(self) -> bool:
+        """Whether all rounds are committed."""
+        return self.schedule.complete and not self.pending
+
+    @property
     def blocked(self) -> bool:
         """Whether the pending synchronisation has to be finished before the next inner step."""
         pending = self._pending

@@ -47,7 +47,7 @@ def evaluate(
     from trainer.data.sampling import evenly
     from trainer.monitor.report.run import finite
     from trainer.tasks import scoring, tasks
-    from trainer.worker.worker import device_of
+    from trainer.device import device_of
 
     run = TrainedRun.find(config)
     directory = Path(directory) if directory else run.directory / "export"
