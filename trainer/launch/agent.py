@@ -24,6 +24,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError, out_of_memory, run_main
@@ -32,6 +33,9 @@ from trainer.launch.memory import MemoryGroup
 from trainer.process import dying_with_parent
 
 SHUTDOWN_TIMEOUT = 120  # seconds that workers may take to save; a cluster's grace period is what limits it there
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousHandler
+
 log = logging.getLogger(__name__)
 
 MEMORY_KILLS = 2  # kills for want of memory after which a worker is not restarted
@@ -73,11 +77,10 @@ def run_agent(
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     from trainer.elastic.keys import finish, verdict
-    from trainer.etcd.client import EtcdClient, EtcdError, local_address
-    from trainer.launch.etcd3_diloco_rendezvous import BACKEND, NodeRendezvous
+    from trainer.etcd.client import EtcdClient, EtcdError
 
     deaths, in_pod = _MemoryDeaths(memory or MemoryGroup()), config.launcher != "local"
 
@@ -100,23 +103,7 @@ def run_agent(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
 
-    etcd = config.etcd
-    handler = NodeRendezvous(
-        RendezvousParameters(
-            BACKEND,
-            ",".join(etcd.endpoints),
-            config.run_id,
-            config.min_nodes,
-            config.max_nodes,
-            config.advertise_address or local_address(etcd.endpoints[0]),
-            prefix=config.elastic.etcd.prefix,
-            timeout=config.elastic.rdzv_timeout,
-            lease_ttl=config.lease_ttl,
-            nodes=config.nodes,
-            **({} if slot is None else {"slot": slot}),
-            **{name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")},
-        )
-    )
+    handler = _rendezvous(config, slot)
     executable, *rest = dying_with_parent(command)
     logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch would leave its own
     agent = Agent(
@@ -134,26 +121,30 @@ def run_agent(
         logs_specs=DefaultLogsSpecs(logs.name),
         shutdown_timeout=SHUTDOWN_TIMEOUT,
     )
+    status = 0
     try:
         result = agent.run()
         if not result.is_failed():
             return 0
+        status = 1
         codes = [failure.exitcode for failure in result.failures.values()]
         status = next((code for code in _FINAL if code in codes), 1)
         if status == 143:  # one that leaves does not speak for the run
             return status
         end = deaths.words(in_pod=in_pod) if deaths.last else _end(codes, deaths.known)
-        reason = f"the worker of node {handler.slot} {end}"
+        node = getattr(handler, "slot", slot)
+        reason = f"the worker of node {node} {end}"
         with EtcdClient.of(config) as client:
             if len(client.list("slots/")) - 1 < config.min_nodes:  # else the others go on without us
-                finish(client, "failed", reason, handler.slot)
+                finish(client, "failed", reason, node)
             if verdict(client).status == "succeeded":
                 return 0  # the others may have been done without it
         if deaths.last:  # the worker could not say so itself
             raise TrainingError(reason)
         return status
     except SignalException as error:
-        return 128 + error.sigval
+        status = 128 + error.sigval
+        return status
     except RendezvousClosedError as error:
         with EtcdClient.of(config) as client:
             if verdict(client).status == "succeeded":
@@ -164,8 +155,46 @@ def run_agent(
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; the keys are given back in peace
-        handler.shutdown()
+        if config.optim_method != "ddp" or status < 128:  # torch's own is closed for all nodes, who may go on
+            handler.shutdown()
         logs.cleanup()
+
+
+def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler":
+    """Where the agents of a run meet: elastic nodes, or, for the `ddp` baseline, torch's own worlds."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    from trainer.elastic.keys import SLOT_VARIABLE, verdict
+    from trainer.etcd.client import EtcdClient, local_address
+    from trainer.launch import etcd3_diloco_rendezvous, etcd3_rendezvous
+
+    world, etcd = config.optim_method == "ddp", config.etcd
+    settings = {"prefix": config.elastic.etcd.prefix} | {
+        name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")
+    }
+    timeout = config.elastic.rdzv_timeout
+    if world:
+        settings |= {"join_timeout": int(timeout)}
+    else:
+        settings |= {"timeout": timeout, "lease_ttl": config.lease_ttl, "nodes": config.nodes}
+        settings |= {} if slot is None else {"slot": slot}
+    parameters = RendezvousParameters(
+        etcd3_rendezvous.BACKEND if world else etcd3_diloco_rendezvous.BACKEND,
+        ",".join(etcd.endpoints),
+        config.run_id,
+        config.min_nodes,
+        config.max_nodes,
+        config.advertise_address or local_address(etcd.endpoints[0]),
+        **settings,
+    )
+    if not world:
+        return etcd3_diloco_rendezvous.NodeRendezvous(parameters)
+    os.environ[SLOT_VARIABLE] = str(slot or 0)  # torch gives nodes another number in each world
+    with EtcdClient.of(config) as client:
+        handler, entry = etcd3_rendezvous.create(parameters), client.get("rendezvous")
+        if entry is not None and not verdict(client).terminal and handler.is_closed():
+            client.delete("rendezvous", entry.revision)  # an earlier attempt at this run has closed it
+    return handler
 
 
 class _MemoryDeaths:
