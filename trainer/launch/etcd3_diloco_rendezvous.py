@@ -33,7 +33,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from trainer.elastic.keys import SLOT_VARIABLE, bury_members, finish, verdict
+from trainer.elastic.keys import SLOT_VARIABLE, revoke_members, finish, verdict
 from trainer.etcd.client import EtcdClient, EtcdError, Lease, run_prefix
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class NodeRendezvous(RendezvousHandler):
             if self.slot is None:
                 self._refuse_if_closed()
             else:  # a restart, which an etcd that is away must not prevent
-                self._client.wait_for(self._refuse_if_closed_or(self._bury_own), self._timeout)
+                self._client.wait_for(self._refuse_if_closed_or(self._revoke_own), self._timeout)
             self._take_slot()
             self._wait_for_start()
         except EtcdError as error:
@@ -123,7 +123,7 @@ class NodeRendezvous(RendezvousHandler):
         try:
             if self._lease is not None:
                 if self.slot is not None and not self._lease.lost.is_set():
-                    bury_members(self._client, self.slot)
+                    revoke_members(self._client, self.slot)
                 self._lease.revoke()
         except EtcdError as error:
             log.warning("this node's keys stay until its lease ends: %s", error)
@@ -132,10 +132,10 @@ class NodeRendezvous(RendezvousHandler):
             self._client.close()
         return True
 
-    def _bury_own(self) -> bool:
+    def _revoke_own(self) -> bool:
         """Our workers are dead: nobody need wait for their leases."""
         assert self.slot is not None
-        bury_members(self._client, self.slot)
+        revoke_members(self._client, self.slot)
         return True
 
     def _take_slot(self) -> None:

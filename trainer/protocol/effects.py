@@ -22,12 +22,16 @@ class Entry(Protocol):
     def revision(self) -> int: ...
 
 
+class Effect:
+    """A request of a machine."""
+
+
 # etcd
 
 
 @dataclass(frozen=True)
-class Put:
-    """Write a key, under the member's lease if `leased`. Returns None. If `required`, an unreachable etcd is waited for."""
+class Put(Effect):
+    """Write a key, under the member's lease if `leased`. Returns None. If `required`, wait for an unreachable etcd."""
 
     key: str
     record: Any
@@ -36,19 +40,19 @@ class Put:
 
 
 @dataclass(frozen=True)
-class Get:
+class Get(Effect):
     """Read a key. Returns its record, or None."""
 
     key: str
 
 
 @dataclass(frozen=True)
-class List:
+class List(Effect):
     """Read all keys of the run. Returns dict[str, Entry]."""
 
 
 @dataclass(frozen=True)
-class Swap:
+class Swap(Effect):
     """Write the open round's record if its revision is still `revision` (None: if there is no record). Returns None."""
 
     record: RoundState
@@ -56,7 +60,7 @@ class Swap:
 
 
 @dataclass(frozen=True)
-class Delete:
+class Delete(Effect):
     """Delete a key if its revision is still `revision`. Best effort. Returns None."""
 
     key: str
@@ -64,7 +68,7 @@ class Delete:
 
 
 @dataclass(frozen=True)
-class AwaitRound:
+class AwaitRound(Effect):
     """Wait for the open round's record. Returns a `RoundState`.
 
     Attributes:
@@ -82,33 +86,33 @@ class AwaitRound:
 
 
 @dataclass(frozen=True)
-class HashState:
+class HashState(Effect):
     """Hash the global state. Returns the hash."""
 
 
 @dataclass(frozen=True)
-class Announce:
+class Announce(Effect):
     """Write `members/<id>` with this state (and its hash) as the one held, in the background, best effort."""
 
     base: State
 
 
 @dataclass(frozen=True)
-class Suspects:
+class Suspects(Effect):
     """Probe the members `probe`. Returns a tuple of all members that cannot be reached, as far as is known."""
 
     probe: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Reduce:
+class Reduce(Effect):
     """Run the collective of the attempt. Returns this member's `Vote`; None: it failed."""
 
     record: RoundState
 
 
 @dataclass(frozen=True)
-class ReplayMeans:
+class ReplayMeans(Effect):
     """Take the outer steps from round `first` to the record's base, as far as donors still have their means.
 
     Returns the last round whose step was taken; `first` - 1: none.
@@ -119,21 +123,21 @@ class ReplayMeans:
 
 
 @dataclass(frozen=True)
-class FetchState:
+class FetchState(Effect):
     """Replace the global state by the record's base, from donors. Returns whether that was possible."""
 
     record: RoundState
 
 
 @dataclass(frozen=True)
-class Finish:
+class Finish(Effect):
     """Write the run's verdict: failed, for this reason. Returns None."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Log:
+class Log(Effect):
     """Log a warning. Returns None."""
 
     message: str
@@ -143,41 +147,22 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Now:
+class Now(Effect):
     """Returns the time on a monotonic clock, in seconds."""
 
 
 @dataclass(frozen=True)
-class Reap:
-    """Look whether these members, which the others wait for, are dead, and revoke the leases of those; in the background."""
+class Reap(Effect):
+    """Check in the background whether these members, which the others wait for, are dead; revoke their leases then."""
 
     ids: Iterable[str]
 
 
 @dataclass(frozen=True)
-class Pause:
+class Pause(Effect):
     """Wait for a change of some key, or for a moment: a long one if `idle`. Returns None."""
 
     idle: bool
 
 
-Effect = (
-    Put
-    | Get
-    | List
-    | Swap
-    | Delete
-    | AwaitRound
-    | HashState
-    | Announce
-    | Suspects
-    | Reduce
-    | ReplayMeans
-    | FetchState
-    | Finish
-    | Log
-    | Now
-    | Reap
-    | Pause
-)
 Machine = Generator[Effect, Any, T]

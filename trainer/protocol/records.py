@@ -1,10 +1,10 @@
-"""What members keep in etcd about rounds: frozen dataclasses, and the one decoder from JSON. See docs/design/protocol.md."""
+"""The records that members keep in etcd, and the one decoder of their JSON. See docs/design/protocol.md."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -302,14 +302,15 @@ def decode(kind: type[T], value: Any) -> T:
     Raises:
         KeyError, TypeError: The value is not of this kind.
     """
-    return _decoder(kind)(value)  # type: ignore[no-any-return]
+    decoder: Callable[[Any], T] = _decoder(cast(Any, kind))
+    return decoder(value)
 
 
 @cache
-def _decoder(hint: Any) -> Callable[[Any], Any]:
+def _decoder(hint: Any) -> Any:
     """The function that decodes JSON into a value of type `hint`."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         hints = get_type_hints(hint)
         names = [one.name for one in fields(hint)]
         parts = [(name, _decoder(hints[name])) for name in names]

@@ -5,7 +5,7 @@ counts what it has consumed of its assignment. docs/design/protocol.md says why 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from trainer.protocol.records import Assignment, Cursor, Range, RoundState, Rules, View
 
@@ -33,7 +33,7 @@ class SampleLedger:
         used: How many of its positions have been consumed.
     """
 
-    assignment: Assignment = Assignment(0, 0, ())
+    assignment: Assignment = field(default=Assignment(0, 0, ()))
     used: int = 0
     _used_at_close: int = 0
 

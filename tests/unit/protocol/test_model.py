@@ -1058,7 +1058,8 @@ def schedule_of(seed: int) -> World:
     faults = [Fault(0.0 if worker < 2 else chance.uniform(0, 10), "start", worker) for worker in range(workers)]
     kinds = ["kill", "kill", "freeze", "freeze", "leave", "cut", "lose lease", "slow", "etcd away", "shaky collectives"]
     kinds.append("wall")
-    places, anywhere = WHERE, ("start", "slow", "flip", "etcd away", "shaky collectives", "wall")
+    places: tuple[str, ...] = WHERE
+    anywhere = ("start", "slow", "flip", "etcd away", "shaky collectives", "wall")
     if seed % 4 == 1:
         kinds = ["kill", "kill all", "start"]
     elif seed % 4 == 2:  # around a commit
