@@ -53,7 +53,7 @@ def test_members_of_one_attempt_after_the_other_find_each_other(client: EtcdClie
     size = 3
     for attempt in ("1/1/1", "1/1/2"):  # the second time, etcd has the addresses of the first
         with ThreadPoolExecutor(size) as pool:
-            groups = list(pool.map(lambda rank, place=place: form(client, rank, size, attempt), range(size)))
+            groups = list(pool.map(lambda rank, attempt=attempt: form(client, rank, size, attempt), range(size)))
         values = [torch.full((5,), float(rank)) for rank in range(size)]
         for work in [each.allreduce([value]) for (each, _), value in zip(groups, values, strict=True)]:
             work.wait(timedelta(seconds=WAIT))

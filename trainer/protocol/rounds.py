@@ -45,7 +45,8 @@ def decide(record: RoundState | None, view: View, waited: float, rules: Rules) -
 def forgotten(record: RoundState, view: View) -> bool:
     """Whether no live member holds the state that the open round begins from, or is about to hold it."""
     base = record.base
-    if any(not base.hash or view.arrivals[id].state == base.hash for id in _here(record, view)):
+    arrived = [view.arrivals[id] for id in view.present if id in view.arrivals]  # for whichever attempt at the round
+    if any((one.term, one.round) == record.round_id and base.hash in ("", one.state) for one in arrived):
         return False
     if not base.hash and record.committed and view.present & set(record.committed.members):
         return False  # they are taking the outer step that leads to it

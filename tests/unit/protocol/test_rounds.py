@@ -162,6 +162,15 @@ def test_a_state_that_only_the_dead_held_is_forgotten() -> None:
     assert next_record(agreed, View({"b": b}), LONG).base == b.holds  # a new term goes on from what there is
 
 
+def test_members_that_arrive_for_another_attempt_hold_the_state_although_etcd_was_away_when_they_announced_it() -> None:
+    record = replace(second_round("ab"), phase="reduce", members=("a", "b"))
+    record = replace(record, base=replace(record.base, hash="h1"))
+    failed = {id: replace(arrival(2, "h1"), round=2) for id in "ab"}
+    assert not forgotten(record, View(members("ab"), failed))
+    assert next_record(record, View(members("ab"), failed)).attempt_id == (1, 2, 2)
+    assert forgotten(record, View(members("ab"), {"a": arrival(1, "h1"), "b": replace(arrival(2, "h0"), round=2)}))
+
+
 def test_a_term_whose_founder_has_moved_on_is_founded_again() -> None:
     newer = View(members("a", b=member("b", round=3)))
     assert forgotten(founded("a"), View({"a": member("a", round=3)}))
