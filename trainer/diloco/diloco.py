@@ -15,14 +15,14 @@ from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.contribution import Closed, Contribution
 from trainer.diloco.flat import FlatLayout
 from trainer.diloco.outer import Nesterov, OuterOptimizer
-from trainer.diloco.overlap import Outcome, Overlap, Pending, delay_correction
+from trainer.diloco.overlap import Outcome, Overlap, Pending, outcome_of
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, RoundReport, Superseded
 from trainer.diloco.schedule import Schedule
 from trainer.diloco.state import Fragment, GlobalState
 from trainer.diloco.warm_up import warm_up
 from trainer.protocol.samples import Assignment
 
-NOTHING = RoundReport()
+NO_REPORT = RoundReport()
 
 
 class DiLoCo:
@@ -35,17 +35,15 @@ class DiLoCo:
 
     where wᵢ counts the samples that worker i consumed in the round.
 
-    *Fragments* (Streaming DiLoCo, arXiv 2501.18512): each of P fragments is synchronised every `sync_every` inner
-    steps, one after the other. A round is then `sync_every` / P inner steps and moves 1 / P of the numbers; the last
-    round moves all of them.
+    *Fragments* (Streaming DiLoCo, arXiv 2501.18512): P fragments are synchronised one after the other, each every
+    `sync_every` inner steps. A round is then `sync_every` / P inner steps; the last one synchronises all fragments.
 
     *Error feedback*: what a lossy codec leaves out of a worker's message is kept (`Codec.feedback` of it) and added to
-    the next message. It belongs to this worker, and starts at zero.
+    its next message.
 
     *Late workers*: a worker whose round was committed without it takes over the new θ at its next inner step, and
     carries its pseudo-gradient over, with the weight of all samples in it. If it had not finished the round, its inner
-    steps count towards the round that it goes on with, and it sends the sum of all displacements: one round's worth.
-    If it had, a whole round follows, and it sends their mean.
+    steps count towards the round that it goes on with. If it had, a whole round follows, and it sends their mean.
 
     Example:
         diloco = DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum)
@@ -53,8 +51,8 @@ class DiLoCo:
             loss = step(model, batch); inner_optimizer.step(); inner_optimizer.zero_grad()
             diloco.after_inner_step()
 
-    A loop that has to act while a synchronisation blocks it calls `count_step`, and, if `schedule.due`, `start`,
-    `wait` and `finish`.
+    A loop that acts while a synchronisation blocks it calls `count_step`, and, if `schedule.due`, `start`, `wait` and
+    `finish`.
 
     Args:
         model: Its trainable parameters are synchronised. All workers must start from the same ones.
@@ -124,8 +122,6 @@ class DiLoCo:
         self._blocked_since: float | None = None
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="synchronise")
 
-    # Where the worker is
-
     @property
     def round(self) -> int:
         """Committed rounds."""
@@ -149,18 +145,12 @@ class DiLoCo:
     @property
     def blocked(self) -> bool:
         """Whether the pending synchronisation has to be finished before the next inner step."""
-        pending = self._pending
-        if pending is None or not pending.overlaps:
-            return pending is not None
-        # Its outer step must precede the next synchronisation, and the very last inner step.
-        done, delay = self.schedule.inner_steps, self.overlap.delay if self.overlap else 0
-        if done >= self.schedule.own_steps - self.schedule.is_last:
-            return True
-        return done >= delay if delay else pending.outcome.done()
+        delay = self.overlap.delay if self.overlap else 0
+        return self._pending is not None and self._pending.blocks(self.schedule, delay)
 
     # What the inner loop calls
 
-    def after_inner_step(self, samples: float = 1.0, report: RoundReport = NOTHING) -> Commit | None:
+    def after_inner_step(self, samples: float = 1.0, report: RoundReport = NO_REPORT) -> Commit | None:
         """Count an inner step; synchronise if it was the round's last; catch up if the others have gone on.
 
         Args:
@@ -169,10 +159,7 @@ class DiLoCo:
             report: What the quorum learns of this worker, if the round ends here.
 
         Returns:
-            A round's commit, if there was one.
-
-        Raises:
-            TrainingError: From the quorum. The round is still open.
+            A round's commit, if there was one. Raises as `finish`.
         """
         self.count_step(samples)
         commit = None
@@ -190,19 +177,17 @@ class DiLoCo:
         self.schedule.inner_steps += 1
         self.contribution.count(samples, self._steps_per_round)
 
-    def synchronise(self, report: RoundReport = NOTHING) -> Commit | None:
+    def synchronise(self, report: RoundReport = NO_REPORT) -> Commit | None:
         """End the round here: exchange pseudo-gradients and take the outer step; with `overlap`, start to.
 
         Returns:
-            The commit. None: the synchronisation is pending, or the round was committed without this worker, which has
-            caught up.
+            The commit; None: it is pending, or the round was committed without this worker, which has caught up.
         """
         commit = self.finish() if self.pending else None
-        self.start(report)
-        return commit if self._pending and self._pending.overlaps else self.finish()
+        return commit if self.start(report) else self.finish()
 
-    def start(self, report: RoundReport = NOTHING) -> None:
-        """End the round here, and start to exchange pseudo-gradients on another thread."""
+    def start(self, report: RoundReport = NO_REPORT) -> bool:
+        """End the round here, and start to exchange pseudo-gradients on another thread; whether inner steps go on."""
         started = time.perf_counter()
         fragment = self._fragment
         overlaps = self.overlap is not None and not self.schedule.is_last
@@ -216,6 +201,7 @@ class DiLoCo:
         exposed = time.perf_counter() - started
         self._pending = Pending(outcome, fragment, length, inner_steps, closed, overlaps, exposed)
         self.schedule.start_round(self.schedule.begin + length)
+        return overlaps
 
     def wait(self, seconds: float) -> bool:
         """Wait for the pending synchronisation; whether `finish` will not block."""
@@ -245,7 +231,7 @@ class DiLoCo:
             self.catch_up(arrived=True)
             return None
 
-        # Take the outer step.
+        # Take the outer step
         self._pending = None
         if outcome.outer_step is None:
             self.state.skip(pending.length)
@@ -255,7 +241,7 @@ class DiLoCo:
             self.state.commit(outcome.outer_step, pending.length)
             self.contribution.keep(pending.fragment, outcome.residual, outcome.offset)
 
-        # Bring the local parameters to it.
+        # Bring the local parameters to it
         local = self._local(pending.fragment)
         if outcome.shift is not None and (self.schedule.inner_steps or outcome.offset is not None):
             self._layout.add(outcome.shift, local)
@@ -275,7 +261,7 @@ class DiLoCo:
         # Keep the unsent work; the scratch memory is needed meanwhile.
         own, full = self.contribution, self.state.full_model
         local = self._layout.gather(self._scratch)
-        displacement = own.displacement(full, local, own.carried_over, out=self._scratch).clone()
+        displacement = own.displacement(full, local, own.carried_over, out=local).clone()
         kept = list(own.samples), list(own.steps), list(own.steps_per_round)
         residual, steps, due, round = own.residual, self.schedule.inner_steps, self.schedule.due, self.round
 
@@ -339,9 +325,8 @@ class DiLoCo:
         Raises:
             ValueError: It belongs to another model or outer optimizer.
         """
-        own = self.global_tensors()
-        if own.keys() != tensors.keys():
-            raise ValueError(f"global state differs in {sorted(own.keys() ^ tensors.keys())[:3]}")
+        if differing := self.global_tensors().keys() ^ tensors.keys():
+            raise ValueError(f"global state differs in {sorted(differing)[:3]}")
         self.state.load(round, step, {name: self._layout.join(tensors, name) for name in self.state.tensors})
         self.begin_round()
 
@@ -403,19 +388,9 @@ class DiLoCo:
         outer_step = self.state.begin(fragment)
         commit = self.quorum.synchronise(pseudo_gradient, closed.weight, report, fragment, outer_step.add)
 
-        # If no pseudo-gradient was finite, go back to θ.
-        moved = commit.reduced.weight > 0
-        base = outer_step.after["model"] if moved else fragment.of(self.state.parameters)
-        mixing = self.overlap.mixing if self.overlap and moved else 0.0
-        shift, offset = delay_correction(base, ended, mixing) if overlaps else (None, None)
-        if not moved:
-            return Outcome(commit, None, shift)
-        error = commit.reduced.error  # in the collective's memory
-        residual = None if error is None else error.clone()
-        exact = (
-            commit.reduced.lone and not overlaps and self.state.outer.replaces and self.contribution.is_plain(closed)
-        )
-        return Outcome(commit, outer_step, shift, residual, offset, exact)
+        mixing = self.overlap.mixing if self.overlap else 0.0
+        plain = not overlaps and self.state.outer.replaces and self.contribution.is_plain(closed)
+        return outcome_of(commit, outer_step, fragment.of(self.state.parameters), ended, mixing, overlaps, plain)
 
     def _abort(self, pending: Pending) -> None:
         """The synchronisation has failed: its round is still open, and includes the inner steps made since."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainer.diloco.contribution import Closed
 from trainer.diloco.quorum import Commit
+from trainer.diloco.schedule import Schedule
 from trainer.diloco.state import Fragment, OuterStep
 
 
@@ -75,20 +76,38 @@ class Pending:
     overlaps: bool
     exposed: float
 
+    def blocks(self, schedule: Schedule, delay: int) -> bool:
+        """Whether the next inner step has to wait for it; `delay` is the overlap's."""
+        if not self.overlaps:
+            return True
+        # Its outer step must precede the next synchronisation, and the very last inner step.
+        if schedule.inner_steps >= schedule.own_steps - schedule.is_last:
+            return True
+        return schedule.inner_steps >= delay if delay else self.outcome.done()
 
-def delay_correction(base: Tensor, ended: Tensor, mixing: float) -> tuple[Tensor, Tensor | None]:
-    """What takes a worker that has moved on from `ended` to the new base, without losing its steps since.
+
+def outcome_of(
+    commit: Commit, outer_step: OuterStep, before: Tensor, ended: Tensor, mixing: float, overlaps: bool, plain: bool
+) -> Outcome:
+    """What a committed exchange leaves to apply.
 
     Args:
-        base: The new global parameters, float32 (n,).
+        before: The global parameters before the outer step, float32 (n,).
         ended: The local parameters when the round ended, float32 (n,); overwritten.
         mixing: α.
-
-    Returns:
-        The shift of the local parameters, and how far from the base the worker then begins; None: not at all.
+        overlaps: Whether inner steps go on meanwhile: the delay correction takes the worker to the new base without
+            losing them.
+        plain: Whether the outer step replaces θ by the parameters of a worker that is alone.
     """
-    shift = torch.sub(base, ended, out=ended)
-    if not mixing:
-        return shift, None
-    offset = shift * -mixing
-    return shift.add_(offset), offset
+    moved = commit.reduced.weight > 0
+    shift, offset = None, None
+    if overlaps:
+        shift = torch.sub(outer_step.after["model"] if moved else before, ended, out=ended)
+        if mixing and moved:
+            offset = shift * -mixing
+            shift.add_(offset)
+    if not moved:
+        return Outcome(commit, None, shift)
+    error = commit.reduced.error  # in the collective's memory, which the next one overwrites
+    residual = None if error is None else error.clone()
+    return Outcome(commit, outer_step, shift, residual, offset, exact=plain and commit.reduced.lone)

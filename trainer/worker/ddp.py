@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainingConfig
-from trainer.diloco import CatchUp, Commit, Fragment, GlobalState, Reduced, RoundReport
+from trainer.diloco import CatchUp, Commit, Fragment, GlobalState, LocalQuorum, RoundReport
 from trainer.diloco.quorum import OnChunk
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish, verdict
 from trainer.errors import Interrupted, TrainingError, one_line
@@ -54,12 +55,13 @@ class Loss(nn.Module):
         return self.task.loss(self.model, batch)
 
 
-class World:
+class World(LocalQuorum):
     """All ranks of torchrun's world. To the inner loop it is a quorum (compare `trainer.elastic.member`)."""
 
     shortage = False  # without all of them, there is no world
 
     def __init__(self, config: TrainingConfig, fingerprint: Mapping[str, Any], stopping: threading.Event) -> None:
+        super().__init__()
         self._config, self._fingerprint, self._stopping = config, fingerprint, stopping
         self.rank, self.world_size = number_from("RANK"), number_from("WORLD_SIZE") or 1
         self.worker = number_from(SLOT_VARIABLE) * config.elastic.nproc_per_node + number_from("LOCAL_RANK")
@@ -143,21 +145,17 @@ class World:
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
     ) -> Commit:
         """End a round: the parameters of this rank are those of all ranks already."""
-        reduced = Reduced.alone(pseudo_gradient, weight * self.world_size, on_chunk)
-        sent, received = self._bytes()
-        (_, end), length = self._assignment().ranges[0], self._length()
-        self.base = State(self.base.round + 1, self.base.step + length, Cursor(end))
-        following = self._assignment()
-        return Commit(self.base.round, 1, self.members, fragment, reduced, sent, received, 0.0, following)
-
-    def superseded(self) -> bool:
-        return False
-
-    def catch_up(self, state: GlobalState) -> CatchUp:
-        raise AssertionError("no round is committed without a rank")
-
-    def announce(self, commit: Commit, state: GlobalState) -> None:
-        pass
+        commit = super().synchronise(pseudo_gradient, weight * self.world_size, report, fragment, on_chunk)
+        (_, end), (sent, received) = self._assignment().ranges[0], self._bytes()
+        self.base = State(self.base.round + 1, self.base.step + self._length(), Cursor(end))
+        return replace(
+            commit,
+            round=self.base.round,
+            members=self.members,
+            bytes_sent=sent,
+            bytes_received=received,
+            assignment=self._assignment(),
+        )
 
     # What the worker calls (compare `trainer.elastic.member.ElasticQuorum`)
 

@@ -26,7 +26,6 @@ from trainer.worker.ddp import World
 from trainer.worker.optimizer import inner_optimizer
 from trainer.worker.profiling import Profile, profile
 from trainer.worker.samples import Samples, Speed
-from trainer.worker.validation import Validation
 
 PROTOCOL = 3  # version of what members exchange; members of another version are refused
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
@@ -53,7 +52,6 @@ class Parts:
     diloco: DiLoCo
     samples: Samples
     speed: Speed
-    validation: Validation
 
     @property
     def world(self) -> World | None:
@@ -111,15 +109,10 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
         compile_model(config, task, model, some(best.batch_size), warn)
     checkpoint.restore_random_state(random)
 
-    # Samples, to train on and to score
     ranks = (quorum.rank, quorum.world_size) if isinstance(quorum, World) else (0, 1)
     samples = Samples(dataset, config.seed, config.batch_size, best.batch_size, device, *ranks)
-    size = min(config.per_device_train_batch_size, best.batch_size)
-    validation = Validation(config, task, model, dataset, device, size, stopping)
     speed = Speed(config.batch_size, best.speed)
-    return Parts(
-        config, volume, device, task, dataset, shared, model, optimizer, quorum, diloco, samples, speed, validation
-    )
+    return Parts(config, volume, device, task, dataset, shared, model, optimizer, quorum, diloco, samples, speed)
 
 
 def fingerprint(config: TrainingConfig, model: str, dataset: str) -> dict[str, Any]:

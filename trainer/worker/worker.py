@@ -26,6 +26,7 @@ from trainer.worker.progress import Progress
 from trainer.worker.resume import Moments, find_checkpoint, join
 from trainer.worker.saving import Saving
 from trainer.worker.setup import Parts, build, versions
+from trainer.worker.validation import score
 
 CLIP_NORM = 1.0
 POLL_INTERVAL = 0.25  # seconds between two looks at the quorum while a synchronisation blocks the loop
@@ -293,7 +294,7 @@ class Worker:
     def _validate(self) -> None:
         """Score the global parameters on this worker's part of the held-out samples."""
         started = time.perf_counter()
-        scores, samples = self.parts.validation.score(self.diloco, self.progress.rank, self.progress.world_size)
+        scores, samples = score(self.parts, self.progress.rank, self.progress.world_size, self._stopping)
         if scores:
             self.progress.held_out = scores["loss"] if math.isfinite(scores["loss"]) else None
             seconds = time.perf_counter() - started
