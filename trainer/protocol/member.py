@@ -196,8 +196,8 @@ class MemberMachine:
                     assert outcome is not None
                     self._adopt(record, outcome.base)
                     self.round = outcome.round
-                    if self.id not in record.assignments and self.rules.prefetch == 1:
-                        self.assignment = None  # the commit has returned its rest
+                    if self.assignment and self.id not in record.assignments and self.rules.prefetch == 1:
+                        self.assignment = replace(self.assignment, ranges=())  # the commit has returned its rest
                     return outcome
                 case _:
                     self._in_doubt = what == "start over"

@@ -58,7 +58,7 @@ class SampleLedger:
         return self.unused()
 
     def accept(self, assignment: Assignment | None) -> None:
-        """Go on with this assignment, unless it is the current one.
+        """Go on with this assignment, unless it is the current one (without positions, it ends the current one).
 
         An assignment may begin with the positions that the report of the last round called unused; what has been
         consumed of them since is skipped.
@@ -69,7 +69,9 @@ class SampleLedger:
         current = self.assignment
         if assignment is None:
             self.assignment, self.used, self._used_at_close = replace(current, ranges=()), 0, 0
-        elif assignment.round_id > current.round_id:
+        elif assignment.round_id > current.round_id or (
+            assignment.round_id == current.round_id and not assignment.ranges
+        ):
             kept = unused(current.ranges, self._used_at_close) if current.term == assignment.term else ()
             continues = bool(kept) and assignment.ranges[: len(kept)] == kept
             used = self.used - self._used_at_close if continues else 0

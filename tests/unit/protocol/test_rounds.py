@@ -557,6 +557,7 @@ def test_the_dead_take_prefetched_samples_with_them_unless_the_run_goes_back() -
         (Assignment(1, 2, ((32, 40),)), 0),  # that was assigned anew
         (Assignment(2, 1, ((8, 16),)), 0),  # as in another term
         (Assignment(1, 1, ((50, 60),)), 11),  # it is not newer
+        (Assignment(1, 1, ()), 0),  # the rest of the current one was returned
     ],
 )
 def test_a_ledger_skips_what_was_used_since_the_report(new: Assignment, used: int) -> None:
