@@ -10,8 +10,9 @@ from typing import Any
 from trainer.elastic.keys import records_of
 from trainer.etcd.client import EtcdClient, EtcdError, Lease
 from trainer.process import refused
+from trainer.protocol import effects
 from trainer.protocol.coordinator import coordinate
-from trainer.protocol.effects import Delete, Effect, List, Now, Pause, Put, Reap, Swap
+from trainer.protocol.effects import Effect
 from trainer.protocol.records import Rules, encoded
 from trainer.timeouts import MemberTimeouts
 
@@ -99,22 +100,22 @@ class Coordinator:
 
     def _perform(self, effect: Effect) -> Any:
         match effect:
-            case List():
+            case effects.List():
                 self._changed.clear()
                 return records_of(self._client)
-            case Now():
+            case effects.Now():
                 return time.monotonic()
-            case Put(key, record):
+            case effects.Put(key, record):
                 self._client.put(key, encoded(record))
-            case Swap(record, revision):
+            case effects.Swap(record, revision):
                 self._client.swap("round", encoded(record), revision)
-            case Delete(key, revision):
+            case effects.Delete(key, revision):
                 with suppress(EtcdError):
                     self._client.delete(key, revision)
-            case Reap(ids) if not self._reaper.is_alive():
+            case effects.Reap(ids) if not self._reaper.is_alive():
                 self._reaper = threading.Thread(target=self._reap_all, args=(ids,), daemon=True)
                 self._reaper.start()
-            case Pause(idle):
+            case effects.Pause(idle):
                 self._changed.wait(self._timeouts.idle if idle else 4 * self._timeouts.tick)
         return None
 

@@ -33,22 +33,8 @@ from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish
 from trainer.elastic.round_watch import RoundWatch, Wait
 from trainer.etcd.client import EtcdClient, EtcdError, Json, Lease, local_address
 from trainer.process import number_from
-from trainer.protocol.effects import (
-    Announce,
-    AwaitRound,
-    Effect,
-    FetchState,
-    Finish,
-    Get,
-    HashState,
-    List,
-    Log,
-    Machine,
-    Put,
-    Reduce,
-    ReplayMeans,
-    Suspects,
-)
+from trainer.protocol import effects
+from trainer.protocol.effects import Effect, Machine
 from trainer.protocol.member import MemberMachine
 from trainer.protocol.records import Assignment, Cursor, Durable, Member, Rules, State, decoded, encoded
 from trainer.timeouts import MemberTimeouts
@@ -83,7 +69,8 @@ class ElasticQuorum:
         timeouts: MemberTimeouts = MemberTimeouts(),
     ) -> None:
         self._config, self._fingerprint, self._timeouts = config, fingerprint, timeouts
-        self._stopping, self._left = stopping or threading.Event(), threading.Event()
+        stopping, self._left = stopping or threading.Event(), threading.Event()
+        self._ended = lambda: stopping.is_set() or self._left.is_set()
         self._slot, self._local_rank = number_from(SLOT_VARIABLE), number_from("LOCAL_RANK")
         self.worker = self._slot * config.elastic.nproc_per_node + self._local_rank
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
@@ -125,7 +112,7 @@ class ElasticQuorum:
         # Connect to etcd, and see that this worker fits the run
         self._client = client = EtcdClient.of(config)
         resources.callback(client.close)
-        self._watch = watch = RoundWatch(client, config, self._rules, self._is_ended, self._timeouts)
+        self._watch = watch = RoundWatch(client, config, self._rules, self._ended, self._timeouts)
         watch.patiently(lambda: agree(client, f"worker {self.worker}", self._fingerprint))
         secret = watch.patiently(partial(_run_secret, client))
         watch.check_verdict()
@@ -133,7 +120,7 @@ class ElasticQuorum:
         # Serve the state to others, and be reachable
         resources.callback(self._background.shutdown)
         self._replica = Replica(
-            client, config, state, self._machine, self._background, secret, watch, self._is_ended, self._timeouts
+            client, config, state, self._machine, self._background, secret, watch, self._ended, self._timeouts
         )
         address = config.advertise_address or local_address(config.etcd.endpoints[0])
         put_mesh = partial(self._write, f"meshes/{self.id}", leased=True)
@@ -229,7 +216,7 @@ class ElasticQuorum:
     def wait_for_others(self) -> None:
         """At the end of the run: give members that are still saving up to `grace_period`."""
         final, deadline = self.base.round, time.monotonic() + self._rules.grace_period
-        while time.monotonic() < deadline and not self._is_ended():
+        while time.monotonic() < deadline and not self._ended():
             self._write_durable()
             assert self._watch is not None
             records = {key.partition("/")[::2]: entry.value for key, entry in self._watch.entries().items()}
@@ -325,30 +312,30 @@ class ElasticQuorum:
     def _effect(self, effect: Effect, wait: Wait) -> Any:
         assert self._watch is not None
         match effect:
-            case AwaitRound():
+            case effects.AwaitRound():
                 return self._watch.await_round(effect, wait)
-            case Put(key, record, leased, required):
+            case effects.Put(key, record, leased, required):
                 self._write(key, encoded(record), leased, required)
-            case Get(key):
+            case effects.Get(key):
                 entry = self._watch.patiently(lambda: self._client.get(key))
                 return decoded(key, entry.value) if entry else None
-            case List():
+            case effects.List():
                 return self._watch.entries()
-            case HashState():
+            case effects.HashState():
                 return self._replica.hashing().result()
-            case Announce(base):
+            case effects.Announce(base):
                 self._announce(base)
-            case Suspects(probe):
+            case effects.Suspects(probe):
                 return self._attempts.suspects(probe)
-            case Reduce(record):
+            case effects.Reduce(record):
                 return self._attempts.reduce(record, self._exchange)
-            case ReplayMeans(record, first):
+            case effects.ReplayMeans(record, first):
                 return self._replica.replay(record, first)
-            case FetchState(record):
+            case effects.FetchState(record):
                 return self._replica.fetch_state(record)
-            case Finish(reason):
+            case effects.Finish(reason):
                 self.finish("failed", reason)
-            case Log(message):
+            case effects.Log(message):
                 log.warning(message)
         return None
 
@@ -385,9 +372,6 @@ class ElasticQuorum:
             self._client.put(f"durable/{self.worker:03d}", encoded(Durable(round, self.id)))
             if self._unsaved_durable == round:
                 self._unsaved_durable = None
-
-    def _is_ended(self) -> bool:
-        return self._stopping.is_set() or self._left.is_set()
 
 
 def rules_of(config: "TrainingConfig") -> Rules:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.protocol.effects import Delete, Entry, List, Machine, Now, Pause, Put, Reap, Swap
+from trainer.protocol import effects
+from trainer.protocol.effects import Entry, Machine
 from trainer.protocol.records import Outcome, RoundState, Rules, outcome_key, view_of
 from trainer.protocol.rounds import decide, overdue, situation
 
@@ -21,12 +22,12 @@ def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Mac
         kept_outcomes: Outcomes before the last one that are kept.
     """
     waiting_for: tuple[Any, ...] | None = None
-    since = reaped = yield Now()
+    since = reaped = yield effects.Now()
     recorded = (0, 0)  # the term and round whose outcome this member has recorded
     while True:
         # See the run as it stands
-        entries: Mapping[str, Entry] = yield List()
-        now: float = yield Now()
+        entries: Mapping[str, Entry] = yield effects.List()
+        now: float = yield effects.Now()
         role = entries.get("coordinator")
         if role is None or role.value["member"] != id:
             return
@@ -44,21 +45,21 @@ def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Mac
             waiting_for, since = current, now
         if record and now - max(since, reaped) > REAP_INTERVAL:
             reaped = now
-            yield Reap(overdue(record, view))
+            yield effects.Reap(overdue(record, view))
 
         # Decide
         decided = decide(record, view, now - since, rules)
         if decided is None:
-            yield Pause(idle=current is None)
+            yield effects.Pause(idle=current is None)
         else:
-            yield Swap(decided, entry.revision if entry else None)
+            yield effects.Swap(decided, entry.revision if entry else None)
 
 
 def _record_outcome(
     record: RoundState, committed: Outcome, entries: Mapping[str, Entry], kept_outcomes: int
 ) -> Machine[None]:
     """Record the outcome of the last round, and delete keys that no member reads any more."""
-    yield Put(outcome_key(record.term, committed.round), committed)
+    yield effects.Put(outcome_key(record.term, committed.round), committed)
     outcomes = [key for key in entries if key.startswith("commits/")]
     stale = outcomes[: max(0, len(outcomes) - kept_outcomes)]
     for key, entry in entries.items():
@@ -69,4 +70,4 @@ def _record_outcome(
             if past and f"members/{id}" not in entries and id not in record.assignments:
                 stale.append(key)
     for key in stale:
-        yield Delete(key, entries[key].revision)
+        yield effects.Delete(key, entries[key].revision)

@@ -5,21 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from trainer.errors import TrainingError
-from trainer.protocol.effects import (
-    Announce,
-    AwaitRound,
-    FetchState,
-    Finish,
-    Get,
-    HashState,
-    List,
-    Log,
-    Machine,
-    Put,
-    Reduce,
-    ReplayMeans,
-    Suspects,
-)
+from trainer.protocol import effects
+from trainer.protocol.effects import Machine
 from trainer.protocol.records import (
     Arrival,
     Assignment,
@@ -118,7 +105,7 @@ class MemberMachine:
     def register(self, me: Member, term: int) -> Machine[None]:
         """Become visible to the others, as a holder of the state `me.holds` of `term`."""
         self.term, self.base, self.round = term, me.holds, me.holds.round
-        yield Put(f"members/{self.id}", me, leased=True)
+        yield effects.Put(f"members/{self.id}", me, leased=True)
 
     def join(self) -> Machine[bool]:
         """Wait until the run begins or has begun, and catch up with it.
@@ -128,8 +115,8 @@ class MemberMachine:
         """
         again = False
         while True:
-            record: RoundState = yield AwaitRound("the run to begin", again, needs_nodes=True)
-            entries = yield List()
+            record: RoundState = yield effects.AwaitRound("the run to begin", again, needs_nodes=True)
+            entries = yield effects.List()
             # If no member holds the state of the open round, the run is about to be founded again.
             if not forgotten(record, view_of({key: entry.value for key, entry in entries.items()})):
                 break
@@ -140,7 +127,7 @@ class MemberMachine:
         """Return the unused `rest` of the worker's assignment, unless the run is complete. Never waits."""
         if not complete:
             unused = rest.ranges if rest.term == self.term else ()
-            yield Put(f"left/{self.id}", Left(rest.term, rest.round, unused), required=False)
+            yield effects.Put(f"left/{self.id}", Left(rest.term, rest.round, unused), required=False)
 
     # Samples
 
@@ -152,10 +139,10 @@ class MemberMachine:
         """
         if self.assignment is not None and self.assignment.round_id > after:
             return True
-        yield Put(f"ready/{self.id}", Ready(self.term, self.base.round))
+        yield effects.Put(f"ready/{self.id}", Ready(self.term, self.base.round))
         again = False
         while True:
-            record: RoundState = yield AwaitRound("samples", again, needs_nodes=True)
+            record: RoundState = yield effects.AwaitRound("samples", again, needs_nodes=True)
             if self.superseded(record):
                 return False
             found = record.assignments.get(self.id)
@@ -177,20 +164,20 @@ class MemberMachine:
             The outcome of the round, which this member's last vote was for: the outer step is to be taken. None: the
             round was committed without this member, and `catch_up` is next.
         """
-        progress = Progress(self.term, self.base.round + 1, (yield HashState()))
+        progress = Progress(self.term, self.base.round + 1, (yield effects.HashState()))
         while True:
             what, record, outcome = yield from self._next(progress, f"the others, in round {progress.round}", True)
             match what:
                 case "arrive":
                     progress = yield from self._arrive(progress, record.attempt, unused, speed)
                 case "reduce":
-                    vote: Vote | None = yield Reduce(record)
+                    vote: Vote | None = yield effects.Reduce(record)
                     if vote is None:
                         progress = yield from self._arrive(
                             progress, record.attempt + 1, unused, speed, probe=record.members
                         )
                     else:
-                        yield Put(f"votes/{self.id}", vote)
+                        yield effects.Put(f"votes/{self.id}", vote)
                         progress = replace(progress, voted=record.attempt)
                 case "commit":
                     assert outcome is not None
@@ -205,7 +192,7 @@ class MemberMachine:
 
     def announce(self) -> Machine[None]:
         """Announce that the outer step of the last outcome has been taken."""
-        yield Announce(self.base)
+        yield effects.Announce(self.base)
 
     def reconcile(self) -> Machine[bool]:
         """At the end of the run: agree on the final state.
@@ -214,7 +201,7 @@ class MemberMachine:
             Whether this member holds it. False: another state is the final one, or the run has gone back to an older
             one, and `catch_up` is next.
         """
-        progress = Progress(self.term, self.base.round + 1, (yield HashState()))
+        progress = Progress(self.term, self.base.round + 1, (yield effects.HashState()))
         while True:
             what, record, _ = yield from self._next(progress, "the others, at the end of the run", False)
             if what != "arrive":
@@ -233,7 +220,7 @@ class MemberMachine:
         """
         again = False
         while True:
-            record: RoundState = yield AwaitRound(reason, again, needs_nodes)
+            record: RoundState = yield effects.AwaitRound(reason, again, needs_nodes)
             same = record.round_id == (progress.term, progress.round)
             if same and record.length == 0 and record.base.hash == progress.state:
                 return "commit", record, None
@@ -242,7 +229,7 @@ class MemberMachine:
                     f"the members got different results from the same collective in {record.disputed} attempts at "
                     f"round {record.round}: a network or a machine between {', '.join(record.expected)} corrupts data"
                 )
-                yield Finish(failure)
+                yield effects.Finish(failure)
                 raise TrainingError(failure)
             outcome = yield from self._outcome(record, progress.round)
             what = action(self.id, progress, record, outcome)
@@ -258,9 +245,9 @@ class MemberMachine:
         speed: float,
         probe: Iterable[str] = (),
     ) -> Machine[Progress]:
-        suspects: tuple[str, ...] = yield Suspects(tuple(probe))
+        suspects: tuple[str, ...] = yield effects.Suspects(tuple(probe))
         arrival = Arrival(progress.term, progress.round, attempt, progress.state, unused, suspects, speed)
-        yield Put(f"arrivals/{self.id}", arrival)
+        yield effects.Put(f"arrivals/{self.id}", arrival)
         return replace(progress, arrived=attempt)
 
     # Catching up
@@ -276,11 +263,11 @@ class MemberMachine:
         """
         term, healing, moved = self.term, False, False
         while True:
-            record: RoundState = yield AwaitRound("the run's record")
+            record: RoundState = yield effects.AwaitRound("the run's record")
             if (yield from self._holds(record)):
                 break
             if moved:  # the record has moved on: a term must not be founded on a state that is not held any more
-                yield Announce(self.base)
+                yield effects.Announce(self.base)
                 moved = False
             if not healing and (record.term, record.base.round) == (term, self.round):
                 healing = True
@@ -292,7 +279,7 @@ class MemberMachine:
                 base = record.base if self.round == record.base.round else outcome and outcome.base
                 moved, self.base = base is not None, base or self.base
         self._adopt(record, record.base)
-        yield Announce(self.base)
+        yield effects.Announce(self.base)
         counts, self._in_doubt = record.term == term and not self._in_doubt, False
         return counts
 
@@ -301,24 +288,24 @@ class MemberMachine:
         if self.round != record.base.round:
             return False
         if record.base.hash:
-            return bool((yield HashState()) == record.base.hash)
+            return bool((yield effects.HashState()) == record.base.hash)
         # The members of the open round have not agreed on a hash yet: within a term there is one state per round.
         return record.term == self.term
 
     def _move(self, record: RoundState) -> Machine[bool]:
         """Bring the global state to the record's base, or closer; whether that was possible."""
         if record.term == self.term and self.round < record.base.round:
-            self.round = yield ReplayMeans(record, self.round + 1)
+            self.round = yield effects.ReplayMeans(record, self.round + 1)
             if self.round == record.base.round:
                 return True
-        fetched: bool = yield FetchState(record)
+        fetched: bool = yield effects.FetchState(record)
         if fetched:
             self.term, self.round = record.term, record.base.round
         return fetched
 
     def _heal(self) -> Machine[None]:
         self._healed += 1
-        yield Log("this member's global state differs from the others': fetching theirs")
+        yield effects.Log("this member's global state differs from the others': fetching theirs")
         if self._healed > 1:
             raise TrainingError(
                 "this member's global state has differed from the others' twice: its arithmetic cannot be trusted"
@@ -330,7 +317,7 @@ class MemberMachine:
             return None
         if record.committed is not None and record.committed.round == round:
             return record.committed
-        outcome: Outcome | None = yield Get(outcome_key(record.term, round))
+        outcome: Outcome | None = yield effects.Get(outcome_key(record.term, round))
         return outcome
 
     def _adopt(self, record: RoundState, base: State) -> None:

@@ -23,29 +23,10 @@ from typing import Any
 import pytest
 
 from trainer.errors import TrainingError
+from trainer.protocol import effects, rounds, samples
 from trainer.protocol import member as member_module
-from trainer.protocol import rounds, samples
 from trainer.protocol.coordinator import coordinate
-from trainer.protocol.effects import (
-    Announce,
-    AwaitRound,
-    Delete,
-    Effect,
-    FetchState,
-    Get,
-    HashState,
-    List,
-    Log,
-    Machine,
-    Now,
-    Pause,
-    Put,
-    Reap,
-    Reduce,
-    ReplayMeans,
-    Suspects,
-    Swap,
-)
+from trainer.protocol.effects import Effect, Machine
 from trainer.protocol.member import MemberMachine
 from trainer.protocol.records import (
     Assignment,
@@ -367,24 +348,24 @@ class Process:
         """Perform an effect of the coordinator."""
         etcd = self.world.etcd
         match effect:
-            case List():
+            case effects.List():
                 self.listed = etcd.list(self)
                 yield "listed"
                 return self.listed
-            case Now():
+            case effects.Now():
                 return self.world.now
-            case Put(key, record):
+            case effects.Put(key, record):
                 etcd.put(self, key, record)
                 yield "recorded"
-            case Delete(key, revision):
+            case effects.Delete(key, revision):
                 etcd.delete(self, key, revision)
-            case Swap(record, revision):
+            case effects.Swap(record, revision):
                 yield "decided"
                 etcd.swap(self, "round", record, revision)
                 yield "swapped"
-            case Pause(idle):
+            case effects.Pause(idle):
                 yield 3 * POLL if idle else POLL
-            case Reap():
+            case effects.Reap():
                 pass
             case _:
                 raise AssertionError(effect)
@@ -395,7 +376,7 @@ class Process:
         """Perform an effect of the member."""
         etcd = self.world.etcd
         match effect:
-            case AwaitRound(_, again):
+            case effects.AwaitRound(_, again):
                 if not again:
                     self.refresh()
                 while again or self.record is None:
@@ -405,32 +386,32 @@ class Process:
                     self.refresh()
                     again = False
                 return self.record
-            case Put(key, record, leased, required):
+            case effects.Put(key, record, leased, required):
                 yield from self.put(key, record, leased, required)
-            case Get(key):
+            case effects.Get(key):
                 entry = yield from self.patiently(lambda: etcd.get(self, key))
                 return entry.value if entry else None
-            case List():
+            case effects.List():
                 return (yield from self.patiently(lambda: etcd.list(self)))
-            case HashState():
+            case effects.HashState():
                 return self.state.hash
-            case Announce(base):
+            case effects.Announce(base):
                 self.member = replace(self.member, holds=replace(base, hash=self.state.hash))
                 with suppress(Away):
                     etcd.put(self, f"members/{self.id}", self.member, self.lease)
                 if self.record is not None:
                     self.probe({*self.record.expected, *self.record.assignments})
-            case Suspects(probe):
+            case effects.Suspects(probe):
                 if probe:
                     self.probe(probe)
                 return self.unreachable
-            case Reduce(record):
+            case effects.Reduce(record):
                 return (yield from self.collective(record))
-            case ReplayMeans(record, first):
+            case effects.ReplayMeans(record, first):
                 return (yield from self.replay(record, first))
-            case FetchState(record):
+            case effects.FetchState(record):
                 return (yield from self.fetch_state(record))
-            case Log(message):
+            case effects.Log(message):
                 self.log(message)
             case _:
                 raise AssertionError(effect)
