@@ -111,6 +111,7 @@ class Attempts:
             exchange.count(wire)
             return Vote(*record.attempt_id, exchange.reduced.hash, exchange.reduced.weight)
 
+        # Let go of the group, and give up or slow down if attempts keep failing
         log.warning("attempt %d at round %d failed: %s", record.attempt, record.round, reason)
         self.drop_group()
         exchange.failing_since = exchange.failing_since or time.monotonic()
@@ -154,6 +155,8 @@ class Attempts:
         if self._group is None or self._group.members != record.members or record.attempt > 1 or not same_as_before:
             self.drop_group()
             self._group = self._form_group(record)
+
+        # Reduce, and count the bytes as the kernel does
         group, values, on_chunk = self._group, exchange.pseudo_gradient, exchange.on_chunk
         if group.group is None:
             return Reduced.alone(values, exchange.weight, on_chunk), (0, 0)

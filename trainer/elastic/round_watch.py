@@ -109,6 +109,8 @@ class RoundWatch:
                     return self.record
                 self._condition.wait(self._timeouts.poll)
             waited = True
+
+            # Between two looks: end, read the record in case the watch is silent, and log what is awaited
             if self._ended():
                 raise Interrupted
             if time.monotonic() - self._read > self._timeouts.refresh:

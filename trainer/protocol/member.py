@@ -266,12 +266,16 @@ class MemberMachine:
             record: RoundState = yield effects.AwaitRound("the run's record")
             if (yield from self._holds(record)):
                 break
+
+            # Announce what has been reached so far, and note a state that is not what the others hold
             if moved:  # the record has moved on: a term must not be founded on a state that is not held any more
                 yield effects.Announce(self.base)
                 moved = False
             if not healing and (record.term, record.base.round) == (term, self.round):
                 healing = True
                 yield from self._heal()
+
+            # Move to the record's base, or closer to it
             before = self.round
             moved = yield from self._move(record)
             if moved or self.round != before:

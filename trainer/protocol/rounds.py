@@ -122,6 +122,7 @@ def _gather(record: RoundState, view: View, waited: float, rules: Rules) -> Roun
     here = _here(record, view)
     if _nodes(here, view) < rules.min_nodes or not _gathered(record, view, waited, rules):
         return None
+    # Agree on the state that the round begins from; members that hold another one cannot take part
     agreeing = _agree(record, view)
     same = {id for id in here if view.arrivals[id].state == agreeing.base.hash}
     if _nodes(same, view) < rules.min_nodes:  # too few without the others, which have to take the agreed state first
@@ -211,6 +212,8 @@ def _reduce(record: RoundState, view: View, waited: float, rules: Rules) -> Roun
     missing = [id for id in record.members if id not in votes]
     if not missing and len({(vote.hash, vote.weight) for vote in votes.values()}) == 1:
         return _commit(record, view, next(iter(votes.values())), rules)
+
+    # The attempt has failed if a member arrives for the next one, is gone, or does not vote long after another has
     failed = any(_arrived_for(record, view, id, record.attempt + 1) for id in record.members)
     gone = any(id not in view.present for id in missing)
     if missing and not failed and not gone and waited < rules.grace_period:
@@ -229,6 +232,8 @@ def _commit(record: RoundState, view: View, vote: Vote, rules: Rules) -> RoundSt
     returned = (*record.cursor.returned, *itertools.chain.from_iterable(unused.values()))
     base = State(record.round, record.base.step + record.length, replace(record.cursor, returned=returned))
     outcome = Outcome(*record.attempt_id, record.members, vote.hash, vote.weight, base)
+
+    # Open the next round. Members outside the quorum keep their assignments, and go on with them
     present = tuple(id for id in record.members if id in view.present)
     opened = _open(record.term, present, base, outcome, unused if rules.prefetch > 1 else {}, view, rules)
     others = view.present - {*record.members}

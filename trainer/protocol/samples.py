@@ -128,6 +128,7 @@ def step_multipliers(speeds: Mapping[str, float], tolerance: float) -> dict[str,
     known = [speed for speed in speeds.values() if speed > 0]
     average = sum(known) / len(known) if known else 1.0
     assumed = {id: speed if speed > 0 else average for id, speed in speeds.items()}
+    # Group members of nearly the same speed, from the fastest on
     groups: list[list[str]] = []
     for id in sorted(assumed, key=lambda id: (-assumed[id], id)):
         if groups and assumed[id] > assumed[groups[-1][0]] * (1 - tolerance):
@@ -179,6 +180,7 @@ def open_assignments(
 
 def update_ledger(record: RoundState, view: View, rules: Rules) -> RoundState | None:
     """Take back what leaving members have not used, and assign samples to members that are ready; None: no change."""
+    # Take back the samples of members that leave
     assignments, cursor = dict(record.assignments), record.cursor
     for id, left in sorted(view.left.items()):
         if assignment := assignments.pop(id, None):
@@ -193,6 +195,8 @@ def update_ledger(record: RoundState, view: View, rules: Rules) -> RoundState | 
                 else:
                     back = assignment.ranges
             cursor = replace(cursor, returned=(*cursor.returned, *back))
+
+    # Assign samples to members that are ready: joiners, and stragglers that have caught up
     for id, ready in sorted(view.ready.items()):
         current = (ready.term, ready.round) == (record.term, record.base.round)
         if current and id in view.present and (id not in assignments or assignments[id].round < record.round):

@@ -939,7 +939,7 @@ class World:
         live = self.live()
         if self.rules.total_steps is not None:
             done = [process for process in live if process.done]
-            # Whoever cannot have the final state from those that are done is told that the run is complete.
+            # A process that cannot get the final state from those that are done ends, because the run is complete.
             if not done or (len(done) < len(live) and self.now < FAULTS_END + PATIENCE / 2):
                 return False
             live = done
@@ -1091,7 +1091,9 @@ def check(seed: int) -> World:
             if (found := outcome_of(candidate)) is not None and str(found)[:20] == str(error)[:20]:
                 world, error, shorter = candidate, found, True
                 break
-    trace = "\n".join(f"{when:7.2f}  {who:8}  {' '.join(map(str, what))}" for when, who, what in world.trace[-120:])
+    trace = "\n".join(
+        f"{when:7.2f}  {process:8}  {' '.join(map(str, what))}" for when, process, what in world.trace[-120:]
+    )
     faults = "\n".join(map(str, world.faults))
     raise AssertionError(f"{error}\n\nseed {seed}, {world.rules}, carry {world.carry}\n{faults}\n\n{trace}") from error
 

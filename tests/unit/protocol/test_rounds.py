@@ -228,10 +228,10 @@ def test_which_of_a_pair_is_left_out_does_not_depend_on_who_is_first() -> None:
     assert decide(record, View(members("abc"), here), 0, RULES) is None
     here["a"] = arrival(3, suspects="c")
     assert next_record(record, View(members("abc"), here)).members == ("a", "b")
-    # The last in rank, whom the first suspects, would be left out all the same: it is not waited for.
+    # The last in rank, which the first suspects, would be left out anyway: it is not waited for.
     here = {"a": arrival(3, suspects="c"), "b": arrival(3)}
     assert next_record(record, View(members("abc"), here)).members == ("a", "b")
-    # Whom both of the others suspect is cut off, and not waited for.
+    # A member that both of the others suspect is cut off, and not waited for.
     here = {"c": arrival(3, suspects="a"), "b": arrival(3, suspects="a")}
     assert next_record(record, View(members("abc"), here)).members == ("b", "c")
 
