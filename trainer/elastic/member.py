@@ -136,9 +136,11 @@ class ElasticQuorum:
         self._write_durable()
         self._report = report = report or RoundReport()
         holds = State(state.round, state.step, cursor, self._replica.hashing().result())
-        place = (f"{self._slot}", self._slot, self._local_rank, donor.endpoint)
-        self._me = Member(*place, holds, report.speed, socket.gethostname(), os.getpid(), report.progress)
-        self._perform(self._machine.register(self._me, term))
+        node, host, pid = f"{self._slot}", socket.gethostname(), os.getpid()
+        self._me = me = Member(
+            node, self._slot, self._local_rank, donor.endpoint, holds, report.speed, host, pid, report.progress
+        )
+        self._perform(self._machine.register(me, term))
         self._coordinator = Coordinator(EtcdClient.of(config), self.id, self._rules, config.lease_ttl, self._timeouts)
         self._replica.start_catching_up()
         return CatchUp(self._perform(self._machine.join()), self._machine.current)

@@ -162,9 +162,7 @@ class RoundWatch:
         """Log what the thread waits for, and limit the wait if the run lacks what it cannot go on without."""
         wait.logged = now = time.monotonic()
         self.check_verdict()
-        lack = ""
-        if effect.needs_nodes:
-            lack = shortage(self.record, view_of({key: one.value for key, one in self.entries().items()}), self._rules)
+        lack = shortage(self.record, view_of(self.entries()), self._rules) if effect.needs_nodes else ""
         log.info("waiting for %s%s", effect.reason, lack and f": {lack}")
         self.shortage = bool(lack)
         limit = f"{self._rdzv_timeout:.0f} s"

@@ -37,7 +37,7 @@ def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Mac
             # Before the next transition: a member that missed this one must be able to look it up.
             recorded = record.term, record.committed.round
             yield from _record_outcome(record, record.committed, entries, kept_outcomes)
-        view = view_of({key: entry.value for key, entry in entries.items()})
+        view = view_of(entries)
 
         # Measure how long the situation has lasted, and look for dead members that keep the others waiting
         current = situation(record, view, rules)

@@ -116,9 +116,9 @@ class MemberMachine:
         again = False
         while True:
             record: RoundState = yield effects.AwaitRound("the run to begin", again, needs_nodes=True)
-            entries = yield effects.List()
+            view = view_of((yield effects.List()))
             # If no member holds the state of the open round, the run is about to be founded again.
-            if not forgotten(record, view_of({key: entry.value for key, entry in entries.items()})):
+            if not forgotten(record, view):
                 break
             again = True
         return (yield from self.catch_up())

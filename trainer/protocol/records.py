@@ -265,17 +265,17 @@ _TYPES = {
 }
 
 
-def view_of(records: Mapping[str, Any]) -> View:
+def view_of(entries: Mapping[str, Any]) -> View:
     """The view of a run's keys.
 
     Args:
-        records: By key, as `decoded` returns them. Keys that a view does not contain are ignored.
+        entries: By key; each `value` is as `decoded` returns it. Keys that a view does not contain are ignored.
     """
     found: dict[str, dict[str, Any]] = {prefix: {} for prefix in _TYPES}
-    for key, record in records.items():
+    for key, entry in entries.items():
         prefix, _, id = key.partition("/")
         if prefix in found:
-            found[prefix][id] = record
+            found[prefix][id] = entry.value
     kinds = {kind: found[kind] for kind in ("members", "arrivals", "votes", "ready", "left")}
     return View(**kinds, durable=max((record.round for record in found["durable"].values()), default=0))
 

@@ -866,7 +866,7 @@ class World:
     # What must hold
 
     def transition(self, process: Process, old: RoundState | None, new: RoundState) -> None:
-        view = view_of({key: entry.value for key, entry in process.listed.items()})
+        view = view_of(process.listed)
         process.log("decides", new.attempt_id, new.phase, new.members or new.expected, new.assignments)
         if self.random.random() < 0.02:
             assert decode(RoundState, json.loads(json.dumps(encoded(new)))) == new

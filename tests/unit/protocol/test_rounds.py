@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -620,7 +621,7 @@ def test_a_view_of_a_runs_keys() -> None:
         "coordinator": {"member": "a"},
     }
     values = {key: json.loads(json.dumps(encoded(record))) for key, record in records.items()}
-    view = view_of({key: decoded(key, value) for key, value in values.items()})
+    view = view_of({key: SimpleNamespace(value=decoded(key, value)) for key, value in values.items()})
     assert view == View({"a": member("a")}, ready={"a": Ready(1, 0)}, durable=5)
 
 
