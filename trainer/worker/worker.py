@@ -89,17 +89,21 @@ class Worker:
         """
         self._join()
         try:
+            # Train, round by round
             if self.diloco.schedule.step == 0 and self.config.eval_interval:
                 self._validate()
             while not self.diloco.complete or not self._final_state_is_agreed():
                 self._train_round()
+
+            # The run has succeeded when the final checkpoint is durable
             self.saving.save(complete=True)
             self.saving.wait()
             self.quorum.wait_for_others()
             self.quorum.finish("succeeded")
         except (Interrupted, PeerLeft):
+            # Save what there is; a synchronisation that fails now counts as not started
             if self.diloco.pending:
-                with suppress(Interrupted, TrainingError):  # it counts as not started then
+                with suppress(Interrupted, TrainingError):
                     self.diloco.finish()
             self.saving.save()
             self.saving.wait()
@@ -147,7 +151,7 @@ class Worker:
         diloco, started, before = self.diloco, time.perf_counter(), self.diloco.round
         self.progress.losses.clear()
         commit = None
-        while commit is None and not diloco.complete:
+        while commit is None and not diloco.complete:  # do the next thing that can be done
             if diloco.blocked or (diloco.pending and self.samples.exhausted):
                 commit = self._finish_synchronisation()
             elif not diloco.pending and self.quorum.superseded():
@@ -163,6 +167,7 @@ class Worker:
                     self._inner_step()
         self._write_round(commit, before, time.perf_counter() - started)
 
+        # Validate and save at their intervals
         last = diloco.complete
         interval = self.config.eval_interval * self.config.fragments
         if interval and (last or diloco.round % interval == 0):
@@ -286,7 +291,7 @@ class Worker:
             raise Interrupted
 
     def _save_on_shortage(self) -> None:
-        """Save once when too few workers are left to go on: waiting for others may end the run."""
+        """Save once when too few workers are left to go on: the run may end while it waits for others."""
         if self.quorum.shortage and not self._shortage_saved:
             self.saving.save()
         self._shortage_saved = self.quorum.shortage
