@@ -1,13 +1,14 @@
-"""Atomic checkpoints: one directory each, written whole or not at all, verified when read.
+"""Atomic checkpoints: one directory each, written completely or not at all, verified when read.
 
     round-000012-step-00000600/
-        global.safetensors   the global state, the same in all workers: `model.<parameter>`, `outer.<state>.<parameter>`
-        worker.safetensors   the worker's own: inner optimizer, RNG and, inside a round, its parameters
+        global.safetensors   the global state, identical in all workers: `model.<parameter>`,
+                             `outer.<state>.<parameter>`
+        worker.safetensors   the worker's own state: inner optimizer, RNG and, inside a round, its parameters
         state.json           everything that is not a tensor
-        manifest.json        sha256 and size of each file; written last
+        manifest.json        format; sha256 and size of each file; written last
 
-A directory whose manifest is missing or does not match is torn or corrupt: it is passed over, with a warning that
-names it, and the one before it is used.
+A directory whose manifest is missing or does not match is torn or corrupt: it is skipped, with a warning that names it,
+and the previous one is used.
 """
 
 import logging
@@ -33,7 +34,8 @@ if TYPE_CHECKING:  # `launch` looks at checkpoints, and need not import torch fo
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # of `state.json`; a checkpoint of another format is refused
+FILES = ("global.safetensors", "worker.safetensors", "state.json", "manifest.json")
 _Job = tuple[dict[str, Any], "dict[str, Tensor]", "dict[str, Tensor]"]
 _NAME = re.compile(r"round-(\d+)-step-(\d+)")
 
@@ -46,7 +48,7 @@ class Checkpoint:
         path: Its directory.
         round: Committed rounds.
         step: Schedule position, in inner steps; beyond the round's start if it was taken inside a round.
-        state: What `state.json` holds.
+        state: The content of `state.json`.
     """
 
     path: Path
@@ -74,29 +76,39 @@ class Checkpoint:
         }
 
     def averaged_parameters(self) -> "dict[str, Tensor]":
-        """Their moving average by name (`trainer.diloco.Averaged`), if the run keeps one; else themselves."""
+        """Their moving average by name, if the run keeps one (`trainer.diloco.Averaged`); else the parameters."""
         lag = self.global_tensors
         return {name: value + lag.get(f"outer.lag.{name}", 0.0) for name, value in self.parameters().items()}
 
     def worker(self) -> dict[str, Any]:
-        """The worker's own state, as it was given to `save`."""
+        """The worker's own state, as `save` received it."""
         from safetensors.torch import load_file
 
         return _join(self.state["worker_state"], load_file(self.path / "worker.safetensors"))
+
+
+class OtherFormat(TrainingError):
+    """A checkpoint of another version of this program: an older one cannot replace it."""
 
 
 def read(path: Path) -> Checkpoint:
     """Verify and open one checkpoint.
 
     Raises:
-        TrainingError: It is not a checkpoint, or it is torn or corrupt; says which file.
+        OtherFormat: It was written by another version of this program.
+        TrainingError: It is not a checkpoint, or it is torn or corrupt; the message names the file.
     """
     try:
         manifest = read_json(path / "manifest.json")
+        if manifest["format"] != FORMAT:
+            raise OtherFormat(
+                f"checkpoint {path} has format {manifest['format']}; this version reads format {FORMAT} only: finish "
+                "the run with the version that began it, or start a new run (another run_id)"
+            )
         for name, entry in manifest["files"].items():
             file = path / name
             if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
-                raise TrainingError(f"checkpoint {path} is corrupt: {name} is not what was written")
+                raise TrainingError(f"checkpoint {path} is corrupt: {name} differs from what was written")
         state = read_json(path / "state.json")
         return Checkpoint(path, state["round"], state["step"], state)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -106,27 +118,38 @@ def read(path: Path) -> Checkpoint:
 def paths(directory: Path) -> list[Path]:
     """The checkpoints in a directory, newest first, not verified."""
     found = [path for path in directory.glob("round-*") if _NAME.fullmatch(path.name)] if directory.is_dir() else []
-    return sorted(found, key=place_of, reverse=True)
+    return sorted(found, key=version_of, reverse=True)
 
 
-def place_of(path: Path) -> tuple[int, int]:
-    """The round and the step of the checkpoint in this directory, by its name."""
+def name_of(round: int, step: int) -> str:
+    """The name of a checkpoint's directory."""
+    return f"round-{round:06d}-step-{step:08d}"
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    """The round and the step of a checkpoint, from the name of its directory."""
     round, step = re.findall(r"\d+", path.name)
     return int(round), int(step)
 
 
 def newest(directory: Path, warn: Callable[[str], None] = logger.warning) -> Checkpoint | None:
-    """The newest checkpoint in `directory` that verifies; `warn` is told of each newer one that does not."""
+    """The newest checkpoint in `directory` that verifies; `warn` is called for each newer one that does not.
+
+    Raises:
+        OtherFormat: The newest intact one was written by another version of this program.
+    """
     for path in paths(directory):
         try:
             return read(path)
+        except OtherFormat:
+            raise
         except TrainingError as error:
-            warn(f"{error}; going back to the one before it")
+            warn(f"{error}; going back to the previous one")
     return None
 
 
 def newest_state(directory: Path) -> dict[str, Any]:
-    """`state.json` of the newest whole checkpoint in `directory`; {} if there is none. Cheap: tensors are not read."""
+    """`state.json` of the newest intact checkpoint in `directory`, or {}. Cheap: tensors are not read."""
     for path in paths(directory):
         try:
             files = read_json(path / "manifest.json")["files"]
@@ -138,7 +161,7 @@ def newest_state(directory: Path) -> dict[str, Any]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the newest whole checkpoint in `directory` is its run's final one. Cheap, as `newest_state`."""
+    """Whether the newest intact checkpoint in `directory` is its run's final one. As cheap as `newest_state`."""
     return bool(newest_state(directory).get("complete"))
 
 
@@ -146,13 +169,13 @@ class Checkpointer:
     """Saves checkpoints off the training thread, one at a time, and keeps the newest few.
 
     Args:
-        directory: Of this worker and run.
-        keep: How many are kept.
-        saved: Told of each checkpoint that has become durable: path, seconds, bytes.
+        directory: Where this worker keeps this run's checkpoints.
+        keep: How many to keep.
+        on_saved: Called, on the checkpointer's thread, when a checkpoint is durable: path, seconds, bytes.
     """
 
-    def __init__(self, directory: Path, keep: int, saved: Callable[[Path, float, int], None]) -> None:
-        self._directory, self._keep, self._saved = directory, keep, saved
+    def __init__(self, directory: Path, keep: int, on_saved: Callable[[Path, float, int], None]) -> None:
+        self._directory, self._keep, self._on_saved = directory, keep, on_saved
         self._queue: queue.Queue[_Job | None] = queue.Queue(1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
@@ -166,13 +189,13 @@ class Checkpointer:
         *,
         complete: bool,
     ) -> None:
-        """Copy the state and return; it is written meanwhile. Waits if the previous one is still being written.
+        """Copy the state, and write it on another thread. Waits if the previous one is still being written.
 
         Args:
             global_tensors: Written to `global.safetensors`.
             worker: Nested dicts and lists of tensors and JSON values.
             state: JSON values, with `round` and `step`.
-            complete: This is the run's final checkpoint.
+            complete: Whether this is the run's final checkpoint.
 
         Raises:
             TrainingError: An earlier checkpoint could not be written.
@@ -188,7 +211,7 @@ class Checkpointer:
         self._raise()
 
     def close(self) -> None:
-        """Finish what was begun, and end the thread."""
+        """Write what is queued, and end the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -200,7 +223,7 @@ class Checkpointer:
         while (job := self._queue.get()) is not None:
             try:
                 self._write(*job)
-            except BaseException as error:  # whoever waits for this thread must not wait for ever
+            except BaseException as error:  # `wait` must not wait forever
                 self._error = error
             finally:
                 self._queue.task_done()
@@ -209,7 +232,7 @@ class Checkpointer:
         from safetensors.torch import save_file
 
         started = time.perf_counter()
-        path = self._directory / f"round-{state['round']:06d}-step-{state['step']:08d}"
+        path = self._directory / name_of(state["round"], state["step"])
         with whole_directory(path) as temporary:
             save_file(global_tensors, temporary / "global.safetensors")
             save_file(own, temporary / "worker.safetensors")
@@ -217,9 +240,9 @@ class Checkpointer:
             sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
             files = {name: {"sha256": sha256(temporary / name), "bytes": size} for name, size in sizes.items()}
             write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
-        self._saved(path, time.perf_counter() - started, sum(sizes.values()))
+        self._on_saved(path, time.perf_counter() - started, sum(sizes.values()))
         found = paths(self._directory)
-        abandoned = found[: found.index(path)]  # by a run that has gone back to an earlier round
+        abandoned = found[: found.index(path)]  # the run has gone back to an earlier round
         for old in (*abandoned, *found[len(abandoned) + self._keep :]):
             shutil.rmtree(old, ignore_errors=True)
 
@@ -229,7 +252,7 @@ def _copy(tensor: "Tensor") -> "Tensor":
 
 
 def _split(value: Any, path: str = "") -> "tuple[Any, dict[str, Tensor]]":
-    """A tree of tensors and JSON values as JSON (a tensor becomes its name), and copies of the tensors by name."""
+    """Split a tree into JSON, where a name stands for each tensor, and copies of the tensors by name."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
@@ -259,7 +282,7 @@ def _join(tree: dict[str, Any], tensors: "Mapping[str, Tensor]") -> Any:
 
 
 def seed_random_state(seed: int) -> None:
-    """Seed torch's, numpy's and Python's global generators: models use all three (SpecAugment and layer drop)."""
+    """Seed the global generators of torch, numpy and Python: models use all three (SpecAugment, layer drop)."""
     import torch
 
     torch.manual_seed(seed)
@@ -268,21 +291,21 @@ def seed_random_state(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of these generators, torch's on the CPU and on every GPU."""
+    """The state of these generators; torch's on the CPU and on every GPU."""
     import torch
 
-    name, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, numbers, gauss_next = random.getstate()
     return {
         "cpu": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), place, has_gauss, gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
         "python": [version, torch.tensor(numbers), gauss_next],
     }
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Undo what has happened since `random_state`; a machine with other GPUs keeps their generators as they are."""
+    """Restore `random_state`; with another number of GPUs, their generators are left alone."""
     import torch
 
     torch.random.set_rng_state(state["cpu"])

@@ -66,7 +66,33 @@ class TransportTimeouts:
 
 @dataclass(frozen=True)
 class MemberTimeouts:
-    """Of `trainer.elastic`."""
+    """Of `trainer.elastic`.
+
+    Attributes:
+        poll: Between two checks of the clock and of SIGTERM while a member waits.
+        refresh: After which the round's record is read again although no watch has reported a change.
+        log: Between two log lines about a wait.
+        retry: Before an operation is repeated: etcd was away, or several attempts at a round have failed.
+        probe: In which a member's port must answer after a failed attempt, or it is suspect.
+        find: To find a donor that has an offer.
+        mesh_poll, mesh_refresh: As `poll` and `refresh`, while a process group is formed.
+        role_ttl: For which the coordinator's role outlives its holder's last sign of life.
+        tick: Between two decisions of the coordinator while something lasts; `idle`: while nothing does.
+        reap: Between two probes of a coordinator that may be dead.
+    """
+
+    poll: float = 0.25
+    refresh: float = 2.0
+    log: float = 5.0
+    retry: float = 1.0
+    probe: float = 1.0
+    find: float = 5.0
+    mesh_poll: float = 0.01
+    mesh_refresh: float = 1.0
+    role_ttl: float = 3.0
+    tick: float = 0.05
+    idle: float = 1.0
+    reap: float = 1.0
 
 
 @dataclass(frozen=True)

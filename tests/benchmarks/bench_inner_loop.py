@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +45,12 @@ def main() -> None:
         (config,) = worker_configs(load_config(RECIPE, flags))
         data.precache(config, Volume.of(config))
         etcd = resources.enter_context(EmbeddedEtcd(Path(directory) / "etcd"))
-        worker = Worker(config.with_values(etcd_endpoints=[etcd.endpoint]), threading.Event(), resources)
-        worker._take_share()
-        batches = resources.enter_context(closing(worker._batches()))
+        config = config.with_values(etcd_endpoints=[etcd.endpoint])
+        worker = resources.enter_context(Worker.open(config, threading.Event()))
+        worker._join()
+        worker._take_assignment()
 
-        volume, dataset = Volume.of(config), worker.dataset
+        volume, dataset = Volume.of(config), worker.parts.dataset
         bare = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
         parameters = list(bare.parameters())
         optimizer = inner_optimizer(config, bare)
@@ -69,7 +70,7 @@ def main() -> None:
             return time.perf_counter() - started
 
         def our_step() -> None:
-            worker._inner_step(batches, [])
+            worker._inner_step()
 
         for _ in range(5):  # warm up
             bare_step(), our_step()

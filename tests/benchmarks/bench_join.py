@@ -1,4 +1,4 @@
-"""A worker joins a running training: how long until it trains, and what the one that is there notices.
+"""A worker joins a running training: how long until it trains, and how far the donor slows down.
 
     python tests/benchmarks/bench_join.py [--model gpt-neo-x:160m] [--joins 3]
 

@@ -4,7 +4,7 @@
         [--steps 480] [--quick]
 
 Workers are processes, one thread each, which are started once and do all runs, one after the other, with the product's
-own parts: `DiLoCo` or `DDP`, the codecs, the collective over a real gloo group (TCP on loopback), the inner optimizer
+own parts: `DiLoCo`, the codecs, the collective over a real gloo group (TCP on loopback), the inner optimizer
 and its schedule, the precached dataset, the model family. Only the quorum is simpler: the members are fixed. The model
 is a small GPT-NeoX, the text Python's standard library, and the held-out documents are never trained on. With the same
 seed and as many workers, all methods start from the same initialisation and see the same samples.
@@ -39,10 +39,10 @@ from torch.distributed import TCPStore
 
 from trainer import data, models
 from trainer.config import TrainingConfig
-from trainer.diloco import DDP, Commit, DiLoCo, LocalQuorum, Nesterov, Overlap, codecs
+from trainer.diloco import Commit, DiLoCo, LocalQuorum, Nesterov, Overlap, RoundReport, codecs
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.collective import weighted_mean
-from trainer.diloco.quorum import Take
+from trainer.diloco.quorum import OnChunk
 from trainer.diloco.state import Fragment
 from trainer.elastic.mesh import form_group, gloo_device
 from trainer.files import write_json
@@ -120,9 +120,11 @@ class Members(LocalQuorum):
         self.group = group
         self.names = tuple(map(str, range(group.size())))
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
         self._round += 1
-        reduced = weighted_mean(self.group, pseudo_gradient, weight, fragment.codec, TIMEOUT, take)
+        reduced = weighted_mean(self.group, pseudo_gradient, weight, fragment.codec, TIMEOUT, on_chunk)
         return Commit(self._round, 1, self.names, fragment, reduced, None, None, 0.0)
 
 
@@ -145,13 +147,13 @@ class Worker:
         model = self.family.build(self.directory)
         parameters = list(model.parameters())
         optimizer = inner_optimizer(config, model)
-        diloco = (DDP if chosen.ddp else DiLoCo)(
+        diloco = DiLoCo(
             model,
             optimizer,
-            outer=Nesterov(chosen.lr, chosen.momentum),
+            outer=Nesterov(1.0, 0.0) if chosen.ddp else Nesterov(chosen.lr, chosen.momentum),
             codec=chosen.codec,
             sync_every=round(chosen.rounds * LOCAL_STEPS),
-            quorum=Members(self.group),
+            quorum=LocalQuorum() if chosen.ddp else Members(self.group),
             total_steps=steps,
             fragments=chosen.fragments,
             overlap=chosen.overlap,
@@ -162,16 +164,24 @@ class Worker:
         with closing(data.batches(self.dataset.train, order, everybody[:, self.rank].ravel(), BATCH)) as batches:
             for batch in batches:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(diloco.step, config)
+                    group["lr"] = learning_rate(diloco.schedule.step, config)
                 self.task.loss(model, batch).backward()
-                diloco.before_optimizer_step(BATCH)
+                if chosen.ddp:
+                    self._average([parameter.grad for parameter in parameters if parameter.grad is not None])
                 nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 diloco.after_inner_step(BATCH)
-        assert (diloco.step, diloco.round_length) == (steps, 0), "the run is not complete"
+        assert diloco.complete and diloco.schedule.step == steps, "the run is not complete"
         sent = self.sent() - sent
         return {"sent": sent, "hash": diloco.state.hash(), **self._score(model)}
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        """Average the gradients over the workers, as data parallelism does."""
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self.group.allreduce([flat]).wait()
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient) / self.size)
 
     def _score(self, model: nn.Module) -> dict[str, float]:
         sums: dict[str, float] = {}

@@ -66,10 +66,11 @@ from tests.benchmarks.bench_quality import Members  # noqa: E402
 from tests.faults.harness import Network  # noqa: E402
 from trainer.diloco import DiLoCo, Overlap, codecs  # noqa: E402
 from trainer.diloco.codecs import Codec  # noqa: E402
-from trainer.diloco.collective import SLICE, Workspace, warm_up, weighted_mean  # noqa: E402
+from trainer.diloco.collective import SLICE, Workspace, weighted_mean  # noqa: E402
 from trainer.diloco.flat import FlatLayout  # noqa: E402
 from trainer.diloco.outer import Nesterov  # noqa: E402
 from trainer.diloco.state import GlobalState  # noqa: E402
+from trainer.diloco.warm_up import warm_up  # noqa: E402
 from trainer.elastic.mesh import form_group, gloo_device  # noqa: E402
 from trainer.files import write_json  # noqa: E402
 from trainer.process import dying_with_parent, listen  # noqa: E402
@@ -146,9 +147,9 @@ class Worker:
             self.group.allreduce([self.scratch]).wait()
             marks += 2 * [time.perf_counter()]
         else:
-            made, codec = self.state.begin(self.state.fragments[-1]), self.codecs[method]
+            made, codec = self.state.begin(self.state.full_model), self.codecs[method]
             reduced = weighted_mean(self.group, self.scratch, 1.0, codec, TIMEOUT, made.add, self.workspace)
-            self.state.take(made, LOCAL_STEPS)
+            self.state.commit(made, LOCAL_STEPS)
             marks.append(time.perf_counter())
             if reduced.error is not None:
                 self.residuals.setdefault(method, torch.empty_like(theta)).copy_(reduced.error)
@@ -179,8 +180,8 @@ class Worker:
             time.sleep(STEP_SECONDS)
             if diloco.after_inner_step():
                 exposed.append(diloco.exposed_seconds)
-        if diloco.in_flight:
-            diloco.land()
+        if diloco.pending:
+            diloco.finish()
         return {"exposed": statistics.median(exposed), "sent": (self.sent() - before) / diloco.round}
 
     def sent(self) -> int:

@@ -49,7 +49,7 @@ def over(run: Run) -> bool:
     return run.committed() * run.config.local_steps >= run.config.total_steps - 3 * run.config.local_steps
 
 
-@pytest.mark.parametrize("survivor", range(3))  # the first member, and others; who decides is chance
+@pytest.mark.parametrize("survivor", range(3))  # the first member, and others; the coordinator is chance
 def test_kills_at_random_moments(
     survivor: int, server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]
 ) -> None:
@@ -115,19 +115,21 @@ def durable(run: Run, pod: Pod) -> int:
     return own.round if own else 0
 
 
-def test_pod_of_the_decider_killed_and_replaced_on_the_same_volume(
+def test_pod_of_the_coordinator_killed_and_replaced_on_the_same_volume(
     server: EmbeddedEtcd, begin: Callable[..., Run], table: list[dict[str, Any]]
 ) -> None:
     run = begin("run", [server.endpoint], total_steps=600)
     pods = [run.start(slot) for slot in range(3)]
     run.until_quorum(pods)
-    decider = run.client.get("decider")
-    assert decider
-    victim = next(pod for pod in pods if pod.member == decider.value["member"])
+    coordinator = run.client.get("coordinator")
+    assert coordinator
+    victim = next(pod for pod in pods if pod.member == coordinator.value["member"])
     survivors = [pod for pod in pods if pod is not victim]
     run.until(lambda: durable(run, victim) > 0, "a checkpoint")
-    row = run.report("kill -9 of a whole pod, the decider's", victim.kill(), survivors, [victim])
-    assert row["without"] < run.config.lease_ttl  # no agent is left to tell, but nobody waited for the lease
+    row = run.report("kill -9 of a whole pod, the coordinator's", victim.kill(), survivors, [victim])
+    assert (
+        row["without"] < run.config.lease_ttl
+    )  # no agent is left to revoke the lease, but the others did not wait for it
     held = durable(run, victim)
     started = time.time()
     new = run.start(victim.slot)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.elastic import mesh as mesh_module
 from trainer.elastic.mesh import MeshStore, form_group, gloo_device
 from trainer.etcd.client import Entry, EtcdClient, Json
 from trainer.etcd.errors import EtcdError
+from trainer.timeouts import MemberTimeouts
 from trainer.transport.wire_meter import WireMeter
 
 WAIT = 60.0  # seconds until a test gives up
@@ -32,28 +32,29 @@ def mesh(
     client: EtcdClient,
     rank: int,
     size: int,
-    place: str,
+    attempt: str,
     over: Callable[[], bool] = lambda: False,
     wait: float = WAIT,
+    timeouts: MemberTimeouts = MemberTimeouts(),
 ) -> Iterator[MeshStore]:
     def put(value: Json) -> None:
         client.put(f"meshes/{rank}", value)
 
-    with MeshStore(client, put, [str(member) for member in range(size)], place, wait, over) as store:
+    with MeshStore(client, put, [str(member) for member in range(size)], attempt, wait, over, timeouts) as store:
         yield store
 
 
-def form(client: EtcdClient, rank: int, size: int, place: str) -> tuple[Any, WireMeter]:
-    with mesh(client, rank, size, place) as store:
+def form(client: EtcdClient, rank: int, size: int, attempt: str) -> tuple[Any, WireMeter]:
+    with mesh(client, rank, size, attempt) as store:
         store.gather()
         return form_group(store, rank, size, gloo_device("", "127.0.0.1"), timedelta(seconds=WAIT))
 
 
 def test_members_of_one_attempt_after_the_other_find_each_other(client: EtcdClient) -> None:
     size = 3
-    for place in ("1/1/1", "1/1/2"):  # the second time, etcd has the first one's addresses
+    for attempt in ("1/1/1", "1/1/2"):  # the second time, etcd has the addresses of the first
         with ThreadPoolExecutor(size) as pool:
-            groups = list(pool.map(lambda rank, place=place: form(client, rank, size, place), range(size)))
+            groups = list(pool.map(lambda rank, attempt=attempt: form(client, rank, size, attempt), range(size)))
         values = [torch.full((5,), float(rank)) for rank in range(size)]
         for work in [each.allreduce([value]) for (each, _), value in zip(groups, values, strict=True)]:
             work.wait(timedelta(seconds=WAIT))
@@ -72,12 +73,12 @@ def test_connections_that_are_opened_while_others_are_late_are_not_the_groups(cl
                 assert counted and foreign.getsockname() not in counted
 
 
-def test_nobody_waits_for_an_attempt_that_is_over(client: EtcdClient) -> None:
-    client.put("meshes/1", {"place": "1/1/1", "values": {}})  # is not of this attempt
+def test_no_member_waits_for_an_attempt_that_is_over(client: EtcdClient) -> None:
+    client.put("meshes/1", {"attempt": "1/1/1", "values": {}})  # is not of this attempt
 
     def over() -> bool:
         mine = client.get("meshes/0")
-        return mine is not None and mine.value["place"] == "1/1/2"
+        return mine is not None and mine.value["attempt"] == "1/1/2"
 
     with mesh(client, 0, 2, "1/1/2", over) as store, pytest.raises(RuntimeError, match="the attempt is over"):
         store.gather()
@@ -88,13 +89,16 @@ def test_one_that_does_not_come_is_not_waited_for_without_a_limit(
     away: bool, client: EtcdClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(prefix: str) -> dict[str, Entry]:
-        threading.Event().wait(mesh_module._ASK_INTERVAL)
-        raise EtcdError("nobody answers", "unreachable")
+        threading.Event().wait(0.1)
+        raise EtcdError("no answer", "unreachable")
 
     if away:
-        monkeypatch.setattr(mesh_module, "_ASK_INTERVAL", 0.1)
         monkeypatch.setattr(client, "list", slow)
-    with mesh(client, 0, 2, "1/1/1", wait=0.5) as store, pytest.raises(RuntimeError, match="not all members"):
+    timeouts = MemberTimeouts(mesh_refresh=0.1)
+    with (
+        mesh(client, 0, 2, "1/1/1", wait=0.5, timeouts=timeouts) as store,
+        pytest.raises(RuntimeError, match="not all"),
+    ):
         store.gather()
 
 

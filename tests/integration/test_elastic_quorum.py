@@ -1,102 +1,54 @@
-"""Fixed membership over a real etcd, real processes and real gloo."""
+"""Members over a real etcd and real gloo, each on a thread of its own."""
 
-import multiprocessing as mp
 import os
-import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from trainer.config import TrainingConfig
-from trainer.diloco import Fp32, Fragment, Nesterov
-from trainer.diloco.collective import warm_up
-from trainer.elastic import quorum as quorum_module
-from trainer.elastic.keys import SLOT_VARIABLE, finish
-from trainer.elastic.quorum import FixedQuorum, LostMember
+from trainer.diloco.outer import Nesterov
+from trainer.diloco.quorum import Commit, RoundReport, Superseded
+from trainer.diloco.state import GlobalState
+from trainer.elastic.keys import SLOT_VARIABLE, finish, verdict
+from trainer.elastic.member import ElasticQuorum
 from trainer.errors import Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient
+from trainer.protocol.records import Assignment, Cursor
+from trainer.timeouts import MemberTimeouts
 
-FINGERPRINT = {"model": "gpt-neo-x:tiny", "local_steps": 30}
-WAIT = 60  # seconds until a test gives up
-
-_context = mp.get_context("forkserver")  # torch is imported once; gRPC is not imported before the fork
-_context.set_forkserver_preload(["trainer.elastic.quorum", "trainer.diloco"])
-
-
-class Member:
-    """A worker in a process of its own that does what it is told, and answers."""
-
-    def __init__(self, config: TrainingConfig, rank: int, fingerprint: dict[str, Any]) -> None:
-        self.rank = rank
-        self._pipe, theirs = _context.Pipe()
-        self.process: ForkServerProcess = _context.Process(target=_serve, args=(theirs, config, rank, fingerprint))
-        self.process.start()
-        theirs.close()
-
-    def ask(self, what: str, *arguments: Any) -> None:
-        self._pipe.send((what, arguments))
-
-    def answer(self) -> Any:
-        """What came of the last thing asked, or of joining."""
-        assert self._pipe.poll(WAIT), f"worker {self.rank} does not answer"
-        return self._pipe.recv()
-
-    def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
-        assert self.process.pid
-        os.kill(self.process.pid, number)
-        if number == signal.SIGKILL:
-            self.process.join()
+WAIT = 60.0  # seconds until a test gives up
+SIZE = 1000
+TIMEOUTS = MemberTimeouts(poll=0.05, log=0.2)
 
 
-def _serve(pipe: Connection, config: TrainingConfig, rank: int, fingerprint: dict[str, Any]) -> None:
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-    torch.set_num_threads(1)
-    os.environ[SLOT_VARIABLE] = str(rank)
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-    warm_up(Fp32(), Nesterov())  # as a worker does before it joins
+class Worker:
+    """A member with a global state of its own; its rounds are one inner step of one sample."""
 
-    def synchronise(quorum: FixedQuorum, value: float, weight: float, size: int) -> Any:
-        mean = torch.empty(size)
+    def __init__(self, config: TrainingConfig, slot: int, fingerprint: dict[str, Any]) -> None:
+        self.state = GlobalState(torch.zeros(SIZE), Nesterov(lr=1.0, momentum=0.0))
+        self.stopping = threading.Event()
+        os.environ[SLOT_VARIABLE] = str(slot)  # read by the constructor
+        self.quorum = ElasticQuorum(config, fingerprint, self.stopping, TIMEOUTS)
+        self.assignment: Assignment | None = None
 
-        def take(start: int, piece: torch.Tensor) -> None:
-            mean[start : start + len(piece)] = piece
+    def join(self) -> "Worker":
+        self.assignment = self.quorum.join(self.state, Cursor()).assignment
+        return self
 
-        commit = quorum.synchronise(torch.full((size,), value), weight, Fragment(0, 0, size, Fp32()), take)
-        assert torch.equal(mean, commit.reduced.coded[0][1])
-        assert torch.equal(mean, mean[:1].expand(size))
-        return commit.round, commit.members, mean[0].item(), commit.reduced.weight, commit.bytes_sent
-
-    def broadcast(quorum: FixedQuorum, source: int, size: int) -> Any:
-        tensor = torch.arange(size, dtype=torch.float64) * (1 if quorum.rank == source else 0)
-        quorum.broadcast(tensor, source)
-        return torch.equal(tensor, torch.arange(size, dtype=torch.float64))
-
-    def die_inside(quorum: FixedQuorum) -> None:
-        setattr(quorum_module, "weighted_mean", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
-        quorum.synchronise(torch.ones(1), 1.0, Fragment(0, 0, 1, Fp32()), lambda *_: None)
-
-    actions: dict[str, Callable[..., Any]] = {
-        "die_inside": die_inside,
-        "synchronise": synchronise,
-        "broadcast": broadcast,
-        "exchange": lambda quorum, value: quorum.exchange(value),
-        "finish": lambda quorum, status: quorum.finish(status),
-    }
-    try:
-        with FixedQuorum.meet(config, fingerprint, lambda: bool(told)) as quorum:
-            pipe.send((quorum.rank, quorum.world_size, quorum.generation))
-            while (order := pipe.recv())[0] != "leave":
-                pipe.send(actions[order[0]](quorum, *order[1]))
-    except (TrainingError, Interrupted) as error:
-        pipe.send(error)
-    except EOFError:
-        pass
+    def round(self, value: float, weight: float = 1.0, unused: tuple[tuple[int, int], ...] = ()) -> Commit:
+        """Synchronise a pseudo-gradient that is `value` everywhere, and take the outer step."""
+        made = self.state.begin(self.state.full_model)
+        report = RoundReport(unused, progress={"loss": value})
+        commit = self.quorum.synchronise(torch.full((SIZE,), value), weight, report, made.fragment, made.add)
+        self.state.commit(made, 1)
+        self.quorum.announce(commit, self.state)
+        self.assignment = commit.assignment
+        return commit
 
 
 @pytest.fixture
@@ -106,8 +58,16 @@ def config(etcd: str) -> TrainingConfig:
             "run_id": uuid.uuid4().hex,
             "elastic_etcd_prefix": "/quorum",
             "etcd_endpoints": [etcd],
-            "etcd_outage_limit": 30,
+            "etcd_outage_limit": 30.0,
             "elastic_rdzv_timeout": WAIT,
+            "grace_period": 10.0,
+            "collective_timeout": 5.0,
+            "lease_ttl": 20.0,
+            "local_steps": 1,
+            "batch_size": 1,
+            "per_device_train_batch_size": 1,
+            "nodes": 2,
+            "elastic_min_nodes": 1,
         }
     )
 
@@ -119,169 +79,152 @@ def client(config: TrainingConfig) -> Iterator[EtcdClient]:
 
 
 @pytest.fixture
-def start(config: TrainingConfig) -> Iterator[Callable[..., Member]]:
-    """Starts a member; all are killed in the end."""
-    members: list[Member] = []
+def start(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
+    """Makes a worker, which leaves at the test's end."""
+    monkeypatch.setenv(SLOT_VARIABLE, "0")
+    workers: list[Worker] = []
 
-    def start(rank: int, nodes: int = 2, fingerprint: dict[str, Any] = FINGERPRINT, **values: Any) -> Member:
-        members.append(Member(config.with_values(nodes=nodes, **values), rank, fingerprint))
-        return members[-1]
+    def start(slot: int, fingerprint: dict[str, Any] | None = None, **values: Any) -> Worker:
+        workers.append(Worker(config.with_values(**values), slot, fingerprint or {"model": "tiny"}))
+        return workers[-1]
 
     yield start
-    for member in members:
-        member.process.kill()
-        member.process.join()
+    for worker in workers:
+        worker.quorum.leave()
 
 
-def joined(*members: Member) -> int:
-    """All members, in the order of their ranks, have joined: returns their generation."""
-    formed = [member.answer() for member in members]
-    assert isinstance(formed[0], tuple), formed
-    generation: int = formed[0][2]
-    assert formed == [(rank, len(members), generation) for rank in range(len(members))]
-    return generation
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_synchronise_exchange_broadcast(world: int, start: Callable[..., Member], client: EtcdClient) -> None:
-    members = [start(rank, world) for rank in range(world)]
-    assert joined(*members) == 1
-
-    names = tuple(f"{rank:04d}" for rank in range(world))
-    for round in (1, 2):
-        for member in members:
-            member.ask("synchronise", float(member.rank), 1.0 + member.rank, 2_000_000)
-        total = sum(range(1, world + 1))
-        mean = sum(rank * (1 + rank) for rank in range(world)) / total
-        for member in members:
-            number, who, value, weight, sent = member.answer()
-            assert (number, who, weight) == (round, names, total)
-            assert value == pytest.approx(mean)
-            # 2 (n - 1) / n of the buffer; what the kernel counted is that and a little more: a segment that was sent
-            # twice, because the machine was busy, has 64 KB.
-            payload = 2 * (world - 1) / world * 8_000_000
-            assert payload <= sent <= 1.05 * payload + 10_000
-
-    for member in members:
-        member.ask("exchange", {"rank": member.rank, "text": "é" * 100_000})
-    expected = [{"rank": rank, "text": "é" * 100_000} for rank in range(world)]
-    assert all(member.answer() == expected for member in members)
-
-    for member in members:
-        member.ask("broadcast", world - 1, 1_300_001)
-    assert all(member.answer() is True for member in members)
-
-    members[0].ask("finish", "succeeded")
-    members[0].answer()
-    for member in members:
-        member.ask("leave")
-    for member in members:
-        member.process.join(WAIT)
-        assert member.process.exitcode == 0
-    assert client.list("members/") == {}
-    run = client.get("run")
-    assert run and run.value["status"] == "succeeded"
+def test_constructing_is_not_joining(start: Callable[..., Worker], client: EtcdClient) -> None:
+    threads = threading.active_count()
+    worker = start(0)
+    assert (client.list(""), threading.active_count()) == ({}, threads)
+    assert (worker.quorum.term, worker.quorum.members, worker.quorum.shortage) == (0, (), False)
+    assert worker.quorum.id.startswith("000-") and not worker.quorum.superseded()
 
 
-def test_killed_member_is_noticed_and_a_new_generation_forms(start: Callable[..., Member], client: EtcdClient) -> None:
-    members = [start(rank, 3) for rank in range(3)]
-    joined(*members)
-    for survivor in (members[0], members[2]):
-        survivor.ask("synchronise", 1.0, 1.0, 1000)
-    members[1].stop()
-    # Its agent starts it again: the others need not wait for its lease to end.
-    restarted = start(1, 3)
-    for survivor in (members[0], members[2]):
-        error = survivor.answer()
-        assert isinstance(error, LostMember)
-        assert "worker 1" in str(error) and ("is gone" in str(error) or "was restarted" in str(error))
-        survivor.process.join(WAIT)
-    members = [start(0, 3), restarted, start(2, 3)]
-    assert joined(*members) >= 2
-    for member in members:
-        member.ask("synchronise", 2.0, 1.0, 1000)
-    assert all(member.answer()[2] == 2.0 for member in members)
+def test_rounds_of_two_and_what_etcd_shows_of_them(
+    start: Callable[..., Worker], pool: ThreadPoolExecutor, client: EtcdClient
+) -> None:
+    workers = list(pool.map(Worker.join, [start(0), start(1)]))
+    assert {worker.assignment.ranges for worker in workers if worker.assignment} == {((0, 1),), ((1, 2),)}
+    commits = list(pool.map(Worker.round, workers, (1.0, 4.0), (1.0, 2.0)))
+    assert [(one.round, one.attempt, one.reduced.weight) for one in commits] == [(1, 1, 3.0)] * 2
+    assert commits[0].members == tuple(worker.quorum.id for worker in workers) == workers[1].quorum.members
+    assert all(commit.bytes_sent and commit.bytes_received for commit in commits)
+    for worker in workers:
+        assert worker.state.parameters.allclose(torch.tensor(-3.0))
+        assert worker.assignment is not None and worker.assignment.round == 2
+
+    def announced() -> bool:
+        values = [entry.value for entry in client.list("members/").values()]
+        return [(v["holds"]["round"], v["progress"].get("round"), v["progress"].get("loss")) for v in values] == [
+            (1, 1, 1.0),
+            (1, 1, 4.0),
+        ]
+
+    assert client.wait_for(announced, WAIT, "members/")
+    assert client.get("coordinator")
 
 
-def test_death_inside_the_collective(start: Callable[..., Member]) -> None:
-    one, two = start(0), start(1)
-    joined(one, two)
-    one.ask("synchronise", 1.0, 1.0, 20_000_000)
-    two.ask("die_inside")
-    error = one.answer()  # all had arrived; no lease has ended, and no agent has told
-    assert isinstance(error, LostMember) and "broke" in str(error)
+def test_a_joiner_takes_the_state_and_the_offers_of_others(start: Callable[..., Worker]) -> None:
+    first = start(0, nodes=1).join()
+    first.round(1.0)
+    first.round(1.0)
+    first.quorum.offer("moments", {"0.exp_avg": torch.arange(5.0)})
+    second = start(1).join()
+    assert (second.state.round, second.quorum.base.round) == (2, 2)
+    assert torch.equal(second.state.parameters, first.state.parameters)
+    found = second.quorum.fetch_moments()
+    assert found is not None and torch.equal(found["0.exp_avg"], torch.arange(5.0))
+    assignment = second.quorum.assign(after=(0, 0))
+    assert assignment.round_id == (1, 3)
 
 
-def test_frozen_member_is_given_up_when_its_lease_ends(start: Callable[..., Member]) -> None:
-    short = {"collective_timeout": 1, "grace_period": 4, "lease_ttl": 5}
-    one, two = start(0, **short), start(1, **short)
-    joined(one, two)
-    two.stop(signal.SIGSTOP)
-    one.ask("synchronise", 1.0, 1.0, 1000)
-    error = one.answer()
-    assert isinstance(error, LostMember) and "worker 1" in str(error)
+def test_a_straggler_is_superseded_and_catches_up(start: Callable[..., Worker], pool: ThreadPoolExecutor) -> None:
+    short = {"grace_period": 6.0, "collective_timeout": 3.0}
+    first, second = pool.map(Worker.join, [start(0, **short), start(1, **short)])
+    first.round(1.0)  # the second one is late
+    assert len(first.quorum.members) == 1
+    with pytest.raises(Superseded):
+        second.round(5.0)
+    caught_up = second.quorum.catch_up(second.state)
+    assert caught_up.counts and second.state.round == 1
+    assert torch.equal(second.state.parameters, first.state.parameters)
+    assert not second.quorum.superseded()
 
 
-def test_slow_member_is_waited_for(start: Callable[..., Member]) -> None:
-    one, two = start(0, collective_timeout=0.5), start(1, collective_timeout=0.5)
-    joined(one, two)
-    one.ask("exchange", "early")
-    assert not one._pipe.poll(1.5)  # longer than the collective's timeout
-    two.ask("exchange", "late")
-    assert one.answer() == two.answer() == ["early", "late"]
+def test_what_a_leaving_worker_returns_is_assigned_again(
+    start: Callable[..., Worker], pool: ThreadPoolExecutor
+) -> None:
+    first, second = pool.map(Worker.join, [start(0), start(1)])
+    assert second.assignment is not None
+    second.quorum.leave(second.assignment)
+    commit = first.round(1.0)
+    assert commit.members == (first.quorum.id,) and commit.seconds < 5  # it was not waited for
+    assert commit.assignment is not None and commit.assignment.ranges == second.assignment.ranges
 
 
-def test_host_of_the_store_dies(start: Callable[..., Member]) -> None:
-    one, two = start(0), start(1)
-    joined(one, two)
-    two.ask("synchronise", 1.0, 1.0, 1000)
-    one.stop()
-    error = two.answer()
-    assert (isinstance(error, LostMember) and "broke" in str(error)) or "worker 0" in str(error)
+def test_a_pending_synchronisation_is_interrupted_by_leaving_and_by_sigterm(
+    start: Callable[..., Worker], pool: ThreadPoolExecutor
+) -> None:
+    first, second = pool.map(Worker.join, [start(0), start(1)])
+    pending: Future[Commit] = pool.submit(first.round, 1.0)
+    first.stopping.set()
+    with pytest.raises(Interrupted):
+        pending.result(WAIT)
+    pending = pool.submit(second.round, 1.0)
+    second.quorum.leave()
+    with pytest.raises(Interrupted):
+        pending.result(WAIT)
 
 
-def test_stale_incarnation_leads_to_a_new_generation(start: Callable[..., Member], client: EtcdClient) -> None:
-    ghost = {"incarnation": "ghost", "slot": 1, "local_rank": 0, "host": "nowhere", "pid": 0}
-    client.put("members/0001", ghost, client.grant(60))
-    one = start(0)
-    group = client.wait_for(lambda: client.get("groups/00000001"), WAIT, "groups/")
-    assert group and group.value["incarnations"][1] == "ghost"
-    two = start(1)
-    assert joined(one, two) >= 2  # later than 2 if worker 1 came after FORM_TIMEOUT
+def test_another_fingerprint_is_refused(start: Callable[..., Worker]) -> None:
+    start(0, nodes=1).join()
+    with pytest.raises(TrainingError, match="its model is 'large', the run's is 'tiny'"):
+        start(1, {"model": "large"}).join()
 
 
-def test_other_fingerprint_is_refused(start: Callable[..., Member], client: EtcdClient) -> None:
-    start(0)
-    assert client.wait_for(lambda: client.get("fingerprint"), WAIT)
-    error = start(1, fingerprint={**FINGERPRINT, "local_steps": 31}).answer()
-    assert isinstance(error, TrainingError)
-    assert "its local_steps is 31, the run's is 30" in str(error)
-
-
-def test_missing_worker_is_named(start: Callable[..., Member]) -> None:
-    short = {"collective_timeout": 1, "grace_period": 3, "lease_ttl": 5, "etcd_outage_limit": 5}
-    one = start(0, 3, elastic_rdzv_timeout=6, **short)
-    error = one.answer()
-    assert isinstance(error, TrainingError)
-    assert "waiting for worker 1, 2: 1 of 3 are here, for 6 s (elastic.rdzv_timeout)" in str(error)
-
-
-def test_waiting_ends_with_the_runs_verdict_and_with_sigterm(start: Callable[..., Member], client: EtcdClient) -> None:
-    one = start(0)
-    assert client.wait_for(lambda: client.get("members/0000"), WAIT)
-    one.stop(signal.SIGTERM)
-    assert isinstance(one.answer(), Interrupted)
-    one.process.join(WAIT)
-    other = start(0)
-    assert client.wait_for(lambda: client.get("members/0000"), WAIT)
+def test_a_run_that_has_ended_is_not_joined(start: Callable[..., Worker], client: EtcdClient) -> None:
     finish(client, "failed", "worker 1 has no disk")
-    error = other.answer()
-    assert isinstance(error, TrainingError) and "the run has failed: worker 1 has no disk" in str(error)
+    with pytest.raises(TrainingError, match="the run has failed: worker 1 has no disk"):
+        start(0).join()
 
 
-def test_members_that_do_not_do_the_same(start: Callable[..., Member]) -> None:
-    one, two = start(0), start(1)
-    joined(one, two)
-    one.ask("exchange", 1)
-    two.ask("synchronise", 1.0, 1.0, 1000)
-    assert "do not do the same" in str(one.answer())
+def test_too_few_nodes_are_waited_for_with_a_limit(start: Callable[..., Worker]) -> None:
+    short = {
+        "elastic_min_nodes": 2,
+        "elastic_rdzv_timeout": 12.0,
+        "etcd_outage_limit": 8.0,
+        "lease_ttl": 6.0,
+        "grace_period": 3.0,
+        "collective_timeout": 1.0,
+    }
+    worker = start(0, **short)
+    with pytest.raises(TrainingError, match=r"only 1 of at least 2 nodes, for 12 s \(elastic.rdzv_timeout\)"):
+        worker.join()
+    assert worker.quorum.shortage
+
+
+def test_the_end_of_a_run(start: Callable[..., Worker], pool: ThreadPoolExecutor, client: EtcdClient) -> None:
+    last = {"total_steps": 1, "warmup_steps": 0}
+    workers = list(pool.map(Worker.join, [start(0, **last), start(1, **last)]))
+    list(pool.map(Worker.round, workers, (1.0, 1.0)))
+    workers[1].quorum._replica.changed()
+    workers[1].state.parameters[0] += 1.0  # a flipped bit
+    ends = [pool.submit(worker.quorum.reconcile, worker.state) for worker in workers]
+    ends[0].result(WAIT)
+    with pytest.raises(Superseded):
+        ends[1].result(WAIT)
+    workers[1].quorum.catch_up(workers[1].state)
+    workers[1].quorum.reconcile(workers[1].state)
+    assert torch.equal(workers[0].state.parameters, workers[1].state.parameters)
+    for worker in workers:
+        worker.quorum.durable(1)
+    workers[0].quorum.wait_for_others()
+    workers[0].quorum.finish("succeeded")
+    assert verdict(client).status == "succeeded"

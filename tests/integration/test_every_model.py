@@ -4,7 +4,6 @@ import json
 import math
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,8 @@ def configure(tmp_path: Path, shared: Path, etcd: str) -> Callable[..., Training
 
 
 def run(config: TrainingConfig, stopping: threading.Event | None = None) -> None:
-    with ExitStack() as resources:
-        assert Worker(config, stopping or threading.Event(), resources).run() == 0
+    with Worker.open(config, stopping or threading.Event()) as worker:
+        assert worker.run() == 0
 
 
 def events(config: TrainingConfig, kind: str) -> list[dict[str, Any]]:
@@ -77,7 +76,7 @@ def test_it_resumes_bit_for_bit_and_its_export_is_scored(
         with pytest.raises(Interrupted):
             run(begun, stopping)
     (saved, *_) = checkpoint.paths(Volume.of(begun).checkpoints)
-    assert checkpoint.place_of(saved) == (1, 5)
+    assert checkpoint.version_of(saved) == (1, 5)
     resumed = configure("resumed", **values, resume=str(saved))
     run(resumed)
     for kind, field in (("step", "loss"), ("step", "gradient_norm"), ("eval", "loss")):

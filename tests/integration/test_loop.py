@@ -5,7 +5,6 @@ import json
 import math
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.tasks.language_modelling import LanguageModelling
 from trainer.volume import Volume, worker_configs
-from trainer.worker.worker import Worker, learning_rate
+from trainer.worker.optimizer import learning_rate
+from trainer.worker.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def configure(tmp_path: Path, shared: Path, etcd: str) -> Callable[..., Training
 
 
 def run(config: TrainingConfig) -> None:
-    with ExitStack() as resources:
-        assert Worker(config, threading.Event(), resources).run() == 0
+    with Worker.open(config, threading.Event()) as worker:
+        assert worker.run() == 0
 
 
 def events(config: TrainingConfig, kind: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Workers of unequal speed, under real agents and a real etcd: nobody waits for the slowest."""
+"""Workers of unequal speed, under real agents and a real etcd: no worker waits for the slowest one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ LOCAL_STEPS = 12
 def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
     source = precache(tmp_path / "source")
     own = {"heterogeneous": True, "min_batch_size": 2, "local_steps": LOCAL_STEPS, "nodes": 2, "elastic_max_nodes": 2}
-    # Nobody is left out for being slow: it is to be seen that nobody is.
+    # Long timeouts: no worker may be left out for being slow.
     patient = {
         "collective_timeout": 20.0,
         "grace_period": 50.0,
@@ -28,8 +28,8 @@ def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
     run.close()
 
 
-def paces(pods: list[Pod]) -> list[float]:
-    """The inner steps of each in its newest round, for each of the schedule's."""
+def multipliers(pods: list[Pod]) -> list[float]:
+    """Each worker's inner steps in its newest round, for each step of the schedule."""
     rounds = [of("round", pod.events) for pod in pods]
     return [events[-1]["inner_steps"] / LOCAL_STEPS if events else 1.0 for events in rounds]
 
@@ -40,10 +40,10 @@ def test_the_slower_make_fewer_steps_and_are_followed(run: Run) -> None:
     pods[0].pause(0.04)
     pods[1].pause(0.24)
     run.until_quorum(pods)
-    run.until(lambda: paces(pods)[0] > 2 * paces(pods)[1], "the faster one to make more steps")
+    run.until(lambda: multipliers(pods)[0] > 2 * multipliers(pods)[1], "the faster one to make more steps")
     pods[0].pause(0.4)  # as a card that throttles
     pods[1].pause(0.04)
-    run.until(lambda: paces(pods)[1] > 2 * paces(pods)[0], "the other one to make more steps")
+    run.until(lambda: multipliers(pods)[1] > 2 * multipliers(pods)[0], "the other one to make more steps")
     run.finish(pods)
     run.check()
 

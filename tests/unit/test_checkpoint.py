@@ -90,6 +90,14 @@ def test_a_damaged_one_is_passed_over_with_a_warning_that_names_it(tmp_path: Pat
     assert "round-000002-step-00000010" in warnings[0]
 
 
+def test_one_of_another_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, range(1, 3))
+    manifest = tmp_path / "round-000002-step-00000010" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
+    with pytest.raises(checkpoint.OtherFormat, match="round-000002-step-00000010 has format 1; this version reads"):
+        checkpoint.newest(tmp_path, pytest.fail)
+
+
 def test_complete_is_what_the_newest_says(tmp_path: Path) -> None:
     assert not checkpoint.is_complete(tmp_path)
     save(tmp_path, range(1, 2))

@@ -1,15 +1,15 @@
-"""DiLoCo as a library: five lines make a worker of a training loop of your own (see `DiLoCo`)."""
+"""DiLoCo as a library: five lines turn a training loop into a DiLoCo worker (see `DiLoCo`)."""
 
 from trainer.diloco.codecs import Codec, Fp32
-from trainer.diloco.ddp import DDP
-from trainer.diloco.diloco import DiLoCo, Overlap
+from trainer.diloco.diloco import DiLoCo
 from trainer.diloco.outer import Averaged, Nesterov, OuterOptimizer
-from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, Reduced, Superseded
+from trainer.diloco.overlap import Overlap
+from trainer.diloco.quorum import CatchUp, Commit, LocalQuorum, Quorum, Reduced, RoundReport, Superseded
 from trainer.diloco.state import Fragment, GlobalState
 
 __all__ = [
-    "DDP",
     "Averaged",
+    "CatchUp",
     "Codec",
     "Commit",
     "DiLoCo",
@@ -22,5 +22,6 @@ __all__ = [
     "Overlap",
     "Quorum",
     "Reduced",
+    "RoundReport",
     "Superseded",
 ]

@@ -1,18 +1,18 @@
-"""The collective of a synchronisation: the weighted mean over a process group, in pieces, several on their way.
+"""The collective of a synchronisation: the weighted mean over a process group, in pieces, several in flight.
 
-A piece of the vector is cut into as many equal parts as there are members, and each member owns one: (1) everybody
-sends every owner its part, coded (a reduce-scatter); (2) the owner forms the mean in float32, codes it again, and (3)
-sends that to everybody (an all-gather). So a member sends 2 (n − 1) / n times the coded vector, as with a ring, and all
-of them, the owner too, decode the same bytes.
+A piece of the vector is cut into as many equal parts as there are members, and each member owns one: (1) every member
+sends each owner its part, encoded (a reduce-scatter); (2) the owner computes the mean in float32, encodes it again, and
+(3) sends that to all members (an all-gather). So a member sends 2 (n − 1) / n times the encoded vector, as with a ring,
+and all members, including the owner, decode the same bytes.
 
-Two members send no more if each sends the other everything: so they do, and nothing needs to be coded again.
+Two members send no more than that if each sends the other everything: so they do, and nothing is encoded twice.
 
-While a piece is on its way, later ones are coded, and earlier ones decoded and taken into the outer step: on a slow
-link that costs next to nothing, and beside a fast one the link does. Members send to each other directly, from the
-memory where the rows are and into that where they are kept: gloo's own collectives copy more often.
+While a piece is in flight, later pieces are encoded, and earlier ones decoded and added to the outer step: on a slow
+link the arithmetic costs almost no extra time. Members send to each other directly, between the buffers where the rows
+are and where they stay: gloo's own collectives copy more often.
 
-*What is lost in coding* can be kept (`Codec.feedback`): by each member what its own message has left out; by the
-owner also what coding the mean has. Of that it keeps W / w times as much, which will count w / W, its share.
+*What encoding loses* can be kept (`Codec.feedback`): each member keeps what its own message has left out; the owner
+also keeps what encoding the mean has left out. It keeps W / w times that, because it will count w / W, its scale.
 """
 
 from abc import ABC, abstractmethod
@@ -29,20 +29,18 @@ from torch.distributed import AllreduceOptions, ReduceOp, Work
 
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.jit import Floats, compiled
-from trainer.diloco.outer import OuterOptimizer
-from trainer.diloco.quorum import Coded, Reduced, Take, is_finite
-from trainer.diloco.state import GlobalState
+from trainer.diloco.quorum import Coded, OnChunk, Reduced, is_finite
 
 CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
 IN_FLIGHT = 4  # pieces
-EXPECTED = 16  # pieces that are expected before they are sent: a sender must not have to ask first
-PIECES = 16  # so many at least, if they are not tiny: what cannot overlap is one piece's coding
+EXPECTED = 16  # pieces whose receives are posted before they are sent: a sender must not have to ask first
+PIECES = 16  # at least, unless they are tiny: the encoding of one piece cannot overlap
 SMALLEST = 1 << 18  # numbers
-SLICE = 1 << 17  # numbers that are coded or summed at once: what that reads and writes stays in the cache
+SLICE = 1 << 17  # numbers that are encoded or summed at once: what that reads and writes stays in the cache
 
 
 class Workspace:
-    """Memory that a member's collectives use again and again: what one has given is valid until the next one."""
+    """Memory that a member's collectives reuse: what one returns is valid until the next one."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -61,7 +59,7 @@ def weighted_mean(
     weight: float,
     codec: Codec,
     timeout: timedelta,
-    take: Take,
+    on_chunk: OnChunk,
     workspace: Workspace | None = None,
 ) -> Reduced:
     """The mean of the members' `values`, weighted by their weights.
@@ -70,14 +68,14 @@ def weighted_mean(
 
     Args:
         group: A ProcessGroupGloo.
-        values: float32 (n,), on the host, contiguous. Not changed, so that an attempt that fails can be made again.
+        values: float32 (n,), on the host, contiguous. Not changed, so that a failed attempt can be repeated.
         weight: At least 0.
-        timeout: How long any one message may take.
-        take: Gets the mean. It is not called if there is none, all weights being 0.
-        workspace: Where `Reduced.error` is to be put. By default into fresh memory, which is slower.
+        timeout: The limit for each message.
+        on_chunk: Receives the mean. Not called if all weights are 0.
+        workspace: Memory for `Reduced.error`. By default fresh memory, which is slower.
 
     Raises:
-        RuntimeError: A member is gone, or a piece took too long.
+        RuntimeError: A member is gone, or a message took too long.
     """
     if not is_finite(values):
         weight = 0.0
@@ -90,25 +88,17 @@ def weighted_mean(
     if total == 0:
         return Reduced.nothing(values)
     exchange = _OfTwo if group.size() == 2 else _OfMore
-    shares = (weights / total).tolist()
-    return exchange(group, codec, timeout, shares, take, workspace or Workspace()).run(values, total)
-
-
-def warm_up(codec: Codec, outer: OuterOptimizer) -> None:
-    """Compile what a synchronisation needs, so that nobody has to wait for that in the first one."""
-    rows = codec.encode(torch.zeros(2, codec.block))
-    mean = _sum(codec, [(0.5, rows), (0.5, rows)], Workspace())
-    codec.mean.decode(codec.mean.encode(mean), mean)
-    GlobalState(torch.zeros(mean.numel()), outer).apply(mean.view(-1), 1)
+    scales = (weights / total).tolist()
+    return exchange(group, codec, timeout, scales, on_chunk, workspace or Workspace()).run(values, total)
 
 
 @dataclass
 class _Piece:
-    """Some blocks, and where in the coded vector their rows begin.
+    """A run of blocks, and where their rows begin in the encoded vector.
 
     Attributes:
-        came: Every member's rows of what is this one's to sum, by rank.
-        wanted, sent: What is on its way, in each of two stages.
+        came: The rows that this member sums up, by the rank of the sender.
+        wanted, sent: Messages in flight; the wanted ones in each of two stages.
     """
 
     number: int
@@ -127,29 +117,29 @@ class _Exchange(ABC):
     """One member's part in one collective.
 
     Args:
-        shares: Every member's share of the sum of weights, by rank.
+        scales: Each member's weight as a fraction of the sum of weights, by rank.
     """
 
     def __init__(
-        self, group: Any, codec: Codec, timeout: timedelta, shares: list[float], take: Take, workspace: Workspace
+        self, group: Any, codec: Codec, timeout: timedelta, scales: list[float], on_chunk: OnChunk, workspace: Workspace
     ) -> None:
-        self.group, self.codec, self.timeout, self.shares, self.take = group, codec, timeout, shares, take
+        self.group, self.codec, self.timeout, self.scales, self.on_chunk = group, codec, timeout, scales, on_chunk
         self.size, self.rank = group.size(), group.rank()
         self.others = [rank for rank in range(self.size) if rank != self.rank]
-        self.share = shares[self.rank]
+        self.scale = scales[self.rank]
         self.plain = isinstance(codec, Fp32)
         self.workspace = workspace
         self.digest = xxhash.xxh3_128()
 
     def run(self, values: Tensor, weight: float) -> Reduced:
         codec, self.n = self.codec, values.numel()
-        parts = codec.arrange(values if self.share else torch.zeros_like(values))  # 0 × NaN is NaN
+        parts = codec.arrange(values if self.scale else torch.zeros_like(values))  # 0 × NaN is NaN
         pieces, count = list(self._pieces(parts)), sum(map(len, parts))
-        keep = codec.feedback > 0 and self.share > 0
+        keep = codec.feedback > 0 and self.scale > 0
         self.error = self.workspace.empty("error", count, codec.block) if keep else None
         self.mean = None if codec.in_order else self.workspace.empty("mean", count, codec.block)
-        codec_of_mean, shares = self.means()
-        self.coded = [torch.empty(count, codec_of_mean.row, dtype=torch.uint8) for _ in shares]
+        codec_of_mean, scales = self.means()
+        self.coded = [torch.empty(count, codec_of_mean.row, dtype=torch.uint8) for _ in scales]
         stages = [self.expect, *self.stages()]
         starts = [0, *(EXPECTED + number * IN_FLIGHT for number in range(len(stages) - 1))]
         for turn in range(len(pieces) + starts[-1]):
@@ -157,22 +147,22 @@ class _Exchange(ABC):
                 if 0 <= turn - start < len(pieces):
                     stage(pieces[turn - start])
         if self.mean is not None:
-            self.take(0, codec.restore(self.mean, self.n))
+            self.on_chunk(0, codec.restore(self.mean, self.n))
         coded = [self.coded[0].view(-1).view(torch.float32)[: self.n]] if self.plain else self.coded
         left = None if self.error is None else codec.restore(self.error, self.n)
-        return Reduced(weight, tuple(zip(shares, coded, strict=True)), self.digest.hexdigest(), left)
+        return Reduced(weight, tuple(zip(scales, coded, strict=True)), self.digest.hexdigest(), left)
 
     @abstractmethod
     def means(self) -> tuple[Codec, list[float]]:
-        """What the mean is kept as: the sum of so many messages, each times its share; and their codec."""
+        """The codec and the scales of the messages whose sum the mean is kept as."""
 
     @abstractmethod
     def expect(self, piece: _Piece) -> None:
-        """Begin to take what the others will send of the piece."""
+        """Post the receives of what the others will send of the piece."""
 
     @abstractmethod
     def stages(self) -> list[Callable[[_Piece], None]]:
-        """What is done to each piece, one after the other, while others are on their way."""
+        """What is done to each piece, one stage after the other, while other pieces are in flight."""
 
     def _pieces(self, parts: list[Tensor]) -> Iterator[_Piece]:
         block = self.codec.block
@@ -184,7 +174,7 @@ class _Exchange(ABC):
             start += len(blocks)
 
     def _encode(self, piece: _Piece, rows: Tensor) -> Tensor:
-        """The piece, coded, in memory for it; numbers as they are, where they are. What that leaves out is kept."""
+        """Encode a piece into `rows` (fp32 is passed through uncopied), and keep what encoding has left out."""
         if self.plain:
             return self.codec.encode(piece.blocks)
         for now in _slices(self.codec, rows):
@@ -196,12 +186,12 @@ class _Exchange(ABC):
         return rows
 
     def _receive(self, piece: _Piece, stage: int, into: dict[int, Tensor]) -> None:
-        """Begin to take the others' rows."""
+        """Post the receives of the others' rows."""
         tag = 2 * piece.number + stage
         piece.wanted[stage] = [self.group.recv([into[rank]], rank, tag) for rank in self.others if len(into[rank])]
 
     def _send(self, piece: _Piece, stage: int, rows: dict[int, Tensor]) -> None:
-        """Begin to send the others rows."""
+        """Start to send rows to the others."""
         tag = 2 * piece.number + stage
         piece.sent += [self.group.send([rows[rank]], rank, tag) for rank in self.others if len(rows[rank])]
 
@@ -211,12 +201,12 @@ class _Exchange(ABC):
         piece.wanted[stage], piece.sent = [], []
 
     def _give(self, start: int, mean: Tensor, *kept: Tensor) -> None:
-        """Blocks of the mean, from the one of that number on, and what is kept of them."""
+        """Pass on blocks of the mean, from block `start` on, and hash the rows that are kept of them."""
         for rows in kept:
             self.digest.update(cast(bytes, rows.numpy().data))
         if self.mean is None:
             start *= self.codec.block
-            self.take(start, mean.view(-1)[: self.n - start])
+            self.on_chunk(start, mean.view(-1)[: self.n - start])
         else:
             self.mean[start : start + len(mean)] = mean
 
@@ -225,36 +215,36 @@ class _OfTwo(_Exchange):
     """Each sends the other everything."""
 
     def means(self) -> tuple[Codec, list[float]]:
-        return self.codec, [1.0] if self.plain else self.shares  # numbers as they are: the mean itself
+        return self.codec, [1.0] if self.plain else self.scales  # of fp32, the mean itself is kept
 
     def stages(self) -> list[Callable[[_Piece], None]]:
         return [self._swap, self._join]
 
     def expect(self, piece: _Piece) -> None:
-        """The other's rows come to where they are kept; numbers as they are, to where their mean will be."""
+        """The other's rows arrive where they are kept; those of fp32, where the mean will be."""
         piece.came = [coded[piece.rows] for coded in (self.coded[0], self.coded[-1])]
         other = 1 - self.rank
         self._receive(piece, 0, {other: piece.came[other]})
 
     def _swap(self, piece: _Piece) -> None:
-        """Code the piece, and send it to the other."""
+        """Encode the piece, and send it to the other."""
         piece.came[self.rank] = self._encode(piece, piece.came[self.rank])
         self._send(piece, 0, {1 - self.rank: piece.came[self.rank]})
 
     def _join(self, piece: _Piece) -> None:
-        """Form the mean of what both have coded."""
+        """Compute the mean of what both have encoded."""
         self._wait(piece, 0)
         for now in _slices(self.codec, piece.blocks):
             rows = [came[now] for came in piece.came]
             order = (1 - self.rank, self.rank)
-            messages = [(self.shares[rank], rows[rank]) for rank in order]
+            messages = [(self.scales[rank], rows[rank]) for rank in order]
             kept = rows[order[0]].view(torch.float32) if self.plain else None
-            mean = _sum(self.codec, messages, self.workspace, kept)
+            mean = weighted_sum(self.codec, messages, self.workspace, kept)
             self._give(piece.start + now.start, mean, *([mean] if self.plain else rows))
 
 
 class _OfMore(_Exchange):
-    """Each sends every owner what is his, and what is its own to all."""
+    """Each member sends every owner its part, and the mean of its own part to all members."""
 
     def means(self) -> tuple[Codec, list[float]]:
         return self.codec.mean, [1.0]
@@ -263,30 +253,30 @@ class _OfMore(_Exchange):
         return [self._scatter, self._reduce, self._gather]
 
     def expect(self, piece: _Piece) -> None:
-        """The others' rows of what this member owns, and what they make of what they own."""
+        """The others' rows of this member's part, and the means of their parts."""
         kept = self.coded[0][piece.rows].tensor_split(self.size)
         piece.came = list(torch.empty(self.size, len(kept[self.rank]), self.codec.row, dtype=torch.uint8))
         self._receive(piece, 0, dict(enumerate(piece.came)))
         self._receive(piece, 1, dict(enumerate(kept)))
 
     def _scatter(self, piece: _Piece) -> None:
-        """Code the piece, and send each owner its part."""
+        """Encode the piece, and send each owner its part."""
         rows = self._encode(piece, torch.empty(len(piece.blocks), self.codec.row, dtype=torch.uint8))
         parts = rows.tensor_split(self.size)
         piece.came[self.rank] = parts[self.rank]
         self._send(piece, 0, dict(enumerate(parts)))
 
     def _reduce(self, piece: _Piece) -> None:
-        """Form the mean of the part that this member owns, and send it to everybody."""
+        """Compute the mean of the part that this member owns, and send it to all members."""
         self._wait(piece, 0)
         codec, rows = self.codec.mean, self.coded[0][piece.rows].tensor_split(self.size)[self.rank]
         for now in _slices(codec, rows):
-            messages = [(share, came[now]) for share, came in zip(self.shares, piece.came, strict=True)]
-            total = _sum(self.codec, messages, self.workspace)
+            messages = [(scale, came[now]) for scale, came in zip(self.scales, piece.came, strict=True)]
+            total = weighted_sum(self.codec, messages, self.workspace)
             coded = rows[now].copy_(codec.encode(total))
             if self.error is not None:
                 left = self.error[piece.rows].tensor_split(self.size)[self.rank][now]
-                left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / self.share)
+                left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / self.scale)
         piece.came = []
         self._send(piece, 1, dict.fromkeys(self.others, rows))
 
@@ -300,30 +290,32 @@ class _OfMore(_Exchange):
 
 
 def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
-    """The mean, float32 (`size`,), of what `Reduced.coded` holds: to the last bit what it was.
+    """The mean, float32 (`size`,), that `Reduced.coded` encodes: the same bits as in the collective.
 
     Raises:
-        ValueError, RuntimeError: It is none of this codec's.
+        ValueError, RuntimeError: It was not encoded by this codec.
     """
     if coded[0][1].dtype == torch.float32:
         return coded[0][1]
     inner = codec if len(coded) > 1 else codec.mean
-    messages = [(share, rows.view(-1, inner.row)) for share, rows in coded]
+    messages = [(scale, rows.view(-1, inner.row)) for scale, rows in coded]
     if any(rows.shape != messages[0][1].shape for _, rows in messages):
-        raise ValueError("not a coded mean: its parts are not of the same length")
+        raise ValueError("not an encoded mean: its parts differ in length")
     blocks, workspace = torch.empty(len(messages[0][1]), codec.block), Workspace()
     for now in _slices(codec, blocks):
-        _sum(inner, [(share, rows[now]) for share, rows in messages], workspace, blocks[now])
+        weighted_sum(inner, [(scale, rows[now]) for scale, rows in messages], workspace, blocks[now])
     return codec.restore(blocks, size)
 
 
-def _sum(codec: Codec, messages: list[tuple[float, Tensor]], workspace: Workspace, out: Tensor | None = None) -> Tensor:
-    """The sum of what rows hold, each times its share. Of two it is the same, to the last bit, in either order.
+def weighted_sum(
+    codec: Codec, messages: list[tuple[float, Tensor]], workspace: Workspace, out: Tensor | None = None
+) -> Tensor:
+    """The sum of encoded rows, each times its scale. The sum of two has the same bits in either order.
 
     Args:
-        out: Where to put it; by default into the workspace's "sum". It may be where the first message's numbers are.
+        out: Memory for the sum; by default the workspace's "sum". It may hold the first message's numbers.
     """
-    (share, rows), *others = messages
+    (scale, rows), *others = messages
     shape = len(rows), codec.block
     out = workspace.empty("sum", *shape) if out is None else out
     first = codec.decode(rows, out)
@@ -333,22 +325,22 @@ def _sum(codec: Codec, messages: list[tuple[float, Tensor]], workspace: Workspac
         _add(
             out.numpy(),
             codec.decode(rows, workspace.empty("other", *shape)).numpy(),
-            np.float32(share),
+            np.float32(scale),
             np.float32(other),
         )
-        share = 1.0
-    return out if others else out.mul_(share)
+        scale = 1.0
+    return out if others else out.mul_(scale)
 
 
 @compiled
-def _add(total: Floats, values: Floats, share: np.float32, other: np.float32) -> None:
-    """In place: a `total` of its own would have to be compared with the others' memory, or be slow."""
+def _add(total: Floats, values: Floats, scale: np.float32, other: np.float32) -> None:
+    """In place, because the compiler would otherwise check at run time whether the arrays overlap."""
     for row in range(len(total)):
         for i in range(total.shape[1]):
-            total[row, i] = share * total[row, i] + other * values[row, i]
+            total[row, i] = scale * total[row, i] + other * values[row, i]
 
 
 def _slices(codec: Codec, rows: Tensor) -> Iterator[slice]:
-    """Of as many rows (or blocks), so large that what they hold stays in the cache."""
+    """Slices of the rows (or blocks) that are small enough to stay in the cache."""
     step = max(1, SLICE // codec.block)
     return (slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step))

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-CUT = 64  # rows: matrices are cut into multiples of so many, so that a codec's tiles stay whole
+CUT = 64  # rows: matrices are cut at multiples of this, so that a codec's tiles stay whole
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Section:
     """A part of the flat vector.
 
     Attributes:
-        start, stop: Where it lies.
-        rows: The parameters in it: which one, from which row, up to which; all of it: (which, 0, None).
+        start, stop: Its range in the vector.
+        rows: The parameters in it: index, first row, end row; of a whole parameter: (index, 0, None).
     """
 
     start: int
@@ -25,7 +25,7 @@ class Section:
     rows: tuple[tuple[int, int, int | None], ...]
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The parts of these tensors (one for each parameter) that belong to it: views."""
+        """The section's parts of these tensors, one tensor for each parameter: views."""
         return [tensors[index] if stop is None else tensors[index][start:stop] for index, start, stop in self.rows]
 
 
@@ -51,7 +51,7 @@ class FlatLayout:
         return self._parameters
 
     def empty(self) -> Tensor:
-        """A vector, float32 (size,), in memory that a GPU can copy to and from without blocking (pinned)."""
+        """A vector, float32 (size,); pinned if the model is on a GPU, so that copies do not block."""
         return torch.empty(self.size, dtype=torch.float32, pin_memory=self._stream is not None)
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -71,14 +71,14 @@ class FlatLayout:
         """Copy the parameters (or other tensors of the same shapes) into `flat`, and return it.
 
         Args:
-            wait: False: a GPU's numbers are there after `settle`. What changes the tensors after this call, on the
-                current stream, does not change what is copied.
+            wait: False: a GPU's numbers have arrived after `wait_for_copies`. Changes of the tensors after this call,
+                on the current stream, do not affect the copy.
         """
         with self._beside():
             for view, tensor in self._pairs(flat, self._parameters if tensors is None else tensors):
                 view.copy_(tensor, non_blocking=True)
         if wait:
-            self.settle()
+            self.wait_for_copies()
         return flat
 
     def scatter(self, flat: Tensor, tensors: Iterable[Tensor] | None = None) -> None:
@@ -86,22 +86,26 @@ class FlatLayout:
         with self._beside():
             for view, tensor in self._pairs(flat, self._parameters if tensors is None else tensors):
                 tensor.copy_(view, non_blocking=True)
-        self.settle()
+        self.wait_for_copies()
 
     def add(self, flat: Tensor, tensors: Iterable[Tensor]) -> None:
-        """Add `flat` to tensors of the parameters' shapes, in place. For a GPU, it must not change before `settle`."""
+        """Add `flat` to tensors of the parameters' shapes, in place.
+
+        On a GPU, `flat` must not change before `wait_for_copies`.
+        """
         with self._beside():
             for view, tensor in self._pairs(flat, tensors):
                 tensor.add_(view.to(tensor.device, non_blocking=True))
 
-    def settle(self) -> None:
+    def wait_for_copies(self) -> None:
         """Return when all copies from and to a GPU are done."""
         if self._stream is not None:
             self._stream.synchronize()
 
     def sections(self, count: int) -> list[Section]:
-        """`count` sections of about the same size, one after the other. Only between two parameters, or two rows of a
-        matrix, is there a cut, so that they can be fewer.
+        """Cut the vector into `count` sections of about the same size, or fewer.
+
+        Cuts lie between two parameters, or between two rows of a matrix.
         """
         cuts: list[tuple[int, int, int]] = []  # position, parameter, row
         position = 0
@@ -135,8 +139,10 @@ class FlatLayout:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """On a GPU, what is done here goes on a stream of its own: after what the current one has been given so far,
-        and before what it is given next. The host does not wait."""
+        """On a GPU, enqueue this block's work on a stream of its own, in order with the current stream's work.
+
+        The host does not wait.
+        """
         if self._stream is None:
             yield
             return

@@ -1,69 +1,88 @@
-"""The one entry of a synchronisation: `synchronise(pseudo_gradient, weight, fragment, take) → commit`.
+"""The contract between `DiLoCo` and its quorum: a report goes in, a commit comes out, and nothing calls back up.
 
-`DiLoCo` knows a quorum only as this protocol. `LocalQuorum` is the quorum of a worker alone; `trainer.elastic` has
-those over the network.
+`DiLoCo` knows a quorum only as the protocol `Quorum`. `LocalQuorum` is the quorum of a single worker; `trainer.elastic`
+has the one over the network.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trainer.diloco.state import Fragment, GlobalState, hash_of
+from trainer.protocol.samples import Assignment, Range
 
 Coded = tuple[tuple[float, Tensor], ...]
-Take = Callable[[int, Tensor], None]
-"""Gets the mean piece by piece, as it comes: where a piece begins, and its numbers, float32 (k,), not to be kept."""
+OnChunk = Callable[[int, Tensor], None]
+"""Receives the mean chunk by chunk: the chunk's offset, and its numbers, float32 (k,), valid during the call only."""
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a worker reports when its inner steps of a round are done. It stays the same for all attempts at the round.
+
+    Attributes:
+        unused: The sample positions of its assignment that it has not consumed.
+        speed: Samples a second of its inner steps; 0: not known yet.
+        progress: JSON values that `status` shows of this worker.
+    """
+
+    unused: tuple[Range, ...] = ()
+    speed: float = 0.0
+    progress: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """What a collective has given one member, beside the weighted mean of the members' pseudo-gradients.
+    """What a collective gives a member besides the weighted mean of the pseudo-gradients.
 
     Attributes:
-        weight: The sum of their weights. 0: nobody had anything finite to say, there is no mean and no outer step.
-        coded: What the mean was decoded from: the sum of these, each a share and rows, uint8 (b, row). Or the mean
-            itself, float32 (n,), where it was not coded. Of no use if there is none.
-        hash: Of that, in the order in which it came: equal in members that have got the same.
-        error: What of this member's pseudo-gradient is not in the mean, float32 (n,), if its codec has feedback. None:
-            nothing.
+        weight: The sum of the members' weights. 0: no pseudo-gradient was finite; there is neither mean nor outer step.
+        coded: The rows that the mean was decoded from: it is the sum of these, each a scale and rows, uint8 (b, row).
+            Where nothing was coded, the mean itself, float32 (n,). Meaningless if `weight` is 0.
+        hash: Of these rows, in the order of arrival: equal in all members that received the same.
+        error: The part of this member's pseudo-gradient that the mean lacks, float32 (n,), if its codec has feedback.
+            None: nothing.
+        lone: Whether the mean is this member's own pseudo-gradient, bit for bit.
     """
 
     weight: float
     coded: Coded
     hash: str
     error: Tensor | None = None
+    lone: bool = False
 
     @classmethod
-    def alone(cls, values: Tensor, weight: float, take: Take) -> "Reduced":
-        """Of one member: nothing goes over a wire, and nothing is coded."""
+    def alone(cls, values: Tensor, weight: float, on_chunk: OnChunk) -> "Reduced":
+        """The collective of one member: nothing is coded or sent."""
         if not is_finite(values):
             return cls.nothing(values)
-        take(0, values)
-        return cls(weight, ((1.0, values.clone()),), hash_of(values))
+        on_chunk(0, values)
+        return cls(weight, ((1.0, values.clone()),), hash_of(values), lone=True)
 
     @classmethod
     def nothing(cls, values: Tensor) -> "Reduced":
-        """If all weights are 0."""
+        """The outcome when all weights are 0."""
         zeros = torch.zeros_like(values)
         return cls(0.0, ((1.0, zeros),), hash_of(zeros))
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What all members of a round's quorum agreed on.
+    """A committed round: the members of its quorum all agreed on this.
 
     Attributes:
         round: The round, counted from 1.
-        attempt: Which attempt at the round committed, counted from 1.
+        attempt: The attempt at the round that committed, counted from 1.
         members: The members of the attempt, in rank order.
-        fragment: What was synchronised.
-        reduced: What the collective has given.
+        fragment: The part of the parameters that was synchronised.
+        reduced: The outcome of the collective.
         bytes_sent, bytes_received: What this member's collectives moved, as its kernel counted it; None where the
-            kernel does not tell.
-        seconds: Duration of the synchronisation, waiting for other members included.
+            kernel does not count.
+        seconds: Duration of the synchronisation, including the wait for other members.
+        assignment: The samples that this member trains on next; None: unchanged.
     """
 
     round: int
@@ -74,72 +93,85 @@ class Commit:
     bytes_sent: int | None
     bytes_received: int | None
     seconds: float
+    assignment: Assignment | None = None
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """The outcome of bringing a worker to the last committed round.
+
+    Attributes:
+        counts: Whether the worker's unsent inner steps can still be counted: it may then carry them over.
+        assignment: The samples that it trains on next; None: unchanged.
+    """
+
+    counts: bool
+    assignment: Assignment | None = None
 
 
 class Superseded(Exception):
-    """The round has been committed without this member: it has to catch up."""
+    """The round was committed without this member: it has to catch up."""
 
 
 class Quorum(Protocol):
     """The members that synchronise a round."""
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
         """Agree with the other members on the weighted mean: the same bits in every member.
 
         Args:
-            pseudo_gradient: Of the fragment, float32 (n,), on the host, contiguous. It is not changed, so that a failed
-                attempt can be made again.
-            weight: The samples that this member's pseudo-gradient stands for.
-            fragment: Which part of the parameters it is of, and how it is put on the wire.
-            take: Gets the mean, in any order: all of it in an attempt that does not fail, unless all weights are 0.
-                What it makes of that counts from the commit on, and the last attempt's alone.
-
-        Raises:
-            Superseded: See there. `catch_up` is next.
-            TrainingError: The round cannot be committed. Nobody has applied anything.
-        """
-
-    def own_steps(self, length: int) -> int:
-        """Inner steps that this member makes in a round which is `length` steps of the schedule long: as many, unless
-        members are unequal; then so many that all are done at once."""
-
-    def superseded(self) -> bool:
-        """Whether the open round has been committed without this member. Cheap: asked after every inner step."""
-
-    def catch_up(self, state: GlobalState) -> bool:
-        """Bring the global state to the last committed round.
+            pseudo_gradient: The fragment's, float32 (n,), on the host, contiguous. It is not changed, so that a failed
+                attempt can be repeated.
+            weight: The samples that the pseudo-gradient stands for.
+            report: What this member reports with it.
+            fragment: The part of the parameters, and its codec.
+            on_chunk: Receives the mean, in any order, unless all weights are 0. An attempt that fails may have called
+                it with other numbers; those of the last attempt count.
 
         Returns:
-            Whether this member's work can still be counted: it may then carry it.
+            The commit. Its outer step has not been taken yet.
+
+        Raises:
+            Superseded: The round was committed without this member; call `catch_up` next.
+            TrainingError: The round cannot be committed. No member has taken an outer step.
+            Interrupted: The process is to end.
         """
 
-    def applied(self, commit: Commit, state: GlobalState) -> None:
-        """Told when the outer step of `commit` has been taken."""
+    def superseded(self) -> bool:
+        """Whether the open round was committed without this member. Cheap: called after every inner step."""
+
+    def catch_up(self, state: GlobalState) -> CatchUp:
+        """Bring the global state to the last committed round."""
+
+    def announce(self, commit: Commit, state: GlobalState) -> None:
+        """Announce that this member has taken the outer step of `commit`, and holds `state` now."""
 
 
 class LocalQuorum:
-    """One worker alone: its pseudo-gradient is the mean."""
+    """The quorum of a single worker: its pseudo-gradient is the mean."""
 
     def __init__(self) -> None:
         self._round = 0
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
         self._round += 1
-        return Commit(self._round, 1, ("local",), fragment, Reduced.alone(pseudo_gradient, weight, take), 0, 0, 0.0)
-
-    def own_steps(self, length: int) -> int:
-        return length
+        reduced = Reduced.alone(pseudo_gradient, weight, on_chunk)
+        return Commit(self._round, 1, ("local",), fragment, reduced, 0, 0, 0.0)
 
     def superseded(self) -> bool:
         return False
 
-    def catch_up(self, state: GlobalState) -> bool:
-        raise AssertionError("nobody can commit a round without a worker that is alone")
+    def catch_up(self, state: GlobalState) -> CatchUp:
+        raise AssertionError("no round can be committed without the only worker")
 
-    def applied(self, commit: Commit, state: GlobalState) -> None:
+    def announce(self, commit: Commit, state: GlobalState) -> None:
         pass
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether all numbers are finite. One pass and no temporary: NaN is its own least and largest."""
+    """Whether all numbers are finite, in one pass and without a temporary: NaN is its own minimum and maximum."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())

@@ -1,4 +1,4 @@
-"""The global state: what all workers hold alike between two synchronisations."""
+"""The global state: identical in all workers between two synchronisations."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,17 @@ from torch import Tensor
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.outer import OuterOptimizer, Tensors
 
-SLICE = 1 << 18  # numbers that an outer step is taken for at once: what it reads and writes stays in the cache
+SLICE = 1 << 18  # numbers in a slice of an outer step: what it reads and writes stays in the cache
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A part of the parameters that synchronises as one.
+    """A part of the parameters that is synchronised as one.
 
     Attributes:
-        index: Which one of `GlobalState.fragments`.
-        start, stop: Where in the flat vector it lies.
-        codec: How its pseudo-gradients are put on the wire.
+        index: Its place in `GlobalState.fragments`.
+        start, stop: Its range in the flat vector.
+        codec: How its pseudo-gradients are encoded for the wire.
     """
 
     index: int
@@ -31,21 +31,22 @@ class Fragment:
     codec: Codec
 
     def of(self, flat: Tensor) -> Tensor:
-        """Its part of a flat vector: a view."""
+        """The fragment's part of a flat vector: a view."""
         return flat[self.start : self.stop]
 
 
 class GlobalState:
     """The global parameters θ and the outer optimizer's state, flat, float32, on the host.
 
-    It changes only in `take`, `apply`, `skip` and `load`. An outer step is worked out in memory beside it, so that it
-    can be taken at once, or not at all. Others (donors to joiners) may `borrow` the state meanwhile, from any thread:
-    what they get never changes, because memory that has been borrowed is given up, or copied, before the next change.
+    It changes only in `commit`, `apply`, `skip` and `load`. An outer step is computed in separate memory, so that it is
+    taken at once or not at all. Other threads (donors to joiners) may `borrow` the state meanwhile: the borrowed
+    tensors never change, because borrowed memory is given up, or copied, before the next change.
 
     Args:
         parameters: θ, float32 (n,); taken over, not copied.
         outer: The outer optimizer.
-        fragments: What an outer step may be of; the last one is the whole. By default that alone, uncoded.
+        fragments: The parts that an outer step may apply to; the last one is the full model. By default that alone,
+            uncoded.
 
     Attributes:
         round: Committed rounds.
@@ -64,6 +65,11 @@ class GlobalState:
         self._lock = threading.Lock()
 
     @property
+    def full_model(self) -> Fragment:
+        """All parameters as one fragment."""
+        return self.fragments[-1]
+
+    @property
     def parameters(self) -> Tensor:
         """θ, float32 (n,)."""
         return self._tensors["model"]
@@ -74,13 +80,13 @@ class GlobalState:
         return dict(self._tensors)
 
     def borrow(self) -> tuple[int, int, dict[str, Tensor]]:
-        """Round, step, and tensors that will never change."""
+        """Round, step, and the tensors: these never change."""
         with self._lock:
             self._borrowed = True
             return self.round, self.step, dict(self._tensors)
 
     def begin(self, fragment: Fragment) -> "OuterStep":
-        """Begin to work out an outer step. There is memory for one: what has been begun before is given up."""
+        """Begin to compute an outer step. There is memory for one: an unfinished one is given up."""
         if not self._spare:
             self._spare = {
                 name: torch.empty_like(own, pin_memory=own.is_pinned()) for name, own in self._tensors.items()
@@ -89,51 +95,51 @@ class GlobalState:
         self._begun = OuterStep(self.outer, fragment, before, after)
         return self._begun
 
-    def take(self, made: "OuterStep", steps: int) -> None:
-        """Take the outer step that ends a round of `steps` inner steps: the last one begun, and worked out.
+    def commit(self, outer_step: "OuterStep", steps: int) -> None:
+        """Take a computed outer step, the last one begun. It ends a round of `steps` inner steps.
 
         Raises:
             ValueError: Another one has been begun, or taken, since.
         """
         with self._lock:
-            if made is not self._begun:
+            if outer_step is not self._begun:
                 raise ValueError("this outer step has been given up")
             self._begun = None
-            if made.fragment is self.fragments[-1]:
+            if outer_step.fragment is self.full_model:
                 self._tensors, self._spare = self._spare, {} if self._borrowed else self._tensors
                 self._borrowed = False
             else:
                 self._own()
                 for name, own in self._tensors.items():
-                    made.fragment.of(own).copy_(made.after[name])
+                    outer_step.fragment.of(own).copy_(outer_step.after[name])
             self.round, self.step = self.round + 1, self.step + steps
 
     def apply(self, mean: Tensor, steps: int, fragment: Fragment | None = None) -> None:
-        """Work out an outer step and take it.
+        """Compute an outer step and take it.
 
         Args:
             mean: The fragment's committed mean pseudo-gradient, float32 (n,). Not changed.
-            fragment: By default the whole.
+            fragment: By default the full model.
 
         Raises:
-            ValueError: `mean` is not of the fragment's size.
+            ValueError: `mean` and the fragment differ in size.
         """
-        made = self.begin(fragment or self.fragments[-1])
-        if len(mean) != len(made.after["model"]):
-            raise ValueError(f"a mean of {len(mean)} numbers for a fragment of {len(made.after['model'])}")
-        made.add(0, mean)
-        self.take(made, steps)
+        outer_step = self.begin(fragment or self.full_model)
+        if len(mean) != len(outer_step.after["model"]):
+            raise ValueError(f"a mean of {len(mean)} numbers for a fragment of {len(outer_step.after['model'])}")
+        outer_step.add(0, mean)
+        self.commit(outer_step, steps)
 
     def skip(self, steps: int) -> None:
-        """End a round of `steps` inner steps in which nobody had anything finite to say."""
+        """End a round of `steps` inner steps in which no pseudo-gradient was finite."""
         with self._lock:
             self.round, self.step = self.round + 1, self.step + steps
 
     def load(self, round: int, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a global state, by copy.
+        """Copy a global state into this one.
 
         Raises:
-            ValueError: It is not of this model and outer optimizer.
+            ValueError: It belongs to another model or outer optimizer.
         """
         if tensors.keys() != self._tensors.keys():
             raise ValueError(f"global state differs in {sorted(tensors.keys() ^ self._tensors.keys())}")
@@ -160,11 +166,11 @@ class GlobalState:
 
 
 class OuterStep:
-    """An outer step that is worked out beside the global state, piece by piece, as the mean comes in.
+    """An outer step that is computed beside the global state, chunk by chunk, as the mean arrives.
 
     Attributes:
-        fragment: What it is of.
-        after: The fragment's tensors as they will be, float32 (n,).
+        fragment: The part of the parameters that it moves.
+        after: The fragment's tensors after the step, float32 (n,).
     """
 
     def __init__(self, outer: OuterOptimizer, fragment: Fragment, before: Tensors, after: Tensors) -> None:
@@ -172,13 +178,13 @@ class OuterStep:
         self._outer, self._before = outer, before
 
     def add(self, start: int, mean: Tensor) -> None:
-        """Work it out for a piece of the mean that begins there, float32 (k,). A later one replaces an earlier.
+        """Compute the step for a chunk of the mean, float32 (k,), at offset `start`; it may replace an earlier chunk.
 
         Raises:
-            ValueError: The piece goes beyond the fragment.
+            ValueError: The chunk exceeds the fragment.
         """
         if not 0 <= start <= start + len(mean) <= len(self.after["model"]):
-            raise ValueError(f"no piece of the mean: {len(mean)} numbers from {start} on")
+            raise ValueError(f"not a chunk of the mean: {len(mean)} numbers from {start} on")
         for first in range(0, len(mean), SLICE):
             now = slice(start + first, start + min(first + SLICE, len(mean)))
             before, after = (
@@ -188,7 +194,7 @@ class OuterStep:
 
 
 def hash_of(*tensors: Tensor) -> str:
-    """xxh3 (128 bits, hex) of contiguous host tensors' bytes. Not meant against malice, but fast: some 10 GB/s."""
+    """xxh3 (128 bits, hex) of contiguous host tensors' bytes: fast (about 10 GB/s), not cryptographic."""
     digest = xxhash.xxh3_128()
     for tensor in tensors:
         digest.update(cast(bytes, tensor.numpy().data))

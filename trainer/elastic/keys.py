@@ -1,37 +1,39 @@
-"""What etcd holds of a run, below `{prefix}/{run id}/`, and who writes it. Values are JSON.
+"""The keys of a run in etcd, below `{prefix}/{run id}/`, and the processes that write them. Values are JSON.
 
-run                 {status: open | succeeded | failed, reason}   `launch` opens it; the first verdict stands:
-                                                                  workers write success, agents failure
+run                 {status: open | succeeded | failed, reason}   opened by `launch`; the first verdict stands: workers
+                                                                  write success, agents failure
 nodes/<uuid>        {host, pid, slot}             agent, under the node's lease; slot None: a spare
 slots/<number>      {node, host, pid}             agent, under the node's lease; created, never overwritten
-started             {nodes}                       the agent that sees enough slots held at once
-members/<rank>      {incarnation, slot, local_rank, host, pid, address, port}   worker, under the member's lease
+started             {nodes}                       the agent that sees enough slots taken at once
 fingerprint         {field: value}                the first worker; a worker that differs is refused
-desired             {nodes}                       `scale`: the desired number of nodes; `launch` deletes it
-groups/<generation> {incarnations, store}         the worker of rank 0; created, never overwritten
+desired             {nodes}                       `scale`: the number of nodes to have; `launch` deletes it
+
+The keys of members and rounds are in docs/design/protocol.md.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from trainer.errors import TrainingError
-from trainer.etcd.client import EtcdClient, Json
+from trainer.etcd.client import Entry, EtcdClient, Json
+from trainer.protocol.records import decoded
 
-SLOT_VARIABLE = "ELASTIC_SLOT"  # in a worker's environment: the slot of its node
+SLOT_VARIABLE = "ELASTIC_SLOT"  # a worker's environment variable: the slot of its node
 Status = Literal["open", "succeeded", "failed"]
 
-# What is said by processes that live, or is true as long as they do: untrue when all of them are dead.
+# Keys that are true only as long as the processes that wrote them live.
 LIVING = (
-    *("nodes/", "slots/", "started", "members/", "groups/"),
-    *("round", "decider", "arrivals/", "votes/", "ready/", "left/", "commits/", "meshes/"),
+    *("nodes/", "slots/", "started", "members/"),
+    *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "meshes/"),
+    *("rendezvous", "store/"),  # torchrun's, of the `ddp` baseline
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The run record: whether the run is over, why, and (None: nobody's) by which node's failure."""
+    """Whether the run is over, why, and by the failure of which node (None: of no particular one)."""
 
     status: Status
     reason: str = ""
@@ -59,10 +61,10 @@ def finish(client: EtcdClient, status: Status, reason: str = "", slot: int | Non
 
 
 def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> None:
-    """See that a worker fits the run: the first one's fingerprint is the run's.
+    """Check that a worker fits the run: the first worker's fingerprint is the run's.
 
     Raises:
-        TrainingError: It does not; with the field that differs.
+        TrainingError: It does not; names the field that differs.
     """
     mine = json.loads(json.dumps(dict(fingerprint)))
     _, entry = client.swap("fingerprint", mine, None)
@@ -75,9 +77,9 @@ def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> N
 
 
 def reopen(client: EtcdClient) -> None:
-    """Take the verdict back: someone who knows that the run is not complete has started it again.
+    """Withdraw the verdict: an incomplete run has been started again.
 
-    Where no node is left, that is a first start once more, which waits for all nodes.
+    If no node is left, the start waits for all nodes, like a first one.
     """
     if not client.list("slots/"):
         client.delete("started")
@@ -85,7 +87,7 @@ def reopen(client: EtcdClient) -> None:
 
 
 def free_slot(client: EtcdClient, slot: int) -> None:
-    """Give back at once what a dead agent held: its node, its slot, its members."""
+    """Revoke at once the leases of a dead agent: its node, its slot, its members."""
     entry = client.get(f"slots/{slot}")
     if entry:
         client.revoke(entry.lease)
@@ -93,10 +95,15 @@ def free_slot(client: EtcdClient, slot: int) -> None:
 
 
 def revoke_members(client: EtcdClient, slot: int) -> None:
-    """End the leases of the members of a node whose workers are dead, and of the decider if it was one of them."""
-    decider = client.get("decider")
+    """Revoke the leases of a node's dead members, and of the coordinator if it was one of them."""
+    coordinator = client.get("coordinator")
     for key, entry in client.list("members/").items():
         if entry.value["slot"] == slot:
             client.revoke(entry.lease)
-            if decider is not None and key == f"members/{decider.value['member']}":
-                client.revoke(decider.lease)
+            if coordinator is not None and key == f"members/{coordinator.value['member']}":
+                client.revoke(coordinator.lease)
+
+
+def records_of(client: EtcdClient) -> dict[str, Entry]:
+    """All entries of the run, by key; the protocol's with their records as values."""
+    return {key: replace(entry, value=decoded(key, entry.value)) for key, entry in client.list("").items()}

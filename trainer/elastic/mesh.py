@@ -1,7 +1,6 @@
-"""Process groups of gloo, and the stores over which they are formed."""
+"""Process groups of gloo, and the store over which they are formed."""
 
 import math
-import socket
 import threading
 import time
 from base64 import b64decode, b64encode
@@ -9,61 +8,44 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Self
 
-from torch.distributed import ProcessGroupGloo, Store, TCPStore
+from torch.distributed import ProcessGroupGloo, Store
 
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient, Json
 from trainer.etcd.errors import EtcdError
+from trainer.timeouts import MemberTimeouts
 from trainer.transport.wire_meter import WireMeter
 
-_LOOK_INTERVAL = 0.01  # seconds between two looks at whether a mesh is still wanted
-_ASK_INTERVAL = 1.0  # seconds between two looks into etcd if it tells of no change
-
-_gloo: Any = ProcessGroupGloo  # its stubs know little of it, and do not make it a ProcessGroup
+_gloo: Any = ProcessGroupGloo  # its stubs are incomplete, and do not make it a ProcessGroup
 
 
 def gloo_device(interface: str, address: str) -> Any:
-    """What gloo listens on: the interface, if one is named, else the one that has the address.
+    """The device that gloo listens on: the interface, if one is named, else the one with the address.
 
     Raises:
-        ConfigError: This machine does not have it. (Behind a NAT no address of ours is the advertised one: gloo's
-            peers must be able to reach each other directly.)
+        ConfigError: This machine does not have it. (Behind a NAT, no interface has the advertised address: gloo's peers
+            must be able to reach each other directly.)
     """
     try:
         return _gloo.create_device(interface=interface) if interface else _gloo.create_device(hostname=address)
     except RuntimeError:
         if interface:
-            raise ConfigError("network_interface", interface, "is no interface of this machine") from None
-        raise ConfigError("advertise_address", address, "is no address of this machine") from None
-
-
-def connect_store(endpoint: str, answer: float, timeout: timedelta) -> TCPStore:
-    """The TCPStore that another process hosts at `endpoint` (host:port).
-
-    Args:
-        answer: Seconds in which the port must answer: TCPStore would keep knocking at a closed door for `timeout`.
-        timeout: Of operations on the store.
-
-    Raises:
-        OSError: Nobody answers.
-    """
-    host, _, port = endpoint.rpartition(":")
-    socket.create_connection((host, int(port)), answer).close()
-    return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+            raise ConfigError("network_interface", interface, "must be an interface of this machine") from None
+        raise ConfigError("advertise_address", address, "must be an address of this machine") from None
 
 
 class MeshStore(Store):
-    """What gloo's full mesh is connected over: the members' addresses, in etcd, at `meshes/<member>`.
+    """Carries the addresses over which gloo connects a full mesh of members, in etcd at `meshes/<member>`.
 
-    A TCPStore would do if torch did not ask for the name of every address that connects to one: where nobody answers
-    such a question, all would wait for that, 5 s and more, whenever a member has come or gone.
+    A TCPStore does not suit: torch looks up the name of every address that connects to one. Where no name server
+    answers, all members would wait for that, 5 s and more, whenever a member has come or gone.
 
     Args:
         put: Writes the value of this member's key.
-        members: Who is in this mesh.
-        place: What the members of this mesh have in common, and those of no other.
-        seconds: How long the others may take.
-        over: Whether nobody wants this mesh any more.
+        members: The members of this mesh.
+        attempt: Names the attempt that the mesh is for.
+        seconds: How long the other members may take.
+        over: Whether the mesh is not wanted any more.
     """
 
     def __init__(
@@ -71,13 +53,14 @@ class MeshStore(Store):
         client: EtcdClient,
         put: Callable[[Json], None],
         members: Sequence[str],
-        place: str,
+        attempt: str,
         seconds: float,
         over: Callable[[], bool],
+        timeouts: MemberTimeouts = MemberTimeouts(),
     ) -> None:
         super().__init__()
         self._client, self._put, self._seconds, self._over = client, put, seconds, over
-        self._members, self._place = members, place
+        self._members, self._attempt, self._timeouts = members, attempt, timeouts
         self._deadline = math.inf
         self._own: dict[str, str] = {}
         self._here: dict[str, dict[str, str]] = {}  # what each member of this mesh has set
@@ -91,13 +74,17 @@ class MeshStore(Store):
         self._watch.close()
 
     def gather(self) -> None:
-        """Wait until all members are here. Raises as `wait` does."""
-        self._tell()
+        """Wait until all members are here.
+
+        Raises:
+            RuntimeError, EtcdError: As `wait`.
+        """
+        self._publish()
         self._until(lambda: len(self._here) == len(self._members))
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
         self._own[key] = b64encode(value).decode()
-        self._tell()
+        self._publish()
 
     def get(self, key: str) -> bytes:
         self.wait([key])
@@ -107,46 +94,49 @@ class MeshStore(Store):
         """Return when all of `keys` have been set.
 
         Raises:
-            RuntimeError: The mesh is over; some member has not come in time.
-            EtcdError: etcd refuses us. One that is away is waited for.
+            RuntimeError: The attempt is over, or a member has not come in time.
+            EtcdError: etcd refuses the request. An unreachable etcd is waited for.
         """
         self._until(lambda: all(any(key in values for values in self._here.values()) for key in keys))
 
-    def _tell(self) -> None:
-        self._put({"place": self._place, "values": self._own})
+    def _publish(self) -> None:
+        self._put({"attempt": self._attempt, "values": self._own})
         self._deadline = time.monotonic() + self._seconds  # etcd may have been away until now
 
     def _until(self, complete: Callable[[], bool]) -> None:
-        asked = -math.inf
+        read_at = -math.inf
         while not complete():
             if self._over():
                 raise RuntimeError("the attempt is over")
             if time.monotonic() > self._deadline:
                 raise RuntimeError("not all members of the attempt have come")
-            if self._changed.wait(_LOOK_INTERVAL) or time.monotonic() > asked + _ASK_INTERVAL:
+            if self._changed.wait(self._timeouts.mesh_poll) or time.monotonic() > read_at + self._timeouts.mesh_refresh:
                 self._changed.clear()
-                self._look()
-                asked = time.monotonic()
+                self._read()
+                read_at = time.monotonic()
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         try:
             entries = self._client.list("meshes/")
         except EtcdError as error:
             if error.kind != "unreachable":
                 raise
         else:
-            told = {id: entries[f"meshes/{id}"].value for id in self._members if f"meshes/{id}" in entries}
-            self._here = {id: value["values"] for id, value in told.items() if value["place"] == self._place}
+            found = {id: entries[f"meshes/{id}"].value for id in self._members if f"meshes/{id}" in entries}
+            self._here = {id: value["values"] for id, value in found.items() if value["attempt"] == self._attempt}
 
 
 def form_group(store: Store, rank: int, size: int, device: Any, timeout: timedelta) -> tuple[Any, WireMeter]:
-    """A gloo process group (a full mesh of connections) of processes that all call this, and the meter of its wire.
+    """Form a gloo process group: a full mesh of connections between the processes that call this.
 
     Args:
-        timeout: Of connecting, and of an operation that says no other.
+        timeout: Limits connecting, and operations without a timeout of their own.
+
+    Returns:
+        The group, and the meter of its connections.
 
     Raises:
-        RuntimeError: Not all have come, or two cannot connect.
+        RuntimeError: A process is missing, or two cannot connect.
     """
     options = _gloo._Options()
     options._devices, options._timeout, options._threads = [device], timeout, 2

@@ -50,9 +50,9 @@ def evaluate(
 
     from trainer.data.arrays import read_shared
     from trainer.data.sampling import evenly
+    from trainer.device import device_of
     from trainer.monitor.report.summary import finite
     from trainer.tasks import scoring, tasks
-    from trainer.worker.worker import device_of
 
     # Find the export, the held-out data and the device.
     run = TrainedRun.find(config)

@@ -36,8 +36,7 @@ from trainer.timeouts import LaunchTimeouts
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-
-    from trainer.launch.etcd3_diloco_rendezvous import NodeRendezvous
+    from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +100,14 @@ def run_agent(
     kills = _MemoryKills(memory or MemoryCgroup(), in_pod=config.launcher != "local")
     rendezvous = _rendezvous(config, slot)
     logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch does not remove it
+    status = 0
     try:
         result = _agent(config, command, rendezvous, kills, logs.name, timeouts).run()
-        return _conclude(config, rendezvous, result, kills) if result.is_failed() else 0
+        status = _conclude(config, getattr(rendezvous, "slot", slot), result, kills) if result.is_failed() else 0
+        return status
     except SignalException as error:
-        return 128 + error.sigval
+        status = 128 + error.sigval
+        return status
     except RendezvousClosedError as error:
         with EtcdClient.of(config) as client:
             if verdict(client).status == "succeeded":
@@ -116,39 +118,50 @@ def run_agent(
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; do not interrupt the clean-up
-        rendezvous.shutdown()
+        if config.optim_method != "ddp" or status < 128:  # torch's rendezvous closes for all nodes, which may go on
+            rendezvous.shutdown()
         logs.cleanup()
 
 
-def _rendezvous(config: TrainingConfig, slot: int | None) -> "NodeRendezvous":
+def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler":
+    """The rendezvous of the run's agents: elastic nodes or, for the `ddp` baseline, one world of all nodes."""
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-    from trainer.etcd.client import local_address
-    from trainer.launch.etcd3_diloco_rendezvous import BACKEND, NodeRendezvous
+    from trainer.elastic.keys import SLOT_VARIABLE, verdict
+    from trainer.etcd.client import EtcdClient, local_address
+    from trainer.launch import etcd3_diloco_rendezvous, etcd3_rendezvous
 
-    etcd = config.etcd
-    return NodeRendezvous(
-        RendezvousParameters(
-            BACKEND,
-            ",".join(etcd.endpoints),
-            config.run_id,
-            config.min_nodes,
-            config.max_nodes,
-            config.advertise_address or local_address(etcd.endpoints[0]),
-            prefix=config.elastic.etcd.prefix,
-            timeout=config.elastic.rdzv_timeout,
-            lease_ttl=config.lease_ttl,
-            nodes=config.nodes,
-            **({} if slot is None else {"slot": slot}),
-            **{name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")},
-        )
+    world, etcd, timeout = config.optim_method == "ddp", config.etcd, config.elastic.rdzv_timeout
+    settings = {name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")}
+    settings |= {"prefix": config.elastic.etcd.prefix}
+    if world:
+        settings |= {"join_timeout": int(timeout)}
+    else:
+        settings |= {"timeout": timeout, "lease_ttl": config.lease_ttl, "nodes": config.nodes}
+        settings |= {} if slot is None else {"slot": slot}
+    parameters = RendezvousParameters(
+        etcd3_rendezvous.BACKEND if world else etcd3_diloco_rendezvous.BACKEND,
+        ",".join(etcd.endpoints),
+        config.run_id,
+        config.min_nodes,
+        config.max_nodes,
+        config.advertise_address or local_address(etcd.endpoints[0]),
+        **settings,
     )
+    if not world:
+        return etcd3_diloco_rendezvous.NodeRendezvous(parameters)
+    os.environ[SLOT_VARIABLE] = str(slot or 0)  # torch numbers the nodes anew in each world
+    with EtcdClient.of(config) as client:
+        rendezvous, entry = etcd3_rendezvous.create(parameters), client.get("rendezvous")
+        if entry is not None and not verdict(client).terminal and rendezvous.is_closed():
+            client.delete("rendezvous", entry.revision)  # an earlier attempt at this run has closed it
+    return rendezvous
 
 
 def _agent(
     config: TrainingConfig,
     command: list[str],
-    rendezvous: "NodeRendezvous",
+    rendezvous: "RendezvousHandler",
     kills: "_MemoryKills",
     log_dir: str,
     timeouts: LaunchTimeouts,
@@ -185,7 +198,7 @@ def _agent(
     return Agent(spec, logs_specs=DefaultLogsSpecs(log_dir), shutdown_timeout=timeouts.shutdown)
 
 
-def _conclude(config: TrainingConfig, rendezvous: "NodeRendezvous", result: "RunResult", kills: "_MemoryKills") -> int:
+def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kills: "_MemoryKills") -> int:
     """Write the verdict if the run cannot go on without this node's failed workers; returns the exit status."""
     from trainer.elastic.keys import finish, verdict
     from trainer.etcd.client import EtcdClient
@@ -195,10 +208,10 @@ def _conclude(config: TrainingConfig, rendezvous: "NodeRendezvous", result: "Run
     if status == 143:  # a worker that leaves does not decide about the run
         return status
     end = kills.reason() if kills.last else _end(codes, kills.counted)
-    reason = f"the worker of node {rendezvous.slot} {end}"
+    reason = f"the worker of node {node} {end}"
     with EtcdClient.of(config) as client:
         if len(client.list("slots/")) - 1 < config.min_nodes:
-            finish(client, "failed", reason, rendezvous.slot)
+            finish(client, "failed", reason, node)
         if verdict(client).status == "succeeded":  # the others may have finished without this node
             return 0
     if kills.last:  # the worker could not report it

@@ -23,7 +23,7 @@ from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
 from trainer.launch.agent_process import AgentProcess
 from trainer.launch.scale import DESIRED, with_nodes
-from trainer.monitor.dashboard import Board, View, view
+from trainer.monitor.dashboard import Dashboard, View, view
 from trainer.monitor.find_run import LAUNCHED
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.timeouts import LaunchTimeouts
@@ -111,7 +111,7 @@ class _Run:
         self._timeouts, self._run_dir = timeouts, Path(config.run_dir)
         self._agents: list[AgentProcess] = []
         self._progress: list[WorkerProgress] = []
-        self._board = Board(config.total_steps)
+        self._dashboard = Dashboard(config.total_steps)
         self._lost: list[str] = []  # workers that have failed finally, while the others continued
         self._add(config.nodes)
         self.scale_requested = threading.Event()
@@ -137,7 +137,7 @@ class _Run:
 
     def follow(self) -> int:
         """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
-        with self._handling_signals(), view(self._board) as shown:
+        with self._handling_signals(), view(self._dashboard) as shown:
             shown.show(f"run {self._config.run_id}: {self._config.attendance}")
             shown.show(f"logs in {self._run_dir / 'logs'}")
             try:
@@ -271,7 +271,7 @@ class _Run:
                     shown.show(f"worker {worker.number} ended: {event['reason']}")
             if gone and worker.pid is not None:
                 worker.lost(time.time())
-        fill(self._board, self._progress)
+        fill(self._dashboard, self._progress)
         shown.refresh()
 
     @contextmanager

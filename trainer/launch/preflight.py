@@ -34,7 +34,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     models.resolve(config.model)
     data.check(config)
     if config.device != "cpu":  # else torch need not be imported
-        from trainer.worker.worker import device_of
+        from trainer.device import device_of
 
         device_of(config)
     if config.compile_model:

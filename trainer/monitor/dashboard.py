@@ -336,6 +336,3 @@ def _duration(seconds: float) -> str:
 
 def _clock_time(moment: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(moment))
-
-
-Board = Dashboard  # its name until `launch` and `kubernetes` use the new one

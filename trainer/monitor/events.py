@@ -109,9 +109,6 @@ class EventLog:
         self.close()
 
 
-Metrics = EventLog  # its name until the worker uses the new one
-
-
 class _WarningHandler(logging.Handler):
     def __init__(self, write: Callable[[str], None]) -> None:
         super().__init__()

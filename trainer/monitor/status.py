@@ -14,7 +14,7 @@ from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.etcd.client import Entry, EtcdClient
 from trainer.etcd.errors import EtcdError
-from trainer.monitor.dashboard import Dashboard, MembershipEvent, WorkerRow, view
+from trainer.monitor.dashboard import Dashboard, MembershipEvent, View, WorkerRow, view
 from trainer.monitor.find_run import find, has_completed, run_directory
 from trainer.timeouts import MonitorTimeouts
 
@@ -79,7 +79,9 @@ def status(
     watcher = Watcher()
     with ExitStack() as resources:
         client = resources.enter_context(EtcdClient.of(config))
-        shown = resources.enter_context(view(watcher.dashboard)) if watch and not as_json else None
+        shown: View | None = None
+        if watch and not as_json:
+            shown = resources.enter_context(view(watcher.dashboard))
         changed = threading.Event()
         if watch:
             resources.callback(client.watch("", changed.set).close)

@@ -1,4 +1,4 @@
-"""torch.compile, where it works."""
+"""torch.compile, with a fallback."""
 
 from collections.abc import Callable, Mapping
 
@@ -24,14 +24,14 @@ def check_backend(config: TrainingConfig) -> None:
 def compile_model(
     config: TrainingConfig, task: Task, model: nn.Module, batch: Mapping[str, Tensor], warn: Callable[[str], None]
 ) -> bool:
-    """Compile the model in place, and try it: one loss and its gradients, of which nothing stays.
+    """Compile the model in place, and try it on one batch. The trial leaves no trace.
 
     Args:
-        batch: To try it with.
-        warn: Told why it does not work, if it does not: the model is then as it was.
+        batch: For the trial.
+        warn: Called with the reason if compilation fails; the model is then as before.
 
     Returns:
-        Whether it is compiled.
+        Whether the model is compiled.
     """
     modules = task.modules_to_compile(model)
     device = next(model.parameters()).device
@@ -43,9 +43,9 @@ def compile_model(
             with autocast(device):
                 loss = task.loss(model, batch)
             loss.backward()
-    except Exception as error:  # whatever the backend has
+    except Exception as error:  # a backend may raise anything
         for module in modules:
-            module._compiled_call_impl = None  # what `compile` has set
+            module._compiled_call_impl = None  # as `compile` set it
         reason = f"{type(error).__name__}: {one_line(error)}"
         warn(f"the model is not compiled (compile_backend = {config.compile_backend}): {reason}")
         return False

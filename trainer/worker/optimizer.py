@@ -1,4 +1,4 @@
-"""The inner optimizer, and its learning rate."""
+"""The inner optimizer and its learning rate."""
 
 import math
 from collections.abc import Callable
@@ -19,10 +19,10 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
     """AdamW as in DiLoCo's and Chinchilla's settings; or Muon with it, as in MuLoCo (arXiv 2505.23725).
 
     Args:
-        groups: AdamW's groups of parameters, if they are other than usual (`Task.parameter_groups`).
+        groups: AdamW's parameter groups, if the task has its own (`Task.parameter_groups`).
 
     Raises:
-        ConfigError: The task's groups are for AdamW.
+        ConfigError: The task has groups of its own, which are for AdamW only.
     """
     if groups is not None:
         if config.inner_optimizer != "adamw":
@@ -37,7 +37,7 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
 def learning_rate(step: float, config: TrainingConfig) -> float:
     """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`; `step` counts from 0.
 
-    It is the schedule's position, not a worker's own count: the same function of the run's samples for all.
+    `step` is the position in the schedule, not a worker's own count: the same for all workers.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -47,7 +47,7 @@ def learning_rate(step: float, config: TrainingConfig) -> float:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable matrices but for embeddings and the output layer: what Muon is for."""
+    """The trainable matrices except embeddings and the output layer: the parameters that Muon is meant for."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     outer |= {id(output.weight)} if output is not None else set()
@@ -61,9 +61,9 @@ class MuonWithAdamW(Optimizer):
     Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982, §2.2), so that one learning rate serves both.
 
     Args:
-        hidden: For Muon; each a matrix.
-        parameters: All of them, `hidden` too.
-        lr: Of both.
+        hidden: The matrices for Muon.
+        parameters: All parameters, including `hidden`.
+        lr: The learning rate of both optimizers.
     """
 
     def __init__(self, hidden: list[nn.Parameter], parameters: list[nn.Parameter], lr: float) -> None:
@@ -90,7 +90,7 @@ class MuonWithAdamW(Optimizer):
         self._link()
 
     def _link(self) -> None:
-        """The parts work on this optimizer's groups and state: there is one copy of each."""
+        """Let both optimizers work on this one's groups and state."""
         groups = iter(self.param_groups)
         for part in self._parts:
             part.param_groups = [next(groups) for _ in part.param_groups]

@@ -1,4 +1,4 @@
-"""Which per-device batch size a worker's own device takes best, and how fast it then is (`heterogeneous`)."""
+"""The best per-device batch size of a worker's device, and its speed (`heterogeneous`)."""
 
 import contextlib
 import importlib.metadata
@@ -24,12 +24,12 @@ from trainer.tasks.scoring import autocast, restore
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.1  # of the memory that is free, which a batch must leave
-GAIN = 0.05  # a larger batch must be faster by this share, or it is not worth its memory
-TIMED = 3  # passes that are timed, after one that is not
-GRADIENT_BYTES = 4  # a parameter
-STATE_BYTES = 8  # a parameter, of Adam's moments, which there are none of before the first step
-# A container's limit, what it has taken, and what of that are cached files; in both versions of control groups.
+MARGIN = 0.1  # fraction of the free memory that a batch must leave
+GAIN = 0.05  # a larger batch must be faster by this fraction to be worth its memory
+TIMED = 3  # timed passes, after an untimed one
+GRADIENT_BYTES = 4  # per parameter
+STATE_BYTES = 8  # per parameter, of Adam's moments, which do not exist before the first step
+# A container's limit, its usage, and the cached files therein; in both versions of control groups.
 _CONTAINERS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -40,7 +40,7 @@ Batch = Callable[[int], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device does best.
+    """The best batch size of a device.
 
     Attributes:
         batch_size: Samples in a forward pass.
@@ -52,23 +52,22 @@ class Profile:
 
 
 def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, cache: Path, data: str) -> Profile:
-    """The largest per-device batch size that fits and still gains throughput, of those that divide `batch_size`.
+    """Find the largest per-device batch size that fits and still gains throughput, among the divisors of `batch_size`.
 
-    Model, optimizer, random numbers and the position in the data are left as they are. A size that the free memory does
-    not take (with a margin, by what smaller ones took for each sample) is not tried; one that runs out of memory all
-    the same is the end of the search.
+    Model, optimizer, random numbers and the position in the data stay unchanged. A size that is too large for the free
+    memory, extrapolated from smaller ones, is not tried; the search ends at a size that runs out of memory.
 
     Args:
-        batch: Gives so many real training samples, on the model's device.
-        cache: File on the worker's volume that keeps the result: it is measured once for a model, data, device and
-            versions.
+        batch: Returns that many real training samples, on the model's device.
+        cache: File on the worker's volume that keeps the result: it is measured once for each model, dataset, device
+            and set of versions.
         data: The dataset's hash.
 
     Raises:
         TrainingError: Not even `min_batch_size` samples fit.
     """
     device = next(model.parameters()).device
-    of = _what_it_depends_on(config, device, data)
+    of = _conditions(config, device, data)
     if known := _read(cache, of):
         return known
     logger.info("profiling %s: per-device batch sizes %s", of["device"], ", ".join(map(str, sizes(config))))
@@ -82,7 +81,7 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
                 raise MemoryError(f"it would take {(fixed + per_sample * size) / 1e9:.1f} GB")
             speed, used = _measure(task, model, batch(size), size)
             if used > room:
-                raise MemoryError(f"it took {used / 1e9:.1f} GB, of {room / 1e9:.1f} GB that are to spare")
+                raise MemoryError(f"it took {used / 1e9:.1f} GB, of {room / 1e9:.1f} GB available")
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -92,7 +91,7 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
             logger.info("%d samples do not fit: %s", size, one_line(error))
             break
         finally:
-            _give_memory_back(device)
+            _release_memory(device)
         logger.info("%d samples: %.1f a second", size, speed)
         if best and speed < best.speed * (1 + GAIN):
             break
@@ -112,13 +111,13 @@ def sizes(config: TrainingConfig) -> list[int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out: torch has an exception for CUDA's, its libraries and a CPU have messages."""
+    """Whether memory ran out: torch has an exception for CUDA; its libraries and CPUs only have messages."""
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _measure(task: Task, model: nn.Module, batch: dict[str, Tensor], size: int) -> tuple[float, float]:
-    """Samples a second, and the bytes that the passes took at their peak."""
+    """Samples per second, and the peak memory of the passes in bytes."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -141,14 +140,14 @@ def _measure(task: Task, model: nn.Module, batch: dict[str, Tensor], size: int) 
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Afterwards: how many bytes the block took at its peak, above what was taken before. 0 where nothing tells."""
+    """Measure the peak memory of the block, in bytes above the usage before; call the result afterwards."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (proc(5)); else it is the process's
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5)); else it is the peak of the process
     rss = psutil.Process().memory_info().rss
     yield lambda: max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - rss)
 
@@ -161,19 +160,19 @@ def _free(device: torch.device) -> float:
     free = psutil.virtual_memory().available
     for place, limit, taken, cached in _CONTAINERS:
         group = Path(place)
-        with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such file; or "max", which is no limit
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file; or "max", which is no limit
             counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             used = int((group / taken).read_text()) - int(counted[cached])
             free = min(free, int((group / limit).read_text()) - used)
     return free
 
 
-def _give_memory_back(device: torch.device) -> None:
+def _release_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _what_it_depends_on(config: TrainingConfig, device: torch.device, data: str) -> dict[str, Any]:
+def _conditions(config: TrainingConfig, device: torch.device, data: str) -> dict[str, Any]:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.processor() or platform.machine()}"
     return {
@@ -189,7 +188,7 @@ def _what_it_depends_on(config: TrainingConfig, device: torch.device, data: str)
 
 
 def _read(cache: Path, of: dict[str, Any]) -> Profile | None:
-    """What the file says, if it is of the same."""
+    """The profile in the file, if it was measured under the same conditions."""
     try:
         found = read_json(cache)
         kept = Profile(**found.pop("profile"))

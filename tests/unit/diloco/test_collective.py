@@ -15,9 +15,10 @@ from torch.distributed import PrefixStore, TCPStore
 
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
-from trainer.diloco.collective import decoded, warm_up, weighted_mean
+from trainer.diloco.collective import decoded, weighted_mean
 from trainer.diloco.outer import nesterov
 from trainer.diloco.quorum import Reduced
+from trainer.diloco.warm_up import warm_up
 from trainer.elastic.mesh import form_group, gloo_device
 
 TIMEOUT = timedelta(seconds=20)
@@ -56,7 +57,7 @@ class Result:
     mean: Tensor = field(default_factory=lambda: torch.full((SIZE,), float("nan")))
     reduced: Reduced = field(init=False)
 
-    def take(self, start: int, piece: Tensor) -> None:
+    def on_chunk(self, start: int, piece: Tensor) -> None:
         assert self.mean[start : start + len(piece)].isnan().all(), "a piece came twice"
         self.mean[start : start + len(piece)] = piece
 
@@ -64,7 +65,7 @@ class Result:
 def reduce(members: list[Any], values: list[Tensor], weights: list[float], codec: Codec) -> list[Result]:
     def one(group: Any, own: Tensor, weight: float) -> Result:
         result = Result()
-        result.reduced = weighted_mean(group, own, weight, codec, TIMEOUT, result.take)
+        result.reduced = weighted_mean(group, own, weight, codec, TIMEOUT, result.on_chunk)
         return result
 
     with ThreadPoolExecutor(len(members)) as pool:
@@ -108,7 +109,7 @@ def test_the_mean_is_the_coded_mean_of_what_each_has_coded(
         assert torch.equal(result.mean, results[0].mean)
         assert result.reduced.hash == results[0].reduced.hash
         # What a joiner makes of the coded mean, which reaches it flat, is the mean to the last bit.
-        flat = tuple((share, rows.view(-1)) for share, rows in result.reduced.coded)
+        flat = tuple((scale, rows.view(-1)) for scale, rows in result.reduced.coded)
         assert torch.equal(decoded(flat, codec, SIZE), results[0].mean)
         assert result.reduced.error is None
     expected = mean_of(codec, values, weights)
@@ -158,8 +159,8 @@ def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch:
 
     monkeypatch.setattr(broken, "decode", die_soon)
     with groups(2) as members, ThreadPoolExecutor(2) as pool:
-        survivor = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, SHORT, Result().take)
-        victim = pool.submit(weighted_mean, members[1], values[1], 1.0, broken, TIMEOUT, Result().take)
+        survivor = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, SHORT, Result().on_chunk)
+        victim = pool.submit(weighted_mean, members[1], values[1], 1.0, broken, TIMEOUT, Result().on_chunk)
         assert isinstance(victim.exception(), SystemExit)
         assert isinstance(survivor.exception(), RuntimeError)
     assert all(torch.equal(one, other) for one, other in zip(values, before, strict=True))
@@ -203,7 +204,7 @@ def test_one_collective_after_the_other_on_the_same_group(name: str, size: int) 
     def run(rank: int, group: Any) -> list[Tensor]:
         results = [Result() for _ in range(rounds)]
         for result, of_all in zip(results, values, strict=True):
-            weighted_mean(group, of_all[rank], 1.0, codec, TIMEOUT, result.take)
+            weighted_mean(group, of_all[rank], 1.0, codec, TIMEOUT, result.on_chunk)
         return [result.mean for result in results]
 
     with groups(size) as members, ThreadPoolExecutor(size) as pool:
@@ -236,7 +237,7 @@ def test_an_attempt_that_fails_leaves_nothing_in_the_next_one(monkeypatch: pytes
     with groups(2) as members:
         for result, state, step in zip(reduce(members, values, [1.0, 1.0], codec), states, steps, strict=True):
             step.add(0, result.mean)
-            state.take(step, 1)
+            state.commit(step, 1)
     plain = GlobalState(torch.ones(SIZE), outer)
     plain.apply(mean_of(codec, values, [1.0, 1.0]), 1)
     assert states[0].hash() == states[1].hash() == plain.hash()

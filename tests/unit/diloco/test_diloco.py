@@ -9,8 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.diloco import DDP, Commit, DiLoCo, Fragment, GlobalState, LocalQuorum, Nesterov, Reduced, Superseded
-from trainer.diloco.quorum import Take
+from trainer.diloco import (
+    CatchUp,
+    Commit,
+    DiLoCo,
+    Fragment,
+    GlobalState,
+    LocalQuorum,
+    Nesterov,
+    Reduced,
+    RoundReport,
+    Superseded,
+)
+from trainer.diloco.quorum import OnChunk
+from trainer.protocol.samples import Assignment
 
 
 class ThreadQuorum:
@@ -21,28 +33,27 @@ class ThreadQuorum:
     ) -> None:
         self.rank, self.world_size, self._barrier, self._table, self._round = rank, world_size, barrier, table, 0
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
         self._table[self.rank] = (pseudo_gradient, weight)
         self._barrier.wait(30)
         parts = [self._table[rank] for rank in range(self.world_size)]
         total = sum(part[1] for part in parts)
         mean = sum((part[0] * (part[1] / total) for part in parts), torch.zeros_like(pseudo_gradient))
         self._barrier.wait(30)
-        take(0, mean)
+        on_chunk(0, mean)
         self._round += 1
         members = tuple(str(rank) for rank in range(self.world_size))
         return Commit(self._round, 1, members, fragment, Reduced(total, ((1.0, mean),), ""), 0, 0, 0.0)
 
-    def own_steps(self, length: int) -> int:
-        return length
-
     def superseded(self) -> bool:
         return False
 
-    def catch_up(self, state: GlobalState) -> None:
+    def catch_up(self, state: GlobalState) -> CatchUp:
         raise AssertionError
 
-    def applied(self, commit: Commit, state: GlobalState) -> None:
+    def announce(self, commit: Commit, state: GlobalState) -> None:
         pass
 
 
@@ -103,7 +114,6 @@ def run_worker(
         optimizer.zero_grad()
         loss = loss_of(model, batch)
         loss.backward()
-        diloco.before_optimizer_step(samples)
         optimizer.step()
         losses.append(loss.item())
         diloco.after_inner_step(samples)
@@ -126,7 +136,6 @@ def run_threads(
             optimizer.zero_grad()
             loss = loss_of(models[rank], batch)
             loss.backward()
-            diloco.before_optimizer_step(weights[rank])
             optimizer.step()
             losses.append(loss.item())
             diloco.after_inner_step(weights[rank])
@@ -158,7 +167,7 @@ def test_losses_and_parameters_are_those_of_the_reference(workers: int, momentum
         assert losses == pytest.approx(expected_losses[rank], rel=1e-4)
         for parameter, reference_parameter in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.detach(), reference_parameter, rtol=1e-4, atol=1e-6)
-        assert (diloco.round, diloco.step, diloco.inner_steps) == (5, 22, 0)
+        assert (diloco.round, diloco.schedule.step, diloco.schedule.inner_steps) == (5, 22, 0)
     assert len({diloco.state.hash() for _, _, diloco in results}) == 1
 
 
@@ -166,7 +175,7 @@ def test_a_state_beyond_the_end_leaves_nothing_to_do() -> None:
     model = make_model()
     diloco = DiLoCo(model, adamw(model), sync_every=5, total_steps=8)
     diloco.load_global(diloco.global_tensors(), round=2, step=10)
-    assert (diloco.round_length, diloco.due) == (0, False)
+    assert (diloco.schedule.length, diloco.schedule.due) == (0, False)
 
 
 def test_one_worker_with_outer_sgd_of_rate_one_is_the_inner_optimizer_exactly() -> None:
@@ -183,23 +192,6 @@ def test_one_worker_with_outer_sgd_of_rate_one_is_the_inner_optimizer_exactly() 
         assert plain_loss.item() == loss
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_ddp_is_one_model_trained_on_everybodys_batches() -> None:
-    weights = [5.0, 3.0]
-    results = run_threads(
-        2, 12, weights, lambda model, optimizer, quorum: DDP(model, optimizer, sync_every=4, quorum=quorum)
-    )
-    model = make_model()
-    optimizer = adamw(model)
-    for first, second in zip(batches(0, 12), batches(1, 12), strict=True):
-        optimizer.zero_grad()
-        ((5 * loss_of(model, first) + 3 * loss_of(model, second)) / 8).backward()
-        optimizer.step()
-    for _, replica, ddp in results:
-        assert ddp.round == 3
-        for ours, theirs in zip(replica.parameters(), model.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_pseudo_gradient_that_is_not_finite_moves_nothing() -> None:
@@ -255,27 +247,26 @@ class Late:
         self.behind = self.refuses = False
         self.sent: list[tuple[Tensor, float]] = []
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
         if self.refuses:
             self.refuses = False
             raise Superseded
         self.sent.append((pseudo_gradient.clone(), weight))
         nothing = torch.zeros_like(pseudo_gradient)
-        take(0, nothing)
+        on_chunk(0, nothing)
         return Commit(1, 1, ("late",), fragment, Reduced(weight, ((1.0, nothing),), ""), 0, 0, 0.0)
-
-    def own_steps(self, length: int) -> int:
-        return length
 
     def superseded(self) -> bool:
         behind, self.behind = self.behind, False
         return behind
 
-    def catch_up(self, state: GlobalState) -> bool:
+    def catch_up(self, state: GlobalState) -> CatchUp:
         state.apply(torch.ones_like(state.parameters), 4)
-        return True
+        return CatchUp(counts=True)
 
-    def applied(self, commit: Commit, state: GlobalState) -> None:
+    def announce(self, commit: Commit, state: GlobalState) -> None:
         pass
 
 
@@ -296,7 +287,7 @@ def test_the_steps_of_an_unfinished_round_are_part_of_the_next(
         displaced_by(model, amount)
         quorum.behind = amount == 2
         assert diloco.after_inner_step(10) is None
-    assert (diloco.round, diloco.inner_steps) == (1, 2)  # it has caught up
+    assert (diloco.round, diloco.schedule.inner_steps) == (1, 2)  # it has caught up
     for amount in (4.0, 8.0):
         displaced_by(model, amount)
         commit = diloco.after_inner_step(10)
@@ -313,7 +304,7 @@ def test_a_whole_round_that_came_too_late_is_averaged_with_the_next() -> None:
     for amount in (1.0, 2.0):
         displaced_by(model, amount)
         assert diloco.after_inner_step(10) is None
-    assert (diloco.round, diloco.inner_steps, diloco.work) == (1, 0, 2)
+    assert (diloco.round, diloco.schedule.inner_steps, diloco.contribution.steps) == (1, 0, [2])
     saved = copy.deepcopy(diloco.worker_state())  # what is carried survives a restart
     again = DiLoCo(model, adamw(model), sync_every=2, quorum=quorum, outer=Nesterov(0.5, 0.0))
     again.load_global(diloco.global_tensors(), diloco.round, diloco.state.step)
@@ -331,29 +322,27 @@ def test_an_unequal_worker_makes_steps_of_its_own_on_the_schedule_of_all(own: in
     """A round of 3 steps, in which it makes 6, 2 or 3: the schedule, the weight and the pseudo-gradient."""
 
     class Quorum(LocalQuorum):
-        told: tuple[Tensor, float]
+        sent: tuple[Tensor, float]
 
-        def own_steps(self, length: int) -> int:
-            return own
-
-        def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
-            self.told = pseudo_gradient.clone(), weight
-            return super().synchronise(pseudo_gradient, weight, fragment, take)
+        def synchronise(self, pseudo_gradient: Tensor, weight: float, *arguments: Any) -> Commit:
+            self.sent = pseudo_gradient.clone(), weight
+            return super().synchronise(pseudo_gradient, weight, *arguments)
 
     model, quorum = make_model(), Quorum()
     optimizer = adamw(model)
     diloco = DiLoCo(model, optimizer, sync_every=3, quorum=quorum, total_steps=6)
+    diloco.accept(Assignment(1, 1, (), step_multiplier=own / 3))
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     for step, batch in enumerate(batches(0, own)):
-        assert diloco.position(1) == positions[step] and not diloco.due
+        assert diloco.schedule.position(1) == positions[step] and not diloco.schedule.due
         loss_of(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         local = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         commit = diloco.after_inner_step(5)
         assert (commit is not None) == (step == own - 1)
-    assert (diloco.round, diloco.step, diloco.inner_steps) == (1, 3, 0)
-    pseudo_gradient, weight = quorum.told
+    assert (diloco.round, diloco.schedule.step, diloco.schedule.inner_steps) == (1, 3, 0)
+    pseudo_gradient, weight = quorum.sent
     assert weight == 5 * own
     assert torch.allclose(pseudo_gradient, before - local, atol=1e-7)  # the sum of its steps, however many
 
@@ -364,14 +353,14 @@ def test_what_is_borrowed_of_a_lone_workers_new_state_is_what_it_keeps(monkeypat
     optimizer = adamw(model)
     diloco = DiLoCo(model, optimizer, outer=Nesterov(1.0, 0.0), sync_every=1)
     lent: list[tuple[Tensor, Tensor]] = []
-    take = diloco.state.take
+    commit_step = diloco.state.commit
 
-    def take_and_lend(*arguments: Any) -> None:
-        take(*arguments)
+    def commit_and_lend(*arguments: Any) -> None:
+        commit_step(*arguments)
         theta = diloco.state.borrow()[2]["model"]
         lent.append((theta, theta.clone()))
 
-    monkeypatch.setattr(diloco.state, "take", take_and_lend)
+    monkeypatch.setattr(diloco.state, "commit", commit_and_lend)
     for batch in batches(0, 3):
         loss_of(model, batch).backward()
         optimizer.step()

@@ -10,10 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.diloco.test_diloco import adamw, batches, loss_of, make_model, run_threads
-from trainer.diloco import Commit, DiLoCo, Fragment, GlobalState, Nesterov, Overlap, Reduced, Superseded
+from trainer.diloco import (
+    CatchUp,
+    Commit,
+    DiLoCo,
+    Fragment,
+    GlobalState,
+    Nesterov,
+    Overlap,
+    Reduced,
+    RoundReport,
+    Superseded,
+)
 from trainer.diloco.codecs import Sign
 from trainer.diloco.flat import FlatLayout
-from trainer.diloco.quorum import Take
+from trainer.diloco.quorum import OnChunk
 
 
 class Wide(nn.Module):
@@ -82,7 +93,7 @@ def test_each_fragment_synchronises_in_its_turn_and_all_at_the_end() -> None:
                     first.copy_((first + second) / 2)
                     second.copy_(first)
     for (_, model, diloco), replica in zip(results, replicas, strict=True):
-        assert (diloco.round, diloco.step, diloco.round_length) == (7, steps, 0)
+        assert (diloco.round, diloco.schedule.step, diloco.schedule.length) == (7, steps, 0)
         for ours, theirs in zip(model.parameters(), replica.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert len({diloco.state.hash() for _, _, diloco in results}) == 1
@@ -95,27 +106,26 @@ class Slow:
         self.go, self.refuses, self.behind = threading.Event(), False, False
         self.sent: list[tuple[Tensor, float]] = []
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
         assert self.go.wait(30)
         if self.refuses:
             self.refuses = False
             raise Superseded
         self.sent.append((pseudo_gradient.clone(), weight))
         mean = pseudo_gradient.clone()
-        take(0, mean)
+        on_chunk(0, mean)
         return Commit(len(self.sent), 1, ("slow",), fragment, Reduced(weight, ((1.0, mean),), ""), 0, 0, 0.0)
-
-    def own_steps(self, length: int) -> int:
-        return length
 
     def superseded(self) -> bool:
         return False
 
-    def catch_up(self, state: GlobalState) -> bool:
+    def catch_up(self, state: GlobalState) -> CatchUp:
         state.skip(4)
-        return True
+        return CatchUp(counts=True)
 
-    def applied(self, commit: Commit, state: GlobalState) -> None:
+    def announce(self, commit: Commit, state: GlobalState) -> None:
         pass
 
 
@@ -141,7 +151,7 @@ def test_steps_made_during_a_synchronisation_are_kept_whole(overlap: Overlap) ->
         assert trained(model, optimizer, batch) == pytest.approx(trained(plain, its_optimizer, batch), rel=1e-4)
         commits.append(diloco.after_inner_step(1.0))
     assert [commit.round for commit in commits if commit] == [1, 2, 3, 4, 5]
-    assert (diloco.step, diloco.round_length, diloco.in_flight) == (steps, 0, False)
+    assert (diloco.schedule.step, diloco.schedule.length, diloco.pending) == (steps, 0, False)
     if overlap.delay:
         assert [index + 1 for index, commit in enumerate(commits) if commit] == [
             5 * round + overlap.delay for round in (1, 2, 3)
@@ -168,21 +178,21 @@ def test_a_round_that_went_on_without_it_while_it_was_on_its_way_is_carried() ->
     for amount in (1.0, 2.0, 4.0, 8.0):
         step_by(model, amount)
         assert diloco.after_inner_step(10) is None
-    assert diloco.in_flight and diloco.open_round == 2
+    assert diloco.pending and diloco.open_round == 2
     step_by(model, 16.0)
     diloco.after_inner_step(10)
     saved = copy.deepcopy(diloco.worker_state())  # as if the round had not ended
-    assert (saved["inner_steps"], saved["samples"], saved["work"]) == (5, [50.0], [5])
+    assert (saved["inner_steps"], saved["samples"], saved["steps"]) == (5, [50.0], [5])
     quorum.go.set()
     step_by(model, 32.0)
     assert diloco.after_inner_step(10) is None  # it has caught up
-    assert not diloco.in_flight and (diloco.round, diloco.inner_steps) == (1, 0)
+    assert not diloco.pending and (diloco.round, diloco.schedule.inner_steps) == (1, 0)
     for _ in range(4):
         step_by(model, 1.0)
         diloco.after_inner_step(10)
     step_by(model, 0.0)
     diloco.after_inner_step(10)
-    diloco.land()
+    diloco.finish()
     ((pseudo_gradient, weight),) = quorum.sent
     torch.testing.assert_close(pseudo_gradient, torch.full_like(pseudo_gradient, (63.0 + 4.0) * 4 / 10))
     assert weight == 100.0
@@ -191,13 +201,15 @@ def test_a_round_that_went_on_without_it_while_it_was_on_its_way_is_carried() ->
 class Coding(Slow):
     """What a worker alone sends is coded all the same."""
 
-    def synchronise(self, pseudo_gradient: Tensor, weight: float, fragment: Fragment, take: Take) -> Commit:
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
         self.sent.append((pseudo_gradient.clone(), weight))
         codec = fragment.codec
         blocks = torch.cat(codec.arrange(pseudo_gradient))
         rows = codec.encode(blocks)
         mean = codec.restore(codec.decode(rows, torch.empty_like(blocks)), pseudo_gradient.numel())
-        take(0, mean)
+        on_chunk(0, mean)
         reduced = Reduced(weight, ((1.0, rows),), "", pseudo_gradient - mean)
         return Commit(len(self.sent), 1, ("coding", "nobody"), fragment, reduced, 0, 0, 0.0)
 

@@ -24,7 +24,7 @@ def state_of(outer: OuterOptimizer) -> GlobalState:
 @pytest.mark.parametrize(
     "outer", [Nesterov(0.7, 0.9), Nesterov(1.0, 0.0), Nesterov(0.3, 0.0), Averaged(Nesterov(), 0.9)]
 )
-def test_a_step_is_worked_out_in_pieces_and_counts_when_it_is_taken(
+def test_a_step_is_computed_in_chunks_and_counts_when_it_is_committed(
     outer: OuterOptimizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(state_module, "SLICE", 64)
@@ -38,7 +38,7 @@ def test_a_step_is_worked_out_in_pieces_and_counts_when_it_is_taken(
             stop = {0: 333, 333: 700, 700: SIZE}[start]
             made.add(start, mean[start:stop])
         assert (pieces.hash(), pieces.round) == (before, round - 1)
-        pieces.take(made, 5)
+        pieces.commit(made, 5)
         whole.apply(mean, 5)
         assert (pieces.hash(), pieces.round, pieces.step) == (whole.hash(), round, 5 * round)
 
@@ -89,9 +89,9 @@ def test_what_does_not_fit_or_has_been_given_up_is_refused() -> None:
         first.add(1, torch.ones(600))
     second = state.begin(HALVES[2])
     with pytest.raises(ValueError, match="given up"):
-        state.take(first, 1)
+        state.commit(first, 1)
     assert (state.hash(), state.round) == (before, 0)
     second.add(0, numbers(1))
-    state.take(second, 1)
+    state.commit(second, 1)
     with pytest.raises(ValueError, match="given up"):
-        state.take(second, 1)
+        state.commit(second, 1)

@@ -1,12 +1,12 @@
 """A model of a whole run, in simulated time, driven through random schedules of faults against the protocol's promises.
 
-No sockets, no sleeps, no tensors. Processes are generators: each `yield` is a moment at which any other process may go
-on, or a fault may strike. They decide with the functions of `trainer.protocol.rounds`; what `member`, `decider`,
-`DiLoCo` and the loop do with them is told again here, shorter, and has to be kept like them. A global state is the
-history of what was committed; a pseudo-gradient is the sample positions that it stands for: so equality of states, work
-that is counted twice and work that is lost can be seen.
+No sockets, no sleeps, no tensors. The machines of `trainer.protocol`, which workers run, decide; the processes here
+perform their effects on a simulated etcd, and make inner steps. Processes are generators: at each `yield` any other
+process may go on, or a fault may strike. A global state is the history of what was committed; a pseudo-gradient is the
+sample positions that it stands for. So the model sees whether states are equal, and whether work is counted twice or
+lost.
 
-A failure prints its schedule, made as short as it goes, and what happened. `check(seed)` runs one again.
+A failure prints its schedule, made as short as possible, and what happened. `check(seed)` runs one again.
 """
 
 import heapq
@@ -22,33 +22,33 @@ from typing import Any
 
 import pytest
 
-from trainer.protocol.rounds import (
-    Arrival,
-    Left,
+from trainer.errors import TrainingError
+from trainer.protocol import effects, rounds, samples
+from trainer.protocol import member as member_module
+from trainer.protocol.coordinator import coordinate
+from trainer.protocol.effects import Effect, Machine
+from trainer.protocol.member import MemberMachine
+from trainer.protocol.records import (
+    Assignment,
+    Cursor,
+    Durable,
     Member,
     Outcome,
-    Progress,
     Range,
-    Ready,
-    Record,
+    RoundState,
     Rules,
-    Share,
     State,
     View,
     Vote,
-    action,
-    decide,
-    forgotten,
-    outcome_key,
-    own_steps,
-    situation,
-    unused,
-    used_of,
+    decode,
+    encoded,
+    view_of,
 )
+from trainer.protocol.samples import SampleLedger, steps_in
 
 # Simulated seconds, in the order that the configuration demands.
 COLLECTIVE, GRACE, TTL, ROLE_TTL = 1.5, 2.5, 4.0, 1.5
-POLL = 0.3  # between two looks of whoever waits
+POLL = 0.3  # between two looks of a process that waits
 STEP = 0.4  # an inner step
 FAULTS_END = 16.0  # no fault strikes, nor lasts, any longer
 PATIENCE = 80.0  # then everyone has to be in the quorum, or the run complete, within this
@@ -65,13 +65,9 @@ class Interrupted(Exception):
     """SIGTERM."""
 
 
-class Superseded(Exception):
-    """The round was committed without this member."""
-
-
 @dataclass(frozen=True)
 class Fault:
-    """Strikes at a time; or, if it says where, the next time after it that the worker is there."""
+    """Strikes at a time; or, if it has a `where`, the next time after it that the worker is there."""
 
     at: float
     what: str
@@ -117,7 +113,7 @@ class Etcd:
         self.world = world
         self.entries: dict[str, Entry] = {}
         self.leases: dict[int, float] = {}
-        self.records: list[Record] = []
+        self.records: list[RoundState] = []
         self.revision = 0
         self.numbers = itertools.count(1)  # of leases: never the same one again
         self.away = False
@@ -206,21 +202,6 @@ class Etcd:
         self.revoke(lease)
 
 
-def view_of(entries: dict[str, Entry]) -> View:
-    rooms: dict[str, dict[str, Any]] = defaultdict(dict)
-    for key, entry in entries.items():
-        room, _, id = key.partition("/")
-        rooms[room][id] = entry.value
-    return View(
-        rooms["members"],
-        rooms["arrivals"],
-        rooms["votes"],
-        rooms["ready"],
-        rooms["left"],
-        max(rooms["durable"].values(), default=0),
-    )
-
-
 @dataclass
 class Checkpoint:
     """On a worker's volume."""
@@ -231,61 +212,62 @@ class Checkpoint:
     work: list[int]
     carried: list[int]
     inner_steps: int
-    share: tuple[Range, ...]
+    ranges: tuple[Range, ...]
     used: int
 
 
 @dataclass
-class Flight:
-    """A synchronisation that is on its way while inner steps go on."""
+class Pending:
+    """A synchronisation that has started, while inner steps go on."""
 
     work: list[int]
     carried: list[int]
     steps: int
     length: int
-    result: Any = None  # outcome and contributions, or an exception
+    result: Any = None  # the outcome (None: superseded), or Interrupted
+    done: bool = False
 
 
 class Process:
-    """One incarnation of a worker: its main thread, its decider, and the one that keeps its lease."""
+    """One incarnation of a worker: its main thread, its coordinator, and the one that keeps its lease.
+
+    The machines of `trainer.protocol` decide; what is here performs their effects, and makes inner steps.
+    """
 
     def __init__(self, world: "World", worker: int, incarnation: int) -> None:
         self.world, self.worker, self.id = world, worker, f"{worker}.{incarnation}"
         self.random = random.Random(f"{world.seed}/{self.id}")
-        self.node = f"node {worker % world.nodes}"
-        self.speed = world.speeds[worker]  # of its inner steps, beside those of others
+        self.speed = world.speeds[worker]  # of its inner steps, relative to those of others
         self.dead = self.done = self.stopping = self.leaving = self.flip = False
         self.frozen_until = self.cut_until = self.slow_until = 0.0
         self.armed: list[Fault] = []
-        self.lease = 0
-        self.member: Member | None = None
-        self.role, self.view = 0, View()
-        self.record: Record | None = None
+        self.lease = self.role = 0
+        self.listed: dict[str, Entry] = {}  # what its coordinator has seen last
+        self.record: RoundState | None = None
         self.seen = 0  # how many records it has seen
-        own = world.volumes.get(worker)
-        self.own = own
+        self.own = own = world.volumes.get(worker)
         self.state = own.state if own else Tensors()
-        self.term = own.term if own else 0
-        self.base = own.base if own else State(hash="initial")
-        self.dealt: Share | None = None  # as the quorum knows it
-        self.share, self.used = Share(0, 0, ()), 0  # as the loop knows it
+        holds = replace(own.base if own else State(), hash=self.state.hash)
+        speed = self.random.choice([0.0, self.speed])
+        self.member = Member(f"node {worker % world.nodes}", worker, 0, "", holds, speed)
+        self.machine = MemberMachine(self.id, world.rules)
+        self.ledger, self.multiplier = SampleLedger(), 1.0
         self.inner_steps = 0
         self.work: list[int] = []
         self.carried: list[int] = []
-        self.flight: Flight | None = None
-        self.arrived_used = 0  # how much of its share it had used at its last arrival
-        self.in_doubt = False
+        self.pending: Pending | None = None
+        self.reduced: Any = None
         self.unreachable: tuple[str, ...] = ()
         self.means: deque[tuple[int, int, Any, int]] = deque(maxlen=KEPT_MEANS)
         for name, thread in (
             ("main", self.main()),
-            ("decider", self.decider()),
+            ("coordinator", self.coordinator()),
             ("lease", self.keep_lease()),
             ("role", self.keep_role()),
         ):
             world.start(self, name, thread)
 
-    def say(self, *what: Any) -> None:
+    def log(self, *what: Any) -> None:
         self.world.trace.append((self.world.now, self.id, what))
 
     # etcd
@@ -298,9 +280,6 @@ class Process:
                 if self.stopping:
                     raise Interrupted from None
                 yield POLL
-
-    def put(self, key: str, value: Any) -> Thread:
-        yield from self.patiently(lambda: self.world.etcd.put(self, key, value))
 
     def keep_lease(self) -> Thread:
         etcd, complete = self.world.etcd, True
@@ -326,7 +305,7 @@ class Process:
             try:
                 if self.role and not etcd.refresh(self, self.role, ROLE_TTL):
                     self.role = etcd.grant(self, ROLE_TTL)
-                    etcd.swap(self, "decider", self.id, None, self.role)
+                    etcd.swap(self, "coordinator", {"member": self.id}, None, self.role)
             except Away:
                 pass
 
@@ -340,33 +319,22 @@ class Process:
         if self.seen:
             self.record = etcd.records[self.seen - 1]
 
-    def wait(self, ready: Callable[[Record], Any]) -> Thread:
-        while True:
-            self.refresh()
-            if self.record is not None:
-                result = yield from ready(self.record)
-                if result is not None:
-                    return result
-            if self.stopping:
-                raise Interrupted
-            yield POLL
+    # The coordinator (performed by trainer.elastic.coordinator)
 
-    # The decider (trainer.elastic.coordinator)
-
-    def decider(self) -> Thread:
+    def coordinator(self) -> Thread:
         etcd = self.world.etcd
         while not self.lease:
             yield POLL
         while True:
             try:
-                found = etcd.get(self, "decider")
+                found = etcd.get(self, "coordinator")
                 if self.role and found is not None and found.lease == self.role:
-                    yield from self.preside()
+                    yield from perform(coordinate(self.id, self.world.rules, kept_outcomes=0), self.coordinate)
                 elif self.role:
                     self.resign()
                 elif found is None:
                     self.role = etcd.grant(self, ROLE_TTL)
-                    etcd.swap(self, "decider", self.id, None, self.role)
+                    etcd.swap(self, "coordinator", {"member": self.id}, None, self.role)
             except Away:
                 pass
             yield POLL
@@ -376,177 +344,109 @@ class Process:
         self.world.etcd.reach(self)
         self.world.etcd.revoke(role)
 
-    def preside(self) -> Thread:
-        etcd, rules = self.world.etcd, self.world.rules
-        wait: Any = None
-        since, told = self.world.now, (0, 0)
-        while True:
-            entries = etcd.list(self)
-            if "decider" not in entries or entries["decider"].value != self.id:
-                return
-            yield "listed"
-            entry = entries.get("round")
-            record: Record | None = entry.value if entry else None
-            if record and record.committed and (record.term, record.committed.round) != told:
-                yield from self.tell(record, entries)
-                told = record.term, record.committed.round
-            view = self.view = view_of(entries)
-            current = situation(record, view, rules)
-            if current != wait:
-                wait, since = current, self.world.now
-            decided = decide(record, view, self.world.now - since, rules)
-            if decided is None:
-                yield POLL if current else 3 * POLL
-                continue
-            yield "decided"
-            etcd.swap(self, "round", decided, entry.revision if entry else None)
-            yield "swapped"
-
-    def tell(self, record: Record, entries: dict[str, Entry]) -> Thread:
+    def coordinate(self, effect: Effect) -> Thread:
+        """Perform an effect of the coordinator."""
         etcd = self.world.etcd
-        assert record.committed is not None
-        etcd.put(self, outcome_key(record.term, record.committed.round), record.committed)
-        yield "told"
-        stale = [key for key in entries if key.startswith("commits/")]  # the real one keeps some
-        for key, entry in entries.items():
-            room, _, id = key.partition("/")
-            if room in ("arrivals", "votes", "ready", "left"):
-                past = (entry.value.term, entry.value.round) < (record.term, record.base.round)
-                if past and f"members/{id}" not in entries and id not in record.shares:
-                    stale.append(key)
-        for key in stale:
-            etcd.delete(self, key, entries[key].revision)
+        match effect:
+            case effects.List():
+                self.listed = etcd.list(self)
+                yield "listed"
+                return self.listed
+            case effects.Now():
+                return self.world.now
+            case effects.Put(key, record):
+                etcd.put(self, key, record)
+                yield "recorded"
+            case effects.Delete(key, revision):
+                etcd.delete(self, key, revision)
+            case effects.Swap(record, revision):
+                yield "decided"
+                etcd.swap(self, "round", record, revision)
+                yield "swapped"
+            case effects.Pause(idle):
+                yield 3 * POLL if idle else POLL
+            case effects.Reap():
+                pass
+            case _:
+                raise AssertionError(effect)
 
-    # The member (trainer.elastic.member)
+    # The member (performed by trainer.elastic.member)
 
-    def join(self) -> Thread:
+    def effect(self, effect: Effect) -> Thread:
+        """Perform an effect of the member."""
         etcd = self.world.etcd
-        holds = replace(self.base, hash=self.state.hash)
-        self.member = Member(self.node, (self.worker, 0), "", holds, self.random.choice([0.0, self.speed]))
-        lease = yield from self.patiently(lambda: etcd.grant(self))
-        self.lease = lease
-        yield "joining"
-        yield from self.announce(patient=True)
+        match effect:
+            case effects.AwaitRound(_, again):
+                if not again:
+                    self.refresh()
+                while again or self.record is None:
+                    if self.stopping:
+                        raise Interrupted
+                    yield POLL
+                    self.refresh()
+                    again = False
+                return self.record
+            case effects.Put(key, record, leased, required):
+                yield from self.put(key, record, leased, required)
+            case effects.Get(key):
+                entry = yield from self.patiently(lambda: etcd.get(self, key))
+                return entry.value if entry else None
+            case effects.List():
+                return (yield from self.patiently(lambda: etcd.list(self)))
+            case effects.HashState():
+                return self.state.hash
+            case effects.Announce(base):
+                self.member = replace(self.member, holds=replace(base, hash=self.state.hash))
+                with suppress(Away):
+                    etcd.put(self, f"members/{self.id}", self.member, self.lease)
+                if self.record is not None:
+                    self.probe({*self.record.expected, *self.record.assignments})
+            case effects.Suspects(probe):
+                if probe:
+                    self.probe(probe)
+                return self.unreachable
+            case effects.Reduce(record):
+                return (yield from self.collective(record))
+            case effects.ReplayMeans(record, first):
+                return (yield from self.replay(record, first))
+            case effects.FetchState(record):
+                return (yield from self.fetch_state(record))
+            case effects.Log(message):
+                self.log(message)
+            case _:
+                raise AssertionError(effect)
 
-        def under_way(record: Record) -> Thread:
-            entries = yield from self.patiently(lambda: etcd.list(self))
-            return None if forgotten(record, view_of(entries)) else True
-
-        yield from self.wait(under_way)
-        yield from self.take_state()
-
-    def announce(self, patient: bool = False) -> Thread:
-        """Tell who it is and what it holds."""
-        while True:
-            try:
-                self.world.etcd.put(self, f"members/{self.id}", self.member, self.lease)
-                return
-            except Away:
-                if not patient:
-                    return
-            yield POLL
-
-    def hold(self) -> Thread:
-        assert self.member
-        self.member = replace(self.member, holds=replace(self.base, hash=self.state.hash))
-        yield from self.announce()
-        if self.record is not None:
-            self.look_for_culprits({*self.record.expected, *self.record.shares} - {self.id})
-
-    def outcome(self, record: Record, round: int) -> Thread:
-        if record.round <= round:
-            return None
-        if record.committed is not None and record.committed.round == round:
-            return record.committed
-        entry = yield from self.patiently(lambda: self.world.etcd.get(self, outcome_key(record.term, round)))
-        return entry.value if entry else None
-
-    def behind(self, record: Record | None) -> bool:
-        return record is not None and (record.term, record.base.round) != (self.term, self.base.round)
-
-    def adopt(self, record: Record, base: State) -> None:
-        self.term, self.base = record.term, base
-        self.dealt = record.shares.get(self.id, self.dealt)
-
-    def take_share(self) -> Thread:
-        after = self.share.place
-        if self.dealt is None or self.dealt.place <= after:
-            yield from self.put(f"ready/{self.id}", Ready(self.term, self.base.round))
-            yield "ready"
-
-            def dealt(record: Record) -> Thread:
-                if self.behind(record):
-                    raise Superseded
-                found = record.shares.get(self.id)
-                yield from ()
-                return found if found and found.place > after else None
-
-            self.dealt = yield from self.wait(dealt)
-        self.take_dealt()
-
-    def take_dealt(self) -> None:
-        if self.dealt is not None and self.dealt.place > self.share.place:
-            self.used = used_of(self.dealt, self.share, self.used, self.arrived_used)
-            self.share = self.dealt
-
-    def synchronise(self, contribution: tuple[int, ...]) -> Thread:
-        """Returns the round's outcome, and what its members have contributed."""
-        progress = Progress(self.term, self.base.round + 1, self.state.hash)
-        reduced: Any = None
-
-        def arrive(attempt: int) -> Thread:
-            rest, self.arrived_used = self.rest(), self.used
-            place = progress.term, progress.round, attempt, progress.state
-            arrival = Arrival(*place, rest, self.unreachable, self.speed)
-            yield from self.put(f"arrivals/{self.id}", arrival)
-            yield "arrived"
-
-        def following(record: Record) -> Thread:
-            outcome = yield from self.outcome(record, progress.round)
-            what = action(self.id, progress, record, outcome)
-            return None if what == "wait" else (what, record, outcome)
-
-        while True:
-            what, record, outcome = yield from self.wait(following)
-            self.say(what, record.place)
-            if what == "arrive":
-                yield from arrive(record.attempt)
-                progress = replace(progress, arrived=record.attempt)
-            elif what == "reduce":
-                result = yield from self.collective(record, contribution)
-                if result is None:
-                    self.look_for_culprits(record.members)
-                    yield from arrive(record.attempt + 1)
-                    progress = replace(progress, arrived=record.attempt + 1)
-                    continue
-                reduced = result
-                yield "reduced"
-                yield from self.put(f"votes/{self.id}", Vote(*record.place, repr(reduced), 1.0))
-                progress = replace(progress, voted=record.attempt)
-                yield "voted"
-            elif what == "apply":
-                yield "applying"
-                self.adopt(record, outcome.base)
-                return outcome, reduced
+    def put(self, key: str, record: Any, leased: bool, required: bool) -> Thread:
+        etcd, prefix = self.world.etcd, key.partition("/")[0]
+        try:
+            if required:
+                yield from self.patiently(lambda: etcd.put(self, key, record, self.lease if leased else 0))
             else:
-                self.in_doubt = what == "start over"
-                raise Superseded
+                etcd.put(self, key, record)
+        except Away:
+            return
+        if prefix == "left":
+            self.world.left.add(self.id)
+        yield {"arrivals": "arrived", "votes": "voted", "members": "registered"}.get(prefix, prefix)
 
-    def look_for_culprits(self, ids: Iterable[str]) -> None:
+    def probe(self, ids: Iterable[str]) -> None:
         world = self.world
-        self.unreachable = tuple(id for id in ids if not (world.answers(id) and world.connected(self.id, id)))
+        self.unreachable = tuple(
+            id for id in ids if id != self.id and not (world.answers(id) and world.connected(self.id, id))
+        )
 
-    def collective(self, record: Record, contribution: tuple[int, ...]) -> Thread:
-        """What each member has contributed; None: it has failed."""
-        meeting = self.world.meetings[record.place]
+    def collective(self, record: RoundState) -> Thread:
+        """A vote for what each member has contributed; None: it has failed."""
+        meeting = self.world.meetings[record.attempt_id]
         assert self.id not in meeting, "the same attempt is reduced twice"
-        meeting[self.id] = contribution
+        meeting[self.id] = self.contribution
         deadline = self.world.now + COLLECTIVE
         yield "entering"
         walled = any(not self.world.connected(self.id, id) for id in record.members)
         while walled or not meeting.keys() >= set(record.members):
             self.refresh()
-            if self.world.now > deadline or (self.record is not None and self.record.place != record.place):
+            over = self.record is not None and self.record.attempt_id != record.attempt_id
+            if self.world.now > deadline or over:
                 return None
             yield POLL / 2
         yield "in the collective"
@@ -555,126 +455,112 @@ class Process:
         if shaky and self.random.random() < 0.6:
             yield max(0.0, deadline - self.world.now)
             return None
-        return tuple(meeting[id] for id in record.members)
+        self.reduced = tuple(meeting[id] for id in record.members)
+        yield "reduced"
+        return Vote(*record.attempt_id, repr(self.reduced), 1.0)
 
-    def take_state(self) -> Thread:
-        """ElasticQuorum.catch_up: whether this member's work can still be counted."""
-        term, healing, moved = self.term, False, False
+    def replay(self, record: RoundState, first: int) -> Thread:
+        assert first == self.state.round + 1
+        if record.base.round - self.state.round <= KEPT_MEANS:
+            while self.state.round < record.base.round:
+                found = self.world.mean(record.term, self.state.round + 1)
+                if found is None:
+                    break
+                self.take_step(*found)
+        yield "catching up"
+        return self.state.round
 
-        def any_record(record: Record) -> Thread:
-            yield from ()
-            return record
+    def fetch_state(self, record: RoundState) -> Thread:
+        donors = self.world.holding(record, self)
+        if donors:
+            self.state = self.random.choice(donors).state
+            self.means.clear()
+        yield "catching up"
+        if self.stopping:
+            raise Interrupted
+        return bool(donors)
 
-        while True:
-            record = yield from self.wait(any_record)
-            same = self.state.round == record.base.round
-            agreed = record.base.hash
-            if same and (self.state.hash == agreed if agreed else record.term == self.term):
-                break
-            if moved:
-                yield from self.hold()
-            if not healing and (record.term, record.base.round) == (term, self.state.round):
-                healing = True
-                self.say("heals")
-            if not self.replay(record):
-                donors = self.world.holding(record, self)
-                if donors:
-                    donor = self.random.choice(donors)
-                    self.state, self.term = donor.state, record.term
-                    self.means.clear()
-            outcome = yield from self.outcome(record, self.state.round)
-            base = record.base if self.state.round == record.base.round else outcome and outcome.base
-            moved, self.base = base is not None, base or self.base
-            yield "catching up"
-            if self.stopping:
-                raise Interrupted
-        self.adopt(record, record.base)
-        self.world.holds_right_state(self)
-        self.take_dealt()
-        yield from self.hold()
-        counts, self.in_doubt = record.term == term and not self.in_doubt, False
-        return counts
-
-    def replay(self, record: Record) -> bool:
-        lacking = range(self.state.round + 1, record.base.round + 1)
-        if record.term != self.term or not 0 < len(lacking) <= KEPT_MEANS:
-            return False
-        for round in lacking:
-            found = self.world.mean(record.term, round)
-            if found is None:
-                return False
-            self.take_step(round, *found)
-        return True
-
-    def take_step(self, round: int, contributions: Any, steps: int) -> None:
+    def take_step(self, contributions: Any, steps: int) -> None:
         self.state = self.state.apply(contributions, steps)
         self.world.known[self.state.hash] = self.state
-        self.means.append((self.term, round, contributions, steps))
+        self.means.append((self.machine.term, self.state.round, contributions, steps))
 
-    # DiLoCo
+    # The worker, and DiLoCo
 
     @property
     def length(self) -> int:
-        rules, begun = self.world.rules, self.state.step + (self.flight.length if self.flight else 0)
-        return min(rules.local_steps, rules.total_steps - begun) if rules.total_steps else rules.local_steps
+        return self.world.rules.length(self.state.step + (self.pending.length if self.pending else 0))
 
     @property
     def own_length(self) -> int:
-        return own_steps(self.length, self.dealt.pace if self.dealt else 1.0)
+        return steps_in(self.length, self.multiplier)
 
-    def synchronise_or_catch_up(self) -> Thread:
+    def accept(self) -> None:
+        """Go on with the samples that the quorum has assigned."""
+        assert self.machine.round == self.state.round
+        assignment = self.machine.current
+        self.ledger.accept(assignment)
+        if assignment:
+            self.multiplier = assignment.step_multiplier
+
+    def start(self) -> Thread:
+        """Begin to synchronise; with overlap, inner steps go on meanwhile."""
         rules = self.world.rules
-        if rules.stock > 1 and self.state.step + self.length != rules.total_steps:
-            self.flight = Flight(self.work, self.carried, self.inner_steps, self.length)
-            self.work, self.carried, self.inner_steps = [], [], 0
-            self.world.start(self, "flight", self.fly(self.flight))
-            return
-        try:
-            outcome, reduced = yield from self.synchronise((*self.work, *self.carried))
-        except Superseded:
-            yield from self.catch_up(arrived=True)
-            return
-        self.work, self.carried, self.inner_steps = [], [], 0
-        yield from self.apply(outcome, reduced, self.length)
+        pending = Pending(self.work, self.carried, self.inner_steps, self.length)
+        last = self.state.step + self.length == rules.total_steps
+        self.pending, self.work, self.carried, self.inner_steps = pending, [], [], 0
+        self.contribution = (*pending.work, *pending.carried)
+        exchange = self.exchange(pending, self.ledger.close_round())
+        if rules.prefetch > 1 and not last:
+            self.world.start(self, "exchange", exchange)
+        else:
+            yield from exchange
+            yield from self.finish()
 
-    def fly(self, flight: Flight) -> Thread:
+    def exchange(self, pending: Pending, unused: tuple[Range, ...]) -> Thread:
         try:
-            flight.result = yield from self.synchronise((*flight.work, *flight.carried))
-        except (Superseded, Interrupted) as error:
-            flight.result = error
+            pending.result = yield from perform(self.machine.synchronise(unused, self.speed), self.effect)
+            if pending.result:
+                yield "committing"
+        except Interrupted as error:
+            pending.result = error
+        pending.done = True
 
-    def land(self) -> Thread:
-        assert self.flight
-        while self.flight.result is None:
+    def finish(self) -> Thread:
+        """Wait for the synchronisation that has started, and take the outer step."""
+        assert self.pending
+        while not self.pending.done:
             yield POLL
-        flight, self.flight = self.flight, None
-        if isinstance(flight.result, Exception):
-            self.work, self.carried = [*flight.work, *self.work], flight.carried
-            self.inner_steps += flight.steps
-            if isinstance(flight.result, Interrupted):
-                raise flight.result
-            yield from self.catch_up(arrived=True)
+        pending, self.pending = self.pending, None
+        if isinstance(pending.result, Outcome):
+            yield from self.commit(pending.result, pending.length)
             return
-        yield from self.apply(*flight.result, flight.length)
+        self.work, self.carried = [*pending.work, *self.work], pending.carried
+        self.inner_steps += pending.steps
+        if pending.result is not None:
+            raise pending.result
+        yield from self.catch_up(arrived=True)
 
-    def apply(self, outcome: Outcome, reduced: Any, length: int) -> Thread:
-        self.world.applied(self, outcome, reduced)
-        self.take_step(outcome.round, reduced, length)
+    def commit(self, outcome: Outcome, length: int) -> Thread:
+        self.world.committing(self, outcome)
+        self.take_step(self.reduced, length)
         if self.flip:  # arithmetic that differs in a last bit
             self.flip = False
             self.state = replace(self.state, hash=self.state.hash + "~")
             self.world.known[self.state.hash] = self.state
         self.world.holds_right_state(self)
-        self.take_dealt()
-        yield from self.hold()
+        self.accept()
+        yield from perform(self.machine.announce(), self.effect)
         if self.random.random() < 0.3:
             yield from self.save()
 
     def catch_up(self, arrived: bool = False) -> Thread:
         carried, steps, round = [*self.work, *self.carried], self.inner_steps, self.state.round
         own_length = self.own_length
-        self.say("catches up from", self.term, round)
-        counts = yield from self.take_state()
+        self.log("catches up from", self.machine.term, round)
+        counts = yield from perform(self.machine.catch_up(), self.effect)
+        self.world.holds_right_state(self)
+        self.accept()
         self.work, self.carried, self.inner_steps = [], [], 0
         if counts:
             again = arrived and steps >= own_length and self.state.round != round
@@ -684,123 +570,110 @@ class Process:
         else:
             self.world.given_up.update(carried)
 
-    # The loop
-
-    def rest(self) -> tuple[Range, ...]:
-        return unused(self.share.ranges, self.used) if self.share.term == self.term else ()
-
     def main(self) -> Thread:
         try:
             yield self.random.random()
             yield from self.join()
-            self.restore()
             while True:
                 yield from self.train()
-                try:
-                    yield from self.settle()
+                if (yield from perform(self.machine.reconcile(), self.effect)):
                     break
-                except Superseded:
-                    yield from self.catch_up()
+                yield from self.catch_up()
             yield from self.save()
             self.done = True
-            self.say("done")
+            self.log("done")
             while True:  # a donor to those that are not
                 yield TTL
         except Interrupted:
-            if self.flight:
+            if self.pending:
                 with suppress(Interrupted):
-                    yield from self.land()
+                    yield from self.finish()
             self.leaving = True
             yield from self.leave()
+        except TrainingError as error:  # its state has differed twice: its agent starts it again
+            self.log(error)
+            self.world.died(self)
 
-    def settle(self) -> Thread:
-        progress = Progress(self.term, self.base.round + 1, self.state.hash)
-
-        def following(record: Record) -> Thread:
-            if record.place[:2] == (progress.term, progress.round) and record.base.hash == progress.state:
-                return "settled", record
-            what = action(self.id, progress, record, (yield from self.outcome(record, progress.round)))
-            return None if what == "wait" else (what, record)
-
-        while True:
-            what, record = yield from self.wait(following)
-            self.say(what, record.place)
-            if what == "settled":
-                return
-            if what != "arrive":
-                raise Superseded
-            arrival = Arrival(progress.term, progress.round, record.attempt, progress.state)
-            yield from self.put(f"arrivals/{self.id}", arrival)
-            yield "arrived"
-            progress = replace(progress, arrived=record.attempt)
+    def join(self) -> Thread:
+        etcd, own = self.world.etcd, self.own
+        self.lease = yield from self.patiently(lambda: etcd.grant(self))
+        yield "joining"
+        yield from perform(self.machine.register(self.member, own.term if own else 0), self.effect)
+        yield from perform(self.machine.join(), self.effect)
+        self.world.holds_right_state(self)
+        self.accept()
+        assignment = self.machine.current
+        if own and own.state.round == self.state.round and assignment and assignment.ranges == own.ranges:
+            self.work, self.carried, self.inner_steps = list(own.work), list(own.carried), own.inner_steps
+            self.ledger = SampleLedger(assignment, own.used)
+            self.world.consume(self, [*self.work, *self.carried])
 
     def train(self) -> Thread:
-        while self.length or self.flight:
-            if self.flight and (self.flight.result is not None or self.inner_steps >= self.own_length):
-                yield from self.land()
+        while self.length or self.pending:
+            if self.pending and (self.pending.done or self.inner_steps >= self.own_length):
+                yield from self.finish()
                 continue
             if self.inner_steps >= self.own_length:
-                yield from self.synchronise_or_catch_up()
+                yield from self.start()
                 continue
-            if not self.rest():
-                if self.flight:
-                    yield from self.land()
-                    continue
-                try:
-                    yield from self.take_share()
-                except Superseded:
+            if not self.ledger.unused():
+                if self.pending:
+                    yield from self.finish()
+                elif (yield from perform(self.machine.assign(self.ledger.assignment.round_id), self.effect)):
+                    self.accept()
+                else:
                     yield from self.catch_up()
-                    continue
+                continue
             yield STEP / self.speed * (10 if self.slow_until > self.world.now else 1)
             if self.stopping:
                 raise Interrupted
-            batch = positions_of(self.rest())[: self.world.rules.batch_size]
+            batch = positions_of(self.ledger.consume(self.world.rules.batch_size))
             self.world.consume(self, batch)
             self.work += batch
-            self.used += len(batch)
             self.inner_steps += 1
-            if self.flight:
+            if self.pending:
                 continue
             self.refresh()
-            if self.behind(self.record):
+            if self.machine.superseded(self.record):
                 yield from self.catch_up()
 
     def save(self) -> Thread:
-        self.world.volumes[self.worker] = Checkpoint(
-            self.state,
-            self.term,
-            self.base,
-            list(self.work),
-            list(self.carried),
-            self.inner_steps,
-            self.share.ranges,
-            self.used,
+        if self.machine.base.round != self.state.round:
+            return  # interrupted on the way to a newer state; the older one is on the volume
+        ranges, used = self.ledger.assignment.ranges, self.ledger.used
+        work, carried = list(self.work), list(self.carried)
+        own = Checkpoint(
+            self.state, self.machine.term, self.machine.base, work, carried, self.inner_steps, ranges, used
         )
+        self.world.volumes[self.worker] = own
         yield "saved"
         if not self.leaving:
-            yield from self.put(f"durable/{self.worker}", self.state.round)
-
-    def restore(self) -> None:
-        own = self.own
-        if own and own.state.round == self.state.round and self.dealt and self.dealt.ranges == own.share:
-            self.work, self.carried, self.inner_steps = list(own.work), list(own.carried), own.inner_steps
-            self.share, self.used = self.dealt, own.used
-            self.world.consume(self, [*self.work, *self.carried])
+            durable = Durable(self.state.round, self.id)
+            yield from self.patiently(lambda: self.world.etcd.put(self, f"durable/{self.worker}", durable))
 
     def leave(self) -> Thread:
         yield from self.save()
         complete = self.record is not None and self.record.length == 0
         try:
-            if self.lease and not complete:
-                self.world.etcd.put(self, f"left/{self.id}", Left(*self.share.place, self.rest()))
-                self.world.said_what_is_left.add(self.id)
-            yield "left"
+            if self.lease:
+                yield from perform(self.machine.leave(self.ledger.rest(), complete), self.effect)
             self.resign()
             self.world.etcd.revoke(self.lease)
         except Away:
             pass
         self.dead = True
-        self.say("has left")
+        self.log("has left")
+
+
+def perform(machine: Machine[Any], performer: Callable[[Effect], Thread]) -> Thread:
+    """Run a machine: perform its effects, and send it their results."""
+    result: Any = None
+    while True:
+        try:
+            effect = machine.send(result)
+        except StopIteration as end:
+            return end.value
+        result = yield from performer(effect)
 
 
 @dataclass
@@ -832,11 +705,11 @@ class World:
         self.states: dict[tuple[int, int], Tensors] = {}
         self.known: dict[str, Tensors] = {"initial": Tensors()}
         self.consumed: dict[int, dict[int, str]] = defaultdict(dict)
-        self.dealt: dict[int, list[tuple[str, Share]]] = defaultdict(list)
+        self.assigned: dict[int, list[tuple[str, Assignment]]] = defaultdict(list)
         self.given_up: set[int] = set()
         self.walls: dict[frozenset[int], float] = {}  # workers that cannot talk to each other, and until when
         self.lease_lost: set[str] = set()
-        self.said_what_is_left: set[str] = set()
+        self.left: set[str] = set()  # processes that have returned their samples
         for fault in self.faults:
             self.at(fault.at, fault)
         self.at(FAULTS_END, self.make_calm)
@@ -947,6 +820,12 @@ class World:
         process = Process(self, worker, incarnation)
         self.processes[process.id] = process
 
+    def died(self, process: Process) -> None:
+        """Its agent revokes its lease, and starts it again."""
+        process.dead = True
+        self.etcd.lose(process.lease)
+        self.at(self.now + 1, lambda: None if self.of(process.worker) else self.launch(process.worker))
+
     def make_calm(self) -> None:
         """No more faults; agents start again what has died or left."""
         self.calm = True
@@ -968,13 +847,13 @@ class World:
         process = self.processes[id]
         return not process.dead and max(process.frozen_until, process.cut_until) <= self.now
 
-    def holding(self, record: Record, other: Process) -> list[Process]:
+    def holding(self, record: RoundState, other: Process) -> list[Process]:
         return [
             process
             for process in self.live()
             if process is not other
             and self.answers(process.id)
-            and (process.term, process.state.round) == (record.term, record.base.round)
+            and (process.machine.term, process.state.round) == (record.term, record.base.round)
         ]
 
     def mean(self, term: int, round: int) -> tuple[Any, int] | None:
@@ -986,16 +865,16 @@ class World:
 
     # What must hold
 
-    def transition(self, process: Process, old: Record | None, new: Record) -> None:
-        view = process.view
-        process.say("decides", new.place, new.phase, new.members or new.expected, new.shares)
+    def transition(self, process: Process, old: RoundState | None, new: RoundState) -> None:
+        view = view_of(process.listed)
+        process.log("decides", new.attempt_id, new.phase, new.members or new.expected, new.assignments)
         if self.random.random() < 0.02:
-            assert Record.from_json(json.loads(json.dumps(new.to_json()))) == new
+            assert decode(RoundState, json.loads(json.dumps(encoded(new)))) == new
         if new.phase == "reduce":
             assert old is not None
             if old.phase == "gather":
                 assert len({view.members[id].node for id in new.members}) >= self.rules.min_nodes
-            assert self.quorums.setdefault(new.place, new.members) == new.members, "two quorums for one attempt"
+            assert self.quorums.setdefault(new.attempt_id, new.members) == new.members, "two quorums for one attempt"
         if old is None or new.term != old.term:
             assert new.base.round >= view.durable, "what was durable is given up"
             assert new.term == (old.term if old else 0) + 1
@@ -1005,58 +884,62 @@ class World:
             self.states[new.term, new.base.round] = state
             self.consumed[new.term] = dict.fromkeys(state.positions, "the base")
         else:
-            assert new.place >= old.place
+            assert new.attempt_id >= old.attempt_id
             if new.round != old.round:
                 self.committed(old, new)
-        self.check_books(old if old and old.term == new.term else None, new, view)
+        self.check_ledger(old if old and old.term == new.term else None, new, view)
 
-    def committed(self, old: Record, new: Record) -> None:
+    def committed(self, old: RoundState, new: RoundState) -> None:
         outcome = new.committed
-        assert outcome is not None and (outcome.term, outcome.round, outcome.attempt) == old.place
-        assert outcome.members == self.quorums[old.place]
+        assert outcome is not None and (outcome.term, outcome.round, outcome.attempt) == old.attempt_id
+        assert outcome.members == self.quorums[old.attempt_id]
         assert (new.term, outcome.round) not in self.commits, "a round is committed twice"
         self.commits[new.term, outcome.round] = outcome
-        contributions = tuple(self.meetings[old.place][id] for id in outcome.members)
-        assert outcome.hash == repr(contributions)
+        contributions = tuple(self.meetings[old.attempt_id].get(id, ()) for id in outcome.members)
+        assert outcome.hash == repr(contributions), "members that have not reduced are counted"
         state = self.states[new.term, old.base.round].apply(contributions, old.length)
         assert (state.round, state.step) == (new.base.round, new.base.step)
         self.states[new.term, state.round] = state
 
-    def check_books(self, old: Record | None, new: Record, view: View) -> None:
-        dealt = [part for share in new.shares.values() for part in share.ranges]
-        ranges = sorted([*dealt, *new.cursor.tails, (new.cursor.position, 1 << 60)])
+    def check_ledger(self, old: RoundState | None, new: RoundState, view: View) -> None:
+        assigned = [part for assignment in new.assignments.values() for part in assignment.ranges]
+        ranges = sorted([*assigned, *new.cursor.returned, (new.cursor.position, 1 << 60)])
         for (_, stop), (start, _) in itertools.pairwise(ranges):
-            assert stop <= start, f"samples are dealt twice: {ranges}"
+            assert stop <= start, f"samples are assigned twice: {ranges}"
         counted = self.states[new.term, new.base.round].positions
-        free = set(positions_of(new.cursor.tails))
-        for id, share in new.shares.items():
-            if old is None or old.shares.get(id) != share:
-                self.dealt[new.term].append((id, share))
-                arrival = view.arrivals.get(id) if self.rules.stock > 1 else None  # it goes on using what that had left
-                free.update(set(positions_of(share.ranges)) - set(positions_of(arrival.unused if arrival else ())))
-        assert not free & counted, f"samples {sorted(free & counted)} are dealt again although they have been counted"
+        free = set(positions_of(new.cursor.returned))
+        for id, assignment in new.assignments.items():
+            if old is None or old.assignments.get(id) != assignment:
+                self.assigned[new.term].append((id, assignment))
+                # With overlap, a member goes on using what its arrival called unused.
+                arrival = view.arrivals.get(id) if self.rules.prefetch > 1 else None
+                kept = set(positions_of(arrival.unused if arrival else ()))
+                free.update(set(positions_of(assignment.ranges)) - kept)
+        assert not free & counted, f"samples {sorted(free & counted)} are assigned again although they are counted"
         twice = free & self.consumed[new.term].keys()
-        assert not twice, f"samples {sorted(twice)} are dealt again although they have been consumed"
+        assert not twice, f"samples {sorted(twice)} are assigned again although they have been consumed"
 
     def consume(self, process: Process, positions: list[int]) -> None:
+        consumed = self.consumed[process.machine.term]
         for position in positions:
-            by = self.consumed[process.term].get(position)
+            by = consumed.get(position)
             assert by is None, f"{process.id} consumes sample {position}, as {by} has before"
-            self.consumed[process.term][position] = process.id
+            consumed[position] = process.id
 
-    def applied(self, process: Process, outcome: Outcome, reduced: Any) -> None:
-        assert process.id in outcome.members and repr(reduced) == outcome.hash
+    def committing(self, process: Process, outcome: Outcome) -> None:
+        assert process.id in outcome.members, f"{process.id} commits a round of others"
+        assert repr(process.reduced) == outcome.hash, f"{process.id} commits another result than the others"
         assert outcome == self.commits[outcome.term, outcome.round]
 
     def holds_right_state(self, process: Process) -> None:
-        right = self.states[process.term, process.state.round]
+        right = self.states[process.machine.term, process.state.round]
         assert process.state.positions == right.positions, f"{process.id} holds another state than the others"
 
     def at_rest(self) -> bool:
         live = self.live()
         if self.rules.total_steps is not None:
             done = [process for process in live if process.done]
-            # Whoever cannot have the final state from those that are done is told that the run is complete.
+            # A process that cannot get the final state from those that are done ends, because the run is complete.
             if not done or (len(done) < len(live) and self.now < FAULTS_END + PATIENCE / 2):
                 return False
             live = done
@@ -1067,8 +950,8 @@ class World:
             if newest is None or {process.id for process in live} != set(newest.members):
                 return False
             record = self.etcd.records[-1]
-            if any(process.behind(record) for process in live) or record.shares.keys() & self.said_what_is_left:
-                return False  # the check below wants to see everyone's books in one state
+            if any(process.machine.superseded(record) for process in live) or record.assignments.keys() & self.left:
+                return False  # the check below needs all ledgers in one state
         self.check_losses()
         return True
 
@@ -1076,30 +959,36 @@ class World:
         """Every sample is counted, or can still be, or was lost with a process that died, left, or dropped it."""
         record = self.etcd.records[-1]
         live = {process.id: process for process in self.live()}
-        there = set(self.states[record.term, record.base.round].positions) | set(positions_of(record.cursor.tails))
-        if record.length == 0:  # nobody keeps books any more
-            there.update(position for share in record.shares.values() for position in positions_of(share.ranges))
+        there = set(self.states[record.term, record.base.round].positions) | set(positions_of(record.cursor.returned))
+        if record.length == 0:  # the ledger is closed
+            there.update(p for assignment in record.assignments.values() for p in positions_of(assignment.ranges))
         for process in live.values():
-            share = record.shares.get(process.id)
-            there.update(process.work, process.carried, positions_of(process.rest()))
-            if process.flight:
-                there.update(process.flight.work, process.flight.carried)
-            if share is not None and share.place > process.share.place:
-                there.update(positions_of(share.ranges))
-        owners = {position: id for id, share in self.dealt[record.term] for position in positions_of(share.ranges)}
+            there.update(process.work, process.carried)
+            if process.ledger.assignment.term == process.machine.term:
+                there.update(positions_of(process.ledger.unused()))
+            if process.pending:
+                there.update(process.pending.work, process.pending.carried)
+            assignment = record.assignments.get(process.id)
+            if assignment is not None and assignment.round_id > process.ledger.assignment.round_id:
+                there.update(positions_of(assignment.ranges))
+        owners = {
+            position: id
+            for id, assignment in self.assigned[record.term]
+            for position in positions_of(assignment.ranges)
+        }
         for position, id in owners.items():
             if position in there or position in self.given_up:
                 continue
             consumed = position in self.consumed[record.term]
-            left = id in self.said_what_is_left and id not in self.lease_lost
-            excused = (id not in live and (consumed or not left)) or (not consumed and id in self.lease_lost)
-            assert excused, f"sample {position}, dealt to {id}, is lost"
+            returned = id in self.left and id not in self.lease_lost
+            excused = (id not in live and (consumed or not returned)) or (not consumed and id in self.lease_lost)
+            assert excused, f"sample {position}, assigned to {id}, is lost"
 
     def describe(self) -> str:
         record = self.etcd.records[-1] if self.etcd.records else None
         members = [
-            f"{process.id}: term {process.term} round {process.state.round} inner steps {process.inner_steps} "
-            f"share {process.share} used {process.used} {'done' if process.done else ''}"
+            f"{process.id}: term {process.machine.term} round {process.state.round} inner steps {process.inner_steps} "
+            f"{process.ledger} {'done' if process.done else ''}"
             for process in self.live()
         ]
         return "\n".join([str(record), *members])
@@ -1115,16 +1004,17 @@ WHERE = (
     "in the collective",
     "reduced",
     "voted",
-    "applying",
+    "committing",
     "listed",
     "decided",
     "swapped",
-    "told",
+    "recorded",
     "saved",
     "ready",
     "left",
     "catching up",
     "joining",
+    "registered",
     "registering again",
 )
 
@@ -1144,17 +1034,18 @@ def schedule_of(seed: int) -> World:
         local_steps=chance.choice([2, 3]),
         total_steps=chance.choice([None, 5, 17]),
         batch_size=2,
-        stock=1 if seed % 8 < 4 else 2,
+        prefetch=1 if seed % 8 < 4 else 2,
     )
     faults = [Fault(0.0 if worker < 2 else chance.uniform(0, 10), "start", worker) for worker in range(workers)]
     kinds = ["kill", "kill", "freeze", "freeze", "leave", "cut", "lose lease", "slow", "etcd away", "shaky collectives"]
     kinds.append("wall")
-    places, anywhere = WHERE, ("start", "slow", "flip", "etcd away", "shaky collectives", "wall")
+    places: tuple[str, ...] = WHERE
+    anywhere = ("start", "slow", "flip", "etcd away", "shaky collectives", "wall")
     if seed % 4 == 1:
         kinds = ["kill", "kill all", "start"]
     elif seed % 4 == 2:  # around a commit
         kinds = ["freeze", "kill", "leave", "lose lease"]
-        places = ("reduced", "voted", "applying", "decided", "swapped")
+        places = ("reduced", "voted", "committing", "decided", "swapped")
     for _ in range(chance.randint(0, 7)):
         what = chance.choice([*kinds, "flip"] if seed % 4 == 0 else kinds)
         worker, at = chance.randrange(workers), chance.uniform(0, FAULTS_END - 1)
@@ -1166,8 +1057,12 @@ def schedule_of(seed: int) -> World:
     faults.sort(key=lambda fault: fault.at)
     carry, speeds = chance.random() < 0.8, (1.0,) * workers
     if seed // 8 % 3 == 0:
-        rules = replace(rules, alike=chance.choice([0.0, 0.15]))
+        rules = replace(rules, speed_tolerance=chance.choice([0.0, 0.15]))
         speeds = tuple(chance.choice([0.2, 0.4, 0.9, 1.0, 2.0]) for _ in range(workers))
+        if max(speeds) == 0.2:
+            # A known limit: where all rounds take more than twice the grace period, two members that are half a round
+            # apart may alternate without end, each of them alone in its quorum.
+            speeds = (0.4,) * workers
     return World(seed, tuple(faults), rules, nodes, carry, speeds)
 
 
@@ -1180,7 +1075,7 @@ def outcome_of(world: World) -> AssertionError | None:
 
 
 def check(seed: int) -> World:
-    """Run a seed's schedule. On failure, drop faults for as long as it still fails, and tell the rest."""
+    """Run a seed's schedule. On failure, drop faults for as long as it still fails, and report the rest."""
     world = schedule_of(seed)
     error = outcome_of(world)
     if error is None:
@@ -1196,9 +1091,11 @@ def check(seed: int) -> World:
             if (found := outcome_of(candidate)) is not None and str(found)[:20] == str(error)[:20]:
                 world, error, shorter = candidate, found, True
                 break
-    told = "\n".join(f"{when:7.2f}  {who:8}  {' '.join(map(str, what))}" for when, who, what in world.trace[-120:])
+    trace = "\n".join(
+        f"{when:7.2f}  {process:8}  {' '.join(map(str, what))}" for when, process, what in world.trace[-120:]
+    )
     faults = "\n".join(map(str, world.faults))
-    raise AssertionError(f"{error}\n\nseed {seed}, {world.rules}, carry {world.carry}\n{faults}\n\n{told}") from error
+    raise AssertionError(f"{error}\n\nseed {seed}, {world.rules}, carry {world.carry}\n{faults}\n\n{trace}") from error
 
 
 SCHEDULES = int(os.environ.get("MODEL_SCHEDULES", "1200"))
@@ -1208,3 +1105,61 @@ SCHEDULES = int(os.environ.get("MODEL_SCHEDULES", "1200"))
 def test_no_schedule_of_faults_breaks_a_promise(part: int) -> None:
     for seed in range(part, SCHEDULES, 4):  # each part has a kind of its own: see `schedule_of`
         check(seed)
+
+
+def commits_on_the_first_vote(patch: pytest.MonkeyPatch) -> None:
+    votes_of = rounds._votes
+
+    def hasty(record: RoundState, view: View) -> dict[str, Vote]:
+        votes = votes_of(record, view)
+        return {**dict.fromkeys(record.members, next(iter(votes.values()))), **votes} if votes else {}
+
+    patch.setattr(rounds, "_votes", hasty)
+
+
+def assigns_returned_samples_twice(patch: pytest.MonkeyPatch) -> None:
+    allocate = samples.allocate
+
+    def forgetful(cursor: Cursor, size: int) -> tuple[Cursor, tuple[Range, ...]]:
+        after, ranges = allocate(cursor, size)
+        return replace(after, returned=cursor.returned), ranges
+
+    patch.setattr(samples, "allocate", forgetful)
+
+
+def commits_what_another_attempt_gave(patch: pytest.MonkeyPatch) -> None:
+    action = member_module.action
+
+    def careless(id: str, progress: Any, record: RoundState, outcome: Outcome | None) -> Any:
+        if outcome and progress.voted:
+            outcome = replace(outcome, members=(*outcome.members, id))
+            progress = replace(progress, voted=outcome.attempt)
+        return action(id, progress, record, outcome)
+
+    patch.setattr(member_module, "action", careless)
+
+
+def does_not_skip_what_it_used_since_the_report(patch: pytest.MonkeyPatch) -> None:
+    accept = SampleLedger.accept
+
+    def forgetful(self: SampleLedger, assignment: Assignment | None) -> None:
+        self.used, self._used_at_close = self._used_at_close, self._used_at_close
+        accept(self, assignment)
+
+    patch.setattr(SampleLedger, "accept", forgetful)
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        commits_on_the_first_vote,
+        assigns_returned_samples_twice,
+        commits_what_another_attempt_gave,
+        does_not_skip_what_it_used_since_the_report,
+    ],
+)
+def test_the_model_notices_a_broken_transition(
+    breaks: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks(monkeypatch)
+    assert any(outcome_of(schedule_of(seed)) is not None for seed in range(SCHEDULES))

@@ -1,42 +1,36 @@
-"""The pure functions of the elastic protocol, one situation at a time. `test_protocol_model` is about all of them."""
+"""The pure functions of the elastic protocol, one situation at a time. `test_model` is about all of them."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from trainer.protocol.rounds import (
-    Action,
+from trainer.protocol.member import Action, Progress, action
+from trainer.protocol.records import (
     Arrival,
+    Assignment,
     Cursor,
+    Durable,
     Left,
     Member,
     Outcome,
-    Progress,
     Range,
     Ready,
-    Record,
+    RoundState,
     Rules,
-    Share,
     State,
     View,
     Vote,
-    action,
-    arrival_from_json,
-    count,
-    deal,
-    decide,
-    forgotten,
-    late,
-    left_from_json,
-    member_from_json,
+    decode,
+    decoded,
+    encoded,
     outcome_key,
-    own_steps,
-    paces,
-    situation,
-    unused,
-    used_of,
+    view_of,
 )
+from trainer.protocol.rounds import decide, forgotten, overdue, shortage, situation
+from trainer.protocol.samples import SampleLedger, allocate, count, step_multipliers, steps_in, unused
 
 RULES = Rules(
     min_nodes=1,
@@ -54,7 +48,7 @@ LONG = 1000.0  # seconds that are more than any patience
 
 
 def member(id: str, round: int = 0, hash: str = "h0", node: str = "") -> Member:
-    return Member(node or f"node of {id}", (ord(id), 0), f"{id}:1", State(round, round * 4, Cursor(), hash))
+    return Member(node or f"node of {id}", ord(id), 0, f"{id}:1", State(round, round * 4, Cursor(), hash))
 
 
 def members(ids: str, **changed: Member) -> dict[str, Member]:
@@ -73,19 +67,19 @@ def votes(ids: str, hash: str = "mean", attempt: int = 1) -> dict[str, Vote]:
     return {id: Vote(1, 1, attempt, hash, 8.0) for id in ids}
 
 
-def founded(ids: str, rules: Rules = RULES) -> Record:
+def founded(ids: str, rules: Rules = RULES) -> RoundState:
     record = decide(None, View(members(ids)), LONG, rules)
     assert record is not None
     return record
 
 
-def reducing(ids: str, rules: Rules = RULES) -> Record:
+def reducing(ids: str, rules: Rules = RULES) -> RoundState:
     record = decide(founded(ids, rules), View(members(ids), arrivals(ids)), 0, rules)
     assert record is not None and record.phase == "reduce"
     return record
 
 
-def decided(record: Record | None, view: View, waited: float = 0.0, rules: Rules = RULES) -> Record:
+def next_record(record: RoundState | None, view: View, waited: float = 0.0, rules: Rules = RULES) -> RoundState:
     found = decide(record, view, waited, rules)
     assert found is not None
     return found
@@ -96,10 +90,10 @@ def decided(record: Record | None, view: View, waited: float = 0.0, rules: Rules
 
 def test_a_run_is_founded_from_the_newest_state() -> None:
     view = View(members("abc", b=member("b", 5, "x"), c=member("c", 5, "x")))
-    record = decided(None, view, LONG)
-    assert record.place == (1, 6, 1) and record.phase == "gather" and record.base.hash == "x"
+    record = next_record(None, view, LONG)
+    assert record.attempt_id == (1, 6, 1) and record.phase == "gather" and record.base.hash == "x"
     assert record.expected == ("b", "c")  # a has to fetch it first
-    assert record.shares == {"b": Share(1, 6, ((0, 8),)), "c": Share(1, 6, ((8, 16),))}
+    assert record.assignments == {"b": Assignment(1, 6, ((0, 8),)), "c": Assignment(1, 6, ((8, 16),))}
     assert record.cursor == Cursor(16) and record.base.cursor == Cursor(0)
 
 
@@ -121,39 +115,39 @@ def test_min_nodes_counts_distinct_nodes() -> None:
     assert decide(replace(record, phase="gather"), view, LONG, TWO) is None
 
 
-def test_nobody_goes_on_from_less_than_what_was_durable() -> None:
+def test_no_run_goes_on_from_less_than_what_was_durable() -> None:
     assert decide(None, View(members("a"), durable=1), LONG, RULES) is None
-    assert decided(None, View(members("ab", b=member("b", 1)), durable=1), LONG).expected == ("b",)
+    assert next_record(None, View(members("ab", b=member("b", 1)), durable=1), LONG).expected == ("b",)
 
 
 def test_of_states_of_one_round_the_most_common_is_founded_on() -> None:
     view = View({id: member(id, 3, hash) for id, hash in zip("abc", "xyy", strict=True)})
-    record = decided(None, view, LONG)
+    record = next_record(None, view, LONG)
     assert (record.base.hash, record.expected) == ("y", ("b", "c"))
 
 
-def test_it_is_founded_again_when_nobody_is_left_who_holds_the_state() -> None:
-    record = decided(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
+def test_it_is_founded_again_when_no_member_holds_the_state() -> None:
+    record = next_record(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
     view = View(members("c", c=member("c", 0)))
     assert situation(record, view, RULES) == ("found", 2)
     assert decide(record, view, RULES.forget_period - 1, RULES) is None
-    again = decided(record, view, RULES.forget_period)
-    assert (again.place, again.expected, again.committed) == ((2, 1, 1), ("c",), None)
-    assert again.cursor == Cursor(8)  # what the lost rounds had used is dealt anew
+    again = next_record(record, view, RULES.forget_period)
+    assert (again.attempt_id, again.expected, again.committed) == ((2, 1, 1), ("c",), None)
+    assert again.cursor == Cursor(8)  # what the lost rounds had used is assigned anew
     assert decide(record, replace(view, durable=1), LONG, RULES) is None
 
 
-def test_a_complete_run_that_nobody_holds_is_founded_again() -> None:
+def test_a_complete_run_that_no_member_holds_is_founded_again() -> None:
     rules = replace(RULES, total_steps=4)
-    complete = decided(reducing("a", rules), View(members("a"), arrivals("a"), votes("a")), rules=rules)
-    assert complete.length == 0 and complete.shares["a"].ranges == ()
+    complete = next_record(reducing("a", rules), View(members("a"), arrivals("a"), votes("a")), rules=rules)
+    assert complete.length == 0 and complete.assignments["a"].ranges == ()
     assert decide(complete, View(members("a")), LONG, rules) is None
-    assert decided(complete, View(members("b")), LONG, rules).place == (2, 1, 1)
+    assert next_record(complete, View(members("b")), LONG, rules).attempt_id == (2, 1, 1)
 
 
 @pytest.mark.parametrize(("present", "known"), [("ab", True), ("b", True), ("c", True), ("d", False)])
-def test_who_holds_the_state(present: str, known: bool) -> None:
-    record = decided(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
+def test_members_that_hold_the_state(present: str, known: bool) -> None:
+    record = next_record(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
     everyone = members("abd", c=member("c", round=1))  # c has caught up
     view = View({id: everyone[id] for id in present})
     assert forgotten(record, view) != known
@@ -161,12 +155,21 @@ def test_who_holds_the_state(present: str, known: bool) -> None:
 
 
 def test_a_state_that_only_the_dead_held_is_forgotten() -> None:
-    record = decided(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
+    record = next_record(reducing("ab"), View(members("ab"), arrivals("ab"), votes("ab")))
     agreed = replace(record, base=replace(record.base, hash="of a"))
     b = member("b", round=1, hash="of b")  # it has lost, by a tie
     assert not forgotten(agreed, View({"a": member("a", round=1, hash="of a"), "b": b}))
     assert forgotten(agreed, View({"b": b}))
-    assert decided(agreed, View({"b": b}), LONG).base == b.holds  # a new term goes on from what there is
+    assert next_record(agreed, View({"b": b}), LONG).base == b.holds  # a new term goes on from what there is
+
+
+def test_members_that_arrive_for_another_attempt_hold_the_state_although_etcd_was_away_when_they_announced_it() -> None:
+    record = replace(second_round("ab"), phase="reduce", members=("a", "b"))
+    record = replace(record, base=replace(record.base, hash="h1"))
+    failed = {id: replace(arrival(2, "h1"), round=2) for id in "ab"}
+    assert not forgotten(record, View(members("ab"), failed))
+    assert next_record(record, View(members("ab"), failed)).attempt_id == (1, 2, 2)
+    assert forgotten(record, View(members("ab"), {"a": arrival(1, "h1"), "b": replace(arrival(2, "h0"), round=2)}))
 
 
 def test_a_term_whose_founder_has_moved_on_is_founded_again() -> None:
@@ -214,49 +217,49 @@ def test_the_dead_the_leaving_and_the_suspects_are_not_waited_for() -> None:
     record = replace(founded("abcd"), attempt=2)
     assert decide(record, View(members("abcd"), here), 0, RULES) is None
     view = View(members("abc"), here, left={"c": Left(1, 1, ())})  # d is dead
-    record = decided(record, view)  # the books first
-    assert decided(record, view).members == ("a",)
+    record = next_record(record, view)  # the ledger first
+    assert next_record(record, view).members == ("a",)
 
 
 def test_which_of_a_pair_is_left_out_does_not_depend_on_who_is_first() -> None:
     """a and c cannot talk to each other: the last in rank goes, also if the first is late."""
     record = replace(founded("abc"), attempt=3)
     here = {"c": arrival(3, suspects="a"), "b": arrival(3)}
-    assert late(record, View(members("abc"), here)) == {"a"}
+    assert overdue(record, View(members("abc"), here)) == {"a"}
     assert decide(record, View(members("abc"), here), 0, RULES) is None
     here["a"] = arrival(3, suspects="c")
-    assert decided(record, View(members("abc"), here)).members == ("a", "b")
-    # The last in rank, whom the first suspects, would be left out all the same: it is not waited for.
+    assert next_record(record, View(members("abc"), here)).members == ("a", "b")
+    # The last in rank, which the first suspects, would be left out anyway: it is not waited for.
     here = {"a": arrival(3, suspects="c"), "b": arrival(3)}
-    assert decided(record, View(members("abc"), here)).members == ("a", "b")
-    # Whom both of the others suspect is cut off, and not waited for.
+    assert next_record(record, View(members("abc"), here)).members == ("a", "b")
+    # A member that both of the others suspect is cut off, and not waited for.
     here = {"c": arrival(3, suspects="a"), "b": arrival(3, suspects="a")}
-    assert decided(record, View(members("abc"), here)).members == ("b", "c")
+    assert next_record(record, View(members("abc"), here)).members == ("b", "c")
 
 
 def test_a_suspect_that_has_arrived_is_tried_once_more_and_then_left_out() -> None:
     for attempt, together in ((1, ("a",)), (2, ("a", "b")), (3, ("a",))):
         record = replace(founded("ab"), attempt=attempt)
         view = View(members("ab"), {"a": arrival(attempt, suspects="b"), "b": arrival(attempt, suspects="a")})
-        assert decided(record, view).members == together
+        assert next_record(record, view).members == together
 
 
 def test_as_few_as_can_be_are_left_out() -> None:
     here = {"a": arrival(suspects="b"), "b": arrival(), "c": arrival(suspects="b"), "d": arrival()}
-    assert decided(founded("abcd"), View(members("abcd"), here)).members == ("a", "c", "d")
+    assert next_record(founded("abcd"), View(members("abcd"), here)).members == ("a", "c", "d")
 
 
-def test_nobody_is_left_out_if_too_few_can_talk_to_each_other() -> None:
+def test_no_member_is_left_out_if_too_few_can_talk_to_each_other() -> None:
     view = View(members("ab"), {"a": arrival(suspects="b"), "b": arrival()})
-    assert decided(founded("ab", TWO), view, rules=TWO).members == ("a", "b")
+    assert next_record(founded("ab", TWO), view, rules=TWO).members == ("a", "b")
 
 
-def test_who_is_late() -> None:
-    assert late(founded("abc"), View(members("abc"))) == set()  # nobody waits yet
-    assert late(founded("abc"), View(members("abc"), arrivals("a"))) == set("bc")
-    assert late(founded("abc"), View(members("abc"), {"a": arrival(suspects="b")})) == {"c"}
-    assert late(reducing("abc"), View(members("abc"), arrivals("abc"))) == set()
-    assert late(reducing("abc"), View(members("abc"), arrivals("abc"), votes("ab"))) == {"c"}
+def test_overdue_members() -> None:
+    assert overdue(founded("abc"), View(members("abc"))) == set()  # no member waits yet
+    assert overdue(founded("abc"), View(members("abc"), arrivals("a"))) == set("bc")
+    assert overdue(founded("abc"), View(members("abc"), {"a": arrival(suspects="b")})) == {"c"}
+    assert overdue(reducing("abc"), View(members("abc"), arrivals("abc"))) == set()
+    assert overdue(reducing("abc"), View(members("abc"), arrivals("abc"), votes("ab"))) == {"c"}
 
 
 def test_the_final_state_is_that_of_most() -> None:
@@ -264,47 +267,47 @@ def test_the_final_state_is_that_of_most() -> None:
     some = {"a": arrival(state="odd"), "b": arrival(state="common")}
     assert decide(record, View(members("abc"), some), 0, RULES) is None  # c is awaited
     everyone = View(members("abc"), {**some, "c": arrival(state="common")})
-    settled = decided(record, everyone)
-    assert settled == replace(record, base=replace(record.base, hash="common"))
-    assert decide(settled, everyone, LONG, RULES) is None  # that was all
-    assert action("a", Progress(1, 1, "odd", arrived=1), settled, None) == "catch up"
-    assert action("b", Progress(1, 1, "common", arrived=1), settled, None) == "wait"
+    reconciled = next_record(record, everyone)
+    assert reconciled == replace(record, base=replace(record.base, hash="common"))
+    assert decide(reconciled, everyone, LONG, RULES) is None  # that was all
+    assert action("a", Progress(1, 1, "odd", arrived=1), reconciled, None) == "catch up"
+    assert action("b", Progress(1, 1, "common", arrived=1), reconciled, None) == "wait"
     without = View(members("ab"), some)  # c is dead
-    assert decided(record, without).base.hash == "odd"  # as many hold it: the first one's
+    assert next_record(record, without).base.hash == "odd"  # as many hold it: the first one's
 
 
 def test_different_results_are_counted() -> None:
     record = replace(founded("ab"), phase="reduce", members=("a", "b"))
     for times in (1, 2):
-        votes = {id: Vote(*record.place, hash=id, weight=1.0) for id in "ab"}
-        record = decided(record, View(members("ab"), arrivals("ab", record.attempt), votes))
+        votes = {id: Vote(*record.attempt_id, hash=id, weight=1.0) for id in "ab"}
+        record = next_record(record, View(members("ab"), arrivals("ab", record.attempt), votes))
         assert (record.phase, record.disputed) == ("gather", times)
-        record = decided(record, View(members("ab"), arrivals("ab", record.attempt)))
+        record = next_record(record, View(members("ab"), arrivals("ab", record.attempt)))
         assert (record.phase, record.disputed) == ("reduce", times)
-    votes = {id: Vote(*record.place, hash="same", weight=1.0) for id in "ab"}
-    assert decided(record, View(members("ab"), arrivals("ab", record.attempt), votes)).disputed == 0
+    votes = {id: Vote(*record.attempt_id, hash="same", weight=1.0) for id in "ab"}
+    assert next_record(record, View(members("ab"), arrivals("ab", record.attempt), votes)).disputed == 0
 
 
 @pytest.mark.parametrize(("attempt", "patience"), [(1, RULES.grace_period), (2, RULES.retry_period)])
 def test_a_retry_is_waited_for_as_long_as_a_collective_takes_to_fail(attempt: int, patience: float) -> None:
     record, view = replace(founded("ab"), attempt=attempt), View(members("ab"), arrivals("a", attempt))
     assert decide(record, view, patience - 1, RULES) is None
-    assert decided(record, view, patience).members == ("a",)
+    assert next_record(record, view, patience).members == ("a",)
 
 
 def test_too_few_nodes_wait_for_ever() -> None:
     assert decide(founded("ab", TWO), View(members("ab"), arrivals("a")), LONG, TWO) is None
 
 
-def second_round(ids: str, rules: Rules = RULES) -> Record:
-    record = decided(reducing(ids, rules), View(members(ids), arrivals(ids), votes(ids)), rules=rules)
-    assert record.place == (1, 2, 1) and record.base.hash == ""
+def second_round(ids: str, rules: Rules = RULES) -> RoundState:
+    record = next_record(reducing(ids, rules), View(members(ids), arrivals(ids), votes(ids)), rules=rules)
+    assert record.attempt_id == (1, 2, 1) and record.base.hash == ""
     return record
 
 
 def test_members_whose_state_differs_from_most_take_it_anew() -> None:
     here = {id: replace(arrival(state=state), round=2) for id, state in zip("abc", "xyy", strict=True)}
-    record = decided(second_round("abc"), View(members("abc"), here))
+    record = next_record(second_round("abc"), View(members("abc"), here))
     assert (record.phase, record.members, record.base.hash) == ("reduce", ("b", "c"), "y")
     astray = Progress(1, 2, "x", arrived=1)
     assert action("a", astray, record, None) == "catch up"
@@ -314,12 +317,12 @@ def test_members_whose_state_differs_from_most_take_it_anew() -> None:
 
 def test_where_min_nodes_needs_them_the_others_wait_for_them() -> None:
     here = {id: replace(arrival(state=state), round=2) for id, state in zip("ab", "xy", strict=True)}
-    record = decided(second_round("ab", TWO), View(members("ab"), here), rules=TWO)
+    record = next_record(second_round("ab", TWO), View(members("ab"), here), rules=TWO)
     assert (record.phase, record.base.hash) == ("gather", "x")
     assert decide(record, View(members("ab"), here), LONG, TWO) is None
     assert action("b", Progress(1, 2, "y", arrived=1), record, None) == "catch up"
     here["b"] = replace(here["b"], state="x")
-    assert decided(record, View(members("ab"), here), rules=TWO).members == ("a", "b")
+    assert next_record(record, View(members("ab"), here), rules=TWO).members == ("a", "b")
 
 
 # Reducing
@@ -327,24 +330,24 @@ def test_where_min_nodes_needs_them_the_others_wait_for_them() -> None:
 
 def test_equal_votes_of_all_members_commit() -> None:
     view = View(members("ab"), {"a": arrival(rest=((6, 8),)), "b": arrival()}, votes("ab"))
-    record = decided(reducing("ab"), view)
-    assert record.place == (1, 2, 1) and record.phase == "gather" and record.expected == ("a", "b")
+    record = next_record(reducing("ab"), view)
+    assert record.attempt_id == (1, 2, 1) and record.phase == "gather" and record.expected == ("a", "b")
     assert record.base == State(1, 4, Cursor(16, ((6, 8),)))
     assert record.committed == Outcome(1, 1, 1, ("a", "b"), "mean", 8.0, record.base)
-    # What was given back is dealt first.
-    assert record.shares == {"a": Share(1, 2, ((6, 8), (16, 22))), "b": Share(1, 2, ((22, 30),))}
+    # What was given back is assigned first.
+    assert record.assignments == {"a": Assignment(1, 2, ((6, 8), (16, 22))), "b": Assignment(1, 2, ((22, 30),))}
 
 
 def test_a_member_that_dies_after_its_vote_is_counted_and_not_expected() -> None:
-    record = decided(reducing("ab"), View(members("a"), arrivals("ab"), votes("ab")))
+    record = next_record(reducing("ab"), View(members("a"), arrivals("ab"), votes("ab")))
     assert record.committed is not None and record.committed.members == ("a", "b")
-    assert record.expected == ("a",) and record.shares.keys() == {"a"}
+    assert record.expected == ("a",) and record.assignments.keys() == {"a"}
 
 
 @pytest.mark.parametrize(
     ("present", "voted", "waited", "expected"),
     [
-        ("abc", "", LONG, "abc"),  # see below: nothing, as long as nobody votes or fails
+        ("abc", "", LONG, "abc"),  # see below: nothing, as long as no member votes or fails
         ("abc", "ab", 9, None),
         ("abc", "ab", 10, "ab"),  # c is silent
         ("ab", "ab", 0, "ab"),  # c has died before its vote
@@ -358,17 +361,17 @@ def test_a_missing_vote_leads_to_a_retry(present: str, voted: str, waited: float
         return
     found = decide(record, view, waited, RULES)
     assert (found and "".join(found.expected)) == expected
-    assert found is None or (found.place == (1, 1, 2) and found.phase == "gather" and found.members == ())
+    assert found is None or (found.attempt_id == (1, 1, 2) and found.phase == "gather" and found.members == ())
 
 
 def test_votes_that_differ_lead_to_a_retry() -> None:
     view = View(members("ab"), arrivals("ab"), votes("a") | votes("b", "another"))
-    assert decided(reducing("ab"), view).place == (1, 1, 2)
+    assert next_record(reducing("ab"), view).attempt_id == (1, 1, 2)
 
 
 def test_a_member_that_announces_itself_for_the_next_attempt_has_failed() -> None:
     view = View(members("ab"), {"a": arrival(), "b": arrival(2)}, votes("a"))
-    assert decided(reducing("ab"), view).place == (1, 1, 2)
+    assert next_record(reducing("ab"), view).attempt_id == (1, 1, 2)
 
 
 @pytest.mark.parametrize("attempt", [0, 2])
@@ -379,26 +382,26 @@ def test_votes_of_other_attempts_do_not_count(attempt: int) -> None:
 
 def test_the_last_round_is_shortened() -> None:
     rules = replace(RULES, total_steps=6)
-    record = decided(reducing("a", rules), View(members("a"), arrivals("a"), votes("a")), rules=rules)
-    assert record.length == 2 and record.shares["a"].ranges == ((8, 12),)
+    record = next_record(reducing("a", rules), View(members("a"), arrivals("a"), votes("a")), rules=rules)
+    assert record.length == 2 and record.assignments["a"].ranges == ((8, 12),)
 
 
-def test_who_comes_too_late_is_waited_for_in_the_next_round() -> None:
+def test_a_member_that_comes_too_late_is_waited_for_in_the_next_round() -> None:
     view = View(members("abc"), arrivals("abc"), votes("ab"))
-    record = decided(replace(reducing("ab"), shares={"c": Share(1, 1, ((90, 98),))}), view)
+    record = next_record(replace(reducing("ab"), assignments={"c": Assignment(1, 1, ((90, 98),))}), view)
     assert record.expected == ("a", "b", "c")
-    assert record.shares["c"] == Share(1, 1, ((90, 98),))  # it goes on with its share
+    assert record.assignments["c"] == Assignment(1, 1, ((90, 98),))  # it goes on with its assignment
     assert forgotten(record, View(members("c")))  # for it does not have the new state yet
 
 
-# Books
+# The ledger
 
 
-def test_a_member_that_is_ready_is_dealt_a_share_once() -> None:
+def test_a_member_that_is_ready_is_assigned_samples_once() -> None:
     record, view = founded("a"), View(members("ab"), ready={"b": Ready(1, 0)})
-    dealt = decided(record, view)
-    assert dealt.shares["b"] == Share(1, 1, ((8, 16),)) and dealt.expected == ("a",)
-    assert decide(dealt, view, LONG, RULES) is None
+    assigned = next_record(record, view)
+    assert assigned.assignments["b"] == Assignment(1, 1, ((8, 16),)) and assigned.expected == ("a",)
+    assert decide(assigned, view, LONG, RULES) is None
 
 
 @pytest.mark.parametrize(
@@ -410,37 +413,37 @@ def test_a_member_that_is_ready_is_dealt_a_share_once() -> None:
         View(members("ab"), ready={"b": Ready(1, 0)}, left={"b": Left(0, 0, ())}),
     ],
 )
-def test_nobody_is_dealt_a_share_of_another_round_or_when_gone(view: View) -> None:
+def test_no_samples_are_assigned_for_another_round_or_to_the_gone(view: View) -> None:
     assert decide(founded("a"), view, LONG, RULES) is None
 
 
 @pytest.mark.parametrize(
-    ("left", "tails"),
+    ("left", "returned"),
     [
         (Left(1, 1, ((12, 16),)), ((12, 16),)),
-        (Left(1, 0, ((90, 99),)), ((8, 16),)),  # it has not seen its last share
+        (Left(1, 0, ((90, 99),)), ((8, 16),)),  # it has not seen its last assignment
         (Left(0, 0, ()), ((8, 16),)),
     ],
 )
-def test_what_a_leaver_has_not_used_is_taken_back_once(left: Left, tails: tuple[Range, ...]) -> None:
+def test_what_a_leaver_has_not_used_is_taken_back_once(left: Left, returned: tuple[Range, ...]) -> None:
     record, view = founded("ab"), View(members("a"), left={"b": left})
-    books = decided(record, view)
-    assert books.shares.keys() == {"a"} and books.cursor == Cursor(16, tails)
-    assert decide(books, view, LONG, RULES) is None
+    ledger = next_record(record, view)
+    assert ledger.assignments.keys() == {"a"} and ledger.cursor == Cursor(16, returned)
+    assert decide(ledger, view, LONG, RULES) is None
 
 
-def test_a_leaver_in_a_commit_gives_back_once_and_is_dealt_nothing() -> None:
+def test_a_leaver_in_a_commit_gives_back_once_and_is_assigned_nothing() -> None:
     here = {"a": arrival(), "b": arrival(rest=((14, 16),))}
     view = View(members("ab"), here, votes("ab"), left={"b": Left(1, 1, ((14, 16),))})
-    record = decided(decided(reducing("ab"), view), view)
+    record = next_record(next_record(reducing("ab"), view), view)
     assert record.committed is not None and record.committed.members == ("a", "b")
-    assert record.base.cursor == Cursor(16, ((14, 16),)) and record.shares.keys() == {"a"}
+    assert record.base.cursor == Cursor(16, ((14, 16),)) and record.assignments.keys() == {"a"}
 
 
-def test_a_straggler_keeps_its_share_and_the_dead_do_not() -> None:
-    record = replace(reducing("a"), shares={id: Share(1, 1, ()) for id in "abc"})
-    record = decided(record, View(members("ab"), arrivals("a"), votes("a")))
-    assert {id: share.round for id, share in record.shares.items()} == {"a": 2, "b": 1}
+def test_a_straggler_keeps_its_assignment_and_the_dead_do_not() -> None:
+    record = replace(reducing("a"), assignments={id: Assignment(1, 1, ()) for id in "abc"})
+    record = next_record(record, View(members("ab"), arrivals("a"), votes("a")))
+    assert {id: assignment.round for id, assignment in record.assignments.items()} == {"a": 2, "b": 1}
 
 
 # Members
@@ -462,7 +465,7 @@ OUTCOME = Outcome(1, 1, 2, ("a", "b"), "mean", 8.0, State(1))
         ("a", 1, 1, REDUCE, None, "wait"),
         ("c", 0, 0, REDUCE, None, "arrive"),  # too late
         ("c", 1, 0, REDUCE, None, "wait"),
-        ("a", 2, 2, THIRD, OUTCOME, "apply"),
+        ("a", 2, 2, THIRD, OUTCOME, "commit"),
         ("a", 2, 1, THIRD, OUTCOME, "catch up"),
         ("c", 2, 0, THIRD, OUTCOME, "catch up"),
         ("a", 2, 0, THIRD, None, "catch up"),
@@ -473,7 +476,7 @@ OUTCOME = Outcome(1, 1, 2, ("a", "b"), "mean", 8.0, State(1))
     ],
 )
 def test_what_a_member_does_next(
-    id: str, arrived: int, voted: int, record: Record, outcome: Outcome | None, expected: Action
+    id: str, arrived: int, voted: int, record: RoundState, outcome: Outcome | None, expected: Action
 ) -> None:
     assert action(id, Progress(1, 1, "h0", arrived, voted), record, outcome) == expected
 
@@ -482,7 +485,7 @@ def test_what_a_member_does_next(
 
 
 @pytest.mark.parametrize(
-    ("tails", "samples", "cursor", "ranges"),
+    ("returned", "samples", "cursor", "ranges"),
     [
         ((), 3, Cursor(13), ((10, 13),)),
         ((), 0, Cursor(10), ()),
@@ -491,98 +494,151 @@ def test_what_a_member_does_next(
         (((2, 4), (7, 8)), 2, Cursor(10, ((7, 8),)), ((2, 4),)),
     ],
 )
-def test_dealing(tails: tuple[Range, ...], samples: int, cursor: Cursor, ranges: tuple[Range, ...]) -> None:
-    assert deal(Cursor(10, tails), samples) == (cursor, ranges)
+def test_allocating(returned: tuple[Range, ...], samples: int, cursor: Cursor, ranges: tuple[Range, ...]) -> None:
+    assert allocate(Cursor(10, returned), samples) == (cursor, ranges)
 
 
 @pytest.mark.parametrize(
     ("used", "rest"),
     [(0, ((2, 5), (9, 12))), (3, ((9, 12),)), (4, ((10, 12),)), (1, ((3, 5), (9, 12))), (6, ()), (9, ())],
 )
-def test_what_is_left_of_a_share(used: int, rest: tuple[Range, ...]) -> None:
+def test_unused_positions(used: int, rest: tuple[Range, ...]) -> None:
     assert unused(((2, 5), (9, 12)), used) == rest
+
+
+# Prefetched samples, for inner steps that overlap with a synchronisation
+
+
+PREFETCH = replace(RULES, prefetch=2)
+
+
+def test_prefetched_samples_are_filled_up_and_goes_on_with_what_the_arrival_had_left() -> None:
+    record = founded("ab", PREFETCH)
+    assert record.assignments == {"a": Assignment(1, 1, ((0, 16),)), "b": Assignment(1, 1, ((16, 32),))}
+    here = {"a": arrival(rest=((8, 16),)), "b": arrival(rest=((30, 32),))}
+    record = next_record(reducing("ab", PREFETCH), View(members("ab"), here, votes("ab")), rules=PREFETCH)
+    assert record.assignments == {
+        "a": Assignment(1, 2, ((8, 16), (32, 40))),
+        "b": Assignment(1, 2, ((30, 32), (40, 54))),
+    }
+    assert record.cursor == Cursor(54)
+    assert record.base.cursor == Cursor(32, ((8, 16), (30, 32)))  # of which another term deals again
+
+
+def test_at_the_end_no_more_is_assigned_than_there_are_steps() -> None:
+    assert founded("a", replace(PREFETCH, total_steps=6)).assignments["a"].ranges == ((0, 12),)
+    short = replace(PREFETCH, total_steps=5)
+    here = {"a": arrival(rest=((8, 10),))}
+    record = next_record(reducing("a", short), View(members("a"), here, votes("a")), rules=short)
+    assert (record.length, record.assignments["a"].ranges) == (1, ((8, 10),))
+
+
+def test_a_leaver_that_has_not_seen_its_last_assignment_gives_back_both_rests() -> None:
+    here = {"a": arrival(), "b": arrival(rest=((24, 32),))}
+    record = next_record(reducing("ab", PREFETCH), View(members("ab"), here, votes("ab")), rules=PREFETCH)
+    assert record.assignments["b"].ranges == ((24, 32), (48, 56))
+    view = View(members("ab"), here, left={"b": Left(1, 1, ((28, 32),))})  # it has used four more since it arrived
+    assert next_record(record, view, rules=PREFETCH).cursor.returned == ((28, 32), (48, 56))
+    view = replace(view, left={"b": Left(1, 2, ((50, 56),))})
+    assert next_record(record, view, rules=PREFETCH).cursor.returned == ((50, 56),)
+
+
+def test_the_dead_take_prefetched_samples_with_them_unless_the_run_goes_back() -> None:
+    here = {"a": arrival(), "b": arrival(rest=((24, 32),))}
+    record = next_record(reducing("ab", PREFETCH), View(members("a"), here, votes("ab")), rules=PREFETCH)
+    assert set(record.assignments) == {"a"}
+    assert (24, 32) not in record.cursor.returned  # it may only have lost its lease, and be using it
+    assert record.base.cursor.returned == ((24, 32),)
+
+
+@pytest.mark.parametrize(
+    ("new", "used"),
+    [
+        (Assignment(1, 2, ((8, 16), (32, 40))), 3),  # it begins with what the report called unused
+        (Assignment(1, 2, ((32, 40),)), 0),  # that was assigned anew
+        (Assignment(2, 1, ((8, 16),)), 0),  # as in another term
+        (Assignment(1, 1, ((50, 60),)), 11),  # it is not newer
+        (Assignment(1, 1, ()), 0),  # the rest of the current one was returned
+    ],
+)
+def test_a_ledger_skips_what_was_used_since_the_report(new: Assignment, used: int) -> None:
+    ledger = SampleLedger(Assignment(1, 1, ((0, 16),)))
+    ledger.consume(8)
+    assert ledger.close_round() == ((8, 16),)
+    assert ledger.consume(3) == ((8, 11),)
+    ledger.accept(new)
+    assert ledger.used == used
+
+
+def test_a_ledger_counts_what_it_gives() -> None:
+    ledger = SampleLedger()
+    assert (ledger.unused(), ledger.consume(2), ledger.rest()) == ((), (), Assignment(0, 0, ()))
+    ledger.accept(Assignment(1, 1, ((2, 5), (9, 12))))
+    assert ledger.consume(4) == ((2, 5), (9, 10))
+    assert ledger.rest() == Assignment(1, 1, ((10, 12),))
+    assert ledger.consume(4) == ((10, 12),)
+    assert ledger.unused() == () and ledger.used == 6
+
+
+def test_a_void_assignment_has_nothing_left_and_is_followed_by_newer_ones_alone() -> None:
+    ledger = SampleLedger(Assignment(1, 2, ((0, 8),)), 3)
+    ledger.accept(None)
+    assert ledger.unused() == () and ledger.assignment.round_id == (1, 2)
+    ledger.accept(Assignment(1, 2, ((0, 8),)))
+    assert ledger.unused() == ()
+    ledger.accept(Assignment(2, 1, ((0, 8),)))
+    assert ledger.unused() == ((0, 8),)
 
 
 # In etcd
 
 
-# A stock for inner steps that go on during a synchronisation
-
-
-STOCK = replace(RULES, stock=2)
-
-
-def test_a_stock_is_filled_up_and_goes_on_with_what_the_arrival_had_left() -> None:
-    record = founded("ab", STOCK)
-    assert record.shares == {"a": Share(1, 1, ((0, 16),)), "b": Share(1, 1, ((16, 32),))}
-    here = {"a": arrival(rest=((8, 16),)), "b": arrival(rest=((30, 32),))}
-    record = decided(reducing("ab", STOCK), View(members("ab"), here, votes("ab")), rules=STOCK)
-    assert record.shares == {"a": Share(1, 2, ((8, 16), (32, 40))), "b": Share(1, 2, ((30, 32), (40, 54)))}
-    assert record.cursor == Cursor(54)
-    assert record.base.cursor == Cursor(32, ((8, 16), (30, 32)))  # of which another term deals again
-
-
-def test_at_the_end_no_more_is_dealt_than_there_are_steps() -> None:
-    assert founded("a", replace(STOCK, total_steps=6)).shares["a"].ranges == ((0, 12),)
-    short = replace(STOCK, total_steps=5)
-    here = {"a": arrival(rest=((8, 10),))}
-    record = decided(reducing("a", short), View(members("a"), here, votes("a")), rules=short)
-    assert (record.length, record.shares["a"].ranges) == (1, ((8, 10),))
-
-
-def test_a_leaver_that_has_not_seen_its_last_share_gives_back_both_rests() -> None:
-    here = {"a": arrival(), "b": arrival(rest=((24, 32),))}
-    record = decided(reducing("ab", STOCK), View(members("ab"), here, votes("ab")), rules=STOCK)
-    assert record.shares["b"].ranges == ((24, 32), (48, 56))
-    view = View(members("ab"), here, left={"b": Left(1, 1, ((28, 32),))})  # it has used four more since it arrived
-    assert decided(record, view, rules=STOCK).cursor.tails == ((28, 32), (48, 56))
-    view = replace(view, left={"b": Left(1, 2, ((50, 56),))})
-    assert decided(record, view, rules=STOCK).cursor.tails == ((50, 56),)
-
-
-def test_the_dead_take_their_stock_with_them_unless_the_run_goes_back() -> None:
-    here = {"a": arrival(), "b": arrival(rest=((24, 32),))}
-    record = decided(reducing("ab", STOCK), View(members("a"), here, votes("ab")), rules=STOCK)
-    assert set(record.shares) == {"a"}
-    assert (24, 32) not in record.cursor.tails  # it may only have lost its lease, and be using it
-    assert record.base.cursor.tails == ((24, 32),)
-
-
-@pytest.mark.parametrize(
-    ("new", "before", "used", "arrived", "expected"),
-    [
-        (Share(1, 2, ((8, 16), (32, 40))), Share(1, 1, ((0, 16),)), 11, 8, 3),
-        (Share(1, 2, ((32, 40),)), Share(1, 1, ((0, 16),)), 16, 16, 0),
-        (Share(1, 2, ((32, 40),)), Share(1, 1, ((0, 16),)), 11, 8, 0),  # it was dealt anew
-        (Share(2, 1, ((8, 16),)), Share(1, 1, ((0, 16),)), 11, 8, 0),  # as in another term
-        (Share(1, 1, ((0, 16),)), Share(0, 0, ()), 0, 0, 0),
-    ],
-)
-def test_what_of_a_new_share_has_been_used(new: Share, before: Share, used: int, arrived: int, expected: int) -> None:
-    assert used_of(new, before, used, arrived) == expected
+def through_json(record: Any) -> Any:
+    return decode(type(record), json.loads(json.dumps(encoded(record))))
 
 
 def test_everything_survives_json() -> None:
-    record = decided(reducing("ab"), View(members("ab"), {"a": arrival(rest=((6, 8),)), "b": arrival()}, votes("ab")))
-    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
-    assert Record.from_json(json.loads(json.dumps(GATHER.to_json()))) == GATHER
-    here = arrival(2, "x", ((1, 2),), "bc")
-    assert arrival_from_json(json.loads(json.dumps(asdict(here)))) == here
-    left = Left(1, 2, ((1, 2), (5, 7)))
-    assert left_from_json(json.loads(json.dumps(asdict(left)))) == left
-    value = {"node": "n", "slot": 3, "local_rank": 1, "address": "h:1", "holds": asdict(State(2, 8)), "pid": 12}
-    value["speed"] = 2.5
-    assert member_from_json(value) == Member("n", (3, 1), "h:1", State(2, 8), 2.5)
+    here = {"a": arrival(rest=((6, 8),)), "b": arrival()}
+    record = next_record(reducing("ab"), View(members("ab"), here, votes("ab")))
+    mine = Member("n", 3, 1, "h:1", State(2, 8), 2.5, "host", 12, {"loss": 0.5})
+    for one in (record, GATHER, arrival(2, "x", ((1, 2),), "bc"), Left(1, 2, ((1, 2), (5, 7))), mine):
+        assert through_json(one) == one
+
+
+def test_fields_that_a_record_does_not_have_are_ignored_and_missing_ones_are_not() -> None:
+    value = {"term": 1, "round": 2, "more": 3}
+    assert decode(Ready, value) == Ready(1, 2)
+    with pytest.raises(TypeError, match="round"):
+        decode(Ready, {"term": 1})
+
+
+def test_a_view_of_a_runs_keys() -> None:
+    records = {
+        "members/a": member("a"),
+        "ready/a": Ready(1, 0),
+        "durable/000": Durable(3, "a"),
+        "durable/001": Durable(5, "b"),
+        "coordinator": {"member": "a"},
+    }
+    values = {key: json.loads(json.dumps(encoded(record))) for key, record in records.items()}
+    view = view_of({key: SimpleNamespace(value=decoded(key, value)) for key, value in values.items()})
+    assert view == View({"a": member("a")}, ready={"a": Ready(1, 0)}, durable=5)
+
+
+def test_shortage() -> None:
+    assert shortage(None, View(members("a")), TWO) == "only 1 of at least 2 nodes"
+    assert shortage(founded("ab", TWO), View(members("ab")), TWO) == ""
+    assert "round 5 was saved once" in shortage(None, View(members("a"), durable=5), RULES)
 
 
 # Unequal members
 
 
 @pytest.mark.parametrize(
-    ("speeds", "alike", "expected"),
+    ("speeds", "tolerance", "expected"),
     [
         ({"a": 100.0, "b": 100.0}, 0.15, {"a": 1.0, "b": 1.0}),
-        ({"a": 100.0, "b": 90.0}, 0.15, {"a": 1.0, "b": 1.0}),  # nearly alike: one pace
+        ({"a": 100.0, "b": 90.0}, 0.15, {"a": 1.0, "b": 1.0}),  # nearly equal: one multiplier
         ({"a": 100.0, "b": 90.0}, 0.0, {"a": 100 / 95, "b": 90 / 95}),
         ({"a": 300.0, "b": 100.0}, 0.15, {"a": 1.5, "b": 0.5}),
         ({"a": 400.0, "b": 200.0, "c": 190.0, "d": 10.0}, 0.15, {"a": 2.0, "b": 0.975, "c": 0.975, "d": 0.05}),
@@ -591,16 +647,18 @@ def test_everything_survives_json() -> None:
         ({}, 0.15, {}),
     ],
 )
-def test_a_pace_is_in_proportion_to_the_speed(
-    speeds: dict[str, float], alike: float, expected: dict[str, float]
+def test_step_multipliers_are_in_proportion_to_the_speed(
+    speeds: dict[str, float], tolerance: float, expected: dict[str, float]
 ) -> None:
-    found = paces(speeds, alike)
+    found = step_multipliers(speeds, tolerance)
     assert found == pytest.approx(expected)
     assert sum(found.values()) == pytest.approx(len(speeds))
 
 
-def test_a_pace_says_how_many_inner_steps_a_round_has() -> None:
-    assert [own_steps(length, pace) for length, pace in [(30, 1.0), (30, 0.35), (30, 0.01), (1, 2.6), (0, 2.0)]] == [
+def test_a_step_multiplier_determines_the_inner_steps_of_a_round() -> None:
+    assert [
+        steps_in(length, multiplier) for length, multiplier in [(30, 1.0), (30, 0.35), (30, 0.01), (1, 2.6), (0, 2.0)]
+    ] == [
         30,
         10,
         1,
@@ -609,23 +667,23 @@ def test_a_pace_says_how_many_inner_steps_a_round_has() -> None:
     ]
 
 
-@pytest.mark.parametrize(("stock", "held"), [(1, [48, 16]), (2, [96, 32])])
-def test_unequal_members_have_unequal_shares(stock: int, held: list[int]) -> None:
+@pytest.mark.parametrize(("prefetch", "held"), [(1, [48, 16]), (2, [96, 32])])
+def test_unequal_members_have_unequal_assignments(prefetch: int, held: list[int]) -> None:
     """By what they tell at first; then by what they have measured. A joiner's is in proportion to theirs."""
-    rules = replace(RULES, local_steps=16, alike=0.15, stock=stock)
+    rules = replace(RULES, local_steps=16, speed_tolerance=0.15, prefetch=prefetch)
     present = {id: replace(member(id), speed=speed) for id, speed in {"a": 30.0, "b": 10.0}.items()}
-    record = decided(None, View(present), LONG, rules)
-    assert [count(record.shares[id].ranges) for id in "ab"] == held
-    assert [record.shares[id].pace for id in "ab"] == [1.5, 0.5]
+    record = next_record(None, View(present), LONG, rules)
+    assert [count(record.assignments[id].ranges) for id in "ab"] == held
+    assert [record.assignments[id].step_multiplier for id in "ab"] == [1.5, 0.5]
     arrived = {"a": replace(arrival(), speed=20.0), "b": replace(arrival(), speed=20.0)}
-    reduce = decided(record, View(present, arrived), 0, rules)
-    opened = decided(reduce, View(present, arrived, votes("ab")), 0, rules)
-    assert [opened.shares[id].pace for id in "ab"] == [1.0, 1.0]
+    reduce = next_record(record, View(present, arrived), 0, rules)
+    opened = next_record(reduce, View(present, arrived, votes("ab")), 0, rules)
+    assert [opened.assignments[id].step_multiplier for id in "ab"] == [1.0, 1.0]
     assert opened.base.step == 16  # the schedule does not know of it
     joined = present | {"c": replace(member("c"), speed=40.0)}
-    dealt = decided(opened, View(joined, arrived, ready={"c": Ready(1, 1)}), 0, rules)
-    assert dealt.shares["c"].pace == 1.5 and count(dealt.shares["c"].ranges) == stock * 48
-    assert dealt.shares["a"] == opened.shares["a"]
+    assigned = next_record(opened, View(joined, arrived, ready={"c": Ready(1, 1)}), 0, rules)
+    assert assigned.assignments["c"].step_multiplier == 1.5 and count(assigned.assignments["c"].ranges) == prefetch * 48
+    assert assigned.assignments["a"] == opened.assignments["a"]
 
 
 def test_outcomes_are_in_the_order_of_commits() -> None:

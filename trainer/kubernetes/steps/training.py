@@ -25,7 +25,7 @@ from trainer.kubernetes.steps.job_follower import JobFollower
 from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
 from trainer.kubernetes.steps.training_view import TrainingView
 from trainer.kubernetes.steps.worker_ends import WorkerEnds
-from trainer.monitor.dashboard import Board, view
+from trainer.monitor.dashboard import Dashboard, view
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def train(
     Raises:
         TrainingError: The training has failed, or cannot continue, with the reason.
     """
-    board = Board(context.plan.config.total_steps)
+    board = Dashboard(context.plan.config.total_steps)
     with reachable_etcd(context) as etcd, view(board, context.say) as shown:
         run_view = TrainingView(context.plan, directory, board, shown)
         training = _Training(context, etcd, kind, build(context.plan), run_view, shown.show)

@@ -6,7 +6,7 @@ from pathlib import Path
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.objects.plan import Plan, WorkerPlan
 from trainer.kubernetes.steps.job_follower import Message
-from trainer.monitor.dashboard import Board, View
+from trainer.monitor.dashboard import Dashboard, View
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.monitor.worker_log import WorkerEvents
 
@@ -19,8 +19,8 @@ class TrainingView:
         board, shown: The dashboard's content, and the view that draws it.
     """
 
-    def __init__(self, plan: Plan, directory: Path, board: Board, shown: View) -> None:
-        self._plan, self._board, self._shown = plan, board, shown
+    def __init__(self, plan: Plan, directory: Path, board: Dashboard, shown: View) -> None:
+        self._plan, self._dashboard, self._shown = plan, board, shown
         self._processes = plan.config.elastic.nproc_per_node
         self._by_pod = {worker.pod: worker for worker in plan.workers}
         self._events = WorkerEvents(directory, self._processes)
@@ -46,12 +46,12 @@ class TrainingView:
             for progress in self._progress_of(worker):
                 progress.silent = worker.pod in silent
         heard = set(running) - silent.keys()
-        self._board.silent_since = None if heard or not silent else min(silent.values())
+        self._dashboard.silent_since = None if heard or not silent else min(silent.values())
         for progress in self._progress:
             for event in progress.update():
                 if event["event"] == "end" and event["status"] == "failed":
                     self._shown.show(f"worker {progress.number} ended: {event['reason']}")
-        fill(self._board, self._progress)
+        fill(self._dashboard, self._progress)
         self._shown.refresh()
 
     def by_checkpoint(self) -> tuple[int, ...]:

@@ -45,21 +45,21 @@ def markdown_summary(run_dir: Path | str) -> str:
         blocks.append(f"Held out: {_text(evaluation['headline'])}.")
     if rows := tables.scores(evaluation):
         names = ("Score", "This model", _text(tables.task_of(evaluation).baseline_label))
-        lines = [(_text(row["name"]), f"**{_text(row['model'])}**", _text(row["baseline"] or "–")) for row in rows]
-        blocks += ["### Scores", _table(names, lines)]
+        scores = [(_text(row["name"]), f"**{_text(row['model'])}**", _text(row["baseline"] or "–")) for row in rows]
+        blocks += ["### Scores", _table(names, scores)]
     if rows := tables.confusion(evaluation):
-        names = ("Class", *(_text(row["label"]) for row in rows))
+        classes = ("Class", *(_text(row["label"]) for row in rows))
         blocks += [
             "### Confusion matrix",
-            _table(names, _confusion_rows(rows)),
+            _table(classes, _confusion_rows(rows)),
             "A row is a class, a column the class that the model assigned.",
         ]
     if rows := tables.confusions(evaluation):
-        names = ("Class", "Taken for", "Samples", "Of the class")
-        lines = [
+        confusions = [
             (_text(row["label"]), _text(row["taken_for"]), count(row["count"]), f"{row['share']} %") for row in rows
         ]
-        blocks += ["### Most frequent confusions", _table(names, lines, texts=2)]
+        names_of_confusions = ("Class", "Taken for", "Samples", "Of the class")
+        blocks += ["### Most frequent confusions", _table(names_of_confusions, confusions, texts=2)]
     return "\n\n".join(blocks) + "\n"
 
 

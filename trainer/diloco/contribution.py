@@ -1,0 +1,172 @@
+"""What a worker contributes to a synchronisation: its pseudo-gradient, and the samples that it stands for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.diloco.state import Fragment, GlobalState
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The part of a contribution that a synchronisation takes along. The lists have an entry for each fragment.
+
+    Attributes:
+        weight: The samples that the pseudo-gradient stands for.
+        scales: Where the displacement has to be scaled down, and by what factor.
+        samples, steps, steps_per_round, carried_over: As in `Contribution`.
+    """
+
+    weight: float
+    scales: list[tuple[slice, float]]
+    samples: list[float]
+    steps: list[int]
+    steps_per_round: list[int]
+    carried_over: Tensor | None
+
+
+class Contribution:
+    """A worker's inner steps since its last synchronisation, fragment by fragment.
+
+    Attributes:
+        samples: Samples that each fragment's next pseudo-gradient stands for so far, carried-over ones included.
+        steps: Inner steps that it stands for, carried-over ones included; without those that were skipped.
+        steps_per_round: Inner steps between two synchronisations of the fragment; the maximum seen since the last one.
+        carried_over: The pseudo-gradient of steps that came too late for their round, unscaled, float32 (n,).
+        residual: What the codec has left out of this worker's messages so far (error feedback), float32 (n,).
+        offset: How far from θ this worker began (`Overlap.mixing`), float32 (n,).
+
+    None stands for zeros.
+    """
+
+    def __init__(self, state: GlobalState) -> None:
+        self._state = state
+        self.fragments = max(1, len(state.fragments) - 1)  # the last one is the full model
+        self.samples = [0.0] * self.fragments
+        self.steps = [0] * self.fragments
+        self.steps_per_round = [0] * self.fragments
+        self.carried_over: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.offset: Tensor | None = None
+
+    def count(self, samples: float, steps_per_round: int) -> None:
+        """Count an inner step; one without samples was skipped."""
+        for index in range(self.fragments):
+            self.samples[index] += samples
+            self.steps[index] += samples > 0
+            self.steps_per_round[index] = max(self.steps_per_round[index], steps_per_round)
+
+    def close(self, fragment: Fragment, steps_per_round: int) -> Closed:
+        """Take out what belongs to a fragment, to synchronise it: its next contribution begins at zero."""
+        chosen = self._indices(fragment)
+
+        def part(values: list[Any]) -> list[Any]:
+            return [value if index in chosen else 0 for index, value in enumerate(values)]
+
+        closed = Closed(
+            sum(self.samples[index] for index in chosen) / len(chosen),
+            self._scales(fragment, steps_per_round),
+            part(self.samples),
+            part(self.steps),
+            part(self.steps_per_round),
+            # Clearing a part of it must not change what is being sent.
+            None if self.carried_over is None else self.carried_over.clone(),
+        )
+        self.clear(fragment)
+        return closed
+
+    def reopen(self, closed: Closed) -> None:
+        """Put back what `close` has taken out: the synchronisation has failed."""
+        self.samples, self.steps = _sums(self.samples, closed.samples), _sums(self.steps, closed.steps)
+        self.steps_per_round = list(map(max, self.steps_per_round, closed.steps_per_round))
+        self.carried_over = closed.carried_over
+
+    def clear(self, fragment: Fragment) -> None:
+        """Begin the fragment's contribution anew. What the codec has left out stays."""
+        for index in self._indices(fragment):
+            self.samples[index], self.steps[index], self.steps_per_round[index] = 0.0, 0, 0
+        if fragment is self._state.full_model:
+            self.carried_over = None
+        elif self.carried_over is not None:
+            fragment.of(self.carried_over).zero_()
+
+    def displacement(self, fragment: Fragment, local: Tensor, carried_over: Tensor | None, out: Tensor) -> Tensor:
+        """How far this worker's inner steps have moved the fragment, carried-over ones included, float32 (n,).
+
+        Args:
+            local: The worker's parameters, float32 (n,).
+            out: Memory for the result; it may be `local`.
+        """
+        torch.sub(fragment.of(self._state.parameters), local, out=out)
+        for more in (carried_over, self.offset):
+            if more is not None:
+                out.add_(fragment.of(more))
+        return out
+
+    def pseudo_gradient(self, fragment: Fragment, local: Tensor, closed: Closed, out: Tensor) -> Tensor:
+        """What this worker sends for the fragment, float32 (n,): see `displacement` for the arguments."""
+        self.displacement(fragment, local, closed.carried_over, out)
+        for part, scale in closed.scales:
+            out[part].mul_(scale)
+        if self.residual is not None:
+            out.add_(fragment.of(self.residual), alpha=fragment.codec.feedback)
+        return out
+
+    def is_plain(self, closed: Closed) -> bool:
+        """Whether the pseudo-gradient of the full model is θ minus this worker's parameters, and nothing else."""
+        added = (closed.carried_over, self.residual, self.offset)
+        return self.fragments == 1 and not closed.scales and all(tensor is None for tensor in added)
+
+    def keep(self, fragment: Fragment, residual: Tensor | None, offset: Tensor | None) -> None:
+        """Keep a fragment's new residual and offset; they are taken over, not copied."""
+        self.residual = self._replaced(self.residual, fragment, residual)
+        self.offset = self._replaced(self.offset, fragment, offset)
+
+    def state(self, closed: Closed | None) -> dict[str, Any]:
+        """What a checkpoint holds; a synchronisation that is pending counts as not begun."""
+        tensors = {
+            "carried_over": closed.carried_over if closed else self.carried_over,
+            "residual": self.residual,
+            "offset": self.offset,
+        }
+        return {
+            "samples": _sums(self.samples, closed.samples) if closed else list(self.samples),
+            "steps": _sums(self.steps, closed.steps) if closed else list(self.steps),
+        } | {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`."""
+        self.samples, self.steps = list(state["samples"]), list(state["steps"])
+        self.carried_over, self.residual, self.offset = map(state.get, ("carried_over", "residual", "offset"))
+
+    def _indices(self, fragment: Fragment) -> range:
+        """The fragments that this one consists of: itself, or all of them."""
+        if fragment is self._state.full_model:
+            return range(self.fragments)
+        return range(fragment.index, fragment.index + 1)
+
+    def _scales(self, fragment: Fragment, steps_per_round: int) -> list[tuple[slice, float]]:
+        """Factors that scale a displacement of more than a round's steps down to one round's."""
+        scales = []
+        for index in self._indices(fragment):
+            most = max(self.steps_per_round[index], steps_per_round)
+            if self.steps[index] > most:
+                part = self._state.fragments[index]
+                where = slice(part.start - fragment.start, part.stop - fragment.start)
+                scales.append((where, most / self.steps[index]))
+        return scales
+
+    def _replaced(self, own: Tensor | None, fragment: Fragment, part: Tensor | None) -> Tensor | None:
+        """`own`, (n,), with the fragment's part replaced."""
+        if fragment is self._state.full_model or (own is None and part is None):
+            return part
+        own = torch.zeros_like(self._state.parameters) if own is None else own
+        fragment.of(own).zero_() if part is None else fragment.of(own).copy_(part)
+        return own
+
+
+def _sums(first: list[Any], second: list[Any]) -> list[Any]:
+    return [one + other for one, other in zip(first, second, strict=True)]

@@ -1,0 +1,73 @@
+"""The schedule: where a worker is in the training, and how many inner steps it makes in a round."""
+
+import math
+from dataclasses import dataclass
+
+from trainer.protocol.samples import steps_in
+
+
+@dataclass
+class Schedule:
+    """The training as a sequence of rounds, and a worker's position in it.
+
+    A worker with a step multiplier other than 1 makes more or fewer inner steps than the schedule has: each of its
+    steps then advances the schedule by less or more than 1.
+
+    Attributes:
+        round_steps: Steps of the schedule in a round.
+        total_steps: The schedule's last step; the last round is shortened to end there. None: there is no last one.
+        step_multiplier: This worker's inner steps for each step of the schedule.
+        begin: The position at which the open round began.
+        inner_steps: This worker's inner steps towards the open round so far.
+    """
+
+    round_steps: int
+    total_steps: int | None = None
+    step_multiplier: float = 1.0
+    begin: int = 0
+    inner_steps: int = 0
+
+    @property
+    def length(self) -> int:
+        """Steps of the schedule in the open round; 0: the training is complete."""
+        if self.total_steps is None:
+            return self.round_steps
+        return max(0, min(self.round_steps, self.total_steps - self.begin))
+
+    @property
+    def own_steps(self) -> int:
+        """Inner steps that this worker makes in the open round."""
+        return steps_in(self.length, self.step_multiplier)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the open round is the last one."""
+        return self.total_steps is not None and self.begin + self.length >= self.total_steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether no inner steps are left."""
+        return self.length == 0
+
+    @property
+    def due(self) -> bool:
+        """Whether the open round's inner steps are done, so that its synchronisation has to start."""
+        return 0 < self.own_steps <= self.inner_steps
+
+    @property
+    def step(self) -> int:
+        """The position, in whole steps since the training began."""
+        return math.floor(self.position())
+
+    def position(self, more: int = 0) -> float:
+        """The position after `more` further inner steps; fractional if the step multiplier is not 1."""
+        done, length, own = self.inner_steps + more, self.length, self.own_steps
+        return self.begin + (done if own == length else done * length / own)
+
+    def steps_per_round(self, fragments: int) -> int:
+        """This worker's inner steps between two synchronisations of a parameter, one of whose fragments is due."""
+        return self.own_steps if fragments == 1 else steps_in(self.round_steps, self.step_multiplier) * fragments
+
+    def start_round(self, begin: int, inner_steps: int = 0) -> None:
+        """Make the round that begins at step `begin` the open one."""
+        self.begin, self.inner_steps = begin, inner_steps

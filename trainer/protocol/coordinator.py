@@ -1,0 +1,73 @@
+"""The coordinator's loop, as a machine without I/O: it turns what it sees in etcd into the record's next transition."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.protocol import effects
+from trainer.protocol.effects import Entry, Machine
+from trainer.protocol.records import Outcome, RoundState, Rules, outcome_key, view_of
+from trainer.protocol.rounds import decide, overdue, situation
+
+KEPT_OUTCOMES = 64  # rounds whose `commits/<term>.<round>` are kept, for members that were away
+REAP_INTERVAL = 1.0  # seconds between two probes of a member that the others wait for
+
+
+def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Machine[None]:
+    """Decide, until the role of coordinator is another member's.
+
+    Every transition is a compare-and-swap: several coordinators at once are harmless.
+
+    Args:
+        id: The member's.
+        kept_outcomes: Outcomes before the last one that are kept.
+    """
+    waiting_for: tuple[Any, ...] | None = None
+    since = reaped = yield effects.Now()
+    recorded = (0, 0)  # the term and round whose outcome this member has recorded
+    while True:
+        # See the run as it stands
+        entries: Mapping[str, Entry] = yield effects.List()
+        now: float = yield effects.Now()
+        role = entries.get("coordinator")
+        if role is None or role.value["member"] != id:
+            return
+        entry = entries.get("round")
+        record: RoundState | None = entry.value if entry else None
+        if record and record.committed and (record.term, record.committed.round) != recorded:
+            # Before the next transition: a member that missed this one must be able to look it up.
+            recorded = record.term, record.committed.round
+            yield from _record_outcome(record, record.committed, entries, kept_outcomes)
+        view = view_of(entries)
+
+        # Measure how long the situation has lasted, and look for dead members that keep the others waiting
+        current = situation(record, view, rules)
+        if current != waiting_for:
+            waiting_for, since = current, now
+        if record and now - max(since, reaped) > REAP_INTERVAL:
+            reaped = now
+            yield effects.Reap(overdue(record, view))
+
+        # Decide
+        decided = decide(record, view, now - since, rules)
+        if decided is None:
+            yield effects.Pause(idle=current is None)
+        else:
+            yield effects.Swap(decided, entry.revision if entry else None)
+
+
+def _record_outcome(
+    record: RoundState, committed: Outcome, entries: Mapping[str, Entry], kept_outcomes: int
+) -> Machine[None]:
+    """Record the outcome of the last round, and delete keys that no member reads any more."""
+    yield effects.Put(outcome_key(record.term, committed.round), committed)
+    outcomes = [key for key in entries if key.startswith("commits/")]
+    stale = outcomes[: max(0, len(outcomes) - kept_outcomes)]
+    for key, entry in entries.items():
+        prefix, _, id = key.partition("/")
+        if prefix in ("arrivals", "votes", "ready", "left"):
+            # A member whose lease was lost may come back: its keys of this round and of later ones stay.
+            past = (entry.value.term, entry.value.round) < (record.term, record.base.round)
+            if past and f"members/{id}" not in entries and id not in record.assignments:
+                stale.append(key)
+    for key in stale:
+        yield effects.Delete(key, entries[key].revision)

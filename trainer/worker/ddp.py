@@ -1,0 +1,255 @@
+"""The baseline, `optim_method=ddp`: torch's own DistributedDataParallel, in the world that torchrun has formed.
+
+All ranks take every inner step together, on gradients averaged over all of them, so that their parameters stay equal.
+A round is only the unit of reports and checkpoints: its outer step replaces the global parameters by the local ones.
+When a rank dies, torchrun (with the rendezvous `trainer.launch.etcd3_rendezvous`) restarts all of them, and the newest
+checkpoint that any of them has is where they go on.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
+from trainer.config import TrainingConfig
+from trainer.diloco import CatchUp, Commit, Fragment, GlobalState, LocalQuorum, RoundReport
+from trainer.diloco.quorum import OnChunk
+from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish, verdict
+from trainer.errors import Interrupted, TrainingError, one_line
+from trainer.etcd.client import EtcdClient
+from trainer.files import whole_directory
+from trainer.process import number_from
+from trainer.protocol.records import Cursor, State
+from trainer.protocol.samples import Assignment
+from trainer.tasks import Task
+from trainer.transport.wire_meter import WireMeter
+
+log = logging.getLogger(__name__)
+
+
+class PeerLeft(TrainingError):
+    """Another rank was told to leave: this one is healthy, and starts again with it."""
+
+
+class Loss(nn.Module):
+    """The task's loss as a module, so that data parallelism works for every task."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.task.loss(self.model, batch)
+
+
+class World(LocalQuorum):
+    """All ranks of torchrun's world. To the inner loop it is a quorum (compare `trainer.elastic.member`)."""
+
+    shortage = False  # without all of them, there is no world
+
+    def __init__(self, config: TrainingConfig, fingerprint: Mapping[str, Any], stopping: threading.Event) -> None:
+        super().__init__()
+        self._config, self._fingerprint, self._stopping = config, fingerprint, stopping
+        self.rank, self.world_size = number_from("RANK"), number_from("WORLD_SIZE") or 1
+        self.worker = number_from(SLOT_VARIABLE) * config.elastic.nproc_per_node + number_from("LOCAL_RANK")
+        self.members = tuple(f"{rank:04d}" for rank in range(self.world_size))
+        self.id = self.members[self.rank]
+        self.term, self.base = 1, State()
+        self._client: EtcdClient | None = None
+        self._meter = WireMeter()
+        self._read: tuple[int, int] | None = None
+        self._leaving = False
+        self._cuda = config.device.startswith("cuda")
+
+    def connect(self, directory: Path, found: Checkpoint | None) -> Checkpoint | None:
+        """Join torchrun's world, and agree on the checkpoint to go on from.
+
+        Args:
+            directory: Where this rank keeps its checkpoints.
+            found: The newest one that it has.
+
+        Returns:
+            The newest one that any rank has: ranks that lack it receive its files.
+
+        Raises:
+            TrainingError: This rank does not fit the run; the run has its verdict already; a rank is gone.
+        """
+        self._client = EtcdClient.of(self._config)
+        if (result := verdict(self._client)).terminal:
+            raise TrainingError(str(result))
+        agree(self._client, f"worker {self.worker}", self._fingerprint)
+
+        # gloo for what is on the host; torch chooses by the tensor's device.
+        if self._config.network_interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", self._config.network_interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", self._config.network_interface)
+        with self.lost_ranks(), WireMeter.watching() as self._meter:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if self._cuda else "gloo",
+                timeout=timedelta(seconds=self._config.elastic.rdzv_timeout),
+                store=dist.HashStore() if self.world_size == 1 else None,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+        with self.lost_ranks():
+            return self._newest(directory, found)
+
+    def data_parallel(self, loss: nn.Module) -> DistributedDataParallel:
+        """The loss, whose gradients are averaged over all ranks."""
+        return DistributedDataParallel(loss, broadcast_buffers=False)
+
+    def mean_loss(self, loss: Tensor) -> Tensor:
+        """The mean of all ranks' losses, so that all of them skip an inner step, or none; and whether one is to end."""
+        stopping = torch.full_like(loss, float(self._stopping.is_set()))
+        both = torch.stack([loss / self.world_size, stopping])
+        dist.all_reduce(both)
+        self._leaving = both[1].item() > 0
+        return both[0]
+
+    def check_stopping(self) -> None:
+        """Called between two inner steps: all ranks end after the same step.
+
+        Raises:
+            Interrupted: This process is to end.
+            PeerLeft: Another rank is to end.
+        """
+        if self._leaving:
+            raise Interrupted if self._stopping.is_set() else PeerLeft("another worker was told to leave")
+
+    @contextmanager
+    def lost_ranks(self) -> Iterator[None]:
+        """Turn a broken connection into a TrainingError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, TrainingError | torch.OutOfMemoryError):
+                raise
+            raise TrainingError(f"the connection to another worker broke: {one_line(error)}") from None
+
+    # What DiLoCo calls (trainer.diloco.Quorum)
+
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
+        """End a round: the parameters of this rank are those of all ranks already."""
+        commit = super().synchronise(pseudo_gradient, weight * self.world_size, report, fragment, on_chunk)
+        (_, end), (sent, received) = self._assignment().ranges[0], self._bytes()
+        self.base = State(self.base.round + 1, self.base.step + self._length(), Cursor(end))
+        return replace(
+            commit,
+            round=self.base.round,
+            members=self.members,
+            bytes_sent=sent,
+            bytes_received=received,
+            assignment=self._assignment(),
+        )
+
+    # What the worker calls (compare `trainer.elastic.member.ElasticQuorum`)
+
+    def join(self, state: GlobalState, cursor: Cursor, term: int = 0, report: RoundReport | None = None) -> CatchUp:
+        """Begin: rank 0's global state is that of all ranks.
+
+        The ranks hold the same checkpoint (`connect`), or none: then CPUs of other kinds may initialise the model with
+        other last bits.
+        """
+        tensors = state.tensors
+        with self.lost_ranks():
+            for flat in tensors.values():
+                dist.broadcast(flat, 0)
+        self.base = State(state.round, state.step, cursor)
+        self._bytes()
+        return CatchUp(True, self._assignment())
+
+    def assign(self, after: tuple[int, int]) -> Assignment:
+        return self._assignment()
+
+    def reconcile(self, state: GlobalState) -> None:
+        """At the end of the run, a rank whose state differs from the others' must not go unnoticed."""
+        own = torch.frombuffer(bytearray.fromhex(state.hash()), dtype=torch.uint8)
+        if any(not torch.equal(own, other) for other in self._gathered(own)):
+            log.warning("the workers' final states differ", extra={"event": True})
+
+    def wait_for_others(self) -> None:
+        """Return when all final checkpoints are durable."""
+        with self.lost_ranks():
+            dist.barrier()
+
+    def finish(self, status: Status, reason: str = "") -> None:
+        """Write the run's verdict. The first one stands."""
+        assert self._client is not None
+        finish(self._client, status, reason)
+
+    def durable(self, round: int) -> None:
+        pass
+
+    def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+    def fetch_moments(self) -> None:
+        pass
+
+    def leave(self, rest: Assignment | None) -> None:
+        """Close all connections."""
+        self._meter.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self._client is not None:
+            self._client.close()
+
+    def _length(self) -> int:
+        return min(self._config.local_steps, max(0, self._config.total_steps - self.base.step))
+
+    def _assignment(self) -> Assignment:
+        """The samples of all ranks in the open round: `Samples` picks this rank's part of each inner step."""
+        begin = self.base.cursor.position
+        samples = self._length() * self._config.batch_size * self.world_size
+        return Assignment(self.term, self.base.round + 1, ((begin, begin + samples),))
+
+    def _newest(self, directory: Path, found: Checkpoint | None) -> Checkpoint | None:
+        own = (found.round, found.step) if found else (-1, -1)
+        held = [(int(one[0]), int(one[1])) for one in self._gathered(torch.tensor(own))]
+        newest = max(held)
+        if all(one == newest for one in held):
+            return found
+
+        # A rank that has it sends its files; the others take part, and keep them if they lack it.
+        lacks, path = own != newest, directory / checkpoint.name_of(*newest)
+        with whole_directory(path) if lacks or found is None else nullcontext(found.path) as folder:
+            for name in checkpoint.FILES:
+                self._broadcast(folder / name, held.index(newest), keep=lacks)
+        return checkpoint.read(path) if lacks else found
+
+    def _broadcast(self, file: Path, source: int, keep: bool) -> None:
+        is_source = self.rank == source
+        size = torch.tensor([file.stat().st_size if is_source else 0])
+        dist.broadcast(size, source)
+        content = np.fromfile(file, np.uint8) if is_source else np.empty(int(size), np.uint8)
+        dist.broadcast(torch.from_numpy(content), source)
+        if keep:
+            content.tofile(file)
+
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(own) for _ in self.members]
+        with self.lost_ranks():
+            dist.all_gather(found, own)
+        return found
+
+    def _bytes(self) -> tuple[int | None, int | None]:
+        """Bytes sent and received since the last call; None for what nccl moves."""
+        before, self._read = self._read, None if self._cuda else self._meter.read()
+        if before is None or self._read is None:
+            return None, None
+        return self._read[0] - before[0], self._read[1] - before[1]

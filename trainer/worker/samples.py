@@ -1,0 +1,126 @@
+"""The worker's samples: which ones it trains on, in which order, and how fast."""
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer import data
+from trainer.protocol.samples import Assignment, Range, SampleLedger
+
+DAMPING = 0.5  # weight of the last round's speed against the earlier ones
+
+
+class Samples:
+    """The samples that a worker is assigned, batch by batch, with the ledger of those that it has consumed.
+
+    Args:
+        dataset: Its training split is read.
+        seed: Of the order in which all workers go through the samples.
+        batch_size: Samples that this worker consumes in an inner step.
+        per_device: Samples in a batch; it divides `batch_size`.
+        device: A GPU gets its batches from pinned memory.
+        rank, world_size: In data parallelism, an inner step takes `world_size` times `batch_size` samples of the
+            assignment, the same one in all ranks, and this rank trains on its part of them.
+    """
+
+    def __init__(
+        self,
+        dataset: data.Dataset,
+        seed: int,
+        batch_size: int,
+        per_device: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._split = dataset.train
+        self._order = data.SampleOrder(len(dataset.train), seed, dataset.group)
+        self.batch_size, self.per_device = batch_size, per_device
+        self._pin_memory = device.type == "cuda"
+        self._rank, self._world_size = rank, world_size
+        self.ledger = SampleLedger()
+        self._batches: Generator[dict[str, Tensor], None, None] | None = None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all of the assignment has been consumed."""
+        return not self.ledger.unused()
+
+    def next_batch(self) -> dict[str, Tensor]:
+        """The next batch of the open inner step. Batches are read ahead on a thread."""
+        if self._batches is None:
+            self._batches = data.batches(
+                self._split, self._order, self._own(self.ledger.unused()), self.per_device, pin_memory=self._pin_memory
+            )
+        return next(self._batches)
+
+    def consume(self) -> list[Range]:
+        """Count the samples of an inner step as consumed; this worker's positions among them."""
+        positions = self._own(self.ledger.consume(self.batch_size * self._world_size))
+        breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+        return [(int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks)]
+
+    def accept(self, assignment: Assignment | None, term: int) -> None:
+        """Go on with the assignment that the quorum has made last; one of another term is void."""
+        before = self.ledger.assignment
+        if assignment is not None:
+            self.ledger.accept(assignment)
+        if self.ledger.assignment.term != term:
+            self.ledger.accept(None)
+        if self.ledger.assignment is not before:
+            self.close()
+
+    def resume(self, assignment: Assignment, used: int) -> None:
+        """Go on inside an assignment, as a checkpoint has it."""
+        self.ledger = SampleLedger(assignment, used)
+        self.close()
+
+    def close(self) -> None:
+        """End the reading ahead."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _own(self, ranges: tuple[Range, ...]) -> np.ndarray:
+        """This rank's positions in ranges that hold whole inner steps of all ranks, int64 (n,)."""
+        positions = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        if self._world_size == 1:
+            return positions
+        own: np.ndarray = positions.reshape(-1, self._world_size, self.batch_size)[:, self._rank].reshape(-1)
+        return own
+
+
+class Speed:
+    """Samples per second of this worker's inner steps, as a moving average over rounds.
+
+    Args:
+        samples: Samples in an inner step.
+        known: The speed by an earlier measurement; 0: not known yet.
+    """
+
+    def __init__(self, samples: int, known: float) -> None:
+        self.value = known
+        self._samples = samples
+        self._steps, self._seconds = -1, 0.0  # the first step is slow, and does not count
+        self._measured = False
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Time an inner step."""
+        started = time.perf_counter()
+        yield
+        self._steps += 1
+        if self._steps > 0:
+            self._seconds += time.perf_counter() - started
+
+    def end_round(self) -> float:
+        """The speed, including the round that ends here."""
+        if self._steps > 0 and self._seconds > 0:
+            new = self._steps * self._samples / self._seconds
+            self.value += (new - self.value) * (DAMPING if self._measured else 1)
+            self._steps, self._seconds, self._measured = 0, 0.0, True
+        return self.value
