@@ -23,7 +23,7 @@ import pytest
 
 from tests.cluster.needs import Cluster, demand, lacking
 from trainer.kubernetes.api.diagnosis import why_pending
-from trainer.kubernetes.objects.network import STEP_LABELS
+from trainer.kubernetes.objects.jobs import STEP_LABELS
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trainer.config import TrainingConfig
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.jobs import claim, precache_job
+from trainer.kubernetes.objects.jobs import claim, step_job
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.objects.pytorchjob import training_jobs
 
@@ -53,7 +53,7 @@ def test_every_name_is_a_dns_label_and_every_label_has_a_value_that_is_allowed(
     )
     jobs = training_jobs(made)
     found = [job["metadata"]["name"] for job in jobs]
-    found += [precache_job(made, worker)["metadata"]["name"] for worker in made.claimants]
+    found += [step_job(made, worker, "precache")["metadata"]["name"] for worker in made.claimants]
     found += [worker.claim for worker in made.claimants] + [worker.pod for worker in made.workers]
     assert len(found) == len(set(found))
     for name in found:

@@ -14,8 +14,7 @@ from trainer.config import TrainingConfig, load_config
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.jobs import claim, config_map, precache_job, result_job, run_secret
-from trainer.kubernetes.objects.network import STEP_LABELS, network_policy
+from trainer.kubernetes.objects.jobs import STEP_LABELS, claim, config_map, network_policy, run_secret, step_job
 from trainer.kubernetes.objects.plan import Owner, Plan, plan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD, RESULT_PORT
 from trainer.kubernetes.objects.pytorchjob import training_jobs
@@ -52,11 +51,11 @@ def planned(**values: Any) -> Plan:
 def of_the_run(made: Plan) -> Iterator[dict[str, Any]]:
     """Every object that belongs to the run."""
     for worker in made.claimants:
-        yield precache_job(made, worker)
+        yield step_job(made, worker, "precache")
     for worker in made.workers:
-        yield result_job(made, worker, "held-out")
-        yield result_job(made, worker, "export")
-        yield result_job(made, worker, "evaluate")
+        yield step_job(made, worker, "held-out")
+        yield step_job(made, worker, "export")
+        yield step_job(made, worker, "evaluate")
     yield from training_jobs(made)
     yield network_policy(made)
     yield config_map(made)
@@ -123,7 +122,7 @@ def test_a_result_is_taken_from_the_directory_that_the_worker_wrote() -> None:
     worker = made.workers[1]
     (mount,) = [
         mount
-        for mount in result_job(made, worker, "export")["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+        for mount in step_job(made, worker, "export")["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
         if mount["mountPath"] == "/data"
     ]
     (job,) = training_jobs(made)
@@ -156,7 +155,7 @@ def test_the_network_policy_lets_workers_at_each_other_and_steps_at_results(made
     assert workers["from"] == [{"podSelector": policy["podSelector"]}]
     assert steps["from"][0]["podSelector"]["matchLabels"] == STEP_LABELS
     assert steps["ports"] == [{"protocol": "TCP", "port": RESULT_PORT}]
-    for job in (result_job(made, made.workers[0], "export"),):
+    for job in (step_job(made, made.workers[0], "export"),):
         (container,) = job["spec"]["template"]["spec"]["containers"]
         assert container["ports"][0]["containerPort"] == RESULT_PORT
         assert container["args"][-1] == str(RESULT_PORT)

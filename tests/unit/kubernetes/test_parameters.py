@@ -11,9 +11,9 @@ import pytest
 
 from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes import pod_main
-from trainer.kubernetes.objects.jobs import RESULTS, claim, config_map, precache_job, result_job
-from trainer.kubernetes.objects.network import network_policy
+from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, step_job
 from trainer.kubernetes.objects.plan import Plan, plan
+from trainer.kubernetes.objects.pod_template import RESULTS
 from trainer.kubernetes.objects.pytorchjob import training_jobs
 from trainer.kubernetes.objects.render import ETCD_SETTINGS
 
@@ -51,7 +51,7 @@ class Rendered:
         return {pair["key"]: pair["value"] for pair in self.elastic["rdzvConf"]}
 
     def precache_env(self) -> dict[str, Any]:
-        return environment(pod_of(precache_job(self.plan, self.plan.workers[0]))["containers"][0])
+        return environment(pod_of(step_job(self.plan, self.plan.workers[0], "precache"))["containers"][0])
 
 
 def environment(container: dict[str, Any]) -> dict[str, Any]:
@@ -93,9 +93,9 @@ def sites(rendered: Rendered) -> dict[str, int]:
 def test_workers_are_on_nodes_of_their_own_where_there_are_enough() -> None:
     rendered = Rendered(nodes=3, device="cpu")
     assert apart_from(rendered.pod).items() <= rendered.replica["template"]["metadata"]["labels"].items()
-    precache = precache_job(rendered.plan, rendered.plan.workers[1])
+    precache = step_job(rendered.plan, rendered.plan.workers[1], "precache")
     assert apart_from(pod_of(precache)).items() <= precache["spec"]["template"]["metadata"]["labels"].items()
-    result = pod_of(result_job(rendered.plan, rendered.plan.workers[0], "export"))
+    result = pod_of(step_job(rendered.plan, rendered.plan.workers[0], "export"))
     assert "affinity" not in result, "it goes where the claim is"
     assert "affinity" not in Rendered(nodes=1, device="cpu").pod
 
@@ -287,8 +287,8 @@ def test_sites() -> None:
     assert "nodeSelector" not in west and "runtimeClassName" not in west
     assert "nvidia.com/gpu" not in west["containers"][0]["resources"]["limits"]
     for step in (
-        precache_job(rendered.plan, rendered.plan.workers[0]),
-        result_job(rendered.plan, rendered.plan.workers[0], "export"),
+        step_job(rendered.plan, rendered.plan.workers[0], "precache"),
+        step_job(rendered.plan, rendered.plan.workers[0], "export"),
     ):
         assert pod_of(step)["nodeSelector"] == {"zone": "east"}
         assert pod_of(step)["tolerations"] == pod["tolerations"]
@@ -308,8 +308,8 @@ def test_each_pod_asks_for_what_it_needs_and_may_take_what_a_worker_may(memory: 
     worker = rendered.plan.workers[0]
     asked = {
         "train": rendered.container["resources"],
-        "precache": resources(precache_job(rendered.plan, worker)),
-        **{what: resources(result_job(rendered.plan, worker, what)) for what in RESULTS},
+        "precache": resources(step_job(rendered.plan, worker, "precache")),
+        **{what: resources(step_job(rendered.plan, worker, what)) for what in RESULTS},
     }
     assert {step: one["requests"]["memory"] for step, one in asked.items()} == {
         step: f"{gigabytes}Gi" for step, gigabytes in requested.items()
@@ -328,7 +328,7 @@ def test_a_pod_that_asks_for_no_gpu_sees_none_of_the_node_s() -> None:
     variables = {
         "train": rendered.env,
         "precache": rendered.precache_env(),
-        **{what: environment(pod_of(result_job(rendered.plan, worker, what))["containers"][0]) for what in RESULTS},
+        **{what: environment(pod_of(step_job(rendered.plan, worker, what))["containers"][0]) for what in RESULTS},
     }
     hidden = {step for step, env in variables.items() if env.get("NVIDIA_VISIBLE_DEVICES") == "void"}
     assert hidden == {"held-out", "export"}

@@ -15,7 +15,7 @@ import yaml
 from tests.kubernetes_schemas import needs_crd, validate
 from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.network import STEP_LABELS
+from trainer.kubernetes.objects.jobs import STEP_LABELS
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.objects.pytorchjob import training_jobs
 from trainer.kubernetes.objects.render import ETCD_SETTINGS, main, render_manifests

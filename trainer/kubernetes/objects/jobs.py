@@ -1,18 +1,17 @@
-"""The workers' claims, and the Jobs that work on them: precaching fills a claim, results are fetched from it.
+"""Objects of built-in kinds: claims and the Jobs that work on them, configuration, secret, and network policy.
 
-A claim may be bound to a node, and is known only when the pipeline runs, while the pod of a KFP step is fixed when the
-pipeline is compiled. So a Job on the claim's site does the work, and the step follows it.
+Precaching fills a claim, and results are fetched from it. A claim may be bound to a node, and is known only when the pipeline runs, while the pod of a KFP step is fixed when the
+pipeline is compiled. Therefore a Job on the claim's site does the work, and the step follows it.
 """
-
-from typing import Literal, get_args
 
 import yaml
 
+from trainer.config import given
 from trainer.kubernetes.objects import names, pod_template
 from trainer.kubernetes.objects.plan import Object, Plan, WorkerPlan
 
-Result = Literal["held-out", "export", "evaluate"]
-RESULTS: tuple[Result, ...] = get_args(Result)
+# On every pod of a KFP step (backend/src/v2/compiler/argocompiler in kubeflow/pipelines).
+STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
 
 
 def claim(plan: Plan, worker: WorkerPlan) -> Object:
@@ -36,43 +35,67 @@ def claim(plan: Plan, worker: WorkerPlan) -> Object:
 def config_map(plan: Plan) -> Object:
     """The ConfigMap that every pod of the run mounts: the file that `--config` reads. No parameter is a secret."""
     text = yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    metadata = plan.metadata(names.of_training(plan.name, "config"), "config")
+    metadata = plan.metadata(names.name(plan.name, "config"), "config")
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {pod_template.CONFIG_NAME: text}}
 
 
 def run_secret(plan: Plan, token: str) -> Object:
     """The Secret with the token that entitles to a result: a new one for each step that fetches one."""
-    metadata = plan.metadata(names.of_training(plan.name, "run"), "config")
+    metadata = plan.metadata(names.name(plan.name, "run"), "config")
     data = {pod_template.TOKEN_KEY: token}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "stringData": data}
 
 
-def precache_job(plan: Plan, worker: WorkerPlan) -> Object:
-    """The Job that puts model and dataset onto the worker's claim: one for each of `plan.claimants`."""
-    return _job(plan, worker, "precache")
-
-
-def result_job(plan: Plan, worker: WorkerPlan, what: Result) -> Object:
-    """A Job that serves a result from a worker's claim to a client with the run's token.
+def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
+    """The Job of a step on a worker's claim.
 
     Args:
-        what: The held-out shard, the exported model, or its evaluation.
+        step: "precache": put model and dataset onto the claim, for each of `plan.claimants`. A result ("held-out",
+            "export", "evaluate"): serve it to a client with the run's token.
     """
-    return _job(plan, worker, what, ("--port", str(pod_template.RESULT_PORT)))
-
-
-def _job(plan: Plan, worker: WorkerPlan, step: pod_template.Step, arguments: tuple[str, ...] = ()) -> Object:
-    template = pod_template.template(plan, worker.site, step, worker, arguments=arguments)
+    port = ("--port", str(pod_template.RESULT_PORT)) if step in pod_template.RESULTS else ()
+    template = pod_template.template(plan, step, worker, port)
     template["spec"]["restartPolicy"] = "Never"
-    name = names.step_job(plan.name, step, worker.site.name, worker.replica)
+    name = names.name(plan.name, step, worker.site.name, str(worker.replica))
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": plan.metadata(name, step, worker=worker),
+        "metadata": plan.metadata(name, step, worker),
         "spec": {
             "backoffLimit": 0,  # the step retries, and prints why
             "activeDeadlineSeconds": plan.config.active_deadline,
             "ttlSecondsAfterFinished": plan.config.finished_ttl,
             "template": template,
+        },
+    }
+
+
+def network_policy(plan: Plan) -> Object:
+    """The NetworkPolicy for connections to the run's pods; those from them (hubs, etcd, ...) are not restricted.
+
+    The pods connect to each other on `port_range` (empty: on any port). The pipeline's steps connect to pods that serve
+    results, and any pod of the cluster may scrape metrics.
+    """
+    among: Object = {"from": [{"podSelector": {"matchLabels": plan.own_labels}}]}
+    if plan.config.port_range:
+        low, high = map(int, plan.config.port_range.split("-"))
+        among["ports"] = [{"protocol": "TCP", "port": low, "endPort": high}]
+    steps: Object = {
+        "from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": STEP_LABELS}}],
+        "ports": [{"protocol": "TCP", "port": pod_template.RESULT_PORT}],
+    }
+    scrapers: list[Object] = []
+    if port := given(plan.config.metrics_port):
+        last = port + plan.config.elastic.nproc_per_node - 1
+        ports = {"protocol": "TCP", "port": port, "endPort": last}
+        scrapers = [{"from": [{"namespaceSelector": {}}], "ports": [ports]}]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": plan.metadata(names.name(plan.name, "network"), "network"),
+        "spec": {
+            "podSelector": {"matchLabels": plan.own_labels},
+            "policyTypes": ["Ingress"],
+            "ingress": [among, steps, *scrapers],
         },
     }

@@ -24,13 +24,12 @@ HUGGING_FACE_SECRET = "diloco-huggingface"
 ETCD_SECRET = "diloco-etcd-client"
 ETCD_SERVICE = "diloco-etcd"  # headless; also the name of its StatefulSet
 
-# The operator appends "-worker-<i>" to a job's name, and that must still be a label.
-_JOB_LIMIT = LIMIT - len("-worker-63")
+JOB_LIMIT = LIMIT - len("-worker-63")  # the operator names a job's pods and their Services so
 _HASH = 8  # hex digits
 
 
 def label_safe(text: str, limit: int = LIMIT) -> str:
-    """`text` as a DNS-1123 label, with a hash if it had to be changed, so that two texts never give the same label."""
+    """`text` as a DNS-1123 label; with a hash if it is not one already, so that two texts never give the same label."""
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if slug == text and len(slug) <= limit:
         return slug
@@ -48,42 +47,7 @@ def name(*parts: str, limit: int = LIMIT) -> str:
 
 def training(config: TrainingConfig) -> str:
     """A training's name, which all names of the run's objects begin with: deployment and run id."""
-    return name(config.deployment_name, label_safe(config.run_id, 32), limit=_JOB_LIMIT)
-
-
-def worker_job(training: str, site: str, replica: int) -> str:
-    """The PyTorchJob of one worker."""
-    return name(training, site, str(replica), limit=_JOB_LIMIT)
-
-
-def site_job(training: str, site: str) -> str:
-    """The PyTorchJob of all workers of a site."""
-    return name(training, site, limit=_JOB_LIMIT)
-
-
-def pod(job: str, replica: int) -> str:
-    """A PyTorchJob's pod, by the training operator's rule."""
-    return f"{job}-worker-{replica}"
-
-
-def worker_claim(deployment: str, site: str, replica: int) -> str:
-    """The claim of one worker. It does not name the run: later runs find the claim filled."""
-    return name(deployment, site, "worker", str(replica), "data")
-
-
-def site_claim(deployment: str, site: str) -> str:
-    """The claim that all workers of a site share (ReadWriteMany)."""
-    return name(deployment, site, "data")
-
-
-def step_job(training: str, step: str, site: str, replica: int) -> str:
-    """The Job of a step (precache, export) on a worker's claim."""
-    return name(training, step, site, str(replica))
-
-
-def of_training(training: str, what: str) -> str:
-    """An object of which each training has one: its `config`, its `run` secret, its `network` policy."""
-    return name(training, what)
+    return name(config.deployment_name, label_safe(config.run_id, 32), limit=JOB_LIMIT)
 
 
 def deployment_labels(config: TrainingConfig, component: str) -> dict[str, str]:
@@ -105,7 +69,7 @@ def training_labels(config: TrainingConfig, component: str) -> dict[str, str]:
 
 
 def selector(labels: dict[str, str]) -> str:
-    """A selector of these labels, for the API's `labelSelector` and `kubectl -l`."""
+    """A label selector, as the API's `labelSelector` and `kubectl -l` take it."""
     return ",".join(f"{key}={value}" for key, value in labels.items())
 
 

@@ -1,11 +1,7 @@
 """A training on a cluster before anything is created: its names, its sites and its workers.
 
-    made = plan(config, namespace="team", image="registry/diloco-pipelines-python")
-    for job in training_jobs(made):
-        ...
-
 The same builders make two layouts. A PyTorchJob has no volumeClaimTemplates, and a pod template's `claimName` cannot
-vary by replica. So with ReadWriteOnce each worker is a PyTorchJob with a claim of its own. With ReadWriteMany a site
+vary by replica. Therefore, with ReadWriteOnce each worker is a PyTorchJob with a claim of its own. With ReadWriteMany a site
 is one PyTorchJob with a replica for each worker, and its workers share the site's claim.
 """
 
@@ -36,7 +32,7 @@ class Owner:
     uid: str
 
     def reference(self) -> Object:
-        """An entry of `metadata.ownerReferences`. Not as the controller, which would claim to manage the object."""
+        """An entry of `metadata.ownerReferences`; not as the controller, which would claim to manage the object."""
         return {"apiVersion": self.api_version, "kind": self.kind, "name": self.name, "uid": self.uid}
 
 
@@ -46,7 +42,6 @@ class WorkerPlan:
 
     Attributes:
         index: Its number in the training, and its preferred slot.
-        site: Its site.
         replica: Its number in its site.
         job, pod: Names of its PyTorchJob and its pod.
         claim: Name of its claim; with ReadWriteMany its site's.
@@ -67,8 +62,7 @@ class Plan:
     Attributes:
         config: The configuration that the pods read.
         namespace: Namespace of all objects.
-        owner: The object with which all objects but the claims end, if there is one.
-        sites: The sites.
+        owner: The workflow with which all objects but the claims end, if there is one.
         workers: All workers, by index.
     """
 
@@ -92,6 +86,10 @@ class Plan:
         """The label selector of all objects of the run."""
         return names.selector(self.own_labels)
 
+    def component(self, name: str) -> str:
+        """The label selector of the run's objects that are part of a component: "train" or another step's name."""
+        return names.selector(self.own_labels | {"app.kubernetes.io/component": name})
+
     @property
     def own_labels(self) -> dict[str, str]:
         """The labels that only the run's objects have. Two deployments may have runs of the same name."""
@@ -106,26 +104,29 @@ class Plan:
     @property
     def claimants(self) -> tuple[WorkerPlan, ...]:
         """One worker for each claim: the first that uses it."""
-        first: dict[str, WorkerPlan] = {}
-        for worker in self.workers:
-            first.setdefault(worker.claim, worker)
-        return tuple(first.values())
+        first = {worker.claim: worker for worker in reversed(self.workers)}
+        return tuple(reversed(first.values()))
 
-    def metadata(self, name: str, component: str, site: Site | None = None, worker: WorkerPlan | None = None) -> Object:
+    def metadata(self, name: str, component: str, worker: WorkerPlan | None = None) -> Object:
         """`metadata` of an object that belongs to the run and ends with the workflow."""
-        labels = self.labels(component, site, worker)
+        labels = self.labels(component, worker)
         owners = {"ownerReferences": [self.owner.reference()]} if self.owner else {}
         annotations = {f"{names.PREFIX}/run-id": self.run_id}
         return {"name": name, "namespace": self.namespace, "labels": labels, "annotations": annotations, **owners}
 
-    def labels(self, component: str, site: Site | None = None, worker: WorkerPlan | None = None) -> dict[str, str]:
-        """Labels of an object or a pod that belongs to the run."""
-        site = worker.site if worker else site
-        return {
-            **names.training_labels(self.config, component),
-            **({names.SITE_LABEL: site.name} if site else {}),
-            **({names.WORKER_LABEL: str(worker.index)} if worker else {}),
-        }
+    def labels(self, component: str, worker: WorkerPlan | None = None) -> dict[str, str]:
+        """Labels of an object or a pod that belongs to the run.
+
+        Args:
+            worker: The worker that it belongs to, if any. Training pods of a site's job have one template, which
+                therefore names no worker.
+        """
+        labels = names.training_labels(self.config, component)
+        if worker:
+            labels[names.SITE_LABEL] = worker.site.name
+            if component != "train" or self.a_job_a_worker:
+                labels[names.WORKER_LABEL] = str(worker.index)
+        return labels
 
 
 def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Owner | None = None) -> Plan:
@@ -133,7 +134,6 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Owner | N
 
     Args:
         config: Resolved: it has a run id.
-        namespace: Namespace of all objects.
         image: The project's image, where neither site nor vendor nor deployment has another.
         owner: The pipeline run's workflow, if it is in the same namespace.
 
@@ -152,14 +152,12 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Owner | N
 
 
 def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> WorkerPlan:
-    training, deployment = names.training(config), config.deployment_name
-    if config.storage.access_mode == "ReadWriteOnce":
-        job = names.worker_job(training, site.name, replica)
-        return WorkerPlan(
-            index, site, replica, job, names.pod(job, 0), names.worker_claim(deployment, site.name, replica)
-        )
-    job = names.site_job(training, site.name)
-    return WorkerPlan(index, site, replica, job, names.pod(job, replica), names.site_claim(deployment, site.name))
+    # A claim's name lacks the run id: later runs find the claim filled
+    own = config.storage.access_mode == "ReadWriteOnce"
+    number, claim_parts = ([str(replica)], ["worker", str(replica), "data"]) if own else ([], ["data"])
+    job = names.name(names.training(config), site.name, *number, limit=names.JOB_LIMIT)
+    pod = f"{job}-worker-{0 if own else replica}"  # by the training operator's rule
+    return WorkerPlan(index, site, replica, job, pod, names.name(config.deployment_name, site.name, *claim_parts))
 
 
 def _in_pods(config: TrainingConfig, namespace: str) -> TrainingConfig:

@@ -5,17 +5,19 @@ the file, hold the values that differ between pods (address, device of the site)
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from trainer.config import TrainingConfig, given
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
-from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site
+from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site, Vendor
 from trainer.timeouts import LaunchTimeouts
 from trainer.transport.handover import TOKEN_VARIABLE
 from trainer.volume import Volume
 
-Step = Literal["train", "precache", "held-out", "export", "evaluate"]
+Result = Literal["held-out", "export", "evaluate"]
+Step = Literal["train", "precache"] | Result
+RESULTS: tuple[Result, ...] = get_args(Result)
 
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
 CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
@@ -28,27 +30,23 @@ _LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # smallest requests: cores,
 GRACE_PERIOD = LaunchTimeouts().shutdown + 30  # seconds: in the first part of it the agent lets its workers save
 _USER = 1000  # the image's user; not root
 
-# Labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes.
-_GPU_PRODUCT = {"nvidia": "nvidia.com/gpu.product", "amd": "amd.com/gpu.product-name"}
 
-
-def template(
-    plan: Plan, site: Site, step: Step, worker: WorkerPlan | None = None, *, arguments: tuple[str, ...] = ()
-) -> Object:
+def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, ...]) -> Object:
     """A pod template.
 
     Args:
         step: The pod's command: `python -m trainer pod <step>`.
-        worker: The worker that owns the pod, or its claim; None: one of a site's replicas.
+        worker: The worker that owns the pod or its claim; for the training pods of a site's job any of its workers.
         arguments: Further arguments of the command.
     """
+    site = worker.site
     spec: Object = {
         "automountServiceAccountToken": False,  # no process in it uses the API
         "enableServiceLinks": False,  # a Service named diloco-… would set DILOCO_* variables, which are parameters
         "terminationGracePeriodSeconds": GRACE_PERIOD,
         "securityContext": _security(plan, step),
-        "containers": [_container(plan, site, step, worker, arguments)],
-        "volumes": _volumes(plan, site, worker),
+        "containers": [_container(plan, step, worker, arguments)],
+        "volumes": _volumes(plan, worker),
         "tolerations": _tolerations(site),
     }
     if site.node_selector:
@@ -62,18 +60,16 @@ def template(
     if plan.config.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in plan.config.image_pull_secrets]
     # Kubeflow's namespaces inject Istio's sidecar, which would outlive the work, and intercept workers' connections.
-    labels = {**plan.labels(step, site, worker), "sidecar.istio.io/inject": "false"}
-    annotations = {"sidecar.istio.io/inject": "false"}
+    no_sidecar = {"sidecar.istio.io/inject": "false"}
+    labels, annotations = plan.labels(step, worker) | no_sidecar, dict(no_sidecar)
     if step == "train" and (port := given(plan.config.metrics_port)):
-        annotations |= {
-            "prometheus.io/scrape": "true",
-            "prometheus.io/port": str(port),
-            "prometheus.io/path": "/metrics",
-        }
+        scrape = {"scrape": "true", "port": str(port), "path": "/metrics"}
+        annotations |= {f"prometheus.io/{key}": value for key, value in scrape.items()}
     return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
 
 
-def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, arguments: tuple[str, ...]) -> Object:
+def _container(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, ...]) -> Object:
+    site = worker.site
     container: Object = {
         "name": CONTAINER if step == "train" else step,
         "image": site.image,
@@ -86,7 +82,7 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
         "volumeMounts": _mounts(plan, worker, step),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # its status holds the last lines of its log
     }
-    if step in ("held-out", "export", "evaluate"):
+    if step in RESULTS:
         container["ports"] = [{"name": "result", "containerPort": RESULT_PORT, "protocol": "TCP"}]
     if step == "train" and (port := given(plan.config.metrics_port)):
         container["ports"] = [{"name": "metrics", "containerPort": port, "protocol": "TCP"}]
@@ -96,51 +92,37 @@ def _container(plan: Plan, site: Site, step: Step, worker: WorkerPlan | None, ar
 def _resources(plan: Plan, site: Site, step: Step) -> Object:
     """The container's requests, which the scheduler reserves, and its limits, which are the parameters.
 
-    One core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while a request that no
-    node can meet keeps the pod waiting for ever. Little ephemeral storage is needed: data, models and checkpoints are
+    One core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while a pod whose request
+    no node can meet waits indefinitely. Little ephemeral storage is needed: data, models and checkpoints are
     on the claim. A worker's memory is requested in full, because it will be used. The QoS class is therefore Burstable;
     but a node short of memory first evicts pods that use more than they have requested, which a worker cannot.
     """
     config = plan.config
-    limits = {
-        "cpu": str(config.cpu_cores),
-        "memory": f"{config.memory_gb}Gi",
-        "ephemeral-storage": f"{config.ephemeral_storage_gb}Gi",
-    }
-    requests = {
-        "cpu": str(min(_LEAST_CPU, config.cpu_cores)),
-        "memory": f"{_requested_memory(config.memory_gb, step)}Gi",
-        "ephemeral-storage": f"{min(_LEAST_STORAGE, config.ephemeral_storage_gb)}Gi",
-    }
     gpus = {site.gpu_resource: str(site.gpu_count)} if _has_gpus(site, step) else {}
-    return {"requests": requests | gpus, "limits": limits | gpus}
+    # Precaching processes data in pieces. Export and evaluation hold the model, and a checkpoint while it is loaded; a
+    # worker holds at least six copies: parameters, gradients, two moments, the committed state and the outer momentum.
+    third = -(-config.memory_gb // 3)
+    needed = {"train": config.memory_gb, "export": third, "evaluate": third}.get(step, 0)
 
+    def amounts(cpu: int, memory: int, storage: int) -> dict[str, str]:
+        return {"cpu": str(cpu), "memory": f"{memory}Gi", "ephemeral-storage": f"{storage}Gi"} | gpus
 
-def _requested_memory(memory: int, step: Step) -> int:
-    """The memory request of a step in GiB, at most a worker's `memory`."""
-    if step == "train":
-        return memory
-    if step in ("precache", "held-out"):  # they process data in pieces
-        return min(_LEAST_MEMORY, memory)
-    # Export and evaluation hold the model, and a checkpoint while it is loaded. A worker holds at least six copies:
-    # parameters, gradients, two moments, the committed state and the outer momentum.
-    return min(max(_LEAST_MEMORY, -(-memory // 3)), memory)
+    most = (config.cpu_cores, config.memory_gb, config.ephemeral_storage_gb)
+    least = (_LEAST_CPU, max(_LEAST_MEMORY, needed), _LEAST_STORAGE)
+    return {"requests": amounts(*map(min, least, most)), "limits": amounts(*most)}
 
 
 def _has_gpus(site: Site, step: Step) -> bool:
-    """Whether the pod requests GPUs: training and evaluation use them, and precaching decides on their node.
+    """Whether the pod requests GPUs: training and evaluation use them, and precaching binds the claim to their node.
 
-    Where precaching's claim gets its volume, the worker's pod must fit later. The other steps use a claim that has its
-    place, and would wait for a GPU without using it.
+    The other steps use a claim that is bound already, and would wait for a GPU without using it.
     """
     return bool(site.gpu_resource) and step in ("train", "evaluate", "precache")
 
 
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     config = plan.config
-    values: dict[str, object] = {
-        "HOME": "/tmp",  # other images may have no writable home
-    }
+    values: dict[str, object] = {"HOME": "/tmp"}  # other images may have no writable home
     if step != "train":  # the operator sets it in a PyTorchJob's pods
         values["PYTHONUNBUFFERED"] = 1
     if site.vendor == "nvidia" and not _has_gpus(site, step):
@@ -160,15 +142,14 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
             environment.append(_secret("ETCD_PASSWORD", names.ETCD_SECRET, "password"))
     if step in ("precache", "export", "evaluate"):
         environment.append(_secret("HF_TOKEN", names.HUGGING_FACE_SECRET, "HF_TOKEN", optional=not config.hf_upload))
-    if step in ("held-out", "export", "evaluate"):
-        environment.append(_secret(TOKEN_VARIABLE, names.of_training(plan.name, "run"), TOKEN_KEY))
+    if step in RESULTS:
+        environment.append(_secret(TOKEN_VARIABLE, names.name(plan.name, "run"), TOKEN_KEY))
     return environment
 
 
 def _nccl(config: TrainingConfig) -> dict[str, object]:
     """NCCL's variables, which RCCL reads, too: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html"""
     nccl = config.elastic.nccl
-    interface = {"NCCL_SOCKET_IFNAME": nccl.socket_ifname} if nccl.socket_ifname else {}
     return {
         "NCCL_DEBUG": nccl.debug,
         "NCCL_IB_TIMEOUT": nccl.ib_timeout,
@@ -176,7 +157,7 @@ def _nccl(config: TrainingConfig) -> dict[str, object]:
         "NCCL_SOCKET_NTHREADS": nccl.socket_nthreads,
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": nccl.async_error_handling,
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": nccl.timeout,
-        **interface,
+        **({"NCCL_SOCKET_IFNAME": nccl.socket_ifname} if nccl.socket_ifname else {}),
     }
 
 
@@ -185,18 +166,15 @@ def _field(variable: str, path: str) -> Object:
 
 
 def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> Object:
-    return {
-        "name": variable,
-        "valueFrom": {"secretKeyRef": {"name": secret, "key": key, **({"optional": True} if optional else {})}},
-    }
+    reference = {"name": secret, "key": key} | ({"optional": True} if optional else {})
+    return {"name": variable, "valueFrom": {"secretKeyRef": reference}}
 
 
-def _volumes(plan: Plan, site: Site, worker: WorkerPlan | None) -> list[Object]:
-    claim = worker.claim if worker else next(worker.claim for worker in plan.workers if worker.site == site)
+def _volumes(plan: Plan, worker: WorkerPlan) -> list[Object]:
     shared_memory = f"{max(1, plan.config.memory_gb // 4)}Gi"  # counts as the pod's memory
     volumes: list[Object] = [
-        {"name": "data", "persistentVolumeClaim": {"claimName": claim}},
-        {"name": "config", "configMap": {"name": names.of_training(plan.name, "config")}},
+        {"name": "data", "persistentVolumeClaim": {"claimName": worker.claim}},
+        {"name": "config", "configMap": {"name": names.name(plan.name, "config")}},
         # Data loaders and NCCL pass tensors through it; a container's default has 64 MB.
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}},
         {"name": "temporary", "emptyDir": {}},
@@ -207,7 +185,7 @@ def _volumes(plan: Plan, site: Site, worker: WorkerPlan | None) -> list[Object]:
     return volumes
 
 
-def _mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
+def _mounts(plan: Plan, worker: WorkerPlan, step: Step) -> list[Object]:
     mounts: list[Object] = [
         {"name": "config", "mountPath": CONFIG_DIRECTORY, "readOnly": True},
         {"name": "shared-memory", "mountPath": "/dev/shm"},
@@ -219,7 +197,7 @@ def _mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
     return mounts
 
 
-def _data_mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Object]:
+def _data_mounts(plan: Plan, worker: WorkerPlan, step: Step) -> list[Object]:
     """The mounts of the claim.
 
     A worker's own claim is mounted at `/data`. Of a shared claim, `/data` is a folder named like the worker's pod, and
@@ -227,15 +205,10 @@ def _data_mounts(plan: Plan, worker: WorkerPlan | None, step: Step) -> list[Obje
     """
     volume = Volume.of(plan.config)
     folders = {"models": volume.models, "datasets": volume.datasets, "checkpoints": volume.checkpoints.parent}
-    root: Object = {"name": "data", "mountPath": DATA}
+    own = {"subPathExpr": "$(POD_NAME)"} if step == "train" else {"subPath": worker.pod}
     if plan.a_job_a_worker:
         own = {}
-    elif step == "train":
-        own = {"subPathExpr": "$(POD_NAME)"}
-    else:
-        assert worker is not None
-        own = {"subPath": worker.pod}
-    mounts = [{**root, **own}]
+    mounts: list[Object] = [{"name": "data", "mountPath": DATA, **own}]
     for folder, path in folders.items():
         inside = path.is_relative_to(DATA)
         if folder == "checkpoints" and own and not inside:
@@ -263,19 +236,16 @@ def _security(plan: Plan, step: Step) -> Object:
         "seccompProfile": {"type": "RuntimeDefault"},
     }
     if plan.config.port_range and step == "train":
-        # gloo listens on ports that the kernel chooses: with this (a safe sysctl, for Kubernetes) from the range that
-        # a firewall lets through.
+        # gloo listens on ports that the kernel chooses: with this safe sysctl from the range that a firewall admits
         low, high = plan.config.port_range.split("-")
         context["sysctls"] = [{"name": "net.ipv4.ip_local_port_range", "value": f"{low} {high}"}]
     return context
 
 
 def _tolerations(site: Site) -> list[Object]:
-    """The site's own tolerations, and that of the taint, named like the resource, which reserves GPU nodes."""
-    own = [dict(toleration) for toleration in site.tolerations]
-    if site.vendor == "cpu":
-        return own
-    return [*own, {"key": GPU_RESOURCES[site.vendor], "operator": "Exists", "effect": "NoSchedule"}]
+    """The site's own tolerations, and that of the taint that reserves GPU nodes; it is named like the resource."""
+    reserved = {"key": GPU_RESOURCES.get(site.vendor), "operator": "Exists", "effect": "NoSchedule"}
+    return [*map(dict, site.tolerations), *([reserved] if site.vendor in GPU_RESOURCES else [])]
 
 
 def _affinity(plan: Plan, site: Site, step: Step) -> Object:
@@ -285,8 +255,8 @@ def _affinity(plan: Plan, site: Site, step: Step) -> Object:
     """
     preferred = "preferredDuringSchedulingIgnoredDuringExecution"
     affinity: Object = {}
-    if gpus := _gpu_preference(plan, site):
-        affinity["nodeAffinity"] = {preferred: gpus}
+    if site.vendor != "cpu":
+        affinity["nodeAffinity"] = {preferred: _gpu_preference(plan.config, site.vendor)}
     if step in ("train", "precache") and len(plan.workers) > 1:
         others = {"matchLabels": {**plan.own_labels, "app.kubernetes.io/component": step}}
         term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": others}
@@ -294,14 +264,15 @@ def _affinity(plan: Plan, site: Site, step: Step) -> Object:
     return affinity
 
 
-def _gpu_preference(plan: Plan, site: Site) -> list[Object]:
-    config = plan.config
-    if site.vendor == "cpu":
-        return []
-    wanted: list[Object] = [{"key": _GPU_PRODUCT[site.vendor], "operator": "In", "values": [config.gpu_type]}]
-    if site.vendor == "nvidia":  # in MiB, and a little less than its nominal size
+def _gpu_preference(config: TrainingConfig, vendor: Vendor) -> list[Object]:
+    """By labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes."""
+    if vendor == "nvidia":  # memory in MiB, and a little less than its nominal size
         least = config.gpu_memory * 1024 * 9 // 10
-        wanted.append({"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": [str(least)]})
+        wanted = [("nvidia.com/gpu.product", "In", config.gpu_type), ("nvidia.com/gpu.memory", "Gt", str(least))]
     else:
-        wanted.append({"key": "amd.com/gpu.vram", "operator": "In", "values": [f"{config.gpu_memory}G"]})
-    return [{"weight": 50, "preference": {"matchExpressions": [expression]}} for expression in wanted]
+        wanted = [
+            ("amd.com/gpu.product-name", "In", config.gpu_type),
+            ("amd.com/gpu.vram", "In", f"{config.gpu_memory}G"),
+        ]
+    terms = [{"key": key, "operator": operator, "values": [value]} for key, operator, value in wanted]
+    return [{"weight": 50, "preference": {"matchExpressions": [term]}} for term in terms]

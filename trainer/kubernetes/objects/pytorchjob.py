@@ -3,34 +3,35 @@
 https://www.kubeflow.org/docs/components/trainer/legacy-v1/reference/
 """
 
-from trainer.kubernetes.objects import names, pod_template
+from trainer.kubernetes.objects import pod_template
 from trainer.kubernetes.objects.plan import Object, Plan, WorkerPlan
-from trainer.kubernetes.objects.sites import Site
 
 
 def training_jobs(plan: Plan) -> list[Object]:
     """The PyTorchJobs of a training: one for each worker, or (ReadWriteMany) for each site."""
-    if plan.a_job_a_worker:
-        return [_job(plan, worker.job, worker.site, worker) for worker in plan.workers]
-    return [_job(plan, names.site_job(plan.name, site.name), site, None) for site in plan.sites]
+    return [_job(plan, worker) for worker in plan.claimants]
 
 
-def _job(plan: Plan, name: str, site: Site, worker: WorkerPlan | None) -> Object:
+def _job(plan: Plan, first: WorkerPlan) -> Object:
+    """The PyTorchJob of a worker, or of its site's workers."""
     config = plan.config
     # A worker with a volume of its own takes the slot of that volume; one of several pods of a job takes any free slot.
-    slot = ("--slot", str(worker.index)) if worker else ()
-    replicas = 1 if worker else site.replicas
+    slot = ("--slot", str(first.index)) if plan.a_job_a_worker else ()
+    replicas = 1 if plan.a_job_a_worker else first.site.replicas
+    # A gang scheduler must place these pods at once for `min_nodes`, if all others run. The operator's default, all
+    # replicas, would make an elastic start impossible.
+    fewest = max(1, config.min_nodes - (config.nodes - replicas))
     run_policy: Object = {
         "activeDeadlineSeconds": config.active_deadline,
         "ttlSecondsAfterFinished": config.finished_ttl,
         # The first worker to end makes the job "Succeeded", while the others still save and must not be killed.
         "cleanPodPolicy": "None",
-        "schedulingPolicy": {"minAvailable": _fewest(plan, replicas)},
+        "schedulingPolicy": {"minAvailable": fewest},
     }
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
-        "metadata": plan.metadata(name, "train", site, worker),
+        "metadata": plan.metadata(first.job, "train", first),
         "spec": {
             "elasticPolicy": _elastic_policy(plan),
             "nprocPerNode": str(config.elastic.nproc_per_node),
@@ -40,19 +41,11 @@ def _job(plan: Plan, name: str, site: Site, worker: WorkerPlan | None) -> Object
                     "replicas": replicas,
                     # Exit statuses from 128 on (SIGTERM, out of memory) lead to a new pod; smaller ones are failures.
                     "restartPolicy": "ExitCode",
-                    "template": pod_template.template(plan, site, "train", worker, arguments=slot),
+                    "template": pod_template.template(plan, "train", first, slot),
                 }
             },
         },
     }
-
-
-def _fewest(plan: Plan, replicas: int) -> int:
-    """The number of the job's pods that a gang scheduler must place at once for `min_nodes`, if all others run.
-
-    The operator's default is all replicas, which would make an elastic start impossible.
-    """
-    return max(1, plan.config.min_nodes - (plan.config.nodes - replicas))
 
 
 def _elastic_policy(plan: Plan) -> Object:

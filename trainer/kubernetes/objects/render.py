@@ -13,9 +13,9 @@ import yaml
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments, load_config
 from trainer.errors import run_main
 from trainer.files import write_text
-from trainer.kubernetes.objects.jobs import RESULTS, claim, config_map, precache_job, result_job, run_secret
-from trainer.kubernetes.objects.network import network_policy
+from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, run_secret, step_job
 from trainer.kubernetes.objects.plan import Object, Plan, plan
+from trainer.kubernetes.objects.pod_template import RESULTS
 from trainer.kubernetes.objects.pytorchjob import training_jobs
 from trainer.version import DEFAULT_IMAGE
 
@@ -33,11 +33,10 @@ class _Readable(yaml.SafeDumper):
     """Writes multi-line texts as blocks, not as one line with escapes."""
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Readable.add_representer(str, _text)
+_Readable.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 
 def objects(plan: Plan) -> Iterator[Object]:
@@ -46,9 +45,9 @@ def objects(plan: Plan) -> Iterator[Object]:
     yield config_map(plan)
     yield run_secret(plan, "made by each step that needs one")
     yield network_policy(plan)
-    yield from (precache_job(plan, worker) for worker in plan.claimants)
+    yield from (step_job(plan, worker, "precache") for worker in plan.claimants)
     yield from training_jobs(plan)
-    yield from (result_job(plan, plan.workers[0], what) for what in RESULTS)
+    yield from (step_job(plan, plan.workers[0], what) for what in RESULTS)
 
 
 def render(config: TrainingConfig) -> str:
@@ -60,16 +59,10 @@ def render(config: TrainingConfig) -> str:
 
 
 def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
-    """Write the rendered files of `manifests/`. Returns their paths.
-
-    Args:
-        root: The folder `manifests`.
-        config: For etcd's settings.
-    """
-    settings = root / "base" / "etcd.env"
+    """Write the rendered files of the folder `manifests`. Returns their paths."""
     values = config.to_flat()
     lines = [f"{variable}={values[name]}\n" for name, variable in ETCD_SETTINGS.items()]
-    written = {settings: "".join(lines)}
+    written = {root / "base" / "etcd.env": "".join(lines)}
     for file in sorted(root.glob("examples/*/config.yaml")):
         head = f"# Rendered from {file.name} by `make manifests`: the objects that the pipeline's steps would make.\n"
         written[file.with_name("objects.yaml")] = head + render(load_config(file, environ={}))
@@ -80,9 +73,8 @@ def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, and render. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.kubernetes.objects.render", description="Print the objects of a training on a cluster."
-    )
+    description = "Print the objects of a training on a cluster."
+    parser = argparse.ArgumentParser(prog="python -m trainer.kubernetes.objects.render", description=description)
     parser.add_argument("--manifests", type=Path, metavar="FOLDER", help="render this folder instead: manifests")
     add_config_flags(parser)
     parsed = parser.parse_args(arguments)

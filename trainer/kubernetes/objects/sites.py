@@ -23,10 +23,8 @@ class Site:
         name: A DNS label.
         replicas: Number of workers' nodes.
         vendor: Vendor of the GPUs; "cpu": no GPUs.
-        image: The workers' image.
         gpu_resource: The GPUs' extended resource; "" at a CPU site.
         gpu_count: GPUs in a worker's pod.
-        node_selector: Labels of the nodes.
         tolerations: Tolerations of the nodes' taints, in the API's form.
         runtime_class: RuntimeClass of the pods; "": the nodes' default.
         storage_class: StorageClass of the claims; "": the cluster's default.
@@ -58,13 +56,25 @@ def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
     Raises:
         ConfigError: `nodes` cannot be split over the GPU vendors.
     """
-    return tuple(_site(config, pool, image) for pool in config.sites or _by_vendor(config))
+    pools = config.sites
+    if not pools and (config.device == "cpu" or config.gpu_count == 0):
+        pools = [SiteConfig(name="cpu", replicas=config.nodes)]
+    elif not pools:
+        split = vendor_nodes(config).items()
+        pools = [SiteConfig(name=it, replicas=nodes, gpu_resource=GPU_RESOURCES[it]) for it, nodes in split if nodes]
+    return tuple(_site(config, pool, image) for pool in pools)
 
 
 def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
-    vendor = vendor_of(config, pool)
-    settings = _settings(config, vendor)
+    # The vendor of the GPUs: by their resource (`amd.com/gpu`, `nvidia.com/mig-1g.10gb`), else by `gpu_vendor`
     count = config.gpu_count if pool.gpu_count == UNSET else pool.gpu_count
+    vendor = _own_vendor(config)
+    if pool.gpu_resource:
+        vendor = "amd" if pool.gpu_resource.startswith("amd.com/") else "nvidia"
+    if count == 0 or config.device == "cpu":
+        vendor = "cpu"
+
+    settings = {"nvidia": config.gpu.nvidia, "amd": config.gpu.amd}.get(vendor)
     return Site(
         name=pool.name,
         replicas=pool.replicas,
@@ -79,32 +89,8 @@ def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
     )
 
 
-def vendor_of(config: TrainingConfig, pool: SiteConfig) -> Vendor:
-    """The vendor of a site's GPUs: by its resource (`amd.com/gpu`, `nvidia.com/mig-1g.10gb`), else by `gpu_vendor`."""
-    count = config.gpu_count if pool.gpu_count == UNSET else pool.gpu_count
-    if count == 0 or config.device == "cpu":
-        return "cpu"
-    if pool.gpu_resource:
-        return "amd" if pool.gpu_resource.startswith("amd.com/") else "nvidia"
-    return _own_vendor(config)
-
-
-def _settings(config: TrainingConfig, vendor: Vendor) -> VendorConfig | None:
-    return {"nvidia": config.gpu.nvidia, "amd": config.gpu.amd, "cpu": None}[vendor]
-
-
 def _own_vendor(config: TrainingConfig) -> Vendor:
     return "amd" if config.gpu_vendor == "AMD" else "nvidia"
-
-
-def _by_vendor(config: TrainingConfig) -> list[SiteConfig]:
-    if config.device == "cpu" or config.gpu_count == 0:
-        return [SiteConfig(name="cpu", replicas=config.nodes)]
-    return [
-        SiteConfig(name=vendor, replicas=nodes, gpu_resource=GPU_RESOURCES[vendor])
-        for vendor, nodes in vendor_nodes(config).items()
-        if nodes
-    ]
 
 
 def vendor_nodes(config: TrainingConfig) -> dict[Vendor, int]:
@@ -118,14 +104,15 @@ def vendor_nodes(config: TrainingConfig) -> dict[Vendor, int]:
         ConfigError: No vendor takes part, or they admit fewer or demand more nodes than `nodes`.
     """
     # The vendors that take part, with their limits
-    taking: list[Vendor] = []
-    for vendor, settings in (("nvidia", config.gpu.nvidia), ("amd", config.gpu.amd)):
+    vendors: dict[Vendor, VendorConfig] = {"nvidia": config.gpu.nvidia, "amd": config.gpu.amd}
+    limits: dict[Vendor, tuple[int, int]] = {}
+    for vendor, settings in vendors.items():
         if settings.enabled and (settings.image or vendor == _own_vendor(config)):
-            taking.append(vendor)  # type: ignore[arg-type]
-    if not taking:
+            high = given(settings.max_nodes)
+            limits[vendor] = given(settings.min_nodes) or 0, config.nodes if high is None else high
+    if not limits:
         enabled = "gpu.nvidia.enabled" if _own_vendor(config) == "nvidia" else "gpu.amd.enabled"
         raise ConfigError(enabled, False, "leaves no vendor's GPUs to train on: enable one, and give it an image")
-    limits = {vendor: _limits(config, vendor) for vendor in taking}
     split = {vendor: low for vendor, (low, _) in limits.items()}
     if sum(split.values()) > config.nodes:
         demanded = " + ".join(f"gpu.{vendor}.min_nodes ({low})" for vendor, (low, _) in limits.items() if low)
@@ -134,18 +121,11 @@ def vendor_nodes(config: TrainingConfig) -> dict[Vendor, int]:
     # The rest, node by node
     preferred = config.elastic.gpu_distribution.removeprefix("prefer-")
     for _ in range(config.nodes - sum(split.values())):
-        open_ = [vendor for vendor in taking if split[vendor] < limits[vendor][1]]
+        open_ = [vendor for vendor in limits if split[vendor] < limits[vendor][1]]
         if not open_:
             allowed = " + ".join(f"gpu.{vendor}.max_nodes ({high})" for vendor, (_, high) in limits.items())
             raise ConfigError("nodes", config.nodes, f"must be at most {allowed}")
         # The preferred vendor, or the one with fewest nodes; among equals NVIDIA, which is listed first.
-        chosen = min(open_, key=lambda vendor: (vendor != preferred) if preferred in taking else split[vendor])
+        chosen = min(open_, key=lambda vendor: (vendor != preferred) if preferred in limits else split[vendor])
         split[chosen] += 1
     return split
-
-
-def _limits(config: TrainingConfig, vendor: Vendor) -> tuple[int, int]:
-    settings = _settings(config, vendor)
-    assert settings is not None
-    high = given(settings.max_nodes)
-    return given(settings.min_nodes) or 0, config.nodes if high is None else high

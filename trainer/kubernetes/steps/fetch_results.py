@@ -9,12 +9,13 @@ from trainer.kubernetes import pod_main
 from trainer.kubernetes.api.kinds import JOB
 from trainer.kubernetes.objects import jobs, names
 from trainer.kubernetes.objects.plan import WorkerPlan
+from trainer.kubernetes.objects.pod_template import Result
 from trainer.kubernetes.steps.job_runner import JobFailed, run_jobs
 from trainer.kubernetes.steps.step_context import StepContext
 from trainer.transport.handover import fetch
 
 
-def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: jobs.Result, directory: Path) -> WorkerPlan:
+def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: Result, directory: Path) -> WorkerPlan:
     """Fetch a result ("held-out", "export" or "evaluate") from the first claim that can provide it.
 
     Args:
@@ -39,9 +40,9 @@ def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: jobs
     raise TrainingError(refused[0] if refused else f"no claim is known that could provide the {what} result")
 
 
-def _fetch_from(context: StepContext, worker: WorkerPlan, what: jobs.Result, directory: Path) -> None:
+def _fetch_from(context: StepContext, worker: WorkerPlan, what: Result, directory: Path) -> None:
     token = context.new_token()
-    body = jobs.result_job(context.plan, worker, what)
+    body = jobs.step_job(context.plan, worker, what)
     component = body["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
     selector = f"{context.plan.selector},{names.selector({'app.kubernetes.io/component': component})}"
     bodies = {f"{what} on worker {worker.index}'s claim": body}

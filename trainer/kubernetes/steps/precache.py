@@ -134,7 +134,9 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 def _fill(context: StepContext) -> dict[str, dict[str, Any]]:
     """Run a Job on each claim, all at once. Returns the manifest on each claim, by the claim's name."""
     plan = context.plan
-    bodies = {f"precaching for worker {worker.index}": jobs.precache_job(plan, worker) for worker in plan.claimants}
+    bodies = {
+        f"precaching for worker {worker.index}": jobs.step_job(plan, worker, "precache") for worker in plan.claimants
+    }
     job_names = [body["metadata"]["name"] for body in bodies.values()]
     claims = dict(zip(job_names, (worker.claim for worker in plan.claimants), strict=True))
     selector = f"{plan.selector},{names.selector({'app.kubernetes.io/component': 'precache'})}"

@@ -12,8 +12,7 @@ from trainer.kubernetes.api.client import ApiError, Client
 from trainer.kubernetes.api.kinds import CLAIM, JOB, KINDS, PYTORCH_JOB, SECRET, JobKind, Kind, Object
 from trainer.kubernetes.api.silence import Say
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.jobs import config_map, run_secret
-from trainer.kubernetes.objects.network import network_policy
+from trainer.kubernetes.objects.jobs import config_map, network_policy, run_secret
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.steps.workflow import Workflow, own_pod
 from trainer.timeouts import KubernetesTimeouts
