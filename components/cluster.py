@@ -36,19 +36,18 @@ class ClusterLauncher:
         from trainer.kubernetes.steps.precache import precache
 
         held_out, claims = self._scratch / "held-out", self._scratch / "claims.json"
-        precached = precache(self._context, held_out)
-        write_json(claims, precached.claims)
+        manifests = precache(self._context, held_out)
+        write_json(claims, manifests)
         manifest = parse_manifest(read_json(held_out / MANIFEST))
         files = {path.name: path for path in (*held_out.iterdir(), claims)}
-        return Output(files, {"claims": list(precached.claims)} | dataset_metadata(manifest))
+        return Output(files, {"claims": list(manifests)} | dataset_metadata(manifest))
 
     def train(self) -> Output:
         from trainer.kubernetes.steps.training import train
 
         directory = self._scratch / "run"
-        trained = train(self._context, directory)
+        workers = train(self._context, directory)
         # Record which claims have the model, for export
-        workers = [self._context.plan.workers[index] for index in trained.workers]
         claims = [{"worker": worker.index, "claim": worker.claim, "site": worker.site.name} for worker in workers]
         write_json(directory / TRAINED, claims)
         files = {path.name: path for path in directory.iterdir()}

@@ -24,21 +24,29 @@ from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.api.kinds import CLAIM, PYTORCH_JOB
 from trainer.kubernetes.objects.jobs import claim
-from trainer.kubernetes.objects.plan import Owner, plan
+from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.steps.fetch_results import fetch_result
 from trainer.kubernetes.steps.job_follower import JobFollower, Message
 from trainer.kubernetes.steps.precache import precache
 from trainer.kubernetes.steps.step_context import StepContext
-from trainer.kubernetes.steps.training import Trained, train
+from trainer.kubernetes.steps.training import train
 from trainer.kubernetes.steps.workflow import Workflow
 from trainer.timeouts import KubernetesTimeouts, MonitorTimeouts
 
 pytestmark = pytest.mark.timeout(600)
 
-ANOTHER_OWNER = Owner(
-    "argoproj.io/v1alpha1", "Workflow", "diloco-training-b2c3d", "00000000-0000-4000-8000-000000000001"
-)
-OWNER = Owner("argoproj.io/v1alpha1", "Workflow", "diloco-training-x7k2p", "7b1c0e9e-0000-4000-8000-000000000000")
+ANOTHER_OWNER = {
+    "apiVersion": "argoproj.io/v1alpha1",
+    "kind": "Workflow",
+    "name": "diloco-training-b2c3d",
+    "uid": "00000000-0000-4000-8000-000000000001",
+}
+OWNER = {
+    "apiVersion": "argoproj.io/v1alpha1",
+    "kind": "Workflow",
+    "name": "diloco-training-x7k2p",
+    "uid": "7b1c0e9e-0000-4000-8000-000000000000",
+}
 
 
 QUICK = KubernetesTimeouts(
@@ -65,9 +73,9 @@ class Place:
 
     def __init__(self, server: ApiServer, etcd: str, run_id: str) -> None:
         self.server, self.story, self.run_id = server, Story(), run_id
-        self.owner: Owner | None = OWNER
+        self.owner: Object | None = OWNER
         for owner in (OWNER, ANOTHER_OWNER):
-            metadata = {"name": owner.name, "uid": owner.uid}
+            metadata = {"name": owner["name"], "uid": owner["uid"]}
             server.put("workflows", {"metadata": metadata, "spec": {}, "status": {"phase": "Running"}})
         self.cluster = Cluster(server, self.story)
         self.timeouts = QUICK
@@ -87,13 +95,13 @@ class Place:
         base = {"launcher": "pytorchjob", "run_id": self.run_id, "device": "cpu", "etcd_endpoints": [self._etcd]}
         config = TrainingConfig.from_flat({**base, **quick, **values}).resolved()
         made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=self.owner)
-        workflow = Workflow("default", self.owner.name, self.owner.uid) if self.owner else None
+        workflow = Workflow("default", self.owner["name"], self.owner["uid"]) if self.owner else None
         return StepContext(Client(config.deployment_namespace, self.timeouts), made, self.say, workflow)
 
     def terminate(self) -> None:
         """Terminate the workflow, as KFP does: before the step hears of it."""
         assert self.owner is not None
-        self.server.update("workflows", self.owner.name, lambda one: one["spec"].update(activeDeadlineSeconds=0))
+        self.server.update("workflows", self.owner["name"], lambda one: one["spec"].update(activeDeadlineSeconds=0))
 
     def say(self, line: str) -> None:
         with self._said:
@@ -145,8 +153,8 @@ def never(*_: Any) -> None:
 def test_claims_are_made_filled_and_found_warm_by_the_next_run(place: Place, tmp_path: Path) -> None:
     done = precache(place.context(), tmp_path / "held-out")
     claims = place.server.all("persistentvolumeclaims")
-    assert list(done.claims) == list(claims) == [f"diloco-training-job-cpu-worker-{i}-data" for i in range(2)]
-    assert done.claims[next(iter(claims))] == {"hash": "abc", "dataset": "files:corpus"}
+    assert list(done) == list(claims) == [f"diloco-training-job-cpu-worker-{i}-data" for i in range(2)]
+    assert done[next(iter(claims))] == {"hash": "abc", "dataset": "files:corpus"}
     assert (tmp_path / "held-out" / "manifest.json").read_text() == "{}"
     assert all("ownerReferences" not in claim["metadata"] for claim in claims.values())
     assert place.said("precaching for worker 1", "1 of about 1 MB")
@@ -174,7 +182,7 @@ def test_a_failed_job_is_tried_again(place: Place, tmp_path: Path) -> None:
             place.story.precache(cluster, pod)
 
     place.story.told["precache"] = fail_first
-    assert len(precache(place.context(), tmp_path / "held-out").claims) == 2
+    assert len(precache(place.context(), tmp_path / "held-out")) == 2
     assert place.said("precaching for worker 1 has failed: the hub does not answer; trying it again")
 
 
@@ -209,7 +217,7 @@ def test_a_step_that_was_started_again_goes_on_with_its_jobs(place: Place, tmp_p
     with pytest.raises(Died):
         precache(place.context(), tmp_path / "held-out")
     place.on_line = lambda line: release.set() if "worker 1: its Job is under way already" in line else None
-    assert len(precache(place.context(), tmp_path / "held-out").claims) == 2
+    assert len(precache(place.context(), tmp_path / "held-out")) == 2
     assert {life for name, life in place.story.lives.items() if "precache" in name} == {0}
 
 
@@ -324,7 +332,7 @@ def release_once_all_run(place: Place, workers: int = 2) -> None:
 def test_a_training_is_made_followed_and_ends_as_it_ended(place: Place, tmp_path: Path) -> None:
     release_once_all_run(place)
     done = train(place.context(), tmp_path / "run")
-    assert done == Trained((0, 1))
+    assert [worker.index for worker in done] == [0, 1]
     jobs = place.server.all("pytorchjobs")
     assert len(jobs) == 2
     for job in jobs.values():
@@ -360,7 +368,7 @@ def test_the_claim_with_the_newest_checkpoint_comes_first(place: Place, tmp_path
         cluster, pod, rounds=3 if pod["metadata"]["name"].endswith("1-worker-0") else 2
     )
     release_once_all_run(place)
-    assert train(place.context(), tmp_path / "run") == Trained((1, 0))
+    assert [worker.index for worker in train(place.context(), tmp_path / "run")] == [1, 0]
 
 
 def test_a_complete_run_is_not_trained_again(place: Place, tmp_path: Path) -> None:
@@ -782,10 +790,10 @@ def nothing_but_claims(place: Place) -> None:
     assert len(place.server.all("persistentvolumeclaims")) == 2
 
 
-def delete(place: Place, owner: Owner) -> None:
+def delete(place: Place, owner: Object) -> None:
     """The workflow is deleted, by a finalizer's leave only later: the garbage collector has not begun yet."""
     place.server.update(
-        "workflows", owner.name, lambda one: one["metadata"].update(deletionTimestamp="2026-11-28T00:00:00Z")
+        "workflows", owner["name"], lambda one: one["metadata"].update(deletionTimestamp="2026-11-28T00:00:00Z")
     )
 
 
@@ -914,7 +922,7 @@ def test_a_drained_precache_leaves_its_jobs_alone_and_its_successor_goes_on_with
     before = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
     assert len(before) == 2
     place.on_line = lambda line: release.set() if "worker 1: its Job is under way already" in line else None
-    assert len(precache(place.context(), tmp_path / "held-out").claims) == 2
+    assert len(precache(place.context(), tmp_path / "held-out")) == 2
     after = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
     assert len(after) == 3  # and that of the held-out part
     assert before < after

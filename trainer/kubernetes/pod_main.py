@@ -28,7 +28,6 @@ def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0)
 
     Args:
         what: "precache", "train", "held-out", "export" or "evaluate".
-        config_file: The pod's configuration; `DILOCO_*` variables override it.
         slot: The slot that a node prefers.
         port: The port that serves a result; 0: any free one.
 
@@ -38,21 +37,17 @@ def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0)
     """
     raise_on_sigterm()
     config = load_config(config_file)
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(config, what)))  # before torch is imported, which reads it
+
+    # Divide the cores that the pod may use, and the node has, among its processes: a pod that may use 16 cores of a
+    # node with two would otherwise run 16 threads on these two. torch reads the variable when it is imported.
+    processes = config.elastic.nproc_per_node if what == "train" else 1
+    threads = max(1, min(config.cpu_cores, len(os.sched_getaffinity(0))) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if what == "train":
         return _train(config, slot)
     if what == "precache":
         return _precache(config)
     return _serve(_RESULTS[what](config), port)
-
-
-def _threads(config: TrainingConfig, what: str) -> int:
-    """Threads for each of the pod's processes: the cores that the pod may use, and the node has, divided among them.
-
-    A pod that may use 16 cores of a node with two would otherwise run 16 threads on these two.
-    """
-    processes = config.elastic.nproc_per_node if what == "train" else 1
-    return max(1, min(config.cpu_cores, len(os.sched_getaffinity(0))) // processes)
 
 
 def parse(line: str) -> tuple[str, dict[str, Any]] | None:
@@ -67,8 +62,7 @@ def parse(line: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def _send(word: str, content: Mapping[str, Any]) -> None:
-    sys.stdout.write(f"{word} {json.dumps(content)}\n")
-    sys.stdout.flush()
+    print(f"{word} {json.dumps(content)}", flush=True)
 
 
 def _train(config: TrainingConfig, slot: int | None) -> int:
@@ -126,18 +120,13 @@ def _held_out(config: TrainingConfig) -> dict[str, Path]:
 
 
 def _export(config: TrainingConfig) -> dict[str, Path]:
-    """Export the model in the layout of `from_pretrained`. Returns its files by name.
-
-    Raises:
-        ConfigError: This claim's newest checkpoint is not the run's final one: another claim has it.
-    """
+    """Export the model in the layout of `from_pretrained`. Returns its files by name."""
     from trainer.export.export import TrainedRun, export
 
     newest = TrainedRun.find(config).checkpoint
-    if not newest.complete:
-        raise ConfigError(
-            "run_id", config.run_id, f"its final checkpoint is not on this claim: the newest is {newest.path.name}"
-        )
+    if not newest.complete:  # another claim has the final checkpoint
+        allowed = f"its final checkpoint is not on this claim: the newest is {newest.path.name}"
+        raise ConfigError("run_id", config.run_id, allowed)
     directory = export(config)
     return {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
 

@@ -9,7 +9,7 @@ import pytest
 
 from components.runtime import step_process
 from trainer.errors import ConfigError, Interrupted, TrainingError
-from trainer.kubernetes.steps.step_context import say
+from trainer.kubernetes.steps.step_context import show
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_sigterm_ends_a_step_whose_output_has_no_reader_after_its_clean_up(monke
             os.kill(os.getpid(), signal.SIGTERM)
             signal.sigtimedwait([], 10)
         except Interrupted:
-            say("cancelled")
+            show("cancelled")
             cleaned_up.append("jobs")
             raise
 

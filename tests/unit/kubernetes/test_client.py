@@ -14,13 +14,12 @@ import pytest
 
 from tests.cluster.apiserver import ApiServer, serving
 from trainer.errors import TrainingError
-from trainer.kubernetes.api import silence
+from trainer.kubernetes.api import notices
 from trainer.kubernetes.api.client import ApiError, Client, quota
 from trainer.kubernetes.api.informer import Informer
 from trainer.kubernetes.api.kinds import CONFIG_MAP, JOB, Kind
 from trainer.kubernetes.api.logs import LogFollower
-from trainer.kubernetes.api.silence import Silence, SilenceNotices
-from trainer.kubernetes.objects.plan import Owner
+from trainer.kubernetes.api.notices import Silence, SilenceNotices
 from trainer.kubernetes.steps import workflow
 from trainer.kubernetes.steps.step_context import StepContext
 from trainer.kubernetes.steps.workflow import Workflow
@@ -212,7 +211,7 @@ class Heard:
         pod = server.put("pods", {"metadata": {"name": "talker"}, "spec": spec, "status": status})
         self.uid, self._server = pod["metadata"]["uid"], server
         self.lines: queue.Queue[str] = queue.Queue()
-        self.follower = LogFollower(client, "talker", self.uid, "main", "node-1", self.lines.put)
+        self.follower = LogFollower(client, pod, "main", self.lines.put)
 
     def wait_for_silence(self, why: str | None) -> None:
         """Return when it is for this reason that nothing is heard; None: when something is."""
@@ -370,7 +369,7 @@ def test_an_informer_s_patience_has_an_end(server: ApiServer, client: Client) ->
 def test_silence_is_printed_once_for_each_reason_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(notices, "time", SimpleNamespace(monotonic=lambda: clock.now))
     shown = SilenceNotices(lines.append, KubernetesTimeouts())
     api_away, kubelet = "the API server does not answer", "the kubelet of node-1 does not answer"
     silent = {f"worker {number}": Silence(1000.0, api_away) for number in range(6)}
@@ -439,7 +438,7 @@ said: "queue.Queue[str]" = queue.Queue()
 
 def test_what_a_step_makes_belongs_to_its_workflow_and_has_its_image(own_pod: dict[str, Any]) -> None:
     here = open_context()
-    assert here.plan.owner == Owner("argoproj.io/v1alpha1", "Workflow", "run-x", "u-1")
+    assert here.plan.owner == {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run-x", "uid": "u-1"}
     assert here.workflow == Workflow("default", "run-x", "u-1")
     assert here.plan.sites[0].image == "registry/own:1"
 
@@ -453,11 +452,11 @@ def test_in_another_namespace_nothing_may_own_it(own_pod: dict[str, Any]) -> Non
 def test_a_workflow_in_another_namespace_is_asked_there(server: ApiServer, own_pod: dict[str, Any]) -> None:
     server.granted.add(("get", "argoproj.io", "workflows", ""))
     server.put("workflows", {"metadata": {"name": "run-x", "uid": "u-1"}, "spec": {}})
-    assert not open_context("elsewhere").workflow_has_ended()
+    assert not open_context("elsewhere").workflow_has_ended
     server.update("workflows", "run-x", lambda one: one["spec"].update(activeDeadlineSeconds=0))
-    assert open_context("elsewhere").workflow_has_ended()
+    assert open_context("elsewhere").workflow_has_ended
     server.update("workflows", "run-x", lambda one: one["spec"].update(activeDeadlineSeconds=3600))
-    assert not open_context("elsewhere").workflow_has_ended(), "a limit, and not an end"
+    assert not open_context("elsewhere").workflow_has_ended, "a limit, and not an end"
 
 
 def test_a_step_of_kfp_that_may_not_see_itself_takes_nothing_for_the_end(
@@ -467,7 +466,7 @@ def test_a_step_of_kfp_that_may_not_see_itself_takes_nothing_for_the_end(
     monkeypatch.setenv("KFP_POD_NAME", "step")
     here = open_context()
     said.get_nowait()
-    assert not here.workflow_has_ended()
+    assert not here.workflow_has_ended
     assert "cannot find out whether the workflow of this step was terminated" in said.get_nowait()
 
 
@@ -475,9 +474,9 @@ def test_nor_does_one_whose_pod_is_not_in_the_cluster_that_it_trains_on(
     server: ApiServer, own_pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.remove("pods", "step")
-    assert open_context().workflow_has_ended(), "a person's own pod"
+    assert open_context().workflow_has_ended, "a person's own pod"
     monkeypatch.setenv("KFP_POD_NAME", "step")
-    assert not open_context().workflow_has_ended()
+    assert not open_context().workflow_has_ended
     assert "cannot find out" in said.get_nowait()
 
 

@@ -15,12 +15,17 @@ from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import STEP_LABELS, claim, config_map, network_policy, run_secret, step_job
-from trainer.kubernetes.objects.plan import Owner, Plan, plan
+from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD, RESULT_PORT
 from trainer.kubernetes.objects.pytorchjob import training_jobs
 from trainer.launch.etcd3_diloco_rendezvous import BACKEND, client_of
 
-OWNER = Owner("argoproj.io/v1alpha1", "Workflow", "diloco-training-x7k2p", "7b1c0e9e-0000-4000-8000-000000000000")
+OWNER = {
+    "apiVersion": "argoproj.io/v1alpha1",
+    "kind": "Workflow",
+    "name": "diloco-training-x7k2p",
+    "uid": "7b1c0e9e-0000-4000-8000-000000000000",
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "a volume a worker": {},
     "a volume a site": {"storage_access_mode": "ReadWriteMany", "nodes": 3},
@@ -92,7 +97,7 @@ def test_what_belongs_to_the_run_is_labelled_and_owned_and_named_once(made: Plan
     assert len({(obj["kind"], obj["metadata"]["name"]) for obj in objects}) == len(objects)
     for obj in objects:
         metadata = obj["metadata"]
-        assert metadata["ownerReferences"] == [OWNER.reference()]
+        assert metadata["ownerReferences"] == [OWNER]
         assert metadata["namespace"] == "team"
         assert metadata["annotations"]["diloco-pipelines/run-id"] == "mine"
         assert metadata["labels"]["app.kubernetes.io/instance"] == made.name

@@ -1,10 +1,7 @@
 """The Kubernetes API, with plain dicts as objects: the official dynamic client, with errors in sentences for people.
 
-A refusal by the API server becomes an `ApiError` that names the object and says what to do.
-
-The dynamic client's discovery is not used. It needs requests (and a server that answers them) before the first useful
-one, rights that no Role of manifests/ grants, and a cache file in the temporary directory, one for all clusters behind
-the same address. `kinds` lists the few kinds that a training has.
+The dynamic client's discovery is not used. It needs requests before the first useful one, rights that no Role of
+manifests/ grants, and a cache file, one for all clusters behind the same address. `kinds` lists the few kinds needed.
 """
 
 import json
@@ -35,8 +32,7 @@ class ApiError(TrainingError):
 
     Attributes:
         status: The HTTP status; 0 if there was no answer.
-        reason: The API's reason: `NotFound`, `AlreadyExists`, `Conflict`, `Expired`, `Forbidden`, ...; `BROKEN` or
-            `TIMED_OUT` if a stream was interrupted.
+        reason: The API's (`NotFound`, `AlreadyExists`, ...); `BROKEN` or `TIMED_OUT` if a stream was interrupted.
     """
 
     def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
@@ -54,24 +50,19 @@ class Client:
 
     Cluster and credentials come from KUBECONFIG, else from this process's own pod, else from `~/.kube/config`.
 
-    Args:
-        namespace: Namespace of all objects.
-        timeouts: Limits of requests, and pauses between attempts.
-        patience: Seconds for which a request is retried while the API server is away; also an attribute. None:
-            `timeouts.outage`.
+    Attributes:
+        patience: Seconds for which a request is retried while the API server is away.
 
     Raises:
         TrainingError: No cluster is configured. All methods raise `ApiError`.
     """
 
-    def __init__(
-        self, namespace: str, timeouts: KubernetesTimeouts | None = None, *, patience: float | None = None
-    ) -> None:
+    def __init__(self, namespace: str, timeouts: KubernetesTimeouts | None = None) -> None:
         from kubernetes import client, config
         from kubernetes.dynamic import DynamicClient
 
         self.namespace, self.timeouts = namespace, timeouts or KubernetesTimeouts()
-        self.patience = self.timeouts.outage if patience is None else patience
+        self.patience = self.timeouts.outage
         configuration = client.Configuration()
         file = os.environ.get("KUBECONFIG")
         try:
@@ -89,11 +80,7 @@ class Client:
         self._dynamic = DynamicClient(client.ApiClient(configuration), discoverer=lambda client, cache_file: None)
 
     def get(self, kind: Kind, name: str, *, timeout: float | None = None) -> Object | None:
-        """The object; None if it does not exist.
-
-        Args:
-            timeout: Seconds for a single attempt; None: retry for `patience`.
-        """
+        """The object; None if it does not exist. A `timeout`, in seconds, allows a single attempt."""
         try:
             return self._json("get", kind, name, timeout)
         except ApiError as error:
@@ -104,11 +91,7 @@ class Client:
     def list(
         self, kind: Kind, labels: str = "", fields: str = "", *, timeout: float | None = None
     ) -> tuple[list[Object], str]:
-        """All objects that match the selectors, and the `resourceVersion` from which to watch them.
-
-        Args:
-            timeout: As for `get`, for each page.
-        """
+        """All objects that match the selectors, and the `resourceVersion` from which to watch them."""
         found: list[Object] = []
         token = None
         while True:
@@ -146,8 +129,8 @@ class Client:
     ) -> Iterator[Object]:
         """Changes since `version` as they happen: `{type: ADDED | MODIFIED | DELETED | BOOKMARK, object}`.
 
-        The iterator ends after `timeouts.watch`, or with the connection; watch again from the last object's version.
-        (`kubernetes.watch.Watch` makes a client for each watch, and fails on an error that has no reason.)
+        The iterator ends after `timeouts.watch`, or with the connection. (`kubernetes.watch.Watch` makes a client for
+        each watch, and fails on an error that has no reason.)
 
         Args:
             begun: Called when the API server has accepted the request.
@@ -202,56 +185,42 @@ class Client:
         return json.loads(policy(self._send, verb, kind, name, limits=limits, **arguments).data)
 
     def _send(
-        self,
-        verb: str,
-        kind: Kind,
-        name: str = "",
-        *,
-        limits: tuple[float, float],
-        stream: bool = False,
-        **arguments: Any,
+        self, verb: str, kind: Kind, name: str = "", *, limits: tuple[float, float], stream: bool = False, **more: Any
     ) -> Any:
         """One attempt at a request, by the dynamic client. Returns the response.
 
         Args:
             limits: Seconds to connect, and without data.
             stream: Leave the response's data to the caller.
-            arguments: For the dynamic client.
         """
         from kubernetes.client import ApiException
         from kubernetes.dynamic import Resource
         from urllib3.exceptions import HTTPError
 
-        resource = Resource(
-            prefix="apis" if kind.group else "api",
-            group=kind.group,
-            api_version=kind.version,
-            kind=kind.name,
-            name=kind.plural,
-            namespaced=True,
-        )
+        prefix, version = "apis" if kind.group else "api", kind.version
+        resource = Resource(prefix, kind.group, version, kind.name, name=kind.plural, namespaced=True)
         where = {"name": quote(name, safe="") or None, "namespace": quote(self.namespace, safe="")}
-        arguments |= {"serialize": False, "_request_timeout": limits}
+        more |= {"serialize": False, "_request_timeout": limits}
         try:
             if verb == "log":
                 path, accept = resource.path(**where) + "/log", {"Accept": "*/*"}
-                response = self._dynamic.request("get", path, header_params=accept, **arguments)
+                response = self._dynamic.request("get", path, header_params=accept, **more)
             else:
-                response = getattr(self._dynamic, _METHODS.get(verb, verb))(resource, **where, **arguments)
+                response = getattr(self._dynamic, _METHODS.get(verb, verb))(resource, **where, **more)
             if not stream:
                 _ = response.data  # a connection that breaks here is a failure of the request
             return response
         except ApiException as error:
             raise self._refusal(verb.replace("log", "get"), kind, name, error.status or 0, _answer(error)) from None
         except (HTTPError, OSError) as error:
-            why = f"the Kubernetes API at {self._host} cannot be reached: {one_line(error)}"
-            raise ApiError(why, 0, "Unreachable") from None
+            raise ApiError(f"the Kubernetes API at {self._host} cannot be reached: {one_line(error)}") from None
 
     def _refusal(self, verb: str, kind: Kind, name: str, status: int, answer: Mapping[str, Any]) -> ApiError:
         """The server's refusal, as a sentence for people."""
         what = f"{kind.name} {name}".strip() + f" in namespace {self.namespace}"
         message, reason = str(answer.get("message") or ""), str(answer.get("reason") or "")
         details = answer.get("details") or {}
+        text = f"the Kubernetes API failed to {verb} {what}: {status} {message}"
         if status == 401:
             text = f"the Kubernetes API rejects our credentials: sign in again, or fix the service account ({message})"
         elif status == 403 and "exceeded quota" in message:
@@ -276,13 +245,11 @@ class Client:
             reason, text = "Expired", f"the history of {what} is no longer available: {message}"
         elif status == 422:
             text = f"the cluster rejects {what}: {message}"
-        else:
-            text = f"the Kubernetes API failed to {verb} {what}: {status} {message}"
         return ApiError(text, status, reason)
 
 
 def _lines(response: Any) -> Iterator[str]:
-    """The complete lines of a response as they arrive; then its connection is closed, whatever it still holds."""
+    """The complete lines of a response as they arrive; at the end its connection is closed."""
     from kubernetes.watch.watch import iter_resp_lines
     from urllib3.exceptions import HTTPError, ReadTimeoutError
 

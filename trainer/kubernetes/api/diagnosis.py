@@ -19,7 +19,10 @@ _WAS_KILLED, _HAS_LEFT = "it was killed (status 137)", "it was terminated (SIGTE
 _ENDED_WITH = "it ended with status "
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
-_VOLUME = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
+_FAILED = {
+    **dict.fromkeys(("FailedMount", "FailedAttachVolume", "FailedMapVolume"), "volume cannot be mounted"),
+    "FailedCreatePodSandBox": "sandbox cannot be created",
+}
 _LOST = {
     "NodeLost": "its node does not answer",
     "DeletionByTaintManager": "its node does not answer",
@@ -62,12 +65,8 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
             return "; ".join(waiting_claims)
         message = scheduled.get("message") or "no node fits"
         return f"no node takes it: {_sentence(message)} {_advice(message)}"
-    for event in reversed(list(events)):
-        if event.get("reason") in _VOLUME:
-            return f"its volume cannot be mounted: {event.get('message', '')}"
-        if event.get("reason") == "FailedCreatePodSandBox":
-            return f"its sandbox cannot be created: {event.get('message', '')}"
-    return ""
+    failed = (event for event in reversed(list(events)) if event.get("reason") in _FAILED)
+    return next((f"its {_FAILED[event['reason']]}: {event.get('message', '')}" for event in failed), "")
 
 
 def why_claim_waits(claim: Object, events: Iterable[Object]) -> str:
@@ -100,11 +99,7 @@ def why_no_pod(events: Iterable[Object]) -> str:
 
 
 def why_ended(pod: Object, container: str, memory: str = "") -> str:
-    """Why a pod's container has failed; "" if it has not.
-
-    Args:
-        memory: The container's memory limit.
-    """
+    """Why a pod's container, with a limit of `memory`, has failed; "" if it has not."""
     if lost := why_lost(pod):
         return lost
     code = exit_status(pod, container)
@@ -112,11 +107,7 @@ def why_ended(pod: Object, container: str, memory: str = "") -> str:
         return ""
     if is_out_of_memory(pod, container):
         return f"it {out_of_memory(memory)}"
-    if code == KILLED:
-        return _WAS_KILLED
-    if code == TERMINATED:
-        return _HAS_LEFT
-    return f"{_ENDED_WITH}{code}"
+    return {KILLED: _WAS_KILLED, TERMINATED: _HAS_LEFT}.get(code, f"{_ENDED_WITH}{code}")
 
 
 def is_vague(why: str) -> bool:
@@ -127,16 +118,12 @@ def is_vague(why: str) -> bool:
 def why_lost(pod: Object) -> str:
     """How a pod was lost with its node; "" if no reason is known."""
     status = pod.get("status") or {}
-    node = (pod.get("spec") or {}).get("nodeName", "")
-    named = f" ({node})" if node else ""
+    why = _LOST.get(status.get("reason", ""), _LOST["NodeLost"] if status.get("phase") == "Unknown" else "")
     for condition in status.get("conditions") or []:
         if condition["type"] == "DisruptionTarget" and condition.get("status") == "True":
-            return _LOST.get(condition.get("reason", ""), "its node evicts it") + named
-    if status.get("reason") in _LOST:
-        return _LOST[status["reason"]] + named
-    if status.get("phase") == "Unknown":
-        return _LOST["NodeLost"] + named
-    return ""
+            why = _LOST.get(condition.get("reason", ""), "its node evicts it")
+    node = (pod.get("spec") or {}).get("nodeName", "")
+    return f"{why} ({node})" if why and node else why
 
 
 def is_out_of_memory(pod: Object, container: str) -> bool:
@@ -144,24 +131,19 @@ def is_out_of_memory(pod: Object, container: str) -> bool:
 
     (After the kill of a single process, containerd keeps the reason until the container ends.)
     """
-    ended = _terminated(pod, container)
+    ended = _state(pod, container).get("terminated", {})
     return ended.get("reason") == "OOMKilled" and ended.get("exitCode") not in (0, TERMINATED)
 
 
 def exit_status(pod: Object, container: str) -> int | None:
     """The exit status of a pod's container; None if it has not ended."""
-    code = _terminated(pod, container).get("exitCode")
+    code = _state(pod, container).get("terminated", {}).get("exitCode")
     return None if code is None else int(code)
 
 
 def has_started(pod: Object, container: str) -> bool:
     """Whether the container has a log."""
-    state = _state(pod, container)
-    return "running" in state or "terminated" in state
-
-
-def _terminated(pod: Object, container: str) -> Mapping[str, Any]:
-    return _state(pod, container).get("terminated") or {}
+    return not _state(pod, container).keys().isdisjoint({"running", "terminated"})
 
 
 def _state(pod: Object, container: str) -> Mapping[str, Any]:
@@ -174,12 +156,10 @@ def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _sentence(message: str) -> str:
-    """A message of Kubernetes' as a sentence that another one can follow.
+    """A message of Kubernetes as a sentence that another one can follow.
 
     >>> _sentence("0/2 nodes are available. preemption: not helpful for scheduling.. ")
     '0/2 nodes are available. preemption: not helpful for scheduling.'
-    >>> _sentence("no such class")
-    'no such class.'
     """
     return f"{message.rstrip(' .')}."
 

@@ -15,7 +15,7 @@ from typing import Self
 from trainer.errors import TrainingError
 from trainer.kubernetes.api.client import BROKEN, TIMED_OUT, ApiError, Client
 from trainer.kubernetes.api.kinds import Kind, Object
-from trainer.kubernetes.api.silence import API_SILENT, Silence
+from trainer.kubernetes.api.notices import API_SILENT, Silence
 from trainer.retry import retrying
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Informer:
 
     Args:
         labels: The label selector.
-        changed: Called after each change, from a thread of the informer's.
+        changed: Called after each change, from the informer's thread.
         patience: Seconds that the API server may be away.
 
     Attributes:
@@ -55,11 +55,7 @@ class Informer:
         self._closed.set()  # the thread ends with its connection; there is no need to wait for it
 
     def objects(self) -> dict[str, Object]:
-        """The current objects by name.
-
-        Raises:
-            ApiError: The objects cannot be followed any more.
-        """
+        """The current objects by name. Raises ApiError if they cannot be followed any more."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -83,10 +79,11 @@ class Informer:
         try:
             while not self._closed.is_set():
                 policy(self._follow)
-        except ApiError as error:
-            self._fail(error)
-        except Exception as error:  # without it, the reader would wait for this thread for ever
-            self._fail(TrainingError(f"{self._kind.plural} cannot be followed: {error!r}"))
+        except Exception as error:  # the reader, which waits for news, gets it as an exception
+            unknown = f"{self._kind.plural} cannot be followed: {error!r}"
+            with self._lock:
+                self._failure = error if isinstance(error, ApiError) else TrainingError(unknown)
+            self._changed()
 
     def _follow(self) -> None:
         """One watch, after a list if the version is unknown."""
@@ -131,11 +128,9 @@ class Informer:
             if event["type"] == "BOOKMARK":
                 continue
             with self._lock:
+                self._objects[content["metadata"]["name"]] = content
                 if event["type"] == "DELETED":
-                    self._objects.pop(content["metadata"]["name"], None)
-                    self._departed.append(content)
-                else:
-                    self._objects[content["metadata"]["name"]] = content
+                    self._departed.append(self._objects.pop(content["metadata"]["name"]))
             self._changed()
 
     def _list(self, timeout: float | None = None) -> None:
@@ -145,8 +140,3 @@ class Informer:
             self._departed += [one for one in self._objects.values() if one["metadata"]["uid"] not in uids]
             self._objects = {one["metadata"]["name"]: one for one in found}
         self._version = version
-
-    def _fail(self, error: TrainingError) -> None:
-        with self._lock:
-            self._failure = error
-        self._changed()

@@ -1,7 +1,9 @@
 """The kinds of objects that a training consists of, and how to read the state of those that are jobs."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 Object = dict[str, Any]  # in the form that the Kubernetes API takes and returns
@@ -9,43 +11,26 @@ Object = dict[str, Any]  # in the form that the Kubernetes API takes and returns
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of objects and its place in the API.
+    """A kind of objects and its place in the API."""
 
-    Attributes:
-        name: As in an object's `kind`.
-        group: API group; "" for the core group.
-        version: API version within the group.
-        plural: Resource name, as in paths and in RBAC rules.
-        missing: Why an API server may not serve it.
-    """
-
-    name: str
-    group: str
+    name: str  # as in an object's `kind`
+    group: str  # "" for the core group
     version: str
-    plural: str
-    missing: str = "this API server is too old"
+    plural: str  # as in paths and in RBAC rules
+    missing: str = "this API server is too old"  # why an API server may not serve it
 
 
 @dataclass(frozen=True)
 class JobKind(Kind):
-    """A kind of jobs, each of which runs pods: the seam for further kinds of training jobs.
+    """A kind of jobs, each of which runs pods: the seam for further kinds of training jobs."""
 
-    Attributes:
-        succeeded: Type of the condition that holds once a job has succeeded. (Failure is `Failed` for all kinds.)
-        template_path: Keys that lead to the pod template in a job's object.
-        controller: What to check if nothing acts on a job; "": its controller is part of Kubernetes.
-    """
-
-    succeeded: str = "Complete"
+    succeeded: str = "Complete"  # type of the condition of a job that has succeeded; failure is always `Failed`
     template_path: tuple[str, ...] = ("spec", "template")
-    controller: str = ""
+    controller: str = ""  # what to check if nothing acts on a job; "": its controller is part of Kubernetes
 
     def template(self, job: Object) -> Object:
         """The pod template of a job."""
-        found = job
-        for key in self.template_path:
-            found = found[key]
-        return found
+        return reduce(operator.getitem, self.template_path, job)
 
     def owner_of(self, pod: Object) -> Mapping[str, Any]:
         """The owner reference from a pod to its job; empty if it has none."""
@@ -62,7 +47,7 @@ class JobKind(Kind):
         return self.has_succeeded(job) or self.has_failed(job)
 
     def why_failed(self, job: Object) -> str:
-        """The message of the job's `Failed` condition; "" if there is no such condition, or no message."""
+        """The message of the job's `Failed` condition, or ""."""
         return str((_condition(job, "Failed") or {}).get("message") or "")
 
     def is_ignored(self, job: Object) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from trainer.kubernetes.api.client import BROKEN, ApiError, Client
-from trainer.kubernetes.api.kinds import POD
-from trainer.kubernetes.api.silence import API_SILENT, Silence
+from trainer.kubernetes.api.kinds import POD, Object
+from trainer.kubernetes.api.notices import API_SILENT, Silence
 from trainer.retry import retrying
 
 logger = logging.getLogger(__name__)
@@ -24,13 +24,10 @@ class LogFollower:
     Kubernetes prefixes each line with a time. After a broken connection the follower requests the lines from the last
     line's second on, and skips those that are not newer.
 
-    A silent connection does not show whether the kubelet is still alive. So it is given up after `log_silence`, and the
-    log is read without following, which a kubelet answers at once.
+    A silent connection does not show whether the kubelet is still alive. After `log_silence` the follower therefore
+    closes it, and reads the log without following, which a kubelet answers at once.
 
     Args:
-        pod: The pod's name; another pod may take it later.
-        uid: The pod's uid.
-        node: The pod's node, for messages.
         on_line: Called with each line, from the thread.
 
     Attributes:
@@ -38,17 +35,16 @@ class LogFollower:
         done: Set when no further line will come.
     """
 
-    def __init__(
-        self, client: Client, pod: str, uid: str, container: str, node: str, on_line: Callable[[str], None]
-    ) -> None:
-        self._client, self._pod, self._uid, self._container, self._node = client, pod, uid, container, node
-        self._on_line = on_line
+    def __init__(self, client: Client, pod: Object, container: str, on_line: Callable[[str], None]) -> None:
+        self._client, self._container, self._on_line = client, container, on_line
+        self._pod, self._uid = pod["metadata"]["name"], pod["metadata"]["uid"]  # another pod may take the name later
+        self._node = pod["spec"].get("nodeName") or "its node"
         self._last = ""  # time of the last line
         self._heard = time.monotonic()
         self._ended, self._closed = threading.Event(), threading.Event()
         self.silence: Silence | None = None
         self.done = threading.Event()
-        threading.Thread(target=self._run, name=f"log-{pod}", daemon=True).start()
+        threading.Thread(target=self._run, name=f"log-{self._pod}", daemon=True).start()
 
     def end(self) -> None:
         """Note that the container has ended. `done` is set once its remaining lines have been read."""
@@ -86,8 +82,7 @@ class LogFollower:
     def _read_all(self, ended: bool) -> bool:
         """Read what exists, then follow, unless the container has `ended`. Returns whether no further line will come.
 
-        Raises:
-            ApiError: Reading may succeed later; `silence` is set.
+        Raises ApiError if reading may succeed later; `silence` is set.
         """
         try:
             if not self._pod_exists():
@@ -102,13 +97,13 @@ class LogFollower:
             return True
         try:
             self._read(follow=True)
-        except ApiError as error:  # broken, or silent for long: reading without following finds out which
+        except ApiError as error:  # broken, or silent for long: the next read without following shows which
             self._heard = time.monotonic() if error.reason == BROKEN else self._heard
             logger.debug("the log of %s is followed again: %s", self._pod, error)
         return False
 
     def _is_over(self, error: ApiError, ended: bool) -> bool:
-        """Whether nothing can be read after this error any more; else note which process does not answer."""
+        """Whether no line can follow this error; otherwise note which process does not answer."""
         if error.reason == "NotFound" or (ended and error.status == 400):  # the pod, or its container's log, is gone
             return True
         try:

@@ -1,7 +1,8 @@
 """Objects of built-in kinds: claims and the Jobs that work on them, configuration, secret, and network policy.
 
-Precaching fills a claim, and results are fetched from it. A claim may be bound to a node, and is known only when the pipeline runs, while the pod of a KFP step is fixed when the
-pipeline is compiled. Therefore a Job on the claim's site does the work, and the step follows it.
+Precaching fills a claim, and results are fetched from it. A claim may be bound to a node, and is known only when the
+pipeline runs, while the pod of a KFP step is fixed when the pipeline is compiled. Therefore a Job on the claim's site
+does the work, and the step follows it.
 """
 
 import yaml

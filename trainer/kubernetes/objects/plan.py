@@ -1,8 +1,8 @@
 """A training on a cluster before anything is created: its names, its sites and its workers.
 
 The same builders make two layouts. A PyTorchJob has no volumeClaimTemplates, and a pod template's `claimName` cannot
-vary by replica. Therefore, with ReadWriteOnce each worker is a PyTorchJob with a claim of its own. With ReadWriteMany a site
-is one PyTorchJob with a replica for each worker, and its workers share the site's claim.
+vary by replica. Therefore, with ReadWriteOnce each worker is a PyTorchJob with a claim of its own. With ReadWriteMany
+a site is one PyTorchJob with a replica for each worker, and its workers share the site's claim.
 """
 
 from dataclasses import dataclass
@@ -20,61 +20,26 @@ ETCD_CREDENTIALS = "/etc/diloco-etcd"  # mount point of the Secret with etcd's c
 
 
 @dataclass(frozen=True)
-class Owner:
-    """The Argo workflow of the pipeline's run, with which the run's objects end.
-
-    It must be in their namespace: the garbage collector deletes objects whose owner is in another one.
-    """
-
-    api_version: str
-    kind: str
-    name: str
-    uid: str
-
-    def reference(self) -> Object:
-        """An entry of `metadata.ownerReferences`; not as the controller, which would claim to manage the object."""
-        return {"apiVersion": self.api_version, "kind": self.kind, "name": self.name, "uid": self.uid}
-
-
-@dataclass(frozen=True)
 class WorkerPlan:
-    """One worker's node.
+    """One worker's node, with the names of its objects."""
 
-    Attributes:
-        index: Its number in the training, and its preferred slot.
-        replica: Its number in its site.
-        job, pod: Names of its PyTorchJob and its pod.
-        claim: Name of its claim; with ReadWriteMany its site's.
-    """
-
-    index: int
+    index: int  # in the training; its preferred slot
     site: Site
-    replica: int
+    replica: int  # its number in its site
     job: str
     pod: str
-    claim: str
+    claim: str  # with ReadWriteMany its site's
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training on a cluster.
+    """A training on a cluster."""
 
-    Attributes:
-        config: The configuration that the pods read.
-        namespace: Namespace of all objects.
-        owner: The workflow with which all objects but the claims end, if there is one.
-        workers: All workers, by index.
-    """
-
-    config: TrainingConfig
-    namespace: str
-    owner: Owner | None
+    config: TrainingConfig  # as the pods read it
+    namespace: str  # of all objects
+    owner: Object | None  # reference to the workflow with which all objects but the claims end
     sites: tuple[Site, ...]
-    workers: tuple[WorkerPlan, ...]
-
-    @property
-    def run_id(self) -> str:
-        return self.config.run_id
+    workers: tuple[WorkerPlan, ...]  # by index
 
     @property
     def name(self) -> str:
@@ -110,8 +75,8 @@ class Plan:
     def metadata(self, name: str, component: str, worker: WorkerPlan | None = None) -> Object:
         """`metadata` of an object that belongs to the run and ends with the workflow."""
         labels = self.labels(component, worker)
-        owners = {"ownerReferences": [self.owner.reference()]} if self.owner else {}
-        annotations = {f"{names.PREFIX}/run-id": self.run_id}
+        owners = {"ownerReferences": [self.owner]} if self.owner else {}
+        annotations = {f"{names.PREFIX}/run-id": self.config.run_id}
         return {"name": name, "namespace": self.namespace, "labels": labels, "annotations": annotations, **owners}
 
     def labels(self, component: str, worker: WorkerPlan | None = None) -> dict[str, str]:
@@ -129,13 +94,14 @@ class Plan:
         return labels
 
 
-def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Owner | None = None) -> Plan:
+def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | None = None) -> Plan:
     """Plan a training on a cluster.
 
     Args:
         config: Resolved: it has a run id.
         image: The project's image, where neither site nor vendor nor deployment has another.
-        owner: The pipeline run's workflow, if it is in the same namespace.
+        owner: The pipeline run's workflow as an owner reference, if it is in this namespace: the garbage collector
+            deletes objects whose owner is in another one. Not as the controller, which would manage the objects.
 
     Raises:
         ConfigError: No run id; `nodes` cannot be split over the GPU vendors.

@@ -49,16 +49,14 @@ def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, .
         "volumes": _volumes(plan, worker),
         "tolerations": _tolerations(site),
     }
-    if site.node_selector:
-        spec["nodeSelector"] = dict(site.node_selector)
-    if site.runtime_class:
-        spec["runtimeClassName"] = site.runtime_class
-    if affinity := _affinity(plan, site, step):
-        spec["affinity"] = affinity
-    if plan.config.service_account:
-        spec["serviceAccountName"] = plan.config.service_account
-    if plan.config.image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": name} for name in plan.config.image_pull_secrets]
+    optional: Object = {
+        "nodeSelector": dict(site.node_selector),
+        "runtimeClassName": site.runtime_class,
+        "affinity": _affinity(plan, site, step),
+        "serviceAccountName": plan.config.service_account,
+        "imagePullSecrets": [{"name": name} for name in plan.config.image_pull_secrets],
+    }
+    spec |= {key: value for key, value in optional.items() if value}
     # Kubeflow's namespaces inject Istio's sidecar, which would outlive the work, and intercept workers' connections.
     no_sidecar = {"sidecar.istio.io/inject": "false"}
     labels, annotations = plan.labels(step, worker) | no_sidecar, dict(no_sidecar)
@@ -93,9 +91,8 @@ def _resources(plan: Plan, site: Site, step: Step) -> Object:
     """The container's requests, which the scheduler reserves, and its limits, which are the parameters.
 
     One core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while a pod whose request
-    no node can meet waits indefinitely. Little ephemeral storage is needed: data, models and checkpoints are
-    on the claim. A worker's memory is requested in full, because it will be used. The QoS class is therefore Burstable;
-    but a node short of memory first evicts pods that use more than they have requested, which a worker cannot.
+    no node can meet waits indefinitely. A worker's memory is requested in full, because it will be used: a node short
+    of memory first evicts pods (of the QoS class Burstable, like these) that use more than they have requested.
     """
     config = plan.config
     gpus = {site.gpu_resource: str(site.gpu_count)} if _has_gpus(site, step) else {}
@@ -132,10 +129,11 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     if step == "train" and site.vendor != "cpu" and config.optim_method == "ddp":  # gloo connects all other workers
         values |= _nccl(config)
     environment = [{"name": name, "value": str(value)} for name, value in values.items()]
-    environment.append(_field("POD_NAME", "metadata.name"))
+    fields = {"POD_NAME": "metadata.name"}
+    if step == "train" and not (config.advertise_address or config.network_interface):
+        fields["DILOCO_ADVERTISE_ADDRESS"] = "status.podIP"
+    environment += [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
     if step == "train":
-        if not (config.advertise_address or config.network_interface):
-            environment.append(_field("DILOCO_ADVERTISE_ADDRESS", "status.podIP"))
         if config.wandb_logging:
             environment.append(_secret("WANDB_API_KEY", names.WANDB_SECRET, "WANDB_API_KEY", optional=True))
         if config.etcd.user:
@@ -159,10 +157,6 @@ def _nccl(config: TrainingConfig) -> dict[str, object]:
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": nccl.timeout,
         **({"NCCL_SOCKET_IFNAME": nccl.socket_ifname} if nccl.socket_ifname else {}),
     }
-
-
-def _field(variable: str, path: str) -> Object:
-    return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
 def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> Object:

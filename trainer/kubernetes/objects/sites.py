@@ -17,29 +17,18 @@ GPU_RESOURCES: dict[Vendor, str] = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/
 
 @dataclass(frozen=True)
 class Site:
-    """A pool of nodes on which workers are alike.
+    """A pool of nodes on which workers are alike."""
 
-    Attributes:
-        name: A DNS label.
-        replicas: Number of workers' nodes.
-        vendor: Vendor of the GPUs; "cpu": no GPUs.
-        gpu_resource: The GPUs' extended resource; "" at a CPU site.
-        gpu_count: GPUs in a worker's pod.
-        tolerations: Tolerations of the nodes' taints, in the API's form.
-        runtime_class: RuntimeClass of the pods; "": the nodes' default.
-        storage_class: StorageClass of the claims; "": the cluster's default.
-    """
-
-    name: str
-    replicas: int
+    name: str  # a DNS label
+    replicas: int  # workers' nodes
     vendor: Vendor
     image: str
-    gpu_resource: str
-    gpu_count: int
+    gpu_resource: str  # the GPUs' extended resource; "" at a CPU site
+    gpu_count: int  # in a worker's pod
     node_selector: dict[str, str]
-    tolerations: tuple[dict[str, Any], ...]
-    runtime_class: str
-    storage_class: str
+    tolerations: tuple[dict[str, Any], ...]  # in the API's form
+    runtime_class: str  # "": the nodes' default
+    storage_class: str  # "": the cluster's default
 
     @property
     def device(self) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 from trainer.errors import TrainingError
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.etcd.errors import EtcdError
-from trainer.kubernetes.api.client import Client
-from trainer.kubernetes.api.kinds import SECRET
+from trainer.kubernetes.api.kinds import SECRET, Object
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import ETCD_CREDENTIALS
 from trainer.kubernetes.steps.step_context import StepContext
@@ -19,11 +18,7 @@ from trainer.kubernetes.steps.step_context import StepContext
 
 @contextmanager
 def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
-    """A client of the run's keys in etcd, once etcd has answered.
-
-    Raises:
-        TrainingError: etcd cannot be reached, or refuses us; or its credentials are missing.
-    """
+    """A client of the run's keys in etcd, once etcd has answered. Raises TrainingError if it cannot be used."""
     config = context.plan.config
     with tempfile.TemporaryDirectory() as directory:
         # Copy the certificates that pods have mounted to files of our own, for as long as the client lives
@@ -31,7 +26,12 @@ def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
         mounted = {name: Path(path) for name, path in paths.items() if Path(path).parent == Path(ETCD_CREDENTIALS)}
         password = os.environ.get("ETCD_PASSWORD", "")
         if mounted or (config.etcd.user and not password):
-            secret = _secret(context.client)
+            secret = context.client.get(SECRET, names.ETCD_SECRET)
+            if secret is None:
+                raise TrainingError(
+                    f"there is no Secret {names.ETCD_SECRET} with etcd's credentials in namespace "
+                    f"{context.client.namespace}: see manifests/"
+                )
             for name, path in mounted.items():
                 own = Path(directory) / path.name
                 own.touch(mode=0o600)
@@ -54,17 +54,8 @@ def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
             yield etcd
 
 
-def _secret(client: Client) -> dict[str, str]:
-    secret = client.get(SECRET, names.ETCD_SECRET)
-    if secret is None:
-        raise TrainingError(
-            f"there is no Secret {names.ETCD_SECRET} with etcd's credentials in namespace {client.namespace}: "
-            "see manifests/"
-        )
-    return dict(secret.get("data") or {})
-
-
-def _value(secret: dict[str, str], key: str) -> bytes:
-    if key not in secret:
+def _value(secret: Object, key: str) -> bytes:
+    data = secret.get("data") or {}
+    if key not in data:
         raise TrainingError(f"Secret {names.ETCD_SECRET} has no key {key}")
-    return base64.b64decode(secret[key])
+    return base64.b64decode(data[key])

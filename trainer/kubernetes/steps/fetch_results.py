@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.errors import Interrupted, TrainingError
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.api.kinds import JOB
-from trainer.kubernetes.objects import jobs, names
+from trainer.kubernetes.objects.jobs import step_job
 from trainer.kubernetes.objects.plan import WorkerPlan
 from trainer.kubernetes.objects.pod_template import Result
 from trainer.kubernetes.steps.job_runner import JobFailed, run_jobs
@@ -16,19 +16,16 @@ from trainer.transport.handover import fetch
 
 
 def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: Result, directory: Path) -> WorkerPlan:
-    """Fetch a result ("held-out", "export" or "evaluate") from the first claim that can provide it.
+    """Fetch a result from the first claim that can provide it. Returns the worker of that claim.
 
     Args:
-        workers: The workers whose claims may have it, the likeliest first.
+        workers: Their claims may have it, the likeliest first.
         directory: Takes the files; replaced if it exists.
-
-    Returns:
-        The worker whose claim provided it.
 
     Raises:
         TrainingError: No claim can provide it, with the first one's reason; or it arrived damaged.
     """
-    context.prepare()  # if this step is retried after the run's end, that has cleaned up
+    context.prepare()  # the end of the run, after which this step may be retried, deletes these objects
     refused: list[str] = []
     for worker in workers:
         try:
@@ -36,25 +33,23 @@ def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: Resu
             return worker
         except JobFailed as error:
             refused.append(str(error))
-            context.say(f"warning: {error}")
+            context.show(f"warning: {error}")
     raise TrainingError(refused[0] if refused else f"no claim is known that could provide the {what} result")
 
 
 def _fetch_from(context: StepContext, worker: WorkerPlan, what: Result, directory: Path) -> None:
     token = context.new_token()
-    body = jobs.step_job(context.plan, worker, what)
-    component = body["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
-    selector = f"{context.plan.selector},{names.selector({'app.kubernetes.io/component': component})}"
+    body = step_job(context.plan, worker, what)
     bodies = {f"{what} on worker {worker.index}'s claim": body}
     try:
-        # A Job of an earlier step, under another token, would not serve the result to us: hence `fresh`
-        with closing(run_jobs(context, bodies, selector, fresh=True)) as running:
+        # `fresh`: the Job of an earlier step expects another token
+        with closing(run_jobs(context, bodies, context.plan.component(what), fresh=True)) as running:
             for message in (message for messages in running for message in messages):
                 if message.word == pod_main.RESULT:
-                    context.say(f"fetching the result of {what} from pod {message.pod['metadata']['name']}")
+                    context.show(f"fetching the result of {what} from pod {message.pod['metadata']['name']}")
                     fetch(message.pod["status"]["podIP"], int(message.content["port"]), token, directory)
     except (Interrupted, KeyboardInterrupt):
-        if context.workflow_has_ended():
+        if context.workflow_has_ended:
             context.client.delete(JOB, body["metadata"]["name"])
         raise
     if not directory.is_dir():

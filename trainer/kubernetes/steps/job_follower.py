@@ -1,6 +1,6 @@
 """The one follower of jobs: it creates them, and observes them, their pods and the pods' logs.
 
-It serves Jobs (`job_runner`) and training jobs (`training`); a `JobKind` holds all that depends on the kind of job.
+It serves Jobs (`job_runner`) and training jobs (`training`); `JobKind` holds everything that depends on the kind.
 """
 
 import math
@@ -18,8 +18,7 @@ from trainer.kubernetes.api.client import ApiError
 from trainer.kubernetes.api.informer import Informer
 from trainer.kubernetes.api.kinds import POD, JobKind, Object
 from trainer.kubernetes.api.logs import LogFollower
-from trainer.kubernetes.api.silence import Say, Silence, SilenceNotices
-from trainer.kubernetes.api.wait_reasons import WaitReasons
+from trainer.kubernetes.api.notices import Show, Silence, SilenceNotices, WaitReasons
 from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
 
 _ERROR = "error: "  # begins the last line of a command that fails (`errors.run_main`)
@@ -27,7 +26,7 @@ _ERROR = "error: "  # begins the last line of a command that fails (`errors.run_
 
 @dataclass(frozen=True)
 class Message:
-    """What a pod has written for the step (`pod_main.parse`), and not for people."""
+    """What a pod has written for the step (`pod_main.parse`)."""
 
     pod: Object
     word: str
@@ -37,18 +36,12 @@ class Message:
 class JobFollower:
     """Jobs of one kind and their pods, as last observed. As a context manager it begins to observe them.
 
-        with JobFollower(context, JOB, bodies, selector, context.say) as jobs:
-            for messages in jobs.looks():
-                ...
-
     Everything is printed in the caller's thread, by `looks` and the other methods.
 
     Args:
-        kind: The kind of all jobs.
-        bodies: Each job as the API takes it, by its name for people. All run the same container.
+        bodies: Each job as the API takes it, by display name. All run the same container.
         labels: Selects these jobs and their pods, and no others.
-        say: Prints a line.
-        pod_names: Pods' names for people, by name; else they are called as their jobs are.
+        pod_names: Display names of pods, by name; by default those of their jobs.
         patience: Seconds that the API server may be away.
 
     Attributes:
@@ -63,12 +56,12 @@ class JobFollower:
         kind: JobKind,
         bodies: Mapping[str, Object],
         labels: str,
-        say: Say,
+        show: Show,
         *,
         pod_names: Mapping[str, str] | None = None,
         patience: float = math.inf,
     ) -> None:
-        self._context, self._kind, self._say, self._timeouts = context, kind, say, context.client.timeouts
+        self._context, self._kind, self._show, self._timeouts = context, kind, show, context.client.timeouts
         self._bodies = {body["metadata"]["name"]: body for body in bodies.values()}
         self._names = {body["metadata"]["name"]: name for name, body in bodies.items()}
         self._pod_names = pod_names or {}
@@ -82,8 +75,8 @@ class JobFollower:
         self._resources = ExitStack()
         self._logs: dict[str, LogFollower] = {}  # by the pod's uid
         self._lines: queue.SimpleQueue[tuple[Object, str]] = queue.SimpleQueue()  # a pod, and a line of its log
-        self._waits = WaitReasons(context.client, say)
-        self._notices = SilenceNotices(say, self._timeouts)
+        self._waits = WaitReasons(context.client, show)
+        self._notices = SilenceNotices(show, self._timeouts)
 
         self._uids: dict[str, str] = {}  # of the jobs that were created, or found, by name
         self._last_errors: dict[str, str] = {}  # the last error that a pod has printed, by uid
@@ -104,13 +97,10 @@ class JobFollower:
     # Creating and deleting
 
     def create(self, name: str, *, replace: Callable[[Object], bool] = lambda job: False) -> Object | None:
-        """Create a job, unless it exists. A job that is being deleted is waited for.
+        """Create a job, unless it exists. Returns the job that exists already; None if it was created.
 
         Args:
             replace: Whether to delete a job that exists, and to create it anew.
-
-        Returns:
-            The job that exists already; None if it was created.
 
         Raises:
             ConfigError: The name is taken by a job of another run.
@@ -137,7 +127,6 @@ class JobFollower:
                 return job
 
     def delete(self, name: str) -> None:
-        """Delete a job and its pods."""
         self._context.client.delete(self._kind, name)
 
     # Observing
@@ -145,11 +134,11 @@ class JobFollower:
     def looks(self) -> Iterator[list[Message]]:
         """Look again whenever something has changed; yields the new messages of the pods."""
         while True:
-            yield self.look()
+            yield self._look()
             self._wake.wait(self._timeouts.look)
 
-    def look(self) -> list[Message]:
-        """Take in the current state: print what has changed and why pods wait. Returns the pods' new messages."""
+    def _look(self) -> list[Message]:
+        """Read the current state: print what has changed and why pods wait. Returns the pods' new messages."""
         self._wake.clear()
         api_is_silent = bool(self._job_informer.silence or self._pod_informer.silence)
         self._waits.look(api_is_silent=api_is_silent)
@@ -160,9 +149,13 @@ class JobFollower:
         for name, pod in self.pods.items():
             self._follow_log(pod)
             if lost := diagnosis.why_lost(pod):
-                self._waits.say_once(name, f"{self.called(pod)}: {lost}")
+                self._waits.show_once(name, f"{self.called(pod)}: {lost}")
             elif diagnosis.has_started(pod, self.container):
-                self._note_running(name, pod)
+                self._waits.forget(name)
+                self._waits.forget(self._kind.owner_of(pod).get("name", ""))
+                if self.exit_status(pod) is None:
+                    node = pod["spec"].get("nodeName", "")
+                    self._waits.show_once(name, f"{self.called(pod)} runs" + (f" on node {node}" if node else ""))
             elif not api_is_silent:
                 self._waits.explain_pod(pod, self.called(pod))
 
@@ -173,7 +166,7 @@ class JobFollower:
                 self._waits.explain_job(name, self._names[name])
                 if self._kind.is_ignored(job) and self._waits.waited(name) > self._timeouts.controller:
                     what = f"no controller acts on {self._kind.name} {name}"
-                    self._waits.say_once(name, f"{what}: {self._kind.controller}")
+                    self._waits.show_once(name, f"{what}: {self._kind.controller}")
 
         self._notices.update(self._silences())
         return self._read_lines()
@@ -192,7 +185,7 @@ class JobFollower:
         return [pod for pod in self.pods.values() if self._is_own(pod) and self._kind.owner_of(pod)["name"] == name]
 
     def called(self, pod: Object) -> str:
-        """A pod's name for people."""
+        """A pod's display name."""
         name = str(pod["metadata"]["name"])
         return self._pod_names.get(name) or self._names.get(self._kind.owner_of(pod).get("name", ""), name)
 
@@ -214,11 +207,7 @@ class JobFollower:
         return self._waits.waited(name)
 
     def why_not_started(self, job: str, seconds: float, pods: Iterable[str] | None = None) -> str:
-        """Why a job has waited for longer than `seconds` for a pod, or one of its pods to start; "" if none has.
-
-        Args:
-            pods: Names of the pods that count; None: those of the job.
-        """
+        """Why a job has waited for longer than `seconds` for a pod, or one of its `pods` to start; "" if none has."""
         names = [pod["metadata"]["name"] for pod in self.pods_of(job)] if pods is None else list(pods)
         why = next((why for name in (*names, job) if (why := self._waits.why(name, seconds))), "")
         seen = self.job(job)
@@ -227,14 +216,14 @@ class JobFollower:
     def silent(self) -> dict[str, float]:
         """The running pods from which no line can arrive, by name: since when, in Unix seconds."""
         offset = time.time() - time.monotonic()
-        logs = {name: self._logs.get(pod["metadata"]["uid"]) for name, pod in self.pods.items()}
-        silences = {name: log.silence for name, log in logs.items() if log is not None}
-        return {name: offset + silence.since for name, silence in silences.items() if silence is not None}
+        return {
+            pod["metadata"]["name"]: offset + silence.since for pod, silence in self._log_silences(self.pods.values())
+        }
 
     def finish_reading(self, pods: Sequence[Object]) -> list[Message]:
         """Wait for the last lines of those pods that have ended. Returns the new messages of all pods."""
         deadline = time.monotonic() + self._timeouts.read_logs
-        existing = {pod["metadata"]["uid"] for pod in self.pods.values()}  # nothing can be read of those that are gone
+        existing = {pod["metadata"]["uid"] for pod in self.pods.values()}  # the logs of others are gone
         for pod in pods:
             log = self._logs.get(pod["metadata"]["uid"])
             if log is not None and pod["metadata"]["uid"] in existing and self.exit_status(pod) is not None:
@@ -251,19 +240,11 @@ class JobFollower:
         """Follow the log of a pod once it has started, and end with it."""
         uid = pod["metadata"]["uid"]
         if uid not in self._logs and diagnosis.has_started(pod, self.container):
-            name, node = pod["metadata"]["name"], pod["spec"].get("nodeName") or "its node"
             self._logs[uid] = LogFollower(
-                self._context.client, name, uid, self.container, node, lambda line: self._lines.put((pod, line))
+                self._context.client, pod, self.container, lambda line: self._lines.put((pod, line))
             )
         if uid in self._logs and self.exit_status(pod) is not None:
             self._logs[uid].end()
-
-    def _note_running(self, name: str, pod: Object) -> None:
-        for waiting in (name, self._kind.owner_of(pod).get("name", "")):
-            self._waits.forget(waiting)
-        if self.exit_status(pod) is None:
-            node = pod["spec"].get("nodeName", "")
-            self._waits.say_once(name, f"{self.called(pod)} runs" + (f" on node {node}" if node else ""))
 
     def _read_lines(self) -> list[Message]:
         """Print the lines that have arrived; returns those that are messages."""
@@ -277,20 +258,19 @@ class JobFollower:
             elif line.strip():
                 if line.startswith(_ERROR):
                     self._last_errors[pod["metadata"]["uid"]] = line.removeprefix(_ERROR)
-                self._say(f"{self.called(pod)} | {line}")
+                self._show(f"{self.called(pod)} | {line}")
         return messages
 
     def _silences(self) -> dict[str, Silence]:
-        """All silences, by a name for people: that of the API server by the followed pods, if there are any."""
-        logs = {pod["metadata"]["uid"]: pod for pod in (*self.departed, *self.pods.values())}
-        found = {
-            self.called(logs[uid]): silence
-            for uid, log in self._logs.items()
-            if uid in logs and (silence := log.silence) is not None
-        }
+        """All silences, by display name: that of the API server by the followed pods, if any exist."""
+        followed = self._log_silences([*self.departed, *self.pods.values()])
+        found = {self.called(pod): silence for pod, silence in followed}
         given = {silence.why for silence in found.values()}
-        for informer in (self._pod_informer, self._job_informer):
-            silence = informer.silence
+        for silence in (self._pod_informer.silence, self._job_informer.silence):
             if silence is not None and silence.why not in given:
                 found["the cluster"] = silence
         return found
+
+    def _log_silences(self, pods: Iterable[Object]) -> list[tuple[Object, Silence]]:
+        logs = ((pod, self._logs.get(pod["metadata"]["uid"])) for pod in pods)
+        return [(pod, silence) for pod, log in logs if log is not None and (silence := log.silence) is not None]

@@ -1,7 +1,7 @@
 """Runs Jobs side by side until all have succeeded, and retries those that fail."""
 
+from collections import Counter
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
 
 from trainer.errors import TrainingError
 from trainer.kubernetes.api import diagnosis
@@ -16,20 +16,6 @@ class JobFailed(TrainingError):
     """A Job has failed, and would fail again."""
 
 
-@dataclass
-class _Run:
-    """The progress of one Job.
-
-    Attributes:
-        called: Its name for people.
-    """
-
-    name: str
-    called: str
-    attempt: int = 1
-    done: bool = False
-
-
 def run_jobs(
     context: StepContext, bodies: Mapping[str, Object], labels: str, *, fresh: bool = False
 ) -> Generator[list[Message], None, None]:
@@ -38,8 +24,7 @@ def run_jobs(
     A Job that is under way is followed. One that has ended is run again: it finds its work done.
 
     Args:
-        bodies: Each Job as the API takes it, by its name for people. All run the same container.
-        labels: Selects these Jobs and their pods, and no others.
+        bodies, labels: As for `JobFollower`.
         fresh: Also replace Jobs that are under way.
 
     Raises:
@@ -47,54 +32,52 @@ def run_jobs(
         TrainingError: One does not start, with the reason, or was deleted.
     """
     deadline = float(next(iter(bodies.values()))["spec"]["activeDeadlineSeconds"])  # of each Job
-    runs = [_Run(body["metadata"]["name"], called) for called, body in bodies.items()]
-    follower = JobFollower(context, JOB, bodies, labels, context.say, patience=deadline)
-    for run in runs:
-        if follower.create(run.name, replace=lambda job: fresh or JOB.has_ended(job)):
-            context.say(f"{run.called}: its Job is under way already")
+    pending = {called: body["metadata"]["name"] for called, body in bodies.items()}
+    attempts = Counter(pending.values())
+    follower = JobFollower(context, JOB, bodies, labels, context.show, patience=deadline)
+    for called, name in pending.items():
+        if follower.create(name, replace=lambda job: fresh or JOB.has_ended(job)):
+            context.show(f"{called}: its Job is under way already")
     with follower as jobs:
         for messages in jobs.looks():
             yield messages
-            for run in runs:
-                if not run.done and _has_ended(context, jobs, run):
-                    yield jobs.finish_reading(jobs.pods_of(run.name))
-                    _finish(context, jobs, run)
-            if all(run.done for run in runs):
+            ended = {called: name for called, name in pending.items() if _has_ended(context, jobs, called, name)}
+            for called, name in ended.items():
+                yield jobs.finish_reading(jobs.pods_of(name))
+                job = jobs.job(name)
+                if job is not None and JOB.has_succeeded(job):
+                    del pending[called]
+                    continue
+
+                # Try it again, unless it would fail again
+                pods = jobs.pods_of(name)
+                why = next((why for pod in pods if (why := jobs.why_ended(pod))), "")
+                why = why or (job and JOB.why_failed(job)) or "it ended without giving a reason"
+                rejected = any(jobs.exit_status(pod) == diagnosis.BAD_CONFIGURATION for pod in pods)
+                if rejected or attempts[name] >= ATTEMPTS:
+                    times = "" if rejected else f" {attempts[name]} times"
+                    raise JobFailed(f"{called} has failed{times}: {why}")
+                context.show(f"{called} has failed: {why}; trying it again")
+                attempts[name] += 1
+                jobs.delete(name)
+                jobs.create(name, replace=lambda job: True)
+            if not pending:
                 return
 
 
-def _has_ended(context: StepContext, jobs: JobFollower, run: _Run) -> bool:
+def _has_ended(context: StepContext, jobs: JobFollower, called: str, name: str) -> bool:
     """Whether a Job has ended. Raises TrainingError if it was deleted, or does not start."""
-    job = jobs.job(run.name)
+    job = jobs.job(name)
     if job is None:
-        if jobs.was_deleted(run.name):
-            raise TrainingError(f"{run.called}: its Job {run.name} was deleted")
+        if jobs.was_deleted(name):
+            raise TrainingError(f"{called}: its Job {name} was deleted")
         return False
     timeout = context.plan.config.elastic.rdzv_timeout
-    if why := jobs.why_not_started(run.name, timeout):
-        raise TrainingError(f"{run.called} has not started in {timeout:.0f} s: {why}")
+    if why := jobs.why_not_started(name, timeout):
+        raise TrainingError(f"{called} has not started in {timeout:.0f} s: {why}")
     if not JOB.has_ended(job):
         return False
     # The end of a Job may arrive before that of its pod
-    pods = jobs.pods_of(run.name)
+    pods = jobs.pods_of(name)
     pods_ended = bool(pods) and all(jobs.exit_status(pod) is not None for pod in pods)
     return pods_ended or jobs.waited(f"end of {job['metadata']['uid']}") > context.timeouts.seen
-
-
-def _finish(context: StepContext, jobs: JobFollower, run: _Run) -> None:
-    """Note that a Job has succeeded, or retry it. Raises JobFailed if it would fail again."""
-    job, pods = jobs.job(run.name), jobs.pods_of(run.name)
-    assert job is not None
-    if JOB.has_succeeded(job):
-        run.done = True
-        return
-    why = next((why for pod in pods if (why := jobs.why_ended(pod))), "")
-    why = why or JOB.why_failed(job) or "it ended without giving a reason"
-    rejected = any(jobs.exit_status(pod) == diagnosis.BAD_CONFIGURATION for pod in pods)
-    if rejected or run.attempt >= ATTEMPTS:
-        times = "" if rejected else f" {run.attempt} times"
-        raise JobFailed(f"{run.called} has failed{times}: {why}")
-    context.say(f"{run.called} has failed: {why}; trying it again")
-    run.attempt += 1
-    jobs.delete(run.name)
-    jobs.create(run.name, replace=lambda job: True)

@@ -5,7 +5,6 @@ seconds.
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,20 @@ from trainer.errors import Interrupted, TrainingError
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.api.client import ApiError
 from trainer.kubernetes.api.kinds import CLAIM, JOB, Object
-from trainer.kubernetes.objects import jobs, names
+from trainer.kubernetes.objects import jobs
 from trainer.kubernetes.objects.plan import WorkerPlan
 from trainer.kubernetes.steps.fetch_results import fetch_result
 from trainer.kubernetes.steps.job_runner import run_jobs
 from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
 
-
-@dataclass(frozen=True)
-class Precached:
-    """What the precache step has created, or found.
-
-    Attributes:
-        claims: The dataset on each claim, by the claim's name: its manifest without the list of files.
-    """
-
-    claims: dict[str, dict[str, Any]]
+Manifests = dict[str, dict[str, Any]]  # of the dataset on each claim, by the claim's name, without the list of files
 
 
-def precache(context: StepContext, held_out: Path) -> Precached:
+def precache(context: StepContext, held_out: Path) -> Manifests:
     """Create or find the workers' claims, put dataset and model onto each, and fetch the held-out part.
 
-    The pipeline's exit handler covers only the steps that follow, so this step cleans up after itself. If it fails, or
-    its workflow was terminated, it deletes the Jobs that still run and what only they need. Claims stay, and after a
+    The pipeline's exit handler covers only the steps that follow; this step cleans up after itself. If it fails, or its
+    workflow was terminated, it deletes the Jobs that still run and what only they need. Claims stay, and after a
     failure Jobs that have ended, for their logs. If only the step's pod goes away, the next one follows the Jobs.
 
     Args:
@@ -51,21 +41,21 @@ def precache(context: StepContext, held_out: Path) -> Precached:
     try:
         return _precache(context, held_out)
     except (Interrupted, KeyboardInterrupt):
-        if context.workflow_has_ended():
+        if context.workflow_has_ended:
             context.clean_up(training=False)  # before anything else: there may be less than a second
-            context.say("cancelled: the precaching jobs are deleted")
+            context.show("cancelled: the precaching jobs are deleted")
         else:
-            context.say("this step goes away, and its jobs continue: the step's next pod follows them")
+            context.show("this step goes away, and its jobs continue: the step's next pod follows them")
         raise
     except Exception:
         try:
             context.clean_up(finished=False, training=False)
         except TrainingError as error:  # the last line must be the step's own failure
-            context.say(f"warning: the step's objects are not cleaned up: {error}")
+            context.show(f"warning: the step's objects are not cleaned up: {error}")
         raise
 
 
-def _precache(context: StepContext, held_out: Path) -> Precached:
+def _precache(context: StepContext, held_out: Path) -> Manifests:
     context.prepare()
     found = _fill(context)
     hashes = {name: manifest["hash"] for name, manifest in found.items()}
@@ -74,20 +64,20 @@ def _precache(context: StepContext, held_out: Path) -> Precached:
         raise TrainingError(
             f"the claims hold different data, so the source has changed in the meantime ({different}): precache again"
         )
-    context.say(f"{len(found)} claims are precached: {', '.join(found)}")
+    context.show(f"{len(found)} claims are precached: {', '.join(found)}")
     fetch_result(context, context.plan.claimants[:1], "held-out", held_out)
-    return Precached(found)
+    return found
 
 
 def _ensure_claim(context: StepContext, worker: WorkerPlan) -> None:
-    """Create a worker's claim, or find it. A claim that is being deleted is waited for."""
+    """Create a worker's claim, or find it, once an earlier claim that is being deleted is gone."""
     body, timeouts = jobs.claim(context.plan, worker), context.timeouts
     deadline, waits = time.monotonic() + timeouts.deleted, False
     while True:
         # Create it, unless it exists
         try:
             context.client.create(body)
-            context.say(f"claim {worker.claim} made")
+            context.show(f"claim {worker.claim} made")
             return
         except ApiError as error:
             if error.reason != "AlreadyExists":
@@ -97,51 +87,42 @@ def _ensure_claim(context: StepContext, worker: WorkerPlan) -> None:
             continue
         refuse_foreign(body, existing)
         if not existing["metadata"].get("deletionTimestamp"):
-            context.say(f"claim {worker.claim} found{_differences(body, existing)}")
+            context.show(f"claim {worker.claim} found{_differences(body, existing)}")
             return
 
         # Wait until it is gone
         users = f"a pod still uses it (kubectl describe persistentvolumeclaim {worker.claim})"
         if time.monotonic() > deadline:
-            seconds = f"{timeouts.deleted:.0f} s"
-            raise TrainingError(f"claim {worker.claim} was deleted, and still exists {seconds} later: {users}")
+            left = f"was deleted, and still exists {timeouts.deleted:.0f} s later"
+            raise TrainingError(f"claim {worker.claim} {left}: {users}")
         if not waits:
-            context.say(f"claim {worker.claim} is being deleted: waiting until it is gone; {users}")
+            context.show(f"claim {worker.claim} is being deleted: waiting until it is gone; {users}")
             waits = True
         time.sleep(timeouts.poll)
 
 
 def _differences(wanted: Object, existing: Object) -> str:
     """How an existing claim differs from the wanted one. It is used unchanged, with a note."""
-    notes = []
-    for what, path in {
-        "access mode": ("spec", "accessModes"),
-        "storage class": ("spec", "storageClassName"),
-        "size": ("spec", "resources", "requests", "storage"),
-    }.items():
-        ours, theirs = _at(wanted, path), _at(existing, path)
-        if ours is not None and ours != theirs:
-            notes.append(f"its {what} is {theirs}, not {ours}")
-    return f" (used unchanged: {', '.join(notes)})" if notes else ""
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = (tree or {}).get(key)
-    return tree
+    spec, current = wanted["spec"], existing["spec"]
+    pairs = {
+        "access mode": (spec["accessModes"], current.get("accessModes")),
+        "storage class": (spec.get("storageClassName"), current.get("storageClassName")),
+        "size": tuple(one.get("resources", {}).get("requests", {}).get("storage") for one in (spec, current)),
+    }
+    different = {what: pair for what, pair in pairs.items() if pair[0] is not None and pair[0] != pair[1]}
+    notes = ", ".join(f"its {what} is {theirs}, not {ours}" for what, (ours, theirs) in different.items())
+    return f" (used unchanged: {notes})" if notes else ""
 
 
 def _fill(context: StepContext) -> dict[str, dict[str, Any]]:
     """Run a Job on each claim, all at once. Returns the manifest on each claim, by the claim's name."""
     plan = context.plan
-    bodies = {
-        f"precaching for worker {worker.index}": jobs.step_job(plan, worker, "precache") for worker in plan.claimants
-    }
-    job_names = [body["metadata"]["name"] for body in bodies.values()]
-    claims = dict(zip(job_names, (worker.claim for worker in plan.claimants), strict=True))
-    selector = f"{plan.selector},{names.selector({'app.kubernetes.io/component': 'precache'})}"
+    bodies, claims = {}, {}  # by display name; by the Job's name
+    for worker in plan.claimants:
+        body = bodies[f"precaching for worker {worker.index}"] = jobs.step_job(plan, worker, "precache")
+        claims[body["metadata"]["name"]] = worker.claim
     found: dict[str, dict[str, Any]] = {}
-    for messages in run_jobs(context, bodies, selector):
+    for messages in run_jobs(context, bodies, plan.component("precache")):
         for message in messages:
             if message.word == pod_main.PRECACHED:
                 found[claims[JOB.owner_of(message.pod)["name"]]] = message.content

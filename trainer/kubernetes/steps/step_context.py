@@ -10,7 +10,7 @@ from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.api.client import ApiError, Client
 from trainer.kubernetes.api.kinds import CLAIM, JOB, KINDS, PYTORCH_JOB, SECRET, JobKind, Kind, Object
-from trainer.kubernetes.api.silence import Say
+from trainer.kubernetes.api.notices import Show
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import config_map, network_policy, run_secret
 from trainer.kubernetes.objects.plan import Plan, plan
@@ -18,34 +18,24 @@ from trainer.kubernetes.steps.workflow import Workflow, own_pod
 from trainer.timeouts import KubernetesTimeouts
 
 
-def say(line: str) -> None:
-    """Print a line at once, or drop it if its reader is gone.
-
-    SIGTERM ends KFP's launcher, through which a step prints, before the step, which must still clean up.
-    """
-    with suppress(BrokenPipeError):
+def show(line: str) -> None:
+    """Print a line at once."""
+    with suppress(BrokenPipeError):  # SIGTERM ends KFP's launcher, which reads it, before the step, which cleans up
         print(line, flush=True)
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step works with.
+    """What a step works with."""
 
-    Attributes:
-        client: Client of the training's namespace, with the room's `timeouts`.
-        plan: The training on the cluster.
-        say: Prints a line.
-        workflow: The step's workflow; None: a person runs the step, in a pod or not.
-    """
-
-    client: Client
+    client: Client  # of the training's namespace
     plan: Plan
-    say: Say
-    workflow: Workflow | None = None
+    show: Show
+    workflow: Workflow | None = None  # None: a person runs the step, in a pod or not
 
     @classmethod
     def open(
-        cls, config: TrainingConfig, image: str, say: Say = say, timeouts: KubernetesTimeouts | None = None
+        cls, config: TrainingConfig, image: str, show: Show = show, timeouts: KubernetesTimeouts | None = None
     ) -> Self:
         """Find the cluster, the step's own pod and thereby its workflow, and plan the training.
 
@@ -55,19 +45,19 @@ class StepContext:
 
         Raises:
             ConfigError: The configuration does not fit a cluster.
-            TrainingError: There is no cluster, or it refuses us.
+            TrainingError: There is no cluster, or it refuses the credentials.
         """
         client = Client(config.deployment_namespace, timeouts)
-        owner, workflow, own_image = own_pod(client.namespace, say, client.timeouts)
+        owner, workflow, own_image = own_pod(client.namespace, show, client.timeouts)
         made = plan(config, namespace=client.namespace, image=own_image or image, owner=owner)
-        return cls(client, made, say, workflow)
+        return cls(client, made, show, workflow)
 
     @property
     def timeouts(self) -> KubernetesTimeouts:
         return self.client.timeouts
 
     def prepare(self) -> None:
-        """Apply what pods need before they start: their configuration, and the policy that lets them connect."""
+        """Apply the objects that pods need before they start: configuration and network policy."""
         for body in (config_map(self.plan), network_policy(self.plan)):
             try:
                 self.client.create(body)
@@ -77,7 +67,7 @@ class StepContext:
                 self.client.patch(KINDS[body["kind"]], body["metadata"]["name"], body)
 
     def new_token(self) -> str:
-        """Put a new secret, which entitles to a result, into the run's Secret. Nothing ever reads it back."""
+        """Put a new token, which entitles to a result, into the run's Secret."""
         token = secrets.token_urlsafe(32)
         body = run_secret(self.plan, token)
         self.client.delete(SECRET, body["metadata"]["name"])
@@ -86,56 +76,52 @@ class StepContext:
 
     def refuse_claims_in_use(self) -> None:
         """Raise ConfigError if another run of the same deployment trains on the claims."""
-        deployment = {names.DEPLOYMENT_LABEL: self.plan.config.deployment_name}
-        own = self.plan.own_labels[names.RUN_LABEL]
-        jobs, _ = self.client.list(PYTORCH_JOB, names.selector(deployment))
+        deployment = self.plan.config.deployment_name
+        jobs, _ = self.client.list(PYTORCH_JOB, names.selector({names.DEPLOYMENT_LABEL: deployment}))
         for job in jobs:
-            if job["metadata"]["labels"].get(names.RUN_LABEL) != own and not PYTORCH_JOB.has_ended(job):
-                other = job["metadata"].get("annotations", {}).get(f"{names.PREFIX}/run-id", job["metadata"]["name"])
+            metadata, own = job["metadata"], self.plan.own_labels[names.RUN_LABEL]
+            if metadata["labels"].get(names.RUN_LABEL) != own and not PYTORCH_JOB.has_ended(job):
+                other = metadata.get("annotations", {}).get(f"{names.PREFIX}/run-id", metadata["name"])
                 allowed = f"run {other} uses its claims: wait for it, or choose another deployment_name"
-                raise ConfigError("deployment_name", self.plan.config.deployment_name, allowed)
+                raise ConfigError("deployment_name", deployment, allowed)
 
     def adopt(self, kind: Kind, existing: Object) -> None:
-        """Have an object of the run that another workflow has made end with this one."""
+        """Make an object of the run that another workflow owns end with this step's workflow."""
         if self._other_owner(existing):
-            assert self.plan.owner is not None
-            change = {"metadata": {"ownerReferences": [self.plan.owner.reference()]}}
+            change = {"metadata": {"ownerReferences": [self.plan.owner]}}
             self.client.patch(kind, existing["metadata"]["name"], change)
 
     # The end
 
+    @cached_property  # asked once: there may be no time for more
     def workflow_has_ended(self) -> bool:
         """Whether the step's workflow was terminated, or is over: then an interrupted step deletes its work.
 
-        Otherwise only its pod goes away (a drain, an eviction), and the step's next pod continues. The person who runs
-        a step without a workflow has just ended it. If the workflow cannot be read, the answer is no, with a warning:
-        the exit handler and the owner references clean up what a workflow that is over has left.
+        Otherwise only its pod goes away (a drain, an eviction), and the step's next pod continues. A step without a
+        workflow was ended by the person at its terminal. If the workflow cannot be read, the answer is no, with a
+        warning: the exit handler and the owner references clean up after a workflow that is over.
         """
-        return self._workflow_has_ended
-
-    @cached_property
-    def _workflow_has_ended(self) -> bool:  # asked once: there may be no time for more
-        own = self.workflow
+        own, unknown = self.workflow, "warning: cannot find out whether"
         if own is None:
             return True
         if not own.name:
-            self.say("warning: cannot find out whether the workflow of this step was terminated")
+            self.show(f"{unknown} the workflow of this step was terminated")
             return False
         try:
             return own.has_ended(self.client)
         except TrainingError as error:
-            self.say(f"warning: cannot find out whether workflow {own.name} was terminated: {error}")
+            self.show(f"{unknown} workflow {own.name} was terminated: {error}")
             return False
 
     def clean_up(self, *, finished: bool = True, training: bool = True, claims: bool = False) -> None:
-        """Delete what the run has made; workers that still train save and leave.
+        """Delete the run's objects; workers that still train save and leave.
 
         Args:
-            finished: Also delete jobs that have ended, with their pods and logs; else they go after `finished_ttl`, and
-                nothing is deleted if another workflow continues the run.
-            training: Also delete training jobs; else the settings stay, too, if a training of the run is under way.
-            claims: Also delete the run's claims with all their data, unless another run uses them. Then jobs that have
-                ended are deleted, too: a claim stays as long as a pod exists that has mounted it.
+            finished: Also delete jobs that have ended, with their pods and logs. Otherwise they stay for
+                `finished_ttl`, and nothing is deleted if another workflow continues the run.
+            training: Also delete training jobs. Otherwise the settings stay, too, while a training is under way.
+            claims: Also delete the run's claims with all their data, unless another run uses them; and jobs that have
+                ended, because a claim stays as long as a pod exists that has mounted it.
         """
         # Leave a run alone that another workflow continues
         kinds = (PYTORCH_JOB, JOB) if training else (JOB,)
@@ -143,14 +129,14 @@ class StepContext:
         for kind in kinds if not finished else ():
             for job in self._running(kind):
                 if other := self._other_owner(job):
-                    self.say(f"workflow {other} continues run {self.plan.run_id}: nothing is deleted")
+                    self.show(f"workflow {other} continues run {self.plan.config.run_id}: nothing is deleted")
                     return
                 running.append((kind, job["metadata"]["name"]))
         if claims:
             try:
                 self.refuse_claims_in_use()
             except ConfigError as error:
-                self.say(f"warning: the claims are kept: {error}")
+                self.show(f"warning: the claims are kept: {error}")
                 claims = False
 
         # Jobs first, by one request if possible: a cancelled step may have a second
@@ -172,10 +158,8 @@ class StepContext:
 
     def _other_owner(self, one: Object) -> str:
         """The name of the workflow that owns an object, if it is not this step's; else ""."""
-        if self.plan.owner is None:
-            return ""
-        owners = one["metadata"].get("ownerReferences") or []
-        others = (o["name"] for o in owners if o["kind"] == self.plan.owner.kind and o["uid"] != self.plan.owner.uid)
+        own, owners = self.plan.owner, one["metadata"].get("ownerReferences") or []
+        others = (it["name"] for it in owners if own and it["kind"] == own["kind"] and it["uid"] != own["uid"])
         return next(others, "")
 
 

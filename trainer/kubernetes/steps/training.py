@@ -1,52 +1,31 @@
 """The train step: creates the training jobs, or finds them, and follows the training until it has ended.
 
-The training ends by its workers' verdict in etcd (`trainer.elastic.keys`), or when one of them ends with status 0,
-which means that the final checkpoint is committed. The failure of a pod, a job or a node is only a line in the log as
-long as enough workers are left.
+The training ends by its workers' verdict in etcd (`trainer.elastic.keys`), or when a worker ends with status 0: its
+final checkpoint is committed. While enough workers are left, the failure of a pod, a job or a node is only logged.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.elastic import keys
 from trainer.errors import Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.errors import EtcdError
-from trainer.kubernetes.api.kinds import PYTORCH_JOB, JobKind, Object
-from trainer.kubernetes.api.silence import Say
+from trainer.kubernetes.api.notices import Show
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.plan import Plan, WorkerPlan
+from trainer.kubernetes.objects.plan import WorkerPlan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD
 from trainer.kubernetes.objects.pytorchjob import training_jobs
 from trainer.kubernetes.steps.credentials import reachable_etcd
 from trainer.kubernetes.steps.job_follower import JobFollower
 from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
 from trainer.kubernetes.steps.training_view import TrainingView
-from trainer.kubernetes.steps.worker_ends import WorkerEnds
+from trainer.kubernetes.steps.worker_ends import KIND, WorkerEnds
 from trainer.monitor.dashboard import Dashboard, view
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What the train step knows of a training that is complete.
-
-    Attributes:
-        workers: By index, those whose claims have the newest checkpoints first.
-    """
-
-    workers: tuple[int, ...]
-
-
-def train(
-    context: StepContext,
-    directory: Path,
-    *,
-    kind: JobKind = PYTORCH_JOB,
-    build: Callable[[Plan], list[Object]] = training_jobs,
-) -> Trained:
-    """Train on the cluster until the run is complete.
+def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
+    """Train on the cluster until the run is complete. Returns the workers with the newest checkpoints first.
 
     A training of this run that is under way is followed, and not started again. If the step is interrupted because its
     workflow was terminated (`StepContext.workflow_has_ended`), it deletes everything, and the workers save and leave.
@@ -54,54 +33,44 @@ def train(
 
     Args:
         directory: Takes the workers' events as they arrive: `worker-<i>/metrics.jsonl`.
-        kind, build: The kind of the training's jobs, and their builder.
 
     Raises:
         TrainingError: The training has failed, or cannot continue, with the reason.
     """
-    board = Dashboard(context.plan.config.total_steps)
-    with reachable_etcd(context) as etcd, view(board, context.say) as shown:
-        run_view = TrainingView(context.plan, directory, board, shown)
-        training = _Training(context, etcd, kind, build(context.plan), run_view, shown.show)
+    dashboard = Dashboard(context.plan.config.total_steps)
+    with reachable_etcd(context) as etcd, view(dashboard, context.show) as shown:
+        run_view = TrainingView(context.plan, directory, dashboard, shown)
+        training = _Training(context, etcd, run_view, shown.show)
         try:
             training.begin()
             context.client.patience = max(context.client.patience, context.timeouts.outage_in_training)
             return training.follow()
         except (Interrupted, KeyboardInterrupt):
-            if context.workflow_has_ended():
+            if context.workflow_has_ended:
                 context.clean_up()  # before anything else: there may be less than a second
-                context.say("cancelled: the training's jobs are deleted, their workers save and leave")
+                context.show("cancelled: the training's jobs are deleted, their workers save and leave")
             else:
-                context.say("this step goes away, and the training continues: the step's next pod follows it")
+                context.show("this step goes away, and the training continues: the step's next pod follows it")
             raise
 
 
 class _Training:
     """A training on the cluster, and its verdict."""
 
-    def __init__(
-        self,
-        context: StepContext,
-        etcd: EtcdClient,
-        kind: JobKind,
-        bodies: Sequence[Object],
-        view: TrainingView,
-        say: Say,
-    ) -> None:
-        self._context, self._etcd, self._kind, self._view, self._say = context, etcd, kind, view, say
+    def __init__(self, context: StepContext, etcd: EtcdClient, view: TrainingView, show: Show) -> None:
+        self._context, self._etcd, self._view, self._show = context, etcd, view, show
         self._plan, self._config = context.plan, context.plan.config
-        self._bodies = {body["metadata"]["name"]: body for body in bodies}
-        selector = names.selector({"app.kubernetes.io/component": "train"})
+        self._bodies = {body["metadata"]["name"]: body for body in training_jobs(self._plan)}
         self._jobs = JobFollower(
             context,
-            kind,
+            KIND,
             {self._called(name): body for name, body in self._bodies.items()},
-            f"{self._plan.selector},{selector}",
-            say,
+            self._plan.component("train"),
+            show,
             pod_names={worker.pod: self._worker_name(worker) for worker in self._plan.workers},
-            patience=self._config.active_deadline,  # workers train on without the API server for as long as that
+            patience=self._config.active_deadline,  # workers need no API server to train
         )
-        self._ends = WorkerEnds(self._plan, kind, self._jobs, say)
+        self._ends = WorkerEnds(self._plan, self._jobs, show)
         self._verdict = keys.Verdict("open")
         self._asked_etcd, self._etcd_is_away = 0.0, False
 
@@ -109,14 +78,14 @@ class _Training:
         """Create the jobs that are missing, and keep those that exist: the step may have been restarted."""
         # Find the run's jobs, and its verdict
         part_of = names.selector({"app.kubernetes.io/part-of": names.PREFIX})
-        jobs = self._context.client.list(self._kind, part_of)[0]
+        jobs = self._context.client.list(KIND, part_of)[0]
         existing = {job["metadata"]["name"]: job for job in jobs if job["metadata"]["name"] in self._bodies}
         for name, job in existing.items():
             refuse_foreign(self._bodies[name], job)
-        under_way = any(not self._kind.has_failed(job) for job in existing.values())
+        under_way = any(not KIND.has_failed(job) for job in existing.values())
         self._verdict = keys.verdict(self._etcd)
         if self._verdict.status == "succeeded":
-            return  # the logs of its jobs, if any exist, are read once more
+            return  # `follow` reads the logs of its jobs, if any exist, once more
 
         # Begin, or begin again after a failure of all jobs
         self._context.refuse_claims_in_use()
@@ -125,25 +94,25 @@ class _Training:
             keys.reopen(self._etcd)
             self._verdict = keys.Verdict("open")
         for name in self._bodies:
-            found = self._jobs.create(name, replace=lambda job: self._kind.has_ended(job) and not under_way)
+            found = self._jobs.create(name, replace=lambda job: KIND.has_ended(job) and not under_way)
             if found is None:
-                self._say(f"{self._kind.name} {name} made")
+                self._show(f"{KIND.name} {name} made")
             else:
-                self._context.adopt(self._kind, found)
-                self._say(f"{self._kind.name} {name} exists already: following it")
+                self._context.adopt(KIND, found)
+                self._show(f"{KIND.name} {name} exists already: following it")
 
-    def follow(self) -> Trained:
+    def follow(self) -> list[WorkerPlan]:
         """Follow the training until it has ended. Raises TrainingError if it has failed."""
-        run = f"run {self._plan.run_id}"
+        run = f"run {self._config.run_id}"
         with self._jobs:
             if self._verdict.terminal:
-                self._say(f"{run} has ended already: it has {self._verdict.status}")
+                self._show(f"{run} has ended already: it has {self._verdict.status}")
             else:
-                self._say(f"{run}: {self._config.attendance}")
-                self._say(f"kubectl get {self._kind.name.lower()} -n {self._plan.namespace} -l {self._plan.selector}")
+                self._show(f"{run}: {self._config.attendance}")
+                self._show(f"kubectl get {KIND.name.lower()} -n {self._plan.namespace} -l {self._plan.selector}")
             for messages in self._jobs.looks():
                 self._view.keep(messages)
-                self._take_in()
+                self._update()
                 if not self._verdict.terminal:
                     self._fail_if_hopeless()
                 if self._verdict.terminal:
@@ -151,19 +120,18 @@ class _Training:
             self._wind_up()
         if self._verdict.status == "failed":
             raise TrainingError(self._ends.explain(self._verdict))
-        self._say(f"{run} is complete")
-        return Trained(self._view.by_checkpoint())
+        self._show(f"{run} is complete")
+        return self._view.by_checkpoint()
 
-    def _take_in(self) -> None:
-        """Take in the state of pods, jobs and etcd, and show it."""
+    def _update(self) -> None:
+        """Read the state of pods, jobs and etcd, and show it."""
         jobs, ends = self._jobs, self._ends
         for pod in (*jobs.departed, *jobs.pods.values()):
             if not ends.has_ended(pod) and jobs.exit_status(pod) is not None:
-                self._view.keep(jobs.finish_reading([pod]))  # its last error says more than its status
+                self._view.keep(jobs.finish_reading([pod]))  # its last error is more specific than its status
                 ends.note_pod(pod)
         for pod in jobs.departed if not self._is_over() else ():
-            if not ends.has_ended(pod):
-                ends.note_departed(pod)
+            ends.note_departed(pod)
         for name in self._bodies:
             if jobs.job(name) is not None or not self._is_over():
                 ends.note_job(name)
@@ -171,12 +139,12 @@ class _Training:
             self._ask_etcd()
         if ends.complete and not self._verdict.terminal:
             self._verdict = keys.Verdict("succeeded")
-        self._show()
+        self._refresh()
 
     def _is_over(self) -> bool:
         return self._verdict.terminal or self._ends.complete
 
-    def _show(self) -> None:
+    def _refresh(self) -> None:
         running = [name for name, pod in self._jobs.pods.items() if self._jobs.is_running(pod)]
         self._view.refresh(self._jobs.silent(), running)
 
@@ -184,7 +152,7 @@ class _Training:
         """End a training that has too few workers left, or never gets them."""
         least = self._config.min_nodes
         if self._ends.left < least:
-            # An agent that gives up writes why into etcd, if the run ends by it: that says more than is seen from here
+            # If the run ends because an agent gives up, the agent writes why into etcd
             self._ask_etcd()
             if not self._verdict.terminal:
                 why = next(iter(self._ends.lost.values()))
@@ -199,50 +167,48 @@ class _Training:
             self._fail(f"too few workers have started in {timeout:.0f} s: {waiting[0]}")
 
     def _fail(self, reason: str) -> None:
-        """Give the run its verdict, at which the workers that are left save and leave."""
+        """Write the run's verdict to etcd; the workers that are left then save and leave."""
         self._verdict = keys.Verdict("failed", reason)
         try:
             keys.finish(self._etcd, "failed", reason)
         except EtcdError as error:
-            self._say(f"warning: the failure of the run could not be written to etcd: {error}")
+            self._show(f"warning: the failure of the run could not be written to etcd: {error}")
 
     def _ask_etcd(self) -> None:
         self._asked_etcd = time.monotonic()
+        was_away, self._etcd_is_away = self._etcd_is_away, False
         try:
             self._verdict = keys.verdict(self._etcd)
+            if was_away:
+                self._show("etcd answers again")
         except EtcdError as error:
-            if not self._etcd_is_away:
-                self._say(f"etcd does not answer, the workers continue without it: {error}")
             self._etcd_is_away = True
-        else:
-            if self._etcd_is_away:
-                self._say("etcd answers again")
-            self._etcd_is_away = False
+            if not was_away:
+                self._show(f"etcd does not answer, the workers continue without it: {error}")
 
     def _wind_up(self) -> None:
-        """Let the workers end: by themselves if they are done, otherwise with their jobs. They save, and leave."""
+        """Wait until the workers have saved and left: by themselves if they are done, otherwise with their jobs."""
         jobs = self._jobs
         if self._verdict.status == "failed":
             for name in self._bodies:
                 job = jobs.job(name)
                 alive = any(jobs.exit_status(pod) is None for pod in jobs.pods_of(name))
-                if job is not None and (alive or not self._kind.has_ended(job)):  # a failed job's pods may still run
+                if job is not None and (alive or not KIND.has_ended(job)):  # a failed job's pods may still run
                     jobs.delete(name)
         deadline = time.monotonic() + GRACE_PERIOD
         for messages in jobs.looks():
             self._view.keep(messages)
-            self._take_in()
+            self._update()
             if not any(jobs.is_running(pod) for pod in jobs.pods.values()) or time.monotonic() > deadline:
                 break
         self._view.keep(jobs.finish_reading(list(jobs.pods.values())))
-        self._show()
+        self._refresh()
 
     def _called(self, job: str) -> str:
-        """A job's name for people: that of its workers."""
+        """A job's display name: that of its workers."""
         members = [worker for worker in self._plan.workers if worker.job == job]
-        if len(members) == 1:
-            return self._worker_name(members[0])
-        return f"workers {', '.join(str(worker.index) for worker in members)}"
+        several = f"workers {', '.join(str(worker.index) for worker in members)}"
+        return self._worker_name(members[0]) if len(members) == 1 else several
 
     def _worker_name(self, worker: WorkerPlan) -> str:
         return f"worker {worker.index}" + (f" at {worker.site.name}" if len(self._plan.sites) > 1 else "")

@@ -12,15 +12,10 @@ from trainer.monitor.worker_log import WorkerEvents
 
 
 class TrainingView:
-    """Keeps the workers' events, and shows where the run is.
+    """Writes the workers' events to `directory` (`worker-<i>/metrics.jsonl`), and shows the run's progress."""
 
-    Args:
-        directory: Takes the events: `worker-<i>/metrics.jsonl`.
-        board, shown: The dashboard's content, and the view that draws it.
-    """
-
-    def __init__(self, plan: Plan, directory: Path, board: Dashboard, shown: View) -> None:
-        self._plan, self._dashboard, self._shown = plan, board, shown
+    def __init__(self, plan: Plan, directory: Path, dashboard: Dashboard, shown: View) -> None:
+        self._plan, self._dashboard, self._shown = plan, dashboard, shown
         self._processes = plan.config.elastic.nproc_per_node
         self._by_pod = {worker.pod: worker for worker in plan.workers}
         self._events = WorkerEvents(directory, self._processes)
@@ -36,7 +31,7 @@ class TrainingView:
                 self._events.write(worker.index, message.content)
 
     def refresh(self, silent: Mapping[str, float], running: Sequence[str]) -> None:
-        """Show what the events say. The state of silent workers is outdated: the others tell where the run is.
+        """Show the run's progress by the events. The state of silent workers is outdated: the others determine it.
 
         Args:
             silent: Pods from which no news arrives: since when, in Unix seconds.
@@ -54,14 +49,14 @@ class TrainingView:
         fill(self._dashboard, self._progress)
         self._shown.refresh()
 
-    def by_checkpoint(self) -> tuple[int, ...]:
-        """The workers' indices, those with the newest checkpoints first."""
+    def by_checkpoint(self) -> list[WorkerPlan]:
+        """The workers, those with the newest checkpoints first."""
         newest = self._events.newest_checkpoints()
-        versions = {
-            worker.index: max(newest.get(progress.number, (-1, -1)) for progress in self._progress_of(worker))
-            for worker in self._plan.workers
-        }
-        return tuple(sorted(versions, key=lambda index: versions[index], reverse=True))
+
+        def version(worker: WorkerPlan) -> tuple[int, int]:
+            return max(newest.get(progress.number, (-1, -1)) for progress in self._progress_of(worker))
+
+        return sorted(self._plan.workers, key=version, reverse=True)
 
     def _progress_of(self, worker: WorkerPlan) -> Sequence[WorkerProgress]:
         return self._progress[worker.index * self._processes : (worker.index + 1) * self._processes]

@@ -5,31 +5,25 @@ from collections.abc import Sequence
 
 from trainer.elastic.keys import Verdict
 from trainer.kubernetes.api import diagnosis
-from trainer.kubernetes.api.kinds import JobKind, Object
+from trainer.kubernetes.api.kinds import PYTORCH_JOB, Object
 from trainer.kubernetes.objects.plan import Plan, WorkerPlan
-from trainer.kubernetes.steps.job_follower import JobFollower, Say
+from trainer.kubernetes.steps.job_follower import JobFollower, Show
 from trainer.launch.agent import MEMORY_KILLS, is_vague
+
+KIND = PYTORCH_JOB  # of the training's jobs
 
 
 class WorkerEnds:
-    """The pods that have ended, and the workers that are lost permanently.
+    """The pods that have ended, and the workers that are lost permanently."""
 
-    Args:
-        say: Prints a line.
-
-    Attributes:
-        complete: Whether a worker has ended that had completed the run.
-        lost: Workers that have failed permanently, by index: why.
-    """
-
-    def __init__(self, plan: Plan, kind: JobKind, jobs: JobFollower, say: Say) -> None:
-        self._plan, self._kind, self._jobs, self._say = plan, kind, jobs, say
+    def __init__(self, plan: Plan, jobs: JobFollower, show: Show) -> None:
+        self._plan, self._jobs, self._show = plan, jobs, show
         self._by_pod = {worker.pod: worker for worker in plan.workers}
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: why
         self._why: dict[int, str] = {}  # why a worker's last pod has ended
         self._out_of_memory: Counter[int] = Counter()  # how often a worker ran out of memory
-        self.complete = False
-        self.lost: dict[int, str] = {}
+        self.complete = False  # whether a worker that had completed the run has ended
+        self.lost: dict[int, str] = {}  # why workers have failed permanently, by index
 
     @property
     def left(self) -> int:
@@ -37,43 +31,51 @@ class WorkerEnds:
         return len(self._plan.workers) - len(self.lost)
 
     def has_ended(self, pod: Object) -> bool:
-        """Whether `note_pod` or `note_departed` has noted a pod's end already."""
+        """Whether a pod's end has been noted already."""
         return pod["metadata"]["uid"] in self._ended
 
     def note_pod(self, pod: Object) -> None:
-        """Note how a pod has ended, whose log has been read to its end."""
+        """Note how a pod has ended. Its log has been read to its end."""
         uid, code = pod["metadata"]["uid"], self._jobs.exit_status(pod)
-        if code == 0:  # only a worker that has completed the run ends so
+        if code == 0:  # the worker has completed the run
             self._ended[uid] = "it is done"
             self.complete = True
             return
         why = self._ended[uid] = self._jobs.why_ended(pod)
         worker = self._by_pod.get(pod["metadata"]["name"])
-        hopeless = worker is not None and self._is_hopeless(worker, pod)
+
+        # A worker whose next pods would run out of memory again is lost
+        hopeless = False
+        if worker is not None and diagnosis.is_out_of_memory(pod, self._jobs.container):
+            self._out_of_memory[worker.index] += 1
+            most = min(MEMORY_KILLS, self._plan.config.elastic.max_restarts + 1)
+            hopeless = self._out_of_memory[worker.index] >= most
         lost = worker is not None and worker.index in self.lost
         restarted = code is not None and code >= 128 and not hopeless and not lost
-        self._say(f"{self._jobs.called(pod)} has ended: {why}{f': {self._kind.name} restarts it' if restarted else ''}")
+        self._show(f"{self._jobs.called(pod)} has ended: {why}" + f": {KIND.name} restarts it" * restarted)
         if worker is not None:
             self._why[worker.index] = why
-        if worker is not None and hopeless:
-            self._jobs.delete(worker.job)
-            self.lose(self.members(worker.job), why)
+            if hopeless:
+                self._jobs.delete(worker.job)
+                self.lose(self.members(worker.job), why)
 
     def note_departed(self, pod: Object) -> None:
-        """Note that a pod was deleted before its end was seen."""
+        """Note that a pod was deleted, unless its end has been noted."""
+        if self.has_ended(pod):
+            return
         why = self._ended[pod["metadata"]["uid"]] = diagnosis.why_lost(pod) or "someone has deleted it"
-        self._say(f"the pod of {self._jobs.called(pod)} is gone: {why}")
+        self._show(f"the pod of {self._jobs.called(pod)} is gone: {why}")
 
     def note_job(self, name: str) -> None:
         """Note which workers are lost with their job, or by its failure, and whether it has succeeded."""
         job, members = self._jobs.job(name), self.members(name)
         if job is None:
             if self._jobs.was_deleted(name):
-                self.lose(members, f"{self._kind.name} {name} was deleted")
+                self.lose(members, f"{KIND.name} {name} was deleted")
             return
         for worker in members:
             self._note_worker(worker, job)
-        self.complete |= self._kind.has_succeeded(job)
+        self.complete |= KIND.has_succeeded(job)
 
     def lose(self, workers: Sequence[WorkerPlan], why: str) -> None:
         """Note that workers have failed permanently, unless it is known already."""
@@ -83,14 +85,14 @@ class WorkerEnds:
         self.lost |= {worker.index: why for worker in new}
         names = f"worker{'s' if len(new) > 1 else ''} {', '.join(str(worker.index) for worker in new)}"
         others = f": the others continue ({self.left} left)" if self.left >= self._plan.config.min_nodes else ""
-        self._say(f"{names} {'have' if len(new) > 1 else 'has'} failed permanently: {why}{others}")
+        self._show(f"{names} {'have' if len(new) > 1 else 'has'} failed permanently: {why}{others}")
 
     def members(self, job: str) -> list[WorkerPlan]:
         """The workers of a job."""
         return [worker for worker in self._plan.workers if worker.job == job]
 
     def explain(self, verdict: Verdict) -> str:
-        """Why the run has failed: the verdict's reason, or what was observed here if that says more."""
+        """Why the run has failed: the verdict's reason, unless an observation here is more specific."""
         if verdict.reason and not is_vague(verdict.reason):
             return verdict.reason
         out_of_memory = {index: self._why[index] for index in self._out_of_memory if index in self._why}
@@ -100,15 +102,8 @@ class WorkerEnds:
                 return f"worker {index}: {why}"
         return verdict.reason or "the run has failed"
 
-    def _is_hopeless(self, worker: WorkerPlan, pod: Object) -> bool:
-        """Whether a worker's pods would run out of memory for ever."""
-        if not diagnosis.is_out_of_memory(pod, self._jobs.container):
-            return False
-        self._out_of_memory[worker.index] += 1
-        return self._out_of_memory[worker.index] >= min(MEMORY_KILLS, self._plan.config.elastic.max_restarts + 1)
-
     def _note_worker(self, worker: WorkerPlan, job: Object) -> None:
-        """A worker is lost if its pod has failed; or if its job has, which creates no new pods, and it has no pod.
+        """Note whether a worker is lost: its pod has failed; or it has no pod, and its failed job creates none.
 
         The training operator fails a job with the first of its pods that fails, and leaves the others running.
         """
@@ -116,7 +111,7 @@ class WorkerEnds:
         pod = next(pods, None)
         code = None if pod is None else self._jobs.exit_status(pod)
         failed = code is not None and 0 < code < 128
-        gone = self._kind.has_failed(job) and code != 0 and (pod is None or code is not None)
+        gone = KIND.has_failed(job) and code != 0 and (pod is None or code is not None)
         if failed or gone:
             why = self._ended.get(pod["metadata"]["uid"], "") if pod else ""
-            self.lose([worker], why or self._kind.why_failed(job) or "unknown")
+            self.lose([worker], why or KIND.why_failed(job) or "unknown")

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.kubernetes.api.client import ApiError, Client
-from trainer.kubernetes.api.kinds import POD, WORKFLOW
-from trainer.kubernetes.api.silence import Say
-from trainer.kubernetes.objects.plan import Owner
+from trainer.kubernetes.api.kinds import POD, WORKFLOW, Object
+from trainer.kubernetes.api.notices import Show
 from trainer.timeouts import KubernetesTimeouts
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -18,26 +17,16 @@ _STOPPED = ("Terminate", "Stop")  # `spec.shutdown` of a workflow that Argo's ow
 
 @dataclass(frozen=True)
 class Workflow:
-    """The Argo workflow of a step. Its namespace may differ from that of the training.
-
-    Attributes:
-        name, uid: Empty if the step's pod, which refers to the workflow, could not be read.
-    """
+    """The Argo workflow of a step. Its namespace may differ from that of the training."""
 
     namespace: str
-    name: str
+    name: str  # like `uid` empty if the step's pod, which refers to the workflow, cannot be read
     uid: str
 
     def has_ended(self, client: Client) -> bool:
-        """Whether it was terminated, or is over.
+        """Whether it was terminated, or is over. Raises TrainingError if it cannot be read.
 
         KFP terminates a workflow by `spec.activeDeadlineSeconds: 0`, and sets it before the step gets its SIGTERM.
-
-        Args:
-            client: Of any namespace.
-
-        Raises:
-            TrainingError: The workflow cannot be read.
         """
         if self.namespace != client.namespace:
             client = Client(self.namespace, client.timeouts)
@@ -63,31 +52,22 @@ def own_namespace() -> str:
         return ""
 
 
-def own_pod(namespace: str, say: Say, timeouts: KubernetesTimeouts) -> tuple[Owner | None, Workflow | None, str]:
-    """The step's workflow, and its pod's image.
-
-    Args:
-        namespace: The training's namespace.
-
-    Returns:
-        The workflow as an owner, if it is in `namespace`; the workflow, if there is one; the image, or "".
-    """
+def own_pod(namespace: str, show: Show, timeouts: KubernetesTimeouts) -> tuple[Object | None, Workflow | None, str]:
+    """The step's workflow as an owner, if it is in the training's `namespace`; the workflow; its pod's image, or ""."""
     own, name = own_namespace(), os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     if not own:
         return None, None, ""
     try:
         pod = Client(own, timeouts).get(POD, name)
     except ApiError as error:
-        say(f"warning: the objects of this step do not end with its workflow: {error}")
+        show(f"warning: the objects of this step do not end with its workflow: {error}")
         pod = None
     if pod is None:  # a step that KFP has started has a workflow nevertheless
         return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
     image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))
-    owners = [one for one in pod["metadata"].get("ownerReferences") or [] if one["kind"] == "Workflow"]
-    if not owners:
-        return None, None, image
-    one = owners[0]
-    workflow = Workflow(own, one["name"], one["uid"])
-    owner = Owner(one["apiVersion"], one["kind"], one["name"], one["uid"]) if own == namespace else None
-    return owner, workflow, image
+    for one in pod["metadata"].get("ownerReferences") or []:
+        if one["kind"] == "Workflow":
+            owner = {key: one[key] for key in ("apiVersion", "kind", "name", "uid")}
+            return owner if own == namespace else None, Workflow(own, one["name"], one["uid"]), image
+    return None, None, image
