@@ -336,7 +336,7 @@ def test_a_training_is_made_followed_and_ends_as_it_ended(place: Place, tmp_path
     jobs = place.server.all("pytorchjobs")
     assert len(jobs) == 2
     for job in jobs.values():
-        assert job["metadata"]["ownerReferences"][0]["uid"] == OWNER.uid
+        assert job["metadata"]["ownerReferences"][0]["uid"] == OWNER["uid"]
     assert [event for event in events(tmp_path / "run", 1) if '"event": "round"' in event]
     assert place.said(f"run {place.run_id} is complete")
     assert place.said("round 2", "loss 2.5")
@@ -800,16 +800,16 @@ def delete(place: Place, owner: Object) -> None:
 ENDS: dict[str, Callable[[Place], None]] = {
     "terminated by KFP": Place.terminate,
     "terminated by Argo": lambda p: p.server.update(
-        "workflows", OWNER.name, lambda one: one["spec"].update(shutdown="Terminate")
+        "workflows", OWNER["name"], lambda one: one["spec"].update(shutdown="Terminate")
     ),
     "stopped by Argo": lambda p: p.server.update(
-        "workflows", OWNER.name, lambda one: one["spec"].update(shutdown="Stop")
+        "workflows", OWNER["name"], lambda one: one["spec"].update(shutdown="Stop")
     ),
-    "failed": lambda p: p.server.update("workflows", OWNER.name, lambda one: one.update(status={"phase": "Failed"})),
+    "failed": lambda p: p.server.update("workflows", OWNER["name"], lambda one: one.update(status={"phase": "Failed"})),
     "being deleted": lambda p: delete(p, OWNER),
-    "gone": lambda p: p.server.remove("workflows", OWNER.name),
+    "gone": lambda p: p.server.remove("workflows", OWNER["name"]),
     "of another uid": lambda p: p.server.update(
-        "workflows", OWNER.name, lambda one: one["metadata"].update(uid="00000000-0000-4000-8000-000000000009")
+        "workflows", OWNER["name"], lambda one: one["metadata"].update(uid="00000000-0000-4000-8000-000000000009")
     ),
 }
 
@@ -1092,8 +1092,8 @@ def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_pat
     place.on_line = old_one_ends
     train(place.context(), tmp_path / "second")
     jobs = place.server.all("pytorchjobs").values()
-    assert [job["metadata"]["ownerReferences"][0]["uid"] for job in jobs] == [ANOTHER_OWNER.uid] * 2
-    assert place.said(f"workflow {ANOTHER_OWNER.name} continues run")
+    assert [job["metadata"]["ownerReferences"][0]["uid"] for job in jobs] == [ANOTHER_OWNER["uid"]] * 2
+    assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run")
     assert place.server.all("configmaps")
 
 

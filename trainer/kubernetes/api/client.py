@@ -81,12 +81,7 @@ class Client:
 
     def get(self, kind: Kind, name: str, *, timeout: float | None = None) -> Object | None:
         """The object; None if it does not exist. A `timeout`, in seconds, allows a single attempt."""
-        try:
-            return self._json("get", kind, name, timeout)
-        except ApiError as error:
-            if error.reason == "NotFound":
-                return None
-            raise
+        return self._existing("get", kind, name, timeout)
 
     def list(
         self, kind: Kind, labels: str = "", fields: str = "", *, timeout: float | None = None
@@ -112,13 +107,7 @@ class Client:
 
     def delete(self, kind: Kind, name: str) -> bool:
         """Delete an object, and in the background what it owns. False if it does not exist."""
-        try:
-            self._json("delete", kind, name, body=_IN_BACKGROUND)
-        except ApiError as error:
-            if error.reason == "NotFound":
-                return False
-            raise
-        return True
+        return self._existing("delete", kind, name, body=_IN_BACKGROUND) is not None
 
     def delete_all(self, kind: Kind, labels: str) -> None:
         """Delete all objects that match the selector by one request, and in the background what they own."""
@@ -139,16 +128,11 @@ class Client:
             ApiError: With status 410, the version is too old: list again.
         """
         seconds = self.timeouts.watch
+        limits = (self.timeouts.connect, seconds + self.timeouts.answer)
+        since = {"watch": "true", "resource_version": version, "timeout_seconds": round(seconds)}
+        bookmarks = [("allowWatchBookmarks", "true")]
         response = self._send(
-            "watch",
-            kind,
-            limits=(self.timeouts.connect, seconds + self.timeouts.answer),
-            stream=True,
-            watch="true",
-            resource_version=version,
-            label_selector=labels or None,
-            timeout_seconds=round(seconds),
-            query_params=[("allowWatchBookmarks", "true")],
+            "watch", kind, limits=limits, stream=True, label_selector=labels or None, query_params=bookmarks, **since
         )
         begun()
         for line in _lines(response):
@@ -171,6 +155,14 @@ class Client:
         limits = (self.timeouts.connect, self.timeouts.log_silence if follow else self.timeouts.answer)
         response = self._send("log", POD, pod, limits=limits, stream=follow, query_params=query)
         yield from _lines(response) if follow else filter(None, response.data.decode(errors="replace").split("\n"))
+
+    def _existing(self, *request: Any, **arguments: Any) -> Object | None:
+        try:
+            return self._json(*request, **arguments)
+        except ApiError as error:
+            if error.reason != "NotFound":
+                raise
+            return None
 
     def _json(self, verb: str, kind: Kind, name: str = "", timeout: float | None = None, **arguments: Any) -> Any:
         """One request, retried while the server is away, unless `timeout` allows a single attempt only."""

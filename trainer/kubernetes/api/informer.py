@@ -28,9 +28,6 @@ class Informer:
         labels: The label selector.
         changed: Called after each change, from the informer's thread.
         patience: Seconds that the API server may be away.
-
-    Attributes:
-        silence: Since when, and why, the objects' state is unknown; None: it is known.
     """
 
     def __init__(
@@ -38,7 +35,7 @@ class Informer:
     ) -> None:
         self._client, self._kind, self._labels, self._changed = client, kind, labels, changed
         self._patience, self._heard = patience, time.monotonic()
-        self.silence: Silence | None = None
+        self.silence: Silence | None = None  # since when, and why, the objects' state is unknown
         self._objects: dict[str, Object] = {}
         self._departed: list[Object] = []
         self._version = ""

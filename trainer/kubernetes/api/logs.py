@@ -26,13 +26,6 @@ class LogFollower:
 
     A silent connection does not show whether the kubelet is still alive. After `log_silence` the follower therefore
     closes it, and reads the log without following, which a kubelet answers at once.
-
-    Args:
-        on_line: Called with each line, from the thread.
-
-    Attributes:
-        silence: Why no line can arrive at the moment; None: lines can arrive.
-        done: Set when no further line will come.
     """
 
     def __init__(self, client: Client, pod: Object, container: str, on_line: Callable[[str], None]) -> None:
@@ -42,8 +35,8 @@ class LogFollower:
         self._last = ""  # time of the last line
         self._heard = time.monotonic()
         self._ended, self._closed = threading.Event(), threading.Event()
-        self.silence: Silence | None = None
-        self.done = threading.Event()
+        self.silence: Silence | None = None  # why no line can arrive at the moment
+        self.done = threading.Event()  # set when no further line will come
         threading.Thread(target=self._run, name=f"log-{self._pod}", daemon=True).start()
 
     def end(self) -> None:

@@ -80,16 +80,11 @@ class Plan:
         return {"name": name, "namespace": self.namespace, "labels": labels, "annotations": annotations, **owners}
 
     def labels(self, component: str, worker: WorkerPlan | None = None) -> dict[str, str]:
-        """Labels of an object or a pod that belongs to the run.
-
-        Args:
-            worker: The worker that it belongs to, if any. Training pods of a site's job have one template, which
-                therefore names no worker.
-        """
+        """Labels of an object or a pod that belongs to the run, and perhaps to a worker."""
         labels = names.training_labels(self.config, component)
         if worker:
             labels[names.SITE_LABEL] = worker.site.name
-            if component != "train" or self.a_job_a_worker:
+            if component != "train" or self.a_job_a_worker:  # else the pods of several workers have one template
                 labels[names.WORKER_LABEL] = str(worker.index)
         return labels
 

@@ -37,13 +37,10 @@ class Site:
 
 
 def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
-    """The sites of a training.
+    """The sites of a training. Raises ConfigError if `nodes` cannot be split over the GPU vendors.
 
     Args:
         image: The project's image, where neither site nor vendor nor deployment has another.
-
-    Raises:
-        ConfigError: `nodes` cannot be split over the GPU vendors.
     """
     pools = config.sites
     if not pools and (config.device == "cpu" or config.gpu_count == 0):

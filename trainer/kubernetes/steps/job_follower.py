@@ -43,11 +43,6 @@ class JobFollower:
         labels: Selects these jobs and their pods, and no others.
         pod_names: Display names of pods, by name; by default those of their jobs.
         patience: Seconds that the API server may be away.
-
-    Attributes:
-        container: Name of the container that does the work in each pod.
-        pods: The pods by name.
-        departed: The pods that were deleted between the last two looks, in their last known state.
     """
 
     def __init__(
@@ -66,7 +61,7 @@ class JobFollower:
         self._names = {body["metadata"]["name"]: name for name, body in bodies.items()}
         self._pod_names = pod_names or {}
         container = kind.template(next(iter(bodies.values())))["spec"]["containers"][0]
-        self.container: str = container["name"]
+        self.container: str = container["name"]  # of each pod
         self._memory = container.get("resources", {}).get("limits", {}).get("memory", "")
 
         self._wake = threading.Event()
@@ -81,8 +76,8 @@ class JobFollower:
         self._uids: dict[str, str] = {}  # of the jobs that were created, or found, by name
         self._last_errors: dict[str, str] = {}  # the last error that a pod has printed, by uid
         self._jobs: dict[str, Object] = {}
-        self.pods: dict[str, Object] = {}
-        self.departed: list[Object] = []
+        self.pods: dict[str, Object] = {}  # by name
+        self.departed: list[Object] = []  # pods deleted between the last two looks, in their last known state
 
     def __enter__(self) -> Self:
         self._resources.enter_context(self._job_informer)
@@ -104,7 +99,6 @@ class JobFollower:
 
         Raises:
             ConfigError: The name is taken by a job of another run.
-            ApiError: A deleted job does not go away.
         """
         deadline = time.monotonic() + self._timeouts.deleted
         while True:
@@ -134,10 +128,10 @@ class JobFollower:
     def looks(self) -> Iterator[list[Message]]:
         """Look again whenever something has changed; yields the new messages of the pods."""
         while True:
-            yield self._look()
+            yield self.look()
             self._wake.wait(self._timeouts.look)
 
-    def _look(self) -> list[Message]:
+    def look(self) -> list[Message]:
         """Read the current state: print what has changed and why pods wait. Returns the pods' new messages."""
         self._wake.clear()
         api_is_silent = bool(self._job_informer.silence or self._pod_informer.silence)

@@ -56,11 +56,25 @@ def precache(context: StepContext, held_out: Path) -> Manifests:
 
 
 def _precache(context: StepContext, held_out: Path) -> Manifests:
+    # Run a Job on each claim, all at once
     context.prepare()
-    found = _fill(context)
-    hashes = {name: manifest["hash"] for name, manifest in found.items()}
-    if len(set(hashes.values())) > 1:
-        different = ", ".join(f"{name}: {hash[:12]}" for name, hash in hashes.items())
+    bodies, claims = {}, {}  # by display name; by the Job's name
+    for worker in context.plan.claimants:
+        body = bodies[f"precaching for worker {worker.index}"] = jobs.step_job(context.plan, worker, "precache")
+        claims[body["metadata"]["name"]] = worker.claim
+    found: Manifests = {}
+    for messages in run_jobs(context, bodies, context.plan.component("precache")):
+        for message in messages:
+            if message.word == pod_main.PRECACHED:
+                found[claims[JOB.owner_of(message.pod)["name"]]] = message.content
+
+    # Compare the claims' content
+    missing = [name for name in claims.values() if name not in found]
+    if missing:
+        raise TrainingError(f"the Job on claim {missing[0]} ended without reporting its content: precache again")
+    found = {name: found[name] for name in claims.values()}
+    if len({manifest["hash"] for manifest in found.values()}) > 1:
+        different = ", ".join(f"{name}: {manifest['hash'][:12]}" for name, manifest in found.items())
         raise TrainingError(
             f"the claims hold different data, so the source has changed in the meantime ({different}): precache again"
         )
@@ -112,21 +126,3 @@ def _differences(wanted: Object, existing: Object) -> str:
     different = {what: pair for what, pair in pairs.items() if pair[0] is not None and pair[0] != pair[1]}
     notes = ", ".join(f"its {what} is {theirs}, not {ours}" for what, (ours, theirs) in different.items())
     return f" (used unchanged: {notes})" if notes else ""
-
-
-def _fill(context: StepContext) -> dict[str, dict[str, Any]]:
-    """Run a Job on each claim, all at once. Returns the manifest on each claim, by the claim's name."""
-    plan = context.plan
-    bodies, claims = {}, {}  # by display name; by the Job's name
-    for worker in plan.claimants:
-        body = bodies[f"precaching for worker {worker.index}"] = jobs.step_job(plan, worker, "precache")
-        claims[body["metadata"]["name"]] = worker.claim
-    found: dict[str, dict[str, Any]] = {}
-    for messages in run_jobs(context, bodies, plan.component("precache")):
-        for message in messages:
-            if message.word == pod_main.PRECACHED:
-                found[claims[JOB.owner_of(message.pod)["name"]]] = message.content
-    missing = [name for name in claims.values() if name not in found]
-    if missing:
-        raise TrainingError(f"the Job on claim {missing[0]} ended without reporting its content: precache again")
-    return {name: found[name] for name in claims.values()}

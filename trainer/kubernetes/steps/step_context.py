@@ -40,7 +40,6 @@ class StepContext:
         """Find the cluster, the step's own pod and thereby its workflow, and plan the training.
 
         Args:
-            config: Resolved.
             image: The project's image, where neither the configuration nor the step's own pod has one.
 
         Raises:

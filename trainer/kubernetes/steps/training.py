@@ -19,8 +19,7 @@ from trainer.kubernetes.objects.pytorchjob import training_jobs
 from trainer.kubernetes.steps.credentials import reachable_etcd
 from trainer.kubernetes.steps.job_follower import JobFollower
 from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
-from trainer.kubernetes.steps.training_view import TrainingView
-from trainer.kubernetes.steps.worker_ends import KIND, WorkerEnds
+from trainer.kubernetes.steps.workers import KIND, TrainingView, WorkerEnds
 from trainer.monitor.dashboard import Dashboard, view
 
 
@@ -159,11 +158,10 @@ class _Training:
                 self._fail(f"{self._ends.left} of at least {least} workers are left: {why}")
             return
         timeout = self._config.elastic.rdzv_timeout
-        reasons = {
-            worker.index: self._jobs.why_not_started(worker.job, timeout, [worker.pod]) for worker in self._plan.workers
-        }
-        waiting = [f"worker {index}: {why}" for index, why in reasons.items() if why]
-        if len(self._plan.workers) - len(waiting) < least:
+        workers = self._plan.workers
+        reasons = (self._jobs.why_not_started(worker.job, timeout, [worker.pod]) for worker in workers)
+        waiting = [f"worker {index}: {why}" for index, why in enumerate(reasons) if why]
+        if len(workers) - len(waiting) < least:
             self._fail(f"too few workers have started in {timeout:.0f} s: {waiting[0]}")
 
     def _fail(self, reason: str) -> None:

@@ -11,8 +11,6 @@ from trainer.timeouts import KubernetesTimeouts
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _STEP_CONTAINER = "main"  # Argo's name of it
-_OVER = ("Succeeded", "Failed", "Error")  # Argo's phases of a workflow that has ended
-_STOPPED = ("Terminate", "Stop")  # `spec.shutdown` of a workflow that Argo's own commands end
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class Workflow:
         return bool(
             workflow["metadata"].get("deletionTimestamp")
             or spec.get("activeDeadlineSeconds") == 0
-            or spec.get("shutdown") in _STOPPED
-            or status.get("phase") in _OVER
+            or spec.get("shutdown") in ("Terminate", "Stop")  # by Argo's own commands
+            or status.get("phase") in ("Succeeded", "Failed", "Error")
         )
 
 
