@@ -28,7 +28,7 @@ _LAUNCHER = re.compile(
     r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] |time=\S+ level="
 )  # a line of KFP's or Argo's
 _EXECUTOR = "[KFP Executor"
-_WAITS = " waits: "  # in a step's own line: "worker 0 waits: no node takes it"
+_WAITS = " waits: "  # in a step's own line: "worker 0 waits: it cannot be scheduled"
 _CONTAINER = "main"  # Argo's name for a step's container
 _RUN_LABEL = "pipeline/runid"
 _NODE = "workflows.argoproj.io/node-name"  # annotation: "<workflow>(0).root(0).train(0).executor(1)"

@@ -278,7 +278,7 @@ def workers(namespace: str, run_id: str) -> dict[str, tuple[str, int]]:
 
 def test_a_whole_run_and_a_warm_one(namespace: str) -> None:
     first = Step(namespace, "first-step", "first").wait()
-    assert "claim diloco-training-job-cpu-worker-1-data made" in first
+    assert "claim diloco-training-job-cpu-worker-1-data created" in first
     assert "run first is complete" in first
     assert '"bits_per_byte"' in first
     assert len(names(namespace, "pytorchjob", "diloco-pipelines/run=first")) == 2

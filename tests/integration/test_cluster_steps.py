@@ -183,7 +183,7 @@ def test_a_failed_job_is_tried_again(place: Place, tmp_path: Path) -> None:
 
     place.story.told["precache"] = fail_first
     assert len(precache(place.context(), tmp_path / "held-out")) == 2
-    assert place.said("precaching for worker 1 has failed: the hub does not answer; trying it again")
+    assert place.said("precaching for worker 1 has failed: the hub does not answer; retrying")
 
 
 @pytest.mark.parametrize(("status", "often", "lives"), [(1, " 3 times", 3), (2, "", 1)])
@@ -216,7 +216,7 @@ def test_a_step_that_was_started_again_goes_on_with_its_jobs(place: Place, tmp_p
     place.on_line = die_at("precaching for worker 1 runs")
     with pytest.raises(Died):
         precache(place.context(), tmp_path / "held-out")
-    place.on_line = lambda line: release.set() if "worker 1: its Job is under way already" in line else None
+    place.on_line = lambda line: release.set() if "worker 1: its Job is already running" in line else None
     assert len(precache(place.context(), tmp_path / "held-out")) == 2
     assert {life for name, life in place.story.lives.items() if "precache" in name} == {0}
 
@@ -257,7 +257,7 @@ def test_an_image_that_cannot_be_pulled_is_explained(place: Place, tmp_path: Pat
 
 
 def test_a_pod_that_fits_no_node_is_explained(place: Place, tmp_path: Path) -> None:
-    go_on = started_once_said(place, "no node takes it", "3 Insufficient memory", "lower memory_gb")
+    go_on = started_once_said(place, "it cannot be scheduled", "3 Insufficient memory", "lower memory_gb")
 
     def wait(cluster: Cluster, pod: Object, life: int) -> None:
         cluster.refuse_place(pod, "0/3 nodes are available: 3 Insufficient memory.")
@@ -441,16 +441,16 @@ def test_of_a_site_s_one_job_only_the_worker_that_failed_is_lost(
         cluster.end(pod, 1)
 
     looks: list[bool] = []
-    look = JobFollower.look
+    observe = JobFollower.observe
 
-    def look_and_release(self: JobFollower) -> list[Message]:
-        found = look(self)
+    def observe_and_release(self: JobFollower) -> list[Message]:
+        found = observe(self)
         looks.extend(PYTORCH_JOB.has_failed(job) for job in self._jobs.values())
         if sum(looks) > 2:  # the step has taken in that the job has failed
             place.story.released.set()
         return found
 
-    monkeypatch.setattr(JobFollower, "look", look_and_release)
+    monkeypatch.setattr(JobFollower, "observe", observe_and_release)
     place.story.told["train"] = fail
     place.story.released.clear()
     values = {"storage_access_mode": "ReadWriteMany", "nodes": 3, "elastic_min_nodes": 2}
@@ -659,7 +659,7 @@ def test_silence_is_named_and_what_was_said_meanwhile_is_read_afterwards(
         else:
             place.server.thaw("node-1")
         for name in ("worker 0", "worker 1"):
-            place.wait_for(name, "heard again")
+            place.wait_for(name, "responding again")
         place.wait_for("worker 1 | line 19")
         cluster.say(pod, "line 20")
         cluster.end(pod, 0)
@@ -841,7 +841,7 @@ def test_a_drained_step_leaves_the_training_alone_and_its_successor_follows_the_
     place: Place, tmp_path: Path
 ) -> None:
     interrupt_training(place, tmp_path)
-    assert place.said("this step goes away, and the training continues")
+    assert place.said("this step's pod is stopped, and the training continues")
     before = uids(place, "pytorchjobs") | uids(place, "pods")
     assert len(before) == 5  # two jobs, their pods, and that of the held-out part
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
@@ -918,10 +918,10 @@ def test_a_drained_precache_leaves_its_jobs_alone_and_its_successor_goes_on_with
     place.on_line = interrupt_at("precaching for worker 1 runs on node")
     with pytest.raises(Interrupted):
         precache(place.context(), tmp_path / "held-out")
-    assert place.said("this step goes away, and its jobs continue")
+    assert place.said("this step's pod is stopped, and its jobs continue")
     before = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
     assert len(before) == 2
-    place.on_line = lambda line: release.set() if "worker 1: its Job is under way already" in line else None
+    place.on_line = lambda line: release.set() if "worker 1: its Job is already running" in line else None
     assert len(precache(place.context(), tmp_path / "held-out")) == 2
     after = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
     assert len(after) == 3  # and that of the held-out part
@@ -1055,7 +1055,7 @@ def test_a_claim_that_is_being_deleted_is_waited_for(place: Place, tmp_path: Pat
     place.timeouts = QUICK
     place.on_line = lambda line: place.server.remove("pods", "shell") if "is being deleted" in line else None
     precache(place.context(nodes=1), tmp_path / "held-out")
-    assert place.said(f"claim {worker.claim} made")
+    assert place.said(f"claim {worker.claim} created")
 
 
 def test_claims_that_another_run_uses_are_kept(place: Place, tmp_path: Path) -> None:
@@ -1181,7 +1181,7 @@ def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path
     """The stand-in refuses what the Role has not; here everything that it has is used."""
     place.server.put("secrets", {"metadata": {"name": "diloco-etcd-client"}, "data": {"password": "c2VjcmV0"}})
     here = place.context(nodes=1)
-    wait = started_once_said(place, "no node takes it")
+    wait = started_once_said(place, "it cannot be scheduled")
 
     def explain(cluster: Cluster, pod: Object, life: int) -> None:
         if life == 0:

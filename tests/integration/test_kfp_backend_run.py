@@ -248,9 +248,9 @@ def test_the_laptop_prints_what_a_steps_pod_and_the_step_itself_wait_for(place: 
     place.backend.before["train"] = wait_for_a_core
     place.submit()
     place.wait_for("precache: precaching for worker ")
-    assert "waits: no node takes it: 0/3 nodes are available: 3 Insufficient memory." in place.lines[-1]
+    assert "waits: it cannot be scheduled: 0/3 nodes are available: 3 Insufficient memory." in place.lines[-1]
     read.set()
-    place.wait_for("train waits: no node takes it: 0/3 nodes are available: 3 Insufficient cpu.")
+    place.wait_for("train waits: it cannot be scheduled: 0/3 nodes are available: 3 Insufficient cpu.")
     seen.set()
     assert place.wait() == ""
     assert len([line for line in place.lines if line.startswith("train waits: ")]) == 1

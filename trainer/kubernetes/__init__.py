@@ -1,1 +1,1 @@
-"""The cluster side: what a training is on Kubernetes (pure builders), and who applies and follows it."""
+"""The cluster side: builders of Kubernetes objects for a training, and the steps that apply and follow them."""

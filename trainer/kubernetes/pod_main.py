@@ -51,7 +51,7 @@ def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0)
 
 
 def parse(line: str) -> tuple[str, dict[str, Any]] | None:
-    """The message in a line of a pod's log: its word and content; None if the line is for people."""
+    """The message in a line of a pod's log: its word and content; None for any other line."""
     word, _, rest = line.partition(" ")
     if word not in (METRICS, PRECACHED, RESULT) or not rest.startswith("{"):
         return None

@@ -380,11 +380,11 @@ def test_silence_is_printed_once_for_each_reason_and_not_too_often(monkeypatch: 
         for minutes in (1, 2)
     ]
     shown.update({"worker 0": silent["worker 0"]})
-    assert lines[2:] == ["worker 1, worker 2, worker 3, worker 4 and 1 more are heard again"]
+    assert lines[2:] == ["worker 1, worker 2, worker 3, worker 4 and 1 more are responding again"]
     shown.update({"worker 0": Silence(1000.0, kubelet)})
     assert lines[3:] == [f"no news of worker 0 for 4 min: {kubelet}"]
     shown.update({})
-    assert lines[4:] == ["worker 0 is heard again"]
+    assert lines[4:] == ["worker 0 is responding again"]
     for clock.now in range(1240, 1290):
         shown.update({"worker 0": Silence(1240.0, kubelet)})
     shown.update({})

@@ -47,9 +47,14 @@ def event(reason: str, message: str, kind: str = "Warning") -> Object:
             "its sandbox cannot be created: no",
         ),
         (waiting("ContainerCreating"), [event("Pulling", "image", "Normal")], {}, ""),
-        (unschedulable("0/2 nodes: 2 Insufficient nvidia.com/gpu"), [], {}, "gpu_count or nodes are more than is free"),
+        (unschedulable("0/2 nodes: 2 Insufficient nvidia.com/gpu"), [], {}, "gpu_count or nodes exceed the free GPUs"),
         (unschedulable("0/2 nodes: 2 node(s) had untolerated taint {a}"), [], {}, "give the site a toleration"),
-        (unschedulable("0/2 nodes are busy"), [], {}, "no node takes it: 0/2 nodes are busy. It starts when resources"),
+        (
+            unschedulable("0/2 nodes are busy"),
+            [],
+            {},
+            "it cannot be scheduled: 0/2 nodes are busy. It starts when resources",
+        ),
         (
             unschedulable("0/2 nodes are available: 2 Insufficient memory. preemption: not helpful for scheduling.. "),
             [],

@@ -1,1 +1,1 @@
-"""Talking to the API server: client, informer, logs, and what a failure means."""
+"""Access to the API server: client, informer, logs, and diagnosis of failures."""

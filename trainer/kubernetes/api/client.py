@@ -1,4 +1,4 @@
-"""The Kubernetes API, with plain dicts as objects: the official dynamic client, with errors in sentences for people.
+"""The Kubernetes API, with plain dicts as objects: the official dynamic client, with readable errors.
 
 The dynamic client's discovery is not used. It needs requests before the first useful one, rights that no Role of
 manifests/ grants, and a cache file, one for all clusters behind the same address. `kinds` lists the few kinds needed.
@@ -51,7 +51,7 @@ class Client:
     Cluster and credentials come from KUBECONFIG, else from this process's own pod, else from `~/.kube/config`.
 
     Attributes:
-        patience: Seconds for which a request is retried while the API server is away.
+        patience: Seconds for which a request is retried while the API server does not answer.
 
     Raises:
         TrainingError: No cluster is configured. All methods raise `ApiError`.
@@ -72,7 +72,7 @@ class Client:
                 config.load_kube_config(config_file=file, client_configuration=configuration)
         except (config.ConfigException, OSError) as error:
             raise TrainingError(
-                f"no cluster to train on ({one_line(error)}): run in a cluster, or name one by KUBECONFIG"
+                f"no cluster to train on ({one_line(error)}): run in a cluster, or set KUBECONFIG"
             ) from None
         configuration.retries = False  # `retrying` does it
         configuration.connection_pool_maxsize = 256  # each followed log and watch holds a connection
@@ -129,7 +129,7 @@ class Client:
         """
         seconds = self.timeouts.watch
         limits = (self.timeouts.connect, seconds + self.timeouts.answer)
-        since = {"watch": "true", "resource_version": version, "timeout_seconds": round(seconds)}
+        since: dict[str, Any] = {"watch": "true", "resource_version": version, "timeout_seconds": round(seconds)}
         bookmarks = [("allowWatchBookmarks", "true")]
         response = self._send(
             "watch", kind, limits=limits, stream=True, label_selector=labels or None, query_params=bookmarks, **since
@@ -165,7 +165,7 @@ class Client:
             return None
 
     def _json(self, verb: str, kind: Kind, name: str = "", timeout: float | None = None, **arguments: Any) -> Any:
-        """One request, retried while the server is away, unless `timeout` allows a single attempt only."""
+        """One request, retried while the server does not answer, unless `timeout` allows a single attempt."""
         limits = (self.timeouts.connect, self.timeouts.read) if timeout is None else (timeout, timeout)
         policy = retrying(
             lambda error: isinstance(error, ApiError) and error.is_transient,
@@ -208,7 +208,7 @@ class Client:
             raise ApiError(f"the Kubernetes API at {self._host} cannot be reached: {one_line(error)}") from None
 
     def _refusal(self, verb: str, kind: Kind, name: str, status: int, answer: Mapping[str, Any]) -> ApiError:
-        """The server's refusal, as a sentence for people."""
+        """The server's refusal, as a readable sentence."""
         what = f"{kind.name} {name}".strip() + f" in namespace {self.namespace}"
         message, reason = str(answer.get("message") or ""), str(answer.get("reason") or "")
         details = answer.get("details") or {}

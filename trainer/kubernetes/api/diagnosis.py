@@ -1,4 +1,4 @@
-"""Why a pod waits, or has ended, in sentences for people: the content of `kubectl describe`, with advice.
+"""Why a pod waits, or has ended, in readable sentences: the content of `kubectl describe`, with advice.
 
 Pure functions of the API's objects. Pod conditions and container reasons:
 https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/
@@ -29,7 +29,7 @@ _LOST = {
     "DeletionByPodGC": "its node is gone",
     "TerminationByKubelet": "its node shuts down, or is short of memory or disk",
     "EvictionByEvictionAPI": "its node is drained",
-    "PreemptionByScheduler": "a pod of higher priority has taken its place",
+    "PreemptionByScheduler": "a pod of higher priority has preempted it",
     "Evicted": "its node is short of memory or disk",
     "NodeShutdown": "its node shuts down",
     "Shutdown": "its node shuts down",
@@ -55,7 +55,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         if reason.startswith("Create") and reason.endswith("Error"):
             return f"its container cannot be created: {message or reason}"
         if reason == "CrashLoopBackOff":
-            return "its container ends again and again: see the last lines of its log"
+            return "its container keeps failing: see the last lines of its log"
     if (status.get("phase") or "Pending") != "Pending":
         return ""
     scheduled: Mapping[str, Any] = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
@@ -64,7 +64,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         if waiting_claims:
             return "; ".join(waiting_claims)
         message = scheduled.get("message") or "no node fits"
-        return f"no node takes it: {_sentence(message)} {_advice(message)}"
+        return f"it cannot be scheduled: {_sentence(message)} {_advice(message)}"
     failed = (event for event in reversed(list(events)) if event.get("reason") in _FAILED)
     return next((f"its {_FAILED[event['reason']]}: {event.get('message', '')}" for event in failed), "")
 
@@ -127,7 +127,7 @@ def why_lost(pod: Object) -> str:
 
 
 def is_out_of_memory(pod: Object, container: str) -> bool:
-    """Whether a pod's container was killed for using too much memory, or has failed after one of its processes was.
+    """Whether a pod's container, or a process of a container that then failed, was killed for using too much memory.
 
     (After the kill of a single process, containerd keeps the reason until the container ends.)
     """
@@ -167,14 +167,14 @@ def _sentence(message: str) -> str:
 def _advice(message: str) -> str:
     """What may help, by the scheduler's message."""
     advice = {
-        "nvidia.com/gpu": "gpu_count or nodes are more than is free",
-        "amd.com/gpu": "gpu_count or nodes are more than is free",
+        "nvidia.com/gpu": "gpu_count or nodes exceed the free GPUs",
+        "amd.com/gpu": "gpu_count or nodes exceed the free GPUs",
         "Insufficient memory": "lower memory_gb",
         "Insufficient cpu": "free a core on a node: each pod needs one",
         "Insufficient ephemeral-storage": "free ephemeral storage on a node: each pod needs up to 2 GB",
         "untolerated taint": "give the site a toleration (sites)",
         "node affinity/selector": "check the site's nodeSelector (sites)",
-        "volume node affinity conflict": "delete the claim, so that a new volume is created where there is room",
+        "volume node affinity conflict": "delete the claim, so that a new volume is created where the pod fits",
     }
     found = dict.fromkeys(text for word, text in advice.items() if word in message)
     return "It may help: " + ", ".join(found) if found else "It starts when resources are free"

@@ -27,7 +27,7 @@ class Informer:
     Args:
         labels: The label selector.
         changed: Called after each change, from the informer's thread.
-        patience: Seconds that the API server may be away.
+        patience: Seconds for which the API server may fail to answer.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Informer:
         """Whether to try again after this error."""
         if not isinstance(error, ApiError):
             return False
-        if error.reason == BROKEN:  # news could have arrived until now
+        if error.reason == BROKEN:  # until now, the connection could have delivered news
             self._note_news()
         if error.reason in (BROKEN, TIMED_OUT):
             return True

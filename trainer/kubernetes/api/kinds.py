@@ -51,7 +51,7 @@ class JobKind(Kind):
         return str((_condition(job, "Failed") or {}).get("message") or "")
 
     def is_ignored(self, job: Object) -> bool:
-        """Whether its controller has not reported a single condition yet."""
+        """Whether its controller has not reported any condition yet."""
         return bool(self.controller) and not _conditions(job)
 
 

@@ -53,7 +53,7 @@ class LogFollower:
         try:
             while not self._closed.is_set():
                 ended = self._ended.is_set()
-                # When the container ends, its last lines are wanted at once: the end interrupts a pause.
+                # The end of the container interrupts a pause, so that its last lines arrive at once.
                 interrupt = self._closed if ended else self._ended
                 policy = retrying(
                     lambda error: isinstance(error, ApiError),
@@ -73,7 +73,7 @@ class LogFollower:
             self.done.set()
 
     def _read_all(self, ended: bool) -> bool:
-        """Read what exists, then follow, unless the container has `ended`. Returns whether no further line will come.
+        """Read the existing lines, then follow, unless the container has `ended`. Returns whether no line can follow.
 
         Raises ApiError if reading may succeed later; `silence` is set.
         """
@@ -135,7 +135,7 @@ class LogFollower:
 
 
 def _sortable(moment: str) -> str:
-    """An RFC 3339 time in UTC, in a form whose text order is time order; "" if it is not a time.
+    """An RFC 3339 time in UTC, in a form that sorts by time; "" if it is not a time.
 
     The container runtime writes times in its node's zone, and Go omits trailing zeros of a fraction.
 

@@ -18,14 +18,14 @@ _NAMED = 4  # pods that a notice names; it counts the others
 
 @dataclass(frozen=True)
 class Silence:
-    """No news arrives from a pod, or of the API's objects."""
+    """No news arrives from a pod, or about the API's objects."""
 
     since: float  # when the last news arrived, in seconds of `time.monotonic`
     why: str  # which process does not answer
 
 
 class SilenceNotices:
-    """Prints which pods are silent and why, and when they are heard again.
+    """Prints which pods are silent and why, and when they respond again.
 
     A notice is repeated whenever the silence has become twice as long, at least every `longest_silence` seconds.
     """
@@ -39,10 +39,10 @@ class SilenceNotices:
         """Print the notices that are due about these silences, by display name of the pod."""
         now = time.monotonic()
 
-        # Pods that are heard again
+        # Pods that respond again
         again = list(dict.fromkeys(name for name, _ in self._printed if name not in silences))
         if again:
-            self._show(f"{_list(again)} {'is' if len(again) == 1 else 'are'} heard again")
+            self._show(f"{_list(again)} {'is' if len(again) == 1 else 'are'} responding again")
         self._printed = {one: None for one in self._printed if one[0] in silences}
 
         # Pods that have been silent for long: a new one, or the same ones once more
@@ -70,24 +70,24 @@ class WaitReasons:
 
     def __init__(self, client: Client, show: Show) -> None:
         self._client, self._timeouts, self._show = client, client.timeouts, show
-        self._since: dict[str, float] = {}  # by name; later by as long as the API server was away
+        self._since: dict[str, float] = {}  # by name; shifted by the time in which the API server did not answer
         self._asked: dict[str, float] = {}  # when the reason was looked up
         self._why: dict[str, str] = {}  # the reason
         self._lines: dict[str, str] = {}  # the last line about a pod or a job
-        self._looked = time.monotonic()
+        self._observed = time.monotonic()
 
-    def look(self, *, api_is_silent: bool) -> None:
-        """Begin a look at everything. Time in which the API server is away does not count as waiting."""
-        before, self._looked = self._looked, time.monotonic()
+    def observe(self, *, api_is_silent: bool) -> None:
+        """Begin an observation. Time in which the API server does not answer does not count as waiting."""
+        before, self._observed = self._observed, time.monotonic()
         if api_is_silent:
-            self._since = {name: since + self._looked - before for name, since in self._since.items()}
+            self._since = {name: since + self._observed - before for name, since in self._since.items()}
 
     def waited(self, name: str) -> float:
         """Seconds since the first call for this name."""
         return time.monotonic() - self._since.setdefault(name, time.monotonic())
 
     def forget(self, name: str) -> None:
-        """Note that it does not wait any more."""
+        """Note that it no longer waits."""
         self._since.pop(name, None)
         self._why.pop(name, None)
 
@@ -104,12 +104,12 @@ class WaitReasons:
             self._show(text)
 
     def explain_pod(self, pod: Object, called: str) -> None:
-        """Print why a pod, `called` so in messages, does not start, if it has had time to."""
+        """Print why a pod does not start, if it has waited for `explain_after`. `called` is its display name."""
         name = pod["metadata"]["name"]
         self._explain(name, called, lambda: diagnosis.why_pending(pod, self._events(name), self._waiting_claims(pod)))
 
     def explain_job(self, name: str, called: str) -> None:
-        """Print why a job has no pod, if it has had time to get one."""
+        """Print why a job has no pod, if it has waited for `explain_after`."""
         self._explain(name, called, lambda: diagnosis.why_no_pod(self._events(name)))
 
     def _explain(self, name: str, called: str, find: Callable[[], str]) -> None:
@@ -123,7 +123,7 @@ class WaitReasons:
         except ApiError as error:
             if not error.is_transient:
                 raise
-            return  # the next look asks again
+            return  # the next observation retries
         if found:
             self._why[name] = found
             self.show_once(name, f"{called} waits: {found}")

@@ -1,1 +1,1 @@
-"""What a training is on Kubernetes: pure builders of objects."""
+"""Pure builders of the Kubernetes objects of a training."""

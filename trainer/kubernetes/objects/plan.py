@@ -96,7 +96,7 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | 
         config: Resolved: it has a run id.
         image: The project's image, where neither site nor vendor nor deployment has another.
         owner: The pipeline run's workflow as an owner reference, if it is in this namespace: the garbage collector
-            deletes objects whose owner is in another one. Not as the controller, which would manage the objects.
+            deletes objects whose owner is in another one. Not as the controller, which would manage it.
 
     Raises:
         ConfigError: No run id; `nodes` cannot be split over the GPU vendors.

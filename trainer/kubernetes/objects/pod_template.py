@@ -90,9 +90,9 @@ def _container(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str,
 def _resources(plan: Plan, site: Site, step: Step) -> Object:
     """The container's requests, which the scheduler reserves, and its limits, which are the parameters.
 
-    One core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while a pod whose request
-    no node can meet waits indefinitely. A worker's memory is requested in full, because it will be used: a node short
-    of memory first evicts pods (of the QoS class Burstable, like these) that use more than they have requested.
+    One core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while a pod waits
+    indefinitely if no node can meet its request. A worker's memory is requested in full, because it will be used: a
+    node short of memory first evicts pods (of the QoS class Burstable, like these) that use more than their request.
     """
     config = plan.config
     gpus = {site.gpu_resource: str(site.gpu_count)} if _has_gpus(site, step) else {}

@@ -1,1 +1,1 @@
-"""What the pipeline's steps do on a cluster."""
+"""The steps of the pipeline on a cluster."""

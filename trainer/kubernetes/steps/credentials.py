@@ -21,7 +21,7 @@ def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
     """A client of the run's keys in etcd, once etcd has answered. Raises TrainingError if it cannot be used."""
     config = context.plan.config
     with tempfile.TemporaryDirectory() as directory:
-        # Copy the certificates that pods have mounted to files of our own, for as long as the client lives
+        # Copy the certificates that pods have mounted to temporary files, for as long as the client lives
         paths = {name: getattr(config.etcd, name) for name in ("ca", "cert", "key")}
         mounted = {name: Path(path) for name, path in paths.items() if Path(path).parent == Path(ETCD_CREDENTIALS)}
         password = os.environ.get("ETCD_PASSWORD", "")
@@ -40,7 +40,7 @@ def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
             if config.etcd.user and not password:
                 password = _value(secret, "password").decode()
 
-        # Connect, and see that etcd answers
+        # Connect, and check that etcd answers
         prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
         with EtcdClient(config.etcd.endpoints, prefix, user=config.etcd.user, password=password, **paths) as etcd:
             try:

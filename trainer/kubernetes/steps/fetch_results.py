@@ -34,7 +34,7 @@ def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: Resu
         except JobFailed as error:
             refused.append(str(error))
             context.show(f"warning: {error}")
-    raise TrainingError(refused[0] if refused else f"no claim is known that could provide the {what} result")
+    raise TrainingError(refused[0] if refused else f"no claim can provide the {what} result")
 
 
 def _fetch_from(context: StepContext, worker: WorkerPlan, what: Result, directory: Path) -> None:

@@ -3,7 +3,6 @@
 It serves Jobs (`job_runner`) and training jobs (`training`); `JobKind` holds everything that depends on the kind.
 """
 
-import math
 import queue
 import threading
 import time
@@ -26,7 +25,7 @@ _ERROR = "error: "  # begins the last line of a command that fails (`errors.run_
 
 @dataclass(frozen=True)
 class Message:
-    """What a pod has written for the step (`pod_main.parse`)."""
+    """A message from a pod to the step, from the pod's log (`pod_main.parse`)."""
 
     pod: Object
     word: str
@@ -36,13 +35,13 @@ class Message:
 class JobFollower:
     """Jobs of one kind and their pods, as last observed. As a context manager it begins to observe them.
 
-    Everything is printed in the caller's thread, by `looks` and the other methods.
+    Everything is printed in the caller's thread, by `observations` and the other methods.
 
     Args:
         bodies: Each job as the API takes it, by display name. All run the same container.
         labels: Selects these jobs and their pods, and no others.
+        patience: Seconds for which the API server may fail to answer.
         pod_names: Display names of pods, by name; by default those of their jobs.
-        patience: Seconds that the API server may be away.
     """
 
     def __init__(
@@ -52,9 +51,8 @@ class JobFollower:
         bodies: Mapping[str, Object],
         labels: str,
         show: Show,
-        *,
+        patience: float,
         pod_names: Mapping[str, str] | None = None,
-        patience: float = math.inf,
     ) -> None:
         self._context, self._kind, self._show, self._timeouts = context, kind, show, context.client.timeouts
         self._bodies = {body["metadata"]["name"]: body for body in bodies.values()}
@@ -77,7 +75,7 @@ class JobFollower:
         self._last_errors: dict[str, str] = {}  # the last error that a pod has printed, by uid
         self._jobs: dict[str, Object] = {}
         self.pods: dict[str, Object] = {}  # by name
-        self.departed: list[Object] = []  # pods deleted between the last two looks, in their last known state
+        self.departed: list[Object] = []  # pods deleted between the last two observations, in their last known state
 
     def __enter__(self) -> Self:
         self._resources.enter_context(self._job_informer)
@@ -125,17 +123,17 @@ class JobFollower:
 
     # Observing
 
-    def looks(self) -> Iterator[list[Message]]:
-        """Look again whenever something has changed; yields the new messages of the pods."""
+    def observations(self) -> Iterator[list[Message]]:
+        """Observe whenever something has changed; yields the new messages of the pods."""
         while True:
-            yield self.look()
+            yield self.observe()
             self._wake.wait(self._timeouts.look)
 
-    def look(self) -> list[Message]:
+    def observe(self) -> list[Message]:
         """Read the current state: print what has changed and why pods wait. Returns the pods' new messages."""
         self._wake.clear()
         api_is_silent = bool(self._job_informer.silence or self._pod_informer.silence)
-        self._waits.look(api_is_silent=api_is_silent)
+        self._waits.observe(api_is_silent=api_is_silent)
         self._jobs, self.pods = self._job_informer.objects(), self._pod_informer.objects()
         self.departed = self._pod_informer.departed()
 
@@ -197,7 +195,7 @@ class JobFollower:
         return own or diagnosis.why_ended(pod, self.container, self._memory)
 
     def waited(self, name: str) -> float:
-        """Seconds since the first call for this name, without the time in which the API server was away."""
+        """Seconds since the first call for this name, without the time in which the API server did not answer."""
         return self._waits.waited(name)
 
     def why_not_started(self, job: str, seconds: float, pods: Iterable[str] | None = None) -> str:

@@ -21,7 +21,7 @@ def run_jobs(
 ) -> Generator[list[Message], None, None]:
     """Run Jobs until all have succeeded; yields their pods' messages as they arrive.
 
-    A Job that is under way is followed. One that has ended is run again: it finds its work done.
+    A Job that is under way is followed. One that has ended is run again, and finds that its work is done.
 
     Args:
         bodies, labels: As for `JobFollower`.
@@ -37,9 +37,9 @@ def run_jobs(
     follower = JobFollower(context, JOB, bodies, labels, context.show, patience=deadline)
     for called, name in pending.items():
         if follower.create(name, replace=lambda job: fresh or JOB.has_ended(job)):
-            context.show(f"{called}: its Job is under way already")
+            context.show(f"{called}: its Job is already running")
     with follower as jobs:
-        for messages in jobs.looks():
+        for messages in jobs.observations():
             yield messages
             ended = {called: name for called, name in pending.items() if _has_ended(context, jobs, called, name)}
             for called, name in ended.items():
@@ -57,7 +57,7 @@ def run_jobs(
                 if rejected or attempts[name] >= ATTEMPTS:
                     times = "" if rejected else f" {attempts[name]} times"
                     raise JobFailed(f"{called} has failed{times}: {why}")
-                context.show(f"{called} has failed: {why}; trying it again")
+                context.show(f"{called} has failed: {why}; retrying")
                 attempts[name] += 1
                 jobs.delete(name)
                 jobs.create(name, replace=lambda job: True)

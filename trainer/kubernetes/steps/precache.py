@@ -25,8 +25,8 @@ def precache(context: StepContext, held_out: Path) -> Manifests:
     """Create or find the workers' claims, put dataset and model onto each, and fetch the held-out part.
 
     The pipeline's exit handler covers only the steps that follow; this step cleans up after itself. If it fails, or its
-    workflow was terminated, it deletes the Jobs that still run and what only they need. Claims stay, and after a
-    failure Jobs that have ended, for their logs. If only the step's pod goes away, the next one follows the Jobs.
+    workflow was terminated, it deletes the Jobs that still run, and the objects that only they need. Claims stay; after
+    a failure also Jobs that have ended, for their logs. If only the step's pod stops, the next one follows the Jobs.
 
     Args:
         held_out: Directory for the held-out part of the dataset, with its manifest and tokenizer.
@@ -45,7 +45,7 @@ def precache(context: StepContext, held_out: Path) -> Manifests:
             context.clean_up(training=False)  # before anything else: there may be less than a second
             context.show("cancelled: the precaching jobs are deleted")
         else:
-            context.show("this step goes away, and its jobs continue: the step's next pod follows them")
+            context.show("this step's pod is stopped, and its jobs continue: the step's next pod follows them")
         raise
     except Exception:
         try:
@@ -91,7 +91,7 @@ def _ensure_claim(context: StepContext, worker: WorkerPlan) -> None:
         # Create it, unless it exists
         try:
             context.client.create(body)
-            context.show(f"claim {worker.claim} made")
+            context.show(f"claim {worker.claim} created")
             return
         except ApiError as error:
             if error.reason != "AlreadyExists":

@@ -96,7 +96,7 @@ class StepContext:
     def workflow_has_ended(self) -> bool:
         """Whether the step's workflow was terminated, or is over: then an interrupted step deletes its work.
 
-        Otherwise only its pod goes away (a drain, an eviction), and the step's next pod continues. A step without a
+        Otherwise only its pod stops (a drain, an eviction), and the step's next pod continues. A step without a
         workflow was ended by the person at its terminal. If the workflow cannot be read, the answer is no, with a
         warning: the exit handler and the owner references clean up after a workflow that is over.
         """
@@ -122,7 +122,7 @@ class StepContext:
             claims: Also delete the run's claims with all their data, unless another run uses them; and jobs that have
                 ended, because a claim stays as long as a pod exists that has mounted it.
         """
-        # Leave a run alone that another workflow continues
+        # Do nothing to a run that another workflow continues
         kinds = (PYTORCH_JOB, JOB) if training else (JOB,)
         running: list[tuple[Kind, str]] = []
         for kind in kinds if not finished else ():

@@ -49,7 +49,7 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
                 context.clean_up()  # before anything else: there may be less than a second
                 context.show("cancelled: the training's jobs are deleted, their workers save and leave")
             else:
-                context.show("this step goes away, and the training continues: the step's next pod follows it")
+                context.show("this step's pod is stopped, and the training continues: the step's next pod follows it")
             raise
 
 
@@ -95,7 +95,7 @@ class _Training:
         for name in self._bodies:
             found = self._jobs.create(name, replace=lambda job: KIND.has_ended(job) and not under_way)
             if found is None:
-                self._show(f"{KIND.name} {name} made")
+                self._show(f"{KIND.name} {name} created")
             else:
                 self._context.adopt(KIND, found)
                 self._show(f"{KIND.name} {name} exists already: following it")
@@ -109,11 +109,11 @@ class _Training:
             else:
                 self._show(f"{run}: {self._config.attendance}")
                 self._show(f"kubectl get {KIND.name.lower()} -n {self._plan.namespace} -l {self._plan.selector}")
-            for messages in self._jobs.looks():
+            for messages in self._jobs.observations():
                 self._view.keep(messages)
                 self._update()
                 if not self._verdict.terminal:
-                    self._fail_if_hopeless()
+                    self._fail_if_too_few()
                 if self._verdict.terminal:
                     break
             self._wind_up()
@@ -147,8 +147,8 @@ class _Training:
         running = [name for name, pod in self._jobs.pods.items() if self._jobs.is_running(pod)]
         self._view.refresh(self._jobs.silent(), running)
 
-    def _fail_if_hopeless(self) -> None:
-        """End a training that has too few workers left, or never gets them."""
+    def _fail_if_too_few(self) -> None:
+        """End a training that has too few workers left, or never had enough."""
         least = self._config.min_nodes
         if self._ends.left < least:
             # If the run ends because an agent gives up, the agent writes why into etcd
@@ -194,7 +194,7 @@ class _Training:
                 if job is not None and (alive or not KIND.has_ended(job)):  # a failed job's pods may still run
                     jobs.delete(name)
         deadline = time.monotonic() + GRACE_PERIOD
-        for messages in jobs.looks():
+        for messages in jobs.observations():
             self._view.keep(messages)
             self._update()
             if not any(jobs.is_running(pod) for pod in jobs.pods.values()) or time.monotonic() > deadline:

@@ -100,18 +100,18 @@ class WorkerEnds:
         why = self._ended[uid] = self._jobs.why_ended(pod)
         worker = self._by_pod.get(pod["metadata"]["name"])
 
-        # A worker whose next pods would run out of memory again is lost
-        hopeless = False
+        # After several kills for lack of memory, the worker is lost: its next pods would run out of memory, too
+        exhausted = False
         if worker is not None and diagnosis.is_out_of_memory(pod, self._jobs.container):
             self._out_of_memory[worker.index] += 1
             most = min(MEMORY_KILLS, self._plan.config.elastic.max_restarts + 1)
-            hopeless = self._out_of_memory[worker.index] >= most
+            exhausted = self._out_of_memory[worker.index] >= most
         lost = worker is not None and worker.index in self.lost
-        restarted = code is not None and code >= 128 and not hopeless and not lost
+        restarted = code is not None and code >= 128 and not exhausted and not lost
         self._show(f"{self._jobs.called(pod)} has ended: {why}" + f": {KIND.name} restarts it" * restarted)
         if worker is not None:
             self._why[worker.index] = why
-            if hopeless:
+            if exhausted:
                 self._jobs.delete(worker.job)
                 self.lose(self.members(worker.job), why)
 
@@ -119,7 +119,7 @@ class WorkerEnds:
         """Note that a pod was deleted, unless its end has been noted."""
         if self.has_ended(pod):
             return
-        why = self._ended[pod["metadata"]["uid"]] = diagnosis.why_lost(pod) or "someone has deleted it"
+        why = self._ended[pod["metadata"]["uid"]] = diagnosis.why_lost(pod) or "it was deleted"
         self._show(f"the pod of {self._jobs.called(pod)} is gone: {why}")
 
     def note_job(self, name: str) -> None:

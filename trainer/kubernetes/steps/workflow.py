@@ -60,7 +60,7 @@ def own_pod(namespace: str, show: Show, timeouts: KubernetesTimeouts) -> tuple[O
     except ApiError as error:
         show(f"warning: the objects of this step do not end with its workflow: {error}")
         pod = None
-    if pod is None:  # a step that KFP has started has a workflow nevertheless
+    if pod is None:  # a step that KFP has started still has a workflow
         return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
     image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))
