@@ -51,18 +51,20 @@ class Client:
     Cluster and credentials come from KUBECONFIG, else from this process's own pod, else from `~/.kube/config`.
 
     Attributes:
-        patience: Seconds for which a request is retried while the API server does not answer.
+        patience: Seconds for which a request is retried while the API server does not answer; `timeouts.outage`.
 
     Raises:
         TrainingError: No cluster is configured. All methods raise `ApiError`.
     """
 
-    def __init__(self, namespace: str, timeouts: KubernetesTimeouts | None = None) -> None:
+    def __init__(
+        self, namespace: str, timeouts: KubernetesTimeouts | None = None, *, patience: float | None = None
+    ) -> None:
         from kubernetes import client, config
         from kubernetes.dynamic import DynamicClient
 
         self.namespace, self.timeouts = namespace, timeouts or KubernetesTimeouts()
-        self.patience = self.timeouts.outage
+        self.patience = self.timeouts.outage if patience is None else patience
         configuration = client.Configuration()
         file = os.environ.get("KUBECONFIG")
         try:

@@ -128,7 +128,7 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         values["DILOCO_DEVICE"] = "cpu"
     if step == "train" and site.vendor != "cpu" and config.optim_method == "ddp":  # gloo connects all other workers
         values |= _nccl(config)
-    environment = [{"name": name, "value": str(value)} for name, value in values.items()]
+    environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     fields = {"POD_NAME": "metadata.name"}
     if step == "train" and not (config.advertise_address or config.network_interface):
         fields["DILOCO_ADVERTISE_ADDRESS"] = "status.podIP"

@@ -108,7 +108,8 @@ class WorkerEnds:
             exhausted = self._out_of_memory[worker.index] >= most
         lost = worker is not None and worker.index in self.lost
         restarted = code is not None and code >= 128 and not exhausted and not lost
-        self._show(f"{self._jobs.called(pod)} has ended: {why}" + f": {KIND.name} restarts it" * restarted)
+        outlook = f": {KIND.name} restarts it" if restarted else ""
+        self._show(f"{self._jobs.called(pod)} has ended: {why}{outlook}")
         if worker is not None:
             self._why[worker.index] = why
             if exhausted:
