@@ -77,8 +77,7 @@ class ElasticConfig(Group):
     max_restarts: NonNegative = Field(3, description="Maximum number of times that a node restarts its workers.")
     rdzv_timeout: Seconds = Field(1800.0, description="Maximum time to wait for `min_nodes` nodes, in seconds.")
     gpu_distribution: Literal["auto", "prefer-nvidia", "prefer-amd"] = Field(
-        "auto",
-        description="How nodes are divided among the enabled GPU vendors when `sites` is empty. auto: evenly.",
+        "auto", description="How nodes are divided among the enabled GPU vendors when `sites` is empty. auto: evenly."
     )
     nccl: NcclConfig = Field(default_factory=NcclConfig)
     etcd: ElasticEtcdConfig = Field(default_factory=ElasticEtcdConfig)

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.config.cluster import ElasticConfig, EtcdConfig, GpuConfig, SiteConfig, StorageConfig
-from trainer.config.discovery import declared
 from trainer.config.fields import (
     CARD,
     COMMAND,
@@ -31,6 +30,7 @@ from trainer.config.fields import (
     Positive,
     Seconds,
     Tag,
+    declared,
 )
 
 CODECS = declared("diloco/codecs")
@@ -106,8 +106,7 @@ class Schema(Group):
         0.7, gt=0, description="Learning rate of the outer optimizer."
     )
     outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = Field(
-        float(UNSET),
-        description="Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback.",
+        float(UNSET), description="Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback."
     )
     max_skipped_steps: NonNegative = Field(
         10, description="Maximum number of consecutive inner steps skipped because loss or gradient is not finite."
@@ -233,8 +232,7 @@ class Schema(Group):
     experiment_description: str = Field("DiLoCo distributed training", description="Description of the experiment.")
     experiment_tags: list[Tag] = Field(["diloco", "gpt-neo-x", "c4"], description="Tags of the experiment.")
     metrics_port: OrUnset[Annotated[int, Field(ge=1024, lt=65000)]] = Field(
-        UNSET,
-        description="Port for Prometheus metrics; other workers on the machine use the next ones. -1: none.",
+        UNSET, description="Port for Prometheus metrics; other workers on the machine use the next ones. -1: none."
     )
     hf_upload: Annotated[bool, COMMAND] = Field(
         False, description="Push the exported model to the Hugging Face Hub; needs HF_TOKEN."

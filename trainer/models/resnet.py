@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.models import ModelFamily, huggingface
-
-if TYPE_CHECKING:
-    import torch
 
 AUTO = "AutoModelForImageClassification"
 
@@ -30,10 +27,6 @@ def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
     huggingface.fetch(directory, source, AUTO, {**_labels(data), "num_channels": data["channels"]})
 
 
-def _build(directory: Path) -> "torch.nn.Module":
-    return huggingface.build(directory, AUTO)
-
-
 def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
     """Table 1 of the paper. `tiny` has the full depth and at most a sixteenth of the width."""
     wide = 4 if kind == "bottleneck" else 1
@@ -47,9 +40,8 @@ def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
         task="image_classification",
         sizes={"test": {**size(4), "depths": [1, 1, 1, 1]}, "tiny": size(16 // wide), "full": size(64)},
         default_size="full",
-        default_tokenizer="",
         write=_write,
-        build=_build,
+        build=lambda directory: huggingface.build(directory, AUTO),
         fetch=_fetch,
     )
 

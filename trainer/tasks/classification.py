@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.files import read_json
-from trainer.tasks import Batch, Sums, Task, facts_of
+from trainer.tasks import Batch, Sums, Task, manifest_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,10 +57,9 @@ class Classification(Task):
         return scores | {score: sums[name] / sums["samples"] for score, name in names.items() if name in sums}
 
     def confusion(self, sums: Sums, data: Path) -> dict[str, Any]:
-        labels = read_json(data / "manifest.json")["for_model"]["labels"]
-        return {"labels": labels, "matrix": sums["confusion"].astype(int).tolist()}
+        return {"labels": manifest_of(data)["for_model"]["labels"], "matrix": sums["confusion"].astype(int).tolist()}
 
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
         """The most frequent class of the training samples."""
-        counts = np.array(facts_of(data)["label_counts"])
+        counts = np.array(manifest_of(data)["facts"]["label_counts"])
         return lambda batch: {"majority": (batch["label"] == int(counts.argmax())).sum().item()}

@@ -48,10 +48,8 @@ logits = load(".")(features, edges)  # float32 (nodes, width), int64 (2, edges)
         """`rows` of a table: some nodes, their classes, and the predicted classes."""
         names = read_json(directory / plain.CONFIG)["labels"]
         guesses = self.logits(model, batch).argmax(dim=1).tolist()
-        rows = [
-            [str(node), names[label], names[guess]]
-            for node, label, guess in zip(batch["node"].tolist(), batch["label"].tolist(), guesses, strict=True)
-        ]
+        found = zip(batch["node"].tolist(), batch["label"].tolist(), guesses, strict=True)
+        rows = [[str(node), names[label], names[guess]] for node, label, guess in found]
         return {"title": "Held-out nodes", "head": ["Node", "Class", "Taken for"], "rows": rows}
 
     def logits(self, model: "nn.Module", batch: Batch) -> "Tensor":

@@ -16,7 +16,7 @@ class Codec(ABC):
 
     Attributes:
         name: The choice of `codec` in the configuration. This and the next three are literals: the configuration reads
-            them without importing the module (`trainer.config.discovery`).
+            them without importing the module (`trainer.config.fields.declared`).
         default_feedback: `feedback` where the configuration gives none (`error_feedback` -1).
         per_byte: How many numbers share a byte: a block's numbers are a multiple of it.
         sparse: Whether only some numbers of a block are sent.

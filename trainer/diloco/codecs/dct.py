@@ -49,11 +49,7 @@ class Dct(Codec):
     in_order = False
 
     def __init__(
-        self,
-        inner: TopK | None = None,
-        shapes: Sequence[Size] = (),
-        feedback: float = 0.9,
-        mean: Codec | None = None,
+        self, inner: TopK | None = None, shapes: Sequence[Size] = (), feedback: float = 0.9, mean: Codec | None = None
     ) -> None:
         """
         Args:
