@@ -112,7 +112,7 @@ class Schema(Group):
         10, description="Maximum number of consecutive inner steps skipped because loss or gradient is not finite."
     )
 
-    # What goes over the wire
+    # On the wire
     codec: Annotated[str, Choices((*CODECS,)), FINGERPRINT, CARD] = Field(
         "fp32", description="Encoding of a pseudo-gradient (with demo: of its DCT coefficients) on the wire."
     )

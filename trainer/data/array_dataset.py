@@ -99,7 +99,7 @@ class ArrayDataset(DatasetFamily):
         if not apart.samples:
             problem = f"holds out none of {counts.samples} samples: raise it, or give more samples"
             raise ConfigError("validation_fraction", config.validation_fraction, problem)
-        # The hash covers everything that a model sees: samples, shared arrays, and what the model knows of them.
+        # The hash covers everything that a model sees: samples, shared arrays, and the data's properties.
         shared = self.shared()
         splits = (train.hash.hexdigest(), held_out.hash.hexdigest())
         digest = hashlib.sha256(repr((columns, self.for_model(), *splits)).encode())

@@ -54,7 +54,7 @@ class ArraySplit:
         return found
 
     def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The same samples, with pictures augmented as the manifest says."""
+        """The same samples, with pictures augmented according to the manifest."""
         if self._manifest.augmentation is None:
             return columns
         return {**columns, "image": augment(columns["image"], positions, seed, self._manifest.augmentation)}

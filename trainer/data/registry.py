@@ -78,6 +78,12 @@ class PathDataset(DatasetFamily):
     def identity(self) -> str:
         return f"{self.name}:{self.root.absolute()}"
 
+    def files_below(self) -> list[Path]:
+        """Every file in the folder, in the order of the paths. Hidden files are skipped."""
+        found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        shown = (self.root / path for path in found if not any(part.startswith(".") for part in path.parts))
+        return sorted(shown, key=Path.as_posix)
+
     def require_folder(self) -> None:
         if not self.argument:
             raise ConfigError("dataset", self.spec, "must name a folder: files:<path>")

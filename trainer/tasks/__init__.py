@@ -1,4 +1,4 @@
-"""Tasks: what a batch means. One file a task; a task is a `Task` named `TASK` in a module of this package.
+"""Tasks: the meaning of a batch. One file a task; a task is a `Task` named `TASK` in a module of this package.
 
 The worker, DiLoCo, checkpoints, evaluation and the report know a task only through the interface below.
 """
@@ -48,7 +48,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
-        """The training loss of a batch, a scalar: the mean over what the task counts."""
+        """The training loss of a batch, a scalar: the mean over the units that the task counts."""
 
     @abstractmethod
     def tokens(self, batch: Batch) -> int:

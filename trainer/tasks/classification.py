@@ -1,7 +1,7 @@
 """Base class of classification tasks, of pictures or of nodes. Not a task itself."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,12 @@ class Classification(Task):
         """`loss` in nats a sample, and the named sums (score=sum) as fractions of the samples."""
         scores = {"loss": sums["nats"] / sums["samples"]}
         return scores | {score: sums[name] / sums["samples"] for score, name in names.items() if name in sums}
+
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        """The first row of the report, in words."""
+        right, majority = (scores[name] for name in (self.rows[0].score, self.rows[0].baseline))
+        correct = f"{right:.1%} of the {self.unit} are classified correctly"
+        return f"{correct}; the most frequent class alone gives {majority:.1%}"
 
     def confusion(self, sums: Sums, data: Path) -> dict[str, Any]:
         return {"labels": manifest_of(data)["for_model"]["labels"], "matrix": sums["confusion"].astype(int).tolist()}

@@ -1,6 +1,5 @@
 """Image classification: predict the class of a picture."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +59,6 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
 
     def load(self, directory: Path) -> "nn.Module":
         return huggingface.load(directory, "AutoModelForImageClassification")
-
-    def headline(self, scores: Mapping[str, Any]) -> str:
-        return (
-            f"{scores['top1']:.1%} of the pictures are classified correctly; "
-            f"the most frequent class alone gives {scores['majority_top1']:.1%}"
-        )
 
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
         """`pictures`: each as a data URI, with its `label` and the `predicted` class."""

@@ -1,6 +1,5 @@
 """Node classification: predict the class of a node in a graph."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +36,6 @@ logits = load(".")(features, edges)  # float32 (nodes, width), int64 (2, edges)
 
     def load(self, directory: Path) -> "nn.Module":
         return gcn.load(directory)
-
-    def headline(self, scores: Mapping[str, Any]) -> str:
-        return (
-            f"{scores['accuracy']:.1%} of the nodes are classified correctly; "
-            f"the most frequent class alone gives {scores['majority_accuracy']:.1%}"
-        )
 
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
         """`rows` of a table: some nodes, their classes, and the predicted classes."""

@@ -50,10 +50,9 @@ class PictureFolders(PathDataset, PictureDataset):
 
     @cached_property
     def _files(self) -> list[Path]:
-        """Every picture in the subfolders, in the order of their paths. Hidden files are skipped."""
-        found = (path for path in self.root.glob("*/**/*") if path.suffix.lower() in _ENDINGS and path.is_file())
-        shown = (path for path in found if not any(part.startswith(".") for part in path.relative_to(self.root).parts))
-        return sorted(shown, key=Path.as_posix)
+        """Every picture in the subfolders."""
+        in_subfolders = (path for path in self.files_below() if path.parent != self.root)
+        return [path for path in in_subfolders if path.suffix.lower() in _ENDINGS]
 
 
 FAMILY = PictureFolders

@@ -97,17 +97,11 @@ class Files(PathDataset, TextDataset):
     @cached_property
     def _files(self) -> list[tuple[str, Path]]:
         """Every supported file, with its loader."""
-        if self.root.is_file():
-            paths = [self.root]
-        else:
-            paths = []
-            for folder, folders, names in os.walk(self.root):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                paths += [Path(folder, name) for name in names if not name.startswith(".")]
+        paths = [self.root] if self.root.is_file() else self.files_below()
         return [
             (loader, path)
             for loader, endings in _LOADERS.items()
-            for path in sorted(paths, key=Path.as_posix)
+            for path in paths
             if path.name.lower().removesuffix(".gz").endswith(endings)
         ]
 
