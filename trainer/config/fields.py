@@ -97,6 +97,11 @@ def given(number: Number) -> Number | None:
     return None if number == UNSET else number
 
 
+def parameter(default: Any, description: str, **limits: Any) -> Any:
+    """A field of a `Group`; the limits are those of pydantic's `Field`."""
+    return Field(default, description=description, **limits)
+
+
 class Group(BaseModel):
     """A group of parameters. Unknown keys are refused."""
 

@@ -135,7 +135,6 @@ def _copied(path: Path, dataset: DatasetFamily, source: Path | None, log: Log) -
 
 
 def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
-    """Build the dataset from its source."""
     require_free_space(path.parent, dataset.estimated_size(), "dataset_cache_dir")
     revision = dataset.revision()
     with whole_directory(path) as temporary:

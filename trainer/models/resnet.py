@@ -9,22 +9,17 @@ from trainer.models import ModelFamily, huggingface
 AUTO = "AutoModelForImageClassification"
 
 
-def _labels(data: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
     names = dict(enumerate(data["labels"]))
-    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    return {**labels, "num_channels": data["channels"]}
 
 
 def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     from transformers import ResNetConfig
 
-    ResNetConfig(
-        **size, num_channels=data["channels"], architectures=["ResNetForImageClassification"], **_labels(data)
-    ).save_pretrained(directory)
-
-
-def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
-    """A pretrained model; its last layer is new if the classes differ."""
-    huggingface.fetch(directory, source, AUTO, {**_labels(data), "num_channels": data["channels"]})
+    fields = {**size, **_fields(data)}
+    ResNetConfig(**fields, architectures=["ResNetForImageClassification"]).save_pretrained(directory)
 
 
 def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
@@ -42,7 +37,8 @@ def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
         default_size="full",
         write=_write,
         build=lambda directory: huggingface.build(directory, AUTO),
-        fetch=_fetch,
+        # The last layer of a pretrained model is new if the classes differ.
+        fetch=lambda directory, source, data: huggingface.fetch(directory, source, AUTO, _fields(data)),
     )
 
 
