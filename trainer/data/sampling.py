@@ -34,7 +34,9 @@ class SampleOrder:
     """
 
     def __init__(self, num_samples: int, seed: int, group: int = 1) -> None:
-        if num_samples < 1 or num_samples % group:
+        if num_samples < 1:
+            raise ValueError(f"an order needs at least one sample, not {num_samples}")
+        if num_samples % group:
             raise ValueError(f"{num_samples} samples cannot be divided into groups of {group}")
         self.num_samples, self.group, self.seed = num_samples, group, seed
         self._groups = num_samples // group

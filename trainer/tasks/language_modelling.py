@@ -112,7 +112,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         # Sample a continuation, reproducibly.
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
-            options = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
+            options: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
             options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": tokenizer.eos_token_id}
             drawn = writer.generate(prompt, max_new_tokens=new, **options)
         before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], drawn[0]))
