@@ -15,7 +15,7 @@ class LocalLauncher:
 
     def precache(self) -> Output:
         from trainer import data
-        from trainer.data.dataset import MANIFEST
+        from trainer.data.manifest import MANIFEST
         from trainer.volume import Volume, worker_configs
 
         manifest = data.precache_all(self._config)

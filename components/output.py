@@ -13,7 +13,7 @@ from trainer.files import read_json, write_text
 if TYPE_CHECKING:
     from kfp import dsl
 
-    from trainer.data.dataset import Manifest
+    from trainer.data.manifest import Manifest
 
 
 @dataclass(frozen=True)

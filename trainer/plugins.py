@@ -1,4 +1,4 @@
-"""What the modules of a package define: one file adds a codec, an outer optimizer, a task, a model or a dataset."""
+"""Discovery of plug-ins: one file adds a codec, an outer optimizer, a task, a model or a dataset."""
 
 import importlib
 import pkgutil

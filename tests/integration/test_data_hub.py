@@ -100,7 +100,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """The server's address, and what it has been asked for."""
     from trainer.data import tokenizer
 
-    made = tokenizer.load("bytes", list)
+    made = tokenizer.load("bytes", [])
     made.save_pretrained(tmp_path / "tokenizer")
 
     def shard(number: int) -> bytes:

@@ -17,115 +17,102 @@ from trainer.config.fields import (
     OrUnset,
     Positive,
     Seconds,
+    parameter,
 )
 
 
 class StorageConfig(Group):
-    enabled: bool = Field(True, description="Give each worker's pod a persistent volume, so that its files outlive it.")
-    size_gb: Positive = Field(100, description="Size of a worker's volume, in GB.")
-    storage_class_name: str = Field("", description="Kubernetes storage class. Empty: the cluster's default.")
-    access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] = Field(
-        "ReadWriteOnce",
-        description="ReadWriteOnce: one volume per worker; ReadWriteMany: one shared by a site's workers.",
+    enabled: bool = parameter(True, "Give each worker's pod a persistent volume, so that its files outlive it.")
+    size_gb: Positive = parameter(100, "Size of a worker's volume, in GB.")
+    storage_class_name: str = parameter("", "Kubernetes storage class. Empty: the cluster's default.")
+    access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] = parameter(
+        "ReadWriteOnce", "ReadWriteOnce: one volume per worker; ReadWriteMany: one shared by a site's workers."
     )
-    retain: bool = Field(True, description="Keep the claims after the run, so that a later run finds its data.")
+    retain: bool = parameter(True, "Keep the claims after the run, so that a later run finds its data.")
 
 
 class NcclConfig(Group):
     """NCCL's settings; they have an effect with optim_method=ddp on GPUs only."""
 
-    debug: Literal["VERSION", "WARN", "INFO", "TRACE"] = Field("INFO", description="NCCL_DEBUG (optim_method=ddp).")
-    async_error_handling: Annotated[int, Field(ge=0, le=3)] = Field(
-        1, description="TORCH_NCCL_ASYNC_ERROR_HANDLING (optim_method=ddp)."
+    debug: Literal["VERSION", "WARN", "INFO", "TRACE"] = parameter("INFO", "NCCL_DEBUG (optim_method=ddp).")
+    async_error_handling: Annotated[int, Field(ge=0, le=3)] = parameter(
+        1, "TORCH_NCCL_ASYNC_ERROR_HANDLING (optim_method=ddp)."
     )
-    timeout: Positive = Field(
-        1800, description="Seconds after which torch's watchdog ends a worker whose NCCL hangs (optim_method=ddp)."
+    timeout: Positive = parameter(
+        1800, "Seconds after which torch's watchdog ends a worker whose NCCL hangs (optim_method=ddp)."
     )
-    ib_timeout: Annotated[int, Field(ge=1, le=31)] = Field(22, description="NCCL_IB_TIMEOUT (optim_method=ddp).")
-    nsocks_per_thread: Annotated[int, Field(ge=1, le=16)] = Field(
-        8, description="NCCL_NSOCKS_PERTHREAD (optim_method=ddp)."
-    )
-    socket_nthreads: Annotated[int, Field(ge=1, le=16)] = Field(
-        4, description="NCCL_SOCKET_NTHREADS (optim_method=ddp)."
-    )
-    socket_ifname: str = Field("", description="NCCL_SOCKET_IFNAME (optim_method=ddp). Empty: NCCL chooses.")
+    ib_timeout: Annotated[int, Field(ge=1, le=31)] = parameter(22, "NCCL_IB_TIMEOUT (optim_method=ddp).")
+    nsocks_per_thread: Annotated[int, Field(ge=1, le=16)] = parameter(8, "NCCL_NSOCKS_PERTHREAD (optim_method=ddp).")
+    socket_nthreads: Annotated[int, Field(ge=1, le=16)] = parameter(4, "NCCL_SOCKET_NTHREADS (optim_method=ddp).")
+    socket_ifname: str = parameter("", "NCCL_SOCKET_IFNAME (optim_method=ddp). Empty: NCCL chooses.")
 
 
 class ElasticEtcdConfig(Group):
-    external_endpoint: Annotated[str, IDENTITY] = Field(
-        "", description="host:port of an existing etcd; short form of `etcd.endpoints` for a single one."
+    external_endpoint: Annotated[str, IDENTITY] = parameter(
+        "", "host:port of an existing etcd; short form of `etcd.endpoints` for a single one."
     )
-    prefix: Annotated[str, LOOKUP] = Field(
-        "/torchelastic", pattern=r"^/[\w./-]*$", description="Prefix of every key in etcd."
+    prefix: Annotated[str, LOOKUP] = parameter("/torchelastic", "Prefix of every key in etcd.", pattern=r"^/[\w./-]*$")
+    protocol: Annotated[Literal["http", "https"], LOOKUP] = parameter(
+        "http", "Protocol to etcd; https needs `etcd.ca`, or, on a cluster, the Secret diloco-etcd-client."
     )
-    protocol: Annotated[Literal["http", "https"], LOOKUP] = Field(
-        "http", description="Protocol to etcd; https needs `etcd.ca`, or, on a cluster, the Secret diloco-etcd-client."
-    )
-    run_id: Annotated[str, IDENTITY] = Field("", pattern=RUN_ID, description="Alias of `run_id`.")
+    run_id: Annotated[str, IDENTITY] = parameter("", "Alias of `run_id`.", pattern=RUN_ID)
 
 
 class ElasticConfig(Group):
-    min_nodes: OrUnset[Positive] = Field(
+    min_nodes: OrUnset[Positive] = parameter(
         UNSET,
-        description="Minimum number of nodes that train together; with fewer, workers save and wait. -1: 1, so that a "
+        "Minimum number of nodes that train together; with fewer, workers save and wait. -1: 1, so that a "
         "lost node never stops the others (optim_method=ddp: all `nodes`).",
     )
-    max_nodes: OrUnset[Nodes] = Field(
-        UNSET, description="Maximum number of nodes that train together; others wait as spares. -1: `nodes`."
+    max_nodes: OrUnset[Nodes] = parameter(
+        UNSET, "Maximum number of nodes that train together; others wait as spares. -1: `nodes`."
     )
-    nproc_per_node: Positive = Field(1, description="Worker processes on each node, usually one per GPU.")
-    max_restarts: NonNegative = Field(3, description="Maximum number of times that a node restarts its workers.")
-    rdzv_timeout: Seconds = Field(1800.0, description="Maximum time to wait for `min_nodes` nodes, in seconds.")
-    gpu_distribution: Literal["auto", "prefer-nvidia", "prefer-amd"] = Field(
-        "auto",
-        description="How nodes are divided among the enabled GPU vendors when `sites` is empty. auto: evenly.",
+    nproc_per_node: Positive = parameter(1, "Worker processes on each node, usually one per GPU.")
+    max_restarts: NonNegative = parameter(3, "Maximum number of times that a node restarts its workers.")
+    rdzv_timeout: Seconds = parameter(1800.0, "Maximum time to wait for `min_nodes` nodes, in seconds.")
+    gpu_distribution: Literal["auto", "prefer-nvidia", "prefer-amd"] = parameter(
+        "auto", "How nodes are divided among the enabled GPU vendors when `sites` is empty. auto: evenly."
     )
     nccl: NcclConfig = Field(default_factory=NcclConfig)
     etcd: ElasticEtcdConfig = Field(default_factory=ElasticEtcdConfig)
 
 
 class EtcdConfig(Group):
-    enabled: bool = Field(True, description="Use our own etcd when no endpoint is given; false requires one.")
-    endpoints: Annotated[list[str], LOOKUP, IDENTITY] = Field(
-        [], description="host:port of each member of an existing etcd. Empty: an embedded one, or the cluster's own."
+    enabled: bool = parameter(True, "Use our own etcd when no endpoint is given; false requires one.")
+    endpoints: Annotated[list[str], LOOKUP, IDENTITY] = parameter(
+        [], "host:port of each member of an existing etcd. Empty: an embedded one, or the cluster's own."
     )
     # These describe the etcd of manifests/, which `make manifests` renders; a run reads only `replica_count`.
-    replica_count: Annotated[int, Field(gt=0, le=7)] = Field(
-        3, description="Members of the cluster's etcd (manifests/)."
+    replica_count: Annotated[int, Field(gt=0, le=7)] = parameter(3, "Members of the cluster's etcd (manifests/).")
+    heartbeat_interval: Positive = parameter(500, "Heartbeat interval of the cluster's etcd, in ms (manifests/).")
+    election_timeout: Annotated[int, Field(gt=0, le=50_000)] = parameter(
+        5000, "Election timeout of the cluster's etcd, in ms; at least 5 heartbeats (manifests/)."
     )
-    heartbeat_interval: Positive = Field(
-        500, description="Heartbeat interval of the cluster's etcd, in ms (manifests/)."
+    snapshot_count: Positive = parameter(100_000, "Transactions between snapshots of the cluster's etcd (manifests/).")
+    auto_compaction_mode: Literal["periodic", "revision"] = parameter(
+        "periodic", "How the cluster's etcd compacts its history (manifests/)."
     )
-    election_timeout: Annotated[int, Field(gt=0, le=50_000)] = Field(
-        5000, description="Election timeout of the cluster's etcd, in ms; at least 5 heartbeats (manifests/)."
+    auto_compaction_retention: str = parameter(
+        "1h", "How much history the cluster's etcd keeps (manifests/).", pattern=r"^[0-9]+[smh]?$"
     )
-    snapshot_count: Positive = Field(
-        100_000, description="Transactions between snapshots of the cluster's etcd (manifests/)."
-    )
-    auto_compaction_mode: Literal["periodic", "revision"] = Field(
-        "periodic", description="How the cluster's etcd compacts its history (manifests/)."
-    )
-    auto_compaction_retention: str = Field(
-        "1h", pattern=r"^[0-9]+[smh]?$", description="How much history the cluster's etcd keeps (manifests/)."
-    )
-    ca: Annotated[str, LOOKUP] = Field("", description="Certificate authority of etcd's certificate (PEM file).")
-    cert: Annotated[str, LOOKUP] = Field("", description="Client certificate for etcd (PEM file).")
-    key: Annotated[str, LOOKUP] = Field("", description="Private key of the client certificate (PEM file).")
-    user: Annotated[str, LOOKUP] = Field(
-        "", description="etcd user; the password comes from the environment variable ETCD_PASSWORD."
+    ca: Annotated[str, LOOKUP] = parameter("", "Certificate authority of etcd's certificate (PEM file).")
+    cert: Annotated[str, LOOKUP] = parameter("", "Client certificate for etcd (PEM file).")
+    key: Annotated[str, LOOKUP] = parameter("", "Private key of the client certificate (PEM file).")
+    user: Annotated[str, LOOKUP] = parameter(
+        "", "etcd user; the password comes from the environment variable ETCD_PASSWORD."
     )
 
 
 class VendorConfig(Group):
-    enabled: bool = Field(True, description="Use this vendor's GPUs.")
-    image: str = Field("", description="Image for this vendor. Empty: the project's, which fits `gpu_vendor` only.")
-    min_nodes: OrUnset[NonNegative] = Field(UNSET, description="Minimum nodes with this vendor's GPUs. -1: 0.")
-    max_nodes: OrUnset[NonNegative] = Field(UNSET, description="Maximum nodes with this vendor's GPUs. -1: all.")
-    runtime_class_name: str = Field("", description="Runtime class of this vendor's pods.")
+    enabled: bool = parameter(True, "Use this vendor's GPUs.")
+    image: str = parameter("", "Image for this vendor. Empty: the project's, which fits `gpu_vendor` only.")
+    min_nodes: OrUnset[NonNegative] = parameter(UNSET, "Minimum nodes with this vendor's GPUs. -1: 0.")
+    max_nodes: OrUnset[NonNegative] = parameter(UNSET, "Maximum nodes with this vendor's GPUs. -1: all.")
+    runtime_class_name: str = parameter("", "Runtime class of this vendor's pods.")
 
 
 class NvidiaConfig(VendorConfig):
-    runtime_class_name: str = Field("nvidia", description="Runtime class of this vendor's pods.")
+    runtime_class_name: str = parameter("nvidia", "Runtime class of this vendor's pods.")
 
 
 class GpuConfig(Group):
@@ -151,11 +138,11 @@ class SiteConfig(Group):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
 
     name: str = Field(pattern=LABEL, max_length=20, description="Name of the site.")
-    replicas: Positive = Field(1, description="Number of `nodes` at this site.")
-    node_selector: dict[str, str] = Field({}, description="Labels that its nodes must have.")
-    tolerations: list[Toleration] = Field([], description="Tolerations of its pods, as in the Kubernetes API.")
-    image: str = Field("", description="Container image. Empty: the GPU vendor's.")
-    gpu_resource: str = Field("", description="GPU resource, for example amd.com/gpu. Empty: that of `gpu_vendor`.")
-    gpu_count: OrUnset[NonNegative] = Field(UNSET, description="GPUs per pod; 0: a CPU site. -1: `gpu_count`.")
-    runtime_class_name: str = Field("", description="Runtime class of its pods. Empty: the GPU vendor's.")
-    storage_class_name: str = Field("", description="Storage class of its claims. Empty: `storage.storage_class_name`.")
+    replicas: Positive = parameter(1, "Number of `nodes` at this site.")
+    node_selector: dict[str, str] = parameter({}, "Labels that its nodes must have.")
+    tolerations: list[Toleration] = parameter([], "Tolerations of its pods, as in the Kubernetes API.")
+    image: str = parameter("", "Container image. Empty: the GPU vendor's.")
+    gpu_resource: str = parameter("", "GPU resource, for example amd.com/gpu. Empty: that of `gpu_vendor`.")
+    gpu_count: OrUnset[NonNegative] = parameter(UNSET, "GPUs per pod; 0: a CPU site. -1: `gpu_count`.")
+    runtime_class_name: str = parameter("", "Runtime class of its pods. Empty: the GPU vendor's.")
+    storage_class_name: str = parameter("", "Storage class of its claims. Empty: `storage.storage_class_name`.")

@@ -1,11 +1,16 @@
-"""Building blocks of the parameter groups: limited types, `UNSET`, `Scope`, `Choices`."""
+"""Building blocks of the parameter groups: limited types, `UNSET`, `Scope`, `Choices`, names that files declare."""
 
+import ast
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+_PACKAGE = Path(__file__).parents[1]
 UNSET = -1  # a number that is not given; its description names the value that is used instead
 
 Positive = Annotated[int, Field(gt=0)]
@@ -92,7 +97,45 @@ def given(number: Number) -> Number | None:
     return None if number == UNSET else number
 
 
+def parameter(default: Any, description: str, **limits: Any) -> Any:
+    """A field of a `Group`; the limits are those of pydantic's `Field`."""
+    return Field(default, description=description, **limits)
+
+
 class Group(BaseModel):
     """A group of parameters. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+@cache
+def declared(folder: str) -> Mapping[str, Mapping[str, Any]]:
+    """The literals of everything with a `name` in the modules of a folder of `trainer`, by name.
+
+    One file adds a codec, an outer optimizer, a model or a dataset: a class with literal attributes (`name = "int8"`),
+    or a call in `FAMILY = …` or `FAMILIES = …` with literal keywords. The configuration needs them for its choices, its
+    rules and `--help`, but importing such a file takes seconds (torch, numba). So the literals are read from the syntax
+    tree, as setuptools reads a version (`attr:`).
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for path in sorted((_PACKAGE / folder).glob("*.py")):
+        for declaration in _declarations(ast.parse(path.read_text(encoding="utf-8"))):
+            literals = {key: node.value for key, node in declaration.items() if isinstance(node, ast.Constant)}
+            if isinstance(name := literals.get("name"), str):
+                found.setdefault(name, literals)
+    return found
+
+
+def _declarations(module: ast.Module) -> Iterator[dict[str, ast.expr]]:
+    for statement in module.body:
+        if isinstance(statement, ast.ClassDef):
+            assigned = [line for line in statement.body if isinstance(line, ast.Assign)]
+            yield {key: line.value for line in assigned for key in _targets(line)}
+        elif isinstance(statement, ast.Assign) and {"FAMILY", "FAMILIES"} & {*_targets(statement)}:
+            for call in ast.walk(statement.value):
+                if isinstance(call, ast.Call):
+                    yield {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+
+
+def _targets(statement: ast.Assign) -> list[str]:
+    return [target.id for target in statement.targets if isinstance(target, ast.Name)]

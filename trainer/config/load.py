@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 
 from trainer.config.fields import UNSET
-from trainer.config.parameters import Parameter, put
-from trainer.config.refusals import is_secret, unknown
+from trainer.config.parameters import Parameter, is_secret, put, unknown
 from trainer.config.training import TrainingConfig
 from trainer.errors import ConfigError
 
@@ -23,7 +22,6 @@ def load_config(
     """Merge YAML file, environment and flags into a validated configuration.
 
     Args:
-        config_file: YAML with the tree of parameters.
         flags: Values by flat name; text as typed on a command line is fine.
         environ: The environment; `os.environ` by default.
 
@@ -57,11 +55,7 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | N
         text = parameter.description
         if parameter.default not in ("", UNSET):  # otherwise the description names the value that is used
             text += f" [{parameter.default}]"
-        options: dict[str, Any] = {
-            "dest": f"parameter:{parameter.name}",
-            "default": None,
-            "help": text.replace("%", "%%"),
-        }
+        options: dict[str, Any] = {"dest": f"parameter:{parameter.name}", "help": text.replace("%", "%%")}
         if parameter.type is bool:
             group.add_argument(flag, nargs="?", const="true", metavar="true|false", **options)
         else:
@@ -71,39 +65,32 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | N
 
 def config_from_arguments(arguments: argparse.Namespace) -> TrainingConfig:
     """The configuration from a command line (`add_config_flags`), environment and file. Raises ConfigError."""
-    return load_config(arguments.config, flags_from(arguments))
-
-
-def flags_from(arguments: argparse.Namespace) -> dict[str, str]:
-    """The parameters given as flags, by flat name."""
-    marked = {key: value for key, value in vars(arguments).items() if key.startswith("parameter:")}
-    return {key.removeprefix("parameter:"): value for key, value in marked.items() if value is not None}
+    given = {key: value for key, value in vars(arguments).items() if key.startswith("parameter:") and value is not None}
+    return load_config(arguments.config, {key.removeprefix("parameter:"): value for key, value in given.items()})
 
 
 def _parse(text: str, parameter: Parameter) -> Any:
     """A value from text. Text stays text, pydantic reads numbers, lists and maps are YAML (or `a,b`)."""
-    if parameter.type is str:
+    if parameter.type not in (list, dict):
         return text
-    if parameter.type in (list, dict):
-        try:
-            value = _load_yaml(text, ".".join(parameter.path))
-        except ConfigError:
-            raise
-        except (yaml.YAMLError, ValueError, RecursionError):
-            value = text
-        return [part.strip() for part in text.split(",") if part.strip()] if isinstance(value, str | None) else value
-    return text
+    try:
+        value = _load_yaml(text, ".".join(parameter.path))
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError):
+        value = text
+    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(value, str | None) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = _load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError("--config", path, f"cannot be read: {error.strerror}") from None
     except RecursionError:
         raise ConfigError("--config", path, "is nested too deeply") from None
-    except ConfigError:
-        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such date
         raise ConfigError("--config", path, f"is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict | None):
@@ -128,9 +115,8 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            shown = (
-                "…" if is_secret(str(key.value)) else value.value if isinstance(value, yaml.ScalarNode) else value.id
-            )
+            scalar = value.value if isinstance(value, yaml.ScalarNode) else value.id
+            shown = "…" if is_secret(str(key.value)) else scalar
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 named = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
                 raise ConfigError(named, shown, f"a parameter's name must be a word ({self.name}, line {line})")

@@ -1,40 +1,31 @@
-"""The list of parameters, derived from the fields of `TrainingConfig`."""
+"""The list of parameters, derived from the fields of `TrainingConfig`, and the refusal of bad ones."""
 
+import difflib
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from trainer.config.fields import AllowUnset, Choices, Scope, ScopeName
+from trainer.config.fields import IN_WORDS, UNSET, AllowUnset, Choices, Scope, ScopeName
 from trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One leaf of `TrainingConfig`.
+    """One leaf of `TrainingConfig`."""
 
-    Attributes:
-        name: Flat name, `elastic_min_nodes`.
-        path: Path in the tree, `("elastic", "min_nodes")`.
-        type: str, int, float, bool, list or dict.
-        may_be_unset: A number that may be `UNSET`, which is its default.
-        may_be_empty: Text that may be empty.
-        choices: The allowed values of an enumeration.
-        scopes: The lists it belongs to (`Scope`).
-    """
-
-    name: str
-    path: tuple[str, ...]
-    type: type
-    may_be_unset: bool
-    may_be_empty: bool
+    name: str  # flat name, `elastic_min_nodes`
+    path: tuple[str, ...]  # in the tree, `("elastic", "min_nodes")`
+    type: type  # str, int, float, bool, list or dict
+    may_be_unset: bool  # a number that may be `UNSET`, which is its default
+    may_be_empty: bool  # text that may be empty
     default: Any
     description: str
-    choices: tuple[str, ...] | None
-    scopes: frozenset[ScopeName]
+    choices: tuple[str, ...] | None  # allowed values of an enumeration
+    scopes: frozenset[ScopeName]  # the lists it belongs to (`Scope`)
 
 
 def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Parameter]:
@@ -81,3 +72,40 @@ def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(key, tree, "must be a group of parameters")
     tree[path[-1]] = value
+
+
+def first_error(error: ValidationError, parameters: list[Parameter]) -> ConfigError:
+    """The first of pydantic's errors, with the field, the value and the allowed values."""
+    known = {".".join(parameter.path): parameter for parameter in parameters}
+    details = error.errors()[0]
+    if isinstance(cause := details.get("ctx", {}).get("error"), ConfigError):
+        return cause
+    # The location of a list's element, or of one branch of a union, is longer than the field's path.
+    location = ".".join(str(part) for part in details["loc"])
+    field = next((name for name in known if location == name or location.startswith(name + ".")), location)
+    if field == "sites":  # its elements have fields of their own
+        field = location
+    # Unknown names, choices and patterns have sentences of their own; the rest is pydantic's message.
+    parameter = known.get(field)
+    if details["type"] == "extra_forbidden":
+        return ConfigError(location, "…" if is_secret(location) else details["input"], unknown(location, known))
+    if parameter and parameter.choices:
+        return ConfigError(field, details["input"], f"must be one of {', '.join(parameter.choices)}")
+    if words := IN_WORDS.get(details.get("ctx", {}).get("pattern", "")):
+        return ConfigError(field, details["input"], words)
+    message = details["msg"].replace("Input should be", "must be").replace("String should", "must")
+    unset = f", or {UNSET}" if parameter and parameter.may_be_unset else ""
+    return ConfigError(field, details["input"], message[0].lower() + message[1:] + unset)
+
+
+def unknown(name: str, known: Mapping[str, object], shown: Callable[[str], str] = str) -> str:
+    """The refusal of a name that is not among the `known` ones; `shown` formats a suggested name."""
+    if is_secret(name):
+        return "is a secret, not a parameter: set WANDB_API_KEY, HF_TOKEN or ETCD_PASSWORD in the environment"
+    near = difflib.get_close_matches(name, known, n=1)
+    return "no such parameter" + (f"; did you mean {shown(near[0])}?" if near else "")
+
+
+def is_secret(name: str) -> bool:
+    """Whether an unknown name asks for a secret, whose value must not be shown."""
+    return any(word in name.lower().replace("_", "") for word in ("key", "token", "password", "secret"))

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -16,6 +16,10 @@ _SHORTEST_ROUND = 8  # inner steps; below it, whole steps cannot be divided by s
 _FEWEST_PORTS = 256  # of a pod: each of a node's workers connects to up to 63 others
 _TRUE = ("true", "t", "yes", "y", "on", "1")  # as pydantic reads a bool
 _WITHOUT_DDP = ("codec", "fragments", "async_communication", "overlap_tau")
+
+
+# Rules: a condition that must hold, the path of the refused field, and the allowed values in words.
+Rules = Iterator[tuple[object, str, str]]
 
 
 def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,82 +44,72 @@ def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(config: Schema) -> None:
     """Refuse parameters that do not go together. Raises ConfigError."""
-    _check_aliases(config)
-    _check_synchronisation(config)
-    _check_method(config)
-    _check_batches(config)
-    _check_nodes(config)
-    _check_timeouts(config)
-    _check_ports(config)
-    _check_etcd(config)
-    _check_cluster(config)
+    groups = (_aliases, _synchronisation, _method, _batches, _nodes, _timeouts, _ports, _etcd, _cluster)
+    for holds, field, allowed in itertools.chain.from_iterable(rules(config) for rules in groups):
+        if not holds:
+            raise ConfigError(field, attrgetter(field)(config), allowed)
 
 
-def _require(condition: object, config: Schema, field: str, allowed: str) -> None:
-    """Refuse the field, by its path, unless the condition holds."""
-    if not condition:
-        raise ConfigError(field, attrgetter(field)(config), allowed)
-
-
-def _check_aliases(config: Schema) -> None:
+def _aliases(config: Schema) -> Rules:
     external, run_id = config.elastic.etcd.external_endpoint, config.elastic.etcd.run_id
     endpoints = config.etcd.endpoints
     disagrees = f"disagrees with etcd.endpoints {endpoints}"
-    _require(not external or endpoints == [external], config, "elastic.etcd.external_endpoint", disagrees)
-    disagrees = f"disagrees with run_id {config.run_id!r}"
-    _require(not run_id or config.run_id == run_id, config, "elastic.etcd.run_id", disagrees)
+    yield not external or endpoints == [external], "elastic.etcd.external_endpoint", disagrees
+    yield not run_id or config.run_id == run_id, "elastic.etcd.run_id", f"disagrees with run_id {config.run_id!r}"
     disagrees = f"means codec = 'int8', and disagrees with codec = {config.codec!r}"
-    _require(not config.quantization or config.codec == "int8", config, "quantization", disagrees)
+    yield not config.quantization or config.codec == "int8", "quantization", disagrees
 
 
-def _check_synchronisation(config: Schema) -> None:
-    allowed = f"must divide local_steps ({config.local_steps})"
-    _require(config.local_steps % config.fragments == 0, config, "fragments", allowed)
+def _synchronisation(config: Schema) -> Rules:
+    yield config.local_steps % config.fragments == 0, "fragments", f"must divide local_steps ({config.local_steps})"
     allowed = f"must be less than local_steps / fragments ({config.round_steps})"
-    _require(config.overlap_tau < config.round_steps, config, "overlap_tau", allowed)
+    yield config.overlap_tau < config.round_steps, "overlap_tau", allowed
     if config.heterogeneous:
         allowed = f"needs at least {_SHORTEST_ROUND} inner steps a round (local_steps / fragments) to divide by speed"
-        _require(config.round_steps >= _SHORTEST_ROUND, config, "heterogeneous", allowed)
+        yield config.round_steps >= _SHORTEST_ROUND, "heterogeneous", allowed
 
 
-def _check_method(config: Schema) -> None:
+def _method(config: Schema) -> Rules:
     method, codec = config.optim_method, CODECS[config.codec]
     if method == "demo":
         excluded = "cannot be combined with optim_method = 'demo'"
-        _require(not codec.get("sparse"), config, "codec", f"{excluded}, which is sparse already")
-        _require(config.error_feedback == UNSET, config, "error_feedback", f"{excluded}: set compression_decay instead")
+        yield not codec.get("sparse"), "codec", f"{excluded}, which is sparse already"
+        yield config.error_feedback == UNSET, "error_feedback", f"{excluded}: set compression_decay instead"
         per_byte = codec.get("per_byte", 1)
         allowed = f"must be a multiple of {per_byte}: codec = {config.codec!r} packs {per_byte} values into a byte"
-        _require(config.compression_topk % per_byte == 0, config, "compression_topk", allowed)
+        yield config.compression_topk % per_byte == 0, "compression_topk", allowed
     if method == "ddp":
         excluded = "cannot be combined with optim_method = 'ddp', which averages the gradients of every step"
         for name in _WITHOUT_DDP:
-            _require(getattr(config, name) == Schema.model_fields[name].default, config, name, excluded)
-        _require(not config.heterogeneous, config, "heterogeneous", excluded)
+            yield getattr(config, name) == Schema.model_fields[name].default, name, excluded
+        yield not config.heterogeneous, "heterogeneous", excluded
         allowed = "must equal elastic.max_nodes with optim_method = 'ddp'"
-        _require(config.min_nodes == config.max_nodes, config, "elastic.min_nodes", allowed)
+        yield config.min_nodes == config.max_nodes, "elastic.min_nodes", allowed
     allowed = "needs optim_method = 'ddp' and GPUs (device = 'cuda'): DiLoCo workers use gloo, and so do CPUs"
     has_nccl = method == "ddp" and config.device != "cpu"
-    _require(config.pgroup_backend != "nccl" or has_nccl, config, "pgroup_backend", allowed)
+    yield config.pgroup_backend != "nccl" or has_nccl, "pgroup_backend", allowed
 
 
-def _check_batches(config: Schema) -> None:
+def _batches(config: Schema) -> Rules:
     if config.heterogeneous:
         low, high = config.min_batch_size, config.max_batch_size
-        _require(low <= high, config, "max_batch_size", f"must be at least min_batch_size ({low})")
+        yield low <= high, "max_batch_size", f"must be at least min_batch_size ({low})"
         allowed = f"must be a multiple of a number from min_batch_size ({low}) to max_batch_size ({high})"
         fits = any(config.batch_size % size == 0 for size in range(low, high + 1))
     else:
         allowed = f"must be a multiple of per_device_train_batch_size ({config.per_device_train_batch_size})"
         fits = config.batch_size % config.per_device_train_batch_size == 0
-    _require(fits, config, "batch_size", allowed)
-    allowed = f"must be at most total_steps ({config.total_steps})"
-    _require(config.warmup_steps <= config.total_steps, config, "warmup_steps", allowed)
+    yield fits, "batch_size", allowed
+    yield (
+        config.warmup_steps <= config.total_steps,
+        "warmup_steps",
+        f"must be at most total_steps ({config.total_steps})",
+    )
 
 
-def _check_nodes(config: Schema) -> None:
+def _nodes(config: Schema) -> Rules:
     allowed = f"must be from elastic.min_nodes ({config.min_nodes}) to elastic.max_nodes ({config.max_nodes})"
-    _require(config.min_nodes <= config.nodes <= config.max_nodes, config, "nodes", allowed)
+    yield config.min_nodes <= config.nodes <= config.max_nodes, "nodes", allowed
     names = [site.name for site in config.sites]
     for name in names:
         if names.count(name) > 1:
@@ -125,54 +119,54 @@ def _check_nodes(config: Schema) -> None:
         raise ConfigError("sites", f"{replicas} replicas in total", f"must add up to nodes ({config.nodes})")
 
 
-def _check_timeouts(config: Schema) -> None:
+def _timeouts(config: Schema) -> Rules:
     """Each of these waits for the one before it, so it must be longer."""
     order = ("collective_timeout", "grace_period", "lease_ttl", "etcd_outage_limit", "elastic.rdzv_timeout")
     for shorter, longer in itertools.pairwise(order):
         low, high = attrgetter(shorter)(config), attrgetter(longer)(config)
         may_be_equal = shorter == "lease_ttl"
         allowed = f"must be {'at least' if may_be_equal else 'greater than'} {shorter} ({low})"
-        _require(low < high or (may_be_equal and low == high), config, longer, allowed)
+        yield low < high or (may_be_equal and low == high), longer, allowed
 
 
-def _check_ports(config: Schema) -> None:
+def _ports(config: Schema) -> Rules:
     if not config.port_range:
         return
     low, high = map(int, config.port_range.split("-"))
-    _require(0 < low <= high < 65536, config, "port_range", "must be low-high with 1 ≤ low ≤ high ≤ 65535")
+    yield 0 < low <= high < 65536, "port_range", "must be low-high with 1 ≤ low ≤ high ≤ 65535"
     # In a pod it becomes `net.ipv4.ip_local_port_range`, so outgoing connections use it as well.
     allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = 'pytorchjob'"
     enough = low >= 1024 and high - low >= _FEWEST_PORTS - 1
-    _require(config.launcher != "pytorchjob" or enough, config, "port_range", allowed)
+    yield config.launcher != "pytorchjob" or enough, "port_range", allowed
 
 
-def _check_etcd(config: Schema) -> None:
+def _etcd(config: Schema) -> Rules:
     for endpoint in config.etcd.endpoints:
         found = _ENDPOINT.fullmatch(endpoint)
         if not found or not 0 < int(found[1]) < 65536:
             raise ConfigError("etcd.endpoints", endpoint, "must be host:port, with a port from 1 to 65535")
     etcd, https = config.etcd, config.elastic.etcd.protocol == "https"
     if config.launcher == "local":  # on a cluster, pods get etcd's certificates from a Secret; auto may mean a cluster
-        _require(etcd.ca or not https, config, "etcd.ca", "must name a file when elastic.etcd.protocol is https")
+        yield etcd.ca or not https, "etcd.ca", "must name a file when elastic.etcd.protocol is https"
         if not etcd.endpoints:
             external = "needs an external etcd (etcd.endpoints): the embedded one supports neither TLS nor users"
             for name in ("ca", "cert", "key", "user"):
-                _require(not getattr(etcd, name), config, f"etcd.{name}", external)
-            _require(not https, config, "elastic.etcd.protocol", external)
+                yield not getattr(etcd, name), f"etcd.{name}", external
+            yield not https, "elastic.etcd.protocol", external
     both = "etcd.cert and etcd.key must be given together"
-    _require(etcd.key or not etcd.cert, config, "etcd.key", both)
-    _require(etcd.cert or not etcd.key, config, "etcd.cert", both)
-    _require(etcd.enabled or etcd.endpoints, config, "etcd.endpoints", "must name an etcd when etcd.enabled is false")
+    yield etcd.key or not etcd.cert, "etcd.key", both
+    yield etcd.cert or not etcd.key, "etcd.cert", both
+    yield etcd.enabled or etcd.endpoints, "etcd.endpoints", "must name an etcd when etcd.enabled is false"
     allowed = f"must be at least 5 times etcd.heartbeat_interval ({etcd.heartbeat_interval}), as etcd requires"
-    _require(etcd.election_timeout >= 5 * etcd.heartbeat_interval, config, "etcd.election_timeout", allowed)
+    yield etcd.election_timeout >= 5 * etcd.heartbeat_interval, "etcd.election_timeout", allowed
 
 
-def _check_cluster(config: Schema) -> None:
+def _cluster(config: Schema) -> Rules:
     allowed = "must be true with launcher = 'pytorchjob': otherwise the trained model is lost with its pods"
-    _require(config.launcher != "pytorchjob" or config.storage.enabled, config, "storage.enabled", allowed)
+    yield config.launcher != "pytorchjob" or config.storage.enabled, "storage.enabled", allowed
     nccl = config.elastic.nccl
     allowed = f"times socket_nthreads ({nccl.socket_nthreads}) must be at most 64: NCCL's limit"
     within = nccl.nsocks_per_thread * nccl.socket_nthreads <= 64
-    _require(within, config, "elastic.nccl.nsocks_per_thread", allowed)
+    yield within, "elastic.nccl.nsocks_per_thread", allowed
     named = config.trained_model_hf_name or not config.hf_upload
-    _require(named, config, "trained_model_hf_name", "must name a repository when hf_upload is set")
+    yield named, "trained_model_hf_name", "must name a repository when hf_upload is set"

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.config.cluster import ElasticConfig, EtcdConfig, GpuConfig, SiteConfig, StorageConfig
-from trainer.config.discovery import declared
 from trainer.config.fields import (
     CARD,
     COMMAND,
@@ -31,6 +30,8 @@ from trainer.config.fields import (
     Positive,
     Seconds,
     Tag,
+    declared,
+    parameter,
 )
 
 CODECS = declared("diloco/codecs")
@@ -41,239 +42,216 @@ class Schema(Group):
     """Every parameter, and what follows from its value. `TrainingConfig` adds the rules and the ways to build one."""
 
     # Model and data
-    model: str = Field(
+    model: str = parameter(
         "gpt-neo-x",
-        min_length=1,
-        description="Model to train: `family[:size]`, or `family:<Hub id or directory>` for a pretrained one. "
+        "Model to train: `family[:size]`, or `family:<Hub id or directory>` for a pretrained one. "
         f"Families: {', '.join(sorted(declared('models')))}; `hf` takes any causal language model.",
-    )
-    dataset: str = Field(
-        "c4",
         min_length=1,
-        description=f"Dataset: {', '.join(sorted(declared('data/families')))}; `files:<path>` reads your own folder.",
     )
-    tokenizer: str = Field(
+    dataset: str = parameter(
+        "c4",
+        f"Dataset: {', '.join(sorted(declared('data/families')))}; `files:<path>` reads your own folder.",
+        min_length=1,
+    )
+    tokenizer: str = parameter(
         "",
-        description="Tokenizer: a Hub id, a path, `bytes`, or `bpe:<vocabulary size>` trained on the data. Empty: the "
-        "model's own.",
+        "Tokenizer: a Hub id, a path, `bytes`, or `bpe:<vocabulary size>` trained on the data. Empty: the model's own.",
     )
-    sequence_length: int = Field(1024, ge=2, description="Tokens in a training sequence (one sample).")
-    image_size: OrUnset[Annotated[int, Field(ge=8, le=1024)]] = Field(
-        UNSET, description="Height and width in pixels to which pictures are resized. -1: the dataset's own."
+    sequence_length: int = parameter(1024, "Tokens in a training sequence (one sample).", ge=2)
+    image_size: OrUnset[Annotated[int, Field(ge=8, le=1024)]] = parameter(
+        UNSET, "Height and width in pixels to which pictures are resized. -1: the dataset's own."
     )
-    max_samples: OrUnset[Positive] = Field(
-        UNSET, description="Maximum number of documents, pictures or clips to read from the dataset. -1: all."
+    max_samples: OrUnset[Positive] = parameter(
+        UNSET, "Maximum number of documents, pictures or clips to read from the dataset. -1: all."
     )
-    validation_fraction: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        description="Fraction of the samples held out for evaluation, chosen by a hash of each sample's content.",
+    validation_fraction: float = parameter(
+        0.01, "Fraction of the samples held out for evaluation, chosen by a hash of each sample's content.", gt=0, lt=1
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63), FINGERPRINT, FIXED, CARD] = Field(
-        42, description="Seed for the initialisation, the data order and every other random choice."
+    seed: Annotated[int, Field(ge=0, lt=2**63), FINGERPRINT, FIXED, CARD] = parameter(
+        42, "Seed for the initialisation, the data order and every other random choice."
     )
 
     # Optimisation
-    total_steps: Annotated[Positive, FINGERPRINT, CARD] = Field(
-        30_000, description="Inner steps in the whole training."
+    total_steps: Annotated[Positive, FINGERPRINT, CARD] = parameter(30_000, "Inner steps in the whole training.")
+    local_steps: Annotated[Positive, FINGERPRINT, FIXED, CARD] = parameter(
+        128, "Inner steps between two synchronisations (one round)."
     )
-    local_steps: Annotated[Positive, FINGERPRINT, FIXED, CARD] = Field(
-        128, description="Inner steps between two synchronisations (one round)."
+    batch_size: Annotated[Positive, FINGERPRINT, FIXED, CARD] = parameter(
+        512, "Samples that one worker consumes in an inner step."
     )
-    batch_size: Annotated[Positive, FINGERPRINT, FIXED, CARD] = Field(
-        512, description="Samples that one worker consumes in an inner step."
+    per_device_train_batch_size: Positive = parameter(
+        32, "Samples in one forward pass. An inner step accumulates batch_size / this many passes."
     )
-    per_device_train_batch_size: Positive = Field(
-        32, description="Samples in one forward pass. An inner step accumulates batch_size / this many passes."
+    lr: Annotated[float, CARD] = parameter(4e-4, "Peak learning rate of the inner optimizer.", gt=0)
+    warmup_steps: Annotated[NonNegative, CARD] = parameter(
+        1000, "Inner steps of linear warm-up; a cosine decay to zero follows."
     )
-    lr: Annotated[float, CARD] = Field(4e-4, gt=0, description="Peak learning rate of the inner optimizer.")
-    warmup_steps: Annotated[NonNegative, CARD] = Field(
-        1000, description="Inner steps of linear warm-up; a cosine decay to zero follows."
+    inner_optimizer: Annotated[Literal["adamw", "muon"], CARD] = parameter(
+        "adamw", "Inner optimizer. muon updates hidden matrices, and adamw everything else."
     )
-    inner_optimizer: Annotated[Literal["adamw", "muon"], CARD] = Field(
-        "adamw", description="Inner optimizer. muon updates hidden matrices, and adamw everything else."
-    )
-    optim_method: Annotated[Literal["sgd", "demo", "ddp"], FINGERPRINT, FIXED, CARD] = Field(
+    optim_method: Annotated[Literal["sgd", "demo", "ddp"], FINGERPRINT, FIXED, CARD] = parameter(
         "sgd",
-        description="sgd: DiLoCo; demo: DiLoCo with DCT-compressed decoupled momentum; ddp: average gradients at every "
+        "sgd: DiLoCo; demo: DiLoCo with DCT-compressed decoupled momentum; ddp: average gradients at every "
         "step, as a baseline.",
     )
-    outer_optimizer: Annotated[str, Choices((*OUTER_OPTIMIZERS,)), FINGERPRINT, CARD] = Field(
-        "nesterov", description="Outer optimizer: how the mean pseudo-gradient moves the global parameters."
+    outer_optimizer: Annotated[str, Choices((*OUTER_OPTIMIZERS,)), FINGERPRINT, CARD] = parameter(
+        "nesterov", "Outer optimizer: how the mean pseudo-gradient moves the global parameters."
     )
-    outer_lr: Annotated[float, FINGERPRINT, CARD] = Field(
-        0.7, gt=0, description="Learning rate of the outer optimizer."
+    outer_lr: Annotated[float, FINGERPRINT, CARD] = parameter(0.7, "Learning rate of the outer optimizer.", gt=0)
+    outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = parameter(
+        float(UNSET), "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback."
     )
-    outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = Field(
-        float(UNSET),
-        description="Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback.",
-    )
-    max_skipped_steps: NonNegative = Field(
-        10, description="Maximum number of consecutive inner steps skipped because loss or gradient is not finite."
+    max_skipped_steps: NonNegative = parameter(
+        10, "Maximum number of consecutive inner steps skipped because loss or gradient is not finite."
     )
 
-    # What goes over the wire
-    codec: Annotated[str, Choices((*CODECS,)), FINGERPRINT, CARD] = Field(
-        "fp32", description="Encoding of a pseudo-gradient (with demo: of its DCT coefficients) on the wire."
+    # On the wire
+    codec: Annotated[str, Choices((*CODECS,)), FINGERPRINT, CARD] = parameter(
+        "fp32", "Encoding of a pseudo-gradient (with demo: of its DCT coefficients) on the wire."
     )
-    quantization: bool = Field(False, description="Short form of codec=int8.")
-    async_communication: Annotated[bool, FINGERPRINT] = Field(
-        False, description="Synchronise while the next round's inner steps run."
+    quantization: bool = parameter(False, "Short form of codec=int8.")
+    async_communication: Annotated[bool, FINGERPRINT] = parameter(
+        False, "Synchronise while the next round's inner steps run."
     )
-    fragments: Annotated[Positive, Field(le=64), FINGERPRINT, FIXED] = Field(
-        1, description="Number of parameter fragments that synchronise at different times (Streaming DiLoCo)."
+    fragments: Annotated[Positive, Field(le=64), FINGERPRINT, FIXED] = parameter(
+        1, "Number of parameter fragments that synchronise at different times (Streaming DiLoCo)."
     )
-    overlap_tau: NonNegative = Field(
-        0,
-        description="Inner steps by which an outer step is delayed. 0: none, or, with async_communication, as few as "
-        "possible.",
+    overlap_tau: NonNegative = parameter(
+        0, "Inner steps by which an outer step is delayed. 0: none, or, with async_communication, as few as possible."
     )
-    overlap_alpha: Fraction = Field(
-        0.5, description="Weight of the local parameters when mixing in a delayed outer step."
+    overlap_alpha: Fraction = parameter(0.5, "Weight of the local parameters when mixing in a delayed outer step.")
+    compression_decay: Fraction = parameter(0.9, "Decay of the decoupled momentum (optim_method=demo).")
+    compression_topk: Annotated[Positive, Field(le=4096), FINGERPRINT] = parameter(
+        32, "DCT coefficients sent for each 64 x 64 chunk (optim_method=demo)."
     )
-    compression_decay: Fraction = Field(0.9, description="Decay of the decoupled momentum (optim_method=demo).")
-    compression_topk: Annotated[Positive, Field(le=4096), FINGERPRINT] = Field(
-        32, description="DCT coefficients sent for each 64 x 64 chunk (optim_method=demo)."
+    sparse_topk: Annotated[Positive, Field(le=4096, multiple_of=4), FINGERPRINT] = parameter(
+        512, "Values sent for each block of 4096 (codec=sparse)."
     )
-    sparse_topk: Annotated[Positive, Field(le=4096, multiple_of=4), FINGERPRINT] = Field(
-        512, description="Values sent for each block of 4096 (codec=sparse)."
-    )
-    error_feedback: OrUnset[Fraction] = Field(
-        float(UNSET), description="Error-feedback decay for lossy codecs; 0 disables it. -1: the codec's default."
+    error_feedback: OrUnset[Fraction] = parameter(
+        float(UNSET), "Error-feedback decay for lossy codecs; 0 disables it. -1: the codec's default."
     )
 
     # The run
-    run_id: Annotated[str, LOOKUP, IDENTITY] = Field(
-        "", pattern=RUN_ID, description="Name of the run. An unfinished run of that name resumes. Empty: generated."
+    run_id: Annotated[str, LOOKUP, IDENTITY] = parameter(
+        "", "Name of the run. An unfinished run of that name resumes. Empty: generated.", pattern=RUN_ID
     )
-    run_dir: Annotated[str, COMMAND, LOOKUP, IDENTITY] = Field(
-        "", description="Directory that the run writes to. Empty: runs/<run_id>."
+    run_dir: Annotated[str, COMMAND, LOOKUP, IDENTITY] = parameter(
+        "", "Directory that the run writes to. Empty: runs/<run_id>."
     )
-    resume: str = Field(
+    resume: str = parameter(
         "auto",
+        "auto: continue from the newest checkpoint; never: start from scratch; or a checkpoint's path.",
         min_length=1,
-        description="auto: continue from the newest checkpoint; never: start from scratch; or a checkpoint's path.",
     )
-    launcher: Literal["auto", "local", "pytorchjob"] = Field(
+    launcher: Literal["auto", "local", "pytorchjob"] = parameter(
         "auto",
-        description="How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
+        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
         "auto: PyTorchJobs inside a Kubeflow Pipelines step, otherwise local processes.",
     )
-    device: Annotated[str, COMMAND] = Field(
-        "cuda", pattern=DEVICE, description="Device to train on: cuda, cuda:<index> or cpu."
+    device: Annotated[str, COMMAND] = parameter(
+        "cuda", "Device to train on: cuda, cuda:<index> or cpu.", pattern=DEVICE
     )
-    model_cache_dir: Annotated[str, PLACE] = Field(
-        "/data/models", min_length=1, description="Directory for models on a worker's volume."
+    model_cache_dir: Annotated[str, PLACE] = parameter(
+        "/data/models", "Directory for models on a worker's volume.", min_length=1
     )
-    dataset_cache_dir: Annotated[str, PLACE] = Field(
-        "/data/datasets", min_length=1, description="Directory for datasets on a worker's volume."
+    dataset_cache_dir: Annotated[str, PLACE] = parameter(
+        "/data/datasets", "Directory for datasets on a worker's volume.", min_length=1
     )
-    checkpoint_path: Annotated[str, PLACE] = Field(
+    checkpoint_path: Annotated[str, PLACE] = parameter(
         "/data/checkpoints/checkpoint.pth",
+        "Directory for checkpoints on a worker's volume; the parent if it ends in .pth or .pt.",
         min_length=1,
-        description="Directory for checkpoints on a worker's volume; the parent if it ends in .pth or .pt.",
     )
-    checkpoint_interval: Positive = Field(
-        512, description="Inner steps between checkpoints, written at the end of a round."
-    )
-    keep_checkpoints: Positive = Field(3, description="Number of recent checkpoints to keep.")
-    eval_interval: NonNegative = Field(10, description="Rounds between evaluations during training; 0: none.")
-    eval_samples: Annotated[Positive, COMMAND] = Field(1024, description="Maximum number of held-out samples to score.")
-    compile_model: bool = Field(False, description="Use torch.compile; if it fails, warn and train uncompiled.")
-    compile_backend: str = Field("inductor", min_length=1, description="Backend of torch.compile.")
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
-        "default", description="Mode of torch.compile."
+    checkpoint_interval: Positive = parameter(512, "Inner steps between checkpoints, written at the end of a round.")
+    keep_checkpoints: Positive = parameter(3, "Number of recent checkpoints to keep.")
+    eval_interval: NonNegative = parameter(10, "Rounds between evaluations during training; 0: none.")
+    eval_samples: Annotated[Positive, COMMAND] = parameter(1024, "Maximum number of held-out samples to score.")
+    compile_model: bool = parameter(False, "Use torch.compile; if it fails, warn and train uncompiled.")
+    compile_backend: str = parameter("inductor", "Backend of torch.compile.", min_length=1)
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = parameter(
+        "default", "Mode of torch.compile."
     )
 
     # Unequal workers
-    heterogeneous: Annotated[bool, FINGERPRINT] = Field(
-        False, description="Fit each worker's batch size and local steps to its speed."
+    heterogeneous: Annotated[bool, FINGERPRINT] = parameter(
+        False, "Fit each worker's batch size and local steps to its speed."
     )
-    min_batch_size: Positive = Field(16, description="Smallest per-device batch size to try (heterogeneous).")
-    max_batch_size: Positive = Field(512, description="Largest per-device batch size to try (heterogeneous).")
-    group_perc_variance: Annotated[Fraction, FINGERPRINT] = Field(
-        0.15, description="Workers whose speeds differ by less than this fraction share one setting (heterogeneous)."
+    min_batch_size: Positive = parameter(16, "Smallest per-device batch size to try (heterogeneous).")
+    max_batch_size: Positive = parameter(512, "Largest per-device batch size to try (heterogeneous).")
+    group_perc_variance: Annotated[Fraction, FINGERPRINT] = parameter(
+        0.15, "Workers whose speeds differ by less than this fraction share one setting (heterogeneous)."
     )
 
     # Membership
-    nodes: Annotated[Nodes, CARD] = Field(2, description="Number of nodes that train.")
-    lease_ttl: Annotated[float, Field(ge=1)] = Field(
-        15.0, description="Time to live of a member's etcd lease, in seconds."
+    nodes: Annotated[Nodes, CARD] = parameter(2, "Number of nodes that train.")
+    lease_ttl: Annotated[float, Field(ge=1)] = parameter(15.0, "Time to live of a member's etcd lease, in seconds.")
+    grace_period: Seconds = parameter(10.0, "Maximum time that a round waits for late members, in seconds.")
+    collective_timeout: Seconds = parameter(5.0, "Seconds without progress after which a collective fails.")
+    etcd_outage_limit: Seconds = parameter(300.0, "Longest etcd outage that a run survives, in seconds.")
+    late_policy: Literal["carry", "drop"] = parameter(
+        "carry", "What a late worker does with its pseudo-gradient: carry it over to the next round, or drop it."
     )
-    grace_period: Seconds = Field(10.0, description="Maximum time that a round waits for late members, in seconds.")
-    collective_timeout: Seconds = Field(5.0, description="Seconds without progress after which a collective fails.")
-    etcd_outage_limit: Seconds = Field(300.0, description="Longest etcd outage that a run survives, in seconds.")
-    late_policy: Literal["carry", "drop"] = Field(
-        "carry",
-        description="What a late worker does with its pseudo-gradient: carry it over to the next round, or drop it.",
+    joiner_moments: Literal["donor", "warmup"] = parameter(
+        "donor", "Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
     )
-    joiner_moments: Literal["donor", "warmup"] = Field(
-        "donor", description="Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
-    )
-    catch_up_rounds: Positive = Field(8, description="Number of committed means kept for members that catch up.")
-    advertise_address: str = Field("", description="Address at which other workers reach this one. Empty: detected.")
-    network_interface: str = Field("", description="Network interface for the collectives. Empty: detected.")
-    port_range: str = Field("", pattern=PORT_RANGE, description="Ports to listen on, `low-high`. Empty: ephemeral.")
-    pgroup_backend: Literal["", "gloo", "nccl"] = Field(
+    catch_up_rounds: Positive = parameter(8, "Number of committed means kept for members that catch up.")
+    advertise_address: str = parameter("", "Address at which other workers reach this one. Empty: detected.")
+    network_interface: str = parameter("", "Network interface for the collectives. Empty: detected.")
+    port_range: str = parameter("", "Ports to listen on, `low-high`. Empty: ephemeral.", pattern=PORT_RANGE)
+    pgroup_backend: Literal["", "gloo", "nccl"] = parameter(
         "",
-        description="Backend of torch's process group with optim_method=ddp. Empty: nccl on GPUs, gloo on CPUs. DiLoCo "
+        "Backend of torch's process group with optim_method=ddp. Empty: nccl on GPUs, gloo on CPUs. DiLoCo "
         "workers always use gloo.",
     )
 
     # Monitoring
-    wandb_logging: bool = Field(True, description="Log to Weights & Biases; offline when WANDB_API_KEY is not set.")
-    wandb_project_name: str = Field("diloco", pattern=WANDB_PROJECT, description="Weights & Biases project.")
-    wandb_group: str = Field("diloco-gptneo-c4", description="Weights & Biases group for the run's workers.")
-    wandb_run_id: str = Field(
-        "",
-        pattern=WANDB_RUN_ID,
-        description="Weights & Biases run id; each worker appends its number. Empty: derived from run_id.",
+    wandb_logging: bool = parameter(True, "Log to Weights & Biases; offline when WANDB_API_KEY is not set.")
+    wandb_project_name: str = parameter("diloco", "Weights & Biases project.", pattern=WANDB_PROJECT)
+    wandb_group: str = parameter("diloco-gptneo-c4", "Weights & Biases group for the run's workers.")
+    wandb_run_id: str = parameter(
+        "", "Weights & Biases run id; each worker appends its number. Empty: derived from run_id.", pattern=WANDB_RUN_ID
     )
-    experiment_description: str = Field("DiLoCo distributed training", description="Description of the experiment.")
-    experiment_tags: list[Tag] = Field(["diloco", "gpt-neo-x", "c4"], description="Tags of the experiment.")
-    metrics_port: OrUnset[Annotated[int, Field(ge=1024, lt=65000)]] = Field(
-        UNSET,
-        description="Port for Prometheus metrics; other workers on the machine use the next ones. -1: none.",
+    experiment_description: str = parameter("DiLoCo distributed training", "Description of the experiment.")
+    experiment_tags: list[Tag] = parameter(["diloco", "gpt-neo-x", "c4"], "Tags of the experiment.")
+    metrics_port: OrUnset[Annotated[int, Field(ge=1024, lt=65000)]] = parameter(
+        UNSET, "Port for Prometheus metrics; other workers on the machine use the next ones. -1: none."
     )
-    hf_upload: Annotated[bool, COMMAND] = Field(
-        False, description="Push the exported model to the Hugging Face Hub; needs HF_TOKEN."
+    hf_upload: Annotated[bool, COMMAND] = parameter(
+        False, "Push the exported model to the Hugging Face Hub; needs HF_TOKEN."
     )
-    trained_model_hf_name: Annotated[str, COMMAND] = Field(
-        "", description="Hugging Face Hub repository for the exported model."
+    trained_model_hf_name: Annotated[str, COMMAND] = parameter(
+        "", "Hugging Face Hub repository for the exported model."
     )
 
     # Cluster
-    deployment_name: str = Field(
+    deployment_name: str = parameter(
         "diloco-training-job",
+        "Name of the training's objects. Runs with the same name share volumes and must run one at a time.",
         pattern=LABEL,
         max_length=40,
-        description="Name of the training's objects. Runs with the same name share volumes and must run one at a time.",
     )
-    deployment_namespace: str = Field(
-        "",
-        pattern=NAMESPACE,
-        description="Namespace for the training's objects. Empty: the namespace of the pipeline's own pods.",
+    deployment_namespace: str = parameter(
+        "", "Namespace for the training's objects. Empty: the namespace of the pipeline's own pods.", pattern=NAMESPACE
     )
-    deployment_image: str = Field("", description="Image for the training's pods. Empty: the pipeline's own.")
-    image_pull_secrets: list[str] = Field([], description="Secrets that nodes use to pull the images.")
-    service_account: str = Field(
-        "", description="Service account of the training's pods, which need no rights. Empty: the namespace's default."
+    deployment_image: str = parameter("", "Image for the training's pods. Empty: the pipeline's own.")
+    image_pull_secrets: list[str] = parameter([], "Secrets that nodes use to pull the images.")
+    service_account: str = parameter(
+        "", "Service account of the training's pods, which need no rights. Empty: the namespace's default."
     )
-    cpu_cores: Positive = Field(16, description="CPU limit of a worker's pod, in cores; it requests one.")
-    memory_gb: Positive = Field(32, description="Memory of a worker's pod, in GB, requested in full.")
-    ephemeral_storage_gb: Positive = Field(100, description="Ephemeral storage limit of a pod, in GB; it requests 2.")
-    gpu_count: NonNegative = Field(1, description="GPUs per worker pod; none if 0, or if device=cpu.")
-    gpu_vendor: Literal["NVIDIA", "AMD"] = Field("NVIDIA", description="GPU vendor that the project's image supports.")
-    gpu_type: str = Field("A100", description="Preferred GPU; nodes labelled with this product are tried first.")
-    gpu_memory: Positive = Field(80, description="Preferred GPU memory, in GB; nodes labelled with it are tried first.")
-    sites: list[SiteConfig] = Field(
+    cpu_cores: Positive = parameter(16, "CPU limit of a worker's pod, in cores; it requests one.")
+    memory_gb: Positive = parameter(32, "Memory of a worker's pod, in GB, requested in full.")
+    ephemeral_storage_gb: Positive = parameter(100, "Ephemeral storage limit of a pod, in GB; it requests 2.")
+    gpu_count: NonNegative = parameter(1, "GPUs per worker pod; none if 0, or if device=cpu.")
+    gpu_vendor: Literal["NVIDIA", "AMD"] = parameter("NVIDIA", "GPU vendor that the project's image supports.")
+    gpu_type: str = parameter("A100", "Preferred GPU; nodes labelled with this product are tried first.")
+    gpu_memory: Positive = parameter(80, "Preferred GPU memory, in GB; nodes labelled with it are tried first.")
+    sites: list[SiteConfig] = parameter(
         [],
-        description="Pools of nodes: name, replicas, node_selector, tolerations, image, gpu_resource, gpu_count, "
+        "Pools of nodes: name, replicas, node_selector, tolerations, image, gpu_resource, gpu_count, "
         "runtime_class_name, storage_class_name. Replicas must add up to `nodes`. Empty: one pool for each GPU vendor.",
     )
-    active_deadline: Positive = Field(1_209_600, description="Maximum lifetime of a job on the cluster, in seconds.")
-    finished_ttl: Positive = Field(86_400, description="Seconds for which a finished job and its logs are kept.")
+    active_deadline: Positive = parameter(1_209_600, "Maximum lifetime of a job on the cluster, in seconds.")
+    finished_ttl: Positive = parameter(86_400, "Seconds for which a finished job and its logs are kept.")
     storage: StorageConfig = Field(default_factory=StorageConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
     etcd: EtcdConfig = Field(default_factory=EtcdConfig)

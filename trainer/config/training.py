@@ -11,14 +11,13 @@ from pydantic import ValidationError, model_validator
 
 from trainer.config import rules
 from trainer.config.fields import ScopeName
-from trainer.config.parameters import Parameter, find, leaves, put
-from trainer.config.refusals import first_error, is_secret, unknown
+from trainer.config.parameters import Parameter, find, first_error, is_secret, leaves, put, unknown
 from trainer.config.schema import Schema
 from trainer.errors import ConfigError
 
 
 class TrainingConfig(Schema):
-    """Every parameter of a training, validated. See the package's docstring; `parameters()` lists the leaves."""
+    """Every parameter of a training, validated; see the package's docstring."""
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,9 @@ import hashlib
 import itertools
 import platform
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,12 +28,9 @@ class ArrayDataset(DatasetFamily):
     """A dataset of arrays. A subclass defines the samples and where they come from.
 
     Samples whose content hash is below `validation_fraction` are held out, so equal samples are in the same split.
-
-    Attributes:
-        group: Number of samples of similar length that are read together; 1 if all have the same shape.
     """
 
-    group: ClassVar[int] = 1
+    group: ClassVar[int] = 1  # samples of similar length that are read together; 1 if all have the same shape
 
     @abstractmethod
     def columns(self) -> dict[str, Column]:
@@ -47,7 +46,7 @@ class ArrayDataset(DatasetFamily):
 
     @abstractmethod
     def for_model(self) -> dict[str, Any]:
-        """What a model needs to know about the samples. Called after all samples have been read."""
+        """The samples' properties that a model depends on. Called after all samples have been read."""
 
     def content(self, sample: Sample) -> bytes:
         """The content whose hash decides whether a sample is held out; by default, its first column."""
@@ -72,19 +71,20 @@ class ArrayDataset(DatasetFamily):
         return {"max_samples": given(self.config.max_samples), "validation_fraction": self.config.validation_fraction}
 
     def estimated_size(self) -> int:
-        each = sum(
-            int(np.prod(form.shape, dtype=np.int64)) * np.dtype(form.dtype).itemsize for form in self.columns().values()
-        )
-        return min(self.count(), given(self.config.max_samples) or self.count()) * each + 16 * 2**20
+        each = sum(np.empty(form.shape, form.dtype).nbytes for form in self.columns().values())
+        return self.limited_count() * each + 16 * 2**20
+
+    def limited_count(self) -> int:
+        """Approximate number of samples that are read."""
+        return min(self.count(), given(self.config.max_samples) or self.count())
 
     def prepare(self, directory: Path, revision: str, log: Log) -> ArrayManifest:
         # Split the samples by their content's hash.
         config, columns = self.config, self.columns()
-        everything = min(self.count(), given(config.max_samples) or self.count())
         with (
             ArrayWriter(directory, "train", columns, self.group) as train,
             ArrayWriter(directory, "validation", columns, self.group) as held_out,
-            Progress(f"reading {self.spec}", everything, log, "samples") as progress,
+            Progress(f"reading {self.spec}", self.limited_count(), log, "samples") as progress,
         ):
             for sample in itertools.islice(self.samples(revision), given(config.max_samples)):
                 if content_hash(self.content(sample)) < config.validation_fraction:
@@ -99,9 +99,10 @@ class ArrayDataset(DatasetFamily):
         if not apart.samples:
             problem = f"holds out none of {counts.samples} samples: raise it, or give more samples"
             raise ConfigError("validation_fraction", config.validation_fraction, problem)
-        # The hash covers everything that a model sees: samples, shared arrays, and what the model knows of them.
+        # The hash covers everything that a model sees: samples, shared arrays, and the data's properties.
         shared = self.shared()
-        digest = hashlib.sha256(repr((columns, self.for_model(), train.digest, held_out.digest)).encode())
+        splits = (train.hash.hexdigest(), held_out.hash.hexdigest())
+        digest = hashlib.sha256(repr((columns, self.for_model(), *splits)).encode())
         for name, array in sorted(shared.items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return ArrayManifest(
@@ -119,3 +120,21 @@ class ArrayDataset(DatasetFamily):
             train=counts,
             validation=apart,
         )
+
+
+class LabelledDataset(ArrayDataset):
+    """A dataset whose samples have a column `label`, the number of their class."""
+
+    @abstractmethod
+    def labels(self) -> list[str]:
+        """Names of the classes, by number."""
+
+    @cached_property
+    def _label_counts(self) -> Counter[int]:
+        return Counter()
+
+    def observe(self, sample: Sample) -> None:
+        self._label_counts[int(sample["label"])] += 1
+
+    def facts(self) -> dict[str, Any]:
+        return {"label_counts": [self._label_counts[label] for label in range(len(self.labels()))]}

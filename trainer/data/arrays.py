@@ -47,14 +47,14 @@ class ArraySplit:
             raise IndexError(f"samples {indices.min()} to {indices.max()} of a split of {len(self)}")
         found: dict[str, np.ndarray] = {}
         for column, stored in self._columns.items():
-            if column not in self._ends:
+            if column in self._ends:
+                found[column], found[f"{column}_length"] = self._padded(column, indices)
+            else:
                 found[column] = np.asarray(stored[indices])
-                continue
-            found[column], found[f"{column}_length"] = self._padded(column, indices)
         return found
 
     def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The same samples, with pictures augmented as the manifest says."""
+        """The same samples, with pictures augmented according to the manifest."""
         if self._manifest.augmentation is None:
             return columns
         return {**columns, "image": augment(columns["image"], positions, seed, self._manifest.augmentation)}
@@ -76,18 +76,14 @@ class ArraySplit:
 class ArrayWriter:
     """Writes one split, sample by sample.
 
-    Args:
-        directory: Directory to write to.
-        name: The split.
-        columns: The arrays of a sample.
-        group: If more than 1, samples are sorted by the length of the first column (within windows, to bound memory),
-            and the last samples that do not fill a group are dropped.
+    With a `group` of more than 1, samples are sorted by the length of the first column (within windows, to bound
+    memory), and the last samples that do not fill a group are dropped.
     """
 
     def __init__(self, directory: Path, name: str, columns: Mapping[str, Column], group: int = 1) -> None:
         self._columns, self._group, self._files = columns, group, ExitStack()
         self._waiting: list[Mapping[str, np.ndarray]] = []
-        self._hash = hashlib.sha256()
+        self.hash = hashlib.sha256()  # of all values written
         self._samples = self._bytes = 0
         self._ends = dict.fromkeys((name for name, form in columns.items() if form.ragged), 0)
         self._data: dict[str, BinaryIO] = {}
@@ -122,11 +118,6 @@ class ArrayWriter:
         self._files.close()
         return SampleCounts(samples=self._samples, bytes=self._bytes)
 
-    @property
-    def digest(self) -> str:
-        """sha256 of everything written so far."""
-        return self._hash.hexdigest()
-
     def _size(self, sample: Mapping[str, np.ndarray]) -> int:
         return len(sample[next(iter(self._columns))])
 
@@ -137,7 +128,7 @@ class ArrayWriter:
             for column in self._columns:
                 content = np.ascontiguousarray(sample[column]).tobytes()
                 self._data[column].write(content)
-                self._hash.update(content)
+                self.hash.update(content)
                 self._bytes += len(content)
                 if column in self._ends:
                     self._ends[column] += len(sample[column])
@@ -156,13 +147,10 @@ def write_shared(directory: Path, arrays: Mapping[str, np.ndarray]) -> dict[str,
 def read_shared(directory: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     """The arrays that all samples share, memory-mapped. Text has none."""
     shared = manifest.shared if isinstance(manifest, ArrayManifest) else {}
-    return {
-        name: _map(directory / f"shared-{name}.bin", form.dtype).reshape(form.shape) for name, form in shared.items()
-    }
+    files = {name: _map(directory / f"shared-{name}.bin", form.dtype) for name, form in shared.items()}
+    return {name: file.reshape(shared[name].shape) for name, file in files.items()}
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:
     """A file's values, memory-mapped for reading. (An empty file cannot be mapped.)"""
-    if not path.stat().st_size:
-        return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)

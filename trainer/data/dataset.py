@@ -8,32 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from trainer.data.arrays import ArraySplit, read_shared
-from trainer.data.manifest import (
-    MANIFEST,
-    READY,
-    ArrayManifest,
-    Manifest,
-    SplitCounts,
-    TextManifest,
-    parse_manifest,
-    read_manifest,
-)
+from trainer.data.manifest import ArrayManifest, Manifest, read_manifest
 from trainer.errors import ConfigError
-
-__all__ = [
-    "MANIFEST",
-    "READY",
-    "Dataset",
-    "Manifest",
-    "Samples",
-    "Split",
-    "SplitCounts",
-    "TextManifest",
-    "open_dataset",
-    "open_split",
-    "parse_manifest",
-    "read_manifest",
-]
 
 
 class Samples(Protocol):
@@ -78,11 +54,9 @@ class Split:
         chunks = np.searchsorted(self._starts, indices, side="right") - 1
         rows = indices - self._starts[chunks]
         names = self._chunks[0] if self._chunks else ()
+        places = list(zip(chunks, rows, strict=True))
         return {
-            name: np.stack([self._chunks[chunk][name][row] for chunk, row in zip(chunks, rows, strict=True)]).astype(
-                np.int64
-            )
-            for name in names
+            name: np.stack([self._chunks[chunk][name][row] for chunk, row in places], dtype=np.int64) for name in names
         }
 
     def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -92,21 +66,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A precached dataset.
-
-    Attributes:
-        train: The training split.
-        validation: The held-out split.
-        manifest: Facts about both.
-        tokenizer_dir: The tokenizer of text.
-        shared: Arrays that belong to every batch, by name (a graph).
-    """
+    """A precached dataset."""
 
     train: Samples
-    validation: Samples
+    validation: Samples  # the held-out split
     manifest: Manifest
-    tokenizer_dir: Path
-    shared: dict[str, np.ndarray] = field(default_factory=dict)
+    tokenizer_dir: Path  # of text
+    shared: dict[str, np.ndarray] = field(default_factory=dict)  # arrays that belong to every batch (a graph), by name
 
     @property
     def group(self) -> int:
@@ -121,9 +87,8 @@ def open_dataset(directory: Path) -> Dataset:
         not (directory / name).is_file() or (directory / name).stat().st_size != record.bytes
         for name, record in manifest.files.items()
     ):
-        raise ConfigError(
-            "dataset", directory.name, f"is not precached in {directory.parent}: run `python -m trainer precache` first"
-        )
+        problem = f"is not precached in {directory.parent}: run `python -m trainer precache` first"
+        raise ConfigError("dataset", directory.name, problem)
     train, validation = (open_split(directory, manifest, name) for name in ("train", "validation"))
     return Dataset(train, validation, manifest, directory / "tokenizer", read_shared(directory, manifest))
 

@@ -1,7 +1,6 @@
 """Graphs: a sample is a node; all samples share the features and edges of the graph."""
 
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,28 +8,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.data.array_dataset import ArrayDataset, Sample
+from trainer.data.array_dataset import LabelledDataset, Sample
 from trainer.data.manifest import Column
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph whose nodes have features and classes.
+    """A graph whose nodes have features and classes."""
 
-    Attributes:
-        features: float32 (nodes, width).
-        edges: int64 (2, edges): from, to. Directions are ignored.
-        labels: int64 (nodes,), the class of each node.
-        classes: Names of the classes, by number.
-    """
-
-    features: np.ndarray
-    edges: np.ndarray
-    labels: np.ndarray
-    classes: list[str]
+    features: np.ndarray  # float32 (nodes, width)
+    edges: np.ndarray  # int64 (2, edges): from, to; directions are ignored
+    labels: np.ndarray  # int64 (nodes,), the class of each node
+    classes: list[str]  # names of the classes, by number
 
 
-class GraphDataset(ArrayDataset):
+class GraphDataset(LabelledDataset):
     """A graph for node classification. A subclass loads the graph.
 
     Training sees features and edges of held-out nodes, but not their classes (transductive learning, as in arXiv
@@ -78,12 +70,11 @@ class GraphDataset(ArrayDataset):
     def for_model(self) -> dict[str, Any]:
         return {"features": int(self._graph.features.shape[1]), "labels": self._graph.classes}
 
-    def observe(self, sample: Sample) -> None:
-        self._label_counts[int(sample["label"])] += 1
+    def labels(self) -> list[str]:
+        return self._graph.classes
 
     def facts(self) -> dict[str, Any]:
-        counts = [self._label_counts[label] for label in range(len(self._graph.classes))]
-        return {"nodes": len(self._graph.labels), "label_counts": counts}
+        return {"nodes": len(self._graph.labels), **super().facts()}
 
     @cached_property
     def _graph(self) -> Graph:
@@ -92,7 +83,3 @@ class GraphDataset(ArrayDataset):
     @cached_property
     def _degrees(self) -> np.ndarray:
         return np.bincount(self._graph.edges.ravel(), minlength=len(self._graph.labels))
-
-    @cached_property
-    def _label_counts(self) -> Counter[int]:
-        return Counter()

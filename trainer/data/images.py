@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def decode(content: bytes, size: int, channels: int) -> np.ndarray:
-    """A picture file's pixels, uint8 (size, size, channels): shorter side resized to `size`, then a centre crop.
-
-    Raises:
-        ValueError: The content is not a picture.
-    """
+    """A picture file's pixels: uint8 (size, size, channels). Raises ValueError if the content is not a picture."""
     from PIL import Image
 
     try:
@@ -29,10 +25,10 @@ def decode(content: bytes, size: int, channels: int) -> np.ndarray:
 
 
 def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
-    """As `decode`, for an open picture. Bicubic and antialiased; 1 channel is grey, 3 are RGB."""
+    """A picture's pixels: uint8 (size, size, channels); 1 channel is grey, 3 are RGB."""
     from PIL import Image
 
-    # Resize the shorter side, then cut out the centre.
+    # Resize the shorter side (bicubic, antialiased), then cut out the centre.
     picture = picture.convert("L" if channels == 1 else "RGB")
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)

@@ -47,7 +47,6 @@ def precache(
     incomplete or corrupt, or if its local source has changed. Several processes may do this concurrently.
 
     Args:
-        log: Prints a line.
         source: Another volume's datasets directory, from which an intact copy is linked or copied instead.
         verify: Verify every byte, whatever the size.
 
@@ -86,10 +85,9 @@ def precache_all(config: TrainingConfig, log: Log = print) -> Manifest:
 
 
 def damage(path: Path, thorough: bool = True) -> str | None:
-    """What is wrong with the dataset in `path`, in a few words; None if it is intact.
+    """The defect of the dataset in `path`, in a few words; None if it is intact.
 
-    Args:
-        thorough: Whether to compare every file's sha256, not only its size.
+    `thorough` compares every file's sha256, not only its size.
     """
     if not (path / READY).exists():
         return f"{READY} is missing"
@@ -137,7 +135,6 @@ def _copied(path: Path, dataset: DatasetFamily, source: Path | None, log: Log) -
 
 
 def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
-    """Build the dataset from its source."""
     require_free_space(path.parent, dataset.estimated_size(), "dataset_cache_dir")
     revision = dataset.revision()
     with whole_directory(path) as temporary:
@@ -155,7 +152,7 @@ def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system allows it: read from disk once, held in memory once."""
+    """A hard link where the file system allows it, so that the page cache holds one copy."""
     try:
         os.link(source, target)
     except OSError:

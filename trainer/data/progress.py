@@ -11,13 +11,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts what a step has read.
+    """Counts the amount that a step has read.
 
     Args:
-        label: What the step does.
-        total: How much there is to read, approximately; 0: unknown.
+        label: The step's action.
+        total: The approximate amount to read; 0: unknown.
         log: Prints a line, where there is no terminal.
-        unit: What is counted: "bytes", or another noun in the plural.
+        unit: "bytes", or another noun in the plural.
     """
 
     def __init__(self, label: str, total: int, log: Log, unit: str = "bytes") -> None:
@@ -31,15 +31,9 @@ class Progress:
             from rich.console import Console
 
             amount = progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn()
-            columns = (
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                amount,
-                progress.TimeRemainingColumn(),
-            )
-            self._bar = self._terminal.enter_context(
-                progress.Progress(*columns, console=Console(stderr=True), transient=True)
-            )
+            columns = ("{task.description}", progress.BarColumn(), amount, progress.TimeRemainingColumn())
+            bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = self._terminal.enter_context(bar)
             self._task = self._bar.add_task(label, total=total or None)
 
     def update(self, amount: int) -> None:

@@ -1,7 +1,8 @@
 """Dataset families, and how one is found by name."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -20,22 +21,15 @@ class DatasetFamily(ABC):
 
     Subclass a more specific class (`trainer.data.text.TextDataset`, `trainer.data.pictures.PictureDataset`, …). Two
     families may share a name (`files`) if they are for different tasks.
-
-    Attributes:
-        name: The part before the colon.
-        tasks: Names of the tasks in `trainer.tasks` that its samples are for.
-        takes_argument: Whether an argument may follow the name.
-        local: Whether `revision` needs no network, so that precaching can detect a changed source.
     """
 
-    name: ClassVar[str]
-    tasks: ClassVar[tuple[str, ...]]
-    takes_argument: ClassVar[bool] = False
-    local: ClassVar[bool] = True
+    name: ClassVar[str]  # the part before the colon
+    tasks: ClassVar[tuple[str, ...]]  # names of the tasks in `trainer.tasks` that its samples are for
+    takes_argument: ClassVar[bool] = False  # whether an argument may follow the name
+    local: ClassVar[bool] = True  # whether `revision` needs no network, so that precaching can detect a changed source
 
     def __init__(self, argument: str, config: TrainingConfig) -> None:
-        self.argument = argument
-        self.config = config
+        self.argument, self.config = argument, config
 
     @property
     def spec(self) -> str:
@@ -69,11 +63,37 @@ class DatasetFamily(ABC):
 
     @abstractmethod
     def prepare(self, directory: Path, revision: str, log: Log) -> Manifest:
-        """Read the source and write the samples into `directory`, ready for training.
+        """Write the samples into `directory`, ready for training, and return the manifest without `files`."""
 
-        Returns:
-            The manifest, without `files`.
-        """
+
+class PathDataset(DatasetFamily):
+    """A dataset in the file or folder that its argument names. A mixin: it comes before the class for the samples."""
+
+    takes_argument = True
+
+    @property
+    def root(self) -> Path:
+        return Path(self.argument).expanduser()
+
+    def identity(self) -> str:
+        return f"{self.name}:{self.root.absolute()}"
+
+    def files_below(self) -> list[Path]:
+        """Every file in the folder, in the order of the paths. Hidden files are skipped."""
+        found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        shown = (self.root / path for path in found if not any(part.startswith(".") for part in path.parts))
+        return sorted(shown, key=Path.as_posix)
+
+    def require_folder(self) -> None:
+        if not self.argument:
+            raise ConfigError("dataset", self.spec, "must name a folder: files:<path>")
+        if not self.root.is_dir():
+            raise ConfigError("dataset", self.spec, "no such folder")
+
+
+def digest(contents: Iterable[str]) -> str:
+    """A revision: the sha256 of these texts, one after the other."""
+    return f"sha256 {hashlib.sha256(''.join(contents).encode()).hexdigest()}"
 
 
 @cache
@@ -86,19 +106,14 @@ def dataset_families() -> dict[str, tuple[type[DatasetFamily], ...]]:
 
 
 def resolve(config: TrainingConfig) -> DatasetFamily:
-    """The dataset family that `config` selects, by name and the model's task.
-
-    Raises:
-        ConfigError: No family has that name, or it is for another task.
-    """
+    """The dataset family that `config` selects, by name and the model's task. Raises ConfigError if there is none."""
     name, _, argument = config.dataset.partition(":")
-    if name not in dataset_families():
-        raise ConfigError(
-            "dataset", config.dataset, f"no such dataset; there are {', '.join(sorted(dataset_families()))}"
-        )
+    families = dataset_families()
+    if name not in families:
+        raise ConfigError("dataset", config.dataset, f"no such dataset; there are {', '.join(sorted(families))}")
     task = models.resolve(config.model).family.task
-    for family in dataset_families()[name]:
+    for family in families[name]:
         if task in family.tasks:
             return family(argument, config)
-    offered = sorted({own for family in dataset_families()[name] for own in family.tasks})
+    offered = sorted({own for family in families[name] for own in family.tasks})
     raise ConfigError("dataset", config.dataset, f"is for {' and '.join(offered)}, but {config.model} is for {task}")

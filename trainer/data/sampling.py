@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import isqrt
 from typing import TYPE_CHECKING
@@ -29,13 +29,8 @@ class SampleOrder:
     Position p is sample `permutation(seed, p // num_samples)[p % num_samples]`. The permutation is computed, not
     stored: a Feistel network over pairs of digits (Luby and Rackoff 1988) with cycle-walking (Black and Rogaway 2002).
     It takes no memory, every position costs the same, and as pure integer arithmetic it is the same on every platform
-    and with every version of numpy (whose own shuffle may change).
-
-    Args:
-        num_samples: Samples in an epoch.
-        seed: Seed of the order.
-        group: Number of consecutive samples, of similar length, that stay together in their order. It divides
-            `num_samples`.
+    and with every version of numpy (whose own shuffle may change). Each `group` of consecutive samples, of similar
+    length, stays together in its order; it divides `num_samples`.
     """
 
     def __init__(self, num_samples: int, seed: int, group: int = 1) -> None:
@@ -43,8 +38,7 @@ class SampleOrder:
             raise ValueError(f"an order needs at least one sample, not {num_samples}")
         if num_samples % group:
             raise ValueError(f"{num_samples} samples cannot be divided into groups of {group}")
-        self.num_samples, self.group = num_samples, group
-        self.seed = seed
+        self.num_samples, self.group, self.seed = num_samples, group, seed
         self._groups = num_samples // group
         # The base whose pairs of digits form the smallest square that holds every group.
         self._base = np.uint64(isqrt(self._groups - 1) + 1)
@@ -78,17 +72,15 @@ def batches(
     prefetch: int = 4,
     pin_memory: bool = False,
 ) -> Generator[dict[str, "torch.Tensor"], None, None]:
-    """Batches of the samples at `positions`, in order, read ahead by a thread.
+    """Batches of the samples at `positions`, int64 (samples,), in order, read ahead by a thread.
 
     Args:
-        positions: int64 (samples,).
         batch_size: Samples in a batch; the last batch may be smaller.
         prefetch: Batches to read ahead.
         pin_memory: Whether to put the tensors into pinned memory, so that copies to a GPU can overlap.
 
     Yields:
-        The columns of the split as tensors on the CPU, augmented (`Samples.augmented`). For text: `input_ids`, int64
-        (batch_size, sequence_length).
+        The columns of the split as tensors on the CPU, augmented (`Samples.augmented`).
 
     An error while reading is raised at the batch it belongs to. Closing the iterator ends the thread.
     """
@@ -103,14 +95,13 @@ def batches(
     wanted = np.asarray(positions, dtype=np.int64)
     chunks = (wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
-        ahead: deque[Future[dict[str, torch.Tensor]]] = deque(
-            thread.submit(read, chunk) for chunk in itertools.islice(chunks, prefetch)
-        )
+        submitted: Iterator[Future[dict[str, torch.Tensor]]] = (thread.submit(read, chunk) for chunk in chunks)
+        ahead = deque(itertools.islice(submitted, prefetch))
         try:
             # Submit the next batch before handing out this one.
             while ahead:
                 batch = ahead.popleft().result()
-                ahead.extend(thread.submit(read, chunk) for chunk in itertools.islice(chunks, 1))
+                ahead.extend(itertools.islice(submitted, 1))
                 yield batch
         finally:
             for future in ahead:

@@ -1,22 +1,29 @@
-"""Speech datasets: clips and their transcripts."""
+"""Speech datasets: clips and their transcripts. Audio is decoded and resampled without torchaudio."""
 
+import io
+import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from math import gcd
 from typing import Any, ClassVar
 
-from trainer.config import given
+import numpy as np
+
 from trainer.data.array_dataset import ArrayDataset, Sample
-from trainer.data.audio import RATE, VOCABULARY, decode, spelled, written
 from trainer.data.manifest import Column
 from trainer.errors import ConfigError, TrainingError
 
+RATE = 16_000  # samples a second, as wav2vec 2.0 expects
+# Characters of wav2vec 2.0's published models, by number; `|` is the space between two words.
+VOCABULARY = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
+_NUMBERS = {character: number for number, character in enumerate(VOCABULARY)}
 SHORTEST, LONGEST = 0.4, 20.0  # seconds; other clips are dropped
 MOST_TRANSCRIPTS = 200  # kept in the manifest, for baselines
 
 
 class SpeechDataset(ArrayDataset):
-    """Clips of speech with their transcripts. A subclass says where they come from.
+    """Clips of speech with their transcripts. A subclass defines their source.
 
     Clips are resampled to 16 kHz and sorted by length, so that clips read together have similar lengths. Clips whose
     transcript needs more than the letters of the alphabet are dropped.
@@ -38,10 +45,8 @@ class SpeechDataset(ArrayDataset):
             raise ConfigError("dataset", self.spec, f"needs {error.name}: pip install soundfile scipy") from None
 
     def columns(self) -> dict[str, Column]:
-        return {
-            "audio": Column(dtype="int16", ragged=True, multiple=RATE // 2),
-            "text": Column(dtype="int16", ragged=True),
-        }
+        audio = Column(dtype="int16", ragged=True, multiple=RATE // 2)
+        return {"audio": audio, "text": Column(dtype="int16", ragged=True)}
 
     def samples(self, revision: str) -> Iterator[Sample]:
         for name, content, transcript in self.clips(revision):
@@ -55,7 +60,7 @@ class SpeechDataset(ArrayDataset):
                 yield {"audio": audio, "text": text}
 
     def estimated_size(self) -> int:
-        return min(self.count(), given(self.config.max_samples) or self.count()) * 12 * RATE * 2 + 16 * 2**20
+        return self.limited_count() * 12 * RATE * 2 + 16 * 2**20  # 12 s of int16 each
 
     def for_model(self) -> dict[str, Any]:
         return {"vocabulary": list(VOCABULARY)}
@@ -75,3 +80,38 @@ class SpeechDataset(ArrayDataset):
     @cached_property
     def _seconds(self) -> list[float]:
         return []
+
+
+def decode(content: bytes) -> np.ndarray:
+    """An audio file's samples: int16 (n,), mono, at `RATE`. Raises ValueError if the content is not audio."""
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(str(error)) from None
+    return np.round(resampled(samples.mean(axis=1), rate) * 32767).clip(-32768, 32767).astype(np.int16)
+
+
+def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (n,) resampled from `rate` to `RATE`, by a polyphase filter against aliasing."""
+    from scipy.signal import resample_poly
+
+    shared = gcd(rate, RATE)
+    return samples if rate == RATE else resample_poly(samples, RATE // shared, rate // shared)
+
+
+def spelled(text: str) -> np.ndarray | None:
+    """A transcript as numbers of the vocabulary, int16 (n,); None if it is empty or contains digits.
+
+    It is normalised as LibriSpeech's transcripts are: capitals, single spaces, no punctuation except apostrophes.
+    """
+    if re.search(r"\d", text):
+        return None
+    words = re.sub(r"[^A-Z']+", " ", text.replace("’", "'").upper()).split()
+    return np.array([_NUMBERS[character] for character in "|".join(words)], dtype=np.int16) if words else None
+
+
+def written(numbers: np.ndarray) -> str:
+    """The inverse of `spelled`."""
+    return "".join(VOCABULARY[number] for number in numbers).replace("|", " ")

@@ -28,7 +28,7 @@ _BATCH_CHARACTERS = 2 * 2**20  # tokenised together
 
 
 class TextDataset(DatasetFamily):
-    """A dataset of documents, for language modelling. A subclass says where they come from.
+    """A dataset of documents, for language modelling. A subclass defines their source.
 
     Documents whose content hash is below `validation_fraction` are held out. Documents are tokenised, each is followed
     by an end-of-text token, and the stream is cut into sequences of equal length. The remainder of a split is dropped.
@@ -49,9 +49,8 @@ class TextDataset(DatasetFamily):
         tokenizers.check(tokenizers.resolve(self.config))
 
     def inputs(self) -> dict[str, object]:
-        spec = tokenizers.resolve(self.config)
         return {
-            "tokenizer": spec,
+            "tokenizer": tokenizers.resolve(self.config),
             "sequence_length": self.config.sequence_length,
             "max_samples": given(self.config.max_samples),
             "validation_fraction": self.config.validation_fraction,
@@ -63,8 +62,7 @@ class TextDataset(DatasetFamily):
         return int(self.text_size() * bytes_each) + 16 * 2**20
 
     def prepare(self, directory: Path, revision: str, log: Log) -> Manifest:
-        config = self.config
-        spec = tokenizers.resolve(config)
+        config, spec = self.config, tokenizers.resolve(self.config)
         length, fraction = config.sequence_length, config.validation_fraction
 
         def documents() -> Iterator[str]:
@@ -74,9 +72,8 @@ class TextDataset(DatasetFamily):
         # The tokenizer, trained without the held-out documents.
         if spec.startswith("bpe:"):
             log(f"training tokenizer {spec}")
-        tokenizer = tokenizers.load(
-            spec, lambda: (text for text in documents() if content_hash(text.encode()) >= fraction)
-        )
+        training_text = (text for text in documents() if content_hash(text.encode()) >= fraction)
+        tokenizer = tokenizers.load(spec, training_text)
         tokenizer.save_pretrained(directory / "tokenizer")
         # Tokenise, split and pack the documents.
         sizes = tokenizers.token_bytes(tokenizer)
@@ -92,17 +89,15 @@ class TextDataset(DatasetFamily):
                     raw = text.encode()
                     hashed = content_hash(raw)
                     smallest_hash = min(smallest_hash, hashed) if len(tokens) >= length else smallest_hash
-                    if hashed < fraction:
-                        validation.add(tokens, end, len(raw))
-                    else:
-                        train.add(tokens, end, len(raw))
+                    (validation if hashed < fraction else train).add(tokens, end, len(raw))
+                    if hashed >= fraction:
                         byte_counts += np.bincount(np.frombuffer(raw, dtype=np.uint8), minlength=256)
                     progress.update(len(raw))
         counts, held_out = train.close(), validation.close()
         self._refuse_empty(counts, held_out, smallest_hash)
         # The hash covers everything that a model sees: the tokens, and what they mean.
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-        content = (self.tasks[0], length, end, vocabulary, train.digest, validation.digest)
+        content = (self.tasks[0], length, end, vocabulary, train.hash.hexdigest(), validation.hash.hexdigest())
         return TextManifest(
             dataset=self.spec,
             revision=revision,
@@ -121,32 +116,22 @@ class TextDataset(DatasetFamily):
 
     def _refuse_empty(self, counts: SplitCounts, held_out: SplitCounts, smallest_hash: float) -> None:
         """Raise ConfigError if a split has no sequence, with what would help."""
-        length, fraction = self.config.sequence_length, self.config.validation_fraction
+        problem = f"do not fill a sequence of {self.config.sequence_length} tokens"
         if not counts.sequences:
-            raise ConfigError(
-                "dataset",
-                self.spec,
-                f"has too little text: {counts.documents} training documents do not fill a sequence of {length} tokens",
-            )
+            little = f"has too little text: {counts.documents} training documents {problem}"
+            raise ConfigError("dataset", self.spec, little)
         if not held_out.sequences:
             hint = f" (above {smallest_hash:.2g} suffices)" if smallest_hash < 1 else ""
-            raise ConfigError(
-                "validation_fraction",
-                fraction,
-                f"holds out {held_out.documents} of {counts.documents + held_out.documents} documents, which do not "
-                f"fill a sequence of {length} tokens: raise it{hint}, add text, or lower sequence_length",
-            )
+            held = f"holds out {held_out.documents} of {counts.documents + held_out.documents} documents, which"
+            advice = f"raise it{hint}, add text, or lower sequence_length"
+            raise ConfigError("validation_fraction", self.config.validation_fraction, f"{held} {problem}: {advice}")
 
 
 class _Packer:
     """Packs the documents of one split into sequences and writes them to Arrow files, in bounded memory.
 
-    Args:
-        directory: Directory for `<name>-<number>.arrow`.
-        name: The split.
-        length: Tokens in a sequence.
-        dtype: dtype of a token.
-        sizes: Bytes of each token. If given, a column `bytes` holds the bytes of each sequence's tokens but the first.
+    The files are `<name>-<number>.arrow`. If the bytes of each token are given (`sizes`), a column `bytes` holds the
+    bytes of each sequence's tokens but the first.
     """
 
     def __init__(
@@ -163,7 +148,7 @@ class _Packer:
         self._waiting_tokens = 0
         self._writer: ArrowWriter | None = None
         self._documents = self._sequences = self._bytes = 0
-        self._hash = hashlib.sha256()
+        self.hash = hashlib.sha256()  # of the tokens, independent of how they are divided into files
 
     def add(self, tokens: np.ndarray, end: int, size: int) -> None:
         """Append a document of `size` bytes and the token that ends it."""
@@ -178,17 +163,8 @@ class _Packer:
         """Write the remaining complete sequences."""
         self._write(self._waiting_tokens // self._length)
         self._end_shard()
-        return SplitCounts(
-            documents=self._documents,
-            tokens=self._sequences * self._length,
-            sequences=self._sequences,
-            bytes=self._bytes,
-        )
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the tokens written so far, independent of how they are divided into files."""
-        return self._hash.hexdigest()
+        tokens = self._sequences * self._length
+        return SplitCounts(documents=self._documents, tokens=tokens, sequences=self._sequences, bytes=self._bytes)
 
     def _write(self, rows: int) -> None:
         import pyarrow as pa
@@ -209,7 +185,7 @@ class _Packer:
             scored = packed.reshape(rows, self._length)[:, 1:]
             columns["bytes"] = pa.array(self._sizes[scored].sum(axis=1).astype(np.int32))
         self._writer.write_table(pa.table(columns, schema=self._features.arrow_schema), rows)
-        self._hash.update(packed.astype("<i4").tobytes())
+        self.hash.update(packed.astype("<i4").tobytes())
         self._sequences += rows
         if self._sequences % self._shard_rows == 0:
             self._end_shard()

@@ -5,7 +5,7 @@ All are Hugging Face fast tokenizers with an end-of-text token, which separates 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +22,15 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Enough for any vocabulary; takes about a minute.
-_TRAINING_BYTES = 256 * 2**20
+_TRAINING_CHARACTERS = 256 * 2**20  # enough for any vocabulary; takes about a minute
 
 
 def resolve(config: TrainingConfig) -> str:
     """The tokenizer that `config` names, or the model's default. Raises ConfigError if there is neither."""
     spec = config.tokenizer or models.resolve(config.model).default_tokenizer
     if not spec:
-        raise ConfigError(
-            "tokenizer", "", f"{config.model} has no tokenizer of its own: name one, for example bytes or bpe:4096"
-        )
+        problem = f"{config.model} has no tokenizer of its own: name one, for example bytes or bpe:4096"
+        raise ConfigError("tokenizer", "", problem)
     return spec
 
 
@@ -57,12 +55,12 @@ def check(spec: str) -> None:
         raise ConfigError("tokenizer", spec, "must be a Hub id, a directory, bytes or bpe:<vocabulary size>")
 
 
-def load(spec: str, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerFast":
+def load(spec: str, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
     """Build or fetch the tokenizer.
 
     Args:
         spec: `bytes`, `bpe:<vocabulary size>`, a directory or a Hub id.
-        texts: Iterates over the training text, for a tokenizer that is trained.
+        texts: The training text, which is read if the tokenizer is trained.
 
     Raises:
         ConfigError: There is no such tokenizer, or it cannot be used here.
@@ -72,7 +70,7 @@ def load(spec: str, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerF
     if spec == "bytes":
         return _wrap(_byte_level())
     if spec.startswith("bpe:"):
-        return _wrap(_trained(_bpe_size(spec), texts()))
+        return _wrap(_trained(_bpe_size(spec), texts))
     # A directory's or the hub's.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -103,10 +101,8 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.nd
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    return [
-        np.array(encoding.ids, dtype=np.int64)
-        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-    ]
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
 
 def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
@@ -194,9 +190,16 @@ def _byte_level() -> "Tokenizer":
 
 
 def _trained(size: int, texts: Iterable[str]) -> "Tokenizer":
-    """A byte-level BPE tokenizer, trained on the first 256 MiB. The same text gives the same tokenizer."""
+    """A byte-level BPE tokenizer, trained on the first 256 Mi characters. The same text gives the same tokenizer."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
+
+    def first_texts(limit: int = _TRAINING_CHARACTERS) -> Iterator[str]:
+        for text in texts:
+            if limit <= 0:
+                return
+            limit -= len(text)
+            yield text
 
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -207,16 +210,8 @@ def _trained(size: int, texts: Iterable[str]) -> "Tokenizer":
         special_tokens=[END_OF_TEXT],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(texts, _TRAINING_BYTES), trainer)
+    tokenizer.train_from_iterator(first_texts(), trainer)
     return tokenizer
-
-
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    for text in texts:
-        if limit <= 0:
-            return
-        limit -= len(text)
-        yield text
 
 
 def _wrap(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":

@@ -16,7 +16,8 @@ from trainer.files import read_json, write_json
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainer.data.dataset import Manifest, Samples
+    from trainer.data.dataset import Samples
+    from trainer.data.manifest import Manifest
     from trainer.tasks import Batch, Task
 
 SHOWN = 32  # samples of which the report shows the model's output
@@ -129,7 +130,8 @@ def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":
     Raises:
         ConfigError: The samples are missing or torn, or belong to other data than the model was trained on.
     """
-    from trainer.data.dataset import MANIFEST, open_split, parse_manifest
+    from trainer.data.dataset import open_split
+    from trainer.data.manifest import MANIFEST, parse_manifest
 
     try:
         manifest = parse_manifest(read_json(directory / MANIFEST))

@@ -13,7 +13,7 @@ FACTS = "training.json"
 def facts_of(run: TrainedRun, parameters: int) -> dict[str, Any]:
     """The content of `training.json`, as JSON values. It names no path of this machine."""
     from trainer import models
-    from trainer.data.dataset import read_manifest
+    from trainer.data.manifest import read_manifest
     from trainer.monitor.report import read_run, summary
 
     def is_short(fact: object) -> bool:

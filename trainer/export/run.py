@@ -72,7 +72,7 @@ class TrainedRun:
     def dataset(self) -> Path:
         """The directory of the dataset that the run was trained on. Raises ConfigError if it is missing."""
         from trainer import data
-        from trainer.data.dataset import READY
+        from trainer.data.manifest import READY
 
         places = [data.directory(self.config, volume.datasets) for volume in self.volumes]
         for place in places:
@@ -92,7 +92,7 @@ class TrainedRun:
         import torch
 
         from trainer import data, models
-        from trainer.data.dataset import read_manifest
+        from trainer.data.manifest import read_manifest
         from trainer.tasks import scoring, tasks
 
         # Build the model as it was before training: parameters that are not trained are in no checkpoint.

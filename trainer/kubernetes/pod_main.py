@@ -109,7 +109,7 @@ def _precache(config: TrainingConfig) -> int:
 def _held_out(config: TrainingConfig) -> dict[str, Path]:
     """The files of the dataset's held-out part, with its manifest and tokenizer, by name."""
     from trainer import data
-    from trainer.data.dataset import MANIFEST, read_manifest
+    from trainer.data.manifest import MANIFEST, read_manifest
 
     directory = data.directory(config, Volume.of(config).datasets)
     manifest = read_manifest(directory)

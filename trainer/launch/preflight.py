@@ -9,7 +9,7 @@ import psutil
 
 from trainer import checkpoint, data, models
 from trainer.config import UNSET, ScopeName, TrainingConfig
-from trainer.data.dataset import read_manifest
+from trainer.data.manifest import read_manifest
 from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.etcd.client import local_address
 from trainer.etcd.errors import EtcdError

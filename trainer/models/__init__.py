@@ -31,40 +31,30 @@ class ModelFamily:
     """A family of models.
 
     Attributes:
-        name: The part before the colon. A literal, so that the configuration can list it without importing the module.
-        task: Name of the task in `trainer.tasks` that trains it.
-        sizes: Named sizes, each with its settings (for Hugging Face models: fields of their config).
-        default_size: The size of the bare name.
-        default_tokenizer: Hub id of the tokenizer that it is published with; "" if there is none.
-        write: `write(directory, size, data)` writes the files that `build` needs. `data` is what a model needs to know
-            about the dataset (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
+        write: `write(directory, size, data)` writes the files that `build` needs. `data` has the dataset's properties
+            that a model depends on (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
         build: `build(directory)` returns the module, with random weights from torch's global generator.
         fetch: `fetch(directory, source, data)` is `write` for a pretrained model: a Hub id (`<id>@<revision>`) or a
             local directory. None: not supported.
     """
 
-    name: str
-    task: str
-    sizes: Mapping[str, Mapping[str, Any]]
-    default_size: str
-    default_tokenizer: str
+    name: str  # the part before the colon; a literal, so that the configuration can list it without an import
+    task: str  # name of the task in `trainer.tasks` that trains it
+    sizes: Mapping[str, Mapping[str, Any]]  # named sizes, each with its settings (Hugging Face: fields of the config)
+    default_size: str  # the size of the bare name
     write: "Callable[[Path, Mapping[str, Any], Mapping[str, Any]], None]"
     build: "Callable[[Path], torch.nn.Module]"
     fetch: "Callable[[Path, str, Mapping[str, Any]], None] | None" = None
+    default_tokenizer: str = ""  # Hub id of the tokenizer that it is published with, if it has one
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A family with one of its sizes, or with a pretrained model.
-
-    Attributes:
-        size: Name of the size; "" for a pretrained model.
-        source: Hub id or directory of a pretrained model, otherwise "".
-    """
+    """A family with one of its sizes, or with a pretrained model."""
 
     family: ModelFamily
-    size: str
-    source: str = ""
+    size: str  # its name; "" for a pretrained model
+    source: str = ""  # Hub id or directory of a pretrained model
 
     @property
     def name(self) -> str:
@@ -97,11 +87,7 @@ def families() -> dict[str, ModelFamily]:
 
 
 def resolve(spec: str) -> ModelSpec:
-    """The model that a user names.
-
-    Raises:
-        ConfigError: No such family, size or directory.
-    """
+    """The model that a user names. Raises ConfigError if there is no such family, size or directory."""
     # A family and one of its sizes.
     name, _, size = spec.partition(":")
     if name not in families():
@@ -132,10 +118,7 @@ def directory(config: TrainingConfig, data: Mapping[str, Any], models_root: Path
 
 
 def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> tuple[Path, bool]:
-    """Write the model to its directory, atomically.
-
-    Args:
-        data: What the model needs to know about the dataset (see `ModelFamily.write`).
+    """Write the model for this data (`ModelFamily.write`) to its directory, atomically.
 
     Returns:
         The directory, and whether it was written (False: it existed).
@@ -163,9 +146,8 @@ def build(path: Path, seed: int) -> "torch.nn.Module":
     import torch
 
     if not (path / READY).exists():
-        raise ConfigError(
-            "model", path.name, f"is not precached in {path.parent}: run `python -m trainer precache` first"
-        )
+        problem = f"is not precached in {path.parent}: run `python -m trainer precache` first"
+        raise ConfigError("model", path.name, problem)
     family = families()[read_json(path / "model.json")["family"]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -36,13 +36,8 @@ def load(directory: Path | str) -> Any:
 
 
 def _size(width: int, stages: Sequence[int], noise: int, embedding: int, average_decay: float) -> dict[str, Any]:
-    return {
-        "width": width,
-        "stages": list(stages),
-        "noise": noise,
-        "embedding": embedding,
-        "average_decay": average_decay,
-    }
+    sizes = {"width": width, "stages": list(stages), "noise": noise, "embedding": embedding}
+    return {**sizes, "average_decay": average_decay}
 
 
 def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -64,7 +59,6 @@ FAMILY = ModelFamily(
         "256": _size(96, (16, 8, 8, 4, 2, 1), 20, 128, 0.9999),
     },
     default_size="128",
-    default_tokenizer="",
     write=_write,
     build=lambda directory: make(read_json(directory / plain.CONFIG)),
 )

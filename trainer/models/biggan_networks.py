@@ -186,13 +186,17 @@ class BigGAN(nn.Module):
         """Noise for `count` pictures, from torch's global generator."""
         return torch.randn(count, self.generator.noise, device=self.generator.embedding.weight.device)
 
+    def generate(self, labels: Tensor) -> Tensor:
+        """Pictures of these classes, uint8 (n, size, size, channels), with torch's global generator."""
+        pictures = self.generator(self.noise(len(labels)), labels).float()
+        return ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
     @torch.inference_mode()
     def draw(self, labels: Tensor, seed: int) -> Tensor:
-        """Pictures of these classes: uint8 (n, size, size, channels)."""
+        """As `generate`, from a seed."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            pictures = self.generator(self.noise(len(labels)), labels)
-        return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+            return self.generate(labels)
 
     def recompute_buffers(self) -> None:
         """Make spectral norm's buffers functions of the weights (`trainer.tasks.Task.recompute_buffers`)."""

@@ -17,7 +17,7 @@ def fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
     """A pretrained model with its vocabulary; a model without weights gets the data's vocabulary.
 
     Raises:
-        ConfigError: The tokenizer of the data has more tokens than the pretrained model.
+        ConfigError: The data's sequences or vocabulary do not fit the pretrained model.
     """
     from transformers import AutoConfig
 
@@ -31,10 +31,8 @@ def fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
     # With weights, the vocabulary is the model's; without, it becomes the data's.
     if any(directory.glob("*.safetensors")):
         if data["vocabulary_size"] > text.vocab_size:
-            problem = (
-                f"its tokenizer has {data['vocabulary_size']} tokens, the model {text.vocab_size}: use the model's own"
-            )
-            raise ConfigError("tokenizer", source, problem)
+            sizes = f"its tokenizer has {data['vocabulary_size']} tokens, the model {text.vocab_size}"
+            raise ConfigError("tokenizer", source, f"{sizes}: use the model's own")
         return
     text.vocab_size = data["vocabulary_size"]
     text.bos_token_id = text.eos_token_id = data["eos_token_id"]
@@ -46,17 +44,25 @@ def build(directory: Path) -> "torch.nn.Module":
     return huggingface.build(directory, AUTO)
 
 
+def write(kind: str, directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """As `ModelFamily.write`, for a class of transformers such as "GPTNeoX"."""
+    import transformers
+
+    end_of_text = data["eos_token_id"]
+    getattr(transformers, f"{kind}Config")(
+        **size,
+        vocab_size=data["vocabulary_size"],
+        max_position_embeddings=max(2048, data["sequence_length"]),
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        architectures=[f"{kind}ForCausalLM"],
+    ).save_pretrained(directory)
+
+
 def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     raise AssertionError("this family has no sizes")
 
 
 FAMILY = ModelFamily(
-    name="hf",
-    task="language_modelling",
-    sizes={},
-    default_size="",
-    default_tokenizer="",
-    write=_write,
-    build=build,
-    fetch=fetch,
+    name="hf", task="language_modelling", sizes={}, default_size="", write=_write, build=build, fetch=fetch
 )

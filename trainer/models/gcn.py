@@ -66,7 +66,6 @@ FAMILY = ModelFamily(
         "full": {"hidden": 256, "layers": 3, "dropout": 0.5},
     },
     default_size="full",
-    default_tokenizer="",
     write=plain.write_config,
     build=lambda directory: make(read_json(directory / plain.CONFIG)),
 )

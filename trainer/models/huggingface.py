@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 
 
+def transformer_size(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    """A size of a transformer, in the names that most of transformers' configurations use."""
+    width = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
+    return {**width, "num_hidden_layers": layers, "num_attention_heads": heads}
+
+
 def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any]) -> None:
     """Write a pretrained model into `directory`, or only its configuration if the source has no weights.
 
@@ -28,11 +34,12 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
     import torch
     import transformers
 
-    name, _, revision = source.partition("@") if not source.startswith("/") else (source, "", "")
     local = source.startswith("/")
+    name, _, revision = (source, "", "") if local else source.partition("@")
+    options: dict[str, Any] = {"revision": revision or None, "local_files_only": local}
     try:
         # The configuration, with the fields that depend on the data.
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision or None, local_files_only=local)
+        config = transformers.AutoConfig.from_pretrained(name, **options)
         for field, value in overrides.items():
             setattr(config, field, value)
         config.save_pretrained(directory)
@@ -40,12 +47,7 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
             return
         # The weights.
         model = getattr(transformers, auto).from_pretrained(
-            name,
-            config=config,
-            revision=revision or None,
-            local_files_only=local,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
+            name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, **options
         )
     except OSError as error:
         if local or "is not a local folder and is not a valid model identifier" in str(error):

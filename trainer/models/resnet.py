@@ -2,36 +2,24 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.models import ModelFamily, huggingface
-
-if TYPE_CHECKING:
-    import torch
 
 AUTO = "AutoModelForImageClassification"
 
 
-def _labels(data: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
     names = dict(enumerate(data["labels"]))
-    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    return {**labels, "num_channels": data["channels"]}
 
 
 def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     from transformers import ResNetConfig
 
-    ResNetConfig(
-        **size, num_channels=data["channels"], architectures=["ResNetForImageClassification"], **_labels(data)
-    ).save_pretrained(directory)
-
-
-def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
-    """A pretrained model; its last layer is new if the classes differ."""
-    huggingface.fetch(directory, source, AUTO, {**_labels(data), "num_channels": data["channels"]})
-
-
-def _build(directory: Path) -> "torch.nn.Module":
-    return huggingface.build(directory, AUTO)
+    fields = {**size, **_fields(data)}
+    ResNetConfig(**fields, architectures=["ResNetForImageClassification"]).save_pretrained(directory)
 
 
 def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
@@ -47,10 +35,10 @@ def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
         task="image_classification",
         sizes={"test": {**size(4), "depths": [1, 1, 1, 1]}, "tiny": size(16 // wide), "full": size(64)},
         default_size="full",
-        default_tokenizer="",
         write=_write,
-        build=_build,
-        fetch=_fetch,
+        build=lambda directory: huggingface.build(directory, AUTO),
+        # The last layer of a pretrained model is new if the classes differ.
+        fetch=lambda directory, source, data: huggingface.fetch(directory, source, AUTO, _fields(data)),
     )
 
 

@@ -13,13 +13,7 @@ AUTO = "AutoModelForCTC"
 
 
 def _size(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-        **more,
-    }
+    return {**huggingface.transformer_size(hidden, layers, heads), **more}
 
 
 # Pre-norm layer norm throughout: it trains from scratch, and allows clips of any length in a batch.
@@ -56,10 +50,6 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
     Wav2Vec2Config(**size, **_fields(data), architectures=["Wav2Vec2ForCTC"]).save_pretrained(directory)
 
 
-def _fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
-    huggingface.fetch(directory, source, AUTO, _fields(data))
-
-
 def _build(directory: Path) -> "torch.nn.Module":
     """Freezes a pretrained model's convolutions, as the paper does in fine-tuning (§4.3)."""
     model = huggingface.build(directory, AUTO)
@@ -78,8 +68,7 @@ FAMILY = ModelFamily(
         "large": _size(1024, 24, 16, **_STABLE),
     },
     default_size="base",
-    default_tokenizer="",
     write=_write,
     build=_build,
-    fetch=_fetch,
+    fetch=lambda directory, source, data: huggingface.fetch(directory, source, AUTO, _fields(data)),
 )

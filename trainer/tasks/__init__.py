@@ -1,4 +1,4 @@
-"""Tasks: what a batch means. One file a task; a task is a `Task` named `TASK` in a module of this package.
+"""Tasks: the meaning of a batch. One file a task; a task is a `Task` named `TASK` in a module of this package.
 
 The worker, DiLoCo, checkpoints, evaluation and the report know a task only through the interface below.
 """
@@ -22,51 +22,33 @@ Sums = Mapping[str, Any]  # numbers and numpy arrays
 
 @dataclass(frozen=True)
 class ReportRow:
-    """A score in the report: the model's value beside the baseline's.
+    """A score in the report: the model's value beside the baseline's."""
 
-    Attributes:
-        label: The row's heading.
-        score: Name of the score among those of an evaluation (`Task.metrics`).
-        baseline: Name of the baseline's score; "" if there is none.
-        form: How a value is written, for `str.format`.
-        better: Which values are better, if a comparison of runs has a column for the score.
-        scale: Factor from the score to the value shown.
-    """
-
-    label: str
-    score: str
-    baseline: str = ""
-    form: str = "{:.4f}"
-    better: Literal["lower", "higher", ""] = ""
-    scale: float = 1.0
+    label: str  # the row's heading
+    score: str  # name of the score among those of an evaluation (`Task.metrics`)
+    baseline: str = ""  # name of the baseline's score, if it has one
+    form: str = "{:.4f}"  # format of a value, for `str.format`
+    better: Literal["lower", "higher", ""] = ""  # which values are better, if comparisons of runs show the score
+    scale: float = 1.0  # factor from the score to the value shown
 
 
 class Task(ABC):
     """How batches become losses, scores, an exported model and rows of the report.
 
     A batch has the dataset's columns, (samples, …) each, and the arrays that all samples share.
-
-    Attributes:
-        name: The name by which model and dataset families refer to it.
-        unit: What `tokens` counts, in the plural.
-        loss_unit: Unit of the loss; "" if it has none.
-        baseline_label: What `baseline` is, as the heading of a column.
-        rows: The task's own scores, in the order of the report.
-        how_to_load: Python that loads an export from the directory ".".
-        pipeline_tag: The Hugging Face Hub's name for the task, if it has one.
     """
 
-    name: ClassVar[str]
-    unit: ClassVar[str]
-    loss_unit: ClassVar[str] = ""
-    baseline_label: ClassVar[str]
-    rows: ClassVar[tuple[ReportRow, ...]] = ()
-    how_to_load: ClassVar[str]
-    pipeline_tag: ClassVar[str] = ""
+    name: ClassVar[str]  # by which model and dataset families refer to it
+    unit: ClassVar[str]  # that `tokens` counts, in the plural
+    loss_unit: ClassVar[str] = ""  # unit of the loss, if it has one
+    baseline_label: ClassVar[str]  # the heading of the baseline's column
+    rows: ClassVar[tuple[ReportRow, ...]] = ()  # the task's own scores, in the order of the report
+    how_to_load: ClassVar[str]  # Python that loads an export from the directory "."
+    pipeline_tag: ClassVar[str] = ""  # the Hugging Face Hub's name for the task, if it has one
 
     @abstractmethod
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
-        """The training loss of a batch, a scalar: the mean over what the task counts."""
+        """The training loss of a batch, a scalar: the mean over the units that the task counts."""
 
     @abstractmethod
     def tokens(self, batch: Batch) -> int:
@@ -90,13 +72,9 @@ class Task(ABC):
 
     @abstractmethod
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """The simplest model of the training data, for comparison.
+        """The simplest model of the training data, for comparison: its sums over a held-out batch, for `metrics`.
 
-        Args:
-            data: Directory of the dataset, with its manifest and held-out split.
-
-        Returns:
-            Its sums over a held-out batch, like those of `score`, for `metrics`.
+        `data` is the directory of the dataset, with its manifest and held-out split.
         """
 
     @abstractmethod
@@ -134,11 +112,8 @@ class Task(ABC):
         During training, buffers are each worker's own. Before global parameters are scored or exported, batch-norm
         statistics are recomputed over a fixed part of the training data. This is better than a running average (arXiv
         2105.07576, §3), and necessary for an average of models (arXiv 1803.05407, §3.3). A module with buffers of
-        another kind defines `recompute_buffers()`, which sets them from its parameters.
-
-        Args:
-            model: In evaluation mode.
-            batches: Always the same.
+        another kind defines `recompute_buffers()`, which sets them from its parameters. The model is in evaluation
+        mode, and the batches are always the same.
         """
         import torch
         from torch.nn.modules.batchnorm import _BatchNorm
@@ -163,9 +138,9 @@ class Task(ABC):
             norm.eval()
 
 
-def facts_of(data: Path) -> dict[str, Any]:
-    """Facts about the training split, from the manifest of a dataset of arrays."""
-    return dict(read_json(data / "manifest.json")["facts"])
+def manifest_of(data: Path) -> dict[str, Any]:
+    """The manifest of the dataset in this directory (`trainer.data.manifest`), as JSON."""
+    return dict(read_json(data / "manifest.json"))
 
 
 @cache

@@ -1,14 +1,13 @@
 """Base class of classification tasks, of pictures or of nodes. Not a task itself."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.files import read_json
-from trainer.tasks import Batch, Sums, Task, facts_of
+from trainer.tasks import Batch, Sums, Task, manifest_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,11 +56,16 @@ class Classification(Task):
         scores = {"loss": sums["nats"] / sums["samples"]}
         return scores | {score: sums[name] / sums["samples"] for score, name in names.items() if name in sums}
 
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        """The first row of the report, in words."""
+        right, majority = (scores[name] for name in (self.rows[0].score, self.rows[0].baseline))
+        correct = f"{right:.1%} of the {self.unit} are classified correctly"
+        return f"{correct}; the most frequent class alone gives {majority:.1%}"
+
     def confusion(self, sums: Sums, data: Path) -> dict[str, Any]:
-        labels = read_json(data / "manifest.json")["for_model"]["labels"]
-        return {"labels": labels, "matrix": sums["confusion"].astype(int).tolist()}
+        return {"labels": manifest_of(data)["for_model"]["labels"], "matrix": sums["confusion"].astype(int).tolist()}
 
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
         """The most frequent class of the training samples."""
-        counts = np.array(facts_of(data)["label_counts"])
+        counts = np.array(manifest_of(data)["facts"]["label_counts"])
         return lambda batch: {"majority": (batch["label"] == int(counts.argmax())).sum().item()}

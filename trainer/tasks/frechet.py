@@ -49,7 +49,9 @@ def sums(pictures: "Tensor", prefix: str) -> dict[str, Any]:
 def distance(found: Mapping[str, Any], one: str, other: str) -> float:
     """The distance between the two sets whose sums have these prefixes."""
     (mean, covariance), (mean2, covariance2) = (_moments(found, prefix) for prefix in (one, other))
-    root = _root(covariance)
+    # The square root of the first covariance, which is symmetric and positive semi-definite.
+    values, vectors = np.linalg.eigh(covariance)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     both = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance2 @ root), 0, None)).sum()
     return float(((mean - mean2) ** 2).sum() + np.trace(covariance) + np.trace(covariance2) - 2 * both)
 
@@ -58,9 +60,3 @@ def _moments(found: Mapping[str, Any], prefix: str) -> tuple[np.ndarray, np.ndar
     count = found[f"{prefix}_count"]
     mean = found[f"{prefix}_features"] / count
     return mean, found[f"{prefix}_products"] / count - np.outer(mean, mean)
-
-
-def _root(matrix: np.ndarray) -> np.ndarray:
-    """Square root of a symmetric positive semi-definite matrix."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T

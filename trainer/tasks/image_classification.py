@@ -1,12 +1,11 @@
 """Image classification: predict the class of a picture."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import read_json, write_json
 from trainer.models import huggingface
-from trainer.tasks import Batch, ReportRow, Sums
+from trainer.tasks import Batch, ReportRow, Sums, manifest_of
 from trainer.tasks.classification import Classification
 from trainer.tasks.pictures import data_uri, normalised, shown_scale, statistics
 
@@ -40,7 +39,7 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
         """A Hugging Face directory: `AutoModelForImageClassification` and `AutoImageProcessor` load it."""
         huggingface.save(model, directory)
-        about = read_json(data / "manifest.json")["for_model"]
+        about = manifest_of(data)["for_model"]
         mean, deviation = statistics(about["channels"])
         # Resize and normalise as in training; leave grey pictures grey.
         write_json(
@@ -61,27 +60,14 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
     def load(self, directory: Path) -> "nn.Module":
         return huggingface.load(directory, "AutoModelForImageClassification")
 
-    def headline(self, scores: Mapping[str, Any]) -> str:
-        return (
-            f"{scores['top1']:.1%} of the pictures are classified correctly; "
-            f"the most frequent class alone gives {scores['majority_top1']:.1%}"
-        )
-
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
         """`pictures`: each as a data URI, with its `label` and the `predicted` class."""
         names = read_json(directory / "config.json")["id2label"]
         predicted = self.logits(model, batch).argmax(dim=1).tolist()
-        pictures = [
-            {
-                "image": data_uri(image, shown_scale(len(image))),
-                "label": names[str(label)],
-                "predicted": names[str(guess)],
-            }
-            for image, label, guess in zip(
-                batch["image"].cpu().numpy(), batch["label"].tolist(), predicted, strict=True
-            )
-        ]
-        return {"pictures": pictures[:SHOWN]}
+        uris = [data_uri(image, shown_scale(len(image))) for image in batch["image"][:SHOWN].cpu().numpy()]
+        found = zip(uris, batch["label"].tolist(), predicted, strict=False)
+        pictures = [{"image": uri, "label": names[str(a)], "predicted": names[str(b)]} for uri, a, b in found]
+        return {"pictures": pictures}
 
     def logits(self, model: "nn.Module", batch: Batch) -> "Tensor":
         return model(pixel_values=normalised(batch["image"])).logits

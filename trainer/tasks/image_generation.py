@@ -55,8 +55,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
         """Sums of the loss, and of the features of the batch and of equally many generated pictures of its classes."""
         networks: Any = model
-        made = networks.generator(networks.noise(len(batch["label"])), batch["label"])
-        pictures = ((made.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        pictures = networks.generate(batch["label"])
         return {
             "loss": self.loss(model, batch).item() * len(pictures),
             "samples": float(len(pictures)),

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.files import read_json
 from trainer.models import huggingface
-from trainer.tasks import ReportRow, Task
+from trainer.tasks import Batch, ReportRow, Task, manifest_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 """
 
-    def loss(self, model: "nn.Module", batch: "Mapping[str, Tensor]") -> "Tensor":
+    def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
         """Mean cross-entropy, in nats a token."""
         import torch.nn.functional as F
 
@@ -45,10 +44,10 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
-    def tokens(self, batch: "Mapping[str, Tensor]") -> int:
+    def tokens(self, batch: Batch) -> int:
         return batch["input_ids"].numel()
 
-    def score(self, model: "nn.Module", batch: "Mapping[str, Tensor]") -> dict[str, float]:
+    def score(self, model: "nn.Module", batch: Batch) -> dict[str, float]:
         """`nats`, and the number of `tokens` and `bytes` predicted."""
         predicted = batch["input_ids"][:, 1:].numel()
         nats = self.loss(model, batch).item() * predicted
@@ -78,7 +77,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
     def load(self, directory: Path) -> "nn.Module":
         return huggingface.load(directory, "AutoModelForCausalLM")
 
-    def baseline(self, data: Path) -> "Callable[[Mapping[str, Tensor]], dict[str, float]]":
+    def baseline(self, data: Path) -> Callable[[Batch], dict[str, float]]:
         """The unigram byte model: byte frequencies of the training text, with add-one smoothing. It is scored on the
         same bytes as the model; the ends of texts cost it nothing."""
         import numpy as np
@@ -87,7 +86,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 
         from trainer.data.tokenizer import token_contents
 
-        counts = np.array(read_json(data / "manifest.json")["byte_counts"], dtype=np.float64) + 1
+        counts = np.array(manifest_of(data)["byte_counts"], dtype=np.float64) + 1
         nats = -np.log(counts / counts.sum())
         tokenizer: Any = AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True)
         contents = token_contents(tokenizer)
@@ -98,7 +97,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         bits, baseline = scores["bits_per_byte"], scores["unigram_bits_per_byte"]
         return f"{bits:.3f} bits per byte; byte frequencies alone give {baseline:.3f}"
 
-    def sample(self, model: "nn.Module", directory: Path, batch: "Mapping[str, Tensor]", seed: int) -> dict[str, Any]:
+    def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
         """`prompt`, the start of the batch's first sequence; the model's `continuation`; and `how` it was sampled."""
         import torch
         from transformers import AutoTokenizer
@@ -113,16 +112,9 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         # Sample a continuation, reproducibly.
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
-            drawn = writer.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=new,
-                do_sample=True,
-                temperature=TEMPERATURE,
-                top_p=TOP_P,
-                top_k=0,
-                pad_token_id=tokenizer.eos_token_id,
-            )
+            options: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
+            options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": tokenizer.eos_token_id}
+            drawn = writer.generate(prompt, max_new_tokens=new, **options)
         before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], drawn[0]))
         if not whole.startswith(before):  # the prompt ended inside a character
             whole = before + tokenizer.decode(drawn[0, prompt.shape[1] :], skip_special_tokens=True)

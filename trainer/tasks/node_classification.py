@@ -1,6 +1,5 @@
 """Node classification: predict the class of a node in a graph."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +37,12 @@ logits = load(".")(features, edges)  # float32 (nodes, width), int64 (2, edges)
     def load(self, directory: Path) -> "nn.Module":
         return gcn.load(directory)
 
-    def headline(self, scores: Mapping[str, Any]) -> str:
-        return (
-            f"{scores['accuracy']:.1%} of the nodes are classified correctly; "
-            f"the most frequent class alone gives {scores['majority_accuracy']:.1%}"
-        )
-
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
         """`rows` of a table: some nodes, their classes, and the predicted classes."""
         names = read_json(directory / plain.CONFIG)["labels"]
         guesses = self.logits(model, batch).argmax(dim=1).tolist()
-        rows = [
-            [str(node), names[label], names[guess]]
-            for node, label, guess in zip(batch["node"].tolist(), batch["label"].tolist(), guesses, strict=True)
-        ]
+        found = zip(batch["node"].tolist(), batch["label"].tolist(), guesses, strict=True)
+        rows = [[str(node), names[label], names[guess]] for node, label, guess in found]
         return {"title": "Held-out nodes", "head": ["Node", "Class", "Taken for"], "rows": rows}
 
     def logits(self, model: "nn.Module", batch: Batch) -> "Tensor":

@@ -1,15 +1,14 @@
 """Speech recognition: transcribe speech, with connectionist temporal classification (Graves et al. 2006)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.files import read_json, write_json
+from trainer.files import write_json
 from trainer.models import huggingface
-from trainer.tasks import Batch, ReportRow, Sums, Task, facts_of
-from trainer.tasks.edit_distance import best_constant, edit_distance
+from trainer.tasks import Batch, ReportRow, Sums, Task, manifest_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -73,7 +72,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
         huggingface.save(model, directory)
-        vocabulary = read_json(data / "manifest.json")["for_model"]["vocabulary"]
+        vocabulary = manifest_of(data)["for_model"]["vocabulary"]
         write_json(directory / "vocab.json", {character: number for number, character in enumerate(vocabulary)})
         Wav2Vec2Processor(
             Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=_takes_mask(model)),
@@ -89,9 +88,9 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         import torch
 
         # One transcript for all clips, and letter frequencies for the loss.
-        texts = facts_of(data)["transcripts"]
+        manifest = manifest_of(data)
+        texts, vocabulary = manifest["facts"]["transcripts"], manifest["for_model"]["vocabulary"]
         constant = best_constant(texts[:FEW])
-        vocabulary = read_json(data / "manifest.json")["for_model"]["vocabulary"]
         counts = Counter("".join(texts).replace(" ", "|"))
         frequencies = torch.tensor([counts[letter] + (number > 3) for number, letter in enumerate(vocabulary)]).double()
         frequencies /= frequencies.sum()
@@ -152,7 +151,7 @@ def _takes_mask(model: Any) -> bool:
 
 
 def _transcripts(batch: Batch) -> list[str]:
-    from trainer.data.audio import written
+    from trainer.data.speech import written
 
     rows = zip(batch["text"].cpu().numpy(), batch["text_length"].tolist(), strict=True)
     return [written(row[:length]) for row, length in rows]
@@ -160,7 +159,7 @@ def _transcripts(batch: Batch) -> list[str]:
 
 def _decoded(logits: "Tensor", lengths: "Tensor") -> list[str]:
     """Greedy decoding: the most likely character of each frame, with repeats and blanks removed."""
-    from trainer.data.audio import written
+    from trainer.data.speech import written
 
     texts = []
     for row, length in zip(logits.argmax(dim=-1).cpu(), lengths.tolist(), strict=True):
@@ -171,13 +170,40 @@ def _decoded(logits: "Tensor", lengths: "Tensor") -> list[str]:
 
 def _errors(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
     """Errors in pairs of recognised text and transcript."""
-    found = Counter[str]()
+    found = dict.fromkeys(("char_errors", "chars", "word_errors", "words"), 0.0)
     for recognised, transcript in pairs:
         found["char_errors"] += edit_distance(recognised, transcript)
         found["chars"] += len(transcript)
         found["word_errors"] += edit_distance(recognised.split(), transcript.split())
         found["words"] += len(transcript.split())
-    return {name: float(found[name]) for name in ("char_errors", "chars", "word_errors", "words")}
+    return found
+
+
+def edit_distance(one: Sequence[object], other: Sequence[object]) -> int:
+    """Levenshtein distance: the fewest insertions, deletions and substitutions that turn one into the other."""
+    row = list(range(len(other) + 1))
+    for number, item in enumerate(one, start=1):
+        diagonal, row[0] = row[0], number
+        for place, found in enumerate(other, start=1):
+            diagonal, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, diagonal + (item != found))
+    return row[-1]
+
+
+def best_constant(texts: Sequence[str], longest: int = 10, letters: int = 12) -> str:
+    """The one output with the fewest character errors over all texts, found greedily.
+
+    It has at most `longest` characters, from the `letters` most frequent ones.
+    """
+    frequent = [letter for letter, _ in Counter("".join(texts)).most_common(letters)]
+    best, errors = "", sum(map(len, texts))
+    while len(best) < longest:
+        tried = {best[:place] + letter + best[place:] for letter in frequent for place in range(len(best) + 1)}
+        found = [(sum(edit_distance(one, text) for text in texts), one) for one in tried]
+        fewest, longer = min(found, default=(errors, best))
+        if fewest >= errors:
+            break
+        best, errors = longer, fewest
+    return best
 
 
 TASK = SpeechRecognition()

@@ -12,7 +12,7 @@ import soundfile
 from tests.tiny_models import tones
 from trainer import data
 from trainer.config import TrainingConfig
-from trainer.data.audio import RATE, decode, spelled, written
+from trainer.data.speech import RATE, decode, spelled, written
 from trainer.errors import ConfigError, TrainingError
 from trainer.volume import Volume
 

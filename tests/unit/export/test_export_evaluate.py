@@ -322,7 +322,7 @@ def test_token_contents_spell_the_text() -> None:
 
     text = "def größe(x):\n    return '✓' * x\n" * 20
     for spec in ("bytes", "bpe:300"):
-        made = tokenizers.load(spec, lambda: [text])
+        made = tokenizers.load(spec, [text])
         contents = tokenizers.token_contents(made)
         ids = tokenizers.encode(made, [text])[0]
         assert b"".join(contents[token] for token in ids) == text.encode()

@@ -12,7 +12,7 @@ from trainer.diloco import Averaged, Nesterov
 from trainer.diloco.outer import OuterOptimizer
 from trainer.models import biggan, gcn, plain
 from trainer.tasks import frechet, tasks
-from trainer.tasks.edit_distance import best_constant, edit_distance
+from trainer.tasks.speech_recognition import best_constant, edit_distance
 
 GAN = {
     "image_size": 16,

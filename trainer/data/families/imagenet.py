@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from trainer.data.array_dataset import Sample
-from trainer.data.hub import HubDataset, HubRows, hub_errors
+from trainer.data.hub import HubDataset, hub_errors
 from trainer.data.images import decode
 from trainer.data.pictures import PictureDataset
 from trainer.errors import ConfigError, TrainingError
 
-_REPOSITORY = "ILSVRC/imagenet-1k"
-_SHARDS = "data/train-*.parquet"
 _PICTURES = 1_281_167  # of the training split (the dataset's card)
 
 
@@ -21,17 +19,20 @@ class ImageNet(HubDataset, PictureDataset):
     """
 
     name = "imagenet"
+    repository = "ILSVRC/imagenet-1k"
+    shards = "data/train-*.parquet"
+    raw = "image"
     own_size = 224
     channels = 3
 
     def count(self) -> int:
-        return self.rows.count(_PICTURES)
+        return self.row_count(_PICTURES)
 
     def labels(self) -> list[str]:
         return self._labels
 
     def samples(self, revision: str) -> Iterator[Sample]:
-        for number, row in enumerate(self.rows.read(revision)):
+        for number, row in enumerate(self.rows(revision)):
             if not 0 <= row["label"] < len(self._labels):
                 raise ConfigError("dataset", self.spec, f"row {number} has no label: {row['label']}")
             try:
@@ -40,13 +41,9 @@ class ImageNet(HubDataset, PictureDataset):
                 raise TrainingError(f"dataset {self.spec}: row {number} is not a picture: {error}") from None
 
     @cached_property
-    def rows(self) -> HubRows:
-        return HubRows(self.spec, self.argument, _REPOSITORY, _SHARDS, raw=("image",))
-
-    @cached_property
     def _labels(self) -> list[str]:
         with hub_errors("dataset", self.spec):
-            names = getattr((self.rows.features() or {}).get("label"), "names", None)
+            names = getattr(self.features().get("label"), "names", None)
         if not names:
             raise ConfigError("dataset", self.spec, "does not name its classes: its column `label` is not a ClassLabel")
         return [str(name) for name in names]

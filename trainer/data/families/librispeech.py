@@ -1,13 +1,10 @@
 """LibriSpeech (Panayotov et al. 2015): read books, 960 hours, from the hub: `openslr/librispeech_asr`."""
 
 from collections.abc import Iterator
-from functools import cached_property
 
-from trainer.data.hub import HubDataset, HubRows
+from trainer.data.hub import HubDataset
 from trainer.data.speech import SpeechDataset
 
-_REPOSITORY = "openslr/librispeech_asr"
-_SHARDS = "all/train.*/*.parquet"
 _CLIPS = 281_241  # of the training splits: 28,539 + 104,014 + 148,688
 
 
@@ -19,17 +16,16 @@ class LibriSpeech(HubDataset, SpeechDataset):
     """
 
     name = "librispeech"
+    repository = "openslr/librispeech_asr"
+    shards = "all/train.*/*.parquet"
+    raw = "audio"
 
     def count(self) -> int:
-        return self.rows.count(_CLIPS)
+        return self.row_count(_CLIPS)
 
     def clips(self, revision: str) -> Iterator[tuple[str, bytes, str]]:
-        for number, row in enumerate(self.rows.read(revision)):
+        for number, row in enumerate(self.rows(revision)):
             yield str(row.get("id", f"row {number}")), row["audio"]["bytes"], row["text"]
-
-    @cached_property
-    def rows(self) -> HubRows:
-        return HubRows(self.spec, self.argument, _REPOSITORY, _SHARDS, raw=("audio",))
 
 
 FAMILY = LibriSpeech

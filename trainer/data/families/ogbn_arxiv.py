@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.graphs import Graph, GraphDataset
+from trainer.data.registry import PathDataset, digest
 from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.files import sha256
 
@@ -20,7 +21,7 @@ _CLASSES = "mapping/labelidx2arxivcategeory.csv.gz"  # sic
 _TIMEOUT = 60.0  # seconds without a byte
 
 
-class OgbnArxiv(GraphDataset):
+class OgbnArxiv(PathDataset, GraphDataset):
     """`ogbn_arxiv`, or `ogbn_arxiv:<folder>` for an unpacked copy (with `raw/` in it).
 
     As with every dataset, a hash of the content chooses the held-out papers; the benchmark's own split by year is not
@@ -28,23 +29,20 @@ class OgbnArxiv(GraphDataset):
     """
 
     name = "ogbn_arxiv"
-    takes_argument = True
     local = False
 
     def check(self) -> None:
         super().check()
         if self.argument:
-            for name in _FILES:
-                if not (self._folder / name).is_file():
-                    raise ConfigError("dataset", self.spec, f"holds no {name}")
+            for name in (name for name in _FILES if not (self.root / name).is_file()):
+                raise ConfigError("dataset", self.spec, f"holds no {name}")
 
     def identity(self) -> str:
-        return f"{self.name}:{self._folder.absolute()}" if self.argument else self.spec
+        return super().identity() if self.argument else self.spec
 
     def revision(self) -> str:
         if self.argument:
-            digest = hashlib.sha256("".join(sha256(self._folder / name) for name in _FILES).encode())
-            return f"local copy, sha256 {digest.hexdigest()}"
+            return f"local copy, {digest(sha256(self.root / name) for name in _FILES)}"
         return f"sha256 {hashlib.sha256(self._archive).hexdigest()}"
 
     def about(self) -> tuple[int, int]:
@@ -52,7 +50,7 @@ class OgbnArxiv(GraphDataset):
 
     def load(self) -> Graph:
         if self.argument:
-            return self._read(self._folder)
+            return self._read(self.root)
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 zipfile.ZipFile(io.BytesIO(self._archive)).extractall(temporary)
@@ -73,10 +71,6 @@ class OgbnArxiv(GraphDataset):
         known = int(labels.max()) + 1
         classes = names if len(names) >= known else [str(number) for number in range(known)]
         return Graph(features.astype(np.float32), edges.T.astype(np.int64), labels[:, 0].astype(np.int64), classes)
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.argument).expanduser()
 
     @cached_property
     def _archive(self) -> bytes:

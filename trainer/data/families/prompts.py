@@ -1,17 +1,17 @@
 """The spoken prompts of the Asterisk telephone exchange: 25 minutes of one speaker, in two Debian packages."""
 
 import gzip
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from trainer.data.registry import digest
 from trainer.data.speech import SpeechDataset
 from trainer.errors import ConfigError
 from trainer.files import sha256
 
 PACKAGES = "asterisk-core-sounds-en asterisk-core-sounds-en-wav"
-_TRANSCRIPTS = ("doc/asterisk-core-sounds-en/core-sounds-en.txt.gz", "doc/asterisk-core-sounds-en/core-sounds-en.txt")
+_TRANSCRIPTS = "doc/asterisk-core-sounds-en/core-sounds-en.txt"  # or .gz of it
 _SOUNDS = "asterisk/sounds/en_US_f_Allison"
 
 
@@ -27,16 +27,12 @@ class Prompts(SpeechDataset):
     def check(self) -> None:
         super().check()
         if not self._texts.is_file() or not self._files:
-            raise ConfigError(
-                "dataset",
-                self.spec,
-                f"is not in {self._share}: apt-get install {PACKAGES}, or unpack them (apt-get download, dpkg-deb -x) "
-                "and use prompts:<folder>",
-            )
+            remedy = f"apt-get install {PACKAGES}, or unpack them (apt-get download, dpkg-deb -x)"
+            problem = f"is not in {self._share}: {remedy} and use prompts:<folder>"
+            raise ConfigError("dataset", self.spec, problem)
 
     def revision(self) -> str:
-        digest = hashlib.sha256("".join(sha256(path) for path in (self._texts, *self._files)).encode())
-        return f"sha256 {digest.hexdigest()}"
+        return digest(sha256(path) for path in (self._texts, *self._files))
 
     def count(self) -> int:
         return len(self._files)
@@ -53,10 +49,8 @@ class Prompts(SpeechDataset):
 
     @property
     def _share(self) -> Path:
-        if not self.argument:
-            return Path("/usr/share")
-        folder = Path(self.argument).expanduser()
-        return folder / "usr" / "share" if (folder / "usr" / "share").is_dir() else folder
+        folder = Path(self.argument or "/").expanduser()
+        return folder / "usr/share" if (folder / "usr/share").is_dir() else folder
 
     @property
     def _sounds(self) -> Path:
@@ -64,8 +58,8 @@ class Prompts(SpeechDataset):
 
     @property
     def _texts(self) -> Path:
-        found = [self._share / name for name in _TRANSCRIPTS if (self._share / name).is_file()]
-        return found[0] if found else self._share / _TRANSCRIPTS[0]
+        compressed = self._share / f"{_TRANSCRIPTS}.gz"
+        return compressed if compressed.is_file() else self._share / _TRANSCRIPTS
 
     @cached_property
     def _files(self) -> list[Path]:

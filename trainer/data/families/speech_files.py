@@ -1,10 +1,10 @@
 """A user's own speech: a folder of audio files with transcripts."""
 
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from trainer.data.registry import PathDataset, digest
 from trainer.data.speech import SpeechDataset
 from trainer.errors import ConfigError
 from trainer.files import sha256
@@ -12,30 +12,20 @@ from trainer.files import sha256
 _ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 
 
-class SpeechFiles(SpeechDataset):
+class SpeechFiles(PathDataset, SpeechDataset):
     """`files:<folder>`: `<name>.wav` (flac, ogg, mp3) with `<name>.txt`, in folders of any depth."""
 
     name = "files"
-    takes_argument = True
-
-    def identity(self) -> str:
-        return f"{self.name}:{self._root.absolute()}"
 
     def check(self) -> None:
         super().check()
-        if not self.argument:
-            raise ConfigError("dataset", self.spec, "must name a folder: files:<path>")
-        if not self._root.is_dir():
-            raise ConfigError("dataset", self.spec, "no such folder")
+        self.require_folder()
         if not self._files:
             allowed = f"holds no audio ({' '.join(_ENDINGS)}) with a transcript (.txt) of the same name"
             raise ConfigError("dataset", self.spec, allowed)
 
     def revision(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._files:
-            digest.update(f"{sha256(path)} {sha256(path.with_suffix('.txt'))}\n".encode())
-        return f"sha256 {digest.hexdigest()}"
+        return digest(f"{sha256(path)} {sha256(path.with_suffix('.txt'))}\n" for path in self._files)
 
     def count(self) -> int:
         return len(self._files)
@@ -45,13 +35,9 @@ class SpeechFiles(SpeechDataset):
             text = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
             yield str(path), path.read_bytes(), text
 
-    @property
-    def _root(self) -> Path:
-        return Path(self.argument).expanduser()
-
     @cached_property
     def _files(self) -> list[Path]:
-        found = (path for path in self._root.rglob("*") if path.suffix.lower() in _ENDINGS)
+        found = (path for path in self.root.rglob("*") if path.suffix.lower() in _ENDINGS)
         return sorted((path for path in found if path.with_suffix(".txt").is_file()), key=Path.as_posix)
 
 

@@ -1,6 +1,5 @@
 """Python's own standard library: about 12 MB of real text on every machine."""
 
-import hashlib
 import os
 import platform
 import sysconfig
@@ -9,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from trainer.config import given
+from trainer.data.registry import digest
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError
+from trainer.files import sha256
 
 # Third-party packages, and tests, which not every distribution ships and which are larger than the library itself.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -32,10 +33,7 @@ class Stdlib(TextDataset):
             raise ConfigError("dataset", self.spec, f"the sources of Python's library are not in {library()}")
 
     def revision(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._modules:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return f"Python {platform.python_version()}, sha256 {digest.hexdigest()}"
+        return f"Python {platform.python_version()}, {digest(sha256(path) for path in self._modules)}"
 
     def text_size(self) -> int:
         return sum(path.stat().st_size for path in self._modules[: given(self.config.max_samples)])

@@ -1,7 +1,7 @@
 """A user's own text: a file, or a folder of files of plain text, JSON lines or Parquet."""
 
 import gzip
-import hashlib
+import itertools
 import json
 import os
 import zlib
@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.data.registry import PathDataset, digest
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.files import sha256
@@ -23,11 +24,12 @@ _LOADERS = {
     "json": (".jsonl", ".json", ".ndjson"),
     "parquet": (".parquet",),
 }
+_FORMATS = {"text": "text", "json": "JSON lines", "parquet": "Parquet"}  # in words
 _COMPRESSED = 4  # approximate compression ratio
 _PIECE = 32 * 2**10  # characters; longer plain texts are divided, so that part of a single one can be held out
 
 
-class Files(TextDataset):
+class Files(PathDataset, TextDataset):
     """`files:<path>`. A document is a file of plain text, or the field `text` of a row of JSON lines or Parquet.
 
     A plain text of more than 32768 characters becomes several documents, divided at line ends. Files come in the order
@@ -35,20 +37,16 @@ class Files(TextDataset):
     """
 
     name = "files"
-    takes_argument = True
-
-    def identity(self) -> str:
-        return f"{self.name}:{self._root.absolute()}"
 
     def check(self) -> None:
         # Does the path exist, and hold files of a supported kind?
         if not self.argument:
             raise ConfigError("dataset", self.spec, "must name a file or a folder: files:<path>")
-        if not self._root.exists():
+        if not self.root.exists():
             raise ConfigError("dataset", self.spec, "no such file or folder")
         if not self._files:
-            endings = " ".join(ending for endings in _LOADERS.values() for ending in endings)
-            problem = "holds no text" if self._root.is_dir() else "is not a supported kind of file"
+            endings = " ".join(itertools.chain(*_LOADERS.values()))
+            problem = "holds no text" if self.root.is_dir() else "is not a supported kind of file"
             raise ConfigError("dataset", self.spec, f"{problem}; looked for {endings} (and .gz of these)")
         if not any(path.stat().st_size for _, path in self._files):
             raise ConfigError("dataset", self.spec, "holds only empty files")
@@ -56,20 +54,17 @@ class Files(TextDataset):
             raise ConfigError("dataset", self.spec, f"{unreadable[0]} is not readable")
         # Does the first file of each kind look as it should? The others are checked while they are read.
         super().check()
-        for loader, path in self._first_of_each_loader():
+        first = {loader: path for loader, path in reversed(self._files) if path.stat().st_size}
+        for loader, path in reversed(first.items()):
             self._check_start(loader, path)
             self._check_columns(loader, path)
 
     def revision(self) -> str:
-        digest = hashlib.sha256()
-        for loader, path in self._files:
-            digest.update(f"{loader} {sha256(path)}\n".encode())
-        return f"sha256 {digest.hexdigest()}"
+        return digest(f"{loader} {sha256(path)}\n" for loader, path in self._files)
 
     def text_size(self) -> int:
-        return sum(
-            path.stat().st_size * (_COMPRESSED if path.suffix in (".gz", ".parquet") else 1) for _, path in self._files
-        )
+        ratios = {".gz": _COMPRESSED, ".parquet": _COMPRESSED}
+        return sum(path.stat().st_size * ratios.get(path.suffix, 1) for _, path in self._files)
 
     def documents(self, revision: str) -> Iterator[str]:
         from datasets import load_dataset
@@ -96,37 +91,19 @@ class Files(TextDataset):
             except Exception as error:
                 if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the content's
                     raise TrainingError(f"dataset {self.spec}: {path} cannot be read: {error}") from error
-                raise ConfigError(
-                    "dataset", self.spec, f"{path} cannot be read as {_kind(loader, path)}: {one_line(error)}"
-                ) from None
-
-    @property
-    def _root(self) -> Path:
-        return Path(self.argument).expanduser()
+                form = ("compressed " if path.suffix == ".gz" else "") + _FORMATS[loader]
+                raise ConfigError("dataset", self.spec, f"{path} cannot be read as {form}: {one_line(error)}") from None
 
     @cached_property
     def _files(self) -> list[tuple[str, Path]]:
         """Every supported file, with its loader."""
-        if self._root.is_file():
-            paths = [self._root]
-        else:
-            paths = []
-            for folder, folders, names in os.walk(self._root):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                paths += [Path(folder, name) for name in names if not name.startswith(".")]
+        paths = [self.root] if self.root.is_file() else self.files_below()
         return [
             (loader, path)
             for loader, endings in _LOADERS.items()
-            for path in sorted(paths, key=Path.as_posix)
+            for path in paths
             if path.name.lower().removesuffix(".gz").endswith(endings)
         ]
-
-    def _first_of_each_loader(self) -> list[tuple[str, Path]]:
-        first: dict[str, Path] = {}
-        for loader, path in self._files:
-            if path.stat().st_size:
-                first.setdefault(loader, path)
-        return list(first.items())
 
     def _check_start(self, loader: str, path: Path) -> None:
         """Raise ConfigError if the start of a file does not match its name."""
@@ -153,12 +130,12 @@ class Files(TextDataset):
             try:
                 row = json.loads(line)
             except ValueError as error:
+                row = None
                 if (
                     path.suffix != ".json" and line.strip() and len(line) < 2**20
                 ):  # .json may be one value on many lines
                     problem = f"{path}, line 1: is not JSON: {one_line(error)}"
                     raise ConfigError("dataset", self.spec, problem) from None
-                row = None
             if not isinstance(row, dict):
                 return  # a list, or a very long line: leave it to the loader
             columns = list(row)
@@ -166,12 +143,6 @@ class Files(TextDataset):
             return
         if "text" not in columns:
             raise ConfigError("dataset", self.spec, f"{path.name} has no column `text`; it has {', '.join(columns)}")
-
-
-def _kind(loader: str, path: Path) -> str:
-    """The expected format of the file, in words."""
-    what = {"text": "text", "json": "JSON lines", "parquet": "Parquet"}[loader]
-    return f"compressed {what}" if path.suffix == ".gz" else what
 
 
 def _pieces(path: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a codec is: blocks of float32 numbers in, rows of bytes out."""
+"""The interface of a codec: blocks of float32 numbers in, rows of bytes out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,29 +10,23 @@ from torch import Size, Tensor
 class Codec(ABC):
     """An encoding of a pseudo-gradient on the wire.
 
-    A vector is arranged into blocks of `block` numbers, and each block becomes a row of `row` bytes, which can be read
-    on its own. So a coded vector can be cut between any two rows, and joined again: what several owners have coded is
-    the same as if one had.
+    A vector is arranged into blocks of `block` numbers. Each block becomes a row of `row` bytes, which can be decoded
+    alone. So a coded vector can be cut between any two rows and joined again, and several owners' rows are the same as
+    those of a single owner.
 
     Attributes:
-        name: The choice of `codec` in the configuration. This and the next three are literals: the configuration reads
-            them without importing the module (`trainer.config.discovery`).
-        default_feedback: `feedback` where the configuration gives none (`error_feedback` -1).
-        per_byte: How many numbers share a byte: a block's numbers are a multiple of it.
-        sparse: Whether only some numbers of a block are sent.
         block: Numbers that are coded together.
         row: Bytes of a coded block.
-        in_order: Whether `arrange` leaves the numbers where they are, so that any rows are the numbers from the first
-            one's place on.
-        feedback: β: how much of what a worker's last message has left out is added to its next one (error feedback,
-            arXiv 1901.09847). 0: nothing is kept.
+        feedback: β, the fraction of a worker's last coding error that is added to its next message (error feedback,
+            arXiv 1901.09847). 0: no error is kept.
     """
 
-    name: ClassVar[str] = ""
-    default_feedback: ClassVar[float] = 0.0
-    per_byte: ClassVar[int] = 1
-    sparse: ClassVar[bool] = False
-    in_order: ClassVar[bool] = True
+    # Literals: the configuration reads them without importing the module (`trainer.config.fields.declared`).
+    name: ClassVar[str] = ""  # the choice of `codec` in the configuration
+    default_feedback: ClassVar[float] = 0.0  # `feedback` if the configuration gives none (`error_feedback` -1)
+    per_byte: ClassVar[int] = 1  # numbers that share a byte; a block's numbers are a multiple of it
+    sparse: ClassVar[bool] = False  # whether only some numbers of a block are sent
+    in_order: ClassVar[bool] = True  # whether `arrange` keeps the order, so that any rows are a range of the vector
     block: int
 
     def __init__(self, block: int, row: int, feedback: float = 0.0, mean: "Codec | None" = None) -> None:
@@ -42,20 +36,14 @@ class Codec(ABC):
 
     @classmethod
     def configured(cls, feedback: float, topk: int) -> Self:
-        """The codec as a run uses it.
-
-        Args:
-            feedback: As in the attributes.
-            topk: `sparse_topk`.
-        """
+        """The codec as a run uses it; `topk` is the parameter `sparse_topk`."""
         return cls(feedback=feedback)  # type: ignore[call-arg]  # a subclass chooses its block and row
 
     @property
     def mean(self) -> "Codec":
-        """What codes the mean of three or more workers' values for all of them; of the same block.
+        """The codec, with the same block, of the mean of three or more workers' values.
 
-        A finer one is worth its bytes: what a worker's own message leaves out is averaged over all of them, and what
-        the mean's leaves out is not.
+        A finer one is worth its bytes: the errors of the workers' own messages average out, that of the mean does not.
         """
         return self if self._mean is None else self._mean
 
@@ -64,7 +52,7 @@ class Codec(ABC):
         return self
 
     def arrange(self, values: Tensor) -> list[Tensor]:
-        """float32 (n,) as blocks, float32 (b, `block`), in parts: a view of what fills blocks; the rest, with zeros."""
+        """float32 (n,) as blocks, float32 (b, `block`), in parts: a view of full blocks; the rest, padded with 0."""
         full = values.numel() // self.block * self.block
         parts = [values[:full].view(-1, self.block)]
         if full < values.numel():
@@ -73,7 +61,7 @@ class Codec(ABC):
         return parts
 
     def restore(self, blocks: Tensor, size: int) -> Tensor:
-        """What `arrange` made blocks of (here all together): float32 (`size`,)."""
+        """The inverse of `arrange`, for all its blocks together: float32 (`size`,)."""
         return blocks.view(-1)[:size]
 
     @abstractmethod

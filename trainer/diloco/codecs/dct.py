@@ -27,16 +27,16 @@ _AT_ONCE = 16  # tiles that are transformed at a time: they and their copies sta
 # each of the two products makes numbers 2³ times larger: 24 + 23 + 6 = 53 bits.
 _MATRIX_BITS = 24  # of the matrix, after the point
 _NUMBER_BITS = 23  # of a tile's largest number
-_SMALLEST = -70  # exponent of the smallest tile whose numbers are told from 0: no denormal ever arises from them
+_SMALLEST = -70  # exponent of the smallest tile that is distinguished from 0: no denormal ever arises
 
 
 class Dct(Codec):
-    """Decoupled momentum (DeMo, arXiv 2411.19870; for DiLoCo, arXiv 2510.03371): what moves fast goes on the wire.
+    """Decoupled momentum (DeMo, arXiv 2411.19870; for DiLoCo, arXiv 2510.03371): fast components go on the wire.
 
     Matrices are cut into tiles of 64 x 64 numbers, and the numbers of a tile are transformed by the orthonormal DCT-II
     along both axes; `inner` codes the 4096 coefficients. The tiles at a matrix's lower and right edge are filled up
-    with zeros; what decoding puts there is dropped. What has a side below 32 as a matrix (the first dimension by the
-    product of the others), as biases and norms have, fills shared tiles row by row, one after the other.
+    with zeros, and dropped by decoding. Parameters with a side below 32 as a matrix (the first dimension by the
+    product of the others), such as biases and norms, fill shared tiles row by row, one after the other.
 
     The momentum that DeMo keeps in each worker is error feedback with a decay: m ← β m + Δ; q, the largest of m's
     coefficients, is sent; m ← m − the inverse transform of q. So `feedback` is its β (`compression_decay` in its code,
@@ -49,17 +49,12 @@ class Dct(Codec):
     in_order = False
 
     def __init__(
-        self,
-        inner: TopK | None = None,
-        shapes: Sequence[Size] = (),
-        feedback: float = 0.9,
-        mean: Codec | None = None,
+        self, inner: TopK | None = None, shapes: Sequence[Size] = (), feedback: float = 0.9, mean: Codec | None = None
     ) -> None:
         """
         Args:
-            inner: Codes a tile's coefficients, 4096. None: the 512 largest, of two bits each.
-            shapes: Of the parameters, in their order.
-            feedback: β, as in `Codec`.
+            inner: Codes a tile's 4096 coefficients. None: the 512 largest, of two bits each.
+            shapes: Shapes of the parameters, in their order.
             mean: Codes the mean's tiles (not their coefficients). None: this codec.
         """
         inner = TopK(block=_TILE) if inner is None else inner
@@ -103,12 +98,12 @@ class Dct(Codec):
         return transform(self.inner.decode(rows, out), out, inverse=True)
 
     def _parts(self, blocks: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of the blocks and of the values, of the same shape: the same numbers stand there."""
+        """Pairs of views, of the blocks and of the values, of the same shape: they hold the same numbers."""
         for start, first, rows, columns in self._matrices:
             matrix = values[start : start + rows * columns].view(rows, columns)
             down, across = -(-rows // _SIDE), -(-columns // _SIDE)
             tiles = blocks[first : first + down * across].view(down, across, _SIDE, _SIDE).transpose(1, 2)
-            # What fills tiles, the strip below it, the strip to the right, the corner.
+            # The full tiles, the strip below them, the strip to their right, the corner.
             for down_part, row_part in _cuts(rows):
                 for across_part, column_part in _cuts(columns):
                     part = matrix[row_part, column_part]
@@ -127,7 +122,7 @@ _Matrix = tuple[int, int, int, int]  # where it starts in the vector, its first 
 
 
 def _cuts(size: int) -> list[tuple[slice, slice]]:
-    """What of an axis fills tiles, and the rest: (the tiles, the numbers), either only if there is some."""
+    """The part of an axis that fills tiles, and the rest, unless empty: (slice of tiles, slice of numbers) each."""
     full = size // _SIDE
     cuts = [(slice(0, full), slice(0, full * _SIDE)), (slice(full, full + 1), slice(full * _SIDE, size))]
     return [cut for cut in cuts if cut[1].start < cut[1].stop]

@@ -1,6 +1,6 @@
 """Codecs that send something for every number: fp32, bf16, int8, int4, ternary, sign.
 
-The error bounds below are of one coding, for a block x; â is what is decoded, s the block's scale. Scales are bfloat16.
+The error bounds below hold for one coding of a block x; x̂ is the decoded block, s its scale. Scales are bfloat16.
 """
 
 from typing import Self
@@ -16,7 +16,7 @@ _ROUND_UP = 1 + 2**-8  # a bfloat16 keeps 8 significant bits: times this, it is 
 
 
 class Fp32(Codec):
-    """As they are: 4 bytes a number, no error, and nothing to do: rows and blocks are the same memory."""
+    """Unchanged: 4 bytes a number and no error; rows and blocks share memory."""
 
     name = "fp32"
 
@@ -107,7 +107,7 @@ class Int4(Integer):
 class Ternary(_Scaled):
     """−s, 0 or s, five numbers a byte, and 2 bytes a block; after Ternary Weight Networks (arXiv 1605.04711, §2.2).
 
-    What is below 0.7 mean |x| becomes 0; s is the mean of the other magnitudes, which is nearest to them in the least
+    Numbers below 0.7 mean |x| become 0; s is the mean of the other magnitudes, which is nearest to them in the least
     squares. So ‖x − x̂‖ ≤ ‖x‖ (but for the rounding of s), and 0.44 ‖x‖ for Gaussian x.
     """
 

@@ -1,11 +1,11 @@
 """The loops over the numbers of a block that torch would need many passes for, compiled by numba.
 
 Rows are uint8 (b, 2 + w): the bits of a bfloat16 scale, lowest byte first, and w bytes of levels. A byte's levels are
-taken from as many equal parts of the block, the first part's level in the lowest digit, so that every loop goes over
-whole vectors.
+taken from equal parts of the block, the first part's level in the lowest digit, so that every loop covers whole
+vectors.
 
-Decoding gives the same bits on every machine: its arithmetic is as it is written. Encoding may sum in any order: what
-a member has coded, all decode.
+Decoding gives the same bits on every machine, as its arithmetic is not reordered. Encoding may sum in any order: all
+members decode the same coded bytes.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, Kernel, compiled, f4, i
 
 SCALE_BYTES = 2
 TINY = np.finfo(np.float32).tiny  # scales below count as 0
-ROUND = np.float32(2**23)  # what it is added to has been rounded to an integer, which is in its lowest bits
+ROUND = np.float32(2**23)  # adding it rounds a number to an integer, which is then in the lowest bits
 
 
 def _encoder(kernel: Kernel) -> Kernel:
@@ -24,7 +24,7 @@ def _encoder(kernel: Kernel) -> Kernel:
 
 @njit(inline="always")
 def _put_scale(scale: np.float32, row: Bytes) -> np.float32:
-    """Write it, rounded to bfloat16 (to nearest, ties to even), and return what it is then."""
+    """Write the scale, rounded to bfloat16 (to nearest, ties to even), and return the rounded value."""
     bits = np.int64(f4(scale).view(u4))
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     row[0], row[1] = u1(bits & 0xFF), u1(bits >> 8)
@@ -122,7 +122,7 @@ def decode_ternary(rows: Bytes, out: Floats) -> None:
             rest[i] = row[SCALE_BYTES + i]
         for digit in range(5):
             for i in range(width):
-                third = i4(i4(rest[i] * 171) >> 9)  # rest // 3, for what fits into a byte
+                third = i4(i4(rest[i] * 171) >> 9)  # rest // 3, for numbers that fit into a byte
                 block[digit * width + i] = f4(i4(rest[i] - third * 3 - 1)) * scale
                 rest[i] = third
 

@@ -1,4 +1,4 @@
-"""Sparse codecs: of every block only the numbers of largest magnitude are sent, and where they stand."""
+"""Sparse codecs: only the numbers of largest magnitude of every block are sent, with their positions."""
 
 from typing import Self
 
@@ -44,11 +44,9 @@ class TopK(Codec):
     ) -> None:
         """
         Args:
-            k: Numbers that are sent of a block.
-            block: Numbers in a block.
-            values: Codes the numbers that are sent; of block k. None: two bits each, and a scale.
-            feedback: As in `Codec`.
-            mean: Codes the mean; of the same block. None: this codec, so that the mean's k largest are sent.
+            k: Numbers of a block that are sent.
+            values: Codes the numbers that are sent; its block is k. None: two bits each, and a scale.
+            mean: Codes the mean, with the same block. None: this codec, so that the mean's k largest are sent.
         """
         if not 0 < k <= block:
             raise ValueError(f"cannot take {k} numbers of a block of {block}")
@@ -116,10 +114,10 @@ class _Positions:
 
 @compiled
 def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
-    """Where the k largest magnitudes of each block are.
+    """The positions of the k largest magnitudes of each block.
 
-    Most numbers are passed by at once: a bound is guessed from a quarter of the block, and only what is not below it is
-    looked at closer. The k-th largest of that is found digit by digit, the highest 11 of its 31 bits first.
+    Most numbers are excluded early: a bound is estimated from a quarter of the block, and only the numbers above it are
+    candidates. The k-th largest of these is found digit by digit, the highest 11 of its 31 bits first.
 
     Args:
         blocks: The numbers' bits, (b, n).
@@ -172,10 +170,10 @@ def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
 
 @compiled
 def _pack(positions: Places, rows: Bytes, bitmap: int, low: int) -> None:
-    """As `_Positions` says, lowest bits first, into zeros; the bitmap takes so many bytes of a row."""
+    """The code of `_Positions`, lowest bits first, into zeros; `bitmap` is the number of its bytes in a row."""
     for number in range(len(positions)):
         row, at = rows[number], bitmap
-        bits, filled = i8(0), 0  # of the low ones, so many that are not in the row yet
+        bits, filled = i8(0), 0  # the low bits that are not in the row yet, and their number
         for i in range(positions.shape[1]):
             rest = positions[number, i] - i
             high = (rest >> low) + i
@@ -193,7 +191,7 @@ def _pack(positions: Places, rows: Bytes, bitmap: int, low: int) -> None:
 
 @compiled
 def _unpack(rows: Bytes, positions: Places, bitmap: int, low: int, n: int) -> bool:
-    """Whether rows are what `_pack` makes of k of n positions, and which."""
+    """Decode the rows that `_pack` made of k of n positions; False if they are not such rows."""
     k, most = positions.shape[1], 8 * bitmap
     high = np.empty(most, i8)
     for number in range(len(rows)):
@@ -220,7 +218,7 @@ def _unpack(rows: Bytes, positions: Places, bitmap: int, low: int, n: int) -> bo
 
 @compiled
 def _scatter(positions: Places, values: Floats, blocks: Floats) -> None:
-    """Put the values where they belong."""
+    """Write the values to their positions."""
     for number in range(len(positions)):
         for i in range(positions.shape[1]):
             blocks[number, positions[number, i]] = values[number, i]
