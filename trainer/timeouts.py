@@ -23,6 +23,7 @@ class EtcdTimeouts:
     call: float = 5.0  # one request to one endpoint, at most
     election_pause: float = 0.1  # before a proposal that a member without a leader has dropped is repeated
     poll: float = 1.0  # between two evaluations of `wait_for` without a change, and two connections of a watch
+    log: float = 5.0  # between two calls of `on_wait`, which log what is being waited for
     admin_call: float = 10.0  # one request that creates users and roles
     start: float = 60.0  # until the embedded etcd is healthy; a loaded machine with a slow disk needs some
     health: float = 2.0  # one health check of the embedded etcd

@@ -55,15 +55,7 @@ def client_of(parameters: RendezvousParameters) -> EtcdClient:
 
 
 class NodeRendezvous(RendezvousHandler):
-    """One agent's part in the rendezvous; see the module's docstring.
-
-    Args:
-        parameters: torchrun's; the endpoint is `host:port`, several separated by commas.
-        timeouts: `last_call` is the default of `last_call_timeout`.
-
-    Attributes:
-        slot: The slot that this node holds; None before `next_rendezvous`.
-    """
+    """One agent's part in the rendezvous; see the module's docstring."""
 
     def __init__(self, parameters: RendezvousParameters, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
         self._run_id = parameters.run_id
@@ -78,16 +70,14 @@ class NodeRendezvous(RendezvousHandler):
         self._node = uuid.uuid4().hex
         self._lease: Lease | None = None
         self._store: TCPStore | None = None
-        self.slot: int | None = None
+        self.slot: int | None = None  # that this node holds
 
     def get_backend(self) -> str:
-        """The name of this backend."""
         return BACKEND
 
     @property
     def use_agent_store(self) -> bool:
-        """True: MASTER_ADDR and MASTER_PORT name the agent's store (`next_rendezvous`)."""
-        return True
+        return True  # MASTER_ADDR and MASTER_PORT name the store that `next_rendezvous` creates
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Take a slot, wait for the run's first start, and form a world of the local workers.
@@ -124,11 +114,9 @@ class NodeRendezvous(RendezvousHandler):
         finish(self._client, "failed", "the rendezvous was closed")
 
     def num_nodes_waiting(self) -> int:
-        """0: a node that joins later restarts no workers."""
-        return 0
+        return 0  # a node that joins later restarts no workers
 
     def get_run_id(self) -> str:
-        """The run id."""
         return self._run_id
 
     def shutdown(self) -> bool:
@@ -168,12 +156,9 @@ class NodeRendezvous(RendezvousHandler):
 
     def _try_slots(self) -> bool | None:
         assert self._lease is not None
-        numbers = list(range(self._max_nodes))
-        if self._preferred in numbers:
-            numbers = [self._preferred, *(number for number in numbers if number != self._preferred)]
         taken = self._client.list("slots/")
-        for number in numbers:
-            holder = {"node": self._node, "host": socket.gethostname(), "pid": os.getpid()}
+        holder = {"node": self._node, "host": socket.gethostname(), "pid": os.getpid()}
+        for number in sorted(range(self._max_nodes), key=lambda number: number != self._preferred):
             if f"slots/{number}" not in taken and self._lease.create(f"slots/{number}", holder):
                 self.slot = number
                 return True
@@ -217,9 +202,9 @@ class NodeRendezvous(RendezvousHandler):
                 log.warning("%d of %d nodes are present: starting in %.0f s", present, self._desired, seconds_left())
 
         if not self._client.wait_for(self._unless_closed(started), self._timeout, on_wait=log_wait):
-            reason = f"only {present} of at least {self._min_nodes} nodes arrived within {self._timeout:.0f} s"
             self.shutdown()
-            raise RendezvousTimeoutError(reason)
+            few = f"only {present} of at least {self._min_nodes} nodes arrived within {self._timeout:.0f} s"
+            raise RendezvousTimeoutError(few)
 
     def _unless_closed(self, predicate: Callable[[], bool | None]) -> Callable[[], bool | None]:
         def check() -> bool | None:

@@ -21,7 +21,7 @@ from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
-from trainer.launch.agent_process import AgentProcess
+from trainer.launch.agent_process import AgentProcess, last_error
 from trainer.launch.scale import DESIRED, with_nodes
 from trainer.monitor.dashboard import Dashboard, View, view
 from trainer.monitor.find_run import LAUNCHED
@@ -40,7 +40,6 @@ def launch(
     Args:
         config: The run's. It resumes if its run id has checkpoints.
         command: The worker; None for this package's training.
-        timeouts: `poll` is the interval of the dashboard.
 
     Returns:
         0: the run is complete.
@@ -93,11 +92,7 @@ def launch(
 
 
 class _Run:
-    """The agents of a run, and the dashboard that shows them.
-
-    Attributes:
-        scale_requested: Set when `trainer.launch.scale.scale` may have asked for another number of nodes.
-    """
+    """The agents of a run, and the dashboard that shows them."""
 
     def __init__(
         self,
@@ -114,7 +109,7 @@ class _Run:
         self._dashboard = Dashboard(config.total_steps)
         self._lost: list[str] = []  # workers that have failed finally, while the others continued
         self._add(config.nodes)
-        self.scale_requested = threading.Event()
+        self.scale_requested = threading.Event()  # `scale` may have asked for another number of nodes
         self._signals: list[int] = []  # received so far
         self._wake = threading.Event()
 
@@ -123,17 +118,15 @@ class _Run:
         self._desired = nodes
         processes = self._config.elastic.nproc_per_node
         environment = _environment(nodes * processes)
-        for node, worker in enumerate(worker_configs(with_nodes(self._config, nodes))):
-            if node < len(self._agents):
-                continue
-            path = Path(worker.run_dir) / "config.json"
-            write_json(path, worker.model_dump(mode="json"))
+        workers = worker_configs(with_nodes(self._config, nodes))
+        for node in range(len(self._agents), nodes):
+            path = Path(workers[node].run_dir) / "config.json"
+            write_json(path, workers[node].model_dump(mode="json"))
             log = self._run_dir / "logs" / f"worker-{node}.log"
             self._agents.append(AgentProcess(node, path, log, self._command, environment))
-            self._progress += [
-                WorkerProgress(node * processes + local_rank, Volume.of(worker, local_rank).metrics)
-                for local_rank in range(processes)
-            ]
+            for rank in range(processes):
+                metrics = Volume.of(workers[node], rank).metrics
+                self._progress.append(WorkerProgress(node * processes + rank, metrics))
 
     def follow(self) -> int:
         """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
@@ -156,9 +149,7 @@ class _Run:
             raise TrainingError(f"{failure} (logs: {self._run_dir / 'logs'})")
         run_id = self._config.run_id
         print(f"run {run_id} is stopped; the same command with --run-id {run_id} resumes it", flush=True)
-        if self._signals[0] == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise Interrupted
+        raise KeyboardInterrupt if self._signals[0] == signal.SIGINT else Interrupted
 
     def _watch(self, shown: View) -> str:
         """Wait until all agents have ended. Returns why the run failed; empty if it did not, or was stopped."""
@@ -215,15 +206,14 @@ class _Run:
     def _scale(self, shown: View) -> None:
         """Start further agents, or ask the last ones to leave, as `scale` has requested."""
         self.scale_requested.clear()
-        try:
+        acknowledged = False
+        with suppress(EtcdError):
             request = self._client.get(DESIRED)
             if request is None:
                 return
-            if not self._client.delete(DESIRED, request.revision):  # deleting it acknowledges it
-                self.scale_requested.set()  # there is a newer one
-                return
-        except EtcdError:
-            self.scale_requested.set()  # the next turn tries again
+            acknowledged = self._client.delete(DESIRED, request.revision)
+        if not acknowledged:  # etcd is unreachable, or there is a newer request: the next turn tries again
+            self.scale_requested.set()
             return
         self._add(min(int(request.value["nodes"]), self._config.max_nodes))
         shown.show(f"scaling to {self._desired} nodes")
@@ -236,7 +226,7 @@ class _Run:
 
     def _bring_back(self, agent: AgentProcess) -> None:
         """Start an agent that is new, or has left, if its node is desired."""
-        if agent.node < self._desired and not agent.running and (agent.leaving or not agent.started):
+        if agent.node < self._desired and not agent.running and (agent.leaving or agent.status is None):
             agent.leaving = False
             agent.start()
             for worker in self._progress:
@@ -251,8 +241,8 @@ class _Run:
             return str(error)
         if result.terminal and result.slot is None:
             return result.reason
-        first = self._agents[result.slot] if result.terminal and result.slot is not None else agent
-        error_line = first.last_error()
+        first = agent if result.slot is None else self._agents[result.slot]
+        error_line = last_error(first.log, first.log_start)
         if error_line and "killed" not in result.reason:
             return f"worker {first.node}: {error_line}"
         if result.reason:
@@ -280,9 +270,6 @@ class _Run:
             self._signals.append(number)
             self._wake.set()
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         # A hang-up that is ignored (nohup) stays ignored.
         numbers = [signal.SIGTERM, signal.SIGINT]
         numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
@@ -322,7 +309,6 @@ def _summarise(run_dir: Path) -> None:
 
 def _environment(workers: int) -> dict[str, str]:
     """The agents' environment, without parameters: their configuration file has these."""
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    return environment
+    return {"OMP_NUM_THREADS": str(threads)} | environment

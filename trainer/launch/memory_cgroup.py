@@ -12,12 +12,7 @@ _NO_LIMIT = 1 << 60  # bytes: for "no limit", version 1 writes a number near 2^6
 
 
 class MemoryCgroup:
-    """The memory cgroup of this process and its children.
-
-    Args:
-        root: The mount point of cgroups.
-        membership: The file that names this process's cgroup.
-    """
+    """The memory cgroup of this process and its children."""
 
     def __init__(self, root: Path = ROOT, membership: Path = MEMBERSHIP) -> None:
         self._kills, self._limit = _files(root, membership)

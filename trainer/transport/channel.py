@@ -36,7 +36,6 @@ from trainer.timeouts import TransportTimeouts
 
 CHUNK_BYTES = 4 << 20
 SLOWEST = 256 << 10  # bytes a second: a connection slower than this over a whole chunk counts as stalled
-MIN_SECRET_BYTES = 16
 REQUEST_BYTES, REPLY_BYTES = 16 << 10, 1 << 20  # of the longest messages
 _NICENESS = 5  # of transfer threads: where processors are scarce, training comes first
 
@@ -61,24 +60,17 @@ class Offer:
 
     They must not change while on offer, unless the reader can use a mixture of old and new chunks.
 
-    Attributes:
-        meta: Small JSON that describes the content. Donors with equal metas have equal content.
-        buffers: Contiguous host tensors of any dtype.
     """
 
-    meta: Json
-    buffers: dict[str, Tensor]
+    meta: Json  # small; describes the content: donors with equal metas have equal content
+    buffers: dict[str, Tensor]  # contiguous, on the host, of any dtype
 
     def __post_init__(self) -> None:
         check_buffers(self.buffers)
 
 
 class Failure(Exception):
-    """The other end violated the protocol, or cannot serve.
-
-    Attributes:
-        cost: The number of failures it counts for.
-    """
+    """The other end violated the protocol, or cannot serve. `cost` is the number of failures that it counts for."""
 
     def __init__(self, reason: str, cost: float = 1) -> None:
         super().__init__(reason)
@@ -90,13 +82,9 @@ class Forbidden(Failure):
 
 
 class Channel:
-    """One end of a connection that carries authenticated messages, and bytes.
+    """One end of a connection that carries authenticated messages, and bytes. The caller closes the connection.
 
-    Args:
-        connection: A connected socket; the caller closes it.
-        secret: The run's.
-        side: FETCHER or DONOR.
-        timeouts: `stall` limits each operation.
+    `timeouts.stall` limits each operation.
     """
 
     def __init__(self, connection: socket.socket, secret: bytes, side: Side, timeouts: TransportTimeouts) -> None:
@@ -190,13 +178,6 @@ def check_buffers(buffers: dict[str, Tensor]) -> None:
     for name, buffer in buffers.items():
         if buffer.device.type != "cpu" or not buffer.is_contiguous():
             raise ValueError(f"buffer {name!r} is not contiguous on the host")
-
-
-def check_secret(secret: bytes) -> bytes:
-    """The secret; raises ValueError if it is too short."""
-    if len(secret) < MIN_SECRET_BYTES:
-        raise ValueError(f"the secret is shorter than {MIN_SECRET_BYTES} bytes")
-    return secret
 
 
 def as_bytes(tensor: Tensor) -> Any:

@@ -29,7 +29,6 @@ from trainer.transport.channel import (
     Offer,
     abort,
     as_bytes,
-    check_secret,
     lower_priority,
 )
 
@@ -43,7 +42,7 @@ class _Held:
     """An offer that fetchers are reading."""
 
     offer: Offer
-    memory: dict[str, Any]  # of each buffer: its memory, as a NumPy array of bytes
+    memory: dict[str, Any]  # each buffer as a NumPy array of bytes
     used: float = field(default_factory=time.monotonic)
 
 
@@ -56,8 +55,7 @@ class Donor:
         secret: The run's. Fetchers without it get nothing.
         address: The address to listen on and to publish; IPv4, IPv6 or a name.
         port_range: "low-high"; empty: any port.
-        max_connections: Connections that are served at the same time.
-        timeouts: Limits of connections and offers.
+        max_connections: Number served at the same time.
 
     Raises:
         ConfigError: No port of `port_range` is free.
@@ -73,7 +71,7 @@ class Donor:
         max_connections: int = MAX_CONNECTIONS,
         timeouts: TransportTimeouts = TransportTimeouts(),
     ) -> None:
-        self._find, self._secret, self._timeouts = find, check_secret(secret), timeouts
+        self._find, self._secret, self._timeouts = find, secret, timeouts
         self._listener = listen(address, port_range)
         port = self._listener.getsockname()[1]
         self.endpoint = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -22,6 +22,7 @@ from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
 from trainer.errors import Interrupted
+from trainer.process import connect
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.channel import (
     CHUNK_BYTES,
@@ -35,7 +36,6 @@ from trainer.transport.channel import (
     abort,
     as_bytes,
     check_buffers,
-    check_secret,
     lower_priority,
 )
 
@@ -54,7 +54,9 @@ def fetch(
     donors: Sequence[str],
     secret: bytes,
     *,
-    into: Into | None = None,
+    into: Into = lambda meta, layout: {
+        name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()
+    },
     stopping: Callable[[], bool] = lambda: False,
     timeout: float,
     chunk_bytes: int = CHUNK_BYTES,
@@ -65,22 +67,22 @@ def fetch(
     Args:
         name: The offer's name, as the donors' `find` knows it. A donor without it is asked again.
         donors: Their endpoints.
-        secret: The run's. Donors without it are not trusted.
+        secret: The run's.
         into: Called once, on this thread, with the offer's meta and layout. Returns the tensors to receive into:
-            contiguous, on the host, of that dtype and size. None: allocate new ones.
+            contiguous, on the host, of that dtype and size. By default, new ones.
         stopping: Whether this process is to end.
         timeout: Seconds to find a donor that has the offer. The transfer may then take as long as data arrives.
         chunk_bytes: Size of a request, at most `CHUNK_BYTES`.
         timeouts: Limits of connections.
 
     Returns:
-        The offer's meta and its buffers: new flat tensors, or those of `into`.
+        The offer's meta and the tensors of `into`.
 
     Raises:
         TransferError: All donors were dropped, or the time is over. The tensors of `into` may hold anything.
         Interrupted: `stopping()` is true.
     """
-    return _Transfer(name, donors, check_secret(secret), chunk_bytes, timeouts).run(into, stopping, timeout)
+    return _Transfer(name, donors, secret, chunk_bytes, timeouts).run(into, stopping, timeout)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class _Peer:
     """A donor as the fetcher sees it."""
 
     endpoint: str
-    offer: str | None = None  # its id; None: not known yet
+    offer: str | None = None  # its id, once known
     busy: bool = False  # a thread is reading from it
     not_before: float = 0.0  # when it may be asked again (monotonic clock)
     failures: float = 0.0
@@ -127,7 +129,7 @@ class _Transfer:
         self._over = False
         self._progressed = time.monotonic()  # when data last arrived
 
-    def run(self, into: Into | None, stopping: Callable[[], bool], timeout: float) -> tuple[Json, dict[str, Tensor]]:
+    def run(self, into: Into, stopping: Callable[[], bool], timeout: float) -> tuple[Json, dict[str, Tensor]]:
         started = time.monotonic()
         try:
             for _ in range(min(CONNECTIONS, len(self._peers))):
@@ -136,10 +138,7 @@ class _Transfer:
             self._wait(lambda: self._content is not None, stopping, timeout)
             assert self._content is not None
             meta, layout = self._content
-            if into:
-                buffers = into(meta, layout)
-            else:
-                buffers = {name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()}
+            buffers = into(meta, layout)
             self._plan(buffers, layout)
             self._wait(lambda: self._missing == 0, stopping, 2 * (self._timeouts.stall + self._chunk_bytes / SLOWEST))
         finally:
@@ -147,8 +146,6 @@ class _Transfer:
         size, seconds = sum(buffer.nbytes for buffer in buffers.values()), time.monotonic() - started
         log.info("fetched %s: %.1f MB in %.1f s", self._name, size / 1e6, seconds)
         return meta, buffers
-
-    # On the caller's thread
 
     def _wait(self, ready: Callable[[], bool], stopping: Callable[[], bool], timeout: float) -> None:
         while True:
@@ -188,9 +185,8 @@ class _Transfer:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._in_hand == 0, self._timeouts.stall)
 
-    # On the threads
-
     def _work(self) -> None:
+        """Run by each thread."""
         lower_priority()
         while peer := self._next_peer():
             failure = None
@@ -211,7 +207,8 @@ class _Transfer:
         with self._changed:
             while not self._over:
                 now = time.monotonic()
-                useful = [peer for peer in self._peers if self._is_useful(peer)]
+                idle = [peer for peer in self._peers if not peer.busy and not peer.dropped]
+                useful = [peer for peer in idle if peer.offer is None or self._pending]
                 ready = [peer for peer in useful if peer.not_before <= now]
                 if ready:
                     peer = min(ready, key=lambda peer: peer.not_before)
@@ -219,9 +216,6 @@ class _Transfer:
                     return peer
                 self._changed.wait(min(peer.not_before for peer in useful) - now if useful else None)
             return None
-
-    def _is_useful(self, peer: _Peer) -> bool:
-        return not peer.busy and not peer.dropped and (peer.offer is None or bool(self._pending))
 
     def _leave(self, peer: _Peer, failure: Failure | None) -> None:
         with self._changed:
@@ -237,8 +231,7 @@ class _Transfer:
     def _read_from(self, peer: _Peer) -> None:
         """On one connection to the donor, find the offer, then receive chunks until none is pending."""
         requested: deque[_Chunk] = deque()
-        host, _, port = peer.endpoint.rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), self._timeouts.connect) as connection:
+        with connect(peer.endpoint, self._timeouts.connect) as connection:
             with self._changed:
                 if self._over:
                     return
