@@ -28,15 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     # The commands that take parameters
     steps = (commands.precache, commands.launch, commands.train, commands.export, commands.evaluate)
-    for run_command in (*steps, commands.status, commands.scale):
-        command, name = add(run_command), run_command.__name__
-        if name in ("launch", "status", "scale"):
-            command.add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
-        if name == "status":
-            command.add_argument("--watch", action="store_true", help="update until the run is over")
-            command.add_argument("--json", action="store_true", help="print one JSON object a line")
-        if name == "scale":
-            command.add_argument("count", metavar="N", help="the new number of nodes")
+    added = {step.__name__: add(step) for step in (*steps, commands.status, commands.scale)}
+    for name in ("launch", "status", "scale"):
+        added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
+    added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
+    added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")
+    added["scale"].add_argument("count", metavar="N", help="the new number of nodes")
+    for name, command in added.items():
         add_config_flags(command, TrainingConfig.names_in_scope("lookup") if name in ("status", "scale") else None)
     # The others
     report = add(commands.report)

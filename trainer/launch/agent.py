@@ -1,18 +1,7 @@
 """A torchrun agent that shuts down gracefully: `python -m trainer.launch.agent --config FILE [-- command …]`.
 
-It is torch's `LocalElasticAgent` with the rendezvous `etcd3-diloco`. Plain `torchrun --rdzv-backend etcd3-diloco`
-works, too; the differences are:
-
-- On SIGTERM, the workers get `LaunchTimeouts.shutdown` to save (torchrun: 30 s), this node's keys are deleted (torchrun
-  leaves them to their lease), and the exit status is 143 (torchrun: 1, after a traceback). SIGINT: 130.
-- A worker that ends with status 2 (bad configuration) or 143 (after SIGTERM) is not restarted.
-- A worker that the kernel kills because memory is short is restarted once: a second kill shows that it needs more
-  memory than there is.
-- Workers die with their agent, even by kill -9.
-- When the restarts are used up and fewer than `min_nodes` other nodes are left, the agent writes the verdict "failed"
-  with the reason, so that the others do not wait for this node.
-
-Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 143, or 1.
+It is torch's `LocalElasticAgent` with the rendezvous `etcd3-diloco`; docs/guide/elastic.md lists the differences to
+torchrun. Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 143, or 1.
 """
 
 import argparse

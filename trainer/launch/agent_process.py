@@ -11,14 +11,9 @@ _ERROR = re.compile(r"(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)
 
 
 class AgentProcess:
-    """A torchrun agent. It dies with this process, and its workers with it.
+    """A torchrun agent, which runs `command`, or else this package's training, as configured by the file `config`.
 
-    Args:
-        node: Its number.
-        config: The file with the node's configuration.
-        log: The file that its output is appended to.
-        command: The worker; None for this package's training.
-        environment: Its environment variables.
+    It dies with this process, and its workers with it. Its output is appended to the file `log`.
     """
 
     def __init__(

@@ -2,19 +2,12 @@
 
 torchrun's elasticity forms one world of all nodes and restarts every worker when a node joins or leaves. Here an agent
 only holds a node lease and one of `max_nodes` slots. Its local workers form a world of their own, and the workers of
-different nodes synchronise through the quorum (`trainer.elastic.member`).
-
-    torchrun --rdzv-backend etcd3-diloco --rdzv-endpoint host:2379 --rdzv-id <run id> --nnodes 2:4 … train.py
-
-`trainer.elastic.keys` lists its keys.
-
-Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key` and `user` of etcd; `lease_ttl` and `timeout` in
-seconds; `slot`, the preferred slot; and `nodes`, the number of nodes that the first start waits for (default:
-`min_nodes`). Once `min_nodes` nodes are present, the rest get `last_call_timeout` seconds (default: 30, as in
-torchrun's own rendezvous). The password comes from ETCD_PASSWORD in the environment.
+different nodes synchronise through the quorum (`trainer.elastic.member`). Keys: `trainer.elastic.keys`; settings:
+docs/guide/elastic.md.
 """
 
 import logging
+import math
 import os
 import socket
 import time
@@ -42,7 +35,6 @@ from trainer.timeouts import LaunchTimeouts
 log = logging.getLogger(__name__)
 
 BACKEND = "etcd3-diloco"
-_SPARE_WAIT = 3600.0  # seconds; a spare waits again after that, as long as the run lasts
 
 
 def client_of(parameters: RendezvousParameters) -> EtcdClient:
@@ -147,14 +139,13 @@ class NodeRendezvous(RendezvousHandler):
         if self.slot is not None:
             return
         self._lease = self._client.lease(self._ttl)
-        if self._try_slots() is None:
+        if not self._try_slots():
             self._register(None)
             log.warning("all %d slots are taken: this node waits as a spare", self._max_nodes)
-            while self._client.wait_for(self._unless_closed(self._try_slots), _SPARE_WAIT) is None:
-                pass
+            self._client.wait_for(self._unless_closed(self._try_slots), math.inf)
         self._register(self.slot)
 
-    def _try_slots(self) -> bool | None:
+    def _try_slots(self) -> bool:
         assert self._lease is not None
         taken = self._client.list("slots/")
         holder = {"node": self._node, "host": socket.gethostname(), "pid": os.getpid()}
@@ -162,7 +153,7 @@ class NodeRendezvous(RendezvousHandler):
             if f"slots/{number}" not in taken and self._lease.create(f"slots/{number}", holder):
                 self.slot = number
                 return True
-        return None
+        return False
 
     def _register(self, slot: int | None) -> None:
         assert self._lease is not None
@@ -171,8 +162,8 @@ class NodeRendezvous(RendezvousHandler):
     def _wait_for_start(self) -> None:
         """Return once the run has started: enough nodes have held a slot at the same time.
 
-        The desired number of nodes is enough at once, `min_nodes` only after the last call or the timeout. So a run
-        that can train on one node still starts with all nodes that arrive at about the same time.
+        The desired number of nodes starts at once, `min_nodes` only after the last call or the timeout. So a run that
+        can train on one node still starts with all nodes that arrive at about the same time.
         """
         present, enough_since, deadline = 0, 0.0, time.monotonic() + self._timeout
 

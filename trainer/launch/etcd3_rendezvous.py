@@ -1,27 +1,14 @@
 """The torchrun backend `etcd3`: torch's own dynamic rendezvous, for any torchrun script, on etcd's v3 API.
 
-    torchrun --rdzv-backend etcd3 --rdzv-endpoint host:2379 --rdzv-id <run id> --nnodes 1:4 … anyones_script.py
-
-All nodes form one world, and a node that joins, leaves or dies restarts every worker, as usual with torchrun. (Training
-without restarts: `trainer.launch.etcd3_diloco_rendezvous`.) The two etcd backends that ship with torch use the v2 API,
-which etcd 3.6 has removed.
-
-Security: the rendezvous state is torch's own pickle, which every agent loads, so write access to the key lets a process
-run code in the agents. torch offers no alternative. Protect this etcd by TLS and a user with rights below the prefix
-only. It is the only pickle that this project puts into etcd, as base64 in a JSON string.
-
-Keys, below `{prefix}/{run id}/`, each under a lease of the agent that wrote it last:
+All nodes form one world, and a node that joins, leaves or dies restarts every worker, as usual with torchrun; the
+workers of a killed agent end only with their container. Settings: docs/guide/elastic.md. Keys, below
+`{prefix}/{run id}/`, each under a lease of the agent that wrote it last:
 
 rendezvous           {state}          torch's `_RendezvousState`; every change is a compare-and-swap on its mod_revision
 store/<key>          {value, write}   messages between agents at the start and end of a round
 
-Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key` and `user` of etcd (the password comes from
-ETCD_PASSWORD in the environment). In seconds: `lease_ttl`, for which the keys outlive the last agent (7200);
-`read_timeout`, to wait for another agent's key (60); `outage_limit`, to wait for an etcd that was reachable before
-(60). torch's own: a dead agent counts as alive for `keep_alive_interval` (5 s) times `keep_alive_max_attempt` (3), by
-the wall clocks of all nodes. The workers of a killed agent end only with their container.
-
-A finished run id stays closed until the lease expires: use a new one for each run and attempt.
+The state is torch's pickle, the only one that this project puts into etcd (as base64 in a JSON string): write access to
+its key lets a process run code in the agents.
 """
 
 import os

@@ -72,9 +72,8 @@ def launch(
         etcd = None
         if not config.etcd.endpoints:
             address = socket.gethostbyname(config.advertise_address or "127.0.0.1")
-            etcd = resources.enter_context(
-                EmbeddedEtcd(run_dir / "etcd", address=address, port_range=config.port_range)
-            )
+            embedded = EmbeddedEtcd(run_dir / "etcd", address=address, port_range=config.port_range)
+            etcd = resources.enter_context(embedded)
             config = config.with_values(etcd_endpoints=[etcd.endpoint])
         client = resources.enter_context(EtcdClient.of(config))
         # Reset what a previous launch has left
@@ -183,6 +182,7 @@ class _Run:
             shown.show(f"worker {agent.node} has left")
             self._bring_back(agent)
             return ""
+        # Restart an agent that was killed
         if (agent.status or 0) < 0 and agent.restarts < self._config.elastic.max_restarts:
             shown.show(f"the agent of worker {agent.node} was killed: starting it again")
             with suppress(EtcdError):  # if etcd is unreachable, the slot is free when its lease ends
@@ -190,11 +190,13 @@ class _Run:
             agent.restarts += 1
             agent.start()
             return ""
+        # Go on without it, if enough nodes are left
         if sum(other.running for other in self._agents) >= self._config.min_nodes:
             agent.leaving = True
             self._lost.append(str(agent.node))
             shown.show(f"{self._reason(agent)}: the others go on")
             return ""
+        # End the run
         failure = self._reason(agent)
         shown.show("the run has failed: stopping the other workers")
         with suppress(EtcdError):
@@ -206,14 +208,15 @@ class _Run:
     def _scale(self, shown: View) -> None:
         """Start further agents, or ask the last ones to leave, as `scale` has requested."""
         self.scale_requested.clear()
-        acknowledged = False
-        with suppress(EtcdError):
+        try:
             request = self._client.get(DESIRED)
             if request is None:
                 return
-            acknowledged = self._client.delete(DESIRED, request.revision)
-        if not acknowledged:  # etcd is unreachable, or there is a newer request: the next turn tries again
-            self.scale_requested.set()
+            if not self._client.delete(DESIRED, request.revision):  # deleting it acknowledges it
+                self.scale_requested.set()  # there is a newer one
+                return
+        except EtcdError:
+            self.scale_requested.set()  # the next turn tries again
             return
         self._add(min(int(request.value["nodes"]), self._config.max_nodes))
         shown.show(f"scaling to {self._desired} nodes")

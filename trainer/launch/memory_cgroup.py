@@ -40,13 +40,13 @@ def _files(root: Path, membership: Path) -> tuple[Path | None, Path | None]:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
         return None, None
-    candidates: list[tuple[Path, str, str, str]] = []
     for _, controllers, path in lines:
         if "memory" in controllers.split(","):
-            candidates.append((root / "memory", path, "memory.oom_control", "memory.limit_in_bytes"))
+            mount, kills, limit = root / "memory", "memory.oom_control", "memory.limit_in_bytes"
         elif not controllers:
-            candidates.append((root, path, "memory.events", "memory.max"))
-    for mount, path, kills, limit in candidates:
+            mount, kills, limit = root, "memory.events", "memory.max"
+        else:
+            continue
         for directory in (mount / path.lstrip("/"), mount):
             if (directory / kills).is_file():
                 return directory / kills, directory / limit

@@ -66,11 +66,8 @@ def check_network(config: TrainingConfig) -> None:
             socket.create_server((config.advertise_address, 0)).close()
         except OSError:
             raise ConfigError("advertise_address", config.advertise_address, "is no address of this machine") from None
-    if config.port_range:
-        _check_ports(config)
-
-
-def _check_ports(config: TrainingConfig) -> None:
+    if not config.port_range:
+        return
     workers, etcds = config.nodes * config.elastic.nproc_per_node, int(not config.etcd.endpoints)
     # Each worker listens for members that fetch its state; of the baseline's workers, only the first one listens.
     needed = etcds + (1 if config.optim_method == "ddp" else workers)
@@ -115,8 +112,7 @@ def _check_resume(config: TrainingConfig) -> None:
         except TrainingError as error:
             allowed = f"must be auto, never, or the directory of a checkpoint ({error})"
             raise ConfigError("resume", config.resume, allowed) from None
-        _check_model("resume", config.resume, config, state)
-        _check_steps(config, state)
+        _check_fit("resume", config.resume, config, state)
     for worker in worker_configs(config):
         for local_rank in range(config.elastic.nproc_per_node):
             volume = Volume.of(worker, local_rank)
@@ -135,7 +131,7 @@ def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -
     """Refuse to resume a run with a configuration that its newest checkpoint contradicts."""
     then, advice = state["config"], "go on with that, or choose another run_id"
     where = f"the checkpoints in {volume.checkpoints}"
-    _check_model("model", worker.model, worker, state)
+    _check_fit("model", worker.model, worker, state)
     embedded = not worker.etcd.endpoints and (Path(worker.run_dir).parent / "etcd").exists()
     scope: ScopeName = "fingerprint" if embedded else "fixed"
     try:
@@ -146,14 +142,14 @@ def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -
     for name, value in worker.in_scope(scope).items():
         if recorded[name] != value:
             raise ConfigError(name, value, f"{where} have {recorded[name]}: {advice}")
-    _check_steps(worker, state)
     manifest = read_manifest(data.directory(worker, volume.datasets))
     if manifest is not None and state.get("dataset", manifest.hash) != manifest.hash:
         other = f"{where} are of other data ({then.get('dataset', 'unknown')}, tokenizer {then.get('tokenizer')!r})"
         raise ConfigError("dataset", worker.dataset, f"{other}: {advice}")
 
 
-def _check_model(field: str, value: str, config: TrainingConfig, state: dict[str, Any]) -> None:
+def _check_fit(field: str, value: str, config: TrainingConfig, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model, or beyond the end of the run."""
     model = state["config"].get("model", "")
     try:
         same = models.resolve(model).name == models.resolve(config.model).name
@@ -161,9 +157,5 @@ def _check_model(field: str, value: str, config: TrainingConfig, state: dict[str
         same = False
     if not same:
         raise ConfigError(field, value, f"the checkpoint is of model {model!r}, this run's is {config.model!r}")
-
-
-def _check_steps(config: TrainingConfig, state: dict[str, Any]) -> None:
-    step = state.get("step", 0)
-    if step > config.total_steps:
+    if (step := state.get("step", 0)) > config.total_steps:
         raise ConfigError("total_steps", config.total_steps, f"the checkpoint is at step {step} already")

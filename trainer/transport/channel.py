@@ -1,18 +1,7 @@
 """The channel between a donor and a fetcher: authenticated messages and bulk bytes over one TCP connection.
 
-Lengths are in network byte order, messages in JSON.
-
-    both       magic, nonce
-    then, alternately, any number of times: length (u32), HMAC-SHA256, message
-    fetcher    {find: name}
-    donor      {offer: id, meta, layout}, or {missing: true}
-    fetcher    {offer: id, buffer: name, start, stop}, in bytes
-    donor      {checksum: xxh3_128} and the bytes, or {missing: true}
-
-The HMAC key of a connection is derived from the run's secret and both nonces, and each HMAC covers the direction and
-number of its message. So neither end accepts a message from a process without the secret, and messages cannot be
-replayed, reflected or reordered. The checksum covers the bytes as sent. It is not cryptographic: like gloo's traffic,
-the bytes are neither encrypted nor protected from an attacker that can modify packets.
+docs/design/transfer.md has the protocol and what it protects from. The HMAC key of a connection is derived from the
+run's secret and both nonces; each HMAC covers the direction and number of its message.
 """
 
 import hmac
@@ -36,6 +25,7 @@ from trainer.timeouts import TransportTimeouts
 
 CHUNK_BYTES = 4 << 20
 SLOWEST = 256 << 10  # bytes a second: a connection slower than this over a whole chunk counts as stalled
+MIN_SECRET_BYTES = 16
 REQUEST_BYTES, REPLY_BYTES = 16 << 10, 1 << 20  # of the longest messages
 _NICENESS = 5  # of transfer threads: where processors are scarce, training comes first
 
@@ -113,13 +103,7 @@ class Channel:
             self._connection.sendall(payload)
 
     def receive(self, limit: int) -> dict[str, Any]:
-        """The next message, of at most `limit` bytes.
-
-        Raises:
-            Forbidden: Its sender does not have the secret.
-            Failure: It is not a valid message.
-            OSError: It does not arrive.
-        """
+        """The next message, of at most `limit` bytes."""
         head = self._read_bytes(_LENGTH.size + _MAC_BYTES)
         (length,) = _LENGTH.unpack_from(head)
         if length > limit:
@@ -178,6 +162,13 @@ def check_buffers(buffers: dict[str, Tensor]) -> None:
     for name, buffer in buffers.items():
         if buffer.device.type != "cpu" or not buffer.is_contiguous():
             raise ValueError(f"buffer {name!r} is not contiguous on the host")
+
+
+def check_secret(secret: bytes) -> bytes:
+    """The secret; raises ValueError if it is too short."""
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ValueError(f"the secret is shorter than {MIN_SECRET_BYTES} bytes")
+    return secret
 
 
 def as_bytes(tensor: Tensor) -> Any:

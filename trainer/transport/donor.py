@@ -1,9 +1,4 @@
-"""A donor: serves tensors to fetchers from threads of its own, so that training does not stop.
-
-Example:
-    with Donor(find, secret, address) as donor:
-        client.put("donor", donor.endpoint)
-"""
+"""A donor: serves tensors to fetchers from threads of its own, so that training does not stop."""
 
 import atexit
 import logging
@@ -29,6 +24,7 @@ from trainer.transport.channel import (
     Offer,
     abort,
     as_bytes,
+    check_secret,
     lower_priority,
 )
 
@@ -39,7 +35,7 @@ MAX_CONNECTIONS = 128  # further ones wait in the kernel's queue
 
 @dataclass
 class _Held:
-    """An offer that fetchers are reading."""
+    """An offer that fetchers read."""
 
     offer: Offer
     memory: dict[str, Any]  # each buffer as a NumPy array of bytes
@@ -71,7 +67,7 @@ class Donor:
         max_connections: int = MAX_CONNECTIONS,
         timeouts: TransportTimeouts = TransportTimeouts(),
     ) -> None:
-        self._find, self._secret, self._timeouts = find, secret, timeouts
+        self._find, self._secret, self._timeouts = find, check_secret(secret), timeouts
         self._listener = listen(address, port_range)
         port = self._listener.getsockname()[1]
         self.endpoint = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

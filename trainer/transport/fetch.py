@@ -1,12 +1,4 @@
-"""Fetches tensors from several donors at a time.
-
-    meta, buffers = fetch("state/12", endpoints, secret, stopping=stopping, timeout=60)
-
-The buffers are cut into chunks, and the connections to the donors take chunks from one queue (striping). A chunk that
-does not arrive intact goes back into the queue, and its donor is charged with a failure; a donor with too many is
-dropped. A chunk that has arrived is never requested again. A donor whose meta or layout differs from that of the first
-one to answer has another state and is dropped: callers put a hash of the content into the meta.
-"""
+"""Fetches tensors from several donors at a time: see docs/design/transfer.md, "Striping"."""
 
 import logging
 import socket
@@ -36,6 +28,7 @@ from trainer.transport.channel import (
     abort,
     as_bytes,
     check_buffers,
+    check_secret,
     lower_priority,
 )
 
@@ -49,14 +42,17 @@ REQUESTED = 2  # chunks requested ahead: one is in transit while the one before 
 Into = Callable[[Json, Layout], dict[str, Tensor]]
 
 
+def allocate(meta: Json, layout: Layout) -> dict[str, Tensor]:
+    """New flat tensors to receive into."""
+    return {name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()}
+
+
 def fetch(
     name: str,
     donors: Sequence[str],
     secret: bytes,
     *,
-    into: Into = lambda meta, layout: {
-        name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()
-    },
+    into: Into = allocate,
     stopping: Callable[[], bool] = lambda: False,
     timeout: float,
     chunk_bytes: int = CHUNK_BYTES,
@@ -82,7 +78,7 @@ def fetch(
         TransferError: All donors were dropped, or the time is over. The tensors of `into` may hold anything.
         Interrupted: `stopping()` is true.
     """
-    return _Transfer(name, donors, secret, chunk_bytes, timeouts).run(into, stopping, timeout)
+    return _Transfer(name, donors, check_secret(secret), chunk_bytes, timeouts).run(into, stopping, timeout)
 
 
 @dataclass(frozen=True)
@@ -110,17 +106,14 @@ class _Peer:
 
 
 class _Transfer:
-    """One `fetch`. A thread reads from a donor until that fails, then turns to the one that has waited longest.
-
-    One condition guards all state.
-    """
+    """One `fetch`. A thread reads from a donor until that fails, then turns to the one that has waited longest."""
 
     def __init__(
         self, name: str, donors: Sequence[str], secret: bytes, chunk_bytes: int, timeouts: TransportTimeouts
     ) -> None:
         self._name, self._secret, self._chunk_bytes, self._timeouts = name, secret, chunk_bytes, timeouts
         self._peers = [_Peer(endpoint) for endpoint in dict.fromkeys(donors)]
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards all of the following
         self._content: tuple[Json, Layout] | None = None  # of the first donor to answer; the others must agree
         self._pending: deque[_Chunk] = deque()
         self._missing: int | None = None  # chunks that have not arrived; None: not known yet
@@ -186,7 +179,7 @@ class _Transfer:
             self._changed.wait_for(lambda: self._in_hand == 0, self._timeouts.stall)
 
     def _work(self) -> None:
-        """Run by each thread."""
+        """Read from one donor after the other, on a thread, until the transfer is over."""
         lower_priority()
         while peer := self._next_peer():
             failure = None
@@ -200,7 +193,14 @@ class _Transfer:
                 failure = Failure((error.strerror or str(error)).lower())
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 failure = Failure(f"sent an invalid answer: {error!r}")
-            self._leave(peer, failure)
+            with self._changed:
+                peer.busy = False
+                if failure and not self._over:
+                    peer.failures += failure.cost
+                    peer.not_before, peer.reason = time.monotonic() + self._timeouts.retry, str(failure)
+                    if peer.dropped:
+                        log.warning("fetching %s: dropped donor %s, which %s", self._name, peer.endpoint, failure)
+                self._changed.notify_all()
 
     def _next_peer(self) -> _Peer | None:
         """The next donor to read from, once one is ready and chunks are pending; None at the end."""
@@ -216,17 +216,6 @@ class _Transfer:
                     return peer
                 self._changed.wait(min(peer.not_before for peer in useful) - now if useful else None)
             return None
-
-    def _leave(self, peer: _Peer, failure: Failure | None) -> None:
-        with self._changed:
-            peer.busy = False
-            if failure and not self._over:
-                peer.failures += failure.cost
-                peer.not_before = time.monotonic() + self._timeouts.retry
-                peer.reason = str(failure)
-                if peer.dropped:
-                    log.warning("fetching %s: dropped donor %s, which %s", self._name, peer.endpoint, failure)
-            self._changed.notify_all()
 
     def _read_from(self, peer: _Peer) -> None:
         """On one connection to the donor, find the offer, then receive chunks until none is pending."""
