@@ -1,8 +1,8 @@
 """Creates etcd's users and enables authentication: `python -m trainer.etcd.users`, the Job of manifests/overlays/prod.
 
-The parameters name the etcd (`etcd.endpoints`, `ca`, `cert`, `key`) and the user, which may read and write below
-`elastic.etcd.prefix` and nowhere else. Passwords come from the environment: ETCD_ROOT_PASSWORD for root, ETCD_PASSWORD
-for the user. The command is idempotent: existing users and roles are kept, and the user's password is updated.
+The user `etcd.user` may read and write below `elastic.etcd.prefix` and nowhere else. Passwords come from the
+environment: ETCD_ROOT_PASSWORD for root, ETCD_PASSWORD for the user. The command can be repeated: existing users and
+roles are kept, and the user's password is updated.
 
 https://etcd.io/docs/v3.5/op-guide/authentication/rbac/
 """

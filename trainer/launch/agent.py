@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_vague(reason: str) -> bool:
-    """Whether a verdict that an agent has written only says that a worker ended, but not why."""
+    """Whether a verdict that an agent has written states only that a worker ended, but not why."""
     return _VAGUE.fullmatch(reason) is not None
 
 

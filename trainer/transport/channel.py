@@ -41,7 +41,7 @@ Layout = dict[str, tuple[torch.dtype, int]]  # of each buffer: dtype and number 
 
 
 class TransferError(TrainingError):
-    """No donor is left, or the time is over. The message says why each donor failed."""
+    """No donor is left, or the time is over. The message has each donor's reason."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,7 +56,7 @@ class ReachabilityProbe:
         except OSError as error:
             self._reached.discard(id)
             self._unreachable.add(id)
-            # The port of a dead process refuses connections, which says nothing about the network.
+            # The port of a dead process refuses connections, whatever the network is like.
             died = may_be_dead and isinstance(error, ConnectionRefusedError)
             if id not in self._warned and not died:
                 self._warned.add(id)
