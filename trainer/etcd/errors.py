@@ -55,7 +55,7 @@ def translate(exception: Exception, where: str, *, prefix: str, ca: str, user: s
     if isinstance(exception, FileNotFoundError | PermissionError):
         return EtcdError(f"cannot read the certificate {exception.filename}", "certificate")
     if any(text in lower for text in ("socket closed", "connection reset")) and "ssl_error" not in lower:
-        hint = "etcd.ca is set: does it speak TLS?" if ca else "does it want TLS? no etcd.ca is set"
+        hint = "does it speak TLS? etcd.ca is set" if ca else "does it want TLS? no etcd.ca is set"
         hint = "" if answered else f" ({hint})"
         return EtcdError(f"cannot reach {etcd}{hint}: {details}", "unreachable", stale_connection=True)
     if any(word in lower for word in ("ssl", "tls", "certificate", "handshake")):

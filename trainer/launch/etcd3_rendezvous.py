@@ -17,7 +17,6 @@ import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import TypeVar
 
 from torch.distributed import DistStoreError, Store
@@ -109,10 +108,12 @@ class EtcdStore(Store):
             entry = self._etcd.ask(lambda client: client.get(f"store/{key}"))
             total = value + (int(b64decode(entry.value["value"])) if entry else 0)
             written, token = _written(str(total).encode()), entry.revision if entry else None
-            swap = partial(EtcdClient.swap, key=f"store/{key}", value=written, token=token, lease=self._etcd.lease())
-            won, entry = self._etcd.ask(swap)
+            won, entry = self._swap(f"store/{key}", written, token)
             if won or (entry is not None and entry.value == written):  # our write, after a lost answer
                 return total
+
+    def _swap(self, path: str, written: dict[str, str], token: int | None) -> tuple[bool, Entry | None]:
+        return self._etcd.ask(lambda client: client.swap(path, written, token, self._etcd.lease()))
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys exist."""
