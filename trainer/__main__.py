@@ -18,40 +18,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=program, description="Train models with DiLoCo, step by step.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    def add(run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        text = (run.__doc__ or "").rstrip(".")
         command = subparsers.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+            run.__name__, help=text[0].lower() + text[1:], description=f"{text}.", allow_abbrev=False
         )
         command.set_defaults(run=run)
         return command
 
-    for name, text, run in (
-        ("precache", "put the dataset and the model onto each worker's volume", commands.precache),
-        ("launch", "train on this machine: an embedded etcd and one torchrun agent per node", commands.launch),
-        ("train", "train as one worker; a torchrun agent starts it", commands.train),
-        ("export", "write the trained model as a Hugging Face directory", commands.export),
-        ("evaluate", "score the exported model on held-out data and write the report", commands.evaluate),
-        ("status", "show the state of a run, read from its etcd", commands.status),
-        ("scale", "change the number of nodes of a running launch", commands.scale),
-    ):
-        command = add(name, text, run)
-        if name in ("launch", "status", "scale"):
-            command.add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
-        if name == "status":
-            command.add_argument("--watch", action="store_true", help="update until the run is over")
-            command.add_argument("--json", action="store_true", help="print one JSON object a line")
-        if name == "scale":
-            command.add_argument("count", metavar="N", help="the new number of nodes")
+    # The commands that take parameters
+    steps = (commands.precache, commands.launch, commands.train, commands.export, commands.evaluate)
+    added = {step.__name__: add(step) for step in (*steps, commands.status, commands.scale)}
+    for name in ("launch", "status", "scale"):
+        added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
+    added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
+    added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")
+    added["scale"].add_argument("count", metavar="N", help="the new number of nodes")
+    for name, command in added.items():
         add_config_flags(command, TrainingConfig.names_in_scope("lookup") if name in ("status", "scale") else None)
-    report = add("report", "write the report of a run, or a comparison of several", commands.report)
+    # The others
+    report = add(commands.report)
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run; several are compared")
     report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html; several: comparison.html]")
-    pod = add("pod", "what the pods of a training on a cluster run", commands.pod)
+    pod = add(commands.pod)
     pod.add_argument("what", choices=("precache", "train", "held-out", "export", "evaluate"))
     pod.add_argument("--config", type=Path, required=True, metavar="FILE", help="the pod's configuration (YAML)")
     pod.add_argument("--slot", type=int, help="train: the preferred slot of this node")
     pod.add_argument("--port", type=int, default=0, help="the port on which a result is served")
-    add("schema", "print the JSON schema of the parameters", commands.schema)
+    add(commands.schema)
 
     parsed = parser.parse_args(arguments)
     set_up_logging()

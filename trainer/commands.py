@@ -1,8 +1,9 @@
-"""The commands of `python -m trainer`, from parsed arguments to an exit status.
+"""The commands of `python -m trainer`, from parsed arguments to an exit status. The docstrings are the help texts.
 
 Each imports what it needs when it runs, so that `--help` answers at once.
 """
 
+import json
 import os
 import re
 from argparse import Namespace
@@ -10,10 +11,10 @@ from pathlib import Path
 
 from trainer.config import TrainingConfig, config_from_arguments
 from trainer.errors import ConfigError
+from trainer.files import require_output, require_writable
 
 
 def _config(arguments: Namespace, *, run_required: bool = False) -> TrainingConfig:
-    """The resolved configuration that flags, environment and file give."""
     config = _unresolved(arguments)
     if run_required and not config.run_id:
         raise ConfigError("run_id", "", "must name the run")
@@ -41,15 +42,14 @@ def precache(arguments: Namespace) -> int:
 
 
 def launch(arguments: Namespace) -> int:
-    """Train on this machine."""
-    config = _config(arguments)
+    """Train on this machine: an embedded etcd and one torchrun agent per node."""
     from trainer.launch import local
 
-    return local.launch(config)
+    return local.launch(_config(arguments))
 
 
 def train(arguments: Namespace) -> int:
-    """Train as one worker."""
+    """Train as one worker; a torchrun agent starts it."""
     config = _config(arguments, run_required=True)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages make fresh memory cheaper
     from trainer.worker import worker
@@ -58,7 +58,7 @@ def train(arguments: Namespace) -> int:
 
 
 def export(arguments: Namespace) -> int:
-    """Write the trained model."""
+    """Write the trained model as a Hugging Face directory."""
     config = _config(arguments, run_required=True)
     from trainer.export import export as exporting
 
@@ -67,7 +67,7 @@ def export(arguments: Namespace) -> int:
 
 
 def evaluate(arguments: Namespace) -> int:
-    """Score the exported model and write the report."""
+    """Score the exported model on held-out data and write the report."""
     config = _config(arguments, run_required=True)
     from trainer.export import evaluate as scoring
     from trainer.monitor.report import write_report
@@ -80,7 +80,7 @@ def evaluate(arguments: Namespace) -> int:
 
 
 def status(arguments: Namespace) -> int:
-    """Show the state of a run."""
+    """Show the state of a run, read from its etcd."""
     config = _unresolved(arguments)
     from trainer.monitor import status as viewing
 
@@ -99,8 +99,7 @@ def scale(arguments: Namespace) -> int:
 
 
 def report(arguments: Namespace) -> int:
-    """Write a report or a comparison."""
-    from trainer.files import require_output, require_writable
+    """Write the report of a run, or a comparison of several."""
     from trainer.monitor.report import write_comparison, write_report
 
     for run_dir in arguments.run_dirs:
@@ -118,7 +117,7 @@ def report(arguments: Namespace) -> int:
 
 
 def pod(arguments: Namespace) -> int:
-    """Run a pod's part of a training on a cluster."""
+    """What the pods of a training on a cluster run."""
     from trainer.kubernetes import pod_main
 
     return pod_main.run(arguments.what, arguments.config, slot=arguments.slot, port=arguments.port)
@@ -126,7 +125,5 @@ def pod(arguments: Namespace) -> int:
 
 def schema(arguments: Namespace) -> int:
     """Print the JSON schema of the parameters."""
-    import json
-
     print(json.dumps(TrainingConfig.model_json_schema(), indent=2))
     return 0

@@ -10,17 +10,13 @@ if TYPE_CHECKING:
 
 
 def device_of(config: TrainingConfig, local_rank: int = 0) -> "torch.device":
-    """The device of a node's worker.
-
-    Raises:
-        ConfigError: This machine does not have it.
-    """
+    """The device of a node's worker. Raises ConfigError if this machine does not have it."""
     import torch
 
     if not config.device.startswith("cuda"):
         return torch.device(config.device)
     if not torch.cuda.is_available():
-        allowed = "there is no GPU here that torch can use; on a CPU, say --device cpu"
+        allowed = "there is no GPU here that torch can use; for a CPU, use --device cpu"
         raise ConfigError("device", config.device, allowed)
     device = torch.device(config.device if ":" in config.device else f"cuda:{local_rank}")
     if (device.index or 0) >= torch.cuda.device_count():

@@ -48,9 +48,7 @@ OUT_OF_MEMORY = "was killed because it needs more memory than it has"
 def out_of_memory(limit: str = "", *, in_pod: bool = True) -> str:
     """Describe a process or container that the kernel killed, with advice, as the end of a sentence.
 
-    Args:
-        limit: The memory it may use, for example "32Gi"; empty if unknown.
-        in_pod: Whether `memory_gb` sets that limit.
+    `limit` is the memory it may use, for example "32Gi"; `in_pod`: whether `memory_gb` sets that limit.
     """
     most = f" (it may take {limit})" if limit else ""
     lower = "lower per_device_train_batch_size or sequence_length"
@@ -68,10 +66,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     """Call `main` and exit with its status; after an expected failure, with one line and the failure's status."""
     try:
         status = main()
-    except ConfigError as error:
-        status = _fail(str(error), 2)
-    except TrainingError as error:
-        status = _fail(str(error), 1)
+    except (ConfigError, TrainingError) as error:
+        status = _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except Interrupted:

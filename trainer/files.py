@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    _fsync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -51,8 +51,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync_directory(path: Path) -> None:
-    """Make renamed and new entries of the directory durable."""
+def _fsync(path: Path) -> None:
+    """Make a file durable, or a directory's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -76,13 +76,8 @@ def whole_directory(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            else:
-                fsync_directory(path)
-        fsync_directory(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            _fsync(path)
         replaced = _temporary(final.with_name(f"{final.name}.old"))
         if final.exists():
             final.rename(replaced)
@@ -91,7 +86,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    fsync_directory(final.parent)
+    _fsync(final.parent)
 
 
 def _temporary(final: Path) -> Path:
@@ -109,7 +104,10 @@ def _is_written(temporary: Path) -> bool:
     if not pid.isdigit():  # not named by `_temporary`
         return True
     if host == _host():
-        return _alive_since(int(pid), temporary)
+        try:  # a restarted container reuses its predecessor's pid: the directory must be younger than the process
+            return psutil.Process(int(pid)).create_time() <= temporary.stat().st_mtime
+        except (psutil.NoSuchProcess, OSError):
+            return False
     try:
         newest = max(path.stat().st_mtime for path in (temporary, *temporary.rglob("*")))
     except OSError:  # it is changing right now
@@ -117,21 +115,10 @@ def _is_written(temporary: Path) -> bool:
     return time.time() - newest < _ABANDONED
 
 
-def _alive_since(pid: int, path: Path) -> bool:
-    """Whether the process that created `path` is alive. A restarted container reuses its predecessor's pid."""
-    try:
-        return psutil.Process(pid).create_time() <= path.stat().st_mtime
-    except (psutil.NoSuchProcess, OSError):
-        return False
-
-
 def require_writable(directory: Path, field: str, *, make: bool = True) -> None:
-    """Raise ConfigError unless files can be created in `directory`.
+    """Raise ConfigError unless files can be created in `directory`, which the parameter `field` names.
 
-    Args:
-        directory: The directory.
-        field: The parameter that names it.
-        make: Create it if it is missing; otherwise check the nearest existing parent instead.
+    A missing directory is created if `make` is true; otherwise, its nearest existing parent is checked instead.
     """
     try:
         if make:
@@ -158,9 +145,8 @@ def require_free_space(directory: Path, needed: int, field: str) -> None:
     """Raise ConfigError unless the file system of `directory` has `needed` bytes free."""
     free = shutil.disk_usage(_existing(directory)).free
     if free < needed:
-        raise ConfigError(
-            field, directory, f"needs {needed / 1e9:.2f} GB, but its disk has only {free / 1e9:.2f} GB free"
-        )
+        allowed = f"needs {needed / 1e9:.2f} GB, but its disk has only {free / 1e9:.2f} GB free"
+        raise ConfigError(field, directory, allowed)
 
 
 def _existing(path: Path) -> Path:

@@ -5,25 +5,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_OURS = ("trainer", "components", "pipelines")
+_LEVELS = {"": logging.WARNING} | dict.fromkeys(("trainer", "components", "pipelines"), logging.INFO)  # by logger
 
 
 def set_up_logging() -> None:
     """Configure logging of a process of its own: plain lines on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for name in _OURS:
-        logging.getLogger(name).setLevel(logging.INFO)
+    for name, level in _LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
     """Apply the same levels temporarily, where another program (kfp's executor) has configured the root logger."""
-    levels = {logging.getLogger(): logging.WARNING} | {logging.getLogger(name): logging.INFO for name in _OURS}
-    before = {logger: logger.level for logger in levels}
+    before = {name: logging.getLogger(name).level for name in _LEVELS}
     try:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        for name, level in _LEVELS.items():
+            logging.getLogger(name).setLevel(level)
         yield
     finally:
-        for logger, level in before.items():
-            logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -51,24 +51,23 @@ def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
 
 
 def number_from(variable: str) -> int:
-    """The number in an environment variable that the agent sets for its workers; 0 if unset.
-
-    Raises:
-        ConfigError: It is not a number.
-    """
+    """The number in an environment variable that the agent sets for its workers; 0 if unset."""
     text = os.environ.get(variable, "0")
     if not (text.isascii() and text.isdecimal()):
         raise ConfigError(variable, text, "must be a number: torchrun, or `launch`, sets it")
     return int(text)
 
 
-def refused(endpoint: str, timeout: float = 1.0) -> bool:
-    """Whether `endpoint` (host:port) refuses connections: its machine is up, its process is not."""
+def connect(endpoint: str, timeout: float) -> socket.socket:
+    """A TCP connection to `endpoint` (host:port or [IPv6 address]:port)."""
     host, _, port = endpoint.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout)
+
+
+def refused(endpoint: str, timeout: float = 1.0) -> bool:
+    """Whether `endpoint` refuses connections: its machine is up, its process is not."""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        pass
+        connect(endpoint, timeout).close()
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)
     return False

@@ -1,7 +1,8 @@
 """The one retry policy: exponential back-off up to a limit, interruptible (tenacity)."""
 
+import math
+import sys
 import threading
-import time
 from collections.abc import Callable
 
 import tenacity
@@ -10,8 +11,8 @@ import tenacity
 def retrying(
     worth_retrying: Callable[[BaseException], bool],
     *,
-    patience: float | None = None,
-    attempts: int | None = None,
+    patience: float = math.inf,
+    attempts: int = sys.maxsize,
     first_pause: float = 1.0,
     longest_pause: float = 10.0,
     stopping: threading.Event | None = None,
@@ -19,37 +20,33 @@ def retrying(
 ) -> tenacity.Retrying:
     """A retry policy to call with an operation: `retrying(...)(operation, *arguments)`.
 
+    It returns the operation's result or raises the operation's own exception, never `RetryError`.
+
     Args:
         worth_retrying: Whether an exception is transient. Any other one is raised at once.
-        patience: Seconds from the first attempt after which the last exception is raised; None for no limit.
-        attempts: Attempts after which the last exception is raised; None for no limit.
+        patience: Seconds from the first attempt after which the last exception is raised.
+        attempts: Attempts after which the last exception is raised.
         first_pause: Seconds before the second attempt; each further pause is twice as long as the previous one.
         longest_pause: Maximum seconds between two attempts.
         stopping: Once set, no further attempt is made, and the last exception is raised.
         on_retry: Called with the exception before each pause, to log it. It may raise.
-
-    Returns:
-        The policy. It returns the operation's result or raises the operation's own exception, never `RetryError`.
     """
-    stop: tenacity.stop.stop_base = tenacity.stop_never
-    if patience is not None:
-        stop |= tenacity.stop_after_delay(patience)
-    if attempts is not None:
-        stop |= tenacity.stop_after_attempt(attempts)
-    if stopping is not None:
-        stop |= tenacity.stop_when_event_set(stopping)
+    stopping = stopping or threading.Event()
+    stop = tenacity.stop_any(
+        tenacity.stop_after_delay(patience),
+        tenacity.stop_after_attempt(attempts),
+        tenacity.stop_when_event_set(stopping),
+    )
 
     def before_pause(state: tenacity.RetryCallState) -> None:
-        assert state.outcome is not None
-        error = state.outcome.exception()
-        assert error is not None
-        on_retry(error)
+        if state.outcome is not None and (error := state.outcome.exception()) is not None:
+            on_retry(error)
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(worth_retrying),
         stop=stop,
         wait=tenacity.wait_exponential(multiplier=first_pause, max=longest_pause),
-        sleep=tenacity.sleep_using_event(stopping) if stopping is not None else time.sleep,
+        sleep=tenacity.sleep_using_event(stopping),
         before_sleep=before_pause,
         reraise=True,
     )

@@ -8,24 +8,15 @@ from pathlib import Path
 
 from trainer.config import UNSET, TrainingConfig
 
-_DEFAULTS = TrainingConfig.model_fields
-
 
 @dataclass(frozen=True)
 class Volume:
-    """One worker's directories.
+    """One worker's directories."""
 
-    Attributes:
-        root: For the worker's `metrics.jsonl` and `config.json`.
-        models: Precached models.
-        datasets: Precached datasets.
-        checkpoints: Checkpoints of this run.
-    """
-
-    root: Path
-    models: Path
-    datasets: Path
-    checkpoints: Path
+    root: Path  # of `metrics.jsonl` and `config.json`
+    models: Path  # precached
+    datasets: Path  # precached
+    checkpoints: Path  # of this run
 
     @property
     def metrics(self) -> Path:
@@ -60,12 +51,11 @@ def worker_configs(config: TrainingConfig) -> list[TrainingConfig]:
 
 def _own_volume(config: TrainingConfig, root: Path) -> TrainingConfig:
     own = {"model_cache_dir": "models", "dataset_cache_dir": "datasets", "checkpoint_path": "checkpoints"}
-    unset = {
-        name: str(root / folder) for name, folder in own.items() if getattr(config, name) == _DEFAULTS[name].default
-    }
-    if "checkpoint_path" not in unset:
-        unset["checkpoint_path"] = str(_checkpoint_directory(config) / root.name)
-    return config.with_values(run_dir=str(root), **unset)
+    values = {"checkpoint_path": str(_checkpoint_directory(config) / root.name), "run_dir": str(root)}
+    for name, folder in own.items():
+        if getattr(config, name) == TrainingConfig.model_fields[name].default:  # the user has not chosen it
+            values[name] = str(root / folder)
+    return config.with_values(**values)
 
 
 def _checkpoint_directory(config: TrainingConfig) -> Path:
@@ -76,5 +66,5 @@ def _checkpoint_directory(config: TrainingConfig) -> Path:
 
 def worker_roots(run_dir: Path) -> list[Path]:
     """The workers' volumes below a run directory, sorted by number."""
-    roots = [path for path in run_dir.glob("worker-*") if path.name.removeprefix("worker-").isdigit()]
-    return sorted(roots, key=lambda path: int(path.name.removeprefix("worker-")))
+    numbers = (path.name.removeprefix("worker-") for path in run_dir.glob("worker-*"))
+    return [run_dir / f"worker-{number}" for number in sorted(map(int, filter(str.isdigit, numbers)))]

@@ -12,7 +12,7 @@ CASES = {
     "unknown model": (["--model", "gpt-9"], "model = 'gpt-9': no such model; there are "),
     "unknown size": (["--model", "gpt-neo-x:huge"], "model = 'gpt-neo-x:huge': no such size of gpt-neo-x; there are "),
     "indivisible batch": (["--batch-size", "30"], "batch_size = 30: must be a multiple of per_device_train_batch_size"),
-    "no GPU": (["--device", "cuda"], "on a CPU, say --device cpu"),
+    "no GPU": (["--device", "cuda"], "for a CPU, use --device cpu"),
     "missing data": (["--dataset", "files:{tmp}/nowhere"], "dataset = 'files:{tmp}/nowhere': "),
     "empty data": (["--dataset", "files:{tmp}/empty"], "dataset = 'files:{tmp}/empty': "),
     "misspelt flag": (["--locl-steps", "3"], "unrecognized arguments: --locl-steps"),

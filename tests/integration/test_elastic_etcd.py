@@ -17,6 +17,7 @@ import pytest
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd, etcd_binary
 from trainer.etcd.errors import EtcdError
+from trainer.timeouts import EtcdTimeouts
 
 TTL = 6  # seconds; refreshed each third of it: a stall of 4 s does not end it
 
@@ -161,7 +162,8 @@ def test_wait_for_reacts_to_a_change(client: EtcdClient) -> None:
 
 def test_wait_for_logs_and_ends(client: EtcdClient) -> None:
     logged: list[int] = []
-    assert client.wait_for(lambda: None, 2.0, on_wait=lambda: logged.append(1), every=0.0) is None
+    with EtcdClient(client.endpoints, client.prefix, timeouts=EtcdTimeouts(log=0.0)) as chatty:
+        assert chatty.wait_for(lambda: None, 2.0, on_wait=lambda: logged.append(1)) is None
     assert logged
 
 

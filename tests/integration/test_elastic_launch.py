@@ -139,7 +139,7 @@ def test_real_reason_comes_last(start: Start, tmp_path: Path) -> None:
     launch = start(act, elastic_min_nodes=2)
     output, errors = launch.communicate()
     assert launch.returncode == 1
-    assert "2 nodes, and all must be there" in output
+    assert "2 nodes, all of them required" in output
     assert "Traceback" not in output + errors
     assert errors.splitlines()[-1].startswith("error: worker 1: ValueError: the moon is full (logs: ")
     assert len(workers_here(tmp_path, 1)) == 2  # it was started again, once

@@ -6,18 +6,19 @@ and watching are therefore implemented here, by building a new connection.
 
 import json
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from trainer.errors import ConfigError
 from trainer.etcd.compat import import_etcd3
-from trainer.etcd.errors import EtcdError
+from trainer.etcd.errors import EtcdError, is_dropped_proposal, is_etcd_failure, translate
 from trainer.etcd.lease import Lease
-from trainer.etcd.translate import Target, is_dropped_proposal, is_etcd_failure, translate
 from trainer.etcd.watch import Watch
 from trainer.retry import retrying
 from trainer.timeouts import EtcdTimeouts
@@ -39,19 +40,12 @@ _CHANNEL_OPTIONS = [
 
 @dataclass(frozen=True)
 class Entry:
-    """A key and its value in etcd.
+    """A key and its value in etcd."""
 
-    Attributes:
-        key: The key below the client's prefix.
-        value: Its JSON value.
-        revision: mod_revision, the token of a compare-and-swap.
-        lease: Id of the lease it lives under; 0 for none.
-    """
-
-    key: str
+    key: str  # below the client's prefix
     value: Json
-    revision: int
-    lease: int
+    revision: int  # mod_revision, the token of a compare-and-swap
+    lease: int  # id of the lease it lives under; 0 for none
 
 
 class EtcdClient:
@@ -63,11 +57,8 @@ class EtcdClient:
         endpoints: `host:port` of each etcd member. If one does not answer, the next is tried.
         prefix: Prepended to every key; "/" is appended if it is missing.
         ca: File with the certificate authority (PEM). If given, connections use TLS.
-        cert: File with the client certificate (PEM).
-        key: File with its private key (PEM).
-        user: etcd user.
-        password: Its password; by default ETCD_PASSWORD from the environment.
-        timeouts: Limits of requests and intervals of waiting.
+        cert: File with the client certificate (PEM); `key` has its private key.
+        password: Of `user`; by default ETCD_PASSWORD from the environment.
 
     Raises:
         ConfigError: An endpoint is not `host:port`; a client certificate has no key or no authority.
@@ -87,22 +78,18 @@ class EtcdClient:
         timeouts: EtcdTimeouts = EtcdTimeouts(),
     ) -> None:
         for endpoint in endpoints:
-            host, _, port = endpoint.rpartition(":")
-            if not host or "/" in host or not port.isdigit():
+            if not re.fullmatch(r"[^/]+:\d+", endpoint):
                 raise ConfigError("etcd.endpoints", endpoint, "must be host:port")
         if bool(cert) != bool(key):
-            raise ConfigError(
-                "etcd.key" if cert else "etcd.cert", "", "must be given too: certificate and key go together"
-            )
+            missing = "etcd.key" if cert else "etcd.cert"
+            raise ConfigError(missing, "", "must be given too: certificate and key go together")
         if cert and not ca:
             raise ConfigError("etcd.ca", "", "must name the authority: without it, TLS and the certificate are unused")
-        self.endpoints = list(endpoints)
-        self.prefix = prefix.rstrip("/") + "/"
-        self.timeouts = timeouts
-        self._tls: dict[str, str | None] = {"ca_cert": ca or None, "cert_cert": cert or None, "cert_key": key or None}
+        self.endpoints, self.prefix, self.timeouts = list(endpoints), prefix.rstrip("/") + "/", timeouts
         secret = os.environ.get("ETCD_PASSWORD", "") if password is None else password
-        self._credentials = {"user": user, "password": secret} if user else {}
-        self._target = Target(", ".join(endpoints), self.prefix, ca or None, user)
+        self._security: dict[str, str | None] = {"user": user, "password": secret} if user else {}
+        self._security |= {"ca_cert": ca or None, "cert_cert": cert or None, "cert_key": key or None}
+        self._translate = partial(translate, where=", ".join(endpoints), prefix=self.prefix, ca=ca, user=user)
         self._next = 0  # endpoint of the next connection
         self._answered = False  # at least once
         self._connection: Any = None
@@ -111,23 +98,14 @@ class EtcdClient:
 
     @classmethod
     def of(cls, config: "TrainingConfig", timeouts: EtcdTimeouts = EtcdTimeouts()) -> Self:
-        """A client of the run's keys, below `{elastic.etcd.prefix}/{run_id}/`.
-
-        Raises:
-            ConfigError: No endpoint is given.
-        """
-        etcd = config.etcd
-        if not etcd.endpoints:
+        """A client of the run's keys, below `{elastic.etcd.prefix}/{run_id}/`."""
+        if not config.etcd.endpoints:
             raise ConfigError("etcd.endpoints", "[]", "must name an etcd; `python -m trainer launch` starts one")
-        prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
         # A member that has lost its leader holds requests for 7 s; by then the others would have gone on without us.
         call = min(timeouts.call, max(1.0, config.grace_period / 2))
-        return cls(
-            etcd.endpoints,
-            prefix,
-            **{name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")},
-            timeouts=replace(timeouts, call=call),
-        )
+        security = config.etcd.model_dump(include={"ca", "cert", "key", "user"})
+        prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
+        return cls(config.etcd.endpoints, prefix, **security, timeouts=replace(timeouts, call=call))
 
     def __enter__(self) -> Self:
         return self
@@ -140,8 +118,6 @@ class EtcdClient:
         with self._lock:
             self._drop(self._connection)
 
-    # Values
-
     def get(self, key: str) -> Entry | None:
         """The key's entry; None if it does not exist."""
         value, meta = self._call(lambda etcd: etcd.get(self.prefix + key))
@@ -150,8 +126,8 @@ class EtcdClient:
     def list(self, prefix: str) -> dict[str, Entry]:
         """The entries of all keys that begin with `prefix`, sorted by key."""
         found = self._call(lambda etcd: list(etcd.get_prefix(self.prefix + prefix)))
-        entries = [self._entry(value, meta) for value, meta in found]
-        return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)}
+        entries = (self._entry(value, meta) for value, meta in found)  # etcd sorts them
+        return {entry.key: entry for entry in entries}
 
     def put(self, key: str, value: Json, lease: int = 0) -> None:
         """Set the key, under a lease if one is given."""
@@ -160,12 +136,11 @@ class EtcdClient:
 
     def delete(self, key: str, token: int | None = None) -> bool:
         """Delete the key, if its `revision` is `token` where one is given. Returns whether it was deleted."""
-        path = self.prefix + key
 
         def transaction(etcd: Any) -> bool:
-            etcd_ = etcd.transactions
-            compare = [] if token is None else [etcd_.mod(path) == token]
-            won, responses = etcd.transaction(compare=compare, success=[etcd_.delete(path)], failure=[])
+            path, parts = self.prefix + key, etcd.transactions
+            compare = [] if token is None else [parts.mod(path) == token]
+            won, responses = etcd.transaction(compare=compare, success=[parts.delete(path)], failure=[])
             return bool(won and responses[0].response_delete_range.deleted)
 
         return self._call(transaction)
@@ -176,8 +151,6 @@ class EtcdClient:
 
     def swap(self, key: str, value: Json, token: int | None, lease: int = 0) -> tuple[bool, Entry | None]:
         """Compare and swap: put `value` if the key has not changed since `token`.
-
-        If the connection breaks before the outcome is known, the key is read again to decide whether it ran.
 
         Args:
             key: The key.
@@ -191,11 +164,11 @@ class EtcdClient:
         path, text = self.prefix + key, _encode(value)
 
         def transaction(etcd: Any) -> tuple[bool, Entry | None]:
-            etcd_ = etcd.transactions
+            parts = etcd.transactions
             won, responses = etcd.transaction(
-                compare=[etcd_.mod(path) == (token or 0)],
-                success=[etcd_.put(path, text, lease or None), etcd_.get(path)],
-                failure=[etcd_.get(path)],
+                compare=[parts.mod(path) == (token or 0)],
+                success=[parts.put(path, text, lease or None), parts.get(path)],
+                failure=[parts.get(path)],
             )
             found = responses[-1]
             return won, self._entry(*found[0]) if found else None
@@ -205,12 +178,11 @@ class EtcdClient:
         except EtcdError as error:
             if error.kind != "unreachable":
                 raise
+        # The connection broke before the outcome was known: read the key to decide whether the transaction ran
         entry = self.get(key)
-        if (entry.revision if entry else 0) == (token or 0):  # the transaction did not run
+        if (entry.revision if entry else 0) == (token or 0):
             return self._call(transaction)
         return entry is not None and _encode(entry.value) == text and entry.lease == lease, entry
-
-    # Leases
 
     def lease(self, ttl: float) -> Lease:
         """A lease that a thread keeps alive until it is revoked."""
@@ -233,8 +205,6 @@ class EtcdClient:
         replies = self._call(lambda etcd: list(etcd.refresh_lease(lease)))
         return bool(replies) and replies[-1].TTL > 0
 
-    # Waiting
-
     def watch(self, prefix: str, notify: Callable[[], None]) -> Watch:
         """Call `notify`, on a thread, after changes below `prefix`."""
         return Watch(self, prefix, notify)
@@ -245,50 +215,35 @@ class EtcdClient:
         timeout: float,
         prefix: str = "",
         on_wait: Callable[[], None] | None = None,
-        every: float = 5.0,
     ) -> T | None:
-        """Wait until `predicate()` is neither None nor False.
-
-        The predicate is evaluated after every change below `prefix`, and each `timeouts.poll` seconds in any case.
+        """Wait until `predicate()` is neither None nor False, and return its result; None after `timeout` seconds.
 
         Args:
-            predicate: May raise EtcdError: an unreachable etcd counts as "not yet".
+            predicate: Evaluated after every change below `prefix`, and each `timeouts.poll` seconds in any case. May
+                raise EtcdError: an unreachable etcd counts as "not yet", until the time is over.
             timeout: Seconds to wait.
             prefix: The keys that the predicate depends on.
-            on_wait: Called each `every` seconds, to log what is being waited for; it may raise.
-            every: Seconds between two calls of `on_wait`.
-
-        Returns:
-            The predicate's result; None after `timeout` seconds.
-
-        Raises:
-            EtcdError: etcd is unreachable when the time is over.
+            on_wait: Called each `timeouts.log` seconds, to log what is being waited for; it may raise.
         """
         deadline, logged = time.monotonic() + timeout, time.monotonic()
         changed = threading.Event()
         with self.watch(prefix, changed.set):
             while True:
                 changed.clear()
-                outage: EtcdError | None = None
                 try:
                     result = predicate()
                     if result is not None and result is not False:
                         return result
                 except EtcdError as error:
-                    if error.kind != "unreachable":
+                    if error.kind != "unreachable" or time.monotonic() >= deadline:
                         raise
-                    outage = error
                 now = time.monotonic()
                 if now >= deadline:
-                    if outage:
-                        raise outage
                     return None
-                if on_wait and now - logged >= every:
+                if on_wait and now - logged >= self.timeouts.log:
                     logged = now
                     on_wait()
                 changed.wait(min(self.timeouts.poll, deadline - now))
-
-    # The connection
 
     def connection(self) -> Any:
         """The current `etcd3` client; a new one, to the next endpoint, if the last one failed."""
@@ -296,14 +251,8 @@ class EtcdClient:
             if self._connection is None:
                 etcd3 = import_etcd3()
                 host, _, port = self.endpoints[self._next % len(self.endpoints)].rpartition(":")
-                self._connection = etcd3.client(
-                    host=host,
-                    port=int(port),
-                    timeout=self.timeouts.call,
-                    grpc_options=_CHANNEL_OPTIONS,
-                    **self._tls,
-                    **self._credentials,
-                )
+                options = {"timeout": self.timeouts.call, "grpc_options": _CHANNEL_OPTIONS, **self._security}
+                self._connection = etcd3.client(host, int(port), **options)
                 # The token is in every request's metadata; gRPC refuses to send it as a credential without TLS.
                 self._connection.call_credentials = None
             return self._connection
@@ -312,7 +261,7 @@ class EtcdClient:
         """Translate an exception, and close the connection if a new one may help. None: it is not from etcd."""
         if not is_etcd_failure(exception):
             return None
-        error = translate(exception, self._target, answered=self._answered)
+        error = self._translate(exception, answered=self._answered)
         if error.stale_connection:
             with self._lock:
                 self._drop(connection)
@@ -344,16 +293,13 @@ class EtcdClient:
             self._answered = True
             return result
 
-        if not failover:
-            return attempt()
-        return retrying(
-            lambda error: isinstance(error, EtcdError) and error.stale_connection,
-            attempts=len(self.endpoints) + 1,
-            first_pause=0.0,
-        )(attempt)
+        def is_stale(error: BaseException) -> bool:
+            return failover and isinstance(error, EtcdError) and error.stale_connection
+
+        return retrying(is_stale, attempts=len(self.endpoints) + 1, first_pause=0.0)(attempt)
 
     def _drop(self, connection: Any) -> None:
-        """Close the connection unless another thread has replaced it; the next one goes to the next endpoint."""
+        """Close the connection, unless another thread has replaced it. The next one goes to the next endpoint."""
         if connection is self._connection:
             self._next += 1
             self._connection = None
@@ -361,8 +307,7 @@ class EtcdClient:
                 connection.close()
 
     def _entry(self, value: bytes, meta: Any) -> Entry:
-        key = meta.key.decode().removeprefix(self.prefix)
-        return Entry(key, json.loads(value), meta.mod_revision, meta.lease_id)
+        return Entry(meta.key.decode().removeprefix(self.prefix), json.loads(value), meta.mod_revision, meta.lease_id)
 
 
 def run_prefix(prefix: str, run_id: str) -> str:
@@ -371,10 +316,9 @@ def run_prefix(prefix: str, run_id: str) -> str:
 
 
 def local_address(endpoint: str) -> str:
-    """This machine's address on the route to `endpoint` (host:port), which other machines can most likely reach.
+    """This machine's address on the route to `endpoint` (host:port). Raises EtcdError if there is no route.
 
-    Raises:
-        EtcdError: There is no route.
+    Other machines can most likely reach it.
     """
     host, _, port = endpoint.rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing

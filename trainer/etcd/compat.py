@@ -1,11 +1,9 @@
-"""Imports `etcd3` 0.12.0 under current protobuf.
+"""Imports `etcd3` 0.12.0 under current protobuf, for which the generated modules of that release are too old.
 
-The generated modules of that release fail with protobuf 4 or newer ("Descriptors cannot be created directly"). They are
-rebuilt here from the serialized descriptors that their sources contain.
+They are rebuilt here from the serialized descriptors that their sources contain.
 """
 
 import ast
-import importlib
 import importlib.util
 import os
 import sys
@@ -13,7 +11,7 @@ import threading
 import types
 from pathlib import Path
 
-from trainer.etcd.errors import EtcdError
+from trainer.errors import TrainingError
 
 _import_lock = threading.Lock()
 
@@ -22,7 +20,7 @@ def import_etcd3() -> types.ModuleType:
     """Import `etcd3`, with its message modules rebuilt. Thread-safe; works in either import order with protobuf.
 
     Raises:
-        EtcdError: The package is missing, or is not release 0.12.0.
+        TrainingError: The package is missing, or is not release 0.12.0.
     """
     with _import_lock:
         if "etcd3" not in sys.modules:
@@ -31,7 +29,7 @@ def import_etcd3() -> types.ModuleType:
 
             spec = importlib.util.find_spec("etcd3")
             if spec is None or spec.origin is None:
-                raise EtcdError("the package etcd3 is not installed", "request")
+                raise TrainingError("the package etcd3 is not installed")
             os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our exceptions carry gRPC's messages
             for name in ("kv", "auth", "rpc"):  # rpc imports the other two
                 source = (Path(spec.origin).parent / "etcdrpc" / f"{name}_pb2.py").read_text(encoding="utf-8")
@@ -48,4 +46,4 @@ def _serialized_pb(source: str) -> bytes:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.keyword) and node.arg == "serialized_pb" and isinstance(node.value, ast.Call):
             return str(ast.literal_eval(node.value.args[0])).encode("latin1")
-    raise EtcdError("the installed etcd3 is not release 0.12.0, the only one supported", "request")
+    raise TrainingError("the installed etcd3 is not release 0.12.0, the only one supported")

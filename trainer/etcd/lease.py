@@ -21,11 +21,7 @@ class Lease:
 
     If the lease expires anyway (this process or etcd stood still for longer than the TTL), the keys are registered
     again under a new one. An exclusive key that another process has created meanwhile stays with that process, and
-    `lost` is set.
-
-    Args:
-        client: Its client; close it after the lease.
-        ttl: Seconds after the last refresh at which etcd deletes the keys.
+    `lost` is set. etcd deletes the keys `ttl` seconds after the last refresh. Close the client after the lease.
     """
 
     def __init__(self, client: "EtcdClient", ttl: float) -> None:

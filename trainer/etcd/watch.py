@@ -1,10 +1,11 @@
 """A watch that survives the loss of its connection."""
 
-import importlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
+
+from trainer.etcd.compat import import_etcd3
 
 if TYPE_CHECKING:
     from trainer.etcd.client import EtcdClient
@@ -33,7 +34,6 @@ class Watch:
         self.close()
 
     def close(self) -> None:
-        """End the watch."""
         self._ended.set()
         if self._stream is not None:
             self._stream.cancel()
@@ -58,7 +58,7 @@ class Watch:
 
     def _follow(self, connection: Any) -> None:
         """Watch on one connection until the stream ends."""
-        rpc = importlib.import_module("etcd3.etcdrpc")
+        rpc = import_etcd3().etcdrpc
         end = self._prefix[:-1] + bytes([self._prefix[-1] + 1])
         request = rpc.WatchRequest(create_request=rpc.WatchCreateRequest(key=self._prefix, range_end=end))
         stream_ended = threading.Event()
@@ -69,8 +69,7 @@ class Watch:
 
         # Without `hasleader`, a member that is cut off from the others keeps the watch open and silent.
         metadata = (*(connection.metadata or ()), ("hasleader", "true"))
-        stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=metadata)
-        self._stream = stream
+        self._stream = stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=metadata)
         stream.add_callback(stream_ended.set)
         if self._ended.is_set():
             stream.cancel()

@@ -1,18 +1,7 @@
 """A torchrun agent that shuts down gracefully: `python -m trainer.launch.agent --config FILE [-- command …]`.
 
-It is torch's `LocalElasticAgent` with the rendezvous `etcd3-diloco`. Plain `torchrun --rdzv-backend etcd3-diloco`
-works, too; the differences are:
-
-- On SIGTERM, the workers get `LaunchTimeouts.shutdown` to save (torchrun: 30 s), this node's keys are deleted (torchrun
-  leaves them to their lease), and the exit status is 143 (torchrun: 1, after a traceback). SIGINT: 130.
-- A worker that ends with status 2 (bad configuration) or 143 (after SIGTERM) is not restarted.
-- A worker that the kernel kills because memory is short is restarted once: a second kill shows that it needs more
-  memory than there is.
-- Workers die with their agent, even by kill -9.
-- When the restarts are used up and fewer than `min_nodes` other nodes are left, the agent writes the verdict "failed"
-  with the reason, so that the others do not wait for this node.
-
-Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 143, or 1.
+It is torch's `LocalElasticAgent` with the rendezvous `etcd3-diloco`; docs/guide/elastic.md lists the differences to
+torchrun. Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 143, or 1.
 """
 
 import argparse
@@ -27,7 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import TrainingConfig
+from trainer.elastic.keys import SLOT_VARIABLE, finish, verdict
 from trainer.errors import TrainingError, out_of_memory, run_main
+from trainer.etcd.client import EtcdClient, local_address
+from trainer.etcd.errors import EtcdError
 from trainer.files import read_json
 from trainer.launch.memory_cgroup import MemoryCgroup
 from trainer.process import dying_with_parent
@@ -59,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_vague(reason: str) -> bool:
-    """Whether a verdict that an agent has written only says that a worker ended, but not why."""
+    """Whether a verdict that an agent has written states only that a worker ended, but not why."""
     return _VAGUE.fullmatch(reason) is not None
 
 
@@ -75,26 +67,23 @@ def run_agent(
     Args:
         config: The node's.
         command: The worker.
-        slot: The preferred slot.
+        slot: The preferred one.
         memory: The workers' cgroup; by default this process's.
-        timeouts: `shutdown` is the time that workers get to save.
 
     Raises:
         TrainingError: The workers need more memory than they may use; or the run cannot be joined.
     """
-    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):  # torch logs at length when a peer is lost
+    # Keep torch quiet, which logs at length when a peer is lost
+    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):
         os.environ.setdefault(name, "ERROR")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
-
-    from trainer.elastic.keys import verdict
-    from trainer.etcd.client import EtcdClient
-    from trainer.etcd.errors import EtcdError
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         # torch installs the same handler when it starts workers; this one serves until then.
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
+    # Run the workers until they are done, or a signal arrives
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     kills = _MemoryKills(memory or MemoryCgroup(), in_pod=config.launcher != "local")
@@ -104,41 +93,32 @@ def run_agent(
     try:
         result = _agent(config, command, rendezvous, kills, logs.name, timeouts).run()
         status = _conclude(config, getattr(rendezvous, "slot", slot), result, kills) if result.is_failed() else 0
-        return status
     except SignalException as error:
         status = 128 + error.sigval
-        return status
     except RendezvousClosedError as error:
         with EtcdClient.of(config) as client:
-            if verdict(client).status == "succeeded":
-                return 0
-        raise TrainingError(str(error)) from None
+            if verdict(client).status != "succeeded":
+                raise TrainingError(str(error)) from None
     except (RendezvousError, EtcdError) as error:
         raise TrainingError(str(error)) from None
     finally:
+        # Delete this node's keys
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; do not interrupt the clean-up
         if config.optim_method != "ddp" or status < 128:  # torch's rendezvous closes for all nodes, which may go on
             rendezvous.shutdown()
         logs.cleanup()
+    return status
 
 
 def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler":
     """The rendezvous of the run's agents: elastic nodes or, for the `ddp` baseline, one world of all nodes."""
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-    from trainer.elastic.keys import SLOT_VARIABLE, verdict
-    from trainer.etcd.client import EtcdClient, local_address
     from trainer.launch import etcd3_diloco_rendezvous, etcd3_rendezvous
 
     world, etcd, timeout = config.optim_method == "ddp", config.etcd, config.elastic.rdzv_timeout
-    settings = {name: getattr(etcd, name) for name in ("ca", "cert", "key", "user")}
-    settings |= {"prefix": config.elastic.etcd.prefix}
-    if world:
-        settings |= {"join_timeout": int(timeout)}
-    else:
-        settings |= {"timeout": timeout, "lease_ttl": config.lease_ttl, "nodes": config.nodes}
-        settings |= {} if slot is None else {"slot": slot}
+    own = {"timeout": timeout, "lease_ttl": config.lease_ttl, "nodes": config.nodes, "slot": slot}
     parameters = RendezvousParameters(
         etcd3_rendezvous.BACKEND if world else etcd3_diloco_rendezvous.BACKEND,
         ",".join(etcd.endpoints),
@@ -146,7 +126,9 @@ def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler"
         config.min_nodes,
         config.max_nodes,
         config.advertise_address or local_address(etcd.endpoints[0]),
-        **settings,
+        prefix=config.elastic.etcd.prefix,
+        **etcd.model_dump(include={"ca", "cert", "key", "user"}),
+        **({"join_timeout": int(timeout)} if world else own),
     )
     if not world:
         return etcd3_diloco_rendezvous.NodeRendezvous(parameters)
@@ -192,22 +174,25 @@ def _agent(
         monitor_interval=0.1,
         entrypoint=executable,
         args=tuple(rest),
-        master_addr=None,
-        master_port=None,
     )
     return Agent(spec, logs_specs=DefaultLogsSpecs(log_dir), shutdown_timeout=timeouts.shutdown)
 
 
 def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kills: "_MemoryKills") -> int:
     """Write the verdict if the run cannot go on without this node's failed workers; returns the exit status."""
-    from trainer.elastic.keys import finish, verdict
-    from trainer.etcd.client import EtcdClient
-
     codes = [failure.exitcode for failure in result.failures.values()]
     status = next((code for code in _FINAL if code in codes), 1)
     if status == 143:  # a worker that leaves does not decide about the run
         return status
-    end = kills.reason() if kills.last else _end(codes, kills.counted)
+    # Describe how the worker ended; a negative exit code is the signal that killed it
+    code = next(code for code in codes if code)
+    if kills.last:
+        end = kills.reason()
+    elif code < 0:
+        guess = " (out of memory?)" if code == _KILLED and not kills.counted else ""
+        end = f"was killed by {signal.Signals(-code).name}{guess}"
+    else:
+        end = f"ended with status {code}"
     reason = f"the worker of node {node} {end}"
     with EtcdClient.of(config) as client:
         if len(client.list("slots/")) - 1 < config.min_nodes:
@@ -220,21 +205,14 @@ def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kil
 
 
 class _MemoryKills:
-    """Distinguishes workers that the kernel killed because memory was short from other failures.
-
-    Attributes:
-        counted: Whether the kernel counts its kills.
-        count: Failures with such a kill.
-        last: Whether the last failure was one.
-    """
+    """Distinguishes workers that the kernel killed because memory was short from other failures."""
 
     def __init__(self, cgroup: MemoryCgroup, *, in_pod: bool) -> None:
         self._cgroup, self._in_pod, self._before = cgroup, in_pod, cgroup.kills()
-        self.counted = self._before is not None
-        self.count, self.last = 0, False
+        self.counted = self._before is not None  # whether the kernel counts its kills
+        self.count, self.last = 0, False  # the number of failures with such a kill; whether the last one was one
 
     def update(self, exit_codes: list[int]) -> None:
-        """Classify a failure by the workers' exit codes and the kernel's count."""
         now = self._cgroup.kills()
         increased = now is not None and now > (self._before or 0)
         self._before, self.last = now, increased and _KILLED in exit_codes
@@ -244,15 +222,6 @@ class _MemoryKills:
         """How the worker ended, with advice, as the end of a sentence."""
         limit = self._cgroup.limit()
         return out_of_memory("" if limit is None else f"{limit / 2**30:.3g} GiB", in_pod=self._in_pod)
-
-
-def _end(exit_codes: list[int], kills_counted: bool) -> str:
-    """How workers ended, as the end of a sentence. A negative exit code is the signal that killed a worker."""
-    code = next(code for code in exit_codes if code)
-    if code < 0:
-        guess = " (out of memory?)" if code == _KILLED and not kills_counted else ""
-        return f"was killed by {signal.Signals(-code).name}{guess}"
-    return f"ended with status {code}"
 
 
 if __name__ == "__main__":

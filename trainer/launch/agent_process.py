@@ -11,24 +11,17 @@ _ERROR = re.compile(r"(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)
 
 
 class AgentProcess:
-    """A torchrun agent. It dies with this process, and its workers with it.
+    """A torchrun agent, which runs `command`, or else this package's training, as configured by the file `config`.
 
-    Args:
-        node: Its number.
-        config: The file with the node's configuration.
-        log: The file that its output is appended to.
-        command: The worker; None for this package's training.
-        environment: Its environment variables.
-
-    Attributes:
-        restarts: Restarts after the agent was killed.
-        leaving: It was asked to leave, so its end is no failure.
+    It dies with this process, and its workers with it. Its output is appended to the file `log`.
     """
 
     def __init__(
         self, node: int, config: Path, log: Path, command: list[str] | None, environment: dict[str, str]
     ) -> None:
-        self.node, self.log, self.restarts, self.leaving = node, log, 0, False
+        self.node, self.log = node, log
+        self.restarts = 0  # after the agent was killed
+        self.leaving = False  # it was asked to leave, so its end is no failure
         self._command = [sys.executable, "-m", "trainer.launch.agent", "--config", str(config), "--slot", str(node)]
         if command:
             self._command += ["--", *command]
@@ -36,7 +29,7 @@ class AgentProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._end_reported = True
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._log_start = log.stat().st_size if log.exists() else 0
+        self.log_start = log.stat().st_size if log.exists() else 0
 
     @property
     def status(self) -> int | None:
@@ -44,14 +37,8 @@ class AgentProcess:
         return self._process.poll() if self._process else None
 
     @property
-    def started(self) -> bool:
-        """Whether it has ever been started."""
-        return self._process is not None
-
-    @property
     def running(self) -> bool:
-        """Whether it runs now."""
-        return self.started and self.status is None
+        return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Start it, again if it has ended."""
@@ -68,25 +55,19 @@ class AgentProcess:
 
     def has_just_ended(self) -> bool:
         """True once after each end."""
-        if self._end_reported or self.running:
-            return False
-        self._end_reported = True
-        return True
+        before, self._end_reported = self._end_reported, not self.running
+        return self._end_reported and not before
 
     def terminate(self) -> None:
         """Send SIGTERM if it runs."""
-        if self._process is not None and self.running:
+        if self._process is not None:
             self._process.terminate()
 
     def kill(self) -> None:
         """Kill it if it runs, and wait for its end."""
-        if self._process is not None and self.running:
+        if self._process is not None:
             self._process.kill()
             self._process.wait()
-
-    def last_error(self) -> str:
-        """The last error message in its log since this object was created; empty if there is none."""
-        return last_error(self.log, self._log_start)
 
 
 def last_error(log: Path, start: int = 0) -> str:

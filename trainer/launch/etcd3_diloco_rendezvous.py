@@ -2,19 +2,12 @@
 
 torchrun's elasticity forms one world of all nodes and restarts every worker when a node joins or leaves. Here an agent
 only holds a node lease and one of `max_nodes` slots. Its local workers form a world of their own, and the workers of
-different nodes synchronise through the quorum (`trainer.elastic.member`).
-
-    torchrun --rdzv-backend etcd3-diloco --rdzv-endpoint host:2379 --rdzv-id <run id> --nnodes 2:4 … train.py
-
-`trainer.elastic.keys` lists its keys.
-
-Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key` and `user` of etcd; `lease_ttl` and `timeout` in
-seconds; `slot`, the preferred slot; and `nodes`, the number of nodes that the first start waits for (default:
-`min_nodes`). Once `min_nodes` nodes are present, the rest get `last_call_timeout` seconds (default: 30, as in
-torchrun's own rendezvous). The password comes from ETCD_PASSWORD in the environment.
+different nodes synchronise through the quorum (`trainer.elastic.member`). Keys: `trainer.elastic.keys`; settings:
+docs/guide/elastic.md.
 """
 
 import logging
+import math
 import os
 import socket
 import time
@@ -42,7 +35,6 @@ from trainer.timeouts import LaunchTimeouts
 log = logging.getLogger(__name__)
 
 BACKEND = "etcd3-diloco"
-_SPARE_WAIT = 3600.0  # seconds; a spare waits again after that, as long as the run lasts
 
 
 def client_of(parameters: RendezvousParameters) -> EtcdClient:
@@ -55,15 +47,7 @@ def client_of(parameters: RendezvousParameters) -> EtcdClient:
 
 
 class NodeRendezvous(RendezvousHandler):
-    """One agent's part in the rendezvous; see the module's docstring.
-
-    Args:
-        parameters: torchrun's; the endpoint is `host:port`, several separated by commas.
-        timeouts: `last_call` is the default of `last_call_timeout`.
-
-    Attributes:
-        slot: The slot that this node holds; None before `next_rendezvous`.
-    """
+    """One agent's part in the rendezvous; see the module's docstring."""
 
     def __init__(self, parameters: RendezvousParameters, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
         self._run_id = parameters.run_id
@@ -78,16 +62,14 @@ class NodeRendezvous(RendezvousHandler):
         self._node = uuid.uuid4().hex
         self._lease: Lease | None = None
         self._store: TCPStore | None = None
-        self.slot: int | None = None
+        self.slot: int | None = None  # that this node holds
 
     def get_backend(self) -> str:
-        """The name of this backend."""
         return BACKEND
 
     @property
     def use_agent_store(self) -> bool:
-        """True: MASTER_ADDR and MASTER_PORT name the agent's store (`next_rendezvous`)."""
-        return True
+        return True  # MASTER_ADDR and MASTER_PORT name the store that `next_rendezvous` creates
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Take a slot, wait for the run's first start, and form a world of the local workers.
@@ -124,11 +106,9 @@ class NodeRendezvous(RendezvousHandler):
         finish(self._client, "failed", "the rendezvous was closed")
 
     def num_nodes_waiting(self) -> int:
-        """0: a node that joins later restarts no workers."""
-        return 0
+        return 0  # a node that joins later restarts no workers
 
     def get_run_id(self) -> str:
-        """The run id."""
         return self._run_id
 
     def shutdown(self) -> bool:
@@ -159,25 +139,21 @@ class NodeRendezvous(RendezvousHandler):
         if self.slot is not None:
             return
         self._lease = self._client.lease(self._ttl)
-        if self._try_slots() is None:
+        if not self._try_slots():
             self._register(None)
             log.warning("all %d slots are taken: this node waits as a spare", self._max_nodes)
-            while self._client.wait_for(self._unless_closed(self._try_slots), _SPARE_WAIT) is None:
-                pass
+            self._client.wait_for(self._unless_closed(self._try_slots), math.inf)
         self._register(self.slot)
 
-    def _try_slots(self) -> bool | None:
+    def _try_slots(self) -> bool:
         assert self._lease is not None
-        numbers = list(range(self._max_nodes))
-        if self._preferred in numbers:
-            numbers = [self._preferred, *(number for number in numbers if number != self._preferred)]
         taken = self._client.list("slots/")
-        for number in numbers:
-            holder = {"node": self._node, "host": socket.gethostname(), "pid": os.getpid()}
+        holder = {"node": self._node, "host": socket.gethostname(), "pid": os.getpid()}
+        for number in sorted(range(self._max_nodes), key=lambda number: number != self._preferred):
             if f"slots/{number}" not in taken and self._lease.create(f"slots/{number}", holder):
                 self.slot = number
                 return True
-        return None
+        return False
 
     def _register(self, slot: int | None) -> None:
         assert self._lease is not None
@@ -186,8 +162,8 @@ class NodeRendezvous(RendezvousHandler):
     def _wait_for_start(self) -> None:
         """Return once the run has started: enough nodes have held a slot at the same time.
 
-        The desired number of nodes is enough at once, `min_nodes` only after the last call or the timeout. So a run
-        that can train on one node still starts with all nodes that arrive at about the same time.
+        The desired number of nodes starts at once, `min_nodes` only after the last call or the timeout. So a run that
+        can train on one node still starts with all nodes that arrive at about the same time.
         """
         present, enough_since, deadline = 0, 0.0, time.monotonic() + self._timeout
 
@@ -217,9 +193,9 @@ class NodeRendezvous(RendezvousHandler):
                 log.warning("%d of %d nodes are present: starting in %.0f s", present, self._desired, seconds_left())
 
         if not self._client.wait_for(self._unless_closed(started), self._timeout, on_wait=log_wait):
-            reason = f"only {present} of at least {self._min_nodes} nodes arrived within {self._timeout:.0f} s"
             self.shutdown()
-            raise RendezvousTimeoutError(reason)
+            few = f"only {present} of at least {self._min_nodes} nodes arrived within {self._timeout:.0f} s"
+            raise RendezvousTimeoutError(few)
 
     def _unless_closed(self, predicate: Callable[[], bool | None]) -> Callable[[], bool | None]:
         def check() -> bool | None:

@@ -1,28 +1,14 @@
 """The torchrun backend `etcd3`: torch's own dynamic rendezvous, for any torchrun script, on etcd's v3 API.
 
-    torchrun --rdzv-backend etcd3 --rdzv-endpoint host:2379 --rdzv-id <run id> --nnodes 1:4 … anyones_script.py
-
-All nodes form one world, and a node that joins, leaves or dies restarts every worker, as usual with torchrun. (Training
-without restarts: `trainer.launch.etcd3_diloco_rendezvous`.) The two etcd backends that ship with torch use the v2 API,
-which etcd 3.6 has removed.
-
-Security: the rendezvous state is torch's own pickle, which every agent loads, so write access to the key lets a process
-run code in the agents. torch offers no alternative. Protect this etcd by TLS and a user with rights below the prefix
-only. It is the only pickle that this project puts into etcd, as base64 in a JSON string.
-
-Keys, below `{prefix}/{run id}/`, each under a lease of the agent that wrote it last:
+All nodes form one world, and a node that joins, leaves or dies restarts every worker, as usual with torchrun; the
+workers of a killed agent end only with their container. Settings: docs/guide/elastic.md. Keys, below
+`{prefix}/{run id}/`, each under a lease of the agent that wrote it last:
 
 rendezvous           {state}          torch's `_RendezvousState`; every change is a compare-and-swap on its mod_revision
 store/<key>          {value, write}   messages between agents at the start and end of a round
 
-Settings (`--rdzv-conf name=value,…`): `prefix`, `ca`, `cert`, `key` and `user` of etcd (the password comes from
-ETCD_PASSWORD in the environment). In seconds: `lease_ttl`, how long the keys outlive the last agent (7200);
-`read_timeout`, how long to wait for another agent's key (60); `outage_limit`, how long to wait for an etcd that was
-reachable before (60). Of torch's own: a dead agent counts as alive for `keep_alive_interval` (5 s) times
-`keep_alive_max_attempt` (3), by the wall clocks of all nodes; `last_call_timeout` (30 s) is how long a start waits for
-nodes beyond the minimum. The workers of a killed agent end only with their container.
-
-A finished run id stays closed until the lease expires: use a new one for each run and attempt.
+The state is torch's pickle, the only one that this project puts into etcd (as base64 in a JSON string): write access to
+its key lets a process run code in the agents.
 """
 
 import os
@@ -54,11 +40,7 @@ T = TypeVar("T")
 
 
 def create(parameters: RendezvousParameters) -> RendezvousHandler:
-    """torch's dynamic rendezvous with its state and its store in etcd.
-
-    Raises:
-        RendezvousConnectionError: etcd is unreachable, or refuses access.
-    """
+    """torch's dynamic rendezvous with its state and its store in etcd."""
     # With rank 0's store shared between rounds, torch 2.13 to 2.15 hangs when a node is added.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     etcd = _Etcd(parameters)
@@ -81,11 +63,10 @@ class EtcdBackend(RendezvousBackend):
 
     @property
     def name(self) -> str:
-        """The name of this backend."""
         return BACKEND
 
     def get_state(self) -> tuple[bytes, int] | None:
-        """The state and its token; None if there is none."""
+        """The state and its token, if it exists."""
         return _state(self._etcd.ask(lambda client: client.get("rendezvous")))
 
     def set_state(self, state: bytes, token: int | None = None) -> tuple[bytes, int, bool] | None:
@@ -110,7 +91,6 @@ class EtcdStore(Store):
         self.set_timeout(timeout)  # torch changes it for a barrier
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Write a key."""
         written = _written(value.encode() if isinstance(value, str) else value)
         self._etcd.ask(lambda client: client.put(f"store/{key}", written, self._etcd.lease()))
 
@@ -127,26 +107,22 @@ class EtcdStore(Store):
         while True:
             entry = self._etcd.ask(lambda client: client.get(f"store/{key}"))
             total = value + (int(b64decode(entry.value["value"])) if entry else 0)
-            written = _written(str(total).encode())
-            if self._swap(key, written, entry.revision if entry else None):
+            written, token = _written(str(total).encode()), entry.revision if entry else None
+            won, entry = self._swap(f"store/{key}", written, token)
+            if won or (entry is not None and entry.value == written):  # our write, after a lost answer
                 return total
 
-    def _swap(self, key: str, written: dict[str, str], token: int | None) -> bool:
-        won, entry = self._etcd.ask(lambda client: client.swap(f"store/{key}", written, token, self._etcd.lease()))
-        return won or (entry is not None and entry.value == written)  # our write, after a lost answer
+    def _swap(self, path: str, written: dict[str, str], token: int | None) -> tuple[bool, Entry | None]:
+        return self._etcd.ask(lambda client: client.swap(path, written, token, self._etcd.lease()))
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys exist."""
-        return self._etcd.ask(lambda client: all(client.get(f"store/{key}") for key in keys))
+        return self._etcd.ask(lambda client: _all_exist(client, keys))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Wait until all keys exist; raises DistStoreError if they do not in time."""
         limit = (timeout or self.timeout).total_seconds()  # type: ignore[attr-defined]
-
-        def all_exist(client: EtcdClient) -> bool | None:
-            return client.wait_for(lambda: all(client.get(f"store/{key}") for key in keys), limit, "store/")
-
-        if not self._etcd.ask(all_exist):
+        if not self._etcd.ask(lambda client: client.wait_for(lambda: _all_exist(client, keys), limit, "store/")):
             raise DistStoreError(f"{', '.join(keys)} did not arrive within {limit:.0f} s")
 
 
@@ -162,9 +138,7 @@ class _Etcd:
             first_pause=timeouts.etcd_retry,
             longest_pause=timeouts.etcd_retry,
         )
-        self._lease = 0
-        self._refreshed = 0.0
-        self._reached = False
+        self._lease, self._refreshed, self._reached = 0, 0.0, False
 
     def ask(self, operation: Callable[[EtcdClient], T]) -> T:
         """Run an operation. An etcd that was reachable before is waited for."""
@@ -183,6 +157,10 @@ class _Etcd:
                 self._lease = self._client.grant(self._ttl)
             self._refreshed = now
         return self._lease
+
+
+def _all_exist(client: EtcdClient, keys: list[str]) -> bool:
+    return all(client.get(f"store/{key}") for key in keys)
 
 
 def _written(value: bytes) -> dict[str, str]:

@@ -4,6 +4,7 @@ torch loads them while it imports its own rendezvous package, which the backends
 imported only when it is used; otherwise importing a backend first would leave it out of torch's registry.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,22 +15,14 @@ Create = Callable[["RendezvousParameters"], "RendezvousHandler"]
 
 
 def etcd3() -> Create:
-    """torch's dynamic rendezvous with its state and store in etcd (`trainer.launch.etcd3_rendezvous`)."""
-
-    def create(parameters: "RendezvousParameters") -> "RendezvousHandler":
-        from trainer.launch import etcd3_rendezvous
-
-        return etcd3_rendezvous.create(parameters)
-
-    return create
+    """torch's dynamic rendezvous with its state and store in etcd."""
+    return _lazy("etcd3_rendezvous", "create")
 
 
 def etcd3_diloco() -> Create:
-    """A rendezvous of nodes instead of worlds (`trainer.launch.etcd3_diloco_rendezvous`)."""
+    """A rendezvous of nodes instead of worlds."""
+    return _lazy("etcd3_diloco_rendezvous", "NodeRendezvous")
 
-    def create(parameters: "RendezvousParameters") -> "RendezvousHandler":
-        from trainer.launch.etcd3_diloco_rendezvous import NodeRendezvous
 
-        return NodeRendezvous(parameters)
-
-    return create
+def _lazy(module: str, name: str) -> Create:
+    return lambda parameters: getattr(importlib.import_module(f"trainer.launch.{module}"), name)(parameters)

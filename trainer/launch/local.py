@@ -21,7 +21,7 @@ from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
-from trainer.launch.agent_process import AgentProcess
+from trainer.launch.agent_process import AgentProcess, last_error
 from trainer.launch.scale import DESIRED, with_nodes
 from trainer.monitor.dashboard import Dashboard, View, view
 from trainer.monitor.find_run import LAUNCHED
@@ -40,7 +40,6 @@ def launch(
     Args:
         config: The run's. It resumes if its run id has checkpoints.
         command: The worker; None for this package's training.
-        timeouts: `poll` is the interval of the dashboard.
 
     Returns:
         0: the run is complete.
@@ -73,9 +72,8 @@ def launch(
         etcd = None
         if not config.etcd.endpoints:
             address = socket.gethostbyname(config.advertise_address or "127.0.0.1")
-            etcd = resources.enter_context(
-                EmbeddedEtcd(run_dir / "etcd", address=address, port_range=config.port_range)
-            )
+            embedded = EmbeddedEtcd(run_dir / "etcd", address=address, port_range=config.port_range)
+            etcd = resources.enter_context(embedded)
             config = config.with_values(etcd_endpoints=[etcd.endpoint])
         client = resources.enter_context(EtcdClient.of(config))
         # Reset what a previous launch has left
@@ -93,11 +91,7 @@ def launch(
 
 
 class _Run:
-    """The agents of a run, and the dashboard that shows them.
-
-    Attributes:
-        scale_requested: Set when `trainer.launch.scale.scale` may have asked for another number of nodes.
-    """
+    """The agents of a run, and the dashboard that shows them."""
 
     def __init__(
         self,
@@ -114,7 +108,7 @@ class _Run:
         self._dashboard = Dashboard(config.total_steps)
         self._lost: list[str] = []  # workers that have failed finally, while the others continued
         self._add(config.nodes)
-        self.scale_requested = threading.Event()
+        self.scale_requested = threading.Event()  # `scale` may have asked for another number of nodes
         self._signals: list[int] = []  # received so far
         self._wake = threading.Event()
 
@@ -123,17 +117,15 @@ class _Run:
         self._desired = nodes
         processes = self._config.elastic.nproc_per_node
         environment = _environment(nodes * processes)
-        for node, worker in enumerate(worker_configs(with_nodes(self._config, nodes))):
-            if node < len(self._agents):
-                continue
-            path = Path(worker.run_dir) / "config.json"
-            write_json(path, worker.model_dump(mode="json"))
+        workers = worker_configs(with_nodes(self._config, nodes))
+        for node in range(len(self._agents), nodes):
+            path = Path(workers[node].run_dir) / "config.json"
+            write_json(path, workers[node].model_dump(mode="json"))
             log = self._run_dir / "logs" / f"worker-{node}.log"
             self._agents.append(AgentProcess(node, path, log, self._command, environment))
-            self._progress += [
-                WorkerProgress(node * processes + local_rank, Volume.of(worker, local_rank).metrics)
-                for local_rank in range(processes)
-            ]
+            for rank in range(processes):
+                metrics = Volume.of(workers[node], rank).metrics
+                self._progress.append(WorkerProgress(node * processes + rank, metrics))
 
     def follow(self) -> int:
         """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
@@ -156,9 +148,7 @@ class _Run:
             raise TrainingError(f"{failure} (logs: {self._run_dir / 'logs'})")
         run_id = self._config.run_id
         print(f"run {run_id} is stopped; the same command with --run-id {run_id} resumes it", flush=True)
-        if self._signals[0] == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise Interrupted
+        raise KeyboardInterrupt if self._signals[0] == signal.SIGINT else Interrupted
 
     def _watch(self, shown: View) -> str:
         """Wait until all agents have ended. Returns why the run failed; empty if it did not, or was stopped."""
@@ -192,6 +182,7 @@ class _Run:
             shown.show(f"worker {agent.node} has left")
             self._bring_back(agent)
             return ""
+        # Restart an agent that was killed
         if (agent.status or 0) < 0 and agent.restarts < self._config.elastic.max_restarts:
             shown.show(f"the agent of worker {agent.node} was killed: starting it again")
             with suppress(EtcdError):  # if etcd is unreachable, the slot is free when its lease ends
@@ -199,11 +190,13 @@ class _Run:
             agent.restarts += 1
             agent.start()
             return ""
+        # Go on without it, if enough nodes are left
         if sum(other.running for other in self._agents) >= self._config.min_nodes:
             agent.leaving = True
             self._lost.append(str(agent.node))
             shown.show(f"{self._reason(agent)}: the others go on")
             return ""
+        # End the run
         failure = self._reason(agent)
         shown.show("the run has failed: stopping the other workers")
         with suppress(EtcdError):
@@ -236,7 +229,7 @@ class _Run:
 
     def _bring_back(self, agent: AgentProcess) -> None:
         """Start an agent that is new, or has left, if its node is desired."""
-        if agent.node < self._desired and not agent.running and (agent.leaving or not agent.started):
+        if agent.node < self._desired and not agent.running and (agent.leaving or agent.status is None):
             agent.leaving = False
             agent.start()
             for worker in self._progress:
@@ -251,8 +244,8 @@ class _Run:
             return str(error)
         if result.terminal and result.slot is None:
             return result.reason
-        first = self._agents[result.slot] if result.terminal and result.slot is not None else agent
-        error_line = first.last_error()
+        first = agent if result.slot is None else self._agents[result.slot]
+        error_line = last_error(first.log, first.log_start)
         if error_line and "killed" not in result.reason:
             return f"worker {first.node}: {error_line}"
         if result.reason:
@@ -280,9 +273,6 @@ class _Run:
             self._signals.append(number)
             self._wake.set()
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         # A hang-up that is ignored (nohup) stays ignored.
         numbers = [signal.SIGTERM, signal.SIGINT]
         numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
@@ -322,7 +312,6 @@ def _summarise(run_dir: Path) -> None:
 
 def _environment(workers: int) -> dict[str, str]:
     """The agents' environment, without parameters: their configuration file has these."""
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    return environment
+    return {"OMP_NUM_THREADS": str(threads)} | environment

@@ -12,12 +12,7 @@ _NO_LIMIT = 1 << 60  # bytes: for "no limit", version 1 writes a number near 2^6
 
 
 class MemoryCgroup:
-    """The memory cgroup of this process and its children.
-
-    Args:
-        root: The mount point of cgroups.
-        membership: The file that names this process's cgroup.
-    """
+    """The memory cgroup of this process and its children."""
 
     def __init__(self, root: Path = ROOT, membership: Path = MEMBERSHIP) -> None:
         self._kills, self._limit = _files(root, membership)
@@ -45,13 +40,13 @@ def _files(root: Path, membership: Path) -> tuple[Path | None, Path | None]:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
         return None, None
-    candidates: list[tuple[Path, str, str, str]] = []
     for _, controllers, path in lines:
         if "memory" in controllers.split(","):
-            candidates.append((root / "memory", path, "memory.oom_control", "memory.limit_in_bytes"))
+            mount, kills, limit = root / "memory", "memory.oom_control", "memory.limit_in_bytes"
         elif not controllers:
-            candidates.append((root, path, "memory.events", "memory.max"))
-    for mount, path, kills, limit in candidates:
+            mount, kills, limit = root, "memory.events", "memory.max"
+        else:
+            continue
         for directory in (mount / path.lstrip("/"), mount):
             if (directory / kills).is_file():
                 return directory / kills, directory / limit

@@ -2,13 +2,14 @@
 
 import os
 import socket
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from trainer import checkpoint, data, models
-from trainer.config import UNSET, ScopeName, TrainingConfig
+from trainer.config import ScopeName, TrainingConfig
 from trainer.data.manifest import read_manifest
 from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.etcd.client import local_address
@@ -29,7 +30,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
         network: Whether workers will listen on this machine.
 
     Raises:
-        ConfigError: The model, dataset or device is missing, the run directory cannot be written, and so on.
+        ConfigError: Something is missing, taken, or contradicts the run's checkpoints.
     """
     models.resolve(config.model)
     data.check(config)
@@ -41,8 +42,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
         from trainer.worker.compilation import check_backend
 
         check_backend(config)
-    for name in ("ca", "cert", "key"):
-        path = getattr(config.etcd, name)
+    for name, path in config.etcd.model_dump(include={"ca", "cert", "key"}).items():
         if path and not Path(path).is_file():
             raise ConfigError(f"etcd.{name}", path, "no such file")
     _check_upload(config)
@@ -66,11 +66,8 @@ def check_network(config: TrainingConfig) -> None:
             socket.create_server((config.advertise_address, 0)).close()
         except OSError:
             raise ConfigError("advertise_address", config.advertise_address, "is no address of this machine") from None
-    if config.port_range:
-        _check_ports(config)
-
-
-def _check_ports(config: TrainingConfig) -> None:
+    if not config.port_range:
+        return
     workers, etcds = config.nodes * config.elastic.nproc_per_node, int(not config.etcd.endpoints)
     # Each worker listens for members that fetch its state; of the baseline's workers, only the first one listens.
     needed = etcds + (1 if config.optim_method == "ddp" else workers)
@@ -78,30 +75,17 @@ def _check_ports(config: TrainingConfig) -> None:
     if high - low + 1 < needed:
         allowed = f"must hold {needed} ports: {workers} workers" + (" and an etcd" if etcds else "") + " listen here"
         raise ConfigError("port_range", config.port_range, allowed)
-    address = config.advertise_address or _own_address(config)
-    free: list[socket.socket] = []
-    try:
-        while len(free) < needed:  # each stays open, so that the next one gets another port
-            start = free[-1].getsockname()[1] + 1 if free else low
-            if start > high:
-                break
-            free.append(listen(address, f"{start}-{high}"))
-    except ConfigError:
-        pass
-    finally:
-        for listener in free:
-            listener.close()
-    if len(free) < needed:
-        raise ConfigError(
-            "port_range", config.port_range, f"has {len(free)} free ports of the {needed} that are needed"
-        )
-
-
-def _own_address(config: TrainingConfig) -> str:
-    try:
-        return local_address(config.etcd.endpoints[0]) if config.etcd.endpoints else "127.0.0.1"
-    except EtcdError:
-        return ""
+    address = config.advertise_address or "127.0.0.1"
+    if config.etcd.endpoints and not config.advertise_address:
+        with suppress(EtcdError):
+            address = local_address(config.etcd.endpoints[0])
+    free = 0
+    with ExitStack() as listeners, suppress(ConfigError):
+        while free < needed:  # each stays open, so that the next one gets another port
+            listeners.enter_context(listen(address, config.port_range))
+            free += 1
+    if free < needed:
+        raise ConfigError("port_range", config.port_range, f"has {free} free ports of the {needed} that are needed")
 
 
 def _check_upload(config: TrainingConfig) -> None:
@@ -128,8 +112,7 @@ def _check_resume(config: TrainingConfig) -> None:
         except TrainingError as error:
             allowed = f"must be auto, never, or the directory of a checkpoint ({error})"
             raise ConfigError("resume", config.resume, allowed) from None
-        _check_model("resume", config.resume, config, state)
-        _check_steps(config, state)
+        _check_fit("resume", config.resume, config, state)
     for worker in worker_configs(config):
         for local_rank in range(config.elastic.nproc_per_node):
             volume = Volume.of(worker, local_rank)
@@ -138,7 +121,7 @@ def _check_resume(config: TrainingConfig) -> None:
                 raise ConfigError("resume", "never", f"{where}; choose another run_id")
             if state := checkpoint.newest_state(volume.checkpoints):
                 # A run that began with that checkpoint and was interrupted resumes from its own checkpoints.
-                if began_with and Path(_then(state).get("resume", "")).absolute() != began_with:
+                if began_with and Path(state["config"].get("resume", "")).absolute() != began_with:
                     where = f"run {config.run_id} has checkpoints of its own in {volume.checkpoints}"
                     raise ConfigError("resume", config.resume, f"{where}: leave it out, or choose another run_id")
                 _check_same(worker, volume, state)
@@ -146,10 +129,9 @@ def _check_resume(config: TrainingConfig) -> None:
 
 def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -> None:
     """Refuse to resume a run with a configuration that its newest checkpoint contradicts."""
-    then, advice = _then(state), "go on with that, or choose another run_id"
+    then, advice = state["config"], "go on with that, or choose another run_id"
     where = f"the checkpoints in {volume.checkpoints}"
-    if then:
-        _check_model("model", worker.model, worker, state)
+    _check_fit("model", worker.model, worker, state)
     embedded = not worker.etcd.endpoints and (Path(worker.run_dir).parent / "etcd").exists()
     scope: ScopeName = "fingerprint" if embedded else "fixed"
     try:
@@ -160,29 +142,20 @@ def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -
     for name, value in worker.in_scope(scope).items():
         if recorded[name] != value:
             raise ConfigError(name, value, f"{where} have {recorded[name]}: {advice}")
-    _check_steps(worker, state)
     manifest = read_manifest(data.directory(worker, volume.datasets))
     if manifest is not None and state.get("dataset", manifest.hash) != manifest.hash:
         other = f"{where} are of other data ({then.get('dataset', 'unknown')}, tokenizer {then.get('tokenizer')!r})"
         raise ConfigError("dataset", worker.dataset, f"{other}: {advice}")
 
 
-def _check_model(field: str, value: str, config: TrainingConfig, state: dict[str, Any]) -> None:
-    model = _then(state).get("model", "")
+def _check_fit(field: str, value: str, config: TrainingConfig, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model, or beyond the end of the run."""
+    model = state["config"].get("model", "")
     try:
         same = models.resolve(model).name == models.resolve(config.model).name
     except ConfigError:
         same = False
     if not same:
         raise ConfigError(field, value, f"the checkpoint is of model {model!r}, this run's is {config.model!r}")
-
-
-def _check_steps(config: TrainingConfig, state: dict[str, Any]) -> None:
-    if config.total_steps < (step := state.get("step", 0)):
+    if (step := state.get("step", 0)) > config.total_steps:
         raise ConfigError("total_steps", config.total_steps, f"the checkpoint is at step {step} already")
-
-
-def _then(state: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that a checkpoint was made with. Old ones have null for a number that was not given."""
-    then = state.get("config")
-    return {name: UNSET if value is None else value for name, value in then.items()} if isinstance(then, dict) else {}

@@ -15,18 +15,15 @@ DESIRED = "desired"  # {nodes}: the desired number of nodes; `launch` deletes th
 def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
     """Ask a running `launch` for `nodes` nodes.
 
-    The volumes of additional nodes are filled here, from the first node's. If there are to be fewer, those with the
+    The volumes of additional nodes are filled here, from the first node's. If the number shrinks, the nodes with the
     highest numbers save and leave, and the others continue.
-
-    Args:
-        config: Locates the run.
-        nodes: The desired number.
-        timeouts: `scale_answer` limits the wait for `launch`.
 
     Raises:
         ConfigError: `nodes` is outside of the run's bounds.
         TrainingError: The run is over or not running, or its `launch` does not answer.
     """
+    from trainer.data import precache
+
     config = find(config)
     low, high = config.min_nodes, config.max_nodes
     if not low <= nodes <= high:
@@ -39,7 +36,9 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
             raise TrainingError(f"run {config.run_id} is not running: {error}") from None
         if result.terminal:
             raise TrainingError(str(result))
-        _precache(config, nodes)
+        workers = worker_configs(with_nodes(config, nodes))
+        for own in workers[config.nodes :]:
+            precache(own, Volume.of(own), source=Volume.of(workers[0]).datasets)
         client.put(DESIRED, {"nodes": nodes})
         limit = timeouts.scale_answer
         if not client.wait_for(lambda: client.get(DESIRED) is None, limit, DESIRED):
@@ -51,11 +50,3 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
 def with_nodes(config: TrainingConfig, nodes: int) -> TrainingConfig:
     """The run's configuration with another number of nodes and unchanged bounds."""
     return config.with_values(elastic_min_nodes=config.min_nodes, elastic_max_nodes=config.max_nodes, nodes=nodes)
-
-
-def _precache(config: TrainingConfig, nodes: int) -> None:
-    from trainer.data import precache
-
-    workers = worker_configs(with_nodes(config, nodes))
-    for own in workers[config.nodes :]:
-        precache(own, Volume.of(own), source=Volume.of(workers[0]).datasets)

@@ -1,18 +1,7 @@
 """The channel between a donor and a fetcher: authenticated messages and bulk bytes over one TCP connection.
 
-Lengths are in network byte order, messages in JSON.
-
-    both       magic, nonce
-    then, alternately, any number of times: length (u32), HMAC-SHA256, message
-    fetcher    {find: name}
-    donor      {offer: id, meta, layout}, or {missing: true}
-    fetcher    {offer: id, buffer: name, start, stop}, in bytes
-    donor      {checksum: xxh3_128} and the bytes, or {missing: true}
-
-The HMAC key of a connection is derived from the run's secret and both nonces, and each HMAC covers the direction and
-number of its message. So neither end accepts a message from a process without the secret, and messages cannot be
-replayed, reflected or reordered. The checksum covers the bytes as sent. It is not cryptographic: like gloo's traffic,
-the bytes are neither encrypted nor protected from an attacker that can modify packets.
+docs/design/transfer.md has the protocol and what it protects from. The HMAC key of a connection is derived from the
+run's secret and both nonces; each HMAC covers the direction and number of its message.
 """
 
 import hmac
@@ -52,7 +41,7 @@ Layout = dict[str, tuple[torch.dtype, int]]  # of each buffer: dtype and number 
 
 
 class TransferError(TrainingError):
-    """No donor is left, or the time is over. The message says why each donor failed."""
+    """No donor is left, or the time is over. The message has each donor's reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,24 +50,17 @@ class Offer:
 
     They must not change while on offer, unless the reader can use a mixture of old and new chunks.
 
-    Attributes:
-        meta: Small JSON that describes the content. Donors with equal metas have equal content.
-        buffers: Contiguous host tensors of any dtype.
     """
 
-    meta: Json
-    buffers: dict[str, Tensor]
+    meta: Json  # small; describes the content: donors with equal metas have equal content
+    buffers: dict[str, Tensor]  # contiguous, on the host, of any dtype
 
     def __post_init__(self) -> None:
         check_buffers(self.buffers)
 
 
 class Failure(Exception):
-    """The other end violated the protocol, or cannot serve.
-
-    Attributes:
-        cost: The number of failures it counts for.
-    """
+    """The other end violated the protocol, or cannot serve. `cost` is the number of failures that it counts for."""
 
     def __init__(self, reason: str, cost: float = 1) -> None:
         super().__init__(reason)
@@ -90,13 +72,9 @@ class Forbidden(Failure):
 
 
 class Channel:
-    """One end of a connection that carries authenticated messages, and bytes.
+    """One end of a connection that carries authenticated messages, and bytes. The caller closes the connection.
 
-    Args:
-        connection: A connected socket; the caller closes it.
-        secret: The run's.
-        side: FETCHER or DONOR.
-        timeouts: `stall` limits each operation.
+    `timeouts.stall` limits each operation.
     """
 
     def __init__(self, connection: socket.socket, secret: bytes, side: Side, timeouts: TransportTimeouts) -> None:
@@ -125,13 +103,7 @@ class Channel:
             self._connection.sendall(payload)
 
     def receive(self, limit: int) -> dict[str, Any]:
-        """The next message, of at most `limit` bytes.
-
-        Raises:
-            Forbidden: Its sender does not have the secret.
-            Failure: It is not a valid message.
-            OSError: It does not arrive.
-        """
+        """The next message, of at most `limit` bytes."""
         head = self._read_bytes(_LENGTH.size + _MAC_BYTES)
         (length,) = _LENGTH.unpack_from(head)
         if length > limit:

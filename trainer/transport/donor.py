@@ -1,9 +1,4 @@
-"""A donor: serves tensors to fetchers from threads of its own, so that training does not stop.
-
-Example:
-    with Donor(find, secret, address) as donor:
-        client.put("donor", donor.endpoint)
-"""
+"""A donor: serves tensors to fetchers from threads of its own, so that training does not stop."""
 
 import atexit
 import logging
@@ -40,10 +35,10 @@ MAX_CONNECTIONS = 128  # further ones wait in the kernel's queue
 
 @dataclass
 class _Held:
-    """An offer that fetchers are reading."""
+    """An offer that fetchers read."""
 
     offer: Offer
-    memory: dict[str, Any]  # of each buffer: its memory, as a NumPy array of bytes
+    memory: dict[str, Any]  # each buffer as a NumPy array of bytes
     used: float = field(default_factory=time.monotonic)
 
 
@@ -56,8 +51,7 @@ class Donor:
         secret: The run's. Fetchers without it get nothing.
         address: The address to listen on and to publish; IPv4, IPv6 or a name.
         port_range: "low-high"; empty: any port.
-        max_connections: Connections that are served at the same time.
-        timeouts: Limits of connections and offers.
+        max_connections: Number served at the same time.
 
     Raises:
         ConfigError: No port of `port_range` is free.

@@ -1,12 +1,4 @@
-"""Fetches tensors from several donors at a time.
-
-    meta, buffers = fetch("state/12", endpoints, secret, stopping=stopping, timeout=60)
-
-The buffers are cut into chunks, and the connections to the donors take chunks from one queue (striping). A chunk that
-does not arrive intact goes back into the queue, and its donor is charged with a failure; a donor with too many is
-dropped. A chunk that has arrived is never requested again. A donor whose meta or layout differs from that of the first
-one to answer has another state and is dropped: callers put a hash of the content into the meta.
-"""
+"""Fetches tensors from several donors at a time: see docs/design/transfer.md, "Striping"."""
 
 import logging
 import socket
@@ -22,6 +14,7 @@ from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
 from trainer.errors import Interrupted
+from trainer.process import connect
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.channel import (
     CHUNK_BYTES,
@@ -49,12 +42,17 @@ REQUESTED = 2  # chunks requested ahead: one is in transit while the one before 
 Into = Callable[[Json, Layout], dict[str, Tensor]]
 
 
+def allocate(meta: Json, layout: Layout) -> dict[str, Tensor]:
+    """New flat tensors to receive into."""
+    return {name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()}
+
+
 def fetch(
     name: str,
     donors: Sequence[str],
     secret: bytes,
     *,
-    into: Into | None = None,
+    into: Into = allocate,
     stopping: Callable[[], bool] = lambda: False,
     timeout: float,
     chunk_bytes: int = CHUNK_BYTES,
@@ -65,16 +63,16 @@ def fetch(
     Args:
         name: The offer's name, as the donors' `find` knows it. A donor without it is asked again.
         donors: Their endpoints.
-        secret: The run's. Donors without it are not trusted.
+        secret: The run's.
         into: Called once, on this thread, with the offer's meta and layout. Returns the tensors to receive into:
-            contiguous, on the host, of that dtype and size. None: allocate new ones.
+            contiguous, on the host, of that dtype and size. By default, new ones.
         stopping: Whether this process is to end.
         timeout: Seconds to find a donor that has the offer. The transfer may then take as long as data arrives.
         chunk_bytes: Size of a request, at most `CHUNK_BYTES`.
         timeouts: Limits of connections.
 
     Returns:
-        The offer's meta and its buffers: new flat tensors, or those of `into`.
+        The offer's meta and the tensors of `into`.
 
     Raises:
         TransferError: All donors were dropped, or the time is over. The tensors of `into` may hold anything.
@@ -96,7 +94,7 @@ class _Peer:
     """A donor as the fetcher sees it."""
 
     endpoint: str
-    offer: str | None = None  # its id; None: not known yet
+    offer: str | None = None  # its id, once known
     busy: bool = False  # a thread is reading from it
     not_before: float = 0.0  # when it may be asked again (monotonic clock)
     failures: float = 0.0
@@ -108,17 +106,14 @@ class _Peer:
 
 
 class _Transfer:
-    """One `fetch`. A thread reads from a donor until that fails, then turns to the one that has waited longest.
-
-    One condition guards all state.
-    """
+    """One `fetch`. A thread reads from a donor until that fails, then turns to the one that has waited longest."""
 
     def __init__(
         self, name: str, donors: Sequence[str], secret: bytes, chunk_bytes: int, timeouts: TransportTimeouts
     ) -> None:
         self._name, self._secret, self._chunk_bytes, self._timeouts = name, secret, chunk_bytes, timeouts
         self._peers = [_Peer(endpoint) for endpoint in dict.fromkeys(donors)]
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards all of the following
         self._content: tuple[Json, Layout] | None = None  # of the first donor to answer; the others must agree
         self._pending: deque[_Chunk] = deque()
         self._missing: int | None = None  # chunks that have not arrived; None: not known yet
@@ -127,7 +122,7 @@ class _Transfer:
         self._over = False
         self._progressed = time.monotonic()  # when data last arrived
 
-    def run(self, into: Into | None, stopping: Callable[[], bool], timeout: float) -> tuple[Json, dict[str, Tensor]]:
+    def run(self, into: Into, stopping: Callable[[], bool], timeout: float) -> tuple[Json, dict[str, Tensor]]:
         started = time.monotonic()
         try:
             for _ in range(min(CONNECTIONS, len(self._peers))):
@@ -136,10 +131,7 @@ class _Transfer:
             self._wait(lambda: self._content is not None, stopping, timeout)
             assert self._content is not None
             meta, layout = self._content
-            if into:
-                buffers = into(meta, layout)
-            else:
-                buffers = {name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()}
+            buffers = into(meta, layout)
             self._plan(buffers, layout)
             self._wait(lambda: self._missing == 0, stopping, 2 * (self._timeouts.stall + self._chunk_bytes / SLOWEST))
         finally:
@@ -147,8 +139,6 @@ class _Transfer:
         size, seconds = sum(buffer.nbytes for buffer in buffers.values()), time.monotonic() - started
         log.info("fetched %s: %.1f MB in %.1f s", self._name, size / 1e6, seconds)
         return meta, buffers
-
-    # On the caller's thread
 
     def _wait(self, ready: Callable[[], bool], stopping: Callable[[], bool], timeout: float) -> None:
         while True:
@@ -188,9 +178,8 @@ class _Transfer:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._in_hand == 0, self._timeouts.stall)
 
-    # On the threads
-
     def _work(self) -> None:
+        """Read from one donor after the other, on a thread, until the transfer is over."""
         lower_priority()
         while peer := self._next_peer():
             failure = None
@@ -204,14 +193,22 @@ class _Transfer:
                 failure = Failure((error.strerror or str(error)).lower())
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 failure = Failure(f"sent an invalid answer: {error!r}")
-            self._leave(peer, failure)
+            with self._changed:
+                peer.busy = False
+                if failure and not self._over:
+                    peer.failures += failure.cost
+                    peer.not_before, peer.reason = time.monotonic() + self._timeouts.retry, str(failure)
+                    if peer.dropped:
+                        log.warning("fetching %s: dropped donor %s, which %s", self._name, peer.endpoint, failure)
+                self._changed.notify_all()
 
     def _next_peer(self) -> _Peer | None:
         """The next donor to read from, once one is ready and chunks are pending; None at the end."""
         with self._changed:
             while not self._over:
                 now = time.monotonic()
-                useful = [peer for peer in self._peers if self._is_useful(peer)]
+                idle = [peer for peer in self._peers if not peer.busy and not peer.dropped]
+                useful = [peer for peer in idle if peer.offer is None or self._pending]
                 ready = [peer for peer in useful if peer.not_before <= now]
                 if ready:
                     peer = min(ready, key=lambda peer: peer.not_before)
@@ -220,25 +217,10 @@ class _Transfer:
                 self._changed.wait(min(peer.not_before for peer in useful) - now if useful else None)
             return None
 
-    def _is_useful(self, peer: _Peer) -> bool:
-        return not peer.busy and not peer.dropped and (peer.offer is None or bool(self._pending))
-
-    def _leave(self, peer: _Peer, failure: Failure | None) -> None:
-        with self._changed:
-            peer.busy = False
-            if failure and not self._over:
-                peer.failures += failure.cost
-                peer.not_before = time.monotonic() + self._timeouts.retry
-                peer.reason = str(failure)
-                if peer.dropped:
-                    log.warning("fetching %s: dropped donor %s, which %s", self._name, peer.endpoint, failure)
-            self._changed.notify_all()
-
     def _read_from(self, peer: _Peer) -> None:
         """On one connection to the donor, find the offer, then receive chunks until none is pending."""
         requested: deque[_Chunk] = deque()
-        host, _, port = peer.endpoint.rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), self._timeouts.connect) as connection:
+        with connect(peer.endpoint, self._timeouts.connect) as connection:
             with self._changed:
                 if self._over:
                     return

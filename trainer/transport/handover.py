@@ -10,10 +10,11 @@ import hmac
 import http.client
 import json
 import secrets
+import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,12 +33,9 @@ _T = TypeVar("_T")
 
 
 class ResultServer(ThreadingHTTPServer):
-    """Serves files to clients that have the token, until one confirms that all have arrived.
+    """Serves files, by their names in the result, to clients that have the token, until one confirms that all arrived.
 
-    Args:
-        files: The path of each file, by its name in the result.
-        token: The shared secret.
-        port: The port to listen on; 0 takes any.
+    It listens on `port`; 0 takes any.
     """
 
     daemon_threads = True
@@ -53,7 +51,6 @@ class ResultServer(ThreadingHTTPServer):
         super().__init__(("", port), _Handler)
 
     def server_bind(self) -> None:
-        """Bind to both address families where possible."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
@@ -77,14 +74,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if not self._signed():
-            return
+            return None
         if self.path == _LIST:
-            self._answer(200, self.server.listing)
-            return
+            return self._answer(200, self.server.listing)
         path = self.server.files.get(unquote(self.path.removeprefix(_FILE)))
         if path is None or not self.path.startswith(_FILE):
-            self._answer(404, b"")
-            return
+            return self._answer(404, b"")
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         with path.open("rb") as file:
             file.seek(start)
@@ -94,6 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
             while part := file.read(_CHUNK):
                 self.wfile.write(part)
                 self.server.active = time.monotonic()
+        return None
 
     def do_POST(self) -> None:
         if self._signed():
@@ -152,11 +148,9 @@ class _Remote:
         """A complete, signed answer."""
 
         def read() -> bytes:
-            nonce, connection, response = self._ask(method, path, 0)
-            try:
+            nonce = secrets.token_hex(16)
+            with self._ask(method, path, nonce) as response:
                 body = response.read()
-            finally:
-                connection.close()
             signature = _sign(self._token, str(response.status), nonce, body.decode())
             if not hmac.compare_digest(response.headers.get(_SIGNATURE, ""), signature):
                 raise TrainingError(f"the server at {self._host} is not the run's pod: its signature is wrong")
@@ -165,44 +159,42 @@ class _Remote:
         return self._trying(read)
 
     def download(self, name: str, path: Path, size: int) -> None:
+        """Append to `path` what is missing."""
+
         def download() -> None:
-            have = path.stat().st_size if path.exists() else 0
-            if have == size and path.exists():
+            path.touch()
+            if (have := path.stat().st_size) == size:
                 return
-            _, connection, response = self._ask("GET", _FILE + quote(name), have)
-            try:
-                with path.open("ab") as file:
-                    while part := response.read(_CHUNK):
-                        file.write(part)
-            finally:
-                connection.close()
+            with (
+                self._ask("GET", _FILE + quote(name), secrets.token_hex(16), have) as response,
+                path.open("ab") as file,
+            ):
+                shutil.copyfileobj(response, file, _CHUNK)
             if path.stat().st_size < size:
                 raise OSError(f"{name} is incomplete")
 
         self._trying(download)
 
-    def _ask(
-        self, method: str, path: str, start: int
-    ) -> tuple[str, http.client.HTTPConnection, http.client.HTTPResponse]:
-        nonce = secrets.token_hex(16)
+    @contextmanager
+    def _ask(self, method: str, path: str, nonce: str, start: int = 0) -> Iterator[http.client.HTTPResponse]:
         headers = {_NONCE: nonce, _SIGNATURE: _sign(self._token, method, path, nonce)}
         headers |= {"Range": f"bytes={start}-"} if start else {}
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=30)
-        connection.request(method, path, headers=headers)
-        response = connection.getresponse()
-        if response.status == 403:
-            raise TrainingError(f"the pod at {self._host} refuses this run's token: it belongs to another attempt")
-        if response.status >= 400:
-            raise TrainingError(f"the pod at {self._host} has no {path} ({response.status})")
-        return nonce, connection, response
+        with closing(http.client.HTTPConnection(self._host, self._port, timeout=30)) as connection:
+            connection.request(method, path, headers=headers)
+            response = connection.getresponse()
+            if response.status == 403:
+                raise TrainingError(f"the pod at {self._host} refuses this run's token: it belongs to another attempt")
+            if response.status >= 400:
+                raise TrainingError(f"the pod at {self._host} has no {path} ({response.status})")
+            yield response
 
-    def _trying(self, what: Callable[[], _T]) -> _T:
-        transient = (OSError, http.client.HTTPException)
+    def _trying(self, operation: Callable[[], _T]) -> _T:
+        def is_transient(error: BaseException) -> bool:
+            return isinstance(error, OSError | http.client.HTTPException)
+
         try:
-            return retrying(lambda error: isinstance(error, transient), patience=self._patience, longest_pause=1.0)(
-                what
-            )
-        except transient as error:
+            return retrying(is_transient, patience=self._patience, longest_pause=1.0)(operation)
+        except (OSError, http.client.HTTPException) as error:
             raise TrainingError(f"the result cannot be fetched from {self._host}: {one_line(error)}") from None
 
 

@@ -1,10 +1,10 @@
 """Probes which members can be reached: each member tries to connect to every other one when it first sees it."""
 
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from trainer.process import connect
 from trainer.timeouts import TransportTimeouts
 
 CONCURRENT_PROBES = 8
@@ -13,11 +13,7 @@ CONCURRENT_PROBES = 8
 class ReachabilityProbe:
     """Records which members' ports accept a connection from here. A member that failed is probed again on request.
 
-    Constructing it starts no thread.
-
-    Args:
-        warn: Called once for each unreachable member, with a message that names it.
-        timeouts: `probe` limits a background probe.
+    `warn` is called once for each unreachable member, with a message that names it.
     """
 
     def __init__(self, warn: Callable[[str], None], timeouts: TransportTimeouts = TransportTimeouts()) -> None:
@@ -51,18 +47,16 @@ class ReachabilityProbe:
         list(self._foreground.map(lambda id: self._try(id, members[id], timeout, may_be_dead=True), members))
 
     def close(self) -> None:
-        """Cancel pending probes."""
         for pool in (self._background, self._foreground):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _try(self, id: str, member: Mapping[str, Any], timeout: float, *, may_be_dead: bool) -> None:
-        host, _, port = member["address"].rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+            connect(member["address"], timeout).close()
         except OSError as error:
             self._reached.discard(id)
             self._unreachable.add(id)
-            # The port of a dead process refuses connections, which says nothing about the network.
+            # The port of a dead process refuses connections, whatever the network is like.
             died = may_be_dead and isinstance(error, ConnectionRefusedError)
             if id not in self._warned and not died:
                 self._warned.add(id)

@@ -2,11 +2,13 @@
 
 import os
 import socket
-import stat
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
 
 # Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (4.2, 4.6 and 4.19).
 _BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _LENGTH = 128, 144, 200, 208
@@ -22,20 +24,12 @@ class WireMeter:
     @contextmanager
     def watching(cls) -> Iterator["WireMeter"]:
         """Meter the connections that the block opens and leaves open (gloo: a full mesh when the group is created)."""
-        meter, before = cls(), _tcp_descriptors()
+        meter, before = cls(), _connections()
         yield meter
-        for descriptor, _ in _tcp_descriptors() - before:
-            # A duplicate: closing it leaves the original open, and it remains readable after the original is closed.
-            try:
-                connection = socket.socket(fileno=os.dup(descriptor))
-            except OSError:
-                continue  # another thread has closed it since it was listed
-            try:
-                connection.getpeername()
-            except OSError:
-                connection.close()  # a listening socket
-            else:
-                meter._sockets.append(connection)
+        for descriptor, *_ in _connections() - before:
+            with suppress(OSError):  # another thread has closed it since it was listed
+                # A duplicate: closing it leaves the original open, and it stays readable after the original is closed.
+                meter._sockets.append(socket.socket(fileno=os.dup(descriptor)))
 
     def read(self) -> tuple[int, int] | None:
         """Bytes sent and received since the connections were opened; None if the kernel does not report them."""
@@ -52,25 +46,14 @@ class WireMeter:
         return sent, received
 
     def close(self) -> None:
-        """Stop metering."""
         for connection in self._sockets:
             connection.close()
         self._sockets.clear()
 
 
-def _tcp_descriptors() -> set[tuple[int, int]]:
-    """This process's TCP sockets: descriptors, which are reused, with their inodes. Empty without /proc."""
+def _connections() -> set[tuple[Any, ...]]:
+    """This process's TCP connections: descriptors, which are reused, with their addresses. Empty except on Linux."""
     if not sys.platform.startswith("linux"):
         return set()
-    found = set()
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - iterdir would stat descriptors that may be gone
-        descriptor = int(name)
-        try:
-            about = os.fstat(descriptor)
-            if stat.S_ISSOCK(about.st_mode):
-                with socket.socket(fileno=os.dup(descriptor)) as probe:
-                    if probe.family in (socket.AF_INET, socket.AF_INET6) and probe.type == socket.SOCK_STREAM:
-                        found.add((descriptor, about.st_ino))
-        except OSError:
-            continue
-    return found
+    listed = psutil.Process().net_connections("tcp")
+    return {(one.fd, one.laddr, one.raddr) for one in listed if one.raddr}  # a listening socket has no remote address

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from trainer import checkpoint
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.files import sha256, write_json
@@ -28,7 +29,10 @@ def save(directory: Path, made_with: TrainingConfig, step: int = 50, **state: An
     content = {"round": 10, "step": step, "complete": False, "config": made_with.model_dump(mode="json"), **state}
     write_json(path / "state.json", content)
     file = path / "state.json"
-    write_json(path / "manifest.json", {"files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}})
+    write_json(
+        path / "manifest.json",
+        {"format": checkpoint.FORMAT, "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}},
+    )
     return path
 
 
@@ -51,13 +55,6 @@ def test_what_can_go_on_is_not_refused(tmp_path: Path) -> None:
     assert re.match(
         r"total_steps = 200: the checkpoints in .* have 100: go on", refusal(config(tmp_path, total_steps=200))
     )
-
-
-def test_a_run_from_when_a_number_that_is_not_given_was_null_can_go_on(tmp_path: Path) -> None:
-    made_with = config(tmp_path).model_dump(mode="json") | {"outer_momentum": None, "max_samples": None}
-    save(own(config(tmp_path)), config(tmp_path), config=made_with)
-    (tmp_path / "run" / "etcd").mkdir()
-    preflight.check(config(tmp_path))
     assert re.match(r"outer_momentum = 0.5: the checkpoints .* have 0.9", refusal(config(tmp_path, outer_momentum=0.5)))
 
 

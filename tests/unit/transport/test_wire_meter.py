@@ -26,12 +26,12 @@ def test_what_a_connection_carries_is_counted_to_the_byte() -> None:
 
 
 def test_a_connection_that_another_thread_closes_meanwhile_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the listing of a process's descriptors and the look at each, any other thread may close one."""
-    listed = wire_meter._tcp_descriptors
+    """Between the listing of a process's connections and the look at each, any other thread may close one."""
+    listed = wire_meter._connections
     gone = os.dup(0)
     os.close(gone)
     with WireMeter.watching() as meter:
-        monkeypatch.setattr(wire_meter, "_tcp_descriptors", lambda: listed() | {(gone, 0)})
+        monkeypatch.setattr(wire_meter, "_connections", lambda: listed() | {(gone, ("127.0.0.1", 1), ("127.0.0.1", 2))})
     assert meter.read() == (0, 0)
 
 
