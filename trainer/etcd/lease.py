@@ -4,12 +4,10 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from trainer.etcd.errors import EtcdError
-
-if TYPE_CHECKING:
-    from trainer.etcd.client import EtcdClient, Json
+from trainer.etcd.values import EtcdValues, Json
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +22,7 @@ class Lease:
     `lost` is set. etcd deletes the keys `ttl` seconds after the last refresh. Close the client after the lease.
     """
 
-    def __init__(self, client: "EtcdClient", ttl: float) -> None:
+    def __init__(self, client: EtcdValues, ttl: float) -> None:
         self._client, self._ttl = client, ttl
         self._keys: dict[str, tuple[Json, bool]] = {}  # value, exclusive
         self._complete = True
@@ -35,13 +33,13 @@ class Lease:
         self._thread = threading.Thread(target=self._keep_alive, name="etcd-lease", daemon=True)
         self._thread.start()
 
-    def put(self, key: str, value: "Json") -> None:
+    def put(self, key: str, value: Json) -> None:
         """Put a key under the lease, whether or not it exists."""
         with self._lock:
             self._under_lease(lambda: self._client.put(key, value, self.id))
             self._keys[key] = (value, False)
 
-    def create(self, key: str, value: "Json") -> bool:
+    def create(self, key: str, value: Json) -> bool:
         """Create a key under the lease; False if it exists."""
         with self._lock:
             won, _ = self._under_lease(lambda: self._client.swap(key, value, None, self.id))

@@ -3,12 +3,10 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from trainer.etcd.compat import import_etcd3
-
-if TYPE_CHECKING:
-    from trainer.etcd.client import EtcdClient
+from trainer.etcd.values import EtcdValues
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +18,7 @@ class Watch:
     member or that member's leader. Each starts at the present revision, so compaction cannot break it.
     """
 
-    def __init__(self, client: "EtcdClient", prefix: str, notify: Callable[[], None]) -> None:
+    def __init__(self, client: EtcdValues, prefix: str, notify: Callable[[], None]) -> None:
         self._client, self._prefix, self._notify = client, (client.prefix + prefix).encode(), notify
         self._ended = threading.Event()
         self._stream: Any = None
