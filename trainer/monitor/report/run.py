@@ -21,18 +21,16 @@ from trainer.monitor.report.curves import Curves, Life, Worker
 from trainer.tasks import Task, tasks
 
 COLUMNS = {
-    "step": ("round", "step", "loss", "lr", "samples", "tokens", "time", "seconds", "wall"),
-    "round": (
-        *("round", "attempt", "step", "world_size", "loss", "bytes_sent", "bytes_received", "sync_seconds"),
-        *("exposed_seconds", "inner_steps", "samples", "time", "seconds"),
-    ),
-    "eval": ("round", "step", "loss", "samples", "time"),
+    "step": "step loss samples tokens seconds wall",
+    "round": "round attempt step world_size loss bytes_sent bytes_received sync_seconds exposed_seconds inner_steps "
+    "samples time seconds",
+    "eval": "round step loss samples",
 }
 
 
 @dataclass(frozen=True)
 class RunHistory(Curves):
-    """Everything that a run directory says about its run."""
+    """Everything that a run directory records about its run."""
 
     directory: Path
     evaluation: dict[str, Any] | None
@@ -59,17 +57,14 @@ class RunHistory(Curves):
 
     @property
     def dataset_hash(self) -> str:
-        """The content hash in the dataset's manifest; "" if unknown."""
         return str(self._start.get("dataset") or "")
 
     @property
     def parameters(self) -> int | None:
-        """Number of parameters of the model."""
         return self._start.get("parameters")
 
     @cached_property
     def task(self) -> Task | None:
-        """The task of the model; None if unknown."""
         from trainer import models
 
         try:
@@ -79,7 +74,6 @@ class RunHistory(Curves):
 
     @property
     def loss_unit(self) -> str:
-        """The unit of the losses; "" if there is none."""
         return self.task.loss_unit if self.task else ""
 
     @property
@@ -148,7 +142,6 @@ class RunHistory(Curves):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps of all workers that were skipped because their loss or gradient was not finite."""
         return int(sum(worker.skipped.sum() for worker in self.workers))
 
     @property
@@ -208,8 +201,9 @@ def _read_worker(path: Path, run_dir: Path) -> Worker:
     kept = effective(events)
     tables = {}
     for kind, columns in COLUMNS.items():
-        rows = [[number(event.get(name)) for name in columns] for event in kept if event["event"] == kind]
-        table = pd.DataFrame(rows, columns=list(columns), dtype=float).replace([np.inf, -np.inf], np.nan)
+        names = columns.split()
+        rows = [[number(event.get(name)) for name in names] for event in kept if event["event"] == kind]
+        table = pd.DataFrame(rows, columns=names, dtype=float).replace([np.inf, -np.inf], np.nan)
         tables[f"{kind}s"] = table.sort_values(POSITIONS[kind], ignore_index=True)
     name = path.parent.relative_to(run_dir).as_posix()
     if name == ".":
