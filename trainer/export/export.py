@@ -18,7 +18,7 @@ __all__ = ["FACTS", "TrainedRun", "export"]
 def export(config: TrainingConfig, output: Path | str | None = None) -> Path:
     """Write the newest committed global parameters as a directory, whole or not at all.
 
-    A run that has not finished can be exported too; its card says so. With `hf_upload` the directory is then pushed.
+    A run that has not finished can be exported too; its card states it. With `hf_upload` the directory is then pushed.
 
     Args:
         config: Names the run by `run_dir` or `run_id`.

@@ -17,17 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run on this machine, and where its parts are.
-
-    Attributes:
-        directory: The run directory.
-        config: As its workers recorded it, with the user's present values of the parameters in the scope "command".
-        volumes: The workers' volumes, in the order of the search.
-    """
+    """A run on this machine, and where its parts are."""
 
     directory: Path
-    config: TrainingConfig
-    volumes: tuple[Volume, ...]
+    config: TrainingConfig  # as its workers recorded it, with the user's present values in the scope "command"
+    volumes: tuple[Volume, ...]  # the workers', in the order of the search
 
     @classmethod
     def find(cls, config: TrainingConfig) -> Self:
