@@ -250,7 +250,6 @@ class _Pods:
         return [pod["metadata"]["name"] for pod in self.all() if _task_of(pod) == task]
 
     def log(self, pod: str) -> list[str]:
-        """A pod's output."""
         lines: Iterable[str] | None = self._ask(lambda client: list(client.log(pod, _CONTAINER, follow=False)))
         return [line.partition(" ")[2] for line in lines or []]  # without the timestamps
 

@@ -1,13 +1,5 @@
 """Step 3: export the global parameters as a Hugging Face model."""
 
-from kfp import dsl
+from components.export.component import export
 
-from components.runtime import IMAGE
-
-
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
-def export(config: dict, trained: dsl.Input[dsl.Model], model: dsl.Output[dsl.Model]) -> None:
-    """Write the committed global parameters as a directory that `transformers` loads."""
-    from components import steps
-
-    steps.export(config, trained, model)
+__all__ = ["export"]

@@ -21,13 +21,13 @@ def facts_of(run: TrainedRun, parameters: int) -> dict[str, Any]:
 
     manifest = read_manifest(run.dataset)
     assert manifest is not None  # `build` has read it
-    content = summary(read_run(run.directory))
+    content, checkpoint = summary(read_run(run.directory)), run.checkpoint
     family, _, argument = run.config.dataset.partition(":")
     return {
         "run_id": run.config.run_id,
         "model": run.config.model,
         "parameters": parameters,
-        **{name: getattr(run.checkpoint, name) for name in ("complete", "round", "step")},
+        **{name: getattr(checkpoint, name) for name in ("complete", "round", "step")},
         **{name: content[name] for name in ("samples", "tokens", "bytes_sent")},
         "workers": len(content["workers"]),
         "description": run.config.experiment_description,

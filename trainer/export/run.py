@@ -25,11 +25,7 @@ class TrainedRun:
 
     @classmethod
     def find(cls, config: TrainingConfig) -> Self:
-        """Find the run in `config.run_dir` (or `runs/<run_id>`). No other parameter has to be given again.
-
-        Raises:
-            ConfigError: No run is named, there is none, or it is another one.
-        """
+        """Find the run in `config.run_dir` (or `runs/<run_id>`), else raise ConfigError."""
         from trainer.monitor.report.run import read_run
 
         if not config.run_dir and not config.run_id:

@@ -188,15 +188,11 @@ class Dashboard:
 
         # The run: progress, loss, and what happened last.
         if self.total_steps:
-            bar = Table.grid(padding=(0, 2))
-            bar.add_row(
-                ProgressBar(total=self.total_steps, completed=self.step, width=40),
-                f"{100 * self.step / self.total_steps:.0f} %",
-                f"round {self.round}",
-                f"{_duration(self._clock() - self._started)} watched",
-                self._outlook(),
-            )
-            parts.append(bar)
+            line = Table.grid(padding=(0, 2))
+            bar = ProgressBar(total=self.total_steps, completed=self.step, width=40)
+            share, watched = f"{100 * self.step / self.total_steps:.0f} %", _duration(self._clock() - self._started)
+            line.add_row(bar, share, f"round {self.round}", f"{watched} watched", self._outlook())
+            parts.append(line)
         if len(self.losses) > 1:
             shown = self.losses[-MOST_LOSSES:]
             parts.append(Text(f"loss of {len(shown)} rounds  {shown[0]:.4f} {sparkline(shown)} {shown[-1]:.4f}"))

@@ -21,7 +21,7 @@ from trainer.monitor.report.words import digits
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Sentinel colour → the page's variable. Nothing else may be drawn in.
+# Sentinel colour → the page's variable. Charts use no other colour.
 ROLES = ("ink", "muted", "grid", "first", "second", "surface", "third", "fourth")
 VARIABLES = {"#" + 3 * f"{place:02d}": role for place, role in enumerate(ROLES, 1)}
 INK, MUTED, GRID, FIRST, SECOND, SURFACE, THIRD, FOURTH = VARIABLES
@@ -77,10 +77,8 @@ def chart(
 ) -> Chart:
     """Draw panels below each other over one x axis.
 
-    Args:
-        name: The chart's id on the page; by default made from the title.
-        size: On a wide page.
-        rows: The y axis has names, set by the panels, instead of numbers. Each needs its height on a phone, too.
+    `name` is the chart's id on the page, by default made from the title; `size` is for a wide page. `rows`: the y axis
+    has names, set by the panels, instead of numbers, and needs its height on a phone, too.
     """
     name = name or title.lower().replace(" ", "-")
     wide, narrow = (_svg(name, title, panels, one, rows) for one in (size, (NARROW[0], size[1]) if rows else NARROW))
@@ -202,16 +200,8 @@ def label(axes: "Axes", *ends: tuple[tuple[float, float, str] | None, str]) -> N
             if abs(other_left - left) < LABEL_SIZE[0] and abs(other - bottom) < LABEL_SIZE[1]:
                 bottom = other + LABEL_SIZE[1]
         placed.append((left, bottom))
-        axes.annotate(
-            text.format(digits(y)),
-            (x, y),
-            xytext=(8, bottom - wanted),
-            textcoords="offset points",
-            verticalalignment="center",
-            fontweight="bold",
-            color=color,
-            annotation_clip=False,
-        )
+        look: dict[str, Any] = {"va": "center", "fontweight": "bold", "color": color, "annotation_clip": False}
+        axes.annotate(text.format(digits(y)), (x, y), (8, bottom - wanted), textcoords="offset points", **look)
 
 
 def robust_limits(axes: "Axes", *lines: FloatArray) -> None:

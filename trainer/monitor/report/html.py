@@ -43,7 +43,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     run = read_run(run_dir)
     write_summary(run_dir)
     evaluation = run.evaluation or {}
-    tone, mark, verdict = VERDICTS.get(run.status, ("pause", "?", run.status))
+    tone, mark, verdict = VERDICTS[run.status]
     text = page(
         "template.html",
         run=run,

@@ -25,7 +25,7 @@ def markdown_summary(run_dir: Path | str) -> str:
     """
     run = read_run(run_dir)
     evaluation = run.evaluation or {}
-    _, mark, verdict = VERDICTS.get(run.status, ("", "?", run.status))
+    _, mark, verdict = VERDICTS[run.status]
     reason = f": {_text(run.reason)}" if run.reason else ""
     blocks = [
         f"## {_text(title(run))}",

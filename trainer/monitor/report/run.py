@@ -6,6 +6,7 @@ moment: while the run goes on, after it died, after it ended.
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +101,7 @@ class RunHistory(Curves):
     def started(self) -> float:
         """Unix time of the first event; NaN if there is none."""
         times = [number(event.get("time")) for worker in self.workers for event in worker.events[:1]]
-        return min((time for time in times if math.isfinite(time)), default=math.nan)
+        return min(filter(math.isfinite, times), default=math.nan)
 
     @property
     def last(self) -> float:
@@ -171,10 +172,9 @@ def read_run(run_dir: Path | str) -> RunHistory:
     paths = sorted(directory.glob("worker-*/**/metrics.jsonl"), key=natural)
     if (directory / "metrics.jsonl").is_file():
         paths.insert(0, directory / "metrics.jsonl")
-    try:
+    evaluation = None
+    with suppress(OSError, ValueError):
         evaluation = read_json(directory / "evaluation.json")
-    except (OSError, ValueError):
-        evaluation = None
     workers = tuple(_read_worker(path, directory) for path in paths)
     return RunHistory(workers, directory, evaluation if isinstance(evaluation, dict) else None)
 

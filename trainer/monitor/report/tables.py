@@ -60,7 +60,7 @@ def confusions(evaluation: Mapping[str, Any]) -> list[Row]:
     labels, matrix = _matrix(evaluation)
     if len(labels) <= MOST_CLASSES:
         return []
-    found = [
+    found: list[Row] = [
         {"label": labels[i], "taken_for": labels[j], "count": count, "share": round(100 * count / sum(row))}
         for i, row in enumerate(matrix)
         for j, count in enumerate(row)

@@ -1,0 +1,44 @@
+"""The precache component. It alone takes all parameters; later steps take the `config` that it outputs."""
+
+import linecache
+from typing import Any
+
+from kfp import dsl
+
+from components.runtime import IMAGE
+from trainer.config import TrainingConfig
+
+# KFP ships a component's source and calls it with explicit arguments; a backend does not collect parameters into a
+# dict. So this source is generated from `TrainingConfig`, the only list of parameters.
+_SOURCE = '''\
+def precache(
+    precached: dsl.Output[dsl.Dataset],
+    config: dsl.OutputPath(dict),
+    job_id: str = "",
+{parameters}
+):
+    """Check all parameters, and put the model and the dataset onto each worker's volume.
+
+    Args:
+        precached: The held-out data, with the dataset's manifest and its counts.
+        config: The parameters with a run id, a run directory, a launcher and a namespace, by flat name.
+        job_id: Names the run if `run_id` is empty, so that a retried step continues the same run.
+    """
+    values = dict(locals())
+    from components import steps
+
+    steps.precache(values.pop("precached"), values.pop("config"), values.pop("job_id"), values)
+'''
+
+
+def _component() -> Any:
+    arguments = [f"    {p.name}: {p.type.__name__} = {p.default!r}," for p in TrainingConfig.parameters()]
+    source = _SOURCE.format(parameters="\n".join(arguments))
+    file = "<components.precache>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # `inspect` reads it from here
+    namespace: dict[str, Any] = {"dsl": dsl, "__name__": __name__}
+    exec(compile(source, file, "exec"), namespace)
+    return dsl.component(namespace["precache"], base_image=IMAGE, install_kfp_package=False)
+
+
+precache = _component()
