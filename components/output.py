@@ -1,4 +1,4 @@
-"""What a step has produced, and how it becomes KFP artifacts."""
+"""The results of a step, and how they become KFP artifacts."""
 
 import math
 import os
@@ -18,17 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """What a step has produced.
+    """A step's results."""
 
-    Attributes:
-        files: Files and directories, by their names in the step's artifact.
-        metadata: The artifact's metadata. Values that are None, NaN or infinite are left out of the artifact.
-        metrics: Measured values, numbers and others.
-    """
-
-    files: Mapping[str, Path]
-    metadata: Mapping[str, Any]
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path]  # files and directories, by their names in the step's artifact
+    metadata: Mapping[str, Any]  # of the artifact, which leaves out values that are None, NaN or infinite
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # measured values, numbers and others
 
     def write_to(self, artifact: "dsl.Artifact") -> None:
         """Put the files and their metadata into a KFP artifact.
@@ -37,7 +31,9 @@ class Output:
         """
         for name, path in self.files.items():
             link_or_copy(path, f"{artifact.path}/{name}")
-        artifact.metadata.update({name: value for name, value in self.metadata.items() if _is_known(value)})
+        unknown = (None, math.inf, -math.inf)
+        known = {name: value for name, value in self.metadata.items() if value not in unknown and value == value}
+        artifact.metadata.update(known)
 
 
 def log_metrics(metrics: "dsl.Metrics", values: Mapping[str, Any]) -> None:
@@ -65,10 +61,6 @@ def _link_or_copy_file(source: str, destination: str) -> None:
         shutil.copy2(source, destination)
 
 
-def _is_known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
-
-
 def dataset_metadata(manifest: "Manifest") -> dict[str, Any]:
     """A dataset's origin and its counts per split, for its artifact."""
     known = manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
@@ -87,11 +79,9 @@ def training_output(run_dir: Path, files: Mapping[str, Path], metadata: Mapping[
 
 
 def exported_output(directory: Path, **location: Any) -> Output:
-    """The output of the export step: an exported model's directory. Prints which model it is and where it is from.
+    """The output of the export step: a Hugging Face directory. Prints which model it is and where it is from.
 
-    Args:
-        directory: The Hugging Face directory.
-        location: Where later steps find the model, for its artifact's metadata.
+    `location` is where later steps find the model, for its artifact's metadata.
     """
     from trainer.export.export import FACTS
 

@@ -23,12 +23,9 @@ STARTED = re.compile(r"step (?P<name>\w+) started \(pid (?P<pid>\d+)\)")
 
 @contextmanager
 def step_process(name: str) -> Iterator[None]:
-    """Surround a step's body: expected errors end the process with one line, `error: <reason>`.
+    """Surround a step's body: expected errors end the process with one line, `error: <reason>`, and status 1.
 
-    Any other exception keeps its traceback. SIGTERM raises `Interrupted` in the body.
-
-    Raises:
-        SystemExit: With the reason (status 1), with 143 after SIGTERM, or with 130 after Ctrl-C.
+    Any other exception keeps its traceback. SIGTERM raises `Interrupted` in the body, and leads to status 143.
     """
     before = signal.getsignal(signal.SIGTERM)
     raise_on_sigterm()

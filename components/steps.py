@@ -72,10 +72,8 @@ def clean_up(job_id: str, values: Mapping[str, Any]) -> None:
 def resolve(values: Mapping[str, Any], job_id: str = "") -> TrainingConfig:
     """Validate the parameters, name the run, and choose where it trains.
 
-    Args:
-        values: The parameters, by flat name. An empty string means the default if the parameter must not be empty: the
-            Kubeflow UI sends it for a text field that was cleared.
-        job_id: Names the run unless a parameter does, so that a retried step continues the same run.
+    An empty string means the default if the parameter must not be empty: the Kubeflow UI sends it for a text field that
+    was cleared. `job_id` names the run unless a parameter does, so that a retried step continues the same run.
 
     Raises:
         ConfigError: A bad value.

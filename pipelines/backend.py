@@ -5,7 +5,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,9 @@ class PipelineBackend:
     def submit(
         self, arguments: Mapping[str, Any], experiment: str, name: str = "", *, service_account: str = ""
     ) -> str:
-        """Start a run, and print the UI's links to it. Returns its id.
+        """Start a run in an experiment, which is created if missing; print the UI's links to it, and return its id.
 
-        Args:
-            arguments: The pipeline's arguments.
-            experiment: The experiment's name; created if missing.
-            name: The run's name in the UI.
-            service_account: Of the steps' pods. Empty: the backend's default.
+        `service_account` is that of the steps' pods; empty: the backend's default.
         """
         with _readable_errors(), _package() as package:
             result = self._client.create_run_from_pipeline_package(
@@ -65,11 +61,7 @@ class PipelineBackend:
         return str(result.run_id)
 
     def wait(self, run_id: str) -> None:
-        """Return when the run has succeeded. Until then, print its steps' states and what they are waiting for.
-
-        Raises:
-            TrainingError: It ended in any other way, with the reason.
-        """
+        """Return when the run has succeeded, else raise TrainingError with the reason. Print its steps' states."""
         namespace = self._namespace or _PIPELINES_NAMESPACE
         Follower(run_id, self._run, self._text, namespace, self._timeouts).follow()
 
@@ -128,17 +120,14 @@ class PipelineBackend:
             )
         return str(created.recurring_run_id)
 
-    def schedules(self) -> list[Any]:
+    def schedules(self) -> Iterator[Any]:
         """All schedules."""
-        found: list[Any] = []
-        page = ""
-        while True:
+        page: str | None = ""
+        while page is not None:
             with _readable_errors():
                 answer = self._client.list_recurring_runs(page_token=page, page_size=100, namespace=self._namespace)
-            found += answer.recurring_runs or []
-            page = answer.next_page_token
-            if not page:
-                return found
+            yield from answer.recurring_runs or []
+            page = answer.next_page_token or None
 
     def change(self, name: str, change: str) -> None:
         """`pause`, `resume` or `delete` the schedule with this name or id.
@@ -148,16 +137,11 @@ class PipelineBackend:
         """
         found = [one for one in self.schedules() if name in (one.display_name, one.recurring_run_id)]
         if len(found) != 1:
-            raise ConfigError(
-                "name", name, "several schedules have this name: use an id" if found else "no such schedule"
-            )
-        call = {
-            "pause": self._client.disable_recurring_run,
-            "resume": self._client.enable_recurring_run,
-            "delete": self._client.delete_recurring_run,
-        }[change]
+            why = "several schedules have this name: use an id" if found else "no such schedule"
+            raise ConfigError("name", name, why)
+        verb = {"pause": "disable", "resume": "enable", "delete": "delete"}[change]
         with _readable_errors():
-            call(found[0].recurring_run_id)
+            getattr(self._client, f"{verb}_recurring_run")(found[0].recurring_run_id)
 
 
 def six_fields(cron: str) -> str:
@@ -199,15 +183,10 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except ApiException as error:
-        raise TrainingError(f"Kubeflow Pipelines answered {error.status}: {_message(error)}") from None
+        message = error.reason
+        with suppress(TypeError, ValueError, AttributeError):  # the body is JSON if the API server itself sent it
+            body = json.loads(error.body)
+            message = body.get("message") or body.get("error") or message
+        raise TrainingError(f"Kubeflow Pipelines answered {error.status}: {message}") from None
     except HTTPError as error:
         raise TrainingError(f"Kubeflow Pipelines cannot be reached: {error}") from None
-
-
-def _message(error: Any) -> str:
-    """The reason in an answer's body, which is JSON if the API server itself sent it."""
-    try:
-        body = json.loads(error.body)
-        return str(body.get("message") or body.get("error") or error.reason)
-    except (TypeError, ValueError, AttributeError):
-        return str(error.reason)

@@ -18,12 +18,7 @@ _COMMAND = "diloco-pipelines"  # the installed console script
 
 
 def main(arguments: Sequence[str] | None = None, *, timeouts: PipelineTimeouts | None = None) -> int:
-    """Run one command and return the process's exit status.
-
-    Raises:
-        ConfigError: Bad input, found before anything has started.
-        TrainingError: The run failed.
-    """
+    """Run one command and return the process's exit status. Raises ConfigError for bad input, else TrainingError."""
     options = _parser().parse_args(arguments)
     options.timeouts = timeouts or PipelineTimeouts()
     return int(options.command(options))
@@ -38,9 +33,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     program = _COMMAND if Path(sys.argv[0]).name == _COMMAND else "python -m pipelines"
-    parser = argparse.ArgumentParser(
-        prog=program, description="Compile, run and schedule the diloco-training pipeline."
-    )
+    description = "Compile, run and schedule the diloco-training pipeline."
+    parser = argparse.ArgumentParser(prog=program, description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     compiling = commands.add_parser(
@@ -93,18 +87,13 @@ def _add_schedule_commands(schedule: argparse.ArgumentParser) -> None:
 
 
 def _add_backend_flags(parser: argparse.ArgumentParser, *, starts_runs: bool = False) -> None:
-    parser.add_argument(
-        "--host", default="", metavar="URL", help="the backend's API [KF_PIPELINES_ENDPOINT, or the current cluster's]"
-    )
+    text = "the backend's API [KF_PIPELINES_ENDPOINT, or the current cluster's]"
+    parser.add_argument("--host", default="", metavar="URL", help=text)
     parser.add_argument("--namespace", default="", help="your namespace, on a multi-user installation")
     if starts_runs:
         parser.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment of the runs [diloco]")
-        parser.add_argument(
-            "--steps-service-account",
-            default="",
-            metavar="NAME",
-            help="service account of the steps' pods: see manifests/ [the backend's default]",
-        )
+        text = "service account of the steps' pods: see manifests/ [the backend's default]"
+        parser.add_argument("--steps-service-account", default="", metavar="NAME", help=text)
 
 
 def _compile(options: argparse.Namespace) -> int:
@@ -133,11 +122,12 @@ def _run(options: argparse.Namespace) -> int:
 def _submit(options: argparse.Namespace) -> int:
     from pipelines.backend import arguments_of
 
-    config = _cluster_config(options)
-    backend = _backend(options)
-    run_id = backend.submit(
-        arguments_of(config), options.experiment, options.run_name, service_account=options.steps_service_account
+    arguments, backend, account = (
+        arguments_of(_cluster_config(options)),
+        _backend(options),
+        options.steps_service_account,
     )
+    run_id = backend.submit(arguments, options.experiment, options.run_name, service_account=account)
     print(f"run {run_id}", flush=True)
     if options.wait:
         backend.wait(run_id)
@@ -167,9 +157,8 @@ def _create_schedule(options: argparse.Namespace) -> int:
     if config.run_id:
         raise ConfigError("run_id", config.run_id, "must be left out: each run of a schedule gets its own")
     cron, account = six_fields(options.cron), options.steps_service_account
-    schedule_id = _backend(options).schedule(
-        arguments_of(config), options.experiment, options.name, cron, service_account=account
-    )
+    arguments, backend = arguments_of(config), _backend(options)
+    schedule_id = backend.schedule(arguments, options.experiment, options.name, cron, service_account=account)
     print(f"schedule {schedule_id}")
     return 0
 

@@ -24,9 +24,8 @@ STEPS = ("precache", "train", "export", "evaluate", "clean-up")  # their names i
 FINAL = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}  # states in which a run has ended
 LAST_LINES = 20  # printed of a failed step
 
-_LAUNCHER = re.compile(
-    r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] |time=\S+ level="
-)  # a line of KFP's or Argo's
+# A line of KFP's or Argo's.
+_LAUNCHER = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] |time=\S+ level=")
 _EXECUTOR = "[KFP Executor"
 _WAITS = " waits: "  # in a step's own line: "worker 0 waits: it cannot be scheduled"
 _CONTAINER = "main"  # Argo's name for a step's container
@@ -39,24 +38,16 @@ GetText = Callable[[str, Mapping[str, str]], str]  # by path and query; "" if th
 
 @dataclass(frozen=True)
 class Step:
-    """A task of the run.
-
-    Attributes:
-        state: As the backend names it.
-        pods: Names of its pods, oldest first, if the backend lists them.
-        message: Why it has failed, if the backend gives a reason.
-        log: URI of the artifact with its output.
-    """
+    """A task of the run."""
 
     name: str
-    state: str
-    pods: tuple[str, ...] = ()
-    message: str = ""
-    log: str = ""
+    state: str  # as the backend names it
+    pods: tuple[str, ...] = ()  # their names, oldest first, if the backend lists them
+    message: str = ""  # why it has failed, if the backend gives a reason
+    log: str = ""  # URI of the artifact with its output
 
     @property
     def is_active(self) -> bool:
-        """Whether it has started, and not ended."""
         return self.state in ("RUNNING", "PENDING")
 
 
@@ -71,12 +62,7 @@ def tasks(run: Mapping[str, Any]) -> list[Step]:
 def _step(task: Mapping[str, Any]) -> Step:
     pods = tuple(pod["name"] for pod in task.get("pods") or [] if pod.get("type") == "EXECUTOR")
     outputs = (task.get("outputs") or {}).get("artifacts") or []
-    logs = [
-        artifact.get("uri", "")
-        for output in outputs
-        if output["artifact_key"] == "executor-logs"
-        for artifact in output["artifacts"]
-    ]
+    logs = [one.get("uri", "") for out in outputs if out["artifact_key"] == "executor-logs" for one in out["artifacts"]]
     message = (task.get("status_metadata") or {}).get("message", "")
     return Step(task.get("name", ""), task.get("state", ""), pods, message, logs[-1] if logs else "")
 
@@ -84,12 +70,8 @@ def _step(task: Mapping[str, Any]) -> Step:
 class Follower:
     """Prints a run's progress.
 
-    Args:
-        run_id: The run's id.
-        get_run: Returns the run with this id. Raises TrainingError if the backend does not answer.
-        get_text: Returns a log or an artifact from the backend.
-        namespace: Of the steps' pods.
-        timeouts: How often to ask, and how long to tolerate an outage.
+    `get_run` raises TrainingError if the backend does not answer; `get_text` returns a log or an artifact from it;
+    `namespace` is that of the steps' pods.
     """
 
     def __init__(
@@ -109,14 +91,9 @@ class Follower:
         Raises:
             TrainingError: It ended in any other way, with the reason; or the backend stayed away too long.
         """
-        poll = self._timeouts.poll
+        poll, patience = self._timeouts.poll, self._timeouts.outage
         while True:
-            outage = retrying(
-                lambda error: isinstance(error, TrainingError),
-                patience=self._timeouts.outage,
-                first_pause=poll,
-                longest_pause=poll,
-            )
+            outage = retrying(_is_outage, patience=patience, first_pause=poll, longest_pause=poll)
             run = outage(self._get_run, self._run_id)
             self._show(run)
             if run.get("state") in FINAL:
@@ -240,6 +217,10 @@ def why_no_pod(workflow: Object, step: str) -> str:
     return next((one["message"] for one in waiting if one.get("message") and _task_at(one["name"]) == step), "")
 
 
+def _is_outage(error: BaseException) -> bool:
+    return isinstance(error, TrainingError)
+
+
 def _task_of(pod: Object) -> str:
     """The name of a pod's task."""
     return _task_at((pod["metadata"].get("annotations") or {}).get(_NODE, ""))
@@ -252,13 +233,7 @@ def _task_at(node: str) -> str:
 
 
 class _Pods:
-    """The run's pods. If Kubernetes cannot be reached from here, there are none.
-
-    Args:
-        run_id: The run's id.
-        namespace: The pods' namespace.
-        retry: Seconds before Kubernetes is asked again after it did not answer.
-    """
+    """The run's pods; empty if Kubernetes cannot be reached from here. It is asked again after `retry` seconds."""
 
     def __init__(self, run_id: str, namespace: str, retry: float) -> None:
         self._run_id, self._namespace, self._retry = run_id, namespace, retry
@@ -275,7 +250,6 @@ class _Pods:
         return [pod["metadata"]["name"] for pod in self.all() if _task_of(pod) == task]
 
     def log(self, pod: str) -> list[str]:
-        """A pod's output."""
         lines: Iterable[str] | None = self._ask(lambda client: list(client.log(pod, _CONTAINER, follow=False)))
         return [line.partition(" ")[2] for line in lines or []]  # without the timestamps
 

@@ -22,7 +22,7 @@ _KFP_INDENT = "    "  # kfp.local indents each line of a step's output, and no o
 
 
 def run(config: TrainingConfig) -> None:
-    """Run the pipeline with a resolved configuration. Raises as `run_pipeline` does."""
+    """Run the pipeline with a resolved configuration, as `run_pipeline` does."""
     from pipelines.pipeline import training_pipeline
 
     run_pipeline(training_pipeline(exit_handler=False), config.to_flat(), Path(config.run_dir))
@@ -63,13 +63,7 @@ def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run
 class StepOutput(io.TextIOBase):
     """Receives kfp.local's standard output, and passes on the lines of the steps themselves, each with its step's name.
 
-    Args:
-        shown: Gets the steps' lines.
-        log: Gets every line.
-
-    Attributes:
-        pid: Process id of the running step.
-        stopped_by: The signal that was forwarded to it.
+    `shown` receives the steps' lines, `log` every line.
     """
 
     def __init__(self, shown: TextIO, log: TextIO) -> None:
@@ -78,8 +72,8 @@ class StepOutput(io.TextIOBase):
         self._step = ""
         self._held = ""  # the latest line, if it is an error's: shown once another line follows it
         self._tail: deque[str] = deque(maxlen=60)
-        self.pid: int | None = None
-        self.stopped_by: int | None = None
+        self.pid: int | None = None  # of the running step
+        self.stopped_by: int | None = None  # the signal that was forwarded to it
 
     def write(self, text: str) -> int:
         *lines, self._partial = (self._partial + text).split("\n")

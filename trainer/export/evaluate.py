@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,9 @@ from trainer.export.run import TrainedRun
 from trainer.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from trainer.data.dataset import Samples
     from trainer.data.manifest import Manifest
-    from trainer.tasks import Batch, Task
+    from trainer.tasks import Task
 
 SHOWN = 32  # samples of which the report shows the model's output
 
@@ -31,10 +29,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a run's export on at most `eval_samples` held-out samples, spread evenly over the split.
 
-    Writes `<run_dir>/evaluation.json`, and adds the scores to the model card.
+    Writes `<run_dir>/evaluation.json`, and adds the scores to the model card. On CUDA it computes in bf16 autocast.
 
     Args:
-        config: Names the run by `run_dir` or `run_id`; `device` says where to compute (bf16 autocast on CUDA alone).
+        config: Names the run by `run_dir` or `run_id`.
         directory: The export; `<run_dir>/export` by default.
         dataset: The precached dataset; its held-out files suffice. The run's own by default.
 
@@ -46,58 +44,30 @@ def evaluate(
     Raises:
         ConfigError: There is no such run, export, dataset or device.
     """
-    import numpy as np
-    import torch
-
-    from trainer.data.arrays import read_shared
-    from trainer.data.sampling import evenly
-    from trainer.device import device_of
     from trainer.monitor.report.summary import finite
-    from trainer.tasks import scoring, tasks
+    from trainer.tasks import tasks
 
-    # Find the export, the held-out data and the device.
+    # Find the export, and score it.
     run = TrainedRun.find(config)
     directory = Path(directory) if directory else run.directory / "export"
     if not (directory / FACTS).is_file():
-        raise ConfigError(
-            "run_dir", run.directory, f"has no export in {directory}: run `python -m trainer export` first"
-        )
+        why = f"has no export in {directory}: run `python -m trainer export` first"
+        raise ConfigError("run_dir", run.directory, why)
     facts = read_json(directory / FACTS)
+    data = facts["data"]
+    task = tasks()[data["task"]]
     dataset = Path(dataset) if dataset else run.dataset
-    manifest, held_out = _held_out(dataset, facts["data"]["hash"])
-    device = device_of(run.config)
-    task = tasks()[facts["data"]["task"]]
-    model = task.load(directory).to(device)
-    shared = scoring.shared_tensors(read_shared(dataset, manifest), device)
-
-    # Score the model and its baseline, and let the model show what it does.
-    chosen = evenly(len(held_out), config.eval_samples)
     size = config.per_device_train_batch_size
-    with scoring.evaluating(model, device, run.config.seed), torch.inference_mode():
-        batches = scoring.batches(held_out, chosen, size, shared, device)
-        sums, tokens, seconds = _score(task, model, task.baseline(dataset), batches)
-        middle = np.roll(chosen, -(len(chosen) // 2))[:SHOWN]
-        (few,) = scoring.batches(held_out, middle, SHOWN, shared, device)
-        sample = task.sample(model, directory, few, run.config.seed)
-    scores = task.metrics(sums)
+    scores, about = _score(run.config, task, directory, dataset, data["hash"], size)
 
     # Keep the scores: for the report, on the model card, and on the hub.
     evaluation = {
-        **{name: int(value) for name, value in sums.items() if isinstance(value, float) and value.is_integer()},
+        **about,
         **scores,
         "headline": task.headline(scores),
-        "tokens_per_second": sums.get("tokens", tokens) / seconds,
-        "sequences": len(chosen),
-        "seconds": seconds,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
-        "run_id": facts["run_id"],
         "task": task.name,
-        "round": facts["round"],
-        "step": facts["step"],
-        "data_hash": facts["data"]["hash"],
-        "sample": sample,
-        "confusion": task.confusion(sums, dataset),
+        **{name: facts[name] for name in ("run_id", "round", "step")},
+        "data_hash": data["hash"],
         "time": time.time(),
     }
     write_json(run.directory / "evaluation.json", finite(evaluation))
@@ -108,20 +78,48 @@ def evaluate(
 
 
 def _score(
-    task: "Task", model: "nn.Module", baseline: Callable[["Batch"], dict[str, Any]], batches: "Iterable[Batch]"
-) -> tuple[dict[str, Any], int, float]:
-    """Sums of the model's and the baseline's scores, the tokens scored, and the seconds that the model took."""
+    config: TrainingConfig, task: "Task", export: Path, dataset: Path, content: str, size: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The scores of an exported model and its baseline; and sums, speed, examples and circumstances."""
+    import numpy as np
+    import torch
+
+    from trainer.data.arrays import read_shared
+    from trainer.data.sampling import evenly
+    from trainer.device import device_of
     from trainer.tasks import scoring
 
+    # Load the model and the held-out data.
+    manifest, held_out = _held_out(dataset, content)
+    device = device_of(config)
+    model = task.load(export).to(device)
+    shared = scoring.shared_tensors(read_shared(dataset, manifest), device)
+    chosen = evenly(len(held_out), config.eval_samples)
+
+    # Score the model and its baseline, and let the model show its output.
+    baseline = task.baseline(dataset)
     sums: dict[str, Any] = {}
     seconds, tokens = 0.0, 0
-    for samples in batches:
-        began = time.perf_counter()
-        scored = task.score(model, samples)  # its `.item()` waits for a GPU
-        seconds += time.perf_counter() - began
-        tokens += task.tokens(samples)
-        scoring.add(sums, {**scored, **baseline(samples)})
-    return sums, tokens, seconds
+    with scoring.evaluating(model, device, config.seed), torch.inference_mode():
+        for samples in scoring.batches(held_out, chosen, size, shared, device):
+            began = time.perf_counter()
+            scored = task.score(model, samples)  # its `.item()` waits for a GPU
+            seconds += time.perf_counter() - began
+            tokens += task.tokens(samples)
+            scoring.add(sums, {**scored, **baseline(samples)})
+        middle = np.roll(chosen, -(len(chosen) // 2))[:SHOWN]
+        (few,) = scoring.batches(held_out, middle, SHOWN, shared, device)
+        sample = task.sample(model, export, few, config.seed)
+    return task.metrics(sums), {
+        **{name: int(value) for name, value in sums.items() if isinstance(value, float) and value.is_integer()},
+        "tokens_per_second": sums.get("tokens", tokens) / seconds,
+        "sequences": len(chosen),
+        "seconds": seconds,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
+        "sample": sample,
+        "confusion": task.confusion(sums, dataset),
+    }
 
 
 def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":

@@ -18,11 +18,9 @@ __all__ = ["FACTS", "TrainedRun", "export"]
 def export(config: TrainingConfig, output: Path | str | None = None) -> Path:
     """Write the newest committed global parameters as a directory, whole or not at all.
 
-    A run that has not finished can be exported too; its card says so. With `hf_upload` the directory is then pushed.
+    A run that has not finished can be exported too; its card states it. With `hf_upload` the directory is then pushed.
 
-    Args:
-        config: Names the run by `run_dir` or `run_id`.
-        output: The directory to write; `<run_dir>/export` by default. An existing one is replaced.
+    `output` is `<run_dir>/export` by default; an existing directory is replaced.
 
     Raises:
         ConfigError: There is no run, or it has no checkpoint; or HF_TOKEN is missing.

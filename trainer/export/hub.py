@@ -14,10 +14,9 @@ def check_upload(config: TrainingConfig) -> None:
 
 
 def push(config: TrainingConfig, directory: Path, only: str | None = None) -> None:
-    """Push an export to the Hugging Face Hub if `hf_upload` is set. A new repository is private.
+    """Push an export, or `only` one file of it, to the Hugging Face Hub if `hf_upload` is set.
 
-    Args:
-        only: The one file to push; all of them by default.
+    A new repository is private.
 
     Raises:
         ConfigError: HF_TOKEN is missing.
@@ -32,12 +31,8 @@ def push(config: TrainingConfig, directory: Path, only: str | None = None) -> No
     try:
         hub = HfApi(token=os.environ["HF_TOKEN"])
         hub.create_repo(name, private=True, exist_ok=True)
-        hub.upload_folder(
-            repo_id=name,
-            folder_path=directory,
-            allow_patterns=only,
-            commit_message=f"{config.run_id}: {only or 'trained with DiLoCo'}",
-        )
+        message = f"{config.run_id}: {only or 'trained with DiLoCo'}"
+        hub.upload_folder(repo_id=name, folder_path=directory, allow_patterns=only, commit_message=message)
     except Exception as error:  # of any kind: the export itself is intact
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(f"the model is in {directory}, but could not be pushed to {name}: {reason}") from error

@@ -21,18 +21,14 @@ def facts_of(run: TrainedRun, parameters: int) -> dict[str, Any]:
 
     manifest = read_manifest(run.dataset)
     assert manifest is not None  # `build` has read it
-    content = summary(read_run(run.directory))
+    content, checkpoint = summary(read_run(run.directory)), run.checkpoint
     family, _, argument = run.config.dataset.partition(":")
     return {
         "run_id": run.config.run_id,
         "model": run.config.model,
         "parameters": parameters,
-        "complete": run.checkpoint.complete,
-        "round": run.checkpoint.round,
-        "step": run.checkpoint.step,
-        "samples": content["samples"],
-        "tokens": content["tokens"],
-        "bytes_sent": content["bytes_sent"],
+        **{name: getattr(checkpoint, name) for name in ("complete", "round", "step")},
+        **{name: content[name] for name in ("samples", "tokens", "bytes_sent")},
         "workers": len(content["workers"]),
         "description": run.config.experiment_description,
         "tags": run.config.experiment_tags,
@@ -66,10 +62,7 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
     task = tasks()[data["task"]]
 
     # Metadata for the hub's search and leaderboards.
-    head: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": list(dict.fromkeys(["diloco", *facts["tags"]])),
-    }
+    head: dict[str, Any] = {"library_name": "transformers", "tags": list(dict.fromkeys(["diloco", *facts["tags"]]))}
     if scores:
         result = {
             "task": {"type": data["task"].replace("_", "-")},
@@ -84,18 +77,13 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"text": _text, "label": _label, "thousands": lambda value: f"{value or 0:,}"}
+    environment.filters |= {"text": _text, "thousands": lambda value: f"{value or 0:,}"}
     return environment.get_template("model_card.md.j2").render(
         **facts,
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
         how_to_load=task.how_to_load.strip(),
         scores=scores,
     )
-
-
-def _label(score: str) -> str:
-    """`bits_per_byte` as `bits per byte`."""
-    return score.replace("_", " ")
 
 
 def _text(value: object) -> str:

@@ -17,25 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run on this machine, and where its parts are.
-
-    Attributes:
-        directory: The run directory.
-        config: As its workers recorded it, with the user's present values of the parameters in the scope "command".
-        volumes: The workers' volumes, in the order of the search.
-    """
+    """A run on this machine, and where its parts are."""
 
     directory: Path
-    config: TrainingConfig
-    volumes: tuple[Volume, ...]
+    config: TrainingConfig  # as its workers recorded it, with the user's present values in the scope "command"
+    volumes: tuple[Volume, ...]  # the workers', in the order of the search
 
     @classmethod
     def find(cls, config: TrainingConfig) -> Self:
-        """Find the run in `config.run_dir` (or `runs/<run_id>`). No other parameter has to be given again.
-
-        Raises:
-            ConfigError: No run is named, there is none, or it is another one.
-        """
+        """Find the run in `config.run_dir` (or `runs/<run_id>`), else raise ConfigError."""
         from trainer.monitor.report.run import read_run
 
         if not config.run_dir and not config.run_id:

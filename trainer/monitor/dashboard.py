@@ -9,9 +9,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self
 
+from rich.console import Console, Group
 from rich.filesize import decimal as bytes_text
+from rich.live import Live as RichLive
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from trainer.timeouts import MonitorTimeouts
 
@@ -24,38 +30,24 @@ AWAY = ("joining", "stopped", "failed", "died", NO_NEWS)  # states of workers wh
 
 @dataclass
 class WorkerRow:
-    """A worker as the views show it. None or "": not known.
-
-    Attributes:
-        state: What it is doing, in one or two words.
-        loss: Of its last inner steps.
-        held_out: Loss on its part of the held-out samples.
-        speed: Samples per second.
-        bytes: Sent and received by its process.
-        samples: Consumed by its process.
-        at: When it reached its step, in Unix seconds by its own clock.
-        lag: Committed rounds that it has yet to catch up with.
-        member: Its id as a member; "" before it has joined.
-        node, host, pid: Where it runs.
-        silent: Its events cannot be read at present: the other fields may be out of date.
-    """
+    """A worker as the views show it. None or "": not known."""
 
     worker: int
-    state: str = "starting"
+    state: str = "starting"  # what it is doing, in one or two words
     step: int | None = None
     round: int | None = None
-    loss: float | None = None
-    held_out: float | None = None
-    speed: float | None = None
-    bytes: int | None = None
-    samples: int | None = None
-    at: float | None = None
-    lag: int = 0
-    member: str = ""
+    loss: float | None = None  # of its last inner steps
+    held_out: float | None = None  # loss on its part of the held-out samples
+    speed: float | None = None  # samples per second
+    bytes: int | None = None  # sent and received by its process
+    samples: int | None = None  # consumed by its process
+    at: float | None = None  # when it reached its step, in Unix seconds by its own clock
+    lag: int = 0  # committed rounds that it has yet to catch up with
+    member: str = ""  # its id as a member; "" before it has joined
     node: str = ""
     host: str = ""
     pid: int | None = None
-    silent: bool = False
+    silent: bool = False  # its events cannot be read at present: the other fields may be out of date
 
     @property
     def shown_state(self) -> str:
@@ -96,43 +88,24 @@ class MembershipEvent:
 
 
 class Dashboard:
-    """The state of a run, as the views show it.
+    """The state of a run, as the views show it."""
 
-    Attributes:
-        heading: Lines above the workers.
-        step: The schedule position that the run has reached.
-        round: The number of committed rounds.
-        losses: The workers' mean loss whenever a round was committed.
-        events: Changes of the membership, oldest first.
-        silent_since: Since when there is no news of any worker, in Unix seconds; None: there is.
-    """
-
-    def __init__(
-        self,
-        total_steps: int | None = None,
-        clock: Callable[[], float] = time.time,
-        timeouts: MonitorTimeouts | None = None,
-    ) -> None:
+    def __init__(self, total_steps: int | None = None, clock: Callable[[], float] = time.time) -> None:
         self.total_steps = total_steps
-        self.heading: Sequence[str] = ()
+        self.heading: Sequence[str] = ()  # lines above the workers
         self.rows: Sequence[WorkerRow] = ()
-        self.step = self.round = 0
-        self.losses: list[float] = []
-        self.events: list[MembershipEvent] = []
-        self.silent_since: float | None = None
-        self._clock, self._window = clock, (timeouts or MonitorTimeouts()).rate
-        self._started = clock()
+        self.step = self.round = 0  # the schedule position that the run has reached, and the committed rounds
+        self.losses: list[float] = []  # the workers' mean loss whenever a round was committed
+        self.events: list[MembershipEvent] = []  # oldest first
+        self.silent_since: float | None = None  # since when no worker's events can be read, in Unix seconds
+        self._clock, self._window = clock, MonitorTimeouts().rate
+        self._started = self._moved = clock()  # `_moved`: when we saw the newest step in `_reached`
         self._reached: deque[tuple[float, int]] = deque()  # when the run reached which step
-        self._moved = clock()  # when we saw the newest of them
         # By worker: how far its clock is behind ours, plus the shortest delay of its news.
         self._behind: dict[int, float] = {}
 
     def fill(self, rows: Sequence[WorkerRow], *, step: int | None = None, round: int | None = None) -> None:
-        """Take in the workers' present state.
-
-        Args:
-            step, round: The run's. By default those of the slowest worker that trains.
-        """
+        """Take in the workers' present state. By default, step and round are those of the slowest training worker."""
         self.rows = rows
         for row in rows:
             if row.at is not None:
@@ -198,16 +171,10 @@ class Dashboard:
         """The time left, or why it is not known, or ""."""
         if self.silent_since is not None:
             return f"no news since {_clock_time(self.silent_since)}"
-        left = self.seconds_left
-        return "" if left is None else f"{_duration(left)} left"
+        return "" if (left := self.seconds_left) is None else f"{_duration(left)} left"
 
-    def draw(self) -> Any:
+    def draw(self) -> Group:
         """The run as something that rich prints."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         # One row per worker: text on the left, numbers on the right.
         table = Table(box=None, pad_edge=False, header_style="dim")
         for column in self.rows[0].cells if self.rows else ():
@@ -221,15 +188,11 @@ class Dashboard:
 
         # The run: progress, loss, and what happened last.
         if self.total_steps:
-            bar = Table.grid(padding=(0, 2))
-            bar.add_row(
-                ProgressBar(total=self.total_steps, completed=self.step, width=40),
-                f"{100 * self.step / self.total_steps:.0f} %",
-                f"round {self.round}",
-                f"{_duration(self._clock() - self._started)} watched",
-                self._outlook(),
-            )
-            parts.append(bar)
+            line = Table.grid(padding=(0, 2))
+            bar = ProgressBar(total=self.total_steps, completed=self.step, width=40)
+            share, watched = f"{100 * self.step / self.total_steps:.0f} %", _duration(self._clock() - self._started)
+            line.add_row(bar, share, f"round {self.round}", f"{watched} watched", self._outlook())
+            parts.append(line)
         if len(self.losses) > 1:
             shown = self.losses[-MOST_LOSSES:]
             parts.append(Text(f"loss of {len(shown)} rounds  {shown[0]:.4f} {sparkline(shown)} {shown[-1]:.4f}"))
@@ -237,24 +200,18 @@ class Dashboard:
         return Group(*parts)
 
 
-def view(
-    dashboard: Dashboard, write: Callable[[str], None] | None = None, timeouts: MonitorTimeouts | None = None
-) -> "View":
-    """A live view if standard output is a terminal, else plain lines, which `write` prints."""
-    return Live(dashboard) if sys.stdout.isatty() else Plain(dashboard, write, timeouts)
-
-
 class Plain:
-    """Prints a line per round and membership event, one in a while otherwise, and the heading at start and end."""
+    """Prints a line per round and membership event, periodically otherwise, and the heading at start and end.
+
+    Attributes:
+        show: Prints a line that stays.
+    """
 
     def __init__(
-        self,
-        dashboard: Dashboard,
-        write: Callable[[str], None] | None = None,
-        timeouts: MonitorTimeouts | None = None,
+        self, dashboard: Dashboard, write: Callable[[str], None] | None = None, timeouts: MonitorTimeouts | None = None
     ) -> None:
         self._dashboard = dashboard
-        self._write = write or (lambda line: print(line, flush=True))
+        self.show = write or partial(print, flush=True)
         self._interval = (timeouts or MonitorTimeouts()).plain
         self._round, self._written, self._events = 0, time.monotonic(), 0
         self._headed = self._silent = False
@@ -265,10 +222,6 @@ class Plain:
     def __exit__(self, *exception: object) -> None:
         self._write_heading()
 
-    def show(self, message: str) -> None:
-        """Print a line that stays."""
-        self._write(message)
-
     def refresh(self) -> None:
         """Print what is new on the dashboard."""
         dashboard, now = self._dashboard, time.monotonic()
@@ -276,26 +229,23 @@ class Plain:
             self._headed = True
             self._write_heading()
         for event in dashboard.events[self._events :]:
-            self._write(str(event))
+            self.show(str(event))
         self._events = len(dashboard.events)
         silent = dashboard.silent_since is not None
-        repeated = silent and self._silent  # the same line again would say nothing new
+        repeated = silent and self._silent  # the line would only repeat itself
         if dashboard.round > self._round or (now - self._written >= self._interval and not repeated):
             self._round, self._written, self._silent = max(dashboard.round, self._round), now, silent
-            self._write(dashboard.line())
+            self.show(dashboard.line())
 
     def _write_heading(self) -> None:
         for line in self._dashboard.heading:
-            self._write(line)
+            self.show(line)
 
 
 class Live:
     """Redraws the dashboard in place."""
 
     def __init__(self, dashboard: Dashboard) -> None:
-        from rich.console import Console
-        from rich.live import Live as RichLive
-
         self._dashboard = dashboard
         self._console = Console()
         self._live = RichLive(console=self._console, auto_refresh=False, redirect_stderr=False)
@@ -317,6 +267,13 @@ class Live:
 
 
 View = Plain | Live
+
+
+def view(
+    dashboard: Dashboard, write: Callable[[str], None] | None = None, timeouts: MonitorTimeouts | None = None
+) -> View:
+    """A live view if standard output is a terminal, else plain lines, which `write` prints."""
+    return Live(dashboard) if sys.stdout.isatty() else Plain(dashboard, write, timeouts)
 
 
 def sparkline(values: Sequence[float]) -> str:

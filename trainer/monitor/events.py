@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from trainer.errors import one_line
@@ -23,11 +22,7 @@ logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
-POSITIONS = {
-    "step": "step",
-    "round": "round",
-    "eval": "round",
-}  # by kind: the field in which repeated events agree
+POSITIONS = {"step": "step", "round": "round", "eval": "round"}  # by kind: the field in which repeated events agree
 
 
 class Sink(Protocol):
@@ -41,16 +36,7 @@ class Sink(Protocol):
 
 
 class EventLog:
-    """Appends events to a file and forwards them to sinks, whose failures do no harm.
-
-    Example:
-        with EventLog(volume.metrics) as events:
-            events.capture_warnings()
-            events.write("step", step=1, loss=2.5)
-
-    Attributes:
-        sinks: Further destinations. A sink that fails is removed, with a warning.
-    """
+    """Appends events to a file and forwards them to sinks. A sink that fails is removed, with a warning."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +44,6 @@ class EventLog:
         self._file = path.open("a", encoding="utf-8")
         self.sinks: list[Sink] = []
         self._lock = threading.Lock()  # checkpoints are written by a thread of their own
-        self._captured: logging.Logger | None = None
         self._handler = _WarningHandler(lambda message: self.write("warning", message=message))
 
     def write(self, event: str, **fields: Any) -> None:
@@ -82,20 +67,15 @@ class EventLog:
         logger.warning(message)
         self.write("warning", message=message)
 
-    def capture_warnings(self, name: str = "trainer") -> None:
+    def capture_warnings(self) -> None:
         """Record log messages marked with `extra={"event": True}` as `warning` events, until the log is closed.
 
         Code below this floor reports to the event log this way, without having it handed in.
-
-        Args:
-            name: The logger to listen to, with all loggers below it.
         """
-        self._captured = logging.getLogger(name)
-        self._captured.addHandler(self._handler)
+        logging.getLogger("trainer").addHandler(self._handler)
 
     def close(self) -> None:
-        if self._captured is not None:
-            self._captured.removeHandler(self._handler)
+        logging.getLogger("trainer").removeHandler(self._handler)
         for sink in self.sinks:
             sink.close()
         self._file.close()
@@ -103,9 +83,7 @@ class EventLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -115,23 +93,18 @@ class _WarningHandler(logging.Handler):
         self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "event", False) is not True:
-            return
-        try:
-            self._write(record.getMessage())
-        except Exception:
-            self.handleError(record)
+        if getattr(record, "event", False) is True:
+            try:
+                self._write(record.getMessage())
+            except Exception:
+                self.handleError(record)
 
 
 class EventReader:
     """Reads events as they are appended. The file need not exist yet.
 
     A last line without its newline is still being written: it is left for the next call. Other lines that are not
-    events (torn by a kill) are skipped.
-
-    Args:
-        path: The `metrics.jsonl`.
-        last: Begin this many bytes before the file's present end; None: at its start.
+    events (torn by a kill) are skipped. `last` begins that many bytes before the file's present end.
     """
 
     def __init__(self, path: Path, last: int | None = None) -> None:

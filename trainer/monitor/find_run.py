@@ -18,8 +18,15 @@ def find(config: TrainingConfig) -> TrainingConfig:
     Raises:
         ConfigError: Neither an etcd nor a run directory is named, or the directory is not a run's.
     """
-    directory = run_directory(config)
-    launched = _launched(directory) if directory else None
+    # Read what `launch` has left.
+    directory, launched = run_directory(config), None
+    if directory and (directory / LAUNCHED).exists():
+        try:
+            launched = TrainingConfig.from_tree(read_json(directory / LAUNCHED))
+        except (OSError, ValueError) as error:
+            raise ConfigError("run_dir", directory, f"its {LAUNCHED} cannot be used: {one_line(error)}") from None
+
+    # Complete the configuration with it.
     if config.etcd.endpoints:
         if not config.run_id and launched is None:
             raise ConfigError("run_id", "", "must name the run (or run_dir its directory)")
@@ -47,13 +54,3 @@ def has_completed(directory: Path) -> bool:
         if (last.get("event"), last.get("status")) == ("end", "complete"):
             return True
     return False
-
-
-def _launched(directory: Path) -> TrainingConfig | None:
-    path = directory / LAUNCHED
-    if not path.exists():
-        return None
-    try:
-        return TrainingConfig.from_tree(read_json(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError("run_dir", directory, f"its {LAUNCHED} cannot be used: {one_line(error)}") from None

@@ -16,16 +16,12 @@ class WorkerProgress(WorkerRow):
     `state` is one of starting, training, died, stopped, failed and complete; or, until its first step, joining: for a
     worker that has died before, and, set by `launch`, for one that starts while others train. `speed` and `loss` are
     smoothed; the speed is 0 before the second step. `pid` is None while no process is known to run.
-
-    Attributes:
-        reason: Why it ended.
-        changes: Its membership events since they were last shown.
     """
 
     def __init__(self, number: int, metrics: Path) -> None:
         super().__init__(number, step=0, round=0, bytes=0, speed=0.0)
-        self.reason = ""
-        self.changes: list[MembershipEvent] = []
+        self.reason = ""  # why it ended
+        self.changes: list[MembershipEvent] = []  # since they were last shown
         self._reader = EventReader(metrics, last=0)
         self._last_step: float | None = None  # when its newest step of this life ended
 

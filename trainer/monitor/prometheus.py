@@ -4,12 +4,13 @@ Names and types follow https://prometheus.io/docs/practices/naming/: base units,
 counters of a restarted worker begin at 0 again, as Prometheus expects.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper bounds of a synchronisation's buckets
+_UPDATES = {Gauge: "set", Counter: "inc", Histogram: "observe"}
 # Kind, name and help of the metric that a field of an event feeds.
 _METRICS: dict[tuple[str, str], tuple[type[Gauge | Counter | Histogram], str, str]] = {
     ("step", "step"): (Gauge, "step", "Schedule position: inner steps since the training began."),
@@ -31,11 +32,7 @@ _METRICS: dict[tuple[str, str], tuple[type[Gauge | Counter | Histogram], str, st
 
 
 class PrometheusSink:
-    """Serves the metrics of a worker's events, from a thread.
-
-    Args:
-        port: Where it listens, on all addresses.
-        run_id, worker: Labels of all metrics.
+    """Serves the metrics of a worker's events on a port of all addresses, from a thread.
 
     Raises:
         OSError: The port is taken.
@@ -45,11 +42,11 @@ class PrometheusSink:
 
     def __init__(self, port: int, run_id: str, worker: int) -> None:
         registry = CollectorRegistry()
-        self._metrics: dict[tuple[str, str], Any] = {}
+        self._updates: dict[tuple[str, str], Callable[[float], None]] = {}
         for field, (kind, name, text) in _METRICS.items():
             buckets: dict[str, Any] = {"buckets": _SECONDS} if kind is Histogram else {}
             metric = kind(f"diloco_{name}", text, ("run_id", "worker"), registry=registry, **buckets)
-            self._metrics[field] = metric.labels(run_id, str(worker))
+            self._updates[field] = getattr(metric.labels(run_id, str(worker)), _UPDATES[kind])
         self._server, self._thread = start_http_server(port, registry=registry)
 
     def write(self, event: Mapping[str, Any]) -> None:
@@ -59,15 +56,8 @@ class PrometheusSink:
         if kind == "warning":
             values["count"] = 1
         for field, value in values.items():
-            metric = self._metrics.get((kind, field))
-            if metric is None or not isinstance(value, int | float):
-                continue
-            if isinstance(metric, Gauge):
-                metric.set(value)
-            elif isinstance(metric, Counter):
-                metric.inc(value)
-            else:
-                metric.observe(value)
+            if (kind, field) in self._updates and isinstance(value, int | float):
+                self._updates[kind, field](value)
 
     def close(self) -> None:
         self._server.shutdown()

@@ -1,13 +1,108 @@
-"""The sinks that a configuration asks for."""
+"""The sinks that a configuration asks for, and Weights & Biases as one of them."""
 
-from collections.abc import Callable
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
 
 from trainer.config import TrainingConfig, given
 from trainer.errors import one_line
 from trainer.monitor.events import Sink
-from trainer.monitor.wandb_sink import WandbSink
 from trainer.timeouts import MonitorTimeouts
+
+logger = logging.getLogger(__name__)
+
+
+class WandbSink:
+    """One Weights & Biases run for a worker, in a group with the other workers'. A resumed worker continues its run.
+
+    Without WANDB_API_KEY the run is offline: nothing is sent, and `wandb sync` uploads it later.
+
+    A thread does all the work, so that training never waits for a server. If the server does not let the run begin in
+    time, the run is kept offline.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        worker: int,
+        directory: Path,
+        warn: Callable[[str], None],
+        timeouts: MonitorTimeouts | None = None,
+    ) -> None:
+        self._warn = warn
+        self._timeouts = timeouts or MonitorTimeouts()
+        self._events: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()  # None: the log is closed
+        self._thread = threading.Thread(target=self._work, args=(config, worker, directory), name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        if event["event"] in ("step", "round", "eval") and self._thread.is_alive():
+            self._events.put(event)
+
+    def close(self) -> None:
+        self._events.put(None)
+        self._thread.join(self._timeouts.wandb_close)
+        if self._thread.is_alive():
+            self._warn(f"{self.name} does not answer: the worker no longer waits for it")
+            self._warn = logger.warning  # the event log is about to close
+
+    def _work(self, config: TrainingConfig, worker: int, directory: Path) -> None:
+        try:
+            run = self._begin(config, worker, directory)
+            for unit in ("step", "round"):
+                run.define_metric(f"{unit}/*", step_metric=f"{unit}/{unit}")
+            for event in iter(self._events.get, None):
+                kind = event["event"]
+                run.log({f"{kind}/{key}": value for key, value in event.items() if isinstance(value, int | float)})
+            try:
+                run.finish()
+            except TimeoutError:
+                self._warn(f"{self.name} did not take everything: `wandb sync {Path(run.dir).parent}` uploads the rest")
+        except Exception as error:
+            self._warn(f"{self.name} is switched off: {one_line(error)}")
+
+    def _begin(self, config: TrainingConfig, worker: int, directory: Path) -> Any:
+        """Return the wandb run: online if there is a key and the server answers, else offline."""
+        # wandb reports its own errors to the same server, which would keep a finished process from ending.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # The service of the process that started this one: it is not ours to end if its server hangs.
+        os.environ.pop("WANDB_SERVICE", None)
+        import wandb
+
+        limit = self._timeouts.wandb
+        limits: dict[str, Any] = {"init_timeout": limit, "finish_timeout": limit, "finish_timeout_raises": True}
+        settings = wandb.Settings(silent=True, console="off", **limits)
+
+        def begin(mode: Literal["online", "offline"]) -> Any:
+            return wandb.init(
+                project=config.wandb_project_name,
+                group=config.wandb_group,
+                id=f"{config.wandb_run_id or config.run_id}-{worker}",
+                name=f"{config.run_id} worker {worker}",
+                notes=config.experiment_description,
+                tags=config.experiment_tags,
+                config=config.model_dump(mode="json"),
+                dir=str(directory),
+                resume="allow",
+                mode=mode,
+                settings=settings,
+            )
+
+        if not os.environ.get("WANDB_API_KEY"):
+            return begin("offline")
+        try:
+            return begin("online")
+        except Exception as error:
+            wandb.teardown()  # it would refuse a second run with the same id
+            run = begin("offline")
+            self._warn(f"{self.name} is kept offline, in {Path(run.dir).parent}: {one_line(error)}")
+            return run
 
 
 def sinks(
@@ -25,7 +120,6 @@ def sinks(
         warn: Called with the reason why a sink is left out, or gives up later.
         local_rank: The process of the node: each has a Prometheus port of its own.
     """
-    timeouts = timeouts or MonitorTimeouts()
 
     def prometheus(port: int) -> Sink:
         from trainer.monitor.prometheus import PrometheusSink

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.etcd.client import Entry, EtcdClient
 from trainer.etcd.errors import EtcdError
-from trainer.monitor.dashboard import Dashboard, MembershipEvent, View, WorkerRow, view
+from trainer.monitor.dashboard import Dashboard, MembershipEvent, WorkerRow, view
 from trainer.monitor.find_run import find, has_completed, run_directory
 from trainer.timeouts import MonitorTimeouts
 
@@ -25,35 +27,26 @@ Json = Mapping[str, Any]
 class RunStatus:
     """A run at one moment.
 
-    Attributes:
-        verdict: "open", "succeeded" or "failed".
-        phase: Of the open round: "gather" or "reduce"; "" before the run has begun, and when it is complete.
-        step: The schedule position of the last committed state.
-        coordinator: The worker that coordinates; None: at present none does.
-        committed: The last commit: round, attempt, members (workers) and weight (samples).
-        durable: The newest round that is in a checkpoint.
-        workers: As they reported after their last commit, so at most one round old. `state` is one of starting (its
-            node is here), waiting (for the run to begin), catching up, training, arrived, reducing, voted and complete.
-        spares: Hosts of nodes that wait for a slot.
-        total_steps: Where the run ends; None before the first worker is here.
-        gone: Members that have left in an orderly way.
+    `workers` are as they reported after their last commit, so at most one round old. A worker's `state` is one of
+    starting (its node is here), waiting (for the run to begin), catching up, training, arrived, reducing, voted and
+    complete.
     """
 
     run_id: str
-    verdict: str
+    verdict: str  # "open", "succeeded" or "failed"
     reason: str
     term: int
     round: int
     attempt: int
-    phase: str
-    step: int
-    coordinator: int | None
-    committed: dict[str, Any] | None
-    durable: int | None
+    phase: str  # of the open round: "gather" or "reduce"; "" before the run has begun, and when it is complete
+    step: int  # the schedule position of the last committed state
+    coordinator: int | None  # the worker that coordinates, if any does
+    committed: dict[str, Any] | None  # the last commit: round, attempt, members (workers) and weight (samples)
+    durable: int | None  # the newest round that is in a checkpoint
     workers: list[WorkerRow]
-    spares: list[str]
-    total_steps: int | None
-    gone: list[str]
+    spares: list[str]  # hosts of nodes that wait for a slot
+    total_steps: int | None  # None before the first worker is here
+    gone: list[str]  # members that have left in an orderly way
 
 
 def status(
@@ -67,22 +60,21 @@ def status(
         as_json: Print one JSON object per line instead of text.
 
     Returns:
-        0: the run is open, or has succeeded; 1: it has failed.
+        The exit status: 1 if the run has failed, else 0.
 
     Raises:
-        ConfigError: The configuration does not say which run.
+        ConfigError: The configuration does not identify the run.
         TrainingError: The run is not running, or its etcd cannot be used.
     """
     directory = None if config.etcd.endpoints else run_directory(config)
     interval = (timeouts or MonitorTimeouts()).look
     config = find(config)
-    watcher = Watcher()
+    watcher, changed = Watcher(), threading.Event()
+    shown = view(watcher.dashboard) if watch and not as_json else None
     with ExitStack() as resources:
         client = resources.enter_context(EtcdClient.of(config))
-        shown: View | None = None
-        if watch and not as_json:
-            shown = resources.enter_context(view(watcher.dashboard))
-        changed = threading.Event()
+        if shown is not None:
+            resources.enter_context(shown)
         if watch:
             resources.callback(client.watch("", changed.set).close)
         try:
@@ -103,8 +95,10 @@ def status(
                     print(json.dumps(asdict(run)), flush=True)
                 elif shown is not None:
                     shown.refresh()
+                elif sys.stdout.isatty():
+                    Console().print(watcher.dashboard.draw())
                 else:
-                    _print(watcher.dashboard)
+                    print(*watcher.dashboard.heading, *watcher.dashboard.rows, sep="\n", flush=True)
 
                 # Wait until something changes, but do not look more often than the interval allows.
                 if not watch or run.verdict != "open":
@@ -132,8 +126,7 @@ def _without_etcd(client: EtcdClient, run_id: str, directory: Path | None, error
 
 def look(client: EtcdClient, run_id: str) -> RunStatus | None:
     """The run at this moment; None if etcd has no key of it."""
-    entries = client.list("")
-    return status_of(run_id, entries) if entries else None
+    return status_of(run_id, entries) if (entries := client.list("")) else None
 
 
 def status_of(run_id: str, entries: Mapping[str, Entry]) -> RunStatus:
@@ -154,7 +147,10 @@ def status_of(run_id: str, entries: Mapping[str, Entry]) -> RunStatus:
             workers.append(WorkerRow(int(slot), node=slot, host=value["host"], pid=value["pid"]))
 
     coordinator = single.get("coordinator", {}).get("member")
-    commit = (round or {}).get("committed")
+    committed = (round or {}).get("committed")
+    if committed is not None:
+        committed = {name: committed[name] for name in ("round", "attempt", "members", "weight")}
+        committed["members"] = [_number_of(id) for id in committed["members"]]
     return RunStatus(
         run_id=run_id,
         verdict=run.get("status", "open"),
@@ -165,14 +161,7 @@ def status_of(run_id: str, entries: Mapping[str, Entry]) -> RunStatus:
         phase=round["phase"] if round and round["length"] else "",
         step=round["base"]["step"] if round else 0,
         coordinator=None if coordinator is None else _number_of(coordinator),
-        committed=None
-        if commit is None
-        else {
-            "round": commit["round"],
-            "attempt": commit["attempt"],
-            "members": [_number_of(id) for id in commit["members"]],
-            "weight": commit["weight"],
-        },
+        committed=committed,
         durable=max((value["round"] for value in kinds.get("durable", {}).values()), default=None),
         workers=sorted(workers, key=lambda worker: (worker.worker, worker.member)),
         spares=[value["host"] for value in kinds.get("nodes", {}).values() if value["slot"] is None],
@@ -208,20 +197,15 @@ def _state(id: str, round: Json | None, kinds: Mapping[str, Json]) -> str:
         return "waiting"
     if round["length"] == 0:
         return "complete"
-
-    def attempt_of(kind: str) -> tuple[int, ...]:
-        return _attempt_id(kinds.get(kind, {}).get(id, {}))
-
-    now = _attempt_id(round)
-    if attempt_of("votes") == now:
+    own = (kinds.get(kind, {}).get(id, {}) for kind in ("votes", "arrivals"))
+    voted, arrived, now = (
+        tuple(value.get(name, 0) for name in ("term", "round", "attempt")) for value in (*own, round)
+    )
+    if voted == now:
         return "voted"
-    if round["phase"] == "reduce" and id in round["members"] and attempt_of("arrivals") == now:
+    if round["phase"] == "reduce" and id in round["members"] and arrived == now:
         return "reducing"
-    return "arrived" if attempt_of("arrivals") >= now else "training"
-
-
-def _attempt_id(value: Json) -> tuple[int, ...]:
-    return tuple(value.get(name, 0) for name in ("term", "round", "attempt"))
+    return "arrived" if arrived >= now else "training"
 
 
 def _number_of(member: str) -> int:
@@ -239,7 +223,6 @@ class Watcher:
         self._behind: set[str] = set()
 
     def update(self, run: RunStatus) -> None:
-        """Take in one look."""
         dashboard, now = self.dashboard, time.time()
         members = {worker.member: worker.worker for worker in run.workers if worker.member}
         behind = {worker.member for worker in run.workers if worker.lag}
@@ -276,13 +259,3 @@ def headline(run: RunStatus) -> list[str]:
     if run.spares:
         lines.append(f"spare nodes: {', '.join(run.spares)}")
     return lines
-
-
-def _print(dashboard: Dashboard) -> None:
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(dashboard.draw())
-        return
-    for line in (*dashboard.heading, *map(str, dashboard.rows)):
-        print(line, flush=True)

@@ -8,12 +8,7 @@ from typing import Any
 
 
 class WorkerEvents:
-    """Writes received events to `<directory>/worker-<i>/metrics.jsonl`.
-
-    Args:
-        directory: Stands in for a run directory.
-        processes: Workers on each node.
-    """
+    """Writes received events to `<directory>/worker-<i>/metrics.jsonl`; `processes` is the number of workers a node."""
 
     def __init__(self, directory: Path, processes: int) -> None:
         self._directory, self._processes = directory, processes
@@ -24,7 +19,7 @@ class WorkerEvents:
         return self._directory / f"worker-{number}" / "metrics.jsonl"
 
     def write(self, worker: int, received: Mapping[str, Any]) -> None:
-        """Keep an event of one of a node's workers; its `local_rank` says which."""
+        """Keep an event of one of a node's workers; its `local_rank` identifies it."""
         number = worker * self._processes + int(received.get("local_rank", 0))
         event = {name: value for name, value in received.items() if name != "local_rank"}
         with self._lock:

@@ -73,7 +73,7 @@ def test_in_any_other_pod_it_is_this_machine(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("pod")
 def test_a_cluster_s_etcd_may_have_tls_and_users_without_an_endpoint() -> None:
     assert resolve({"elastic_etcd_protocol": "https", "etcd_user": "diloco"}).launcher == "pytorchjob"
-    with pytest.raises(ConfigError, match=r"etcd\.user = 'diloco': needs an etcd of your own"):
+    with pytest.raises(ConfigError, match=r"etcd\.user = 'diloco': needs an external etcd \(etcd\.endpoints\)"):
         resolve({"launcher": "local", "etcd_user": "diloco"})
 
 

@@ -14,8 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from trainer.config import TrainingConfig
 from trainer.monitor.events import EventLog, EventReader, effective
-from trainer.monitor.sinks import sinks
-from trainer.monitor.wandb_sink import WandbSink
+from trainer.monitor.sinks import WandbSink, sinks
 from trainer.process import listen
 from trainer.volume import worker_configs
 

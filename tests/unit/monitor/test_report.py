@@ -1,4 +1,4 @@
-"""The report and the record it is made from, on run directories as training writes them (DESIGN §7)."""
+"""The report and the record it is made from, on run directories as training writes them (docs/design/files.md)."""
 
 import json
 import math

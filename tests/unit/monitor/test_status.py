@@ -14,7 +14,7 @@ from trainer.files import write_json
 from trainer.monitor.dashboard import Plain
 from trainer.monitor.find_run import LAUNCHED, find, has_completed
 from trainer.monitor.status import Watcher, headline, status_of
-from trainer.protocol.rounds import Arrival, Cursor, Outcome, Record, State, Vote
+from trainer.protocol.records import Arrival, Cursor, Outcome, RoundState, State, Vote, encoded
 
 A, B, C = "000-aaaaaaaa", "001-bbbbbbbb", "002-cccccccc"
 
@@ -37,9 +37,9 @@ def member(number: int, holds: int, loss: float | None = 2.0) -> dict[str, Any]:
     return {**about, "holds": asdict(State(round=holds, step=8 * holds)), "progress": progress}
 
 
-def record(**changes: Any) -> Record:
+def record(**changes: Any) -> RoundState:
     """Round 5 of A and B, which have committed round 4."""
-    known = Record(
+    known = RoundState(
         term=1,
         round=5,
         attempt=1,
@@ -49,7 +49,7 @@ def record(**changes: Any) -> Record:
         base=State(4, 32),
         cursor=Cursor(),
         length=8,
-        shares={},
+        assignments={},
         committed=Outcome(term=1, round=4, attempt=1, members=(A, B), hash="h", weight=64.0, base=State(4, 32)),
     )
     return replace(known, **changes)
@@ -81,7 +81,7 @@ def test_run_before_it_begins() -> None:
 def test_open_round() -> None:
     values = {
         "run": {"status": "open", "reason": "", "slot": None},
-        "round": record().to_json(),
+        "round": encoded(record()),
         "coordinator": {"member": B},
         f"members/{A}": member(0, 4, loss=1.0),
         f"members/{B}": member(1, 3, loss=None),  # it applies the step just now
@@ -112,12 +112,12 @@ def test_open_round() -> None:
 def test_reduce_retry_and_end() -> None:
     members = {f"members/{A}": member(0, 4), f"members/{B}": member(1, 4)}
     arrivals = {f"arrivals/{id}": asdict(Arrival(1, 5, 1, "h")) for id in (A, B)}
-    reduce = {**members, **arrivals, "round": record(phase="reduce", members=(A, B)).to_json()}
+    reduce = {**members, **arrivals, "round": encoded(record(phase="reduce", members=(A, B)))}
     assert states(reduce) == {0: "reducing", 1: "reducing"}
     assert states({**reduce, f"votes/{A}": asdict(Vote(1, 5, 1, "h", 64.0))}) == {0: "voted", 1: "reducing"}
     failed = {**reduce, f"arrivals/{A}": asdict(Arrival(1, 5, 2, "h"))}  # its collective has failed
     assert states(failed) == {0: "arrived", 1: "reducing"}
-    end = {**members, "round": record(length=0).to_json(), "run": {"status": "succeeded", "reason": "", "slot": None}}
+    end = {**members, "round": encoded(record(length=0)), "run": {"status": "succeeded", "reason": "", "slot": None}}
     assert states(end) == {0: "complete", 1: "complete"}
     assert headline(status_of("r", entries(**end)))[0] == "run r: succeeded, complete at step 32"
 
@@ -134,12 +134,12 @@ def test_a_watch_says_what_changes() -> None:
         return [line.partition("  worker ")[2] or line for line in lines]
 
     both = {f"members/{A}": member(0, 4), f"members/{B}": member(1, 4, loss=3.0)}
-    now = {"round": record().to_json(), **both}
+    now = {"round": encoded(record()), **both}
     first = look(**now)
     assert first[0].startswith("run r: open, round 5")
     assert first[-1] == "round 4  step 32/80  loss 2.5000  20.0 samples/s  40 bytes exchanged"
     assert look(**now) == []
-    later = {"round": record(round=8, base=State(7, 56), committed=None).to_json()}
+    later = {"round": encoded(record(round=8, base=State(7, 56), committed=None))}
     assert look(**later, **{f"members/{A}": member(0, 7), f"members/{B}": member(1, 4)}) == ["1 is late"]
     assert look(**later, **{f"members/{A}": member(0, 7)}) == ["1 died, or is cut off"]
     assert look(**later, **{f"members/{A}": member(0, 7), f"members/{B}": member(1, 7)}) == ["1 is back"]

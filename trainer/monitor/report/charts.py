@@ -9,28 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.monitor.events import number
+from trainer.monitor.report import drawing
 from trainer.monitor.report.curves import FloatArray, Points, Worker
-from trainer.monitor.report.drawing import (
-    FIRST,
-    HALF,
-    INK,
-    MOST_BARS,
-    MOST_LINES,
-    MUTED,
-    SECOND,
-    SURFACE,
-    WHOLE,
-    Chart,
-    bars,
-    drawn,
-    extent,
-    from_zero,
-    label,
-    line,
-    robust_limits,
-    round_axis,
-    thin,
-)
+from trainer.monitor.report.drawing import Chart
 from trainer.monitor.report.run import RunHistory
 from trainer.monitor.report.words import BYTES, COUNTS, TIMES, Units, byte_count, labelled, unit_of
 
@@ -39,27 +20,23 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 40  # workers of the membership chart
 MOST_TICKS = 400  # of the membership chart: more rounds are drawn as bars
-BAR: Any = {"color": FIRST, "linewidth": 5, "alpha": 0.3, "solid_capstyle": "butt"}
-TICK: Any = {"color": FIRST, "linestyle": "", "marker": "|", "markersize": 11, "markeredgewidth": 1.6}
+BAR: Any = {"color": drawing.FIRST, "linewidth": 5, "alpha": 0.3, "solid_capstyle": "butt"}
+TICK: Any = {"color": drawing.FIRST, "linestyle": "", "marker": "|", "markersize": 11, "markeredgewidth": 1.6}
 MARKS: dict[str, Any] = {  # what happens to a worker
-    "joined": {"color": SECOND, "marker": ">", "markersize": 7},
-    "late": {"color": SECOND, "marker": "D", "markersize": 6},
-    "died": {"color": INK, "marker": "X", "markersize": 8},
-    "left": {"color": INK, "marker": "s", "markersize": 6},
+    "joined": {"color": drawing.SECOND, "marker": ">", "markersize": 7},
+    "late": {"color": drawing.SECOND, "marker": "D", "markersize": 6},
+    "died": {"color": drawing.INK, "marker": "X", "markersize": 8},
+    "left": {"color": drawing.INK, "marker": "s", "markersize": 6},
 }
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A quantity that grows as a run goes on, for the x axis of losses.
-
-    Attributes:
-        at: Steps of the schedule, and the quantity at their ends.
-    """
+    """A quantity that grows as a run goes on, for the x axis of losses."""
 
     name: str
     units: Units
-    at: Callable[[RunHistory], Points]
+    at: Callable[[RunHistory], Points]  # steps of the schedule, and the quantity at their ends
 
     def along(self, run: RunHistory, steps: FloatArray) -> FloatArray:
         """The quantity at some steps."""
@@ -67,15 +44,10 @@ class Axis:
         return np.interp(steps, np.append(0, known), np.append(0, values))
 
 
-def _bytes_at_rounds(run: RunHistory) -> Points:
-    sent = np.nansum(run.over_rounds("bytes_sent")[1], axis=0) / max(1, len(run.workers))
-    return run.round_ends, np.cumsum(sent)
-
-
 STEPS = Axis("inner step", ((1.0, ""),), lambda run: (run.step_losses[0], run.step_losses[0]))
 SAMPLES = Axis("samples", COUNTS, lambda run: (run.step_losses[0], run.samples_at_steps))
 TIME = Axis("time", TIMES, lambda run: (run.step_losses[0], run.seconds_at_steps))
-SENT = Axis("sent by a worker", BYTES, _bytes_at_rounds)
+SENT = Axis("sent by a worker", BYTES, lambda run: (run.round_ends, run.bytes_at_rounds))
 
 
 # Losses of one run
@@ -89,7 +61,7 @@ def _losses(axis: Axis, caption: str, held_out: bool, size: tuple[int, int], run
     _, losses = run.over_steps("loss")
     at = axis.along(run, steps)
     scale, unit = unit_of(float(np.max(at, initial=0)), axis.units)
-    x, (shown, *workers) = thin(at / scale, np.vstack([mean, losses]))
+    x, (shown, *workers) = drawing.thin(at / scale, np.vstack([mean, losses]))
     scored, scores = _finite(*run.held_out_over_steps) if held_out else (np.empty(0), np.empty(0))
     if axis is STEPS and (skipped := run.skipped_steps):
         caption += f" {skipped} steps were skipped because their loss or gradient was not finite."
@@ -98,25 +70,25 @@ def _losses(axis: Axis, caption: str, held_out: bool, size: tuple[int, int], run
 
     def draw(axes: "Axes") -> None:
         over = len(workers)
-        if 1 < over <= MOST_LINES:
-            faint: Any = {"color": MUTED, "linewidth": 0.7}
+        if 1 < over <= drawing.MOST_LINES:
+            faint: Any = {"color": drawing.MUTED, "linewidth": 0.7}
             for one in workers:
                 axes.plot(x, one, alpha=0.55, label="_", **faint)
             axes.plot([], [], label=f"each of {over} workers", **faint)
-        elif over > MOST_LINES:
-            band = extent(np.array(workers))
-            axes.fill_between(x, *band, color=MUTED, alpha=0.25, linewidth=0, label=f"range of {over} workers")
-        end = line(axes, x, shown, label="mean" if over > 1 else "loss")
+        elif over > drawing.MOST_LINES:
+            band = drawing.extent(np.array(workers))
+            axes.fill_between(x, *band, color=drawing.MUTED, alpha=0.25, linewidth=0, label=f"range of {over} workers")
+        end = drawing.line(axes, x, shown, label="mean" if over > 1 else "loss")
         if len(scored):
-            end = line(axes, axis.along(run, scored) / scale, scores, 1, "held out")
-        robust_limits(axes, mean, scores)
-        label(axes, (end, "{}"))
+            end = drawing.line(axes, axis.along(run, scored) / scale, scores, 1, "held out")
+        drawing.robust_limits(axes, mean, scores)
+        drawing.label(axes, (end, "{}"))
         axes.set_xlabel(labelled(axis.name, unit))
         axes.set_ylabel(labelled("loss", run.loss_unit))
 
     name = "steps" if axis is STEPS else axis.name
     title = "Loss over inner steps" if axis is STEPS else f"Loss over {name}"
-    return drawn(title, caption, draw, name=f"losses-over-{name}", size=size)
+    return drawing.chart(title, caption, draw, name=f"losses-over-{name}", size=size)
 
 
 def losses_over_rounds(run: RunHistory) -> Chart | None:
@@ -126,23 +98,22 @@ def losses_over_rounds(run: RunHistory) -> Chart | None:
     trained = np.isfinite(losses).any()
     if not trained and not len(scored):
         return None
-    x, (shown,) = thin(rounds, losses[None])
+    x, (shown,) = drawing.thin(rounds, losses[None])
 
     def draw(axes: "Axes") -> None:
         end = None
         if trained:
-            end = line(axes, x, shown, label="training")
-            robust_limits(axes, losses, scores)
+            end = drawing.line(axes, x, shown, label="training")
+            drawing.robust_limits(axes, losses, scores)
         if len(scored):
-            end = line(axes, scored, scores, 1, "held out")
-        label(axes, (end, "{}"))
-        round_axis(axes, np.union1d(rounds, scored))
-        axes.set_ylabel(labelled("loss", run.loss_unit))
+            end = drawing.line(axes, scored, scores, 1, "held out")
+        drawing.label(axes, (end, "{}"))
+        drawing.over_rounds(axes, np.union1d(rounds, scored), labelled("loss", run.loss_unit))
 
     caption = "Training: the samples-weighted mean of the workers' losses in the round."
     if len(scored):
         caption += " Held out: samples that training never sees, scored with the global parameters after the round."
-    return drawn("Loss over rounds", caption, draw, name="losses-over-rounds")
+    return drawing.chart("Loss over rounds", caption, draw, name="losses-over-rounds")
 
 
 # Rounds of one run
@@ -157,15 +128,14 @@ def bytes_over_rounds(run: RunHistory) -> Chart | None:
     scale, unit = unit_of(float(np.max(total)), BYTES)
 
     def draw(axes: "Axes") -> None:
-        bars(axes, rounds, total / scale, FIRST)
+        drawing.bars(axes, rounds, total / scale, drawing.FIRST)
         axes.set_ylim(bottom=0)
-        round_axis(axes, rounds)
-        axes.set_ylabel(labelled("sent", unit))
+        drawing.over_rounds(axes, rounds, labelled("sent", unit))
 
     caption = f"Bytes that all workers together sent in each round; {byte_count(float(total.sum()))} in all."
     if len(sent) > 1:
         caption += f" On average a worker sent {byte_count(float(np.nanmean(sent)))} per round."
-    return drawn("Bytes sent in each round", caption, draw, name="bytes-over-rounds")
+    return drawing.chart("Bytes sent in each round", caption, draw, name="bytes-over-rounds")
 
 
 def exposed_over_rounds(run: RunHistory) -> Chart | None:
@@ -175,28 +145,28 @@ def exposed_over_rounds(run: RunHistory) -> Chart | None:
     if not kept.any():
         return None
     rounds, exposed = rounds[kept], exposed[:, kept]
-    x, (share,) = thin(rounds, 100 * run.exposed_shares[1][None, kept])
+    x, (share,) = drawing.thin(rounds, 100 * run.exposed_shares[1][None, kept])
 
     def draw_seconds(axes: "Axes") -> None:
-        bars(axes, rounds, np.nanmean(exposed, axis=0), FIRST)
-        if len(exposed) > 1 and len(rounds) <= MOST_BARS:
-            axes.vlines(rounds, *extent(exposed), color=INK, linewidth=0.9, label="lowest to highest worker")
+        drawing.bars(axes, rounds, np.nanmean(exposed, axis=0), drawing.FIRST)
+        if len(exposed) > 1 and len(rounds) <= drawing.MOST_BARS:
+            axes.vlines(
+                rounds, *drawing.extent(exposed), color=drawing.INK, linewidth=0.9, label="lowest to highest worker"
+            )
         axes.set_ylim(bottom=0)
-        round_axis(axes, rounds)
-        axes.set_ylabel("exposed (s)")
+        drawing.over_rounds(axes, rounds, "exposed (s)")
 
     def draw_share(axes: "Axes") -> None:
-        end = line(axes, x, share, 1)
-        from_zero(axes, share)
-        label(axes, (end, "{} %"))
-        round_axis(axes, rounds)
-        axes.set_ylabel("share (%)")
+        end = drawing.line(axes, x, share, 1)
+        drawing.from_zero(axes, share)
+        drawing.label(axes, (end, "{} %"))
+        drawing.over_rounds(axes, rounds, "share (%)")
 
     caption = (
         "Exposed seconds: how long a worker's inner loop stood still for the round's synchronisation, waiting for the "
         "others included; mean over the workers. Below: the share of the round that this was."
     )
-    return drawn("Exposed seconds in each round", caption, draw_seconds, draw_share, name="exposed-over-rounds")
+    return drawing.chart("Exposed seconds in each round", caption, draw_seconds, draw_share, name="exposed-over-rounds")
 
 
 def throughput_over_rounds(run: RunHistory) -> Chart | None:
@@ -204,40 +174,38 @@ def throughput_over_rounds(run: RunHistory) -> Chart | None:
     rounds, rate = run.round_throughput
     if not np.nansum(rate) > 0:
         return None
-    x, (shown,) = thin(rounds[rate > 0], rate[None, rate > 0])
+    x, (shown,) = drawing.thin(rounds[rate > 0], rate[None, rate > 0])
 
     def draw(axes: "Axes") -> None:
-        end = line(axes, x, shown)
-        from_zero(axes, shown)
-        label(axes, (end, "{}"))
-        round_axis(axes, rounds)
-        axes.set_ylabel("samples a second")
+        end = drawing.line(axes, x, shown)
+        drawing.from_zero(axes, shown)
+        drawing.label(axes, (end, "{}"))
+        drawing.over_rounds(axes, rounds, "samples a second")
 
     caption = "Samples that all workers together trained on, over the time of the round with its synchronisation."
-    return drawn("Throughput", caption, draw, name="throughput-over-rounds")
+    return drawing.chart("Throughput", caption, draw, name="throughput-over-rounds")
 
 
 def steps_of_unequal_workers(run: RunHistory) -> Chart | None:
     """Inner steps of each worker in a round, if they differ by design."""
     rounds, made = run.over_rounds("inner_steps")
-    if not run.config.get("heterogeneous") or not np.isfinite(made).any() or len(made) > MOST_LINES:
+    if not run.config.get("heterogeneous") or not np.isfinite(made).any() or len(made) > drawing.MOST_LINES:
         return None
-    x, lines = thin(rounds, made)
+    x, lines = drawing.thin(rounds, made)
 
     def draw(axes: "Axes") -> None:
         ends = []
         for style, (worker, one) in enumerate(zip(run.workers, lines, strict=True)):
             if np.isfinite(one).any():
                 name = worker.name.removeprefix("worker-")
-                end = line(axes, *_finite(x, one), style, f"worker {name}", equal=True)
+                end = drawing.line(axes, *_finite(x, one), style, f"worker {name}", equal=True)
                 ends.append((end, f"{name}: {one[np.isfinite(one)][-1]:.0f}"))
-        from_zero(axes, *lines)
-        label(axes, *ends)
-        round_axis(axes, rounds)
-        axes.set_ylabel("inner steps")
+        drawing.from_zero(axes, *lines)
+        drawing.label(axes, *ends)
+        drawing.over_rounds(axes, rounds, "inner steps")
 
     caption = "Inner steps of each worker in a round: in proportion to its speed, so that all finish at the same time."
-    return drawn("Unequal workers", caption, draw, name="steps-of-unequal-workers")
+    return drawing.chart("Unequal workers", caption, draw, name="steps-of-unequal-workers")
 
 
 # Membership of one run
@@ -259,7 +227,7 @@ def membership_over_time(run: RunHistory) -> Chart | None:
         marks: dict[str, tuple[list[float], list[int]]] = {name: ([], []) for name in MARKS}
         for row, worker in enumerate(workers):
             for life in worker.lives:
-                axes.plot(at((life.start, life.last)), (row, row), color=MUTED, linewidth=1, label="_")
+                axes.plot(at((life.start, life.last)), (row, row), color=drawing.MUTED, linewidth=1, label="_")
             # A bar for each stretch of rounds without a gap.
             times = worker.rounds["time"].to_numpy()
             gaps = np.flatnonzero(np.diff(worker.rounds["round"]) > 1) + 1
@@ -272,7 +240,7 @@ def membership_over_time(run: RunHistory) -> Chart | None:
                 marks[name][1].extend([row] * len(moments))
         for name, (moments, rows) in marks.items():
             if moments:
-                axes.plot(at(moments), rows, label=name, linestyle="", markerfacecolor=SURFACE, **MARKS[name])
+                axes.plot(at(moments), rows, label=name, linestyle="", markerfacecolor=drawing.SURFACE, **MARKS[name])
         axes.set_yticks(range(len(workers)), [worker.name.removeprefix("worker-") for worker in workers])
         axes.set_ylim(len(workers) - 0.5, -0.5)
         axes.set_xlabel(labelled("time", unit))
@@ -282,8 +250,8 @@ def membership_over_time(run: RunHistory) -> Chart | None:
         "A worker's thin line lasts while its process lives, the thick one while it is in every quorum; a tick is a "
         "round that was committed with it. Late: it caught up with rounds that the others had committed without it."
     )
-    size = (WHOLE[0], 90 + 26 * len(workers))
-    return drawn("Membership", caption, draw, name="membership-over-time", size=size, rows=True)
+    size = (drawing.WHOLE[0], 90 + 26 * len(workers))
+    return drawing.chart("Membership", caption, draw, name="membership-over-time", size=size, rows=True)
 
 
 def _changes(run: RunHistory, worker: Worker) -> dict[str, list[float]]:
@@ -304,9 +272,11 @@ def _changes(run: RunHistory, worker: Worker) -> dict[str, list[float]]:
 
 def _overlaid(axis: Axis, held_out: bool, size: tuple[int, int], runs: Sequence[RunHistory]) -> Chart | None:
     """The held-out or training losses of all runs."""
-    points = [run.held_out_over_steps if held_out else (run.round_ends, run.round_losses[1]) for run in runs]
-    known = [_finite(*one) for one in points]
-    lines = [(axis.along(run, steps), losses) for run, (steps, losses) in zip(runs, known, strict=True)]
+    lines = []
+    for run in runs:
+        points = run.held_out_over_steps if held_out else (run.round_ends, run.round_losses[1])
+        steps, losses = _finite(*points)
+        lines.append((axis.along(run, steps), losses))
     longest = max((float(x[-1]) for x, _ in lines if len(x)), default=0.0)
     if not longest:
         return None
@@ -316,8 +286,8 @@ def _overlaid(axis: Axis, held_out: bool, size: tuple[int, int], runs: Sequence[
         ends = []
         for place, (x, losses) in enumerate(lines):
             if len(x):
-                x, (y,) = thin(x / scale, losses[None])
-                ends.append((line(axes, x, y, place, letter(place), equal=True), f"{letter(place)} {{}}"))
+                x, (y,) = drawing.thin(x / scale, losses[None])
+                ends.append((drawing.line(axes, x, y, place, letter(place), equal=True), f"{letter(place)} {{}}"))
         axes.set_xlim(0, longest / scale)
         # Leave out the steep start: the end shows how runs differ.
         shown = [losses for _, losses in lines if len(losses)]
@@ -325,7 +295,7 @@ def _overlaid(axis: Axis, held_out: bool, size: tuple[int, int], runs: Sequence[
         high = max(float(one[len(one) // 5 :].max()) for one in shown)
         margin = 0.08 * (high - low) or 0.1
         axes.set_ylim(low - margin, high + margin)
-        label(axes, *ends)
+        drawing.label(axes, *ends)
         axes.set_xlabel(labelled(axis.name, unit))
         axes.set_ylabel(labelled("loss", common_unit(runs)))
 
@@ -336,7 +306,7 @@ def _overlaid(axis: Axis, held_out: bool, size: tuple[int, int], runs: Sequence[
     )
     sent = " Bytes: what a worker sent, on average." if axis is SENT else ""
     name = f"{'Held-out' if held_out else 'Training'} loss over {'bytes' if axis is SENT else axis.name}"
-    return drawn(name, f"{caption}{sent} The steep start is cut off.", draw, size=size)
+    return drawing.chart(name, f"{caption}{sent} The steep start is cut off.", draw, size=size)
 
 
 def letter(place: int) -> str:
@@ -356,16 +326,11 @@ def _finite(x: FloatArray, y: FloatArray) -> Points:
     return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
+OVER_TIME = "Over the wall time at which the last worker had made the step. Pauses after an orderly stop are left out."
 OF_ONE: Sequence[Callable[[RunHistory], Chart | None]] = (
-    partial(_losses, STEPS, "The training loss of each inner step.", False, WHOLE),
-    partial(_losses, SAMPLES, "Over the samples that all workers together had consumed.", True, HALF),
-    partial(
-        _losses,
-        TIME,
-        "Over the wall time at which the last worker had made the step. Pauses after an orderly stop are left out.",
-        True,
-        HALF,
-    ),
+    partial(_losses, STEPS, "The training loss of each inner step.", False, drawing.WHOLE),
+    partial(_losses, SAMPLES, "Over the samples that all workers together had consumed.", True, drawing.HALF),
+    partial(_losses, TIME, OVER_TIME, True, drawing.HALF),
     losses_over_rounds,
     bytes_over_rounds,
     exposed_over_rounds,
@@ -374,11 +339,11 @@ OF_ONE: Sequence[Callable[[RunHistory], Chart | None]] = (
     membership_over_time,
 )
 OF_SEVERAL: Sequence[Callable[[Sequence[RunHistory]], Chart | None]] = (
-    partial(_overlaid, SAMPLES, True, WHOLE),
-    partial(_overlaid, TIME, True, HALF),
-    partial(_overlaid, SENT, True, HALF),
-    partial(_overlaid, SAMPLES, False, HALF),
-    partial(_overlaid, TIME, False, HALF),
+    partial(_overlaid, SAMPLES, True, drawing.WHOLE),
+    partial(_overlaid, TIME, True, drawing.HALF),
+    partial(_overlaid, SENT, True, drawing.HALF),
+    partial(_overlaid, SAMPLES, False, drawing.HALF),
+    partial(_overlaid, TIME, False, drawing.HALF),
 )
 
 

@@ -24,18 +24,9 @@ def write_comparison(run_dirs: Sequence[Path | str], output: Path | str) -> Path
         {"letter": letter(place), "run": run, "tone": VERDICTS[run.status][0], "verdict": run.status, "cells": line}
         for place, (run, line) in enumerate(zip(runs, cells, strict=True))
     ]
-    text = page(
-        "comparison.html",
-        runs=runs,
-        rows=rows,
-        columns=columns,
-        unit=common_unit(runs),
-        charts=charts(runs),
-        differences=differences(runs),
-    )
-    path = Path(output)
-    write_text(path, text)
-    return path
+    values = {"rows": rows, "columns": columns, "unit": common_unit(runs), "differences": differences(runs)}
+    write_text(Path(output), page("comparison.html", runs=runs, charts=charts(runs), **values))
+    return Path(output)
 
 
 def differences(runs: Sequence[RunHistory]) -> list[tuple[str, list[str]]]:

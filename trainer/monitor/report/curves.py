@@ -1,9 +1,9 @@
 """A run's workers as arrays: losses, bytes and times over steps and over rounds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from trainer.monitor.events import Event
 
 FloatArray = NDArray[np.float64]
-Points = tuple[FloatArray, FloatArray]
-"""x and y, both of shape (points,)."""
-
+Points = tuple[FloatArray, FloatArray]  # x and y, both of shape (points,)
 SUMMED = ("samples", "tokens", "seconds")  # columns of which several inner steps together have the sum
 
 
@@ -96,13 +94,9 @@ class Curves:
         frames = [worker.steps.assign(step=np.ceil(worker.steps["step"])) for worker in self.workers]
         return _table(frames, "step", column, add=column in SUMMED)
 
-    def over_rounds(self, column: str) -> tuple[FloatArray, FloatArray]:
-        """Committed rounds, (rounds,), and a column at them, (workers, rounds)."""
-        return _table([worker.rounds for worker in self.workers], "round", column)
-
-    def over_evals(self, column: str) -> tuple[FloatArray, FloatArray]:
-        """Rounds with an evaluation, (evaluations,), and a column at them, (workers, evaluations)."""
-        return _table([worker.evals for worker in self.workers], "round", column)
+    def over_rounds(self, column: str, table: str = "rounds") -> tuple[FloatArray, FloatArray]:
+        """Committed rounds in a `table` (rounds or evals), (rounds,), and a column at them, (workers, rounds)."""
+        return _table([getattr(worker, table) for worker in self.workers], "round", column)
 
     @cached_property
     def samples_at_steps(self) -> FloatArray:
@@ -118,31 +112,33 @@ class Curves:
     @cached_property
     def step_losses(self) -> Points:
         """Steps, and the workers' samples-weighted mean loss."""
-        steps, losses = self.over_steps("loss")
-        return steps, weighted_mean(losses, self.over_steps("samples")[1])
+        return _mean_loss(self.over_steps)
 
     @cached_property
     def round_losses(self) -> Points:
         """Rounds, and the workers' samples-weighted mean loss."""
-        rounds, losses = self.over_rounds("loss")
-        return rounds, weighted_mean(losses, self.over_rounds("samples")[1])
+        return _mean_loss(self.over_rounds)
 
     @cached_property
     def held_out_losses(self) -> Points:
         """Rounds after which held-out samples were scored, and the workers' samples-weighted mean loss."""
-        rounds, losses = self.over_evals("loss")
-        return rounds, weighted_mean(losses, self.over_evals("samples")[1])
+        return _mean_loss(partial(self.over_rounds, table="evals"))
 
     @cached_property
     def held_out_over_steps(self) -> Points:
         """The schedule's steps of `held_out_losses`, and the losses."""
-        steps = self.over_evals("step")[1]
+        steps = self.over_rounds("step", "evals")[1]
         return weighted_mean(steps, np.ones_like(steps)), self.held_out_losses[1]
 
     @cached_property
     def round_ends(self) -> FloatArray:
         """The schedule's step at which each round of `round_losses` ended; (rounds,)."""
         return np.max(np.nan_to_num(self.over_rounds("step")[1]), axis=0, initial=0.0)
+
+    @cached_property
+    def bytes_at_rounds(self) -> FloatArray:
+        """Bytes that a worker had sent, on average, at the end of each round; (rounds,)."""
+        return np.cumsum(np.nansum(self.over_rounds("bytes_sent")[1], axis=0)) / max(1, len(self.workers))
 
     @cached_property
     def exposed_shares(self) -> Points:
@@ -156,6 +152,11 @@ class Curves:
         """Rounds, and the samples per second of all workers together."""
         rounds, samples = self.over_rounds("samples")
         return rounds, np.nansum(_ratio(samples, self.over_rounds("seconds")[1]), axis=0)
+
+
+def _mean_loss(over: Callable[[str], tuple[FloatArray, FloatArray]]) -> Points:
+    positions, losses = over("loss")
+    return positions, weighted_mean(losses, over("samples")[1])
 
 
 def last_finite(values: FloatArray) -> float:
@@ -179,9 +180,8 @@ def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
 
 def _table(frames: Sequence[pd.DataFrame], key: str, column: str, add: bool = False) -> tuple[FloatArray, FloatArray]:
     """All keys in order, (keys,), and the column at them, (frames, keys). Rows with the same key: their mean or sum."""
-    groups = [frame.groupby(key)[column] for frame in frames]
-    columns = [group.sum(min_count=1) if add else group.mean() for group in groups]
-    if not columns:
+    if not frames:
         return np.empty(0), np.empty((0, 0))
-    table = pd.concat(columns, axis=1, join="outer").sort_index()
+    groups = [frame.groupby(key)[column] for frame in frames]
+    table = pd.concat([group.sum(min_count=1) if add else group.mean() for group in groups], axis=1).sort_index()
     return table.index.to_numpy(dtype=float), table.to_numpy(dtype=float).T

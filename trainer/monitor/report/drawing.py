@@ -6,13 +6,14 @@ mode both work. Lines also differ in style and carry labels, so that colour is n
 """
 
 import hashlib
+import io
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from trainer.monitor.report.curves import FloatArray
 from trainer.monitor.report.words import digits
@@ -20,7 +21,7 @@ from trainer.monitor.report.words import digits
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Sentinel colour → the page's variable. Nothing else may be drawn in.
+# Sentinel colour → the page's variable. Charts use no other colour.
 ROLES = ("ink", "muted", "grid", "first", "second", "surface", "third", "fourth")
 VARIABLES = {"#" + 3 * f"{place:02d}": role for place, role in enumerate(ROLES, 1)}
 INK, MUTED, GRID, FIRST, SECOND, SURFACE, THIRD, FOURTH = VARIABLES
@@ -42,12 +43,26 @@ STYLES: Sequence[tuple[str, Any, str]] = (
     (MUTED, (0, (4, 2)), "X"),
 )
 
+# Our matplotlib settings.
+# fmt: off
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 11.5,
+    "text.color": INK, "axes.labelcolor": MUTED, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
+    "axes.edgecolor": GRID, "xtick.color": GRID, "ytick.color": GRID, "grid.color": GRID,
+    "axes.labelsize": 11.5, "xtick.labelsize": 11, "ytick.labelsize": 11, "lines.markersize": 3.5,
+    "grid.linewidth": 0.7, "axes.linewidth": 0.8, "xtick.major.size": 3, "ytick.major.size": 0,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "axes.xmargin": 0.02,
+    "legend.frameon": False, "legend.fontsize": 11.5, "legend.handlelength": 1.8, "legend.columnspacing": 1.4,
+}
+# fmt: on
+
 Panel = Callable[["Axes"], None]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart: SVG text of both widths, and the words around it."""
+    """A chart: SVG text of both widths, and the words around it."""
 
     name: str
     title: str
@@ -57,20 +72,13 @@ class Chart:
     whole: bool = False  # over the whole page
 
 
-def drawn(
-    title: str,
-    caption: str,
-    *panels: Panel,
-    name: str = "",
-    size: tuple[int, int] = HALF,
-    rows: bool = False,
+def chart(
+    title: str, caption: str, *panels: Panel, name: str = "", size: tuple[int, int] = HALF, rows: bool = False
 ) -> Chart:
     """Draw panels below each other over one x axis.
 
-    Args:
-        name: The chart's id on the page; by default made from the title.
-        size: On a wide page.
-        rows: The y axis has names, set by the panels, instead of numbers. Each needs its height on a phone, too.
+    `name` is the chart's id on the page, by default made from the title; `size` is for a wide page. `rows`: the y axis
+    has names, set by the panels, instead of numbers, and needs its height on a phone, too.
     """
     name = name or title.lower().replace(" ", "-")
     wide, narrow = (_svg(name, title, panels, one, rows) for one in (size, (NARROW[0], size[1]) if rows else NARROW))
@@ -78,15 +86,15 @@ def drawn(
 
 
 def _svg(name: str, title: str, panels: Sequence[Panel], size: tuple[int, int], rows: bool) -> str:
-    import io
-
+    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     narrow = size[0] == NARROW[0]
     name = f"{name}-{'narrow' if narrow else 'wide'}"
-    with _style(name):
+    # The salt makes ids reproducible, and different between charts.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         width, height = size[0] / 72, size[1] / 72 * (1 + 0.25 * (len(panels) - 1))  # an SVG has 72 units an inch
         layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.03, hspace=0.04)
         figure = Figure(figsize=(width, height), layout=layout)
@@ -105,27 +113,6 @@ def _svg(name: str, title: str, panels: Sequence[Panel], size: tuple[int, int], 
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(buffer.getvalue(), name, title)
-
-
-@contextmanager
-def _style(salt: str) -> Iterator[None]:
-    """Our matplotlib settings. The salt makes ids reproducible, and different between charts."""
-    import matplotlib
-
-    # fmt: off
-    settings: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "DejaVu Sans", "font.size": 11.5,
-        "text.color": INK, "axes.labelcolor": MUTED, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-        "axes.edgecolor": GRID, "xtick.color": GRID, "ytick.color": GRID, "grid.color": GRID,
-        "axes.labelsize": 11.5, "xtick.labelsize": 11, "ytick.labelsize": 11, "lines.markersize": 3.5,
-        "grid.linewidth": 0.7, "axes.linewidth": 0.8, "xtick.major.size": 3, "ytick.major.size": 0,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
-        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "axes.xmargin": 0.02,
-        "legend.frameon": False, "legend.fontsize": 11.5, "legend.handlelength": 1.8, "legend.columnspacing": 1.4,
-    }
-    # fmt: on
-    with matplotlib.rc_context(settings):
-        yield
 
 
 def _inline(svg: str, name: str, title: str) -> str:
@@ -150,40 +137,29 @@ def _inline(svg: str, name: str, title: str) -> str:
 
 
 def thin(x: FloatArray, lines: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Reduce lines to about MOST_POINTS points in all, each the mean of equally many neighbours.
+    """Reduce lines, (lines, points), to about MOST_POINTS points in all, each the mean of equally many neighbours.
 
-    Args:
-        x: Shape (points,).
-        lines: Shape (lines, points); values that are not finite are ignored.
-
-    Returns:
-        x and lines with fewer points.
+    Values that are not finite are ignored.
     """
-    lines = np.where(np.isfinite(lines), lines, np.nan)
     size = -(-x.size // max(50, min(600, MOST_POINTS // min(len(lines), MOST_LINES))))
-    if size <= 1:
-        return x, lines
-    starts = np.arange(0, x.size, size)
-    known = np.isfinite(lines)
-    count = np.add.reduceat(known, starts, axis=1, dtype=float)
-    total = np.add.reduceat(np.where(known, lines, 0.0), starts, axis=1)
-    middle = np.add.reduceat(x, starts) / np.add.reduceat(np.ones_like(x), starts)
-    return middle, np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    frame = pd.DataFrame(np.where(np.isfinite(lines), lines, np.nan).T, index=x)
+    if size > 1:
+        bins = np.arange(x.size) // size
+        frame = frame.groupby(bins).mean().set_axis(pd.Series(x).groupby(bins).mean())
+    return frame.index.to_numpy(dtype=float), frame.to_numpy().T
 
 
 def extent(lines: FloatArray) -> tuple[FloatArray, FloatArray]:
     """The lowest and the highest of the lines at each point, NaN where there is none."""
-    some = np.isfinite(lines).any(axis=0)
-    low = np.where(some, np.min(np.where(np.isfinite(lines), lines, np.inf), axis=0), np.nan)
-    high = np.where(some, np.max(np.where(np.isfinite(lines), lines, -np.inf), axis=0), np.nan)
-    return low, high
+    known = pd.DataFrame(np.where(np.isfinite(lines), lines, np.nan))
+    return known.min().to_numpy(), known.max().to_numpy()
 
 
 def bars(axes: "Axes", x: FloatArray, heights: FloatArray, color: str) -> None:
     """Draw bars; or a filled line where they would be too many."""
     if len(x) <= MOST_BARS:
         axes.bar(x, heights, width=0.72, color=color, alpha=0.85, linewidth=0)
-        if len(x) < 4:  # one bar that fills the whole chart says nothing
+        if len(x) < 4:  # a single bar would fill the whole chart
             axes.set_xlim(float(x[0]) - 2, float(x[-1]) + 2)
         return
     x, lines = thin(x, heights[None])
@@ -194,10 +170,7 @@ def bars(axes: "Axes", x: FloatArray, heights: FloatArray, color: str) -> None:
 def line(
     axes: "Axes", x: FloatArray, y: FloatArray, style: int = 0, label: str = "_", *, equal: bool = False
 ) -> tuple[float, float, str] | None:
-    """Draw a line in one of the styles.
-
-    Args:
-        equal: It is one of several that are equals: markers tell them apart, however long they are.
+    """Draw a line in one of the styles; `equal` marks one of several alike, which markers then distinguish.
 
     Returns:
         x, y and colour of its last finite point; None if there is none.
@@ -216,8 +189,7 @@ def line(
 def label(axes: "Axes", *ends: tuple[tuple[float, float, str] | None, str]) -> None:
     """Write texts beside the ends of lines, none over another. Call it when the limits of the axes are set.
 
-    Args:
-        ends: What `line` returned, and a text in which {} stands for the last value.
+    Each of `ends` is the return value of `line`, and a text in which {} stands for the last value.
     """
     known = sorted(((*end, text) for end, text in ends if end is not None), key=lambda one: one[1])
     placed: list[tuple[float, float]] = []
@@ -228,16 +200,8 @@ def label(axes: "Axes", *ends: tuple[tuple[float, float, str] | None, str]) -> N
             if abs(other_left - left) < LABEL_SIZE[0] and abs(other - bottom) < LABEL_SIZE[1]:
                 bottom = other + LABEL_SIZE[1]
         placed.append((left, bottom))
-        axes.annotate(
-            text.format(digits(y)),
-            (x, y),
-            xytext=(8, bottom - wanted),
-            textcoords="offset points",
-            verticalalignment="center",
-            fontweight="bold",
-            color=color,
-            annotation_clip=False,
-        )
+        look: dict[str, Any] = {"va": "center", "fontweight": "bold", "color": color, "annotation_clip": False}
+        axes.annotate(text.format(digits(y)), (x, y), (8, bottom - wanted), textcoords="offset points", **look)
 
 
 def robust_limits(axes: "Axes", *lines: FloatArray) -> None:
@@ -255,7 +219,8 @@ def from_zero(axes: "Axes", *lines: FloatArray) -> None:
     axes.set_ylim(bottom=0, top=1.15 * float(values.max()) if len(values) and values.max() > 0 else 1)
 
 
-def round_axis(axes: "Axes", rounds: FloatArray) -> None:
+def over_rounds(axes: "Axes", rounds: FloatArray, y_label: str) -> None:
+    """Name the axes of a chart over rounds."""
     from matplotlib.ticker import MaxNLocator
 
     if len(rounds) <= 8:
@@ -263,3 +228,4 @@ def round_axis(axes: "Axes", rounds: FloatArray) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("round")
+    axes.set_ylabel(y_label)

@@ -6,8 +6,8 @@ else a block of `template.html`.
 
 import datetime
 import math
+from collections import namedtuple
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from trainer.files import write_text
 from trainer.monitor.events import number
 from trainer.monitor.report import tables
+from trainer.monitor.report.curves import last_finite
 from trainer.monitor.report.run import RunHistory, read_run
 from trainer.monitor.report.summary import write_summary
 from trainer.monitor.report.words import byte_count, count, seconds, short
@@ -29,33 +30,20 @@ VERDICTS = {
 }
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A key number at the top of the report."""
-
-    label: str
-    value: str
-    unit: str = ""
-    note: str = ""
+Tile = namedtuple("Tile", "label value unit note")  # a key number at the top of the report
 
 
 def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     """Write a run's report, whole or not at all, and bring its `summary.json` up to date.
 
-    Args:
-        run_dir: The run, at any moment of its life.
-        output: The report's path; `<run_dir>/report.html` by default.
-
-    Returns:
-        The report's path.
+    `output` is `<run_dir>/report.html` by default. Returns the report's path.
     """
     from trainer.monitor.report.charts import charts
 
     run = read_run(run_dir)
     write_summary(run_dir)
     evaluation = run.evaluation or {}
-    tone, mark, verdict = VERDICTS.get(run.status, ("pause", "?", run.status))
-    settings = tables.settings(run.config)
+    tone, mark, verdict = VERDICTS[run.status]
     text = page(
         "template.html",
         run=run,
@@ -76,10 +64,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         confusions=tables.confusions(evaluation),
         rounds=tables.rounds(run),
         history=tables.history(run),
-        hashes=run.global_hashes,
-        dataset=run.dataset_hash,
-        settings=settings,
-        changed=[setting for setting in settings if setting["changed"]],
+        settings=tables.settings(run.config),
     )
     path = Path(output) if output else run.directory / "report.html"
     write_text(path, text)
@@ -117,9 +102,8 @@ def _facts(run: RunHistory) -> list[str]:
 
 
 def _moment(time: float) -> str:
-    if not math.isfinite(time):
-        return ""
-    return datetime.datetime.fromtimestamp(time, datetime.UTC).strftime("%-d %B %Y, %H:%M UTC")
+    moment = datetime.datetime.fromtimestamp(time, datetime.UTC) if math.isfinite(time) else None
+    return f"{moment:%-d %B %Y, %H:%M UTC}" if moment else ""
 
 
 def _comparison(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -138,20 +122,16 @@ def _comparison(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _tiles(run: RunHistory) -> list[Tile]:
-    workers = len(run.workers)
+    workers, sent, wall = len(run.workers), run.total("bytes_sent"), run.wall_seconds
     rounds, losses = run.round_losses
-    _, held_out = run.held_out_losses
-    scored = held_out[np.isfinite(held_out)]
-    sent = run.total("bytes_sent")
-    wall = run.wall_seconds
     tiles = []
 
     # What was reached.
     final = losses[np.isfinite(losses)]
     if len(final):
         note = f"from {final[0]:.3f} in round {rounds[np.isfinite(losses)][0]:.0f}" if len(final) > 1 else "one round"
-        if len(scored):
-            note += f"; held out {scored[-1]:.3f}"
+        if math.isfinite(held_out := last_finite(run.held_out_losses[1])):
+            note += f"; held out {held_out:.3f}"
         tiles.append(Tile("Final training loss", f"{final[-1]:.3f}", run.loss_unit, note))
     if len(rounds):
         steps = len(run.step_losses[0])
@@ -170,7 +150,6 @@ def _tiles(run: RunHistory) -> list[Tile]:
         rate, unit = (run.tokens, run.unit) if run.tokens else (run.samples, "samples")
         tiles.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
     if math.isfinite(run.goodput):
-        tiles.append(
-            Tile("Goodput", f"{100 * run.goodput:.1f}", "% of wall time", "spent in inner steps that were kept")
-        )
+        note = "spent in inner steps that were kept"
+        tiles.append(Tile("Goodput", f"{100 * run.goodput:.1f}", "% of wall time", note))
     return tiles

@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from trainer.monitor.report import tables
 from trainer.monitor.report.curves import last_finite
@@ -21,18 +20,12 @@ _PATH = re.compile(r"(?<![^\s,;:='\"(\[])~?/(?!/)[^\s,;:'\")\]]*")
 def markdown_summary(run_dir: Path | str) -> str:
     """A run in numbers, its scores beside the baseline's, and a classification's confusion matrix.
 
-    It needs only `evaluation.json` and the workers' `metrics.jsonl`, and states if one is missing. It names no
-    directory of the machine: only the last part of an absolute path is shown.
-
-    Args:
-        run_dir: The run, at any moment of its life.
-
-    Returns:
-        Markdown with tables (GitHub's flavour), without HTML; it ends with a newline.
+    It needs only `evaluation.json` and the workers' `metrics.jsonl`, at any moment of the run's life. It names no
+    directory of the machine: only the last part of an absolute path is shown. The text is GitHub's flavour, no HTML.
     """
     run = read_run(run_dir)
     evaluation = run.evaluation or {}
-    _, mark, verdict = VERDICTS.get(run.status, ("", "?", run.status))
+    _, mark, verdict = VERDICTS[run.status]
     reason = f": {_text(run.reason)}" if run.reason else ""
     blocks = [
         f"## {_text(title(run))}",
@@ -48,18 +41,19 @@ def markdown_summary(run_dir: Path | str) -> str:
         scores = [(_text(row["name"]), f"**{_text(row['model'])}**", _text(row["baseline"] or "–")) for row in rows]
         blocks += ["### Scores", _table(names, scores)]
     if rows := tables.confusion(evaluation):
-        classes = ("Class", *(_text(row["label"]) for row in rows))
-        blocks += [
-            "### Confusion matrix",
-            _table(classes, _confusion_rows(rows)),
-            "A row is a class, a column the class that the model assigned.",
-        ]
+        classes = [_text(row["label"]) for row in rows]
+        counts = [[str(count) for count, _ in row["cells"]] for row in rows]
+        for place, line in enumerate(counts):
+            line[place] = f"**{line[place]}**"
+            line.insert(0, classes[place])
+        blocks += ["### Confusion matrix", _table(("Class", *classes), counts)]
+        blocks.append("A row is a class, a column the class that the model assigned.")
     if rows := tables.confusions(evaluation):
         confusions = [
             (_text(row["label"]), _text(row["taken_for"]), count(row["count"]), f"{row['share']} %") for row in rows
         ]
-        names_of_confusions = ("Class", "Taken for", "Samples", "Of the class")
-        blocks += ["### Most frequent confusions", _table(names_of_confusions, confusions, texts=2)]
+        head = ("Class", "Taken for", "Samples", "Of the class")
+        blocks += ["### Most frequent confusions", _table(head, confusions, texts=2)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -83,12 +77,6 @@ def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
         yield "Goodput", f"{100 * run.goodput:.1f} % of wall time"
     if run.wall_seconds:
         yield "Wall time", seconds(run.wall_seconds)
-
-
-def _confusion_rows(rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
-    for place, row in enumerate(rows):
-        cells = (f"**{number}**" if column == place else str(number) for column, (number, _) in enumerate(row["cells"]))
-        yield _text(row["label"]), *cells
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:

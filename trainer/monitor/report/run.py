@@ -6,6 +6,7 @@ moment: while the run goes on, after it died, after it ended.
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,18 +22,16 @@ from trainer.monitor.report.curves import Curves, Life, Worker
 from trainer.tasks import Task, tasks
 
 COLUMNS = {
-    "step": ("round", "step", "loss", "lr", "samples", "tokens", "time", "seconds", "wall"),
-    "round": (
-        *("round", "attempt", "step", "world_size", "loss", "bytes_sent", "bytes_received", "sync_seconds"),
-        *("exposed_seconds", "inner_steps", "samples", "time", "seconds"),
-    ),
-    "eval": ("round", "step", "loss", "samples", "time"),
+    "step": "step loss samples tokens seconds wall",
+    "round": "round attempt step world_size loss bytes_sent bytes_received sync_seconds exposed_seconds inner_steps "
+    "samples time seconds",
+    "eval": "round step loss samples",
 }
 
 
 @dataclass(frozen=True)
 class RunHistory(Curves):
-    """Everything that a run directory says about its run."""
+    """Everything that a run directory records about its run."""
 
     directory: Path
     evaluation: dict[str, Any] | None
@@ -59,17 +58,14 @@ class RunHistory(Curves):
 
     @property
     def dataset_hash(self) -> str:
-        """The content hash in the dataset's manifest; "" if unknown."""
         return str(self._start.get("dataset") or "")
 
     @property
     def parameters(self) -> int | None:
-        """Number of parameters of the model."""
         return self._start.get("parameters")
 
     @cached_property
     def task(self) -> Task | None:
-        """The task of the model; None if unknown."""
         from trainer import models
 
         try:
@@ -79,7 +75,6 @@ class RunHistory(Curves):
 
     @property
     def loss_unit(self) -> str:
-        """The unit of the losses; "" if there is none."""
         return self.task.loss_unit if self.task else ""
 
     @property
@@ -106,7 +101,7 @@ class RunHistory(Curves):
     def started(self) -> float:
         """Unix time of the first event; NaN if there is none."""
         times = [number(event.get("time")) for worker in self.workers for event in worker.events[:1]]
-        return min((time for time in times if math.isfinite(time)), default=math.nan)
+        return min(filter(math.isfinite, times), default=math.nan)
 
     @property
     def last(self) -> float:
@@ -148,7 +143,6 @@ class RunHistory(Curves):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps of all workers that were skipped because their loss or gradient was not finite."""
         return int(sum(worker.skipped.sum() for worker in self.workers))
 
     @property
@@ -178,10 +172,9 @@ def read_run(run_dir: Path | str) -> RunHistory:
     paths = sorted(directory.glob("worker-*/**/metrics.jsonl"), key=natural)
     if (directory / "metrics.jsonl").is_file():
         paths.insert(0, directory / "metrics.jsonl")
-    try:
+    evaluation = None
+    with suppress(OSError, ValueError):
         evaluation = read_json(directory / "evaluation.json")
-    except (OSError, ValueError):
-        evaluation = None
     workers = tuple(_read_worker(path, directory) for path in paths)
     return RunHistory(workers, directory, evaluation if isinstance(evaluation, dict) else None)
 
@@ -208,8 +201,9 @@ def _read_worker(path: Path, run_dir: Path) -> Worker:
     kept = effective(events)
     tables = {}
     for kind, columns in COLUMNS.items():
-        rows = [[number(event.get(name)) for name in columns] for event in kept if event["event"] == kind]
-        table = pd.DataFrame(rows, columns=list(columns), dtype=float).replace([np.inf, -np.inf], np.nan)
+        names = columns.split()
+        rows = [[number(event.get(name)) for name in names] for event in kept if event["event"] == kind]
+        table = pd.DataFrame(rows, columns=names, dtype=float).replace([np.inf, -np.inf], np.nan)
         tables[f"{kind}s"] = table.sort_values(POSITIONS[kind], ignore_index=True)
     name = path.parent.relative_to(run_dir).as_posix()
     if name == ".":

@@ -13,8 +13,7 @@ from trainer.monitor.report.run import RunHistory, read_run
 def write_summary(run_dir: Path | str) -> Path:
     """Write `<run_dir>/summary.json`, whole or not at all, and return its path. Unknown values are null."""
     run = read_run(run_dir)
-    path = run.directory / "summary.json"
-    write_json(path, summary(run))
+    write_json(path := run.directory / "summary.json", summary(run))
     return path
 
 
@@ -24,22 +23,14 @@ def summary(run: RunHistory) -> dict[str, Any]:
     steps, _ = run.step_losses
     wall = run.wall_seconds
     content = {
-        "run_id": run.run_id,
-        "status": run.status,
-        "reason": run.reason,
+        **{name: getattr(run, name) for name in ("run_id", "status", "reason")},
         "rounds": int(rounds[-1]) if len(rounds) else 0,
         "steps": int(steps[-1]) if len(steps) else 0,
-        "skipped_steps": run.skipped_steps,
-        "samples": run.samples,
-        "tokens": run.tokens,
-        "parameters": run.parameters,
+        **{name: getattr(run, name) for name in ("skipped_steps", "samples", "tokens", "parameters")},
         "final": {"loss": last_finite(round_losses), "held_out_loss": last_finite(run.held_out_losses[1])},
         "evaluation": run.evaluation,
-        "bytes_sent": run.total("bytes_sent"),
-        "bytes_received": run.total("bytes_received"),
-        "exposed_seconds": run.total("exposed_seconds"),
-        "exposed_share": run.exposed_share,
-        "wall_seconds": wall,
+        **{name: run.total(name) for name in ("bytes_sent", "bytes_received", "exposed_seconds")},
+        **{name: getattr(run, name) for name in ("exposed_share", "wall_seconds")},
         "samples_per_second": run.samples / wall if wall > 0 else None,
         "tokens_per_second": run.tokens / wall if wall > 0 else None,
         "goodput": run.goodput,
@@ -48,10 +39,7 @@ def summary(run: RunHistory) -> dict[str, Any]:
             for worker in run.workers
         },
         "warnings": len(run.of_kind("warning")),
-        "global_hashes": run.global_hashes,
-        "dataset_hash": run.dataset_hash,
-        "versions": run.versions,
-        "config": run.config,
+        **{name: getattr(run, name) for name in ("global_hashes", "dataset_hash", "versions", "config")},
     }
     return {name: finite(value) for name, value in content.items()}
 

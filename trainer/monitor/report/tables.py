@@ -6,10 +6,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from trainer.config import UNSET, Parameter, TrainingConfig
 from trainer.monitor.events import number
-from trainer.monitor.report.curves import FloatArray
 from trainer.monitor.report.run import RunHistory
 from trainer.monitor.report.words import byte_count, plain, seconds
 from trainer.tasks import Task, tasks
@@ -60,20 +60,13 @@ def confusions(evaluation: Mapping[str, Any]) -> list[Row]:
     labels, matrix = _matrix(evaluation)
     if len(labels) <= MOST_CLASSES:
         return []
-    counts = np.array(matrix)
-    totals = counts.sum(axis=1)
-    np.fill_diagonal(counts, 0)
-    order = np.argsort(-counts, axis=None, kind="stable")[:MOST_CONFUSIONS]
-    return [
-        {
-            "label": labels[row],
-            "taken_for": labels[column],
-            "count": int(counts[row, column]),
-            "share": round(100 * counts[row, column] / totals[row]),
-        }
-        for row, column in zip(*np.unravel_index(order, counts.shape), strict=True)
-        if counts[row, column]
+    found: list[Row] = [
+        {"label": labels[i], "taken_for": labels[j], "count": count, "share": round(100 * count / sum(row))}
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+        if count and i != j
     ]
+    return sorted(found, key=lambda one: -one["count"])[:MOST_CONFUSIONS]
 
 
 def _matrix(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
@@ -89,26 +82,22 @@ def rounds(run: RunHistory) -> list[Row]:
         return []
     held_out = dict(zip(*(series.tolist() for series in run.held_out_losses), strict=True))
     names = ("bytes_sent", "exposed_seconds", "seconds", "world_size", "attempt")
-    sent, exposed, took, world, attempts = (np.ma.masked_invalid(run.over_rounds(name)[1]) for name in names)
-
-    def over_workers(values: Any) -> FloatArray:
-        return np.ma.filled(values.astype(float), np.nan)
-
-    columns: Mapping[str, tuple[FloatArray, str]] = {
-        "workers": (over_workers(np.ma.where(world.count(0) > 0, world.max(0), sent.count(0))), "{:.0f}"),
+    sent, exposed, took, world, attempts = (pd.DataFrame(run.over_rounds(name)[1]) for name in names)
+    columns: Mapping[str, tuple[Any, str]] = {
+        "workers": (world.max().fillna(sent.count()), "{:.0f}"),
         "loss": (losses, "{:.4f}"),
-        "exposed": (over_workers(exposed.mean(0)), "{:.2f}"),
+        "exposed": (exposed.mean(), "{:.2f}"),
         "share": (100 * run.exposed_shares[1], "{:.1f}"),
-        "seconds": (over_workers(took.mean(0)), "{:.1f}"),
+        "seconds": (took.mean(), "{:.1f}"),
         "rate": (run.round_throughput[1], "{:,.1f}"),
-        "attempts": (over_workers(np.ma.filled(attempts.max(0), 0)), "{:.0f}"),
+        "attempts": (attempts.max().fillna(0), "{:.0f}"),
     }
     chosen = np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), MOST_ROWS)).astype(int))
     return [
         {
             "round": f"{numbers[i]:.0f}",
             "held_out": plain(held_out.get(numbers[i], math.nan), "{:.4f}"),
-            "sent": byte_count(float(np.ma.filled(sent[:, i].sum(), 0))),
+            "sent": byte_count(sent[i].sum()),
             **{name: plain(values[i], form) for name, (values, form) in columns.items()},
         }
         for i in chosen
@@ -140,22 +129,21 @@ def history(run: RunHistory) -> list[Row]:
                 "when": f"+{seconds(since)}" if math.isfinite(since) else "",
                 "kind": row["kind"],
                 "text": row["text"] + repeated,
-                "who": "all workers" if len(names) == len(run.workers) > 1 else ", ".join(names),
+                "workers": "all workers" if len(names) == len(run.workers) > 1 else ", ".join(names),
             }
         )
     if len(rows) > MOST_ROWS:
         text = f"{len(rows) - MOST_ROWS} more are in metrics.jsonl"
-        lines.append({"when": "", "kind": "", "text": text, "who": ""})
+        lines.append({"when": "", "kind": "", "text": text, "workers": ""})
     return lines
 
 
 def _in_words(event: Mapping[str, Any]) -> str:
     kind = event["event"]
     if kind == "start":
-        resumed = event.get("resumed_round")
-        return f"started from round {resumed}" if resumed else "started"
+        return f"started from round {resumed}" if (resumed := event.get("resumed_round")) else "started"
     if kind == "membership":
-        members = event.get("members") or []
+        members = event.get("members")
         listed = f": {', '.join(map(_short_name, members))}" if isinstance(members, list) and members else ""
         missed = f" with {event['missed']} rounds that the others had committed" if event.get("missed") else ""
         return f"{CHANGES.get(str(event.get('change')), event.get('change', 'changed'))}{missed}{listed}"
@@ -175,9 +163,8 @@ def settings(config: Mapping[str, Any]) -> list[Row]:
     """Every parameter: its path as `name`, `value`, `default`, and whether it was `changed`."""
     rows = []
     for name, value in leaves(config):
-        parameter = parameters().get(name)
-        default = parameter.default if parameter else None
-        changed = parameter is not None and value is not None and value != default
+        default = parameters()[name].default if name in parameters() else None
+        changed = name in parameters() and value not in (None, default)
         texts = {"value": value_text(name, value), "default": value_text(name, default)}
         rows.append({"name": name, "changed": changed, **texts})
     return rows

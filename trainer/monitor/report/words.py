@@ -2,9 +2,7 @@
 
 import math
 
-Units = tuple[tuple[float, str], ...]
-"""Scales with their units, the largest first."""
-
+Units = tuple[tuple[float, str], ...]  # scales with their units, the largest first
 BYTES: Units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 COUNTS: Units = ((1e6, "millions"), (1e3, "thousands"), (1.0, ""))
 TIMES: Units = ((7200.0, "h"), (120.0, "min"), (1.0, "s"))
