@@ -550,7 +550,7 @@ class Process:
             self.world.known[self.state.hash] = self.state
         self.world.holds_right_state(self)
         self.accept()
-        yield from perform(self.machine.announce(), self.effect)
+        yield from self.effect(effects.Announce(self.machine.base))
         if self.random.random() < 0.3:
             yield from self.save()
 
