@@ -154,7 +154,7 @@ class Replica:
 
         Raises:
             TransferError: No donor has it.
-            _TooLate: The rounds since the base of `record` could not be replayed any more.
+            _TooLate: The rounds since the base of `record` can no longer be replayed.
             Interrupted: This process is to end.
         """
         watch = self._watch

@@ -50,7 +50,7 @@ def finish(client: EtcdClient, status: Status, reason: str = "", slot: int | Non
 
 
 def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> None:
-    """Check that a worker fits the run, whose fingerprint is the first worker's.
+    """Check that a worker fits the run: it must have the first worker's fingerprint.
 
     Raises:
         TrainingError: It does not; names the field that differs.

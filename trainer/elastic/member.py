@@ -176,7 +176,7 @@ class ElasticQuorum:
 
     @property
     def shortage(self) -> bool:
-        """Whether this member waits, and too few nodes are left to go on: it is time to save."""
+        """Whether this member waits, and the run lacks nodes: it is time to save."""
         return self._watch.shortage
 
     def assign(self, after: tuple[int, int]) -> Assignment:
@@ -216,7 +216,7 @@ class ElasticQuorum:
         self._watch.patiently(lambda: finish(self._watch.client, status, reason))
 
     def durable(self, round: int) -> None:
-        """Announce that a checkpoint of `round` is on this worker's disk: the run must not go on from an older one.
+        """Announce that a checkpoint of `round` is on this worker's disk: the run must not continue from an older one.
 
         Never waits: if etcd is away, or this process has not joined yet, the announcement is made later.
         """

@@ -42,7 +42,7 @@ class RoundWatch:
     Attributes:
         ended: Whether this process is to end: every wait then raises `Interrupted`.
         record: The open round's record as it was last read.
-        shortage: Whether this member waits, and the run lacks nodes or a state to go on.
+        shortage: Whether this member waits, and the run lacks nodes or a state.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class RoundWatch:
         return self.patiently(lambda: records_of(self.client))
 
     def await_round(self, effect: AwaitRound, wait: Wait) -> RoundState:
-        """Perform the effect. `wait` is the thread's; unless `effect.again`, it begins anew.
+        """Perform the effect. `wait` is the thread's; unless `effect.again`, it starts over.
 
         Raises:
             Interrupted: This process is to end.
@@ -142,7 +142,7 @@ class RoundWatch:
         return result
 
     def _report(self, effect: AwaitRound, wait: Wait) -> None:
-        """Log the wait, and limit it if the run lacks nodes or a state to go on."""
+        """Log the wait, and limit it if the run lacks nodes or a state."""
         wait.logged = now = time.monotonic()
         self.check_verdict()
         lack = shortage(self.record, view_of(self.entries()), self._rules) if effect.needs_nodes else ""

@@ -8,7 +8,7 @@ from trainer.protocol.effects import Entry, Machine
 from trainer.protocol.records import Outcome, RoundState, Rules, outcome_key, view_of
 from trainer.protocol.rounds import decide, overdue, situation
 
-KEPT_OUTCOMES = 64  # rounds whose `commits/<term>.<round>` are kept, for members that were away
+KEPT_OUTCOMES = 64  # `commits/<term>.<round>` that are kept for members that were away
 REAP_INTERVAL = 1.0  # seconds between two probes of a member that the others wait for
 
 
@@ -52,7 +52,7 @@ def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Mac
 
 
 def _record_outcome(record: RoundState, last: Outcome, entries: Mapping[str, Entry], kept: int) -> Machine[None]:
-    """Record the outcome of the last round, and delete keys that no member reads any more."""
+    """Record the outcome of the last round, and delete keys that members no longer read."""
     yield effects.Put(outcome_key(record.term, last.round), last)
     # Find the keys of old rounds, and of members that are gone
     outcomes = [key for key in entries if key.startswith("commits/")]
@@ -60,7 +60,7 @@ def _record_outcome(record: RoundState, last: Outcome, entries: Mapping[str, Ent
     for key, entry in entries.items():
         prefix, _, id = key.partition("/")
         if prefix in ("arrivals", "votes", "ready", "left"):
-            # A member whose lease was lost may come back: its keys of this round and of later ones stay.
+            # A member may come back after its lease was lost: its keys of this round and of later ones stay.
             past = (entry.value.term, entry.value.round) < (record.term, record.base.round)
             if past and f"members/{id}" not in entries and id not in record.assignments:
                 stale.append(key)

@@ -44,7 +44,7 @@ class Progress:
 def action(id: str, progress: Progress, record: RoundState, outcome: Outcome | None) -> Action:
     """A member's next action.
 
-    "start over": catch up, and drop the work. It cannot be counted any more, because another term assigns its samples
+    "start over": catch up, and drop the work. It can no longer be counted, because another term assigns its samples
     again; or the member has voted and the outcome is forgotten, so that the work may have been counted already.
 
     Args:
@@ -83,7 +83,7 @@ class MemberMachine:
         self.id, self.rules = id, rules
         self.term, self.base, self.round = 0, State(), 0
         self.assignment: Assignment | None = None
-        self._in_doubt = False  # whether this member's work may have been counted in a round whose outcome is forgotten
+        self._in_doubt = False  # whether this member's work may have been counted, in a round with a forgotten outcome
         self._healed = False  # whether its global state differed from the others', and was fetched again
 
     @property

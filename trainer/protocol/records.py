@@ -28,8 +28,8 @@ class Rules:
         batch_size: Samples of an inner step.
         prefetch: Rounds of samples that a member holds when a round opens: 1, or 2 if inner steps overlap with the
             synchronisation, because the next assignment is not known yet.
-        speed_tolerance: Members whose speeds differ by less than this fraction get the same step multiplier. None: all
-            multipliers are 1.
+        speed_tolerance: Members with speeds that differ by less than this fraction get the same step multiplier. None:
+            all multipliers are 1.
     """
 
     min_nodes: int
@@ -177,7 +177,7 @@ class RoundState:
         cursor: Which samples have been assigned.
         length: Inner steps of the round; 0: the training is complete.
         committed: How the previous round was committed; None at the beginning of a term.
-        disputed: Attempts at the round whose members got different results.
+        disputed: Attempts at the round in which the members got different results.
     """
 
     term: int

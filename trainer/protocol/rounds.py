@@ -33,7 +33,7 @@ def decide(record: RoundState | None, view: View, waited: float, rules: Rules) -
         # The leases of the members that held the state may only have been lost: give them time to come back.
         return _found(record.term + 1, view, waited, rules) if waited >= rules.forget_period else None
 
-    # Go on with the open round
+    # Continue the open round
     if record.length == 0:
         return _reconcile(record, view, waited, rules)
     step = _gather if record.phase == "gather" else _reduce
@@ -64,7 +64,7 @@ def overdue(record: RoundState, view: View) -> frozenset[str]:
 
 
 def shortage(record: RoundState | None, view: View, rules: Rules) -> str:
-    """What the run lacks to go on, as text; "": nothing."""
+    """What the run needs to continue and lacks, as text; "": nothing."""
     nodes = _nodes(view.members, view)
     if nodes < rules.min_nodes:
         return f"only {nodes} of at least {rules.min_nodes} nodes"
@@ -117,7 +117,7 @@ def _gather(record: RoundState, view: View, waited: float, rules: Rules) -> Roun
     # Agree on the state that the round begins from; members that hold another one cannot take part
     agreeing = _agree(record, view)
     same = {id for id in here if view.arrivals[id].state == agreeing.base.hash}
-    if _nodes(same, view) < rules.min_nodes:  # too few without the others, which have to take the agreed state first
+    if _nodes(same, view) < rules.min_nodes:  # too few without the others, which must fetch the agreed state first
         return agreeing if agreeing != record else None
     connected = _connected(same, view)
     # A member that is suspected for the first time, but is here, is tried once more: the network may have healed.
@@ -229,7 +229,7 @@ def _commit(record: RoundState, view: View, vote: Vote, rules: Rules) -> RoundSt
     base = State(record.round, record.base.step + record.length, replace(record.cursor, returned=returned))
     outcome = Outcome(*record.attempt_id, record.members, vote.hash, vote.weight, base)
 
-    # Open the next round. Members outside the quorum keep their assignments, and go on with them
+    # Open the next round. Members outside the quorum keep their assignments
     present = tuple(id for id in record.members if id in view.present)
     opened = _open(record.term, present, base, outcome, unused if rules.prefetch > 1 else {}, view, rules)
     others = view.present - {*record.members}

@@ -109,7 +109,7 @@ def step_multipliers(speeds: Mapping[str, float], tolerance: float) -> dict[str,
 
     Args:
         speeds: By member, in samples per second. 0: unknown, and assumed to be the average.
-        tolerance: Members whose speeds differ by less than this fraction of the faster one's get the same multiplier.
+        tolerance: Members with speeds within this fraction of the fastest one's get the same multiplier.
     """
     known = [speed for speed in speeds.values() if speed > 0]
     average = sum(known) / len(known) if known else 1.0
