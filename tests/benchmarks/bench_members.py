@@ -60,7 +60,7 @@ class SimulatedMember:
             if (yield from self.machine.synchronise((), 0.0)) is None:  # the round was committed without it
                 assert self.record is not None
                 self.machine.term, self.machine.base = self.record.term, self.record.base
-            yield from self.machine.announce()
+            yield Announce(self.machine.base)
 
     def react(self, record: RoundState) -> None:
         """Perform effects, until the member waits for another record."""

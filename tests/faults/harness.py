@@ -361,7 +361,7 @@ class Run:
             yield rpc.WatchRequest(create_request=create)
             done.wait()
 
-        connection = self.client._connect()
+        connection = self.client.connection()
         found: list[tuple[str, Any]] = []
         stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=connection.metadata, timeout=30)
         for answer in stream:
@@ -374,7 +374,7 @@ class Run:
                     return found
                 if event.kv.value:
                     found.append((key, json.loads(event.kv.value)))
-        raise AssertionError("etcd did not tell its history")
+        raise AssertionError("the watch ended before the whole history was read")
 
 
 def of(kind: str, events: list[Event]) -> list[Event]:

@@ -10,7 +10,7 @@ from tests.faults.harness import Run, of, precache
 
 @pytest.fixture
 def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
-    # Longer than this machine may stand still: who was killed, and who leaves, is to be noticed by other means.
+    # Longer than this machine may stand still: other means must reveal a killed or a leaving worker.
     limits = {"collective_timeout": 5.0, "grace_period": 10.0, "lease_ttl": 30.0, "etcd_outage_limit": 60.0}
     own = {"total_steps": 640, "elastic_rdzv_timeout": 90.0, **limits}
     run = Run(tmp_path / f"faults-{tmp_path.name}", precache(tmp_path / "source"), [etcd], **own)
@@ -28,13 +28,13 @@ def test_kill_join_and_sigterm(run: Run) -> None:
     for pod in (stayer, killed):
         pod.pause(0.25)  # the run is not to end before they are all there
     row = run.report("kill -9 in the middle of a round", killed.kill_worker(), [stayer], [killed])
-    assert row["exposed"] < run.config.lease_ttl  # its agent has told of its death, or its port has
+    assert row["exposed"] < run.config.lease_ttl  # its agent or its port has revealed its death
     run.until_quorum([stayer, killed, joiner])  # its agent has started it again; the joiner took its state from donors
 
     joiner.agent.terminate()
     assert joiner.agent.wait() == 143
     row = run.report("SIGTERM", of("end", joiner.life)[0]["time"], [stayer], [joiner])
-    assert row["exposed"] < run.config.grace_period  # nobody waited for it, nor for its lease
+    assert row["exposed"] < run.config.grace_period  # no member waited for it, or for its lease
     assert of("end", joiner.life)[0]["status"] == "stopped"
     run.finish([stayer, killed])
     run.check([stayer])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -16,84 +16,50 @@ from trainer.diloco.state import Fragment
 from trainer.elastic.mesh import MeshStore, form_group, gloo_device
 from trainer.elastic.round_watch import RoundWatch
 from trainer.errors import TrainingError
-from trainer.etcd.client import EtcdClient, Json
+from trainer.etcd.client import Json
 from trainer.etcd.errors import EtcdError
 from trainer.protocol.records import RoundState, Vote
-from trainer.timeouts import MemberTimeouts, TransportTimeouts
+from trainer.timeouts import TransportTimeouts
 from trainer.transport.reachability import ReachabilityProbe
 from trainer.transport.wire_meter import WireMeter
 
-if TYPE_CHECKING:
-    from trainer.config import TrainingConfig
-
 log = logging.getLogger(__name__)
 
-QUICK_ATTEMPTS = 5  # at a round; later ones are paused before: etcd keeps the history of all that is written
+QUICK_ATTEMPTS = 5  # at a round; a pause precedes each later one, because etcd keeps the history of all keys
 
 
 @dataclass
 class Exchange:
-    """What a member contributes to a round, in all attempts at it, and what it gets.
-
-    Attributes:
-        reduced: The result of the last collective that did not fail.
-        bytes_sent, bytes_received: Of those collectives; None: the kernel does not count them.
-        failing_since: When the first of the attempts failed, on the monotonic clock.
-    """
+    """A member's contribution to a round, the same in all attempts, and the result."""
 
     pseudo_gradient: Tensor
     weight: float
     fragment: Fragment
     on_chunk: OnChunk
-    reduced: Reduced | None = None
-    bytes_sent: int | None = 0
-    bytes_received: int | None = 0
-    failing_since: float | None = None
-
-    def count(self, wire: tuple[int, int] | None) -> None:
-        """Add the bytes of a collective."""
-        if wire is None or self.bytes_sent is None or self.bytes_received is None:
-            self.bytes_sent = self.bytes_received = None
-        else:
-            self.bytes_sent, self.bytes_received = self.bytes_sent + wire[0], self.bytes_received + wire[1]
-
-
-@dataclass
-class _Group:
-    """A process group and its members."""
-
-    members: tuple[str, ...]
-    group: Any = None  # a ProcessGroupGloo, whose stubs do not make it a ProcessGroup; None: a member alone
-    meter: WireMeter | None = None
+    reduced: Reduced | None = None  # by the last collective that did not fail
+    wire: tuple[int, int] | None = (0, 0)  # bytes sent and received by those; None: the kernel does not count them
+    failing_since: float | None = None  # when the first attempt failed, on the monotonic clock
 
 
 class Attempts:
     """Runs the collectives of attempts, and remembers which members cannot be reached.
 
     Args:
-        address: The address that gloo listens on, unless `network_interface` names one.
+        address: The address that gloo listens on, unless `network_interface` names an interface.
         put_mesh: Writes `meshes/<id>` under the member's lease.
 
     Raises:
         ConfigError: This machine has no such interface or address.
     """
 
-    def __init__(
-        self,
-        client: EtcdClient,
-        config: "TrainingConfig",
-        id: str,
-        address: str,
-        put_mesh: Callable[[Json], None],
-        watch: RoundWatch,
-        timeouts: MemberTimeouts,
-    ) -> None:
-        self._client, self._config, self._id = client, config, id
-        self._put_mesh, self._watch, self._timeouts = put_mesh, watch, timeouts
-        self._device = gloo_device(config.network_interface, address)
+    def __init__(self, watch: RoundWatch, id: str, address: str, put_mesh: Callable[[Json], None]) -> None:
+        self._watch, self._id, self._put_mesh = watch, id, put_mesh
+        self._client, self._config, self._timeouts = watch.client, watch.config, watch.timeouts
+        self._device = gloo_device(self._config.network_interface, address)
         self._reach = ReachabilityProbe(lambda message: log.warning("%s", message, extra={"event": True}))
         self._workspace = Workspace()
-        self._group: _Group | None = None
+        self._members: tuple[str, ...] = ()  # of the present group
+        self._group: tuple[Any, WireMeter] | None = None  # None: no group, or a member alone
 
     def reduce(self, record: RoundState, exchange: Exchange) -> Vote | None:
         """Run the collective of an attempt; None: it failed, and its group is gone.
@@ -101,6 +67,7 @@ class Attempts:
         Raises:
             TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`; etcd refuses a request.
         """
+        # Run it, and vote for its result
         try:
             exchange.reduced, wire = self._collective(record, exchange)
         except (RuntimeError, OSError) as error:
@@ -109,10 +76,11 @@ class Attempts:
             reason = str(error).partition("\n")[0] or type(error).__name__
             error.with_traceback(None)  # it holds the group: the others must notice at once that it is gone
         else:
-            exchange.count(wire)
+            before = exchange.wire
+            exchange.wire = (before[0] + wire[0], before[1] + wire[1]) if before and wire else None
             return Vote(*record.attempt_id, exchange.reduced.hash, exchange.reduced.weight)
 
-        # Let go of the group, and give up or slow down if attempts keep failing
+        # Drop the group, and give up or slow down if attempts fail repeatedly
         log.warning("attempt %d at round %d failed: %s", record.attempt, record.round, reason)
         self.drop_group()
         exchange.failing_since = exchange.failing_since or time.monotonic()
@@ -132,61 +100,60 @@ class Attempts:
 
     def probe_new(self) -> None:
         """Probe in the background the members of the open round that have not been probed yet."""
-        if (record := self._watch.record) is not None:
-            unprobed = self._reach.unprobed({*record.expected, *record.assignments} - {self._id})
-            if unprobed:
-                self._reach.probe(self._registered(unprobed))
+        if (record := self._watch.record) is not None and (
+            unprobed := self._reach.unprobed({*record.expected, *record.assignments} - {self._id})
+        ):
+            self._reach.probe(self._registered(unprobed))
 
     def drop_group(self) -> None:
-        if self._group is not None and self._group.meter is not None:
-            self._group.meter.close()
-        self._group = None
+        if self._group is not None:
+            self._group[1].close()
+        self._members, self._group = (), None
 
     def close(self) -> None:
         self.drop_group()
         self._reach.close()
 
     def _collective(self, record: RoundState, exchange: Exchange) -> tuple[Reduced, tuple[int, int] | None]:
-        """The result, and the bytes sent and received (None: not counted).
-
-        Raises:
-            RuntimeError, OSError: A member is gone or silent.
-        """
+        """The result, and the bytes sent and received. Raises RuntimeError or OSError if a member is gone or silent."""
+        # Form a new group, unless the last round's is intact and has these members
         same_as_before = record.committed is not None and record.committed.members == record.members
-        if self._group is None or self._group.members != record.members or record.attempt > 1 or not same_as_before:
+        if self._members != record.members or record.attempt > 1 or not same_as_before:
             self.drop_group()
-            self._group = self._form_group(record)
+            self._group, self._members = self._form_group(record), record.members
 
-        # Reduce, and count the bytes as the kernel does
-        group, values, on_chunk = self._group, exchange.pseudo_gradient, exchange.on_chunk
-        if group.group is None:
+        # Reduce, and count the bytes on the wire
+        values, on_chunk = exchange.pseudo_gradient, exchange.on_chunk
+        if self._group is None:
             return Reduced.alone(values, exchange.weight, on_chunk), (0, 0)
-        before = group.meter.read() if group.meter else None
-        timeout = timedelta(seconds=self._config.collective_timeout)
-        codec = exchange.fragment.codec
-        reduced = weighted_mean(group.group, values, exchange.weight, codec, timeout, on_chunk, self._workspace)
-        after = group.meter.read() if group.meter else None
+        group, meter = self._group
+        before = meter.read()
+        timeout, codec = timedelta(seconds=self._config.collective_timeout), exchange.fragment.codec
+        reduced = weighted_mean(group, values, exchange.weight, codec, timeout, on_chunk, self._workspace)
+        after = meter.read()
         return reduced, (after[0] - before[0], after[1] - before[1]) if before and after else None
 
-    def _form_group(self, record: RoundState) -> _Group:
-        """Connect to the other members of the attempt, all of which are doing the same now."""
+    def _form_group(self, record: RoundState) -> tuple[Any, WireMeter] | None:
+        """Connect to the other members of the attempt, if any; all of them are doing the same now."""
         if len(record.members) == 1:
-            return _Group(record.members)
+            return None
+
+        # Fail early if a member is unreachable: gloo would block all the others for the whole timeout
         seconds, attempt = self._config.collective_timeout, "/".join(map(str, record.attempt_id))
-        # If two members cannot connect, gloo would block all the others for the whole timeout.
         self._probe(record.members, min(TransportTimeouts().probe, seconds))
         if missing := sorted(self._reach.unreachable & set(record.members)):
             named = ", ".join(f"{int(id.partition('-')[0])}" for id in missing)
             raise RuntimeError(f"worker {named} cannot be reached")
-        rank, size = record.members.index(self._id), len(record.members)
 
+        # Wait for all members, so that the meter sees no other connections, and connect
         def over() -> bool:
             return self._watch.record is not None and self._watch.record.attempt_id != record.attempt_id
 
         members, put, timeouts = record.members, self._put_mesh, self._timeouts
         with MeshStore(self._client, put, members, attempt, seconds, over, timeouts) as store:
-            store.gather()  # connections that open before all members are here are not gloo's
-            return _Group(members, *form_group(store, rank, size, self._device, timedelta(seconds=seconds)))
+            store.gather()
+            rank, limit = members.index(self._id), timedelta(seconds=seconds)
+            return form_group(store, rank, len(members), self._device, limit)
 
     def _probe(self, ids: Iterable[str], timeout: float) -> None:
         if others := set(ids) - {self._id}:
@@ -194,6 +161,6 @@ class Attempts:
                 self._reach.check(self._registered(others), timeout)
 
     def _registered(self, ids: Iterable[str]) -> dict[str, dict[str, Json]]:
-        """The values of `members/<id>` of the live ones of `ids`."""
+        """The values of `members/<id>` of those `ids` that are live."""
         found = {key.partition("/")[2]: entry.value for key, entry in self._client.list("members/").items()}
         return {id: found[id] for id in ids if id in found}

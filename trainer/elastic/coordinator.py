@@ -1,4 +1,4 @@
-"""The coordinator: the one member at a time that decides the transitions of the round's record."""
+"""The coordinator: one member at a time, which decides the transitions of the round's record."""
 
 import logging
 import threading
@@ -24,13 +24,8 @@ log = logging.getLogger(__name__)
 class Coordinator:
     """A thread that stands for election, and coordinates while it is elected.
 
-    Two processes that both believe to be elected do no harm. The role has a short lease of its own, so that a holder
-    that stands still is replaced long before it stops being a member.
-
-    Args:
-        client: A client of its own, which it closes at its end.
-        id: The member's.
-        lease_ttl: The members' TTL.
+    The role has a short lease of its own: a holder that stands still loses it long before it stops being a member. Two
+    processes that both assume the role do no harm. The `client` is the thread's own, which closes it.
     """
 
     def __init__(
@@ -45,7 +40,7 @@ class Coordinator:
         self._thread.start()
 
     def close(self) -> None:
-        """Give the role back, and end the thread."""
+        """Resign, and end the thread."""
         self._ended.set()
         self._changed.set()
         self._thread.join()
@@ -67,14 +62,15 @@ class Coordinator:
         self._client.close()
 
     def _elected(self) -> bool:
-        """Wait until this member has the role (True), or is to end."""
+        """Wait until this member has the role (True), or is to end (False)."""
         with self._client.watch("coordinator", self._changed.set):
             while not self._ended.is_set():
                 self._changed.clear()
                 entry = self._client.get("coordinator")
+                # Keep the role, if etcd was only away; take it, if it is free; else check whether its holder is dead
                 if self._role is not None:
                     if entry is not None and entry.lease == self._role.id:
-                        return True  # etcd was only away
+                        return True
                     self._resign()
                 elif entry is None:
                     self._role = self._client.lease(self._ttl)
@@ -91,14 +87,11 @@ class Coordinator:
             self._role = None
 
     def _coordinate(self) -> None:
-        """Perform the coordinator's effects, until the role is another member's."""
+        """Perform the coordinator's effects, until another member has the role."""
         machine, result = coordinate(self._id, self._rules), None
-        while not self._ended.is_set():
-            try:
-                effect = machine.send(result)
-            except StopIteration:
-                return
-            result = self._perform(effect)
+        with suppress(StopIteration):
+            while not self._ended.is_set():
+                result = self._perform(machine.send(result))
 
     def _perform(self, effect: Effect) -> Any:
         match effect:
@@ -127,9 +120,9 @@ class Coordinator:
                 self._reap(id)
 
     def _reap(self, id: str) -> bool:
-        """Revoke the lease of a member whose machine refuses connections to its port; whether the member is dead.
+        """Revoke the lease of a member that refuses connections to its port; whether it is dead.
 
-        Its agent would have done so, if it had not died with it. A member that is alive registers again.
+        Its agent does the same, unless it died too. A member that is alive registers again.
         """
         member = self._client.get(f"members/{id}")
         dead = member is None or refused(member.value["address"])

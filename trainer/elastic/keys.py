@@ -1,15 +1,4 @@
-"""The keys of a run in etcd, below `{prefix}/{run id}/`, and the processes that write them. Values are JSON.
-
-run                 {status: open | succeeded | failed, reason}   opened by `launch`; the first verdict stands: workers
-                                                                  write success, agents failure
-nodes/<uuid>        {host, pid, slot}             agent, under the node's lease; slot None: a spare
-slots/<number>      {node, host, pid}             agent, under the node's lease; created, never overwritten
-started             {nodes}                       the agent that sees enough slots taken at once
-fingerprint         {field: value}                the first worker; a worker that differs is refused
-desired             {nodes}                       `scale`: the number of nodes to have; `launch` deletes it
-
-The keys of members and rounds are in docs/design/protocol.md.
-"""
+"""The keys of a run in etcd that its processes share (docs/design/protocol.md lists all), and the run's verdict."""
 
 import json
 from collections.abc import Mapping
@@ -20,10 +9,10 @@ from trainer.errors import TrainingError
 from trainer.etcd.client import Entry, EtcdClient, Json
 from trainer.protocol.records import decoded
 
-SLOT_VARIABLE = "ELASTIC_SLOT"  # a worker's environment variable: the slot of its node
+SLOT_VARIABLE = "ELASTIC_SLOT"  # environment variable of a worker: the slot of its node
 Status = Literal["open", "succeeded", "failed"]
 
-# Keys that are true only as long as the processes that wrote them live.
+# Keys that are valid only while the processes that wrote them live
 LIVING = (
     *("nodes/", "slots/", "started", "members/"),
     *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "meshes/"),
@@ -33,7 +22,7 @@ LIVING = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the run is over, why, and by the failure of which node (None: of no particular one)."""
+    """Whether the run is over, the reason, and the slot of the node that failed, if one did."""
 
     status: Status
     reason: str = ""
@@ -48,7 +37,7 @@ class Verdict:
 
 
 def verdict(client: EtcdClient) -> Verdict:
-    """The run's verdict; "open" if there is none."""
+    """The run's verdict; "open" if none is written."""
     entry = client.get("run")
     return Verdict(**entry.value) if entry else Verdict("open")
 
@@ -61,7 +50,7 @@ def finish(client: EtcdClient, status: Status, reason: str = "", slot: int | Non
 
 
 def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> None:
-    """Check that a worker fits the run: the first worker's fingerprint is the run's.
+    """Check that a worker fits the run: it must have the first worker's fingerprint.
 
     Raises:
         TrainingError: It does not; names the field that differs.
@@ -77,10 +66,7 @@ def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> N
 
 
 def reopen(client: EtcdClient) -> None:
-    """Withdraw the verdict: an incomplete run has been started again.
-
-    If no node is left, the start waits for all nodes, like a first one.
-    """
+    """Withdraw the verdict to start an incomplete run again. Without a live node, the start waits for all nodes."""
     if not client.list("slots/"):
         client.delete("started")
     client.put("run", asdict(Verdict("open")))
@@ -88,8 +74,7 @@ def reopen(client: EtcdClient) -> None:
 
 def free_slot(client: EtcdClient, slot: int) -> None:
     """Revoke at once the leases of a dead agent: its node, its slot, its members."""
-    entry = client.get(f"slots/{slot}")
-    if entry:
+    if entry := client.get(f"slots/{slot}"):
         client.revoke(entry.lease)
     revoke_members(client, slot)
 

@@ -1,11 +1,6 @@
 """Elastic membership: workers join, leave and die; the others neither wait nor restart. See docs/design/protocol.md.
 
-Example:
-    with ElasticQuorum(config, fingerprint, stopping) as quorum:
-        diloco = DiLoCo(model, optimizer, quorum=quorum, …)
-        quorum.join(diloco.state, cursor)      # the state is now that of the open round
-        …                                      # inner steps; DiLoCo synchronises, catches up and announces
-        quorum.leave(ledger.rest())
+`examples/library_elastic.py` shows its use.
 """
 
 import logging
@@ -53,14 +48,12 @@ T = TypeVar("T")
 class ElasticQuorum:
     """This process's membership of a run: performs what `MemberMachine` decides. Implements `Quorum`.
 
-    Constructing it does no I/O; `join` does. A context manager that leaves at its end.
+    Constructing it does no I/O; `join` does. A context manager that leaves at its end. The node's slot and the local
+    rank come from the environment that the agent gives its workers.
 
     Args:
-        config: The worker's; `etcd.endpoints` names the etcd. The node's slot and the local rank come from the
-            environment that the agent gives its workers.
-        fingerprint: What all members must have in common, by name.
+        fingerprint: Values that all members must have in common, by name.
         stopping: Set when this process is to end: every wait then raises `Interrupted`.
-        timeouts: Intervals of waiting.
     """
 
     def __init__(
@@ -72,22 +65,20 @@ class ElasticQuorum:
     ) -> None:
         self._config, self._fingerprint, self._timeouts = config, fingerprint, timeouts
         stopping, self._left = stopping or threading.Event(), threading.Event()
-        self._ended = lambda: stopping.is_set() or self._left.is_set()
         self._slot, self._local_rank = number_from(SLOT_VARIABLE), number_from("LOCAL_RANK")
         self.worker = self._slot * config.elastic.nproc_per_node + self._local_rank
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
         self._rules = rules_of(config)
         self._machine = MemberMachine(self.id, self._rules)
+        self._watch = RoundWatch(config, self._rules, lambda: stopping.is_set() or self._left.is_set(), timeouts)
         self._report = RoundReport()
         self._steps = 0  # inner steps of the last committed round
         self._unsaved_durable: int | None = None  # a durable round that etcd does not know of yet
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="announce")
         self._resources = ExitStack()
-        # What joining makes
-        self._client: EtcdClient
+        # Set by `join`
         self._lease: Lease | None = None
         self._coordinator: Coordinator | None = None
-        self._watch: RoundWatch | None = None
         self._attempts: Attempts
         self._replica: Replica
         self._exchange: Exchange
@@ -99,34 +90,31 @@ class ElasticQuorum:
         """Register, wait until the run begins or has begun, and bring `state` to the open round.
 
         Args:
-            state: This worker's: a checkpoint's, or the initialisation. It is offered to others from now on.
-            cursor: The position in the samples that the state ends at.
-            term: The term that the state is of.
-            report: Its speed and progress are announced; None: not known yet.
+            state: A checkpoint's, or the initialisation. It is served to other members from now on.
+            cursor: The position in the samples at the end of the state.
+            report: Its speed and progress are announced.
 
         Raises:
             TrainingError: The fingerprint differs from the run's; the run does not begin within `elastic.rdzv_timeout`,
                 or has ended; etcd cannot be used.
             ConfigError: No port of `port_range` is free.
         """
-        config, resources = self._config, self._resources
+        config, resources, watch, client = self._config, self._resources, self._watch, self._watch.client
 
-        # Connect to etcd, and see that this worker fits the run
-        self._client = client = EtcdClient.of(config)
+        # Check that this worker fits the run, and get the secret that donors and fetchers share
         resources.callback(client.close)
-        self._watch = watch = RoundWatch(client, config, self._rules, self._ended, self._timeouts)
         watch.patiently(lambda: agree(client, f"worker {self.worker}", self._fingerprint))
-        secret = watch.patiently(partial(_run_secret, client))
+        _, entry = watch.patiently(lambda: client.swap("secret", {"hex": secrets.token_hex(32)}, None))
+        assert entry is not None
+        secret = bytes.fromhex(entry.value["hex"])
         watch.check_verdict()
 
         # Serve the state to others, and be reachable
         resources.callback(self._background.shutdown)
-        self._replica = Replica(
-            client, config, state, self._machine, self._background, secret, watch, self._ended, self._timeouts
-        )
+        self._replica = Replica(watch, state, self._machine, self._background, secret)
         address = config.advertise_address or local_address(config.etcd.endpoints[0])
         put_mesh = partial(self._write, f"meshes/{self.id}", leased=True)
-        self._attempts = Attempts(client, config, self.id, address, put_mesh, watch, self._timeouts)
+        self._attempts = Attempts(watch, self.id, address, put_mesh)
         resources.callback(self._attempts.close)
         donor = Donor(self._replica.find, secret, address, config.port_range)
         resources.callback(donor.close)
@@ -138,17 +126,15 @@ class ElasticQuorum:
         self._write_durable()
         self._report = report = report or RoundReport()
         holds = State(state.round, state.step, cursor, self._replica.hashing().result())
-        node, host, pid = f"{self._slot}", socket.gethostname(), os.getpid()
-        self._me = me = Member(
-            node, self._slot, self._local_rank, donor.endpoint, holds, report.speed, host, pid, report.progress
-        )
+        where, process = (self._slot, self._local_rank, donor.endpoint), (socket.gethostname(), os.getpid())
+        self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress)
         self._perform(self._machine.register(me, term))
         self._coordinator = Coordinator(EtcdClient.of(config), self.id, self._rules, config.lease_ttl, self._timeouts)
         self._replica.start_catching_up()
         return CatchUp(self._perform(self._machine.join()), self._machine.current)
 
     def leave(self, rest: Assignment | None = None) -> None:
-        """Give the lease back at once, so that the others notice. The end; a pending synchronisation is interrupted.
+        """Leave the run: revoke the lease, so that the others notice at once. Interrupts a pending synchronisation.
 
         Args:
             rest: The unused rest of the worker's assignment, which is returned to the run. None: nothing is returned,
@@ -160,7 +146,7 @@ class ElasticQuorum:
         if self._coordinator is not None:
             self._coordinator.close()
         if rest is not None and self._lease is not None:
-            record = self._watch.record if self._watch else None
+            record = self._watch.record
             self._perform(self._machine.leave(rest, complete=record is not None and record.length == 0))
         self._resources.close()
 
@@ -170,7 +156,7 @@ class ElasticQuorum:
     def __exit__(self, *exception: object) -> None:
         self.leave()
 
-    # What the worker knows
+    # For the worker
 
     @property
     def base(self) -> State:
@@ -185,23 +171,19 @@ class ElasticQuorum:
     @property
     def members(self) -> tuple[str, ...]:
         """The members of the last quorum, in rank order; before the first one, those it is expected to have."""
-        record = self._watch.record if self._watch else None
-        if record is None:
-            return ()
-        return record.committed.members if record.committed else record.expected
+        record = self._watch.record
+        return () if record is None else record.committed.members if record.committed else record.expected
 
     @property
     def shortage(self) -> bool:
-        """Whether this member waits, and too few nodes are left to go on: it is time to save."""
-        return self._watch is not None and self._watch.shortage
-
-    # What the worker asks
+        """Whether this member waits, and the run lacks nodes: it is time to save."""
+        return self._watch.shortage
 
     def assign(self, after: tuple[int, int]) -> Assignment:
         """Wait for samples that were assigned after `after`, the round id of an older assignment.
 
         Raises:
-            Superseded: The round has been committed meanwhile.
+            Superseded: The round was committed meanwhile.
         """
         if not self._perform(self._machine.assign(after)):
             raise Superseded
@@ -212,7 +194,7 @@ class ElasticQuorum:
         """At the end of the run: check that this member's final state is the one that most members hold.
 
         Raises:
-            Superseded: It is not, or the run has gone back to an older state: `catch_up` is next.
+            Superseded: It is not, or the run went back to an older state: `catch_up` is next.
         """
         if not self._perform(self._machine.reconcile()):
             raise Superseded
@@ -220,41 +202,39 @@ class ElasticQuorum:
     def wait_for_others(self) -> None:
         """At the end of the run: give members that are still saving up to `grace_period`."""
         final, deadline = self.base.round, time.monotonic() + self._rules.grace_period
-        while time.monotonic() < deadline and not self._ended():
+        while time.monotonic() < deadline and not self._watch.ended():
             self._write_durable()
-            assert self._watch is not None
-            records = {key.partition("/")[::2]: entry.value for key, entry in self._watch.entries().items()}
-            alive = {id for kind, id in records if kind == "members"}
-            saved = [record for (kind, _), record in records.items() if kind == "durable"]
-            if alive <= {record.member for record in saved if record.round >= final}:
+            entries = self._watch.entries()
+            saved = [entry.value for key, entry in entries.items() if key.startswith("durable/")]
+            ids = {record.member for record in saved if record.round >= final}
+            if {key.partition("/")[2] for key in entries if key.startswith("members/")} <= ids:
                 return
             self._left.wait(self._timeouts.poll)
 
     def finish(self, status: Status, reason: str = "") -> None:
         """Write the run's verdict. The first one stands."""
-        assert self._watch is not None
-        self._watch.patiently(lambda: finish(self._client, status, reason))
+        self._watch.patiently(lambda: finish(self._watch.client, status, reason))
 
     def durable(self, round: int) -> None:
-        """Announce that a checkpoint of `round` is on this worker's disk: the run must not go on from less.
+        """Announce that a checkpoint of `round` is on this worker's disk: the run must not continue from an older one.
 
-        Never waits: if etcd is away, or this process has not joined yet, it is announced later.
+        Never waits: if etcd is away, or this process has not joined yet, the announcement is made later.
         """
         self._unsaved_durable = round
         self._write_durable()
 
     def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Serve tensors to other members, under a name. They may change while they are served."""
-        self._replica.offer(name, tensors)
+        """Serve tensors to other members under a name. They may change while they are served."""
+        self._replica.offers[name] = tensors
 
     def fetch_moments(self) -> dict[str, Tensor] | None:
         """Another member's inner optimizer state, which it offers as "moments"; None if no member does."""
         return self._replica.fetch_offer("moments")
 
-    # What DiLoCo asks (trainer.diloco.quorum.Quorum)
+    # For DiLoCo (trainer.diloco.quorum.Quorum)
 
     def superseded(self) -> bool:
-        return self._watch is not None and self._machine.superseded(self._watch.record)
+        return self._machine.superseded(self._watch.record)
 
     def synchronise(
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
@@ -262,41 +242,34 @@ class ElasticQuorum:
         """See `trainer.diloco.quorum.Quorum`.
 
         Raises:
-            Superseded: The round was committed without this member.
-            Interrupted: This process is to end.
             TrainingError: Too few nodes for `elastic.rdzv_timeout`; etcd was away for longer than `etcd_outage_limit`,
                 or has lost the record.
         """
+        # Take part, until the round is committed
         started, before = time.monotonic(), self.base
         self._report = report
         self._exchange = exchange = Exchange(pseudo_gradient, weight, fragment, on_chunk)
         outcome = self._perform(self._machine.synchronise(report.unused, report.speed))
         if outcome is None:
             raise Superseded
+
+        # The result, which is this member's too
         assert exchange.reduced is not None
         self._steps = outcome.base.step - before.step
-        return Commit(
-            outcome.round,
-            outcome.attempt,
-            outcome.members,
-            fragment,
-            exchange.reduced,
-            exchange.bytes_sent,
-            exchange.bytes_received,
-            time.monotonic() - started,
-            self._machine.current,
-        )
+        (sent, received), seconds = exchange.wire or (None, None), time.monotonic() - started
+        commit = (outcome.round, outcome.attempt, outcome.members, fragment, exchange.reduced)
+        return Commit(*commit, sent, received, seconds, self._machine.current)
 
     def announce(self, commit: Commit, state: GlobalState) -> None:
         self._replica.changed()
         self._replica.keep_mean(commit.round, commit.reduced, self._steps, commit.fragment)
-        self._perform(self._machine.announce())
+        self._announce(self._machine.base)
 
     def catch_up(self, state: GlobalState) -> CatchUp:
         """See `trainer.diloco.quorum.Quorum`.
 
         Raises:
-            TrainingError: The state cannot be had within `elastic.rdzv_timeout`; it had to be taken anew twice.
+            TrainingError: No donor provides the state within `elastic.rdzv_timeout`; it is wrong for the second time.
         """
         self._replica.start_catching_up()
         return CatchUp(self._perform(self._machine.catch_up()), self._machine.current)
@@ -314,14 +287,13 @@ class ElasticQuorum:
             result = self._effect(effect, wait)
 
     def _effect(self, effect: Effect, wait: Wait) -> Any:
-        assert self._watch is not None
         match effect:
             case effects.AwaitRound():
                 return self._watch.await_round(effect, wait)
             case effects.Put(key, record, leased, required):
                 self._write(key, encoded(record), leased, required)
             case effects.Get(key):
-                entry = self._watch.patiently(lambda: self._client.get(key))
+                entry = self._watch.patiently(lambda: self._watch.client.get(key))
                 return decoded(key, entry.value) if entry else None
             case effects.List():
                 return self._watch.entries()
@@ -344,8 +316,8 @@ class ElasticQuorum:
         return None
 
     def _write(self, key: str, value: Json, leased: bool = False, required: bool = True) -> None:
-        assert self._watch is not None and self._lease is not None
-        write = partial(self._lease.put if leased else self._client.put, key, value)
+        assert self._lease is not None
+        write = partial(self._lease.put if leased else self._watch.client.put, key, value)
         if required:
             self._watch.patiently(write)
         else:
@@ -360,7 +332,7 @@ class ElasticQuorum:
 
         def write() -> None:
             self._me = replace(me, holds=replace(base, hash=hashing.result()))
-            with suppress(EtcdError):  # the next announcement makes up for it
+            with suppress(EtcdError):  # the next announcement repairs it
                 assert self._lease is not None
                 self._lease.put(f"members/{self.id}", encoded(self._me))
                 self._attempts.probe_new()
@@ -373,13 +345,13 @@ class ElasticQuorum:
         if round is None or self._lease is None:
             return
         with suppress(EtcdError):
-            self._client.put(f"durable/{self.worker:03d}", encoded(Durable(round, self.id)))
+            self._watch.client.put(f"durable/{self.worker:03d}", encoded(Durable(round, self.id)))
             if self._unsaved_durable == round:
                 self._unsaved_durable = None
 
 
 def rules_of(config: "TrainingConfig") -> Rules:
-    """The protocol's parameters, of a run's configuration."""
+    """The protocol's parameters, from a run's configuration."""
     return Rules(
         min_nodes=config.min_nodes,
         max_members=config.max_nodes * config.elastic.nproc_per_node,
@@ -393,10 +365,3 @@ def rules_of(config: "TrainingConfig") -> Rules:
         prefetch=2 if config.overlaps else 1,
         speed_tolerance=config.group_perc_variance if config.heterogeneous else None,
     )
-
-
-def _run_secret(client: EtcdClient) -> bytes:
-    """The secret that donors and fetchers share: a process that may read the run's keys may have the state."""
-    _, entry = client.swap("secret", {"hex": secrets.token_hex(32)}, None)
-    assert entry is not None
-    return bytes.fromhex(entry.value["hex"])

@@ -1,4 +1,4 @@
-"""Process groups of gloo, and the store over which they are formed."""
+"""Gloo process groups, and the store over which they are formed."""
 
 import math
 import threading
@@ -23,29 +23,26 @@ def gloo_device(interface: str, address: str) -> Any:
     """The device that gloo listens on: the interface, if one is named, else the one with the address.
 
     Raises:
-        ConfigError: This machine does not have it. (Behind a NAT, no interface has the advertised address: gloo's peers
-            must be able to reach each other directly.)
+        ConfigError: This machine does not have it. Behind a NAT, no interface has the advertised address: gloo's peers
+            must be able to reach each other directly.
     """
     try:
         return _gloo.create_device(interface=interface) if interface else _gloo.create_device(hostname=address)
     except RuntimeError:
-        if interface:
-            raise ConfigError("network_interface", interface, "must be an interface of this machine") from None
-        raise ConfigError("advertise_address", address, "must be an address of this machine") from None
+        field, what = ("network_interface", "an interface") if interface else ("advertise_address", "an address")
+        raise ConfigError(field, interface or address, f"must be {what} of this machine") from None
 
 
 class MeshStore(Store):
     """Carries the addresses over which gloo connects a full mesh of members, in etcd at `meshes/<member>`.
 
-    A TCPStore does not suit: torch looks up the name of every address that connects to one. Where no name server
-    answers, all members would wait for that, 5 s and more, whenever a member has come or gone.
+    It replaces a TCPStore, because torch looks up the name of every address that connects to one. Where no name server
+    answers, this delays all members by 5 s and more whenever a member has joined or left.
 
     Args:
         put: Writes the value of this member's key.
-        members: The members of this mesh.
-        attempt: Names the attempt that the mesh is for.
-        seconds: How long the other members may take.
-        over: Whether the mesh is not wanted any more.
+        seconds: Limits the wait for the other members.
+        over: Whether the attempt is over.
     """
 
     def __init__(
@@ -63,7 +60,7 @@ class MeshStore(Store):
         self._members, self._attempt, self._timeouts = members, attempt, timeouts
         self._deadline = math.inf
         self._own: dict[str, str] = {}
-        self._here: dict[str, dict[str, str]] = {}  # what each member of this mesh has set
+        self._here: dict[str, dict[str, str]] = {}  # the values that each member of this mesh has set
         self._changed = threading.Event()
         self._watch = client.watch("meshes/", self._changed.set)
 
@@ -74,11 +71,7 @@ class MeshStore(Store):
         self._watch.close()
 
     def gather(self) -> None:
-        """Wait until all members are here.
-
-        Raises:
-            RuntimeError, EtcdError: As `wait`.
-        """
+        """Wait until all members are here. Raises as `wait`."""
         self._publish()
         self._until(lambda: len(self._here) == len(self._members))
 
@@ -91,11 +84,10 @@ class MeshStore(Store):
         return b64decode(next(values[key] for values in self._here.values() if key in values))
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """Return when all of `keys` have been set.
+        """Return when all of `keys` are set.
 
         Raises:
-            RuntimeError: The attempt is over, or a member has not come in time.
-            EtcdError: etcd refuses the request. An unreachable etcd is waited for.
+            RuntimeError, EtcdError: The attempt is over, or a member is late; etcd refuses the request.
         """
         self._until(lambda: all(any(key in values for values in self._here.values()) for key in keys))
 
@@ -109,31 +101,25 @@ class MeshStore(Store):
             if self._over():
                 raise RuntimeError("the attempt is over")
             if time.monotonic() > self._deadline:
-                raise RuntimeError("not all members of the attempt have come")
+                raise RuntimeError("not all members of the attempt are ready in time")
             if self._changed.wait(self._timeouts.mesh_poll) or time.monotonic() > read_at + self._timeouts.mesh_refresh:
+                # Read the others' values
                 self._changed.clear()
-                self._read()
+                try:
+                    found = {key.partition("/")[2]: one.value for key, one in self._client.list("meshes/").items()}
+                    here = [id for id in self._members if id in found and found[id]["attempt"] == self._attempt]
+                    self._here = {id: found[id]["values"] for id in here}
+                except EtcdError as error:
+                    if error.kind != "unreachable":
+                        raise
                 read_at = time.monotonic()
-
-    def _read(self) -> None:
-        try:
-            entries = self._client.list("meshes/")
-        except EtcdError as error:
-            if error.kind != "unreachable":
-                raise
-        else:
-            found = {id: entries[f"meshes/{id}"].value for id in self._members if f"meshes/{id}" in entries}
-            self._here = {id: value["values"] for id, value in found.items() if value["attempt"] == self._attempt}
 
 
 def form_group(store: Store, rank: int, size: int, device: Any, timeout: timedelta) -> tuple[Any, WireMeter]:
-    """Form a gloo process group: a full mesh of connections between the processes that call this.
+    """Form a gloo process group, a full mesh of connections between the processes that call this, with its meter.
 
     Args:
         timeout: Limits connecting, and operations without a timeout of their own.
-
-    Returns:
-        The group, and the meter of its connections.
 
     Raises:
         RuntimeError: A process is missing, or two cannot connect.

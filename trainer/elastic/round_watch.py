@@ -1,11 +1,11 @@
-"""The open round's record as this member knows it, waiting for it to change, and patience with etcd."""
+"""A member's view of the run: the open round's record, waits for it to change, and patience with etcd."""
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from trainer.elastic.keys import records_of, verdict
@@ -28,52 +28,41 @@ T = TypeVar("T")
 
 @dataclass
 class Wait:
-    """One thread's wait for the record. Times are on the monotonic clock.
+    """One thread's wait for the record. Times are on the monotonic clock."""
 
-    Attributes:
-        since: When the wait began, or the run had all it needs.
-        logged: When it was logged last.
-        revision: The record's revision that the thread has seen.
-        warned: Whether a shortage has been reported.
-    """
-
-    since: float = field(default_factory=time.monotonic)
-    logged: float = field(default_factory=time.monotonic)
-    revision: int = 0
-    warned: bool = False
+    since: float = field(default_factory=time.monotonic)  # when it began, or the run had all it needs
+    logged: float = field(default_factory=time.monotonic)  # when it was logged last
+    revision: int = 0  # the record's, which the thread has seen
+    warned: bool = False  # whether a shortage has been reported
 
 
 class RoundWatch:
     """Follows the key `round`, and waits for etcd and for the other members.
 
-    Args:
-        client: The member's.
-        ended: Whether this process is to end: every wait then raises `Interrupted`.
-
     Attributes:
+        ended: Whether this process is to end: every wait then raises `Interrupted`.
         record: The open round's record as it was last read.
-        shortage: Whether the run lacks what it cannot go on without, as seen by a member that waits.
+        shortage: Whether this member waits, and the run lacks nodes or a state.
     """
 
     def __init__(
-        self,
-        client: EtcdClient,
-        config: "TrainingConfig",
-        rules: Rules,
-        ended: Callable[[], bool],
-        timeouts: MemberTimeouts,
+        self, config: "TrainingConfig", rules: Rules, ended: Callable[[], bool], timeouts: MemberTimeouts
     ) -> None:
-        self._client, self._rules, self._ended, self._timeouts = client, rules, ended, timeouts
-        self._outage_limit, self._rdzv_timeout = config.etcd_outage_limit, config.elastic.rdzv_timeout
+        self.config, self.ended, self.timeouts, self._rules = config, ended, timeouts, rules
         self._condition = threading.Condition()
-        self._heard = self._read = time.monotonic()  # when etcd answered last at all, and about the record
+        self._heard = self._read = time.monotonic()  # the last answer of etcd, and the last one about the record
         self._revision = 0  # -1: the record is gone
         self.record: RoundState | None = None
         self.shortage = False
 
+    @cached_property
+    def client(self) -> EtcdClient:
+        """The member's; made when it joins."""
+        return EtcdClient.of(self.config)
+
     def refresh(self) -> None:
         """Read the record; called on the watch's thread, and periodically while a thread waits."""
-        entry = self._client.get("round")
+        entry = self.client.get("round")
         with self._condition:
             self._heard = self._read = time.monotonic()
             if entry is None:
@@ -84,14 +73,10 @@ class RoundWatch:
             self._condition.notify_all()
 
     def entries(self) -> dict[str, Entry]:
-        """All entries of the run (see `records_of`)."""
-        return self.patiently(lambda: records_of(self._client))
+        return self.patiently(lambda: records_of(self.client))
 
     def await_round(self, effect: AwaitRound, wait: Wait) -> RoundState:
-        """Perform the effect.
-
-        Args:
-            wait: The state of the wait that the effect belongs to; unless `effect.again`, a new one begins.
+        """Perform the effect. `wait` is the thread's; unless `effect.again`, it starts over.
 
         Raises:
             Interrupted: This process is to end.
@@ -102,21 +87,22 @@ class RoundWatch:
             wait.warned = self.shortage = False
         waited = not effect.again
         while True:
+            # Return the record, if there is news
             with self._condition:
                 if self._revision < 0:
                     raise TrainingError("etcd has lost the run's record: start the run again, and it resumes")
                 if self.record is not None and (waited or self._revision != wait.revision):
                     wait.revision = self._revision
                     return self.record
-                self._condition.wait(self._timeouts.poll)
+                self._condition.wait(self.timeouts.poll)
             waited = True
 
-            # Between two looks: end, read the record in case the watch is silent, and log what is awaited
-            if self._ended():
+            # Between two checks: end, read the record in case the watch is silent, and log the wait
+            if self.ended():
                 raise Interrupted
-            if time.monotonic() - self._read > self._timeouts.refresh:
+            if time.monotonic() - self._read > self.timeouts.refresh:
                 self.patiently(self.refresh)
-            if time.monotonic() - wait.logged > self._timeouts.log:
+            if time.monotonic() - wait.logged > self.timeouts.log:
                 self._report(effect, wait)
 
     def pause(self, seconds: float) -> None:
@@ -126,12 +112,12 @@ class RoundWatch:
 
     def check_verdict(self) -> None:
         """Raise TrainingError if the run has ended."""
-        result = self.patiently(lambda: verdict(self._client))
+        result = self.patiently(lambda: verdict(self.client))
         if result.terminal:
             raise TrainingError(str(result))
 
     def patiently(self, operation: Callable[[], T]) -> T:
-        """Do something with etcd; while it is unreachable, retry, for up to `etcd_outage_limit`.
+        """Perform an operation on etcd. While etcd is unreachable, retry for up to `etcd_outage_limit`.
 
         Raises:
             Interrupted: This process is to end.
@@ -140,37 +126,35 @@ class RoundWatch:
         began = time.monotonic()
 
         def before_retry(error: BaseException) -> None:
-            if self._ended():
+            if self.ended():
                 raise Interrupted from None
-            away = time.monotonic() - max(began, self._heard)  # etcd is not asked during inner steps
-            if away > self._outage_limit:
+            away = time.monotonic() - max(began, self._heard)  # inner steps send no requests
+            if away > self.config.etcd_outage_limit:
                 raise TrainingError(f"etcd was away for {away:.0f} s (etcd_outage_limit): {error}") from None
             log.warning("waiting for etcd: %s", error)
 
-        pause = self._timeouts.retry
-        policy = retrying(
-            lambda error: isinstance(error, EtcdError) and error.kind == "unreachable",
-            patience=math.inf,
-            first_pause=pause,
-            longest_pause=pause,
-            on_retry=before_retry,
-        )
-        result = policy(operation)
+        def unreachable(error: BaseException) -> bool:
+            return isinstance(error, EtcdError) and error.kind == "unreachable"
+
+        pause = self.timeouts.retry
+        result = retrying(unreachable, first_pause=pause, longest_pause=pause, on_retry=before_retry)(operation)
         self._heard = time.monotonic()
         return result
 
     def _report(self, effect: AwaitRound, wait: Wait) -> None:
-        """Log what the thread waits for, and limit the wait if the run lacks what it cannot go on without."""
+        """Log the wait, and limit it if the run lacks nodes or a state."""
         wait.logged = now = time.monotonic()
         self.check_verdict()
         lack = shortage(self.record, view_of(self.entries()), self._rules) if effect.needs_nodes else ""
         log.info("waiting for %s%s", effect.reason, lack and f": {lack}")
         self.shortage = bool(lack)
-        limit = f"{self._rdzv_timeout:.0f} s"
+
+        # Warn once, and give up after `elastic.rdzv_timeout`
+        timeout = self.config.elastic.rdzv_timeout
         if not lack:
             wait.since = now
         elif not wait.warned:
             wait.warned = True
-            log.warning("%s: waiting for up to %s", lack, limit, extra={"event": True})
-        elif now - wait.since > self._rdzv_timeout:
-            raise TrainingError(f"{lack}, for {limit} (elastic.rdzv_timeout); the run can be resumed")
+            log.warning("%s: waiting for up to %.0f s", lack, timeout, extra={"event": True})
+        elif now - wait.since > timeout:
+            raise TrainingError(f"{lack}, for {timeout:.0f} s (elastic.rdzv_timeout); the run can be resumed")

@@ -1,4 +1,4 @@
-"""The coordinator's loop, as a machine without I/O: it turns what it sees in etcd into the record's next transition."""
+"""The coordinator's loop, as a machine without I/O: it reads the run's keys, and decides the record's transitions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,24 +8,20 @@ from trainer.protocol.effects import Entry, Machine
 from trainer.protocol.records import Outcome, RoundState, Rules, outcome_key, view_of
 from trainer.protocol.rounds import decide, overdue, situation
 
-KEPT_OUTCOMES = 64  # rounds whose `commits/<term>.<round>` are kept, for members that were away
+KEPT_OUTCOMES = 64  # `commits/<term>.<round>` that are kept for members that were away
 REAP_INTERVAL = 1.0  # seconds between two probes of a member that the others wait for
 
 
 def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Machine[None]:
-    """Decide, until the role of coordinator is another member's.
+    """Decide, until another member has the role of coordinator.
 
     Every transition is a compare-and-swap: several coordinators at once are harmless.
-
-    Args:
-        id: The member's.
-        kept_outcomes: Outcomes before the last one that are kept.
     """
     waiting_for: tuple[Any, ...] | None = None
     since = reaped = yield effects.Now()
-    recorded = (0, 0)  # the term and round whose outcome this member has recorded
+    recorded = (0, 0)  # round id of the outcome that this member has recorded last
     while True:
-        # See the run as it stands
+        # Read the run's keys
         entries: Mapping[str, Entry] = yield effects.List()
         now: float = yield effects.Now()
         role = entries.get("coordinator")
@@ -34,12 +30,12 @@ def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Mac
         entry = entries.get("round")
         record: RoundState | None = entry.value if entry else None
         if record and record.committed and (record.term, record.committed.round) != recorded:
-            # Before the next transition: a member that missed this one must be able to look it up.
+            # Before the next transition: a member that missed this one must be able to look its outcome up
             recorded = record.term, record.committed.round
             yield from _record_outcome(record, record.committed, entries, kept_outcomes)
         view = view_of(entries)
 
-        # Measure how long the situation has lasted, and look for dead members that keep the others waiting
+        # Measure how long the situation has lasted, and look for dead members that delay the others
         current = situation(record, view, rules)
         if current != waiting_for:
             waiting_for, since = current, now
@@ -55,17 +51,16 @@ def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Mac
             yield effects.Swap(decided, entry.revision if entry else None)
 
 
-def _record_outcome(
-    record: RoundState, committed: Outcome, entries: Mapping[str, Entry], kept_outcomes: int
-) -> Machine[None]:
-    """Record the outcome of the last round, and delete keys that no member reads any more."""
-    yield effects.Put(outcome_key(record.term, committed.round), committed)
+def _record_outcome(record: RoundState, last: Outcome, entries: Mapping[str, Entry], kept: int) -> Machine[None]:
+    """Record the outcome of the last round, and delete keys that members no longer read."""
+    yield effects.Put(outcome_key(record.term, last.round), last)
+    # Find the keys of old rounds, and of members that are gone
     outcomes = [key for key in entries if key.startswith("commits/")]
-    stale = outcomes[: max(0, len(outcomes) - kept_outcomes)]
+    stale = outcomes[: max(0, len(outcomes) - kept)]
     for key, entry in entries.items():
         prefix, _, id = key.partition("/")
         if prefix in ("arrivals", "votes", "ready", "left"):
-            # A member whose lease was lost may come back: its keys of this round and of later ones stay.
+            # A member may come back after its lease was lost: its keys of this round and of later ones stay.
             past = (entry.value.term, entry.value.round) < (record.term, record.base.round)
             if past and f"members/{id}" not in entries and id not in record.assignments:
                 stale.append(key)

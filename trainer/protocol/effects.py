@@ -1,7 +1,8 @@
-"""What the protocol's machines ask for: each effect is a request that the machine yields, and its result is sent back.
+"""The effects that the protocol's machines ask for. A machine yields an effect, and is sent its result.
 
 The machines (`member`, `coordinator`) are generators without I/O. `trainer.elastic` performs their effects with etcd,
-gloo and the donors; `tests/unit/protocol/test_model.py` performs them in a simulation.
+gloo and the donors; `tests/unit/protocol/test_model.py` performs them in a simulation. Only
+members yield `AwaitRound` to `Log`; only coordinators yield `Swap`, `Delete`, and `Now` to `Pause`.
 """
 
 from collections.abc import Generator, Iterable
@@ -23,15 +24,15 @@ class Entry(Protocol):
 
 
 class Effect:
-    """A request of a machine."""
+    """A request of a machine. Its result is None, unless its docstring names another one."""
 
 
-# etcd
+Machine = Generator[Effect, Any, T]
 
 
 @dataclass(frozen=True)
 class Put(Effect):
-    """Write a key, under the member's lease if `leased`. Returns None. If `required`, wait for an unreachable etcd."""
+    """Write a key, under the member's lease if `leased`. If `required`, wait for an unreachable etcd."""
 
     key: str
     record: Any
@@ -46,14 +47,13 @@ class Get(Effect):
     key: str
 
 
-@dataclass(frozen=True)
 class List(Effect):
     """Read all keys of the run. Returns dict[str, Entry]."""
 
 
 @dataclass(frozen=True)
 class Swap(Effect):
-    """Write the open round's record if its revision is still `revision` (None: if there is no record). Returns None."""
+    """Write the open round's record if its revision is still `revision` (None: if no record exists)."""
 
     record: RoundState
     revision: int | None
@@ -61,7 +61,7 @@ class Swap(Effect):
 
 @dataclass(frozen=True)
 class Delete(Effect):
-    """Delete a key if its revision is still `revision`. Best effort. Returns None."""
+    """Delete a key if its revision is still `revision`. Best effort."""
 
     key: str
     revision: int
@@ -69,37 +69,27 @@ class Delete(Effect):
 
 @dataclass(frozen=True)
 class AwaitRound(Effect):
-    """Wait for the open round's record. Returns a `RoundState`.
+    """Wait for the open round's record. Returns a `RoundState`."""
 
-    Attributes:
-        reason: What the member waits for, to log it.
-        again: False: return the known record at once, if there is one. True: return after a change, or after a moment.
-        needs_nodes: Whether a shortage of nodes limits the wait.
-    """
-
-    reason: str
-    again: bool = False
-    needs_nodes: bool = False
+    reason: str  # the object of the wait, for the log
+    again: bool = False  # False: return the known record at once, if any. True: after a change, or after a moment
+    needs_nodes: bool = False  # whether a shortage of nodes limits the wait
 
 
-# The member
-
-
-@dataclass(frozen=True)
 class HashState(Effect):
     """Hash the global state. Returns the hash."""
 
 
 @dataclass(frozen=True)
 class Announce(Effect):
-    """Write `members/<id>` with this state (and its hash) as the one held, in the background, best effort."""
+    """Write to `members/<id>` that the member holds this state, with its hash. In the background, best effort."""
 
     base: State
 
 
 @dataclass(frozen=True)
 class Suspects(Effect):
-    """Probe the members `probe`. Returns a tuple of all members that cannot be reached, as far as is known."""
+    """Probe the members `probe`. Returns a tuple of all members that are known to be unreachable."""
 
     probe: tuple[str, ...] = ()
 
@@ -113,10 +103,7 @@ class Reduce(Effect):
 
 @dataclass(frozen=True)
 class ReplayMeans(Effect):
-    """Take the outer steps from round `first` to the record's base, as far as donors still have their means.
-
-    Returns the last round whose step was taken; `first` - 1: none.
-    """
+    """Take the outer steps from round `first` on, while donors have their means. Returns the state's round then."""
 
     record: RoundState
     first: int
@@ -131,38 +118,31 @@ class FetchState(Effect):
 
 @dataclass(frozen=True)
 class Finish(Effect):
-    """Write the run's verdict: failed, for this reason. Returns None."""
+    """Write the run's verdict: failed, for this reason."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Log(Effect):
-    """Log a warning. Returns None."""
+    """Log a warning."""
 
     message: str
 
 
-# The coordinator
-
-
-@dataclass(frozen=True)
 class Now(Effect):
     """Returns the time on a monotonic clock, in seconds."""
 
 
 @dataclass(frozen=True)
 class Reap(Effect):
-    """Check in the background whether these members, which the others wait for, are dead; revoke their leases then."""
+    """Check in the background whether these members, which delay the others, are dead, and revoke their leases then."""
 
     ids: Iterable[str]
 
 
 @dataclass(frozen=True)
 class Pause(Effect):
-    """Wait for a change of some key, or for a moment: a long one if `idle`. Returns None."""
+    """Wait for a change of any key, or for a moment: a long one if `idle`."""
 
     idle: bool
-
-
-Machine = Generator[Effect, Any, T]

@@ -1,6 +1,5 @@
 """The member's side of the protocol, as a machine without I/O: joining, synchronising, catching up, leaving."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,31 +30,27 @@ Action = Literal["wait", "arrive", "reduce", "commit", "catch up", "start over"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a member is with synchronising a round.
-
-    Attributes:
-        term, round: The round that it is about to synchronise.
-        state: Hash of the global state that it began from.
-        arrived: The last attempt that it has arrived for; 0: none.
-        voted: The last attempt that it has voted in; 0: none.
-    """
+    """How far a member is with synchronising a round."""
 
     term: int
     round: int
-    state: str
-    arrived: int = 0
-    voted: int = 0
+    state: str  # hash of the global state that the round began from
+    arrived: int = 0  # the last attempt that it has arrived for; 0: none
+    voted: int = 0  # the last attempt that it has voted in; 0: none
+    unused: tuple[Range, ...] = ()  # as in `Arrival`
+    speed: float = 0.0  # as in `Arrival`
 
 
 def action(id: str, progress: Progress, record: RoundState, outcome: Outcome | None) -> Action:
     """A member's next action.
 
-    "start over" is to catch up without its work, which cannot be counted any more: another term assigns its samples
-    anew; or the member has voted and the outcome has been forgotten, so that its work may have been counted already.
+    "start over": catch up, and drop the work. It can no longer be counted, because another term assigns its samples
+    again; or the member has voted and the outcome is forgotten, so that the work may have been counted already.
 
     Args:
-        outcome: How the member's round was committed; None: it was not, or that has been forgotten.
+        outcome: How the member's round was committed; None: it was not, or the outcome is forgotten.
     """
+    # The record is of another round
     if record.term != progress.term:
         return "start over"
     if record.round > progress.round:
@@ -63,7 +58,9 @@ def action(id: str, progress: Progress, record: RoundState, outcome: Outcome | N
             return "start over" if progress.voted else "catch up"
         return "commit" if id in outcome.members and outcome.attempt == progress.voted else "catch up"
     if record.round < progress.round:
-        return "wait"  # the record that it has read is older than what it has done
+        return "wait"  # the record that it has read is older than its own progress
+
+    # The record is of the member's round
     if record.base.hash not in ("", progress.state):
         return "catch up"
     if progress.arrived < record.attempt:
@@ -75,29 +72,27 @@ def action(id: str, progress: Progress, record: RoundState, outcome: Outcome | N
 class MemberMachine:
     """A member's decisions. Its generator methods yield effects (`trainer.protocol.effects`) and return results.
 
-    Args:
-        id: The incarnation of the worker.
-
     Attributes:
+        id: The incarnation of the worker.
         term, base: The committed state that this member's open round begins from.
         round: The round of the global state that it holds.
-        assignment: The samples that it was assigned last.
+        assignment: Its last assignment.
     """
 
     def __init__(self, id: str, rules: Rules) -> None:
         self.id, self.rules = id, rules
         self.term, self.base, self.round = 0, State(), 0
         self.assignment: Assignment | None = None
-        self._in_doubt = False  # whether this member's work may have been counted in a round whose outcome is forgotten
-        self._healed = 0  # how often its global state had to be taken anew
+        self._in_doubt = False  # whether this member's work may have been counted, in a round with a forgotten outcome
+        self._healed = False  # whether its global state differed from the others', and was fetched again
 
     @property
     def current(self) -> Assignment | None:
-        """The assignment, if it is one of the present term: another term assigns the same samples anew."""
+        """The assignment, if it belongs to the present term: another term assigns the same samples again."""
         return self.assignment if self.assignment and self.assignment.term == self.term else None
 
     def superseded(self, record: RoundState | None) -> bool:
-        """Whether the open round is another one than this member's."""
+        """Whether the open round is not this member's."""
         return record is not None and (record.term, record.base.round) != (self.term, self.base.round)
 
     # Joining and leaving
@@ -108,20 +103,15 @@ class MemberMachine:
         yield effects.Put(f"members/{self.id}", me, leased=True)
 
     def join(self) -> Machine[bool]:
-        """Wait until the run begins or has begun, and catch up with it.
-
-        Returns:
-            As `catch_up`.
-        """
+        """Wait until the run begins or has begun, and `catch_up` with it."""
         again = False
         while True:
             record: RoundState = yield effects.AwaitRound("the run to begin", again, needs_nodes=True)
             view = view_of((yield effects.List()))
             # If no member holds the state of the open round, the run is about to be founded again.
             if not forgotten(record, view):
-                break
+                return (yield from self.catch_up())
             again = True
-        return (yield from self.catch_up())
 
     def leave(self, rest: Assignment, complete: bool) -> Machine[None]:
         """Return the unused `rest` of the worker's assignment, unless the run is complete. Never waits."""
@@ -132,11 +122,7 @@ class MemberMachine:
     # Samples
 
     def assign(self, after: tuple[int, int]) -> Machine[bool]:
-        """Wait for an assignment that is newer than `after`, the round id of an older one.
-
-        Returns:
-            False: The round was committed meanwhile, and `catch_up` is next.
-        """
+        """Wait for an assignment newer than `after`. False: the round is committed meanwhile; `catch_up` is next."""
         if self.assignment is not None and self.assignment.round_id > after:
             return True
         yield effects.Put(f"ready/{self.id}", Ready(self.term, self.base.round))
@@ -154,32 +140,29 @@ class MemberMachine:
     # Synchronising
 
     def synchronise(self, unused: tuple[Range, ...], speed: float) -> Machine[Outcome | None]:
-        """Synchronise the round after `base`.
-
-        Args:
-            unused: The positions of the assignment that have not been consumed when the round's inner steps are done.
-            speed: Samples per second.
+        """Synchronise the round after `base`, and report `unused` and `speed` (see `Arrival`).
 
         Returns:
-            The outcome of the round, which this member's last vote was for: the outer step is to be taken. None: the
-            round was committed without this member, and `catch_up` is next.
+            The outcome that this member voted for: the outer step is next. None: the round was committed without this
+            member; `catch_up` is next.
         """
-        progress = Progress(self.term, self.base.round + 1, (yield effects.HashState()))
+        state: str = yield effects.HashState()
+        progress = Progress(self.term, self.base.round + 1, state, unused=unused, speed=speed)
         while True:
             what, record, outcome = yield from self._next(progress, f"the others, in round {progress.round}", True)
             match what:
                 case "arrive":
-                    progress = yield from self._arrive(progress, record.attempt, unused, speed)
+                    progress = yield from self._arrive(progress, record.attempt)
                 case "reduce":
                     vote: Vote | None = yield effects.Reduce(record)
                     if vote is None:
-                        progress = yield from self._arrive(
-                            progress, record.attempt + 1, unused, speed, probe=record.members
-                        )
+                        # Ask for another attempt, and report the members that cannot be reached
+                        progress = yield from self._arrive(progress, record.attempt + 1, probe=record.members)
                     else:
                         yield effects.Put(f"votes/{self.id}", vote)
                         progress = replace(progress, voted=record.attempt)
                 case "commit":
+                    # Work on the next round from here on
                     assert outcome is not None
                     self._adopt(record, outcome.base)
                     self.round = outcome.round
@@ -190,37 +173,29 @@ class MemberMachine:
                     self._in_doubt = what == "start over"
                     return None
 
-    def announce(self) -> Machine[None]:
-        """Announce that the outer step of the last outcome has been taken."""
-        yield effects.Announce(self.base)
-
     def reconcile(self) -> Machine[bool]:
-        """At the end of the run: agree on the final state.
-
-        Returns:
-            Whether this member holds it. False: another state is the final one, or the run has gone back to an older
-            one, and `catch_up` is next.
-        """
+        """At the end of the run: agree on the final state. False: this member does not hold it; `catch_up` is next."""
         progress = Progress(self.term, self.base.round + 1, (yield effects.HashState()))
         while True:
             what, record, _ = yield from self._next(progress, "the others, at the end of the run", False)
             if what != "arrive":
                 return what == "commit"
-            progress = yield from self._arrive(progress, record.attempt, (), 0.0)
+            progress = yield from self._arrive(progress, record.attempt)
 
     def _next(
         self, progress: Progress, reason: str, needs_nodes: bool
     ) -> Machine[tuple[Action, RoundState, Outcome | None]]:
-        """Wait until there is something to do in this round, and return that, with the record that demands it.
+        """Wait for the next action in this round; also returns the record that demands it, and the round's outcome.
 
-        Where there is nothing to reduce, "commit" means that the state has been agreed on.
+        After the last round, "commit" means that the members have agreed on the state.
 
         Raises:
-            TrainingError: The members keep getting different results.
+            TrainingError: The members repeatedly got different results.
         """
         again = False
         while True:
             record: RoundState = yield effects.AwaitRound(reason, again, needs_nodes)
+            # End the run's last gather, and a dispute without an end
             same = record.round_id == (progress.term, progress.round)
             if same and record.length == 0 and record.base.hash == progress.state:
                 return "commit", record, None
@@ -231,35 +206,30 @@ class MemberMachine:
                 )
                 yield effects.Finish(failure)
                 raise TrainingError(failure)
+
+            # Decide on the next action
             outcome = yield from self._outcome(record, progress.round)
             what = action(self.id, progress, record, outcome)
             if what != "wait":
                 return what, record, outcome
             again = True
 
-    def _arrive(
-        self,
-        progress: Progress,
-        attempt: int,
-        unused: tuple[Range, ...],
-        speed: float,
-        probe: Iterable[str] = (),
-    ) -> Machine[Progress]:
-        suspects: tuple[str, ...] = yield effects.Suspects(tuple(probe))
-        arrival = Arrival(progress.term, progress.round, attempt, progress.state, unused, suspects, speed)
-        yield effects.Put(f"arrivals/{self.id}", arrival)
+    def _arrive(self, progress: Progress, attempt: int, probe: tuple[str, ...] = ()) -> Machine[Progress]:
+        suspects: tuple[str, ...] = yield effects.Suspects(probe)
+        round_id, unused, speed = (progress.term, progress.round), progress.unused, progress.speed
+        yield effects.Put(f"arrivals/{self.id}", Arrival(*round_id, attempt, progress.state, unused, suspects, speed))
         return replace(progress, arrived=attempt)
 
     # Catching up
 
     def catch_up(self) -> Machine[bool]:
-        """Bring the global state to the base of the open round: by the means that it lacks, or as a whole.
+        """Bring the global state to the base of the open round: replay the missing means, or fetch the full state.
 
         Returns:
             Whether this member's unsent work can still be counted (see `action`).
 
         Raises:
-            TrainingError: Its state has differed from the others' twice.
+            TrainingError: Its state differs from the others' for the second time.
         """
         term, healing, moved = self.term, False, False
         while True:
@@ -267,13 +237,20 @@ class MemberMachine:
             if (yield from self._holds(record)):
                 break
 
-            # Announce what has been reached so far, and note a state that is not what the others hold
-            if moved:  # the record has moved on: a term must not be founded on a state that is not held any more
+            # The record has moved on meanwhile: a term must not be founded on a state that this member no longer holds
+            if moved:
                 yield effects.Announce(self.base)
-                moved = False
+
+            # The round is the right one, hence the state is not
             if not healing and (record.term, record.base.round) == (term, self.round):
                 healing = True
-                yield from self._heal()
+                yield effects.Log("this member's global state differs from the others': fetching theirs")
+                if self._healed:
+                    raise TrainingError(
+                        "this member's global state differs from the others' for the second time: "
+                        "its arithmetic cannot be trusted"
+                    )
+                self._healed = True
 
             # Move to the record's base, or closer to it
             before = self.round
@@ -282,6 +259,8 @@ class MemberMachine:
                 outcome = yield from self._outcome(record, self.round)
                 base = record.base if self.round == record.base.round else outcome and outcome.base
                 moved, self.base = base is not None, base or self.base
+
+        # Announce the state, and work on the open round
         self._adopt(record, record.base)
         yield effects.Announce(self.base)
         counts, self._in_doubt = record.term == term and not self._in_doubt, False
@@ -307,22 +286,14 @@ class MemberMachine:
             self.term, self.round = record.term, record.base.round
         return fetched
 
-    def _heal(self) -> Machine[None]:
-        self._healed += 1
-        yield effects.Log("this member's global state differs from the others': fetching theirs")
-        if self._healed > 1:
-            raise TrainingError(
-                "this member's global state has differed from the others' twice: its arithmetic cannot be trusted"
-            )
-
     def _outcome(self, record: RoundState, round: int) -> Machine[Outcome | None]:
-        """How `round` was committed; None if it was not, or if that has been forgotten."""
+        """How `round` was committed; None if it was not, or if the outcome is forgotten."""
         if record.round <= round:
             return None
         if record.committed is not None and record.committed.round == round:
             return record.committed
-        outcome: Outcome | None = yield effects.Get(outcome_key(record.term, round))
-        return outcome
+        found: Outcome | None = yield effects.Get(outcome_key(record.term, round))
+        return found
 
     def _adopt(self, record: RoundState, base: State) -> None:
         """Work on the round after `base` from now on: the open one, if the record has not moved on meanwhile."""

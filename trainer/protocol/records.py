@@ -1,10 +1,11 @@
-"""The records that members keep in etcd, and the one decoder of their JSON. See docs/design/protocol.md."""
+"""The records that members keep in etcd, and their JSON. See docs/design/protocol.md."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache, cached_property
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast
+
+from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -18,18 +19,17 @@ class Rules:
 
     Attributes:
         min_nodes: Nodes that a quorum needs.
-        max_members: The largest possible number of members: a new run waits up to `grace_period` for all of them.
+        max_members: A new run waits up to `grace_period` for this number of members.
         grace_period: How long the members that have arrived wait for the others, once at least half have arrived.
         retry_period: The same in further attempts at a round.
         forget_period: How long no member may hold the open round's state before the run goes back to an older one.
         stall_limit: How long members that have arrived wait while more than half are missing.
-        local_steps: Inner steps of a round.
-        total_steps: Inner steps of the run; None: the run does not end.
+        local_steps, total_steps: Inner steps of a round and of the run; None: the run does not end.
         batch_size: Samples of an inner step.
         prefetch: Rounds of samples that a member holds when a round opens: 1, or 2 if inner steps overlap with the
-            synchronisation, when the next assignment is not known yet.
-        speed_tolerance: Members whose speeds differ by less than this fraction get the same step multiplier. None: all
-            multipliers are 1, whatever the speeds.
+            synchronisation, because the next assignment is not known yet.
+        speed_tolerance: Members with speeds that differ by less than this fraction get the same step multiplier. None:
+            all multipliers are 1.
     """
 
     min_nodes: int
@@ -51,29 +51,20 @@ class Rules:
 
 @dataclass(frozen=True)
 class Cursor:
-    """The position of the training in the samples.
+    """The position of the training in the samples."""
 
-    Attributes:
-        position: The first sample position that has not been assigned.
-        returned: Assigned positions that were returned unused; they are assigned first.
-    """
-
-    position: int = 0
-    returned: tuple[Range, ...] = ()
+    position: int = 0  # the first sample position that has not been assigned
+    returned: tuple[Range, ...] = ()  # positions that were returned unused; they are assigned first
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The sample positions that a member trains on, assigned when `round` opened or when the member joined it.
-
-    Attributes:
-        step_multiplier: The member's inner steps for each inner step of the schedule.
-    """
+    """The sample positions that a member trains on, assigned when `round` opened or when the member joined it."""
 
     term: int
     round: int
     ranges: tuple[Range, ...]
-    step_multiplier: float = 1.0
+    step_multiplier: float = 1.0  # the member's inner steps for each inner step of the schedule
 
     @property
     def round_id(self) -> tuple[int, int]:
@@ -82,40 +73,24 @@ class Assignment:
 
 @dataclass(frozen=True)
 class State:
-    """A committed global state, without its tensors.
+    """A committed global state, without its tensors."""
 
-    Attributes:
-        round: The committed round; 0: the initialisation.
-        step: The schedule position, in inner steps.
-        cursor: Where the next round's samples begin.
-        hash: Hash of the tensors; "" until a quorum that begins from this state has agreed on it.
-    """
-
-    round: int = 0
-    step: int = 0
-    cursor: Cursor = Cursor()
-    hash: str = ""
+    round: int = 0  # 0: the initialisation
+    step: int = 0  # schedule position, in inner steps
+    cursor: Cursor = Cursor()  # where the next round's samples begin
+    hash: str = ""  # of the tensors; "" until a quorum that begins from this state has agreed on it
 
 
 @dataclass(frozen=True)
 class Member:
-    """A process that takes part: `members/<id>`.
+    """A process that takes part: `members/<id>`. `host`, `pid` and `progress` are for `status` only."""
 
-    Attributes:
-        node: Its node; `min_nodes` counts distinct nodes.
-        slot, local_rank: Its place among the workers; ranks follow it.
-        address: host:port where it serves its state.
-        holds: The last committed state that it has announced.
-        speed: Samples per second of its inner steps; 0: not known yet.
-        host, pid, progress: For people (`status`); the protocol does not use them.
-    """
-
-    node: str
-    slot: int
+    node: str  # `min_nodes` counts distinct nodes
+    slot: int  # ranks follow the slot, then the local rank
     local_rank: int
-    address: str
-    holds: State = State()
-    speed: float = 0.0
+    address: str  # host:port where it serves its state
+    holds: State = State()  # the last committed state that it has announced
+    speed: float = 0.0  # samples per second of its inner steps; 0: not known yet
     host: str = ""
     pid: int = 0
     progress: Mapping[str, Any] = field(default_factory=dict)
@@ -127,22 +102,15 @@ class Member:
 
 @dataclass(frozen=True)
 class Arrival:
-    """`arrivals/<id>`: a member has done its inner steps and asks to take part in an attempt.
-
-    Attributes:
-        state: Hash of the global state that it began from.
-        unused: The part of its assignment that it has not used: returned, or (`Rules.prefetch` is 2) kept.
-        suspects: Members that it cannot reach.
-        speed: As `Member.speed`, including this round's inner steps.
-    """
+    """`arrivals/<id>`: a member has done its inner steps and asks to take part in an attempt."""
 
     term: int
     round: int
     attempt: int
-    state: str
-    unused: tuple[Range, ...] = ()
-    suspects: tuple[str, ...] = ()
-    speed: float = 0.0
+    state: str  # hash of the global state that it began from
+    unused: tuple[Range, ...] = ()  # of its assignment: returned, or (if `Rules.prefetch` is 2) kept
+    suspects: tuple[str, ...] = ()  # members that it cannot reach
+    speed: float = 0.0  # as `Member.speed`, including this round's inner steps
 
 
 @dataclass(frozen=True)
@@ -166,7 +134,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Left:
-    """`left/<id>`: a member leaves, and returns what is unused of the assignment of `round` (0: it has seen none)."""
+    """`left/<id>`: a member leaves, and returns the unused part of the assignment of `round` (0: it had none)."""
 
     term: int
     round: int
@@ -199,19 +167,17 @@ class RoundState:
     """`round`: the record of the open round.
 
     Attributes:
-        term: Counts how often the run had to go back to a checkpoint.
-        round: The open round, counted from 1.
-        attempt: The attempt at it that gathers or reduces, counted from 1.
+        term, round, attempt: The attempt that gathers or reduces, all counted from 1. A new term begins when the run
+            goes back to a checkpoint.
         phase: gather: members arrive. reduce: `members` run the collective and vote.
         expected: The members that a gather waits for.
         members: The members of the attempt, in rank order (reduce).
         base: The committed state that the round begins from. Its hash is the one that most members arrived with; a
-            member with another hash has to take the state anew.
+            member with another hash fetches the state again.
         cursor: Which samples have been assigned.
         length: Inner steps of the round; 0: the training is complete.
-        assignments: The samples that each member trains on.
         committed: How the previous round was committed; None at the beginning of a term.
-        disputed: Attempts at the round whose members got different results.
+        disputed: Attempts at the round in which the members got different results.
     """
 
     term: int
@@ -253,24 +219,13 @@ class View:
         return frozenset(self.members) - self.left.keys()
 
 
-_TYPES = {
-    "members": Member,
-    "arrivals": Arrival,
-    "votes": Vote,
-    "ready": Ready,
-    "left": Left,
-    "durable": Durable,
-    "commits": Outcome,
-    "round": RoundState,
-}
+_adapter = cache(TypeAdapter)
+_TYPES = {"arrivals": Arrival, "commits": Outcome, "durable": Durable, "left": Left, "members": Member}
+_TYPES |= {"ready": Ready, "round": RoundState, "votes": Vote}
 
 
 def view_of(entries: Mapping[str, Any]) -> View:
-    """The view of a run's keys.
-
-    Args:
-        entries: By key; each `value` is as `decoded` returns it. Keys that a view does not contain are ignored.
-    """
+    """The view of a run's keys, each with a `value` as `decoded` returns it. Other keys are ignored."""
     found: dict[str, dict[str, Any]] = {prefix: {} for prefix in _TYPES}
     for key, entry in entries.items():
         prefix, _, id = key.partition("/")
@@ -286,7 +241,7 @@ def outcome_key(term: int, round: int) -> str:
 
 
 def decoded(key: str, value: Any) -> Any:
-    """The record that `value` (JSON) of `key` stands for; the value itself under keys that are not the protocol's."""
+    """The record in `value`, the JSON of `key`; the JSON itself if the key is not the protocol's."""
     kind = _TYPES.get(key.partition("/")[0])
     return value if kind is None else decode(kind, value)
 
@@ -297,33 +252,10 @@ def encoded(record: Any) -> Any:
 
 
 def decode(kind: type[T], value: Any) -> T:
-    """A record from its JSON. Fields that the record does not have are ignored.
+    """A record from its JSON. Unknown fields are ignored.
 
     Raises:
-        KeyError, TypeError: The value is not of this kind.
+        ValueError: The value is not of this kind; names the field.
     """
-    decoder: Callable[[Any], T] = _decoder(cast(Any, kind))
-    return decoder(value)
-
-
-@cache
-def _decoder(hint: Any) -> Any:
-    """The function that decodes JSON into a value of type `hint`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and is_dataclass(hint):
-        hints = get_type_hints(hint)
-        names = [one.name for one in fields(hint)]
-        parts = [(name, _decoder(hints[name])) for name in names]
-        return lambda value: hint(**{name: part(value[name]) for name, part in parts if name in value})
-    if origin in (Union, UnionType):  # T | None
-        (inner,) = (_decoder(argument) for argument in arguments if argument is not type(None))
-        return lambda value: None if value is None else inner(value)
-    if origin is tuple and Ellipsis in arguments:
-        inner = _decoder(arguments[0])
-        return lambda value: tuple(map(inner, value))
-    if origin is tuple:
-        return tuple
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        inner = _decoder(arguments[1])
-        return lambda value: {key: inner(item) for key, item in value.items()}
-    return lambda value: value
+    adapter: TypeAdapter[T] = _adapter(cast(Any, kind))
+    return adapter.validate_python(value)

@@ -1,5 +1,5 @@
-"""How the coordinator decides: pure functions from the open round's record and a view of the other keys to the next
-record. docs/design/protocol.md says why they are safe and live."""
+"""The coordinator's decisions: pure functions from the open round's record and a view of the other keys to the next
+record. docs/design/protocol.md explains why they are safe and live."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.protocol.records import Outcome, RoundState, Rules, State, View, Vote
-from trainer.protocol.samples import multipliers, open_assignments, update_ledger
+from trainer.protocol.samples import Kept, multipliers, open_assignments, update_ledger
 
 
 def situation(record: RoundState | None, view: View, rules: Rules) -> tuple[Any, ...] | None:
-    """What the members wait for, as a value that stays equal for as long as it is the same wait; None: nothing.
+    """What the members wait for, as a value that is equal throughout one wait. None: nothing.
 
     The coordinator measures how long a situation lasts, and passes that to `decide`.
     """
@@ -25,16 +25,15 @@ def situation(record: RoundState | None, view: View, rules: Rules) -> tuple[Any,
 
 
 def decide(record: RoundState | None, view: View, waited: float, rules: Rules) -> RoundState | None:
-    """The next record; None: it stays as it is.
-
-    Args:
-        waited: Seconds for which the present `situation` has lasted.
-    """
+    """The next record; None: no change. `waited`: seconds for which the present `situation` has lasted."""
+    # Found a term
     if record is None:
         return _found(1, view, waited, rules)
     if forgotten(record, view):
         # The leases of the members that held the state may only have been lost: give them time to come back.
         return _found(record.term + 1, view, waited, rules) if waited >= rules.forget_period else None
+
+    # Continue the open round
     if record.length == 0:
         return _reconcile(record, view, waited, rules)
     step = _gather if record.phase == "gather" else _reduce
@@ -57,7 +56,7 @@ def forgotten(record: RoundState, view: View) -> bool:
 
 
 def overdue(record: RoundState, view: View) -> frozenset[str]:
-    """The members that keep the others, which are done, from going on."""
+    """The members that the others, which are done, wait for."""
     if record.phase == "gather":
         return _awaited(record, view) if _here(record, view) else frozenset()
     voted = _votes(record, view)
@@ -65,14 +64,14 @@ def overdue(record: RoundState, view: View) -> frozenset[str]:
 
 
 def shortage(record: RoundState | None, view: View, rules: Rules) -> str:
-    """What the run cannot go on without, in words; "" if it has everything."""
+    """What the run needs to continue and lacks, as text; "": nothing."""
     nodes = _nodes(view.members, view)
     if nodes < rules.min_nodes:
         return f"only {nodes} of at least {rules.min_nodes} nodes"
     if record is None or forgotten(record, view):
         held = max(member.holds.round for member in view.members.values())
         if held < view.durable:
-            return f"round {view.durable} was saved once, but no worker here holds more than round {held}"
+            return f"round {view.durable} was saved before, but the newest state of the workers here is of round {held}"
     return ""
 
 
@@ -81,6 +80,7 @@ def shortage(record: RoundState | None, view: View, rules: Rules) -> str:
 
 def _found(term: int, view: View, waited: float, rules: Rules) -> RoundState | None:
     """Begin a term from the newest state that a member holds, never from one older than the newest durable one."""
+    # Wait for enough members, and a state that is new enough
     ranked = _ranked(view.present, view)
     nodes = _nodes(ranked, view)
     if nodes < rules.min_nodes or (len(ranked) < rules.max_members and waited < rules.grace_period):
@@ -88,6 +88,8 @@ def _found(term: int, view: View, waited: float, rules: Rules) -> RoundState | N
     newest = max(view.members[id].holds.round for id in ranked)
     if newest < view.durable:
         return None
+
+    # Of different states of that round, take the one that most members hold
     holding = [id for id in ranked if view.members[id].holds.round == newest]
     common = _most_common(view.members[id].holds.hash for id in holding)
     expected = tuple(id for id in holding if view.members[id].holds.hash == common)
@@ -95,19 +97,9 @@ def _found(term: int, view: View, waited: float, rules: Rules) -> RoundState | N
 
 
 def _open(
-    term: int,
-    members: tuple[str, ...],
-    base: State,
-    committed: Outcome | None,
-    kept: dict[str, tuple[tuple[int, int], ...]],
-    view: View,
-    rules: Rules,
+    term: int, members: tuple[str, ...], base: State, committed: Outcome | None, kept: Kept, view: View, rules: Rules
 ) -> RoundState:
-    """The round after `base` at its beginning, with a new assignment for each of `members`.
-
-    Args:
-        kept: Positions that members keep of their last assignments (see `open_assignments`).
-    """
+    """The round after `base` at its beginning, with a new assignment for each of `members`."""
     round_id = term, base.round + 1
     speeds = multipliers(members, view, rules)
     cursor, assignments = open_assignments(base.cursor, round_id, base.step, speeds, kept, rules)
@@ -125,7 +117,7 @@ def _gather(record: RoundState, view: View, waited: float, rules: Rules) -> Roun
     # Agree on the state that the round begins from; members that hold another one cannot take part
     agreeing = _agree(record, view)
     same = {id for id in here if view.arrivals[id].state == agreeing.base.hash}
-    if _nodes(same, view) < rules.min_nodes:  # too few without the others, which have to take the agreed state first
+    if _nodes(same, view) < rules.min_nodes:  # too few without the others, which must fetch the agreed state first
         return agreeing if agreeing != record else None
     connected = _connected(same, view)
     # A member that is suspected for the first time, but is here, is tried once more: the network may have healed.
@@ -141,7 +133,7 @@ def _reconcile(record: RoundState, view: View, waited: float, rules: Rules) -> R
 
 
 def _gathered(record: RoundState, view: View, waited: float, rules: Rules) -> bool:
-    """Whether the gather waits for no other member any more."""
+    """Whether the gather no longer waits for any member."""
     patience = rules.grace_period if record.attempt == 1 else rules.retry_period
     return not _awaited(record, view) or waited >= (patience if _most_are_here(record, view) else rules.stall_limit)
 
@@ -153,10 +145,9 @@ def _agree(record: RoundState, view: View) -> RoundState:
 
 
 def _connected(ids: Iterable[str], view: View) -> set[str]:
-    """A subset of `ids` in which no member suspects another.
+    """A subset of `ids`, which have all arrived, in which no member suspects another.
 
-    All of them have arrived, hence live: a member that suspects another cannot talk to it. The member in most
-    suspicions is left out first; of several, the last in rank.
+    The member in most suspicions is left out first; of several, the last in rank.
     """
     left = list(_ranked(ids, view))
     while True:
@@ -168,16 +159,19 @@ def _connected(ids: Iterable[str], view: View) -> set[str]:
 
 
 def _awaited(record: RoundState, view: View) -> frozenset[str]:
-    """The members that the gather waits for. Suspects, which are dead or cut off, are not among them.
+    """The members that the gather waits for: not those that most members, or one that ranks before them, suspect.
 
-    If two members suspect each other, the lower-ranked one is left out (`_connected`), regardless of the order in
-    which they arrive: one member's suspicion alone does not count.
+    Hence, of two members that suspect each other, the lower-ranked one is left out (as in `_connected`), regardless of
+    the order in which they arrive.
     """
+    # Collect the suspicions of the members that are here
     here = _here(record, view)
     by: dict[str, list[str]] = defaultdict(list)
     for id in _ranked(here, view):
         for suspect in view.arrivals[id].suspects:
             by[suspect].append(id)
+
+    # Wait for the others
     awaited = (view.present & set(record.expected)) - here
     return frozenset(
         id for id in awaited if 2 * len(by[id]) <= len(here) and (not by[id] or _ranked((id, by[id][0]), view)[0] == id)
@@ -185,10 +179,9 @@ def _awaited(record: RoundState, view: View) -> frozenset[str]:
 
 
 def _most_are_here(record: RoundState, view: View) -> bool:
-    """Whether at least as many members have arrived as are awaited: only then are the others late.
+    """Whether at least half of the members have arrived: only then are the others late.
 
-    Otherwise one early member (its round was shorter because of carried-over steps, say, or it is the fastest) would
-    end the round without the others.
+    Otherwise one early member, which carried over steps, for example, would end the round without the others.
     """
     here = _here(record, view)
     return bool(here) and len(here) >= len(_awaited(record, view))
@@ -208,6 +201,7 @@ def _arrived_for(record: RoundState, view: View, id: str, attempt: int) -> bool:
 
 
 def _reduce(record: RoundState, view: View, waited: float, rules: Rules) -> RoundState | None:
+    # Commit if all votes are equal
     votes = _votes(record, view)
     missing = [id for id in record.members if id not in votes]
     if not missing and len({(vote.hash, vote.weight) for vote in votes.values()}) == 1:
@@ -218,6 +212,8 @@ def _reduce(record: RoundState, view: View, waited: float, rules: Rules) -> Roun
     gone = any(id not in view.present for id in missing)
     if missing and not failed and not gone and waited < rules.grace_period:
         return None
+
+    # Open the next attempt, without the members that have left or stay silent
     silent = set(missing) if waited >= rules.grace_period else set()  # although others voted long ago
     expected = tuple(id for id in record.members if id in view.present and id not in silent)
     disputed = record.disputed + (not missing)
@@ -226,14 +222,14 @@ def _reduce(record: RoundState, view: View, waited: float, rules: Rules) -> Roun
 
 
 def _commit(record: RoundState, view: View, vote: Vote, rules: Rules) -> RoundState:
-    """The record after all members of the attempt have cast this vote: the next round."""
-    # The unused samples of a leaving member came back when it left.
+    """The record of the next round, after all members of the attempt have cast this vote."""
+    # Take unused samples back; those of a leaving member were returned when it left
     unused = {id: view.arrivals[id].unused for id in record.members if id not in view.left}
     returned = (*record.cursor.returned, *itertools.chain.from_iterable(unused.values()))
     base = State(record.round, record.base.step + record.length, replace(record.cursor, returned=returned))
     outcome = Outcome(*record.attempt_id, record.members, vote.hash, vote.weight, base)
 
-    # Open the next round. Members outside the quorum keep their assignments, and go on with them
+    # Open the next round. Members outside the quorum keep their assignments
     present = tuple(id for id in record.members if id in view.present)
     opened = _open(record.term, present, base, outcome, unused if rules.prefetch > 1 else {}, view, rules)
     others = view.present - {*record.members}

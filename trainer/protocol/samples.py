@@ -1,7 +1,7 @@
 """Sample accounting: which member trains on which sample positions, so that no sample is used twice in an epoch.
 
-The coordinator assigns ranges of positions, and takes unused ones back (`update_ledger`); a worker's `SampleLedger`
-counts what it has consumed of its assignment. docs/design/protocol.md says why no sample is used twice.
+The coordinator assigns ranges of positions, and takes unused ones back (`update_ledger`). A worker's `SampleLedger`
+counts what it has consumed of its assignment. docs/design/protocol.md explains why no sample is used twice.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,32 +9,17 @@ from dataclasses import dataclass, field, replace
 
 from trainer.protocol.records import Assignment, Cursor, Range, RoundState, Rules, View
 
-__all__ = [
-    "Assignment",
-    "Range",
-    "SampleLedger",
-    "allocate",
-    "count",
-    "multipliers",
-    "open_assignments",
-    "step_multipliers",
-    "steps_in",
-    "unused",
-    "update_ledger",
-]
+Kept = Mapping[str, tuple[Range, ...]]
+"""By member: the unused positions that it keeps when a round opens; its next assignment begins with them. (Only if
+`Rules.prefetch` is 2.) They are in `Cursor.returned` too, from where another term would assign them again."""
 
 
 @dataclass
 class SampleLedger:
-    """A worker's side of the accounting: which positions of its assignment it has consumed.
+    """The worker's side of the accounting: which positions of its assignment it has consumed."""
 
-    Attributes:
-        assignment: The current assignment; round 0: none yet.
-        used: How many of its positions have been consumed.
-    """
-
-    assignment: Assignment = field(default=Assignment(0, 0, ()))
-    used: int = 0
+    assignment: Assignment = field(default=Assignment(0, 0, ()))  # round 0: none yet
+    used: int = 0  # positions that have been consumed
     _used_at_close: int = 0
 
     def consume(self, samples: int) -> tuple[Range, ...]:
@@ -53,41 +38,44 @@ class SampleLedger:
         return replace(self.assignment, ranges=self.unused())
 
     def close_round(self) -> tuple[Range, ...]:
-        """End the round here: the positions that are unused now are reported, whatever is consumed from now on."""
+        """End the round here: return the positions that are unused now, which the worker's report names."""
         self._used_at_close = self.used
         return self.unused()
 
     def accept(self, assignment: Assignment | None) -> None:
-        """Go on with this assignment, unless it is the current one (without positions, it ends the current one).
+        """Continue with this assignment, unless it is the current one (without positions, it ends the current one).
 
-        An assignment may begin with the positions that the report of the last round called unused; what has been
-        consumed of them since is skipped.
+        An assignment may begin with the positions that the last report called unused; those that have been consumed
+        since are skipped.
 
         Args:
-            assignment: None: the current one is void (the run went back to a checkpoint, say): nothing is left of it.
+            assignment: None: the current one is void, because the run went back to a checkpoint, for example.
         """
-        current = self.assignment
+        current, used = self.assignment, 0
         if assignment is None:
-            self.assignment, self.used, self._used_at_close = replace(current, ranges=()), 0, 0
+            assignment = replace(current, ranges=())
         elif assignment.round_id > current.round_id or (
             assignment.round_id == current.round_id and not assignment.ranges
         ):
+            # Skip what has been consumed since the report
             kept = unused(current.ranges, self._used_at_close) if current.term == assignment.term else ()
-            continues = bool(kept) and assignment.ranges[: len(kept)] == kept
-            used = self.used - self._used_at_close if continues else 0
-            self.assignment, self.used, self._used_at_close = assignment, used, 0
+            if kept and assignment.ranges[: len(kept)] == kept:
+                used = self.used - self._used_at_close
+        else:
+            return
+        self.assignment, self.used, self._used_at_close = assignment, used, 0
 
 
 def allocate(cursor: Cursor, samples: int) -> tuple[Cursor, tuple[Range, ...]]:
     """Take `samples` positions: returned ones first, then new ones."""
     taken: list[Range] = []
-    returned = list(cursor.returned)
-    position = cursor.position
+    returned, position = list(cursor.returned), cursor.position
     while samples > 0:
         start, stop = returned.pop(0) if returned else (position, position + samples)
         size = min(stop - start, samples)
         taken.append((start, start + size))
         samples -= size
+        # Advance the position, or put the rest of a returned range back
         if start == position:
             position += size
         elif start + size < stop:
@@ -96,7 +84,7 @@ def allocate(cursor: Cursor, samples: int) -> tuple[Cursor, tuple[Range, ...]]:
 
 
 def count(ranges: Iterable[Range]) -> int:
-    """How many positions the ranges have."""
+    """The number of positions in the ranges."""
     return sum(stop - start for start, stop in ranges)
 
 
@@ -112,22 +100,21 @@ def unused(ranges: Iterable[Range], used: int) -> tuple[Range, ...]:
 
 
 def steps_in(length: int, step_multiplier: float) -> int:
-    """Inner steps of a member in a round of `length` steps of the schedule: at least one."""
+    """A member's inner steps in a round of `length` steps of the schedule: at least one."""
     return max(1, round(length * step_multiplier)) if length else 0
 
 
 def step_multipliers(speeds: Mapping[str, float], tolerance: float) -> dict[str, float]:
-    """Inner steps for each step of the schedule with which all members finish a round at the same time.
-
-    Their mean is 1, so a round consumes as many samples as a round of equal members.
+    """The multipliers with which all members finish a round at the same time. Their mean is 1.
 
     Args:
-        speeds: By member, in samples per second. A member without a speed (0) is assumed to be an average one.
-        tolerance: Members whose speeds differ by less than this fraction of the faster one's get the same multiplier.
+        speeds: By member, in samples per second. 0: unknown, and assumed to be the average.
+        tolerance: Members with speeds within this fraction of the fastest one's get the same multiplier.
     """
     known = [speed for speed in speeds.values() if speed > 0]
     average = sum(known) / len(known) if known else 1.0
     assumed = {id: speed if speed > 0 else average for id, speed in speeds.items()}
+
     # Group members of nearly the same speed, from the fastest on
     groups: list[list[str]] = []
     for id in sorted(assumed, key=lambda id: (-assumed[id], id)):
@@ -135,6 +122,8 @@ def step_multipliers(speeds: Mapping[str, float], tolerance: float) -> dict[str,
             groups[-1].append(id)
         else:
             groups.append([id])
+
+    # Give each member of a group the group's average, relative to the mean of all members
     mean = sum(assumed.values()) / len(assumed) if assumed else 1.0
     return {id: sum(assumed[one] for one in group) / len(group) / mean for group in groups for id in group}
 
@@ -143,33 +132,23 @@ def step_multipliers(speeds: Mapping[str, float], tolerance: float) -> dict[str,
 
 
 def multipliers(ids: Iterable[str], view: View, rules: Rules) -> dict[str, float]:
-    """The step multipliers of members, by the speeds that they have reported last."""
+    """The step multipliers of members, from the speeds that they reported last."""
     if rules.speed_tolerance is None:
         return dict.fromkeys(ids, 1.0)
-    reported = {id: view.arrivals[id].speed if id in view.arrivals else 0.0 for id in ids}
-    speeds = {id: speed or view.members[id].speed for id, speed in reported.items()}
+    arrived = view.arrivals
+    speeds = {id: (id in arrived and arrived[id].speed) or view.members[id].speed for id in ids}
     return step_multipliers(speeds, rules.speed_tolerance)
 
 
 def open_assignments(
-    cursor: Cursor,
-    round_id: tuple[int, int],
-    step: int,
-    multipliers: Mapping[str, float],
-    kept: Mapping[str, tuple[Range, ...]],
-    rules: Rules,
+    cursor: Cursor, round_id: tuple[int, int], step: int, multipliers: Mapping[str, float], kept: Kept, rules: Rules
 ) -> tuple[Cursor, dict[str, Assignment]]:
-    """Assign samples for a round that opens at schedule position `step`, to each member of `multipliers`.
-
-    Args:
-        kept: Positions that some members keep of their last assignments (`Rules.prefetch` is 2): the new assignment
-            begins with them. They are among `cursor.returned`, from where another term would assign them anew.
-
-    Returns:
-        The cursor afterwards, and the assignments.
-    """
+    """Assign samples for a round that opens at schedule position `step`, to each member of `multipliers`."""
+    # What a member keeps is not assigned to another
     all_kept = {part for ranges in kept.values() for part in ranges}
     cursor = replace(cursor, returned=tuple(part for part in cursor.returned if part not in all_kept))
+
+    # Keep, and top up to the supply
     assignments = {}
     for id, multiplier in multipliers.items():
         own = kept.get(id, ())
@@ -179,21 +158,19 @@ def open_assignments(
 
 
 def update_ledger(record: RoundState, view: View, rules: Rules) -> RoundState | None:
-    """Take back what leaving members have not used, and assign samples to members that are ready; None: no change."""
+    """Take back what leaving members have not used, and supply members that are ready. None: no change."""
     # Take back the samples of members that leave
     assignments, cursor = dict(record.assignments), record.cursor
     for id, left in sorted(view.left.items()):
         if assignment := assignments.pop(id, None):
             back = left.unused
             if assignment.round_id != (left.term, left.round):
-                # The member has not seen this assignment. The older one, which `left` is about, came back before; or
-                # this one begins with what the arrival called unused.
+                # The member has not seen this assignment. The older one, which `left` is about, was returned before; or
+                # this one begins with the positions that the arrival called unused.
                 arrival = view.arrivals.get(id) if rules.prefetch > 1 else None
                 kept = arrival.unused if arrival and arrival.term == assignment.term else ()
-                if kept and assignment.ranges[: len(kept)] == kept:
-                    back = (*left.unused, *assignment.ranges[len(kept) :])
-                else:
-                    back = assignment.ranges
+                continues = kept and assignment.ranges[: len(kept)] == kept
+                back = (*left.unused, *assignment.ranges[len(kept) :]) if continues else assignment.ranges
             cursor = replace(cursor, returned=(*cursor.returned, *back))
 
     # Assign samples to members that are ready: joiners, and stragglers that have caught up

@@ -51,7 +51,7 @@ COLLECTIVE, GRACE, TTL, ROLE_TTL = 1.5, 2.5, 4.0, 1.5
 POLL = 0.3  # between two looks of a process that waits
 STEP = 0.4  # an inner step
 FAULTS_END = 16.0  # no fault strikes, nor lasts, any longer
-PATIENCE = 80.0  # then everyone has to be in the quorum, or the run complete, within this
+PATIENCE = 80.0  # within this time, all must then be in the quorum, or the run complete
 KEPT_MEANS = 3
 
 Thread = Generator[float | str, None, Any]
@@ -82,7 +82,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Tensors:
-    """A global state: its hash says what has led to it; `positions` are all samples in it."""
+    """A global state: its hash stands for its history; `positions` are all samples in it."""
 
     hash: str = "initial"
     round: int = 0
@@ -107,7 +107,7 @@ class Entry:
 
 
 class Etcd:
-    """Revisions, compare-and-swap, leases. While it is away, leases do not run; back, they begin anew."""
+    """Revisions, compare-and-swap, leases. Leases do not run while it is away; then they begin again."""
 
     def __init__(self, world: "World") -> None:
         self.world = world
@@ -550,7 +550,7 @@ class Process:
             self.world.known[self.state.hash] = self.state
         self.world.holds_right_state(self)
         self.accept()
-        yield from perform(self.machine.announce(), self.effect)
+        yield from self.effect(effects.Announce(self.machine.base))
         if self.random.random() < 0.3:
             yield from self.save()
 
@@ -590,7 +590,7 @@ class Process:
                     yield from self.finish()
             self.leaving = True
             yield from self.leave()
-        except TrainingError as error:  # its state has differed twice: its agent starts it again
+        except TrainingError as error:  # its state was wrong twice: its agent starts it again
             self.log(error)
             self.world.died(self)
 
@@ -723,7 +723,7 @@ class World:
         self.at(self.now, (process, name, thread))
 
     def run(self) -> None:
-        """Until everyone is in the quorum, or has completed the run."""
+        """Until all are in the quorum, or have completed the run."""
         looked = 0.0
         while True:
             when, _, what = heapq.heappop(self.queue)
