@@ -2,7 +2,7 @@
 
 torchrun's elasticity forms one world of all nodes and restarts every worker when a node joins or leaves. Here an agent
 only holds a node lease and one of `max_nodes` slots. Its local workers form a world of their own, and the workers of
-different nodes synchronise through the quorum (`trainer.elastic.member`). Keys: `trainer.elastic.keys`; settings:
+different nodes synchronise through the quorum (`trainer.elastic.member`). Keys: docs/design/protocol.md; settings:
 docs/guide/elastic.md.
 """
 
