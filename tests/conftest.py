@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share, and what a session sets up once."""
+"""Fixtures for all tests, and the setup of a session."""
 
 import os
 import shutil
