@@ -17,6 +17,11 @@ BIN := $(VENV)/bin
 SOURCES := pipelines components trainer tests
 # One more than there are cores: tests spend much of their time waiting.
 TESTERS = $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))')
+LINT = $(BIN)/ruff check --quiet $(SOURCES) examples && \
+    $(BIN)/ruff format --check --quiet $(SOURCES) examples && \
+    $(BIN)/mypy --no-error-summary && \
+    { imports=$$($(BIN)/lint-imports --no-cache --no-logo) || { echo "$$imports"; false; }; } && \
+    $(BIN)/codespell
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -40,8 +45,12 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, ARGS="--total-steps 100 ...")
 	@$(BIN)/python -m pipelines run --config $(RECIPE) $(ARGS)
 
-test: lint  ## lint, then run all tests that need no cluster and no GPU (ARGS="-k name")
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+# Lint runs beside the tests, which often wait, and prints only if it fails. Without $(MAKE): --dry-run would run that.
+test: $(READY)  ## lint and run all tests that need no cluster and no GPU (ARGS="-k name")
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; trap 'exit 130' INT; { $(LINT); } >$$log 2>&1 & lint=$$!; tests=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS) || tests=$$?; \
+	wait $$lint || { echo 'error: lint failed:'; cat $$log; exit 1; }; \
+	exit $$tests
 
 test-faults: $(READY)  ## kill, freeze and disconnect real processes; ends with a table of results (about 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
@@ -53,15 +62,11 @@ bench: $(READY)  ## run the benchmarks; each prints its measurements
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 lint: $(READY)  ## ruff, mypy, the import contract and spelling
-	@$(BIN)/ruff check --quiet $(SOURCES) examples
-	@$(BIN)/ruff format --check --quiet $(SOURCES) examples
-	@$(BIN)/mypy --no-error-summary
-	@output=$$($(BIN)/lint-imports --no-cache --no-logo) || { echo "$$output"; exit 1; }
-	@$(BIN)/codespell
+	@$(LINT)
 
 format: $(READY)  ## format the sources with ruff
-	@$(BIN)/ruff check --quiet --fix $(SOURCES)
-	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --quiet --fix $(SOURCES) examples
+	@$(BIN)/ruff format $(SOURCES) examples
 
 compile: $(READY)  ## write the compiled pipeline to build/
 	@$(BIN)/python -m pipelines compile $(ARGS)

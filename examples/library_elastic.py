@@ -4,7 +4,7 @@
     python examples/library_elastic.py --etcd localhost:2379 --run-id sine --worker 1
 
 Each worker is a member of the run: it joins the open round, trains on its own, and synchronises with the others that
-are there. The loop is that of library_loop.py; what joins it to others is marked with (1) to (4).
+are there. The loop is that of library_loop.py; the lines that join it to others are marked (1) to (4).
 """
 
 import argparse

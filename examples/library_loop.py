@@ -1,7 +1,7 @@
 """A training loop of your own becomes a DiLoCo worker. Run it: `python examples/library_loop.py`.
 
-The loop below is plain PyTorch. What makes it a worker is marked with (1) to (3). Alone, as here, the worker is its own
-quorum: its pseudo-gradient is the mean. docs/guide/library.md says how it joins others.
+The loop below is plain PyTorch. The lines that make it a worker are marked (1) to (3). Alone, as here, the worker is
+its own quorum: its pseudo-gradient is the mean. docs/guide/library.md explains how it joins others.
 """
 
 import argparse

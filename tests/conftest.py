@@ -1,8 +1,24 @@
-"""Fixtures that several rooms share."""
+"""Fixtures for all tests, and the setup of a session."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+JIT_CACHE = "JIT_CACHE_DIR"  # of trainer/diloco/jit.py, which is too slow to import here
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of the session share the compiled kernels: xdist's workers and what tests start inherit it."""
+    if not hasattr(config, "workerinput"):
+        os.environ[JIT_CACHE] = tempfile.mkdtemp(prefix="jit-cache-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(JIT_CACHE, ""), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

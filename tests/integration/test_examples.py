@@ -6,10 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
-
-import trainer.diloco
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -29,7 +26,6 @@ def test_a_loop_of_ones_own_becomes_a_worker() -> None:
     assert float(rounds[-1][1]) < float(rounds[0][1]) / 2
 
 
-@pytest.mark.skipif(not hasattr(trainer.diloco, "RoundReport"), reason="needs the quorum that has no hooks")
 def test_two_of_them_meet_in_etcd_and_end_with_one_state(etcd: str) -> None:
     command = [sys.executable, str(EXAMPLES / "library_elastic.py"), "--etcd", etcd, "--run-id", "examples-elastic"]
     workers = [

@@ -1,4 +1,4 @@
-"""Pages for readers: links lead somewhere, named files exist, limits and defaults hold."""
+"""The documents: links resolve, named files exist, limits and defaults hold."""
 
 import re
 import tomllib
