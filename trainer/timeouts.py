@@ -96,6 +96,13 @@ class MemberTimeouts:
 
 
 @dataclass(frozen=True)
+class WorkerTimeouts:
+    """Of `trainer.worker`."""
+
+    poll: float = 0.25  # between two looks at the quorum while the loop waits for other members
+
+
+@dataclass(frozen=True)
 class LaunchTimeouts:
     """`trainer.launch`.
 
@@ -194,6 +201,7 @@ class Timeouts:
     etcd: EtcdTimeouts = field(default_factory=EtcdTimeouts)
     transport: TransportTimeouts = field(default_factory=TransportTimeouts)
     member: MemberTimeouts = field(default_factory=MemberTimeouts)
+    worker: WorkerTimeouts = field(default_factory=WorkerTimeouts)
     launch: LaunchTimeouts = field(default_factory=LaunchTimeouts)
     monitor: MonitorTimeouts = field(default_factory=MonitorTimeouts)
     kubernetes: KubernetesTimeouts = field(default_factory=KubernetesTimeouts)

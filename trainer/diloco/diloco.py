@@ -19,7 +19,7 @@ from trainer.diloco.overlap import Outcome, Overlap, Pending, outcome_of
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, RoundReport, Superseded
 from trainer.diloco.schedule import Schedule
 from trainer.diloco.state import Fragment, GlobalState
-from trainer.diloco.warm_up import warm_up
+from trainer.diloco.collective import warm_up
 from trainer.protocol.samples import Assignment
 
 NO_REPORT = RoundReport()

@@ -1,4 +1,4 @@
-"""What a worker is made of. Building it reads this worker's volume only: nothing is sent, and nothing listens."""
+"""The parts of a worker. Building it reads its volume only: it sends nothing, and listens to nothing."""
 
 import importlib.metadata
 import platform
@@ -60,7 +60,7 @@ class Parts:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable ones."""
+        """The model's trainable parameters."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
@@ -69,8 +69,8 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
 
     Args:
         config: The worker's own; its data and its model are precached.
-        stopping: Set when the process is to end.
-        warn: Called with what a person should know.
+        stopping: Set when the process has to end.
+        warn: Called with warnings for the user.
 
     Raises:
         ConfigError: This worker cannot take part with this configuration.
@@ -87,14 +87,18 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
     model = model.to(device).train()
     shared = scoring.shared_tensors(dataset.shared, device)
     optimizer = inner_optimizer(config, model, task.parameter_groups(model))
-    _require_space(config, volume, model)
+
+    # Room for the checkpoints that are still to be written
+    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(volume.checkpoints)))
+    require_free_space(volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")
 
     # The other workers, and the algorithm
     kind: type[ElasticQuorum | World] = World if config.optim_method == "ddp" else ElasticQuorum
     quorum = kind(config, fingerprint(config, spec.name, manifest.hash), stopping)
     diloco = _diloco(config, spec.average_decay**config.round_steps, model, optimizer, quorum)
 
-    # What is only tried here must leave no trace in the random numbers, of which each worker has its own.
+    # Each worker has its own random numbers. Trials must not change them.
     checkpoint.seed_random_state(config.seed + 1 + quorum.worker)
     random = checkpoint.random_state()
 
@@ -116,21 +120,19 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
 
 
 def fingerprint(config: TrainingConfig, model: str, dataset: str) -> dict[str, Any]:
-    """What all workers of a run must have in common, by name: a worker that differs is refused."""
-    own = {"protocol": PROTOCOL, "model": model, "dataset": dataset}
-    return own | config.in_scope("fingerprint")
+    """Values that all workers of a run must have in common, by name: a worker that differs is refused."""
+    return {"protocol": PROTOCOL, "model": model, "dataset": dataset, **config.in_scope("fingerprint")}
 
 
 def codec_of(config: TrainingConfig) -> Codec:
-    """The codec that the configuration encodes pseudo-gradients with."""
+    """The configured codec of pseudo-gradients."""
     if config.optim_method == "demo":
-        topk = config.compression_topk
-        return codecs.make("demo", feedback=config.feedback, topk=topk, values=config.codec)
+        return codecs.make("demo", feedback=config.feedback, topk=config.compression_topk, values=config.codec)
     return codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the run's numbers depend on."""
+    """Versions of the software that the run's numbers depend on."""
     packages = ("torch", "transformers", "datasets", "numpy", "diloco-pipelines")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
@@ -138,10 +140,9 @@ def versions() -> dict[str, str]:
 def _diloco(
     config: TrainingConfig, average_decay: float, model: nn.Module, optimizer: Optimizer, quorum: ElasticQuorum | World
 ) -> DiLoCo:
-    # With data parallelism all workers have the same parameters: those become the global ones, as they are.
-    replacing = Nesterov(1.0, 0.0)
-    world = isinstance(quorum, World)
-    chosen = replacing if world else outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
+    # With data parallelism, all workers have the same parameters: these become the global ones.
+    chosen = outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
+    chosen = Nesterov(1.0, 0.0) if isinstance(quorum, World) else chosen
     return DiLoCo(
         model,
         optimizer,
@@ -154,10 +155,3 @@ def _diloco(
         fragments=config.fragments,
         overlap=Overlap(config.overlap_tau, config.overlap_alpha) if config.overlaps else None,
     )
-
-
-def _require_space(config: TrainingConfig, volume: Volume, model: nn.Module) -> None:
-    """Raise ConfigError unless the volume has room for the checkpoints that are still to be written."""
-    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(volume.checkpoints)))
-    require_free_space(volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")

@@ -18,7 +18,7 @@ from trainer.diloco.codecs import Codec, dct, kernels, sparse
 from trainer.diloco.collective import decoded, weighted_mean
 from trainer.diloco.outer import nesterov
 from trainer.diloco.quorum import Reduced
-from trainer.diloco.warm_up import warm_up
+from trainer.diloco.collective import warm_up
 from trainer.elastic.mesh import form_group, gloo_device
 
 TIMEOUT = timedelta(seconds=20)
