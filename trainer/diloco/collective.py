@@ -159,13 +159,12 @@ class _Exchange(ABC):
 
     @abstractmethod
     def stages(self) -> list[Callable[[_Piece], None]]:
-        """Operations on each piece, one after the other, while other pieces are in flight."""
+        """The operations on each piece, in order, while other pieces are in flight."""
 
     def _pieces(self, parts: list[Tensor]) -> Iterator[_Piece]:
         block = self.codec.block
         numbers = min(max(sum(map(len, parts)) * block // PIECES, SMALLEST), CHUNK_BYTES * block // self.codec.row)
-        step = max(numbers // (block * self.size), 1) * self.size
-        start = 0
+        step, start = max(numbers // (block * self.size), 1) * self.size, 0
         for number, blocks in enumerate(blocks for part in parts for blocks in part.split(step) if len(blocks)):
             yield _Piece(number, blocks, start)
             start += len(blocks)
@@ -218,20 +217,18 @@ class _OfTwo(_Exchange):
     def expect(self, piece: _Piece) -> None:
         """The other's rows arrive where they stay; those of fp32, where the mean will be."""
         piece.came = [coded[piece.rows] for coded in (self.coded[0], self.coded[-1])]
-        other = 1 - self.rank
-        self._receive(piece, 0, {other: piece.came[other]})
+        self._receive(piece, 0, dict(enumerate(piece.came)))
 
     def _swap(self, piece: _Piece) -> None:
-        """Encode the piece, and send it."""
         piece.came[self.rank] = self._encode(piece, piece.came[self.rank])
         self._send(piece, 0, {1 - self.rank: piece.came[self.rank]})
 
     def _join(self, piece: _Piece) -> None:
         """Compute the mean of both members' rows."""
         self._wait(piece, 0)
+        order = (1 - self.rank, self.rank)
         for now in _slices(self.codec, piece.blocks):
             rows = [came[now] for came in piece.came]
-            order = (1 - self.rank, self.rank)
             messages = [(self.scales[rank], rows[rank]) for rank in order]
             kept = rows[order[0]].view(torch.float32) if self.plain else None
             mean = weighted_sum(self.codec, messages, self.workspace, kept)

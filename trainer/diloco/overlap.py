@@ -3,7 +3,6 @@
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trainer.diloco.contribution import Closed
@@ -24,14 +23,10 @@ class Overlap:
     With α > 0 each worker keeps a part of its own position, as in Streaming DiLoCo (arXiv 2501.18512, §2.2 and
     algorithm 2, which mixes δ as well). Unlike eager updates (arXiv 2502.12996), where every worker takes an outer step
     of its own, all workers still commit one global state.
-
-    Attributes:
-        delay: τ, inner steps after which the outer step is taken. 0: as soon as the mean has arrived.
-        mixing: α.
     """
 
-    delay: int = 0
-    mixing: float = 0.0
+    delay: int = 0  # τ, inner steps after which the outer step is taken; 0: as soon as the mean has arrived
+    mixing: float = 0.0  # α
 
 
 @dataclass(frozen=True)
@@ -66,29 +61,3 @@ class Pending:
         if schedule.inner_steps >= schedule.own_steps - schedule.is_last:
             return True
         return schedule.inner_steps >= delay if delay else self.outcome.done()
-
-
-def outcome_of(
-    commit: Commit, outer_step: OuterStep, before: Tensor, ended: Tensor, mixing: float, overlaps: bool, plain: bool
-) -> Outcome:
-    """The outcome of a committed exchange.
-
-    Args:
-        before: The global parameters before the outer step, float32 (n,).
-        ended: The local parameters when the round ended, float32 (n,); overwritten.
-        mixing: α.
-        overlaps: Whether inner steps go on meanwhile: the delay correction keeps them.
-        plain: Whether the outer step replaces θ by the parameters of a worker that is alone.
-    """
-    moved = commit.reduced.weight > 0
-    shift, offset = None, None
-    if overlaps:
-        shift = torch.sub(outer_step.after["model"] if moved else before, ended, out=ended)
-        if mixing and moved:
-            offset = shift * -mixing
-            shift.add_(offset)
-    if not moved:
-        return Outcome(commit, None, shift)
-    error = commit.reduced.error  # in the collective's memory, which the next one overwrites
-    residual = None if error is None else error.clone()
-    return Outcome(commit, outer_step, shift, residual, offset, exact=plain and commit.reduced.lone)

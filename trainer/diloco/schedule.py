@@ -38,11 +38,6 @@ class Schedule:
         return self.total_steps is not None and self.begin + self.length >= self.total_steps
 
     @property
-    def complete(self) -> bool:
-        """Whether no inner steps are left."""
-        return self.length == 0
-
-    @property
     def due(self) -> bool:
         """Whether the open round's inner steps are done, so that its synchronisation has to start."""
         return 0 < self.own_steps <= self.inner_steps
@@ -57,8 +52,8 @@ class Schedule:
         done, length, own = self.inner_steps + more, self.length, self.own_steps
         return self.begin + (done if own == length else done * length / own)
 
-    def steps_per_round(self, fragments: int) -> int:
-        """This worker's inner steps between two synchronisations of a parameter, one of whose fragments is due."""
+    def steps_per_cycle(self, fragments: int) -> int:
+        """This worker's inner steps between two synchronisations of a parameter, one of `fragments` each round."""
         return self.own_steps if fragments == 1 else steps_in(self.round_steps, self.step_multiplier) * fragments
 
     def start_round(self, begin: int, inner_steps: int = 0) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
@@ -76,9 +75,7 @@ class World(LocalQuorum):
     def connect(self, directory: Path, found: Checkpoint | None) -> Checkpoint | None:
         """Join torchrun's world, and return the newest checkpoint of any rank: ranks that lack it receive its files.
 
-        Args:
-            directory: Where this rank keeps its checkpoints.
-            found: The newest one therein.
+        `found` is the newest one in this rank's `directory`.
 
         Raises:
             TrainingError: This rank does not fit the run; the run has its verdict already; a rank is gone.
@@ -102,10 +99,6 @@ class World(LocalQuorum):
             )
         with self.lost_ranks():
             return self._newest(directory, found)
-
-    def data_parallel(self, loss: nn.Module) -> DistributedDataParallel:
-        """The loss as a module whose gradients are averaged over all ranks."""
-        return DistributedDataParallel(loss, broadcast_buffers=False)
 
     def mean_loss(self, loss: Tensor) -> Tensor:
         """The mean over all ranks: they skip the same inner steps. They also learn whether a rank has to end."""

@@ -37,8 +37,7 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
 def learning_rate(step: float, config: TrainingConfig) -> float:
     """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`.
 
-    Args:
-        step: The position in the schedule, from 0: the same for all workers, not a worker's own count.
+    `step` is the position in the schedule, from 0: the same for all workers, not a worker's own count.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -19,8 +19,7 @@ class Samples:
 
     Args:
         seed: Of the order in which all workers go through the training split.
-        batch_size: Samples that this worker consumes in an inner step.
-        per_device: Samples in a batch; it divides `batch_size`.
+        batch_size: This worker's samples in an inner step; a multiple of `per_device`, the samples in a batch.
         device: A GPU gets its batches from pinned memory.
         rank, world_size: In data parallelism, all ranks have the same assignment: an inner step takes `world_size`
             times `batch_size` samples of it, and this rank trains on its part.

@@ -23,15 +23,6 @@ class Saving:
         self._last: tuple[int, float] | None = None  # round and position of the last checkpoint
         self.last_step = 0
 
-    @property
-    def due(self) -> bool:
-        """Whether the last checkpoint is `checkpoint_interval` steps ago."""
-        return self._parts.diloco.schedule.step - self.last_step >= self._parts.config.checkpoint_interval
-
-    def hasten(self) -> None:
-        """Make a checkpoint due: a member that is gone may have held the newest one."""
-        self.last_step = -self._parts.config.checkpoint_interval
-
     def save(self, *, complete: bool = False, wait: bool = False) -> None:
         """Save a checkpoint, on another thread, unless nothing has changed since the last one.
 

@@ -5,7 +5,6 @@ import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from trainer import checkpoint, data, models
 from trainer.config import TrainingConfig
 from trainer.device import device_of
-from trainer.diloco import Codec, DiLoCo, Nesterov, Overlap, codecs, outer
+from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
 from trainer.elastic.member import ElasticQuorum
 from trainer.files import require_free_space
 from trainer.process import number_from
@@ -33,22 +32,17 @@ CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam mome
 
 @dataclass
 class Parts:
-    """The parts of a worker.
-
-    Attributes:
-        shared: The tensors that all samples of the dataset share, on the device.
-        quorum: The other workers: elastic members, or the lockstep world of the `ddp` baseline.
-    """
+    """The parts of a worker."""
 
     config: TrainingConfig
     volume: Volume
     device: torch.device
     task: Task
     dataset: data.Dataset
-    shared: dict[str, Tensor]
+    shared: dict[str, Tensor]  # by all samples of the dataset, on the device
     model: nn.Module
     optimizer: Optimizer
-    quorum: ElasticQuorum | World
+    quorum: ElasticQuorum | World  # the other workers: elastic members, or the world of the `ddp` baseline
     diloco: DiLoCo
     samples: Samples
     speed: Speed
@@ -95,7 +89,9 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
 
     # The other workers, and the algorithm
     kind: type[ElasticQuorum | World] = World if config.optim_method == "ddp" else ElasticQuorum
-    quorum = kind(config, fingerprint(config, spec.name, manifest.hash), stopping)
+    # A worker that differs in one of these is refused
+    fingerprint = {"protocol": PROTOCOL, "model": spec.name, "dataset": manifest.hash}
+    quorum = kind(config, fingerprint | config.in_scope("fingerprint"), stopping)
     diloco = _diloco(config, spec.average_decay**config.round_steps, model, optimizer, quorum)
 
     # Each worker has its own random numbers. Trials must not change them.
@@ -119,18 +115,6 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
     return Parts(config, volume, device, task, dataset, shared, model, optimizer, quorum, diloco, samples, speed)
 
 
-def fingerprint(config: TrainingConfig, model: str, dataset: str) -> dict[str, Any]:
-    """Values that all workers of a run must have in common, by name: a worker that differs is refused."""
-    return {"protocol": PROTOCOL, "model": model, "dataset": dataset, **config.in_scope("fingerprint")}
-
-
-def codec_of(config: TrainingConfig) -> Codec:
-    """The configured codec of pseudo-gradients."""
-    if config.optim_method == "demo":
-        return codecs.make("demo", feedback=config.feedback, topk=config.compression_topk, values=config.codec)
-    return codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
-
-
 def versions() -> dict[str, str]:
     """Versions of the software that the run's numbers depend on."""
     packages = ("torch", "transformers", "datasets", "numpy", "diloco-pipelines")
@@ -143,11 +127,15 @@ def _diloco(
     # With data parallelism, all workers have the same parameters: these become the global ones.
     chosen = outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
     chosen = Nesterov(1.0, 0.0) if isinstance(quorum, World) else chosen
+    if config.optim_method == "demo":
+        codec = codecs.make("demo", feedback=config.feedback, topk=config.compression_topk, values=config.codec)
+    else:
+        codec = codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
     return DiLoCo(
         model,
         optimizer,
         outer=outer.Averaged.of(chosen, average_decay),
-        codec=codec_of(config),
+        codec=codec,
         sync_every=config.local_steps,
         quorum=quorum,
         total_steps=config.total_steps,

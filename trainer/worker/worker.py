@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer import data
 from trainer.config import TrainingConfig
@@ -37,13 +38,10 @@ T = TypeVar("T")
 
 
 def train(config: TrainingConfig) -> int:
-    """Train as one worker, under a torchrun agent, until the run's final checkpoint is committed.
+    """Train as one worker, under a torchrun agent, to the end of the run, and return the exit status, 0.
 
     Args:
         config: The worker's own (see `trainer.volume.worker_configs`); the data and the model are precached.
-
-    Returns:
-        0, the exit status: the run is complete.
 
     Raises:
         ConfigError: This worker cannot take part with this configuration.
@@ -123,7 +121,7 @@ class Worker:
         self.progress.enter(self.quorum.members, self.quorum.id)
         self.saving.last_step = self.diloco.schedule.step
         if self.world is not None:
-            self.loss = self.world.data_parallel(self.loss)
+            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False)
         self.quorum.offer("moments", Moments(self.parts.optimizer))
 
         self.metrics.write(
@@ -176,7 +174,7 @@ class Worker:
         interval = self.config.eval_interval * self.config.fragments
         if interval and (last or diloco.round % interval == 0):
             self._validate()
-        if not last and self.saving.due:
+        if not last and diloco.schedule.step - self.saving.last_step >= self.config.checkpoint_interval:
             self.saving.save()
 
     def _inner_step(self) -> None:
@@ -328,7 +326,8 @@ class Worker:
             self.metrics.warn(f"round {round} moved nothing: no worker's pseudo-gradient was finite")
         if commit.members != progress.members:
             if set(progress.members) - set(commit.members):
-                self.saving.hasten()
+                # A member that is gone may have held the newest checkpoint: make one due
+                self.saving.last_step = -self.config.checkpoint_interval
             self.metrics.write("membership", change="quorum", members=commit.members, round=round)
         progress.bytes += (commit.bytes_sent or 0) + (commit.bytes_received or 0)
         progress.enter(commit.members, self.quorum.id)

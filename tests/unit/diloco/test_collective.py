@@ -15,10 +15,9 @@ from torch.distributed import PrefixStore, TCPStore
 
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
-from trainer.diloco.collective import decoded, weighted_mean
+from trainer.diloco.collective import decoded, warm_up, weighted_mean
 from trainer.diloco.outer import nesterov
 from trainer.diloco.quorum import Reduced
-from trainer.diloco.collective import warm_up
 from trainer.elastic.mesh import form_group, gloo_device
 
 TIMEOUT = timedelta(seconds=20)
