@@ -172,11 +172,8 @@ class Checkpointer:
             tensors: The global state, for `global.safetensors`.
             worker: Nested dicts and lists of tensors and JSON values.
             state: JSON values, with `round` and `step`.
-
-        Raises:
-            TrainingError: An earlier checkpoint could not be written.
         """
-        self.wait()
+        self.wait()  # raises TrainingError if that could not be written
         own: dict[str, Tensor] = {}
         document = {**state, "format": FORMAT, "complete": complete, "worker_state": _split(worker, own)}
         copies = {name: _copy(tensor) for name, tensor in tensors.items()}

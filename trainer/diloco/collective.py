@@ -165,7 +165,7 @@ class _Exchange(ABC):
         block = self.codec.block
         numbers = min(max(sum(map(len, parts)) * block // PIECES, SMALLEST), CHUNK_BYTES * block // self.codec.row)
         step, start = max(numbers // (block * self.size), 1) * self.size, 0
-        for number, blocks in enumerate(blocks for part in parts for blocks in part.split(step) if len(blocks)):
+        for number, blocks in enumerate(blocks for part in parts for blocks in torch.split(part, step) if len(blocks)):
             yield _Piece(number, blocks, start)
             start += len(blocks)
 

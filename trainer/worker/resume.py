@@ -21,9 +21,7 @@ from trainer.worker.setup import Parts
 def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
     """Become a member of the run, and bring the worker to where the run is.
 
-    Args:
-        progress: Receives the counters of the checkpoint.
-        warn: Called for each checkpoint that is corrupt.
+    `progress` receives the counters of the checkpoint; `warn` is called for each corrupt one.
 
     Returns:
         Whether the worker has taken over another member's moments.

@@ -93,12 +93,7 @@ class Samples:
 
 
 class Speed:
-    """Samples per second of this worker's inner steps, as a moving average over rounds.
-
-    Args:
-        samples: In an inner step.
-        known: The speed by an earlier measurement; 0: not known yet.
-    """
+    """Samples per second of this worker's inner steps, as a moving average over rounds; it begins at `known`, or 0."""
 
     def __init__(self, samples: int, known: float) -> None:
         self.value, self._samples = known, samples

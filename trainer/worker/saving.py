@@ -11,17 +11,13 @@ from trainer.worker.setup import Parts, versions
 
 
 class Saving:
-    """Saves a worker's checkpoints. Close it, to end its thread.
-
-    Attributes:
-        last_step: The schedule position that `checkpoint_interval` counts from.
-    """
+    """Saves a worker's checkpoints. Close it, to end its thread."""
 
     def __init__(self, parts: Parts, progress: Progress, metrics: EventLog) -> None:
         self._parts, self._progress, self._metrics = parts, progress, metrics
         self._checkpointer = Checkpointer(parts.volume.checkpoints, parts.config.keep_checkpoints, self._on_saved)
         self._last: tuple[int, float] | None = None  # round and position of the last checkpoint
-        self.last_step = 0
+        self.last_step = 0  # the schedule position that `checkpoint_interval` counts from
 
     def save(self, *, complete: bool = False, wait: bool = False) -> None:
         """Save a checkpoint, on another thread, unless nothing has changed since the last one.

@@ -59,12 +59,7 @@ class Parts:
 
 
 def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str], None]) -> Parts:
-    """Build a worker.
-
-    Args:
-        config: The worker's own; its data and its model are precached.
-        stopping: Set when the process has to end.
-        warn: Called with warnings for the user.
+    """Build a worker whose data and model are precached; `warn` is called with warnings for the user.
 
     Raises:
         ConfigError: This worker cannot take part with this configuration.
