@@ -1,4 +1,4 @@
-"""The inner loop in this process, on a real etcd: what is skipped, what stops a run, what is told."""
+"""The inner loop in this process, on a real etcd: skipped steps, failures, events."""
 
 import itertools
 import json
@@ -70,7 +70,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[int], bool]) -> Non
     monkeypatch.setattr(LanguageModelling, "loss", loss)
 
 
-def test_a_step_that_is_not_finite_is_skipped_counted_and_told(
+def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(
     configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, lambda number: number in (7, 12))  # one micro-batch of steps 4 and 7
@@ -99,11 +99,11 @@ def test_too_many_of_them_in_a_row_stop_the_run_with_the_reason(
     (end,) = events(config, "end")
     assert end["status"] == "failed"
     assert "lower lr" in end["reason"]
-    with pytest.raises(TrainingError, match="the run has failed: 4 inner steps"):  # for whoever would start it again
+    with pytest.raises(TrainingError, match="the run has failed: 4 inner steps"):  # at another start
         run(config)
 
 
-def test_rounds_scores_and_checkpoints_are_told(configure: Callable[..., TrainingConfig]) -> None:
+def test_rounds_scores_and_checkpoints_are_events(configure: Callable[..., TrainingConfig]) -> None:
     config = configure(total_steps=10)  # the last round is shorter
     run(config)
     assert [event["step"] for event in events(config, "round")] == [4, 8, 10]
