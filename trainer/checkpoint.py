@@ -1,24 +1,22 @@
 """Atomic checkpoints: one directory each, written completely or not at all, verified when read.
 
     round-000012-step-00000600/
-        global.safetensors   the global state, identical in all workers: `model.<parameter>`,
-                             `outer.<state>.<parameter>`
+        global.safetensors   the global state, equal in all workers: `model.<parameter>`, `outer.<state>.<parameter>`
         worker.safetensors   the worker's own state: inner optimizer, RNG and, inside a round, its parameters
-        state.json           everything that is not a tensor
+        state.json           everything except the tensors
         manifest.json        format; sha256 and size of each file; written last
 
-A directory whose manifest is missing or does not match is torn or corrupt: it is skipped, with a warning that names it,
-and the previous one is used.
+A directory with a missing or different manifest is torn or corrupt: readers skip it, with a warning that names it, and
+use the previous one.
 """
 
 import logging
-import queue
 import random
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,36 +27,28 @@ import numpy as np
 from trainer.errors import TrainingError
 from trainer.files import read_json, sha256, whole_directory, write_json
 
-if TYPE_CHECKING:  # `launch` looks at checkpoints, and need not import torch for that
+if TYPE_CHECKING:  # `launch` reads checkpoints, without torch
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of `state.json`; a checkpoint of another format is refused
 FILES = ("global.safetensors", "worker.safetensors", "state.json", "manifest.json")
-_Job = tuple[dict[str, Any], "dict[str, Tensor]", "dict[str, Tensor]"]
 _NAME = re.compile(r"round-(\d+)-step-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose files have been verified.
-
-    Attributes:
-        path: Its directory.
-        round: Committed rounds.
-        step: Schedule position, in inner steps; beyond the round's start if it was taken inside a round.
-        state: The content of `state.json`.
-    """
+    """A checkpoint on disk, verified."""
 
     path: Path
-    round: int
-    step: int
-    state: dict[str, Any]
+    round: int  # committed rounds
+    step: int  # schedule position, in inner steps; beyond the round's start if it was saved inside a round
+    state: dict[str, Any]  # the content of `state.json`
 
     @property
     def complete(self) -> bool:
-        """Whether this is its run's final checkpoint."""
+        """Whether it is its run's final checkpoint."""
         return bool(self.state["complete"])
 
     @cached_property
@@ -70,13 +60,11 @@ class Checkpoint:
 
     def parameters(self) -> "dict[str, Tensor]":
         """The global parameters by name, float32."""
-        prefix = "model."
-        return {
-            name.removeprefix(prefix): value for name, value in self.global_tensors.items() if name.startswith(prefix)
-        }
+        split = ((name.partition("."), value) for name, value in self.global_tensors.items())
+        return {name: value for (kind, _, name), value in split if kind == "model"}
 
     def averaged_parameters(self) -> "dict[str, Tensor]":
-        """Their moving average by name, if the run keeps one (`trainer.diloco.Averaged`); else the parameters."""
+        """Their moving average by name, if the run keeps one (`trainer.diloco.Averaged`); else themselves."""
         lag = self.global_tensors
         return {name: value + lag.get(f"outer.lag.{name}", 0.0) for name, value in self.parameters().items()}
 
@@ -122,12 +110,11 @@ def paths(directory: Path) -> list[Path]:
 
 
 def name_of(round: int, step: int) -> str:
-    """The name of a checkpoint's directory."""
     return f"round-{round:06d}-step-{step:08d}"
 
 
 def version_of(path: Path) -> tuple[int, int]:
-    """The round and the step of a checkpoint, from the name of its directory."""
+    """A checkpoint's round and step, from the name of its directory."""
     round, step = re.findall(r"\d+", path.name)
     return int(round), int(step)
 
@@ -161,76 +148,50 @@ def newest_state(directory: Path) -> dict[str, Any]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the newest intact checkpoint in `directory` is its run's final one. As cheap as `newest_state`."""
+    """Whether the newest intact checkpoint in `directory` is its run's final one. Cheap, too."""
     return bool(newest_state(directory).get("complete"))
 
 
 class Checkpointer:
-    """Saves checkpoints off the training thread, one at a time, and keeps the newest few.
+    """Saves checkpoints in `directory` off the training thread, one at a time, and keeps the newest `keep`.
 
-    Args:
-        directory: Where this worker keeps this run's checkpoints.
-        keep: How many to keep.
-        on_saved: Called, on the checkpointer's thread, when a checkpoint is durable: path, seconds, bytes.
+    Calls `on_saved` (path, seconds, bytes), on its own thread, when a checkpoint is durable.
     """
 
     def __init__(self, directory: Path, keep: int, on_saved: Callable[[Path, float, int], None]) -> None:
         self._directory, self._keep, self._on_saved = directory, keep, on_saved
-        self._queue: queue.Queue[_Job | None] = queue.Queue(1)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpointer")
+        self._last: Future[None] | None = None
 
     def save(
-        self,
-        global_tensors: "Mapping[str, Tensor]",
-        worker: Mapping[str, Any],
-        state: Mapping[str, Any],
-        *,
-        complete: bool,
+        self, tensors: "Mapping[str, Tensor]", worker: Mapping[str, Any], state: Mapping[str, Any], *, complete: bool
     ) -> None:
         """Copy the state, and write it on another thread. Waits if the previous one is still being written.
 
         Args:
-            global_tensors: Written to `global.safetensors`.
+            tensors: The global state, for `global.safetensors`.
             worker: Nested dicts and lists of tensors and JSON values.
             state: JSON values, with `round` and `step`.
-            complete: Whether this is the run's final checkpoint.
-
-        Raises:
-            TrainingError: An earlier checkpoint could not be written.
         """
-        self._raise()
-        tree, own = _split(worker)
-        document = {**state, "format": FORMAT, "complete": complete, "worker_state": tree}
-        self._queue.put((document, {k: _copy(v) for k, v in global_tensors.items()}, own))
+        self.wait()  # raises TrainingError if that could not be written
+        own: dict[str, Tensor] = {}
+        document = {**state, "format": FORMAT, "complete": complete, "worker_state": _split(worker, own)}
+        copies = {name: _copy(tensor) for name, tensor in tensors.items()}
+        self._last = self._thread.submit(self._write, document, copies, own)
 
     def wait(self) -> None:
-        """Return when everything is durable. Raises TrainingError if it could not be written."""
-        self._queue.join()
-        self._raise()
+        """Return when all checkpoints are durable. Raises TrainingError if one could not be written."""
+        if self._last is not None and (error := self._last.exception()):
+            raise TrainingError(f"a checkpoint could not be written to {self._directory}: {error}")
 
     def close(self) -> None:
-        """Write what is queued, and end the thread."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise TrainingError(f"a checkpoint could not be written to {self._directory}: {self._error}")
-
-    def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            try:
-                self._write(*job)
-            except BaseException as error:  # `wait` must not wait forever
-                self._error = error
-            finally:
-                self._queue.task_done()
+        """Wait for the last checkpoint, and end the thread."""
+        self._thread.shutdown()
 
     def _write(self, state: dict[str, Any], global_tensors: "dict[str, Tensor]", own: "dict[str, Tensor]") -> None:
         from safetensors.torch import save_file
 
+        # Write the files, and last their manifest
         started = time.perf_counter()
         path = self._directory / name_of(state["round"], state["step"])
         with whole_directory(path) as temporary:
@@ -241,9 +202,11 @@ class Checkpointer:
             files = {name: {"sha256": sha256(temporary / name), "bytes": size} for name, size in sizes.items()}
             write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
         self._on_saved(path, time.perf_counter() - started, sum(sizes.values()))
+
+        # Remove old checkpoints, and newer ones if the run has gone back to an earlier round
         found = paths(self._directory)
-        abandoned = found[: found.index(path)]  # the run has gone back to an earlier round
-        for old in (*abandoned, *found[len(abandoned) + self._keep :]):
+        newer = found.index(path)
+        for old in (*found[:newer], *found[newer + self._keep :]):
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -251,22 +214,21 @@ def _copy(tensor: "Tensor") -> "Tensor":
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _split(value: Any, path: str = "") -> "tuple[Any, dict[str, Tensor]]":
-    """Split a tree into JSON, where a name stands for each tensor, and copies of the tensors by name."""
+def _split(value: Any, tensors: "dict[str, Tensor]", path: str = "") -> dict[str, Any]:
+    """The JSON of a tree, where a name stands for each tensor; copies of these, by name, are added to `tensors`."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
-        return {"tensor": path}, {path: _copy(value)}
+        tensors[path] = _copy(value)
+        return {"tensor": path}
     if isinstance(value, Mapping):
-        # Optimizers number their parameters: JSON's keys are text, so the keys' own types are kept beside them.
-        parts = {str(key): _split(part, f"{path}/{key}") for key, part in value.items()}
+        # Optimizers number their parameters, but JSON's keys are text: keep a list of the numbers.
         numbers = [str(key) for key in value if isinstance(key, int)]
-        tensors = {name: tensor for _, found in parts.values() for name, tensor in found.items()}
-        return {"map": {key: tree for key, (tree, _) in parts.items()}, "numbers": numbers}, tensors
+        parts = {str(key): _split(part, tensors, f"{path}/{key}") for key, part in value.items()}
+        return {"map": parts, "numbers": numbers}
     if isinstance(value, list | tuple):
-        items = [_split(part, f"{path}/{index}") for index, part in enumerate(value)]
-        return {"list": [tree for tree, _ in items]}, {name: t for _, found in items for name, t in found.items()}
-    return {"value": value}, {}
+        return {"list": [_split(part, tensors, f"{path}/{index}") for index, part in enumerate(value)]}
+    return {"value": value}
 
 
 def _join(tree: dict[str, Any], tensors: "Mapping[str, Tensor]") -> Any:

@@ -61,6 +61,13 @@ class MemberTimeouts:
 
 
 @dataclass(frozen=True)
+class WorkerTimeouts:
+    """Of `trainer.worker`."""
+
+    poll: float = 0.25  # between two looks at the quorum while the loop waits for other members
+
+
+@dataclass(frozen=True)
 class LaunchTimeouts:
     """Of `trainer.launch`."""
 

@@ -66,11 +66,15 @@ from tests.benchmarks.bench_quality import Members  # noqa: E402
 from tests.faults.harness import Network  # noqa: E402
 from trainer.diloco import DiLoCo, Overlap, codecs  # noqa: E402
 from trainer.diloco.codecs import Codec  # noqa: E402
-from trainer.diloco.collective import SLICE, Workspace, weighted_mean  # noqa: E402
+from trainer.diloco.collective import (  # noqa: E402
+    SLICE,
+    Workspace,
+    warm_up,
+    weighted_mean,
+)
 from trainer.diloco.flat import FlatLayout  # noqa: E402
 from trainer.diloco.outer import Nesterov  # noqa: E402
 from trainer.diloco.state import GlobalState  # noqa: E402
-from trainer.diloco.warm_up import warm_up  # noqa: E402
 from trainer.elastic.mesh import form_group, gloo_device  # noqa: E402
 from trainer.files import write_json  # noqa: E402
 from trainer.process import dying_with_parent, listen  # noqa: E402

@@ -121,7 +121,7 @@ def test_a_killed_worker_restarts_the_world_which_goes_on_from_its_checkpoints(
     assert events(run_dir, "end")[-1]["global_hash"] == events(whole, "end")[-1]["global_hash"]
 
 
-def test_a_run_that_was_told_to_end_is_saved_and_resumes(whole: Path, shared: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_terminated_is_saved_and_resumes(whole: Path, shared: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "stopped"
     with launch(run_dir, shared) as process:
         wait_for_step(process, run_dir, 20)
@@ -130,7 +130,7 @@ def test_a_run_that_was_told_to_end_is_saved_and_resumes(whole: Path, shared: Pa
     assert process.returncode == 143, output
     assert {events(run_dir, "end", worker)[-1]["status"] for worker in (0, 1)} == {"stopped"}
 
-    # A worker whose volume is lost gets the checkpoint of the other one.
+    # A worker that has lost its volume gets the checkpoint of the other one.
     lost = next((run_dir / "worker-0" / "checkpoints").iterdir())
     lost.rename(tmp_path / "lost")
     complete(run_dir, shared)

@@ -66,13 +66,13 @@ def test_it_resumes_bit_for_bit_and_its_export_is_scored(
 
     stopping, steps, inner_step = threading.Event(), iter(range(STEPS)), Worker._inner_step
 
-    def told_to_leave(worker: Worker, *arguments: Any) -> Any:
+    def ask_to_leave(worker: Worker, *arguments: Any) -> Any:
         if next(steps) == 4:  # in the middle of the second round
             stopping.set()
         return inner_step(worker, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "_inner_step", told_to_leave)
+        patch.setattr(Worker, "_inner_step", ask_to_leave)
         with pytest.raises(Interrupted):
             run(begun, stopping)
     (saved, *_) = checkpoint.paths(Volume.of(begun).checkpoints)
@@ -108,7 +108,7 @@ def test_a_compiled_model_trains_as_an_uncompiled_one(backend: str, configure: C
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_backend_that_fails_is_told_and_done_without(
+def test_a_backend_that_fails_is_reported_and_not_used(
     configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch._dynamo

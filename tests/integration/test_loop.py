@@ -1,9 +1,10 @@
-"""The inner loop in this process, on a real etcd: what is skipped, what stops a run, what is told."""
+"""The inner loop in this process, on a real etcd: skipped steps, failures, events."""
 
 import itertools
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from trainer import checkpoint, data
 from trainer.config import TrainingConfig
+from trainer.elastic.member import ElasticQuorum
 from trainer.errors import TrainingError
+from trainer.protocol.samples import Assignment
 from trainer.tasks.language_modelling import LanguageModelling
 from trainer.volume import Volume, worker_configs
 from trainer.worker.optimizer import learning_rate
@@ -67,7 +70,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[int], bool]) -> Non
     monkeypatch.setattr(LanguageModelling, "loss", loss)
 
 
-def test_a_step_that_is_not_finite_is_skipped_counted_and_told(
+def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(
     configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, lambda number: number in (7, 12))  # one micro-batch of steps 4 and 7
@@ -96,11 +99,11 @@ def test_too_many_of_them_in_a_row_stop_the_run_with_the_reason(
     (end,) = events(config, "end")
     assert end["status"] == "failed"
     assert "lower lr" in end["reason"]
-    with pytest.raises(TrainingError, match="the run has failed: 4 inner steps"):  # for whoever would start it again
+    with pytest.raises(TrainingError, match="the run has failed: 4 inner steps"):  # at another start
         run(config)
 
 
-def test_rounds_scores_and_checkpoints_are_told(configure: Callable[..., TrainingConfig]) -> None:
+def test_rounds_scores_and_checkpoints_are_events(configure: Callable[..., TrainingConfig]) -> None:
     config = configure(total_steps=10)  # the last round is shorter
     run(config)
     assert [event["step"] for event in events(config, "round")] == [4, 8, 10]
@@ -111,6 +114,29 @@ def test_rounds_scores_and_checkpoints_are_told(configure: Callable[..., Trainin
     assert "torch" in start["versions"]
     for event in events(config, "round"):
         assert {"attempt", "members", "bytes_sent", "bytes_received", "sync_seconds", "exposed_seconds"} <= event.keys()
+
+
+def test_a_shortage_while_it_waits_for_samples_is_saved_once(
+    configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure()
+    saved = Volume.of(config).checkpoints
+
+    def assign_when_saved(quorum: ElasticQuorum, after: tuple[int, int]) -> Assignment:
+        monkeypatch.setattr(ElasticQuorum, "shortage", True)  # too few nodes are left
+        while not checkpoint.paths(saved):
+            time.sleep(0.01)
+        return Assignment(quorum.term, 2, ((100, 116),))
+
+    with Worker.open(config, threading.Event()) as worker:
+        worker._join()
+        worker._inner_step()
+        monkeypatch.setattr(ElasticQuorum, "assign", assign_when_saved)
+        worker._take_assignment()
+        assert worker.samples.ledger.unused() == ((100, 116),)
+        monkeypatch.setattr(ElasticQuorum, "reconcile", lambda quorum, state: time.sleep(0.6))
+        assert worker._final_state_is_agreed()
+    assert [(event["round"], event["step"]) for event in events(config, "checkpoint")] == [(0, 1)]
 
 
 def test_wandb_without_a_key_is_offline_and_asks_nothing(

@@ -87,7 +87,7 @@ def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(tm
         broken, shared, lambda: any(event["step"] >= later for event in events(broken, "checkpoint")), signal.SIGKILL
     )
     assert status == -signal.SIGKILL
-    # The newest checkpoint is torn, although it has been told to be durable: it goes back to the one before.
+    # The newest checkpoint is torn, although it was announced as durable: the worker goes back to the one before.
     torn = checkpoint.paths(broken / "worker-0" / "checkpoints" / "r")[0]
     (torn / "state.json").write_text("{")
     finished = subprocess.run(command("launch", broken, shared), check=True, env=environment, capture_output=True)
@@ -98,7 +98,7 @@ def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(tm
     assert len(events(broken, "start")) == 3
     assert any(str(torn) in event["message"] for event in events(broken, "warning"))
 
-    # A finished run says so, and exits 0.
+    # Starting a finished run reports that, and exits 0.
     finished = subprocess.run(command("launch", broken, shared), check=True, env=environment, capture_output=True)
     assert b"complete already" in finished.stdout
     assert len(events(broken, "start")) == 3

@@ -98,7 +98,7 @@ def test_one_of_another_format_is_refused_and_not_passed_over(tmp_path: Path) ->
         checkpoint.newest(tmp_path, pytest.fail)
 
 
-def test_complete_is_what_the_newest_says(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_decides_whether_the_run_is_complete(tmp_path: Path) -> None:
     assert not checkpoint.is_complete(tmp_path)
     save(tmp_path, range(1, 2))
     assert not checkpoint.is_complete(tmp_path)
@@ -106,7 +106,7 @@ def test_complete_is_what_the_newest_says(tmp_path: Path) -> None:
     assert checkpoint.is_complete(tmp_path)
 
 
-def test_a_directory_that_cannot_be_written_is_told_at_the_next_chance(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_reported_by_the_next_call(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("in the way")
     checkpointer = Checkpointer(target, 1, lambda *_: None)

@@ -1,18 +1,17 @@
 """The collective of a synchronisation: the weighted mean over a process group, in pieces, several in flight.
 
-A piece of the vector is cut into as many equal parts as there are members, and each member owns one: (1) every member
-sends each owner its part, encoded (a reduce-scatter); (2) the owner computes the mean in float32, encodes it again, and
-(3) sends that to all members (an all-gather). So a member sends 2 (n − 1) / n times the encoded vector, as with a ring,
-and all members, including the owner, decode the same bytes.
-
-Two members send no more than that if each sends the other everything: so they do, and nothing is encoded twice.
+A piece of the vector is cut into n equal parts, and each of the n members owns one: (1) every member sends each owner
+its part, encoded (a reduce-scatter); (2) the owner computes the mean in float32, encodes it again, and (3) sends that
+to all members (an all-gather). So a member sends 2 (n − 1) / n times the encoded vector, as with a ring, and all
+members, including the owner, decode the same bytes. Of two members, each sends the other everything: that is no more,
+and nothing is encoded twice.
 
 While a piece is in flight, later pieces are encoded, and earlier ones decoded and added to the outer step: on a slow
-link the arithmetic costs almost no extra time. Members send to each other directly, between the buffers where the rows
-are and where they stay: gloo's own collectives copy more often.
+link the arithmetic costs almost no extra time. Members exchange rows directly between the buffers where these stay:
+gloo's own collectives copy more often.
 
-*What encoding loses* can be kept (`Codec.feedback`): each member keeps what its own message has left out; the owner
-also keeps what encoding the mean has left out. It keeps W / w times that, because it will count w / W, its scale.
+*Error feedback* (`Codec.feedback`): each member keeps the part that its own message lacks; the owner also keeps the
+part that the encoded mean lacks. It keeps W / w times that, because it will count w / W, its scale.
 """
 
 from abc import ABC, abstractmethod
@@ -29,18 +28,20 @@ from torch.distributed import AllreduceOptions, ReduceOp, Work
 
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.jit import Floats, compiled
+from trainer.diloco.outer import OuterOptimizer
 from trainer.diloco.quorum import Coded, OnChunk, Reduced, is_finite
+from trainer.diloco.state import GlobalState
 
 CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
 IN_FLIGHT = 4  # pieces
-EXPECTED = 16  # pieces whose receives are posted before they are sent: a sender must not have to ask first
+EXPECTED = 16  # pieces that receives are posted for before they are sent: a sender must not have to ask first
 PIECES = 16  # at least, unless they are tiny: the encoding of one piece cannot overlap
 SMALLEST = 1 << 18  # numbers
-SLICE = 1 << 17  # numbers that are encoded or summed at once: what that reads and writes stays in the cache
+SLICE = 1 << 17  # numbers that are encoded or summed at once: they stay in the cache
 
 
 class Workspace:
-    """Memory that a member's collectives reuse: what one returns is valid until the next one."""
+    """Memory that a member's collectives reuse: the result of one is valid until the next one."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -70,7 +71,7 @@ def weighted_mean(
         group: A ProcessGroupGloo.
         values: float32 (n,), on the host, contiguous. Not changed, so that a failed attempt can be repeated.
         weight: At least 0.
-        timeout: The limit for each message.
+        timeout: For each message.
         on_chunk: Receives the mean. Not called if all weights are 0.
         workspace: Memory for `Reduced.error`. By default fresh memory, which is slower.
 
@@ -94,19 +95,14 @@ def weighted_mean(
 
 @dataclass
 class _Piece:
-    """A run of blocks, and where their rows begin in the encoded vector.
-
-    Attributes:
-        came: The rows that this member sums up, by the rank of the sender.
-        wanted, sent: Messages in flight; the wanted ones in each of two stages.
-    """
+    """A run of blocks."""
 
     number: int
     blocks: Tensor
-    start: int
-    came: list[Tensor] = field(default_factory=list)
-    wanted: list[list[Work]] = field(default_factory=lambda: [[], []])
-    sent: list[Work] = field(default_factory=list)
+    start: int  # of their rows in the encoded vector
+    came: list[Tensor] = field(default_factory=list)  # the rows that this member sums up, by the rank of the sender
+    wanted: list[list[Work]] = field(default_factory=lambda: [[], []])  # receives in flight, in each of two stages
+    sent: list[Work] = field(default_factory=list)  # sends in flight
 
     @property
     def rows(self) -> slice:
@@ -114,11 +110,7 @@ class _Piece:
 
 
 class _Exchange(ABC):
-    """One member's part in one collective.
-
-    Args:
-        scales: Each member's weight as a fraction of the sum of weights, by rank.
-    """
+    """One member's part in one collective; `scales` are the members' fractions of the total weight, by rank."""
 
     def __init__(
         self, group: Any, codec: Codec, timeout: timedelta, scales: list[float], on_chunk: OnChunk, workspace: Workspace
@@ -132,6 +124,7 @@ class _Exchange(ABC):
         self.digest = xxhash.xxh3_128()
 
     def run(self, values: Tensor, weight: float) -> Reduced:
+        # Arrange the values in blocks, and allocate memory
         codec, self.n = self.codec, values.numel()
         parts = codec.arrange(values if self.scale else torch.zeros_like(values))  # 0 × NaN is NaN
         pieces, count = list(self._pieces(parts)), sum(map(len, parts))
@@ -140,12 +133,16 @@ class _Exchange(ABC):
         self.mean = None if codec.in_order else self.workspace.empty("mean", count, codec.block)
         codec_of_mean, scales = self.means()
         self.coded = [torch.empty(count, codec_of_mean.row, dtype=torch.uint8) for _ in scales]
+
+        # Pass the pieces through the stages, each stage some pieces behind the one before
         stages = [self.expect, *self.stages()]
         starts = [0, *(EXPECTED + number * IN_FLIGHT for number in range(len(stages) - 1))]
         for turn in range(len(pieces) + starts[-1]):
             for start, stage in zip(starts, stages, strict=True):
                 if 0 <= turn - start < len(pieces):
                     stage(pieces[turn - start])
+
+        # In the order of the vector
         if self.mean is not None:
             self.on_chunk(0, codec.restore(self.mean, self.n))
         coded = [self.coded[0].view(-1).view(torch.float32)[: self.n]] if self.plain else self.coded
@@ -154,27 +151,26 @@ class _Exchange(ABC):
 
     @abstractmethod
     def means(self) -> tuple[Codec, list[float]]:
-        """The codec and the scales of the messages whose sum the mean is kept as."""
+        """The mean is kept as a sum of messages: their codec, and their scales."""
 
     @abstractmethod
     def expect(self, piece: _Piece) -> None:
-        """Post the receives of what the others will send of the piece."""
+        """Post the receives of the others' messages about the piece."""
 
     @abstractmethod
     def stages(self) -> list[Callable[[_Piece], None]]:
-        """What is done to each piece, one stage after the other, while other pieces are in flight."""
+        """The operations on each piece, in order, while other pieces are in flight."""
 
     def _pieces(self, parts: list[Tensor]) -> Iterator[_Piece]:
         block = self.codec.block
         numbers = min(max(sum(map(len, parts)) * block // PIECES, SMALLEST), CHUNK_BYTES * block // self.codec.row)
-        step = max(numbers // (block * self.size), 1) * self.size
-        start = 0
-        for number, blocks in enumerate(blocks for part in parts for blocks in part.split(step) if len(blocks)):
+        step, start = max(numbers // (block * self.size), 1) * self.size, 0
+        for number, blocks in enumerate(blocks for part in parts for blocks in torch.split(part, step) if len(blocks)):
             yield _Piece(number, blocks, start)
             start += len(blocks)
 
     def _encode(self, piece: _Piece, rows: Tensor) -> Tensor:
-        """Encode a piece into `rows` (fp32 is passed through uncopied), and keep what encoding has left out."""
+        """Encode a piece into `rows` (fp32 is passed through uncopied), and keep the error."""
         if self.plain:
             return self.codec.encode(piece.blocks)
         for now in _slices(self.codec, rows):
@@ -186,12 +182,10 @@ class _Exchange(ABC):
         return rows
 
     def _receive(self, piece: _Piece, stage: int, into: dict[int, Tensor]) -> None:
-        """Post the receives of the others' rows."""
         tag = 2 * piece.number + stage
         piece.wanted[stage] = [self.group.recv([into[rank]], rank, tag) for rank in self.others if len(into[rank])]
 
     def _send(self, piece: _Piece, stage: int, rows: dict[int, Tensor]) -> None:
-        """Start to send rows to the others."""
         tag = 2 * piece.number + stage
         piece.sent += [self.group.send([rows[rank]], rank, tag) for rank in self.others if len(rows[rank])]
 
@@ -201,7 +195,7 @@ class _Exchange(ABC):
         piece.wanted[stage], piece.sent = [], []
 
     def _give(self, start: int, mean: Tensor, *kept: Tensor) -> None:
-        """Pass on blocks of the mean, from block `start` on, and hash the rows that are kept of them."""
+        """Pass on blocks of the mean, from block `start` on, and hash the rows that stand for them."""
         for rows in kept:
             self.digest.update(cast(bytes, rows.numpy().data))
         if self.mean is None:
@@ -221,22 +215,20 @@ class _OfTwo(_Exchange):
         return [self._swap, self._join]
 
     def expect(self, piece: _Piece) -> None:
-        """The other's rows arrive where they are kept; those of fp32, where the mean will be."""
+        """The other's rows arrive where they stay; those of fp32, where the mean will be."""
         piece.came = [coded[piece.rows] for coded in (self.coded[0], self.coded[-1])]
-        other = 1 - self.rank
-        self._receive(piece, 0, {other: piece.came[other]})
+        self._receive(piece, 0, dict(enumerate(piece.came)))
 
     def _swap(self, piece: _Piece) -> None:
-        """Encode the piece, and send it to the other."""
         piece.came[self.rank] = self._encode(piece, piece.came[self.rank])
         self._send(piece, 0, {1 - self.rank: piece.came[self.rank]})
 
     def _join(self, piece: _Piece) -> None:
-        """Compute the mean of what both have encoded."""
+        """Compute the mean of both members' rows."""
         self._wait(piece, 0)
+        order = (1 - self.rank, self.rank)
         for now in _slices(self.codec, piece.blocks):
             rows = [came[now] for came in piece.came]
-            order = (1 - self.rank, self.rank)
             messages = [(self.scales[rank], rows[rank]) for rank in order]
             kept = rows[order[0]].view(torch.float32) if self.plain else None
             mean = weighted_sum(self.codec, messages, self.workspace, kept)
@@ -281,7 +273,6 @@ class _OfMore(_Exchange):
         self._send(piece, 1, dict.fromkeys(self.others, rows))
 
     def _gather(self, piece: _Piece) -> None:
-        """Decode the piece's mean."""
         self._wait(piece, 1)
         codec, rows = self.codec.mean, self.coded[0][piece.rows]
         for now in _slices(codec, rows):
@@ -293,7 +284,7 @@ def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
     """The mean, float32 (`size`,), that `Reduced.coded` encodes: the same bits as in the collective.
 
     Raises:
-        ValueError, RuntimeError: It was not encoded by this codec.
+        ValueError, RuntimeError: Another codec has encoded it.
     """
     if coded[0][1].dtype == torch.float32:
         return coded[0][1]
@@ -322,12 +313,8 @@ def weighted_sum(
     if first.data_ptr() != out.data_ptr():
         out.copy_(first)
     for other, rows in others:
-        _add(
-            out.numpy(),
-            codec.decode(rows, workspace.empty("other", *shape)).numpy(),
-            np.float32(scale),
-            np.float32(other),
-        )
+        values = codec.decode(rows, workspace.empty("other", *shape))
+        _add(out.numpy(), values.numpy(), np.float32(scale), np.float32(other))
         scale = 1.0
     return out if others else out.mul_(scale)
 
@@ -344,3 +331,11 @@ def _slices(codec: Codec, rows: Tensor) -> Iterator[slice]:
     """Slices of the rows (or blocks) that are small enough to stay in the cache."""
     step = max(1, SLICE // codec.block)
     return (slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step))
+
+
+def warm_up(codec: Codec, outer: OuterOptimizer) -> None:
+    """Run a synchronisation's arithmetic once, so that the first real one does not wait for the compiler."""
+    rows = codec.encode(torch.zeros(2, codec.block))
+    mean = weighted_sum(codec, [(0.5, rows), (0.5, rows)], Workspace())
+    codec.mean.decode(codec.mean.encode(mean), mean)
+    GlobalState(torch.zeros(mean.numel()), outer).apply(mean.view(-1), 1)

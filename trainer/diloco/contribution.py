@@ -1,4 +1,4 @@
-"""What a worker contributes to a synchronisation: its pseudo-gradient, and the samples that it stands for."""
+"""A worker's contribution to a synchronisation: its pseudo-gradient, and the samples that it stands for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,16 +12,10 @@ from trainer.diloco.state import Fragment, GlobalState
 
 @dataclass(frozen=True)
 class Closed:
-    """The part of a contribution that a synchronisation takes along. The lists have an entry for each fragment.
+    """The part of a contribution that a synchronisation takes along. The last four are as in `Contribution`."""
 
-    Attributes:
-        weight: The samples that the pseudo-gradient stands for.
-        scales: Where the displacement has to be scaled down, and by what factor.
-        samples, steps, steps_per_round, carried_over: As in `Contribution`.
-    """
-
-    weight: float
-    scales: list[tuple[slice, float]]
+    weight: float  # the samples that the pseudo-gradient stands for
+    scales: list[tuple[slice, float]]  # where the displacement has to be scaled down, and by what factor
     samples: list[float]
     steps: list[int]
     steps_per_round: list[int]
@@ -33,21 +27,18 @@ class Contribution:
 
     Attributes:
         samples: Samples that each fragment's next pseudo-gradient stands for so far, carried-over ones included.
-        steps: Inner steps that it stands for, carried-over ones included; without those that were skipped.
+        steps: Inner steps that it stands for, carried-over ones included, skipped ones excluded.
         steps_per_round: Inner steps between two synchronisations of the fragment; the maximum seen since the last one.
         carried_over: The pseudo-gradient of steps that came too late for their round, unscaled, float32 (n,).
-        residual: What the codec has left out of this worker's messages so far (error feedback), float32 (n,).
-        offset: How far from θ this worker began (`Overlap.mixing`), float32 (n,).
-
-    None stands for zeros.
+        residual: The accumulated part that this worker's messages lack (error feedback), float32 (n,).
+        offset: How far from θ this worker began (`Overlap.mixing`), float32 (n,). None stands for zeros.
     """
 
     def __init__(self, state: GlobalState) -> None:
         self._state = state
         self.fragments = max(1, len(state.fragments) - 1)  # the last one is the full model
         self.samples = [0.0] * self.fragments
-        self.steps = [0] * self.fragments
-        self.steps_per_round = [0] * self.fragments
+        self.steps, self.steps_per_round = [0] * self.fragments, [0] * self.fragments
         self.carried_over: Tensor | None = None
         self.residual: Tensor | None = None
         self.offset: Tensor | None = None
@@ -60,7 +51,7 @@ class Contribution:
             self.steps_per_round[index] = max(self.steps_per_round[index], steps_per_round)
 
     def close(self, fragment: Fragment, steps_per_round: int) -> Closed:
-        """Take out what belongs to a fragment, to synchronise it: its next contribution begins at zero."""
+        """Take out a fragment's part, to synchronise it: its next contribution begins at zero."""
         chosen = self._indices(fragment)
 
         def part(values: list[Any]) -> list[Any]:
@@ -79,13 +70,13 @@ class Contribution:
         return closed
 
     def reopen(self, closed: Closed) -> None:
-        """Put back what `close` has taken out: the synchronisation has failed."""
+        """Undo `close`: the synchronisation has failed."""
         self.samples, self.steps = _sums(self.samples, closed.samples), _sums(self.steps, closed.steps)
         self.steps_per_round = list(map(max, self.steps_per_round, closed.steps_per_round))
         self.carried_over = closed.carried_over
 
     def clear(self, fragment: Fragment) -> None:
-        """Begin the fragment's contribution anew. What the codec has left out stays."""
+        """Begin the fragment's contribution anew, except for the residual."""
         for index in self._indices(fragment):
             self.samples[index], self.steps[index], self.steps_per_round[index] = 0.0, 0, 0
         if fragment is self._state.full_model:
@@ -94,11 +85,9 @@ class Contribution:
             fragment.of(self.carried_over).zero_()
 
     def displacement(self, fragment: Fragment, local: Tensor, carried_over: Tensor | None, out: Tensor) -> Tensor:
-        """How far this worker's inner steps have moved the fragment, carried-over ones included, float32 (n,).
+        """How far this worker's inner steps have moved the fragment from θ to `local`, carried-over ones included.
 
-        Args:
-            local: The worker's parameters, float32 (n,).
-            out: Memory for the result; it may be `local`.
+        All tensors are float32 (n,); `out` is memory for the result, and may be `local`.
         """
         torch.sub(fragment.of(self._state.parameters), local, out=out)
         for more in (carried_over, self.offset):
@@ -107,7 +96,7 @@ class Contribution:
         return out
 
     def pseudo_gradient(self, fragment: Fragment, local: Tensor, closed: Closed, out: Tensor) -> Tensor:
-        """What this worker sends for the fragment, float32 (n,): see `displacement` for the arguments."""
+        """This worker's message for the fragment, float32 (n,): see `displacement` for the arguments."""
         self.displacement(fragment, local, closed.carried_over, out)
         for part, scale in closed.scales:
             out[part].mul_(scale)
@@ -126,16 +115,14 @@ class Contribution:
         self.offset = self._replaced(self.offset, fragment, offset)
 
     def state(self, closed: Closed | None) -> dict[str, Any]:
-        """What a checkpoint holds; a synchronisation that is pending counts as not begun."""
-        tensors = {
-            "carried_over": closed.carried_over if closed else self.carried_over,
-            "residual": self.residual,
-            "offset": self.offset,
-        }
+        """The state for a checkpoint; a pending synchronisation counts as not begun."""
+        carried_over = closed.carried_over if closed else self.carried_over
+        tensors = {"carried_over": carried_over, "residual": self.residual, "offset": self.offset}
         return {
             "samples": _sums(self.samples, closed.samples) if closed else list(self.samples),
             "steps": _sums(self.steps, closed.steps) if closed else list(self.steps),
-        } | {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            **{name: tensor for name, tensor in tensors.items() if tensor is not None},
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore `state`."""

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.diloco.codecs import Codec, Fp32
+from trainer.diloco.collective import warm_up
 from trainer.diloco.contribution import Closed, Contribution
 from trainer.diloco.flat import FlatLayout
 from trainer.diloco.outer import Nesterov, OuterOptimizer
-from trainer.diloco.overlap import Outcome, Overlap, Pending, outcome_of
+from trainer.diloco.overlap import Outcome, Overlap, Pending
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, RoundReport, Superseded
 from trainer.diloco.schedule import Schedule
 from trainer.diloco.state import Fragment, GlobalState
-from trainer.diloco.warm_up import warm_up
 from trainer.protocol.samples import Assignment
 
 NO_REPORT = RoundReport()
@@ -38,12 +38,12 @@ class DiLoCo:
     *Fragments* (Streaming DiLoCo, arXiv 2501.18512): P fragments are synchronised one after the other, each every
     `sync_every` inner steps. A round is then `sync_every` / P inner steps; the last one synchronises all fragments.
 
-    *Error feedback*: what a lossy codec leaves out of a worker's message is kept (`Codec.feedback` of it) and added to
-    its next message.
+    *Error feedback*: the part of a worker's pseudo-gradient that a lossy codec drops (times `Codec.feedback`) is added
+    to its next message.
 
-    *Late workers*: a worker whose round was committed without it takes over the new θ at its next inner step, and
-    carries its pseudo-gradient over, with the weight of all samples in it. If it had not finished the round, its inner
-    steps count towards the round that it goes on with. If it had, a whole round follows, and it sends their mean.
+    *Late workers*: a worker that misses the commit of a round takes over the new θ at its next inner step, and carries
+    its pseudo-gradient over, with the weight of all samples in it. If it had not finished the round, its inner steps
+    count towards the round that it goes on with. If it had, a whole round follows, and it sends the mean of both.
 
     Example:
         diloco = DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum)
@@ -51,14 +51,14 @@ class DiLoCo:
             loss = step(model, batch); inner_optimizer.step(); inner_optimizer.zero_grad()
             diloco.after_inner_step()
 
-    A loop that acts while a synchronisation blocks it calls `count_step`, and, if `schedule.due`, `start`, `wait` and
-    `finish`.
+    A loop with other work while a synchronisation blocks it calls `count_step`, and, if `schedule.due`, `start`, `wait`
+    and `finish`.
 
     Args:
         model: Its trainable parameters are synchronised. All workers must start from the same ones.
         inner_optimizer: Saved and restored with the worker's state; the caller steps it.
-        outer: The outer optimizer; by default DiLoCo's Nesterov.
-        codec: How pseudo-gradients are encoded for the wire; by default not at all (fp32).
+        outer: By default DiLoCo's Nesterov.
+        codec: Encodes pseudo-gradients for the wire; by default fp32.
         sync_every: Inner steps between two synchronisations of a parameter (H); a multiple of `fragments`.
         quorum: The members to synchronise with; by default none.
         total_steps: The last round is shortened to end at this step.
@@ -70,10 +70,7 @@ class DiLoCo:
         ValueError: `sync_every` is not a multiple of `fragments`.
 
     Attributes:
-        state: The global state.
         assignment: The samples that the quorum has assigned to this worker last; None: none yet.
-        schedule: Where this worker is in the training.
-        contribution: What its next pseudo-gradient stands for.
         exposed_seconds: How long the inner loop stood still for the last synchronisation.
     """
 
@@ -106,14 +103,11 @@ class DiLoCo:
         self._sections = self._layout.sections(fragments) if fragments > 1 else []
         self._sections += self._layout.sections(1)
         shapes = [[part.shape for part in section.of(self._layout.parameters)] for section in self._sections]
-        self.state = GlobalState(
-            self._layout.gather(self._layout.empty()),
-            outer,
-            [
-                Fragment(index, section.start, section.stop, codec.of(shapes[index]))
-                for index, section in enumerate(self._sections)
-            ],
-        )
+        cut = [
+            Fragment(index, section.start, section.stop, codec.of(shapes[index]))
+            for index, section in enumerate(self._sections)
+        ]
+        self.state = GlobalState(self._layout.gather(self._layout.empty()), outer, cut)
         self.contribution = Contribution(self.state)
 
         self._scratch = self._layout.empty()
@@ -140,7 +134,7 @@ class DiLoCo:
     @property
     def complete(self) -> bool:
         """Whether all rounds are committed."""
-        return self.schedule.complete and not self.pending
+        return self.schedule.length == 0 and not self.pending
 
     @property
     def blocked(self) -> bool:
@@ -148,15 +142,13 @@ class DiLoCo:
         delay = self.overlap.delay if self.overlap else 0
         return self._pending is not None and self._pending.blocks(self.schedule, delay)
 
-    # What the inner loop calls
-
     def after_inner_step(self, samples: float = 1.0, report: RoundReport = NO_REPORT) -> Commit | None:
         """Count an inner step; synchronise if it was the round's last; catch up if the others have gone on.
 
         Args:
             samples: Samples that the step consumed: the weight that it adds to this worker's pseudo-gradient. 0 for a
                 step that was skipped.
-            report: What the quorum learns of this worker, if the round ends here.
+            report: For the quorum, if the round ends here.
 
         Returns:
             A round's commit, if there was one. Raises as `finish`.
@@ -175,7 +167,7 @@ class DiLoCo:
     def count_step(self, samples: float = 1.0) -> None:
         """Count an inner step; for `samples`, see `after_inner_step`."""
         self.schedule.inner_steps += 1
-        self.contribution.count(samples, self._steps_per_round)
+        self.contribution.count(samples, self.schedule.steps_per_cycle(self.contribution.fragments))
 
     def synchronise(self, report: RoundReport = NO_REPORT) -> Commit | None:
         """End the round here: exchange pseudo-gradients and take the outer step; with `overlap`, start to.
@@ -188,19 +180,19 @@ class DiLoCo:
 
     def start(self, report: RoundReport = NO_REPORT) -> bool:
         """End the round here, and start to exchange pseudo-gradients on another thread; whether inner steps go on."""
-        started = time.perf_counter()
-        fragment = self._fragment
-        overlaps = self.overlap is not None and not self.schedule.is_last
+        started, schedule, fragment = time.perf_counter(), self.schedule, self.state.full_model
+        if not schedule.is_last:
+            fragment = self.state.fragments[(self.open_round - 1) % self.contribution.fragments]
+        overlaps = self.overlap is not None and not schedule.is_last
 
         # On a GPU, the copy runs on its own stream: `_exchange` waits for it.
         buffer = self._ended if overlaps else self._scratch
         ended = self._layout.gather(buffer[: fragment.stop - fragment.start], self._local(fragment), wait=False)
-        closed = self.contribution.close(fragment, self._steps_per_round)
+        closed = self.contribution.close(fragment, schedule.steps_per_cycle(self.contribution.fragments))
         outcome = self._sender.submit(self._exchange, fragment, ended, closed, report, overlaps)
-        length, inner_steps = self.schedule.length, self.schedule.inner_steps
-        exposed = time.perf_counter() - started
-        self._pending = Pending(outcome, fragment, length, inner_steps, closed, overlaps, exposed)
-        self.schedule.start_round(self.schedule.begin + length)
+        length, exposed = schedule.length, time.perf_counter() - started
+        self._pending = Pending(outcome, fragment, length, schedule.inner_steps, closed, overlaps, exposed)
+        schedule.start_round(schedule.begin + length)
         return overlaps
 
     def wait(self, seconds: float) -> bool:
@@ -225,7 +217,10 @@ class DiLoCo:
         try:
             outcome = pending.outcome.result()
         except BaseException as error:
-            self._abort(pending)
+            # The round is still open, and includes the inner steps made since
+            self._pending = None
+            self.schedule.start_round(self.state.step, self.schedule.inner_steps + pending.inner_steps)
+            self.contribution.reopen(pending.closed)
             if not isinstance(error, Superseded):
                 raise
             self.catch_up(arrived=True)
@@ -253,12 +248,12 @@ class DiLoCo:
         return outcome.commit
 
     def catch_up(self, arrived: bool = False) -> None:
-        """Take over the global state of the last committed round, and carry this worker's pseudo-gradient over.
+        """Take over the last committed global state, and carry this worker's pseudo-gradient over.
 
         Args:
-            arrived: The worker was about to synchronise, and the others did so without it.
+            arrived: This worker was about to synchronise.
         """
-        # Keep the unsent work; the scratch memory is needed meanwhile.
+        # Keep the unsent work, in memory of its own
         own, full = self.contribution, self.state.full_model
         local = self._layout.gather(self._scratch)
         displacement = own.displacement(full, local, own.carried_over, out=local).clone()
@@ -271,9 +266,8 @@ class DiLoCo:
         if not caught_up.counts:
             return
         own.residual = residual
-        # The steps count towards the open round even if they are dropped: the worker is then in step with the others.
-        # But a whole round that came too late is followed by another one, unless it was this one (and its state was
-        # taken anew).
+        # The steps count towards the open round even if they are dropped: the worker keeps step with the others. But
+        # another whole round follows one that came too late, unless it is still open (only its state was taken anew).
         again = arrived and due and self.round != round
         self.schedule.inner_steps = 0 if again else min(steps, self.schedule.own_steps)
         if self.late_policy == "carry" and any(kept[1]):
@@ -281,14 +275,14 @@ class DiLoCo:
             own.samples, own.steps, own.steps_per_round = kept
 
     def begin_round(self) -> None:
-        """Begin a round from the global state; inner steps of an open round are given up."""
+        """Begin a round from the global state, and give up the inner steps of an open one."""
         self._layout.scatter(self.state.parameters)
         self.contribution.clear(self.state.full_model)
         self.contribution.keep(self.state.full_model, None, None)
         self.schedule.start_round(self.state.step)
 
     def accept(self, assignment: Assignment | None) -> None:
-        """Go on with an assignment, and make as many inner steps as its step multiplier says; None: no change."""
+        """Go on with an assignment and its step multiplier; None: no change."""
         if assignment is not None:
             self.assignment = assignment
             self.schedule.step_multiplier = assignment.step_multiplier
@@ -297,7 +291,7 @@ class DiLoCo:
     def global_parameters(self) -> Iterator[None]:
         """In this context, the model has the global parameters θ."""
         if not self.schedule.inner_steps and not self.pending and self.contribution.fragments == 1:
-            yield  # it has them anyway
+            yield  # it has them already
             return
         local = self._layout.gather(self._layout.empty())
         self._layout.scatter(self.state.parameters)
@@ -309,9 +303,9 @@ class DiLoCo:
     # Checkpoints
 
     def global_tensors(self) -> dict[str, Tensor]:
-        """The global state, identical in every worker: `model.<parameter>` and `outer.<state>.<parameter>`, float32.
+        """`model.<parameter>` and `outer.<state>.<parameter>`, float32, identical in all workers.
 
-        These are views of the state itself: copy them before the next synchronisation.
+        These are views of the state: copy them before the next synchronisation.
         """
         return {
             f"{name}.{parameter}": view
@@ -320,11 +314,7 @@ class DiLoCo:
         }
 
     def load_global(self, tensors: Mapping[str, Tensor], round: int, step: int) -> None:
-        """Take over a global state as `global_tensors` returned it, and begin a round from it.
-
-        Raises:
-            ValueError: It belongs to another model or outer optimizer.
-        """
+        """Begin a round from saved `global_tensors`; ValueError if they are of another model or outer optimizer."""
         if differing := self.global_tensors().keys() ^ tensors.keys():
             raise ValueError(f"global state differs in {sorted(differing)[:3]}")
         self.state.load(round, step, {name: self._layout.join(tensors, name) for name in self.state.tensors})
@@ -333,8 +323,7 @@ class DiLoCo:
     def worker_state(self) -> dict[str, Any]:
         """This worker's own state: inner optimizer, the open round's progress and, inside a round, its parameters.
 
-        A pending synchronisation counts as not started: its round is then the open one, and longer than usual. The
-        tensors are the worker's own, not copies.
+        A pending synchronisation counts as not started: its round is then the open one. The tensors are not copies.
         """
         pending = self._pending
         state: dict[str, Any] = {
@@ -347,7 +336,7 @@ class DiLoCo:
         return state
 
     def load_worker_state(self, state: Mapping[str, Any]) -> None:
-        """Restore `worker_state`; the global state that it belongs to has been loaded before."""
+        """Restore `worker_state`; load the global state that it belongs to before."""
         self.inner_optimizer.load_state_dict(state["inner_optimizer"])
         self.schedule.inner_steps = state["inner_steps"]
         self.contribution.load(state)
@@ -355,20 +344,6 @@ class DiLoCo:
             with torch.no_grad():
                 for parameter, saved in zip(self._layout.parameters, state["parameters"], strict=True):
                     parameter.copy_(saved)
-
-    # The parts of a synchronisation
-
-    @property
-    def _fragment(self) -> Fragment:
-        """What the open round synchronises."""
-        if self.schedule.is_last:
-            return self.state.full_model
-        return self.state.fragments[(self.open_round - 1) % self.contribution.fragments]
-
-    @property
-    def _steps_per_round(self) -> int:
-        """This worker's inner steps between two synchronisations of a parameter."""
-        return self.schedule.steps_per_round(self.contribution.fragments)
 
     def _local(self, fragment: Fragment) -> list[Tensor]:
         """This worker's parameters in a fragment."""
@@ -388,12 +363,17 @@ class DiLoCo:
         outer_step = self.state.begin(fragment)
         commit = self.quorum.synchronise(pseudo_gradient, closed.weight, report, fragment, outer_step.add)
 
-        mixing = self.overlap.mixing if self.overlap else 0.0
-        plain = not overlaps and self.state.outer.replaces and self.contribution.is_plain(closed)
-        return outcome_of(commit, outer_step, fragment.of(self.state.parameters), ended, mixing, overlaps, plain)
-
-    def _abort(self, pending: Pending) -> None:
-        """The synchronisation has failed: its round is still open, and includes the inner steps made since."""
-        self._pending = None
-        self.schedule.start_round(self.state.step, self.schedule.inner_steps + pending.inner_steps)
-        self.contribution.reopen(pending.closed)
+        # The delay correction: move to the new base, and keep the steps made meanwhile
+        reduced, shift, offset = commit.reduced, None, None
+        moved = reduced.weight > 0
+        if overlaps:
+            base = outer_step.after["model"] if moved else fragment.of(self.state.parameters)
+            shift = torch.sub(base, ended, out=ended)
+            if moved and self.overlap and self.overlap.mixing:
+                offset = shift * -self.overlap.mixing
+                shift.add_(offset)
+        if not moved:
+            return Outcome(commit, None, shift)
+        residual = None if reduced.error is None else reduced.error.clone()  # the next collective overwrites it
+        replaced = not overlaps and self.state.outer.replaces and self.contribution.is_plain(closed)
+        return Outcome(commit, outer_step, shift, residual, offset, exact=replaced and reduced.lone)

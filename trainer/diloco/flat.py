@@ -13,19 +13,14 @@ CUT = 64  # rows: matrices are cut at multiples of this, so that a codec's tiles
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the flat vector.
+    """A part of the flat vector, which may begin and end inside of a matrix."""
 
-    Attributes:
-        start, stop: Its range in the vector.
-        rows: The parameters in it: index, first row, end row; of a whole parameter: (index, 0, None).
-    """
-
-    start: int
+    start: int  # of its range in the vector
     stop: int
-    rows: tuple[tuple[int, int, int | None], ...]
+    rows: tuple[tuple[int, int, int | None], ...]  # by parameter: index, first row, end row (None: all rows)
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The section's parts of these tensors, one tensor for each parameter: views."""
+        """The section's parts of tensors with the parameters' shapes: views."""
         return [tensors[index] if stop is None else tensors[index][start:stop] for index, start, stop in self.rows]
 
 
@@ -35,36 +30,28 @@ class FlatLayout:
     Tied parameters appear once. The order is that of `model.named_parameters()`, the same in every worker.
 
     Attributes:
+        parameters: In the order of the vector.
         size: Numbers in the vector.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._names = [name for name, _ in named]
-        self._parameters = [parameter for _, parameter in named]
-        self.size = sum(parameter.numel() for parameter in self._parameters)
-        devices = {parameter.device for parameter in self._parameters if parameter.is_cuda}
-        self._stream = torch.cuda.Stream(devices.pop()) if devices else None
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return self._parameters
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._names, self.parameters = list(named), list(named.values())
+        self.size = sum(parameter.numel() for parameter in self.parameters)
+        devices = {parameter.device for parameter in self.parameters if parameter.is_cuda}
+        self._stream = torch.cuda.Stream(devices.pop()) if devices else None  # type: ignore[no-untyped-call]
 
     def empty(self) -> Tensor:
         """A vector, float32 (size,); pinned if the model is on a GPU, so that copies do not block."""
         return torch.empty(self.size, dtype=torch.float32, pin_memory=self._stream is not None)
 
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The vector's part for each parameter, in its shape."""
-        parts = flat.split([parameter.numel() for parameter in self._parameters])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
-
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """The vector's parts by parameter name: views, not copies."""
-        return dict(zip(self._names, self.views(flat), strict=True))
+        """The vector's parts by parameter name, in the parameters' shapes: views, not copies."""
+        views = (view for view, _ in self._pairs(flat, self.parameters))
+        return dict(zip(self._names, views, strict=True))
 
     def join(self, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
-        """The flat vector of the parts `<prefix>.<parameter>`: a new one."""
+        """A new flat vector from its parts, `<prefix>.<parameter>`."""
         return self.gather(self.empty(), (tensors[f"{prefix}.{name}"] for name in self._names))
 
     def gather(self, flat: Tensor, tensors: Iterable[Tensor] | None = None, *, wait: bool = True) -> Tensor:
@@ -75,7 +62,7 @@ class FlatLayout:
                 on the current stream, do not affect the copy.
         """
         with self._beside():
-            for view, tensor in self._pairs(flat, self._parameters if tensors is None else tensors):
+            for view, tensor in self._pairs(flat, self.parameters if tensors is None else tensors):
                 view.copy_(tensor, non_blocking=True)
         if wait:
             self.wait_for_copies()
@@ -84,15 +71,12 @@ class FlatLayout:
     def scatter(self, flat: Tensor, tensors: Iterable[Tensor] | None = None) -> None:
         """Copy `flat` into the parameters (or other tensors of the same shapes)."""
         with self._beside():
-            for view, tensor in self._pairs(flat, self._parameters if tensors is None else tensors):
+            for view, tensor in self._pairs(flat, self.parameters if tensors is None else tensors):
                 tensor.copy_(view, non_blocking=True)
         self.wait_for_copies()
 
     def add(self, flat: Tensor, tensors: Iterable[Tensor]) -> None:
-        """Add `flat` to tensors of the parameters' shapes, in place.
-
-        On a GPU, `flat` must not change before `wait_for_copies`.
-        """
+        """Add `flat` to tensors of the parameters' shapes, in place. It must not change before `wait_for_copies`."""
         with self._beside():
             for view, tensor in self._pairs(flat, tensors):
                 tensor.add_(view.to(tensor.device, non_blocking=True))
@@ -103,19 +87,16 @@ class FlatLayout:
             self._stream.synchronize()
 
     def sections(self, count: int) -> list[Section]:
-        """Cut the vector into `count` sections of about the same size, or fewer.
-
-        Cuts lie between two parameters, or between two rows of a matrix.
-        """
+        """Cut the vector, between parameters or rows of matrices, into `count` sections of similar size, or fewer."""
         cuts: list[tuple[int, int, int]] = []  # position, parameter, row
         position = 0
-        for index, parameter in enumerate(self._parameters):
+        for index, parameter in enumerate(self.parameters):
             step = CUT if parameter.ndim > 1 else len(parameter) if parameter.ndim else 1
             row_size = parameter[0].numel() if parameter.ndim else 1
             length = len(parameter) if parameter.ndim else 1
             cuts += [(position + row * row_size, index, row) for row in range(0, length, max(step, 1))]
             position += parameter.numel()
-        cuts.append((position, len(self._parameters), 0))
+        cuts.append((position, len(self.parameters), 0))
         wanted = (position * number / count for number in range(count + 1))
         chosen = sorted({min(cuts, key=lambda cut, at=at: abs(cut[0] - at)) for at in wanted})  # type: ignore[misc]
         return [self._section(first, last) for first, last in pairwise(chosen)]
@@ -126,7 +107,7 @@ class FlatLayout:
         rows: list[tuple[int, int, int | None]] = []
         while (index, row) < (last_index, last_row):
             end = last_row if index == last_index else None
-            rows.append((index, row, len(self._parameters[index]) if end is None and row else end))
+            rows.append((index, row, len(self.parameters[index]) if end is None and row else end))
             index, row = index + 1, 0
         return Section(start, stop, tuple(rows))
 
@@ -139,10 +120,7 @@ class FlatLayout:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """On a GPU, enqueue this block's work on a stream of its own, in order with the current stream's work.
-
-        The host does not wait.
-        """
+        """On a GPU, enqueue this block's work on a separate stream, in order with the current stream's work."""
         if self._stream is None:
             yield
             return

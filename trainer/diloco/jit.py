@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# numba widens small integers to 64 bits, and lets signed indices count from the end: a fast loop casts explicitly.
+# numba widens small integers to 64 bits, and signed indices may count from the end: a fast loop casts explicitly.
 u1, i4, u4, i8, u8, f4 = np.uint8, np.int32, np.uint32, np.int64, np.uint64, np.float32
 
-MAGNITUDE = u4(0x7FFFFFFF)  # of a float32's bits: as integers, they are ordered as the magnitudes are
+MAGNITUDE = u4(0x7FFFFFFF)  # of a float32's bits: as integers, they have the order of the magnitudes
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 
@@ -38,7 +38,7 @@ class _SharedCache(FunctionCache):
         file = Path(config.CACHE_DIR, "lock")  # type: ignore[attr-defined]
         with file.open("w") as lock, suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            super().save_overload(sig, data)
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
 
 
 def compiled(kernel: Kernel, fastmath: Set[str] = frozenset()) -> Kernel:
@@ -55,5 +55,5 @@ def compiled(kernel: Kernel, fastmath: Set[str] = frozenset()) -> Kernel:
     dispatcher: Any = njit(nogil=True, error_model="numpy", fastmath=set(fastmath))(kernel)
     if directory := os.environ.get(CACHE_VARIABLE):
         config.CACHE_DIR = directory  # type: ignore[attr-defined]
-        dispatcher._cache = _SharedCache(kernel)
+        dispatcher._cache = _SharedCache(kernel)  # type: ignore[no-untyped-call]
     return cast(Kernel, dispatcher)

@@ -1,7 +1,6 @@
 """The contract between `DiLoCo` and its quorum: a report goes in, a commit comes out, and nothing calls back up.
 
-`DiLoCo` knows a quorum only as the protocol `Quorum`. `LocalQuorum` is the quorum of a single worker; `trainer.elastic`
-has the one over the network.
+`LocalQuorum` is the quorum of a single worker; `trainer.elastic` has the one over the network.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,30 +20,23 @@ OnChunk = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What a worker reports when its inner steps of a round are done. It stays the same for all attempts at the round.
+    """A worker's report when its inner steps of a round are done. It stays the same for all attempts at the round."""
 
-    Attributes:
-        unused: The sample positions of its assignment that it has not consumed.
-        speed: Samples a second of its inner steps; 0: not known yet.
-        progress: JSON values that `status` shows of this worker.
-    """
-
-    unused: tuple[Range, ...] = ()
-    speed: float = 0.0
-    progress: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[Range, ...] = ()  # the sample positions of its assignment that it has not consumed
+    speed: float = 0.0  # samples a second of its inner steps; 0: not known yet
+    progress: Mapping[str, Any] = field(default_factory=dict)  # JSON values that `status` shows of this worker
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """What a collective gives a member besides the weighted mean of the pseudo-gradients.
+    """A member's results of a collective, besides the weighted mean of the pseudo-gradients.
 
     Attributes:
         weight: The sum of the members' weights. 0: no pseudo-gradient was finite; there is neither mean nor outer step.
-        coded: The rows that the mean was decoded from: it is the sum of these, each a scale and rows, uint8 (b, row).
-            Where nothing was coded, the mean itself, float32 (n,). Meaningless if `weight` is 0.
+        coded: The mean as the sum of coded messages, each a scale and rows, uint8 (b, row); without a codec, the mean
+            itself, float32 (n,). Meaningless if `weight` is 0.
         hash: Of these rows, in the order of arrival: equal in all members that received the same.
         error: The part of this member's pseudo-gradient that the mean lacks, float32 (n,), if its codec has feedback.
-            None: nothing.
         lone: Whether the mean is this member's own pseudo-gradient, bit for bit.
     """
 
@@ -56,7 +48,7 @@ class Reduced:
 
     @classmethod
     def alone(cls, values: Tensor, weight: float, on_chunk: OnChunk) -> "Reduced":
-        """The collective of one member: nothing is coded or sent."""
+        """The collective of one member, which codes and sends nothing."""
         if not is_finite(values):
             return cls.nothing(values)
         on_chunk(0, values)
@@ -64,49 +56,32 @@ class Reduced:
 
     @classmethod
     def nothing(cls, values: Tensor) -> "Reduced":
-        """The outcome when all weights are 0."""
+        """The result when all weights are 0."""
         zeros = torch.zeros_like(values)
         return cls(0.0, ((1.0, zeros),), hash_of(zeros))
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A committed round: the members of its quorum all agreed on this.
+    """A committed round, on which all members of its quorum agree."""
 
-    Attributes:
-        round: The round, counted from 1.
-        attempt: The attempt at the round that committed, counted from 1.
-        members: The members of the attempt, in rank order.
-        fragment: The part of the parameters that was synchronised.
-        reduced: The outcome of the collective.
-        bytes_sent, bytes_received: What this member's collectives moved, as its kernel counted it; None where the
-            kernel does not count.
-        seconds: Duration of the synchronisation, including the wait for other members.
-        assignment: The samples that this member trains on next; None: unchanged.
-    """
-
-    round: int
-    attempt: int
-    members: tuple[str, ...]
-    fragment: Fragment
+    round: int  # counted from 1
+    attempt: int  # the one that committed, counted from 1
+    members: tuple[str, ...]  # of the attempt, in rank order
+    fragment: Fragment  # the part of the parameters that was synchronised
     reduced: Reduced
-    bytes_sent: int | None
+    bytes_sent: int | None  # by this member's collectives, as its kernel counts; None: the kernel does not count
     bytes_received: int | None
-    seconds: float
-    assignment: Assignment | None = None
+    seconds: float  # of the synchronisation, including the wait for other members
+    assignment: Assignment | None = None  # the samples that this member trains on next; None: unchanged
 
 
 @dataclass(frozen=True)
 class CatchUp:
-    """The outcome of bringing a worker to the last committed round.
+    """The result of bringing a worker to the last committed round."""
 
-    Attributes:
-        counts: Whether the worker's unsent inner steps can still be counted: it may then carry them over.
-        assignment: The samples that it trains on next; None: unchanged.
-    """
-
-    counts: bool
-    assignment: Assignment | None = None
+    counts: bool  # whether its unsent inner steps can still be counted: it may then carry them over
+    assignment: Assignment | None = None  # the samples that it trains on next; None: unchanged
 
 
 class Superseded(Exception):
@@ -125,18 +100,13 @@ class Quorum(Protocol):
             pseudo_gradient: The fragment's, float32 (n,), on the host, contiguous. It is not changed, so that a failed
                 attempt can be repeated.
             weight: The samples that the pseudo-gradient stands for.
-            report: What this member reports with it.
-            fragment: The part of the parameters, and its codec.
             on_chunk: Receives the mean, in any order, unless all weights are 0. An attempt that fails may have called
                 it with other numbers; those of the last attempt count.
-
-        Returns:
-            The commit. Its outer step has not been taken yet.
 
         Raises:
             Superseded: The round was committed without this member; call `catch_up` next.
             TrainingError: The round cannot be committed. No member has taken an outer step.
-            Interrupted: The process is to end.
+            Interrupted: The process has to end.
         """
 
     def superseded(self) -> bool:
@@ -168,8 +138,7 @@ class LocalQuorum:
     def catch_up(self, state: GlobalState) -> CatchUp:
         raise AssertionError("no round can be committed without the only worker")
 
-    def announce(self, commit: Commit, state: GlobalState) -> None:
-        pass
+    def announce(self, commit: Commit, state: GlobalState) -> None: ...
 
 
 def is_finite(values: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The schedule: where a worker is in the training, and how many inner steps it makes in a round."""
+"""The schedule: a worker's position in the training, and its inner steps in a round."""
 
 import math
 from dataclasses import dataclass
@@ -10,22 +10,15 @@ from trainer.protocol.samples import steps_in
 class Schedule:
     """The training as a sequence of rounds, and a worker's position in it.
 
-    A worker with a step multiplier other than 1 makes more or fewer inner steps than the schedule has: each of its
-    steps then advances the schedule by less or more than 1.
-
-    Attributes:
-        round_steps: Steps of the schedule in a round.
-        total_steps: The schedule's last step; the last round is shortened to end there. None: there is no last one.
-        step_multiplier: This worker's inner steps for each step of the schedule.
-        begin: The position at which the open round began.
-        inner_steps: This worker's inner steps towards the open round so far.
+    With a step multiplier other than 1, a worker makes more or fewer inner steps than the schedule has: each of them
+    then advances the schedule by less or more than 1.
     """
 
-    round_steps: int
-    total_steps: int | None = None
-    step_multiplier: float = 1.0
-    begin: int = 0
-    inner_steps: int = 0
+    round_steps: int  # steps of the schedule in a round
+    total_steps: int | None = None  # the last round is shortened to end there; None: no end
+    step_multiplier: float = 1.0  # this worker's inner steps for each step of the schedule
+    begin: int = 0  # the position at which the open round began
+    inner_steps: int = 0  # of this worker towards the open round, so far
 
     @property
     def length(self) -> int:
@@ -45,11 +38,6 @@ class Schedule:
         return self.total_steps is not None and self.begin + self.length >= self.total_steps
 
     @property
-    def complete(self) -> bool:
-        """Whether no inner steps are left."""
-        return self.length == 0
-
-    @property
     def due(self) -> bool:
         """Whether the open round's inner steps are done, so that its synchronisation has to start."""
         return 0 < self.own_steps <= self.inner_steps
@@ -64,8 +52,8 @@ class Schedule:
         done, length, own = self.inner_steps + more, self.length, self.own_steps
         return self.begin + (done if own == length else done * length / own)
 
-    def steps_per_round(self, fragments: int) -> int:
-        """This worker's inner steps between two synchronisations of a parameter, one of whose fragments is due."""
+    def steps_per_cycle(self, fragments: int) -> int:
+        """This worker's inner steps between two synchronisations of a parameter, one of `fragments` each round."""
         return self.own_steps if fragments == 1 else steps_in(self.round_steps, self.step_multiplier) * fragments
 
     def start_round(self, begin: int, inner_steps: int = 0) -> None:

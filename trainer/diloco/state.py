@@ -12,23 +12,17 @@ from torch import Tensor
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.outer import OuterOptimizer, Tensors
 
-SLICE = 1 << 18  # numbers in a slice of an outer step: what it reads and writes stays in the cache
+SLICE = 1 << 18  # numbers in a slice of an outer step: it stays in the cache
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A part of the parameters that is synchronised as one.
+    """A part of the parameters that is synchronised as one."""
 
-    Attributes:
-        index: Its place in `GlobalState.fragments`.
-        start, stop: Its range in the flat vector.
-        codec: How its pseudo-gradients are encoded for the wire.
-    """
-
-    index: int
-    start: int
+    index: int  # in `GlobalState.fragments`
+    start: int  # of its range in the flat vector
     stop: int
-    codec: Codec
+    codec: Codec  # of its pseudo-gradients
 
     def of(self, flat: Tensor) -> Tensor:
         """The fragment's part of a flat vector: a view."""
@@ -39,12 +33,11 @@ class GlobalState:
     """The global parameters θ and the outer optimizer's state, flat, float32, on the host.
 
     It changes only in `commit`, `apply`, `skip` and `load`. An outer step is computed in separate memory, so that it is
-    taken at once or not at all. Other threads (donors to joiners) may `borrow` the state meanwhile: the borrowed
-    tensors never change, because borrowed memory is given up, or copied, before the next change.
+    taken at once or not at all. Other threads (donors to joiners) may `borrow` the state: the borrowed tensors never
+    change, because the state gives up, or copies, borrowed memory before its next change.
 
     Args:
         parameters: θ, float32 (n,); taken over, not copied.
-        outer: The outer optimizer.
         fragments: The parts that an outer step may apply to; the last one is the full model. By default that alone,
             uncoded.
 
@@ -87,20 +80,13 @@ class GlobalState:
 
     def begin(self, fragment: Fragment) -> "OuterStep":
         """Begin to compute an outer step. There is memory for one: an unfinished one is given up."""
-        if not self._spare:
-            self._spare = {
-                name: torch.empty_like(own, pin_memory=own.is_pinned()) for name, own in self._tensors.items()
-            }
+        self._spare = self._spare or {name: _like(own) for name, own in self._tensors.items()}
         before, after = ({n: fragment.of(t) for n, t in of.items()} for of in (self._tensors, self._spare))
         self._begun = OuterStep(self.outer, fragment, before, after)
         return self._begun
 
     def commit(self, outer_step: "OuterStep", steps: int) -> None:
-        """Take a computed outer step, the last one begun. It ends a round of `steps` inner steps.
-
-        Raises:
-            ValueError: Another one has been begun, or taken, since.
-        """
+        """Take the outer step that was begun last (ValueError if not). It ends a round of `steps` inner steps."""
         with self._lock:
             if outer_step is not self._begun:
                 raise ValueError("this outer step has been given up")
@@ -109,20 +95,16 @@ class GlobalState:
                 self._tensors, self._spare = self._spare, {} if self._borrowed else self._tensors
                 self._borrowed = False
             else:
-                self._own()
+                self._keep_lent()
                 for name, own in self._tensors.items():
                     outer_step.fragment.of(own).copy_(outer_step.after[name])
             self.round, self.step = self.round + 1, self.step + steps
 
     def apply(self, mean: Tensor, steps: int, fragment: Fragment | None = None) -> None:
-        """Compute an outer step and take it.
+        """Compute and take an outer step on a fragment, by default the full model.
 
         Args:
-            mean: The fragment's committed mean pseudo-gradient, float32 (n,). Not changed.
-            fragment: By default the full model.
-
-        Raises:
-            ValueError: `mean` and the fragment differ in size.
+            mean: The fragment's committed mean pseudo-gradient, float32 (n,); ValueError for another size.
         """
         outer_step = self.begin(fragment or self.full_model)
         if len(mean) != len(outer_step.after["model"]):
@@ -136,18 +118,14 @@ class GlobalState:
             self.round, self.step = self.round + 1, self.step + steps
 
     def load(self, round: int, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a global state into this one.
-
-        Raises:
-            ValueError: It belongs to another model or outer optimizer.
-        """
+        """Copy a global state into this one; ValueError if it belongs to another model or outer optimizer."""
         if tensors.keys() != self._tensors.keys():
             raise ValueError(f"global state differs in {sorted(tensors.keys() ^ self._tensors.keys())}")
         for name, own in self._tensors.items():
             if own.shape != tensors[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(own.shape)}")
         with self._lock:
-            self._own()
+            self._keep_lent()
             for name, own in self._tensors.items():
                 own.copy_(tensors[name])
             self.round, self.step = round, step
@@ -156,20 +134,17 @@ class GlobalState:
         """Hash (xxh3, 128 bits) of the tensors' bytes: equal in all workers after every commit."""
         return hash_of(*self._tensors.values())
 
-    def _own(self) -> None:
+    def _keep_lent(self) -> None:
+        """Leave borrowed memory to the borrower, and go on with a copy."""
         if self._borrowed:
-            self._tensors = {
-                name: torch.empty_like(own, pin_memory=own.is_pinned()).copy_(own)
-                for name, own in self._tensors.items()
-            }
+            self._tensors = {name: _like(own).copy_(own) for name, own in self._tensors.items()}
             self._borrowed = False
 
 
 class OuterStep:
-    """An outer step that is computed beside the global state, chunk by chunk, as the mean arrives.
+    """An outer step on a fragment, computed beside the global state, chunk by chunk, as the mean arrives.
 
     Attributes:
-        fragment: The part of the parameters that it moves.
         after: The fragment's tensors after the step, float32 (n,).
     """
 
@@ -191,6 +166,10 @@ class OuterStep:
                 {name.removeprefix("outer."): own[now] for name, own in of.items()} for of in (self._before, self.after)
             )
             self._outer.step(mean[first : first + SLICE], before, after)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, pin_memory=tensor.is_pinned())
 
 
 def hash_of(*tensors: Tensor) -> str:

@@ -1,6 +1,7 @@
-"""torch.compile, with a fallback."""
+"""torch.compile, with a fallback; and passes of a model that leave no trace."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,33 +24,38 @@ def check_backend(config: TrainingConfig) -> None:
 
 def compile_model(
     config: TrainingConfig, task: Task, model: nn.Module, batch: Mapping[str, Tensor], warn: Callable[[str], None]
-) -> bool:
-    """Compile the model in place, and try it on one batch. The trial leaves no trace.
+) -> None:
+    """Compile the model in place, and try it on one batch.
 
-    Args:
-        batch: For the trial.
-        warn: Called with the reason if compilation fails; the model is then as before.
-
-    Returns:
-        Whether the model is compiled.
+    If compilation fails, `warn` is called with the reason, and the model stays as it was.
     """
     modules = task.modules_to_compile(model)
-    device = next(model.parameters()).device
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for module in modules:
         module.compile(backend=config.compile_backend, mode=config.compile_mode)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with autocast(device):
-                loss = task.loss(model, batch)
-            loss.backward()
+        with trial_passes(task, model, batch) as trial:
+            trial()
     except Exception as error:  # a backend may raise anything
         for module in modules:
-            module._compiled_call_impl = None  # as `compile` set it
+            module._compiled_call_impl = None  # as before `compile`
         reason = f"{type(error).__name__}: {one_line(error)}"
         warn(f"the model is not compiled (compile_backend = {config.compile_backend}): {reason}")
-        return False
+
+
+@contextmanager
+def trial_passes(task: Task, model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[Callable[[], None]]:
+    """A function that runs the batch forward and backward; buffers, gradients and random numbers are restored."""
+    device = next(model.parameters()).device
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def trial() -> None:
+        with autocast(device):
+            loss = task.loss(model, batch)
+        loss.backward()
+
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield trial
     finally:
         model.zero_grad(set_to_none=True)
         restore(model, buffers)
-    return True

@@ -1,9 +1,8 @@
 """The baseline, `optim_method=ddp`: torch's own DistributedDataParallel, in the world that torchrun has formed.
 
-All ranks take every inner step together, on gradients averaged over all of them, so that their parameters stay equal.
-A round is only the unit of reports and checkpoints: its outer step replaces the global parameters by the local ones.
-When a rank dies, torchrun (with the rendezvous `trainer.launch.etcd3_rendezvous`) restarts all of them, and the newest
-checkpoint that any of them has is where they go on.
+All ranks take every inner step together, on averaged gradients, so that their parameters stay equal. A round is only
+the unit of reports and checkpoints: its outer step replaces the global parameters by the local ones. When a rank dies,
+torchrun (with the rendezvous `trainer.launch.etcd3_rendezvous`) restarts all ranks from the newest checkpoint of any.
 """
 
 import logging
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
@@ -41,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class PeerLeft(TrainingError):
-    """Another rank was told to leave: this one is healthy, and starts again with it."""
+    """Another rank has to leave: this one is healthy, and starts again with it."""
 
 
 class Loss(nn.Module):
@@ -56,7 +54,7 @@ class Loss(nn.Module):
 
 
 class World(LocalQuorum):
-    """All ranks of torchrun's world. To the inner loop it is a quorum (compare `trainer.elastic.member`)."""
+    """All ranks of torchrun's world, as a quorum with the interface of `trainer.elastic.member.ElasticQuorum`."""
 
     shortage = False  # without all of them, there is no world
 
@@ -75,14 +73,9 @@ class World(LocalQuorum):
         self._cuda = config.device.startswith("cuda")
 
     def connect(self, directory: Path, found: Checkpoint | None) -> Checkpoint | None:
-        """Join torchrun's world, and agree on the checkpoint to go on from.
+        """Join torchrun's world, and return the newest checkpoint of any rank: ranks that lack it receive its files.
 
-        Args:
-            directory: Where this rank keeps its checkpoints.
-            found: The newest one that it has.
-
-        Returns:
-            The newest one that any rank has: ranks that lack it receive its files.
+        `found` is the newest one in this rank's `directory`.
 
         Raises:
             TrainingError: This rank does not fit the run; the run has its verdict already; a rank is gone.
@@ -92,10 +85,10 @@ class World(LocalQuorum):
             raise TrainingError(str(result))
         agree(self._client, f"worker {self.worker}", self._fingerprint)
 
-        # gloo for what is on the host; torch chooses by the tensor's device.
         if self._config.network_interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", self._config.network_interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", self._config.network_interface)
+        # torch chooses between the two backends by a tensor's device.
         with self.lost_ranks(), WireMeter.watching() as self._meter:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self._cuda else "gloo",
@@ -107,12 +100,8 @@ class World(LocalQuorum):
         with self.lost_ranks():
             return self._newest(directory, found)
 
-    def data_parallel(self, loss: nn.Module) -> DistributedDataParallel:
-        """The loss, whose gradients are averaged over all ranks."""
-        return DistributedDataParallel(loss, broadcast_buffers=False)
-
     def mean_loss(self, loss: Tensor) -> Tensor:
-        """The mean of all ranks' losses, so that all of them skip an inner step, or none; and whether one is to end."""
+        """The mean over all ranks: they skip the same inner steps. They also learn whether a rank has to end."""
         stopping = torch.full_like(loss, float(self._stopping.is_set()))
         both = torch.stack([loss / self.world_size, stopping])
         dist.all_reduce(both)
@@ -120,18 +109,13 @@ class World(LocalQuorum):
         return both[0]
 
     def check_stopping(self) -> None:
-        """Called between two inner steps: all ranks end after the same step.
-
-        Raises:
-            Interrupted: This process is to end.
-            PeerLeft: Another rank is to end.
-        """
+        """Between two inner steps, raise Interrupted if this process has to end, and PeerLeft if another rank does."""
         if self._leaving:
-            raise Interrupted if self._stopping.is_set() else PeerLeft("another worker was told to leave")
+            raise Interrupted if self._stopping.is_set() else PeerLeft("another worker was asked to leave")
 
     @contextmanager
     def lost_ranks(self) -> Iterator[None]:
-        """Turn a broken connection into a TrainingError."""
+        """Turn broken connections into TrainingErrors."""
         try:
             yield
         except RuntimeError as error:
@@ -139,35 +123,20 @@ class World(LocalQuorum):
                 raise
             raise TrainingError(f"the connection to another worker broke: {one_line(error)}") from None
 
-    # What DiLoCo calls (trainer.diloco.Quorum)
-
     def synchronise(
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
     ) -> Commit:
-        """End a round: the parameters of this rank are those of all ranks already."""
+        """End a round: all ranks have the same parameters already."""
         commit = super().synchronise(pseudo_gradient, weight * self.world_size, report, fragment, on_chunk)
         (_, end), (sent, received) = self._assignment().ranges[0], self._bytes()
         self.base = State(self.base.round + 1, self.base.step + self._length(), Cursor(end))
-        return replace(
-            commit,
-            round=self.base.round,
-            members=self.members,
-            bytes_sent=sent,
-            bytes_received=received,
-            assignment=self._assignment(),
-        )
-
-    # What the worker calls (compare `trainer.elastic.member.ElasticQuorum`)
+        commit = replace(commit, round=self.base.round, members=self.members, assignment=self._assignment())
+        return replace(commit, bytes_sent=sent, bytes_received=received)
 
     def join(self, state: GlobalState, cursor: Cursor, term: int = 0, report: RoundReport | None = None) -> CatchUp:
-        """Begin: rank 0's global state is that of all ranks.
-
-        The ranks hold the same checkpoint (`connect`), or none: then CPUs of other kinds may initialise the model with
-        other last bits.
-        """
-        tensors = state.tensors
+        """Begin from rank 0's global state: without a checkpoint, different CPUs may initialise different last bits."""
         with self.lost_ranks():
-            for flat in tensors.values():
+            for flat in state.tensors.values():
                 dist.broadcast(flat, 0)
         self.base = State(state.round, state.step, cursor)
         self._bytes()
@@ -177,9 +146,8 @@ class World(LocalQuorum):
         return self._assignment()
 
     def reconcile(self, state: GlobalState) -> None:
-        """At the end of the run, a rank whose state differs from the others' must not go unnoticed."""
-        own = torch.frombuffer(bytearray.fromhex(state.hash()), dtype=torch.uint8)
-        if any(not torch.equal(own, other) for other in self._gathered(own)):
+        """Warn at the end of the run if the ranks' states differ."""
+        if len(set(self._gathered(int(state.hash()[:15], 16)))) > 1:
             log.warning("the workers' final states differ", extra={"event": True})
 
     def wait_for_others(self) -> None:
@@ -192,14 +160,9 @@ class World(LocalQuorum):
         assert self._client is not None
         finish(self._client, status, reason)
 
-    def durable(self, round: int) -> None:
-        pass
-
-    def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        pass
-
-    def fetch_moments(self) -> None:
-        pass
+    def durable(self, round: int) -> None: ...
+    def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
+    def fetch_moments(self) -> None: ...
 
     def leave(self, rest: Assignment | None) -> None:
         """Close all connections."""
@@ -220,32 +183,28 @@ class World(LocalQuorum):
 
     def _newest(self, directory: Path, found: Checkpoint | None) -> Checkpoint | None:
         own = (found.round, found.step) if found else (-1, -1)
-        held = [(int(one[0]), int(one[1])) for one in self._gathered(torch.tensor(own))]
+        held = list(zip(*map(self._gathered, own), strict=True))
         newest = max(held)
-        if all(one == newest for one in held):
+        if set(held) == {newest}:
             return found
 
-        # A rank that has it sends its files; the others take part, and keep them if they lack it.
-        lacks, path = own != newest, directory / checkpoint.name_of(*newest)
+        # One rank that has it sends its files; the others take part, and keep them if they lack it.
+        lacks, source, path = own != newest, held.index(newest), directory / checkpoint.name_of(*newest)
         with whole_directory(path) if lacks or found is None else nullcontext(found.path) as folder:
             for name in checkpoint.FILES:
-                self._broadcast(folder / name, held.index(newest), keep=lacks)
+                content = np.fromfile(folder / name, np.uint8) if self.rank == source else np.empty(0, np.uint8)
+                content.resize(max(self._gathered(len(content))), refcheck=False)
+                dist.broadcast(torch.from_numpy(content), source)
+                if lacks:
+                    content.tofile(folder / name)
         return checkpoint.read(path) if lacks else found
 
-    def _broadcast(self, file: Path, source: int, keep: bool) -> None:
-        is_source = self.rank == source
-        size = torch.tensor([file.stat().st_size if is_source else 0])
-        dist.broadcast(size, source)
-        content = np.fromfile(file, np.uint8) if is_source else np.empty(int(size), np.uint8)
-        dist.broadcast(torch.from_numpy(content), source)
-        if keep:
-            content.tofile(file)
-
-    def _gathered(self, own: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(own) for _ in self.members]
+    def _gathered(self, own: int) -> list[int]:
+        """Every rank's number, by rank. Objects would be pickled, which trusts the network."""
+        found = list(torch.empty(self.world_size, 1, dtype=torch.int64))
         with self.lost_ranks():
-            dist.all_gather(found, own)
-        return found
+            dist.all_gather(found, torch.tensor([own]))
+        return [int(number) for number in found]
 
     def _bytes(self) -> tuple[int | None, int | None]:
         """Bytes sent and received since the last call; None for what nccl moves."""

@@ -35,9 +35,9 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
 
 
 def learning_rate(step: float, config: TrainingConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`; `step` counts from 0.
+    """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`.
 
-    `step` is the position in the schedule, not a worker's own count: the same for all workers.
+    `step` is the position in the schedule, from 0: the same for all workers, not a worker's own count.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -47,7 +47,7 @@ def learning_rate(step: float, config: TrainingConfig) -> float:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable matrices except embeddings and the output layer: the parameters that Muon is meant for."""
+    """The parameters that Muon is meant for: trainable matrices except embeddings and the output layer."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     outer |= {id(output.weight)} if output is not None else set()
@@ -63,7 +63,6 @@ class MuonWithAdamW(Optimizer):
     Args:
         hidden: The matrices for Muon.
         parameters: All parameters, including `hidden`.
-        lr: The learning rate of both optimizers.
     """
 
     def __init__(self, hidden: list[nn.Parameter], parameters: list[nn.Parameter], lr: float) -> None:
@@ -71,9 +70,8 @@ class MuonWithAdamW(Optimizer):
         rest = [parameter for parameter in parameters if id(parameter) not in chosen]
         self._parts: list[Optimizer] = []
         if hidden:
-            self._parts.append(
-                torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-            )
+            muon = torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+            self._parts.append(muon)
         if rest:
             self._parts.append(AdamW(_groups(rest), lr=lr, betas=BETAS, fused=True))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
@@ -98,8 +96,7 @@ class MuonWithAdamW(Optimizer):
 
 
 def _groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = ((matrices, WEIGHT_DECAY), (others, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]

@@ -20,7 +20,7 @@ from trainer.config import TrainingConfig
 from trainer.errors import TrainingError, one_line
 from trainer.files import read_json, write_json
 from trainer.tasks import Task
-from trainer.tasks.scoring import autocast, restore
+from trainer.worker.compilation import trial_passes
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,7 @@ Batch = Callable[[int], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Profile:
-    """The best batch size of a device.
-
-    Attributes:
-        batch_size: Samples in a forward pass.
-        speed: Samples a second, of forward and backward passes.
-    """
+    """The best batch size of a device, in samples, and its speed in samples a second, forward and backward."""
 
     batch_size: int
     speed: float
@@ -58,7 +53,7 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
     memory, extrapolated from smaller ones, is not tried; the search ends at a size that runs out of memory.
 
     Args:
-        batch: Returns that many real training samples, on the model's device.
+        batch: Returns training samples, on the model's device.
         cache: File on the worker's volume that keeps the result: it is measured once for each model, dataset, device
             and set of versions.
         data: The dataset's hash.
@@ -68,8 +63,13 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
     """
     device = next(model.parameters()).device
     of = _conditions(config, device, data)
-    if known := _read(cache, of):
-        return known
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        kept = read_json(cache)
+        known = Profile(**kept.pop("profile"))
+        if kept == of:
+            return known
+
+    # Try one size after the other
     logger.info("profiling %s: per-device batch sizes %s", of["device"], ", ".join(map(str, sizes(config))))
     best: Profile | None = None
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -91,7 +91,8 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
             logger.info("%d samples do not fit: %s", size, one_line(error))
             break
         finally:
-            _release_memory(device)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         logger.info("%d samples: %.1f a second", size, speed)
         if best and speed < best.speed * (1 + GAIN):
             break
@@ -111,30 +112,21 @@ def sizes(config: TrainingConfig) -> list[int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has an exception for CUDA; its libraries and CPUs only have messages."""
+    """Whether memory ran out: torch has an exception for CUDA; libraries and CPUs have messages only."""
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _measure(task: Task, model: nn.Module, batch: dict[str, Tensor], size: int) -> tuple[float, float]:
     """Samples per second, and the peak memory of the passes in bytes."""
-    device = next(model.parameters()).device
-    cuda = device.type == "cuda"
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    seconds = []
-    try:
-        with _peak(device) as taken, torch.random.fork_rng([device] if cuda else []):
-            for _ in range(1 + TIMED):
-                started = time.perf_counter()
-                with autocast(device):
-                    loss = task.loss(model, batch)
-                loss.backward()
-                if cuda:
-                    torch.cuda.synchronize(device)
-                seconds.append(time.perf_counter() - started)
-    finally:
-        model.zero_grad(set_to_none=True)
-        restore(model, buffers)
+    device, seconds = next(model.parameters()).device, []
+    with _peak(device) as taken, trial_passes(task, model, batch) as trial:
+        for _ in range(1 + TIMED):
+            started = time.perf_counter()
+            trial()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
     return size / statistics.median(seconds[1:]), taken()
 
 
@@ -167,31 +159,16 @@ def _free(device: torch.device) -> float:
     return free
 
 
-def _release_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _conditions(config: TrainingConfig, device: torch.device, data: str) -> dict[str, Any]:
+    """What a profile depends on."""
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"{platform.processor() or platform.machine()}"
     return {
         "model": config.model,
         "dataset": data,
         "sizes": sizes(config),
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "cores": 0 if cuda else torch.get_num_threads(),
         "memory": torch.cuda.get_device_properties(device).total_memory if cuda else 0,
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
     }
-
-
-def _read(cache: Path, of: dict[str, Any]) -> Profile | None:
-    """The profile in the file, if it was measured under the same conditions."""
-    try:
-        found = read_json(cache)
-        kept = Profile(**found.pop("profile"))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return None
-    return kept if found == of else None

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,55 +10,36 @@ from torch.optim import Optimizer
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, OtherFormat
-from trainer.config import TrainingConfig
 from trainer.diloco import RoundReport
 from trainer.errors import ConfigError
 from trainer.protocol.records import Cursor, decode
 from trainer.tasks import scoring
+from trainer.worker.progress import Progress
 from trainer.worker.setup import Parts
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """How a worker goes on.
+def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
+    """Become a member of the run, and bring the worker to where the run is.
 
-    Attributes:
-        skipped: Inner steps that it has skipped so far, and in a row.
-        ramp: Inner steps over which its learning rate rises, while its moments build up.
-        moments_from_donor: Whether it has another member's moments.
-    """
+    `progress` receives the counters of the checkpoint; `warn` is called for each corrupt one.
 
-    skipped: tuple[int, int] = (0, 0)
-    ramp: int = 1
-    moments_from_donor: bool = False
-
-
-def find_checkpoint(config: TrainingConfig, directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint of this run on the worker's volume; else the one that `resume` names, if any.
+    Returns:
+        Whether the worker has taken over another member's moments.
 
     Raises:
-        ConfigError: It was written by another version of this program.
+        ConfigError: The checkpoint was written by another version of this program.
+        TrainingError: The run does not take this worker, or does not begin.
+        Interrupted: The process has to end.
     """
+    config, quorum, diloco, directory = parts.config, parts.quorum, parts.diloco, parts.volume.checkpoints
+
+    # Find this run's newest intact checkpoint on the worker's volume; else the one that `resume` names
     try:
         found = checkpoint.newest(directory, warn)
     except OtherFormat as error:
         raise ConfigError("run_id", config.run_id, str(error)) from None
     if found is None and config.resume not in ("auto", "never"):
         found = checkpoint.read(Path(config.resume))
-    return found
-
-
-def join(parts: Parts, found: Checkpoint | None) -> Resumed:
-    """Become a member of the run, and bring the worker to where the run is.
-
-    Args:
-        found: The checkpoint that the worker brings along.
-
-    Raises:
-        TrainingError: The run does not take this worker, or does not begin.
-        Interrupted: The process is to end.
-    """
-    quorum, diloco, directory = parts.quorum, parts.diloco, parts.volume.checkpoints
     if parts.world is not None:
         found = parts.world.connect(directory, found)
     is_own = found is not None and found.state["worker"] == quorum.worker
@@ -80,50 +60,44 @@ def join(parts: Parts, found: Checkpoint | None) -> Resumed:
     diloco.accept(caught_up.assignment)
     parts.samples.accept(caught_up.assignment, quorum.term)
 
-    # Restore the worker's own state, or take another member's moments.
+    # Restore the worker's own state, or take over another member's moments, or build them up anew.
     if found is not None and (is_own or parts.world is not None):
-        return _restore(parts, found, is_own)
-    if diloco.round == 0:
-        return Resumed()
-    if parts.config.joiner_moments == "donor" and (moments := quorum.fetch_moments()):
-        parts.optimizer.load_state_dict(_with_moments(parts.optimizer, moments))
-        return Resumed(moments_from_donor=True)
-    return Resumed(ramp=parts.config.local_steps)
+        progress.skipped, progress.skipped_in_a_row = found.state["skipped"]
+        _restore(parts, found, is_own)
+    elif diloco.round > 0:
+        if config.joiner_moments == "donor" and (moments := quorum.fetch_moments()):
+            parts.optimizer.load_state_dict(_with_moments(parts.optimizer, moments))
+            return True
+        progress.ramp = config.local_steps
+    return False
 
 
-def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> Resumed:
-    """Restore the inner optimizer, and, if the checkpoint belongs to the open round, the progress towards that."""
+def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
+    """Restore the inner optimizer and, if the checkpoint belongs to the open round, the progress towards that."""
     state, saved = found.worker(), found.state
     scoring.restore(parts.model, state["buffers"])
     if is_own:
         checkpoint.restore_random_state(state["random"])
-
     assignment, ranges = parts.diloco.assignment, tuple((start, stop) for start, stop in saved["assignment"])
     if found.round == parts.diloco.round and assignment is not None and assignment.ranges == ranges:
         parts.diloco.load_worker_state(state["diloco"])
         parts.samples.resume(assignment, saved["used"])
     else:  # the samples of the open round were assigned anew: its steps are made again
         parts.optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
-    total, in_a_row = saved["skipped"]
-    return Resumed((total, in_a_row))
 
 
 class Moments(Mapping[str, Tensor]):
-    """The inner optimizer's state by name, flat, for a joiner. A tensor is copied to the host when it is asked for.
+    """The inner optimizer's state by name, flat, for a joiner. A tensor is copied to the host when it is read.
 
-    The state may change while it is sent. That does no harm: the moments of a few steps later are as good.
+    The state may change while it is sent, which does no harm: the moments of a few steps later are as good.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
 
     def __iter__(self) -> Iterator[str]:
-        return (
-            f"{index}.{key}"
-            for index, values in self._optimizer.state_dict()["state"].items()
-            for key, value in values.items()
-            if isinstance(value, Tensor)
-        )
+        state = self._optimizer.state_dict()["state"]
+        return (f"{i}.{key}" for i, values in state.items() for key in values if isinstance(values[key], Tensor))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

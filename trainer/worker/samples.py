@@ -18,13 +18,11 @@ class Samples:
     """The samples that a worker is assigned, batch by batch, with the ledger of those that it has consumed.
 
     Args:
-        dataset: Its training split is read.
-        seed: Of the order in which all workers go through the samples.
-        batch_size: Samples that this worker consumes in an inner step.
-        per_device: Samples in a batch; it divides `batch_size`.
+        seed: Of the order in which all workers go through the training split.
+        batch_size: This worker's samples in an inner step; a multiple of `per_device`, the samples in a batch.
         device: A GPU gets its batches from pinned memory.
-        rank, world_size: In data parallelism, an inner step takes `world_size` times `batch_size` samples of the
-            assignment, the same one in all ranks, and this rank trains on its part of them.
+        rank, world_size: In data parallelism, all ranks have the same assignment: an inner step takes `world_size`
+            times `batch_size` samples of it, and this rank trains on its part.
     """
 
     def __init__(
@@ -65,7 +63,7 @@ class Samples:
         return [(int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks)]
 
     def accept(self, assignment: Assignment | None, term: int) -> None:
-        """Go on with the assignment that the quorum has made last; one of another term is void."""
+        """Go on with the quorum's last assignment; one of another term is void."""
         before = self.ledger.assignment
         if assignment is not None:
             self.ledger.accept(assignment)
@@ -75,12 +73,12 @@ class Samples:
             self.close()
 
     def resume(self, assignment: Assignment, used: int) -> None:
-        """Go on inside an assignment, as a checkpoint has it."""
+        """Go on inside an assignment of a checkpoint."""
         self.ledger = SampleLedger(assignment, used)
         self.close()
 
     def close(self) -> None:
-        """End the reading ahead."""
+        """Stop reading ahead."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -95,16 +93,10 @@ class Samples:
 
 
 class Speed:
-    """Samples per second of this worker's inner steps, as a moving average over rounds.
-
-    Args:
-        samples: Samples in an inner step.
-        known: The speed by an earlier measurement; 0: not known yet.
-    """
+    """Samples per second of this worker's inner steps, as a moving average over rounds; it begins at `known`, or 0."""
 
     def __init__(self, samples: int, known: float) -> None:
-        self.value = known
-        self._samples = samples
+        self.value, self._samples = known, samples
         self._steps, self._seconds = -1, 0.0  # the first step is slow, and does not count
         self._measured = False
 

@@ -2,8 +2,6 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpointer
@@ -13,55 +11,35 @@ from trainer.worker.setup import Parts, versions
 
 
 class Saving:
-    """Saves a worker's checkpoints. A context manager that ends the checkpointer's thread."""
+    """Saves a worker's checkpoints. Close it, to end its thread."""
 
     def __init__(self, parts: Parts, progress: Progress, metrics: EventLog) -> None:
         self._parts, self._progress, self._metrics = parts, progress, metrics
         self._checkpointer = Checkpointer(parts.volume.checkpoints, parts.config.keep_checkpoints, self._on_saved)
         self._last: tuple[int, float] | None = None  # round and position of the last checkpoint
-        self._last_step = 0
+        self.last_step = 0  # the schedule position that `checkpoint_interval` counts from
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._checkpointer.close()
-
-    @property
-    def due(self) -> bool:
-        """Whether the last checkpoint is `checkpoint_interval` steps ago."""
-        return self._parts.diloco.schedule.step - self._last_step >= self._parts.config.checkpoint_interval
-
-    def begin(self) -> None:
-        """Count the interval from here."""
-        self._last_step = self._parts.diloco.schedule.step
-
-    def hasten(self) -> None:
-        """Make a checkpoint due: a member that is gone may have held the newest one."""
-        self._last_step = -self._parts.config.checkpoint_interval
-
-    def save(self, *, complete: bool = False) -> None:
+    def save(self, *, complete: bool = False, wait: bool = False) -> None:
         """Save a checkpoint, on another thread, unless nothing has changed since the last one.
 
+        Args:
+            complete: It is the run's final one.
+            wait: Return when all checkpoints are durable.
+
         Raises:
-            TrainingError: An earlier checkpoint could not be written.
+            TrainingError: A checkpoint could not be written.
         """
         parts, diloco, base = self._parts, self._parts.diloco, self._parts.quorum.base
         version = diloco.round, diloco.schedule.position()
         # A worker that was interrupted while it caught up holds an older state, which is on the disk.
-        if not complete and (version == self._last or base.round != diloco.round):
-            return
-        self._last, self._last_step = version, diloco.schedule.step
-        self._checkpointer.save(
-            diloco.global_tensors(),
-            {
+        if complete or (version != self._last and base.round == diloco.round):
+            self._last, self.last_step = version, diloco.schedule.step
+            worker = {
                 "diloco": diloco.worker_state(),
                 "random": checkpoint.random_state(),
                 "buffers": dict(parts.model.named_buffers()),
-            },
-            {
+            }
+            state = {
                 "round": diloco.round,
                 "step": diloco.schedule.step,
                 "base_step": diloco.state.step,
@@ -77,13 +55,13 @@ class Saving:
                 "config": parts.config.model_dump(mode="json"),
                 "dataset": parts.dataset.manifest.hash,
                 "versions": versions(),
-            },
-            complete=complete,
-        )
+            }
+            self._checkpointer.save(diloco.global_tensors(), worker, state, complete=complete)
+        if wait:
+            self._checkpointer.wait()
 
-    def wait(self) -> None:
-        """Return when everything is durable. Raises TrainingError if it could not be written."""
-        self._checkpointer.wait()
+    def close(self) -> None:
+        self._checkpointer.close()
 
     def _on_saved(self, path: Path, seconds: float, size: int) -> None:
         round, step = checkpoint.version_of(path)

@@ -1,11 +1,10 @@
-"""What a worker is made of. Building it reads this worker's volume only: nothing is sent, and nothing listens."""
+"""The parts of a worker. Building it reads its volume only: it sends nothing, and listens to nothing."""
 
 import importlib.metadata
 import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from trainer import checkpoint, data, models
 from trainer.config import TrainingConfig
 from trainer.device import device_of
-from trainer.diloco import Codec, DiLoCo, Nesterov, Overlap, codecs, outer
+from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
 from trainer.elastic.member import ElasticQuorum
 from trainer.files import require_free_space
 from trainer.process import number_from
@@ -33,22 +32,17 @@ CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam mome
 
 @dataclass
 class Parts:
-    """The parts of a worker.
-
-    Attributes:
-        shared: The tensors that all samples of the dataset share, on the device.
-        quorum: The other workers: elastic members, or the lockstep world of the `ddp` baseline.
-    """
+    """The parts of a worker."""
 
     config: TrainingConfig
     volume: Volume
     device: torch.device
     task: Task
     dataset: data.Dataset
-    shared: dict[str, Tensor]
+    shared: dict[str, Tensor]  # by all samples of the dataset, on the device
     model: nn.Module
     optimizer: Optimizer
-    quorum: ElasticQuorum | World
+    quorum: ElasticQuorum | World  # the other workers: elastic members, or the world of the `ddp` baseline
     diloco: DiLoCo
     samples: Samples
     speed: Speed
@@ -60,17 +54,12 @@ class Parts:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable ones."""
+        """The model's trainable parameters."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str], None]) -> Parts:
-    """Build a worker.
-
-    Args:
-        config: The worker's own; its data and its model are precached.
-        stopping: Set when the process is to end.
-        warn: Called with what a person should know.
+    """Build a worker whose data and model are precached; `warn` is called with warnings for the user.
 
     Raises:
         ConfigError: This worker cannot take part with this configuration.
@@ -87,14 +76,20 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
     model = model.to(device).train()
     shared = scoring.shared_tensors(dataset.shared, device)
     optimizer = inner_optimizer(config, model, task.parameter_groups(model))
-    _require_space(config, volume, model)
+
+    # Room for the checkpoints that are still to be written
+    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(volume.checkpoints)))
+    require_free_space(volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")
 
     # The other workers, and the algorithm
     kind: type[ElasticQuorum | World] = World if config.optim_method == "ddp" else ElasticQuorum
-    quorum = kind(config, fingerprint(config, spec.name, manifest.hash), stopping)
+    # A worker that differs in one of these is refused
+    fingerprint = {"protocol": PROTOCOL, "model": spec.name, "dataset": manifest.hash}
+    quorum = kind(config, fingerprint | config.in_scope("fingerprint"), stopping)
     diloco = _diloco(config, spec.average_decay**config.round_steps, model, optimizer, quorum)
 
-    # What is only tried here must leave no trace in the random numbers, of which each worker has its own.
+    # Each worker has its own random numbers. Trials must not change them.
     checkpoint.seed_random_state(config.seed + 1 + quorum.worker)
     random = checkpoint.random_state()
 
@@ -115,22 +110,8 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
     return Parts(config, volume, device, task, dataset, shared, model, optimizer, quorum, diloco, samples, speed)
 
 
-def fingerprint(config: TrainingConfig, model: str, dataset: str) -> dict[str, Any]:
-    """What all workers of a run must have in common, by name: a worker that differs is refused."""
-    own = {"protocol": PROTOCOL, "model": model, "dataset": dataset}
-    return own | config.in_scope("fingerprint")
-
-
-def codec_of(config: TrainingConfig) -> Codec:
-    """The codec that the configuration encodes pseudo-gradients with."""
-    if config.optim_method == "demo":
-        topk = config.compression_topk
-        return codecs.make("demo", feedback=config.feedback, topk=topk, values=config.codec)
-    return codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
-
-
 def versions() -> dict[str, str]:
-    """Versions of what the run's numbers depend on."""
+    """Versions of the software that the run's numbers depend on."""
     packages = ("torch", "transformers", "datasets", "numpy", "diloco-pipelines")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
@@ -138,15 +119,18 @@ def versions() -> dict[str, str]:
 def _diloco(
     config: TrainingConfig, average_decay: float, model: nn.Module, optimizer: Optimizer, quorum: ElasticQuorum | World
 ) -> DiLoCo:
-    # With data parallelism all workers have the same parameters: those become the global ones, as they are.
-    replacing = Nesterov(1.0, 0.0)
-    world = isinstance(quorum, World)
-    chosen = replacing if world else outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
+    # With data parallelism, all workers have the same parameters: these become the global ones.
+    chosen = outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
+    chosen = Nesterov(1.0, 0.0) if isinstance(quorum, World) else chosen
+    if config.optim_method == "demo":
+        codec = codecs.make("demo", feedback=config.feedback, topk=config.compression_topk, values=config.codec)
+    else:
+        codec = codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
     return DiLoCo(
         model,
         optimizer,
         outer=outer.Averaged.of(chosen, average_decay),
-        codec=codec_of(config),
+        codec=codec,
         sync_every=config.local_steps,
         quorum=quorum,
         total_steps=config.total_steps,
@@ -154,10 +138,3 @@ def _diloco(
         fragments=config.fragments,
         overlap=Overlap(config.overlap_tau, config.overlap_alpha) if config.overlaps else None,
     )
-
-
-def _require_space(config: TrainingConfig, volume: Volume, model: nn.Module) -> None:
-    """Raise ConfigError unless the volume has room for the checkpoints that are still to be written."""
-    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(volume.checkpoints)))
-    require_free_space(volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")

@@ -6,12 +6,17 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import closing, contextmanager, nullcontext, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from trainer import data
 from trainer.config import TrainingConfig
 from trainer.diloco import Commit, RoundReport, Superseded
 from trainer.errors import Interrupted, TrainingError
@@ -19,32 +24,29 @@ from trainer.monitor.events import EventLog
 from trainer.monitor.sinks import sinks
 from trainer.process import number_from
 from trainer.tasks import scoring
+from trainer.timeouts import WorkerTimeouts
 from trainer.volume import Volume
 from trainer.worker.ddp import Loss, PeerLeft
 from trainer.worker.optimizer import learning_rate
 from trainer.worker.progress import Progress
-from trainer.worker.resume import Moments, find_checkpoint, join
+from trainer.worker.resume import Moments, join
 from trainer.worker.saving import Saving
 from trainer.worker.setup import Parts, build, versions
-from trainer.worker.validation import score
 
 CLIP_NORM = 1.0
-POLL_INTERVAL = 0.25  # seconds between two looks at the quorum while a synchronisation blocks the loop
+T = TypeVar("T")
 
 
 def train(config: TrainingConfig) -> int:
-    """Train as one worker, under a torchrun agent, until the run's final checkpoint is committed.
+    """Train as one worker, under a torchrun agent, to the end of the run, and return the exit status, 0.
 
     Args:
         config: The worker's own (see `trainer.volume.worker_configs`); the data and the model are precached.
 
-    Returns:
-        0, the exit status: the run is complete.
-
     Raises:
         ConfigError: This worker cannot take part with this configuration.
         TrainingError: The run failed, or this worker has to be started again.
-        Interrupted: The process was told to end (SIGTERM, SIGINT), and everything is saved.
+        Interrupted: The process has to end (SIGTERM, SIGINT), and everything is saved.
     """
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -56,14 +58,17 @@ def train(config: TrainingConfig) -> int:
 class Worker:
     """One worker of a run. `open` builds it; `run` is the whole story."""
 
-    def __init__(self, parts: Parts, metrics: EventLog, stopping: threading.Event) -> None:
-        self.parts, self.metrics, self._stopping = parts, metrics, stopping
+    def __init__(
+        self, parts: Parts, metrics: EventLog, stopping: threading.Event, timeouts: WorkerTimeouts = WorkerTimeouts()
+    ) -> None:
+        self.parts, self.metrics, self._stopping, self._timeouts = parts, metrics, stopping, timeouts
         self.config, self.quorum, self.world = parts.config, parts.quorum, parts.world
         self.diloco, self.samples = parts.diloco, parts.samples
         self.progress = Progress()
         self.saving = Saving(parts, self.progress, metrics)
         self.loss: nn.Module = Loss(parts.task, parts.model)
         self._shortage_saved = False
+        self._asking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ask the quorum")
 
     @classmethod
     @contextmanager
@@ -76,18 +81,14 @@ class Worker:
             metrics.sinks += sinks(config, parts.quorum.worker, parts.volume.root, metrics.warn, local_rank)
             try:
                 worker = cls(parts, metrics, stopping)
-                with worker.saving:
+                with closing(worker.saving):
                     yield worker
             finally:
                 parts.samples.close()
                 parts.quorum.leave(parts.samples.ledger.rest())
 
     def run(self) -> int:
-        """Join the run, train to its end, and return the exit status.
-
-        Raises:
-            As `train`.
-        """
+        """Join the run, train to its end, and return the exit status. Raises as `train`."""
         self._join()
         try:
             # Train, round by round
@@ -97,18 +98,16 @@ class Worker:
                 self._train_round()
 
             # The run has succeeded when the final checkpoint is durable
-            self.saving.save(complete=True)
-            self.saving.wait()
+            self.saving.save(complete=True, wait=True)
             self.quorum.wait_for_others()
             self.quorum.finish("succeeded")
         except (Interrupted, PeerLeft):
-            # Save what there is; a synchronisation that fails now counts as not started
+            # Save the progress; a synchronisation that fails now counts as not started
             if self.diloco.pending:
                 with suppress(Interrupted, TrainingError):
                     self.diloco.finish()
-            self.saving.save()
-            self.saving.wait()
-            self._write_end("stopped", "told to leave")
+            self.saving.save(wait=True)
+            self._write_end("stopped", "asked to leave")
             raise
         except Exception as error:
             self._write_end("failed", str(error) or type(error).__name__)
@@ -118,14 +117,11 @@ class Worker:
 
     def _join(self) -> None:
         """Become a member of the run, and go on where the run is."""
-        found = find_checkpoint(self.config, self.parts.volume.checkpoints, self.metrics.warn)
-        resumed = join(self.parts, found)
-        self.progress.skipped, self.progress.skipped_in_a_row = resumed.skipped
-        self.progress.ramp = resumed.ramp
+        moments_from_donor = join(self.parts, self.progress, self.metrics.warn)
         self.progress.enter(self.quorum.members, self.quorum.id)
-        self.saving.begin()
+        self.saving.last_step = self.diloco.schedule.step
         if self.world is not None:
-            self.loss = self.world.data_parallel(self.loss)
+            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False)
         self.quorum.offer("moments", Moments(self.parts.optimizer))
 
         self.metrics.write(
@@ -143,7 +139,7 @@ class Worker:
             config=self.config.model_dump(mode="json"),
             versions=versions(),
         )
-        if resumed.moments_from_donor:
+        if moments_from_donor:
             self.metrics.write("membership", change="took moments", round=self.diloco.round)
         self.metrics.write("membership", change="joined", members=self.quorum.members, round=self.diloco.round)
 
@@ -158,11 +154,16 @@ class Worker:
             elif not diloco.pending and self.quorum.superseded():
                 self._catch_up()
             elif diloco.schedule.due:
-                diloco.start(self._report())
+                # The round ends here: report what the other members have to know
+                unused, speed = self.samples.ledger.close_round(), self.parts.speed.end_round()
+                diloco.start(RoundReport(unused, speed, self.progress.for_status(diloco)))
             elif self.samples.exhausted:
                 self._take_assignment()
             else:
-                self._check_stopping()
+                if self.world is not None:
+                    self.world.check_stopping()
+                elif self._stopping.is_set():
+                    raise Interrupted
                 self._save_on_shortage()
                 with self.parts.speed.timing():
                     self._inner_step()
@@ -173,7 +174,7 @@ class Worker:
         interval = self.config.eval_interval * self.config.fragments
         if interval and (last or diloco.round % interval == 0):
             self._validate()
-        if not last and self.saving.due:
+        if not last and diloco.schedule.step - self.saving.last_step >= self.config.checkpoint_interval:
             self.saving.save()
 
     def _inner_step(self) -> None:
@@ -248,14 +249,9 @@ class Worker:
 
     # Rounds
 
-    def _report(self) -> RoundReport:
-        """End the round here, and report what the others have to know."""
-        unused, speed = self.samples.ledger.close_round(), self.parts.speed.end_round()
-        return RoundReport(unused, speed, self.progress.for_status(self.diloco))
-
     def _finish_synchronisation(self) -> Commit | None:
         """Wait for the pending synchronisation, and go on from its outer step."""
-        while not self.diloco.wait(POLL_INTERVAL):
+        while not self.diloco.wait(self._timeouts.poll):
             self._save_on_shortage()
         commit = self.diloco.finish()
         self.samples.accept(self.diloco.assignment, self.quorum.term)
@@ -269,7 +265,7 @@ class Worker:
     def _take_assignment(self) -> None:
         """Wait until this worker has samples to train on."""
         try:
-            self.diloco.accept(self.quorum.assign(after=self.samples.ledger.assignment.round_id))
+            self.diloco.accept(self._ask(self.quorum.assign, self.samples.ledger.assignment.round_id))
         except Superseded:
             self.diloco.catch_up()
         self.samples.accept(self.diloco.assignment, self.quorum.term)
@@ -277,17 +273,18 @@ class Worker:
     def _final_state_is_agreed(self) -> bool:
         """Whether this worker's final state is the one that most members hold; if not, it has caught up."""
         try:
-            self.quorum.reconcile(self.diloco.state)
+            self._ask(self.quorum.reconcile, self.diloco.state)
         except Superseded:
             self._catch_up()
             return False
         return True
 
-    def _check_stopping(self) -> None:
-        if self.world is not None:
-            self.world.check_stopping()
-        elif self._stopping.is_set():
-            raise Interrupted
+    def _ask(self, request: Callable[..., T], argument: Any) -> T:
+        """Ask the quorum on another thread: on this one, save if the answer waits for members that are missing."""
+        answer = self._asking.submit(request, argument)
+        while not wait_for([answer], self._timeouts.poll).done:
+            self._save_on_shortage()
+        return answer.result()
 
     def _save_on_shortage(self) -> None:
         """Save once when too few workers are left to go on: the run may end while it waits for others."""
@@ -297,19 +294,23 @@ class Worker:
 
     def _validate(self) -> None:
         """Score the global parameters on this worker's part of the held-out samples."""
-        started = time.perf_counter()
-        scores, samples = score(self.parts, self.progress.rank, self.progress.world_size, self._stopping)
-        if scores:
-            self.progress.held_out = scores["loss"] if math.isfinite(scores["loss"]) else None
+        parts, diloco, progress, started = self.parts, self.diloco, self.progress, time.perf_counter()
+        task, model, split = parts.task, parts.model, parts.dataset.validation
+        chosen = data.evenly(len(split), self.config.eval_samples)[progress.rank :: progress.world_size]
+        size = min(self.config.per_device_train_batch_size, self.samples.per_device)
+        sums: dict[str, Any] = {}
+        with diloco.global_parameters(), scoring.evaluating(model, parts.device, self.config.seed):
+            scoring.recompute_buffers(task, model, parts.dataset, size, parts.device)
+            with torch.inference_mode():
+                for batch in scoring.batches(split, chosen, size, parts.shared, parts.device):
+                    if self._stopping.is_set():
+                        raise Interrupted
+                    scoring.add(sums, task.score(model, batch))
+        if sums:  # not if there are more workers than samples
+            scores, place = task.metrics(sums), {"round": diloco.round, "step": diloco.schedule.step}
+            progress.held_out = scores["loss"] if math.isfinite(scores["loss"]) else None
             seconds = time.perf_counter() - started
-            self.metrics.write(
-                "eval",
-                round=self.diloco.round,
-                step=self.diloco.schedule.step,
-                samples=samples,
-                seconds=seconds,
-                **scores,
-            )
+            self.metrics.write("eval", **place, samples=len(chosen), seconds=seconds, **scores)
 
     # Events
 
@@ -325,9 +326,11 @@ class Worker:
             self.metrics.warn(f"round {round} moved nothing: no worker's pseudo-gradient was finite")
         if commit.members != progress.members:
             if set(progress.members) - set(commit.members):
-                self.saving.hasten()
+                # A member that is gone may have held the newest checkpoint: make one due
+                self.saving.last_step = -self.config.checkpoint_interval
             self.metrics.write("membership", change="quorum", members=commit.members, round=round)
-        progress.count_commit(commit, self.quorum.id)
+        progress.bytes += (commit.bytes_sent or 0) + (commit.bytes_received or 0)
+        progress.enter(commit.members, self.quorum.id)
         losses = progress.losses
         self.metrics.write(
             "round",

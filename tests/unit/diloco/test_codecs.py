@@ -26,7 +26,7 @@ def decoded(codec: Codec, blocks: Tensor) -> Tensor:
 @pytest.mark.parametrize("codec", DENSE, ids=IDS)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), exponent=st.integers(-30, 30))
-def test_no_number_is_farther_off_than_the_codec_says(codec: Codec, seed: int, exponent: int) -> None:
+def test_no_number_is_farther_off_than_the_codec_allows(codec: Codec, seed: int, exponent: int) -> None:
     blocks = blocks_of(codec, seed, 2.0**exponent)
     error = (decoded(codec, blocks) - blocks).abs()
     largest = blocks.abs().amax(1, keepdim=True)
@@ -43,7 +43,7 @@ def test_no_number_is_farther_off_than_the_codec_says(codec: Codec, seed: int, e
 
 
 def plainly(codec: Codec, blocks: Tensor) -> Tensor:
-    """What the codec's docstring says, in float64."""
+    """The formula of the codec's docstring, in float64."""
     x, magnitude = blocks.double(), blocks.double().abs()
     match codec:
         case Integer(bits=bits, levels=levels):

@@ -15,10 +15,9 @@ from torch.distributed import PrefixStore, TCPStore
 
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
-from trainer.diloco.collective import decoded, weighted_mean
+from trainer.diloco.collective import decoded, warm_up, weighted_mean
 from trainer.diloco.outer import nesterov
 from trainer.diloco.quorum import Reduced
-from trainer.diloco.warm_up import warm_up
 from trainer.elastic.mesh import form_group, gloo_device
 
 TIMEOUT = timedelta(seconds=20)
@@ -34,7 +33,7 @@ def codec_of(name: str, feedback: float = 0.0) -> Codec:
 
 @contextmanager
 def groups(size: int) -> Iterator[list[Any]]:
-    """A process group of so many, all in this process."""
+    """The members of a process group of this size, all in this process."""
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def form(rank: int) -> Any:
@@ -129,7 +128,7 @@ def test_with_feedback_nothing_is_lost(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8", "demo"])
-def test_who_is_not_finite_counts_nothing(name: str) -> None:
+def test_a_member_that_is_not_finite_counts_nothing(name: str) -> None:
     codec, values = codec_of(name, feedback=0.9 if name != "fp32" else 0.0), values_of(2)
     values[1][7] = float("inf")
     with groups(2) as members:
@@ -167,7 +166,7 @@ def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch:
 
 
 def compile_and_reduce(names: list[str]) -> list[str]:
-    """What synchronisations of codecs that have been warmed up had to compile all the same, of an unused process."""
+    """The kernels that a new process still compiles in synchronisations after a warm-up."""
     found = []
     modules = (kernels, sparse, dct, collective, nesterov)
     loops = [loop for module in modules for loop in vars(module).values()]
@@ -208,11 +207,11 @@ def test_one_collective_after_the_other_on_the_same_group(name: str, size: int) 
         return [result.mean for result in results]
 
     with groups(size) as members, ThreadPoolExecutor(size) as pool:
-        told = list(pool.map(run, range(size), members))
+        means = list(pool.map(run, range(size), members))
     for round in range(rounds):
         expected = mean_of(codec, values[round], [1.0] * size)
-        assert (told[0][round] - expected).norm() <= 1e-3 * expected.norm()
-        assert all(torch.equal(own[round], told[0][round]) for own in told)
+        assert (means[0][round] - expected).norm() <= 1e-3 * expected.norm()
+        assert all(torch.equal(own[round], means[0][round]) for own in means)
 
 
 def test_an_attempt_that_fails_leaves_nothing_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ def test_a_global_state_of_another_model_is_refused() -> None:
 
 
 class Late:
-    """A quorum that goes on without its only member when told to, with means that the test gives."""
+    """A quorum that goes on without its only member when the test asks it to, with means from the test."""
 
     def __init__(self) -> None:
         self.behind = self.refuses = False

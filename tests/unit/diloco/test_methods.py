@@ -100,7 +100,7 @@ def test_each_fragment_synchronises_in_its_turn_and_all_at_the_end() -> None:
 
 
 class Slow:
-    """A quorum of one worker, whose synchronisations last until the test lets them go."""
+    """A quorum of one worker: its synchronisations last until the test releases them."""
 
     def __init__(self) -> None:
         self.go, self.refuses, self.behind = threading.Event(), False, False
@@ -199,7 +199,7 @@ def test_a_round_that_went_on_without_it_while_it_was_on_its_way_is_carried() ->
 
 
 class Coding(Slow):
-    """What a worker alone sends is coded all the same."""
+    """A lone worker, with a coded mean."""
 
     def synchronise(
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
@@ -211,7 +211,7 @@ class Coding(Slow):
         mean = codec.restore(codec.decode(rows, torch.empty_like(blocks)), pseudo_gradient.numel())
         on_chunk(0, mean)
         reduced = Reduced(weight, ((1.0, rows),), "", pseudo_gradient - mean)
-        return Commit(len(self.sent), 1, ("coding", "nobody"), fragment, reduced, 0, 0, 0.0)
+        return Commit(len(self.sent), 1, ("coding", "other"), fragment, reduced, 0, 0, 0.0)
 
 
 def test_what_a_codec_leaves_out_is_sent_later() -> None:

@@ -110,7 +110,7 @@ def test_speed_follows_the_last_rounds_and_leaves_out_the_first_step(monkeypatch
             with speed.timing():
                 now += seconds
 
-    steps(1, 100.0)  # compiles, say
+    steps(1, 100.0)  # the first one compiles
     assert speed.end_round() == 0
     steps(4, 2.0)
     assert speed.end_round() == 4.0

@@ -110,7 +110,7 @@ class Dct(Codec):
                     height, width = min(_SIDE, part.shape[0]), min(_SIDE, part.shape[1])
                     yield (
                         tiles[down_part, :height, across_part, :width],
-                        part.unflatten(1, (-1, width)).unflatten(0, (-1, height)),
+                        torch.unflatten(torch.unflatten(part, 1, (-1, width)), 0, (-1, height)),
                     )
         shared, position = blocks[self._shared :].view(-1), 0
         for start, size in self._rest:
