@@ -59,7 +59,7 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | N
         if parameter.type is bool:
             group.add_argument(flag, nargs="?", const="true", metavar="true|false", **options)
         else:
-            metavar = "|".join(filter(None, parameter.choices)) if parameter.choices else parameter.type.__name__.upper()
+            metavar = "|".join(filter(None, parameter.choices or ())) or parameter.type.__name__.upper()
             group.add_argument(flag, metavar=metavar, **options)
 
 

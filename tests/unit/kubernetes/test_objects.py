@@ -228,7 +228,7 @@ def test_plain_torchrun_would_meet_the_same_etcd() -> None:
     assert parameters.get_as_int("nodes") == made.config.nodes
     assert theirs.prefix == ours.prefix == "/mine/mine/"
     assert theirs.endpoints == ours.endpoints[:1]
-    assert (theirs._tls, theirs._credentials) == (ours._tls, ours._credentials)
+    assert theirs._security == ours._security
     assert float(settings["timeout"]) == made.config.elastic.rdzv_timeout
     assert float(settings["lease_ttl"]) == made.config.lease_ttl
 
