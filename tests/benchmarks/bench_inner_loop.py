@@ -48,7 +48,8 @@ def main() -> None:
         config = config.with_values(etcd_endpoints=[etcd.endpoint])
         worker = resources.enter_context(Worker.open(config, threading.Event()))
         worker._join()
-        worker._take_assignment()
+        while worker.samples.exhausted:
+            worker._take_assignment()
 
         volume, dataset = Volume.of(config), worker.parts.dataset
         bare = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
