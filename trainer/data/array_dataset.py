@@ -67,6 +67,11 @@ class ArrayDataset(DatasetFamily):
         """Facts about the training samples, for a baseline or a person. Called after all have been read."""
         return {}
 
+    @cached_property
+    def left_out(self) -> Counter[str]:
+        """Numbers of samples that `samples` has left out, by reason."""
+        return Counter()
+
     def inputs(self) -> dict[str, object]:
         return {"max_samples": given(self.config.max_samples), "validation_fraction": self.config.validation_fraction}
 
@@ -94,8 +99,12 @@ class ArrayDataset(DatasetFamily):
                     self.observe(sample)
                 progress.update(1)
             counts, apart = train.close(), held_out.close()
+        left_out = ", ".join(f"{number} {why}" for why, number in self.left_out.items())
+        if left_out:
+            log(f"dataset {self.spec}: left out {left_out}")
         if not counts.samples:
-            raise ConfigError("dataset", self.spec, "has no samples to train on")
+            because = f" (left out: {left_out})" if left_out else ""
+            raise ConfigError("dataset", self.spec, f"has no samples to train on{because}")
         if not apart.samples:
             problem = f"holds out none of {counts.samples} samples: raise it, or give more samples"
             raise ConfigError("validation_fraction", config.validation_fraction, problem)

@@ -15,19 +15,30 @@ if TYPE_CHECKING:
 
 def decode(content: bytes, size: int, channels: int) -> np.ndarray:
     """A picture file's pixels: uint8 (size, size, channels). Raises ValueError if the content is not a picture."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(content)) as picture:
             return pixels(picture, size, channels)
+    except UnidentifiedImageError:
+        raise ValueError("its format is unknown") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
 
 
 def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
-    """A picture's pixels: uint8 (size, size, channels); 1 channel is grey, 3 are RGB."""
-    from PIL import Image
+    """A picture's pixels as a viewer shows it: uint8 (size, size, channels); 1 channel is grey, 3 are RGB.
 
+    It is turned as its EXIF orientation demands, transparent parts are white, and 16 bits a pixel become 8.
+    """
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        picture = _in_8_bits(picture)
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     # Resize the shorter side (bicubic, antialiased), then cut out the centre.
     picture = picture.convert("L" if channels == 1 else "RGB")
     scale = size / min(picture.size)
@@ -35,6 +46,18 @@ def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size))).reshape(size, size, channels)
+
+
+def _in_8_bits(picture: "Image") -> "Image":
+    """A grey picture with 8 bits a pixel instead of 16 (or floating-point numbers): Pillow would cut it off at 255."""
+    from PIL import Image
+
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+    brightest = values.max(initial=0.0)
+    white = 1.0 if picture.mode == "F" and brightest <= 1 else 255.0 if brightest <= 255 else 65535.0
+    if picture.mode.startswith("I;16"):
+        white = 65535.0
+    return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def augment(images: np.ndarray, positions: np.ndarray, seed: int, how: Augmentation) -> np.ndarray:

@@ -137,6 +137,8 @@ def _copied(path: Path, dataset: DatasetFamily, source: Path | None, log: Log) -
 def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
     require_free_space(path.parent, dataset.estimated_size(), "dataset_cache_dir")
     revision = dataset.revision()
+    for note in dataset.notes():
+        log(f"dataset {dataset.spec}: {note}")
     with whole_directory(path) as temporary:
         manifest = dataset.prepare(temporary, revision, log)
         # Record every file's hash; READY, written last, vouches for the manifest.

@@ -2,13 +2,14 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Collection, Iterable
+from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from trainer import models
 from trainer.config import TrainingConfig
+from trainer.data.layouts import files_below, passed_over, training_split, without_metadata
 from trainer.data.manifest import Manifest
 from trainer.errors import ConfigError
 from trainer.plugins import modules_of
@@ -53,6 +54,10 @@ class DatasetFamily(ABC):
         """The parameters, besides the source, that the precached dataset depends on."""
         return {}
 
+    def notes(self) -> list[str]:
+        """What a person should know of how the source was understood, for the log."""
+        return []
+
     @abstractmethod
     def revision(self) -> str:
         """The current revision of the source: equal on two machines if the content is."""
@@ -78,11 +83,24 @@ class PathDataset(DatasetFamily):
     def identity(self) -> str:
         return f"{self.name}:{self.root.absolute()}"
 
-    def files_below(self) -> list[Path]:
-        """Every file in the folder, in the order of the paths. Hidden files are skipped."""
-        found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
-        shown = (self.root / path for path in found if not any(part.startswith(".") for part in path.parts))
-        return sorted(shown, key=Path.as_posix)
+    @cached_property
+    def found(self) -> list[Path]:
+        """Every file in the folder that is neither hidden nor metadata, or the file itself."""
+        return [self.root] if self.root.is_file() else without_metadata(self.root, files_below(self.root))
+
+    def notes(self) -> list[str]:
+        if not self.used():
+            return []
+        _, others, folder = training_split(self.root, self.found)
+        kept = f" beside {folder.name}/" if folder != self.root else ""
+        files = "file of another split is" if len(others) == 1 else "files of another split are"
+        left = f"{len(others)} {files} left out of training{kept}" if others else ""
+        over = passed_over(self.found, {*self.used(), *others})
+        return [*filter(None, [left, over and f"passed over {over}"])]
+
+    def used(self) -> Collection[Path]:
+        """The files that are read, if they are chosen from all that are there."""
+        return ()
 
     def require_folder(self) -> None:
         if not self.argument:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -51,12 +52,15 @@ class SpeechDataset(ArrayDataset):
     def samples(self, revision: str) -> Iterator[Sample]:
         for name, content, transcript in self.clips(revision):
             if (text := spelled(transcript)) is None:
+                self.left_out["without a transcript in the letters A to Z"] += 1
                 continue
             try:
                 audio = decode(content)
             except ValueError as error:
                 raise TrainingError(f"dataset {self.spec}: {name} is not audio: {error}") from None
-            if SHORTEST <= len(audio) / RATE <= LONGEST:
+            if not SHORTEST <= len(audio) / RATE <= LONGEST:
+                self.left_out[f"shorter than {SHORTEST} s or longer than {LONGEST:.0f} s"] += 1
+            else:
                 yield {"audio": audio, "text": text}
 
     def estimated_size(self) -> int:
@@ -89,7 +93,8 @@ def decode(content: bytes) -> np.ndarray:
     try:
         samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(error.error_string.rstrip(".")) from None
+    samples = np.nan_to_num(samples, posinf=1.0, neginf=-1.0)  # files of floating-point numbers may hold anything
     return np.round(resampled(samples.mean(axis=1), rate) * 32767).clip(-32768, 32767).astype(np.int16)
 
 
@@ -102,13 +107,14 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def spelled(text: str) -> np.ndarray | None:
-    """A transcript as numbers of the vocabulary, int16 (n,); None if it is empty or contains digits.
+    """A transcript as numbers of the vocabulary, int16 (n,); None if it is empty, or has digits or other letters.
 
     It is normalised as LibriSpeech's transcripts are: capitals, single spaces, no punctuation except apostrophes.
     """
-    if re.search(r"\d", text):
+    plain = unicodedata.normalize("NFKC", text.replace("’", "'"))
+    if any(unicodedata.category(character)[0] in "LMN" for character in re.sub("[A-Za-z]", "", plain)):
         return None
-    words = re.sub(r"[^A-Z']+", " ", text.replace("’", "'").upper()).split()
+    words = re.sub(r"[^A-Z']+", " ", plain.upper()).split()
     return np.array([_NUMBERS[character] for character in "|".join(words)], dtype=np.int16) if words else None
 
 

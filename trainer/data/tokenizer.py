@@ -87,6 +87,7 @@ def load(spec: str, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
         raise ConfigError("tokenizer", spec, "is a slow tokenizer: a fast one (tokenizer.json) is needed")
     if tokenizer.eos_token_id is None:
         raise ConfigError("tokenizer", spec, "has no end-of-text token, which separates documents")
+    _forget_last_use(tokenizer)
     return tokenizer
 
 
@@ -135,6 +136,15 @@ def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """Number of UTF-8 bytes that each token represents (see `token_contents`): int64 (vocabulary_size,)."""
     return np.array([len(content) for content in token_contents(tokenizer)], dtype=np.int64)
+
+
+def _forget_last_use(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Switch off what a saved tokenizer keeps of its last use, and what would change the data."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None):  # of BPE merges, at random
+        backend.model.dropout = None
 
 
 def _from_hub(name: str) -> Any:

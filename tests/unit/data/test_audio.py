@@ -63,6 +63,10 @@ def test_no_audio_is_a_value_error() -> None:
         ("the year 1984", None),
         ("…", None),
         ("it’s", "IT'S"),
+        ("Le café est fermé, hélas", None),
+        ("Straße", None),
+        ("cafe\u0301", None),
+        ("\ufeffﬁne", "FINE"),
     ],
 )
 def test_transcripts_are_spelled_as_librispeechs(text: str, expected: str | None) -> None:
@@ -143,3 +147,50 @@ def test_a_file_that_is_no_audio_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(TrainingError, match=r"7\.wav is not audio"):
         precached(config(f"files:{folder}", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"), [("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("OGG", "VORBIS")]
+)
+def test_every_kind_of_sample_is_decoded(form: str, subtype: str) -> None:
+    buffer, wave = io.BytesIO(), np.full((22050, 2), 0.25)
+    if subtype in ("FLOAT", "DOUBLE"):
+        wave[:4] = [[np.nan, np.nan], [np.inf, np.inf], [-np.inf, -np.inf], [0.25, 0.25]]
+    soundfile.write(buffer, wave, 22050, format=form, subtype=subtype)
+    found = decode(buffer.getvalue())
+    assert len(found) == RATE
+    assert found[RATE // 2] == pytest.approx(0.25 * 32768, rel=0.05)
+
+
+def test_what_is_left_out_is_counted_and_hidden_files_are_no_data(tmp_path: Path) -> None:
+    folder = tones(tmp_path / "tones")
+    (folder / "accents.wav").write_bytes(sound(1.0))
+    (folder / "accents.txt").write_text("Le café est fermé, hélas", encoding="utf-8")
+    (folder / "long.wav").write_bytes(sound(21.0))
+    (folder / "long.txt").write_text("too long")
+    (folder / "._00.wav").write_bytes(b"of a Mac")
+    (folder / "._00.txt").write_bytes(b"of a Mac")
+    chosen, lines = config(f"files:{folder}", tmp_path), []
+    data.precache(chosen, Volume.of(chosen), lines.append)
+    (left_out,) = [line for line in lines if "left out" in line]
+    assert "1 without a transcript in the letters A to Z" in left_out
+    assert "shorter than 0.4 s or longer than 20 s" in left_out
+
+
+def test_a_transcript_in_another_encoding_is_named(tmp_path: Path) -> None:
+    folder = tones(tmp_path / "tones")
+    first = min(folder.glob("*.txt"))
+    first.write_bytes("café".encode("latin-1"))
+    chosen = config(f"files:{folder}", tmp_path)
+    with pytest.raises(ConfigError, match=f"{first.name} is not UTF-8"):
+        data.precache(chosen, Volume.of(chosen), lambda line: None)
+
+
+def test_a_file_that_is_no_audio_has_its_name_in_the_error(tmp_path: Path) -> None:
+    folder = tones(tmp_path / "tones")
+    first = min(folder.glob("*.wav"))
+    first.write_bytes(b"")
+    chosen = config(f"files:{folder}", tmp_path)
+    with pytest.raises(TrainingError) as error:
+        data.precache(chosen, Volume.of(chosen), lambda line: None)
+    assert f"{first.name} is not audio" in str(error.value) and "BytesIO" not in str(error.value)

@@ -1,14 +1,24 @@
 """Dataset families: where documents come from, and what is refused before anything starts."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import random
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from trainer import data
 from trainer.config import TrainingConfig
@@ -93,13 +103,10 @@ def test_stdlib_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One document in each kind of file, and things that are none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     (tmp_path / "b.txt").write_text("größer\r\nb", encoding="utf-8", newline="")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "a.md").write_text("# deep")
-    (tmp_path / "a.PY").write_bytes(b"latin-1 \xe9")
+    (tmp_path / "a.PY").write_bytes(b"print(1)")
     (tmp_path / "rows.jsonl").write_text('{"text": "one", "id": 1}\n{"text": null}\n{"text": "two\\nlines"}\n')
     (tmp_path / "rows.json.gz").write_bytes(gzip.compress(b'{"text": "zipped", "other": [1]}\n'))
     (tmp_path / "list.json").write_text(json.dumps([{"text": "listed"}]))
@@ -115,7 +122,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_files_of_every_kind_in_order(folder: Path) -> None:
     assert documents(f"files:{folder}") == [
-        *("latin-1 \ufffd", "größer\r\nb", "# deep", "zipped note"),
+        *("print(1)", "größer\r\nb", "# deep", "zipped note"),
         *("listed", "zipped", "one", "two\nlines"),
         *("p1", "p2"),
     ]
@@ -149,9 +156,6 @@ def test_the_revision_of_files_is_their_content(folder: Path) -> None:
 
 
 def test_files_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     assert refusal("files") == "dataset = 'files': must name a file or a folder: files:<path>"
     assert refusal("files:/no/such") == "dataset = 'files:/no/such': no such file or folder"
     assert "holds no text; looked for .txt" in refusal(f"files:{tmp_path}")
@@ -165,24 +169,24 @@ def test_files_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "a.txt").write_text("a")
         assert "a.txt is not readable" in refusal(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").write_text('{"content": "x", "id": 1}\n')
-    assert "a.jsonl has no column `text`; it has content, id" in refusal(f"files:{tmp_path}")
+    assert "a.jsonl has no column `text` in line 1; it has content, id" in refusal(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    assert "a.parquet is not a Parquet file" in refusal(f"files:{tmp_path}")
+    assert "a.parquet is not a complete Parquet file" in refusal(f"files:{tmp_path}")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     assert "a.parquet has no column `text`; it has body" in refusal(f"files:{tmp_path}")
 
 
 def test_rows_without_text_and_torn_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n')
-    with pytest.raises(ConfigError, match=r"a.jsonl has a row without text in `text`"):
+    with pytest.raises(ConfigError, match=r"a.jsonl has no text in the column `text` of line 1, but a int"):
         documents(f"files:{tmp_path}")
     (tmp_path / "a.jsonl").unlink()
     for name, content, message in (
-        ("a.txt.gz", gzip.compress(b"text" * 1000)[:-20], "is not a complete gzip file: Compressed file ended"),
-        ("a.txt.gz", b"no gzip", "is not a complete gzip file: Not a gzipped file"),
-        ("a.txt", b"GIF89\0", "is not UTF-8 text: it has bytes of value 0"),
-        ("a.jsonl", b'{"text": "x"\n', "line 1: is not JSON: "),
+        ("a.txt.gz", gzip.compress(b"text" * 1000)[:-20], "is not a complete .gz file: Compressed file ended"),
+        ("a.txt.gz", b"no gzip", "is not a complete .gz file: Not a gzipped file"),
+        ("a.txt", b"GIF89\0", "is not text: it has bytes of value 0"),
+        ("a.jsonl", b'{"text": "x"\n', "line 1 is not JSON: "),
     ):
         (tmp_path / name).write_bytes(content)
         assert f"{tmp_path / name}" in (said := refusal(f"files:{tmp_path / name}")) and message in said
@@ -191,9 +195,9 @@ def test_rows_without_text_and_torn_files_are_named(tmp_path: Path) -> None:
         (
             "b.txt.gz",
             gzip.compress(random.Random(1).randbytes(20_000).hex().encode())[:-20],
-            "cannot be read as compressed text: ",
+            "is not a complete .gz file: ",
         ),
-        ("b.jsonl", b'{"text": "x"}\n{"text": \n', "cannot be read as JSON lines: "),
+        ("b.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not JSON: "),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=f"{name} {message}"):
@@ -289,3 +293,140 @@ def test_c4s_bound_is_asked_for_where_its_data_is_not(tmp_path: Path) -> None:
         data.resolve(config("c4")).check_parameters()
     data.resolve(config("c4", max_samples=1)).check_parameters()
     data.resolve(config(f"c4:{tmp_path / 'only-there'}")).check_parameters()
+
+
+def written(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+@given(name=st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
+@example("v[1]")
+@example("*?")
+@example("a::b")
+@example("100% #1")
+@example("-x")
+@settings(max_examples=30, deadline=None)
+def test_a_path_is_a_path_whatever_its_letters(name: str) -> None:
+    """Libraries take some for a pattern or a URL, and then read the data of a neighbour."""
+    if name in (".", "..") or name.startswith(".") or len(name.encode()) > 200:
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, name)
+        for ending, content in (("jsonl", b'{"text": "own"}\n'), ("csv", b"text\nown\n"), ("txt", b"own")):
+            written(folder / f"{name[:40]}.{ending}", content)
+        written(Path(temporary, "v1", "other.jsonl"), b'{"text": "another\'s"}\n')
+        assert documents(f"files:{folder}") == ["own", "own", "own"]
+
+
+ROW = b'{"text": "na\xc3\xafve"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl.gz", gzip.compress(ROW), ["naïve"]),
+        ("a.jsonl.bz2", bz2.compress(ROW), ["naïve"]),
+        ("a.jsonl.xz", lzma.compress(ROW), ["naïve"]),
+        ("a.jsonl.zst", pa.compress(ROW, "zstd", asbytes=True), ["naïve"]),
+        ("A.JSONL", ROW, ["naïve"]),
+        ("a.jsonl", b"\xef\xbb\xbf" + ROW + b"\r\n\n" + ROW, ["naïve", "naïve"]),
+        ("a.json", b'[{"text": "one"},\n {"text": "two"}]', ["one", "two"]),
+        ("a.json", b'{\n "text": "one"\n}', ["one"]),
+        ("a.jsonl", b'{"text": "one", "score": NaN}\n', ["one"]),
+        ("a.csv", b'id,text\r\n1,"two\r\nlines, ""quoted"""\r\n', ['two\r\nlines, "quoted"']),
+        ("a.csv", b"\xef\xbb\xbftext\nmarked\n", ["marked"]),
+        ("a.tsv", b"id\ttext\n1\tone, two\n", ["one, two"]),
+        ("a.txt", b"\xef\xbb\xbfmarked\r\n", ["marked\r\n"]),
+        ("a.txt", "größer".encode("utf-16"), ["größer"]),
+    ],
+)
+def test_text_in_every_form(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
+    written(tmp_path / name, content)
+    assert documents(f"files:{tmp_path}") == expected
+
+
+@given(text=st.text(st.characters(min_codepoint=128, max_codepoint=255), min_size=1, max_size=30))
+@settings(max_examples=30, deadline=None)
+def test_other_encodings_are_refused_by_name_and_never_trained_on(text: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        content = f"{text} and some more".encode("latin-1")
+        written(Path(temporary, "a.txt"), content)
+        try:
+            read = documents(f"files:{temporary}")
+        except ConfigError as error:
+            assert "a.txt is not UTF-8" in str(error)
+        else:
+            assert "".join(read).encode() == content  # it happens to be UTF-8, too
+
+
+def test_empty_files_are_passed_over(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "b.txt.gz", "c.csv.gz"):
+        written(tmp_path / name, gzip.compress(b""))
+    for name in ("a.jsonl", "b.csv", "c.parquet", "d.txt"):
+        written(tmp_path / name, b"")
+    written(tmp_path / "e.txt", b"text")
+    assert documents(f"files:{tmp_path}") == ["text"]
+
+
+def notes(dataset: str, **changes: Any) -> list[str]:
+    return resolve(config(dataset, **changes)).notes()
+
+
+def test_a_clone_of_a_hub_dataset_is_its_training_split_without_its_card(tmp_path: Path) -> None:
+    for name in ("README.md", "dataset_infos.json", ".gitattributes", "LICENSE"):
+        written(tmp_path / name, b'{"text": "about the data"}')
+    for split in ("train", "validation", "test"):
+        rows = pa.table({"text": [f"of {split}"]})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(rows, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    assert documents(f"files:{tmp_path}") == ["of train"]
+    assert notes(f"files:{tmp_path}") == ["2 files of another split are left out of training"]
+
+
+def test_a_readme_beside_plain_text_is_text(tmp_path: Path) -> None:
+    written(tmp_path / "README.md", b"# Title")
+    written(tmp_path / "test_notes.txt", b"notes")
+    written(tmp_path / "train.txt", b"trains")
+    assert documents(f"files:{tmp_path}") == ["# Title", "notes", "trains"]
+
+
+def test_what_datasets_saves_to_disk_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
+    rows.save_to_disk(tmp_path / "single")
+    assert documents(f"files:{tmp_path / 'single'}") == ["one", "two"]
+    DatasetDict({"train": rows, "test": Dataset.from_dict({"text": ["three"]})}).save_to_disk(tmp_path / "both")
+    assert documents(f"files:{tmp_path / 'both'}") == ["one", "two"]
+    assert notes(f"files:{tmp_path / 'both'}") == ["1 file of another split is left out of training beside train/"]
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
+    for name in ("a.docx", "b.docx", "c.bin", "d.txt"):
+        written(tmp_path / "in" / name, b"text")
+    assert notes(f"files:{tmp_path / 'in'}") == ["passed over 3 files: .docx 2, .bin 1"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    written(tmp_path / "elsewhere" / "a.txt", b"linked")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path)
+    (tmp_path / "in" / "broken.txt").symlink_to(tmp_path / "nowhere")
+    assert documents(f"files:{tmp_path / 'in'}") == ["linked"]
+
+
+def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", ROW)
+    pq.write_table(pa.table({"text": ["table"]}), tmp_path / "b.parquet")
+    program = (
+        "import sys; from trainer.config import TrainingConfig; from trainer.data import resolve;"
+        "dataset = resolve(TrainingConfig.from_flat({'dataset': 'files:' + sys.argv[1], 'tokenizer': 'bytes'}));"
+        "dataset.check(); print(list(dataset.documents('')))"
+    )
+    environment = {**os.environ, "HF_HOME": "/proc/nowhere", "HOME": "/proc/nowhere"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "['naïve', 'table']\n"

@@ -101,7 +101,7 @@ def test_decoding_keeps_the_middle_of_the_shorter_side() -> None:
     assert found.shape == (10, 10, 3)
     assert (found[:, 2:8] == (0, 0, 255)).all()
     assert decode(picture((10, 10, 10)), 8, 1).shape == (8, 8, 1)
-    with pytest.raises(ValueError, match="cannot identify"):
+    with pytest.raises(ValueError, match="its format is unknown"):
         decode(b"no picture", 8, 3)
 
 
@@ -195,3 +195,51 @@ def test_a_sample_that_is_not_as_its_columns_say_is_refused(tmp_path: Path) -> N
         pytest.raises(ValueError, match="image is"),
     ):
         writer.add({"image": np.zeros((2, 3), dtype=np.uint8)})
+
+
+def encoded(picture: Any, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_a_picture_is_seen_as_a_viewer_shows_it() -> None:
+    from PIL import Image
+
+    upright = Image.fromarray(np.repeat(np.array([[0, 255], [0, 255]], np.uint8), 8, 0).repeat(8, 1))
+    lying = upright.rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees clockwise
+    seen = decode(encoded(lying, "JPEG", exif=exif, quality=95), 16, 1)[..., 0]
+    assert seen[:, :6].max() < 30 and seen[:, -6:].min() > 225
+
+    deep = Image.fromarray((np.linspace(0, 65535, 256).reshape(16, 16)).astype(np.uint16))
+    seen = decode(encoded(deep, "PNG"), 16, 1)[..., 0]
+    assert np.array_equal(seen, np.arange(256).reshape(16, 16))
+
+    for mode, colour in (("RGBA", (255, 0, 0, 0)), ("LA", (0, 0))):  # wholly transparent
+        assert decode(encoded(Image.new(mode, (16, 16), colour), "PNG"), 16, 3).min() == 255
+    palette = Image.new("P", (16, 16), 0)
+    palette.putpalette([255, 0, 0])
+    assert decode(encoded(palette, "PNG"), 16, 3)[0, 0].tolist() == [255, 0, 0]
+    assert decode(encoded(palette, "PNG", transparency=0), 16, 3)[0, 0].tolist() == [255, 255, 255]
+    assert decode(encoded(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "TIFF"), 16, 3).min() == 255
+
+
+def test_a_test_split_is_not_a_class(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for number in range(3):
+                (tmp_path / split / label / f"{number}.PNG").write_bytes(encoded(Image.new("L", (8, 8)), "PNG"))
+                (tmp_path / split / label / f"._{number}.png").write_bytes(b"of a Mac")
+    (tmp_path / "train" / "__MACOSX" / "dog").mkdir(parents=True)
+    (tmp_path / "train" / "__MACOSX" / "dog" / "0.png").write_bytes(b"of a Mac")
+    family: Any = data.resolve(TrainingConfig.from_flat({"model": "resnet18:test", "dataset": f"files:{tmp_path}"}))
+    assert (family.labels(), family.count()) == (["cat", "dog"], 6)
+    assert family.notes() == [
+        "2 classes (cat, dog), 6 pictures",
+        "6 files of another split are left out of training beside train/",
+    ]

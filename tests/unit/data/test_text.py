@@ -315,3 +315,21 @@ def test_too_little_text_says_what_would_do(memory: type[Memory], tmp_path: Path
 def test_half_a_surrogate_pair_is_no_obstacle(memory: type[Memory], tmp_path: Path) -> None:
     memory.contents = [*CORPUS, "\ud83d broken"]
     resolve(config()).prepare(tmp_path, "1", print)
+
+
+def test_a_saved_tokenizer_keeps_nothing_of_its_last_use(tmp_path: Path) -> None:
+    """Truncation, padding and dropout are saved with a tokenizer; data that it encodes next must not depend on them."""
+    made = tokenizer.load("bpe:300", CORPUS)
+    expected = [tokens.tolist() for tokens in tokenizer.encode(made, CORPUS)]
+    used = tokenizer.load("bpe:300", CORPUS)
+    used.backend_tokenizer.enable_truncation(16)
+    used.backend_tokenizer.enable_padding(length=64)
+    used.backend_tokenizer.model.dropout = 0.5
+    used.save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert kept["truncation"] and kept["padding"] and kept["model"]["dropout"]
+    again = tokenizer.load(str(tmp_path), [])
+    assert [tokens.tolist() for tokens in tokenizer.encode(again, CORPUS)] == expected
+    again.save_pretrained(tmp_path / "precached")  # what export and evaluation load
+    kept = json.loads((tmp_path / "precached" / "tokenizer.json").read_text())
+    assert not kept["truncation"] and not kept["padding"] and not kept["model"]["dropout"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.data.array_dataset import Sample
 from trainer.data.images import decode
+from trainer.data.layouts import training_split
 from trainer.data.pictures import PictureDataset
 from trainer.data.registry import PathDataset, digest
 from trainer.errors import ConfigError
@@ -16,7 +17,10 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class PictureFolders(PathDataset, PictureDataset):
-    """`files:<folder>`, with one subfolder of pictures per class, named after the class."""
+    """`files:<folder>`, with one subfolder of pictures per class, named after the class.
+
+    The classes may lie in `train/`, beside a test or validation split, which is left out (`trainer.data.layouts`).
+    """
 
     name = "files"
     own_size = 64
@@ -45,14 +49,28 @@ class PictureFolders(PathDataset, PictureDataset):
             except ValueError as error:
                 raise ConfigError("dataset", self.spec, f"{path} is not a picture: {error}") from None
 
+    def notes(self) -> list[str]:
+        labels = self.labels()
+        listed = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
+        return [f"{len(labels)} classes ({listed}), {self.count()} pictures", *super().notes()]
+
+    def used(self) -> list[Path]:
+        return self._files
+
     def _label(self, path: Path) -> str:
-        return path.relative_to(self.root).parts[0]
+        return path.relative_to(self._training[1]).parts[0]
+
+    @cached_property
+    def _training(self) -> tuple[list[Path], Path]:
+        """The files of the training split, and the folder of its classes."""
+        paths, _, folder = training_split(self.root, self.found)
+        return paths, folder
 
     @cached_property
     def _files(self) -> list[Path]:
-        """Every picture in the subfolders."""
-        in_subfolders = (path for path in self.files_below() if path.parent != self.root)
-        return [path for path in in_subfolders if path.suffix.lower() in _ENDINGS]
+        """Every picture in the classes' folders."""
+        paths, folder = self._training
+        return [path for path in paths if path.parent != folder and path.suffix.lower() in _ENDINGS]
 
 
 FAMILY = PictureFolders

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from trainer.data.documents import documents
+from trainer.data.layouts import training_split
 from trainer.data.registry import PathDataset, digest
 from trainer.data.speech import SpeechDataset
 from trainer.errors import ConfigError
@@ -32,13 +34,20 @@ class SpeechFiles(PathDataset, SpeechDataset):
 
     def clips(self, revision: str) -> Iterator[tuple[str, bytes, str]]:
         for path in self._files:
-            text = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-            yield str(path), path.read_bytes(), text
+            transcript = path.with_suffix(".txt")
+            try:
+                yield str(path), path.read_bytes(), "".join(documents(transcript))
+            except ValueError as error:
+                raise ConfigError("dataset", self.spec, f"{transcript} {error}") from None
+
+    def used(self) -> list[Path]:
+        return [*self._files, *(path.with_suffix(".txt") for path in self._files)]
 
     @cached_property
     def _files(self) -> list[Path]:
-        found = (path for path in self.root.rglob("*") if path.suffix.lower() in _ENDINGS)
-        return sorted((path for path in found if path.with_suffix(".txt").is_file()), key=Path.as_posix)
+        paths, _, _ = training_split(self.root, self.found)
+        audio = (path for path in paths if path.suffix.lower() in _ENDINGS)
+        return [path for path in audio if path.with_suffix(".txt").is_file()]
 
 
 FAMILY = SpeechFiles

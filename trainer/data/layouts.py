@@ -1,0 +1,87 @@
+"""What the files of a user's folder are: data, metadata, or another split than the training one."""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+# By lower-case name. The first kind is metadata anywhere; the second only beside tables, as in a dataset on the hub.
+_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json"}
+_CARDS = {"readme.md", "license", "license.md", "license.txt", "citation.md", "changelog.md"}
+_SYSTEM = {"__macosx", "thumbs.db", "desktop.ini"}
+_TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+
+# Names of splits, as `datasets` finds them in the names of files and folders.
+_TRAINING = {"train", "training"}
+_OTHERS = {"test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev"}
+
+
+def files_below(root: Path) -> list[Path]:
+    """Every file in a folder, in the order of the paths. Hidden and system files are skipped, links followed."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        status = Path(folder).stat()
+        if (place := (status.st_dev, status.st_ino)) in seen:  # a link back to a folder above, or a second one
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in sorted(folders) if not _is_hidden(name)]
+        found += [Path(folder, name) for name in names if not _is_hidden(name)]
+    return sorted((path for path in found if path.is_file()), key=Path.as_posix)
+
+
+def without_metadata(root: Path, paths: Sequence[Path]) -> list[Path]:
+    """The files without those that describe a dataset: its card, its licence, the records of `datasets`."""
+    of_tables = any(path.name.lower().endswith(_TABLES) and path.name.lower() not in _METADATA for path in paths)
+
+    def describes(path: Path) -> bool:
+        name = path.name.lower()
+        return name in _METADATA or (of_tables and path.parent == root and name in _CARDS)
+
+    return [path for path in paths if not describes(path)]
+
+
+def training_split(root: Path, paths: Sequence[Path]) -> tuple[list[Path], list[Path], Path]:
+    """Divide files into those to train on and those of a test or validation split.
+
+    A folder has splits if it (or its folder `data`) holds `train/` beside `test/`, `validation/` and the like, or
+    tables named `train…` beside ones named `test…`, as on the hub.
+
+    Returns:
+        The files to train on, those of other splits, and the folder that the former are in.
+    """
+    for base in (root / "data", root):
+        names = {path: path.relative_to(base).parts for path in paths if path.is_relative_to(base)}
+        folders = {parts[0].lower() for parts in names.values() if len(parts) > 1}
+        training = [path for path, parts in names.items() if len(parts) > 1 and parts[0].lower() in _TRAINING]
+        if training and folders & _OTHERS:
+            return training, [path for path in paths if path not in set(training)], training_folder(base, training)
+        split = {path: _split(path) for path in names if path.name.lower().endswith((*_TABLES, ".gz", ".zst", ".bz2"))}
+        if "train" in split.values() and "other" in split.values():
+            others = [path for path in paths if split.get(path) == "other"]
+            return [path for path in paths if path not in set(others)], others, root
+    return list(paths), [], root
+
+
+def training_folder(base: Path, training: Iterable[Path]) -> Path:
+    """The folder of the training split below `base`."""
+    return base / next(iter(training)).relative_to(base).parts[0]
+
+
+def passed_over(paths: Iterable[Path], used: Collection[Path]) -> str:
+    """Files that are not used, counted by ending, for a log: "4 files: .docx 3, .bin 1"; "" if there are none."""
+    rest = [path for path in paths if path not in used]
+    endings = Counter(path.suffix.lower() or path.name for path in rest)
+    listed = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(6))
+    more = ", …" if len(endings) > 6 else ""
+    return f"{len(rest)} file{'s' * (len(rest) > 1)}: {listed}{more}" if rest else ""
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def _split(path: Path) -> str:
+    """The split in a file's name (`train.csv`, `test-00000-of-00001.parquet`): train, other, or ""."""
+    word = path.name.lower().replace("_", "-").replace(".", "-").partition("-")[0]
+    return "train" if word in _TRAINING else "other" if word in _OTHERS else ""
