@@ -16,6 +16,7 @@ import psutil
 
 from trainer.errors import ConfigError
 
+_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _ABANDONED = 86400.0  # seconds without a change after which another host's temporary directory counts as abandoned
 
 
@@ -145,8 +146,14 @@ def require_free_space(directory: Path, needed: int, field: str) -> None:
     """Raise ConfigError unless the file system of `directory` has `needed` bytes free."""
     free = shutil.disk_usage(_existing(directory)).free
     if free < needed:
-        allowed = f"needs {needed / 1e9:.2f} GB, but its disk has only {free / 1e9:.2f} GB free"
+        allowed = f"needs {_size(needed)}, but its disk has only {_size(free)} free"
         raise ConfigError(field, directory, allowed)
+
+
+def _size(count: int) -> str:
+    """A number of bytes in the largest unit of which there is one."""
+    unit, factor = next((one for one in _UNITS if count >= one[1]), ("bytes", 1))
+    return f"{count / factor:.4g} {unit}"
 
 
 def _existing(path: Path) -> Path:

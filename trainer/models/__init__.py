@@ -7,7 +7,8 @@ Precaching writes it to a directory on a worker's volume. `build` needs nothing 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,7 +113,10 @@ def resolve(spec: str) -> ModelSpec:
 def directory(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> Path:
     """The directory, below a volume's models directory, of the model for this data."""
     spec = resolve(config.model)
-    inputs = json.dumps({"model": spec.name, "definition": spec.definition, "data": data}, sort_keys=True)
+    named: dict[str, Any] = {"model": spec.name, "definition": spec.definition, "data": data}
+    if spec.source:  # the parts that it lacks are random
+        named["seed"] = config.seed
+    inputs = json.dumps(named, sort_keys=True)
     size = spec.size or re.sub(r"[^\w.-]", "-", Path(spec.source).name)
     return models_root / f"{spec.family.name}-{size}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
 
@@ -130,7 +134,8 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
     with whole_directory(path) as temporary:
         if spec.source:
             assert spec.family.fetch is not None  # `resolve` has checked it
-            spec.family.fetch(temporary, spec.source, data)
+            with _seeded(config.seed):
+                spec.family.fetch(temporary, spec.source, data)
         else:
             spec.family.write(temporary, spec.definition, data)
         write_json(temporary / "model.json", {"model": spec.name, "family": spec.family.name})
@@ -143,12 +148,19 @@ def build(path: Path, seed: int) -> "torch.nn.Module":
 
     The caller's random number generator does not change.
     """
-    import torch
-
     if not (path / READY).exists():
         problem = f"is not precached in {path.parent}: run `python -m trainer precache` first"
         raise ConfigError("model", path.name, problem)
     family = families()[read_json(path / "model.json")["family"]]
+    with _seeded(seed):
+        return family.build(path)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator on the CPU, and restore it at the end."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family.build(path)
+        yield

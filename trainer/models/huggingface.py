@@ -1,7 +1,8 @@
 """Models from transformers: fetch, build, save and load. Not a family itself."""
 
+import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,13 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "model.safetensors"
+_LFS = b"version https://git-lfs"
+# Patterns, with replacements, of what DistributedDataParallel, torch.compile, FSDP and activation checkpointing add.
+_WRAPPERS = {
+    r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": "",
+    r"\.(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": ".",
+}
+_OFTEN_ABSENT = ("masked_spec_embed",)  # published models lack it if they were not pretrained with masks
 
 
 def transformer_size(hidden: int, layers: int, heads: int) -> dict[str, Any]:
@@ -22,13 +30,16 @@ def transformer_size(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any]) -> None:
     """Write a pretrained model into `directory`, or only its configuration if the source has no weights.
 
+    What data parallelism and torch.compile put before the names of parameters is taken off.
+
     Args:
         source: Hub id (`<id>@<revision>`), or a local directory.
         auto: Class of transformers that loads it, such as `AutoModelForCausalLM`.
-        overrides: Fields of its configuration to change. Parts of the model whose shape changes get random weights.
+        overrides: Fields of its configuration to change. Parts of the model whose shape changes, and a head that the
+            source lacks, get random weights from torch's global generator.
 
     Raises:
-        ConfigError: There is no such model, or it is of another kind.
+        ConfigError: There is no such model, it is of another kind, or its weights are not those of its configuration.
         TrainingError: The hub cannot be reached.
     """
     import torch
@@ -37,25 +48,92 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
     local = source.startswith("/")
     name, _, revision = (source, "", "") if local else source.partition("@")
     options: dict[str, Any] = {"revision": revision or None, "local_files_only": local}
+    kind: Any = getattr(transformers, auto)
+    _no_bars_into_logs()
     try:
         # The configuration, with the fields that depend on the data.
         config = transformers.AutoConfig.from_pretrained(name, **options)
+        if quantised := getattr(config, "quantization_config", None):
+            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised.quant_method
+            problem = f"is quantised ({getattr(method, 'value', method)}): training needs the full-precision weights"
+            raise ConfigError("model", source, problem)
+        published = copy.deepcopy(config)
         for field, value in overrides.items():
             setattr(config, field, value)
         config.save_pretrained(directory)
         if local and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
             return
         # The weights.
-        model = getattr(transformers, auto).from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, **options
+        if local:
+            _check_files(Path(source), source)
+        model, found = kind.from_pretrained(
+            name,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            key_mapping=_WRAPPERS,
+            dtype=torch.float32,
+            **options,
         )
-    except OSError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the libraries raise errors of many kinds
         if local or "is not a local folder and is not a valid model identifier" in str(error):
-            raise ConfigError("model", source, f"cannot be loaded: {one_line(error)}") from None
+            raise ConfigError("model", source, f"cannot be loaded by {auto}: {one_line(error)}") from None
+        if isinstance(error, ValueError | KeyError):
+            raise ConfigError("model", source, f"cannot be loaded by {auto}: {one_line(error)}") from None
         raise TrainingError(f"model {source} cannot be fetched from the hub: {one_line(error)}") from error
-    except (ValueError, KeyError) as error:
-        raise ConfigError("model", source, f"cannot be loaded by {auto}: {one_line(error)}") from None
-    model.save_pretrained(directory)
+    _check_weights(source, model, found, lambda: kind.from_config(published))
+    model.save_pretrained(directory, save_original_format=False)  # it would put the source's wrappers back
+
+
+def _check_files(directory: Path, source: str) -> None:
+    """Raise ConfigError if a file of weights is a pointer of Git LFS, empty, or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+        if start == _LFS:
+            raise ConfigError("model", source, f"{path.name} is a pointer of Git LFS: run `git lfs pull` there")
+        try:
+            if not start:
+                raise EOFError("it is empty")
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except (SafetensorError, EOFError) as error:
+            raise ConfigError("model", source, f"{path.name} is not complete: {one_line(error)}") from None
+
+
+def _check_weights(source: str, model: Any, found: Mapping[str, Any], published: Callable[[], Any]) -> None:
+    """Raise ConfigError unless all weights but those of a task's head are the source's.
+
+    A shape that differs must be one that the data has changed, so the source's is that of its own configuration.
+    """
+    import torch
+
+    def of_the_body(keys: Iterable[str]) -> list[str]:
+        body = f"{model.base_model_prefix}."
+        return sorted(key for key in keys if key.startswith(body) and not key.endswith(_OFTEN_ABSENT))
+
+    if missing := of_the_body(found["missing_keys"]):
+        raise ConfigError("model", source, f"lacks weights of its configuration: {_listed(missing)}")
+    if unexpected := of_the_body(found["unexpected_keys"]):
+        raise ConfigError("model", source, f"has weights that its configuration does not: {_listed(unexpected)}")
+    if found["unexpected_keys"] and len(found["missing_keys"]) == len(model.state_dict()):
+        unknown = sorted(found["unexpected_keys"])
+        raise ConfigError("model", source, f"has none of the weights of its configuration, but {_listed(unknown)}")
+    if found["mismatched_keys"]:
+        with torch.device("meta"):
+            shapes = {key: tensor.shape for key, tensor in published().state_dict().items()}
+        if wrong := sorted(key for key, shape, _ in found["mismatched_keys"] if shapes.get(key) != shape):
+            raise ConfigError("model", source, f"has weights of another shape than its configuration: {_listed(wrong)}")
+
+
+def _listed(keys: list[str]) -> str:
+    """The first keys, and how many more there are."""
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def build(directory: Path, auto: str) -> "torch.nn.Module":
@@ -77,13 +155,16 @@ def save(model: "torch.nn.Module", directory: Path) -> None:
 
 
 def load(directory: Path, auto: str) -> "torch.nn.Module":
-    """The model that `save` wrote, in float32 and evaluation mode."""
+    """The model that `save` wrote, in float32 and evaluation mode. Raises ConfigError if it lacks weights."""
     import torch
     import transformers
 
     _no_bars_into_logs()
     kind: Any = getattr(transformers, auto)
-    model: torch.nn.Module = kind.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+    model: torch.nn.Module
+    model, found = kind.from_pretrained(directory, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError("model", directory, f"lacks weights of its configuration: {_listed(missing)}")
     return model
 
 

@@ -1,10 +1,17 @@
 """Which models there are, and how one is asked for, written and built."""
 
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from trainer import models
 from trainer.config import TrainingConfig
@@ -16,8 +23,130 @@ PICTURES = {"image_size": 16, "channels": 1, "labels": ["a", "b", "c"]}
 
 
 def built(spec: str, data: dict[str, Any], root: Path, seed: int = 1) -> torch.nn.Module:
-    path, _ = models.precache(TrainingConfig(model=spec), data, root)
+    path, _ = models.precache(TrainingConfig(model=spec, seed=seed), data, root)
     return models.build(path, seed)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a pretrained language model. To be copied before it is changed."""
+    directory = tmp_path_factory.mktemp("pretrained")
+    built("gpt-neo-x:test", TEXT, directory / "m", seed=3).save_pretrained(directory / "it")  # type: ignore[operator]
+    return directory / "it"
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "it"))
+
+
+def with_keys(directory: Path, rename: Callable[[str], str | None]) -> None:
+    """Rename the weights in a directory; None removes one."""
+    weights = load_file(directory / "model.safetensors")
+    renamed = {new: tensor for key, tensor in weights.items() if (new := rename(key)) is not None}
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def refusal(source: Path, data: dict[str, Any] = TEXT) -> str:
+    with pytest.raises(ConfigError) as error:
+        built(f"hf:{source}", data, source.parent / "models")
+    assert not list((source.parent / "models").glob("*/READY"))
+    return str(error.value)
+
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@given(
+    before=st.lists(st.sampled_from(WRAPPERS), max_size=3), between=st.lists(st.sampled_from(WRAPPERS[1:]), max_size=2)
+)
+@settings(max_examples=12, deadline=None)
+def test_wrappers_in_the_names_of_weights_are_taken_off(trained: Path, before: list[str], between: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(shutil.copytree(trained, Path(temporary, "it")))
+
+        def wrap(key: str) -> str:
+            head, dot, tail = key.partition(".layers.0.")
+            return ".".join(
+                [*before, ".layers.0.".join([head, "".join(f"{one}." for one in between) + tail]) if dot else key]
+            )
+
+        with_keys(source, wrap)
+        found = built(f"hf:{source}", TEXT, Path(temporary, "models"), seed=9)
+        for (name, one), (_, other) in zip(
+            built(f"hf:{trained}", TEXT, Path(temporary, "models")).named_parameters(),
+            found.named_parameters(),
+            strict=True,
+        ):
+            assert torch.equal(one, other), name
+
+
+def test_weights_that_are_missing_or_unknown_are_named(copied: Path) -> None:
+    with_keys(copied, lambda key: None if "final_layer_norm.bias" in key else key)
+    assert "lacks weights of its configuration: gpt_neox.final_layer_norm.bias" in refusal(copied)
+    with_keys(copied, lambda key: f"other.{key}")
+    assert "lacks weights of its configuration: gpt_neox." in refusal(copied)
+
+
+def test_weights_beyond_the_configuration_are_named(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    more = {key.replace("layers.0.", "layers.7."): tensor.clone() for key, tensor in weights.items()}
+    save_file({**weights, **more}, copied / "model.safetensors", metadata={"format": "pt"})
+    assert "has weights that its configuration does not: gpt_neox.layers.7." in refusal(copied)
+
+
+def test_weights_of_another_shape_are_named(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
+    assert "has weights of another shape than its configuration: gpt_neox.layers." in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS: run"),
+        (None, "model.safetensors is not complete: "),  # cut off
+        (b"", "model.safetensors is not complete: it is empty"),
+        (b"no weights", "model.safetensors is not complete: "),
+    ],
+)
+def test_files_that_are_no_weights_are_named(copied: Path, content: bytes | None, message: str) -> None:
+    path = copied / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    assert message in refusal(copied)
+
+
+def test_weights_in_pickles_that_are_cut_off_are_refused(copied: Path) -> None:
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    content = (copied / "pytorch_model.bin").read_bytes()
+    (copied / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
+    assert "cannot be loaded by AutoModelForCausalLM" in refusal(copied)
+
+
+def test_quantised_weights_are_refused(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (copied / "config.json").write_text(json.dumps(config | quantised))
+    assert "is quantised (gptq): training needs the full-precision weights" in refusal(copied)
+
+
+def test_a_configuration_that_is_no_json_is_refused(copied: Path) -> None:
+    (copied / "config.json").write_text("{not json")
+    assert "config.json" in refusal(copied)
+
+
+def test_what_a_pretrained_model_lacks_follows_the_seed(tmp_path: Path) -> None:
+    built("resnet18:test", PICTURES, tmp_path / "m").save_pretrained(tmp_path / "it")  # type: ignore[operator]
+    other = {**PICTURES, "labels": ["x", "y"]}
+    heads = [
+        built(f"resnet18:{tmp_path / 'it'}", other, tmp_path / f"worker-{worker}", seed).get_parameter(
+            "classifier.1.weight"
+        )
+        for worker, seed in ((0, 7), (1, 7), (2, 8), (2, 7))
+    ]
+    assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[3])
+    assert not torch.equal(heads[0], heads[2])
 
 
 def test_every_family_has_a_task_and_sizes() -> None:
