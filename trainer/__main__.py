@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     # The commands that take parameters
     steps = (commands.precache, commands.launch, commands.train, commands.export, commands.evaluate)
     added = {step.__name__: add(step) for step in (*steps, commands.status, commands.scale)}
-    for name in ("launch", "status", "scale"):
+    for name in ("precache", "launch", "status", "scale"):
         added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
     added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
     added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")

@@ -14,8 +14,15 @@ from trainer.errors import ConfigError
 from trainer.files import require_output, require_writable
 
 
-def _config(arguments: Namespace, *, run_required: bool = False) -> TrainingConfig:
+def _config(arguments: Namespace, *, run_required: bool = False, join: bool = False) -> TrainingConfig:
+    """The resolved configuration; with `join`, completed by that of a run which has begun elsewhere."""
     config = _unresolved(arguments)
+    if join and config.etcd.endpoints and config.run_id:
+        from trainer.elastic.keys import joined
+        from trainer.etcd.client import EtcdClient
+
+        with EtcdClient.of(config) as client:
+            config = joined(client, config)
     if run_required and not config.run_id:
         raise ConfigError("run_id", "", "must name the run")
     return config.resolved()
@@ -31,7 +38,7 @@ def _unresolved(arguments: Namespace) -> TrainingConfig:
 
 def precache(arguments: Namespace) -> int:
     """Put the dataset and the model onto each worker's volume."""
-    config = _config(arguments)
+    config = _config(arguments, join=True)
     from trainer.data import precache_all
     from trainer.launch.preflight import check
 
@@ -45,7 +52,7 @@ def launch(arguments: Namespace) -> int:
     """Train on this machine: an embedded etcd and one torchrun agent per node."""
     from trainer.launch import local
 
-    return local.launch(_config(arguments))
+    return local.launch(_config(arguments, join=True))
 
 
 def train(arguments: Namespace) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from trainer.etcd.client import EtcdClient
+
 LAUNCH = """
 import json, sys
 from trainer.config import TrainingConfig
@@ -29,6 +31,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 run, slot = Path(sys.argv[1]), os.environ["ELASTIC_SLOT"]
 life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+(run / f"worker-{slot}").mkdir(exist_ok=True)
 def say(event, **fields):
     with (run / f"worker-{slot}" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\\n")
@@ -54,11 +57,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a launch whose workers run WORKER; nothing of it is left running in the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(act: str = "pass", **values: object) -> "subprocess.Popen[str]":
-        (tmp_path / "worker.py").write_text(WORKER.replace("ACT", textwrap.dedent(act)))
-        worker = [str(tmp_path / "worker.py"), str(tmp_path)]
-        command = [sys.executable, "-c", LAUNCH, str(tmp_path), json.dumps(values), *worker]
-        (tmp_path / "temporary").mkdir()
+    def start(act: str = "pass", run: Path = tmp_path, **values: object) -> "subprocess.Popen[str]":
+        run.mkdir(exist_ok=True)
+        (run / "worker.py").write_text(WORKER.replace("ACT", textwrap.dedent(act)))
+        worker = [str(run / "worker.py"), str(run)]
+        command = [sys.executable, "-c", LAUNCH, str(run), json.dumps(values), *worker]
+        (tmp_path / "temporary").mkdir(exist_ok=True)
         own = {"DILOCO_SEED": "not for workers", "TMPDIR": str(tmp_path / "temporary")}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -195,3 +199,30 @@ def test_nothing_outlives_a_killed_launch(start: Start, tmp_path: Path) -> None:
     assert any("etcd" in process.name() for process in processes)
     launch.kill()
     assert_gone(processes)
+
+
+@pytest.mark.parametrize("min_nodes", [1, 2])
+def test_a_launch_that_is_refused_does_not_end_the_run_of_others(
+    start: Start, tmp_path: Path, etcd: str, min_nodes: int
+) -> None:
+    """The worker of a second machine does not fit. The healthy one trains, or waits for one that does, and goes on."""
+    run_id, healthy = f"refused-{min_nodes}", tmp_path / "healthy"
+    common = {"run_id": run_id, "etcd_endpoints": [etcd], "nodes": 1, "elastic_max_nodes": 2, "lease_ttl": 30}
+    first = start(run=healthy, elastic_min_nodes=min_nodes, **common)
+    prefix = f"/torchelastic/{run_id}"
+    with EtcdClient([etcd], prefix) as client:
+        until(lambda: client.get("slots/0"), first)
+        act = 'print("error: local_steps = 5: worker 1 does not fit the run", file=sys.stderr, flush=True); sys.exit(2)'
+        second = start(act, run=tmp_path / "other", elastic_min_nodes=1, **common)
+        _, errors = second.communicate()
+        assert second.returncode == 1
+        assert "local_steps = 5: worker 1 does not fit the run; the run goes on elsewhere" in errors.splitlines()[-1]
+        assert client.get("run").value["status"] == "open"  # type: ignore[union-attr]
+        if min_nodes == 1:
+            until(lambda: workers_here(healthy, 0), first)
+            os.kill(workers_here(healthy, 0)[0], signal.SIGKILL)
+            until(lambda: len(workers_here(healthy, 0)) == 2, first)  # it may come back
+            (healthy / "go").touch()
+            assert first.wait() == 0
+        else:
+            assert first.poll() is None

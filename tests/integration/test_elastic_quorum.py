@@ -16,7 +16,7 @@ from trainer.diloco.quorum import Commit, RoundReport, Superseded
 from trainer.diloco.state import GlobalState
 from trainer.elastic.keys import SLOT_VARIABLE, finish, verdict
 from trainer.elastic.member import ElasticQuorum
-from trainer.errors import Interrupted, TrainingError
+from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.protocol.records import Assignment, Cursor
 from trainer.timeouts import MemberTimeouts
@@ -185,7 +185,7 @@ def test_a_pending_synchronisation_is_interrupted_by_leaving_and_by_sigterm(
 
 def test_another_fingerprint_is_refused(start: Callable[..., Worker]) -> None:
     start(0, nodes=1).join()
-    with pytest.raises(TrainingError, match="its model is 'large', the run's is 'tiny'"):
+    with pytest.raises(ConfigError, match="model = 'large': worker 1 does not fit the run, which has 'tiny'"):
         start(1, {"model": "large"}).join()
 
 

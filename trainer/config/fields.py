@@ -37,7 +37,7 @@ IN_WORDS = {
     NAMESPACE: "must be lower-case letters, digits and -, and neither begin nor end with -",
 }
 
-ScopeName = Literal["fingerprint", "fixed", "card", "command", "place", "lookup", "identity"]
+ScopeName = Literal["fingerprint", "fixed", "card", "command", "place", "lookup", "identity", "local"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ CARD = Scope("card")  # a model card shows it
 COMMAND = Scope("command")  # it belongs to the command at hand (export, evaluate), not to the run that was trained
 PLACE = Scope("place")  # a directory on a worker's volume
 LOOKUP = Scope("lookup")  # `status` and `scale` find a run by it
+LOCAL = Scope("local")  # it belongs to a machine: a joiner does not take it over from the run
 IDENTITY = Scope("identity")  # it names a run; runs that differ only in it are configured alike
 
 

@@ -13,6 +13,7 @@ from trainer.config.fields import (
     FIXED,
     IDENTITY,
     LABEL,
+    LOCAL,
     LOOKUP,
     NAMESPACE,
     PLACE,
@@ -79,7 +80,7 @@ class Schema(Group):
     batch_size: Annotated[Positive, FINGERPRINT, FIXED, CARD] = parameter(
         512, "Samples that one worker consumes in an inner step."
     )
-    per_device_train_batch_size: Positive = parameter(
+    per_device_train_batch_size: Annotated[Positive, LOCAL] = parameter(
         32, "Samples in one forward pass. An inner step accumulates batch_size / this many passes."
     )
     lr: Annotated[float, CARD] = parameter(4e-4, "Peak learning rate of the inner optimizer.", gt=0)
@@ -138,17 +139,17 @@ class Schema(Group):
     run_dir: Annotated[str, COMMAND, LOOKUP, IDENTITY] = parameter(
         "", "Directory that the run writes to. Empty: runs/<run_id>."
     )
-    resume: str = parameter(
+    resume: Annotated[str, LOCAL] = parameter(
         "auto",
         "auto: continue from the newest checkpoint; never: start from scratch; or a checkpoint's path.",
         min_length=1,
     )
-    launcher: Literal["auto", "local", "pytorchjob"] = parameter(
+    launcher: Annotated[Literal["auto", "local", "pytorchjob"], LOCAL] = parameter(
         "auto",
         "How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
         "auto: PyTorchJobs inside a Kubeflow Pipelines step, otherwise local processes.",
     )
-    device: Annotated[str, COMMAND] = parameter(
+    device: Annotated[str, COMMAND, LOCAL] = parameter(
         "cuda", "Device to train on: cuda, cuda:<index> or cpu.", pattern=DEVICE
     )
     model_cache_dir: Annotated[str, PLACE] = parameter(
@@ -166,24 +167,26 @@ class Schema(Group):
     keep_checkpoints: Positive = parameter(3, "Number of recent checkpoints to keep.")
     eval_interval: NonNegative = parameter(10, "Rounds between evaluations during training; 0: none.")
     eval_samples: Annotated[Positive, COMMAND] = parameter(1024, "Maximum number of held-out samples to score.")
-    compile_model: bool = parameter(False, "Use torch.compile; if it fails, warn and train uncompiled.")
-    compile_backend: str = parameter("inductor", "Backend of torch.compile.", min_length=1)
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = parameter(
-        "default", "Mode of torch.compile."
+    compile_model: Annotated[bool, LOCAL] = parameter(
+        False, "Use torch.compile; if it fails, warn and train uncompiled."
     )
+    compile_backend: Annotated[str, LOCAL] = parameter("inductor", "Backend of torch.compile.", min_length=1)
+    compile_mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"], LOCAL
+    ] = parameter("default", "Mode of torch.compile.")
 
     # Unequal workers
     heterogeneous: Annotated[bool, FINGERPRINT] = parameter(
         False, "Fit each worker's batch size and local steps to its speed."
     )
-    min_batch_size: Positive = parameter(16, "Smallest per-device batch size to try (heterogeneous).")
-    max_batch_size: Positive = parameter(512, "Largest per-device batch size to try (heterogeneous).")
+    min_batch_size: Annotated[Positive, LOCAL] = parameter(16, "Smallest per-device batch size to try (heterogeneous).")
+    max_batch_size: Annotated[Positive, LOCAL] = parameter(512, "Largest per-device batch size to try (heterogeneous).")
     group_perc_variance: Annotated[Fraction, FINGERPRINT] = parameter(
         0.15, "Workers whose speeds differ by less than this fraction share one setting (heterogeneous)."
     )
 
     # Membership
-    nodes: Annotated[Nodes, CARD] = parameter(2, "Number of nodes that train.")
+    nodes: Annotated[Nodes, CARD, LOCAL] = parameter(2, "Number of nodes that train.")
     lease_ttl: Annotated[float, Field(ge=1)] = parameter(15.0, "Time to live of a member's etcd lease, in seconds.")
     grace_period: Seconds = parameter(10.0, "Maximum time that a round waits for late members, in seconds.")
     collective_timeout: Seconds = parameter(5.0, "Seconds without progress after which a collective fails.")
@@ -195,9 +198,13 @@ class Schema(Group):
         "donor", "Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
     )
     catch_up_rounds: Positive = parameter(8, "Number of committed means kept for members that catch up.")
-    advertise_address: str = parameter("", "Address at which other workers reach this one. Empty: detected.")
-    network_interface: str = parameter("", "Network interface for the collectives. Empty: detected.")
-    port_range: str = parameter("", "Ports to listen on, `low-high`. Empty: ephemeral.", pattern=PORT_RANGE)
+    advertise_address: Annotated[str, LOCAL] = parameter(
+        "", "Address at which other workers reach this one. Empty: detected."
+    )
+    network_interface: Annotated[str, LOCAL] = parameter("", "Network interface for the collectives. Empty: detected.")
+    port_range: Annotated[str, LOCAL] = parameter(
+        "", "Ports to listen on, `low-high`. Empty: ephemeral.", pattern=PORT_RANGE
+    )
     pgroup_backend: Literal["", "gloo", "nccl"] = parameter(
         "",
         "Backend of torch's process group with optim_method=ddp. Empty: nccl on GPUs, gloo on CPUs. DiLoCo "
@@ -213,7 +220,7 @@ class Schema(Group):
     )
     experiment_description: str = parameter("DiLoCo distributed training", "Description of the experiment.")
     experiment_tags: list[Tag] = parameter(["diloco", "gpt-neo-x", "c4"], "Tags of the experiment.")
-    metrics_port: OrUnset[Annotated[int, Field(ge=1024, lt=65000)]] = parameter(
+    metrics_port: Annotated[OrUnset[Annotated[int, Field(ge=1024, lt=65000)]], LOCAL] = parameter(
         UNSET, "Port for Prometheus metrics; other workers on the machine use the next ones. -1: none."
     )
     hf_upload: Annotated[bool, COMMAND] = parameter(

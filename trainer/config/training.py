@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from trainer.config import rules
 from trainer.config.fields import ScopeName
@@ -36,7 +36,9 @@ class TrainingConfig(Schema):
         if self.min_nodes == self.nodes == 1:
             return f"1 node{more}"
         minimum = f"(elastic.min_nodes={self.min_nodes})"
-        if self.min_nodes >= self.nodes:
+        if self.min_nodes > self.nodes:
+            return f"{self.nodes} of at least {self.min_nodes} nodes {minimum}: the others run elsewhere{more}"
+        if self.min_nodes == self.nodes:
             return f"{self.nodes} nodes, all of them required: if one is missing, the others wait {minimum}{more}"
         least = "1 is" if self.min_nodes == 1 else f"{self.min_nodes} are"
         return f"{self.nodes} nodes; training continues while at least {least} available {minimum}{more}"
@@ -53,6 +55,18 @@ class TrainingConfig(Schema):
             launcher="local" if self.launcher == "auto" else self.launcher,
             deployment_namespace=self.deployment_namespace or "default",
         )
+
+    def given(self) -> dict[str, Any]:
+        """The parameters that were given explicitly, by flat name, as `to_flat` has them."""
+        values = self.to_flat()
+        return {parameter.name: values[parameter.name] for parameter in _parameters() if _is_set(self, parameter.path)}
+
+    def of_the_run(self) -> dict[str, Any]:
+        """The parameters that belong to the run and not to a machine, by flat name: what a joiner takes over."""
+        values = {**self.to_flat(), "elastic_min_nodes": self.min_nodes, "elastic_max_nodes": self.max_nodes}
+        own = {"command", "place", "lookup", "identity", "local"}
+        shared = (p for p in _parameters() if not p.scopes & own and p.path[0] not in ("storage", "gpu", "etcd"))
+        return {parameter.name: values[parameter.name] for parameter in shared}
 
     def with_values(self, **flat: Any) -> Self:
         """A validated copy with some parameters changed, by flat name."""
@@ -112,6 +126,12 @@ class TrainingConfig(Schema):
         """Every parameter's value by flat name, as JSON has it."""
         tree = self.model_dump(mode="json", exclude_none=True)
         return {parameter.name: find(tree, parameter.path) for parameter in _parameters()}
+
+
+def _is_set(group: BaseModel, path: tuple[str, ...]) -> bool:
+    """Whether the field at a path was given, and not left to its default."""
+    key, *rest = path
+    return key in group.model_fields_set and (not rest or _is_set(getattr(group, key), tuple(rest)))
 
 
 @cache

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from trainer.errors import TrainingError
+from trainer.config import TrainingConfig
+from trainer.errors import ConfigError
 from trainer.etcd.client import Entry, EtcdClient, Json
 from trainer.protocol.records import decoded
 
+_KNOWN = frozenset(parameter.name for parameter in TrainingConfig.parameters())
 SLOT_VARIABLE = "ELASTIC_SLOT"  # environment variable of a worker: the slot of its node
 Status = Literal["open", "succeeded", "failed"]
 
@@ -53,16 +55,36 @@ def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> N
     """Check that a worker fits the run: it must have the first worker's fingerprint.
 
     Raises:
-        TrainingError: It does not; names the field that differs.
+        ConfigError: It does not; names the field that differs.
     """
     mine = json.loads(json.dumps(dict(fingerprint)))
     _, entry = client.swap("fingerprint", mine, None)
     theirs = entry.value if entry else mine
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
-            raise TrainingError(
-                f"{worker} does not fit the run: its {name} is {mine.get(name)!r}, the run's is {theirs.get(name)!r}"
-            )
+            raise ConfigError(name, mine.get(name), f"{worker} does not fit the run, which has {theirs.get(name)!r}")
+
+
+def record_config(client: EtcdClient, config: TrainingConfig) -> None:
+    """Keep the run's parameters for those who join with an endpoint and a run id alone. The first node's stand."""
+    client.swap("config", config.of_the_run(), None)
+
+
+def joined(client: EtcdClient, config: TrainingConfig) -> TrainingConfig:
+    """The configuration of a node that joins a run: the run's parameters, except for those that are given here.
+
+    Raises:
+        ConfigError: A parameter that all workers must share is given, and differs from the run's.
+    """
+    if (entry := client.get("config")) is None:
+        return config  # the run begins here
+    run, own = entry.value, config.given()
+    for name in ("model", "dataset", *TrainingConfig.names_in_scope("fingerprint")):
+        if name in own and name in run and own[name] != run[name]:
+            raise ConfigError(name, own[name], f"run {config.run_id} has {run[name]!r}: leave it out to join that run")
+    taken = {name: value for name, value in run.items() if name in _KNOWN}
+    nodes = min(config.nodes, run["elastic_max_nodes"])  # unless given: as many as there may be
+    return TrainingConfig.from_flat({**taken, "nodes": nodes, **own})
 
 
 def reopen(client: EtcdClient) -> None:

@@ -95,9 +95,8 @@ class ElasticQuorum:
             report: Its speed and progress are announced.
 
         Raises:
-            TrainingError: The fingerprint differs from the run's; the run does not begin within `elastic.rdzv_timeout`,
-                or has ended; etcd cannot be used.
-            ConfigError: No port of `port_range` is free.
+            TrainingError: The run does not begin within `elastic.rdzv_timeout`, or has ended; etcd cannot be used.
+            ConfigError: The fingerprint differs from the run's; no port of `port_range` is free.
         """
         config, resources, watch, client = self._config, self._resources, self._watch, self._watch.client
 

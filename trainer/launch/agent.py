@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import TrainingConfig
-from trainer.elastic.keys import SLOT_VARIABLE, finish, verdict
+from trainer.elastic.keys import SLOT_VARIABLE, finish, record_config, verdict
 from trainer.errors import TrainingError, out_of_memory, run_main
 from trainer.etcd.client import EtcdClient, local_address
 from trainer.etcd.errors import EtcdError
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MEMORY_KILLS = 2  # out-of-memory kills after which a worker is not restarted
-_FINAL = (2, 143)  # exit statuses of a worker that a restart does not change
+_REFUSED = 2  # exit status of a worker whose configuration is refused
+_FINAL = (_REFUSED, 143)  # exit statuses of a worker that a restart does not change
 _KILLED = -signal.SIGKILL
 _VAGUE = re.compile(r"the worker of node \d+ (ended with status \d+|was killed by SIG\w+( \(out of memory\?\))?)")
 
@@ -91,6 +92,8 @@ def run_agent(
     logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch does not remove it
     status = 0
     try:
+        with EtcdClient.of(config) as client:
+            record_config(client, config)
         result = _agent(config, command, rendezvous, kills, logs.name, timeouts).run()
         status = _conclude(config, getattr(rendezvous, "slot", slot), result, kills) if result.is_failed() else 0
     except SignalException as error:
@@ -195,7 +198,9 @@ def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kil
         end = f"ended with status {code}"
     reason = f"the worker of node {node} {end}"
     with EtcdClient.of(config) as client:
-        if len(client.list("slots/")) - 1 < config.min_nodes:
+        others = len(client.list("slots/")) - 1
+        refused = status == _REFUSED and others > 0  # this node does not fit; the others may wait for one that does
+        if others < config.min_nodes and not refused:
             finish(client, "failed", reason, node)
         if verdict(client).status == "succeeded":  # the others may have finished without this node
             return 0

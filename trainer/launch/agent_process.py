@@ -21,6 +21,7 @@ class AgentProcess:
     ) -> None:
         self.node, self.log = node, log
         self.restarts = 0  # after the agent was killed
+        self.pids: set[int] = set()  # of this process and its predecessors
         self.leaving = False  # it was asked to leave, so its end is no failure
         self._command = [sys.executable, "-m", "trainer.launch.agent", "--config", str(config), "--slot", str(node)]
         if command:
@@ -51,6 +52,7 @@ class AgentProcess:
                 env=self._environment,
                 start_new_session=True,  # Ctrl-C reaches `launch` only, which passes it on
             )
+        self.pids.add(self._process.pid)
         self._end_reported = False
 
     def has_just_ended(self) -> bool:

@@ -80,7 +80,8 @@ def launch(
         if etcd is not None:  # only this run uses it, so its live keys belong to dead processes
             for prefix in keys.LIVING:
                 client.delete_prefix(prefix)
-        client.delete(DESIRED)
+        if not client.list("slots/"):  # else another launch of the run may be meant
+            client.delete(DESIRED)
         keys.reopen(client)
         write_json(run_dir / LAUNCHED, config.model_dump(mode="json"))  # `status` and `scale` find the run by it
         # Run the agents
@@ -190,20 +191,33 @@ class _Run:
             agent.restarts += 1
             agent.start()
             return ""
-        # Go on without it, if enough nodes are left
-        if sum(other.running for other in self._agents) >= self._config.min_nodes:
+        # Go on without it, if enough nodes are left, here and elsewhere
+        here, elsewhere = sum(other.running for other in self._agents), self._nodes_elsewhere()
+        if here and here + elsewhere >= self._config.min_nodes:
             agent.leaving = True
             self._lost.append(str(agent.node))
             shown.show(f"{self._reason(agent)}: the others go on")
             return ""
-        # End the run
+        # End the run, or only this part of it
         failure = self._reason(agent)
-        shown.show("the run has failed: stopping the other workers")
-        with suppress(EtcdError):
-            keys.finish(self._client, "failed", failure)
+        if elsewhere:
+            failure = f"{failure}; the run goes on elsewhere"
+        else:
+            shown.show("the run has failed: stopping the other workers")
+            with suppress(EtcdError):
+                keys.finish(self._client, "failed", failure)
         for other in self._agents:
             other.terminate()
         return failure
+
+    def _nodes_elsewhere(self) -> int:
+        """Nodes of the run that are not this launch's: it may not speak for them."""
+        own = {(socket.gethostname(), pid) for agent in self._agents for pid in agent.pids}
+        try:
+            slots = self._client.list("slots/").values()
+        except EtcdError:
+            return 0
+        return sum((entry.value["host"], entry.value["pid"]) not in own for entry in slots)
 
     def _scale(self, shown: View) -> None:
         """Start further agents, or ask the last ones to leave, as `scale` has requested."""
@@ -242,7 +256,9 @@ class _Run:
             result = keys.verdict(self._client)
         except EtcdError as error:
             return str(error)
-        if result.terminal and result.slot is None:
+        if result.terminal and (
+            result.slot is None or result.slot >= len(self._agents)
+        ):  # not about a node of this launch
             return result.reason
         first = agent if result.slot is None else self._agents[result.slot]
         error_line = last_error(first.log, first.log_start)

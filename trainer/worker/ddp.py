@@ -78,7 +78,8 @@ class World(LocalQuorum):
         `found` is the newest one in this rank's `directory`.
 
         Raises:
-            TrainingError: This rank does not fit the run; the run has its verdict already; a rank is gone.
+            ConfigError: This rank does not fit the run.
+            TrainingError: The run has its verdict already; a rank is gone.
         """
         self._client = EtcdClient.of(self._config)
         if (result := verdict(self._client)).terminal:

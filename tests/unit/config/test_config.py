@@ -344,3 +344,41 @@ def test_aliases_set_what_they_stand_for(yes: object) -> None:
 )
 def test_data_parallelism_on_gpus_uses_nccl(values: dict[str, object], backend: str) -> None:
     assert TrainingConfig.from_flat(values).process_group_backend == backend
+
+
+def test_a_machine_that_joins_takes_the_runs_parameters_and_keeps_its_own(etcd: str) -> None:
+    from trainer.elastic.keys import joined, record_config
+    from trainer.etcd.client import EtcdClient
+
+    values = {"dataset": "stdlib", "local_steps": 30, "batch_size": 64, "nodes": 1, "elastic_max_nodes": 3}
+    place = {"run_id": "to-be-joined", "etcd_endpoints": [etcd]}
+    run = TrainingConfig.from_flat({**place, **values, "elastic_min_nodes": 1, "device": "cpu", "run_dir": "/founder"})
+    with EtcdClient.of(run) as client:
+        assert joined(client, run) == run  # it begins here
+        record_config(client, run)
+        here = joined(client, TrainingConfig.from_flat({**place, "lease_ttl": 30, "device": "cuda:1"}))
+        assert (here.dataset, here.local_steps, here.batch_size) == ("stdlib", 30, 64)
+        assert (here.max_nodes, here.nodes, here.lease_ttl, here.device, here.run_dir) == (3, 2, 30, "cuda:1", "")
+        assert joined(client, TrainingConfig.from_flat({**place, "nodes": 1})).nodes == 1
+        for name, value in (("local_steps", 5), ("dataset", "c4"), ("codec", "int8")):
+            with pytest.raises(
+                ConfigError, match=f"{name} = .* run to-be-joined has .*: leave it out to join that run"
+            ):
+                joined(client, TrainingConfig.from_flat({**place, name: value}))
+
+
+def test_a_single_node_may_join_a_run_that_needs_two() -> None:
+    values = {"nodes": 1, "elastic_min_nodes": 2, "elastic_max_nodes": 2}
+    with pytest.raises(ConfigError, match="nodes = 1: must be from"):
+        TrainingConfig.from_flat(values)
+    config = TrainingConfig.from_flat({**values, "etcd_endpoints": ["elsewhere:2379"]})
+    assert "1 of at least 2 nodes" in config.attendance
+    with pytest.raises(ConfigError, match="nodes = 1: must be from"):
+        TrainingConfig.from_flat({**values, "etcd_endpoints": ["elsewhere:2379"], "launcher": "pytorchjob"})
+
+
+def test_what_belongs_to_a_machine_or_is_secret_is_not_the_runs() -> None:
+    shared = TrainingConfig().of_the_run()
+    assert {"model", "dataset", "local_steps", "lease_ttl", "elastic_min_nodes"} < shared.keys()
+    local = {"device", "run_dir", "run_id", "advertise_address", "network_interface", "port_range", "nodes", "resume"}
+    assert not shared.keys() & {*local, "etcd_user", "etcd_endpoints", "checkpoint_path"}
