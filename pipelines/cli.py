@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, outlive_output
 from trainer.files import read_json, require_output, write_text
 from trainer.timeouts import PipelineTimeouts
 
@@ -113,6 +113,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.launch import preflight
 
     preflight.check(config)
+    outlive_output()
     print(f"run {config.run_id} in {config.run_dir}; --run-id {config.run_id} resumes it", flush=True)
     local.run(config)
     print(outcome(config))

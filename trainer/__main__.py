@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from trainer import commands
 from trainer.config import TrainingConfig, add_config_flags
-from trainer.errors import run_main
+from trainer.errors import outlive_output, run_main
 from trainer.library_logs import set_up_logging
 
 
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     add(commands.schema)
 
     parsed = parser.parse_args(arguments)
+    if parsed.run not in (commands.status, commands.schema):  # these are their output, and end with it
+        outlive_output()
     set_up_logging()
     status: int = parsed.run(parsed)
     return status

@@ -1,10 +1,16 @@
 """Expected failures and their exit codes."""
 
+import io
+import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class ConfigError(ValueError):
@@ -63,22 +69,60 @@ def one_line(error: BaseException) -> str:
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and exit with its status; after an expected failure, with one line and the failure's status."""
+    """Call `main` and exit with its status; after an expected failure, with one line and the failure's status.
+
+    If the reader of its output has gone (`… | head`), the status is that of a process that SIGPIPE ends, 141, unless
+    `outlive_output` was called.
+    """
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as end:  # argparse's
+            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        sys.stdout.flush()
     except (ConfigError, TrainingError) as error:
         status = _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except Interrupted:
         status = 143
-    except BrokenPipeError:  # `… | head` has closed the pipe
-        sys.stderr.close()
-        status = 0
+    except BrokenPipeError:
+        _to_nowhere(1)
+        status = 128 + signal.SIGPIPE
     sys.exit(status)
 
 
+def outlive_output() -> None:
+    """Let the process's work go on when the reader of its output has gone; further output then goes nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            raw = _Lasting(stream.fileno(), "w", closefd=False)
+            lines = stream.line_buffering or name == "stderr"
+            lasting = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=lines)
+            setattr(sys, name, lasting)
+
+
+class _Lasting(io.FileIO):
+    """A descriptor that is replaced by /dev/null when its reader has gone: for child processes, too."""
+
+    def write(self, data: "ReadableBuffer") -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            _to_nowhere(self.fileno())
+            return memoryview(data).nbytes
+
+
+def _to_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 def _fail(message: str, status: int) -> int:
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     return status

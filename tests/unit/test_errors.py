@@ -1,0 +1,50 @@
+"""How a process ends when nothing reads its output any more."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SHORT = "print('x' * 200_000)"
+# The reader has gone after the first line; a child process writes, too.
+LONG = """
+outlive_output()
+for number in range(3):
+    print("line", number, "x" * 200_000, flush=True)
+print("to the other stream", file=sys.stderr, flush=True)
+subprocess.run([sys.executable, "-c", "print('of a child')"], check=True)
+open(sys.argv[1], "w").write("done")
+"""
+
+
+def run_unread(body: str, *arguments: str) -> int:
+    """Run `body` in `run_main` with a standard output that is closed at its other end; the exit status."""
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    program = (
+        f"import subprocess, sys\nfrom trainer.errors import *\ndef main():\n{lines}\n    return 0\nrun_main(main)"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        command = [sys.executable, "-c", program, *arguments]
+        return subprocess.run(command, stdout=write, stderr=write, check=False).returncode
+    finally:
+        os.close(write)
+
+
+def test_a_command_that_is_its_output_ends_with_it() -> None:
+    assert run_unread(SHORT) == 141
+
+
+def test_help_ends_as_sigpipe_does() -> None:
+    assert run_unread("print('usage: …'); sys.exit(0)") == 141
+
+
+def test_work_outlives_its_output(tmp_path: Path) -> None:
+    assert run_unread(LONG, str(tmp_path / "done")) == 0
+    assert (tmp_path / "done").read_text() == "done"
+
+
+def test_an_error_keeps_its_status() -> None:
+    assert run_unread("outlive_output(); raise ConfigError('lr', 0, 'must be more')") == 2
+    assert run_unread("outlive_output(); raise TrainingError('no disk')") == 1
