@@ -66,7 +66,7 @@ def train(arguments: Namespace) -> int:
 
 def export(arguments: Namespace) -> int:
     """Write the trained model as a Hugging Face directory."""
-    config = _config(arguments, run_required=True)
+    config = _unresolved(arguments)
     from trainer.export import export as exporting
 
     print(exporting.export(config))
@@ -75,14 +75,15 @@ def export(arguments: Namespace) -> int:
 
 def evaluate(arguments: Namespace) -> int:
     """Score the exported model on held-out data and write the report."""
-    config = _config(arguments, run_required=True)
+    config = _unresolved(arguments)
     from trainer.export import evaluate as scoring
+    from trainer.monitor.find_run import run_directory
     from trainer.monitor.report import write_report
 
     for name, value in scoring.evaluate(config).items():
         if isinstance(value, int | float):
             print(f"{name:>28}  {value:,.4g}")
-    print(write_report(Path(config.run_dir)))
+    print(write_report(run_directory(config) or Path()))
     return 0
 
 

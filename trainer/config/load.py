@@ -1,10 +1,12 @@
 """Reading a configuration: YAML file, environment and flags, merged and validated."""
 
 import argparse
+import difflib
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -35,10 +37,11 @@ def load_config(
     for variable, text in environment.items():
         if variable.startswith(ENV_PREFIX):
             name = variable.removeprefix(ENV_PREFIX).lower()
-            if name not in known:
+            if name in known:
+                put(tree, known[name].path, _parse(text, known[name]))
+            elif is_secret(name) or _looks_misspelt(name, known):  # others are not ours, as Kubernetes' service links
                 shown = "…" if is_secret(name) else text
                 raise ConfigError(variable, shown, unknown(name, known, lambda near: ENV_PREFIX + near.upper()))
-            put(tree, known[name].path, _parse(text, known[name]))
     for name, value in (flags or {}).items():
         put(tree, known[name].path, _parse(value, known[name]) if isinstance(value, str) else value)
     return TrainingConfig.from_tree(tree)
@@ -69,46 +72,92 @@ def config_from_arguments(arguments: argparse.Namespace) -> TrainingConfig:
     return load_config(arguments.config, {key.removeprefix("parameter:"): value for key, value in given.items()})
 
 
+def _looks_misspelt(name: str, known: Collection[str]) -> bool:
+    """Whether a name is so close to a parameter's that a typing error is likely."""
+    return bool(difflib.get_close_matches(name, known, n=1, cutoff=0.8))
+
+
 def _parse(text: str, parameter: Parameter) -> Any:
-    """A value from text. Text stays text, pydantic reads numbers, lists and maps are YAML (or `a,b`)."""
+    """A value from text. Text stays text, pydantic reads numbers; lists and maps are YAML (or `a,b`)."""
     if parameter.type not in (list, dict):
         return text
+    loader = _Loader(text, ".".join(parameter.path))
     try:
-        value = _load_yaml(text, ".".join(parameter.path))
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.ScalarNode | None):
+            return loader.value(node, parameter)
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError):
-        value = text
-    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(value, str | None) else value
+        pass
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = _load_yaml(path.read_text(encoding="utf-8"), str(path))
+        loader = _Loader(path.read_text(encoding="utf-8-sig"), str(path))
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode | None):
+            raise ConfigError("--config", path, "must hold a mapping of parameters")
+        return loader.tree(node) if node else {}
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError("--config", path, f"cannot be read: {error.strerror}") from None
     except RecursionError:
         raise ConfigError("--config", path, "is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such date
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
         raise ConfigError("--config", path, f"is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict | None):
-        raise ConfigError("--config", path, "must hold a mapping of parameters")
-    return tree or {}
-
-
-def _load_yaml(text: str, name: str) -> Any:
-    """Like `yaml.safe_load`, but refuses duplicate keys and keys that are not words."""
-    loader = _Loader(text)
-    loader.name = name
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
+    """Reads parameters as they are written.
+
+    Scalars become text, which pydantic reads by the parameter's type, as it reads a flag's: YAML 1.1 would take `no`
+    for false, `2024-01-01` for a date, `0123` for 83 and `1e-3` for text. Only inside `sites`, whose values have types
+    of their own, are they resolved, by YAML 1.2's core schema. Keys that are given twice, or are no words, are refused.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+    def tree(self, mapping: yaml.MappingNode) -> dict[str, Any]:
+        """The tree of parameters in a mapping; keys may have dots, and empty groups are left out."""
+        tree: dict[str, Any] = {}
+        self._put_all(mapping, (), tree, {})
+        return tree
+
+    def value(self, node: yaml.Node, parameter: Parameter | None) -> Any:
+        """The value of a parameter, or of an unknown name."""
+        if isinstance(node, yaml.ScalarNode):
+            return None if node.tag == _NULL else node.value
+        if isinstance(node, yaml.SequenceNode) and parameter is not None:
+            return [one.value if isinstance(one, yaml.ScalarNode) else self._built(one) for one in node.value]
+        return self._built(node)
+
+    def _put_all(
+        self, mapping: yaml.MappingNode, above: tuple[str, ...], tree: dict[str, Any], lines: dict[tuple[str, ...], int]
+    ) -> None:
+        self.flatten_mapping(mapping)
+        for key, node in mapping.value:
+            path, line = (*above, *key.value.split(".")), key.start_mark.line + 1
+            parameter = next((one for one in TrainingConfig.parameters() if one.path == path), None)
+            is_group = any(one.path[: len(path)] == path for one in TrainingConfig.parameters()) and parameter is None
+            if is_group and isinstance(node, yaml.MappingNode):
+                self._put_all(node, path, tree, lines)
+            elif not is_group or node.tag != _NULL:
+                if path in lines:
+                    twice = f"is given twice: in lines {lines[path]} and {line} of {self.name}"
+                    raise ConfigError(".".join(path), node.value, twice)
+                lines[path] = line
+                put(tree, path, self.value(node, parameter))
+
+    def _built(self, node: yaml.Node) -> Any:
+        return self.construct_object(node, deep=True)
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         assert node is not None
@@ -125,3 +174,17 @@ class _Loader(yaml.SafeLoader):
                 raise ConfigError(key.value, shown, twice)
             lines[key.value] = line
         return node
+
+
+_NULL = "tag:yaml.org,2002:null"
+# YAML 1.2.2, 10.3.2: the core schema, without octal and hexadecimal numbers; and merge keys
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))

@@ -26,10 +26,11 @@ class TrainedRun:
     @classmethod
     def find(cls, config: TrainingConfig) -> Self:
         """Find the run in `config.run_dir` (or `runs/<run_id>`), else raise ConfigError."""
+        from trainer import checkpoint
         from trainer.monitor.report.run import read_run
 
         if not config.run_dir and not config.run_id:
-            raise ConfigError("run_dir", "", "must name the run's directory")
+            raise ConfigError("run_dir", "", "must name the run's directory (or run_id the run)")
         directory = Path(config.run_dir or Path("runs") / config.run_id)
         if not directory.is_dir():
             raise ConfigError("run_dir", directory, "no such directory")
@@ -44,7 +45,10 @@ class TrainedRun:
                 raise ConfigError("run_dir", directory, f"the recorded configuration cannot be used: {error}") from None
             config = _as_trained(trained, config)
         # In a pod the run directory is a worker's own volume; on one machine it holds one for each worker.
-        return cls(directory, config, tuple(map(Volume.of, (*worker_configs(config), config))))
+        volumes = tuple(map(Volume.of, (*worker_configs(config), config)))
+        if not recorded and not any(checkpoint.paths(volume.checkpoints) for volume in volumes):
+            raise ConfigError("run_dir", directory, "holds no run that was trained: it has no checkpoint")
+        return cls(directory, config, volumes)
 
     @cached_property
     def checkpoint(self) -> "Checkpoint":

@@ -14,12 +14,14 @@ from trainer.monitor.events import Sink
 from trainer.timeouts import MonitorTimeouts
 
 logger = logging.getLogger(__name__)
+Mode = Literal["online", "offline", "disabled"]
 
 
 class WandbSink:
     """One Weights & Biases run for a worker, in a group with the other workers'. A resumed worker continues its run.
 
-    Without WANDB_API_KEY the run is offline: nothing is sent, and `wandb sync` uploads it later.
+    Without WANDB_API_KEY, or with WANDB_MODE=offline, the run is offline: nothing is sent, and `wandb sync` uploads it
+    later. With WANDB_MODE=disabled nothing is kept.
 
     A thread does all the work, so that training never waits for a server. If the server does not let the run begin in
     time, the run is kept offline.
@@ -79,7 +81,7 @@ class WandbSink:
         limits: dict[str, Any] = {"init_timeout": limit, "finish_timeout": limit, "finish_timeout_raises": True}
         settings = wandb.Settings(silent=True, console="off", **limits)
 
-        def begin(mode: Literal["online", "offline"]) -> Any:
+        def begin(mode: Mode) -> Any:
             return wandb.init(
                 project=config.wandb_project_name,
                 group=config.wandb_group,
@@ -94,8 +96,9 @@ class WandbSink:
                 settings=settings,
             )
 
-        if not os.environ.get("WANDB_API_KEY"):
-            return begin("offline")
+        chosen = _users_mode()
+        if chosen in ("offline", "disabled") or not os.environ.get("WANDB_API_KEY"):
+            return begin("disabled" if chosen == "disabled" else "offline")
         try:
             return begin("online")
         except Exception as error:
@@ -103,6 +106,15 @@ class WandbSink:
             run = begin("offline")
             self._warn(f"{self.name} is kept offline, in {Path(run.dir).parent}: {one_line(error)}")
             return run
+
+
+def _users_mode() -> Mode | None:
+    """The mode that wandb's own environment variables demand; None if they do not."""
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    off = any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in ("WANDB_DISABLED", "WANDB_OFFLINE"))
+    if mode in ("disabled", "dryrun", "offline"):
+        return "disabled" if mode == "disabled" else "offline"
+    return ("disabled" if os.environ.get("WANDB_DISABLED") else "offline") if off else None
 
 
 def sinks(

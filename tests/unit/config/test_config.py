@@ -2,10 +2,14 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 import yaml
+from hypothesis import strategies as st
 
 from trainer.config import UNSET, Parameter, TrainingConfig, given, load_config
 from trainer.errors import ConfigError
@@ -159,20 +163,20 @@ def test_bad_values_are_refused_with_field_value_and_what_is_allowed(name: str) 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("locl_steps: 3", "locl_steps = 3: no such parameter; did you mean local_steps?"),
-        ("elastic:\n  min_node: 3", "elastic.min_node = 3: no such parameter; did you mean elastic.min_nodes?"),
-        ("elastic: 3", "elastic = 3"),
+        ("locl_steps: 3", "locl_steps = '3': no such parameter; did you mean local_steps?"),
+        ("elastic:\n  min_node: 3", "elastic.min_node = '3': no such parameter; did you mean elastic.min_nodes?"),
+        ("elastic: 3", "elastic = '3'"),
         ("- a", "must hold a mapping"),
         ("a: [", "is not YAML"),
-        ("lr: 2001-99-99", "is not YAML: month must be in 1..12"),
+        ("lr: 2001-99-99", "lr = '2001-99-99': must be a valid number"),
         ("a: {" * 5000, "is nested too deeply"),
         ("1: 2", "1 = '2': a parameter's name must be a word"),
-        ("elastic: {yes: 2}", "yes = '2': a parameter's name must be a word"),
+        ("elastic: {yes: 2}", "elastic.yes = '2': no such parameter"),
         ("? [a]\n: 2", "a sequence = '2': a parameter's name must be a word"),
         ("lr: 1\nseed: 1\nlr: 2", "lr = '2': is given twice: in lines 1 and 3 of "),
         ("hf_token: s3cret\nhf_token: s3cret", "hf_token = '…': is given twice"),
-        ("elastic: {min_nodes: true}", "elastic.min_nodes = True: must be a number"),
-        ("lr: .inf", "lr = inf: must be a finite number"),
+        ("elastic: {min_nodes: true}", "elastic.min_nodes = 'true': must be a valid integer"),
+        ("lr: .inf", "lr = '.inf': must be a valid number"),
     ],
 )
 def test_bad_yaml_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -382,3 +386,88 @@ def test_what_belongs_to_a_machine_or_is_secret_is_not_the_runs() -> None:
     assert {"model", "dataset", "local_steps", "lease_ttl", "elastic_min_nodes"} < shared.keys()
     local = {"device", "run_dir", "run_id", "advertise_address", "network_interface", "port_range", "nodes", "resume"}
     assert not shared.keys() & {*local, "etcd_user", "etcd_endpoints", "checkpoint_path"}
+
+
+def from_yaml(text: str, folder: Path) -> TrainingConfig:
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    return load_config(folder / "config.yaml", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("elastic:\n", "elastic_min_nodes", -1),
+        ("elastic: {}\n", "elastic_min_nodes", -1),
+        ("elastic.min_nodes: 2\n", "elastic_min_nodes", 2),
+        ("elastic.etcd:\n  prefix: /x\n", "elastic_etcd_prefix", "/x"),
+        ("run_id: 2024-01-01\n", "run_id", "2024-01-01"),
+        ("run_id: 0123\n", "run_id", "0123"),
+        ("run_id: no\n", "run_id", "no"),
+        ("run_id: 12e3\n", "run_id", "12e3"),
+        ("run_id: 1.10\n", "run_id", "1.10"),
+        ("lr: 1e-3\n", "lr", 0.001),
+        ("total_steps: 1_000\n", "total_steps", 1000),
+        ("total_steps: 01000\n", "total_steps", 1000),
+        ("heterogeneous: on\n", "heterogeneous", True),
+        ("experiment_tags: [2024, no, 1.10]\n", "experiment_tags", ["2024", "no", "1.10"]),
+        ("experiment_tags: [a]\n# after\n", "experiment_tags", ["a"]),
+        ("\ufeffrun_id: marked\n", "run_id", "marked"),
+        ("", "run_id", ""),
+        ("base: &b {min_nodes: 2}\n", "", "base = "),
+        ("total_steps: 12:30:00\n", "", "total_steps = '12:30:00'"),
+        ("elastic: {min_nodes: 2}\nelastic.min_nodes: 3\n", "", "is given twice: in lines 1 and 2"),
+        ("run_id: a\n---\nrun_id: b\n", "", "is not YAML"),
+        ("elastic:\n\tmin_nodes: 2\n", "", "is not YAML"),
+    ],
+)
+def test_yaml_is_read_as_it_is_written(text: str, name: str, value: Any, tmp_path: Path) -> None:
+    values = {"warmup_steps": 0}
+    if name:
+        assert from_yaml(text + f"warmup_steps: {values['warmup_steps']}\n", tmp_path).to_flat()[name] == value
+    else:
+        with pytest.raises(ConfigError, match=re.escape(value)):
+            from_yaml(text, tmp_path)
+
+
+def test_the_values_of_sites_keep_their_types(tmp_path: Path) -> None:
+    text = """
+sites:
+  - name: lab
+    replicas: 2
+    node_selector: {zone: "1", ready: "true"}
+    tolerations: [{key: gpu, operator: Exists, tolerationSeconds: 300}]
+"""
+    (site,) = from_yaml(text, tmp_path).sites
+    assert site.node_selector == {"zone": "1", "ready": "true"}
+    assert site.tolerations[0]["tolerationSeconds"] == 300
+
+
+@hypothesis.given(st.text(st.characters(categories=["L", "N", "P", "S"], max_codepoint=0x24F), min_size=1, max_size=12))
+@hypothesis.example("0o17")
+@hypothesis.example("1:30")
+@hypothesis.example("0x1F")
+@hypothesis.example(".inf")
+@hypothesis.example("2001-01-01T00:00:00Z")
+@hypothesis.settings(deadline=None)
+def test_plain_text_in_yaml_never_changes_silently(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = from_yaml(f"experiment_description: {text}\n", Path(folder)).experiment_description
+        except ConfigError:
+            return  # it means something else to YAML, and is refused
+        quoted = text[:1] in "'\"" or text[:1] in "|>&!" or text.startswith("#")
+        assert found == text or quoted or " #" in text
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["DILOCO_TEST_IMAGE", "DILOCO_ETCD_SERVICE_HOST", "DILOCO_ETCD_PORT_2379_TCP_ADDR", "DILOCO_X_SERVICE_PORT"],
+)
+def test_variables_that_are_no_parameters_are_left_alone(variable: str) -> None:
+    assert load_config(None, {}, {variable: "10.0.0.1"}) == TrainingConfig()
+
+
+def test_a_year_is_a_tag() -> None:
+    assert load_config(None, {}, {"DILOCO_EXPERIMENT_TAGS": "2024"}).experiment_tags == ["2024"]
+    assert load_config(None, {}, {"DILOCO_EXPERIMENT_TAGS": "a, no"}).experiment_tags == ["a", "no"]
+    assert load_config(None, {}, {"DILOCO_EXPERIMENT_TAGS": "[1.10, 0123]"}).experiment_tags == ["1.10", "0123"]

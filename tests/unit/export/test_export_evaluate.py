@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from trainer import data, models
+from trainer.__main__ import main
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
@@ -328,3 +329,19 @@ def test_token_contents_spell_the_text() -> None:
         assert b"".join(contents[token] for token in ids) == text.encode()
         assert contents[made.eos_token_id] == b""
         assert tokenizers.token_bytes(made).tolist() == [len(content) for content in contents]
+
+
+def test_the_commands_find_the_run_in_its_directory(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--run-dir", str(run_dir), "--device", "cpu"]
+    assert main(["export", *place]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(run_dir / "export")
+    assert main(["evaluate", *place]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(run_dir / "report.html")
+    with pytest.raises(ConfigError, match="run_dir = '': must name the run's directory"):
+        main(["export"])
+
+
+@pytest.mark.parametrize("command", ["export", "evaluate"])
+def test_a_run_that_was_never_trained_is_named(command: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run_dir = .*: holds no run that was trained"):
+        main([command, "--run-dir", str(tmp_path), "--device", "cpu"])
