@@ -439,7 +439,7 @@ sites:
 """
     (site,) = from_yaml(text, tmp_path).sites
     assert site.node_selector == {"zone": "1", "ready": "true"}
-    assert site.tolerations[0]["tolerationSeconds"] == 300
+    assert site.tolerations[0].toleration_seconds == 300
 
 
 @hypothesis.given(st.text(st.characters(categories=["L", "N", "P", "S"], max_codepoint=0x24F), min_size=1, max_size=12))
