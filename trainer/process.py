@@ -23,19 +23,45 @@ def dying_with_parent(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _PRELUDE, str(os.getpid()), *command]
 
 
+def endpoint(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def resolve(host: str) -> tuple[socket.AddressFamily, str]:
+    """The family and the numeric address of a host: IPv4 if it has one, else IPv6. Raises OSError if it has none."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    return family, str(address[0])
+
+
+def loopback() -> str:
+    """This machine's address for itself: IPv6 if it has no IPv4."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(("127.0.0.1", 0))
+        except OSError:
+            return "::1"
+    return "127.0.0.1"
+
+
 def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     """A listening TCP socket on `port`, or on the first free port of `port_range` ("low-high"), or on any.
 
-    IPv6 for an IPv6 address, else IPv4. If no interface of this machine has the address (it belongs to a NAT or a
-    service), the socket listens on all interfaces.
+    If no interface of this machine has the address (it belongs to a NAT or a service), the socket listens on all
+    interfaces.
 
     Raises:
-        ConfigError: The port, or every port of the range, is taken.
+        ConfigError: The port, or every port of the range, is taken; the address has no meaning here.
     """
     low, high = map(int, port_range.split("-")) if port_range and not port else (port, port)
+    try:
+        family, own = resolve(address)
+    except OSError as error:
+        raise ConfigError("advertise_address", address, f"is no address: {error.strerror}") from None
     for candidate in range(low, high + 1):
-        for host in (address, ""):
-            listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        for host in (own, ""):
+            listener = socket.socket(family, socket.SOCK_STREAM)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((host, candidate))

@@ -12,6 +12,7 @@ from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
 from trainer.etcd.values import Entry, EtcdValues, Json
 from trainer.etcd.watch import Watch
+from trainer.process import resolve
 from trainer.timeouts import EtcdTimeouts
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def local_address(endpoint: str) -> str:
     Other machines can most likely reach it.
     """
     host, _, port = endpoint.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
-        try:
-            probe.connect((host, int(port)))
+    try:
+        family, address = resolve(host.strip("[]"))
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
+            probe.connect((address, int(port)))
             return str(probe.getsockname()[0])
-        except OSError as error:
-            raise EtcdError(f"cannot reach etcd at {endpoint}: {error.strerror or error}", "unreachable") from None
+    except OSError as error:
+        raise EtcdError(f"cannot reach etcd at {endpoint}: {error.strerror or error}", "unreachable") from None
