@@ -53,15 +53,15 @@ class ClusterLauncher:
         files = {path.name: path for path in directory.iterdir()}
         return training_output(directory, files, {"run_id": self._config.run_id, "claim": workers[0].claim})
 
-    def export(self, trained: Any) -> Output:
+    def export(self, checkpoint: Any) -> Output:
         from trainer.kubernetes.steps.fetch_results import fetch_result
 
         plan, directory = self._context.plan, self._scratch / "export"
-        claims = read_json(Path(trained.path) / TRAINED)
+        claims = read_json(Path(checkpoint.path) / TRAINED)
         worker = fetch_result(self._context, [plan.workers[claim["worker"]] for claim in claims], "export", directory)
         return exported_output(directory, worker=worker.index, claim=worker.claim)
 
-    def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
+    def evaluate(self, checkpoint: Any, model: Any, precached: Any) -> Output:
         from trainer.kubernetes.steps.fetch_results import fetch_result
 
         if "worker" not in model.metadata:
@@ -69,11 +69,11 @@ class ClusterLauncher:
         directory, run_dir = self._scratch / "evaluation", self._scratch / "run"
         fetch_result(self._context, [self._context.plan.workers[int(model.metadata["worker"])]], "evaluate", directory)
         # The report needs the workers' events, too
-        shutil.copytree(trained.path, run_dir)
+        shutil.copytree(checkpoint.path, run_dir)
         shutil.copy(directory / "evaluation.json", run_dir)
         if not self._config.storage.retain:
             self._context.clean_up(finished=False, claims=True)
-        return evaluation_output(run_dir, read_json(run_dir / "evaluation.json"))
+        return evaluation_output(run_dir, read_json(run_dir / "evaluation.json"), self._context.kubectl)
 
     def clean_up(self) -> None:
         self._context.clean_up(finished=False)

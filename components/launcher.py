@@ -14,7 +14,7 @@ _IN_A_STEPS_POD = ("KFP_POD_NAME", "KUBERNETES_SERVICE_HOST")
 class Launcher(Protocol):
     """The steps of a run. All of them print their progress, and raise ConfigError or TrainingError.
 
-    `trained`, `model` and `precached` are the artifacts of `train`, `export` and `precache`.
+    `checkpoint`, `model` and `precached` are the artifacts of `train`, `export` and `precache`.
     """
 
     def precache(self) -> Output:
@@ -23,10 +23,10 @@ class Launcher(Protocol):
     def train(self) -> Output:
         """Train until the run is complete. Outputs what export needs, and the run's metrics."""
 
-    def export(self, trained: Any) -> Output:
+    def export(self, checkpoint: Any) -> Output:
         """Write the model. Outputs the directory that `from_pretrained` loads."""
 
-    def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
+    def evaluate(self, checkpoint: Any, model: Any, precached: Any) -> Output:
         """Score the model on held-out data. Outputs the scores as metrics, and `report.html` and `summary.md`."""
 
     def clean_up(self) -> None:

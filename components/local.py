@@ -35,13 +35,13 @@ class LocalLauncher:
         files = {"global.safetensors": trained.path / "global.safetensors"}
         return training_output(Path(self._config.run_dir), files, {"run_id": self._config.run_id} | place)
 
-    def export(self, trained: Any) -> Output:
+    def export(self, checkpoint: Any) -> Output:
         from trainer.export.export import export
 
         directory = export(self._config)
         return exported_output(directory, path=str(directory))
 
-    def evaluate(self, trained: Any, model: Any, precached: Any) -> Output:
+    def evaluate(self, checkpoint: Any, model: Any, precached: Any) -> Output:
         from trainer.export.evaluate import evaluate
 
         return evaluation_output(Path(self._config.run_dir), evaluate(self._config, dataset=precached.path))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from trainer.data.manifest import Manifest
 
+METRICS, DIGITS = 10, 5  # of a step in the UI; of a metric that is no count
+
 
 @dataclass(frozen=True)
 class Output:
@@ -37,10 +39,10 @@ class Output:
 
 
 def log_metrics(metrics: "dsl.Metrics", values: Mapping[str, Any]) -> None:
-    """Log those values that are finite numbers."""
-    for name, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            metrics.log_metric(name, float(value))
+    """Log those values that are finite numbers, rounded: the UI prints all digits, and ten rows a page."""
+    numbers = {n: v for n, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    for name, value in [(name, value) for name, value in numbers.items() if math.isfinite(value)][:METRICS]:
+        metrics.log_metric(name, float(value if isinstance(value, int) else f"{value:.{DIGITS}g}"))
 
 
 def link_or_copy(source: Path, artifact: str) -> None:
@@ -92,10 +94,14 @@ def exported_output(directory: Path, **location: Any) -> Output:
     return Output({path.name: path for path in directory.iterdir()}, location | {name: facts[name] for name in names})
 
 
-def evaluation_output(run_dir: Path, scores: Mapping[str, Any]) -> Output:
-    """The output of the evaluate step: the scores, and `report.html` and `summary.md`, which this writes."""
+def evaluation_output(run_dir: Path, scores: Mapping[str, Any], command: str = "") -> Output:
+    """The output of the evaluate step: the scores, and `report.html` and `summary.md`, which this writes.
+
+    `command` shows the run's objects on a cluster; the summary ends with it.
+    """
     from trainer.monitor.report import markdown_summary, write_report
 
     summary = run_dir / "summary.md"
-    write_text(summary, markdown_summary(run_dir))
+    closing = f"\n```sh\n{command}\n```\n" if command else ""
+    write_text(summary, markdown_summary(run_dir) + closing)
     return Output({"report.html": write_report(run_dir), summary.name: summary}, {}, scores)

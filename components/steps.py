@@ -1,7 +1,7 @@
 """What the components do. Each function is a component's whole body and runs in the step's own process.
 
 A component's README describes its inputs and outputs. `config` is the resolved configuration by flat name; `values`
-are parameters by flat name, not checked yet; `job_id` is explained at `resolve`.
+are the pipeline's arguments, not checked yet; `job_id` is explained at `resolve`.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from kfp import dsl
 
 from components.launcher import create_launcher, resolve_launcher
 from components.output import link_or_copy, log_metrics
+from components.parameters import unfolded
 from components.runtime import step_process
 from trainer.config import TrainingConfig
 from trainer.files import write_json
@@ -28,23 +29,23 @@ def precache(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapp
         write_json(Path(config_path), config.to_flat())
 
 
-def train(config: dict[str, Any], model: dsl.Model, metrics: dsl.Metrics) -> None:
+def train(config: dict[str, Any], checkpoint: dsl.Model, metrics: dsl.Metrics) -> None:
     """Train, and output the final checkpoint's global parameters, or the claims that hold them."""
     with step_process("train"):
         output = create_launcher(TrainingConfig.from_flat(config)).train()
-        output.write_to(model)
+        output.write_to(checkpoint)
         log_metrics(metrics, output.metrics)
 
 
-def export(config: dict[str, Any], trained: dsl.Model, model: dsl.Model) -> None:
+def export(config: dict[str, Any], checkpoint: dsl.Model, model: dsl.Model) -> None:
     """Export the trained model as a Hugging Face directory."""
     with step_process("export"):
-        create_launcher(TrainingConfig.from_flat(config)).export(trained).write_to(model)
+        create_launcher(TrainingConfig.from_flat(config)).export(checkpoint).write_to(model)
 
 
 def evaluate(
     config: dict[str, Any],
-    trained: dsl.Model,
+    checkpoint: dsl.Model,
     model: dsl.Model,
     precached: dsl.Dataset,
     metrics: dsl.Metrics,
@@ -57,7 +58,7 @@ def evaluate(
     step for an empty artifact after its work is done. The summary and the report contain the confusion matrix.
     """
     with step_process("evaluate"):
-        output = create_launcher(TrainingConfig.from_flat(config)).evaluate(trained, model, precached)
+        output = create_launcher(TrainingConfig.from_flat(config)).evaluate(checkpoint, model, precached)
         log_metrics(metrics, {name: value for name, value in output.metrics.items() if name != "time"})
         link_or_copy(output.files["summary.md"], summary.path)
         link_or_copy(output.files["report.html"], report.path)
@@ -81,6 +82,8 @@ def resolve(values: Mapping[str, Any], job_id: str = "") -> TrainingConfig:
     from trainer import models
 
     full = {p.name for p in TrainingConfig.parameters() if not p.may_be_empty}
-    config = TrainingConfig.from_flat({n: value for n, value in values.items() if value != "" or n not in full})
+    config = TrainingConfig.from_flat(
+        {n: value for n, value in unfolded(values).items() if value != "" or n not in full}
+    )
     models.resolve(config.model)  # else only a pod of the cluster would notice an unknown model
     return resolve_launcher(config if config.run_id or not job_id else config.with_values(run_id=job_id)).resolved()

@@ -1,18 +1,24 @@
 """Run the pipeline on a Kubeflow Pipelines backend: once (`submit`), or repeatedly (`schedule`)."""
 
+import hashlib
 import json
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from components.parameters import folded
 from pipelines.follower import Follower
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
 from trainer.timeouts import PipelineTimeouts
+from trainer.version import VERSION
 
 _PIPELINES_NAMESPACE = "kubeflow"  # of the steps' pods on a single-user installation
 # The fields of a cron expression, with the smallest and the largest number of each.
@@ -20,9 +26,41 @@ _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "
 
 
 def arguments_of(config: TrainingConfig) -> dict[str, Any]:
-    """The pipeline's arguments by flat name: only those that differ from the pipeline's own defaults."""
+    """The pipeline's arguments: only parameters that differ from their defaults."""
     values = config.to_flat()
-    return {p.name: values[p.name] for p in config.parameters() if values[p.name] != p.default}
+    return folded({p.name: values[p.name] for p in config.parameters() if values[p.name] != p.default})
+
+
+def run_name(config: TrainingConfig) -> str:
+    """A run's name in the UI.
+
+    >>> run_name(TrainingConfig(model="gpt-neo-x:tiny", dataset="stdlib", total_steps=240))
+    'gpt-neo-x:tiny on stdlib, 240 steps'
+    """
+    return f"{config.model} on {config.dataset}, {config.total_steps} steps"
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a backend is to run."""
+
+    text: str  # the compiled pipeline
+    description: str  # of the pipeline
+    pipeline_name: str = ""  # upload it under this name; empty: send it along with each run
+    service_account: str = ""  # of the steps' pods; empty: the backend's default
+
+    @property
+    def version(self) -> str:
+        """The name of the pipeline's version with this content."""
+        return f"{VERSION}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
+
+    @contextmanager
+    def file(self) -> Iterator[str]:
+        """The pipeline as a temporary file."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "diloco-training.yaml"
+            path.write_text(self.text, encoding="utf-8")
+            yield str(path)
 
 
 class PipelineBackend:
@@ -42,28 +80,86 @@ class PipelineBackend:
             warnings.simplefilter("ignore")
             self._client = Client(host=host or None)  # its `namespace` is where KFP itself runs, not the user's
 
-    def submit(
-        self, arguments: Mapping[str, Any], experiment: str, name: str = "", *, service_account: str = ""
-    ) -> str:
-        """Start a run in an experiment, which is created if missing; print the UI's links to it, and return its id.
+    def submit(self, package: "Package", config: TrainingConfig, experiment: str, name: str = "") -> str:
+        """Start a run in an experiment, which is created if missing; print the UI's link to it, and return its id.
 
-        `service_account` is that of the steps' pods; empty: the backend's default.
+        `name` is the run's in the UI; empty: `run_name`.
         """
-        with _readable_errors(), _package() as package:
-            result = self._client.create_run_from_pipeline_package(
-                package,
-                arguments=dict(arguments),
-                run_name=name or None,
-                experiment_name=experiment,
-                namespace=self._namespace,
-                service_account=service_account or None,
+        import kfp_server_api
+
+        with _readable_errors():
+            run = kfp_server_api.V2beta1Run(  # kfp's own `run_pipeline` gives a run no description
+                display_name=name or run_name(config),
+                description=config.experiment_description,
+                experiment_id=self._experiment(experiment),
+                runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=arguments_of(config)),
+                service_account=package.service_account or None,
             )
-        return str(result.run_id)
+            if package.pipeline_name:
+                pipeline_id, version_id = self._upload(package)
+                run.pipeline_version_reference = kfp_server_api.V2beta1PipelineVersionReference(
+                    pipeline_id=pipeline_id, pipeline_version_id=version_id
+                )
+            else:
+                run.pipeline_spec = yaml.safe_load(package.text)
+            run_id = str(self._client._run_api.run_service_create_run(run=run).run_id)
+        print(f"Run details: {self._client._get_url_prefix()}/#/runs/details/{run_id}")
+        return run_id
+
+    def cancel(self, run_id: str) -> None:
+        """Terminate a run. What it created, except the claims, is deleted."""
+        with _readable_errors():
+            self._client.terminate_run(run_id)
+
+    def show(self, run_id: str) -> str:
+        """Print a run's state and its steps', and what a step waits for or why it failed. Returns the run's state."""
+        return self._follower(run_id).show()
+
+    def logs(self, run_id: str, step: str = "") -> None:
+        """Print what the run's steps, or one of them, have printed.
+
+        Raises:
+            ConfigError: The run has no such step yet.
+        """
+        self._follower(run_id).print_logs(step)
 
     def wait(self, run_id: str) -> None:
         """Return when the run has succeeded, else raise TrainingError with the reason. Print its steps' states."""
-        namespace = self._namespace or _PIPELINES_NAMESPACE
-        Follower(run_id, self._run, self._text, namespace, self._timeouts).follow()
+        self._follower(run_id).follow()
+
+    def _follower(self, run_id: str) -> Follower:
+        return Follower(run_id, self._run, self._text, self._namespace or _PIPELINES_NAMESPACE, self._timeouts)
+
+    def _experiment(self, name: str) -> str:
+        """The id of an experiment, which is created if missing."""
+        return str(self._client.create_experiment(name, namespace=self._namespace).experiment_id)
+
+    def _upload(self, package: "Package") -> tuple[str, str]:
+        """The ids of the pipeline named in the package, and of its version with this content; uploads what is missing.
+
+        "Create run" in the UI takes the newest version of a pipeline, and so do schedules that are made there.
+        """
+        import kfp_server_api
+
+        name, version = package.pipeline_name, package.version
+        listed = self._client.list_pipelines(namespace=self._namespace, filter=_equals("display_name", name))
+        if listed.pipelines:
+            pipeline = listed.pipelines[0]
+        else:
+            wanted = kfp_server_api.V2beta1Pipeline(
+                display_name=name, description=package.description, namespace=self._namespace
+            )
+            pipeline = self._client._pipelines_api.pipeline_service_create_pipeline(pipeline=wanted)
+        versions = self._client.list_pipeline_versions(
+            pipeline.pipeline_id, filter=_equals("display_name", version)
+        ).pipeline_versions
+        if versions:
+            return pipeline.pipeline_id, versions[0].pipeline_version_id
+        with package.file() as path:
+            uploaded = self._client.upload_pipeline_version(
+                path, version, pipeline_id=pipeline.pipeline_id, description=package.description
+            )
+        return pipeline.pipeline_id, uploaded.pipeline_version_id
 
     def _run(self, run_id: str) -> dict[str, Any]:
         """A run as the backend returns it: kfp's client (2.17) lacks the newest backend's `view` and `tasks`."""
@@ -103,20 +199,22 @@ class PipelineBackend:
             _request_timeout=(10, 60),
         )
 
-    def schedule(
-        self, arguments: Mapping[str, Any], experiment: str, name: str, cron: str, *, service_account: str = ""
-    ) -> str:
+    def schedule(self, package: "Package", config: TrainingConfig, experiment: str, name: str, cron: str) -> str:
         """Start runs, one at a time, whenever KFP's six-field cron expression is due. Returns the schedule's id."""
-        with _readable_errors(), _package() as package:
+        with _readable_errors(), package.file() as path:
+            source: dict[str, Any] = {"pipeline_package_path": path}
+            if package.pipeline_name:
+                source = dict(zip(("pipeline_id", "version_id"), self._upload(package), strict=True))
             created = self._client.create_recurring_run(
-                experiment_id=self._client.create_experiment(experiment, namespace=self._namespace).experiment_id,
+                experiment_id=self._experiment(experiment),
                 job_name=name,
+                description=f"{run_name(config)}. {config.experiment_description}",
                 cron_expression=cron,
                 max_concurrency=1,
                 no_catchup=True,
-                params=dict(arguments),
-                pipeline_package_path=package,
-                service_account=service_account or None,
+                params=arguments_of(config),
+                service_account=package.service_account or None,
+                **source,
             )
         return str(created.recurring_run_id)
 
@@ -163,15 +261,9 @@ def six_fields(cron: str) -> str:
     return " ".join(["0", *fields])
 
 
-@contextmanager
-def _package() -> Iterator[str]:
-    """The compiled pipeline as a temporary file."""
-    from pipelines.pipeline import compiled
-
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "diloco-training.yaml"
-        path.write_text(compiled(), encoding="utf-8")
-        yield str(path)
+def _equals(key: str, value: str) -> str:
+    """The backend's filter for objects with this value."""
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "stringValue": value}]})
 
 
 @contextmanager
@@ -187,6 +279,7 @@ def _readable_errors() -> Iterator[None]:
         with suppress(TypeError, ValueError, AttributeError):  # the body is JSON if the API server itself sent it
             body = json.loads(error.body)
             message = body.get("message") or body.get("error") or message
-        raise TrainingError(f"Kubeflow Pipelines answered {error.status}: {message}") from None
+        hint = ": it is older than 2.16 and needs --no-literals" if "literals" in str(message) else ""
+        raise TrainingError(f"Kubeflow Pipelines answered {error.status}: {message}{hint}") from None
     except HTTPError as error:
         raise TrainingError(f"Kubeflow Pipelines cannot be reached: {error}") from None

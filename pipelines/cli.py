@@ -12,7 +12,7 @@ from trainer.files import read_json, require_output, write_text
 from trainer.timeouts import PipelineTimeouts
 
 if TYPE_CHECKING:
-    from pipelines.backend import PipelineBackend
+    from pipelines.backend import Package, PipelineBackend
 
 _COMMAND = "diloco-pipelines"  # the installed console script
 
@@ -32,9 +32,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    program = _COMMAND if Path(sys.argv[0]).name == _COMMAND else "python -m pipelines"
     description = "Compile, run and schedule the diloco-training pipeline."
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser = argparse.ArgumentParser(prog=_program(), description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     compiling = commands.add_parser(
@@ -43,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write the pipeline as YAML. The environment variable PIPELINE_IMAGE sets the image of its steps.",
     )
     compiling.add_argument("--output", type=Path, default=Path("build/diloco_training.yaml"), metavar="FILE")
+    _add_literals_flag(compiling)
     compiling.set_defaults(command=_compile)
 
     running = commands.add_parser(
@@ -65,7 +65,24 @@ def _parser() -> argparse.ArgumentParser:
     submitting.set_defaults(command=_submit)
 
     _add_schedule_commands(commands.add_parser("schedule", help="run the pipeline repeatedly on a backend"))
+
+    for command, help, function in (
+        ("status", "show a submitted run: its steps, what they wait for, why one has failed", _status),
+        ("logs", "show what the steps of a submitted run have printed", _logs),
+        ("cancel", "terminate a submitted run; its claims stay, and its run id resumes it", _cancel),
+    ):
+        watching = commands.add_parser(command, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        _add_backend_flags(watching)
+        watching.add_argument("run", metavar="RUN", help="the run's id, which `submit` prints")
+        watching.set_defaults(command=function)
+        if command == "logs":
+            watching.add_argument("--step", default="", help="one step: precache, train, export, evaluate or clean-up")
     return parser
+
+
+def _program() -> str:
+    """What was typed to start this program."""
+    return _COMMAND if Path(sys.argv[0]).name == _COMMAND else "python -m pipelines"
 
 
 def _add_schedule_commands(schedule: argparse.ArgumentParser) -> None:
@@ -94,13 +111,21 @@ def _add_backend_flags(parser: argparse.ArgumentParser, *, starts_runs: bool = F
         parser.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment of the runs [diloco]")
         text = "service account of the steps' pods: see manifests/ [the backend's default]"
         parser.add_argument("--steps-service-account", default="", metavar="NAME", help=text)
+        text = "upload the pipeline under this name, for the UI's runs and schedules; a change becomes a version"
+        parser.add_argument("--pipeline-name", default="", metavar="NAME", help=text)
+        _add_literals_flag(parser)
+
+
+def _add_literals_flag(parser: argparse.ArgumentParser) -> None:
+    text = "leave out the allowed values of choices (the UI's drop-downs), which backends before 2.16 refuse"
+    parser.add_argument("--no-literals", action="store_true", help=text)
 
 
 def _compile(options: argparse.Namespace) -> int:
     require_output(options.output, "--output")
     from pipelines.pipeline import compiled
 
-    write_text(options.output, compiled())
+    write_text(options.output, compiled(literals=not options.no_literals))
     print(options.output)
     return 0
 
@@ -121,19 +146,46 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from pipelines.backend import arguments_of
-
-    arguments, backend, account = (
-        arguments_of(_cluster_config(options)),
-        _backend(options),
-        options.steps_service_account,
-    )
-    run_id = backend.submit(arguments, options.experiment, options.run_name, service_account=account)
+    config, backend = _cluster_config(options), _backend(options)
+    run_id = backend.submit(_package(options), config, options.experiment, options.run_name)
     print(f"run {run_id}", flush=True)
     if options.wait:
         backend.wait(run_id)
         print(f"run {run_id} has succeeded")
+    else:
+        print(f"status, logs, cancel: {_program()} status {run_id}{_same_backend(options)}")
     return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    state = _backend(options).show(options.run)
+    return 1 if state in ("FAILED", "CANCELED", "ERROR") else 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    _backend(options).logs(options.run, options.step)
+    return 0
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    _backend(options).cancel(options.run)
+    print(f"run {options.run} is being terminated")
+    return 0
+
+
+def _same_backend(options: argparse.Namespace) -> str:
+    """The flags that name the backend, as they were given."""
+    given = {"--host": options.host, "--namespace": options.namespace}
+    return "".join(f" {flag} {value}" for flag, value in given.items() if value)
+
+
+def _package(options: argparse.Namespace) -> "Package":
+    """The pipeline, compiled as the flags ask for it."""
+    from pipelines.backend import Package
+    from pipelines.pipeline import DESCRIPTION, compiled
+
+    text = compiled(literals=not options.no_literals)
+    return Package(text, DESCRIPTION, options.pipeline_name, options.steps_service_account)
 
 
 def _backend(options: argparse.Namespace) -> "PipelineBackend":
@@ -152,14 +204,13 @@ def _cluster_config(options: argparse.Namespace) -> TrainingConfig:
 
 
 def _create_schedule(options: argparse.Namespace) -> int:
-    from pipelines.backend import arguments_of, six_fields
+    from pipelines.backend import six_fields
 
     config = _cluster_config(options)
     if config.run_id:
         raise ConfigError("run_id", config.run_id, "must be left out: each run of a schedule gets its own")
-    cron, account = six_fields(options.cron), options.steps_service_account
-    arguments, backend = arguments_of(config), _backend(options)
-    schedule_id = backend.schedule(arguments, options.experiment, options.name, cron, service_account=account)
+    cron, backend = six_fields(options.cron), _backend(options)
+    schedule_id = backend.schedule(_package(options), config, options.experiment, options.name, cron)
     print(f"schedule {schedule_id}")
     return 0
 

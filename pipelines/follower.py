@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from components.runtime import STARTED
-from trainer.errors import TrainingError
+from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.api.diagnosis import why_pending
 from trainer.kubernetes.api.kinds import EVENT, POD, WORKFLOW, Object
@@ -101,6 +101,29 @@ class Follower:
             time.sleep(poll)
         if run["state"] != "SUCCEEDED":
             raise TrainingError(self._failure(run))
+
+    def show(self) -> str:
+        """Print the run's present state, as `follow` does, and why it failed if it did. Returns its state."""
+        run = self._get_run(self._run_id)
+        state = run.get("state") or "PENDING"
+        self._print(f"run {self._run_id}: {state.lower()}")
+        self._show(run)
+        if state in FINAL and state != "SUCCEEDED":
+            self._print(self._failure(run))
+        return str(state)
+
+    def print_logs(self, name: str = "") -> None:
+        """Print what each step, or the step `name`, has printed so far, without the lines of KFP's launcher.
+
+        Raises:
+            ConfigError: No such step has begun.
+        """
+        found = [step for step in tasks(self._get_run(self._run_id)) if step.name in ((name,) if name else STEPS)]
+        if not found:
+            raise ConfigError("step", name, f"has not begun in run {self._run_id}: one of {', '.join(STEPS)}")
+        for step in sorted(found, key=lambda one: STEPS.index(one.name)):
+            lines = self._lines(step) or ["(no output can be read from here)"]
+            self._print("\n".join(f"{step.name} | {line}" for line in lines))
 
     def _show(self, run: Mapping[str, Any]) -> None:
         """Print what has changed."""

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, TextIO
 from unittest import mock
 
+from components.parameters import folded
 from components.runtime import RUNNER_PID, STARTED
 from trainer.config import TrainingConfig
 from trainer.errors import Interrupted, TrainingError
@@ -25,7 +26,7 @@ def run(config: TrainingConfig) -> None:
     """Run the pipeline with a resolved configuration, as `run_pipeline` does."""
     from pipelines.pipeline import training_pipeline
 
-    run_pipeline(training_pipeline(exit_handler=False), config.to_flat(), Path(config.run_dir))
+    run_pipeline(training_pipeline(exit_handler=False), folded(config.to_flat()), Path(config.run_dir))
 
 
 def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run_dir: Path) -> Any:

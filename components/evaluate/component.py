@@ -8,14 +8,14 @@ from components.runtime import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def evaluate(
     config: dict,
-    trained: dsl.Input[dsl.Model],
-    model: dsl.Input[dsl.Model],
+    checkpoint: dsl.Input[dsl.Model],
+    exported_model: dsl.Input[dsl.Model],
     precached: dsl.Input[dsl.Dataset],
-    metrics: dsl.Output[dsl.Metrics],
+    evaluation_metrics: dsl.Output[dsl.Metrics],
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
     """Score the exported model on held-out data, and write the run's summary and report."""
     from components import steps
 
-    steps.evaluate(config, trained, model, precached, metrics, summary, report)
+    steps.evaluate(config, checkpoint, exported_model, precached, evaluation_metrics, summary, report)

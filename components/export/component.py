@@ -6,8 +6,8 @@ from components.runtime import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def export(config: dict, trained: dsl.Input[dsl.Model], model: dsl.Output[dsl.Model]) -> None:
+def export(config: dict, checkpoint: dsl.Input[dsl.Model], exported_model: dsl.Output[dsl.Model]) -> None:
     """Write the committed global parameters as a directory that `transformers` loads."""
     from components import steps
 
-    steps.export(config, trained, model)
+    steps.export(config, checkpoint, exported_model)

@@ -1,21 +1,22 @@
-"""The precache component. It alone takes all parameters; later steps take the `config` that it outputs."""
+"""The precache component. It alone takes the parameters; later steps take the `config` that it outputs."""
 
 import linecache
 from typing import Any
 
 from kfp import dsl
 
+from components.parameters import common
 from components.runtime import IMAGE
-from trainer.config import TrainingConfig
 
 # KFP ships a component's source and calls it with explicit arguments; a backend does not collect parameters into a
-# dict. So this source is generated from `TrainingConfig`, the only list of parameters.
+# dict. So this source is generated from the configuration, the only list of parameters.
 _SOURCE = '''\
 def precache(
     precached: dsl.Output[dsl.Dataset],
     config: dsl.OutputPath(dict),
     job_id: str = "",
 {parameters}
+    advanced: dict = {{}},
 ):
     """Check all parameters, and put the model and the dataset onto each worker's volume.
 
@@ -23,6 +24,7 @@ def precache(
         precached: The held-out data, with the dataset's manifest and its counts.
         config: The parameters with a run id, a run directory, a launcher and a namespace, by flat name.
         job_id: Names the run if `run_id` is empty, so that a retried step continues the same run.
+        advanced: All parameters that have no input of their own, by name.
     """
     values = dict(locals())
     from components import steps
@@ -32,7 +34,7 @@ def precache(
 
 
 def _component() -> Any:
-    arguments = [f"    {p.name}: {p.type.__name__} = {p.default!r}," for p in TrainingConfig.parameters()]
+    arguments = [f"    {p.name}: {p.type.__name__} = {p.default!r}," for p in common()]
     source = _SOURCE.format(parameters="\n".join(arguments))
     file = "<components.precache>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # `inspect` reads it from here

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.parameters import folded
 from pipelines.pipeline import compiled
 from tests.cluster.apiserver import ApiServer, serving
 from tests.cluster.nodes import Cluster, Processes
@@ -49,7 +50,7 @@ class Place:
     def run(self, **parameters: Any) -> None:
         """Run the compiled pipeline to its end; nothing else is set than these."""
         ir = next(yaml.safe_load_all(compiled()))
-        self.run_id = self.backend.submit(ir, **parameters)
+        self.run_id = self.backend.submit(ir, **folded(parameters))
         ended = self.backend.wait(self.run_id, 500)
         assert ended["state"] == "SUCCEEDED", "\n".join(
             self.backend.log(step) for step in self.backend.tasks(self.run_id)
@@ -90,7 +91,7 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
     assert not any(name.startswith("train-") for name in held_out)
     assert set(json.loads((precached["path"] / "claims.json").read_text())) == set(names)
 
-    trained, metrics = place.artifact("train", "model"), place.artifact("train", "metrics")["metadata"]
+    trained, metrics = place.artifact("train", "checkpoint"), place.artifact("train", "training_metrics")["metadata"]
     assert trained["metadata"]["status"] == "complete"
     assert metrics["rounds"] == 4
     assert metrics["bytes_sent"] > 0
@@ -99,13 +100,13 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
         read = (trained["path"] / f"worker-{worker}" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in read] == [json.loads(line) for line in written]
 
-    model = place.artifact("export", "model")
+    model = place.artifact("export", "exported_model")
     assert model["metadata"]["complete"]
     assert model["metadata"]["claim"] in names
     exported = place.claims / model["metadata"]["claim"] / "export" / "model.safetensors"
     assert (model["path"] / "model.safetensors").read_bytes() == exported.read_bytes()
 
-    assert place.artifact("evaluate", "metrics")["metadata"]["bits_per_byte"] > 0
+    assert place.artifact("evaluate", "evaluation_metrics")["metadata"]["bits_per_byte"] > 0
     assert place.artifact("evaluate", "report")["path"].read_text().startswith("<!doctype html>")
     assert "bits per byte" in place.artifact("evaluate", "summary")["path"].read_text()
 
@@ -127,5 +128,5 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
 def test_a_classifier(place: Place, etcd: str) -> None:
     place.run(etcd_endpoints=[etcd], **PICTURES, **PARAMETERS)
     assert place.artifact("precache", "precached")["metadata"]["train_samples"] > 0
-    assert place.artifact("evaluate", "metrics")["metadata"]["top1"] >= 0
+    assert place.artifact("evaluate", "evaluation_metrics")["metadata"]["top1"] >= 0
     assert "### Confusion matrix" in place.artifact("evaluate", "summary")["path"].read_text()

@@ -15,6 +15,7 @@ from kfp import dsl
 from components.clean_up import clean_up
 from components.evaluate import evaluate
 from components.export import export
+from components.parameters import folded
 from components.precache import precache
 from components.train import train
 from pipelines import local
@@ -112,18 +113,18 @@ def test_the_artifacts_hold_what_their_types_promise(run: Run) -> None:
     assert {"manifest.json", "tokenizer"} < held_out
     assert not any(name.startswith("train-") for name in held_out)
 
-    trained = run.artifact("train", "model")
+    trained = run.artifact("train", "checkpoint")
     assert trained["metadata"]["status"] == "complete"
     assert (trained["metadata"]["round"], trained["metadata"]["step"]) == (4, 20)
     assert (Path(trained["uri"]) / "global.safetensors").is_file()
-    metrics = run.artifact("train", "metrics")["metadata"]
+    metrics = run.artifact("train", "training_metrics")["metadata"]
     assert metrics["rounds"] == 4
     assert metrics["loss"] > 0
     assert metrics["bytes_sent"] > 0
 
-    exported = run.artifact("export", "model")
+    exported = run.artifact("export", "exported_model")
     assert (Path(exported["uri"]) / "config.json").is_file()
-    scores = run.artifact("evaluate", "metrics")["metadata"]
+    scores = run.artifact("evaluate", "evaluation_metrics")["metadata"]
     assert scores["bits_per_byte"] > 0
     assert scores["unigram_bits_per_byte"] > 0
     assert scores["perplexity"] > 1
@@ -175,7 +176,7 @@ def artifact(kind: type[dsl.Artifact], path: Path) -> Any:
 
 def test_precache_alone(run: Run, tmp_path: Path) -> None:
     precached, config = artifact(dsl.Dataset, tmp_path / "precached"), tmp_path / "config"
-    precache.python_func(precached=precached, config=str(config), job_id="4f2c", **run.config)
+    precache.python_func(precached=precached, config=str(config), job_id="4f2c", **folded(run.config))
     assert TrainingConfig.from_flat(json.loads(config.read_text())) == TrainingConfig.from_flat(run.config)
     assert precached.metadata == run.artifact("precache", "precached")["metadata"]
 
@@ -183,7 +184,7 @@ def test_precache_alone(run: Run, tmp_path: Path) -> None:
 def test_precache_through_kfp_local(run: Run, tmp_path: Path) -> None:
     values = {**run.config, "run_dir": str(tmp_path / "run")}
     del values["run_id"]
-    task = local.run_pipeline(precache, {**values, "job_id": "4f2c"}, tmp_path / "run")
+    task = local.run_pipeline(precache, {**folded(values), "job_id": "4f2c"}, tmp_path / "run")
     assert task.outputs["config"]["run_id"] == "4f2c"
     assert task.outputs["precached"].metadata["hash"] == run.artifact("precache", "precached")["metadata"]["hash"]
 
@@ -191,15 +192,15 @@ def test_precache_through_kfp_local(run: Run, tmp_path: Path) -> None:
 def test_train_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, metrics = artifact(dsl.Model, tmp_path / "model"), artifact(dsl.Metrics, tmp_path / "metrics")
     precached = artifact(dsl.Dataset, tmp_path / "precached")
-    train.python_func(config=run.config, precached=precached, model=model, metrics=metrics)
+    train.python_func(config=run.config, precached=precached, checkpoint=model, training_metrics=metrics)
     assert "is complete already" in capsys.readouterr().out
     assert model.metadata["step"] == 20
-    assert metrics.metadata == run.artifact("train", "metrics")["metadata"]
+    assert metrics.metadata == run.artifact("train", "training_metrics")["metadata"]
 
 
 def test_export_alone(run: Run, tmp_path: Path) -> None:
     model = artifact(dsl.Model, tmp_path / "model")
-    export.python_func(config=run.config, trained=artifact(dsl.Model, tmp_path / "trained"), model=model)
+    export.python_func(config=run.config, checkpoint=artifact(dsl.Model, tmp_path / "trained"), exported_model=model)
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert model.metadata["run_id"] == "first"
 
@@ -209,14 +210,14 @@ def test_evaluate_alone(run: Run, tmp_path: Path) -> None:
     summary = artifact(dsl.Markdown, tmp_path / "summary.md")
     evaluate.python_func(
         config=run.config,
-        trained=artifact(dsl.Model, tmp_path / "trained"),
-        model=artifact(dsl.Model, run.run_dir / "export"),
+        checkpoint=artifact(dsl.Model, tmp_path / "trained"),
+        exported_model=artifact(dsl.Model, run.run_dir / "export"),
         precached=artifact(dsl.Dataset, Path(run.artifact("precache", "precached")["uri"])),
-        metrics=metrics,
+        evaluation_metrics=metrics,
         summary=summary,
         report=report,
     )
-    before = run.artifact("evaluate", "metrics")["metadata"]
+    before = run.artifact("evaluate", "evaluation_metrics")["metadata"]
     assert metrics.metadata["bits_per_byte"] == pytest.approx(before["bits_per_byte"])
     assert (tmp_path / "report").is_file()
     assert "bits per byte" in (tmp_path / "summary.md").read_text()
@@ -224,7 +225,8 @@ def test_evaluate_alone(run: Run, tmp_path: Path) -> None:
 
 def test_clean_up_leaves_a_run_on_this_machine_alone(run: Run, tmp_path: Path) -> None:
     before = sorted(run.run_dir.rglob("*"))
-    named = {name: run.config[name] for name in sorted(clean_up.component_spec.inputs) if name != "job_id"}
+    given = folded(run.config)
+    named = {name: given[name] for name in sorted(clean_up.component_spec.inputs) if name != "job_id"}
     clean_up.python_func(job_id="4f2c", **named)
     local.run_pipeline(clean_up, {"job_id": "4f2c", **named}, tmp_path / "run")
     assert sorted(run.run_dir.rglob("*")) == before
@@ -234,10 +236,10 @@ def test_evaluate_refuses_another_dataset_than_the_models(run: Run, tmp_path: Pa
     with pytest.raises(SystemExit, match="error: dataset = "):
         evaluate.python_func(
             config=run.config,
-            trained=artifact(dsl.Model, tmp_path / "trained"),
-            model=artifact(dsl.Model, run.run_dir / "export"),
+            checkpoint=artifact(dsl.Model, tmp_path / "trained"),
+            exported_model=artifact(dsl.Model, run.run_dir / "export"),
             precached=artifact(dsl.Dataset, tmp_path),
-            metrics=artifact(dsl.Metrics, tmp_path / "metrics"),
+            evaluation_metrics=artifact(dsl.Metrics, tmp_path / "metrics"),
             summary=artifact(dsl.Markdown, tmp_path / "summary.md"),
             report=artifact(dsl.HTML, tmp_path / "report"),
         )

@@ -106,9 +106,9 @@ def test_kfp_takes_the_command_and_its_parameters() -> None:
     from click.testing import CliRunner
     from kfp.cli.run import create
 
-    from trainer.config import TrainingConfig
+    from components.parameters import ADVANCED, common
 
-    names = {parameter.name for parameter in TrainingConfig.parameters()}
+    names = {ADVANCED, *(parameter.name for parameter in common())}
     flags = {flag for parameter in create.params for flag in parameter.opts}
     for command in commands("kfp"):
         _, *words = shlex.split(command)

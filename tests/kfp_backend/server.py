@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
+import yaml
+
 from tests.cluster.apiserver import ApiServer, Object, serving
 from tests.kfp_backend.driver import Flavour, Ir, Refused, Values, validate
 from tests.kfp_backend.launcher import stored
@@ -32,6 +34,8 @@ class Api(ABC, ThreadingHTTPServer):
 
     Attributes:
         runs: What was posted, each with its id.
+        pipelines: Uploaded ones.
+        versions: Their versions, each with its content.
         outages: How many requests for a run go unanswered first.
     """
 
@@ -42,6 +46,8 @@ class Api(ABC, ThreadingHTTPServer):
         self.experiments: list[Ir] = []
         self.runs: list[Ir] = []
         self.recurring: list[Ir] = []
+        self.pipelines: list[Ir] = []
+        self.versions: list[Ir] = []
         self.outages = 0
 
     def __enter__(self) -> Self:
@@ -91,8 +97,13 @@ class Api(ABC, ThreadingHTTPServer):
         if (method, path) == ("POST", "/experiments"):
             self.experiments.append({**body, "experiment_id": f"experiment-{len(self.experiments)}"})
             return 200, self.experiments[-1]
+        if path == "/pipelines" or path.startswith("/pipelines/"):
+            return self._answer_about_pipelines(method, path.removeprefix("/pipelines"), query, wanted, body)
         if (method, path) == ("POST", "/runs"):
             try:
+                if reference := body.get("pipeline_version_reference"):
+                    (version,) = [one for one in self.versions if one.items() >= reference.items()]
+                    body = {**body, "pipeline_spec": version["pipeline_spec"]}
                 self.runs.append(self.start(body))
             except Refused as error:
                 message = f"Failed to create a run: Invalid input error: {error}"
@@ -124,6 +135,31 @@ class Api(ABC, ThreadingHTTPServer):
             else:
                 one["status"] = f"{found[2].upper()}D"
             return 200, {}
+        return 404, {"message": f"{method} {path} is unknown"}
+
+    def _answer_about_pipelines(
+        self, method: str, path: str, query: dict[str, str], wanted: list[str], body: Any
+    ) -> tuple[int, Any]:
+        if (method, path) == ("GET", ""):
+            return 200, {"pipelines": [one for one in self.pipelines if one["display_name"] in wanted]}
+        if (method, path) == ("POST", ""):
+            if any(one["display_name"] == body["display_name"] for one in self.pipelines):
+                return 409, {"code": 6, "message": "the name exists already"}
+            self.pipelines.append({**body, "pipeline_id": f"pipeline-{len(self.pipelines)}"})
+            return 200, self.pipelines[-1]
+        if found := re.fullmatch(r"/([\w-]+)/versions", path):
+            own = [one for one in self.versions if one["pipeline_id"] == found[1] and one["display_name"] in wanted]
+            return 200, {"pipeline_versions": own}
+        if (method, path) == ("POST", "/upload"):
+            ids = {"pipeline_id": f"pipeline-{len(self.pipelines)}", "created_at": "2026-11-21T00:00:00Z"}
+            self.pipelines.append({"display_name": query["name"], **ids})
+            return 200, self.pipelines[-1]
+        if (method, path) == ("POST", "/upload_version"):  # a form with one file
+            text = body.decode().partition("\r\n\r\n")[2].rpartition("\r\n--")[0]
+            ids = {"pipeline_id": query["pipelineid"], "pipeline_version_id": f"version-{len(self.versions)}"}
+            about = {"display_name": query["name"], "description": query.get("description", "")}
+            self.versions.append({**ids, **about, "pipeline_spec": next(yaml.safe_load_all(text))})
+            return 200, self.versions[-1]
         return 404, {"message": f"{method} {path} is unknown"}
 
 
@@ -244,7 +280,9 @@ class _Handler(BaseHTTPRequestHandler):
     def reply(self) -> None:
         url = urlsplit(self.path)
         size = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(size)) if size else None
+        body: Any = self.rfile.read(size) if size else None
+        if body and "json" in self.headers.get("Content-Type", ""):
+            body = json.loads(body)
         assert isinstance(self.server, Api)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         status, content = self.server.answer(self.command, url.path, query, body)

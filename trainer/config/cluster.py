@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from trainer.config.fields import (
+    COMMON,
     IDENTITY,
     LABEL,
     LOOKUP,
@@ -23,7 +24,7 @@ from trainer.config.fields import (
 
 class StorageConfig(Group):
     enabled: bool = parameter(True, "Give each worker's pod a persistent volume, so that its files outlive it.")
-    size_gb: Positive = parameter(100, "Size of a worker's volume, in GB.")
+    size_gb: Annotated[Positive, COMMON] = parameter(100, "Size of a worker's volume, in GB.")
     storage_class_name: str = parameter("", "Kubernetes storage class. Empty: the cluster's default.")
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] = parameter(
         "ReadWriteOnce", "ReadWriteOnce: one volume per worker; ReadWriteMany: one shared by a site's workers."
@@ -79,7 +80,7 @@ class ElasticConfig(Group):
 
 class EtcdConfig(Group):
     enabled: bool = parameter(True, "Use our own etcd when no endpoint is given; false requires one.")
-    endpoints: Annotated[list[str], LOOKUP, IDENTITY] = parameter(
+    endpoints: Annotated[list[str], LOOKUP, IDENTITY, COMMON] = parameter(
         [], "host:port of each member of an existing etcd. Empty: an embedded one, or the cluster's own."
     )
     # These describe the etcd of manifests/, which `make manifests` renders; a run reads only `replica_count`.

@@ -37,7 +37,7 @@ IN_WORDS = {
     NAMESPACE: "must be lower-case letters, digits and -, and neither begin nor end with -",
 }
 
-ScopeName = Literal["fingerprint", "fixed", "card", "command", "place", "lookup", "identity", "local"]
+ScopeName = Literal["common", "fingerprint", "fixed", "card", "command", "place", "lookup", "identity", "local"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Scope:
     name: ScopeName
 
 
+COMMON = Scope("common")  # people often set it: the pipeline's form has a field for it, and the help lists it first
 FINGERPRINT = Scope("fingerprint")  # all workers of a run must have the same value; etcd keeps it
 FIXED = Scope("fixed")  # the part of the fingerprint that a run keeps even if its etcd has lost its data
 CARD = Scope("card")  # a model card shows it

@@ -8,6 +8,7 @@ from trainer.config.cluster import ElasticConfig, EtcdConfig, GpuConfig, SiteCon
 from trainer.config.fields import (
     CARD,
     COMMAND,
+    COMMON,
     DEVICE,
     FINGERPRINT,
     FIXED,
@@ -43,26 +44,26 @@ class Schema(Group):
     """Every parameter, and what follows from its value. `TrainingConfig` adds the rules and the ways to build one."""
 
     # Model and data
-    model: str = parameter(
+    model: Annotated[str, COMMON] = parameter(
         "gpt-neo-x",
         "Model to train: `family[:size]`, or `family:<Hub id or directory>` for a pretrained one. "
         f"Families: {', '.join(sorted(declared('models')))}; `hf` takes any causal language model.",
         min_length=1,
     )
-    dataset: str = parameter(
+    dataset: Annotated[str, COMMON] = parameter(
         "c4",
         f"Dataset: {', '.join(sorted(declared('data/families')))}; `files:<path>` reads your own folder.",
         min_length=1,
     )
-    tokenizer: str = parameter(
+    tokenizer: Annotated[str, COMMON] = parameter(
         "",
         "Tokenizer: a Hub id, a path, `bytes`, or `bpe:<vocabulary size>` trained on the data. Empty: the model's own.",
     )
-    sequence_length: int = parameter(1024, "Tokens in a training sequence (one sample).", ge=2)
+    sequence_length: Annotated[int, COMMON] = parameter(1024, "Tokens in a training sequence (one sample).", ge=2)
     image_size: OrUnset[Annotated[int, Field(ge=8, le=1024)]] = parameter(
         UNSET, "Height and width in pixels to which pictures are resized. -1: the dataset's own."
     )
-    max_samples: OrUnset[Positive] = parameter(
+    max_samples: Annotated[OrUnset[Positive], COMMON] = parameter(
         UNSET, "Maximum number of documents, pictures or clips to read from the dataset. -1: all."
     )
     validation_fraction: float = parameter(
@@ -73,24 +74,26 @@ class Schema(Group):
     )
 
     # Optimisation
-    total_steps: Annotated[Positive, FINGERPRINT, CARD] = parameter(30_000, "Inner steps in the whole training.")
-    local_steps: Annotated[Positive, FINGERPRINT, FIXED, CARD] = parameter(
+    total_steps: Annotated[Positive, FINGERPRINT, CARD, COMMON] = parameter(
+        30_000, "Inner steps in the whole training."
+    )
+    local_steps: Annotated[Positive, FINGERPRINT, FIXED, CARD, COMMON] = parameter(
         128, "Inner steps between two synchronisations (one round)."
     )
-    batch_size: Annotated[Positive, FINGERPRINT, FIXED, CARD] = parameter(
+    batch_size: Annotated[Positive, FINGERPRINT, FIXED, CARD, COMMON] = parameter(
         512, "Samples that one worker consumes in an inner step."
     )
-    per_device_train_batch_size: Annotated[Positive, LOCAL] = parameter(
+    per_device_train_batch_size: Annotated[Positive, COMMON, LOCAL] = parameter(
         32, "Samples in one forward pass. An inner step accumulates batch_size / this many passes."
     )
-    lr: Annotated[float, CARD] = parameter(4e-4, "Peak learning rate of the inner optimizer.", gt=0)
+    lr: Annotated[float, CARD, COMMON] = parameter(4e-4, "Peak learning rate of the inner optimizer.", gt=0)
     warmup_steps: Annotated[NonNegative, CARD] = parameter(
         1000, "Inner steps of linear warm-up; a cosine decay to zero follows."
     )
     inner_optimizer: Annotated[Literal["adamw", "muon"], CARD] = parameter(
         "adamw", "Inner optimizer. muon updates hidden matrices, and adamw everything else."
     )
-    optim_method: Annotated[Literal["sgd", "demo", "ddp"], FINGERPRINT, FIXED, CARD] = parameter(
+    optim_method: Annotated[Literal["sgd", "demo", "ddp"], FINGERPRINT, FIXED, CARD, COMMON] = parameter(
         "sgd",
         "sgd: DiLoCo; demo: DiLoCo with DCT-compressed decoupled momentum; ddp: average gradients at every "
         "step, as a baseline.",
@@ -107,11 +110,11 @@ class Schema(Group):
     )
 
     # On the wire
-    codec: Annotated[str, Choices((*CODECS,)), FINGERPRINT, CARD] = parameter(
+    codec: Annotated[str, Choices((*CODECS,)), FINGERPRINT, CARD, COMMON] = parameter(
         "fp32", "Encoding of a pseudo-gradient (with demo: of its DCT coefficients) on the wire."
     )
     quantization: bool = parameter(False, "Short form of codec=int8.")
-    async_communication: Annotated[bool, FINGERPRINT] = parameter(
+    async_communication: Annotated[bool, FINGERPRINT, COMMON] = parameter(
         False, "Synchronise while the next round's inner steps run."
     )
     fragments: Annotated[Positive, Field(le=64), FINGERPRINT, FIXED] = parameter(
@@ -133,7 +136,7 @@ class Schema(Group):
     )
 
     # The run
-    run_id: Annotated[str, LOOKUP, IDENTITY] = parameter(
+    run_id: Annotated[str, LOOKUP, IDENTITY, COMMON] = parameter(
         "", "Name of the run. An unfinished run of that name resumes. Empty: generated.", pattern=RUN_ID
     )
     run_dir: Annotated[str, COMMAND, LOOKUP, IDENTITY] = parameter(
@@ -144,12 +147,12 @@ class Schema(Group):
         "auto: continue from the newest checkpoint; never: start from scratch; or a checkpoint's path.",
         min_length=1,
     )
-    launcher: Annotated[Literal["auto", "local", "pytorchjob"], LOCAL] = parameter(
+    launcher: Annotated[Literal["auto", "local", "pytorchjob"], COMMON, LOCAL] = parameter(
         "auto",
         "How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
         "auto: PyTorchJobs inside a Kubeflow Pipelines step, otherwise local processes.",
     )
-    device: Annotated[str, COMMAND, LOCAL] = parameter(
+    device: Annotated[str, COMMAND, COMMON, LOCAL] = parameter(
         "cuda", "Device to train on: cuda, cuda:<index> or cpu.", pattern=DEVICE
     )
     model_cache_dir: Annotated[str, PLACE] = parameter(
@@ -186,7 +189,7 @@ class Schema(Group):
     )
 
     # Membership
-    nodes: Annotated[Nodes, CARD, LOCAL] = parameter(2, "Number of nodes that train.")
+    nodes: Annotated[Nodes, CARD, COMMON, LOCAL] = parameter(2, "Number of nodes that train.")
     lease_ttl: Annotated[float, Field(ge=1)] = parameter(15.0, "Time to live of a member's etcd lease, in seconds.")
     grace_period: Seconds = parameter(10.0, "Maximum time that a round waits for late members, in seconds.")
     collective_timeout: Seconds = parameter(5.0, "Seconds without progress after which a collective fails.")
@@ -212,7 +215,9 @@ class Schema(Group):
     )
 
     # Monitoring
-    wandb_logging: bool = parameter(True, "Log to Weights & Biases; offline when WANDB_API_KEY is not set.")
+    wandb_logging: Annotated[bool, COMMON] = parameter(
+        True, "Log to Weights & Biases; offline when WANDB_API_KEY is not set."
+    )
     wandb_project_name: str = parameter("diloco", "Weights & Biases project.", pattern=WANDB_PROJECT)
     wandb_group: str = parameter("diloco-gptneo-c4", "Weights & Biases group for the run's workers.")
     wandb_run_id: str = parameter(
@@ -223,15 +228,15 @@ class Schema(Group):
     metrics_port: Annotated[OrUnset[Annotated[int, Field(ge=1024, lt=65000)]], LOCAL] = parameter(
         UNSET, "Port for Prometheus metrics; other workers on the machine use the next ones. -1: none."
     )
-    hf_upload: Annotated[bool, COMMAND] = parameter(
+    hf_upload: Annotated[bool, COMMAND, COMMON] = parameter(
         False, "Push the exported model to the Hugging Face Hub; needs HF_TOKEN."
     )
-    trained_model_hf_name: Annotated[str, COMMAND] = parameter(
+    trained_model_hf_name: Annotated[str, COMMAND, COMMON] = parameter(
         "", "Hugging Face Hub repository for the exported model."
     )
 
     # Cluster
-    deployment_name: str = parameter(
+    deployment_name: Annotated[str, COMMON] = parameter(
         "diloco-training-job",
         "Name of the training's objects. Runs with the same name share volumes and must run one at a time.",
         pattern=LABEL,
@@ -240,15 +245,17 @@ class Schema(Group):
     deployment_namespace: str = parameter(
         "", "Namespace for the training's objects. Empty: the namespace of the pipeline's own pods.", pattern=NAMESPACE
     )
-    deployment_image: str = parameter("", "Image for the training's pods. Empty: the pipeline's own.")
+    deployment_image: Annotated[str, COMMON] = parameter(
+        "", "Image for the training's pods. Empty: the pipeline's own."
+    )
     image_pull_secrets: list[str] = parameter([], "Secrets that nodes use to pull the images.")
     service_account: str = parameter(
         "", "Service account of the training's pods, which need no rights. Empty: the namespace's default."
     )
-    cpu_cores: Positive = parameter(16, "CPU limit of a worker's pod, in cores; it requests one.")
-    memory_gb: Positive = parameter(32, "Memory of a worker's pod, in GB, requested in full.")
+    cpu_cores: Annotated[Positive, COMMON] = parameter(16, "CPU limit of a worker's pod, in cores; it requests one.")
+    memory_gb: Annotated[Positive, COMMON] = parameter(32, "Memory of a worker's pod, in GB, requested in full.")
     ephemeral_storage_gb: Positive = parameter(100, "Ephemeral storage limit of a pod, in GB; it requests 2.")
-    gpu_count: NonNegative = parameter(1, "GPUs per worker pod; none if 0, or if device=cpu.")
+    gpu_count: Annotated[NonNegative, COMMON] = parameter(1, "GPUs per worker pod; none if 0, or if device=cpu.")
     gpu_vendor: Literal["NVIDIA", "AMD"] = parameter("NVIDIA", "GPU vendor that the project's image supports.")
     gpu_type: str = parameter("A100", "Preferred GPU; nodes labelled with this product are tried first.")
     gpu_memory: Positive = parameter(80, "Preferred GPU memory, in GB; nodes labelled with it are tried first.")

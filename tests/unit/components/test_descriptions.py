@@ -45,7 +45,9 @@ def test_metadata_has_every_required_field(name: str) -> None:
 def test_readme_lists_the_inputs_and_outputs(name: str) -> None:
     spec, inputs = spec_of(name), {row[0] for row in table(name, "Inputs")}
     if name == "precache":  # it refers to the list of parameters
-        assert inputs == {"job_id", "*(each parameter)*"} and "job_id" in spec.inputs
+        assert inputs == {"job_id", "*(each common parameter)*", "advanced"} and {"job_id", "advanced"} < set(
+            spec.inputs
+        )
     else:
         assert inputs == set(spec.inputs)
     assert {row[0] for row in table(name, "Outputs")} == set(spec.outputs or {})

@@ -2,9 +2,11 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from components.parameters import common, folded, unfolded
 from components.precache import precache
 from components.steps import resolve
 from trainer.config import Parameter, TrainingConfig
@@ -12,12 +14,47 @@ from trainer.errors import ConfigError
 from trainer.kubernetes.steps import workflow
 
 
-def test_precache_has_exactly_the_parameters_of_the_configuration() -> None:
+def test_precache_has_an_input_for_each_common_parameter_and_one_for_the_others() -> None:
     own = ("precached", "config", "job_id")
     found = inspect.signature(precache.python_func).parameters
-    assert [name for name in found if name not in own] == [p.name for p in TrainingConfig.parameters()]
-    for parameter in TrainingConfig.parameters():
+    assert [name for name in found if name not in own] == [*(p.name for p in common()), "advanced"]
+    assert 20 <= len(common()) <= 30  # more are not found in the UI's form
+    for parameter in common():
         assert found[parameter.name].default == parameter.default
+
+
+def test_every_parameter_can_be_given_by_its_flat_name() -> None:
+    values = TrainingConfig.from_flat({"lr": 0.1, "lease_ttl": 30, "elastic_min_nodes": 2}).to_flat()
+    arguments = folded(values)
+    assert arguments["lr"] == 0.1
+    assert arguments["advanced"]["elastic_min_nodes"] == 2
+    assert unfolded(arguments) == values
+
+
+@pytest.mark.parametrize(
+    "advanced",
+    [{"elastic_min_nodes": 2}, {"elastic.min_nodes": 2}, {"elastic": {"min_nodes": 2}}],
+)
+def test_advanced_takes_flat_names_dots_and_groups(advanced: dict[str, Any]) -> None:
+    assert resolve({"lr": 0.1, "advanced": advanced}, "4f2c").min_nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("advanced", "error"),
+    [
+        ({"lease_tll": 30}, "lease_tll = 30: no such parameter; did you mean lease_ttl?"),
+        ({"elastic": {"min_node": 2}}, "did you mean elastic_min_nodes?"),
+        ({"lr": 0.2}, "advanced.lr = 0.2: has a field of its own"),
+        ({"lease_ttl": "soon"}, "lease_ttl = 'soon'"),
+        (["lease_ttl"], "must be a map of parameters"),
+        ({"wandb_api_key": "hidden"}, "is a secret, not a parameter"),
+    ],
+)
+def test_bad_advanced_parameters_are_refused_by_name(advanced: Any, error: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve({"lr": 0.1, "advanced": advanced}, "4f2c")
+    assert error in str(refused.value)
+    assert "hidden" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +62,7 @@ def test_precache_has_exactly_the_parameters_of_the_configuration() -> None:
     [
         ({}, "4f2c", "4f2c"),
         ({"run_id": "mine"}, "4f2c", "mine"),
-        ({"elastic_etcd_run_id": "mine"}, "4f2c", "mine"),
+        ({"advanced": {"elastic_etcd_run_id": "mine"}}, "4f2c", "mine"),
     ],
 )
 def test_a_run_is_named_by_its_parameter_or_else_by_the_job(values: dict[str, str], job_id: str, run_id: str) -> None:

@@ -7,14 +7,16 @@ from typing import Any, Optional
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from kfp import compiler, dsl
+from kfp.cli.cli import cli
 
 from pipelines.backend import PipelineBackend, six_fields
 from pipelines.cli import main
 from pipelines.follower import STEPS, own_lines, why_no_pod
 from pipelines.pipeline import compiled
 from tests.cluster.apiserver import serving
-from tests.kfp_backend.driver import FLAVOURS, Flavour
+from tests.kfp_backend.driver import FLAVOURS, Flavour, validate
 from tests.kfp_backend.server import Api, Backend
 from trainer.errors import ConfigError, TrainingError
 from trainer.timeouts import PipelineTimeouts
@@ -105,7 +107,94 @@ def test_submit_sends_the_pipeline_and_what_differs_from_the_defaults(
     }
     shown = capsys.readouterr().out
     assert f"{backend.url}/#/runs/details/run-0" in shown
-    assert shown.endswith("run run-0\n")
+    assert shown.splitlines()[-2:] == [
+        "run run-0",
+        f"status, logs, cancel: python -m pipelines status run-0 --host {backend.url}",
+    ]
+
+
+def test_a_run_has_a_name_and_a_description_that_people_can_read(backend: Played) -> None:
+    flags = ["--dataset", "stdlib", "--model", "gpt-neo-x:tiny", "--total-steps", "240", "--warmup-steps", "9"]
+    assert main(["submit", "--host", backend.url, "--experiment-description", "Does it run?", *flags]) == 0
+    (run,) = backend.runs
+    assert (run["display_name"], run["description"]) == ("gpt-neo-x:tiny on stdlib, 240 steps", "Does it run?")
+    assert run["runtime_config"]["parameters"]["advanced"] == {
+        "warmup_steps": 9,
+        "experiment_description": "Does it run?",
+    }
+
+
+def test_a_named_pipeline_is_uploaded_once_for_each_content(backend: Played) -> None:
+    submit = ["submit", "--host", backend.url, "--pipeline-name", "DiLoCo", *BOUND]
+    for flags in ([], [], ["--no-literals"]):
+        assert main([*submit, *flags]) == 0
+    (pipeline,) = backend.pipelines
+    assert pipeline["display_name"] == "DiLoCo"
+    assert "distant, unequal workers" in pipeline["description"]
+    first, second = backend.versions
+    assert first["display_name"] != second["display_name"]
+    assert "literals" in str(first["pipeline_spec"]) and "literals" not in str(second["pipeline_spec"])
+    given = [run["pipeline_version_reference"]["pipeline_version_id"] for run in backend.runs]
+    assert given == ["version-0", "version-0", "version-1"]
+    create = ["schedule", "create", "nightly", "--cron", "0 3 * * *", "--host", backend.url]
+    assert main([*create, "--pipeline-name", "DiLoCo", *BOUND]) == 0
+    (schedule,) = backend.recurring
+    assert schedule["pipeline_version_reference"]["pipeline_version_id"] == "version-0"
+    assert schedule["description"].startswith("gpt-neo-x on c4, 30000 steps. ")
+
+
+def test_status_shows_the_steps_and_fails_with_the_run(backend: Played, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--host", backend.url, *BOUND]) == 0
+    backend.states = [
+        ("RUNNING", {"precache": "SUCCEEDED", "train": "RUNNING"}),
+        ("FAILED", {"precache": "SUCCEEDED", "train": "FAILED"}),
+    ]
+    capsys.readouterr()
+    status = ["status", "run-0", "--host", backend.url]
+    assert main(status) == 0
+    assert capsys.readouterr().out.splitlines() == ["run run-0: running", "precache: succeeded", "train: running"]
+    assert main(status) == 1
+    assert "run run-0 ended as failed: train: " in capsys.readouterr().out
+
+
+def test_logs_are_the_steps_own_lines(backend: Played, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--host", backend.url, *BOUND]) == 0
+    backend.flavour, states = "native", ("RUNNING", {"precache": "SUCCEEDED", "train": "RUNNING"})
+    for step in ("precache", "train"):
+        lines = ["I1128 20:00:00.000001 1 launcher_v2.go:151] {", f"step {step} started (pid 7)", f"{step} goes on"]
+        backend.texts[f"apis/v1alpha1/runs/run-0/nodes/pod-of-{step}/log"] = "\n".join(lines)
+    capsys.readouterr()
+    backend.states = [states, states, states]
+    assert main(["logs", "run-0", "--host", backend.url]) == 0
+    assert capsys.readouterr().out.splitlines() == ["precache | precache goes on", "train | train goes on"]
+    assert main(["logs", "run-0", "--step", "train", "--host", backend.url]) == 0
+    assert capsys.readouterr().out.splitlines() == ["train | train goes on"]
+    with pytest.raises(ConfigError, match="step = 'export': has not begun"):
+        main(["logs", "run-0", "--step", "export", "--host", backend.url])
+
+
+def test_kfps_own_command_takes_the_compiled_pipeline(backend: Played, tmp_path: Path) -> None:
+    file = tmp_path / "diloco_training.yaml"
+    assert main(["compile", "--output", str(file)]) == 0
+    run = ["-e", "diloco", "-f", str(file), "model=gpt-neo-x:160m", "max_samples=7", 'advanced={"lease_ttl": 30}']
+    commands = [["run", "create", *run], ["run", "submit", *run], ["pipeline", "create", "-p", "DiLoCo", str(file)]]
+    backend.states *= len(commands)
+    for command in commands:
+        done = CliRunner().invoke(cli, ["--endpoint", backend.url, *command], obj={})
+        assert done.exit_code == 0, done.output
+    for posted in backend.runs:
+        parameters = {"model": "gpt-neo-x:160m", "max_samples": 7, "advanced": {"lease_ttl": 30}}
+        assert posted["runtime_config"]["parameters"] == parameters
+        validate(posted["pipeline_spec"], parameters)
+    assert backend.pipelines[0]["display_name"] == "DiLoCo"
+
+
+def test_cancel_terminates_the_run(backend: Played, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--host", backend.url, *BOUND]) == 0
+    assert main(["cancel", "run-0", "--host", backend.url]) == 0
+    assert [state for state, _ in backend.states] == ["CANCELING", "FAILED"]
+    with pytest.raises(TrainingError, match="answered 404: Run run-9 not found"):
+        main(["cancel", "run-9", "--host", backend.url])
 
 
 @pytest.mark.parametrize(("flavour", "takes_view"), [("mlmd", True), ("mlmd", False), ("native", True)])

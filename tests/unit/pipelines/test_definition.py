@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from components.parameters import common
 from pipelines.pipeline import compiled, training_pipeline
-from trainer.config import TrainingConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "diloco_training.yaml"
 KFP_TYPES = {
@@ -40,8 +40,9 @@ def steps(spec: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_parameter_is_typed_defaulted_and_described(spec: dict[str, Any]) -> None:
     inputs = spec["root"]["inputDefinitions"]["parameters"]
-    assert list(inputs) == sorted(parameter.name for parameter in TrainingConfig.parameters())
-    for parameter in TrainingConfig.parameters():
+    assert list(inputs) == sorted([*(parameter.name for parameter in common()), "advanced"])
+    assert (inputs["advanced"]["parameterType"], inputs["advanced"]["defaultValue"]) == ("STRUCT", {})
+    for parameter in common():
         found = inputs[parameter.name]
         assert found["parameterType"] == KFP_TYPES[parameter.type], parameter.name
         assert found["isOptional"], parameter.name
@@ -49,12 +50,19 @@ def test_every_parameter_is_typed_defaulted_and_described(spec: dict[str, Any]) 
         assert found["description"].startswith(parameter.description), parameter.name
         for choice in parameter.choices or ():
             assert choice in found["description"], parameter.name
+        assert found.get("literals", []) == [*((True, False) if parameter.type is bool else parameter.choices or ())]
+
+
+def test_for_older_backends_the_allowed_values_can_be_left_out(text: str) -> None:
+    assert "literals" in text
+    assert "literals" not in compiled(literals=False)
 
 
 def test_precache_gets_every_parameter_and_the_job_id(spec: dict[str, Any]) -> None:
     given = dict(spec["root"]["dag"]["tasks"]["precache"]["inputs"]["parameters"])
     assert given.pop("job_id") == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
-    assert given == {p.name: {"componentInputParameter": p.name} for p in TrainingConfig.parameters()}
+    names = [*(parameter.name for parameter in common()), "advanced"]
+    assert given == {name: {"componentInputParameter": name} for name in names}
 
 
 def test_only_what_precache_passes_on_goes_into_the_exit_handler(spec: dict[str, Any]) -> None:
@@ -92,10 +100,10 @@ def test_artifacts_are_typed(spec: dict[str, Any]) -> None:
         return {name: output["artifactType"]["schemaTitle"] for name, output in outputs.items()}
 
     assert artifacts("precache") == {"precached": "system.Dataset"}
-    assert artifacts("train") == {"model": "system.Model", "metrics": "system.Metrics"}
-    assert artifacts("export") == {"model": "system.Model"}
+    assert artifacts("train") == {"checkpoint": "system.Model", "training_metrics": "system.Metrics"}
+    assert artifacts("export") == {"exported_model": "system.Model"}
     assert artifacts("evaluate") == {
-        "metrics": "system.Metrics",
+        "evaluation_metrics": "system.Metrics",
         "summary": "system.Markdown",
         "report": "system.HTML",
     }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.parameters import common
 from pipelines.pipeline import compiled
 from tests.kfp_backend.driver import (
     FLAVOURS,
@@ -22,7 +23,7 @@ from tests.kfp_backend.driver import (
     root_inputs,
     validate,
 )
-from trainer.config import Parameter, TrainingConfig
+from trainer.config import Parameter
 
 RUN = {"{{$.pipeline_job_uuid}}": "6b0a6a8e-0000-4000-8000-000000000000"}
 SAMPLES: dict[str, Any] = {
@@ -103,7 +104,7 @@ def test_left_out_each_task_has_its_inputs(ir: Ir, flavour: Flavour) -> None:
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_given_each_parameter_arrives_in_precache(ir: Ir, flavour: Flavour) -> None:
     failures = {}
-    for parameter in TrainingConfig.parameters():
+    for parameter in common():
         given = {parameter.name: another(parameter)}
         if why := wrong(flavour, ir, given):
             failures[parameter.name] = why
@@ -116,15 +117,15 @@ def test_given_each_parameter_arrives_in_precache(ir: Ir, flavour: Flavour) -> N
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_given_empty_as_the_ui_sends_it_nothing_is_null(ir: Ir, flavour: Flavour) -> None:
-    texts = [p.name for p in TrainingConfig.parameters() if p.type is str and not _drop_down(ir, p.name)]
-    assert len(texts) > 20
+    texts = [p.name for p in common() if p.type is str and not _drop_down(ir, p.name)]
+    assert len(texts) > 5
     assert not {name: why for name in texts if (why := wrong(flavour, ir, {name: ""}))}
 
 
 def test_each_parameter_has_a_default_so_that_start_is_not_grey(ir: Ir) -> None:
     definitions = parameters_of(ir["root"])
     assert [name for name, one in definitions.items() if one.get("defaultValue") is None] == []
-    assert set(definitions) == {parameter.name for parameter in TrainingConfig.parameters()}
+    assert set(definitions) == {*(parameter.name for parameter in common()), "advanced"}
 
 
 def _drop_down(ir: Ir, name: str) -> bool:

@@ -55,6 +55,12 @@ class StepContext:
     def timeouts(self) -> KubernetesTimeouts:
         return self.client.timeouts
 
+    @property
+    def kubectl(self) -> str:
+        """The command that shows the run's objects."""
+        own = names.selector({names.RUN_LABEL: self.plan.own_labels[names.RUN_LABEL]})
+        return f"kubectl get {PYTORCH_JOB.plural},jobs,pods,pvc -n {self.client.namespace} -l {own}"
+
     def prepare(self) -> None:
         """Apply the objects that pods need before they start: configuration and network policy."""
         for body in (config_map(self.plan), network_policy(self.plan)):
