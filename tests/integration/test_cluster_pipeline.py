@@ -125,7 +125,7 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flavour", ["mlmd"])
 def test_a_classifier(place: Place, etcd: str) -> None:
-    place.run(etcd_endpoints=[etcd], **PICTURES, **PARAMETERS)
+    place.run(etcd_endpoints=[etcd], nodes=1, **PICTURES, **PARAMETERS)
     assert place.artifact("precache", "precached")["metadata"]["train_samples"] > 0
     assert place.artifact("evaluate", "metrics")["metadata"]["top1"] >= 0
     assert "### Confusion matrix" in place.artifact("evaluate", "summary")["path"].read_text()

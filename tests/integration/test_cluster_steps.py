@@ -109,7 +109,7 @@ class Place:
             self._said.notify_all()
         self.on_line(line)
 
-    def wait_for(self, *words: str, seconds: float = 60.0) -> str:
+    def wait_for(self, *words: str, seconds: float = 300.0) -> str:
         """Return the line with these words, once it has been said."""
 
         def found() -> str:
@@ -208,7 +208,7 @@ def test_a_step_that_was_started_again_goes_on_with_its_jobs(place: Place, tmp_p
 
     def wait(cluster: Cluster, pod: Object, life: int) -> None:
         cluster.start(pod)
-        assert release.wait(30)
+        assert release.wait(300)
         cluster.say(pod, 'precached {"hash": "abc"}')
         cluster.end(pod, 0)
 
@@ -394,11 +394,14 @@ def test_a_step_that_was_started_again_follows_the_training(place: Place, tmp_pa
 
 
 def test_a_failed_run_begins_again_with_new_jobs(place: Place, tmp_path: Path) -> None:
+    both = threading.Barrier(2)  # the step goes on at the first verdict: the other one must not fail the next training
+
     def fail(cluster: Cluster, pod: Object, life: int) -> None:
         cluster.start(pod)
         cluster.say(pod, "error: the loss is not finite")
-        with place.etcd() as etcd:
-            finish(etcd, "failed", "the worker of node 0 ended with status 1")
+        if both.wait(300) == 0:
+            with place.etcd() as etcd:
+                finish(etcd, "failed", "the worker of node 0 ended with status 1")
         cluster.end(pod, 1)
 
     place.story.told["train"] = fail
@@ -878,7 +881,7 @@ def test_a_step_that_cannot_ask_whether_it_was_terminated_leaves_the_training_al
     with pytest.raises(Interrupted):
         train(here, tmp_path / "run")
     assert here.client.patience > 60
-    assert time.monotonic() - began < 20, "it must not wait: it is killed two seconds later"
+    assert time.monotonic() - began < 60, "it must not wait for its patience: it is killed two seconds later"
     why = "not allowed to get workflows" if trouble == "forbidden" else "cannot be reached"
     assert place.said("cannot find out whether workflow diloco-training-x7k2p was terminated", why)
     assert len(place.server.all("pytorchjobs")) == 2
