@@ -245,7 +245,7 @@ class Run:
         return result
 
     def until_quorum(self, pods: Collection[Pod], after: int | None = None) -> int:
-        """Wait until each of these workers has reported a round later than `after` of exactly them; returns the last."""
+        """Wait until each of these workers has reported a round after `after` of exactly them; returns the last."""
         after = self.committed() if after is None else after
 
         def formed() -> int:
