@@ -7,8 +7,12 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import kubernetes_validate.utils
 import pytest
 import yaml
+
+# For each object it would read all definitions again, which takes longer than the validation.
+kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
 
 VERSION = "1.32"  # of Kubernetes
 _BESIDE = Path(__file__).parents[2] / "shared" / "data" / "crds" / "kubeflow.org_pytorchjobs-1.9.yaml"

@@ -1,16 +1,30 @@
 """Discovery of plug-ins: one file adds a codec, an outer optimizer, a task, a model or a dataset."""
 
 import importlib
+import importlib.util
 import pkgutil
+import re
 from functools import cache
+from importlib.abc import InspectLoader
 from types import ModuleType
 from typing import Any
 
 
-def modules_of(package: str) -> list[ModuleType]:
-    """Every module directly in a package, imported, by name."""
+def modules_of(package: str, *names: str) -> list[ModuleType]:
+    """Every module directly in a package, imported, by name.
+
+    With `names`, only the modules whose source assigns one of them at the top level. The others are helpers, which may
+    import torch: a process that only looks a plug-in up (a launch, a step of the pipeline) must not wait for that.
+    """
     paths = importlib.import_module(package).__path__
-    return [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(paths)]
+    found = (f"{package}.{module.name}" for module in pkgutil.iter_modules(paths))
+    return [importlib.import_module(module) for module in found if not names or _assigns(module, names)]
+
+
+def _assigns(module: str, names: tuple[str, ...]) -> bool:
+    spec = importlib.util.find_spec(module)
+    source = spec.loader.get_source(module) if spec and isinstance(spec.loader, InspectLoader) else None
+    return re.search(rf"^(?:{'|'.join(names)})\b[^=\n]*=", source or "", re.MULTILINE) is not None
 
 
 @cache

@@ -245,18 +245,20 @@ class Run:
         return result
 
     def until_quorum(self, pods: Collection[Pod], after: int | None = None) -> int:
-        """Wait until a round later than `after` was committed by exactly these workers; returns it."""
+        """Wait until each of these workers has reported a round after `after` of exactly them; returns the last."""
         after = self.committed() if after is None else after
 
         def formed() -> int:
             if not all(pod.started for pod in pods):
                 return 0
             members = sorted(pod.member for pod in pods)
-            for pod in pods:
-                for event in of("round", pod.life):
-                    if event["round"] > after and sorted(event["members"]) == members:
-                        return int(event["round"])
-            return 0
+            rounds = (
+                (event["round"] for event in of("round", pod.life) if sorted(event["members"]) == members)
+                for pod in pods
+            )
+            # Each of them: the report of one does not say that another has caught up.
+            first = [next((int(round) for round in own if round > after), 0) for own in rounds]
+            return max(first) if all(first) else 0
 
         round = int(self.until(formed, f"a quorum of workers {[pod.slot for pod in pods]}"))
         self.settled = self.settled or time.time()

@@ -54,7 +54,7 @@ def endpoint(tmp_path: Path, certificate: tuple[bytes, bytes]) -> Iterator[str]:
         *("--key-file", str(tmp_path / "k"), "--trusted-ca-file", str(tmp_path / "c")),
     ]
     process = subprocess.Popen(dying_with_parent(command))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while refused(address):
         assert time.monotonic() < deadline, "etcd does not start"
         time.sleep(0.05)

@@ -126,7 +126,14 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flavour", ["mlmd"])
 def test_a_classifier(place: Place, etcd: str) -> None:
-    place.run(etcd_endpoints=[etcd], **PICTURES, **PARAMETERS)
-    assert place.artifact("precache", "precached")["metadata"]["train_samples"] > 0
+    place.run(etcd_endpoints=[etcd], nodes=1, **PICTURES, **PARAMETERS)
+    precached = place.artifact("precache", "precached")
+    assert precached["metadata"]["train_samples"] > 0
+    held_out = {path.name for path in precached["path"].iterdir()}
+    assert held_out == {"manifest.json", "validation-image.bin", "validation-label.bin", "claims.json"}
     assert place.artifact("evaluate", "evaluation_metrics")["metadata"]["top1"] >= 0
-    assert "### Confusion matrix" in place.artifact("evaluate", "summary")["path"].read_text()
+    summary = place.artifact("evaluate", "summary")["path"].read_text()
+    assert "### Confusion matrix\n\n| Class | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 |" in summary
+    report = place.artifact("evaluate", "report")["path"].read_text()
+    assert report.count("data:image/png;base64,") == 8  # of each held-out picture
+    assert "Confusion matrix" in report and "Most frequent class" in report

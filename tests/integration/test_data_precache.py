@@ -277,12 +277,12 @@ def test_killed_half_way_while_another_waits(root: Path) -> None:
 
         thread = threading.Thread(target=lambda: data.precache(own, Volume.of(own), note))
         thread.start()
-        assert waiting.wait(60)
+        assert waiting.wait(300)
         assert not path.exists()
     finally:
         child.kill()
         child.wait()
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
     assert log.has("sequences of 32 tokens to train on")
     assert damage(path) is None

@@ -139,7 +139,7 @@ def test_lost_lease_is_registered_again(client: EtcdClient) -> None:
         client.put("slot", "b")
     found = client.wait_for(lambda: client.get("member"), 30)
     assert found and found.value == {"incarnation": "a"} and found.lease == lease.id != old
-    assert lease.lost.wait(30)
+    assert lease.lost.wait(300)
     lease.revoke()
     slot = client.get("slot")
     assert slot and slot.value == "b"
@@ -287,7 +287,7 @@ def test_embedded_etcd_dies_with_its_parent(tmp_path: Path) -> None:
     process = psutil.Process(int(parent.stdout.readline()))
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
-    psutil.wait_procs([process], timeout=30)
+    psutil.wait_procs([process], timeout=300)
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
@@ -299,4 +299,4 @@ def _run(program: Path, endpoint: str, *arguments: str) -> None:
 def _kill(server: EmbeddedEtcd) -> None:
     process = psutil.Process(server.pid)
     process.kill()
-    psutil.wait_procs([process], timeout=30)
+    psutil.wait_procs([process], timeout=300)

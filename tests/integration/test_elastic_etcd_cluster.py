@@ -118,7 +118,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
 
     def more() -> None:
         reached = len(done) + 5
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 3000
         while len(done) < reached and not errors and time.monotonic() < deadline:
             ended.wait(0.02)
         assert not errors and len(done) >= reached, errors
@@ -135,7 +135,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
             more()
             members.start(leader)
             with EtcdClient([members.endpoints[leader]]) as again:  # without it, there would be no majority below
-                assert again.wait_for(lambda: again.get("here"), 60)
+                assert again.wait_for(lambda: again.get("here"), 300)
             frozen = members.processes[order[client._next % 3]]  # the one it uses now; its connection stays open
             os.kill(frozen.pid, signal.SIGSTOP)
             more()
@@ -143,7 +143,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
             ended.set()
             thread.join()
             with EtcdClient(members.endpoints) as other:
-                deadline = time.monotonic() + 60
+                deadline = time.monotonic() + 3000
                 noticed.clear()
                 while not noticed.wait(0.5) and time.monotonic() < deadline:
                     other.put("notified", 1)
@@ -177,7 +177,7 @@ def test_watch_resumes_after_reconnection_and_compaction(server: EmbeddedEtcd) -
 
         notified = threading.Event()
         with client.watch("w/", fail):
-            assert notified.wait(30)
+            assert notified.wait(300)
             for value in range(3):
                 other.put("w/a", value)
             assert server._process is not None
@@ -187,14 +187,14 @@ def test_watch_resumes_after_reconnection_and_compaction(server: EmbeddedEtcd) -
             head = other.swap("w/b", 0, None)[1]
             assert head
             other._call(lambda etcd: etcd.compact(head.revision))
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 300
             notified.clear()
             while not notified.wait(0.3) and time.monotonic() < deadline:
                 other.put("w/a", time.time())
             assert notified.is_set()
             notified.clear()
             other.put("w/a", "at once")
-            assert notified.wait(30)
+            assert notified.wait(300)
 
 
 def test_lost_lease_is_no_error_to_who_writes_under_it(server: EmbeddedEtcd) -> None:
@@ -267,13 +267,13 @@ def test_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             # A watch on what one may not read ends in a refusal each time; once one may, it stands.
             notified = threading.Event()
             with EtcdClient([server.endpoint], "/theirs", user="u") as stranger, stranger.watch("", notified.set):
-                assert notified.wait(30)
+                assert notified.wait(300)
                 root = [*etcdctl, "--user", "root:secret"]
                 grant = "role grant-permission r --prefix=true readwrite /theirs/"
                 subprocess.run([*root, *grant.split()], check=True, capture_output=True)
                 notified.clear()
                 assert stranger.wait_for(lambda: stranger.put("a", 1) is None or notified.is_set(), 30)
-                assert notified.wait(30)
+                assert notified.wait(300)
 
 
 def _wheel(name: str) -> Path:

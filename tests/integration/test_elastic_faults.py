@@ -12,7 +12,7 @@ from tests.faults.harness import Run, of, precache
 def run(tmp_path: Path, etcd: str) -> Iterator[Run]:
     # Longer than this machine may stand still: other means must reveal a killed or a leaving worker.
     limits = {"collective_timeout": 5.0, "grace_period": 10.0, "lease_ttl": 30.0, "etcd_outage_limit": 60.0}
-    own = {"total_steps": 640, "elastic_rdzv_timeout": 90.0, **limits}
+    own = {"total_steps": 320, "elastic_rdzv_timeout": 90.0, **limits}
     run = Run(tmp_path / f"faults-{tmp_path.name}", precache(tmp_path / "source"), [etcd], **own)
     yield run
     run.close()
@@ -26,7 +26,7 @@ def test_kill_join_and_sigterm(run: Run) -> None:
     run.until(lambda: len(of("step", killed.events)) >= steps + 3, "some inner steps")
     joiner = run.start(2)
     for pod in (stayer, killed):
-        pod.pause(0.25)  # the run is not to end before they are all there
+        pod.pause(0.5)  # the run is not to end before they are all there
     row = run.report("kill -9 in the middle of a round", killed.kill_worker(), [stayer], [killed])
     assert row["exposed"] < run.config.lease_ttl  # its agent or its port has revealed its death
     run.until_quorum([stayer, killed, joiner])  # its agent has started it again; the joiner took its state from donors

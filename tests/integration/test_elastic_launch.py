@@ -97,7 +97,7 @@ def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=300)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 

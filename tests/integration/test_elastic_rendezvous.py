@@ -104,7 +104,7 @@ def test_the_first_start_waits_for_the_desired_number_of_nodes(node, start, clie
     assert client.wait_for(lambda: client.get("slots/0"), 30)
     assert client.get("started") is None
     second = start(node("1:4", nodes=2, last_call_timeout=600))
-    assert first.result(30) and second.result(30)
+    assert first.result(300) and second.result(300)
     assert len(client.get("started").value["nodes"]) == 2  # type: ignore[union-attr]
 
 
@@ -126,7 +126,7 @@ def test_a_run_that_is_started_again_waits_for_all_nodes_again(node, start, clie
     again = start(node("1:2", nodes=2, last_call_timeout=600))
     assert client.wait_for(lambda: client.get("slots/0"), 30)
     assert client.get("started") is None and not again.done()
-    assert start(node("1:2", nodes=2, last_call_timeout=600)).result(30) and again.result(30)
+    assert start(node("1:2", nodes=2, last_call_timeout=600)).result(300) and again.result(300)
 
 
 def test_preferred_slot(node, start) -> None:  # type: ignore[no-untyped-def]
@@ -144,7 +144,7 @@ def test_spare_waits_and_steps_in(node, start, client: EtcdClient) -> None:  # t
     assert nodes_are(client, 0, None)
     assert not future.done()
     one.shutdown()
-    assert future.result(30).world_size == 1
+    assert future.result(300).world_size == 1
     assert spare.slot == 0 and nodes_are(client, 0)
 
 
@@ -166,7 +166,7 @@ def test_verdict_closes(node, start, client: EtcdClient) -> None:  # type: ignor
     finish(client, "failed", "no more money")
     finish(client, "succeeded")  # the first verdict stands
     with pytest.raises(RendezvousClosedError, match="failed: no more money"):
-        future.result(30)
+        future.result(300)
     late = node()
     assert late.is_closed()
     with pytest.raises(RendezvousClosedError, match="no more money"):

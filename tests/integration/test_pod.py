@@ -29,6 +29,6 @@ def test_a_pod_that_hands_over_a_result_leaves_on_sigterm(tmp_path: Path) -> Non
         assert next(line for line in pod.stdout if line.startswith("result "))  # it waits for the step now
         pod.send_signal(signal.SIGTERM)
         try:
-            assert pod.wait(30) == 143
+            assert pod.wait(300) == 143
         finally:
             pod.kill()

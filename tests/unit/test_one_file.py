@@ -209,6 +209,22 @@ def test_help_lists_them_and_stays_light(tree: Path) -> None:
         assert name in text, name
 
 
+def test_looking_one_up_stays_light(tree: Path) -> None:
+    probe = (
+        "import sys\n"
+        "from trainer import data, models\n"
+        "from trainer.config import TrainingConfig\n"
+        "from trainer.launch import agent, local, preflight\n"
+        "from trainer.tasks import tasks\n"
+        "for name in ('guesser', 'biggan:test', 'gpt-neo-x:test'):\n"
+        "    models.resolve(name)\n"
+        "assert len(tasks()) > 5\n"
+        "preflight.check(TrainingConfig.from_flat({'model': 'resnet50:test', 'dataset': 'digits', 'device': 'cpu'}))\n"
+        "print({'torch', 'numba', 'transformers', 'datasets', 'sklearn', 'pandas', 'pyarrow'} & sys.modules.keys())\n"
+    )
+    assert python(tree, "-c", probe) == "set()\n"
+
+
 @pytest.mark.parametrize(
     ("parameter", "name"),
     [("codec", "half"), ("outer_optimizer", "lookahead"), ("model", "guesser"), ("dataset", "coins")],

@@ -5,7 +5,7 @@ fastest; training never contacts the hub. Every worker's volume holds the comple
 order in which all workers go through it, so disjoint ranges of positions are disjoint samples.
 """
 
-from trainer.data.dataset import Dataset, Split, open_dataset
+from trainer.data.dataset import Dataset, Split, open_dataset, require_dataset
 from trainer.data.precache import check, directory, precache, precache_all
 from trainer.data.registry import DatasetFamily, dataset_families, resolve
 from trainer.data.sampling import SampleOrder, batches, evenly
@@ -23,5 +23,6 @@ __all__ = [
     "open_dataset",
     "precache",
     "precache_all",
+    "require_dataset",
     "resolve",
 ]

@@ -82,6 +82,13 @@ class Dataset:
 
 def open_dataset(directory: Path) -> Dataset:
     """Open the dataset that `precache` wrote into `directory`. Raises ConfigError if it is missing or incomplete."""
+    manifest = require_dataset(directory)
+    train, validation = (open_split(directory, manifest, name) for name in ("train", "validation"))
+    return Dataset(train, validation, manifest, directory / "tokenizer", read_shared(directory, manifest))
+
+
+def require_dataset(directory: Path) -> Manifest:
+    """The manifest of the dataset in `directory`. Raises ConfigError if the dataset is missing or incomplete."""
     manifest = read_manifest(directory)
     if manifest is None or any(
         not (directory / name).is_file() or (directory / name).stat().st_size != record.bytes
@@ -89,8 +96,7 @@ def open_dataset(directory: Path) -> Dataset:
     ):
         problem = f"is not precached in {directory.parent}: run `python -m trainer precache` first"
         raise ConfigError("dataset", directory.name, problem)
-    train, validation = (open_split(directory, manifest, name) for name in ("train", "validation"))
-    return Dataset(train, validation, manifest, directory / "tokenizer", read_shared(directory, manifest))
+    return manifest
 
 
 def open_split(directory: Path, manifest: Manifest, name: str) -> Samples:

@@ -118,7 +118,7 @@ def digest(contents: Iterable[str]) -> str:
 def dataset_families() -> dict[str, tuple[type[DatasetFamily], ...]]:
     """Every family in `trainer/data/families/`, by name."""
     found: dict[str, tuple[type[DatasetFamily], ...]] = {}
-    for family in (module.FAMILY for module in modules_of("trainer.data.families") if hasattr(module, "FAMILY")):
+    for family in (module.FAMILY for module in modules_of("trainer.data.families", "FAMILY")):
         found[family.name] = (*found.get(family.name, ()), family)
     return found
 

@@ -53,7 +53,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     require_free_space(Path(config.run_dir), LEAST_FREE_BYTES, "run_dir")
     if precached:
         for worker in worker_configs(config):
-            data.open_dataset(data.directory(worker, Volume.of(worker).datasets))
+            data.require_dataset(data.directory(worker, Volume.of(worker).datasets))
 
 
 def check_network(config: TrainingConfig) -> None:

@@ -81,7 +81,7 @@ class ModelSpec:
 def families() -> dict[str, ModelFamily]:
     """Every family in this package, by name."""
     found: dict[str, ModelFamily] = {}
-    for module in modules_of(__name__):
+    for module in modules_of(__name__, "FAMILY", "FAMILIES"):
         own = (module.FAMILY,) if hasattr(module, "FAMILY") else getattr(module, "FAMILIES", ())
         found |= {family.name: family for family in own}
     return found

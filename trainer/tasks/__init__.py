@@ -146,4 +146,4 @@ def manifest_of(data: Path) -> dict[str, Any]:
 @cache
 def tasks() -> dict[str, Task]:
     """Every task in this package, by name."""
-    return {module.TASK.name: module.TASK for module in modules_of(__name__) if hasattr(module, "TASK")}
+    return {module.TASK.name: module.TASK for module in modules_of(__name__, "TASK")}

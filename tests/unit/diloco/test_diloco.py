@@ -37,11 +37,11 @@ class ThreadQuorum:
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
     ) -> Commit:
         self._table[self.rank] = (pseudo_gradient, weight)
-        self._barrier.wait(30)
+        self._barrier.wait(300)
         parts = [self._table[rank] for rank in range(self.world_size)]
         total = sum(part[1] for part in parts)
         mean = sum((part[0] * (part[1] / total) for part in parts), torch.zeros_like(pseudo_gradient))
-        self._barrier.wait(30)
+        self._barrier.wait(300)
         on_chunk(0, mean)
         self._round += 1
         members = tuple(str(rank) for rank in range(self.world_size))

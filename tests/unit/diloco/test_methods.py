@@ -109,7 +109,7 @@ class Slow:
     def synchronise(
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
     ) -> Commit:
-        assert self.go.wait(30)
+        assert self.go.wait(300)
         if self.refuses:
             self.refuses = False
             raise Superseded

@@ -169,3 +169,10 @@ def test_a_plain_export_loads_as_it_was(tmp_path: Path) -> None:
     plain.save(model, tmp_path)
     features, edges = torch.randn(9, 5), torch.tensor([[0, 1, 2], [1, 2, 3]])
     assert torch.equal(gcn.load(tmp_path)(features, edges), model(features, edges))
+
+
+def test_a_classifiers_headline_is_its_score_beside_the_most_frequent_class() -> None:
+    task = tasks()["image_classification"]
+    scores = {row.score: 0.5 for row in task.rows} | {task.rows[0].baseline: 0.125}
+    expected = "50.0% of the pictures are classified correctly; the most frequent class alone gives 12.5%"
+    assert task.headline(scores) == expected

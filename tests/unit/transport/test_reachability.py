@@ -38,7 +38,7 @@ def test_a_pair_that_cannot_talk_is_named_once_and_tried_again() -> None:
     probe, it = ReachabilityProbe(warned), {"007-abc": member(at_gone)}
     assert probe.unprobed(it) == {"007-abc"}
     probe.probe(it)
-    assert warned.warned.wait(30)
+    assert warned.warned.wait(300)
     assert probe.unreachable == probe.unprobed(it) == {"007-abc"}
     (message,) = warned
     assert message.startswith(f"worker 7 (there) cannot be reached from here at {at_gone}: ")

@@ -5,6 +5,7 @@ They are the test set of UCI's "Optical Recognition of Handwritten Digits" (Alpa
 
 import hashlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from trainer.data.array_dataset import Sample
 from trainer.data.images import pixels
@@ -24,10 +25,8 @@ class Digits(PictureDataset):
 
     def check(self) -> None:
         super().check()
-        try:
-            import sklearn.datasets  # noqa: F401
-        except ImportError:
-            raise ConfigError("dataset", self.spec, "needs scikit-learn: pip install scikit-learn") from None
+        if find_spec("sklearn") is None:  # importing it takes a second
+            raise ConfigError("dataset", self.spec, "needs scikit-learn: pip install scikit-learn")
 
     def revision(self) -> str:
         from sklearn.datasets import load_digits

@@ -1,0 +1,126 @@
+"""The steps on a stand-in for a cluster, claims: kept, deleted, and told apart from those of other runs.
+
+The API server (tests/cluster) enforces the Role of manifests/ and the published schemas; a `Story` says what pods do.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.place import ANOTHER_OWNER, QUICK, Died, Place, die_at, never
+from trainer.errors import ConfigError, TrainingError
+from trainer.kubernetes.api.kinds import CLAIM
+from trainer.kubernetes.objects.jobs import claim
+from trainer.kubernetes.steps.precache import precache
+from trainer.kubernetes.steps.step_context import StepContext
+from trainer.kubernetes.steps.training import train
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_claims_that_are_not_retained_are_gone_and_made_anew(place: Place, tmp_path: Path) -> None:
+    """Though pods that have ended keep them, as long as they are there."""
+    here = place.context()
+    precache(here, tmp_path / "held-out")
+    before = {one["metadata"]["uid"] for one in place.server.all("persistentvolumeclaims").values()}
+    here.clean_up(finished=False, claims=True)
+    place.server.wait_until(lambda: not place.server.all("persistentvolumeclaims"), 10)
+    precache(here, tmp_path / "held-out")
+    after = {one["metadata"]["uid"] for one in place.server.all("persistentvolumeclaims").values()}
+    assert len(after) == 2
+    assert not before & after
+
+
+def test_a_claim_that_is_being_deleted_is_waited_for(place: Place, tmp_path: Path) -> None:
+    place.timeouts = replace(QUICK, deleted=0.2)
+    here = place.context(nodes=1)
+    (worker,) = here.plan.workers
+    claims = place.server.all
+    here.client.create(claim(here.plan, worker))
+    volume = {"name": "data", "persistentVolumeClaim": {"claimName": worker.claim}}
+    status = {"phase": "Succeeded", "containerStatuses": [{"name": "s", "image": "i", "state": {"terminated": {}}}]}
+    shell = {"metadata": {"name": "shell"}, "spec": {"volumes": [volume], "containers": []}, "status": status}
+    place.cluster.kubelet = never
+    place.server.put("pods", shell)
+    place.server.wait_until(lambda: "shell" in claims("pods"))
+    place.cluster.kubelet = place.story
+    here.client.delete(CLAIM, worker.claim)
+    with pytest.raises(
+        TrainingError, match=f"claim {worker.claim} was deleted, and still exists .* a pod still uses it"
+    ):
+        precache(here, tmp_path / "held-out")
+    place.timeouts = QUICK
+    place.on_line = lambda line: place.server.remove("pods", "shell") if "is being deleted" in line else None
+    precache(place.context(nodes=1), tmp_path / "held-out")
+    assert place.said(f"claim {worker.claim} created")
+
+
+def test_claims_that_another_run_uses_are_kept(place: Place, tmp_path: Path) -> None:
+    here = place.context()
+    precache(here, tmp_path / "held-out")
+    place.run_id += "-other"
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.context(), tmp_path / "run")
+    place.on_line = lambda line: None
+    here.clean_up(finished=False, claims=True)
+    assert place.said("warning: the claims are kept", "uses its claims")
+    claims = place.server.all("persistentvolumeclaims").values()
+    assert [one for one in claims if "deletionTimestamp" not in one["metadata"]] == list(claims)
+
+
+def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.context(), tmp_path / "first")
+    first = place.context()
+    place.owner = ANOTHER_OWNER
+
+    def old_one_ends(line: str) -> None:
+        if "worker 1 runs" in line:
+            first.clean_up(finished=False)  # its exit handler, late
+            place.story.released.set()
+
+    place.on_line = old_one_ends
+    train(place.context(), tmp_path / "second")
+    jobs = place.server.all("pytorchjobs").values()
+    assert [job["metadata"]["ownerReferences"][0]["uid"] for job in jobs] == [ANOTHER_OWNER["uid"]] * 2
+    assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run")
+    assert place.server.all("configmaps")
+
+
+def test_a_run_of_another_deployment_with_the_same_id_is_left_alone(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.context(), tmp_path / "run")
+    place.on_line = lambda line: None
+    before = set(place.server.all("pytorchjobs"))
+    place.context(deployment_name="another").clean_up()
+    assert set(place.server.all("pytorchjobs")) == before
+
+
+def test_names_of_two_deployments_that_meet_are_refused(place: Place, tmp_path: Path) -> None:
+    def context(deployment: str, run: str, site: str) -> StepContext:
+        place.run_id = run
+        return place.context(deployment_name=deployment, nodes=1, sites=[{"name": site, "replicas": 1}])
+
+    precache(context("llm", "mine", "eu-west"), tmp_path / "held-out")
+    refused = (
+        "PersistentVolumeClaim llm-eu-west-worker-0-data of deployment llm-eu already exists as that of deployment llm:"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        precache(context("llm-eu", "other", "west"), tmp_path / "held-out")
+    place.story.released.clear()
+    place.on_line = die_at("worker 0 runs")
+    with pytest.raises(Died):
+        train(context("llm", "eu-mine", "west"), tmp_path / "run")
+    place.on_line = lambda line: None
+    before = place.server.all("configmaps")
+    refused = "PyTorchJob llm-eu-mine-west-0 of run mine of deployment llm-eu already exists as that of run eu-mine of"
+    with pytest.raises(ConfigError, match=refused):
+        train(context("llm-eu", "mine", "west"), tmp_path / "run")
+    assert place.server.all("configmaps") == before
