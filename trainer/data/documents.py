@@ -25,9 +25,15 @@ FORMATS = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _RATIO = 4  # of compressed text, approximately
+_ARROW_FILE = b"ARROW1"  # how a file begins, in contrast to a stream
 _PIECE = 32 * 2**10  # characters; longer plain texts are divided, so that part of a single one can be held out
 _LONGEST_FIELD = 2**30  # characters in a field of a CSV file
-_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # byte-order marks; UTF-8's is dropped by its codec
+_MARKS = {  # byte-order marks, the longer ones first; UTF-8's is dropped by its codec
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 
 
 def format_of(path: Path) -> str | None:
@@ -57,13 +63,16 @@ def documents(path: Path) -> Iterator[str]:
             yield from _cells(path, kind)
             return
         with _opened(path) as raw:
-            start = raw.peek(2)[:2]
-            with io.TextIOWrapper(raw, _MARKS.get(start, "utf-8-sig"), newline="\n" if kind == "text" else "") as file:
+            start = raw.peek(4)
+            encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
+            with io.TextIOWrapper(raw, encoding, newline="\n" if kind == "text" else "") as file:
                 yield from _READERS[kind or "text"](file, path)
     except UnicodeDecodeError as error:
-        byte = error.object[error.start] if isinstance(error.object, bytes) else 0
+        name = "UTF-8" if error.encoding.startswith("utf-8") else f"{error.encoding}, as its byte-order mark says"
         advice = "convert it, for example with iconv -f latin1 -t utf-8"
-        raise ValueError(f"is not UTF-8: it has a byte 0x{byte:02x} where none may be: {advice}") from None
+        raise ValueError(
+            f"is not {name}: it has a byte 0x{error.object[error.start]:02x} where none may be: {advice}"
+        ) from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise ValueError(f"is not a complete {_name(path)[1]} file: {error}") from None
     except OSError as error:
@@ -120,10 +129,10 @@ def _json_rows(file: IO[str], path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(line)
         except ValueError as error:
             if not _name(path)[0].endswith(".json") or whole:
-                raise ValueError(f"line {number} is not JSON: {error}") from None
+                raise ValueError(f"line {number} {error}") from None
             whole = line + file.read()  # a value on many lines
             row = _parsed(whole)
         for one in row if isinstance(row, list) else [row]:
@@ -133,17 +142,35 @@ def _json_rows(file: IO[str], path: Path) -> Iterator[str]:
 
 
 def _parsed(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError if it is none, or has the field `text` twice in an object."""
     try:
-        return json.loads(text)
-    except ValueError as error:
+        value = json.loads(text)
+        if text.count('"text"') > 1:  # Python keeps the last one silently
+            json.loads(text, object_pairs_hook=_with_one_text)
+    except RecursionError:
+        raise ValueError("is JSON nested too deeply") from None
+    except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error}") from None
+    return value
+
+
+def _with_one_text(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if [key for key, _ in pairs].count("text") > 1:
+        raise ValueError("has an object with the field `text` twice")
+    return dict(pairs)
 
 
 def _csv_rows(file: IO[str], path: Path) -> Iterator[str]:
     csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.DictReader(file, delimiter="\t" if _name(path)[0].endswith(".tsv") else ",", strict=True)
     try:
+        if (rows.fieldnames or ()) and list(rows.fieldnames or ()).count("text") > 1:
+            raise ValueError("has the column `text` twice")
         for row in rows:
+            if None in row:  # the reader's key for what is beyond the header: text with a bare comma would be cut
+                fields = len(rows.fieldnames or ()) + len(row[None])
+                problem = f"has {fields} fields in line {rows.line_num}, more than its header"
+                raise ValueError(f"{problem}: text that contains the separator must be quoted")
             yield from _text(row, f"line {rows.line_num}", list(rows.fieldnames or ()))
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num} is not CSV: {error}") from None
@@ -159,27 +186,40 @@ def _text(row: dict[str, Any], place: str, columns: list[str]) -> Iterator[str]:
 
 
 def _cells(path: Path, kind: str) -> Iterator[str]:
-    """The cells of the column `text` of a Parquet file, or of an Arrow file as `datasets` writes it."""
+    """The cells of the column `text` of a Parquet file, or of an Arrow file (`datasets` writes Arrow streams)."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
         with path.open("rb") as file:
-            if kind == "Parquet":
-                table = pq.ParquetFile(file)
-                schema, batches = table.schema_arrow, lambda: table.iter_batches(columns=["text"])
-            else:
-                stream = pa.ipc.open_stream(file)
-                schema, batches = stream.schema, lambda: iter(stream)
-            if "text" not in schema.names:
-                raise ValueError(f"has no column `text`; it has {', '.join(schema.names) or 'none'}")
+            schema, batches = _table(file, kind)
+            if schema.names.count("text") != 1:
+                count = "no column `text`" if "text" not in schema.names else "the column `text` twice"
+                raise ValueError(f"has {count}; it has {', '.join(schema.names) or 'none'}")
             form = schema.field("text").type
-            if not any(check(form) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
+            plain = form.value_type if pa.types.is_dictionary(form) else form
+            if not any(check(plain) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
                 raise ValueError(f"has no text in the column `text`, but {form}")
-            for batch in batches():
+            for batch in batches:
                 yield from (cell for cell in batch.column("text").to_pylist() if cell is not None)
     except pa.ArrowException as error:
         raise ValueError(f"is not a complete {kind} file: {error}") from None
+
+
+def _table(file: IO[bytes], kind: str) -> tuple[Any, Iterator[Any]]:
+    """The schema and the record batches of a Parquet file, or of an Arrow stream or file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if kind == "Parquet":
+        table = pq.ParquetFile(file)
+        return table.schema_arrow, (batch for batch in table.iter_batches(columns=["text"]))
+    is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+    file.seek(0)
+    if is_file:
+        whole = pa.ipc.open_file(file)
+        return whole.schema, map(whole.get_batch, range(whole.num_record_batches))
+    stream = pa.ipc.open_stream(file)
+    return stream.schema, iter(stream)
 
 
 _READERS: dict[str, Callable[[IO[str], Path], Iterator[str]]] = {"text": _pieces, "JSON": _json_rows, "CSV": _csv_rows}

@@ -1,19 +1,26 @@
 """The Hugging Face Hub: rows of its datasets, and one clear sentence for each of its errors."""
 
+import errno
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from trainer.config import TrainingConfig
+from trainer.data.documents import documents
 from trainer.data.registry import DatasetFamily
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import ConfigError, TrainingError, one_line
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+    from pyarrow.parquet import ParquetFile
+
+T = TypeVar("T")
 
 _END_BYTES = 64 << 10
+_BATCH_ROWS = 64
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
 @contextmanager
@@ -50,8 +57,20 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
     except HfHubHTTPError as error:
         raise TrainingError(f"{field} {name}: the hub answered with an error: {_first_line(error)}") from error
     except Exception as error:
+        if (cause := _of_the_cache(error)) is not None:
+            problem = f"the hub's cache cannot be written ({cause}): set HF_HOME to a directory that can"
+            raise TrainingError(f"{field} {name}: {problem}") from error
         problem = f"cannot be fetched from the hub ({_first_line(error)}): check the network{also}"
         raise TrainingError(f"{field} {name} {problem}") from error
+
+
+def _of_the_cache(error: BaseException | None) -> OSError | None:
+    """The error of a file that could not be written, in a chain of exceptions; None if there is none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _first_line(error: Exception) -> str:
@@ -112,21 +131,23 @@ class HubDataset(DatasetFamily):
         """Number of rows: for a folder of Parquet as its files state, otherwise `usual`."""
         if not self._is_local:
             return usual
-        import pyarrow.parquet as pq
-
-        try:
-            return sum(pq.read_metadata(path).num_rows for path in self._local_shards())
-        except (OSError, ValueError) as error:
-            raise ConfigError("dataset", self.spec, f"cannot be read: {_first_line(error)}") from None
+        return sum(self._read(path, lambda table: int(table.metadata.num_rows)) for path in self._local_shards())
 
     def features(self) -> Mapping[str, Any]:
         """The columns' types, if the files state them."""
-        return self._stream(self._revision).features or {}
+        from datasets import Features
+
+        if not self._is_local:
+            return self._stream(self._revision).features or {}
+        return self._read(self._local_shards()[0], lambda table: Features.from_arrow_schema(table.schema_arrow))
 
     def rows(self, revision: str) -> Iterator[dict[str, Any]]:
         """Stream the rows of that revision, in the order of the shards."""
         from datasets import Audio, Image
 
+        if self._is_local:
+            yield from self._local_rows()
+            return
         with hub_errors("dataset", self.spec):
             rows = self._stream(revision)
             if isinstance(form := (rows.features or {}).get(self.raw), Audio | Image):
@@ -136,11 +157,33 @@ class HubDataset(DatasetFamily):
     def _stream(self, revision: str | None) -> "IterableDataset":
         from datasets import load_dataset
 
-        if self._is_local:
-            files = [str(path) for path in self._local_shards()]
-            return load_dataset(self.loader, data_files={"train": files}, split="train", streaming=True)
         shards = {"train": self.shards}
         return load_dataset(self._repository, data_files=shards, split="train", streaming=True, revision=revision)
+
+    def _local_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of a folder's files. `load_dataset` would take the letters `*?[]` of its path for a pattern."""
+        import pyarrow.parquet as pq
+
+        for path in self._local_shards():
+            try:
+                if self.loader == "json":
+                    yield from ({"text": text} for text in documents(path))
+                    continue
+                with path.open("rb") as file:
+                    for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+                        yield from batch.to_pylist()
+            except (OSError, ValueError) as error:
+                raise ConfigError("dataset", self.spec, f"{path} cannot be read: {one_line(error)}") from None
+
+    def _read(self, path: Path, read: Callable[["ParquetFile"], T]) -> T:
+        """The result of `read` for a Parquet file of the folder. Raises ConfigError if it is none."""
+        import pyarrow.parquet as pq
+
+        try:
+            with path.open("rb") as file:
+                return read(pq.ParquetFile(file))
+        except (OSError, ValueError) as error:
+            raise ConfigError("dataset", self.spec, f"{path} cannot be read: {one_line(error)}") from None
 
     def _local_shards(self) -> list[Path]:
         return sorted(self._folder.glob(self.shards))

@@ -9,6 +9,7 @@ from pathlib import Path
 _METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json"}
 _CARDS = {"readme.md", "license", "license.md", "license.txt", "citation.md", "changelog.md"}
 _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini"}
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
 # Names of splits, as `datasets` finds them in the names of files and folders.
@@ -32,11 +33,13 @@ def files_below(root: Path) -> list[Path]:
 
 def without_metadata(root: Path, paths: Sequence[Path]) -> list[Path]:
     """The files without those that describe a dataset: its card, its licence, the records of `datasets`."""
-    of_tables = any(path.name.lower().endswith(_TABLES) and path.name.lower() not in _METADATA for path in paths)
+    of_tables = any(_is_table(path) and path.name.lower() not in _METADATA for path in paths)
 
     def describes(path: Path) -> bool:
         name = path.name.lower()
-        return name in _METADATA or (of_tables and path.parent == root and name in _CARDS)
+        if path.parent == root and name in _CARDS:
+            return of_tables or _is_card(path)
+        return name in _METADATA or (name.startswith("cache-") and name.endswith(".arrow"))  # of `Dataset.map`
 
     return [path for path in paths if not describes(path)]
 
@@ -45,18 +48,21 @@ def training_split(root: Path, paths: Sequence[Path]) -> tuple[list[Path], list[
     """Divide files into those to train on and those of a test or validation split.
 
     A folder has splits if it (or its folder `data`) holds `train/` beside `test/`, `validation/` and the like, or
-    tables named `train…` beside ones named `test…`, as on the hub.
+    no folder but `train/`; or if it holds tables below folders or with names `train…` beside `test…`, as on the hub.
 
     Returns:
         The files to train on, those of other splits, and the folder that the former are in.
     """
-    for base in (root / "data", root):
+    for base in (root / "data", root) if root.is_dir() else ():
         names = {path: path.relative_to(base).parts for path in paths if path.is_relative_to(base)}
         folders = {parts[0].lower() for parts in names.values() if len(parts) > 1}
         training = [path for path, parts in names.items() if len(parts) > 1 and parts[0].lower() in _TRAINING]
+        if training and len(folders) == 1:
+            return list(paths), [], training_folder(base, training)
         if training and folders & _OTHERS:
-            return training, [path for path in paths if path not in set(training)], training_folder(base, training)
-        split = {path: _split(path) for path in names if path.name.lower().endswith((*_TABLES, ".gz", ".zst", ".bz2"))}
+            others = [path for path, parts in names.items() if len(parts) > 1 and parts[0].lower() in _OTHERS]
+            return training, others, training_folder(base, training)
+        split = {path: _split(names[path]) for path in names if _is_table(path)}
         if "train" in split.values() and "other" in split.values():
             others = [path for path in paths if split.get(path) == "other"]
             return [path for path in paths if path not in set(others)], others, root
@@ -81,7 +87,27 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
-def _split(path: Path) -> str:
-    """The split in a file's name (`train.csv`, `test-00000-of-00001.parquet`): train, other, or ""."""
-    word = path.name.lower().replace("_", "-").replace(".", "-").partition("-")[0]
-    return "train" if word in _TRAINING else "other" if word in _OTHERS else ""
+def _is_table(path: Path) -> bool:
+    name = path.name.lower()
+    ending = next((ending for ending in _COMPRESSIONS if name.endswith(ending)), "")
+    return name.removesuffix(ending).endswith(_TABLES)
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a file begins as the card of a dataset on the hub does, or lies in a clone beside `.gitattributes`."""
+    if path.suffix.lower() != ".md":
+        return (path.parent / ".gitattributes").exists()
+    with path.open("rb") as file:
+        return file.read(4) in (b"---\n", b"---\r")
+
+
+def _split(parts: Sequence[str]) -> str:
+    """The split that a file's path below the root names: train, other, or "".
+
+    In a file's name it is the first word (`train.csv`, `test-00000-of-00001.parquet`), otherwise a folder's name.
+    """
+    first = parts[-1].lower().replace("_", "-").replace(".", "-").partition("-")[0]
+    for word in (first, *(part.lower() for part in reversed(parts[:-1]))):
+        if word in _TRAINING or word in _OTHERS:
+            return "train" if word in _TRAINING else "other"
+    return ""

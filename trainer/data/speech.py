@@ -20,6 +20,11 @@ RATE = 16_000  # samples a second, as wav2vec 2.0 expects
 VOCABULARY = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 _NUMBERS = {character: number for number, character in enumerate(VOCABULARY)}
 SHORTEST, LONGEST = 0.4, 20.0  # seconds; other clips are dropped
+_RATES = (1_000, 768_000)  # Hz, of files
+_UNKNOWN_SIZE = 0x7FFF_0000  # from here on, a WAV file that was written into a pipe does not state its size
+_SLACK = 64  # bytes by which writers get the size wrong
+_LEAST_PART = 0.95  # of the samples that a file declares; the length of an MP3 may be an estimate
+_SPOKEN = ("Sc", "Sm", "So")  # categories of Unicode: signs of currencies, of mathematics, and others
 MOST_TRANSCRIPTS = 200  # kept in the manifest, for baselines
 
 
@@ -87,13 +92,29 @@ class SpeechDataset(ArrayDataset):
 
 
 def decode(content: bytes) -> np.ndarray:
-    """An audio file's samples: int16 (n,), mono, at `RATE`. Raises ValueError if the content is not audio."""
+    """An audio file's samples: int16 (n,), mono, at `RATE`; a little more than `LONGEST` seconds at most.
+
+    Raises:
+        ValueError: The content is not audio, or is cut off.
+    """
     import soundfile
 
+    declared = int.from_bytes(content[4:8], "little") + 8
+    if (
+        content[:4] == b"RIFF" and len(content) + _SLACK < declared < _UNKNOWN_SIZE
+    ):  # the library would read what is there
+        raise ValueError(f"it is cut off: {len(content)} of {declared} bytes")
     try:
-        samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate = file.samplerate
+            if not _RATES[0] <= rate <= _RATES[1]:
+                raise ValueError(f"its rate of {rate} Hz is not between {_RATES[0]} and {_RATES[1]}")
+            expected = min(file.frames, int(rate * (LONGEST + 1)))  # a longer clip is left out anyway
+            samples = file.read(expected, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ValueError(error.error_string.rstrip(".")) from None
+    if len(samples) < expected * _LEAST_PART:
+        raise ValueError(f"it is cut off: {len(samples) / rate:.1f} of {file.frames / rate:.1f} s")
     samples = np.nan_to_num(samples, posinf=1.0, neginf=-1.0)  # files of floating-point numbers may hold anything
     return np.round(resampled(samples.mean(axis=1), rate) * 32767).clip(-32768, 32767).astype(np.int16)
 
@@ -107,12 +128,16 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def spelled(text: str) -> np.ndarray | None:
-    """A transcript as numbers of the vocabulary, int16 (n,); None if it is empty, or has digits or other letters.
+    """A transcript as numbers of the vocabulary, int16 (n,); None if it has none, or needs more than its letters.
 
-    It is normalised as LibriSpeech's transcripts are: capitals, single spaces, no punctuation except apostrophes.
+    Those are other letters, digits, and signs that are spoken, such as & and $. The rest is normalised as LibriSpeech's
+    transcripts are: capitals, single spaces, no punctuation except apostrophes.
     """
     plain = unicodedata.normalize("NFKC", text.replace("’", "'"))
-    if any(unicodedata.category(character)[0] in "LMN" for character in re.sub("[A-Za-z]", "", plain)):
+    others = re.sub("[A-Za-z]", "", plain)
+    if any(unicodedata.category(other)[0] in "LMN" or unicodedata.category(other) in _SPOKEN for other in others):
+        return None
+    if any(sign in others for sign in "&%@#"):
         return None
     words = re.sub(r"[^A-Z']+", " ", plain.upper()).split()
     return np.array([_NUMBERS[character] for character in "|".join(words)], dtype=np.int16) if words else None

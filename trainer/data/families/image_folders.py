@@ -70,7 +70,8 @@ class PictureFolders(PathDataset, PictureDataset):
     def _files(self) -> list[Path]:
         """Every picture in the classes' folders."""
         paths, folder = self._training
-        return [path for path in paths if path.parent != folder and path.suffix.lower() in _ENDINGS]
+        pictures = (path for path in paths if path.suffix.lower() in _ENDINGS)
+        return [path for path in pictures if folder in path.parents and path.parent != folder]
 
 
 FAMILY = PictureFolders
