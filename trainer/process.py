@@ -58,6 +58,27 @@ def number_from(variable: str) -> int:
     return int(text)
 
 
+def endpoint_of(host: str, port: int) -> str:
+    """`host:port`, or `[host]:port` for an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def address_of(host: str) -> str:
+    """The IP address of a name or an address, IPv4 rather than IPv6. Raises OSError if there is none."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
+
+
+def loopback() -> str:
+    """This machine's loopback address: IPv6's if it has no IPv4."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+    except OSError:
+        return "::1"
+    return "127.0.0.1"
+
+
 def connect(endpoint: str, timeout: float) -> socket.socket:
     """A TCP connection to `endpoint` (host:port or [IPv6 address]:port)."""
     host, _, port = endpoint.rpartition(":")

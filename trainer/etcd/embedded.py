@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from trainer.errors import ConfigError, TrainingError
-from trainer.process import dying_with_parent, listen
+from trainer.process import dying_with_parent, endpoint_of, listen
 from trainer.retry import retrying
 from trainer.timeouts import EtcdTimeouts
 
@@ -47,7 +47,7 @@ class EmbeddedEtcd:
     @property
     def endpoint(self) -> str:
         """`host:port` for clients."""
-        return f"{self._address}:{self._port}"
+        return endpoint_of(self._address, self._port)
 
     @property
     def pid(self) -> int | None:
@@ -77,8 +77,8 @@ class EmbeddedEtcd:
         return True
 
     def _start(self) -> None:
-        with listen("127.0.0.1") as peer:
-            peer_url = f"http://127.0.0.1:{peer.getsockname()[1]}"
+        with listen(loopback := "::1" if ":" in self._address else "127.0.0.1") as peer:
+            peer_url = f"http://{endpoint_of(loopback, peer.getsockname()[1])}"
         client_url = f"http://{self.endpoint}"
         command = [
             *(str(self._binary or etcd_binary()), "--name", "embedded", "--data-dir", str(self.directory / "data")),

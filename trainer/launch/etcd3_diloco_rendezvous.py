@@ -30,6 +30,7 @@ from trainer.elastic.keys import SLOT_VARIABLE, finish, revoke_members, verdict
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
+from trainer.process import loopback
 from trainer.timeouts import LaunchTimeouts
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class NodeRendezvous(RendezvousHandler):
         self._last_call = float(parameters.get("last_call_timeout", timeouts.last_call))
         self._ttl = float(parameters.get("lease_ttl", 15))
         self._preferred = parameters.get_as_int("slot")
-        self._address = parameters.local_addr or "127.0.0.1"
+        self._address = parameters.local_addr or loopback()
         self._client = client_of(parameters)
         self._node = uuid.uuid4().hex
         self._lease: Lease | None = None
