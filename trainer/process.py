@@ -23,45 +23,23 @@ def dying_with_parent(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _PRELUDE, str(os.getpid()), *command]
 
 
-def endpoint(host: str, port: int) -> str:
-    """`host:port`, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def resolve(host: str) -> tuple[socket.AddressFamily, str]:
-    """The family and the numeric address of a host: IPv4 if it has one, else IPv6. Raises OSError if it has none."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
-    return family, str(address[0])
-
-
-def loopback() -> str:
-    """This machine's address for itself: IPv6 if it has no IPv4."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(("127.0.0.1", 0))
-        except OSError:
-            return "::1"
-    return "127.0.0.1"
-
-
 def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     """A listening TCP socket on `port`, or on the first free port of `port_range` ("low-high"), or on any.
 
-    If no interface of this machine has the address (it belongs to a NAT or a service), the socket listens on all
-    interfaces.
+    A name's IPv4 address is preferred to its IPv6 address. If no interface of this machine has the address (it belongs to a NAT or a
+    service), the socket listens on all interfaces.
 
     Raises:
-        ConfigError: The port, or every port of the range, is taken; the address has no meaning here.
+        ConfigError: The port, or every port of the range, is taken; or the address has no meaning here.
     """
-    low, high = map(int, port_range.split("-")) if port_range and not port else (port, port)
     try:
-        family, own = resolve(address)
+        own = address_of(address)
     except OSError as error:
         raise ConfigError("advertise_address", address, f"is no address: {error.strerror}") from None
+    low, high = map(int, port_range.split("-")) if port_range and not port else (port, port)
     for candidate in range(low, high + 1):
         for host in (own, ""):
-            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener = socket.socket(socket.AF_INET6 if ":" in own else socket.AF_INET, socket.SOCK_STREAM)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((host, candidate))
@@ -82,6 +60,27 @@ def number_from(variable: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise ConfigError(variable, text, "must be a number: torchrun, or `launch`, sets it")
     return int(text)
+
+
+def endpoint_of(host: str, port: int) -> str:
+    """`host:port`, or `[host]:port` for an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def address_of(host: str) -> str:
+    """The IP address of a name or an address, IPv4 rather than IPv6. Raises OSError if there is none."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
+
+
+def loopback() -> str:
+    """This machine's loopback address: IPv6's if it has no IPv4."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+    except OSError:
+        return "::1"
+    return "127.0.0.1"
 
 
 def connect(endpoint: str, timeout: float) -> socket.socket:

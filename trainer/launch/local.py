@@ -26,7 +26,7 @@ from trainer.launch.scale import DESIRED, with_nodes
 from trainer.monitor.dashboard import Dashboard, View, view
 from trainer.monitor.find_run import LAUNCHED
 from trainer.monitor.progress import WorkerProgress, fill
-from trainer.process import resolve
+from trainer.process import address_of, loopback
 from trainer.timeouts import LaunchTimeouts
 from trainer.volume import Volume, worker_configs
 
@@ -72,7 +72,7 @@ def launch(
         # Start an etcd unless one is given
         etcd = None
         if not config.etcd.endpoints:
-            address = resolve(config.advertise_address)[1] if config.advertise_address else ""
+            address = address_of(config.advertise_address or loopback())
             embedded = EmbeddedEtcd(run_dir / "etcd", address=address, port_range=config.port_range)
             etcd = resources.enter_context(embedded)
             config = config.with_values(etcd_endpoints=[etcd.endpoint])

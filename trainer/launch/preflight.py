@@ -15,7 +15,7 @@ from trainer.errors import ConfigError, TrainingError, one_line
 from trainer.etcd.client import local_address
 from trainer.etcd.errors import EtcdError
 from trainer.files import require_free_space, require_writable
-from trainer.process import listen, loopback, resolve
+from trainer.process import address_of, listen, loopback
 from trainer.volume import Volume, worker_configs
 
 LEAST_FREE_BYTES = 100 << 20
@@ -63,8 +63,9 @@ def check_network(config: TrainingConfig) -> None:
         raise ConfigError("network_interface", config.network_interface, f"must be one of {', '.join(interfaces)}")
     if config.advertise_address:
         try:
-            family, address = resolve(config.advertise_address)
-            socket.create_server((address, 0), family=family).close()
+            address = address_of(config.advertise_address)
+            with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+                probe.bind((address, 0))
         except OSError:
             raise ConfigError("advertise_address", config.advertise_address, "is no address of this machine") from None
     if not config.port_range:

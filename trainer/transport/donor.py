@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from xxhash import xxh3_128_hexdigest
 
-from trainer.process import endpoint, listen
+from trainer.process import endpoint_of, listen
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.channel import (
     CHUNK_BYTES,
@@ -70,7 +70,7 @@ class Donor:
         self._find, self._secret, self._timeouts = find, check_secret(secret), timeouts
         self._listener = listen(address, port_range)
         port = self._listener.getsockname()[1]
-        self.endpoint = endpoint(address, port)
+        self.endpoint = endpoint_of(address, port)
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}  # by id
         self._serving: dict[threading.Thread, socket.socket] = {}
