@@ -1,5 +1,6 @@
 """DiLoCo (arXiv 2311.08105): many inner steps, then one outer step on the workers' mean pseudo-gradient."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,8 @@ class DiLoCo:
         overlap: How inner steps go on during a synchronisation. None: they wait.
 
     Raises:
-        ValueError: `sync_every` is not a multiple of `fragments`.
+        ValueError: An argument is not as above; a parameter cannot be synchronised (complex, sparse, without values,
+            sharded, on a second GPU), or none is trainable. `start` raises it if the model has got further parameters.
 
     Attributes:
         assignment: The samples that the quorum has assigned to this worker last; None: none yet.
@@ -88,6 +90,9 @@ class DiLoCo:
         fragments: int = 1,
         overlap: Overlap | None = None,
     ) -> None:
+        _check_counts(sync_every=sync_every, fragments=fragments, total_steps=1 if total_steps is None else total_steps)
+        if late_policy not in ("carry", "drop"):
+            raise ValueError(f"late_policy = {late_policy!r}: must be 'carry' or 'drop'")
         if sync_every % fragments:
             raise ValueError(f"sync_every ({sync_every}) must be a multiple of fragments ({fragments})")
         self.inner_optimizer, self.quorum = inner_optimizer, quorum or LocalQuorum()
@@ -166,6 +171,8 @@ class DiLoCo:
 
     def count_step(self, samples: float = 1.0) -> None:
         """Count an inner step; for `samples`, see `after_inner_step`."""
+        if not 0 <= samples < math.inf:
+            raise ValueError(f"samples = {samples}: must be a finite number, at least 0")
         self.schedule.inner_steps += 1
         self.contribution.count(samples, self.schedule.steps_per_cycle(self.contribution.fragments))
 
@@ -180,6 +187,7 @@ class DiLoCo:
 
     def start(self, report: RoundReport = NO_REPORT) -> bool:
         """End the round here, and start to exchange pseudo-gradients on another thread; whether inner steps go on."""
+        self._layout.check_unchanged()
         started, schedule, fragment = time.perf_counter(), self.schedule, self.state.full_model
         if not schedule.is_last:
             fragment = self.state.fragments[(self.open_round - 1) % self.contribution.fragments]
@@ -377,3 +385,9 @@ class DiLoCo:
         residual = None if reduced.error is None else reduced.error.clone()  # the next collective overwrites it
         replaced = not overlaps and self.state.outer.replaces and self.contribution.is_plain(closed)
         return Outcome(commit, outer_step, shift, residual, offset, exact=replaced and reduced.lone)
+
+
+def _check_counts(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} = {value!r}: must be a whole number, at least 1")

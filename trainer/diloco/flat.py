@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 CUT = 64  # rows: matrices are cut at multiples of this, so that a codec's tiles stay whole
 
@@ -29,6 +30,9 @@ class FlatLayout:
 
     Tied parameters appear once. The order is that of `model.named_parameters()`, the same in every worker.
 
+    Raises:
+        ValueError: A parameter does not fit into the vector, or there is none; names the first one.
+
     Attributes:
         parameters: In the order of the vector.
         size: Numbers in the vector.
@@ -36,10 +40,18 @@ class FlatLayout:
 
     def __init__(self, model: nn.Module) -> None:
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._names, self.parameters = list(named), list(named.values())
+        _check(named)
+        self._model, self._names, self.parameters = model, list(named), list(named.values())
         self.size = sum(parameter.numel() for parameter in self.parameters)
         devices = {parameter.device for parameter in self.parameters if parameter.is_cuda}
         self._stream = torch.cuda.Stream(devices.pop()) if devices else None  # type: ignore[no-untyped-call]
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the model has trainable parameters that this layout does not: they would be left out."""
+        known = dict(zip(self._names, self.parameters, strict=True))
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and known.get(name) is not parameter:
+                raise ValueError(f"parameter {name!r} was added, replaced or unfrozen after DiLoCo was constructed")
 
     def empty(self) -> Tensor:
         """A vector, float32 (size,); pinned if the model is on a GPU, so that copies do not block."""
@@ -92,8 +104,8 @@ class FlatLayout:
         position = 0
         for index, parameter in enumerate(self.parameters):
             step = CUT if parameter.ndim > 1 else len(parameter) if parameter.ndim else 1
-            row_size = parameter[0].numel() if parameter.ndim else 1
             length = len(parameter) if parameter.ndim else 1
+            row_size = parameter.numel() // max(length, 1)
             cuts += [(position + row * row_size, index, row) for row in range(0, length, max(step, 1))]
             position += parameter.numel()
         cuts.append((position, len(self.parameters), 0))
@@ -129,3 +141,27 @@ class FlatLayout:
         with torch.cuda.stream(self._stream):
             yield
         current.wait_stream(self._stream)
+
+
+def _check(named: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that float32 numbers on the host cannot represent. Raises ValueError."""
+    for name, parameter in named.items():
+        if isinstance(parameter, UninitializedTensorMixin):
+            reason = "is not initialised yet: run the lazy module once before"
+        elif parameter.is_complex():
+            reason = f"is {parameter.dtype}, which cannot be synchronised: store torch.view_as_real of it"
+        elif parameter.layout != torch.strided:
+            reason = f"has layout {parameter.layout}, which cannot be synchronised: it must be dense"
+        elif parameter.is_meta:
+            reason = "is on the meta device: it has no values"
+        elif getattr(parameter, "device_mesh", None) is not None:
+            reason = "is sharded (a DTensor): a worker must hold whole parameters"
+        else:
+            continue
+        raise ValueError(f"parameter {name!r} {reason}")
+    if not any(parameter.numel() for parameter in named.values()):
+        raise ValueError("the model has no trainable parameters: nothing can be synchronised")
+    on_gpus = {parameter.device: name for name, parameter in named.items() if parameter.is_cuda}
+    if len(on_gpus) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in on_gpus.items())
+        raise ValueError(f"parameters are on several GPUs ({where}): a worker's must be on one")

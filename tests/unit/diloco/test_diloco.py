@@ -368,3 +368,86 @@ def test_what_is_borrowed_of_a_lone_workers_new_state_is_what_it_keeps(monkeypat
         assert diloco.after_inner_step(5)
         assert torch.equal(lent[-1][1], local)
     assert all(torch.equal(theta, copy) for theta, copy in lent)
+
+
+class Odd(nn.Module):
+    """Parameters of every shape and type that can be synchronised, and some that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalar = nn.Parameter(torch.tensor(1.0))
+        self.no_rows, self.no_columns = nn.Parameter(torch.zeros(0, 5)), nn.Parameter(torch.zeros(3, 0))
+        self.transposed = nn.Parameter(torch.randn(70, 130).t())
+        self.tied = self.transposed
+        self.wide = nn.Parameter(torch.randn(5, dtype=torch.float64))
+        self.narrow = nn.Parameter(torch.randn(5, 3, 2, dtype=torch.bfloat16))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.whole = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 3])
+def test_parameters_of_every_shape_are_synchronised(fragments: int) -> None:
+    torch.manual_seed(0)
+    model = Odd()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    diloco = DiLoCo(model, optimizer, outer=Nesterov(1.0, 0.0), sync_every=6, fragments=fragments)
+    for _ in range(6):
+        sum(parameter.float().square().sum() for parameter in model.parameters() if parameter.requires_grad).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        diloco.after_inner_step()
+    assert diloco.round == fragments
+    assert model.tied is model.transposed and not model.transposed.is_contiguous()
+    for name, parameter in model.named_parameters():
+        expected = before[name] * (0.8**6 if parameter.requires_grad else 1)
+        torch.testing.assert_close(parameter.detach(), expected.to(parameter.dtype), rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "reason"),
+    [
+        (lambda: torch.randn(3, dtype=torch.complex64), "parameter 'odd' is torch.complex64"),
+        (lambda: torch.eye(3).to_sparse(), "parameter 'odd' has layout torch.sparse_coo"),
+        (lambda: torch.empty(3, device="meta"), "parameter 'odd' is on the meta device"),
+        (lambda: nn.UninitializedParameter(), "parameter 'odd' is not initialised yet"),
+    ],
+)
+def test_a_parameter_that_cannot_be_synchronised_is_named(parameter: Callable[[], Tensor], reason: str) -> None:
+    model = make_model()
+    given = parameter()
+    model.odd = given if isinstance(given, nn.Parameter) else nn.Parameter(given)
+    with pytest.raises(ValueError, match=reason):
+        DiLoCo(model, torch.optim.SGD(make_model().parameters()), sync_every=1)
+
+
+@pytest.mark.parametrize("sync_every", [0, -1, 1.5, True, "10"])
+def test_sync_every_must_be_a_positive_integer(sync_every: Any) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"sync_every = .*: must be a whole number, at least 1"):
+        DiLoCo(model, adamw(model), sync_every=sync_every)
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        DiLoCo(model, optimizer, sync_every=1)
+
+
+@pytest.mark.parametrize("samples", [-1.0, float("nan"), float("inf")])
+def test_samples_must_be_a_count(samples: float) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="samples = "):
+        DiLoCo(model, adamw(model), sync_every=1).after_inner_step(samples)
+
+
+def test_a_parameter_that_came_later_is_named_when_a_round_ends() -> None:
+    model = make_model()
+    diloco = DiLoCo(model, adamw(model), sync_every=1)
+    model.later = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="parameter 'later' was added"):
+        diloco.after_inner_step()
+    model.later.requires_grad_(False)  # freezing is no such change
+    assert diloco.synchronise() is not None
