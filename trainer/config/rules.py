@@ -11,7 +11,7 @@ from trainer.config.parameters import find
 from trainer.config.schema import CODECS, Schema
 from trainer.errors import ConfigError
 
-_ENDPOINT = re.compile(r"[^\s/@]+:([0-9]{1,5})")
+_ENDPOINT = re.compile(r"(?:[^\s/@:\[\]]+|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):([0-9]{1,5})")
 _SHORTEST_ROUND = 8  # inner steps; below it, whole steps cannot be divided by speed
 _FEWEST_PORTS = 256  # of a pod: each of a node's workers connects to up to 63 others
 _TRUE = ("true", "t", "yes", "y", "on", "1")  # as pydantic reads a bool
@@ -146,7 +146,8 @@ def _etcd(config: Schema) -> Rules:
     for endpoint in config.etcd.endpoints:
         found = _ENDPOINT.fullmatch(endpoint)
         if not found or not 0 < int(found[1]) < 65536:
-            raise ConfigError("etcd.endpoints", endpoint, "must be host:port, with a port from 1 to 65535")
+            allowed = "must be host:port or [IPv6 address]:port, with a port from 1 to 65535"
+            raise ConfigError("etcd.endpoints", endpoint, allowed)
     etcd, https = config.etcd, config.elastic.etcd.protocol == "https"
     if config.launcher == "local":  # on a cluster, pods get etcd's certificates from a Secret; auto may mean a cluster
         yield etcd.ca or not https, "etcd.ca", "must name a file when elastic.etcd.protocol is https"

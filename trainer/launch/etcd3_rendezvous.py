@@ -50,7 +50,7 @@ def create(parameters: RendezvousParameters) -> RendezvousHandler:
             address = local_address(parameters.endpoint.partition(",")[0])
         except EtcdError as error:
             raise RendezvousConnectionError(str(error)) from error
-        parameters.local_addr = None if address.startswith("127.") else address
+        parameters.local_addr = None if address.startswith("127.") or address == "::1" else address
     store = EtcdStore(etcd, timedelta(seconds=float(parameters.get("read_timeout", 60))))
     return create_handler(store, EtcdBackend(etcd), parameters)
 
