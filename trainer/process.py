@@ -26,7 +26,7 @@ def dying_with_parent(command: list[str]) -> list[str]:
 def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     """A listening TCP socket on `port`, or on the first free port of `port_range` ("low-high"), or on any.
 
-    A name's IPv4 address is preferred to its IPv6 address. If no interface of this machine has the address (it belongs to a NAT or a
+    Of a name, the IPv4 address is preferred. If no interface of this machine has the address (it belongs to a NAT or a
     service), the socket listens on all interfaces.
 
     Raises:

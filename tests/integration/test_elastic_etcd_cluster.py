@@ -388,7 +388,7 @@ def kind_of(endpoints: list[str], **options: str) -> tuple[str, str]:
         return caught.value.kind, "does " + hint.partition(")")[0] if hint else ""
 
 
-@pytest.mark.parametrize("endpoint", ["h", "http://h:1", ":1", "h:x"])
+@pytest.mark.parametrize("endpoint", ["h", "http://h:1", ":1", "h:x", "::1:2379", "[::1]", "http://[::1]:2379"])
 def test_endpoint_is_checked(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="must be host:port"):
         EtcdClient([endpoint])

@@ -1,6 +1,7 @@
 """Members over a real etcd and real gloo, each on a thread of its own."""
 
 import os
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -129,6 +130,24 @@ def test_rounds_of_two_and_what_etcd_shows_of_them(
 
     assert client.wait_for(announced, WAIT, "members/")
     assert client.get("coordinator")
+
+
+def test_a_worker_that_is_another_process_already_is_refused_at_once(
+    start: Callable[..., Worker], client: EtcdClient
+) -> None:
+    pid = os.getppid()  # it lives
+    client.put("numbers/000", {"host": socket.gethostname(), "pid": pid})
+    with pytest.raises(ConfigError, match=f"{SLOT_VARIABLE} = 0: worker 0 of the run is process {pid} on .* already"):
+        start(0).join()
+    start(1, nodes=1).join()  # another number is no duplicate
+
+
+def test_the_number_of_a_worker_that_was_killed_is_free_when_its_lease_ends(
+    start: Callable[..., Worker], client: EtcdClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.put("numbers/000", {"host": "elsewhere", "pid": 1}, client.grant(1))
+    start(0, nodes=1).join()
+    assert "process 1 on elsewhere already: waiting for its lease to end" in caplog.text
 
 
 def test_a_joiner_takes_the_state_and_the_offers_of_others(start: Callable[..., Worker]) -> None:

@@ -16,7 +16,7 @@ Status = Literal["open", "succeeded", "failed"]
 
 # Keys that are valid only while the processes that wrote them live
 LIVING = (
-    *("nodes/", "slots/", "started", "members/"),
+    *("nodes/", "slots/", "started", "members/", "numbers/"),
     *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "meshes/"),
     *("rendezvous", "store/"),  # torchrun's, of the `ddp` baseline
 )

@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -17,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from psutil import pid_exists
 from torch import Tensor
 
 from trainer.diloco.quorum import CatchUp, Commit, OnChunk, RoundReport, Superseded
@@ -26,6 +28,7 @@ from trainer.elastic.catch_up import Replica
 from trainer.elastic.coordinator import Coordinator
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish
 from trainer.elastic.round_watch import RoundWatch, Wait
+from trainer.errors import ConfigError, Interrupted
 from trainer.etcd.client import EtcdClient, Json, local_address
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
@@ -96,7 +99,8 @@ class ElasticQuorum:
 
         Raises:
             TrainingError: The run does not begin within `elastic.rdzv_timeout`, or has ended; etcd cannot be used.
-            ConfigError: The fingerprint differs from the run's; no port of `port_range` is free.
+            ConfigError: The fingerprint differs from the run's; no port of `port_range` is free; another process is
+                this worker already.
         """
         config, resources, watch, client = self._config, self._resources, self._watch, self._watch.client
 
@@ -121,6 +125,7 @@ class ElasticQuorum:
         # Register, stand for coordinator, and catch up
         self._lease = lease = watch.patiently(lambda: client.lease(config.lease_ttl))
         resources.callback(lease.revoke)
+        self._claim_number(lease)
         resources.callback(client.watch("round", watch.refresh).close)
         self._write_durable()
         self._report = report = report or RoundReport()
@@ -131,6 +136,31 @@ class ElasticQuorum:
         self._coordinator = Coordinator(EtcdClient.of(config), self.id, self._rules, config.lease_ttl, self._timeouts)
         self._replica.start_catching_up()
         return CatchUp(self._perform(self._machine.join()), self._machine.current)
+
+    def _claim_number(self, lease: Lease) -> None:
+        """Refuse to be the same worker as another process: with one set of samples, neither would ever be needed.
+
+        An agent holds its node's slot, so its workers need no claim. The key of a process that was killed expires.
+        """
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return
+        watch, key = self._watch, f"numbers/{self.worker:03d}"
+        host, pid = socket.gethostname(), os.getpid()
+        deadline: float | None = None
+        while not watch.patiently(lambda: lease.create(key, {"host": host, "pid": pid})):
+            holder = watch.patiently(lambda: watch.client.get(key))
+            if holder is None:
+                continue
+            who = f"worker {self.worker} of the run is process {holder.value['pid']} on {holder.value['host']} already"
+            alive = holder.value["host"] == host and holder.value["pid"] != pid and pid_exists(holder.value["pid"])
+            if alive or time.monotonic() > (deadline or math.inf):
+                raise ConfigError(SLOT_VARIABLE, self._slot, f"{who}: each worker needs a number of its own")
+            if deadline is None:
+                deadline = time.monotonic() + self._config.lease_ttl + 2
+                log.warning("%s: waiting for its lease to end (%s = %d)", who, SLOT_VARIABLE, self._slot)
+            if watch.ended():
+                raise Interrupted
+            watch.pause(self._timeouts.poll)
 
     def leave(self, rest: Assignment | None = None) -> None:
         """Leave the run: revoke the lease, so that the others notice at once. Interrupts a pending synchronisation.

@@ -92,17 +92,17 @@ def local_address(endpoint: str) -> str:
     Other machines can most likely reach it.
     """
     host, _, port = endpoint.rpartition(":")
+    failure: OSError | None = None
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
     except OSError as error:
-        raise EtcdError(f"cannot reach etcd at {endpoint}: {error.strerror or error}", "unreachable") from None
-    failure: OSError | None = None
+        found, failure = [], error
     for family, kind, _, _, address in sorted(found, key=lambda one: one[0] != socket.AF_INET):
         try:
             with socket.socket(family, kind) as probe:  # connecting a UDP socket sends nothing
                 probe.connect(address)
                 return str(probe.getsockname()[0])
-        except OSError as error:
+        except OSError as error:  # a name may have addresses of both families, and this machine one of them
             failure = failure or error
     reason = failure.strerror or failure if failure else "it has no address"
     raise EtcdError(f"cannot reach etcd at {endpoint}: {reason}", "unreachable")

@@ -72,8 +72,8 @@ class EtcdValues:
         timeouts: EtcdTimeouts = EtcdTimeouts(),
     ) -> None:
         for endpoint in endpoints:
-            if not re.fullmatch(r"[^/]+:\d+", endpoint):
-                raise ConfigError("etcd.endpoints", endpoint, "must be host:port")
+            if not re.fullmatch(r"([^/:]+|\[[^/\]]+\]):\d+", endpoint):
+                raise ConfigError("etcd.endpoints", endpoint, "must be host:port or [IPv6 address]:port")
         if bool(cert) != bool(key):
             missing = "etcd.key" if cert else "etcd.cert"
             raise ConfigError(missing, "", "must be given too: certificate and key go together")

@@ -137,6 +137,10 @@ REFUSED = {
     "too many elastic nodes": ({"elastic_max_nodes": 65}, "elastic.max_nodes = 65: must be less than or equal to 64"),
     "port of etcd too high": ({"etcd_endpoints": ["h:65536"]}, "etcd.endpoints = 'h:65536': must be host:port"),
     "port of etcd in superscript": ({"etcd_endpoints": ["h:²"]}, "etcd.endpoints = 'h:²': must be host:port"),
+    "IPv6 address without brackets": (
+        {"etcd_endpoints": ["::1:2379"]},
+        "etcd.endpoints = '::1:2379': must be host:port or [IPv6 address]:port",
+    ),
     "URL of etcd": ({"etcd_endpoints": ["http://h:2379"]}, "etcd.endpoints = 'http://h:2379': must be host:port"),
     "user of an embedded etcd": (
         {"launcher": "local", "etcd_user": "me"},
