@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_LONGEST_SIDE = 16  # times the shorter one; more of it is cut off before the picture is resized
+
+
 def decode(content: bytes, size: int, channels: int) -> np.ndarray:
     """A picture file's pixels: uint8 (size, size, channels). Raises ValueError if the content is not a picture."""
     from PIL import Image, UnidentifiedImageError
@@ -34,6 +37,9 @@ def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
+    longest = _LONGEST_SIDE * min(picture.size)
+    if max(picture.size) > longest:  # resized whole, it would fill the memory
+        picture = ImageOps.fit(picture, (min(picture.width, longest), min(picture.height, longest)))
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         picture = _in_8_bits(picture)
     if picture.has_transparency_data:

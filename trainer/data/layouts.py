@@ -77,7 +77,7 @@ def training_folder(base: Path, training: Iterable[Path]) -> Path:
 def passed_over(paths: Iterable[Path], used: Collection[Path]) -> str:
     """Files that are not used, counted by ending, for a log: "4 files: .docx 3, .bin 1"; "" if there are none."""
     rest = [path for path in paths if path not in used]
-    endings = Counter(path.suffix.lower() or path.name for path in rest)
+    endings = Counter(os.fsencode(path.suffix.lower() or path.name).decode("utf-8", "replace") for path in rest)
     listed = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(6))
     more = ", …" if len(endings) > 6 else ""
     return f"{len(rest)} file{'s' * (len(rest) > 1)}: {listed}{more}" if rest else ""

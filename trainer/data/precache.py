@@ -22,7 +22,7 @@ from trainer.errors import TrainingError
 from trainer.files import require_free_space, require_writable, sha256, whole_directory, write_json, write_text
 from trainer.volume import Volume, worker_configs
 
-_FORMAT = 2  # version of the files; part of the directory's name
+_FORMAT = 3  # version of the files; part of the directory's name
 _CHEAP_BYTES = 2**30  # up to this size, every byte is verified each time; beyond it, only on request
 
 

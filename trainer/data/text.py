@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import platform
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 16 * 2**20  # of one Arrow record batch, which is held in memory
 _SHARD_BYTES = 512 * 2**20  # of one Arrow file
 _BATCH_CHARACTERS = 2 * 2**20  # tokenised together
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class TextDataset(DatasetFamily):
@@ -67,7 +69,7 @@ class TextDataset(DatasetFamily):
 
         def documents() -> Iterator[str]:
             for text in itertools.islice(self.documents(revision), given(config.max_samples)):
-                yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can contain lone surrogates
+                yield _LONE_SURROGATES.sub("\ufffd", text)  # JSON can contain them
 
         # The tokenizer, trained without the held-out documents.
         if spec.startswith("bpe:"):
@@ -82,7 +84,7 @@ class TextDataset(DatasetFamily):
         train = _Packer(directory, "train", length, dtype)
         validation = _Packer(directory, "validation", length, dtype, sizes)
         byte_counts = np.zeros(256, dtype=np.int64)
-        smallest_hash = 1.0
+        smallest_hash, damaged = 1.0, 0
         with Progress(f"tokenising {self.spec}", self.text_size(), log) as progress:
             for texts in _batched(documents(), _BATCH_CHARACTERS):
                 for text, tokens in zip(texts, tokenizers.encode(tokenizer, texts), strict=True):
@@ -93,7 +95,11 @@ class TextDataset(DatasetFamily):
                     if hashed >= fraction:
                         byte_counts += np.bincount(np.frombuffer(raw, dtype=np.uint8), minlength=256)
                     progress.update(len(raw))
+                    damaged += "\ufffd" in text
         counts, held_out = train.close(), validation.close()
+        if damaged:
+            problem = "hold the character U+FFFD, which stands for text that was lost when they were decoded"
+            log(f"dataset {self.spec}: {damaged} documents {problem}")
         self._refuse_empty(counts, held_out, smallest_hash)
         # The hash covers everything that a model sees: the tokens, and what they mean.
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
@@ -178,7 +184,8 @@ class _Packer:
         self._waiting, self._waiting_tokens = [rest.copy()], len(rest)
         if self._writer is None:
             path = self._directory / f"{self._name}-{self._sequences // self._shard_rows:05}.arrow"
-            self._writer = ArrowWriter(path=str(path), features=self._features)
+            # A stream of its own: the writer would take `::` in a path for a chain of file systems.
+            self._writer = ArrowWriter(stream=pa.OSFile(str(path), "wb"), features=self._features)
         # One Arrow record batch per call, without a copy of the tokens.
         columns = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(packed), self._length)}
         if self._sizes is not None:

@@ -63,6 +63,10 @@ def test_no_audio_is_a_value_error() -> None:
         ("the year 1984", None),
         ("…", None),
         ("it’s", "IT'S"),
+        ("Half of it — “gone”!", "HALF OF IT GONE"),
+        ("R&D", None),
+        ("five €", None),
+        ("lost \ufffd text", None),
         ("Le café est fermé, hélas", None),
         ("Straße", None),
         ("cafe\u0301", None),
@@ -194,3 +198,37 @@ def test_a_file_that_is_no_audio_has_its_name_in_the_error(tmp_path: Path) -> No
     with pytest.raises(TrainingError) as error:
         data.precache(chosen, Volume.of(chosen), lambda line: None)
     assert f"{first.name} is not audio" in str(error.value) and "BytesIO" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "MP3"])
+def test_a_recording_that_is_cut_off_is_refused(form: str) -> None:
+    """The library reads what is there, and the whole transcript would be for a part of it."""
+    whole = sound(2.0, 16000, form=form)
+    assert len(decode(whole)) == pytest.approx(2 * RATE, rel=0.05)
+    with pytest.raises(ValueError, match=r"cut off|lost sync"):
+        decode(whole[: len(whole) // 2])
+
+
+def test_a_wav_file_from_a_pipe_does_not_state_its_size() -> None:
+    content = bytearray(sound(1.0))
+    content[4:8] = content[40:44] = b"\xff\xff\xff\xff"
+    assert len(decode(bytes(content))) == RATE
+
+
+def test_an_impossible_rate_is_refused() -> None:
+    content = bytearray(sound(1.0))
+    content[24:28] = (1_845_509_760).to_bytes(4, "little")
+    with pytest.raises(ValueError, match="its rate of 1845509760 Hz is not between"):
+        decode(bytes(content))
+
+
+def test_endings_are_of_any_case_and_a_test_split_is_left_out(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        tones(tmp_path / split)
+        for path in list((tmp_path / split).iterdir()):
+            path.rename(path.with_suffix(path.suffix.upper()))
+    family: Any = data.resolve(config(f"files:{tmp_path}", tmp_path))
+    family.check()
+    count = len(list((tmp_path / "train").glob("*.WAV")))
+    assert family.count() == len(list(family.clips(""))) == count
+    assert family.notes() == [f"{2 * count} files of another split are left out of training beside train/"]

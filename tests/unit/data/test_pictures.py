@@ -1,6 +1,7 @@
 """Datasets of arrays, and pictures: decoded once, held out by content, varied by their position alone."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,44 @@ def test_a_test_split_is_not_a_class(tmp_path: Path) -> None:
         "2 classes (cat, dog), 6 pictures",
         "6 files of another split are left out of training beside train/",
     ]
+
+
+def test_a_training_split_alone_is_the_folder_of_the_classes(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        path = tmp_path / "train" / label / "0.JPG"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(picture((1, 2, 3), (8, 8)))
+    (tmp_path / "labels.csv").write_text("0,cat")
+    family: Any = data.resolve(config(f"files:{tmp_path}"))
+    assert family.labels() == ["cat", "dog"]
+    assert family.notes() == ["2 classes (cat, dog), 2 pictures", "passed over 1 file: .csv 1"]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    for label, name in (("a", b"x\xe9.png"), ("b", b"y.png")):
+        (tmp_path / label).mkdir()
+        Path(tmp_path, label, os.fsdecode(name)).write_bytes(picture((1, 2, 3), (8, 8)))
+    family: Any = data.resolve(config(f"files:{tmp_path}"))
+    assert len(list(family.samples(family.revision()))) == 2
+    (tmp_path / "b").rename(tmp_path / os.fsdecode(b"gr\xfcn"))
+    with pytest.raises(ConfigError, match=r"the name of the folder .* is not text in UTF-8"):
+        data.check(config(f"files:{tmp_path}"))
+
+
+def test_a_strip_of_a_picture_does_not_fill_the_memory() -> None:
+    from PIL import Image
+
+    strip = Image.new("RGB", (60_000, 1), "white")
+    assert decode(encoded(strip, "PNG"), 64, 3).min() == 255
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+def test_a_picture_that_is_cut_off_is_refused(form: str) -> None:
+    from PIL import Image
+
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    whole = encoded(noise, form)
+    decode(whole, 16, 3)
+    for part in (0, 5, len(whole) // 2):
+        with pytest.raises(ValueError):
+            decode(whole[:part], 16, 3)

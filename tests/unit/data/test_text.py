@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from trainer.config import TrainingConfig
@@ -333,3 +334,29 @@ def test_a_saved_tokenizer_keeps_nothing_of_its_last_use(tmp_path: Path) -> None
     again.save_pretrained(tmp_path / "precached")  # what export and evaluation load
     kept = json.loads((tmp_path / "precached" / "tokenizer.json").read_text())
     assert not kept["truncation"] and not kept["padding"] and not kept["model"]["dropout"]
+
+
+@given(name=st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
+@example("v[1]")
+@example("a::b")
+@example("file::x *?#100%")
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_precached_text_is_where_the_path_says_whatever_its_letters(memory: type[Memory], name: str) -> None:
+    """Libraries take `::` for a chain of file systems, and write elsewhere."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, f"-{name}")
+        folder.mkdir()
+        manifest = resolve(config()).prepare(folder, "1", lambda line: None)
+        assert list(Path(temporary).iterdir()) == [folder]
+        assert len(Split(sorted(path for path in folder.iterdir() if path.name.startswith("train-")))) == (
+            manifest.train.sequences
+        )
+        saved = tokenizer.load(str(folder / "tokenizer"), [])
+        assert saved.get_vocab() == tokenizer.load("bytes", []).get_vocab()
+
+
+def test_characters_that_stand_for_lost_text_are_counted(memory: type[Memory], tmp_path: Path) -> None:
+    memory.contents = [*CORPUS, "\ud83d broken", "lost \ufffd before"]
+    lines: list[str] = []
+    resolve(config()).prepare(tmp_path, "1", lines.append)
+    assert any("2 documents hold the character U+FFFD" in line for line in lines)

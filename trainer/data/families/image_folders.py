@@ -1,6 +1,7 @@
 """A user's own pictures, one folder per class."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,8 @@ class PictureFolders(PathDataset, PictureDataset):
 
     def check(self) -> None:
         self.require_folder()
+        if unclear := [label for label in self.labels() if not label.isprintable()]:
+            raise ConfigError("dataset", self.spec, f"the name of the folder {unclear[0]!r} is not text in UTF-8")
         if len(self.labels()) < 2:
             raise ConfigError("dataset", self.spec, "must hold a folder of pictures for each of at least two classes")
 
@@ -42,8 +45,12 @@ class PictureFolders(PathDataset, PictureDataset):
 
     def samples(self, revision: str) -> Iterator[Sample]:
         labels = self.labels()
+
+        def shuffled(path: Path) -> bytes:
+            return hashlib.sha256(os.fsencode(path.relative_to(self.root))).digest()
+
         # Shuffled by hash, so that max_samples takes some pictures of each class.
-        for path in sorted(self._files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
+        for path in sorted(self._files, key=shuffled):
             try:
                 yield self.sample(decode(path.read_bytes(), self.size, self.channels), labels.index(self._label(path)))
             except ValueError as error:

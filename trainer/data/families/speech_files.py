@@ -27,27 +27,28 @@ class SpeechFiles(PathDataset, SpeechDataset):
             raise ConfigError("dataset", self.spec, allowed)
 
     def revision(self) -> str:
-        return digest(f"{sha256(path)} {sha256(path.with_suffix('.txt'))}\n" for path in self._files)
+        return digest(f"{sha256(path)} {sha256(text)}\n" for path, text in self._files.items())
 
     def count(self) -> int:
         return len(self._files)
 
     def clips(self, revision: str) -> Iterator[tuple[str, bytes, str]]:
-        for path in self._files:
-            transcript = path.with_suffix(".txt")
+        for path, transcript in self._files.items():
             try:
                 yield str(path), path.read_bytes(), "".join(documents(transcript))
             except ValueError as error:
                 raise ConfigError("dataset", self.spec, f"{transcript} {error}") from None
 
     def used(self) -> list[Path]:
-        return [*self._files, *(path.with_suffix(".txt") for path in self._files)]
+        return [*self._files, *self._files.values()]
 
     @cached_property
-    def _files(self) -> list[Path]:
+    def _files(self) -> dict[Path, Path]:
+        """The audio files, in order, and the transcript of each."""
         paths, _, _ = training_split(self.root, self.found)
+        texts = {path.with_suffix(""): path for path in paths if path.suffix.lower() == ".txt"}
         audio = (path for path in paths if path.suffix.lower() in _ENDINGS)
-        return [path for path in audio if path.with_suffix(".txt").is_file()]
+        return {path: texts[path.with_suffix("")] for path in audio if path.with_suffix("") in texts}
 
 
 FAMILY = SpeechFiles

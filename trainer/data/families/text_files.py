@@ -53,6 +53,10 @@ class Files(PathDataset, TextDataset):
     def documents(self, revision: str) -> Iterator[str]:
         return itertools.chain.from_iterable(map(self._documents, self._files))
 
+    def notes(self) -> list[str]:
+        empty = sum(not path.stat().st_size for path in self._files)
+        return [*super().notes(), *([f"{empty} of the files are empty"] if empty else [])]
+
     def used(self) -> list[Path]:
         return self._files
 
