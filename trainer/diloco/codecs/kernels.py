@@ -71,6 +71,58 @@ def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: 
             row[SCALE_BYTES + i] = u1(packed[i])
 
 
+@_encoder
+def encode_bins(blocks: Floats, rows: Bytes, start: np.float64) -> None:
+    """The sign of each number, and whether its magnitude is above a threshold; the scales are the means of both bins.
+
+    The threshold begins at `start` times the mean magnitude, and is twice set to the midpoint of the bins' means, as in
+    Lloyd's algorithm.
+    """
+    width = rows.shape[1] - 2 * SCALE_BYTES
+    packed = np.empty(width, i4)
+    for number in range(len(blocks)):
+        block, row = blocks[number], rows[number]
+        total = 0.0
+        for i in range(block.size):
+            total += abs(np.float64(block[i]))
+        threshold, low, high = f4(start * total / block.size), 0.0, 0.0
+        for turn in range(3):
+            above, count = 0.0, 0
+            for i in range(block.size):
+                magnitude = abs(block[i])
+                above += np.float64(magnitude) if magnitude > threshold else 0.0
+                count += 1 if magnitude > threshold else 0
+            high = above / count if count else 0.0
+            low = (total - above) / (block.size - count) if count < block.size else 0.0
+            if turn < 2 and 0 < count < block.size:
+                threshold = f4((low + high) / 2)
+        _put_scale(f4(max(low, 0.0)), row)
+        _put_scale(f4(high), row[SCALE_BYTES:])
+        packed[:] = 0
+        for digit in range(4):
+            part, shift = block[digit * width : (digit + 1) * width], i4(2 * digit)
+            for i in range(width):
+                code = i4(part[i] > f4(0)) | i4(i4(abs(part[i]) > threshold) << 1)
+                packed[i] |= i4(code << shift)
+        for i in range(width):
+            row[2 * SCALE_BYTES + i] = u1(packed[i])
+
+
+@compiled
+def decode_bins(rows: Bytes, out: Floats) -> None:
+    """Minus or plus one of the two scales."""
+    width = rows.shape[1] - 2 * SCALE_BYTES
+    for number in range(len(rows)):
+        row, block = rows[number], out[number]
+        low, high = _scale_of(row), _scale_of(row[SCALE_BYTES:])
+        for digit in range(4):
+            shift = i4(2 * digit)
+            for i in range(width):
+                code = i4(i4(row[2 * SCALE_BYTES + i]) >> shift)
+                magnitude = high if code & 2 else low
+                block[digit * width + i] = magnitude if code & 1 else -magnitude
+
+
 @compiled
 def decode_levels(rows: Bytes, out: Floats, bits: int, zero: np.float32) -> None:
     """(level − `zero`) times the scale, for levels of 8, 4, 2 or 1 bits."""

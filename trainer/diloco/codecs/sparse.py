@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.diloco.codecs.codec import Codec
-from trainer.diloco.codecs.dense import Integer
+from trainer.diloco.codecs.dense import Bins
 from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, compiled, i8, u1, u4, u8
 
 Places = NDArray[np.int64]  # where numbers stand in their block, ascending: (b, k)
@@ -17,7 +17,8 @@ Places = NDArray[np.int64]  # where numbers stand in their block, ascending: (b,
 class TopK(Codec):
     """The k numbers of largest magnitude of every block; the others become 0.
 
-    ‖x − x̂‖² ≤ (1 − k / block) ‖x‖², but for what `values` leaves out of the k. Needs error feedback.
+    ‖x − x̂‖² ≤ (1 − k / block) ‖x‖², but for what `values` leaves out of the k, and ≤ ‖x‖² with its default. Needs error
+    feedback.
 
     A row has the k positions in ascending order, then the row that `values` makes of the numbers there. The positions
     take a fixed number of bytes, by the code of Elias and Fano: about 2 + log₂(block / k) bits each instead of
@@ -45,12 +46,12 @@ class TopK(Codec):
         """
         Args:
             k: Numbers of a block that are sent.
-            values: Codes the numbers that are sent; its block is k. None: two bits each, and a scale.
+            values: Codes the numbers that are sent; its block is k. None: two bits each, and two scales.
             mean: Codes the mean, with the same block. None: this codec, so that the mean's k largest are sent.
         """
         if not 0 < k <= block:
             raise ValueError(f"cannot take {k} numbers of a block of {block}")
-        values = Integer(2, k) if values is None else values
+        values = Bins(k) if values is None else values
         if values.block != k:
             raise ValueError(f"the values' codec has blocks of {values.block} numbers, not {k}")
         self.k, self.values = k, values
