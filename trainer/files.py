@@ -146,7 +146,10 @@ def require_free_space(directory: Path, needed: int, field: str) -> None:
     """Raise ConfigError unless the file system of `directory` has `needed` bytes free."""
     free = shutil.disk_usage(_existing(directory)).free
     if free < needed:
-        allowed = f"needs {_size(needed)}, but its disk has only {_size(free)} free"
+        sizes = (_size(needed), _size(free))
+        if sizes[0] == sizes[1]:  # rounded, they would not show the difference
+            sizes = (f"{needed:,} bytes", f"{free:,} bytes")
+        allowed = f"needs {sizes[0]}, but its disk has only {sizes[1]} free"
         raise ConfigError(field, directory, allowed)
 
 

@@ -304,7 +304,7 @@ def test_a_full_disk_is_noticed_before_and_during(root: Path, monkeypatch: pytes
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-        with pytest.raises(ConfigError, match=r"dataset_cache_dir = .* needs 0.02 GB, but its disk has only 0.00 GB"):
+        with pytest.raises(ConfigError, match=r"dataset_cache_dir = .* needs 16.83 MB, but its disk has only 1 kB"):
             data.precache(own, Volume.of(own), Log())
 
     def full(*_: object, **__: object) -> None:

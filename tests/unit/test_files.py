@@ -1,14 +1,17 @@
 """Directories that are written whole: their temporaries are one process's own, and leftovers go."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from trainer import files
-from trainer.files import whole_directory
+from trainer.errors import ConfigError
+from trainer.files import require_free_space, whole_directory
 
 
 def test_two_pods_that_are_both_process_1_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +45,11 @@ def test_what_the_dead_have_left_is_removed(tmp_path: Path, monkeypatch: pytest.
     with whole_directory(tmp_path / "model"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_sizes_show_by_how_much_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
+    with pytest.raises(ConfigError, match=r"needs 3 GB, but its disk has only 2 GB free"):
+        require_free_space(tmp_path, 3_000_000_000, "run_dir")
+    with pytest.raises(ConfigError, match=r"needs 2,000,000,001 bytes, but its disk has only 2,000,000,000 bytes free"):
+        require_free_space(tmp_path, 2_000_000_001, "run_dir")
