@@ -1,5 +1,6 @@
 """Expected failures and their exit codes."""
 
+import errno
 import io
 import os
 import signal
@@ -105,13 +106,19 @@ def outlive_output() -> None:
 
 
 class _Lasting(io.FileIO):
-    """A descriptor that is replaced by /dev/null when its reader has gone: for child processes, too."""
+    """A descriptor whose failure ends nothing.
+
+    It is replaced by /dev/null when its reader has gone (a pipe's, or a terminal): for child processes, too.
+    """
 
     def write(self, data: "ReadableBuffer") -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            _to_nowhere(self.fileno())
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                _to_nowhere(self.fileno())
+            elif error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk loses these lines only
+                raise
             return memoryview(data).nbytes
 
 

@@ -24,7 +24,7 @@ from trainer.etcd.client import local_address
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.launch import preflight
 from trainer.launch.agent import _rendezvous
-from trainer.process import address_of, loopback
+from trainer.process import loopback
 from trainer.protocol.records import Cursor
 
 def member(quorum):
@@ -39,7 +39,7 @@ def quorum(slot):
     os.environ["ELASTIC_SLOT"] = str(slot)
     return ElasticQuorum(config, {})
 
-with EmbeddedEtcd(Path(sys.argv[1]), address_of(loopback())) as etcd:
+with EmbeddedEtcd(Path(sys.argv[1]), loopback()) as etcd:
     assert etcd.endpoint.startswith("[::1]:") and local_address(etcd.endpoint) == "::1"
     config = TrainingConfig.from_flat({
         "etcd_endpoints": [etcd.endpoint], "run_id": "r", "local_steps": 1, "batch_size": 1,

@@ -45,6 +45,20 @@ def test_work_outlives_its_output(tmp_path: Path) -> None:
     assert (tmp_path / "done").read_text() == "done"
 
 
+def test_work_outlives_its_terminal_and_a_full_disk(tmp_path: Path) -> None:
+    ours, terminal = os.openpty()
+    os.close(ours)
+    full = os.open("/dev/full", os.O_WRONLY)
+    body = "import pathlib; outlive_output(); print('a', flush=True); pathlib.Path(sys.argv[1]).write_text('done')"
+    for number, output in enumerate((terminal, full)):
+        program = f"import sys\nfrom trainer.errors import *\ndef main():\n    {body}\n    return 0\nrun_main(main)"
+        done = tmp_path / f"done-{number}"
+        command = [sys.executable, "-c", program, str(done)]
+        assert subprocess.run(command, stdout=output, stderr=output, check=False).returncode == 0
+        assert done.read_text() == "done"
+        os.close(output)
+
+
 def test_an_error_keeps_its_status() -> None:
     assert run_unread("outlive_output(); raise ConfigError('lr', 0, 'must be more')") == 2
     assert run_unread("outlive_output(); raise TrainingError('no disk')") == 1

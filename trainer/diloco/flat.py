@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 CUT = 64  # rows: matrices are cut at multiples of this, so that a codec's tiles stay whole
 
@@ -146,7 +145,7 @@ class FlatLayout:
 def _check(named: Mapping[str, nn.Parameter]) -> None:
     """Refuse parameters that float32 numbers on the host cannot represent. Raises ValueError."""
     for name, parameter in named.items():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, nn.UninitializedParameter):
             reason = "is not initialised yet: run the lazy module once before"
         elif parameter.is_complex():
             reason = f"is {parameter.dtype}, which cannot be synchronised: store torch.view_as_real of it"

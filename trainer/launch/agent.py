@@ -198,7 +198,7 @@ def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kil
         end = f"ended with status {code}"
     reason = f"the worker of node {node} {end}"
     with EtcdClient.of(config) as client:
-        others = len(client.list("slots/")) - 1
+        others = len(client.list("slots/").keys() - {f"slots/{node}"})  # its own may have expired
         refused = status == _REFUSED and others > 0  # this node does not fit; the others may wait for one that does
         if others < config.min_nodes and not refused:
             finish(client, "failed", reason, node)
