@@ -92,6 +92,7 @@ def _add_schedule_commands(schedule: argparse.ArgumentParser) -> None:
     creating.add_argument("name", help="name of the schedule")
     creating.add_argument("--cron", required=True, metavar="EXPRESSION", help="minute hour day month weekday")
     add_config_flags(creating)
+    creating.usage = f"{creating.usage} name"
     creating.set_defaults(command=_create_schedule)
     listing = commands.add_parser("list", help="list all schedules")
     _add_backend_flags(listing)

@@ -50,10 +50,15 @@ def load_config(
 def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
     """Give the parser `--config FILE` and a flag for each parameter (or for those in `names`, by flat name)."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with parameters")
-    group = parser.add_argument_group("parameters", "also as DILOCO_<NAME> in the environment, and in the YAML file")
+    common = parser.add_argument_group("parameters", "also as DILOCO_<NAME> in the environment, and in the YAML file")
+    others = common
+    if names is None:
+        parser.usage = "%(prog)s [options] [--PARAMETER VALUE ...]"  # else it names all of them before the help begins
+        others = parser.add_argument_group("further parameters")
     for parameter in TrainingConfig.parameters():
         if names is not None and parameter.name not in names:
             continue
+        group = common if "common" in parameter.scopes else others
         flag = "--" + parameter.name.replace("_", "-")
         text = parameter.description
         if parameter.default not in ("", UNSET):  # otherwise the description names the value that is used

@@ -244,7 +244,8 @@ class Worker:
                 f"{in_a_row} inner steps in a row had a loss or gradient that is not finite "
                 f"(max_skipped_steps = {limit}): try a lower lr or a longer warm-up"
             )
-            self.quorum.finish("failed", reason)  # another start would end the same way
+            if self.world is not None or len(self.quorum.members) <= 1:  # else the others' losses may well be finite
+                self.quorum.finish("failed", reason)  # another start would end the same way
             raise TrainingError(reason)
 
     # Rounds
