@@ -14,6 +14,7 @@ gloo's own collectives copy more often.
 part that the encoded mean lacks. It keeps W / w times that, because it will count w / W, its scale.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from trainer.diloco.jit import Floats, compiled
 from trainer.diloco.outer import OuterOptimizer
 from trainer.diloco.quorum import Coded, OnChunk, Reduced, is_finite
 from trainer.diloco.state import GlobalState
+from trainer.diloco.threads import Threads
 
 CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
 IN_FLIGHT = 4  # pieces
@@ -41,16 +43,22 @@ SLICE = 1 << 17  # numbers that are encoded or summed at once: they stay in the 
 
 
 class Workspace:
-    """Memory that a member's collectives reuse: the result of one is valid until the next one."""
+    """Memory and threads that a member's collectives reuse: the result of one is valid until the next one."""
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+    def __init__(self, threads: Threads | None = None) -> None:
+        self.threads = threads or Threads()
+        self._buffers: dict[tuple[str, int], Tensor] = {}
 
-    def empty(self, name: str, rows: int, columns: int) -> Tensor:
-        """float32 (`rows`, `columns`)."""
-        buffer = self._buffers.get(name)
+    def empty(self, name: str, rows: int, columns: int, own: bool = False) -> Tensor:
+        """float32 (`rows`, `columns`).
+
+        Args:
+            own: Of the calling thread alone.
+        """
+        key = name, threading.get_ident() if own else 0
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < rows * columns:
-            buffer = self._buffers[name] = torch.empty(rows * columns)
+            buffer = self._buffers[key] = torch.empty(rows * columns)
         return buffer[: rows * columns].view(rows, columns)
 
 
@@ -173,12 +181,15 @@ class _Exchange(ABC):
         """Encode a piece into `rows` (fp32 is passed through uncopied), and keep the error."""
         if self.plain:
             return self.codec.encode(piece.blocks)
-        for now in _slices(self.codec, rows):
+
+        def encode(now: slice) -> None:
             blocks, coded = piece.blocks[now], rows[now]
             coded.copy_(self.codec.encode(blocks))
             if self.error is not None:
                 left = self.error[piece.rows][now]
                 torch.sub(blocks, self.codec.decode(coded, left), out=left)
+
+        self.workspace.threads.run(encode, _slices(self.codec, rows))
         return rows
 
     def _receive(self, piece: _Piece, stage: int, into: dict[int, Tensor]) -> None:
@@ -194,10 +205,14 @@ class _Exchange(ABC):
             work.wait(self.timeout)
         piece.wanted[stage], piece.sent = [], []
 
-    def _give(self, start: int, mean: Tensor, *kept: Tensor) -> None:
-        """Pass on blocks of the mean, from block `start` on, and hash the rows that stand for them."""
-        for rows in kept:
-            self.digest.update(cast(bytes, rows.numpy().data))
+    def _hash(self, *kept: Tensor) -> None:
+        """Hash the rows that stand for a piece of the mean, slice by slice: the order is the same in all members."""
+        for now in _slices(self.codec, kept[0]):
+            for rows in kept:
+                self.digest.update(cast(bytes, rows[now].numpy().data))
+
+    def _give(self, start: int, mean: Tensor) -> None:
+        """Pass on blocks of the mean, from block `start` on."""
         if self.mean is None:
             start *= self.codec.block
             self.on_chunk(start, mean.view(-1)[: self.n - start])
@@ -227,12 +242,14 @@ class _OfTwo(_Exchange):
         """Compute the mean of both members' rows."""
         self._wait(piece, 0)
         order = (1 - self.rank, self.rank)
-        for now in _slices(self.codec, piece.blocks):
-            rows = [came[now] for came in piece.came]
-            messages = [(self.scales[rank], rows[rank]) for rank in order]
-            kept = rows[order[0]].view(torch.float32) if self.plain else None
-            mean = weighted_sum(self.codec, messages, self.workspace, kept)
-            self._give(piece.start + now.start, mean, *([mean] if self.plain else rows))
+
+        def join(now: slice) -> None:
+            messages = [(self.scales[rank], piece.came[rank][now]) for rank in order]
+            kept = piece.came[order[0]][now].view(torch.float32) if self.plain else None
+            self._give(piece.start + now.start, weighted_sum(self.codec, messages, self.workspace, kept))
+
+        self.workspace.threads.run(join, _slices(self.codec, piece.blocks))
+        self._hash(*([piece.came[order[0]]] if self.plain else piece.came))
 
 
 class _OfMore(_Exchange):
@@ -262,22 +279,29 @@ class _OfMore(_Exchange):
         """Compute the mean of the part that this member owns, and send it to all members."""
         self._wait(piece, 0)
         codec, rows = self.codec.mean, self.coded[0][piece.rows].tensor_split(self.size)[self.rank]
-        for now in _slices(codec, rows):
+
+        def reduce(now: slice) -> None:
             messages = [(scale, came[now]) for scale, came in zip(self.scales, piece.came, strict=True)]
             total = weighted_sum(self.codec, messages, self.workspace)
             coded = rows[now].copy_(codec.encode(total))
             if self.error is not None:
                 left = self.error[piece.rows].tensor_split(self.size)[self.rank][now]
                 left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / self.scale)
+
+        self.workspace.threads.run(reduce, _slices(codec, rows))
         piece.came = []
         self._send(piece, 1, dict.fromkeys(self.others, rows))
 
     def _gather(self, piece: _Piece) -> None:
         self._wait(piece, 1)
         codec, rows = self.codec.mean, self.coded[0][piece.rows]
-        for now in _slices(codec, rows):
-            mean = codec.decode(rows[now], self.workspace.empty("sum", now.stop - now.start, codec.block))
-            self._give(piece.start + now.start, mean, rows[now])
+
+        def gather(now: slice) -> None:
+            mean = codec.decode(rows[now], self.workspace.empty("sum", now.stop - now.start, codec.block, own=True))
+            self._give(piece.start + now.start, mean)
+
+        self.workspace.threads.run(gather, _slices(codec, rows))
+        self._hash(rows)
 
 
 def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
@@ -308,12 +332,12 @@ def weighted_sum(
     """
     (scale, rows), *others = messages
     shape = len(rows), codec.block
-    out = workspace.empty("sum", *shape) if out is None else out
+    out = workspace.empty("sum", *shape, own=True) if out is None else out
     first = codec.decode(rows, out)
     if first.data_ptr() != out.data_ptr():
         out.copy_(first)
     for other, rows in others:
-        values = codec.decode(rows, workspace.empty("other", *shape))
+        values = codec.decode(rows, workspace.empty("other", *shape, own=True))
         _add(out.numpy(), values.numpy(), np.float32(scale), np.float32(other))
         scale = 1.0
     return out if others else out.mul_(scale)

@@ -15,9 +15,10 @@ from torch.distributed import PrefixStore, TCPStore
 
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
-from trainer.diloco.collective import decoded, warm_up, weighted_mean
+from trainer.diloco.collective import Workspace, decoded, warm_up, weighted_mean
 from trainer.diloco.outer import nesterov
 from trainer.diloco.quorum import Reduced
+from trainer.diloco.threads import Threads
 from trainer.elastic.mesh import form_group, gloo_device
 
 TIMEOUT = timedelta(seconds=20)
@@ -113,6 +114,25 @@ def test_the_mean_is_the_coded_mean_of_what_each_has_coded(
         assert result.reduced.error is None
     expected = mean_of(codec, values, weights)
     assert (results[0].mean - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_threads_gives_the_same_bits(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "SLICE", 1 << 11)
+    codec, values, found = codec_of(name, feedback=0.5 if name != "fp32" else 0.0), values_of(size), []
+    for threads in (1, 2, 3):
+        spaces, results = [Workspace(Threads(threads)) for _ in values], [Result() for _ in values]
+        with groups(size) as members, ThreadPoolExecutor(size) as pool:
+            arguments = [
+                (m, v, 1.0, codec, TIMEOUT, r.on_chunk, w)
+                for m, v, r, w in zip(members, values, results, spaces, strict=True)
+            ]
+            (reduced, *_) = pool.map(lambda of: weighted_mean(*of), arguments)
+        error = torch.zeros(SIZE) if reduced.error is None else reduced.error
+        found.append((results[0].mean, error, reduced.hash))
+    for mean, error, digest in found[1:]:
+        assert torch.equal(mean, found[0][0]) and torch.equal(error, found[0][1]) and digest == found[0][2]
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
