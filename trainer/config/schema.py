@@ -134,6 +134,9 @@ class Schema(Group):
     error_feedback: OrUnset[Fraction] = parameter(
         float(UNSET), "Error-feedback decay for lossy codecs; 0 disables it. -1: the codec's default."
     )
+    sync_threads: NonNegative = parameter(
+        0, "Threads for the arithmetic of a synchronisation. 0: as many as torch uses (OMP_NUM_THREADS), 16 at most."
+    )
 
     # The run
     run_id: Annotated[str, LOOKUP, IDENTITY, COMMON] = parameter(

@@ -3,6 +3,16 @@
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
+MOST = 16  # threads, of their own accord: memory is the limit then
+
+
+def usable(wanted: int) -> int:
+    """The number of threads for the parameter `sync_threads`; 0: as many as torch uses, which the launcher sets to this
+    process's share of the machine's (or pod's) cores."""
+    return wanted or min(torch.get_num_threads(), MOST)
+
 
 class Threads:
     """Calls a function for slices that do not overlap, on several threads; compiled loops and torch release the GIL.

@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.diloco.collective import Workspace, weighted_mean
 from trainer.diloco.quorum import OnChunk, Reduced
 from trainer.diloco.state import Fragment
+from trainer.diloco.threads import Threads, usable
 from trainer.elastic.mesh import MeshStore, form_group, gloo_device
 from trainer.elastic.round_watch import RoundWatch
 from trainer.errors import TrainingError
@@ -20,6 +21,7 @@ from trainer.etcd.client import Json
 from trainer.etcd.errors import EtcdError
 from trainer.protocol.records import RoundState, Vote
 from trainer.timeouts import TransportTimeouts
+from trainer.transport.channel import lower_priority
 from trainer.transport.reachability import ReachabilityProbe
 from trainer.transport.wire_meter import WireMeter
 
@@ -57,7 +59,7 @@ class Attempts:
         self._client, self._config, self._timeouts = watch.client, watch.config, watch.timeouts
         self._device = gloo_device(self._config.network_interface, address)
         self._reach = ReachabilityProbe(lambda message: log.warning("%s", message, extra={"event": True}))
-        self._workspace = Workspace()
+        self._workspace = Workspace(Threads(usable(self._config.sync_threads), lower_priority))
         self._members: tuple[str, ...] = ()  # of the present group
         self._group: tuple[Any, WireMeter] | None = None  # None: no group, or a member alone
 
