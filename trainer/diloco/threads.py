@@ -1,7 +1,7 @@
 """Threads for a synchronisation's arithmetic: slices of fixed size, so that results do not depend on their number."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -18,21 +18,29 @@ class Threads:
     """Calls a function for slices that do not overlap, on several threads; compiled loops and torch release the GIL.
 
     Args:
-        count: Of threads. 1: the caller's own, and no other.
+        count: Of threads. The caller's is one of them.
         prepare: Called once on each thread that is started; for example, to lower its priority.
     """
 
     def __init__(self, count: int = 1, prepare: Callable[[], None] | None = None) -> None:
-        self.count = count
-        self._pool = ThreadPoolExecutor(count, "arithmetic", initializer=prepare) if count > 1 else None
+        self._pool = ThreadPoolExecutor(count - 1, "arithmetic", initializer=prepare) if count > 1 else None
+        self._others = count - 1
 
     def run(self, work: Callable[[slice], None], slices: Iterable[slice]) -> None:
-        """Return when `work` is done for all slices. Raises the first error, once no slice is being worked on."""
-        if self._pool is None:
-            for now in slices:
+        """Return when `work` is done for all slices. Raises an error once no slice is being worked on."""
+        left = iter(list(slices))  # each thread takes the next one: the GIL makes that atomic
+
+        def drain() -> None:
+            for now in left:
                 work(now)
+
+        if self._pool is None:
+            drain()
             return
-        futures = [self._pool.submit(work, now) for now in slices]
-        errors = [error for future in futures if (error := future.exception())]
-        if errors:
-            raise errors[0]
+        others = [self._pool.submit(drain) for _ in range(self._others)]
+        try:
+            drain()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
