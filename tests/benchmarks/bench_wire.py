@@ -1,6 +1,6 @@
 """What a synchronisation costs: bytes on the wire, seconds over slow links, CPU seconds, memory.
 
-    python tests/benchmarks/bench_wire.py [--sections bytes time overlap cpu memory] [--methods fp32 int8 ...]
+    python tests/benchmarks/bench_wire.py [--sections bytes time overlap cpu threads memory] [--methods fp32 int8 ...]
         [--parameters 10000000] [--repetitions 5] [--torchft DIRECTORY] [--quick]
 
 Workers are processes, one thread each, in a network namespace each, with an `eth0` that leads to a bridge. (This needs
@@ -26,6 +26,9 @@ time    Seconds, 2 workers, over links that `tc tbf` limits at both ends, and ov
 overlap The same over the limited links while inner steps go on (of 20 ms that need no CPU): `exposed` is how long they
         stood still for it, median of the slower worker. Target: 5 % of `limit`.
 cpu     CPU seconds to encode and to decode 100M numbers, on one thread.
+threads Seconds to encode, sum two members' messages and take the outer step for 200M parameters, on 1 and on 2 threads
+        in turn (least of the repetitions: what else the machine does only adds). Target: `gain` 1.7. 1B and 7B: the
+        same on paper, on 16 cores of this kind, if the gain goes on as from 1 to 2.
 memory  Bytes a parameter on the host, beside the model, from what the kernel says of the process: what stays between
         synchronisations (4 each for the global parameters, the momentum, both again for the next outer step, scratch;
         with error feedback, the residual and the error), and what one of 2 workers takes beyond that at its peak.
@@ -71,10 +74,12 @@ from trainer.diloco.collective import (  # noqa: E402
     Workspace,
     warm_up,
     weighted_mean,
+    weighted_sum,
 )
 from trainer.diloco.flat import FlatLayout  # noqa: E402
 from trainer.diloco.outer import Nesterov  # noqa: E402
 from trainer.diloco.state import GlobalState  # noqa: E402
+from trainer.diloco.threads import Threads  # noqa: E402
 from trainer.elastic.mesh import form_group, gloo_device  # noqa: E402
 from trainer.files import write_json  # noqa: E402
 from trainer.process import dying_with_parent, listen  # noqa: E402
@@ -459,6 +464,50 @@ def measure_cpu(arguments: argparse.Namespace, network: Links | None) -> Iterato
         yield {"method": method, "bytes": sum(part.nbytes for part in rows) / size, **least}
 
 
+def measure_threads(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
+    shapes = shapes_of(arguments.parameters)
+    size = sum(shape.numel() for shape in shapes)
+    values = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    workspaces = {count: Workspace(Threads(count)) for count in (1, 2)}
+    for method in arguments.methods:
+        work = Arithmetic(codec_of(method, shapes), values, plain=method == "fp32")
+        times: dict[int, list[float]] = {1: [], 2: []}
+        for repetition in range(2 * (arguments.repetitions + 1)):
+            for count in (1, 2) if repetition % 2 else (2, 1):
+                times[count].append(work.seconds(workspaces[count]) * 200e6 / size)
+        one, two = min(times[1]), min(times[2])
+        many = one / (one / two) ** 4  # 16 is 2 to the 4
+        yield {"method": method, "1-thread": one, "2-threads": two, "gain": one / two, "1B": 5 * many, "7B": 35 * many}
+
+
+class Arithmetic:
+    """What a synchronisation of two members computes, without sending: encode, sum, outer step."""
+
+    def __init__(self, codec: Codec, values: Tensor, plain: bool) -> None:
+        self.codec, self.plain, self.blocks = codec, plain, codec.arrange(values)[0]
+        self.state = GlobalState(torch.zeros(self.blocks.numel()), Nesterov(0.7, 0.9))
+        coded = torch.empty(len(self.blocks), codec.row, dtype=torch.uint8)
+        self.rows = self.blocks.view(torch.uint8) if plain else coded
+        step, count = max(1, SLICE // codec.block), len(self.blocks)
+        self.slices = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+    def seconds(self, workspace: Workspace) -> float:
+        outer_step = self.state.begin(self.state.full_model)
+
+        def encode(now: slice) -> None:
+            self.rows[now].copy_(self.codec.encode(self.blocks[now]))
+
+        def join(now: slice) -> None:
+            mean = weighted_sum(self.codec, [(0.5, self.rows[now]), (0.5, self.rows[now])], workspace)
+            outer_step.add(now.start * self.codec.block, mean.view(-1))
+
+        started = time.perf_counter()
+        if not self.plain:
+            workspace.threads.run(encode, self.slices)
+        workspace.threads.run(join, self.slices)
+        return time.perf_counter() - started
+
+
 def measure_memory(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
     with Crew("ours", 2, network, parameters=arguments.parameters) as crew:
         for method in arguments.methods:
@@ -473,6 +522,7 @@ COLUMNS = {
     "time": "link:s method:s seconds:.3f whole:.3f sent:,.0f limit:.3f x-limit:.2f x-gloo:.2f target:ok",
     "overlap": "link:s method:s sent:,.0f limit:.3f exposed:.3f share:.1% target:ok",
     "cpu": "method:s bytes:.3f encode:.2f decode:.2f",
+    "threads": "method:s 1-thread:.2f 2-threads:.2f gain:.2f 1B:.2f 7B:.2f",
     "memory": "method:s stays:.1f peak:.1f together:.1f coded:.2f",
 }
 
@@ -482,6 +532,7 @@ NOTES = {
     "time": "seconds of a synchronisation of 2 workers with {parameters:,} parameters; sent: bytes",
     "overlap": "seconds for which inner steps stand still, with {parameters:,} parameters; share: of the limit",
     "cpu": "CPU seconds for 100M numbers, on one thread (measured with {parameters:,}); bytes: of each number, coded",
+    "threads": "seconds to encode, sum and step 200M parameters (measured with {parameters:,}); 1B, 7B: on 16 cores",
     "memory": "bytes a parameter on the host, of {parameters:,}",
 }
 
@@ -506,11 +557,11 @@ def report(section: str, parameters: int, rows: Iterator[Row]) -> list[Row]:
 
 def main() -> None:
     measures = {"bytes": measure_bytes, "time": measure_time, "overlap": measure_overlap}
-    measures |= {"cpu": measure_cpu, "memory": measure_memory}
+    measures |= {"cpu": measure_cpu, "threads": measure_threads, "memory": measure_memory}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=measures, default=list(measures))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--parameters", type=int, default=10_000_000, help="for time, cpu and memory")
+    parser.add_argument("--parameters", type=int, default=10_000_000, help="for time, cpu, threads and memory")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--torchft", type=Path, help="where torchft is installed (`pip install --target`)")
     parser.add_argument("--quick", action="store_true", help="everything once, and small")
