@@ -175,6 +175,8 @@ def test_a_failed_worker_is_no_failed_training_while_the_quorum_holds(place: Pla
     place.on_line = lambda line: place.story.released.set() if "the others continue (1 left)" in line else None
     train(place.context(elastic_min_nodes=1), tmp_path / "run")
     assert place.said("worker 1 has failed permanently: CUDA has gone")
+    (log,) = (tmp_path / "run" / "logs").iterdir()  # what pods have printed outlives them, in the step's artifact
+    assert (log.name, log.read_text()) == ("worker-1.1.log", "error: CUDA has gone\n")
 
 
 def test_without_the_quorum_it_is_with_the_worker_s_words(place: Place, tmp_path: Path) -> None:

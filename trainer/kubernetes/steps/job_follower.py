@@ -6,9 +6,11 @@ It serves Jobs (`job_runner`) and training jobs (`training`); `JobKind` holds ev
 import queue
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from trainer.kubernetes import pod_main
@@ -20,6 +22,7 @@ from trainer.kubernetes.api.logs import LogFollower
 from trainer.kubernetes.api.notices import Show, Silence, SilenceNotices, WaitReasons
 from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
 
+_TAIL = 200  # lines of a pod that are kept
 _ERROR = "error: "  # begins the last line of a command that fails (`errors.run_main`)
 
 
@@ -72,6 +75,7 @@ class JobFollower:
         self._notices = SilenceNotices(show, self._timeouts)
 
         self._uids: dict[str, str] = {}  # of the jobs that were created, or found, by name
+        self._tails: dict[str, tuple[str, deque[str]]] = {}  # a pod's display name and its last lines, by uid
         self._last_errors: dict[str, str] = {}  # the last error that a pod has printed, by uid
         self._jobs: dict[str, Object] = {}
         self.pods: dict[str, Object] = {}  # by name
@@ -250,8 +254,19 @@ class JobFollower:
             elif line.strip():
                 if line.startswith(_ERROR):
                     self._last_errors[pod["metadata"]["uid"]] = line.removeprefix(_ERROR)
-                self._show(f"{self.called(pod)} | {line}")
+                name = self.called(pod)
+                self._tails.setdefault(pod["metadata"]["uid"], (name, deque(maxlen=_TAIL)))[1].append(line)
+                self._show(f"{name} | {line}")
         return messages
+
+    def write_tails(self, directory: Path) -> None:
+        """Write the last lines of each pod, which its log loses with it, to `directory`, in a file of its own."""
+        directory.mkdir(parents=True, exist_ok=True)
+        seen: Counter[str] = Counter()
+        for name, lines in self._tails.values():
+            seen[name] += 1
+            path = directory / f"{name.replace(' ', '-')}.{seen[name]}.log"
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def _silences(self) -> dict[str, Silence]:
         """All silences, by display name: that of the API server by the followed pods, if any exist."""

@@ -31,7 +31,8 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
     Otherwise it leaves the training to the step's next pod.
 
     Args:
-        directory: Takes the workers' events as they arrive: `worker-<i>/metrics.jsonl`.
+        directory: Takes the workers' events as they arrive (`worker-<i>/metrics.jsonl`), and at the end the last lines
+            of each of their pods (`logs/worker-<i>.<incarnation>.log`).
 
     Raises:
         TrainingError: The training has failed, or cannot continue, with the reason.
@@ -39,7 +40,7 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
     dashboard = Dashboard(context.plan.config.total_steps)
     with reachable_etcd(context) as etcd, view(dashboard, context.show) as shown:
         run_view = TrainingView(context.plan, directory, dashboard, shown)
-        training = _Training(context, etcd, run_view, shown.show)
+        training = _Training(context, etcd, run_view, directory / "logs", shown.show)
         try:
             training.begin()
             context.client.patience = max(context.client.patience, context.timeouts.outage_in_training)
@@ -56,8 +57,8 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
 class _Training:
     """A training on the cluster, and its verdict."""
 
-    def __init__(self, context: StepContext, etcd: EtcdClient, view: TrainingView, show: Show) -> None:
-        self._context, self._etcd, self._view, self._show = context, etcd, view, show
+    def __init__(self, context: StepContext, etcd: EtcdClient, view: TrainingView, logs: Path, show: Show) -> None:
+        self._context, self._etcd, self._view, self._logs, self._show = context, etcd, view, logs, show
         self._plan, self._config = context.plan, context.plan.config
         self._bodies = {body["metadata"]["name"]: body for body in training_jobs(self._plan)}
         self._jobs = JobFollower(
@@ -117,6 +118,7 @@ class _Training:
                 if self._verdict.terminal:
                     break
             self._wind_up()
+            self._jobs.write_tails(self._logs)
         if self._verdict.status == "failed":
             raise TrainingError(self._ends.explain(self._verdict))
         self._show(f"{run} is complete")
