@@ -87,7 +87,7 @@ class Schema(Group):
         32, "Samples in one forward pass. An inner step accumulates batch_size / this many passes."
     )
     lr: Annotated[float, CARD, COMMON] = parameter(4e-4, "Peak learning rate of the inner optimizer.", gt=0)
-    warmup_steps: Annotated[NonNegative, CARD] = parameter(
+    warmup_steps: Annotated[NonNegative, CARD, COMMON] = parameter(
         1000, "Inner steps of linear warm-up; a cosine decay to zero follows."
     )
     inner_optimizer: Annotated[Literal["adamw", "muon"], CARD] = parameter(

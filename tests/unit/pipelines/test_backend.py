@@ -114,12 +114,23 @@ def test_submit_sends_the_pipeline_and_what_differs_from_the_defaults(
 
 
 def test_a_run_has_a_name_and_a_description_that_people_can_read(backend: Played) -> None:
-    flags = ["--dataset", "stdlib", "--model", "gpt-neo-x:tiny", "--total-steps", "240", "--warmup-steps", "9"]
+    flags = [
+        "--dataset",
+        "stdlib",
+        "--model",
+        "gpt-neo-x:tiny",
+        "--total-steps",
+        "240",
+        "--warmup-steps",
+        "9",
+        "--lease-ttl",
+        "30",
+    ]
     assert main(["submit", "--host", backend.url, "--experiment-description", "Does it run?", *flags]) == 0
     (run,) = backend.runs
     assert (run["display_name"], run["description"]) == ("gpt-neo-x:tiny on stdlib, 240 steps", "Does it run?")
     assert run["runtime_config"]["parameters"]["advanced"] == {
-        "warmup_steps": 9,
+        "lease_ttl": 30.0,
         "experiment_description": "Does it run?",
     }
 
