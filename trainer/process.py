@@ -1,11 +1,15 @@
 """Child processes that never outlive their parent, and the ports that processes listen on."""
 
 import errno
+import ipaddress
 import os
 import socket
 import sys
+from contextlib import suppress
 
 from trainer.errors import ConfigError
+
+_CONGESTION = 13  # TCP_CONGESTION of Linux, which not every Python's `socket` names
 
 # Runs in the child before the program. PR_SET_PDEATHSIG (1) survives exec; if the parent died before it was set, the
 # parent's pid differs. A `preexec_fn` would run after a fork of a process with gRPC's threads, which is unsafe.
@@ -87,6 +91,17 @@ def connect(endpoint: str, timeout: float) -> socket.socket:
     """A TCP connection to `endpoint` (host:port or [IPv6 address]:port)."""
     host, _, port = endpoint.rpartition(":")
     return socket.create_connection((host.strip("[]"), int(port)), timeout)
+
+
+def prefer_bbr(connection: socket.socket) -> None:
+    """Let BBR control a connection's congestion, where the kernel permits it and another machine is at the other end.
+
+    cubic, the default of most hosts, takes each lost packet for congestion: over a long link that loses one in a
+    thousand it keeps to a hundredth of the bandwidth (docs/guide/slow-links.md).
+    """
+    with suppress(OSError):  # the kernel lacks it, or reserves it; or the connection is closed already
+        if not ipaddress.ip_address(connection.getpeername()[0].partition("%")[0]).is_loopback:
+            connection.setsockopt(socket.IPPROTO_TCP, _CONGESTION, b"bbr")
 
 
 def refused(endpoint: str, timeout: float = 1.0) -> bool:

@@ -1,12 +1,15 @@
 """Addresses of either family."""
 
+import os
 import socket
+from pathlib import Path
 
+import psutil
 import pytest
 
 from trainer.errors import ConfigError
 from trainer.etcd.client import local_address
-from trainer.process import address_of, connect, endpoint_of, listen, loopback
+from trainer.process import address_of, connect, endpoint_of, listen, loopback, prefer_bbr
 
 FAMILIES = [
     pytest.param("127.0.0.1", socket.AF_INET, id="IPv4"),
@@ -38,3 +41,24 @@ def test_an_endpoint_has_brackets_around_ipv6_only() -> None:
     assert endpoint_of("::1", 7) == "[::1]:7"
     assert endpoint_of("host", 7) == "host:7"
     assert loopback() in ("127.0.0.1", "::1")
+
+
+def _congestion(connection: socket.socket) -> str:
+    return connection.getsockopt(socket.IPPROTO_TCP, 13, 16).rstrip(b"\0").decode()
+
+
+def test_bbr_controls_connections_to_other_machines_where_the_kernel_permits_it() -> None:
+    available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+    if not available.exists() or "bbr" not in available.read_text().split():
+        pytest.skip("this kernel has no bbr")
+    here = [one.address for of in psutil.net_if_addrs().values() for one in of if one.family == socket.AF_INET]
+    for address in {"127.0.0.1", *(one for one in here if not one.startswith("127."))}:
+        with listen(address) as listener, connect(endpoint_of(address, listener.getsockname()[1]), 5.0) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, 13, b"reno")
+            prefer_bbr(connection)
+            permitted = os.geteuid() == 0 and not address.startswith("127.")
+            assert _congestion(connection) in (("bbr",) if permitted else ("reno", "bbr"))
+            assert not address.startswith("127.") or _congestion(connection) == "reno"
+    closed = socket.socket()
+    closed.close()
+    prefer_bbr(closed)

@@ -128,4 +128,5 @@ def form_group(store: Store, rank: int, size: int, device: Any, timeout: timedel
     options._devices, options._timeout, options._threads = [device], timeout, 2
     with WireMeter.watching() as meter:
         group = _gloo(store, rank, size, options)
+    meter.prefer_bbr()
     return group, meter

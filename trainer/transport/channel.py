@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import TrainingError
+from trainer.process import prefer_bbr
 from trainer.timeouts import TransportTimeouts
 
 CHUNK_BYTES = 4 << 20
@@ -79,6 +80,7 @@ class Channel:
 
     def __init__(self, connection: socket.socket, secret: bytes, side: Side, timeouts: TransportTimeouts) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        prefer_bbr(connection)
         # Blocking, with the kernel's timeouts: a chunk is then one system call that does not need the GIL. Python's own
         # timeouts would take the GIL for every piece that fits into the kernel's buffers.
         connection.settimeout(None)

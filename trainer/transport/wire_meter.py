@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from trainer.process import prefer_bbr
+
 # Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (4.2, 4.6 and 4.19).
 _BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _LENGTH = 128, 144, 200, 208
 
@@ -30,6 +32,11 @@ class WireMeter:
             with suppress(OSError):  # another thread has closed it since it was listed
                 # A duplicate: closing it leaves the original open, and it stays readable after the original is closed.
                 meter._sockets.append(socket.socket(fileno=os.dup(descriptor)))
+
+    def prefer_bbr(self) -> None:
+        """See `trainer.process.prefer_bbr`, for each connection: gloo leaves them as the host has them."""
+        for connection in self._sockets:
+            prefer_bbr(connection)
 
     def read(self) -> tuple[int, int] | None:
         """Bytes sent and received since the connections were opened; None if the kernel does not report them."""
