@@ -108,11 +108,14 @@ def scale(arguments: Namespace) -> int:
 
 def report(arguments: Namespace) -> int:
     """Write the report of a run, or a comparison of several."""
-    from trainer.monitor.report import write_comparison, write_report
+    from trainer.monitor.find_run import no_run
+    from trainer.monitor.report import read_run, write_comparison, write_report
 
     for run_dir in arguments.run_dirs:
         if not run_dir.is_dir():
             raise ConfigError("run_dir", run_dir, "no such directory")
+        if not (run := read_run(run_dir)).workers and run.evaluation is None:
+            raise no_run(run_dir)
     if arguments.output:
         require_output(arguments.output, "--output")
     if len(arguments.run_dirs) > 1:

@@ -16,6 +16,7 @@ from trainer.config.training import TrainingConfig
 from trainer.errors import ConfigError
 
 ENV_PREFIX = "DILOCO_"
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")  # Kubernetes sets DILOCO_METRICS_PORT for a service diloco-metrics
 
 
 def load_config(
@@ -35,7 +36,7 @@ def load_config(
     known = {parameter.name: parameter for parameter in TrainingConfig.parameters()}
     environment = os.environ if environ is None else environ
     for variable, text in environment.items():
-        if variable.startswith(ENV_PREFIX):
+        if variable.startswith(ENV_PREFIX) and not _SERVICE_LINK.match(text):
             name = variable.removeprefix(ENV_PREFIX).lower()
             if name in known:
                 put(tree, known[name].path, _parse(text, known[name]))

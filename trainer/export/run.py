@@ -27,6 +27,7 @@ class TrainedRun:
     def find(cls, config: TrainingConfig) -> Self:
         """Find the run in `config.run_dir` (or `runs/<run_id>`), else raise ConfigError."""
         from trainer import checkpoint
+        from trainer.monitor.find_run import no_run
         from trainer.monitor.report.run import read_run
 
         if not config.run_dir and not config.run_id:
@@ -47,7 +48,7 @@ class TrainedRun:
         # In a pod the run directory is a worker's own volume; on one machine it holds one for each worker.
         volumes = tuple(map(Volume.of, (*worker_configs(config), config)))
         if not recorded and not any(checkpoint.paths(volume.checkpoints) for volume in volumes):
-            raise ConfigError("run_dir", directory, "holds no run that was trained: it has no checkpoint")
+            raise no_run(directory)
         return cls(directory, config, volumes)
 
     @cached_property

@@ -1,6 +1,8 @@
 """Models from transformers: fetch, build, save and load. Not a family itself."""
 
 import copy
+import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,7 +13,10 @@ from trainer.errors import ConfigError, TrainingError, one_line
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
+# Weights in forms that are not read; a directory that has only these, or folders with weights, is not without weights.
+_OTHER_WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.npz", "*.onnx", "*.index.json")
 _LFS = b"version https://git-lfs"
 # Patterns, with replacements, of what DistributedDataParallel, torch.compile, FSDP and activation checkpointing add.
 _WRAPPERS = {
@@ -47,7 +52,7 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
 
     local = source.startswith("/")
     name, _, revision = (source, "", "") if local else source.partition("@")
-    options: dict[str, Any] = {"revision": revision or None, "local_files_only": local}
+    options: dict[str, Any] = {"revision": revision or None, "local_files_only": local, "trust_remote_code": False}
     kind: Any = getattr(transformers, auto)
     _no_bars_into_logs()
     try:
@@ -61,9 +66,10 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
         for field, value in overrides.items():
             setattr(config, field, value)
         config.save_pretrained(directory)
-        if local and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
-            return
         # The weights.
+        if local and not _weights_in(Path(source)):
+            _check_without_weights(Path(source), source)
+            return
         if local:
             _check_files(Path(source), source)
         model, found = kind.from_pretrained(
@@ -78,6 +84,9 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
     except ConfigError:
         raise
     except Exception as error:  # the libraries raise errors of many kinds
+        if "weights_only" in str(error):  # torch's advice is to run the code in the file
+            problem = "its weights cannot be read as tensors alone: save them as model.safetensors"
+            raise ConfigError("model", source, problem) from None
         if local or "is not a local folder and is not a valid model identifier" in str(error):
             raise ConfigError("model", source, f"cannot be loaded by {auto}: {one_line(error)}") from None
         if isinstance(error, ValueError | KeyError):
@@ -87,11 +96,28 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
     model.save_pretrained(directory, save_original_format=False)  # it would put the source's wrappers back
 
 
+def _weights_in(directory: Path) -> list[Path]:
+    """The files of weights that transformers reads; hidden files, which macOS leaves, are none."""
+    found = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
+def _check_without_weights(directory: Path, source: str) -> None:
+    """Raise ConfigError if a directory has weights where, or in a form in which, they are not read."""
+    patterns = (*_OTHER_WEIGHTS, "*/*.safetensors", "*/*.bin")
+    found = sorted(path for pattern in patterns for path in directory.glob(pattern) if not path.name.startswith("."))
+    if found:
+        names = _listed([str(path.relative_to(directory)) for path in found])
+        problem = f"its weights must be {WEIGHTS}, pytorch_model.bin, or all of their shards; it has only {names}"
+        raise ConfigError("model", source, problem)
+    logger.warning("model %s has a configuration and no weights: it begins from scratch", source)
+
+
 def _check_files(directory: Path, source: str) -> None:
-    """Raise ConfigError if a file of weights is a pointer of Git LFS, empty, or cut off."""
+    """Raise ConfigError if a file of weights is a pointer of Git LFS, empty, cut off, or has a weight twice."""
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+    for path in _weights_in(directory):
         with path.open("rb") as file:
             start = file.read(len(_LFS))
         if start == _LFS:
@@ -100,14 +126,24 @@ def _check_files(directory: Path, source: str) -> None:
             if not start:
                 raise EOFError("it is empty")
             if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
+                with safe_open(path, "pt") as weights:
+                    keys = [_unwrapped(key) for key in weights.keys()]  # noqa: SIM118 - not a mapping
+                if twice := sorted({key for key in keys if keys.count(key) > 1} if len({*keys}) < len(keys) else ()):
+                    problem = f"{path.name} has weights both with and without a wrapper's prefix: {_listed(twice)}"
+                    raise ConfigError("model", source, problem)
         except (SafetensorError, EOFError) as error:
             raise ConfigError("model", source, f"{path.name} is not complete: {one_line(error)}") from None
 
 
+def _unwrapped(key: str) -> str:
+    """The name of a parameter without what wrappers add."""
+    for pattern, replacement in _WRAPPERS.items():
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
 def _check_weights(source: str, model: Any, found: Mapping[str, Any], published: Callable[[], Any]) -> None:
-    """Raise ConfigError unless all weights but those of a task's head are the source's.
+    """Raise ConfigError unless all weights but those of a task's head are the source's; name those that are new.
 
     A shape that differs must be one that the data has changed, so the source's is that of its own configuration.
     """
@@ -129,6 +165,10 @@ def _check_weights(source: str, model: Any, found: Mapping[str, Any], published:
             shapes = {key: tensor.shape for key, tensor in published().state_dict().items()}
         if wrong := sorted(key for key, shape, _ in found["mismatched_keys"] if shapes.get(key) != shape):
             raise ConfigError("model", source, f"has weights of another shape than its configuration: {_listed(wrong)}")
+    if broken := sorted(name for name, weights in model.named_parameters() if not weights.isfinite().all()):
+        raise ConfigError("model", source, f"has weights that are not finite: {_listed(broken)}")
+    if new := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+        logger.warning("model %s: new, with random weights from the seed: %s", source, _listed(new))
 
 
 def _listed(keys: list[str]) -> str:

@@ -45,6 +45,15 @@ def run_directory(config: TrainingConfig) -> Path | None:
     return Path("runs") / config.run_id if config.run_id else None
 
 
+def no_run(directory: Path) -> ConfigError:
+    """The error that a directory is no run's; it names the runs in the directory, if there are any."""
+    runs = sorted(path.parent.parent.name for path in directory.glob("*/worker-0/metrics.jsonl"))
+    if not runs:
+        return ConfigError("run_dir", directory, "holds no run that was trained")
+    named = ", ".join(runs[:5]) + (f" and {len(runs) - 5} more" if len(runs) > 5 else "")
+    return ConfigError("run_dir", directory, f"holds runs, but is none itself: name one of {named}")
+
+
 def has_completed(directory: Path) -> bool:
     """Whether a worker below the run directory has ended because the run is complete."""
     for root in worker_roots(directory):

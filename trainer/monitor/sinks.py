@@ -81,7 +81,7 @@ class WandbSink:
         limits: dict[str, Any] = {"init_timeout": limit, "finish_timeout": limit, "finish_timeout_raises": True}
         settings = wandb.Settings(silent=True, console="off", **limits)
 
-        def begin(mode: Mode) -> Any:
+        def begin(mode: Mode | None) -> Any:  # None: as wandb's own settings say
             return wandb.init(
                 project=config.wandb_project_name,
                 group=config.wandb_group,
@@ -100,7 +100,7 @@ class WandbSink:
         if chosen in ("offline", "disabled") or not os.environ.get("WANDB_API_KEY"):
             return begin("disabled" if chosen == "disabled" else "offline")
         try:
-            return begin("online")
+            return begin(None)  # not "online": it would override `wandb offline` and wandb's settings files
         except Exception as error:
             wandb.teardown()  # it would refuse a second run with the same id
             run = begin("offline")

@@ -471,6 +471,10 @@ def test_variables_that_are_no_parameters_are_left_alone(variable: str) -> None:
     assert load_config(None, {}, {variable: "10.0.0.1"}) == TrainingConfig()
 
 
+def test_a_service_of_kubernetes_sets_no_parameter() -> None:
+    assert load_config(None, {}, {"DILOCO_METRICS_PORT": "tcp://10.0.0.1:80"}) == TrainingConfig()
+
+
 def test_a_year_is_a_tag() -> None:
     assert load_config(None, {}, {"DILOCO_EXPERIMENT_TAGS": "2024"}).experiment_tags == ["2024"]
     assert load_config(None, {}, {"DILOCO_EXPERIMENT_TAGS": "a, no"}).experiment_tags == ["a", "no"]

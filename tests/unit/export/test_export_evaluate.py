@@ -341,7 +341,13 @@ def test_the_commands_find_the_run_in_its_directory(run_dir: Path, capsys: pytes
         main(["export"])
 
 
-@pytest.mark.parametrize("command", ["export", "evaluate"])
-def test_a_run_that_was_never_trained_is_named(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["export", "--run-dir"], ["evaluate", "--run-dir"], ["report"]])
+def test_a_run_that_was_never_trained_is_named(command: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run_dir = .*: holds no run that was trained"):
-        main([command, "--run-dir", str(tmp_path), "--device", "cpu"])
+        main([*command, str(tmp_path)])
+    for name in ("one", "two"):
+        with EventLog(tmp_path / name / "worker-0" / "metrics.jsonl"):
+            pass
+    with pytest.raises(ConfigError, match=r"run_dir = .*: holds runs, but is none itself: name one of one, two$"):
+        main([*command, str(tmp_path)])
+    assert not (tmp_path / "report.html").exists()

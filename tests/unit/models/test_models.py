@@ -116,6 +116,43 @@ def test_files_that_are_no_weights_are_named(copied: Path, content: bytes | None
     assert message in refusal(copied)
 
 
+@pytest.mark.parametrize("name", ["model.pt", "tf_model.h5", "model.gguf", "best/model.safetensors", "x.index.json"])
+def test_weights_that_are_not_read_are_no_missing_weights(copied: Path, name: str) -> None:
+    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / "model.safetensors").rename(copied / name)
+    assert f"or all of their shards; it has only {name}" in refusal(copied)
+
+
+def test_a_pickle_that_is_no_checkpoint_is_named(copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    assert "cannot be read as tensors alone: save them as model.safetensors" in refusal(copied)
+
+
+def test_hidden_files_are_no_weights(copied: Path, tmp_path: Path) -> None:
+    (copied / "._model.safetensors").write_bytes(b"\0\5\x16\7")
+    built(f"hf:{copied}", TEXT, tmp_path / "models")
+
+
+def test_weights_that_are_given_twice_are_named(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    twice = {**weights, **{f"module.{key}": tensor + 1 for key, tensor in weights.items()}}
+    save_file(twice, copied / "model.safetensors", metadata={"format": "pt"})
+    assert "has weights both with and without a wrapper's prefix: embed_out.weight, gpt_neox." in refusal(copied)
+
+
+def test_weights_that_are_not_finite_are_named(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    weights["gpt_neox.final_layer_norm.bias"][0] = float("nan")
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    assert "has weights that are not finite: gpt_neox.final_layer_norm.bias" in refusal(copied)
+
+
+def test_a_new_head_is_named(copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with_keys(copied, lambda key: None if key == "embed_out.weight" else key)
+    built(f"hf:{copied}", TEXT, tmp_path / "models")
+    assert "new, with random weights from the seed: lm_head.weight" in caplog.text
+
+
 def test_weights_in_pickles_that_are_cut_off_are_refused(copied: Path) -> None:
     torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
     (copied / "model.safetensors").unlink()

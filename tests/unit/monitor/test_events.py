@@ -3,6 +3,9 @@
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +57,38 @@ def test_a_sink_that_cannot_be_set_up_is_reported(tmp_path: Path, monkeypatch: p
         assert sinks(TrainingConfig(wandb_logging=False), 0, tmp_path, written.warn) == []
     (event,) = events(tmp_path / "metrics.jsonl")
     assert (event["event"], event["message"]) == ("warning", "Weights & Biases is switched off: no such entity")
+
+
+_UNREACHABLE = """
+import sys
+from pathlib import Path
+from trainer.config import TrainingConfig
+from trainer.monitor.sinks import WandbSink
+sink = WandbSink(TrainingConfig(run_id="r"), 0, Path(sys.argv[1]), print)
+sink.write({"event": "step", "step": 1, "loss": 2.0})
+sink.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings"), [({"WANDB_MODE": "offline"}, ""), ({"WANDB_DISABLED": "true"}, ""), ({}, "mode=offline")]
+)
+def test_the_users_mode_of_wandb_wins_over_a_key(variables: dict[str, str], settings: str, tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text(f"[default]\n{settings}\n")  # as `wandb offline` leaves it
+    with listen("127.0.0.1") as server:
+        server.settimeout(0)
+        place = f"http://127.0.0.1:{server.getsockname()[1]}"
+        others = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        environment = {**others, "WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": place, **variables}
+        command = [sys.executable, "-c", _UNREACHABLE, str(tmp_path)]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=True
+        )
+        with pytest.raises(BlockingIOError):  # nobody has connected
+            server.accept()
+    assert done.stdout == ""
+    assert bool(list(tmp_path.rglob("*.wandb"))) == ("WANDB_DISABLED" not in variables)
 
 
 def test_prometheus_serves_what_events_say(tmp_path: Path) -> None:
