@@ -75,6 +75,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     If the reader of its output has gone (`… | head`), the status is that of a process that SIGPIPE ends, 141, unless
     `outlive_output` was called.
     """
+    _write_any_text()
     try:
         try:
             status = main()
@@ -91,6 +92,13 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         _to_nowhere(1)
         status = 128 + signal.SIGPIPE
     sys.exit(status)
+
+
+def _write_any_text() -> None:
+    """Let a path that the output's encoding lacks (`PYTHONIOENCODING=ascii`) be escaped instead of ending the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def outlive_output() -> None:

@@ -16,6 +16,8 @@ import psutil
 
 from trainer.errors import ConfigError
 
+_POINTER = b"version https://git-lfs"
+_LONGEST_POINTER = 1024  # bytes (Git LFS's specification)
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _ABANDONED = 86400.0  # seconds without a change after which another host's temporary directory counts as abandoned
 
@@ -50,6 +52,14 @@ def sha256(path: Path) -> str:
     """The file's sha256, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is what Git LFS leaves in place of a file that it has not downloaded."""
+    if path.stat().st_size >= _LONGEST_POINTER:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def _fsync(path: Path) -> None:

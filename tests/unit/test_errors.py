@@ -62,3 +62,10 @@ def test_work_outlives_its_terminal_and_a_full_disk(tmp_path: Path) -> None:
 def test_an_error_keeps_its_status() -> None:
     assert run_unread("outlive_output(); raise ConfigError('lr', 0, 'must be more')") == 2
     assert run_unread("outlive_output(); raise TrainingError('no disk')") == 1
+
+
+def test_any_text_can_be_written_in_any_encoding() -> None:
+    program = "from trainer.errors import run_main\nrun_main(lambda: print('\\xe9t\\xe9', '\\udcc3') or 0)"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    assert done.stdout == b"\\xe9t\\xe9 \\udcc3\n"

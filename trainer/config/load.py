@@ -154,6 +154,9 @@ class _Loader(yaml.SafeLoader):
             is_group = any(one.path[: len(path)] == path for one in TrainingConfig.parameters()) and parameter is None
             if is_group and isinstance(node, yaml.MappingNode):
                 self._put_all(node, path, tree, lines)
+            elif node.tag == _NULL and parameter is not None and parameter.default != UNSET:
+                empty = f'has no value: leave line {line} of {self.name} out, or write "" for empty text'
+                raise ConfigError(".".join(path), node.value, empty)
             elif not is_group or node.tag != _NULL:
                 if path in lines:
                     twice = f"is given twice: in lines {lines[path]} and {line} of {self.name}"

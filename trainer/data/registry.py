@@ -12,6 +12,7 @@ from trainer.config import TrainingConfig
 from trainer.data.layouts import files_below, passed_over, training_split, without_metadata
 from trainer.data.manifest import Manifest
 from trainer.errors import ConfigError
+from trainer.files import is_lfs_pointer
 from trainer.plugins import modules_of
 
 Log = Callable[[str], None]
@@ -101,6 +102,11 @@ class PathDataset(DatasetFamily):
     def used(self) -> Collection[Path]:
         """The files that are read, if they are chosen from all that are there."""
         return ()
+
+    def require_content(self) -> None:
+        """Raise ConfigError if a file that is read is only a pointer to its content."""
+        if pointer := next(filter(is_lfs_pointer, self.used()), None):
+            raise ConfigError("dataset", self.spec, f"{pointer} is a pointer of Git LFS: run `git lfs pull` there")
 
     def require_folder(self) -> None:
         if not self.argument:

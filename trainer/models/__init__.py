@@ -6,6 +6,7 @@ Precaching writes it to a directory on a worker's volume. `build` needs nothing 
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from trainer.plugins import modules_of
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 READY = "READY"
 _PATH = re.compile(r"[./~]")  # how a directory's name begins
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -130,6 +132,8 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
     spec = resolve(config.model)
     path = directory(config, data, models_root)
     if (path / READY).exists():
+        if _changed_since(path / READY, Path(spec.source)):
+            logger.warning("model %s has changed, but %s has been precached from it: remove that", spec.source, path)
         return path, False
     with whole_directory(path) as temporary:
         if spec.source:
@@ -154,6 +158,12 @@ def build(path: Path, seed: int) -> "torch.nn.Module":
     family = families()[read_json(path / "model.json")["family"]]
     with _seeded(seed):
         return family.build(path)
+
+
+def _changed_since(mark: Path, source: Path) -> bool:
+    """Whether a file of a local model is newer than `mark`; False for the Hub's."""
+    written = mark.stat().st_mtime
+    return source.is_absolute() and any(file.stat().st_mtime > written for file in source.iterdir() if file.is_file())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError, TrainingError, one_line
+from trainer.files import is_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 # Weights in forms that are not read; a directory that has only these, or folders with weights, is not without weights.
 _OTHER_WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.npz", "*.onnx", "*.index.json")
-_LFS = b"version https://git-lfs"
 # Patterns, with replacements, of what DistributedDataParallel, torch.compile, FSDP and activation checkpointing add.
 _WRAPPERS = {
     r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": "",
@@ -118,12 +118,10 @@ def _check_files(directory: Path, source: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     for path in _weights_in(directory):
-        with path.open("rb") as file:
-            start = file.read(len(_LFS))
-        if start == _LFS:
+        if is_lfs_pointer(path):
             raise ConfigError("model", source, f"{path.name} is a pointer of Git LFS: run `git lfs pull` there")
         try:
-            if not start:
+            if not path.stat().st_size:
                 raise EOFError("it is empty")
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as weights:

@@ -114,7 +114,7 @@ class EventReader:
 
     def read(self) -> list[Event]:
         """The events since the last call, in the file's order."""
-        if not self._path.exists():
+        if not self._path.is_file():
             return []
         with self._path.open("rb") as file:
             file.seek(self._offset)
@@ -125,7 +125,7 @@ class EventReader:
         for line in complete.splitlines():
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(event, dict) and isinstance(event.get("event"), str):
                 events.append(event)

@@ -181,6 +181,8 @@ def test_bad_values_are_refused_with_field_value_and_what_is_allowed(name: str) 
         ("hf_token: s3cret\nhf_token: s3cret", "hf_token = '…': is given twice"),
         ("elastic: {min_nodes: true}", "elastic.min_nodes = 'true': must be a valid integer"),
         ("lr: .inf", "lr = '.inf': must be a valid number"),
+        ("seed: 1\nrun_id:", "run_id = '': has no value: leave line 2 of "),
+        ("elastic.max_restarts: ~", "elastic.max_restarts = '~': has no value: leave line 1 of "),
     ],
 )
 def test_bad_yaml_is_refused(tmp_path: Path, content: str, message: str) -> None:

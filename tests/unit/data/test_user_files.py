@@ -167,6 +167,18 @@ def test_empty_files_are_passed_over(tmp_path: Path) -> None:
     assert notes(f"files:{tmp_path}") == ["4 of the files are empty"]
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("gpt-neo-x:test", "b.txt"), ("gpt-neo-x:test", "b.parquet"), ("resnet18", "x/b.png"), ("wav2vec2", "b.wav")],
+)
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path, model: str, name: str) -> None:
+    for other in ("a.txt", "b.txt", "y/a.png"):
+        written(tmp_path / other, b"text")
+    written(tmp_path / name, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigError, match=f"{name} is a pointer of Git LFS: run `git lfs pull` there"):
+        resolve(config(f"files:{tmp_path}", model=model)).check()
+
+
 def notes(dataset: str, **changes: Any) -> list[str]:
     return resolve(config(dataset, **changes)).notes()
 

@@ -1,6 +1,7 @@
 """Which models there are, and how one is asked for, written and built."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -151,6 +152,18 @@ def test_a_new_head_is_named(copied: Path, tmp_path: Path, caplog: pytest.LogCap
     with_keys(copied, lambda key: None if key == "embed_out.weight" else key)
     built(f"hf:{copied}", TEXT, tmp_path / "models")
     assert "new, with random weights from the seed: lm_head.weight" in caplog.text
+
+
+def test_a_model_that_changes_after_precaching_is_named(
+    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    built(f"hf:{copied}", TEXT, tmp_path / "models")
+    built(f"hf:{copied}", TEXT, tmp_path / "models")
+    assert "has changed" not in caplog.text
+    (ready,) = (tmp_path / "models").glob("*/READY")
+    os.utime(copied / "model.safetensors", (ready.stat().st_mtime + 1,) * 2)
+    built(f"hf:{copied}", TEXT, tmp_path / "models")
+    assert f"model {copied} has changed, but {ready.parent} has been precached from it" in caplog.text
 
 
 def test_weights_in_pickles_that_are_cut_off_are_refused(copied: Path) -> None:

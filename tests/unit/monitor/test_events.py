@@ -152,6 +152,12 @@ def test_a_reader_begins_now_and_skips_torn_lines(tmp_path: Path) -> None:
     assert [event["step"] for event in EventReader(path).read()] == [1, 2, 3, 4]
 
 
+def test_a_reader_skips_what_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "deep").write_text("[" * 100_000 + '\n{"event": "step"}\n')
+    assert EventReader(tmp_path / "deep").read() == [{"event": "step"}]
+    assert EventReader(tmp_path).read() == []  # a directory
+
+
 def test_a_reader_of_a_file_that_comes_later(tmp_path: Path) -> None:
     reader = EventReader(tmp_path / "metrics.jsonl", last=0)
     assert reader.read() == []

@@ -33,6 +33,7 @@ class PictureFolders(PathDataset, PictureDataset):
             raise ConfigError("dataset", self.spec, f"the name of the folder {unclear[0]!r} is not text in UTF-8")
         if len(self.labels()) < 2:
             raise ConfigError("dataset", self.spec, "must hold a folder of pictures for each of at least two classes")
+        self.require_content()
 
     def revision(self) -> str:
         return digest(f"{self._label(path)} {sha256(path)}\n" for path in self._files)

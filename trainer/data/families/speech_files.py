@@ -25,6 +25,7 @@ class SpeechFiles(PathDataset, SpeechDataset):
         if not self._files:
             allowed = f"holds no audio ({' '.join(_ENDINGS)}) with a transcript (.txt) of the same name"
             raise ConfigError("dataset", self.spec, allowed)
+        self.require_content()
 
     def revision(self) -> str:
         return digest(f"{sha256(path)} {sha256(text)}\n" for path, text in self._files.items())

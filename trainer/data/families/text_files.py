@@ -38,6 +38,7 @@ class Files(PathDataset, TextDataset):
             raise ConfigError("dataset", self.spec, "holds only empty files")
         if unreadable := [path for path in self._files if not os.access(path, os.R_OK)]:
             raise ConfigError("dataset", self.spec, f"{unreadable[0]} is not readable")
+        self.require_content()
         # Does the first file of each format begin as it should? The others are checked while they are read.
         super().check()
         first = {format_of(path): path for path in reversed(self._files) if path.stat().st_size}
