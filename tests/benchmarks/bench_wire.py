@@ -63,10 +63,10 @@ from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "wire.json"
-sys.path.insert(0, str(ROOT))  # for the networks of the fault tests
+sys.path.insert(0, str(ROOT))  # for what tests share
 
 from tests.benchmarks.bench_quality import Members  # noqa: E402
-from tests.faults.harness import Network  # noqa: E402
+from tests.network.namespaces import Namespaces, Network  # noqa: E402
 from trainer.diloco import DiLoCo, Overlap, codecs  # noqa: E402
 from trainer.diloco.codecs import Codec  # noqa: E402
 from trainer.diloco.collective import (  # noqa: E402
@@ -282,13 +282,13 @@ class Lighthouse:
 ROLES: dict[str, type] = {"ours": Worker, TORCHFT: TorchftWorker, "lighthouse": Lighthouse}
 
 
-def serve() -> None:
+def serve(roles: dict[str, type]) -> None:
     """Do what comes in, a line of JSON each, and answer likewise."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # gloo prints
     torch.set_num_threads(1)
     work = json.loads(os.environ[WORK])
-    worker = ROLES[work["role"]](**work["arguments"])
+    worker = roles[work["role"]](**work["arguments"])
     for line in sys.stdin:
         what, arguments = json.loads(line)
         answers.write(json.dumps(getattr(worker, what)(*arguments)) + "\n")
@@ -299,10 +299,7 @@ def serve() -> None:
 
 
 class Links(Network):
-    """The workers' networks, with addresses and limits."""
-
-    def address_of(self, number: int) -> str:
-        return self._host(number)
+    """The workers' networks, with limits."""
 
     def limit(self, count: int, bandwidth: float | None) -> None:
         """Let each of the first `count` send so many bits a second at most."""
@@ -318,10 +315,19 @@ class Crew:
     Args:
         network: In whose namespaces they are; None: where everything is.
         torchft: Where it is installed.
+        program: What they run: this, or what calls `serve` with roles of its own.
         arguments: Of the role, beyond rank, size and address.
     """
 
-    def __init__(self, role: str, size: int, network: Links | None, torchft: Path | None = None, **arguments: Any):
+    def __init__(
+        self,
+        role: str,
+        size: int,
+        network: Namespaces | None,
+        torchft: Path | None = None,
+        program: str = __file__,
+        **arguments: Any,
+    ) -> None:
         self.role = role
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -335,7 +341,7 @@ class Crew:
                 arguments["store"] = f"{addresses[0]}:{free.getsockname()[1]}"
         for rank, address in enumerate(addresses):
             work = {"role": role, "arguments": {"rank": rank, "size": size, "address": address, **arguments}}
-            command = dying_with_parent([*(network.inside(rank) if network else []), sys.executable, __file__])
+            command = dying_with_parent([*(network.inside(rank) if network else []), sys.executable, program])
             own = {**environment, WORK: json.dumps(work)}
             process = subprocess.Popen(command, env=own, stdin=PIPE, stdout=PIPE, stderr=self._log)
             self._processes.append(process)
@@ -587,6 +593,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if WORK in os.environ:
-        serve()
+        serve(ROLES)
     else:
         main()

@@ -43,7 +43,6 @@ Event = dict[str, Any]
 WORKER = Path(__file__).with_name("worker.py")
 HURRY = "hurry"  # a file in the run's directory: see the worker
 PATIENCE = 180.0  # seconds for what takes a second or two on a machine with nothing else to do
-_letters = itertools.cycle("abcdefgh")  # of networks
 _pause = threading.Event()  # never set: what is polled here tells nobody of its changes
 
 BASE: dict[str, Any] = {
@@ -483,74 +482,3 @@ def _free_ports(count: int) -> list[int]:
     for listener in listeners:
         listener.close()
     return ports
-
-
-class Network:
-    """Network namespaces on one bridge, one for each pod, whose links can be cut.
-
-    Raises:
-        PermissionError: Not permitted here; says what was refused.
-    """
-
-    def __init__(self, count: int) -> None:
-        own = f"dl{os.getpid()}{next(_letters)}"  # what is deleted vanishes a little later
-        self._bridge, self._names = f"{own}b", [f"{own}{number}" for number in range(count)]
-        self._net = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
-        self.address = f"{self._net}.1"
-        try:
-            self._ip("link", "add", self._bridge, "type", "bridge")
-            self._ip("addr", "add", f"{self.address}/24", "dev", self._bridge)
-            self._ip("link", "set", self._bridge, "up")
-            for number, name in enumerate(self._names):
-                self._ip("netns", "add", name)
-                self._ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
-                self._ip("link", "set", name, "master", self._bridge, "up")
-                inside = ("netns", "exec", name, "ip")
-                self._ip(*inside, "addr", "add", f"{self._host(number)}/24", "dev", "eth0")
-                self._ip(*inside, "link", "set", "eth0", "up")
-                self._ip(*inside, "link", "set", "lo", "up")
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        for command in (("link", "del", self._bridge), *(("netns", "del", name) for name in self._names)):
-            with suppress(PermissionError, RuntimeError):
-                self._ip(*command)
-
-    def inside(self, number: int) -> list[str]:
-        """What to run a command with, for it to be in a namespace."""
-        return ["ip", "netns", "exec", self._names[number]]
-
-    def cut(self, number: int) -> float:
-        self._ip("link", "set", self._names[number], "down")
-        return time.time()
-
-    def heal(self, number: int) -> float:
-        self._ip("link", "set", self._names[number], "up")
-        return time.time()
-
-    def wall(self, one: int, other: int, built: bool = True) -> float:
-        """Keep two pods from talking to each other, while both talk to everybody else; or let them again."""
-        for here, there in ((one, other), (other, one)):
-            self._ip(*self.inside(here)[1:], "ip", "route", "add" if built else "del", "blackhole", self._host(there))
-        return time.time()
-
-    def _host(self, number: int) -> str:
-        return f"{self._net}.{10 + number}"
-
-    @staticmethod
-    def _ip(*arguments: str) -> None:
-        try:
-            done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise PermissionError("there is no `ip` command") from None
-        if done.returncode:
-            said = f"ip {' '.join(arguments)}: {done.stderr.strip()}"
-            raise PermissionError(said) if "ermi" in done.stderr else RuntimeError(said)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import EtcdCluster, Network, Pod, Run, of
+from tests.faults.harness import EtcdCluster, Pod, Run, of
+from tests.network.namespaces import Network
 from trainer.etcd.embedded import EmbeddedEtcd
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]

@@ -83,6 +83,7 @@ ROW = b'{"text": "na\xc3\xafve"}\n'
         ("a.txt", "größer".encode("utf-32"), ["größer"]),
         ("a.csv", "text\ngrößer\n".encode("utf-16"), ["größer"]),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # gzip's content has the time in it
 )
 def test_text_in_every_form(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
     written(tmp_path / name, content)
