@@ -84,7 +84,11 @@ def joined(client: EtcdClient, config: TrainingConfig) -> TrainingConfig:
             raise ConfigError(name, own[name], f"run {config.run_id} has {run[name]!r}: leave it out to join that run")
     taken = {name: value for name, value in run.items() if name in _KNOWN}
     nodes = min(config.nodes, run["elastic_max_nodes"])  # unless given: as many as there may be
-    return TrainingConfig.from_flat({**taken, "nodes": nodes, **own})
+    # What a machine computes at once is its own, but the run's batch must be a multiple of it.
+    at_once = range(1, config.per_device_train_batch_size + 1)
+    largest = max(size for size in at_once if run["batch_size"] % size == 0)
+    taken |= {"nodes": nodes, "per_device_train_batch_size": largest}
+    return TrainingConfig.from_flat({**taken, **own})
 
 
 def reopen(client: EtcdClient) -> None:

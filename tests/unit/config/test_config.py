@@ -360,15 +360,17 @@ def test_a_machine_that_joins_takes_the_runs_parameters_and_keeps_its_own(etcd: 
     from trainer.elastic.keys import joined, record_config
     from trainer.etcd.client import EtcdClient
 
-    values = {"dataset": "stdlib", "local_steps": 30, "batch_size": 64, "nodes": 1, "elastic_max_nodes": 3}
+    values = {"dataset": "stdlib", "local_steps": 30, "batch_size": 12, "nodes": 1, "elastic_max_nodes": 3}
+    values["per_device_train_batch_size"] = 4
     place = {"run_id": "to-be-joined", "etcd_endpoints": [etcd]}
     run = TrainingConfig.from_flat({**place, **values, "elastic_min_nodes": 1, "device": "cpu", "run_dir": "/founder"})
     with EtcdClient.of(run) as client:
         assert joined(client, run) == run  # it begins here
         record_config(client, run)
         here = joined(client, TrainingConfig.from_flat({**place, "lease_ttl": 30, "device": "cuda:1"}))
-        assert (here.dataset, here.local_steps, here.batch_size) == ("stdlib", 30, 64)
+        assert (here.dataset, here.local_steps, here.batch_size) == ("stdlib", 30, 12)
         assert (here.max_nodes, here.nodes, here.lease_ttl, here.device, here.run_dir) == (3, 2, 30, "cuda:1", "")
+        assert here.per_device_train_batch_size == 12, "the largest that divides the run's batch"
         assert joined(client, TrainingConfig.from_flat({**place, "nodes": 1})).nodes == 1
         for name, value in (("local_steps", 5), ("dataset", "c4"), ("codec", "int8")):
             with pytest.raises(
