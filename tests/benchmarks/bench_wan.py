@@ -1,4 +1,4 @@
-"""What lost packets cost a synchronisation over a long link: with cubic, the hosts' default, and with BBR, set by workers.
+"""What lost packets cost a synchronisation over a long link: with cubic, the default of hosts, and with BBR.
 
     python tests/benchmarks/bench_wan.py [--parameters 5000000] [--rounds 3] [--loss 0 0.0001 0.001]
 

@@ -90,7 +90,7 @@ def _parse(text: str, parameter: Parameter) -> Any:
     loader = _Loader(text, ".".join(parameter.path))
     try:
         node = loader.get_single_node()
-        if not isinstance(node, yaml.ScalarNode | None):
+        if isinstance(node, yaml.SequenceNode) or (parameter.type is dict and node is not None):
             return loader.value(node, parameter)
     except ConfigError:
         raise

@@ -35,6 +35,8 @@ def find(config: TrainingConfig) -> TrainingConfig:
         raise ConfigError("run_id", "", "must name the run, with its etcd (etcd.endpoints) or its directory (run_dir)")
     if launched is None:
         raise ConfigError("run_dir", directory, "`launch` has not run in this directory; or name an etcd: --etcd")
+    if config.run_id not in ("", launched.run_id):
+        raise ConfigError("run_id", config.run_id, f"the run in {directory} is {launched.run_id}")
     return launched.with_values(run_dir=str(directory.absolute()))
 
 
