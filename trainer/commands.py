@@ -114,10 +114,11 @@ def report(arguments: Namespace) -> int:
     for run_dir in arguments.run_dirs:
         if not run_dir.is_dir():
             raise ConfigError("run_dir", run_dir, "no such directory")
-        if not (run := read_run(run_dir)).workers and run.evaluation is None:
-            raise no_run(run_dir)
     if arguments.output:
         require_output(arguments.output, "--output")
+    for run_dir in arguments.run_dirs:
+        if not (run := read_run(run_dir)).workers and run.evaluation is None:
+            raise no_run(run_dir)
     if len(arguments.run_dirs) > 1:
         print(write_comparison(arguments.run_dirs, arguments.output or Path("comparison.html")))
         return 0
