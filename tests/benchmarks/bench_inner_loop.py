@@ -51,7 +51,7 @@ def main() -> None:
         while worker.samples.exhausted:
             worker._take_assignment()
 
-        volume, dataset = Volume.of(config), worker.parts.dataset
+        volume, dataset = Volume.of(config), worker.process.dataset
         bare = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
         parameters = list(bare.parameters())
         optimizer = inner_optimizer(config, bare)

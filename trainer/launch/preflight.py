@@ -70,7 +70,7 @@ def check_network(config: TrainingConfig) -> None:
             raise ConfigError("advertise_address", config.advertise_address, "is no address of this machine") from None
     if not config.port_range:
         return
-    workers, etcds = config.nodes * config.elastic.nproc_per_node, int(not config.etcd.endpoints)
+    workers, etcds = config.nodes * config.workers_per_node, int(not config.etcd.endpoints)
     # Each worker listens for members that fetch its state; of the baseline's workers, only the first one listens.
     needed = etcds + (1 if config.optim_method == "ddp" else workers)
     low, high = map(int, config.port_range.split("-"))
@@ -116,7 +116,7 @@ def _check_resume(config: TrainingConfig) -> None:
             raise ConfigError("resume", config.resume, allowed) from None
         _check_fit("resume", config.resume, config, state)
     for worker in worker_configs(config):
-        for local_rank in range(config.elastic.nproc_per_node):
+        for local_rank in range(config.workers_per_node):
             volume = Volume.of(worker, local_rank)
             if config.resume == "never" and checkpoint.paths(volume.checkpoints):
                 where = f"run {config.run_id} has checkpoints in {volume.checkpoints}"

@@ -1,5 +1,6 @@
 """Where a worker goes on: with its own checkpoint, with what the other members hold, or at the beginning."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,9 +12,9 @@ from torch.optim import Optimizer
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, OtherFormat
 from trainer.diloco import RoundReport
+from trainer.diloco.diloco import Stateful
 from trainer.errors import ConfigError
 from trainer.protocol.records import Cursor, decode
-from trainer.tasks import scoring
 from trainer.worker.progress import Progress
 from trainer.worker.setup import Parts
 
@@ -31,7 +32,8 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
         TrainingError: The run does not take this worker, or does not begin.
         Interrupted: The process has to end.
     """
-    config, quorum, diloco, directory = parts.config, parts.quorum, parts.diloco, parts.volume.checkpoints
+    process, quorum, diloco = parts.process, parts.quorum, parts.diloco
+    config, directory = process.config, process.volume.checkpoints
 
     # Find this run's newest intact checkpoint on the worker's volume; else the one that `resume` names
     try:
@@ -58,7 +60,7 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
     caught_up = quorum.join(diloco.state, cursor, term, report)
     diloco.begin_round()
     diloco.accept(caught_up.assignment)
-    parts.samples.accept(caught_up.assignment, quorum.term)
+    process.samples.accept(caught_up.assignment, quorum.term)
 
     # Restore the worker's own state, or take over another member's moments, or build them up anew.
     if found is not None and (is_own or parts.world is not None):
@@ -66,7 +68,7 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
         _restore(parts, found, is_own)
     elif diloco.round > 0:
         if config.joiner_moments == "donor" and (moments := quorum.fetch_moments()):
-            parts.optimizer.load_state_dict(_with_moments(parts.optimizer, moments))
+            diloco.inner_optimizer.load_state_dict(_with_moments(process.optimizer, moments))
             return True
         progress.ramp = config.local_steps
     return False
@@ -75,15 +77,13 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
 def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
     """Restore the inner optimizer and, if the checkpoint belongs to the open round, the progress towards that."""
     state, saved = found.worker(), found.state
-    scoring.restore(parts.model, state["buffers"])
-    if is_own:
-        checkpoint.restore_random_state(state["random"])
+    parts.process.own_state.restore(state, random=is_own)
     assignment, ranges = parts.diloco.assignment, tuple((start, stop) for start, stop in saved["assignment"])
     if found.round == parts.diloco.round and assignment is not None and assignment.ranges == ranges:
         parts.diloco.load_worker_state(state["diloco"])
-        parts.samples.resume(assignment, saved["used"])
+        parts.process.samples.resume(assignment, saved["used"])
     else:  # the samples of the open round were assigned anew: its steps are made again
-        parts.optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
+        parts.diloco.inner_optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
 
 
 class Moments(Mapping[str, Tensor]):
@@ -106,6 +106,54 @@ class Moments(Mapping[str, Tensor]):
         index, _, key = name.partition(".")
         value: Tensor = self._optimizer.state_dict()["state"][int(index)][key]
         return value.detach().to("cpu").reshape(-1)
+
+    def refresh(self) -> None: ...
+
+
+class ShardedMoments(Mapping[str, Tensor]):
+    """As `Moments`, of an optimizer whose state is spread over processes: a copy, made when a joiner has asked for it.
+
+    A joiner asks again for a few seconds. Its first request is noted here, on a donor's thread; the training thread
+    makes the copy at the next `refresh`, and gives it up after `most` further ones.
+    """
+
+    def __init__(self, optimizer: Stateful, most: int) -> None:
+        self._optimizer, self._most, self._age = optimizer, most, 0
+        self._copy: dict[str, Tensor] = {}
+        self._wanted = threading.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._copy)
+
+    def __len__(self) -> int:
+        if not self._copy:
+            self._wanted.set()
+        return len(self._copy)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._copy[name]
+
+    def refresh(self) -> None:
+        """Between two inner steps, or while the inner loop waits."""
+        self._age += 1
+        if self._copy and self._age > self._most:
+            self._copy = {}
+        elif self._wanted.is_set() and not self._copy:
+            self._wanted.clear()
+            state, self._age = self._optimizer.state_dict()["state"], 0
+            self._copy = {
+                f"{index}.{key}": value.detach().reshape(-1)
+                for index, values in state.items()
+                for key, value in values.items()
+                if isinstance(value, Tensor)
+            }
+
+
+def offered_moments(parts: Parts) -> Moments | ShardedMoments:
+    """This worker's inner optimizer state, for joiners."""
+    if parts.process.is_sharded:
+        return ShardedMoments(parts.diloco.inner_optimizer, parts.process.config.local_steps)
+    return Moments(parts.process.optimizer)
 
 
 def _with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str, object]:
