@@ -110,6 +110,11 @@ class Schema(Group):
         "none: each process is a worker. ddp, fsdp: a node's elastic.nproc_per_node processes are one worker (an "
         "island), with a copy of the model each (ddp) or a part of it each (fsdp).",
     )
+    activation_checkpointing: Annotated[Literal["none", "block"], LOCAL] = parameter(
+        "none",
+        "block: keep only the inputs of a transformer's blocks for the backward pass, and compute the rest again: less "
+        "memory, and about a third more work.",
+    )
     max_skipped_steps: NonNegative = parameter(
         10, "Maximum number of consecutive inner steps skipped because loss or gradient is not finite."
     )

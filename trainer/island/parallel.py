@@ -1,7 +1,8 @@
 """How the processes of an island share a model: torch's DistributedDataParallel, or FSDP2, block by block."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,14 +10,34 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import ConfigError
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's repeated parts, as transformers name them (`_no_split_modules`); none if it names none."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    """A transformer's layers: the `ModuleList` with the most parameters; none if there is no such list."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return list(max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=()))
+
+
+def checkpoint_blocks(model: nn.Module, name: str) -> None:
+    """Let each block keep its inputs only, and compute the rest again in the backward pass.
+
+    Raises:
+        ConfigError: The model has no blocks; `name` is its.
+    """
+    chosen = blocks(model)
+    if not chosen:
+        raise ConfigError("activation_checkpointing", "block", f"needs a transformer; {name} has no blocks")
+    for block in chosen:
+        block.forward = partial(_checkpointed, block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, **named)
 
 
 def shard(model: nn.Module, device: torch.device, name: str) -> None:
@@ -32,7 +53,9 @@ def shard(model: nn.Module, device: torch.device, name: str) -> None:
     """
     chosen = blocks(model)
     if not chosen:
-        raise ConfigError("inner_parallel", "fsdp", f"cannot shard {name}, which has no blocks: use ddp")
+        raise ConfigError(
+            "inner_parallel", "fsdp", f"needs a model with blocks, a transformer; {name} has none: use ddp"
+        )
     options: dict[str, Any] = {"mesh": DeviceMesh.from_group(_world(), device.type)}
     if device.type == "cuda":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -32,7 +32,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     Raises:
         ConfigError: Something is missing, taken, or contradicts the run's checkpoints.
     """
-    models.resolve(config.model)
+    models.check_blocks(config)
     data.check(config)
     if config.device != "cpu":  # else torch need not be imported
         from trainer.device import device_of

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Step:
     gradient_norm: float  # before clipping
     finite: bool  # else it was skipped
     tokens: int
+    flops: float  # that the model needs for it; 0: not known
 
 
 class Passes:
@@ -41,6 +43,7 @@ class Passes:
 
     def __init__(self, process: Process, stopping: threading.Event, world: World | None = None) -> None:
         self._process, self._world, self._stopping = process, world, stopping
+        self._flops: dict[tuple[torch.Size, ...], float] = {}  # of a batch, by the shapes of its columns
         if process.island:
             process.island.on(step=self._step, score=self._score)
 
@@ -76,18 +79,21 @@ class Passes:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
         # Forward and backward; on a GPU, reading the loss and the norm waits once for both.
-        total, tokens = self._accumulate_gradients()
+        total, tokens, flops = self._accumulate_gradients()
         norm = whole(nn.utils.clip_grad_norm_(process.parameters, CLIP_NORM))
-        loss, gradient_norm = torch.stack([total, norm.to(total.dtype)]).tolist()
+        if process.island:
+            loss, gradient_norm, tokens, flops = self._over_island(total, norm, tokens, flops)
+        else:
+            loss, gradient_norm = torch.stack([total, norm.to(total.dtype)]).tolist()
         finite = math.isfinite(loss) and math.isfinite(gradient_norm)
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return Step(loss, gradient_norm, finite, tokens)
+        return Step(loss, gradient_norm, finite, tokens, flops)
 
-    def _accumulate_gradients(self) -> tuple[Tensor, int]:
-        """Run the batches of an inner step forward and backward; their mean loss, a scalar, and their tokens."""
-        process, loss_of, world, tokens = self._process, self._process.loss, self._world, 0
+    def _accumulate_gradients(self) -> tuple[Tensor, int, float]:
+        """Run the batches of an inner step forward and backward: mean loss, a scalar; tokens; FLOPs."""
+        process, loss_of, world, tokens, flops = self._process, self._process.loss, self._world, 0, 0.0
         batches = process.config.process_batch_size // process.samples.per_device
         total = torch.zeros((), device=process.device)
         with world.lost_ranks() if world else nullcontext():
@@ -101,20 +107,27 @@ class Passes:
                     loss.backward()
                 total += loss.detach()
                 tokens += process.task.tokens(batch)
+                flops += self._flops_of(batch)
             if world:
                 total = world.mean_loss(total)
-        return self._over_island(total, tokens) if process.island else (total, tokens)
+        return total, tokens, flops
 
-    def _over_island(self, loss: Tensor, tokens: int) -> tuple[Tensor, int]:
-        """The mean loss and all tokens. All processes learn whether one of them has to end, and end together."""
+    def _flops_of(self, batch: Mapping[str, Tensor]) -> float:
+        shapes = tuple(column.shape for column in batch.values())
+        if shapes not in self._flops:
+            self._flops[shapes] = self._process.task.flops(self._process.model, batch)
+        return self._flops[shapes]
+
+    def _over_island(self, loss: Tensor, norm: Tensor, tokens: int, flops: float) -> tuple[float, float, int, float]:
+        """Mean loss, gradient norm, all tokens and FLOPs. All learn if one of them has to end, and end together."""
         island = self._process.island
         assert island is not None
-        stopping = torch.full_like(loss, float(self._stopping.is_set()))
-        three = torch.stack([loss / island.size, stopping, torch.full_like(loss, float(tokens))])
-        total, ending, count = island.total(three.double()).unbind()
-        if ending.item() > 0:
+        counts = torch.tensor([self._stopping.is_set(), tokens, flops], dtype=torch.float64, device=loss.device)
+        summed = island.total(torch.cat([(loss / island.size).double().view(1), counts]))
+        mean, stopping, all_tokens, all_flops, norm_ = torch.cat([summed, norm.double().view(1)]).tolist()
+        if stopping > 0:
             self._stopping.set()
-        return total, int(count.item())
+        return mean, norm_, int(all_tokens), all_flops
 
     def _score(self, rank: int, world_size: int) -> tuple[dict[str, Any], int]:
         process, island = self._process, self._process.island

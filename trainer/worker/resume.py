@@ -19,13 +19,14 @@ from trainer.worker.progress import Progress
 from trainer.worker.setup import Parts
 
 
-def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
+def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[str]:
     """Become a member of the run, and bring the worker to where the run is.
 
     `progress` receives the counters of the checkpoint; `warn` is called for each corrupt one.
 
     Returns:
-        Whether the worker has taken over another member's moments.
+        What is unusual, for the event "membership": "took moments" (another member's), "took kept state" (which this
+        node's memory still had).
 
     Raises:
         ConfigError: The checkpoint was written by another version of this program.
@@ -50,14 +51,21 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
         quorum.durable(found.round if found else 0)
 
     # Load the global state of the checkpoint, and join with it. The quorum replaces it if the run is further.
-    cursor, term = Cursor(), 0
+    cursor, term, changes = Cursor(), 0, list[str]()
     if found is not None:
         diloco.load_global(found.global_tensors, found.round, found.state["base_step"])
         cursor, term = decode(Cursor, found.state["cursor"]), found.state["term"]
         if is_own:
             parts.speed.value = found.state["speed"] or parts.speed.value
+    if parts.kept and (kept := parts.kept.find()) and (kept.term, kept.round) > (term, diloco.round):
+        diloco.state.load(kept.round, kept.step, kept.tensors)
+        cursor, term = decode(Cursor, kept.cursor), kept.term
+        changes.append("took kept state")
     report = RoundReport(speed=parts.speed.value, progress={"time": time.time()})
     caught_up = quorum.join(diloco.state, cursor, term, report)
+    if parts.kept:
+        parts.kept.forget()
+        parts.keep_state()
     diloco.begin_round()
     diloco.accept(caught_up.assignment)
     process.samples.accept(caught_up.assignment, quorum.term)
@@ -69,9 +77,9 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
     elif diloco.round > 0:
         if config.joiner_moments == "donor" and (moments := quorum.fetch_moments()):
             diloco.inner_optimizer.load_state_dict(_with_moments(process.optimizer, moments))
-            return True
+            return [*changes, "took moments"]
         progress.ramp = config.local_steps
-    return False
+    return changes
 
 
 def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:

@@ -1,11 +1,10 @@
 """The parts of a worker. Building it reads its volume only: it does not yet talk to other workers."""
 
-import hashlib
 import importlib.metadata
 import platform
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -22,10 +21,11 @@ from trainer.diloco.diloco import Stateful
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
 from trainer.files import require_free_space
+from trainer.island.kept import KeptState
 from trainer.island.layout import IslandLayout
-from trainer.island.memory import ROOT, NodeMemory
+from trainer.island.memory import NodeMemory, directory_of
 from trainer.island.optimizer import IslandOptimizer
-from trainer.island.parallel import shard
+from trainer.island.parallel import checkpoint_blocks, shard
 from trainer.island.processes import Island
 from trainer.process import number_from
 from trainer.tasks import Task, scoring, tasks
@@ -78,7 +78,13 @@ class Parts:
     quorum: ElasticQuorum | World  # the other workers: elastic members, or the world of the `ddp` baseline
     diloco: DiLoCo
     speed: Speed
-    memory: NodeMemory | None  # of an island
+    kept: KeptState | None  # of an island
+
+    def keep_state(self) -> None:
+        """Note where in the node's memory the global state is, unless it is about to be replaced."""
+        base = self.quorum.base
+        if self.kept and base.round == self.diloco.round:
+            self.kept.keep(self.diloco.state, self.quorum.term, asdict(base.cursor))
 
     @property
     def world(self) -> World | None:
@@ -122,7 +128,7 @@ def build(
     else:
         _ready(process, warn, best.batch_size)
     speed = Speed(config.batch_size, best.speed * max(1, config.island))
-    return Parts(process, quorum, diloco, speed, memory)
+    return Parts(process, quorum, diloco, speed, KeptState(memory) if memory else None)
 
 
 def build_follower(config: TrainingConfig, island: Island, warn: Callable[[str], None]) -> Process:
@@ -140,6 +146,8 @@ def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str]
     task = tasks()[spec.family.task]
     dataset = data.open_dataset(data.directory(config, volume.datasets))
     model = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
+    if config.activation_checkpointing == "block":
+        checkpoint_blocks(model, config.model)
     if config.inner_parallel == "fsdp":
         shard(model, device, config.model)  # block by block, so that no device ever holds the whole model
     model = model.to(device).train()
@@ -166,8 +174,7 @@ def _shared(process: Process) -> tuple[NodeMemory | None, IslandLayout | None, S
     if island is None:
         return None, None, process.optimizer
     size = sum(parameter.numel() for parameter in process.parameters)
-    place = hashlib.sha256(f"{process.volume.root.absolute()} {config.run_id}".encode()).hexdigest()[:16]
-    memory = NodeMemory(ROOT / f"diloco-{place}", size, leads=island.leads, pin=process.device.type == "cuda")
+    memory = NodeMemory(directory_of(config), size, leads=island.leads, pin=process.device.type == "cuda")
     layout = IslandLayout(process.model, island, memory)
     return memory, layout, IslandOptimizer(process.optimizer, layout, island, memory)
 

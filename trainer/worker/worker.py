@@ -32,6 +32,7 @@ from trainer.worker.progress import Progress
 from trainer.worker.resume import join, offered_moments
 from trainer.worker.saving import Saving
 from trainer.worker.setup import Parts, build, versions
+from trainer.worker.throughput import Throughput
 
 T = TypeVar("T")
 
@@ -79,6 +80,7 @@ class Worker:
         self.progress = Progress()
         self.saving = Saving(parts, self.progress, metrics)
         self.passes = Passes(self.process, stopping, self.world)
+        self.throughput = Throughput(self.process.device, max(1, self.config.island))
         self._shortage_saved = False
         self._asking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ask the quorum")
 
@@ -94,15 +96,20 @@ class Worker:
             parts = build(config, stopping, metrics.warn, island)
             samples, root = parts.process.samples, parts.process.volume.root
             metrics.sinks += sinks(config, parts.quorum.worker, root, metrics.warn, local_rank)
+            failed = True
             try:
                 worker = cls(parts, metrics, stopping)
                 with closing(worker.saving):
                     yield worker
+                failed = False
+            except Interrupted:
+                failed = False
+                raise
             finally:
                 samples.close()
                 parts.quorum.leave(samples.ledger.rest())
-                if parts.memory:
-                    parts.memory.close()
+                if parts.kept:  # after a failure, the agent may start this worker again
+                    parts.kept.close(remove=not failed)
 
     def run(self) -> int:
         """Join the run, train to its end, and return the exit status. Raises as `train`."""
@@ -134,7 +141,7 @@ class Worker:
 
     def _join(self) -> None:
         """Become a member of the run, and go on where the run is."""
-        moments_from_donor = join(self.parts, self.progress, self.metrics.warn)
+        changes = join(self.parts, self.progress, self.metrics.warn)
         self.progress.enter(self.quorum.members, self.quorum.id)
         self.saving.last_step = self.diloco.schedule.step
         process = self.process
@@ -159,8 +166,8 @@ class Worker:
             config=self.config.model_dump(mode="json"),
             versions=versions(),
         )
-        if moments_from_donor:
-            self.metrics.write("membership", change="took moments", round=self.diloco.round)
+        for change in changes:
+            self.metrics.write("membership", change=change, round=self.diloco.round)
         self.metrics.write("membership", change="joined", members=self.quorum.members, round=self.diloco.round)
 
     def _train_round(self) -> None:
@@ -211,6 +218,7 @@ class Worker:
         samples = self.config.batch_size if made.finite else 0
         positions = self.samples.consume()
         self.progress.count_step(made.loss, made.finite, samples)
+        self.throughput.count(made.tokens, made.flops)
         self.metrics.write(
             "step",
             round=round,
@@ -303,6 +311,7 @@ class Worker:
     def _write_round(self, commit: Commit | None, before: int, seconds: float) -> None:
         """Report the round that this worker has taken part in, and the ones that were committed without it."""
         progress, round = self.progress, self.diloco.round
+        self.parts.keep_state()
         own = round - (commit is not None)
         if own > before:
             self.metrics.write("membership", change="caught up", round=own, missed=own - before)
@@ -333,6 +342,7 @@ class Worker:
             seconds=seconds,
             inner_steps=len(losses),
             samples=len(losses) * self.config.batch_size,
+            **self.throughput.end_round(seconds),
         )
 
     def _write_end(self, status: str, reason: str = "") -> None:
