@@ -26,7 +26,8 @@ from trainer.config import load_config
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.volume import Volume, worker_configs
 from trainer.worker.optimizer import inner_optimizer
-from trainer.worker.worker import CLIP_NORM, Worker
+from trainer.worker.passes import CLIP_NORM
+from trainer.worker.worker import Worker
 
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "stdlib.yaml"
 

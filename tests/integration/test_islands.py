@@ -1,6 +1,7 @@
 """Islands under real agents and an etcd: the processes of a node are one worker."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,10 +15,11 @@ import psutil
 import pytest
 import torch
 
-from trainer import checkpoint, data
+from tests.tiny_models import COMMON, values_of
+from trainer import checkpoint, data, models
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainingConfig
-from trainer.elastic.keys import records_of
+from trainer.elastic import keys
 from trainer.etcd.client import EtcdClient
 from trainer.files import write_json
 from trainer.island.memory import directory_of
@@ -66,8 +68,9 @@ class Node:
         assert self.agent.wait() == status, self.log.read_text()
         return self
 
-    def losses(self) -> dict[int, float | None]:
-        return {event["step"]: event["loss"] for event in self.events("step")}  # of a repeated step, the last line
+    def losses(self) -> dict[int, float]:
+        """By step; NaN if it was skipped. Of a repeated step, the last line counts."""
+        return {event["step"]: math.nan if (loss := event["loss"]) is None else loss for event in self.events("step")}
 
     def final(self) -> Checkpoint:
         found = checkpoint.newest(self.volume.checkpoints, pytest.fail)
@@ -135,7 +138,8 @@ def assert_equal(found: Node, expected: Node) -> None:
     for event in others:
         for field in ("positions", "tokens", "samples", "lr"):
             assert last[event["step"]][field] == event[field]
-        assert last[event["step"]]["gradient_norm"] == pytest.approx(event["gradient_norm"], rel=1e-4)
+        if event["loss"] is not None:
+            assert last[event["step"]]["gradient_norm"] == pytest.approx(event["gradient_norm"], rel=1e-4)
     for event, other in zip(found.events("eval")[-1:], expected.events("eval")[-1:], strict=True):
         assert event["samples"] == other["samples"] == 15
         assert event["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-5)
@@ -153,11 +157,11 @@ def assert_equal(found: Node, expected: Node) -> None:
 def test_an_island_of_two_is_one_worker_with_the_results_of_one_process(
     inner_parallel: str, start: Callable[..., Node], whole: Node
 ) -> None:
-    skipped = [step for step, loss in whole.losses().items() if loss is None]
+    skipped = [step for step, loss in whole.losses().items() if math.isnan(loss)]
     assert 1 <= len(skipped) <= 5
     node = start("island", 2, inner_parallel).ends()
     assert_equal(node, whole)
-    assert [step for step, loss in node.losses().items() if loss is None] == skipped
+    assert [step for step, loss in node.losses().items() if math.isnan(loss)] == skipped
     assert node.events("end")[-1]["skipped_steps"] == len(skipped)
 
     # One member, one volume, and nothing left in shared memory
@@ -165,7 +169,7 @@ def test_an_island_of_two_is_one_worker_with_the_results_of_one_process(
     assert (begun["processes"], begun["world_size"]) == (2, 1)
     assert not (node.volume.root / "process-1").exists()
     with EtcdClient.of(node.config) as client:
-        durable = [key for key in records_of(client) if key.startswith("durable/")]
+        durable = [key for key in keys.records_of(client) if key.startswith("durable/")]
     assert durable == ["durable/000"]
     assert not directory_of(node.config).exists()
 
@@ -200,6 +204,10 @@ def test_a_run_goes_on_with_other_processes_as_if_nothing_had_been(start: Callab
         node.agent.send_signal(signal.SIGTERM)
         node.ends(143)
         assert node.events("end")[-1]["status"] == "stopped"
+        with EtcdClient.of(node.config) as client:  # as `launch` does before it resumes a run
+            for prefix in keys.LIVING:
+                client.delete_prefix(prefix)
+            keys.reopen(client)
     assert [event["processes"] for event in node.events("start")] == [2, 3, 1, 2]
     assert_equal(node, whole)
 
@@ -233,3 +241,32 @@ def test_an_island_one_of_whose_processes_dies_starts_again_alone_from_its_memor
     steps = [event["step"] for event in other.events("step")]
     assert steps == list(range(1, len(steps) + 1))
     assert not [event for event in other.events("membership") if event["change"] == "caught up"]
+
+
+OTHERS = [
+    ("gpt-neo", "fsdp"),
+    ("resnet50", "ddp"),
+    ("biggan", "ddp"),
+    ("gcn", "ddp"),
+    ("wav2vec2", "ddp"),
+    ("wav2vec2", "fsdp"),
+]
+
+
+@pytest.mark.parametrize(("name", "inner_parallel"), OTHERS)
+def test_every_model_trains_on_an_island(
+    name: str, inner_parallel: str, start: Callable[..., Node], shared: Path
+) -> None:
+    few = {"total_steps": 4, "local_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2}
+    node = start(name, 2, inner_parallel, **{**COMMON, **values_of(name, shared), **few}).ends()
+    losses = node.losses()
+    assert sorted(losses) == [1, 2, 3, 4]
+    assert all(map(math.isfinite, losses.values()))
+    assert [event["samples"] for event in node.events("eval")] == [node.events("eval")[0]["samples"]] * 3
+    assert node.final().worker()["buffers"].keys() == dict(build(node).named_buffers()).keys()
+
+
+def build(node: Node) -> torch.nn.Module:
+    config, volume = node.config, node.volume
+    manifest = data.open_dataset(data.directory(config, volume.datasets)).manifest
+    return models.build(models.directory(config, manifest.for_model, volume.models), config.seed)
