@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from psutil import pid_exists
+from psutil import net_if_addrs, pid_exists
 from torch import Tensor
 
 from trainer.diloco.quorum import CatchUp, Commit, OnChunk, RoundReport, Superseded
@@ -38,7 +38,9 @@ from trainer.protocol.effects import Effect, Machine
 from trainer.protocol.member import MemberMachine
 from trainer.protocol.records import Assignment, Cursor, Durable, Member, Rules, State, decoded, encoded
 from trainer.timeouts import MemberTimeouts
+from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor
+from trainer.transport.transport import Transport
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
@@ -82,6 +84,7 @@ class ElasticQuorum:
         # Set by `join`
         self._lease: Lease | None = None
         self._coordinator: Coordinator | None = None
+        self._transport: Transport
         self._attempts: Attempts
         self._replica: Replica
         self._exchange: Exchange
@@ -112,15 +115,21 @@ class ElasticQuorum:
         secret = bytes.fromhex(entry.value["hex"])
         watch.check_verdict()
 
-        # Serve the state to others, and be reachable
+        # Be reachable, and serve the state to others
         resources.callback(self._background.shutdown)
-        self._replica = Replica(watch, state, self._machine, self._background, secret)
-        address = config.advertise_address or local_address(config.etcd.endpoints[0])
-        put_mesh = partial(self._write, f"meshes/{self.id}", leased=True)
-        self._attempts = Attempts(watch, self.id, address, put_mesh)
+        self._transport = transport = Transport(
+            self.id,
+            addresses_of(config),
+            credentials(secret, config.transport_security, config.transport_certificates),
+            port_range=config.port_range,
+            streams=config.streams,
+            silence=config.collective_timeout,
+            handle=Donor(lambda name: self._replica.find(name)),
+        )
+        self._replica = Replica(watch, state, self._machine, self._background, transport)
+        resources.callback(transport.close)
+        self._attempts = Attempts(watch, transport)
         resources.callback(self._attempts.close)
-        donor = Donor(self._replica.find, secret, address, config.port_range)
-        resources.callback(donor.close)
 
         # Register, stand for coordinator, and catch up
         self._lease = lease = watch.patiently(lambda: client.lease(config.lease_ttl))
@@ -130,10 +139,11 @@ class ElasticQuorum:
         self._write_durable()
         self._report = report = report or RoundReport()
         holds = State(state.round, state.step, cursor, self._replica.hashing().result())
-        where, process = (self._slot, self._local_rank, donor.endpoint), (socket.gethostname(), os.getpid())
+        where, process = (self._slot, self._local_rank, transport.endpoints), (socket.gethostname(), os.getpid())
         self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress)
         self._perform(self._machine.register(me, term))
-        self._coordinator = Coordinator(EtcdClient.of(config), self.id, self._rules, config.lease_ttl, self._timeouts)
+        role = EtcdClient.of(config), self.id, self._rules, config.lease_ttl, transport.is_dead, self._timeouts
+        self._coordinator = Coordinator(*role)
         self._replica.start_catching_up()
         return CatchUp(self._perform(self._machine.join()), self._machine.current)
 
@@ -364,7 +374,7 @@ class ElasticQuorum:
             with suppress(EtcdError):  # the next announcement repairs it
                 assert self._lease is not None
                 self._lease.put(f"members/{self.id}", encoded(self._me))
-                self._attempts.probe_new()
+                self._attempts.connect_new()
             self._write_durable()
 
         self._background.submit(write)
@@ -377,6 +387,23 @@ class ElasticQuorum:
             self._watch.client.put(f"durable/{self.worker:03d}", encoded(Durable(round, self.id)))
             if self._unsaved_durable == round:
                 self._unsaved_durable = None
+
+
+def addresses_of(config: "TrainingConfig") -> list[str]:
+    """The addresses at which other members may dial this process.
+
+    Raises:
+        ConfigError: The machine has no `network_interface` with an address.
+    """
+    if config.addresses:
+        return config.addresses
+    if name := config.network_interface:
+        families = socket.AF_INET, socket.AF_INET6
+        found = [one for one in net_if_addrs().get(name, []) if one.family in families]
+        if not found:
+            raise ConfigError("network_interface", name, "must be an interface of this machine with an address")
+        return [min(found, key=lambda one: families.index(one.family)).address]
+    return [local_address(config.etcd.endpoints[0])]
 
 
 def rules_of(config: "TrainingConfig") -> Rules:
