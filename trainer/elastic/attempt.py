@@ -99,6 +99,10 @@ class Attempts:
             if self._transport.without_link(members):
                 self._background.submit(self._connect_patiently, members)
 
+    def relayed(self) -> dict[str, list[int]]:
+        """Workers that are reached through others, with these, for `status`."""
+        return {f"{_worker(id)}": [_worker(relay) for relay in via] for id, via in self._transport.relayed().items()}
+
     def close(self) -> None:
         self._background.shutdown(wait=False, cancel_futures=True)
 

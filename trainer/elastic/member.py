@@ -366,7 +366,7 @@ class ElasticQuorum:
     def _announce(self, base: State) -> None:
         """Hash the state, and write that this member holds it, in the background, while the next inner steps run."""
         hashing = self._replica.hashing()
-        progress = {**self._report.progress, "round": base.round}
+        progress = {**self._report.progress, "round": base.round, "relayed": self._attempts.relayed()}
         me = replace(self._me, speed=self._report.speed, progress=progress)
 
         def write() -> None:
