@@ -1,8 +1,7 @@
 """Members of a run without etcd: each has a transport, and all are connected.
 
-with groups(3) as members: ...           # threads of this process, for one collective
-with connected(3) as transports: ...     # the same, as transports
-transport = meet(store, rank, size, …)   # in a process of its own, over a torch store that all share
+`connected(3)` are transports of threads of this process, `groups(3)` their groups for one collective. Processes `meet`
+over a torch store that all of them share; `Members` is the quorum of a `DiLoCo` in each.
 """
 
 import json
