@@ -103,7 +103,7 @@ class Network(Namespaces):
 
     Args:
         ipv6: Whether they have IPv6 addresses, and no others.
-        behind_nat: Pods that have a router to themselves, which masquerades: nobody can connect to them. Needs iptables.
+        behind_nat: Pods with a router each, which masquerades: nobody can connect to them. Needs iptables.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Network(Namespaces):
         ip("-n", name, "route", "add", "default", "via", f"192.168.{number}.1")
         inside = ["ip", "netns", "exec", router]
         _command(*inside, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        _command(*inside, *"iptables -t nat -A POSTROUTING -o eth0 -j MASQUERADE".split())
+        _command(*inside, "iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
         return router
 
     def cut(self, number: int) -> float:

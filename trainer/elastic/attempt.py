@@ -1,6 +1,7 @@
 """An attempt at a round: connecting its members, and running the collective."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,9 +48,11 @@ class Attempts:
         self._watch, self._transport = watch, transport
         self._client, self._config, self._timeouts = watch.client, watch.config, watch.timeouts
         self._workspace = Workspace(Threads(usable(self._config.sync_threads), lower_priority))
-        self._unreachable: dict[str, str] = {}  # the reasons, by id
+        self._lock = threading.Lock()
+        self._unreachable: dict[str, str] = {}  # the reasons, by id; replaced, never changed
         self._warned: set[str] = set()
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="connect")
+        self._connecting = self._background.submit(lambda: None)
 
     def reduce(self, record: RoundState, exchange: Exchange) -> Vote | None:
         """Run the collective of an attempt; None: it failed.
@@ -91,13 +94,14 @@ class Attempts:
         return tuple(sorted(self._unreachable))
 
     def connect_new(self) -> None:
-        """Connect in the background to the members of the open round that have no link yet."""
+        """Connect in the background to the members of the open round that have no link yet. Called on any thread."""
         if (record := self._watch.record) is not None:
             members = {*record.expected, *record.assignments}
-            self._unreachable = {id: why for id, why in self._unreachable.items() if id in members}
-            self._warned &= members
-            if self._transport.without_link(members):
-                self._background.submit(self._connect_patiently, members)
+            with self._lock:
+                self._unreachable = {id: why for id, why in self._unreachable.items() if id in members}
+                self._warned &= members
+            if self._connecting.done() and self._transport.without_link(members):
+                self._connecting = self._background.submit(self._connect_patiently, members)
 
     def relayed(self) -> dict[str, list[int]]:
         """Workers that are reached through others, with these, for `status`."""
@@ -124,9 +128,9 @@ class Attempts:
         if lacking := self._transport.without_link(ids):
             with suppress(EtcdError):
                 missing = self._transport.connect(self._endpoints(lacking), timeout)
-        for id in ids - missing.keys():
-            self._unreachable.pop(id, None)
-        self._unreachable.update(missing)
+        with self._lock:
+            kept = {id: why for id, why in self._unreachable.items() if id not in ids}
+            self._unreachable = {**kept, **missing}
         return missing
 
     def _connect_patiently(self, ids: Iterable[str]) -> None:

@@ -135,7 +135,7 @@ class ElasticQuorum:
         self._lease = lease = watch.patiently(lambda: client.lease(config.lease_ttl))
         resources.callback(lease.revoke)
         self._claim_number(lease)
-        resources.callback(client.watch("round", watch.refresh).close)
+        resources.callback(client.watch("round", self._refresh).close)
         self._write_durable()
         self._report = report = report or RoundReport()
         holds = State(state.round, state.step, cursor, self._replica.hashing().result())
@@ -363,6 +363,11 @@ class ElasticQuorum:
             with suppress(EtcdError):
                 write()
 
+    def _refresh(self) -> None:
+        """Take in a change of the record; called on the watch's thread."""
+        self._watch.refresh()
+        self._attempts.connect_new()
+
     def _announce(self, base: State) -> None:
         """Hash the state, and write that this member holds it, in the background, while the next inner steps run."""
         hashing = self._replica.hashing()
@@ -374,7 +379,6 @@ class ElasticQuorum:
             with suppress(EtcdError):  # the next announcement repairs it
                 assert self._lease is not None
                 self._lease.put(f"members/{self.id}", encoded(self._me))
-                self._attempts.connect_new()
             self._write_durable()
 
         self._background.submit(write)

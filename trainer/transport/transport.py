@@ -14,14 +14,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Self
+from typing import Any, Self
 
 from trainer.process import endpoint_of, refused
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials
 from trainer.transport.group import Group
 from trainer.transport.handshake import Dialler, Hello, Listener, consent
-from trainer.transport.link import BULK, ROUNDS, Handler, Link, LinkError
+from trainer.transport.link import BULK, NEVER, ROUNDS, Handler, Link, LinkError
 from trainer.transport.relay import Relay
 from trainer.transport.stream import Key, Stream, added
 
@@ -193,7 +193,7 @@ class Transport:
 
     def _begin(self, id: str, lane: str, endpoints: Endpoints) -> Link:
         """A new link, which is established in the background. Called with the lock."""
-        handle = self._handle if lane == BULK else None
+        handle = self._handle if lane == BULK else self._dial_as_asked
         link = self._links[id, lane] = Link(id, lane, secrets.token_hex(8), handle, self._forget)
         threading.Thread(target=self._establish, args=(link, endpoints), name=f"dial-{id}", daemon=True).start()
         return link
@@ -227,7 +227,9 @@ class Transport:
             with suppress(OSError):
                 self._dial(link, endpoints, sends=False)
                 return
-        if not link.wait_for(lambda: link.up, timeouts.dial_back) and not link.reason:
+        if link.lane == BULK:
+            self._ask_to_dial(link, endpoints)
+        if not link.wait_for(lambda: link.up, 3 * timeouts.dial_back) and not link.reason:
             self._meet(link)
 
     def _dial(self, link: Link, endpoints: Endpoints, sends: bool) -> None:
@@ -251,6 +253,16 @@ class Transport:
         """The number of streams in a direction."""
         most = max(1, ALL_STREAMS // (2 * max(1, len(self._links))))
         return min(self._streams or min(max(1, round(round_trip / TRIP_OF_A_STREAM)), MOST_STREAMS), most)
+
+    def _ask_to_dial(self, link: Link, endpoints: Endpoints) -> None:
+        """Ask a member that cannot be dialled to make a link of the bulk lane from its side, too."""
+        rounds = self.prepare({link.peer: endpoints}).get(link.peer)
+        if rounds is not None and rounds.wait_for(lambda: rounds.up, self._timeouts.in_any_way):
+            rounds.ask(NEVER, 0, {"dial": BULK})
+
+    def _dial_as_asked(self, link: Link, key: Key, tag: int, request: dict[str, Any]) -> None:
+        if request.get("dial") == BULK:
+            self.prepare({link.peer: self._known.get(link.peer, ())}, BULK)
 
     def _meet(self, link: Link) -> None:
         """Meet the other member at others: it does the same now."""
@@ -301,6 +313,8 @@ class Transport:
                 link = self._begin(hello.by, hello.lane, hello.at)
             if link is not None:
                 link.peer_link = hello.link
+            if hello.at:
+                self._known[hello.by] = hello.at
         if stale is not None:
             stale.fail("has made the connection anew")
         return link
