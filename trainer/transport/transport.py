@@ -11,17 +11,17 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Self
+from typing import Self
 
 from trainer.process import endpoint_of, refused
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials
 from trainer.transport.group import Group
 from trainer.transport.handshake import Dialler, Hello, Listener, consent
-from trainer.transport.link import BULK, NEVER, ROUNDS, Handler, Link, LinkError
+from trainer.transport.link import BULK, ROUNDS, Handler, Link, LinkError
 from trainer.transport.relay import Relay
 from trainer.transport.stream import Key, Stream, added
 
@@ -47,6 +47,7 @@ class Transport:
         streams: Of a link in each direction; 0: as many as its round trip needs.
         silence: Seconds without a byte after which a member that owes some counts as gone.
         handle: Answers requests on the bulk lane.
+        call: Called, on any thread, when a member cannot be dialled: asks all others to `prepare` a link of this lane.
 
     Raises:
         ConfigError: No port is free.
@@ -63,10 +64,11 @@ class Transport:
         streams: int = 0,
         silence: float = 5.0,
         handle: Handler | None = None,
+        call: Callable[[str], None] = lambda lane: None,
         timeouts: TransportTimeouts = TransportTimeouts(),
     ) -> None:
         self.id, self.silence = id, silence
-        self._streams, self._handle, self._timeouts = streams, handle, timeouts
+        self._streams, self._handle, self._call, self._timeouts = streams, handle, call, timeouts
         self._dialler = Dialler(credentials, timeouts, 3 * silence)
         self._lock = threading.Lock()  # guards all of the following
         self._links: dict[tuple[str, str], Link] = {}  # by member and lane
@@ -193,7 +195,7 @@ class Transport:
 
     def _begin(self, id: str, lane: str, endpoints: Endpoints) -> Link:
         """A new link, which is established in the background. Called with the lock."""
-        handle = self._handle if lane == BULK else self._dial_as_asked
+        handle = self._handle if lane == BULK else None
         link = self._links[id, lane] = Link(id, lane, secrets.token_hex(8), handle, self._forget)
         threading.Thread(target=self._establish, args=(link, endpoints), name=f"dial-{id}", daemon=True).start()
         return link
@@ -227,8 +229,7 @@ class Transport:
             with suppress(OSError):
                 self._dial(link, endpoints, sends=False)
                 return
-        if link.lane == BULK:
-            self._ask_to_dial(link, endpoints)
+        self._call(link.lane)
         if not link.wait_for(lambda: link.up, 3 * timeouts.dial_back) and not link.reason:
             self._meet(link)
 
@@ -253,16 +254,6 @@ class Transport:
         """The number of streams in a direction."""
         most = max(1, ALL_STREAMS // (2 * max(1, len(self._links))))
         return min(self._streams or min(max(1, round(round_trip / TRIP_OF_A_STREAM)), MOST_STREAMS), most)
-
-    def _ask_to_dial(self, link: Link, endpoints: Endpoints) -> None:
-        """Ask a member that cannot be dialled to make a link of the bulk lane from its side, too."""
-        rounds = self.prepare({link.peer: endpoints}).get(link.peer)
-        if rounds is not None and rounds.wait_for(lambda: rounds.up, self._timeouts.in_any_way):
-            rounds.ask(NEVER, 0, {"dial": BULK})
-
-    def _dial_as_asked(self, link: Link, key: Key, tag: int, request: dict[str, Any]) -> None:
-        if request.get("dial") == BULK:
-            self.prepare({link.peer: self._known.get(link.peer, ())}, BULK)
 
     def _meet(self, link: Link) -> None:
         """Meet the other member at others: it does the same now."""
