@@ -5,7 +5,8 @@ over a torch store that all of them share; `Members` is the quorum of a `DiLoCo`
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -27,6 +28,14 @@ LOCAL = "127.0.0.1"
 SECRET = b"the secret of the tests' run"
 PATIENCE = 60.0  # seconds: for a busy machine
 FIRST: Key = (1, 1, 1)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Return when a condition is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not become true"
+        time.sleep(0.01)
 
 
 def names(size: int) -> list[str]:

@@ -49,6 +49,7 @@ class Hello:
         link: Of the dialler's end of the link: it changes when the link is made anew.
         relayed: Whether another member than `to` is dialled, to pass bytes on to it.
         at: The endpoints at which the dialler can be dialled.
+        pair: Of the other end of the link, if the dialler knows it.
     """
 
     by: str
@@ -58,6 +59,7 @@ class Hello:
     link: str
     relayed: bool = False
     at: tuple[str, ...] = ()
+    pair: str = ""
 
     def encode(self, credentials: Credentials, challenge: bytes) -> bytes:
         content = json.dumps(asdict(self))
@@ -75,7 +77,9 @@ class Hello:
                 raise ValueError("does not have this run's secret")
             fields = json.loads(content)
             hello = cls(**{**fields, "at": tuple(fields["at"])})
-            if not all(isinstance(text, str) for text in (hello.by, hello.to, hello.lane, hello.link, *hello.at)):
+            if not all(
+                isinstance(text, str) for text in (hello.by, hello.to, hello.lane, hello.link, hello.pair, *hello.at)
+            ):
                 raise ValueError("sent no hello")
         except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError):
             raise ValueError("speaks another protocol") from None

@@ -264,6 +264,7 @@ class Link:
     def _send_frames(self, stream: Stream) -> None:
         if self.lane == BULK:
             lower_priority()
+        pending = None
         try:
             while True:
                 with self._changed:
@@ -279,6 +280,8 @@ class Link:
                     self._changed.notify_all()
         except OSError as error:
             self.fail(f"cannot be reached any more ({error.strerror or error})")
+            if pending:  # it was in no queue any more
+                pending.end(self.reason)
         finally:
             self._ended(stream, self._out)
 
@@ -304,7 +307,7 @@ class Link:
         elif frame.kind == ABORT:
             with self._changed:
                 self._aborted = max(self._aborted, frame.key)
-                for one in [one for one in self._posted.values() if one.key == frame.key]:
+                for one in [one for one in self._posted.values() if one.key <= frame.key]:
                     self._posted.pop((one.key, one.tag)).end("has given the attempt up")
                 self._changed.notify_all()
         elif frame.length > MESSAGE_BYTES:

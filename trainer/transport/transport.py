@@ -7,6 +7,7 @@ which both can dial, and which pass its bytes on (trainer/transport/relay.py).
 
 import atexit
 import logging
+import random
 import secrets
 import socket
 import threading
@@ -21,7 +22,7 @@ from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials
 from trainer.transport.group import Group
 from trainer.transport.handshake import Dialler, Hello, Listener, consent
-from trainer.transport.link import BULK, ROUNDS, Handler, Link, LinkError
+from trainer.transport.link import BULK, NEVER, ROUNDS, Handler, Link, LinkError
 from trainer.transport.relay import Relay
 from trainer.transport.stream import Key, Stream, added
 
@@ -31,6 +32,7 @@ MOST_STREAMS = 8  # of a link in each direction, of their own accord
 TRIP_OF_A_STREAM = 0.0125  # seconds: a stream more for each of these that a round trip takes
 ALL_STREAMS = 512  # of a process, about: each has a thread
 RELAYS = 3  # members that pass a pair's bytes on, at most
+_PAUSE = 0.05  # seconds at most, until a link that has failed at once is made anew
 Endpoints = Sequence[str]
 
 
@@ -77,6 +79,8 @@ class Transport:
         self._ended: list[Link] = []  # links whose streams have not all ended
         self._dialled: set[str] = set()  # members that could be dialled from here
         self._cannot_dial: set[str] = set()  # members that could not dial this one
+        self._past: dict[tuple[str, str], str] = {}  # the other end of the last link that has failed
+        self._over = NEVER  # this member's last attempt that is over
         self._closing = False
         self._relay = Relay(timeouts.relay)
         own = addresses[0] if len(addresses) == 1 else ""
@@ -119,14 +123,17 @@ class Transport:
         """
         deadline, missing = time.monotonic() + timeout, {}
         others = {id: at for id, at in members.items() if id != self.id}
-        links = self.prepare(others, lane)
-        for id, link in links.items():
-            while not link.wait_for(lambda link=link: link.up, deadline - time.monotonic()):  # type: ignore[misc]
-                newer = self._links.get((id, lane))
-                if newer is None or newer is link:
+        self.prepare(others, lane)
+        for id, endpoints in others.items():
+            while link := self.prepare({id: endpoints}, lane).get(id):
+                if link.wait_for(lambda link=link: link.up, deadline - time.monotonic()):  # type: ignore[misc]
+                    break
+                if not link.reason or (link.trouble and not link.peer_link) or time.monotonic() > deadline:
                     missing[id] = link.reason or link.trouble or "does not answer"
                     break
-                link = newer  # the other member has made it anew
+                time.sleep(random.uniform(0, _PAUSE))  # both ends have begun anew at the same time
+            else:
+                missing[id] = "this member is leaving"
         return missing
 
     def prepare(self, members: Mapping[str, Endpoints], lane: str = ROUNDS) -> dict[str, Link]:
@@ -171,6 +178,7 @@ class Transport:
     def finish(self, members: Iterable[str], attempt: Key, failed: bool = False) -> None:
         """Nothing of an attempt, or of an older one, is waited for any more. If it failed, the others learn of it."""
         with self._lock:
+            self._over = max(self._over, attempt)
             links = [link for (id, lane), link in self._links.items() if id in members and lane == ROUNDS]
         for link in links:
             link.finish(attempt, failed)
@@ -193,16 +201,20 @@ class Transport:
         self._gone[link.lane] = added([self._gone[link.lane], link.bytes()])
         return True
 
-    def _begin(self, id: str, lane: str, endpoints: Endpoints) -> Link:
+    def _begin(self, id: str, lane: str, endpoints: Endpoints, peer_link: str = "") -> Link:
         """A new link, which is established in the background. Called with the lock."""
         handle = self._handle if lane == BULK else None
         link = self._links[id, lane] = Link(id, lane, secrets.token_hex(8), handle, self._forget)
+        link.peer_link = peer_link
+        if lane == ROUNDS and self._over > NEVER:
+            link.finish(self._over, failed=True)  # the other one may still be in that attempt, or only begin it
         threading.Thread(target=self._establish, args=(link, endpoints), name=f"dial-{id}", daemon=True).start()
         return link
 
     def _forget(self, link: Link) -> None:
         with self._lock:
             self._ended.append(link)
+            self._past[link.peer, link.lane] = link.peer_link
             if self._links.get((link.peer, link.lane)) is link:
                 del self._links[link.peer, link.lane]
         if not self._closing:
@@ -217,25 +229,30 @@ class Transport:
             self._dial(link, endpoints, sends=True)
         except OSError as error:
             link.trouble = f"{', '.join(endpoints)}: {error.strerror or error}"
-            if peer in self._dialled:  # it could be dialled: it is dead, or the network is cut
+            known = peer in self._dialled
+            if not known:
+                self._call(link.lane)
+            # It opens both directions when it has waited in vain to be dialled
+            if link.wait_for(lambda: link.streams(False) > 0, 0.0 if known else 2 * timeouts.dial_back):
+                link.wait_for(lambda: link.up, timeouts.dial_back + timeouts.connect + timeouts.handshake)
+            elif known:  # it could be dialled: it is dead, or the network is cut
                 link.fail(link.trouble)
-                return
         else:
             self._dialled.add(peer)
-            patience = 0.0 if peer in self._cannot_dial else timeouts.dial_back
+            patience = 0.0 if peer in self._cannot_dial or not self.endpoints else timeouts.dial_back
             if link.wait_for(lambda: link.streams(False) > 0, patience) or link.reason:
                 return
             self._cannot_dial.add(peer)
             with suppress(OSError):
                 self._dial(link, endpoints, sends=False)
                 return
-        self._call(link.lane)
-        if not link.wait_for(lambda: link.up, 3 * timeouts.dial_back) and not link.reason:
+            link.wait_for(lambda: link.up, timeouts.dial_back)
+        if not link.up and not link.reason:
             self._meet(link)
 
     def _dial(self, link: Link, endpoints: Endpoints, sends: bool) -> None:
         """Open the streams of a direction. Raises OSError if none can be opened."""
-        hello = Hello(self.id, link.peer, link.lane, sends, link.id, False, self.endpoints)
+        hello = Hello(self.id, link.peer, link.lane, sends, link.id, False, self.endpoints, link.peer_link)
         first, endpoint = self._dialler.dial(endpoints, hello)
         stream = Stream(first)
         more = self._streams_for(stream.round_trip()) - 1
@@ -296,12 +313,15 @@ class Transport:
         """The link that a dialler's stream belongs to; None if there is none."""
         if hello.to != self.id or hello.lane not in self._gone:
             return None
+        key, stale = (hello.by, hello.lane), None
         with self._lock:
-            link = stale = self._links.get((hello.by, hello.lane))
-            if link is not None and link.peer_link in ("", hello.link):
-                stale = None
-            elif not self._closing:
-                link = self._begin(hello.by, hello.lane, hello.at)
+            link = self._links.get(key)
+            if self._past.get(key) == hello.link or (hello.pair and (link is None or hello.pair != link.id)):
+                return None  # of a link that has failed here, which the dialler has not noticed yet
+            if link is None or link.peer_link not in ("", hello.link):
+                link, stale = None, link
+                if not hello.pair and not self._closing:  # else both would make it anew for ever
+                    link = self._begin(hello.by, hello.lane, hello.at, hello.link)
             if link is not None:
                 link.peer_link = hello.link
             if hello.at:
