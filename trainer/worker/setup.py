@@ -37,7 +37,7 @@ from trainer.worker.own_state import OwnState
 from trainer.worker.profiling import Profile, profile
 from trainer.worker.samples import Samples, Speed
 
-PROTOCOL = 3  # version of what members exchange; members of another version are refused
+PROTOCOL = 4  # version of what members exchange; members of another version are refused
 READY = "ready"  # the first command to the processes of an island
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
