@@ -56,7 +56,7 @@ class NodeMemory:
         if leads:
             (directory / self.life).mkdir(parents=True, mode=0o700)
             self._lock = (directory / "lock").open("a")  # held while this process lives
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
             _remove_abandoned(directory.parent)
 
     def new(self) -> Tensor:
@@ -139,7 +139,8 @@ class NodeMemory:
 def _remove_abandoned(root: Path) -> None:
     """Remove the directories of islands whose processes were killed, and that nobody has come back to."""
     for directory in root.glob("diloco-*"):
-        with suppress(OSError), (directory / "lock").open("a") as lock:
+        with suppress(OSError):
             if time.time() - directory.stat().st_mtime > ABANDONED:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(directory, ignore_errors=True)
+                with (directory / "lock").open("a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(directory, ignore_errors=True)
