@@ -34,7 +34,7 @@ def _job(plan: Plan, first: WorkerPlan) -> Object:
         "metadata": plan.metadata(first.job, "train", first),
         "spec": {
             "elasticPolicy": _elastic_policy(plan),
-            "nprocPerNode": str(config.elastic.nproc_per_node),
+            "nprocPerNode": str(plan.processes(first.site)),
             "runPolicy": run_policy,
             "pytorchReplicaSpecs": {
                 "Worker": {
