@@ -193,6 +193,7 @@ def compare(worker: Worker, island: Island, turns: int) -> dict[str, Any]:
         "flops": flops,
         "peak": peak and peak * island.size,
         "memory": peak_memory(island.device),
+        "parameters": sum(parameter.numel() for parameter in worker.process.parameters),
     }
 
 
