@@ -23,7 +23,7 @@ import torch
 from trainer.volume import worker_roots
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_islands import measured  # noqa: E402 - the module beside this one
+from bench_islands import measured
 
 LIMIT = 460.0  # seconds; what does not fit is left out, and named
 LONGEST = 120.0  # seconds, of one measurement
