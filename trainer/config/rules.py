@@ -104,7 +104,6 @@ def _islands(config: Schema) -> Rules:
             "inner_optimizer",
             f"must be adamw with {how}: muon needs whole matrices",
         )
-        yield not config.compile_model, "compile_model", f"must be false with {how}"
         profiled = f"cannot be combined with {how}: batch sizes cannot be tried by one process alone"
         yield not config.heterogeneous, "heterogeneous", profiled
 

@@ -36,7 +36,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     if config.device != "cpu":  # else torch need not be imported
         from trainer.device import device_of
 
-        device_of(config)
+        device_of(config, max(config.island, 1) - 1)  # an island's last process
     if config.compile_model:
         from trainer.worker.compilation import check_backend
 

@@ -25,7 +25,7 @@ from trainer.island.kept import KeptState
 from trainer.island.layout import IslandLayout
 from trainer.island.memory import NodeMemory, directory_of
 from trainer.island.optimizer import IslandOptimizer
-from trainer.island.parallel import checkpoint_blocks, shard
+from trainer.island.parallel import blocks, checkpoint_blocks, shard
 from trainer.island.processes import Island
 from trainer.process import number_from
 from trainer.tasks import Task, scoring, tasks
@@ -39,6 +39,7 @@ from trainer.worker.samples import Samples, Speed
 
 PROTOCOL = 4  # version of what members exchange; members of another version are refused
 READY = "ready"  # the first command to the processes of an island
+SHARED_VECTORS = 5  # of an island: parameters and momentum, those that an outer step makes of them, pseudo-gradient
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
 
@@ -116,6 +117,8 @@ def build(
     fingerprint |= {"workers_per_node": config.workers_per_node}  # by which workers are numbered
     quorum = kind(config, fingerprint | config.in_scope("fingerprint"), stopping)
     memory, layout, saved = _shared(process)
+    if memory:
+        memory.require(SHARED_VECTORS + config.overlaps + 2 * (spec.average_decay > 0))
     diloco = _diloco(config, spec.average_decay**config.round_steps, process.model, saved, quorum, layout)
 
     # The batch size: of an island's equal processes, the leader alone tries
@@ -184,7 +187,8 @@ def _ready(process: Process, warn: Callable[[str], None], per_device: int) -> No
     config, island = process.config, process.island
     process.samples.per_device = per_device
     if config.compile_model:
-        compile_model(config, process.task, process.model, _some(process, per_device), warn)
+        parts = blocks(process.model) if process.is_sharded else process.task.modules_to_compile(process.model)
+        compile_model(config, process.task, process.model, parts, _some(process, per_device), warn)
     if island and not process.is_sharded:
         process.loss = DistributedDataParallel(process.loss)  # buffers are the leader's, as in one process
     # Each process has its own random numbers; trials have used some
