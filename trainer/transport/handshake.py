@@ -223,14 +223,22 @@ class Listener:
             self._selector.register(self._socket, selectors.EVENT_READ)
             self._selector.register(self._wake, selectors.EVENT_READ)
             while not self._closing.is_set():
-                for key, _ in self._selector.select(1.0):
-                    if key.data is not None:
-                        self._advance(key.data)
-                    elif key.fileobj is self._socket:
-                        self._greet()
-                limit = time.monotonic() - self._timeouts.handshake
-                for stranger in [one for one in self._strangers if one.since < limit]:
-                    self._drop(stranger, "said nothing")
+                try:
+                    self._look()
+                except Exception:  # no more threads, for example: that may pass
+                    log.exception("the listener has failed, and goes on")
+                    self._closing.wait(1.0)
+
+    def _look(self) -> None:
+        """Take what has come within a second."""
+        for key, _ in self._selector.select(1.0):
+            if key.data is not None:
+                self._advance(key.data)
+            elif key.fileobj is self._socket:
+                self._greet()
+        limit = time.monotonic() - self._timeouts.handshake
+        for stranger in [one for one in self._strangers if one.since < limit]:
+            self._drop(stranger, "said nothing")
 
     def _greet(self) -> None:
         """Accept a connection."""
