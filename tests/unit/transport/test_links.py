@@ -178,8 +178,9 @@ def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third() -> None:
 
 def test_pairs_that_meet_at_several_survive_one_of_these_at_the_next_attempt() -> None:
     with ExitStack() as stack:
-        hidden = [stack.enter_context(without_endpoint(rank)) for rank in (0, 1)]
-        others = [stack.enter_context(member(rank, **SOON)) for rank in (2, 3)]
+        patient: dict[str, Any] = {**SOON, "silence": 2.0}  # what is lost with the third is missed after a silence
+        hidden = [stack.enter_context(without_endpoint(rank, **patient)) for rank in (0, 1)]
+        others = [stack.enter_context(member(rank, **patient)) for rank in (2, 3)]
         connect([*hidden, *others])
         wait_for(lambda: hidden[0].relayed() == {hidden[1].id: tuple(each.id for each in others)})
         reduce([*hidden, *others])
