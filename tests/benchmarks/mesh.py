@@ -17,7 +17,7 @@ from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor, Offer
 from trainer.transport.link import BULK, ROUNDS
 from trainer.transport.transport import Transport
-from trainer.transport.wire_meter import WireMeter
+from trainer.worker.wire_meter import WireMeter
 
 SECRET = b"a secret of these benchmarks alone"
 TIMEOUT = timedelta(seconds=300)
