@@ -8,9 +8,22 @@ from dataclasses import replace
 
 import pytest
 
-from tests.members import LOCAL, PATIENCE, SECRET, connect, connected, member, wait_for
+from tests.members import (
+    LOCAL,
+    PATIENCE,
+    SECRET,
+    SOON,
+    connect,
+    connected,
+    link,
+    member,
+    nowhere,
+    reduce,
+    silent,
+    swap,
+    wait_for,
+)
 from tests.network.proxy import Proxy
-from tests.unit.transport.test_links import SOON, link, nowhere, reduce, silent, swap
 from trainer.errors import ConfigError
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import credentials

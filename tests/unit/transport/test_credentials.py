@@ -17,8 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.members import PATIENCE, SECRET, connect, member
-from tests.unit.transport.test_links import reduce
+from tests.members import PATIENCE, SECRET, connect, member, reduce
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.launch import preflight

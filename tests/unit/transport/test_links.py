@@ -3,7 +3,6 @@
 import itertools
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,83 +14,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.members import FIRST, LOCAL, PATIENCE, SECRET, connect, connected, member, names, wait_for
+from tests.members import (
+    FIRST,
+    PATIENCE,
+    SOON,
+    connect,
+    connected,
+    link,
+    member,
+    names,
+    nowhere,
+    reduce,
+    silent,
+    swap,
+    wait_for,
+    without_endpoint,
+)
 from tests.network.proxy import Proxy
-from trainer.diloco.codecs import Fp32
-from trainer.diloco.collective import weighted_mean
 from trainer.timeouts import TransportTimeouts
-from trainer.transport.credentials import credentials
-from trainer.transport.link import ROUNDS, Link, LinkError
-from trainer.transport.stream import Key
+from trainer.transport.link import ROUNDS, LinkError
 from trainer.transport.transport import Transport
-
-HASTY = TransportTimeouts(dial_back=0.2, relay=20.0)
-SOON: dict[str, Any] = {"timeouts": HASTY, "silence": 20.0}
-
-
-def link(here: Transport, there: Transport) -> Link:
-    return here.prepare({there.id: there.endpoints})[there.id]
-
-
-def reduce(transports: list[Transport], attempt: Key = FIRST, size: int = 50_000) -> list[Tensor]:
-    """A collective of all; each one's mean, which is 1 everywhere."""
-    ids = [each.id for each in transports]
-
-    def one(transport: Transport) -> Tensor:
-        mean, failed = torch.zeros(size), True
-
-        def on_chunk(start: int, piece: Tensor) -> None:
-            mean[start : start + len(piece)] = piece
-
-        values = torch.full((size,), 2.0 * ids.index(transport.id) / (len(ids) - 1))
-        try:
-            weighted_mean(transport.group(ids, attempt), values, 1.0, Fp32(), on_chunk)
-            failed = False
-        finally:
-            transport.finish(ids, attempt, failed)
-        return mean
-
-    with ThreadPoolExecutor(len(transports)) as pool:
-        means = list(pool.map(one, transports))
-    assert all(torch.allclose(mean, torch.ones(size)) for mean in means)
-    return means
-
-
-def swap(one: Transport, other: Transport, attempt: Key = FIRST) -> None:
-    """A message in either direction arrives."""
-    sent = [torch.arange(100_000), torch.arange(100_000) + 7]
-    came = [torch.zeros(100_000, dtype=torch.int64) for _ in sent]
-    ends = [link(one, other), link(other, one)]
-    pending = [end.receive(attempt, 1, into) for end, into in zip(ends, came, strict=True)]
-    pending += [end.send(attempt, 1, message) for end, message in zip(ends, sent, strict=True)]
-    for each in pending:
-        each.wait(PATIENCE)
-    assert torch.equal(came[0], sent[1]) and torch.equal(came[1], sent[0])
-
-
-@contextmanager
-def nowhere() -> Iterator[str]:
-    """An endpoint that refuses connections."""
-    with socket.socket() as taken:
-        taken.bind((LOCAL, 0))  # and does not listen
-        yield f"{LOCAL}:{taken.getsockname()[1]}"
-
-
-@contextmanager
-def silent() -> Iterator[str]:
-    """An endpoint at which connections are accepted, and nothing is said."""
-    with socket.create_server((LOCAL, 0)) as server:
-        yield f"{LOCAL}:{server.getsockname()[1]}"
-
-
-def without_endpoint(rank: int, endpoint: str = "", **options: Any) -> Transport:
-    """A member that nobody can dial."""
-    transport = Transport(names(rank + 1)[rank], [], credentials(SECRET), **{**SOON, **options})
-    transport.endpoints = (endpoint,) if endpoint else ()
-    return transport
-
 
 # Who dials
 
@@ -157,13 +100,13 @@ def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third() -> None:
         connect(transports)
         assert hidden[0].relayed() == {hidden[1].id: (third.id,)}
         assert hidden[1].relayed() == {hidden[0].id: (third.id,)} and not third.relayed()
-        swap(*hidden)
+        swap(hidden[0], hidden[1])
         reduce(transports, (1, 1, 2))
         reduce(hidden, (1, 1, 3))
 
         # Its bytes count once, at the ends
         before = [each.bytes() for each in transports]
-        swap(*hidden, (1, 1, 4))
+        swap(hidden[0], hidden[1], (1, 1, 4))
         after = [each.bytes() for each in transports]
         moved = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True) if a and b]
         assert min(*moved[0], *moved[1]) >= 800_000 and moved[2] == (0, 0)
@@ -319,7 +262,7 @@ def test_one_that_leaves_is_noticed_at_once() -> None:
         with pytest.raises(LinkError, match="worker 2 has closed the connection"):
             waiting.wait(PATIENCE)
         assert others.up
-        swap(*transports[:2])
+        swap(transports[0], transports[1])
 
 
 # Attempts

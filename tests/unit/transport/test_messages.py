@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.members import FIRST, LOCAL, PATIENCE, SECRET, connect, connected, member, names, wait_for
+from tests.members import FIRST, LOCAL, PATIENCE, SECRET, connect, connected, link, member, names, reduce, wait_for
 from tests.network.proxy import Proxy
-from tests.unit.transport.test_links import link, reduce
 from trainer.transport.credentials import credentials
 from trainer.transport.link import BULK, FRAME_BYTES, Link, LinkError
 from trainer.transport.stream import DATA, HEADER, Header, Key

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.members import PATIENCE, SECRET, connect, member, names
+from tests.members import PATIENCE, SECRET, connect, member, names, reduce, swap
 from tests.network.namespaces import Network
 from tests.network.proxy import Proxy
-from tests.unit.transport.test_links import reduce, swap
 from trainer.diloco.codecs import Fp32
 from trainer.diloco.collective import weighted_mean
 from trainer.transport.credentials import credentials
@@ -47,8 +46,8 @@ def test_a_capture_of_the_wire_holds_no_parameters_no_secret_and_no_names(securi
         groups = [each.group(names(2), (1, 1, 2)) for each in (one, other)]
         pending = [group.receive(1 - rank, 1, torch.empty_like(values)) for rank, group in enumerate(groups)]
         pending += [group.send(1 - rank, 1, values) for rank, group in enumerate(groups)]
-        for each in pending:
-            each.wait(PATIENCE)
+        for message in pending:
+            message.wait(PATIENCE)
         _, received = fetch(one, "state/1", {other.id: other.endpoints}, timeout=PATIENCE)
         assert torch.equal(received["parameters"], values)
         seen = b"".join(piece for proxy in proxies for piece in proxy.seen)
