@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,6 @@ class Inside:
         command = "import sys; from tests.unit.transport.test_wire import serve; serve(int(sys.argv[1]), sys.argv[2])"
         inside = [*network.inside(rank), sys.executable, "-c", command, str(rank), network.address_of(rank)]
         self.process = subprocess.Popen(inside, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        self.endpoints = self.answer()
 
     def tell(self, task: str, argument: Any = None) -> None:
         assert self.process.stdin
@@ -149,11 +148,14 @@ class Inside:
         return self.answer()
 
 
-@contextmanager
-def members(**options: Any) -> Iterator[tuple[Network, list[Inside]]]:
-    """Two, each in a namespace of its own, and connected."""
+Machines = tuple[Network, list[Inside]]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["IPv4", "IPv6"])
+def machines(request: pytest.FixtureRequest) -> Iterator[Machines]:
+    """Two members, each in a namespace of its own, and connected."""
     try:
-        network = Network(2, **options)
+        network = Network(2, ipv6=request.param)
     except (PermissionError, RuntimeError, OSError) as error:
         pytest.skip(f"no network namespace can be made: {error}")
     with network, ExitStack() as stack:
@@ -161,38 +163,38 @@ def members(**options: Any) -> Iterator[tuple[Network, list[Inside]]]:
         for each in found:
             stack.callback(each.process.wait)
             stack.callback(each.process.kill)
+        endpoints = {name: each.answer() for name, each in zip(names(2), found, strict=True)}
+        assert all(("[" in one) is request.param for at in endpoints.values() for one in at)
         for each in found:
-            each.tell("connect", {name: one.endpoints for name, one in zip(names(2), found, strict=True)})
+            each.tell("connect", endpoints)
         assert [each.answer() for each in found] == [{}, {}]
         yield network, found
 
 
-@pytest.mark.parametrize("ipv6", [False, True], ids=["IPv4", "IPv6"])
-def test_between_two_machines_the_bytes_are_the_interfaces(ipv6: bool) -> None:
-    with members(ipv6=ipv6) as (_, found):
-        assert all(("[" in endpoint) is ipv6 for each in found for endpoint in each.endpoints)
-        before = [each.ask("bytes") for each in found]
-        for each in found:
-            each.tell("reduce", 1)
-        one, other = (each.answer() for each in found)
-        assert one == other
-        after = [each.ask("bytes") for each in found]
-        for start, end in zip(before, after, strict=True):
-            for way in (0, 1):
-                counted, really = end[0][way] - start[0][way], end[1][way] - start[1][way]
-                assert counted >= 8_000_000
-                assert counted <= really <= 1.1 * counted + 100_000  # with the headers and acknowledgements
+def test_between_two_machines_the_bytes_are_the_interfaces(machines: Machines) -> None:
+    _, found = machines
+    before = [each.ask("bytes") for each in found]
+    for each in found:
+        each.tell("reduce", 1)
+    one, other = (each.answer() for each in found)
+    assert one == other
+    after = [each.ask("bytes") for each in found]
+    for start, end in zip(before, after, strict=True):
+        for way in (0, 1):
+            counted, really = end[0][way] - start[0][way], end[1][way] - start[1][way]
+            assert counted >= 8_000_000
+            assert counted <= really <= 1.1 * counted + 100_000  # with the headers and acknowledgements
 
 
-def test_what_is_sent_again_and_again_is_no_sign_of_life() -> None:
+def test_what_is_sent_again_and_again_is_no_sign_of_life(machines: Machines) -> None:
     """A network that is cut: the kernel repeats what nobody acknowledges, and that counts as bytes, not as news."""
-    with members() as (network, found):
-        one = found[0]
-        network.cut(1)
-        one.ask("send")
-        last = one.ask("heard")[1]
-        for _ in range(3):  # it is sent again
-            while (now := one.ask("heard"))[1] == last:
-                pass
-            last = now[1]
-            assert now[0], "it was taken for a sign of life"
+    network, (one, _) = machines
+    network.cut(1)
+    one.ask("send")
+    last = one.ask("heard")[1]
+    for _ in range(3):  # it is sent again
+        while (now := one.ask("heard"))[1] == last:
+            pass
+        last = now[1]
+        assert now[0], "it was taken for a sign of life"
+    network.heal(1)
