@@ -119,6 +119,32 @@ def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third() -> None:
         assert hidden[0].relayed() == {}
 
 
+def test_they_meet_at_a_member_that_is_there_among_many_that_have_left() -> None:
+    with nowhere() as closed, ExitStack() as stack:
+        hidden = [stack.enter_context(without_endpoint(rank, closed)) for rank in (10, 11)]
+        third = stack.enter_context(member(12, **SOON))
+        for each in hidden:
+            assert len(each.connect(dict.fromkeys(names(8), (closed,)), PATIENCE)) == 8
+            assert not each.connect({third.id: third.endpoints}, PATIENCE)
+        connect(hidden)
+        assert third.id in hidden[0].relayed()[hidden[1].id]
+        swap(hidden[0], hidden[1])
+
+
+def test_one_that_dials_while_the_other_looks_for_a_third_is_not_turned_away() -> None:
+    with nowhere() as closed, ExitStack() as stack:
+        short = TransportTimeouts(dial_back=0.2, relay=1.0)
+        patient = TransportTimeouts(dial_back=2.0)  # it takes its time until it dials for both directions
+        here, third = (stack.enter_context(member(rank, **{**SOON, "timeouts": short})) for rank in (0, 1))
+        hidden = stack.enter_context(without_endpoint(2, closed, timeouts=patient))
+        connect([here, third])
+        first = link(here, hidden)
+        wait_for(lambda: any(third._relay._waiting.values()))  # where the other one does not come
+        assert not hidden.connect({here.id: here.endpoints}, PATIENCE)
+        swap(here, hidden)
+        assert link(here, hidden) is first
+
+
 def test_pairs_that_meet_at_several_survive_one_of_these_at_the_next_attempt() -> None:
     with ExitStack() as stack:
         patient: dict[str, Any] = {**SOON, "silence": 2.0}  # what is lost with the third is missed after a silence
