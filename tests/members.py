@@ -134,9 +134,9 @@ def silent() -> Iterator[str]:
         yield f"{LOCAL}:{server.getsockname()[1]}"
 
 
-def without_endpoint(rank: int, endpoint: str = "", **options: Any) -> Transport:
+def without_endpoint(rank: int, endpoint: str = "", of: Credentials | None = None, **options: Any) -> Transport:
     """A member that nobody can dial."""
-    transport = Transport(names(rank + 1)[rank], [], credentials(SECRET), **{**SOON, **options})
+    transport = Transport(names(rank + 1)[rank], [], of or credentials(SECRET), **{**SOON, **options})
     transport.endpoints = (endpoint,) if endpoint else ()
     return transport
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from tests.members import (
     FIRST,
     PATIENCE,
+    SECRET,
     SOON,
     connect,
     connected,
@@ -33,6 +35,7 @@ from tests.members import (
 )
 from tests.network.proxy import Proxy
 from trainer.timeouts import TransportTimeouts
+from trainer.transport.credentials import credentials
 from trainer.transport.link import ROUNDS, LinkError
 from trainer.transport.transport import Transport
 
@@ -92,10 +95,12 @@ def test_one_that_cannot_be_dialled_any_more_can_still_dial() -> None:
         swap(one, other)
 
 
-def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third() -> None:
+@pytest.mark.parametrize("loopback", [False, True], ids=["plain", "tls"])
+def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third(loopback: bool) -> None:
+    of = replace(credentials(SECRET), loopback=loopback)
     with nowhere() as closed, ExitStack() as stack:
-        hidden = [stack.enter_context(without_endpoint(rank, closed)) for rank in (0, 1)]
-        third = stack.enter_context(member(2, **SOON))
+        hidden = [stack.enter_context(without_endpoint(rank, closed, of)) for rank in (0, 1)]
+        third = stack.enter_context(member(2, of=of, **SOON))
         transports = [*hidden, third]
         connect(transports)
         assert hidden[0].relayed() == {hidden[1].id: (third.id,)}
