@@ -31,8 +31,8 @@ _USER_TIMEOUT, _NOTSENT_LOWAT = 18, 25
 _SEND_BUFFER = 4 << 20  # the kernel's limit by default, and twice that in fact: 500 Mbit/s over 100 ms needs 6 MB
 _UNSENT = 256 << 10  # the kernel takes no more than it sends soon: a slow stream must not hoard frames
 _IDLE, _INTERVAL, _PROBES = 20, 5, 3  # seconds and number of keepalive probes: NATs forget silent connections
-# Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (2.6, 4.2, 4.6, 4.19)
-_RTT, _BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _INFO = 68, 128, 144, 200, 208
+# Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (2.6 to 4.19)
+_RTT, _BYTES_ACKED, _BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _INFO = 68, 120, 128, 144, 200, 208
 
 
 class Header(NamedTuple):
@@ -97,6 +97,11 @@ class Stream:
     def bytes(self) -> tuple[int, int] | None:
         """Bytes sent and received so far; see `counted`."""
         return counted(self._connection)
+
+    def heard(self) -> int:
+        """Bytes that the other end has acknowledged or sent; what is sent again and again counts once, as it does."""
+        info = tcp_info(self._connection)
+        return sum(struct.unpack_from("=QQ", info, _BYTES_ACKED)) if info else 0
 
     def abort(self) -> None:
         """End the stream: the thread that uses it gets an error."""

@@ -232,9 +232,8 @@ class Transport:
             known = peer in self._dialled
             if not known:
                 self._call(link.lane)
-            # It opens both directions when it has waited in vain to be dialled
             if link.wait_for(lambda: link.streams(False) > 0, 0.0 if known else 2 * timeouts.dial_back):
-                link.wait_for(lambda: link.up, timeouts.dial_back + timeouts.connect + timeouts.handshake)
+                self._wait_for_both(link)
             elif known:  # it could be dialled: it is dead, or the network is cut
                 link.fail(link.trouble)
         else:
@@ -249,6 +248,11 @@ class Transport:
             link.wait_for(lambda: link.up, timeouts.dial_back)
         if not link.up and not link.reason:
             self._meet(link)
+
+    def _wait_for_both(self, link: Link) -> bool:
+        """Once the other member has dialled, it dials for both directions when it has waited in vain to be dialled."""
+        timeouts = self._timeouts
+        return link.wait_for(lambda: link.up, timeouts.dial_back + timeouts.connect + timeouts.handshake)
 
     def _dial(self, link: Link, endpoints: Endpoints, sends: bool) -> None:
         """Open the streams of a direction. Raises OSError if none can be opened."""
@@ -275,8 +279,12 @@ class Transport:
     def _meet(self, link: Link) -> None:
         """Meet the other member at others: it does the same now."""
         with self._lock:
-            others = {id: at for id, at in sorted(self._known.items()) if id not in (self.id, link.peer)}
-        candidates = [(id, sends) for id in list(others)[:RELAYS] for sends in (True, False)]
+            linked = {id for (id, _), other in self._links.items() if other.up}
+            others = {id: at for id, at in self._known.items() if id not in (self.id, link.peer)}
+        nearest = sorted(others, key=lambda id: (id not in linked, id))[
+            :RELAYS
+        ]  # members that have left are known, too
+        candidates = [(id, sends) for id in nearest for sends in (True, False)]
 
         def meet(candidate: tuple[str, bool]) -> None:
             relay, sends = candidate
@@ -289,7 +297,7 @@ class Transport:
         if candidates:
             with ThreadPoolExecutor(len(candidates), thread_name_prefix=f"meet-{link.peer}") as pool:
                 list(pool.map(meet, candidates))
-        if not link.up:
+        if not link.up and not (link.streams(False) and self._wait_for_both(link)):
             link.fail(link.trouble or "cannot be reached, and no other member reaches it")
 
     # Being dialled
