@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.process import prefer_bbr
+from trainer.process import congestion, prefer_bbr
 
 Key = tuple[int, int, int]
 """What a frame is about: (term, round, attempt); of a bulk transfer, (0, 0, its number)."""
@@ -93,6 +93,10 @@ class Stream:
         """Seconds, as the kernel has measured it; 0 if it does not say."""
         info = tcp_info(self._connection)
         return struct.unpack_from("=I", info, _RTT)[0] / 1e6 if info else 0.0
+
+    def has_bbr(self) -> bool:
+        """Whether BBR controls its congestion, and not the hosts' default."""
+        return congestion(self._connection) == "bbr"
 
     def bytes(self) -> tuple[int, int] | None:
         """Bytes sent and received so far; see `counted`."""
