@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -119,8 +120,8 @@ def prepare(connection: socket.socket, silence: float) -> None:
     """
     options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if sys.platform.startswith("linux"):
+        options += [(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)] if _grants_buffers() else []
         options += [
-            (socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER),
             (socket.IPPROTO_TCP, _NOTSENT_LOWAT, _UNSENT),
             (socket.IPPROTO_TCP, _USER_TIMEOUT, int(silence * 1e3)),
             (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE),
@@ -131,6 +132,15 @@ def prepare(connection: socket.socket, silence: float) -> None:
         with suppress(OSError):
             connection.setsockopt(level, option, value)
     prefer_bbr(connection)
+
+
+@cache
+def _grants_buffers() -> bool:
+    """Whether the kernel lets a socket have `_SEND_BUFFER`. A smaller one of one's own would not grow any more, while
+    the kernel's own grows to 4 MB (`tcp_wmem`); the limit of the former was 0.2 MB for long (`wmem_max`)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= _SEND_BUFFER
 
 
 def tcp_info(connection: socket.socket) -> bytes:
