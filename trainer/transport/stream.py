@@ -12,12 +12,13 @@ import struct
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.process import prefer_bbr
+from trainer.process import congestion, prefer_bbr
 
 Key = tuple[int, int, int]
 """What a frame is about: (term, round, attempt); of a bulk transfer, (0, 0, its number)."""
@@ -94,6 +95,10 @@ class Stream:
         info = tcp_info(self._connection)
         return struct.unpack_from("=I", info, _RTT)[0] / 1e6 if info else 0.0
 
+    def has_bbr(self) -> bool:
+        """Whether BBR controls its congestion, and not the hosts' default."""
+        return congestion(self._connection) == "bbr"
+
     def bytes(self) -> tuple[int, int] | None:
         """Bytes sent and received so far; see `counted`."""
         return counted(self._connection)
@@ -120,8 +125,8 @@ def prepare(connection: socket.socket, silence: float) -> None:
     """
     options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if sys.platform.startswith("linux"):
+        options += [(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)] if _grants_buffers() else []
         options += [
-            (socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER),
             (socket.IPPROTO_TCP, _NOTSENT_LOWAT, _UNSENT),
             (socket.IPPROTO_TCP, _USER_TIMEOUT, int(silence * 1e3)),
             (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE),
@@ -132,6 +137,15 @@ def prepare(connection: socket.socket, silence: float) -> None:
         with suppress(OSError):
             connection.setsockopt(level, option, value)
     prefer_bbr(connection)
+
+
+@cache
+def _grants_buffers() -> bool:
+    """Whether the kernel lets a socket have `_SEND_BUFFER`. A smaller one of one's own would not grow any more, while
+    the kernel's own grows to 4 MB (`tcp_wmem`); the limit of the former was 0.2 MB for long (`wmem_max`)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= _SEND_BUFFER
 
 
 def tcp_info(connection: socket.socket) -> bytes:

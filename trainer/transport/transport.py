@@ -28,8 +28,9 @@ from trainer.transport.stream import Key, Stream, added
 
 log = logging.getLogger(__name__)
 
-MOST_STREAMS = 8  # of a link in each direction, of their own accord
-TRIP_OF_A_STREAM = 0.0125  # seconds: a stream more for each of these that a round trip takes
+# Streams of a link in each direction, of their own accord: a further one for each so many seconds of a round trip, and
+# the most. A lost packet halves a cubic stream; BBR's streams push each other's packets out of the queue.
+CUBIC, BBR = (0.0125, 8), (0.025, 4)
 ALL_STREAMS = 512  # of a process, about: each has a thread
 RELAYS = 3  # members that pass a pair's bytes on, at most
 _PAUSE = 0.05  # seconds at most, until a link that has failed at once is made anew
@@ -259,7 +260,7 @@ class Transport:
         hello = Hello(self.id, link.peer, link.lane, sends, link.id, False, self.endpoints, link.peer_link)
         first, endpoint = self._dialler.dial(endpoints, hello)
         stream = Stream(first)
-        more = self._streams_for(stream.round_trip()) - 1
+        more = self._streams_for(stream) - 1
         link.add(stream, sends)
 
         def another(number: int) -> None:
@@ -271,10 +272,11 @@ class Transport:
             with ThreadPoolExecutor(more, thread_name_prefix=f"dial-{link.peer}") as pool:
                 list(pool.map(another, range(more)))
 
-    def _streams_for(self, round_trip: float) -> int:
+    def _streams_for(self, first: Stream) -> int:
         """The number of streams in a direction."""
+        trip, many = BBR if first.has_bbr() else CUBIC
         most = max(1, ALL_STREAMS // (2 * max(1, len(self._links))))
-        return min(self._streams or min(max(1, round(round_trip / TRIP_OF_A_STREAM)), MOST_STREAMS), most)
+        return min(self._streams or min(max(1, round(first.round_trip() / trip)), many), most)
 
     def _meet(self, link: Link) -> None:
         """Meet the other member at others: it does the same now."""
