@@ -81,7 +81,7 @@ class Hello:
                 isinstance(text, str) for text in (hello.by, hello.to, hello.lane, hello.link, hello.pair, *hello.at)
             ):
                 raise ValueError("sent no hello")
-        except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError):
+        except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
             raise ValueError("speaks another protocol") from None
         return hello
 
@@ -111,45 +111,61 @@ class Dialler:
         if not endpoints:
             raise OSError("no address is known")
         pool = ThreadPoolExecutor(len(endpoints), thread_name_prefix="dial")
-        tries = {pool.submit(self._dial, one, hello, patience): one for one in endpoints}
+        tries = {pool.submit(self._reach, one): one for one in endpoints}
         pool.shutdown(wait=False)
-        error: BaseException | None = None
-        for each in as_completed(tries):
-            error = each.exception()
-            if error is None:
-                for slower in tries.keys() - {each}:
-                    slower.add_done_callback(_close)
-                return each.result(), tries[each]
-        assert error is not None
+        error, taken = OSError("no address answers"), None
+        try:
+            for each in as_completed(tries):  # only the first one hears what is wanted: the others must carry nothing
+                try:
+                    connection, challenge = each.result()
+                    self._introduce(connection, challenge, hello, patience)
+                except OSError as reason:
+                    error = reason
+                else:
+                    taken = each
+                    return connection, tries[each]
+        finally:
+            for other in tries.keys() - {taken}:
+                other.add_done_callback(_close)
         raise error
 
-    def _dial(self, endpoint: str, hello: Hello, patience: float) -> socket.socket:
-        credentials, timeouts = self.credentials, self.timeouts
-        connection = connect(endpoint, timeouts.connect)
+    def _reach(self, endpoint: str) -> tuple[socket.socket, bytes]:
+        """A connection, encrypted if it is to be, and the challenge."""
+        try:
+            connection = connect(endpoint, self.timeouts.connect)
+        except ValueError as error:
+            raise OSError(f"is no endpoint ({error})") from None
         try:
             prepare(connection, self.silence)
-            connection.settimeout(timeouts.handshake)
-            if credentials.client and credentials.encrypts(connection):
-                connection = credentials.client.wrap_socket(connection)
+            connection.settimeout(self.timeouts.handshake)
+            if self.credentials.client and self.credentials.encrypts(connection):
+                connection = self.credentials.client.wrap_socket(connection)
             else:
                 connection.sendall(_PLAIN)
-            challenge = _receive(connection, _CHALLENGE_BYTES)
-            connection.sendall(hello.encode(credentials, challenge))
-            connection.settimeout(patience or timeouts.handshake)
+            return connection, _receive(connection, _CHALLENGE_BYTES)
+        except BaseException as error:
+            connection.close()
+            raise _explained(error) from None
+
+    def _introduce(self, connection: socket.socket, challenge: bytes, hello: Hello, patience: float) -> None:
+        try:
+            connection.sendall(hello.encode(self.credentials, challenge))
+            connection.settimeout(patience or self.timeouts.handshake)
             _receive(connection, len(_CONSENT))
-        except ssl.SSLError as error:
+        except BaseException as error:
             connection.close()
-            reason = f"does not belong to this run, or has another transport_security ({error.reason})"
-            raise ConnectionError(reason) from None
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+            raise _explained(error) from None
 
 
-def _close(late: "Future[socket.socket]") -> None:
+def _explained(error: BaseException) -> BaseException:
+    if not isinstance(error, ssl.SSLError):
+        return error
+    return ConnectionError(f"does not belong to this run, or has another transport_security ({error.reason})")
+
+
+def _close(late: "Future[tuple[socket.socket, bytes]]") -> None:
     if late.exception() is None:
-        late.result().close()
+        late.result()[0].close()
 
 
 def consent(connection: socket.socket) -> None:
@@ -223,14 +239,22 @@ class Listener:
             self._selector.register(self._socket, selectors.EVENT_READ)
             self._selector.register(self._wake, selectors.EVENT_READ)
             while not self._closing.is_set():
-                for key, _ in self._selector.select(1.0):
-                    if key.data is not None:
-                        self._advance(key.data)
-                    elif key.fileobj is self._socket:
-                        self._greet()
-                limit = time.monotonic() - self._timeouts.handshake
-                for stranger in [one for one in self._strangers if one.since < limit]:
-                    self._drop(stranger, "said nothing")
+                try:
+                    self._look()
+                except Exception:  # no more threads, for example: that may pass
+                    log.exception("the listener has failed, and goes on")
+                    self._closing.wait(1.0)
+
+    def _look(self) -> None:
+        """Take what has come within a second."""
+        for key, _ in self._selector.select(1.0):
+            if key.data is not None:
+                self._advance(key.data)
+            elif key.fileobj is self._socket:
+                self._greet()
+        limit = time.monotonic() - self._timeouts.handshake
+        for stranger in [one for one in self._strangers if one.since < limit]:
+            self._drop(stranger, "said nothing")
 
     def _greet(self) -> None:
         """Accept a connection."""
@@ -308,7 +332,8 @@ class Listener:
         return _LENGTH.size + length - len(stranger.received)
 
     def _drop(self, stranger: _Stranger, reason: str = "") -> None:
-        self._selector.unregister(stranger.connection)
+        with suppress(KeyError, ValueError):  # it is not registered, or closed already
+            self._selector.unregister(stranger.connection)
         del self._strangers[stranger]
         stranger.connection.close()
         if reason and stranger.host not in self._warned and len(self._warned) < PENDING:
