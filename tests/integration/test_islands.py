@@ -250,9 +250,10 @@ def changes(node: Node) -> list[str]:
     return [event["change"] for event in node.events("membership")]
 
 
-def test_fragments_and_overlap_have_the_same_results_on_an_island(start: Callable[..., Node]) -> None:
+def test_fragments_overlap_and_compiled_blocks_have_the_same_results_on_an_island(start: Callable[..., Node]) -> None:
     how = {"fragments": 2, "overlap_tau": 1, "eval_interval": 2}
-    single, island = (start(kind, *layout, **how) for kind, layout in (("one", (1, "none")), ("island", (2, "fsdp"))))
+    compiled = {"compile_model": True, "compile_backend": "aot_eager", "activation_checkpointing": "block"}
+    single, island = start("one", 1, "none", **how), start("island", 2, "fsdp", **how, **compiled)
     assert_equal(island.ends(), single.ends())
 
 

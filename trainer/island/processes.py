@@ -48,9 +48,12 @@ class Island:
         """Connect the processes that this node's agent has started. At the end, the followers end with the leader.
 
         Raises:
+            ConfigError: The agent has started another number of processes.
             TrainingError: A process is gone.
         """
         rank, size = number_from("LOCAL_RANK"), number_from("LOCAL_WORLD_SIZE") or 1
+        if size != config.island:
+            raise ConfigError("elastic.nproc_per_node", config.island, f"must be {size}, the processes of this node")
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
