@@ -64,7 +64,6 @@ class Island:
                 store=dist.HashStore() if size == 1 else None,
                 rank=rank,
                 world_size=size,
-                device_id=device if cuda else None,
             )
             island = cls(rank, size, device)
         status = 1
