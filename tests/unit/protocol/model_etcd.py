@@ -63,6 +63,11 @@ class Tensors:
         assert len(new) == len(set(new)), f"one round counts samples twice: {sorted(new)}"
         twice = self.positions.intersection(new)
         assert not twice, f"samples {sorted(twice)} are counted a second time"
+        return self.apply_unseen(contributions, steps)
+
+    def apply_unseen(self, contributions: tuple[tuple[int, ...], ...], steps: int) -> "Tensors":
+        """`apply`, whatever is counted."""
+        new = [position for part in contributions for position in part]
         flips = "~" * self.hash.count("~")
         digest = str(hash((tuple(sorted(self.positions)), contributions))) + flips
         return Tensors(digest, self.round + 1, self.step + steps, self.positions.union(new))
