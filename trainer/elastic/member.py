@@ -287,7 +287,8 @@ class ElasticQuorum:
         self._steps = outcome.base.step - before.step
         (sent, received), seconds = exchange.wire or (None, None), time.monotonic() - started
         commit = (outcome.round, outcome.attempt, outcome.members, fragment, exchange.reduced)
-        return Commit(*commit, sent, received, seconds, self._machine.current)
+        state = (outcome.term, self._replica.hashing().result(), weight, outcome.base.cursor)  # hashed to arrive
+        return Commit(*commit, sent, received, seconds, self._machine.current, *state)
 
     def announce(self, commit: Commit, state: GlobalState) -> None:
         self._replica.changed()

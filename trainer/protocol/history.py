@@ -64,7 +64,7 @@ class Plan:
         return self.lr * (1 + math.cos(math.pi * share)) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Happening:
     """Something that a process has recorded, in the order of its file."""
 
@@ -73,7 +73,7 @@ class Happening:
     round: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Began(Happening):
     """A process goes on after `round`.
 
@@ -92,7 +92,7 @@ class Began(Happening):
     ramp: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dealt(Happening):
     """A process goes on with an assignment, of which `used` positions have been consumed already."""
 
@@ -101,7 +101,7 @@ class Dealt(Happening):
     multiplier: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stepped(Happening):
     """An inner step towards `round`, which led to the schedule's position `step`."""
 
@@ -111,7 +111,7 @@ class Stepped(Happening):
     lr: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Committed(Happening):
     """A process has taken the outer step of `round`, as a member of its quorum.
 
@@ -138,7 +138,7 @@ class Committed(Happening):
     repeated: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CaughtUp(Happening):
     """A process has taken over the state after `round`; the other fields are those of `Began`."""
 
@@ -147,7 +147,7 @@ class CaughtUp(Happening):
     cursor: Cursor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ended(Happening):
     """A process has ended in an orderly way, and returned the `unused` positions, unless the run is complete."""
 
@@ -227,7 +227,6 @@ class History:
 
     Attributes:
         elastic: Whether workers are members; else (`optim_method=ddp`) torchrun restarts them together.
-        notes: What is known to be missing, for the user.
     """
 
     lives: tuple[Life, ...]
@@ -235,7 +234,6 @@ class History:
     recorded: tuple[Recorded, ...] = ()
     unreadable: tuple[Unreadable, ...] = ()
     elastic: bool = True
-    notes: tuple[str, ...] = ()
 
     def of(self, kind: type[E]) -> Iterator[tuple[Life, E]]:
         """All happenings of a kind, with the process that recorded each."""
@@ -245,6 +243,14 @@ class History:
     def has_terms(self) -> bool:
         """Whether every happening that matters tells its term: older versions have not written it."""
         return all(one.term is not None for _, one in self.of(Happening) if not isinstance(one, Ended))
+
+    @cached_property
+    def absent(self) -> tuple[str, ...]:
+        """Members of whom others tell, but whose own records are not here."""
+        known = {life.member for life in self.lives}
+        told = {member for _, one in self.of(Committed) for member in one.members}
+        told |= {member for one in self.recorded for member in one.members}
+        return tuple(sorted(told - known)) if self.elastic else ()
 
     @cached_property
     def terms(self) -> tuple[int, ...]:

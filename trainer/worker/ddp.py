@@ -132,7 +132,7 @@ class World(LocalQuorum):
         (_, end), (sent, received) = self._assignment().ranges[0], self._bytes()
         self.base = State(self.base.round + 1, self.base.step + self._length(), Cursor(end))
         commit = replace(commit, round=self.base.round, members=self.members, assignment=self._assignment())
-        return replace(commit, bytes_sent=sent, bytes_received=received)
+        return replace(commit, bytes_sent=sent, bytes_received=received, own_weight=weight, cursor=self.base.cursor)
 
     def join(self, state: GlobalState, cursor: Cursor, term: int = 0, report: RoundReport | None = None) -> CatchUp:
         """Begin from rank 0's global state: without a checkpoint, different CPUs may initialise different last bits."""

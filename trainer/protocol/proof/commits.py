@@ -10,6 +10,8 @@ def commits(history: History, notes: Notes) -> None:
     """Each round of a term was committed once: by one attempt, with one member list, one hash and one weight."""
     if not history.has_terms:
         notes.cannot(NO_TERMS)
+    if history.absent:
+        notes.cannot(f"what {', '.join(history.absent)} recorded: their files are not here")
     recorded = {(one.term, one.round): one for one in history.recorded}
     for (term, round), told in history.rounds.items():
         place = f"round {round} of term {term} has several"

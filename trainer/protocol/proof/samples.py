@@ -201,8 +201,9 @@ def _judge_missing(
     # Those of whose owner nobody tells
     if nobodys := [*nobodys, *owned]:
         suspects = sorted({life.member for life in history.lives if _may_have_lost(life, term, history.bases[term])})
-        if suspects or history.notes:
-            named = ", ".join(suspects) or "a worker whose files are not here"
+        suspects += history.absent
+        if suspects:
+            named = ", ".join(suspects)
             notes.remarks.append(f"term {term}: {count(nobodys)} positions were lost with one of {named}")
         else:
             notes.refute(f"position {text(nobodys)} was dealt in term {term}, but nobody has used or returned it")

@@ -9,6 +9,9 @@ SLACK = 65536  # bytes: of a round so small that one lost window is much of it
 
 def traffic(history: History, notes: Notes) -> None:
     """In a round, its members received the bytes that they sent, less what the kernel sent again."""
+    if not history.elastic:
+        notes.cannot("data parallelism, whose ranks read their counters at different times")
+        return
     for (term, round), told in history.rounds.items():
         events = [one for _, one in told]
         if len(events) != len(events[0].members) or any(one.sent is None or one.received is None for one in events):
