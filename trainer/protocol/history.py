@@ -177,8 +177,8 @@ class Life:
 
     @cached_property
     def disturbed(self) -> bool:
-        """Whether work or samples may be lost with it: it has no end, or failed, or was late."""
-        return self.end is None or self.end.status == "failed" or any(self.of(CaughtUp))
+        """Whether work or samples may be lost with it: it has no end, or failed, was late, or lines are missing."""
+        return self.end is None or self.end.status == "failed" or any(self.of(CaughtUp)) or bool(self.gaps)
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def terms(history: History, notes: Notes) -> None:
         if number == 0 or base is None:
             if base:
                 notes.remarks.append(f"the first term here, {term}, begins after round {base}")
+            notes.judged += base == 0  # the initialisation
             continue
         parent = _parent(history, term, base, notes)
         if parent is not None and parent in rolled_back:

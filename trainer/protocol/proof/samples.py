@@ -101,6 +101,7 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
     for index, one in enumerate(life.happenings):
         if index in life.gaps:
             ledger = None
+            at_close.clear()
         if isinstance(one, Dealt):
             begun = minus(_first(one.ranges, one.used), earlier)
             if begun and not life.gaps:
@@ -206,7 +207,10 @@ def _judge_missing(
             named = ", ".join(suspects)
             notes.remarks.append(f"term {term}: {count(nobodys)} positions were lost with one of {named}")
         else:
-            notes.refute(f"position {text(nobodys)} was dealt in term {term}, but nobody has used or returned it")
+            told = [told[0] for (number, _), told in sorted(history.cursors.items()) if number == term]
+            lines = [where for cursor, where in told if cursor.position > nobodys[0][0]][:1]
+            words = f"position {text(nobodys)} was dealt in term {term}, but nobody has used or returned it"
+            notes.refute(words, *lines)
 
 
 def _cursor(history: History, term: int, round: int) -> Cursor | None:

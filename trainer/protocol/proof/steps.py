@@ -16,6 +16,7 @@ from trainer.protocol.history import (
     Stepped,
 )
 from trainer.protocol.proof.notes import Notes
+from trainer.protocol.samples import count
 
 SMALL = 1e-6  # relative: how far numbers may differ by rounding
 
@@ -29,6 +30,9 @@ def inner_steps(history: History, notes: Notes) -> None:
             continue
         for index, one in enumerate(life.happenings):
             counter.follow(one, plan, lost=index in life.gaps)
+            if isinstance(one, Stepped) and one.term is not None and one.term != counter.term:
+                text = f"an inner step of term {one.term}, while the process was in term {counter.term}"
+                notes.refute(text, counter.where_entered, one.where)
             if isinstance(one, Stepped) and counter.expected is not None:
                 notes.judged += 1
                 if not _close(one.step, counter.expected):
@@ -48,9 +52,12 @@ class _Counter:
         expected: The position of the last step; None: a gap or an old version's file does not tell.
         before: The position from which it was expected, and where that is told.
         made, due: By round, the inner steps so far, and those that it takes.
+        term: The present one, and where it was entered.
     """
 
     def __init__(self) -> None:
+        self.term: int | None = None
+        self.where_entered = ""
         self.expected: float | None = None
         self.before, self.where_before = 0.0, ""
         self.made: dict[int, int] = {}
@@ -64,6 +71,7 @@ class _Counter:
             self._forget(0, None)
         if isinstance(one, Began | CaughtUp):
             self._forget(one.round + 1, one.inner_steps)
+            self.term, self.where_entered = one.term, one.where
             self._last, self._where = float(plan.begin(one.round + 1)), one.where
         elif isinstance(one, Dealt):
             self._multiplier = one.multiplier
@@ -148,6 +156,9 @@ def learning_rates(history: History, notes: Notes) -> None:
 
 def weights(history: History, notes: Notes) -> None:
     """A member's weight in a round is the samples that it has trained on since its last one; a round's is their sum."""
+    for _, step in history.of(Stepped):
+        if step.positions and step.samples not in (0, count(step.positions)):
+            notes.refute(f"a step counts {step.samples:g} samples, and trained on {count(step.positions)}", step.where)
     for life in history.lives:
         _judge_own_weights(life, notes)
     for (term, round), told in history.rounds.items():
