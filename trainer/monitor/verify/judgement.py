@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import ConfigError
 from trainer.monitor.find_run import no_run
 from trainer.monitor.verify.lines import Process, WorkerFile, read_lines
 from trainer.monitor.verify.records import checkpoints_of, commits_in_etcd
 from trainer.protocol.history import History
-from trainer.protocol.proof import Claim, judge, refuted
+from trainer.protocol.proof import Claim, Verdict, judge, refuted
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ class Judgement:
     def refuted(self) -> bool:
         return refuted(self.claims)
 
+    def names(self, verdict: Verdict) -> list[str]:
+        """The claims with this verdict."""
+        return [claim.name for claim in self.claims if claim.verdict == verdict]
+
     @property
     def headline(self) -> str:
         """The judgement in one line."""
-        names = {verdict: [claim.name for claim in self.claims if claim.verdict == verdict] for verdict in _ORDER}
+        names = {verdict: self.names(verdict) for verdict in _ORDER}
         parts = [f"{len(names['holds'])} of {len(self.claims)} claims hold"]
         parts += [f"refuted: {', '.join(names['refuted'])}"] if names["refuted"] else []
         parts += [f"cannot be judged: {', '.join(names['unknown'])}"] if names["unknown"] else []
@@ -56,7 +61,7 @@ class Judgement:
         return "\n".join([*lines, self.headline])
 
 
-_ORDER = ("refuted", "unknown", "holds")
+_ORDER: tuple[Verdict, ...] = ("refuted", "unknown", "holds")
 
 
 def _details(claim: Claim) -> list[str]:
@@ -90,6 +95,14 @@ def verify(run_dirs: Sequence[Path | str], *, deep: bool = True) -> list[Judgeme
         run_ids.setdefault(newest.run_id, run_dir)
         files += own
     return [_judge(run_id, run_dir, files, deep) for run_id, run_dir in run_ids.items()]
+
+
+def judged(run_dir: Path | str) -> Judgement | None:
+    """The judgement of one run directory, without reading checkpoints through; None if it holds nothing to judge."""
+    try:
+        return verify([run_dir], deep=False)[0]
+    except (ConfigError, OSError):
+        return None
 
 
 def _paths(run_dir: Path) -> list[Path]:
