@@ -200,6 +200,13 @@ class Schema(Group):
     late_policy: Literal["carry", "drop"] = parameter(
         "carry", "What a late worker does with its pseudo-gradient: carry it over to the next round, or drop it."
     )
+    lost_state: Literal["continue", "stop"] = parameter(
+        "continue",
+        "If nobody comes back with the newest saved state: continue from the newest one that is there, or stop.",
+    )
+    lost_state_wait: Seconds = parameter(
+        300.0, "How long to wait for the newest saved state, in seconds; at most half of `elastic.rdzv_timeout`."
+    )
     joiner_moments: Literal["donor", "warmup"] = parameter(
         "donor", "Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
     )

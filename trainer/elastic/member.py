@@ -76,7 +76,7 @@ class ElasticQuorum:
         self._watch = RoundWatch(config, self._rules, lambda: stopping.is_set() or self._left.is_set(), timeouts)
         self._report = RoundReport()
         self._steps = 0  # inner steps of the last committed round
-        self._unsaved_durable: int | None = None  # a durable round that etcd does not know of yet
+        self._unsaved_durable: Durable | None = None  # what etcd does not know of yet
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="announce")
         self._resources = ExitStack()
         # Set by `join`
@@ -131,7 +131,7 @@ class ElasticQuorum:
         self._report = report = report or RoundReport()
         holds = State(state.round, state.step, cursor, self._replica.hashing().result())
         where, process = (self._slot, self._local_rank, donor.endpoint), (socket.gethostname(), os.getpid())
-        self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress)
+        self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress, term)
         self._perform(self._machine.register(me, term))
         self._coordinator = Coordinator(EtcdClient.of(config), self.id, self._rules, config.lease_ttl, self._timeouts)
         self._replica.start_catching_up()
@@ -244,12 +244,12 @@ class ElasticQuorum:
         """Write the run's verdict. The first one stands."""
         self._watch.patiently(lambda: finish(self._watch.client, status, reason))
 
-    def durable(self, round: int) -> None:
+    def durable(self, round: int, term: int = 0) -> None:
         """Announce that a checkpoint of `round` is on this worker's disk: the run must not continue from an older one.
 
         Never waits: if etcd is away, or this process has not joined yet, the announcement is made later.
         """
-        self._unsaved_durable = round
+        self._unsaved_durable = Durable(round, self.id, term)
         self._write_durable()
 
     def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -342,7 +342,7 @@ class ElasticQuorum:
             case effects.Finish(reason):
                 self.finish("failed", reason)
             case effects.Log(message):
-                log.warning(message)
+                log.warning(message, extra={"event": True})
         return None
 
     def _write(self, key: str, value: Json, leased: bool = False, required: bool = True) -> None:
@@ -358,7 +358,7 @@ class ElasticQuorum:
         """Hash the state, and write that this member holds it, in the background, while the next inner steps run."""
         hashing = self._replica.hashing()
         progress = {**self._report.progress, "round": base.round}
-        me = replace(self._me, speed=self._report.speed, progress=progress)
+        me = replace(self._me, speed=self._report.speed, progress=progress, term=self._machine.term)
 
         def write() -> None:
             self._me = replace(me, holds=replace(base, hash=hashing.result()))
@@ -371,12 +371,12 @@ class ElasticQuorum:
         self._background.submit(write)
 
     def _write_durable(self) -> None:
-        round = self._unsaved_durable
-        if round is None or self._lease is None:
+        durable = self._unsaved_durable
+        if durable is None or self._lease is None:
             return
         with suppress(EtcdError):
-            self._watch.client.put(f"durable/{self.worker:03d}", encoded(Durable(round, self.id)))
-            if self._unsaved_durable == round:
+            self._watch.client.put(f"durable/{self.worker:03d}", encoded(durable))
+            if self._unsaved_durable == durable:
                 self._unsaved_durable = None
 
 
@@ -393,5 +393,9 @@ def rules_of(config: "TrainingConfig") -> Rules:
         total_steps=config.total_steps,
         batch_size=config.batch_size,
         prefetch=2 if config.overlaps else 1,
+        # Before the members give up (`elastic.rdzv_timeout`)
+        lost_state_wait=None
+        if config.lost_state == "stop"
+        else min(config.lost_state_wait, config.elastic.rdzv_timeout / 2),
         speed_tolerance=config.group_perc_variance if config.heterogeneous else None,
     )

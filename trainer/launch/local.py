@@ -82,8 +82,7 @@ def launch(
             return 0
         # Reset what a previous launch has left
         if etcd is not None:  # only this run uses it, so its live keys belong to dead processes
-            for prefix in keys.LIVING:
-                client.delete_prefix(prefix)
+            keys.forget_processes(client)
         if not client.list("slots/"):  # else another launch of the run may be meant
             client.delete(DESIRED)
         keys.reopen(client)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.protocol.records import (
+    LastTerm,
     Range,
     RoundState,
 )
@@ -102,6 +103,15 @@ class Etcd:
     def back(self) -> None:
         self.away = False
         self.leases = dict.fromkeys(self.leases, self.world.now + TTL)
+
+    def forget(self) -> None:
+        """What `launch` deletes when it begins again: all keys that are valid only while their processes live."""
+        record = self.entries.get("round")
+        self.entries = {key: entry for key, entry in self.entries.items() if key.startswith(("durable/", "term"))}
+        if record is not None:
+            self.entries["term"] = Entry(LastTerm(record.value.term), 0, 0)
+        self.leases.clear()
+        self.records.clear()
 
     def list(self, process: "Process") -> dict[str, Entry]:
         self.reach(process)

@@ -91,7 +91,7 @@ class Process:
         self.state = own.state if own else Tensors()
         holds = replace(own.base if own else State(), hash=self.state.hash)
         speed = self.random.choice([0.0, self.speed])
-        self.member = Member(f"node {worker % world.nodes}", worker, 0, "", holds, speed)
+        self.member = Member(f"node {worker % world.nodes}", worker, 0, "", holds, speed, term=own.term if own else 0)
         self.machine = MemberMachine(self.id, world.rules)
         self.ledger, self.multiplier = SampleLedger(), 1.0
         self.inner_steps = 0
@@ -239,7 +239,7 @@ class Process:
             case effects.HashState():
                 return self.state.hash
             case effects.Announce(base):
-                self.member = replace(self.member, holds=replace(base, hash=self.state.hash))
+                self.member = replace(self.member, holds=replace(base, hash=self.state.hash), term=self.machine.term)
                 with suppress(Away):
                     etcd.put(self, f"members/{self.id}", self.member, self.lease)
                 if self.record is not None:
@@ -535,7 +535,7 @@ class Process:
         self.world.volumes[self.worker] = own
         yield "saved"
         if not self.leaving:
-            durable = Durable(self.state.round, self.id)
+            durable = Durable(self.state.round, self.id, self.machine.term)
             yield from self.patiently(lambda: self.world.etcd.put(self, f"durable/{self.worker}", durable))
 
     def leave(self) -> Thread:

@@ -6,6 +6,7 @@ import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from tests.unit.protocol.model_etcd import FAULTS_END, PATIENCE, POLL, Etcd, Fault, Tensors, Thread, positions_of
@@ -136,6 +137,12 @@ class World:
         elif fault.what == "start":
             if process is None:
                 self.launch(fault.worker)
+        elif fault.what == "launch again":  # an etcd of its own: what belonged to the processes is deleted
+            for other in self.live():
+                other.dead = True
+            self.etcd.forget()
+            for worker in range(self.nodes):
+                self.at(self.now + 1, partial(self.launch_if_gone, worker))
         elif process is None:
             return
         elif fault.where:
@@ -143,6 +150,9 @@ class World:
             return
         elif fault.what == "kill":
             process.dead = True
+        elif fault.what == "lose volume":
+            process.dead = True
+            self.volumes.pop(fault.worker, None)
         elif fault.what == "kill all":
             for other in self.live():
                 other.dead = True
@@ -168,18 +178,21 @@ class World:
         process = Process(self, worker, incarnation)
         self.processes[process.id] = process
 
+    def launch_if_gone(self, worker: int) -> None:
+        if self.of(worker) is None:
+            self.launch(worker)
+
     def died(self, process: Process) -> None:
         """Its agent revokes its lease, and starts it again."""
         process.dead = True
         self.etcd.lose(process.lease)
-        self.at(self.now + 1, lambda: None if self.of(process.worker) else self.launch(process.worker))
+        self.at(self.now + 1, partial(self.launch_if_gone, process.worker))
 
     def make_calm(self) -> None:
         """No more faults; agents start again what has died or left."""
         self.calm = True
         for worker in sorted({*range(self.nodes), *self.volumes}):
-            if self.of(worker) is None:
-                self.launch(worker)
+            self.launch_if_gone(worker)
         self.at(self.now + 1, self.make_calm)
 
     def history(self) -> History:
@@ -228,8 +241,9 @@ class World:
                 assert len({view.members[id].node for id in new.members}) >= self.rules.min_nodes
             assert self.quorums.setdefault(new.attempt_id, new.members) == new.members, "two quorums for one attempt"
         if old is None or new.term != old.term:
-            assert new.base.round >= view.durable, "what was durable is given up"
-            assert new.term == (old.term if old else 0) + 1
+            newest = max(member.held for member in view.members.values())
+            assert new.lost or newest >= view.durable, "what was durable is given up"
+            assert old is None or new.term == old.term + 1
             assert not {term for term, _ in self.states if term >= new.term}
             state = self.known[new.base.hash]
             assert (state.round, state.step) == (new.base.round, new.base.step)

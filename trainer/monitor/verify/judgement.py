@@ -48,11 +48,9 @@ class Judgement:
         return {**asdict(self), "refuted": self.refuted, "headline": self.headline}
 
     def __str__(self) -> str:
-        def many(number: int, what: str) -> str:
-            return f"{number} {what}{'s' if number != 1 else ''}"
-
-        counts = ((self.workers, "worker"), (self.processes, "process"), (self.rounds, "round"), (self.terms, "term"))
-        told = ", ".join(many(*count) for count in counts).replace("processs", "processes")
+        words = ("worker", "workers"), ("process", "processes"), ("round", "rounds"), ("term", "terms")
+        counts = zip((self.workers, self.processes, self.rounds, self.terms), words, strict=True)
+        told = ", ".join(f"{number} {one if number == 1 else more}" for number, (one, more) in counts)
         lines = [f"run {self.run_id}: {told}"]
         for claim in self.claims:
             lines += [f"  {claim.verdict.upper():<8} {claim.name:<17} {claim.sentence}", *_details(claim)]
