@@ -165,12 +165,15 @@ def _judge_fates(history: History, term: int, notes: Notes) -> None:
     returned: list[Range] = [*(final.returned if final else ())]
     fates = [part for _, one in history.of(Stepped) if one.term == term for part in one.positions]
     fates += [part for _, deal in deals for part in _first(deal.ranges, deal.used)]
+    last = {life.worker: life for life in history.lives}
     for life in history.lives:
         rest = minus(_last_deal(life, term), fates)
         if life.end is not None and life.end.unused is not None and life.end.term == term:
             returned += life.end.unused
         elif life.end is None and rest:
-            notes.remarks.append(f"term {term}: {count(rest)} positions were with {life.member}, which has not ended")
+            killed = life is not last[life.worker]
+            words = "were lost with {}, which was killed" if killed else "are with {}, which has not ended"
+            notes.remarks.append(f"term {term}: {count(rest)} positions {words.format(life.member)}")
         fates += rest
     fates += returned
     returned += [part for _, one in history.of(Committed) if one.term == term for part in one.unused or ()]
