@@ -52,6 +52,7 @@ class MemberTimeouts:
     retry: float = 1.0  # before an operation is repeated: etcd was away, or several attempts at a round have failed
     probe: float = 1.0  # in which a member's port must answer after a failed attempt, or it is suspect
     find: float = 5.0  # to find a donor that has an offer
+    copy: float = 15.0  # for another node to save what a leaving member has saved last
     mesh_poll: float = 0.01  # as `poll`, while a process group is formed
     mesh_refresh: float = 1.0  # as `refresh`, while a process group is formed
     role_ttl: float = 3.0  # for which the coordinator's role outlives its holder's last sign of life

@@ -26,8 +26,10 @@ from trainer.diloco.state import Fragment, GlobalState
 from trainer.elastic.attempt import Attempts, Exchange
 from trainer.elastic.catch_up import Replica
 from trainer.elastic.coordinator import Coordinator
+from trainer.elastic.departure import departing, wait_for_a_copy
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish
 from trainer.elastic.round_watch import RoundWatch, Wait
+from trainer.elastic.rules import rules_of
 from trainer.errors import ConfigError, Interrupted
 from trainer.etcd.client import EtcdClient, Json, local_address
 from trainer.etcd.errors import EtcdError
@@ -36,7 +38,7 @@ from trainer.process import number_from
 from trainer.protocol import effects
 from trainer.protocol.effects import Effect, Machine
 from trainer.protocol.member import MemberMachine
-from trainer.protocol.records import Assignment, Cursor, Durable, Member, Rules, State, decoded, encoded
+from trainer.protocol.records import Assignment, Cursor, Durable, Member, State, decoded, encoded
 from trainer.timeouts import MemberTimeouts
 from trainer.transport.donor import Donor
 
@@ -77,6 +79,7 @@ class ElasticQuorum:
         self._report = RoundReport()
         self._steps = 0  # inner steps of the last committed round
         self._unsaved_durable: Durable | None = None  # what etcd does not know of yet
+        self._saved: Durable | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="announce")
         self._resources = ExitStack()
         # Set by `join`
@@ -176,7 +179,10 @@ class ElasticQuorum:
             self._coordinator.close()
         if rest is not None and self._lease is not None:
             record = self._watch.record
-            self._perform(self._machine.leave(rest, complete=record is not None and record.length == 0))
+            complete = record is not None and record.length == 0
+            self._perform(self._machine.leave(rest, complete))
+            if self._saved is not None and not complete:
+                wait_for_a_copy(self._watch.client, self._me, self._saved, self._timeouts)
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -202,6 +208,12 @@ class ElasticQuorum:
         """The members of the last quorum, in rank order; before the first one, those it is expected to have."""
         record = self._watch.record
         return () if record is None else record.committed.members if record.committed else record.expected
+
+    @property
+    def departing(self) -> frozenset[str]:
+        """Members of the last quorum that are about to leave: what they have saved should be elsewhere, too."""
+        record = self._watch.record
+        return departing(record) if record is not None else frozenset()
 
     @property
     def shortage(self) -> bool:
@@ -249,7 +261,7 @@ class ElasticQuorum:
 
         Never waits: if etcd is away, or this process has not joined yet, the announcement is made later.
         """
-        self._unsaved_durable = Durable(round, self.id, term)
+        self._unsaved_durable = self._saved = Durable(round, self.id, term)
         self._write_durable()
 
     def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -378,24 +390,3 @@ class ElasticQuorum:
             self._watch.client.put(f"durable/{self.worker:03d}", encoded(durable))
             if self._unsaved_durable == durable:
                 self._unsaved_durable = None
-
-
-def rules_of(config: "TrainingConfig") -> Rules:
-    """The protocol's parameters, from a run's configuration."""
-    return Rules(
-        min_nodes=config.min_nodes,
-        max_members=config.max_nodes * config.elastic.nproc_per_node,
-        grace_period=config.grace_period,
-        retry_period=config.collective_timeout + 1,
-        forget_period=config.lease_ttl + 2,
-        stall_limit=config.elastic.rdzv_timeout,
-        local_steps=config.round_steps,
-        total_steps=config.total_steps,
-        batch_size=config.batch_size,
-        prefetch=2 if config.overlaps else 1,
-        # Before the members give up (`elastic.rdzv_timeout`)
-        lost_state_wait=None
-        if config.lost_state == "stop"
-        else min(config.lost_state_wait, config.elastic.rdzv_timeout / 2),
-        speed_tolerance=config.group_perc_variance if config.heterogeneous else None,
-    )

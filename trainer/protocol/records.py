@@ -232,6 +232,7 @@ class View:
     left: Mapping[str, Left] = field(default_factory=dict)
     durable: tuple[int, int] = (0, 0)  # term and round of the newest durable state
     last_term: int = 0  # of a deleted record
+    saved: Mapping[str, Durable] = field(default_factory=dict)  # by worker: its newest durable state
 
     @cached_property
     def present(self) -> frozenset[str]:
@@ -252,8 +253,10 @@ def view_of(entries: Mapping[str, Any]) -> View:
         if prefix in found:
             found[prefix][id] = entry.value
     kinds = {kind: found[kind] for kind in ("members", "arrivals", "votes", "ready", "left")}
-    durable = max(((one.term, one.round) for one in found["durable"].values()), default=(0, 0))
-    return View(**kinds, durable=durable, last_term=max((one.term for one in found["term"].values()), default=0))
+    saved = found["durable"]
+    durable = max(((one.term, one.round) for one in saved.values()), default=(0, 0))
+    last_term = max((one.term for one in found["term"].values()), default=0)
+    return View(**kinds, durable=durable, last_term=last_term, saved=saved)
 
 
 def outcome_key(term: int, round: int) -> str:

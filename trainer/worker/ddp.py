@@ -56,7 +56,7 @@ class Loss(nn.Module):
 class World(LocalQuorum):
     """All ranks of torchrun's world, as a quorum with the interface of `trainer.elastic.member.ElasticQuorum`."""
 
-    shortage = False  # without all of them, there is no world
+    shortage, departing = False, frozenset[str]()  # without all of them, there is no world
 
     def __init__(self, config: TrainingConfig, fingerprint: Mapping[str, Any], stopping: threading.Event) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ class Worker:
         self.progress = Progress()
         self.saving = Saving(parts, self.progress, metrics)
         self.loss: nn.Module = Loss(parts.task, parts.model)
-        self._shortage_saved = False
+        self._saved_for: tuple[bool, frozenset[str]] = False, frozenset()
         self._round_began, self._unused = time.perf_counter(), tuple[Range, ...]()  # of the open synchronisation
         self._asking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ask the quorum")
 
@@ -314,10 +314,12 @@ class Worker:
         return answer.result()
 
     def _save_on_shortage(self) -> None:
-        """Save once when too few workers are left to go on: the run may end while it waits for others."""
-        if self.quorum.shortage and not self._shortage_saved:
+        """Save once when too few workers are left to go on, or when some leave: the run may end before the next save,
+        or those who leave may take the newest state along."""
+        reasons = self.quorum.shortage, self.quorum.departing
+        if (reasons[0] and not self._saved_for[0]) or reasons[1] - self._saved_for[1]:
             self.saving.save()
-        self._shortage_saved = self.quorum.shortage
+        self._saved_for = reasons
 
     def _validate(self) -> None:
         """Score the global parameters on this worker's part of the held-out samples."""

@@ -635,7 +635,8 @@ def test_a_view_of_a_runs_keys() -> None:
     }
     values = {key: json.loads(json.dumps(encoded(record))) for key, record in records.items()}
     view = view_of({key: SimpleNamespace(value=decoded(key, value)) for key, value in values.items()})
-    assert view == View({"a": member("a")}, ready={"a": Ready(1, 0)}, durable=(1, 5))
+    saved = {"000": Durable(9, "a"), "001": Durable(5, "b", 1)}
+    assert view == View({"a": member("a")}, ready={"a": Ready(1, 0)}, durable=(1, 5), saved=saved)
 
 
 def test_shortage() -> None:
