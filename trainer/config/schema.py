@@ -212,11 +212,25 @@ class Schema(Group):
     )
     catch_up_rounds: Positive = parameter(8, "Number of committed means kept for members that catch up.")
     advertise_address: Annotated[str, LOCAL] = parameter(
-        "", "Address at which other workers reach this one. Empty: detected."
+        "",
+        "Addresses at which other workers may reach this one, separated by commas: the first that answers is used. "
+        "Empty: detected.",
     )
-    network_interface: Annotated[str, LOCAL] = parameter("", "Network interface for the collectives. Empty: detected.")
+    network_interface: Annotated[str, LOCAL] = parameter(
+        "", "Network interface whose address other workers use. Empty: detected."
+    )
     port_range: Annotated[str, LOCAL] = parameter(
         "", "Ports to listen on, `low-high`. Empty: ephemeral.", pattern=PORT_RANGE
+    )
+    streams: NonNegative = parameter(
+        0, "TCP connections between two workers in each direction. 0: as many as their round trip needs; 1 nearby."
+    )
+    transport_security: Annotated[Literal["tls", "none"], FINGERPRINT] = parameter(
+        "tls", "Encryption between workers on different machines: TLS 1.3, or none."
+    )
+    transport_certificates: Annotated[str, LOCAL] = parameter(
+        "",
+        "Directory with ca.crt, tls.crt and tls.key for transport_security=tls. Empty: derived from a secret in etcd.",
     )
     pgroup_backend: Literal["", "gloo", "nccl"] = parameter(
         "",

@@ -17,7 +17,7 @@ Status = Literal["open", "succeeded", "failed"]
 # Keys that are valid only while the processes that wrote them live
 LIVING = (
     *("nodes/", "slots/", "started", "members/", "numbers/"),
-    *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "meshes/"),
+    *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "calls/"),
     *("rendezvous", "store/"),  # torchrun's, of the `ddp` baseline
 )
 

@@ -4,7 +4,6 @@
 """
 
 import logging
-import math
 import os
 import secrets
 import socket
@@ -18,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from psutil import pid_exists
 from torch import Tensor
 
 from trainer.diloco.quorum import CatchUp, Commit, OnChunk, RoundReport, Superseded
@@ -27,11 +25,10 @@ from trainer.elastic.attempt import Attempts, Exchange
 from trainer.elastic.catch_up import Replica
 from trainer.elastic.coordinator import Coordinator
 from trainer.elastic.departure import departing, wait_for_a_copy
+from trainer.elastic.joining import addresses_of, claim_number, rules_of
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish
 from trainer.elastic.round_watch import RoundWatch, Wait
-from trainer.elastic.rules import rules_of
-from trainer.errors import ConfigError, Interrupted
-from trainer.etcd.client import EtcdClient, Json, local_address
+from trainer.etcd.client import EtcdClient, Json
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
 from trainer.process import number_from
@@ -40,7 +37,9 @@ from trainer.protocol.effects import Effect, Machine
 from trainer.protocol.member import MemberMachine
 from trainer.protocol.records import Assignment, Cursor, Durable, Member, State, decoded, encoded
 from trainer.timeouts import MemberTimeouts
+from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor
+from trainer.transport.transport import Transport
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
@@ -85,6 +84,7 @@ class ElasticQuorum:
         # Set by `join`
         self._lease: Lease | None = None
         self._coordinator: Coordinator | None = None
+        self._transport: Transport
         self._attempts: Attempts
         self._replica: Replica
         self._exchange: Exchange
@@ -115,55 +115,39 @@ class ElasticQuorum:
         secret = bytes.fromhex(entry.value["hex"])
         watch.check_verdict()
 
-        # Serve the state to others, and be reachable
+        # Be reachable, and serve the state to others
         resources.callback(self._background.shutdown)
-        self._replica = Replica(watch, state, self._machine, self._background, secret)
-        address = config.advertise_address or local_address(config.etcd.endpoints[0])
-        put_mesh = partial(self._write, f"meshes/{self.id}", leased=True)
-        self._attempts = Attempts(watch, self.id, address, put_mesh)
+        self._transport = transport = Transport(
+            self.id,
+            addresses_of(config),
+            credentials(secret, config.transport_security, config.transport_certificates),
+            port_range=config.port_range,
+            streams=config.streams,
+            silence=config.collective_timeout,
+            handle=Donor(lambda name: self._replica.find(name)),
+            call=self._call,
+        )
+        self._replica = Replica(watch, state, self._machine, self._background, transport)
+        resources.callback(transport.close)
+        self._attempts = Attempts(watch, transport)
         resources.callback(self._attempts.close)
-        donor = Donor(self._replica.find, secret, address, config.port_range)
-        resources.callback(donor.close)
 
         # Register, stand for coordinator, and catch up
         self._lease = lease = watch.patiently(lambda: client.lease(config.lease_ttl))
         resources.callback(lease.revoke)
-        self._claim_number(lease)
-        resources.callback(client.watch("round", watch.refresh).close)
+        claim_number(watch, lease, self._slot, self.worker)
+        resources.callback(client.watch("round", self._refresh).close)
+        resources.callback(client.watch("calls/", self._answer_calls).close)
         self._write_durable()
         self._report = report = report or RoundReport()
         holds = State(state.round, state.step, cursor, self._replica.hashing().result())
-        where, process = (self._slot, self._local_rank, donor.endpoint), (socket.gethostname(), os.getpid())
+        where, process = (self._slot, self._local_rank, transport.endpoints), (socket.gethostname(), os.getpid())
         self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress, term)
         self._perform(self._machine.register(me, term))
-        self._coordinator = Coordinator(EtcdClient.of(config), self.id, self._rules, config.lease_ttl, self._timeouts)
+        role = EtcdClient.of(config), self.id, self._rules, config.lease_ttl, transport.is_dead, self._timeouts
+        self._coordinator = Coordinator(*role)
         self._replica.start_catching_up()
         return CatchUp(self._perform(self._machine.join()), self._machine.current)
-
-    def _claim_number(self, lease: Lease) -> None:
-        """Refuse to be the same worker as another process: with one set of samples, neither would ever be needed.
-
-        An agent holds its node's slot, so its workers need no claim. The key of a process that was killed expires.
-        """
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            return
-        watch, key = self._watch, f"numbers/{self.worker:03d}"
-        host, pid = socket.gethostname(), os.getpid()
-        deadline: float | None = None
-        while not watch.patiently(lambda: lease.create(key, {"host": host, "pid": pid})):
-            holder = watch.patiently(lambda: watch.client.get(key))
-            if holder is None:
-                continue
-            who = f"worker {self.worker} of the run is process {holder.value['pid']} on {holder.value['host']} already"
-            alive = holder.value["host"] == host and holder.value["pid"] != pid and pid_exists(holder.value["pid"])
-            if alive or time.monotonic() > (deadline or math.inf):
-                raise ConfigError(SLOT_VARIABLE, self._slot, f"{who}: each worker needs a number of its own")
-            if deadline is None:
-                deadline = time.monotonic() + self._config.lease_ttl + 2
-                log.warning("%s: waiting for its lease to end (%s = %d)", who, SLOT_VARIABLE, self._slot)
-            if watch.ended():
-                raise Interrupted
-            watch.pause(self._timeouts.poll)
 
     def leave(self, rest: Assignment | None = None) -> None:
         """Leave the run: revoke the lease, so that the others notice at once. Interrupts a pending synchronisation.
@@ -366,10 +350,27 @@ class ElasticQuorum:
             with suppress(EtcdError):
                 write()
 
+    def _refresh(self) -> None:
+        """Take in a change of the record; called on the watch's thread."""
+        self._watch.refresh()
+        self._attempts.connect_new()
+
+    def _call(self, lane: str) -> None:
+        """Ask the others to dial this member, which cannot dial one of them."""
+        if self._lease is not None and not self._left.is_set():
+            call = {"endpoints": self._transport.endpoints, "lane": lane}
+            self._write(f"calls/{self.id}", call, leased=True, required=False)
+
+    def _answer_calls(self) -> None:
+        with suppress(EtcdError):
+            for key, entry in self._watch.client.list("calls/").items():
+                if (id := key.partition("/")[2]) != self.id:
+                    self._transport.prepare({id: tuple(entry.value["endpoints"])}, entry.value["lane"])
+
     def _announce(self, base: State) -> None:
         """Hash the state, and write that this member holds it, in the background, while the next inner steps run."""
         hashing = self._replica.hashing()
-        progress = {**self._report.progress, "round": base.round}
+        progress = {**self._report.progress, "round": base.round, "relayed": self._attempts.relayed()}
         me = replace(self._me, speed=self._report.speed, progress=progress, term=self._machine.term)
 
         def write() -> None:
@@ -377,7 +378,6 @@ class ElasticQuorum:
             with suppress(EtcdError):  # the next announcement repairs it
                 assert self._lease is not None
                 self._lease.put(f"members/{self.id}", encoded(self._me))
-                self._attempts.probe_new()
             self._write_durable()
 
         self._background.submit(write)

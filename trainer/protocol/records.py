@@ -91,7 +91,7 @@ class Member:
     node: str  # `min_nodes` counts distinct nodes
     slot: int  # ranks follow the slot, then the local rank
     local_rank: int
-    address: str  # host:port where it serves its state
+    endpoints: tuple[str, ...]  # host:port, where other members may dial it
     holds: State = State()  # the last committed state that it has announced
     speed: float = 0.0  # samples per second of its inner steps; 0: not known yet
     host: str = ""

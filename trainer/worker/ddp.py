@@ -33,7 +33,7 @@ from trainer.process import number_from
 from trainer.protocol.records import Cursor, State
 from trainer.protocol.samples import Assignment
 from trainer.tasks import Task
-from trainer.transport.wire_meter import WireMeter
+from trainer.worker.wire_meter import WireMeter
 
 log = logging.getLogger(__name__)
 

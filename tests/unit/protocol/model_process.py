@@ -91,7 +91,7 @@ class Process:
         self.state = own.state if own else Tensors()
         holds = replace(own.base if own else State(), hash=self.state.hash)
         speed = self.random.choice([0.0, self.speed])
-        self.member = Member(f"node {worker % world.nodes}", worker, 0, "", holds, speed, term=own.term if own else 0)
+        self.member = Member(f"node {worker % world.nodes}", worker, 0, (), holds, speed, term=own.term if own else 0)
         self.machine = MemberMachine(self.id, world.rules)
         self.ledger, self.multiplier = SampleLedger(), 1.0
         self.inner_steps = 0

@@ -48,7 +48,7 @@ LONG = 1000.0  # seconds that are more than any patience
 
 
 def member(id: str, round: int = 0, hash: str = "h0", node: str = "") -> Member:
-    return Member(node or f"node of {id}", ord(id), 0, f"{id}:1", State(round, round * 4, Cursor(), hash))
+    return Member(node or f"node of {id}", ord(id), 0, (f"{id}:1",), State(round, round * 4, Cursor(), hash))
 
 
 def members(ids: str, **changed: Member) -> dict[str, Member]:
@@ -613,7 +613,7 @@ def through_json(record: Any) -> Any:
 def test_everything_survives_json() -> None:
     here = {"a": arrival(rest=((6, 8),)), "b": arrival()}
     record = next_record(reducing("ab"), View(members("ab"), here, votes("ab")))
-    mine = Member("n", 3, 1, "h:1", State(2, 8), 2.5, "host", 12, {"loss": 0.5})
+    mine = Member("n", 3, 1, ("h:1", "[::1]:2"), State(2, 8), 2.5, "host", 12, {"loss": 0.5})
     for one in (record, GATHER, arrival(2, "x", ((1, 2),), "bc"), Left(1, 2, ((1, 2), (5, 7))), mine):
         assert through_json(one) == one
 
