@@ -97,20 +97,25 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
     """Follow a process's ledger; `earlier` are the positions that its worker has consumed before, and is extended."""
     ledger: SampleLedger | None = None
     dealt = ""
+    recent: list[Range] = []  # what it has consumed since the assignment before the last one, and since the last one
+    since = 0
     at_close: dict[int, tuple[Range, ...]] = {}  # by round: the positions that were unused after its last step
     for index, one in enumerate(life.happenings):
         if index in life.gaps:
             ledger = None
             at_close.clear()
         if isinstance(one, Dealt):
-            begun = minus(_first(one.ranges, one.used), earlier)
-            if begun and not life.gaps:
+            begun = minus(_first(one.ranges, one.used), recent) if one.used else []
+            recent = recent[since:]
+            since = len(recent)
+            if begun and not life.gaps and (begun := minus(begun, earlier)):
                 notes.refute(f"position {text(begun)} counts as trained on, but no step tells of it", one.where)
             ledger, dealt = SampleLedger(used=one.used), one.where
             ledger.assignment = type(ledger.assignment)(one.term or 0, one.round, one.ranges)
             at_close[one.round] = ledger.unused()
         elif isinstance(one, Stepped):
             earlier += one.positions
+            recent += one.positions
             if ledger is not None:
                 notes.judged += 1
                 expected = joined(ledger.consume(count(one.positions)))
@@ -164,7 +169,7 @@ def _judge_fates(history: History, term: int, notes: Notes) -> None:
     # Their fates: used, returned to the run, or still with somebody
     returned: list[Range] = [*(final.returned if final else ())]
     fates = [part for _, one in history.of(Stepped) if one.term == term for part in one.positions]
-    fates += [part for _, deal in deals for part in _first(deal.ranges, deal.used)]
+    fates = union([*fates, *(part for _, deal in deals for part in _first(deal.ranges, deal.used))])
     last = {life.worker: life for life in history.lives}
     for life in history.lives:
         rest = minus(_last_deal(life, term), fates)
