@@ -27,6 +27,7 @@ class Plan:
         round_steps, total_steps: As in `trainer.diloco.schedule`; no total: the run does not end.
         lr, warmup_steps: The learning rate's peak, and its linear warm-up; None: it is not judged.
         fragments: Parts of the parameters, each with synchronisations of its own.
+        offset: Steps by which the schedule is ahead of its rounds: the run began from another one's checkpoint.
     """
 
     round_steps: int
@@ -34,10 +35,11 @@ class Plan:
     lr: float | None = None
     warmup_steps: int = 0
     fragments: int = 1
+    offset: int = 0
 
     def begin(self, round: int) -> int:
         """The position at which a round begins."""
-        begin = (round - 1) * self.round_steps
+        begin = (round - 1) * self.round_steps + self.offset
         return begin if self.total_steps is None else min(begin, self.total_steps)
 
     def length(self, round: int) -> int:

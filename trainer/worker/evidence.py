@@ -14,6 +14,7 @@ def held(parts: Parts) -> dict[str, Any]:
     return {
         "term": parts.quorum.term,
         "cursor": asdict(parts.quorum.base.cursor),
+        "base_step": parts.diloco.state.step,
         "inner_steps": parts.diloco.schedule.inner_steps,
         "carried": list(parts.diloco.contribution.samples),
     }

@@ -317,6 +317,20 @@ def test_checkpoints_are_evidence(told: Run, tmp_path: Path) -> None:
     assert str(other) in refuted_in(verify([tmp_path])[0])["states"]
 
 
+def test_a_run_that_began_from_another_runs_checkpoint(told: Run, tmp_path: Path) -> None:
+    """Its rounds were not as long as these."""
+    run = copy.deepcopy(told)
+    for events in run.values():
+        for event in events:
+            event |= {"base_step": 2} if event["event"] == "start" else {}
+            event |= {"step": event["step"] + 2} if "step" in event else {}
+            event |= {"lr": None} if "lr" in event else {}  # they are those of the steps without the offset
+    for events in run.values():
+        del events[next(number for number, event in enumerate(events) if event.get("step", 0) > 15) :]
+    judgement = judged(tmp_path, run)
+    assert not judgement.refuted, str(judgement)
+
+
 def test_volumes_of_one_run_in_several_directories(told: Run, tmp_path: Path) -> None:
     """As pods have them: each directory is a worker's own."""
     write(tmp_path, told)

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.errors import ConfigError
 from trainer.monitor.find_run import no_run
 from trainer.monitor.verify.lines import Process, WorkerFile, read_lines
-from trainer.monitor.verify.records import checkpoints_of, commits_in_etcd
+from trainer.monitor.verify.records import checkpoints_of, commits_in_etcd, still_wrong
 from trainer.protocol.history import History
 from trainer.protocol.proof import Claim, Verdict, judge, refuted
 
@@ -113,11 +113,12 @@ def _judge(run_id: str, run_dir: Path, files: Sequence[WorkerFile], deep: bool) 
     by_file = [(file.path, [one for one in file.processes if one.run_id == run_id]) for file in files]
     processes = [one for _, found in by_file for one in found]
     config = _config(processes)
-    recorded, without = commits_in_etcd(run_dir, run_id, config)
     saved = []
     for path, found in by_file:
         if found:
             saved += list(checkpoints_of(path.parent, run_id, _config(found), deep))
+    recorded, without = commits_in_etcd(run_dir, run_id, config)
+    saved = list(still_wrong(saved))
 
     # Data parallelism: a restart goes back to a checkpoint, and there are no terms to tell the repetition
     elastic = config.get("optim_method") != "ddp"

@@ -133,8 +133,11 @@ def _happening(event: Event, where: str, process: Process) -> Happening | None:
 def _began(event: Event, where: str, term: int | None) -> Began:
     carried = _numbers(event.get("carried"))
     plan = _plan(event.get("config") or {}, len(carried) if carried else None)
+    round, base_step = _integer(event.get("resumed_round")) or 0, _integer(event.get("base_step"))
+    if plan is not None and base_step is not None:
+        plan = replace(plan, offset=base_step - plan.begin(round + 1))
     state = plan, _integer(event.get("inner_steps")), carried, _cursor(event), _integer(event.get("ramp"))
-    return Began(where, term, _integer(event.get("resumed_round")) or 0, *state)
+    return Began(where, term, round, *state)
 
 
 def _dealt(event: Event, where: str, term: int | None) -> Dealt:

@@ -1,6 +1,6 @@
 """A run's other records: checkpoints on its volumes, and commits in its etcd, if that is still there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ def checkpoints_of(root: Path, run_id: str, config: Mapping[str, Any], deep: boo
     for directory in found:
         for path in checkpoint.paths(directory):
             yield _saved(path, deep)
+
+
+def still_wrong(saved: Iterable[Saved]) -> Iterator[Saved]:
+    """The same checkpoints, less those that a running worker was just removing."""
+    for one in saved:
+        if not one.problem:
+            yield one
+        elif (path := Path(one.where)).exists():
+            yield _saved(path, deep=True)
 
 
 def _saved(path: Path, deep: bool) -> Saved:
