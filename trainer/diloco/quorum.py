@@ -71,7 +71,7 @@ class Commit:
     members: tuple[str, ...]  # of the attempt, in rank order
     fragment: Fragment  # the part of the parameters that was synchronised
     reduced: Reduced
-    bytes_sent: int | None  # by this member's collectives, as its kernel counts; None: the kernel does not count
+    bytes_sent: int | None  # for collectives since the last commit, as the kernel counts; None: it does not
     bytes_received: int | None
     seconds: float  # of the synchronisation, including the wait for other members
     assignment: Assignment | None = None  # the samples that this member trains on next; None: unchanged

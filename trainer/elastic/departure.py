@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 _pause = threading.Event()  # never set: etcd is asked again and again
 
 
-def departing(record: RoundState) -> frozenset[str]:
+def departing(record: RoundState | None) -> frozenset[str]:
     """The members of the last quorum that have returned their samples: the record takes their assignments away."""
-    if record.committed is None or record.length == 0:
+    if record is None or record.committed is None or record.length == 0:
         return frozenset()
     return frozenset(record.committed.members) - record.assignments.keys()
 

@@ -127,6 +127,7 @@ class ElasticQuorum:
             handle=Donor(lambda name: self._replica.find(name)),
             call=self._call,
         )
+        self._counted = self._read = transport.bytes()  # up to the last commit, and up to the last collective
         self._replica = Replica(watch, state, self._machine, self._background, transport)
         resources.callback(transport.close)
         self._attempts = Attempts(watch, transport)
@@ -196,8 +197,7 @@ class ElasticQuorum:
     @property
     def departing(self) -> frozenset[str]:
         """Members of the last quorum that are about to leave: what they have saved should be elsewhere, too."""
-        record = self._watch.record
-        return departing(record) if record is not None else frozenset()
+        return departing(self._watch.record)
 
     @property
     def shortage(self) -> bool:
@@ -281,10 +281,16 @@ class ElasticQuorum:
         # The result, which is this member's too
         assert exchange.reduced is not None
         self._steps = outcome.base.step - before.step
-        (sent, received), seconds = exchange.wire or (None, None), time.monotonic() - started
+        (sent, received), seconds = self._bytes(), time.monotonic() - started
         commit = (outcome.round, outcome.attempt, outcome.members, fragment, exchange.reduced)
         state = (outcome.term, self._replica.hashing().result(), weight, outcome.base.cursor)  # hashed to arrive
         return Commit(*commit, sent, received, seconds, self._machine.current, *state)
+
+    def _bytes(self) -> tuple[int | None, int | None]:
+        """Bytes sent and received since the last commit's collective: the others may have begun before this member."""
+        before, self._counted = self._counted, self._read
+        now = self._counted
+        return (now[0] - before[0], now[1] - before[1]) if before and now else (None, None)
 
     def announce(self, commit: Commit, state: GlobalState) -> None:
         self._replica.changed()
@@ -330,7 +336,9 @@ class ElasticQuorum:
             case effects.Suspects(probe):
                 return self._attempts.suspects(probe)
             case effects.Reduce(record):
-                return self._attempts.reduce(record, self._exchange)
+                vote = self._attempts.reduce(record, self._exchange)
+                self._read = self._transport.bytes()  # before the vote: after it, others may send their next round
+                return vote
             case effects.ReplayMeans(record, first):
                 return self._replica.replay(record, first)
             case effects.FetchState(record):
