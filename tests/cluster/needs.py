@@ -15,7 +15,7 @@ from kubernetes.utils import parse_quantity
 
 from trainer.config import TrainingConfig
 from trainer.kubernetes.objects.plan import plan
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 
 ETCD = Path(__file__).parents[2] / "manifests" / "base" / "etcd.yaml"
 CPU, MEMORY, STORAGE, PODS = RESOURCES = ("cpu", "memory", "ephemeral-storage", "pods")

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def nothing_but_claims(place: Place) -> None:
     place.server.wait_until(lambda: not place.server.all("pods"))  # the workers have left
-    for plural in ("pytorchjobs", "jobs", "configmaps", "networkpolicies", "secrets"):
+    for plural in ("pytorchjobs", "trainjobs", "trainingruntimes", "jobs", "configmaps", "networkpolicies", "secrets"):
         assert not place.server.all(plural), plural
     assert len(place.server.all("persistentvolumeclaims")) == 2
 
@@ -81,11 +81,11 @@ def test_a_drained_step_leaves_the_training_alone_and_its_successor_follows_the_
 ) -> None:
     interrupt_training(place, tmp_path)
     assert place.said("this step's pod is stopped, and the training continues")
-    before = uids(place, "pytorchjobs") | uids(place, "pods")
+    before = uids(place, place.kind.plural) | uids(place, "pods")
     assert len(before) == 5  # two jobs, their pods, and that of the held-out part
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
     train(place.context(), tmp_path / "second")
-    assert uids(place, "pytorchjobs") | uids(place, "pods") == before
+    assert uids(place, place.kind.plural) | uids(place, "pods") == before
     assert place.said(f"run {place.run_id} is complete")
     assert len([event for event in events(tmp_path / "second", 0) if '"event": "round"' in event]) == 2
 
@@ -120,7 +120,7 @@ def test_a_step_that_cannot_ask_whether_it_was_terminated_leaves_the_training_al
     assert time.monotonic() - began < 60, "it must not wait for its patience: it is killed two seconds later"
     why = "not allowed to get workflows" if trouble == "forbidden" else "cannot be reached"
     assert place.said("cannot find out whether workflow diloco-training-x7k2p was terminated", why)
-    assert len(place.server.all("pytorchjobs")) == 2
+    assert len(place.jobs()) == 2
     place.server.come_back()
 
 
@@ -214,7 +214,7 @@ def test_a_precache_that_fails_leaves_a_training_of_the_run_alone(place: Place, 
     with pytest.raises(Died):
         train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
-    before = uids(place, "pytorchjobs") | uids(place, "pods")
+    before = uids(place, place.kind.plural) | uids(place, "pods")
 
     def fail(cluster: Cluster, pod: Object, life: int) -> None:
         cluster.start(pod)
@@ -223,7 +223,7 @@ def test_a_precache_that_fails_leaves_a_training_of_the_run_alone(place: Place, 
     place.story.told["precache"] = fail
     with pytest.raises(TrainingError, match="ended with status 2"):
         precache(place.context(), tmp_path / "held-out")
-    assert uids(place, "pytorchjobs") | uids(place, "pods") == before
+    assert uids(place, place.kind.plural) | uids(place, "pods") == before
     assert place.server.all("configmaps")
     assert place.server.all("networkpolicies")
 
@@ -254,7 +254,7 @@ def test_cleaning_up_ends_what_runs_and_leaves_what_has_ended_to_be_read(place: 
     ended = set(place.server.all("jobs"))
     place.context().clean_up(finished=False)
     place.server.wait_until(lambda: all("precache" in name or "held-out" in name for name in place.server.all("pods")))
-    assert not place.server.all("pytorchjobs")
+    assert not place.jobs()
     assert set(place.server.all("jobs")) == ended
     assert not place.server.all("configmaps")
     place.context().clean_up(finished=False)  # it may be done again

@@ -86,7 +86,7 @@ def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_pat
 
     place.on_line = old_one_ends
     train(place.context(), tmp_path / "second")
-    jobs = place.server.all("pytorchjobs").values()
+    jobs = place.jobs().values()
     assert [job["metadata"]["ownerReferences"][0]["uid"] for job in jobs] == [ANOTHER_OWNER["uid"]] * 2
     assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run")
     assert place.server.all("configmaps")
@@ -98,9 +98,9 @@ def test_a_run_of_another_deployment_with_the_same_id_is_left_alone(place: Place
     with pytest.raises(Died):
         train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
-    before = set(place.server.all("pytorchjobs"))
+    before = set(place.jobs())
     place.context(deployment_name="another").clean_up()
-    assert set(place.server.all("pytorchjobs")) == before
+    assert set(place.jobs()) == before
 
 
 def test_names_of_two_deployments_that_meet_are_refused(place: Place, tmp_path: Path) -> None:

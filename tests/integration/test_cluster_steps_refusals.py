@@ -51,7 +51,7 @@ def test_an_etcd_that_cannot_be_reached_is_named(place: Place, tmp_path: Path) -
         TrainingError, match=r"127.0.0.1:1.*Does etcd run .manifests/ has one., is etcd.endpoints right"
     ):
         train(place.context(etcd_endpoints=["127.0.0.1:1"]), tmp_path / "run")
-    assert not place.server.all("pytorchjobs")
+    assert not place.jobs()
 
 
 def test_missing_etcd_credentials_are_named(place: Place, tmp_path: Path) -> None:

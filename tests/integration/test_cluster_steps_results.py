@@ -82,7 +82,7 @@ def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path
     with pytest.raises(Died):
         train(here, tmp_path / "run")
     here.clean_up(finished=False)
-    place.server.wait_until(lambda: not any(name.endswith("-worker-0") for name in place.server.all("pods")))
+    place.server.wait_until(lambda: all("precache" in name or "held-out" in name for name in place.server.all("pods")))
     with pytest.raises(Died):
         train(here, tmp_path / "run")
     place.on_line = interrupt_at("following it")

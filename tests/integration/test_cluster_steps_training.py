@@ -14,8 +14,10 @@ from tests.cluster.place import (
     OWNER,
     Died,
     Place,
+    both_kinds,
     die_at,
     events,
+    worker_of,
 )
 from trainer.elastic.keys import Verdict, finish, verdict
 from trainer.errors import TrainingError
@@ -41,7 +43,7 @@ def test_a_training_is_made_followed_and_ends_as_it_ended(place: Place, tmp_path
     release_once_all_run(place)
     done = train(place.context(), tmp_path / "run")
     assert [worker.index for worker in done] == [0, 1]
-    jobs = place.server.all("pytorchjobs")
+    jobs = place.jobs()
     assert len(jobs) == 2
     for job in jobs.values():
         assert job["metadata"]["ownerReferences"][0]["uid"] == OWNER["uid"]
@@ -73,7 +75,7 @@ def test_it_ends_when_etcd_says_so_whatever_pods_do(place: Place, tmp_path: Path
 
 def test_the_claim_with_the_newest_checkpoint_comes_first(place: Place, tmp_path: Path) -> None:
     place.story.told["train"] = lambda cluster, pod, life: place.story.train(
-        cluster, pod, rounds=3 if pod["metadata"]["name"].endswith("1-worker-0") else 2
+        cluster, pod, rounds=3 if worker_of(pod) == 1 else 2
     )
     release_once_all_run(place)
     assert [worker.index for worker in train(place.context(), tmp_path / "run")] == [1, 0]
@@ -84,7 +86,7 @@ def test_a_complete_run_is_not_trained_again(place: Place, tmp_path: Path) -> No
         finish(etcd, "succeeded")
     train(place.context(), tmp_path / "run")
     assert place.said("has ended already: it has succeeded")
-    assert not place.server.all("pytorchjobs")
+    assert not place.jobs()
 
 
 def test_a_step_that_was_started_again_follows_the_training(place: Place, tmp_path: Path) -> None:
@@ -92,10 +94,10 @@ def test_a_step_that_was_started_again_follows_the_training(place: Place, tmp_pa
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
         train(place.context(), tmp_path / "first")
-    before = {name: job["metadata"]["uid"] for name, job in place.server.all("pytorchjobs").items()}
+    before = {name: job["metadata"]["uid"] for name, job in place.jobs().items()}
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
     train(place.context(), tmp_path / "second")
-    assert {name: job["metadata"]["uid"] for name, job in place.server.all("pytorchjobs").items()} == before
+    assert {name: job["metadata"]["uid"] for name, job in place.jobs().items()} == before
     assert set(place.story.lives.values()) == {0}
     # What was said while nobody listened is not lost.
     assert len([event for event in events(tmp_path / "second", 0) if '"event": "round"' in event]) == 2
@@ -125,7 +127,7 @@ def one_fails(place: Place, code: int, reason: str = "", words: str = "", times:
     """Worker 1 fails, so many times; worker 0 goes on until it is said that worker 1 has ended."""
 
     def fail(cluster: Cluster, pod: Object, life: int) -> None:
-        if "1-worker-0" not in pod["metadata"]["name"] or life >= times:
+        if worker_of(pod) != 1 or life >= times:
             place.story.train(cluster, pod)
             return
         cluster.start(pod)
@@ -203,7 +205,7 @@ def test_a_worker_that_is_out_of_memory_a_second_time_is_given_up(
     place: Place, tmp_path: Path, restarts: int, lives: int
 ) -> None:
     def fail(cluster: Cluster, pod: Object, life: int) -> None:
-        if "1-worker-0" not in pod["metadata"]["name"] or life >= lives:
+        if worker_of(pod) != 1 or life >= lives:
             place.story.train(cluster, pod)
             return
         cluster.start(pod)
@@ -232,7 +234,7 @@ def test_the_last_line_is_the_reason_and_not_that_a_worker_has_ended(
     place: Place, tmp_path: Path, reason: str, words: str, last: str
 ) -> None:
     def fail(cluster: Cluster, pod: Object, life: int) -> None:
-        if "1-worker-0" not in pod["metadata"]["name"]:
+        if worker_of(pod) != 1:
             place.story.train(cluster, pod)
             return
         cluster.start(pod)
@@ -251,7 +253,7 @@ def test_the_last_line_is_the_reason_and_not_that_a_worker_has_ended(
 
 def test_a_lost_node_is_named_and_the_worker_comes_back(place: Place, tmp_path: Path) -> None:
     def lose(cluster: Cluster, pod: Object, life: int) -> None:
-        if life or "1-worker-0" not in pod["metadata"]["name"]:
+        if life or worker_of(pod) != 1:
             place.story.train(cluster, pod)
             return
         cluster.start(pod, node="node-7")
@@ -275,10 +277,10 @@ def test_a_deleted_job_is_a_lost_worker(place: Place, tmp_path: Path) -> None:
 
     def delete(line: str) -> None:
         if line == "worker 1 runs on node node-1":
-            place.server.remove("pytorchjobs", gone)
+            place.server.remove(place.kind.plural, gone)
         elif "the others continue" in line:
             place.story.released.set()
 
     place.on_line = delete
     train(place.context(elastic_min_nodes=1), tmp_path / "run")
-    assert place.said(f"PyTorchJob {gone} was deleted")
+    assert place.said(f"{place.kind.name} {gone} was deleted")

@@ -150,10 +150,11 @@ class Schema(Group):
         "auto: continue from the newest checkpoint; never: start from scratch; or a checkpoint's path.",
         min_length=1,
     )
-    launcher: Annotated[Literal["auto", "local", "pytorchjob"], COMMON, LOCAL] = parameter(
+    launcher: Annotated[Literal["auto", "local", "pytorchjob", "trainjob"], COMMON, LOCAL] = parameter(
         "auto",
-        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
-        "auto: PyTorchJobs inside a Kubeflow Pipelines step, otherwise local processes.",
+        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob or TrainJob each. "
+        "auto: inside a Kubeflow Pipelines step TrainJobs, or PyTorchJobs if the cluster has only them; otherwise "
+        "local processes.",
     )
     device: Annotated[str, COMMAND, COMMON, LOCAL] = parameter(
         "cuda", "Device to train on: cuda, cuda:<index> or cpu.", pattern=DEVICE
@@ -302,6 +303,11 @@ class Schema(Group):
     def overlaps(self) -> bool:
         """Whether inner steps continue during a synchronisation."""
         return self.async_communication or self.overlap_tau > 0
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether workers are pods of a cluster."""
+        return self.launcher in ("pytorchjob", "trainjob")
 
     @property
     def min_nodes(self) -> int:

@@ -11,7 +11,7 @@ from trainer.config import TrainingConfig
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import claim, step_job
 from trainer.kubernetes.objects.plan import Plan, plan
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 
 DNS_1035 = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
@@ -27,7 +27,7 @@ def test_names_can_be_read() -> None:
     assert worker.job == "diloco-training-job-20261121-105017-ab12-nvidia-1"
     assert worker.claim == "diloco-training-job-nvidia-worker-1-data"
     short = planned(run_id="mine", deployment_name="gpt").workers[1]
-    assert (short.job, short.pod, short.claim) == (
+    assert (short.job, short.folder, short.claim) == (
         "gpt-mine-nvidia-1",
         "gpt-mine-nvidia-1-worker-0",
         "gpt-nvidia-worker-1-data",
@@ -51,10 +51,10 @@ def test_every_name_is_a_dns_label_and_every_label_has_a_value_that_is_allowed(
         nodes=12,
         sites=[{"name": site, "replicas": 11}, {"name": "other-site-than-that", "replicas": 1}],
     )
-    jobs = training_jobs(made)
+    jobs = [job.body for job in training_jobs(made)]
     found = [job["metadata"]["name"] for job in jobs]
     found += [step_job(made, worker, "precache")["metadata"]["name"] for worker in made.claimants]
-    found += [worker.claim for worker in made.claimants] + [worker.pod for worker in made.workers]
+    found += [worker.claim for worker in made.claimants] + [worker.folder for worker in made.workers]
     assert len(found) == len(set(found))
     for name in found:
         assert DNS_1035.fullmatch(name), name

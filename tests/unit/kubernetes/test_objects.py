@@ -17,7 +17,7 @@ from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import STEP_LABELS, claim, config_map, network_policy, run_secret, step_job
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD, RESULT_PORT
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.launch.etcd3_diloco_rendezvous import BACKEND, client_of
 
 OWNER = {

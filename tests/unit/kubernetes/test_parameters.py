@@ -14,7 +14,7 @@ from trainer.kubernetes import pod_main
 from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, step_job
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.objects.pod_template import RESULTS
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.kubernetes.objects.render import ETCD_SETTINGS
 
 CLUSTER = {"launcher": "pytorchjob", "run_id": "mine"}
@@ -26,7 +26,7 @@ class Rendered:
     def __init__(self, **values: Any) -> None:
         config = TrainingConfig.from_flat({**CLUSTER, **values})
         self.plan: Plan = plan(config, namespace=config.deployment_namespace, image="the-projects")
-        self.jobs = training_jobs(self.plan)
+        self.jobs = [job.body for job in training_jobs(self.plan)]
         self.job = self.jobs[0]
         self.claim = claim(self.plan, self.plan.workers[0])
         self.replica = self.job["spec"]["pytorchReplicaSpecs"]["Worker"]

@@ -17,7 +17,7 @@ from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import STEP_LABELS
 from trainer.kubernetes.objects.plan import plan
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.kubernetes.objects.render import ETCD_SETTINGS, main, render_manifests
 
 MANIFESTS = Path(__file__).parents[3] / "manifests"
@@ -195,7 +195,7 @@ def test_prods_etcd_lets_our_pods_at_it_and_nobody_else() -> None:
     peers, clients = policy["ingress"]
     assert [port["port"] for port in clients["ports"]] == [2379]
     admitted = [peer["podSelector"]["matchLabels"] for peer in clients["from"]]
-    (job, *_) = training_jobs(training())
+    job = training_jobs(training())[0].body
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["labels"]
     users = one("prod", "Job")["spec"]["template"]["metadata"]["labels"]
     for labels in (worker, users, STEP_LABELS):
@@ -207,7 +207,7 @@ def test_prods_etcd_lets_our_pods_at_it_and_nobody_else() -> None:
 def test_prods_pods_find_the_certificates_that_the_script_makes() -> None:
     script = (MANIFESTS / "overlays" / "prod" / "certificates.sh").read_text()
     made = {line.split()[1] for line in script.splitlines() if line.startswith("secret diloco-")}
-    job = training_jobs(training(elastic_etcd_protocol="https", etcd_user="diloco"))[0]
+    job = training_jobs(training(elastic_etcd_protocol="https", etcd_user="diloco"))[0].body
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     (certificates,) = [volume for volume in worker["volumes"] if volume["name"] == "etcd"]
     (server,) = one("prod", "StatefulSet")["spec"]["template"]["spec"]["volumes"]

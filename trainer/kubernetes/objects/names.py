@@ -17,6 +17,8 @@ RUN_LABEL = f"{PREFIX}/run"
 DEPLOYMENT_LABEL = f"{PREFIX}/deployment"
 SITE_LABEL = f"{PREFIX}/site"
 WORKER_LABEL = f"{PREFIX}/worker"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 # Secrets that a namespace may have (manifests/). Pods refer to them; a step reads only etcd's.
 WANDB_SECRET = "diloco-wandb"
@@ -24,7 +26,7 @@ HUGGING_FACE_SECRET = "diloco-huggingface"
 ETCD_SECRET = "diloco-etcd-client"
 ETCD_SERVICE = "diloco-etcd"  # headless; also the name of its StatefulSet
 
-JOB_LIMIT = LIMIT - len("-worker-63")  # the operator names a job's pods and their Services so
+JOB_LIMIT = LIMIT - len("-node-0-0-") - 5  # JobSet names a TrainJob's pods so; a PyTorchJob's `-worker-63` is shorter
 _HASH = 8  # hex digits
 
 
@@ -55,7 +57,7 @@ def deployment_labels(config: TrainingConfig, component: str) -> dict[str, str]:
     return {
         "app.kubernetes.io/name": "diloco-training",
         "app.kubernetes.io/instance": config.deployment_name,
-        "app.kubernetes.io/component": component,
+        COMPONENT_LABEL: component,
         "app.kubernetes.io/part-of": PREFIX,
         "app.kubernetes.io/managed-by": PREFIX,
         DEPLOYMENT_LABEL: config.deployment_name,
