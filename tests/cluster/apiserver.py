@@ -327,7 +327,9 @@ class ApiServer(ThreadingHTTPServer):
             try:
                 validate(content)
             except Exception as error:
-                raise Refusal(422, "Invalid", f"{body['kind']} {body['metadata']['name']} is invalid: {error}") from None
+                raise Refusal(
+                    422, "Invalid", f"{body['kind']} {body['metadata']['name']} is invalid: {error}"
+                ) from None
         return self._webhooks.admit(body, before)
 
     def _list(self, plural: str, namespace: str, query: dict[str, str]) -> Object:

@@ -80,12 +80,11 @@ def demand(parameters: Mapping[str, Any]) -> Demand:
     """What a training with these parameters requests, as the steps and manifests/ make it."""
     config = TrainingConfig.from_flat({**parameters, "run_id": "needs"}).resolved()
     jobs = training_jobs(plan(config, namespace="needs", image="needs"))
-    workers = [job["spec"]["pytorchReplicaSpecs"]["Worker"] for job in jobs]
     (etcd,) = (one for one in yaml.safe_load_all(ETCD.read_text(encoding="utf-8")) if one["kind"] == "StatefulSet")
     return Demand(
-        worker=requests(workers[0]["template"]["spec"]),
+        worker=requests(jobs[0].template["spec"]),
         etcd=requests(etcd["spec"]["template"]["spec"]),
-        workers=sum(worker["replicas"] for worker in workers),
+        workers=config.nodes,
         members=config.etcd.replica_count,
     )
 

@@ -105,6 +105,11 @@ class Cluster:
 
         self._update(pod, change)
 
+    def disrupt(self, pod: Object, reason: str) -> None:
+        """The cluster ends the pod, and says why."""
+        condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
+        self._update(pod, lambda one: one["status"].setdefault("conditions", []).append(condition))
+
     def tell(self, about: str, reason: str, message: str, kind: str = "Pod") -> None:
         """An event about an object."""
         name = f"{about}.{_suffix()}"
@@ -186,7 +191,10 @@ class Cluster:
         ends = [one["type"] for one in status.get("conditions", []) if one["status"] == "True"]
         if "Succeeded" in ends or "Failed" in ends:
             return
-        worker, pods = job["spec"]["pytorchReplicaSpecs"]["Worker"], {p["metadata"]["name"]: p for p in self.pods_of(job)}
+        worker, pods = (
+            job["spec"]["pytorchReplicaSpecs"]["Worker"],
+            {p["metadata"]["name"]: p for p in self.pods_of(job)},
+        )
         if job["spec"]["runPolicy"].get("suspend"):
             for pod in pods.values():
                 if "deletionTimestamp" not in pod["metadata"]:

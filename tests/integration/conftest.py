@@ -1,6 +1,5 @@
 """Fixtures of several integration tests."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,7 @@ from tests.cluster.place import Place
 @pytest.fixture
 def launcher() -> str:
     """By which kind of jobs `place` trains; see `both_kinds`."""
-    return os.environ.get("TMP_LAUNCHER", "pytorchjob")
+    return "pytorchjob"
 
 
 @pytest.fixture

@@ -167,6 +167,8 @@ def _etcd(config: Schema) -> Rules:
 def _cluster(config: Schema) -> Rules:
     allowed = f"must be true with launcher = {config.launcher!r}: otherwise the trained model is lost with its pods"
     yield not config.on_cluster or config.storage.enabled, "storage.enabled", allowed
+    for name in ("kueue_priority_class", "managed_by"):
+        yield config.kueue_queue or not getattr(config, name), name, "needs a queue (kueue_queue)"
     nccl = config.elastic.nccl
     allowed = f"times socket_nthreads ({nccl.socket_nthreads}) must be at most 64: NCCL's limit"
     within = nccl.nsocks_per_thread * nccl.socket_nthreads <= 64

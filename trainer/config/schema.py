@@ -256,6 +256,20 @@ class Schema(Group):
     service_account: str = parameter(
         "", "Service account of the training's pods, which need no rights. Empty: the namespace's default."
     )
+    kueue_queue: str = parameter(
+        "",
+        "Kueue's LocalQueue for the training's jobs: each worker starts when the queue has quota for it. Empty: none.",
+        pattern=NAMESPACE,
+    )
+    kueue_priority_class: str = parameter(
+        "", "Kueue's WorkloadPriorityClass of the training's jobs. Empty: that of their pods.", pattern=NAMESPACE
+    )
+    priority_class: str = parameter(
+        "", "PriorityClass of the training's pods. Empty: the cluster's default.", pattern=NAMESPACE
+    )
+    managed_by: Literal["", "kueue.x-k8s.io/multikueue"] = parameter(
+        "", "Who runs the training's jobs: MultiKueue, in one of its clusters. Empty: this cluster's own controller."
+    )
     cpu_cores: Annotated[Positive, COMMON] = parameter(16, "CPU limit of a worker's pod, in cores; it requests one.")
     memory_gb: Annotated[Positive, COMMON] = parameter(32, "Memory of a worker's pod, in GB, requested in full.")
     ephemeral_storage_gb: Positive = parameter(100, "Ephemeral storage limit of a pod, in GB; it requests 2.")

@@ -39,8 +39,8 @@ def test_everything_installed_is_pinned() -> None:
 
 def test_it_runs_as_the_user_of_the_pods() -> None:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "x"})
-    job = training_jobs(plan(config, namespace="n", image="i"))[0].body
-    context = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["securityContext"]
+    job = training_jobs(plan(config, namespace="n", image="i"))[0]
+    context = job.template["spec"]["securityContext"]
     assert instructions("USER") == [f"{context['runAsUser']}:{context['runAsGroup']}"]
     assert instructions("WORKDIR")[-1] == "/data"
 

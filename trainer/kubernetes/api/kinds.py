@@ -32,6 +32,7 @@ class JobKind(Kind):
     suspend: tuple[str, ...] = ("spec", "suspend")  # path of the field that suspends a job
     job_label: str = ""  # label of a pod with its job's name; "": the job is the pod's owner
     child: str = ""  # what is added to a job's name for that of the object whose events tell why it has no pod
+    name_limit: int = 53  # characters of a job's name: that of a pod, with `-worker-63`, is a DNS label
     retries_disrupted: bool = False  # a pod that was evicted is made anew, whatever its exit status
     before: Kind | None = None  # an object of the same name that must exist before a job, and go after it
 
@@ -126,6 +127,7 @@ TRAIN_JOB = JobKind(
     acts=("conditions", "jobsStatus"),  # it has no condition while it runs
     job_label="jobset.sigs.k8s.io/jobset-name",  # its pods belong to a Job of a JobSet, which is named like it
     child="-node-0",  # that Job
+    name_limit=48,  # its pods are called <name>-node-0-0-xxxxx
     retries_disrupted=True,
     before=TRAINING_RUNTIME,
 )
@@ -134,6 +136,11 @@ KINDS = {
     kind.name: kind
     for kind in (POD, CLAIM, CONFIG_MAP, SECRET, EVENT, JOB, NETWORK_POLICY, TRAINING_RUNTIME, *TRAINING_KINDS.values())
 }
+
+
+def training_kind(launcher: str) -> JobKind:
+    """The kind of jobs that a value of `launcher` means on a cluster."""
+    return TRAINING_KINDS.get(launcher, TRAIN_JOB)
 
 
 def _conditions(job: Object) -> list[Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
-from trainer.kubernetes.api.kinds import PYTORCH_JOB, TRAIN_JOB, TRAINING_KINDS, JobKind
+from trainer.kubernetes.api.kinds import PYTORCH_JOB, JobKind, training_kind
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.sites import Site, sites_of
 
@@ -83,7 +83,7 @@ class Plan:
     @property
     def kind(self) -> JobKind:
         """The kind of the training's jobs: `launcher`."""
-        return TRAINING_KINDS.get(self.config.launcher, TRAIN_JOB)
+        return training_kind(self.config.launcher)
 
     @property
     def a_claim_a_worker(self) -> bool:
@@ -119,6 +119,13 @@ class Plan:
         owners = {"ownerReferences": [self.owner]} if self.owner else {}
         annotations = {f"{names.PREFIX}/run-id": self.config.run_id}
         return {"name": name, "namespace": self.namespace, "labels": labels, "annotations": annotations, **owners}
+
+    def job_metadata(self, worker: WorkerPlan) -> Object:
+        """`metadata` of a worker's training job: with the queue in which it waits."""
+        metadata = self.metadata(worker.job, "train", worker)
+        queue = {names.QUEUE_LABEL: self.config.kueue_queue, names.PRIORITY_LABEL: self.config.kueue_priority_class}
+        metadata["labels"] |= {label: value for label, value in queue.items() if value}
+        return metadata
 
     def labels(self, component: str, worker: WorkerPlan | None = None) -> dict[str, str]:
         """Labels of an object or a pod that belongs to the run, and perhaps to a worker."""
@@ -158,8 +165,9 @@ def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> Wor
     own = config.storage.access_mode == "ReadWriteOnce"
     claim_parts = ["worker", str(replica), "data"] if own else ["data"]
     several = config.launcher == "pytorchjob" and not own  # workers are replicas of one job
-    job = names.name(names.training(config), site.name, *([] if several else [str(replica)]), limit=names.JOB_LIMIT)
-    of_site = job if own else names.name(names.training(config), site.name, limit=names.JOB_LIMIT)
+    training = names.training(config)
+    job = names.job(config, training, site.name, *([] if several else [str(replica)]))
+    of_site = job if own else names.job(config, training, site.name)
     folder = f"{of_site}-worker-{0 if own else replica}"  # by the training operator's rule for pods
     return WorkerPlan(index, site, replica, job, folder, names.name(config.deployment_name, site.name, *claim_parts))
 

@@ -55,6 +55,7 @@ def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, .
         "runtimeClassName": site.runtime_class,
         "affinity": _affinity(plan, site, step),
         "serviceAccountName": plan.config.service_account,
+        "priorityClassName": plan.config.priority_class if step == "train" else "",
         "imagePullSecrets": [{"name": name} for name in plan.config.image_pull_secrets],
     }
     spec |= {key: value for key, value in optional.items() if value}

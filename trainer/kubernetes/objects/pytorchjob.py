@@ -23,11 +23,12 @@ def job(plan: Plan, first: WorkerPlan) -> JobObjects:
         # The first worker to end makes the job "Succeeded", while the others still save and must not be killed.
         "cleanPodPolicy": "None",
         "schedulingPolicy": {"minAvailable": fewest},
+        **({"managedBy": config.managed_by} if config.managed_by else {}),
     }
     body: Object = {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
-        "metadata": plan.metadata(first.job, "train", first),
+        "metadata": plan.job_metadata(first),
         "spec": {
             "elasticPolicy": _elastic_policy(plan),
             "nprocPerNode": str(config.elastic.nproc_per_node),

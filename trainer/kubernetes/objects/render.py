@@ -32,12 +32,18 @@ ETCD_SETTINGS = {
 
 
 class _Readable(yaml.SafeDumper):
-    """Writes multi-line texts as blocks, not as one line with escapes."""
+    """Writes multi-line texts as blocks, not as one line with escapes, and lists of numbers in one line."""
 
 
 _Readable.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+_Readable.add_representer(
+    list,
+    lambda dumper, items: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq", items, flow_style=bool(items) and all(isinstance(item, int) for item in items)
+    ),
 )
 
 

@@ -33,10 +33,11 @@ def job(plan: Plan, worker: WorkerPlan) -> JobObjects:
     body: Object = {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
-        "metadata": plan.metadata(worker.job, "train", worker),
+        "metadata": plan.job_metadata(worker),
         "spec": {
             "runtimeRef": {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": worker.job},
             "activeDeadlineSeconds": plan.config.active_deadline,
+            **({"managedBy": plan.config.managed_by} if plan.config.managed_by else {}),
         },
     }
     return JobObjects(body, template, runtime)

@@ -19,7 +19,7 @@ def served_launcher(namespace: str) -> str:
     Raises:
         TrainingError: It serves none, with what to install; or it cannot be asked.
     """
-    client = Client(namespace)
+    client = Client(namespace or "default")
     refusal: ApiError | None = None
     for launcher, kind in TRAINING_KINDS.items():
         try:
