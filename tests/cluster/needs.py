@@ -17,6 +17,11 @@ from trainer.config import TrainingConfig
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.objects.training_jobs import training_jobs
 
+# By launcher: the CustomResourceDefinition, and how the names of the deployments end without which nothing happens.
+KINDS = {
+    "trainjob": ("trainjobs.trainer.kubeflow.org", ("trainer-controller-manager", "jobset-controller-manager")),
+    "pytorchjob": ("pytorchjobs.kubeflow.org", ("training-operator",)),
+}
 ETCD = Path(__file__).parents[2] / "manifests" / "base" / "etcd.yaml"
 CPU, MEMORY, STORAGE, PODS = RESOURCES = ("cpu", "memory", "ephemeral-storage", "pods")
 _GIB = 2**30
@@ -57,7 +62,7 @@ class Cluster:
     Attributes:
         nodes: All of them, as the API has them.
         pods: Those of all namespaces.
-        crds: CustomResourceDefinitions that are called as PyTorchJob's is: one, or none.
+        crds: CustomResourceDefinitions of training jobs.
         deployments: Those of all namespaces.
         classes: Its storage classes.
     """
@@ -95,14 +100,29 @@ def lacking(cluster: Cluster, demanded: Demand) -> list[str]:
     return [one for one in found if one]
 
 
+def served(cluster: Cluster) -> list[str]:
+    """The launchers by which the cluster can train."""
+    return [launcher for launcher in KINDS if not _why_not(cluster, launcher)]
+
+
 def _operator(cluster: Cluster) -> str:
-    if not any(_holds(crd, "Established") for crd in cluster.crds):
-        return "Kubeflow's training operator 1.9: there is no CustomResourceDefinition pytorchjobs.kubeflow.org"
-    operators = [one for one in cluster.deployments if one["metadata"]["name"].endswith("training-operator")]
-    if not operators or any((one.get("status") or {}).get("availableReplicas") for one in operators):
-        return ""  # one that is called otherwise shows itself by what it does
-    where = ", ".join(f"{one['metadata']['namespace']}/{one['metadata']['name']}" for one in operators)
-    return f"a training operator that runs: no pod of deployment {where} is available"
+    if served(cluster):
+        return ""
+    found = "; ".join(_why_not(cluster, launcher) for launcher in KINDS)
+    return f"Kubeflow Trainer 2.2 with JobSet, or Kubeflow's training operator 1.9: {found}"
+
+
+def _why_not(cluster: Cluster, launcher: str) -> str:
+    """Why the cluster has no jobs of a kind; "" if it has."""
+    name, controllers = KINDS[launcher]
+    if not any(crd["metadata"]["name"] == name and _holds(crd, "Established") for crd in cluster.crds):
+        return f"there is no CustomResourceDefinition {name}"
+    for controller in controllers:  # one that is called otherwise shows itself by what it does
+        ours = [one for one in cluster.deployments if one["metadata"]["name"].endswith(controller)]
+        if ours and not any((one.get("status") or {}).get("availableReplicas") for one in ours):
+            where = ", ".join(f"{one['metadata']['namespace']}/{one['metadata']['name']}" for one in ours)
+            return f"no pod of deployment {where} is available"
+    return ""
 
 
 def _storage_class(classes: Sequence[Object]) -> str:
