@@ -6,6 +6,7 @@ The API server (tests/cluster) enforces the Role of manifests/ and the published
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.cluster.apiserver import Object
 from tests.cluster.nodes import Cluster
 from tests.cluster.place import (
     OWNER,
+    QUICK,
     Died,
     Place,
     both_kinds,
@@ -319,3 +321,26 @@ def test_a_runtime_without_a_trainjob_is_cleaned_up_or_made_anew(place: Place, t
     here.client.create(job.before)
     train(here, tmp_path / "run")
     assert place.said(f"run {place.run_id} is complete")
+
+
+@pytest.mark.parametrize("launcher", ["trainjob"])
+def test_a_trainjob_that_a_queue_resumes_again_and_again_is_deleted_nevertheless(place: Place, tmp_path: Path) -> None:
+    place.owner = None
+    place.timeouts = replace(QUICK, seen=0.3)
+    place.story.released.clear()
+    resumed: list[str] = []
+
+    def resume(line: str) -> None:
+        if "waiting for the workers" in line:
+            for name in place.jobs():
+                place.server.update("trainjobs", name, lambda one: one["spec"].update(suspend=False))
+                resumed.append(name)
+        interrupt(line)
+
+    interrupt = interrupt_at("worker 1 runs on node")
+    place.on_line = resume
+    with pytest.raises(Interrupted):
+        train(place.context(), tmp_path / "run")
+    assert len(resumed) == 2
+    assert not place.jobs()
+    place.cluster.shared.clear()  # by the pods that come back from the dead

@@ -97,12 +97,14 @@ class JobDeletion:
                 time.sleep(self._timeouts.poll)
 
     def _may_go(self, job: Object, has_pods: bool) -> bool:
-        """Whether no pod of a job is left, and none will be made; or nobody seems to care for it."""
+        """Whether no pod of a job is left, and none will be made; or it is no use to wait for that."""
         waited = time.monotonic() - self._leaving[job["metadata"]["name"]]
         if self._kind.has_ended(job) or waited > self._timeouts.deleted:
             return True
-        stopped = self._kind.has_stopped(job) or (self._kind.is_ignored(job) and waited > self._timeouts.seen)
-        return stopped and not has_pods
+        if waited > self._timeouts.seen and not self._kind.is_suspended(job):
+            return True  # a queue has resumed it
+        ignored = self._kind.is_ignored(job) and waited > self._timeouts.seen
+        return (self._kind.has_stopped(job) or ignored) and not has_pods
 
     def _delete(self, name: str) -> None:
         self._client.delete(self._kind, name)

@@ -8,13 +8,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.api import diagnosis
+from trainer.kubernetes.api.client import ApiError
 from trainer.kubernetes.api.informer import Informer
 from trainer.kubernetes.api.kinds import POD, JobKind, Object
 from trainer.kubernetes.api.logs import LogFollower
@@ -121,8 +122,10 @@ class JobFollower:
         return bool(self._deletion)
 
     def restarts(self, name: str) -> bool:
-        """Whether a job gets a new pod, should its pod end."""
+        """Whether a job gets a new pod, should its pod end. A suspension may not have been observed yet: it is asked."""
         job = self.job(name)
+        with suppress(ApiError):
+            job = self._context.client.get(self._kind, name, timeout=self._timeouts.answer)
         return job is not None and name not in self._deletion and not self._kind.is_suspended(job)
 
     # Observing
@@ -145,14 +148,15 @@ class JobFollower:
         # Pods that are lost, run, or wait
         for name, pod in self.pods.items():
             self._follow_log(pod)
+            uid = pod["metadata"]["uid"]  # of this pod, while the next one may have its name
             if lost := diagnosis.why_lost(pod):
-                self._waits.show_once(name, f"{self.called(pod)}: {lost}")
+                self._waits.show_once(uid, f"{self.called(pod)}: {lost}")
             elif diagnosis.has_started(pod, self.container):
                 self._waits.forget(name)
                 self._waits.forget(self._kind.job_of(pod))
                 if self.exit_status(pod) is None:
                     node = pod["spec"].get("nodeName", "")
-                    self._waits.show_once(name, f"{self.called(pod)} runs" + (f" on node {node}" if node else ""))
+                    self._waits.show_once(uid, f"{self.called(pod)} runs" + (f" on node {node}" if node else ""))
             elif not api_is_silent:
                 self._waits.explain_pod(pod, self.called(pod))
 
