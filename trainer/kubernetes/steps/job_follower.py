@@ -122,7 +122,7 @@ class JobFollower:
         return bool(self._deletion)
 
     def restarts(self, name: str) -> bool:
-        """Whether a job gets a new pod, should its pod end. A suspension may not have been observed yet: it is asked."""
+        """Whether a job gets a new pod, should its pod end. Its suspension may not have been observed yet."""
         job = self.job(name)
         with suppress(ApiError):
             job = self._context.client.get(self._kind, name, timeout=self._timeouts.answer)
