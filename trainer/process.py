@@ -5,10 +5,12 @@ import ipaddress
 import os
 import socket
 import sys
+import threading
 from contextlib import suppress
 
 from trainer.errors import ConfigError
 
+_NICENESS = 5
 _CONGESTION = 13  # TCP_CONGESTION of Linux, which not every Python's `socket` names
 
 # Runs in the child before the program. PR_SET_PDEATHSIG (1) survives exec; if the parent died before it was set, the
@@ -31,31 +33,42 @@ def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     """A listening TCP socket on `port`, or on the first free port of `port_range` ("low-high"), or on any.
 
     Of a name, the IPv4 address is preferred. If no interface of this machine has the address (it belongs to a NAT or a
-    service), the socket listens on all interfaces.
+    service), or it is empty, the socket listens on all interfaces.
 
     Raises:
         ConfigError: The port, or every port of the range, is taken; or the address has no meaning here.
     """
     try:
-        own = address_of(address)
+        own = address_of(address) if address else ""
     except OSError as error:
         raise ConfigError("advertise_address", address, f"is no address: {error.strerror}") from None
     low, high = map(int, port_range.split("-")) if port_range and not port else (port, port)
     for candidate in range(low, high + 1):
-        for host in (own, ""):
-            listener = socket.socket(socket.AF_INET6 if ":" in own else socket.AF_INET, socket.SOCK_STREAM)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for host in dict.fromkeys((own, "")):
             try:
-                listener.bind((host, candidate))
-                listener.listen(128)
-                return listener
+                return _bound(host, candidate)
             except OSError as error:
-                listener.close()
                 if error.errno != errno.EADDRNOTAVAIL:  # the address is not this machine's
                     break
     if port_range and not port:
         raise ConfigError("port_range", port_range, "has no free port left")
     raise ConfigError("port", port, "is taken by another process, or may not be used")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address; on all of IPv4 and IPv6 if it is empty."""
+    both = not host and socket.has_dualstack_ipv6()
+    listener = socket.socket(socket.AF_INET6 if both or ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if both:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def number_from(variable: str) -> int:
@@ -102,6 +115,20 @@ def prefer_bbr(connection: socket.socket) -> None:
     with suppress(OSError):  # the kernel lacks it, or reserves it; or the connection is closed already
         if not ipaddress.ip_address(connection.getpeername()[0].partition("%")[0]).is_loopback:
             connection.setsockopt(socket.IPPROTO_TCP, _CONGESTION, b"bbr")
+
+
+def congestion(connection: socket.socket) -> str:
+    """What controls a connection's congestion; empty if the system does not say."""
+    with suppress(OSError):
+        return connection.getsockopt(socket.IPPROTO_TCP, _CONGESTION, 16).partition(b"\0")[0].decode()
+    return ""
+
+
+def lower_priority() -> None:
+    """Lower the priority of the calling thread: training comes first. Only Linux has priorities of threads."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def refused(endpoint: str, timeout: float = 1.0) -> bool:

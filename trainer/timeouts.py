@@ -34,12 +34,15 @@ class EtcdTimeouts:
 class TransportTimeouts:
     """Of `trainer.transport`."""
 
-    connect: float = 3.0  # until a donor accepts a connection
-    stall: float = 5.0  # without a byte, before the other end counts as dead; a donor's `find` must be faster
+    connect: float = 3.0  # until a port accepts a connection; TCP repeats a lost packet after one second
+    handshake: float = 3.0  # until both ends of a connection have proved that they belong to the run
+    dial_back: float = 1.0  # for a member to dial, after which the one that could dial it opens both directions
+    relay: float = 5.0  # for the other member of a pair to come to a third one, at which both meet
+    in_any_way: float = 12.0  # for a new member to be dialled, to dial, or to be met at a third one
+    stall: float = 5.0  # without a byte, before a donor counts as dead
     retry: float = 0.25  # before a donor that failed, or does not have the offer yet, is asked again
-    linger: float = 1.0  # for which a fetcher keeps a connection without a chunk to request
+    linger: float = 1.0  # for which a fetcher keeps a donor without a chunk to request
     hold: float = 30.0  # for which a donor keeps an offer after its last use
-    probe: float = 3.0  # until a port answers a reachability probe; TCP repeats a lost packet after one second
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,9 @@ class MemberTimeouts:
     refresh: float = 2.0  # until the round's record is read again although no watch has reported a change
     log: float = 5.0  # between two log lines about a wait
     retry: float = 1.0  # before an operation is repeated: etcd was away, or several attempts at a round have failed
-    probe: float = 1.0  # in which a member's port must answer after a failed attempt, or it is suspect
+    probe: float = 1.0  # in which a member must be connected again after a failed attempt, or it is suspect
     find: float = 5.0  # to find a donor that has an offer
-    mesh_poll: float = 0.01  # as `poll`, while a process group is formed
-    mesh_refresh: float = 1.0  # as `refresh`, while a process group is formed
+    copy: float = 15.0  # for another node to save what a leaving member has saved last
     role_ttl: float = 3.0  # for which the coordinator's role outlives its holder's last sign of life
     tick: float = 0.05  # between two decisions of the coordinator while something lasts
     idle: float = 1.0  # between two decisions of the coordinator while nothing does

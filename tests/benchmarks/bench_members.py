@@ -41,7 +41,7 @@ class SimulatedMember:
         self.client = client
         self.lease = client.grant(TTL)
         self.requests = 0
-        self.me = Member(str(number), number, 0, address, State(hash="0"))
+        self.me = Member(str(number), number, 0, (address,), State(hash="0"))
         self.machine = MemberMachine(f"{number:06d}-{os.urandom(4).hex()}", rules)
         self.record: RoundState | None = None
         self.life = self.live()

@@ -4,10 +4,10 @@
         [--steps 480] [--quick]
 
 Workers are processes, one thread each, which are started once and do all runs, one after the other, with the product's
-own parts: `DiLoCo`, the codecs, the collective over a real gloo group (TCP on loopback), the inner optimizer
-and its schedule, the precached dataset, the model family. Only the quorum is simpler: the members are fixed. The model
-is a small GPT-NeoX, the text Python's standard library, and the held-out documents are never trained on. With the same
-seed and as many workers, all methods start from the same initialisation and see the same samples.
+own parts: `DiLoCo`, the codecs, the collective over the transport (TCP on loopback), the inner optimizer and its
+schedule, the precached dataset, the model family. Only the quorum is simpler: the members are fixed. The model is a
+small GPT-NeoX, the text Python's standard library, and the held-out documents are never trained on. With the same seed
+and as many workers, all methods start from the same initialisation and see the same samples.
 
 Seed 0 with two workers is what the settings below were tuned on, fp32's too, so it does not judge them. (A coarse
 search: outer learning rate, momentum and feedback of each method, in no full grid.)
@@ -27,7 +27,6 @@ import tempfile
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -37,25 +36,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
-from trainer import data, models
-from trainer.config import TrainingConfig
-from trainer.diloco import Commit, DiLoCo, LocalQuorum, Nesterov, Overlap, RoundReport, codecs
-from trainer.diloco.codecs import Codec, Fp32
-from trainer.diloco.collective import weighted_mean
-from trainer.diloco.quorum import OnChunk
-from trainer.diloco.state import Fragment
-from trainer.elastic.mesh import form_group, gloo_device
-from trainer.files import write_json
-from trainer.process import listen
-from trainer.tasks import tasks
-from trainer.volume import Volume
-from trainer.worker.optimizer import inner_optimizer, learning_rate
-from trainer.worker.worker import CLIP_NORM
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # for what benchmarks share
 
-OUTPUT = Path(__file__).parents[2] / "build" / "quality.json"
+from tests.benchmarks.mesh import Members, Mesh, Plain  # noqa: E402
+from trainer import data, models  # noqa: E402
+from trainer.config import TrainingConfig  # noqa: E402
+from trainer.diloco import DiLoCo, LocalQuorum, Nesterov, Overlap, codecs  # noqa: E402
+from trainer.diloco.codecs import Codec, Fp32  # noqa: E402
+from trainer.files import write_json  # noqa: E402
+from trainer.process import listen  # noqa: E402
+from trainer.tasks import tasks  # noqa: E402
+from trainer.volume import Volume  # noqa: E402
+from trainer.worker.optimizer import inner_optimizer, learning_rate  # noqa: E402
+from trainer.worker.worker import CLIP_NORM  # noqa: E402
+
+OUTPUT = ROOT / "build" / "quality.json"
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
 BATCH, LOCAL_STEPS, HELD_OUT = 8, 30, 512
-TIMEOUT = timedelta(seconds=300)
 Row = dict[str, Any]
 
 
@@ -112,22 +110,6 @@ METHODS = {
 # The workers
 
 
-class Members(LocalQuorum):
-    """A quorum whose members are those of a process group, all of them, always."""
-
-    def __init__(self, group: Any) -> None:
-        super().__init__()
-        self.group = group
-        self.names = tuple(map(str, range(group.size())))
-
-    def synchronise(
-        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
-    ) -> Commit:
-        self._round += 1
-        reduced = weighted_mean(self.group, pseudo_gradient, weight, fragment.codec, TIMEOUT, on_chunk)
-        return Commit(self._round, 1, self.names, fragment, reduced, None, None, 0.0)
-
-
 class Worker:
     """One of `size` workers. What one is asked, all are, at the same time."""
 
@@ -135,7 +117,9 @@ class Worker:
         torch.set_num_threads(1)
         self.config, self.directory, self.rank, self.size = config, directory, rank, size
         store = TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-        self.group, self.meter = form_group(store, rank, size, gloo_device("", "127.0.0.1"), TIMEOUT)
+        self.plain = Plain(store, rank, size, "127.0.0.1")
+        self.mesh = Mesh(store, "quality", rank, size, "127.0.0.1", tls=False)
+        self.mesh.connect()
         spec = models.resolve(config.model)
         self.family, self.task = spec.family, tasks()[spec.family.task]
         self.dataset = data.open_dataset(data.directory(config, Volume.of(config).datasets))
@@ -153,7 +137,7 @@ class Worker:
             outer=Nesterov(1.0, 0.0) if chosen.ddp else Nesterov(chosen.lr, chosen.momentum),
             codec=chosen.codec,
             sync_every=round(chosen.rounds * LOCAL_STEPS),
-            quorum=LocalQuorum() if chosen.ddp else Members(self.group),
+            quorum=LocalQuorum() if chosen.ddp else Members(self.mesh),
             total_steps=steps,
             fragments=chosen.fragments,
             overlap=chosen.overlap,
@@ -179,7 +163,7 @@ class Worker:
     def _average(self, gradients: list[Tensor]) -> None:
         """Average the gradients over the workers, as data parallelism does."""
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self.group.allreduce([flat]).wait()
+        self.plain.sum(flat)
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient) / self.size)
 
@@ -197,9 +181,7 @@ class Worker:
 
     def sent(self) -> int:
         """Bytes sent so far."""
-        wire = self.meter.read()
-        assert wire, "this system does not tell what goes over a connection"
-        return wire[0]
+        return self.mesh.sent() + self.plain.sent()
 
 
 def serve(questions: Connection, *arguments: Any) -> None:

@@ -1,6 +1,6 @@
 """State transfer on loopback: how fast, and what it costs a donor's training thread.
 
-    python tests/benchmarks/bench_transfer.py [--parameters 100000000] [--repeats 5]
+    python tests/benchmarks/bench_transfer.py [--parameters 100000000] [--repeats 5] [--tls]
 
 Donor processes serve a global state as DiLoCo has it: parameters and outer momentum, float32. Each trains meanwhile: a
 loop of small matrix products on its main thread. Windows without and with a transfer alternate, and their steps are
@@ -14,27 +14,34 @@ import multiprocessing
 import os
 import statistics
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
 
-from trainer.transport.channel import Offer
-from trainer.transport.donor import Donor
+from trainer.transport.credentials import Credentials, credentials
+from trainer.transport.donor import Donor, Offer
 from trainer.transport.fetch import fetch
+from trainer.transport.transport import Transport
 
 SECRET = b"a secret of this benchmark alone"
 WINDOW = 1.0  # seconds without a transfer, before each
 
 
-def worker(parent: Connection, parameters: int, serves: bool, trains: bool) -> None:
+def membership(tls: bool) -> Credentials:
+    return replace(credentials(SECRET, "tls" if tls else "none"), loopback=True)
+
+
+def worker(parent: Connection, parameters: int, tls: bool, id: str, serves: bool, trains: bool) -> None:
     """Serve or train until told to stop; then report (start, duration) of every step, on the system's clock."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.rand(parameters if serves else 0, generator=generator) for name in ("parameters", "momentum")}
     weights, steps = torch.rand(192, 192, generator=generator), []
-    with Donor({"state/1": Offer({"round": 1}, state)}.get, SECRET, "127.0.0.1") as donor:
-        parent.send(donor.endpoint if serves else None)
+    donor = Donor({"state/1": Offer({"round": 1}, state)}.get)
+    with Transport(id, ["127.0.0.1"], membership(tls), handle=donor) as transport:
+        parent.send((id, transport.endpoints) if serves else None)
         while not parent.poll(None if not trains else 0):
             started = time.monotonic()
             x = weights
@@ -47,31 +54,34 @@ def worker(parent: Connection, parameters: int, serves: bool, trains: bool) -> N
 Role = tuple[bool, bool]  # serves, trains
 
 
-def measure(roles: list[Role], parameters: int, repeats: int) -> tuple[list[float], list[float], list[float]]:
+def measure(
+    roles: list[Role], parameters: int, repeats: int, tls: bool
+) -> tuple[list[float], list[float], list[float]]:
     """Seconds of each transfer, and of each step without and with one."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in roles]
     processes = [
-        context.Process(target=worker, args=(theirs, parameters, *role), daemon=True)
-        for (_, theirs), role in zip(pipes, roles, strict=True)
+        context.Process(target=worker, args=(theirs, parameters, tls, f"{number:03}", *role), daemon=True)
+        for number, ((_, theirs), role) in enumerate(zip(pipes, roles, strict=True))
     ]
     for process in processes:
         process.start()
-    endpoints = [endpoint for ours, _ in pipes if (endpoint := ours.recv())]
+    donors = dict(donor for ours, _ in pipes if (donor := ours.recv()))
     target = {name: torch.zeros(parameters) for name in ("parameters", "momentum")}  # its pages are there already
 
     def into(meta: object, layout: object) -> dict[str, Tensor]:
         return target
 
-    fetch("state/1", endpoints, SECRET, into=into, timeout=120)  # caches and buffers are warm from here on
     idle, busy = [], []
-    for _ in range(repeats):
-        started = time.monotonic()
-        time.sleep(WINDOW)
-        between = time.monotonic()
-        fetch("state/1", endpoints, SECRET, into=into, timeout=120)
-        idle.append((started, between))
-        busy.append((between, time.monotonic()))
+    with Transport("joiner", ["127.0.0.1"], membership(tls)) as transport:
+        fetch(transport, "state/1", donors, into=into, timeout=120)  # caches and buffers are warm from here on
+        for _ in range(repeats):
+            started = time.monotonic()
+            time.sleep(WINDOW)
+            between = time.monotonic()
+            fetch(transport, "state/1", donors, into=into, timeout=120)
+            idle.append((started, between))
+            busy.append((between, time.monotonic()))
     for ours, _ in pipes:
         ours.send("stop")
     steps = [step for ours, _ in pipes for step in ours.recv()]
@@ -88,7 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tls", action="store_true", help="encrypt")
+    parser.add_argument("--quick", action="store_true", help="everything once, and small")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.parameters, arguments.repeats = 4_000_000, 1
     torch.set_num_threads(1)
     size = 2 * 4 * arguments.parameters / 1e9
     print(f"{size:.2f} GB of state, {arguments.repeats} transfers each, {os.cpu_count()} processors; medians")
@@ -99,7 +113,7 @@ def main() -> None:
         "1, and bystander": [(True, False), (False, True)],
     }
     for name, roles in rows.items():
-        seconds, idle, busy = measure(roles, arguments.parameters, arguments.repeats)
+        seconds, idle, busy = measure(roles, arguments.parameters, arguments.repeats, arguments.tls)
         took, alone, during = (statistics.median(values) for values in (seconds, idle, busy))
         means = statistics.mean(busy) / statistics.mean(idle)
         print(

@@ -5,10 +5,10 @@
 
 Workers are processes, one thread each, in a network namespace each, with an `eth0` that leads to a bridge. (This needs
 root. Where it is not allowed they are on loopback, and what needs an interface or a limited link is left out.) A
-synchronisation is what the product does once the others are there: `weighted_mean` over gloo, with the codec and, piece
-by piece, the outer step and the hash of the vote. What it agrees on with etcd is not in here. `gloo` is the
-yardstick: one plain all-reduce of the same float32 numbers, in the same process group. Codecs are set as the
-configuration has them by default; `demo` sends 32 coefficients a tile in 4 bits.
+synchronisation is what the product does once the others are there: the collective over the transport, with the codec
+and, piece by piece, the outer step and the hash of the vote. What it agrees on with etcd is not in here. `gloo` is the
+yardstick: one plain all-reduce of the same float32 numbers by torch's gloo, over connections of its own. Codecs are set
+as the configuration has them by default; `demo` sends 32 coefficients a tile in 4 bits.
 
 bytes   What a worker sends in a round, for 2, 4 and 8 workers. The parameters are those of a GPT-NeoX with 124M of them
         (12 layers of 768, tied embedding, 50257 tokens), or fewer (see the column) where the machine could not hold
@@ -17,12 +17,13 @@ bytes   What a worker sends in a round, for 2, 4 and 8 workers. The parameters a
         the kernel's `tcp_info`. `eth0` is what the interface has counted meanwhile, less 66 bytes of Ethernet, IP and
         TCP headers for each of its packets. They must agree within 3 % or 256 KB. `/fp32`: how much less than DiLoCo
         in fp32; `/DDP`: than averaging gradients by `gloo` in each of 128 inner steps.
-time    Seconds, 2 workers, over links that `tc tbf` limits at both ends, and over one that nothing limits: medians of
-        the slower worker, the methods alternating, after a first round that is not counted. `limit` is bytes sent /
-        bandwidth, payload alone; headers take 4.6 % more, and acknowledgements of what comes the other way 2.2 %, so
-        that 1.07 is TCP's best. Targets: `x-limit` 1.10 for dense codecs; unlimited, `x-gloo` 1.5 for fp32. `whole`
-        includes what is done with the model, from its parameters to the pseudo-gradient, and back. With --torchft, its
-        DiLoCo does the same, quorum and vote included (bench_faults.py says how to install it).
+time    Seconds, 2 (or --workers) workers, over links that `tc tbf` limits at both ends, and over one that nothing
+        limits: medians of the slowest worker, the methods alternating, after a first round that is not counted; without
+        TLS, and with it (`tls`, and its ratio `x-tls` to the seconds without). `limit` is bytes sent / bandwidth,
+        payload alone; headers take 4.6 % more, and acknowledgements of what comes the other way 2.2 %, so that 1.07 is
+        TCP's best. Targets: `x-limit` 1.10 for dense codecs; unlimited, `x-gloo` 1.5 for fp32. `whole` includes what is
+        done with the model, from its parameters to the pseudo-gradient, and back. With --torchft, its DiLoCo does the
+        same, quorum and vote included (bench_faults.py says how to install it).
 overlap The same over the limited links while inner steps go on (of 20 ms that need no CPU): `exposed` is how long they
         stood still for it, median of the slower worker. Target: 5 % of `limit`.
 cpu     CPU seconds to encode and to decode 100M numbers, on one thread.
@@ -41,6 +42,7 @@ with --quick everything is small, and it takes about one.
 import argparse
 import ctypes
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -65,7 +67,7 @@ ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "wire.json"
 sys.path.insert(0, str(ROOT))  # for what tests share
 
-from tests.benchmarks.bench_quality import Members  # noqa: E402
+from tests.benchmarks.mesh import Members, Mesh, Plain  # noqa: E402
 from tests.network.namespaces import Namespaces, Network  # noqa: E402
 from trainer.diloco import DiLoCo, Overlap, codecs  # noqa: E402
 from trainer.diloco.codecs import Codec  # noqa: E402
@@ -73,14 +75,12 @@ from trainer.diloco.collective import (  # noqa: E402
     SLICE,
     Workspace,
     warm_up,
-    weighted_mean,
     weighted_sum,
 )
 from trainer.diloco.flat import FlatLayout  # noqa: E402
 from trainer.diloco.outer import Nesterov  # noqa: E402
 from trainer.diloco.state import GlobalState  # noqa: E402
 from trainer.diloco.threads import Threads  # noqa: E402
-from trainer.elastic.mesh import form_group, gloo_device  # noqa: E402
 from trainer.files import write_json  # noqa: E402
 from trainer.process import dying_with_parent, listen  # noqa: E402
 
@@ -124,7 +124,10 @@ class Worker:
     def __init__(self, rank: int, size: int, address: str, store: str, parameters: int) -> None:
         host, _, port = store.rpartition(":")
         self.store = TCPStore(host, int(port), is_master=rank == 0, wait_for_workers=False)
-        self.group, self.meter = form_group(self.store, rank, size, gloo_device("", address), TIMEOUT)
+        self.plain = Plain(self.store, rank, size, address)
+        self.meshes = {tls: Mesh(self.store, f"tls-{tls}", rank, size, address, tls=tls) for tls in (False, True)}
+        for mesh in self.meshes.values():
+            mesh.connect()
         self.shapes = shapes_of(parameters)
         self.layout = FlatLayout(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in self.shapes]))
         self.drift = torch.randn(self.layout.size, generator=torch.Generator().manual_seed(rank)).mul_(1e-3)
@@ -140,24 +143,24 @@ class Worker:
     def parameters(self) -> int:
         return self.layout.size
 
-    def synchronise(self, method: str) -> Row:
+    def synchronise(self, method: str, tls: bool = False) -> Row:
         """Seconds of a synchronisation, without and with what is done to the model, and bytes sent."""
         if method not in self.codecs and method != RAW:
             self.codecs[method] = codec_of(method, self.shapes)
         theta = self.state.parameters
         self.layout.scatter(torch.sub(theta, self.drift, out=self.scratch))  # as if inner steps had been made
-        self.group.allreduce([torch.zeros(1)]).wait()
+        self.plain.sum(torch.zeros(1))
         before, marks = self.sent(), [time.perf_counter()]
         torch.sub(theta, self.layout.gather(self.scratch), out=self.scratch)
         if method in self.residuals:
             self.scratch.add_(self.residuals[method], alpha=self.codecs[method].feedback)
         marks.append(time.perf_counter())
         if method == RAW:
-            self.group.allreduce([self.scratch]).wait()
+            self.plain.sum(self.scratch)
             marks += 2 * [time.perf_counter()]
         else:
             made, codec = self.state.begin(self.state.full_model), self.codecs[method]
-            reduced = weighted_mean(self.group, self.scratch, 1.0, codec, TIMEOUT, made.add, self.workspace)
+            reduced = self.meshes[tls].reduce(self.scratch, 1.0, codec, made.add, self.workspace)
             self.state.commit(made, LOCAL_STEPS)
             marks.append(time.perf_counter())
             if reduced.error is not None:
@@ -180,7 +183,7 @@ class Worker:
             torch.optim.SGD(model.parameters(), lr=0.0),
             codec=codecs.make(method, **SETTINGS.get(method, {})),
             sync_every=steps,
-            quorum=Members(self.group),
+            quorum=Members(self.meshes[False]),
             overlap=Overlap(),
         )
         exposed: list[float] = []
@@ -195,9 +198,7 @@ class Worker:
 
     def sent(self) -> int:
         """Bytes sent so far, as the product counts them."""
-        wire = self.meter.read()
-        assert wire
-        return wire[0]
+        return self.plain.sent() + sum(mesh.sent() for mesh in self.meshes.values())
 
     def counters(self) -> tuple[int, int]:
         """Bytes sent so far, as the meter has it, and as the interface has it, less headers (0 on loopback)."""
@@ -398,36 +399,52 @@ def measure_bytes(arguments: argparse.Namespace, network: Links | None) -> Itera
 
 
 def measure_time(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
+    for size in arguments.workers:
+        yield from _times(arguments, network, size)
+
+
+def _times(arguments: argparse.Namespace, network: Links | None, size: int) -> Iterator[Row]:
     with ExitStack() as resources:
-        common = {"size": 2, "network": network, "parameters": arguments.parameters}
+        common = {"size": size, "network": network, "parameters": arguments.parameters}
         crew = resources.enter_context(Crew("ours", **common))
-        crews = dict.fromkeys([RAW, *arguments.methods], crew)
+        crews = dict.fromkeys([(RAW, False), *itertools.product(arguments.methods, (False, True))], crew)
         if torchft := arguments.torchft:
             port = resources.enter_context(Crew("lighthouse", 1, None, torchft)).ask("port")[0]
             lighthouse = f"http://{network.address if network else '127.0.0.1'}:{port}"
             replicas = Crew(TORCHFT, torchft=torchft, lighthouse=lighthouse, **common)
-            crews[TORCHFT] = resources.enter_context(replicas)
-        for link, bandwidth in LINKS.items() if network else [("loopback", None)]:
+            crews[TORCHFT, False] = resources.enter_context(replicas)
+        for link in arguments.links if network else ["loopback"]:
+            bandwidth = LINKS.get(link)
             if network:
-                network.limit(2, bandwidth)
-            taken: dict[str, list[Row]] = {method: [] for method in crews}
+                network.limit(size, bandwidth)
+            taken: dict[tuple[str, bool], list[Row]] = {way: [] for way in crews}
             for repetition in range(arguments.repetitions + 1):
-                for method, asked in crews.items():
-                    slower = max(asked.ask("synchronise", method), key=lambda answer: float(answer["seconds"]))
-                    taken[method] += [slower] if repetition else []
-            plain: Row = {}
-            for method, rows in taken.items():
-                row: Row = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-                plain = plain or row
-                row = {"link": link, "method": method, **row, "x-gloo": row["seconds"] / plain["seconds"]}
-                if bandwidth:
-                    sent = (row if "sent" in row else plain)["sent"]  # torchft sends as much as gloo
-                    row["limit"] = 8 * sent / bandwidth
-                    row["x-limit"] = row["seconds"] / row["limit"]
-                    row["target"] = row["x-limit"] <= 1.1 if method in DENSE else None
-                elif method == "fp32":
-                    row["target"] = row["x-gloo"] <= 1.5
-                yield {**row, "all": [row["seconds"] for row in rows]}
+                for way, asked in crews.items():
+                    slowest = max(asked.ask("synchronise", *way), key=lambda answer: float(answer["seconds"]))
+                    taken[way] += [slowest] if repetition else []
+            plain = _median(taken[RAW, False])
+            for method, tls in taken:
+                if not tls:
+                    rows = taken[method, False]
+                    row = {"workers": size, "link": link, "method": method, **_median(rows)}
+                    row["x-gloo"] = row["seconds"] / plain["seconds"]
+                    if encrypted := taken.get((method, True)):
+                        row["tls"] = _median(encrypted)["seconds"]
+                        row["x-tls"] = row["tls"] / row["seconds"]
+                        row["all-tls"] = [each["seconds"] for each in encrypted]
+                    if bandwidth:
+                        sent = row.get("sent", plain["sent"])  # torchft sends as much as gloo
+                        row["limit"] = 8 * sent / bandwidth
+                        row["x-limit"] = row["seconds"] / row["limit"]
+                        row["target"] = row["x-limit"] <= 1.1 if method in DENSE else None
+                    elif method == "fp32":
+                        row["target"] = row["x-gloo"] <= 1.5
+                    every = [each["seconds"] for each in rows]
+                    yield {**row, "from": min(every), "to": max(every), "all": every}
+
+
+def _median(rows: list[Row]) -> Row:
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
 def measure_overlap(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
@@ -525,7 +542,8 @@ def measure_memory(arguments: argparse.Namespace, network: Links | None) -> Iter
 
 COLUMNS = {
     "bytes": "workers:d method:s parameters:,d meter:,.0f eth0:,.0f agree:ok MB/round:,.2f /fp32:.1f /DDP:,.0f",
-    "time": "link:s method:s seconds:.3f whole:.3f sent:,.0f limit:.3f x-limit:.2f x-gloo:.2f target:ok",
+    "time": "workers:d link:s method:s seconds:.3f from:.3f to:.3f whole:.3f tls:.3f x-tls:.2f sent:,.0f limit:.3f "
+    "x-limit:.2f x-gloo:.2f target:ok",
     "overlap": "link:s method:s sent:,.0f limit:.3f exposed:.3f share:.1% target:ok",
     "cpu": "method:s bytes:.3f encode:.2f decode:.2f",
     "threads": "method:s 1-thread:.2f 2-threads:.2f gain:.2f 1B:.2f 7B:.2f",
@@ -535,7 +553,7 @@ COLUMNS = {
 
 NOTES = {
     "bytes": f"bytes a worker sends in a synchronisation; MB/round: scaled up to {FULL:,} parameters",
-    "time": "seconds of a synchronisation of 2 workers with {parameters:,} parameters; sent: bytes",
+    "time": "seconds of a synchronisation with {parameters:,} parameters; sent: bytes",
     "overlap": "seconds for which inner steps stand still, with {parameters:,} parameters; share: of the limit",
     "cpu": "CPU seconds for 100M numbers, on one thread (measured with {parameters:,}); bytes: of each number, coded",
     "threads": "seconds to encode, sum and step 200M parameters (measured with {parameters:,}); 1B, 7B: on 16 cores",
@@ -569,6 +587,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--parameters", type=int, default=10_000_000, help="for time, cpu, threads and memory")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2], help="for time")
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS), help="for time")
     parser.add_argument("--torchft", type=Path, help="where torchft is installed (`pip install --target`)")
     parser.add_argument("--quick", action="store_true", help="everything once, and small")
     arguments = parser.parse_args()

@@ -5,11 +5,13 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tests.cluster.apiserver import Object
 from tests.cluster.nodes import Cluster
+from trainer.errors import TrainingError
 from trainer.transport.handover import ResultServer
 
 MANIFEST = {"hash": "abc", "dataset": "files:corpus"}
@@ -94,10 +96,10 @@ class Story:
                 path.write_text(self.results[name])
             with ResultServer(files, token_of(cluster, pod), 0) as server:
                 cluster.start(pod)
-                cluster.say(pod, f"result {json.dumps({'port': server.server_port})}")
-                server.timeout = 0.2
+                cluster.say(pod, f"result {json.dumps({'port': server.port})}")
                 while not server.delivered and cluster.is_wanted(pod):
-                    server.handle_request()
+                    with suppress(TrainingError):  # nobody has come yet
+                        server.wait(0.2)
         cluster.end(pod, 0 if server.delivered else 143)
 
 

@@ -141,34 +141,3 @@ def test_network_cut_and_healed(
         run.check(survivors)
         assert len(run.lives(1)) == 1
         assert weights(run) == samples(run, pods)
-
-
-@pytest.mark.parametrize("one", [0, 1])
-def test_two_that_cannot_talk_to_each_other(
-    one: int, network: Network, tmp_path: Path, begin: Callable[..., Run], table: list[dict[str, Any]]
-) -> None:
-    """Each of the two talks to the third, and to etcd: one is left out, both are named, nobody is lost."""
-    with EmbeddedEtcd(tmp_path / "etcd", address=network.address) as etcd:
-        run = begin("run", [etcd.endpoint], total_steps=600)
-        network.wall(one, 2)  # from the start
-        pods = [run.start(slot, network.inside(slot)) for slot in range(3)]
-        run.until_quorum(pods[:2])
-        run.until(lambda: "worker 2 (" in warnings(pods[one]), "one end of the wall to be named")
-        run.until(lambda: f"worker {one} (" in warnings(pods[2]), "the other end to be named")
-        before = run.committed()
-        network.wall(one, 2, built=False)
-        together = run.until_quorum(pods, after=before)
-        built = network.wall(one, 2)  # amid the run
-        run.until_quorum(pods[:2], after=together)
-        table.append(run.report(f"workers {one} and 2 of three cannot talk", built, pods[:2], [pods[2]]))
-        before = run.committed()
-        network.wall(one, 2, built=False)
-        run.until_quorum(pods, after=before)
-        run.finish(pods)
-        run.check(pods[:2])
-        assert len(run.lives(2)) == 1
-        assert weights(run) == samples(run, pods)
-
-
-def warnings(pod: Pod) -> str:
-    return "\n".join(event["message"] for event in of("warning", pod.events))

@@ -8,7 +8,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
@@ -35,6 +35,8 @@ def _command(*command: str) -> None:
     except FileNotFoundError:
         raise PermissionError(f"there is no `{command[0]}` command") from None
     if done.returncode:
+        if "exec of" in done.stderr:  # by `ip netns exec`
+            raise PermissionError(done.stderr.strip())
         said = f"{' '.join(command)}: {done.stderr.strip()}"
         raise PermissionError(said) if "ermi" in done.stderr else RuntimeError(said)
 
@@ -101,10 +103,14 @@ class Network(Namespaces):
 
     Args:
         ipv6: Whether they have IPv6 addresses, and no others.
+        behind_nat: Pods with a router each, which masquerades: nobody can connect to them. Needs iptables.
     """
 
-    def __init__(self, count: int, congestion: str = "cubic", ipv6: bool = False) -> None:
+    def __init__(
+        self, count: int, congestion: str = "cubic", ipv6: bool = False, behind_nat: Collection[int] = ()
+    ) -> None:
         super().__init__(count, congestion)
+        self._behind_nat = frozenset(behind_nat)
         pid, self._ipv6 = os.getpid(), ipv6
         self._bridge = f"{self._own}b"
         self._net = f"fd{pid % 256:02x}:{pid // 256:x}:" if ipv6 else f"10.{200 + pid % 50}.{pid // 50 % 250}"
@@ -115,16 +121,32 @@ class Network(Namespaces):
             ip("addr", "add", *self._with_mask(self.address), "dev", self._bridge)
             ip("link", "set", self._bridge, "up")
             for number, name in enumerate(self._names):
-                ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+                inside = self._router(number) if number in self._behind_nat else name
+                ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", inside)
                 ip("link", "set", name, "master", self._bridge, "up")
-                ip("-n", name, "addr", "add", *self._with_mask(self.address_of(number)), "dev", "eth0")
-                ip("-n", name, "link", "set", "eth0", "up")
+                ip("-n", inside, "addr", "add", *self._with_mask(self._address(10 + number)), "dev", "eth0")
+                ip("-n", inside, "link", "set", "eth0", "up")
         except BaseException:
             self.close()
             raise
 
     def address_of(self, number: int) -> str:
-        return self._address(10 + number)
+        return f"192.168.{number}.2" if number in self._behind_nat else self._address(10 + number)
+
+    def _router(self, number: int) -> str:
+        """Make the router of a pod behind a NAT; returns its namespace."""
+        name, router = self._names[number], f"{self._names[number]}r"
+        ip("netns", "add", router)
+        self._resources.callback(self._quietly, "netns", "del", router)
+        ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1", "netns", router)
+        for where, device, host in ((name, "eth0", 2), (router, "eth1", 1)):
+            ip("-n", where, "addr", "add", f"192.168.{number}.{host}/24", "dev", device)
+            ip("-n", where, "link", "set", device, "up")
+        ip("-n", name, "route", "add", "default", "via", f"192.168.{number}.1")
+        inside = ["ip", "netns", "exec", router]
+        _command(*inside, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        _command(*inside, "iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+        return router
 
     def cut(self, number: int) -> float:
         ip("link", "set", self._names[number], "down")

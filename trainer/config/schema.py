@@ -201,16 +201,37 @@ class Schema(Group):
     late_policy: Literal["carry", "drop"] = parameter(
         "carry", "What a late worker does with its pseudo-gradient: carry it over to the next round, or drop it."
     )
+    lost_state: Literal["continue", "stop"] = parameter(
+        "continue",
+        "If nobody comes back with the newest saved state: continue from the newest one that is there, or stop.",
+    )
+    lost_state_wait: Seconds = parameter(
+        300.0, "How long to wait for the newest saved state, in seconds; at most half of `elastic.rdzv_timeout`."
+    )
     joiner_moments: Literal["donor", "warmup"] = parameter(
         "donor", "Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
     )
     catch_up_rounds: Positive = parameter(8, "Number of committed means kept for members that catch up.")
     advertise_address: Annotated[str, LOCAL] = parameter(
-        "", "Address at which other workers reach this one. Empty: detected."
+        "",
+        "Addresses at which other workers may reach this one, separated by commas: the first that answers is used. "
+        "Empty: detected.",
     )
-    network_interface: Annotated[str, LOCAL] = parameter("", "Network interface for the collectives. Empty: detected.")
+    network_interface: Annotated[str, LOCAL] = parameter(
+        "", "Network interface whose address other workers use. Empty: detected."
+    )
     port_range: Annotated[str, LOCAL] = parameter(
         "", "Ports to listen on, `low-high`. Empty: ephemeral.", pattern=PORT_RANGE
+    )
+    streams: NonNegative = parameter(
+        0, "TCP connections between two workers in each direction. 0: as many as their round trip needs; 1 nearby."
+    )
+    transport_security: Annotated[Literal["tls", "none"], FINGERPRINT] = parameter(
+        "tls", "Encryption between workers on different machines: TLS 1.3, or none."
+    )
+    transport_certificates: Annotated[str, LOCAL] = parameter(
+        "",
+        "Directory with ca.crt, tls.crt and tls.key for transport_security=tls. Empty: derived from a secret in etcd.",
     )
     pgroup_backend: Literal["", "gloo", "nccl"] = parameter(
         "",

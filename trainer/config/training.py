@@ -30,6 +30,11 @@ class TrainingConfig(Schema):
         return self
 
     @property
+    def addresses(self) -> list[str]:
+        """The addresses in `advertise_address`."""
+        return [address.strip() for address in self.advertise_address.split(",") if address.strip()]
+
+    @property
     def attendance(self) -> str:
         """How many nodes the run needs (`elastic.min_nodes`, `elastic.max_nodes`), for its first line of output."""
         more = f"; up to {self.max_nodes} can train (elastic.max_nodes)" if self.max_nodes > self.nodes else ""

@@ -1,4 +1,4 @@
-"""The collective of a synchronisation: the weighted mean over a process group, in pieces, several in flight.
+"""The collective of a synchronisation: the weighted mean over a group of members, in pieces, several in flight.
 
 A piece of the vector is cut into n equal parts, and each of the n members owns one: (1) every member sends each owner
 its part, encoded (a reduce-scatter); (2) the owner computes the mean in float32, encodes it again, and (3) sends that
@@ -7,8 +7,8 @@ members, including the owner, decode the same bytes. Of two members, each sends 
 and nothing is encoded twice.
 
 While a piece is in flight, later pieces are encoded, and earlier ones decoded and added to the outer step: on a slow
-link the arithmetic costs almost no extra time. Members exchange rows directly between the buffers where these stay:
-gloo's own collectives copy more often.
+link the arithmetic costs almost no extra time. Members exchange rows directly between the buffers where these stay.
+The members' weights travel beside the first pieces, so that no round trip precedes them.
 
 *Error feedback* (`Codec.feedback`): each member keeps the part that its own message lacks; the owner also keeps the
 part that the encoded mean lacks. It keeps W / w times that, because it will count w / W, its scale.
@@ -18,14 +18,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed import AllreduceOptions, ReduceOp, Work
 
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.jit import Floats, compiled
@@ -35,11 +34,28 @@ from trainer.diloco.state import GlobalState
 from trainer.diloco.threads import Threads
 
 CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
-IN_FLIGHT = 4  # pieces
-EXPECTED = 16  # pieces that receives are posted for before they are sent: a sender must not have to ask first
+IN_FLIGHT = 32  # pieces: a link of 500 Mbit/s and 100 ms holds six, its queue some, and slower streams come late
+EXPECTED = IN_FLIGHT  # pieces that receives are posted for before they are sent: others are ahead by so many
 PIECES = 16  # at least, unless they are tiny: the encoding of one piece cannot overlap
 SMALLEST = 1 << 18  # numbers
+_WEIGHTS = 1 << 31  # the tag of the members' weights
 SLICE = 1 << 17  # numbers that are encoded or summed at once: they stay in the cache
+
+
+class Group(Protocol):
+    """The members of a collective, by rank. Messages between two of them have unique tags, and may overtake others."""
+
+    size: int
+    rank: int
+
+    def send(self, to: int, tag: int, message: Tensor) -> Any:
+        """Begin to send a contiguous host tensor, which must not change until `wait`."""
+
+    def receive(self, source: int, tag: int, into: Tensor) -> Any:
+        """Begin to receive a message of the same size into fresh memory."""
+
+    def wait(self, pending: Any) -> None:
+        """Return when a message has left, or arrived. Raises OSError: A member is gone, or silent."""
 
 
 class Workspace:
@@ -63,11 +79,10 @@ class Workspace:
 
 
 def weighted_mean(
-    group: Any,
+    group: Group,
     values: Tensor,
     weight: float,
     codec: Codec,
-    timeout: timedelta,
     on_chunk: OnChunk,
     workspace: Workspace | None = None,
 ) -> Reduced:
@@ -76,29 +91,25 @@ def weighted_mean(
     Values that are not finite are sent as zeros with weight 0, since 0 × NaN is NaN.
 
     Args:
-        group: A ProcessGroupGloo.
         values: float32 (n,), on the host, contiguous. Not changed, so that a failed attempt can be repeated.
         weight: At least 0.
-        timeout: For each message.
         on_chunk: Receives the mean. Not called if all weights are 0.
         workspace: Memory for `Reduced.error`. By default fresh memory, which is slower.
 
     Raises:
-        RuntimeError: A member is gone, or a message took too long.
+        OSError: A member is gone, or a message took too long.
     """
     if not is_finite(values):
         weight = 0.0
-    weights = torch.zeros(group.size(), dtype=torch.float64)
-    weights[group.rank()] = weight
-    options = AllreduceOptions()
-    options.reduceOp, options.timeout = ReduceOp(ReduceOp.SUM), timeout
-    group.allreduce([weights], options).wait(timeout)
-    total = float(weights.sum())
-    if total == 0:
+    exchange = _OfTwo if group.size == 2 else _OfMore
+    try:
+        return exchange(group, codec, weight, on_chunk, workspace or Workspace()).run(values)
+    except _NothingToDo:
         return Reduced.nothing(values)
-    exchange = _OfTwo if group.size() == 2 else _OfMore
-    scales = (weights / total).tolist()
-    return exchange(group, codec, timeout, scales, on_chunk, workspace or Workspace()).run(values, total)
+
+
+class _NothingToDo(Exception):
+    """All weights are 0."""
 
 
 @dataclass
@@ -109,8 +120,8 @@ class _Piece:
     blocks: Tensor
     start: int  # of their rows in the encoded vector
     came: list[Tensor] = field(default_factory=list)  # the rows that this member sums up, by the rank of the sender
-    wanted: list[list[Work]] = field(default_factory=lambda: [[], []])  # receives in flight, in each of two stages
-    sent: list[Work] = field(default_factory=list)  # sends in flight
+    wanted: list[list[Any]] = field(default_factory=lambda: [[], []])  # receives in flight, in each of two stages
+    sent: list[Any] = field(default_factory=list)  # sends in flight
 
     @property
     def rows(self) -> slice:
@@ -118,29 +129,32 @@ class _Piece:
 
 
 class _Exchange(ABC):
-    """One member's part in one collective; `scales` are the members' fractions of the total weight, by rank."""
+    """One member's part in one collective."""
 
-    def __init__(
-        self, group: Any, codec: Codec, timeout: timedelta, scales: list[float], on_chunk: OnChunk, workspace: Workspace
-    ) -> None:
-        self.group, self.codec, self.timeout, self.scales, self.on_chunk = group, codec, timeout, scales, on_chunk
-        self.size, self.rank = group.size(), group.rank()
+    def __init__(self, group: Group, codec: Codec, weight: float, on_chunk: OnChunk, workspace: Workspace) -> None:
+        self.group, self.codec, self.weight, self.on_chunk = group, codec, weight, on_chunk
+        self.size, self.rank = group.size, group.rank
         self.others = [rank for rank in range(self.size) if rank != self.rank]
-        self.scale = scales[self.rank]
         self.plain = isinstance(codec, Fp32)
         self.workspace = workspace
         self.digest = xxhash.xxh3_128()
 
-    def run(self, values: Tensor, weight: float) -> Reduced:
+    def run(self, values: Tensor) -> Reduced:
+        # Exchange the weights: they are needed when the first pieces have come
+        self.weights = list(torch.zeros(self.size, 1, dtype=torch.float64))
+        self.weights[self.rank] += self.weight
+        self.coming = [self.group.receive(rank, _WEIGHTS, self.weights[rank]) for rank in self.others]
+        self.coming += [self.group.send(rank, _WEIGHTS, self.weights[self.rank]) for rank in self.others]
+
         # Arrange the values in blocks, and allocate memory
         codec, self.n = self.codec, values.numel()
-        parts = codec.arrange(values if self.scale else torch.zeros_like(values))  # 0 × NaN is NaN
+        parts = codec.arrange(values if self.weight else torch.zeros_like(values))  # 0 × NaN is NaN
         pieces, count = list(self._pieces(parts)), sum(map(len, parts))
-        keep = codec.feedback > 0 and self.scale > 0
+        keep = codec.feedback > 0 and self.weight > 0
         self.error = self.workspace.empty("error", count, codec.block) if keep else None
         self.mean = None if codec.in_order else self.workspace.empty("mean", count, codec.block)
-        codec_of_mean, scales = self.means()
-        self.coded = [torch.empty(count, codec_of_mean.row, dtype=torch.uint8) for _ in scales]
+        codec_of_mean, messages = self.means()
+        self.coded = [torch.empty(count, codec_of_mean.row, dtype=torch.uint8) for _ in range(messages)]
 
         # Pass the pieces through the stages, each stage some pieces behind the one before
         stages = [self.expect, *self.stages()]
@@ -155,11 +169,27 @@ class _Exchange(ABC):
             self.on_chunk(0, codec.restore(self.mean, self.n))
         coded = [self.coded[0].view(-1).view(torch.float32)[: self.n]] if self.plain else self.coded
         left = None if self.error is None else codec.restore(self.error, self.n)
-        return Reduced(weight, tuple(zip(scales, coded, strict=True)), self.digest.hexdigest(), left)
+        scales = self.scales if len(coded) > 1 else [1.0]
+        return Reduced(self.total, tuple(zip(scales, coded, strict=True)), self.digest.hexdigest(), left)
+
+    @cached_property
+    def total(self) -> float:
+        """The sum of all members' weights, which are waited for. Raises _NothingToDo: It is 0."""
+        for pending in self.coming:
+            self.group.wait(pending)
+        total = float(torch.cat(self.weights).sum())  # in the order of ranks: the same bits everywhere
+        if not total > 0:
+            raise _NothingToDo
+        return total
+
+    @cached_property
+    def scales(self) -> list[float]:
+        """The members' fractions of the total weight, by rank."""
+        return [float(weight) / self.total for weight in self.weights]
 
     @abstractmethod
-    def means(self) -> tuple[Codec, list[float]]:
-        """The mean is kept as a sum of messages: their codec, and their scales."""
+    def means(self) -> tuple[Codec, int]:
+        """The mean is kept as a sum of messages: their codec, and their number."""
 
     @abstractmethod
     def expect(self, piece: _Piece) -> None:
@@ -194,15 +224,15 @@ class _Exchange(ABC):
 
     def _receive(self, piece: _Piece, stage: int, into: dict[int, Tensor]) -> None:
         tag = 2 * piece.number + stage
-        piece.wanted[stage] = [self.group.recv([into[rank]], rank, tag) for rank in self.others if len(into[rank])]
+        piece.wanted[stage] = [self.group.receive(rank, tag, into[rank]) for rank in self.others if len(into[rank])]
 
     def _send(self, piece: _Piece, stage: int, rows: dict[int, Tensor]) -> None:
         tag = 2 * piece.number + stage
-        piece.sent += [self.group.send([rows[rank]], rank, tag) for rank in self.others if len(rows[rank])]
+        piece.sent += [self.group.send(rank, tag, rows[rank]) for rank in self.others if len(rows[rank])]
 
     def _wait(self, piece: _Piece, stage: int) -> None:
-        for work in (*piece.wanted[stage], *piece.sent):
-            work.wait(self.timeout)
+        for pending in (*piece.wanted[stage], *piece.sent):
+            self.group.wait(pending)
         piece.wanted[stage], piece.sent = [], []
 
     def _hash(self, *kept: Tensor) -> None:
@@ -223,8 +253,8 @@ class _Exchange(ABC):
 class _OfTwo(_Exchange):
     """Each sends the other everything."""
 
-    def means(self) -> tuple[Codec, list[float]]:
-        return self.codec, [1.0] if self.plain else self.scales  # of fp32, the mean itself is kept
+    def means(self) -> tuple[Codec, int]:
+        return self.codec, 1 if self.plain else 2  # of fp32, the mean itself is kept
 
     def stages(self) -> list[Callable[[_Piece], None]]:
         return [self._swap, self._join]
@@ -241,10 +271,10 @@ class _OfTwo(_Exchange):
     def _join(self, piece: _Piece) -> None:
         """Compute the mean of both members' rows."""
         self._wait(piece, 0)
-        order = (1 - self.rank, self.rank)
+        order, scales = (1 - self.rank, self.rank), self.scales
 
         def join(now: slice) -> None:
-            messages = [(self.scales[rank], piece.came[rank][now]) for rank in order]
+            messages = [(scales[rank], piece.came[rank][now]) for rank in order]
             kept = piece.came[order[0]][now].view(torch.float32) if self.plain else None
             self._give(piece.start + now.start, weighted_sum(self.codec, messages, self.workspace, kept))
 
@@ -255,8 +285,8 @@ class _OfTwo(_Exchange):
 class _OfMore(_Exchange):
     """Each member sends every owner its part, and the mean of its own part to all members."""
 
-    def means(self) -> tuple[Codec, list[float]]:
-        return self.codec.mean, [1.0]
+    def means(self) -> tuple[Codec, int]:
+        return self.codec.mean, 1
 
     def stages(self) -> list[Callable[[_Piece], None]]:
         return [self._scatter, self._reduce, self._gather]
@@ -279,14 +309,15 @@ class _OfMore(_Exchange):
         """Compute the mean of the part that this member owns, and send it to all members."""
         self._wait(piece, 0)
         codec, rows = self.codec.mean, self.coded[0][piece.rows].tensor_split(self.size)[self.rank]
+        scales = self.scales
 
         def reduce(now: slice) -> None:
-            messages = [(scale, came[now]) for scale, came in zip(self.scales, piece.came, strict=True)]
+            messages = [(scale, came[now]) for scale, came in zip(scales, piece.came, strict=True)]
             total = weighted_sum(self.codec, messages, self.workspace)
             coded = rows[now].copy_(codec.encode(total))
             if self.error is not None:
                 left = self.error[piece.rows].tensor_split(self.size)[self.rank][now]
-                left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / self.scale)
+                left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / scales[self.rank])
 
         self.workspace.threads.run(reduce, _slices(codec, rows))
         piece.came = []

@@ -18,8 +18,9 @@ from trainer.errors import Interrupted, TrainingError
 from trainer.etcd.client import Json
 from trainer.protocol.member import MemberMachine
 from trainer.protocol.records import RoundState
-from trainer.transport.channel import Offer, TransferError
-from trainer.transport.fetch import fetch
+from trainer.transport.donor import Offer
+from trainer.transport.fetch import TransferError, fetch
+from trainer.transport.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +38,14 @@ class Replica:
         state: Is brought to the open round in place.
         machine: Its term is the state's.
         executor: Runs the hashing.
-        secret: Donors and fetchers of the run share it.
+        transport: Over which it fetches.
     """
 
     def __init__(
-        self, watch: RoundWatch, state: GlobalState, machine: MemberMachine, executor: Executor, secret: bytes
+        self, watch: RoundWatch, state: GlobalState, machine: MemberMachine, executor: Executor, transport: Transport
     ) -> None:
         self.state = state
-        self._watch, self._machine, self._executor, self._secret = watch, machine, executor, secret
+        self._watch, self._machine, self._executor, self._transport = watch, machine, executor, transport
         self._hash: Future[str] | None = None  # of the present state
         self._deadline = 0.0  # for catching up, on the monotonic clock
         self._means: deque[tuple[str, Offer]] = deque()
@@ -144,12 +145,14 @@ class Replica:
 
     def fetch_offer(self, name: str) -> dict[str, Tensor] | None:
         """Another member's offer under this name; None if no member has one."""
-        for endpoint in self._donors():
+        for id, endpoints in self._donors().items():
             with suppress(TransferError):
-                return self._fetch(name, [endpoint])[1]
+                return self._fetch(name, {id: endpoints})[1]
         return None
 
-    def _fetch(self, name: str, donors: list[str], record: RoundState | None = None) -> tuple[Json, dict[str, Tensor]]:
+    def _fetch(
+        self, name: str, donors: Mapping[str, tuple[str, ...]], record: RoundState | None = None
+    ) -> tuple[Json, dict[str, Tensor]]:
         """Fetch an offer, unless the run moves on.
 
         Raises:
@@ -166,7 +169,7 @@ class Replica:
             return now.term != record.term or now.base.round - record.base.round > self._kept_rounds()
 
         try:
-            return fetch(name, donors, self._secret, stopping=stopping, timeout=watch.timeouts.find)
+            return fetch(self._transport, name, donors, stopping=stopping, timeout=watch.timeouts.find)
         except Interrupted:
             if watch.ended():
                 raise
@@ -180,9 +183,11 @@ class Replica:
                 "network is too slow for this model and these rounds"
             )
 
-    def _donors(self) -> list[str]:
+    def _donors(self) -> dict[str, tuple[str, ...]]:
+        """The other members' endpoints, by id."""
         members = self._watch.patiently(lambda: self._watch.client.list("members/"))
-        return [entry.value["address"] for key, entry in members.items() if key != f"members/{self._machine.id}"]
+        found = {key.partition("/")[2]: tuple(entry.value["endpoints"]) for key, entry in members.items()}
+        return {id: endpoints for id, endpoints in found.items() if id != self._machine.id}
 
 
 class _TooLate(Exception):

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,6 @@ from trainer.elastic.keys import records_of
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
-from trainer.process import refused
 from trainer.protocol import effects
 from trainer.protocol.coordinator import coordinate
 from trainer.protocol.effects import Effect
@@ -26,12 +25,22 @@ class Coordinator:
 
     The role has a short lease of its own: a holder that stands still loses it long before it stops being a member. Two
     processes that both assume the role do no harm. The `client` is the thread's own, which closes it.
+
+    Args:
+        is_dead: Whether the process of a member with these endpoints is known to be gone.
     """
 
     def __init__(
-        self, client: EtcdClient, id: str, rules: Rules, lease_ttl: float, timeouts: MemberTimeouts = MemberTimeouts()
+        self,
+        client: EtcdClient,
+        id: str,
+        rules: Rules,
+        lease_ttl: float,
+        is_dead: Callable[[str, Sequence[str]], bool],
+        timeouts: MemberTimeouts = MemberTimeouts(),
     ) -> None:
         self._client, self._id, self._rules, self._timeouts = client, id, rules, timeouts
+        self._is_dead = is_dead
         self._ttl = min(timeouts.role_ttl, lease_ttl)
         self._role: Lease | None = None  # while elected
         self._ended, self._changed = threading.Event(), threading.Event()
@@ -120,12 +129,12 @@ class Coordinator:
                 self._reap(id)
 
     def _reap(self, id: str) -> bool:
-        """Revoke the lease of a member that refuses connections to its port; whether it is dead.
+        """Revoke the lease of a member whose process is gone; whether it is.
 
         Its agent does the same, unless it died too. A member that is alive registers again.
         """
         member = self._client.get(f"members/{id}")
-        dead = member is None or refused(member.value["address"])
+        dead = member is None or self._is_dead(id, member.value["endpoints"])
         if dead and member is not None:
             log.debug("member %s is dead", id)
             self._client.revoke(member.lease)

@@ -4,7 +4,6 @@
 """
 
 import logging
-import math
 import os
 import secrets
 import socket
@@ -18,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from psutil import pid_exists
 from torch import Tensor
 
 from trainer.diloco.quorum import CatchUp, Commit, OnChunk, RoundReport, Superseded
@@ -26,19 +24,22 @@ from trainer.diloco.state import Fragment, GlobalState
 from trainer.elastic.attempt import Attempts, Exchange
 from trainer.elastic.catch_up import Replica
 from trainer.elastic.coordinator import Coordinator
+from trainer.elastic.departure import departing, wait_for_a_copy
+from trainer.elastic.joining import addresses_of, claim_number, rules_of
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish
 from trainer.elastic.round_watch import RoundWatch, Wait
-from trainer.errors import ConfigError, Interrupted
-from trainer.etcd.client import EtcdClient, Json, local_address
+from trainer.etcd.client import EtcdClient, Json
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
 from trainer.process import number_from
 from trainer.protocol import effects
 from trainer.protocol.effects import Effect, Machine
 from trainer.protocol.member import MemberMachine
-from trainer.protocol.records import Assignment, Cursor, Durable, Member, Rules, State, decoded, encoded
+from trainer.protocol.records import Assignment, Cursor, Durable, Member, State, decoded, encoded
 from trainer.timeouts import MemberTimeouts
+from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor
+from trainer.transport.transport import Transport
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
@@ -76,12 +77,14 @@ class ElasticQuorum:
         self._watch = RoundWatch(config, self._rules, lambda: stopping.is_set() or self._left.is_set(), timeouts)
         self._report = RoundReport()
         self._steps = 0  # inner steps of the last committed round
-        self._unsaved_durable: int | None = None  # a durable round that etcd does not know of yet
+        self._unsaved_durable: Durable | None = None  # what etcd does not know of yet
+        self._saved: Durable | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="announce")
         self._resources = ExitStack()
         # Set by `join`
         self._lease: Lease | None = None
         self._coordinator: Coordinator | None = None
+        self._transport: Transport
         self._attempts: Attempts
         self._replica: Replica
         self._exchange: Exchange
@@ -112,55 +115,40 @@ class ElasticQuorum:
         secret = bytes.fromhex(entry.value["hex"])
         watch.check_verdict()
 
-        # Serve the state to others, and be reachable
+        # Be reachable, and serve the state to others
         resources.callback(self._background.shutdown)
-        self._replica = Replica(watch, state, self._machine, self._background, secret)
-        address = config.advertise_address or local_address(config.etcd.endpoints[0])
-        put_mesh = partial(self._write, f"meshes/{self.id}", leased=True)
-        self._attempts = Attempts(watch, self.id, address, put_mesh)
+        self._transport = transport = Transport(
+            self.id,
+            addresses_of(config),
+            credentials(secret, config.transport_security, config.transport_certificates),
+            port_range=config.port_range,
+            streams=config.streams,
+            silence=config.collective_timeout,
+            handle=Donor(lambda name: self._replica.find(name)),
+            call=self._call,
+        )
+        self._counted = self._read = transport.bytes()  # up to the last commit, and up to the last collective
+        self._replica = Replica(watch, state, self._machine, self._background, transport)
+        resources.callback(transport.close)
+        self._attempts = Attempts(watch, transport)
         resources.callback(self._attempts.close)
-        donor = Donor(self._replica.find, secret, address, config.port_range)
-        resources.callback(donor.close)
 
         # Register, stand for coordinator, and catch up
         self._lease = lease = watch.patiently(lambda: client.lease(config.lease_ttl))
         resources.callback(lease.revoke)
-        self._claim_number(lease)
-        resources.callback(client.watch("round", watch.refresh).close)
+        claim_number(watch, lease, self._slot, self.worker)
+        resources.callback(client.watch("round", self._refresh).close)
+        resources.callback(client.watch("calls/", self._answer_calls).close)
         self._write_durable()
         self._report = report = report or RoundReport()
         holds = State(state.round, state.step, cursor, self._replica.hashing().result())
-        where, process = (self._slot, self._local_rank, donor.endpoint), (socket.gethostname(), os.getpid())
-        self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress)
+        where, process = (self._slot, self._local_rank, transport.endpoints), (socket.gethostname(), os.getpid())
+        self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress, term)
         self._perform(self._machine.register(me, term))
-        self._coordinator = Coordinator(EtcdClient.of(config), self.id, self._rules, config.lease_ttl, self._timeouts)
+        role = EtcdClient.of(config), self.id, self._rules, config.lease_ttl, transport.is_dead, self._timeouts
+        self._coordinator = Coordinator(*role)
         self._replica.start_catching_up()
         return CatchUp(self._perform(self._machine.join()), self._machine.current)
-
-    def _claim_number(self, lease: Lease) -> None:
-        """Refuse to be the same worker as another process: with one set of samples, neither would ever be needed.
-
-        An agent holds its node's slot, so its workers need no claim. The key of a process that was killed expires.
-        """
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            return
-        watch, key = self._watch, f"numbers/{self.worker:03d}"
-        host, pid = socket.gethostname(), os.getpid()
-        deadline: float | None = None
-        while not watch.patiently(lambda: lease.create(key, {"host": host, "pid": pid})):
-            holder = watch.patiently(lambda: watch.client.get(key))
-            if holder is None:
-                continue
-            who = f"worker {self.worker} of the run is process {holder.value['pid']} on {holder.value['host']} already"
-            alive = holder.value["host"] == host and holder.value["pid"] != pid and pid_exists(holder.value["pid"])
-            if alive or time.monotonic() > (deadline or math.inf):
-                raise ConfigError(SLOT_VARIABLE, self._slot, f"{who}: each worker needs a number of its own")
-            if deadline is None:
-                deadline = time.monotonic() + self._config.lease_ttl + 2
-                log.warning("%s: waiting for its lease to end (%s = %d)", who, SLOT_VARIABLE, self._slot)
-            if watch.ended():
-                raise Interrupted
-            watch.pause(self._timeouts.poll)
 
     def leave(self, rest: Assignment | None = None) -> None:
         """Leave the run: revoke the lease, so that the others notice at once. Interrupts a pending synchronisation.
@@ -176,7 +164,10 @@ class ElasticQuorum:
             self._coordinator.close()
         if rest is not None and self._lease is not None:
             record = self._watch.record
-            self._perform(self._machine.leave(rest, complete=record is not None and record.length == 0))
+            complete = record is not None and record.length == 0
+            self._perform(self._machine.leave(rest, complete))
+            if self._saved is not None and not complete:
+                wait_for_a_copy(self._watch.client, self._me, self._saved, self._timeouts)
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -202,6 +193,11 @@ class ElasticQuorum:
         """The members of the last quorum, in rank order; before the first one, those it is expected to have."""
         record = self._watch.record
         return () if record is None else record.committed.members if record.committed else record.expected
+
+    @property
+    def departing(self) -> frozenset[str]:
+        """Members of the last quorum that are about to leave: what they have saved should be elsewhere, too."""
+        return departing(self._watch.record)
 
     @property
     def shortage(self) -> bool:
@@ -244,12 +240,12 @@ class ElasticQuorum:
         """Write the run's verdict. The first one stands."""
         self._watch.patiently(lambda: finish(self._watch.client, status, reason))
 
-    def durable(self, round: int) -> None:
+    def durable(self, round: int, term: int = 0) -> None:
         """Announce that a checkpoint of `round` is on this worker's disk: the run must not continue from an older one.
 
         Never waits: if etcd is away, or this process has not joined yet, the announcement is made later.
         """
-        self._unsaved_durable = round
+        self._unsaved_durable = self._saved = Durable(round, self.id, term)
         self._write_durable()
 
     def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -285,9 +281,16 @@ class ElasticQuorum:
         # The result, which is this member's too
         assert exchange.reduced is not None
         self._steps = outcome.base.step - before.step
-        (sent, received), seconds = exchange.wire or (None, None), time.monotonic() - started
+        (sent, received), seconds = self._bytes(), time.monotonic() - started
         commit = (outcome.round, outcome.attempt, outcome.members, fragment, exchange.reduced)
-        return Commit(*commit, sent, received, seconds, self._machine.current)
+        state = (outcome.term, self._replica.hashing().result(), weight, outcome.base.cursor)  # hashed to arrive
+        return Commit(*commit, sent, received, seconds, self._machine.current, *state)
+
+    def _bytes(self) -> tuple[int | None, int | None]:
+        """Bytes sent and received since the last commit's collective: the others may have begun before this member."""
+        before, self._counted = self._counted, self._read
+        now = self._counted
+        return (now[0] - before[0], now[1] - before[1]) if before and now else (None, None)
 
     def announce(self, commit: Commit, state: GlobalState) -> None:
         self._replica.changed()
@@ -333,7 +336,9 @@ class ElasticQuorum:
             case effects.Suspects(probe):
                 return self._attempts.suspects(probe)
             case effects.Reduce(record):
-                return self._attempts.reduce(record, self._exchange)
+                vote = self._attempts.reduce(record, self._exchange)
+                self._read = self._transport.bytes()  # before the vote: after it, others may send their next round
+                return vote
             case effects.ReplayMeans(record, first):
                 return self._replica.replay(record, first)
             case effects.FetchState(record):
@@ -341,7 +346,7 @@ class ElasticQuorum:
             case effects.Finish(reason):
                 self.finish("failed", reason)
             case effects.Log(message):
-                log.warning(message)
+                log.warning(message, extra={"event": True})
         return None
 
     def _write(self, key: str, value: Json, leased: bool = False, required: bool = True) -> None:
@@ -353,44 +358,43 @@ class ElasticQuorum:
             with suppress(EtcdError):
                 write()
 
+    def _refresh(self) -> None:
+        """Take in a change of the record; called on the watch's thread."""
+        self._watch.refresh()
+        self._attempts.connect_new()
+
+    def _call(self, lane: str) -> None:
+        """Ask the others to dial this member, which cannot dial one of them."""
+        if self._lease is not None and not self._left.is_set():
+            call = {"endpoints": self._transport.endpoints, "lane": lane}
+            self._write(f"calls/{self.id}", call, leased=True, required=False)
+
+    def _answer_calls(self) -> None:
+        with suppress(EtcdError):
+            for key, entry in self._watch.client.list("calls/").items():
+                if (id := key.partition("/")[2]) != self.id:
+                    self._transport.prepare({id: tuple(entry.value["endpoints"])}, entry.value["lane"])
+
     def _announce(self, base: State) -> None:
         """Hash the state, and write that this member holds it, in the background, while the next inner steps run."""
         hashing = self._replica.hashing()
-        progress = {**self._report.progress, "round": base.round}
-        me = replace(self._me, speed=self._report.speed, progress=progress)
+        progress = {**self._report.progress, "round": base.round, "relayed": self._attempts.relayed()}
+        me = replace(self._me, speed=self._report.speed, progress=progress, term=self._machine.term)
 
         def write() -> None:
             self._me = replace(me, holds=replace(base, hash=hashing.result()))
             with suppress(EtcdError):  # the next announcement repairs it
                 assert self._lease is not None
                 self._lease.put(f"members/{self.id}", encoded(self._me))
-                self._attempts.probe_new()
             self._write_durable()
 
         self._background.submit(write)
 
     def _write_durable(self) -> None:
-        round = self._unsaved_durable
-        if round is None or self._lease is None:
+        durable = self._unsaved_durable
+        if durable is None or self._lease is None:
             return
         with suppress(EtcdError):
-            self._watch.client.put(f"durable/{self.worker:03d}", encoded(Durable(round, self.id)))
-            if self._unsaved_durable == round:
+            self._watch.client.put(f"durable/{self.worker:03d}", encoded(durable))
+            if self._unsaved_durable == durable:
                 self._unsaved_durable = None
-
-
-def rules_of(config: "TrainingConfig") -> Rules:
-    """The protocol's parameters, from a run's configuration."""
-    return Rules(
-        min_nodes=config.min_nodes,
-        max_members=config.max_nodes * config.elastic.nproc_per_node,
-        grace_period=config.grace_period,
-        retry_period=config.collective_timeout + 1,
-        forget_period=config.lease_ttl + 2,
-        stall_limit=config.elastic.rdzv_timeout,
-        local_steps=config.round_steps,
-        total_steps=config.total_steps,
-        batch_size=config.batch_size,
-        prefetch=2 if config.overlaps else 1,
-        speed_tolerance=config.group_perc_variance if config.heterogeneous else None,
-    )

@@ -154,6 +154,6 @@ def _serve(files: Mapping[str, Path], port: int) -> int:
     if not token:
         raise ConfigError(TOKEN_VARIABLE, "", "must be in the environment")
     with ResultServer(files, token, port) as server:
-        _send(RESULT, {"port": server.server_port})
+        _send(RESULT, {"port": server.port})
         server.wait(KubernetesTimeouts().result)
     return 0

@@ -1,7 +1,6 @@
 """Checks before anything starts, so that bad input is refused early and leaves nothing half-written."""
 
 import os
-import socket
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -61,13 +60,15 @@ def check_network(config: TrainingConfig) -> None:
     interfaces = psutil.net_if_addrs()
     if config.network_interface and config.network_interface not in interfaces:
         raise ConfigError("network_interface", config.network_interface, f"must be one of {', '.join(interfaces)}")
-    if config.advertise_address:
+    for address in config.addresses:  # it need not be this machine's: a NAT may have it
         try:
-            address = address_of(config.advertise_address)
-            with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-                probe.bind((address, 0))
+            address_of(address)
         except OSError:
-            raise ConfigError("advertise_address", config.advertise_address, "is no address of this machine") from None
+            raise ConfigError("advertise_address", address, "is no address, and no name of one") from None
+    if config.transport_certificates:
+        from trainer.transport.credentials import credentials
+
+        credentials(b"any secret of a run", config.transport_security, config.transport_certificates)
     if not config.port_range:
         return
     workers, etcds = config.nodes * config.elastic.nproc_per_node, int(not config.etcd.endpoints)
@@ -77,7 +78,7 @@ def check_network(config: TrainingConfig) -> None:
     if high - low + 1 < needed:
         allowed = f"must hold {needed} ports: {workers} workers" + (" and an etcd" if etcds else "") + " listen here"
         raise ConfigError("port_range", config.port_range, allowed)
-    address = config.advertise_address or loopback()
+    address = config.addresses[0] if config.addresses else loopback()
     if config.etcd.endpoints and not config.advertise_address:
         with suppress(EtcdError):
             address = local_address(config.etcd.endpoints[0])

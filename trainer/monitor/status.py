@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class RunStatus:
     spares: list[str]  # hosts of nodes that wait for a slot
     total_steps: int | None  # None before the first worker is here
     gone: list[str]  # members that have left in an orderly way
+    relayed: dict[str, list[int]] = field(default_factory=dict)  # workers that pass the bytes of a pair ("0-2") on
 
 
 def status(
@@ -162,11 +163,15 @@ def status_of(run_id: str, entries: Mapping[str, Entry]) -> RunStatus:
         step=round["base"]["step"] if round else 0,
         coordinator=None if coordinator is None else _number_of(coordinator),
         committed=committed,
-        durable=max((value["round"] for value in kinds.get("durable", {}).values()), default=None),
+        durable=max(
+            ((value.get("term", 0), value["round"]) for value in kinds.get("durable", {}).values()),
+            default=(0, None),
+        )[1],
         workers=sorted(workers, key=lambda worker: (worker.worker, worker.member)),
         spares=[value["host"] for value in kinds.get("nodes", {}).values() if value["slot"] is None],
         total_steps=single.get("fingerprint", {}).get("total_steps"),
         gone=sorted(kinds.get("left", {})),
+        relayed=_relayed(members),
     )
 
 
@@ -189,6 +194,15 @@ def _worker(id: str, value: Json, round: Json | None, kinds: Mapping[str, Json])
         host=value["host"],
         pid=value["pid"],
     )
+
+
+def _relayed(members: Mapping[str, Json]) -> dict[str, list[int]]:
+    """Pairs of workers of which neither can dial the other, each with the workers at which they meet."""
+    pairs = {}
+    for id, value in sorted(members.items()):
+        for other, via in value.get("progress", {}).get("relayed", {}).items():
+            pairs["{}-{}".format(*sorted((_number_of(id), int(other))))] = via
+    return pairs
 
 
 def _state(id: str, round: Json | None, kinds: Mapping[str, Json]) -> str:
@@ -256,6 +270,9 @@ def headline(run: RunStatus) -> list[str]:
         lines.append(f"last commit: round {run.committed['round']}, by workers {workers}")
     if run.durable is not None:
         lines.append(f"newest checkpoint: round {run.durable}")
+    for pair, via in run.relayed.items():
+        one, other = pair.split("-")
+        lines.append(f"workers {one} and {other} talk through worker {', '.join(map(str, via))}")
     if run.spares:
         lines.append(f"spare nodes: {', '.join(run.spares)}")
     return lines

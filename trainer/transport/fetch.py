@@ -1,45 +1,47 @@
-"""Fetches tensors from several donors at a time: see docs/design/transfer.md, "Striping"."""
+"""Fetches tensors from several donors at a time: see docs/design/transport.md, "State"."""
 
+import itertools
 import logging
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128_hexdigest
 
-from trainer.errors import Interrupted
-from trainer.process import connect
+from trainer.errors import Interrupted, TrainingError
 from trainer.timeouts import TransportTimeouts
-from trainer.transport.channel import (
-    CHUNK_BYTES,
-    FETCHER,
-    SLOWEST,
-    Channel,
-    Failure,
-    Json,
-    Layout,
-    TransferError,
-    abort,
-    as_bytes,
-    check_buffers,
-    check_secret,
-    lower_priority,
-)
+from trainer.transport.donor import CHUNK_BYTES, Json, Layout, check_buffers
+from trainer.transport.link import BULK, Link, LinkError, Pending
+from trainer.transport.stream import Key
+from trainer.transport.transport import Transport
 
 log = logging.getLogger(__name__)
 
+SLOWEST = 256 << 10  # bytes a second: a donor slower than this over a whole chunk counts as stalled
 FAILURES = 3  # after which a donor is dropped
 FORGIVEN = 0.1  # failures that each good chunk cancels: a long transfer survives occasional broken connections
-CONNECTIONS = 8  # donors that are read from at the same time
-REQUESTED = 2  # chunks requested ahead: one is in transit while the one before it is checked
+DONORS = 8  # that are read from at the same time
+REQUESTED = 4  # chunks requested ahead of a donor: 16 MB, while a link of 500 Mbit/s and 100 ms holds 6
+
+_numbers = itertools.count(1)  # of transfers
 
 Into = Callable[[Json, Layout], dict[str, Tensor]]
+
+
+class TransferError(TrainingError):
+    """No donor is left, or the time is over. The message has each donor's reason."""
+
+
+class _Failure(Exception):
+    """A donor cannot serve, or violated the protocol. `cost` is the number of failures that it counts for."""
+
+    def __init__(self, reason: str, cost: float = 1) -> None:
+        super().__init__(reason)
+        self.cost = cost
 
 
 def allocate(meta: Json, layout: Layout) -> dict[str, Tensor]:
@@ -48,9 +50,9 @@ def allocate(meta: Json, layout: Layout) -> dict[str, Tensor]:
 
 
 def fetch(
+    transport: Transport,
     name: str,
-    donors: Sequence[str],
-    secret: bytes,
+    donors: Mapping[str, Sequence[str]],
     *,
     into: Into = allocate,
     stopping: Callable[[], bool] = lambda: False,
@@ -62,14 +64,12 @@ def fetch(
 
     Args:
         name: The offer's name, as the donors' `find` knows it. A donor without it is asked again.
-        donors: Their endpoints.
-        secret: The run's.
+        donors: Their endpoints, by id.
         into: Called once, on this thread, with the offer's meta and layout. Returns the tensors to receive into:
-            contiguous, on the host, of that dtype and size. By default, new ones.
+            contiguous, on the host, of that dtype and size, fresh. By default, new ones.
         stopping: Whether this process is to end.
         timeout: Seconds to find a donor that has the offer. The transfer may then take as long as data arrives.
         chunk_bytes: Size of a request, at most `CHUNK_BYTES`.
-        timeouts: Limits of connections.
 
     Returns:
         The offer's meta and the tensors of `into`.
@@ -78,22 +78,24 @@ def fetch(
         TransferError: All donors were dropped, or the time is over. The tensors of `into` may hold anything.
         Interrupted: `stopping()` is true.
     """
-    return _Transfer(name, donors, check_secret(secret), chunk_bytes, timeouts).run(into, stopping, timeout)
+    return _Transfer(transport, name, donors, chunk_bytes, timeouts).run(into, stopping, timeout)
 
 
 @dataclass(frozen=True)
 class _Chunk:
+    tag: int
     buffer: str
     start: int
     stop: int
-    view: memoryview  # the memory to receive into
+    memory: Tensor  # to receive into
 
 
 @dataclass
 class _Peer:
     """A donor as the fetcher sees it."""
 
-    endpoint: str
+    id: str
+    endpoints: Sequence[str]
     offer: str | None = None  # its id, once known
     busy: bool = False  # a thread is reading from it
     not_before: float = 0.0  # when it may be asked again (monotonic clock)
@@ -109,25 +111,29 @@ class _Transfer:
     """One `fetch`. A thread reads from a donor until that fails, then turns to the one that has waited longest."""
 
     def __init__(
-        self, name: str, donors: Sequence[str], secret: bytes, chunk_bytes: int, timeouts: TransportTimeouts
+        self,
+        transport: Transport,
+        name: str,
+        donors: Mapping[str, Sequence[str]],
+        chunk_bytes: int,
+        timeouts: TransportTimeouts,
     ) -> None:
-        self._name, self._secret, self._chunk_bytes, self._timeouts = name, secret, chunk_bytes, timeouts
-        self._peers = [_Peer(endpoint) for endpoint in dict.fromkeys(donors)]
+        self._transport, self._name, self._chunk_bytes, self._timeouts = transport, name, chunk_bytes, timeouts
+        self._key: Key = 0, 0, next(_numbers)
+        self._peers = [_Peer(id, endpoints) for id, endpoints in donors.items()]
         self._changed = threading.Condition()  # guards all of the following
         self._content: tuple[Json, Layout] | None = None  # of the first donor to answer; the others must agree
         self._pending: deque[_Chunk] = deque()
         self._missing: int | None = None  # chunks that have not arrived; None: not known yet
-        self._in_hand = 0  # missing chunks that a thread has requested
-        self._connections: set[socket.socket] = set()
         self._over = False
         self._progressed = time.monotonic()  # when data last arrived
 
     def run(self, into: Into, stopping: Callable[[], bool], timeout: float) -> tuple[Json, dict[str, Tensor]]:
-        started = time.monotonic()
+        started, threads = time.monotonic(), min(DONORS, len(self._peers))
+        work = [threading.Thread(target=self._work, name="fetch", daemon=True) for _ in range(threads)]
         try:
-            for _ in range(min(CONNECTIONS, len(self._peers))):
-                # Not daemon threads: see `Donor`. They end soon after `_over` is set.
-                threading.Thread(target=self._work, name="fetch").start()
+            for thread in work:
+                thread.start()
             self._wait(lambda: self._content is not None, stopping, timeout)
             assert self._content is not None
             meta, layout = self._content
@@ -135,7 +141,9 @@ class _Transfer:
             self._plan(buffers, layout)
             self._wait(lambda: self._missing == 0, stopping, 2 * (self._timeouts.stall + self._chunk_bytes / SLOWEST))
         finally:
-            self._end()
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
         size, seconds = sum(buffer.nbytes for buffer in buffers.values()), time.monotonic() - started
         log.info("fetched %s: %.1f MB in %.1f s", self._name, size / 1e6, seconds)
         return meta, buffers
@@ -150,7 +158,7 @@ class _Transfer:
                 late = time.monotonic() > self._progressed + timeout
                 if late or all(peer.dropped for peer in self._peers):
                     why = f"no data for {timeout:.0f} s" if late else "no donor is left"
-                    reasons = "; ".join(f"{peer.endpoint} {peer.reason}" for peer in self._peers) or "none was known"
+                    reasons = "; ".join(f"{peer.id} {peer.reason}" for peer in self._peers) or "none was known"
                     raise TransferError(f"fetching {self._name}: {why}: {reasons}")
                 self._changed.wait(0.1)  # `stopping` has to be polled
 
@@ -160,46 +168,35 @@ class _Transfer:
         if given != layout:
             raise ValueError(f"cannot receive {layout} into {given}")
         check_buffers(buffers)
-        views = {name: memoryview(as_bytes(buffer)) for name, buffer in buffers.items()}
+        tags = itertools.count(1)
         with self._changed:
-            for name, view in views.items():
-                for start in range(0, len(view), self._chunk_bytes):
-                    stop = min(start + self._chunk_bytes, len(view))
-                    self._pending.append(_Chunk(name, start, stop, view[start:stop]))
+            for name, buffer in buffers.items():
+                memory = buffer.detach().view(-1).view(torch.uint8)
+                for start in range(0, len(memory), self._chunk_bytes):
+                    stop = min(start + self._chunk_bytes, len(memory))
+                    self._pending.append(_Chunk(next(tags), name, start, stop, memory[start:stop]))
             self._missing = len(self._pending)
             self._changed.notify_all()
 
-    def _end(self) -> None:
-        """Close the connections, and return when no thread writes into the caller's tensors."""
-        with self._changed:
-            self._over = True
-            for connection in self._connections:
-                abort(connection)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._in_hand == 0, self._timeouts.stall)
-
     def _work(self) -> None:
         """Read from one donor after the other, on a thread, until the transfer is over."""
-        lower_priority()
         while peer := self._next_peer():
             failure = None
             try:
                 self._read_from(peer)
-            except Failure as error:
+            except _Failure as error:
                 failure = error
-            except (BlockingIOError, TimeoutError):
-                failure = Failure("does not answer, or is too slow")
-            except OSError as error:
-                failure = Failure((error.strerror or str(error)).lower())
+            except LinkError as error:
+                failure = _Failure(str(error))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                failure = Failure(f"sent an invalid answer: {error!r}")
+                failure = _Failure(f"sent an invalid answer: {error!r}")
             with self._changed:
                 peer.busy = False
                 if failure and not self._over:
                     peer.failures += failure.cost
                     peer.not_before, peer.reason = time.monotonic() + self._timeouts.retry, str(failure)
                     if peer.dropped:
-                        log.warning("fetching %s: dropped donor %s, which %s", self._name, peer.endpoint, failure)
+                        log.warning("fetching %s: dropped donor %s: %s", self._name, peer.id, failure)
                 self._changed.notify_all()
 
     def _next_peer(self) -> _Peer | None:
@@ -218,41 +215,45 @@ class _Transfer:
             return None
 
     def _read_from(self, peer: _Peer) -> None:
-        """On one connection to the donor, find the offer, then receive chunks until none is pending."""
-        requested: deque[_Chunk] = deque()
-        with connect(peer.endpoint, self._timeouts.connect) as connection:
+        """Find the donor's offer, then receive chunks until none is pending."""
+        patience = self._timeouts.connect + self._timeouts.handshake
+        if reason := self._transport.connect({peer.id: peer.endpoints}, patience, BULK).get(peer.id):
+            raise _Failure(f"cannot be reached: {reason}")
+        link = self._transport.prepare({peer.id: peer.endpoints}, BULK)[peer.id]
+        requested: deque[tuple[_Chunk, Pending]] = deque()
+        try:
+            if peer.offer is None:
+                self._agree(peer, self._answer(link.ask(self._key, 0, {"find": self._name})))
+            while self._request(peer, link, requested):
+                self._receive(peer, requested[0][1])
+                requested.popleft()
+        finally:
+            link.forget(self._key)
             with self._changed:
-                if self._over:
-                    return
-                self._connections.add(connection)
-            try:
-                channel = Channel(connection, self._secret, FETCHER, self._timeouts)
-                if peer.offer is None:
-                    channel.send({"find": self._name})
-                    self._agree(peer, channel.receive_reply())
-                while self._request(peer, channel, requested):
-                    self._receive(peer, channel, requested[0])
-                    requested.popleft()
-            finally:
-                with self._changed:
-                    self._connections.discard(connection)
-                    self._in_hand -= len(requested)
-                    self._pending.extendleft(reversed(requested))
-                    self._changed.notify_all()
+                self._pending.extendleft(chunk for chunk, _ in reversed(requested))
+                self._changed.notify_all()
+
+    def _answer(self, pending: Pending) -> dict[str, Any]:
+        pending.wait(self._timeouts.stall, self._timeouts.stall + REQUESTED * self._chunk_bytes / SLOWEST)
+        answer = pending.reply or {}
+        if "error" in answer:
+            raise _Failure(str(answer["error"]))
+        return answer
 
     def _agree(self, peer: _Peer, reply: dict[str, Any]) -> None:
         if reply.get("missing"):
-            raise Failure("does not have it", cost=0)
+            raise _Failure("does not have it", cost=0)
         layout = {name: (_dtype(dtype), int(count)) for name, (dtype, count) in reply["layout"].items()}
         with self._changed:
             self._content = self._content or (reply["meta"], layout)
             if self._content != (reply["meta"], layout):
-                raise Failure(f"has another state than the first donor to answer: {reply['meta']}", cost=FAILURES)
+                reason = f"has another state than the first donor to answer: {reply['meta']}"
+                raise _Failure(reason, cost=FAILURES)
             peer.offer, peer.reason = reply["offer"], "had not sent everything"
             self._progressed = time.monotonic()
             self._changed.notify_all()
 
-    def _request(self, peer: _Peer, channel: Channel, requested: deque[_Chunk]) -> bool:
+    def _request(self, peer: _Peer, link: Link, requested: deque[tuple[_Chunk, Pending]]) -> bool:
         """Request chunks ahead. Returns whether any is in transit; False if none became pending for a while."""
         while len(requested) < REQUESTED:
             with self._changed:
@@ -263,23 +264,17 @@ class _Transfer:
                 if not self._pending or self._over:
                     break
                 chunk = self._pending.popleft()
-                self._in_hand += 1
-                requested.append(chunk)
-            channel.send({"offer": peer.offer, "buffer": chunk.buffer, "start": chunk.start, "stop": chunk.stop})
+            request = {"offer": peer.offer, "buffer": chunk.buffer, "start": chunk.start, "stop": chunk.stop}
+            requested.append((chunk, link.ask(self._key, chunk.tag, request, chunk.memory)))
         return bool(requested)
 
-    def _receive(self, peer: _Peer, channel: Channel, chunk: _Chunk) -> None:
-        reply = channel.receive_reply()
-        if reply.get("missing"):
+    def _receive(self, peer: _Peer, pending: Pending) -> None:
+        if self._answer(pending).get("missing"):
             peer.offer = None  # the donor was restarted, or has released the offer: look it up again
-            raise Failure("no longer has it", cost=0)
-        channel.read(chunk.view)
-        if xxh3_128_hexdigest(chunk.view) != reply["checksum"]:
-            raise Failure("sent a chunk that does not match its checksum")
+            raise _Failure("no longer has it", cost=0)
         with self._changed:
             assert self._missing is not None
             self._missing -= 1
-            self._in_hand -= 1
             self._progressed = time.monotonic()
             peer.failures = max(0.0, peer.failures - FORGIVEN)
             if self._missing == 0:

@@ -26,7 +26,7 @@ from trainer.worker.optimizer import inner_optimizer
 from trainer.worker.profiling import Profile, profile
 from trainer.worker.samples import Samples, Speed
 
-PROTOCOL = 3  # version of what members exchange; members of another version are refused
+PROTOCOL = 4  # version of what members exchange; members of another version are refused
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
 
 

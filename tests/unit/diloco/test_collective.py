@@ -1,28 +1,23 @@
-"""The collective over real sockets: members are threads of this process, each with its own gloo group."""
+"""The collective over real sockets: members are threads of this process, each with its own transport."""
 
 import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
 
 import pytest
 import torch
 from torch import Size, Tensor
-from torch.distributed import PrefixStore, TCPStore
 
+from tests.members import connected, groups, names
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
 from trainer.diloco.collective import Workspace, decoded, warm_up, weighted_mean
 from trainer.diloco.outer import nesterov
-from trainer.diloco.quorum import Reduced
+from trainer.diloco.quorum import OnChunk, Reduced
 from trainer.diloco.threads import Threads
-from trainer.elastic.mesh import form_group, gloo_device
+from trainer.transport.group import Group
+from trainer.transport.transport import Transport
 
-TIMEOUT = timedelta(seconds=20)
-SHORT = timedelta(seconds=5)  # of a member that waits in vain
 SHAPES = [Size((130, 70)), Size((33,)), Size((64, 64)), Size((5, 3))]
 SIZE = sum(shape.numel() for shape in SHAPES)
 NAMES = ["fp32", "bf16", "int8", "int4", "ternary", "sign", "sparse", "demo"]
@@ -30,24 +25,6 @@ NAMES = ["fp32", "bf16", "int8", "int4", "ternary", "sign", "sparse", "demo"]
 
 def codec_of(name: str, feedback: float = 0.0) -> Codec:
     return codecs.make(name, feedback=feedback, topk=128, values="int8").of(SHAPES)
-
-
-@contextmanager
-def groups(size: int) -> Iterator[list[Any]]:
-    """The members of a process group of this size, all in this process."""
-    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def form(rank: int) -> Any:
-        store = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
-        return form_group(PrefixStore("gloo", store), rank, size, gloo_device("", "127.0.0.1"), TIMEOUT)
-
-    with ThreadPoolExecutor(size) as pool:
-        formed = list(pool.map(form, range(size)))
-    try:
-        yield [group for group, _ in formed]
-    finally:
-        for _, meter in formed:
-            meter.close()
 
 
 @dataclass
@@ -62,10 +39,10 @@ class Result:
         self.mean[start : start + len(piece)] = piece
 
 
-def reduce(members: list[Any], values: list[Tensor], weights: list[float], codec: Codec) -> list[Result]:
-    def one(group: Any, own: Tensor, weight: float) -> Result:
+def reduce(members: list[Group], values: list[Tensor], weights: list[float], codec: Codec) -> list[Result]:
+    def one(group: Group, own: Tensor, weight: float) -> Result:
         result = Result()
-        result.reduced = weighted_mean(group, own, weight, codec, TIMEOUT, result.on_chunk)
+        result.reduced = weighted_mean(group, own, weight, codec, result.on_chunk)
         return result
 
     with ThreadPoolExecutor(len(members)) as pool:
@@ -125,8 +102,7 @@ def test_any_number_of_threads_gives_the_same_bits(name: str, size: int, monkeyp
         spaces, results = [Workspace(Threads(threads)) for _ in values], [Result() for _ in values]
         with groups(size) as members, ThreadPoolExecutor(size) as pool:
             arguments = [
-                (m, v, 1.0, codec, TIMEOUT, r.on_chunk, w)
-                for m, v, r, w in zip(members, values, results, spaces, strict=True)
+                (m, v, 1.0, codec, r.on_chunk, w) for m, v, r, w in zip(members, values, results, spaces, strict=True)
             ]
             (reduced, *_) = pool.map(lambda of: weighted_mean(*of), arguments)
         error = torch.zeros(SIZE) if reduced.error is None else reduced.error
@@ -153,6 +129,7 @@ def test_a_member_that_is_not_finite_counts_nothing(name: str) -> None:
     values[1][7] = float("inf")
     with groups(2) as members:
         results = reduce(members, values, [2.0, 5.0], codec)
+    with groups(2) as members:
         nothing = reduce(members, [values[1], values[1]], [2.0, 5.0], codec)
     assert torch.equal(results[0].mean, results[1].mean)
     assert torch.allclose(results[0].mean, mean_of(codec, [values[0], torch.zeros(SIZE)], [1.0, 0.0]), atol=1e-6)
@@ -163,7 +140,10 @@ def test_a_member_that_is_not_finite_counts_nothing(name: str) -> None:
         assert result.mean.isnan().all(), "there is no mean, but it was given one"
 
 
-def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_member_that_dies_or_gives_up_is_noticed_and_nothing_has_been_changed(
+    dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(collective, "SMALLEST", 1)
     codec, values = codec_of("ternary", feedback=0.9), values_of(2)
     before = [value.clone() for value in values]
@@ -177,11 +157,20 @@ def test_a_member_that_dies_is_noticed_and_nothing_has_been_changed(monkeypatch:
         return decode(rows, out)
 
     monkeypatch.setattr(broken, "decode", die_soon)
-    with groups(2) as members, ThreadPoolExecutor(2) as pool:
-        survivor = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, SHORT, Result().on_chunk)
-        victim = pool.submit(weighted_mean, members[1], values[1], 1.0, broken, TIMEOUT, Result().on_chunk)
-        assert isinstance(victim.exception(), SystemExit)
-        assert isinstance(survivor.exception(), RuntimeError)
+
+    def victim(transport: Transport) -> None:
+        try:
+            group = transport.group(names(2), (1, 1, 1))
+            weighted_mean(group, values[1], 1.0, broken, Result().on_chunk)
+        finally:
+            transport.close() if dies else transport.finish(names(2), (1, 1, 1), failed=True)
+
+    with connected(2) as (one, other), ThreadPoolExecutor(2) as pool:
+        group = one.group(names(2), (1, 1, 1))
+        survivor = pool.submit(weighted_mean, group, values[0], 1.0, codec, Result().on_chunk)
+        assert isinstance(pool.submit(victim, other).exception(), SystemExit)
+        assert isinstance(error := survivor.exception(), OSError)
+    assert str(error).startswith("worker 1 ")
     assert all(torch.equal(one, other) for one, other in zip(values, before, strict=True))
 
 
@@ -215,18 +204,20 @@ def test_nothing_is_compiled_during_a_synchronisation() -> None:
 
 @pytest.mark.parametrize("name", ["fp32", "int8", "ternary"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_one_collective_after_the_other_on_the_same_group(name: str, size: int) -> None:
+def test_one_collective_after_the_other_on_the_same_links(name: str, size: int) -> None:
     """Members are not in step: one may already send of the next what another still waits for of this one."""
     codec, rounds = codec_of(name), 6
     values = [[value * (round + 1) for value in values_of(size)] for round in range(rounds)]
 
-    def run(rank: int, group: Any) -> list[Tensor]:
+    def run(rank: int, transport: Transport) -> list[Tensor]:
         results = [Result() for _ in range(rounds)]
-        for result, of_all in zip(results, values, strict=True):
-            weighted_mean(group, of_all[rank], 1.0, codec, TIMEOUT, result.on_chunk)
+        for round, (result, of_all) in enumerate(zip(results, values, strict=True), 1):
+            group = transport.group(names(size), (1, round, 1))
+            weighted_mean(group, of_all[rank], 1.0, codec, result.on_chunk)
+            transport.finish(names(size), (1, round, 1))
         return [result.mean for result in results]
 
-    with groups(size) as members, ThreadPoolExecutor(size) as pool:
+    with connected(size) as members, ThreadPoolExecutor(size) as pool:
         means = list(pool.map(run, range(size), members))
     for round in range(rounds):
         expected = mean_of(codec, values[round], [1.0] * size)
@@ -235,7 +226,7 @@ def test_one_collective_after_the_other_on_the_same_group(name: str, size: int) 
 
 
 def test_an_attempt_that_fails_leaves_nothing_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same values, the same outer step, on connections of its own."""
+    """The same values, the same outer step, on the same links."""
     monkeypatch.setattr(collective, "SMALLEST", 1)
     codec, values, outer = codec_of("ternary"), values_of(2), Nesterov()
     warm_up(codec, outer)
@@ -248,15 +239,25 @@ def test_an_attempt_that_fails_leaves_nothing_in_the_next_one(monkeypatch: pytes
         if next(taken, None) is None:
             raise RuntimeError("broken off")
 
-    with groups(2) as members, ThreadPoolExecutor(2) as pool:
-        one = pool.submit(weighted_mean, members[0], values[0], 1.0, codec, SHORT, steps[0].add)
-        two = pool.submit(weighted_mean, members[1], values[1], 1.0, codec, TIMEOUT, break_off)
+    def attempt(number: int, transport: Transport, values: Tensor, on_chunk: OnChunk) -> Reduced:
+        key, failed = (1, 1, number), True
+        try:
+            reduced = weighted_mean(transport.group(names(2), key), values, 1.0, codec, on_chunk)
+            failed = False
+        finally:
+            transport.finish(names(2), key, failed)
+        return reduced
+
+    with connected(2) as members, ThreadPoolExecutor(2) as pool:
+        one = pool.submit(attempt, 1, members[0], values[0], steps[0].add)
+        two = pool.submit(attempt, 1, members[1], values[1], break_off)
         assert str(two.exception()) == "broken off"
         one.exception()
-    with groups(2) as members:
-        for result, state, step in zip(reduce(members, values, [1.0, 1.0], codec), states, steps, strict=True):
-            step.add(0, result.mean)
-            state.commit(step, 1)
+        results = [Result(), Result()]
+        list(pool.map(attempt, (2, 2), members, values, [result.on_chunk for result in results]))
+    for result, state, step in zip(results, states, steps, strict=True):
+        step.add(0, result.mean)
+        state.commit(step, 1)
     plain = GlobalState(torch.ones(SIZE), outer)
     plain.apply(mean_of(codec, values, [1.0, 1.0]), 1)
     assert states[0].hash() == states[1].hash() == plain.hash()

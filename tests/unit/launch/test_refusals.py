@@ -9,7 +9,6 @@ import pytest
 from trainer.config import TrainingConfig
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
-from trainer.elastic.mesh import gloo_device
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
@@ -60,8 +59,9 @@ def test_worker_whose_agent_tells_it_no_number(variable: str, monkeypatch: pytes
     ("field", "value", "message"),
     [
         ("network_interface", "nope0", r"must be one of .*\blo\b"),
-        ("advertise_address", "192.0.2.1", "is no address of this machine"),
-        ("advertise_address", "nowhere.invalid", "is no address of this machine"),
+        ("advertise_address", "nowhere.invalid", "is no address, and no name of one"),
+        ("advertise_address", "127.0.0.1, nowhere.invalid", "'nowhere.invalid'.*is no address, and no name of one"),
+        ("transport_certificates", "/nowhere", "must hold ca.crt, tls.crt, tls.key in PEM: No such file"),
     ],
 )
 def test_network_that_this_machine_does_not_have(field: str, value: str, message: str, tmp_path: Path) -> None:
@@ -69,13 +69,6 @@ def test_network_that_this_machine_does_not_have(field: str, value: str, message
     with pytest.raises(ConfigError, match=f"{field}.*{message}"):
         launch(config, command=["true"])
     assert not (tmp_path / "run").exists()
-
-
-def test_gloo_device_that_this_machine_does_not_have() -> None:
-    with pytest.raises(ConfigError, match="network_interface"):
-        gloo_device("nope0", "127.0.0.1")
-    with pytest.raises(ConfigError, match="advertise_address"):
-        gloo_device("", "192.0.2.1")
 
 
 def test_worker_without_etcd() -> None:

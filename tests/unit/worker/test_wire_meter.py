@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from trainer.transport import wire_meter
-from trainer.transport.wire_meter import WireMeter
+from trainer.worker import wire_meter
+from trainer.worker.wire_meter import WireMeter
 
 
 def test_what_a_connection_carries_is_counted_to_the_byte() -> None:

@@ -1,8 +1,7 @@
-"""Measures the bytes on the wire by the kernel's counters of a process group's TCP connections."""
+"""Measures what `ddp` sends by the kernel's counters of its process group's TCP connections."""
 
 import os
 import socket
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,10 +9,7 @@ from typing import Any
 
 import psutil
 
-from trainer.process import prefer_bbr
-
-# Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (4.2, 4.6 and 4.19).
-_BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _LENGTH = 128, 144, 200, 208
+from trainer.transport.stream import added, counted
 
 
 class WireMeter:
@@ -33,24 +29,9 @@ class WireMeter:
                 # A duplicate: closing it leaves the original open, and it stays readable after the original is closed.
                 meter._sockets.append(socket.socket(fileno=os.dup(descriptor)))
 
-    def prefer_bbr(self) -> None:
-        """See `trainer.process.prefer_bbr`, for each connection: gloo leaves them as the host has them."""
-        for connection in self._sockets:
-            prefer_bbr(connection)
-
     def read(self) -> tuple[int, int] | None:
         """Bytes sent and received since the connections were opened; None if the kernel does not report them."""
-        if not sys.platform.startswith("linux"):
-            return None
-        sent = received = 0
-        for connection in self._sockets:
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-            if len(info) < _LENGTH:
-                return None
-            # A collective ends when the kernel has its last bytes, so those in the send queue count as sent.
-            sent += struct.unpack_from("=Q", info, _BYTES_SENT)[0] + struct.unpack_from("=I", info, _NOT_SENT_BYTES)[0]
-            received += struct.unpack_from("=Q", info, _BYTES_RECEIVED)[0]
-        return sent, received
+        return added(counted(connection) for connection in self._sockets) if sys.platform.startswith("linux") else None
 
     def close(self) -> None:
         for connection in self._sockets:

@@ -1,0 +1,112 @@
+"""Who belongs to a run: both ends of a connection prove that they hold the run's secret.
+
+With TLS 1.3, the proof is a certificate, and all that follows is encrypted. The run's secret *is* its certificate
+authority: the key (Ed25519) is derived from it, and its certificate has the same bytes wherever it is made. So what
+etcd must hold is a few random bytes, and who may read the run's keys belongs to the run. Certificates of another
+authority (a directory with `ca.crt`, `tls.crt` and `tls.key`, as cert-manager and Kubernetes' TLS secrets have them)
+take their place if they are given.
+
+Whether or not a connection is encrypted, the end that dials also answers a challenge with the secret: see `proof`.
+"""
+
+import datetime
+import hmac
+import ipaddress
+import socket
+import ssl
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from trainer.errors import ConfigError
+
+MIN_SECRET_BYTES = 16
+FILES = ("ca.crt", "tls.crt", "tls.key")
+# Fixed, so that a machine whose clock is wrong can take part. A secret lives as long as its run.
+_VALID = datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What this process proves with that it belongs to a run. `server` and `client` are None without TLS."""
+
+    secret: bytes
+    server: ssl.SSLContext | None = None
+    client: ssl.SSLContext | None = None
+    loopback: bool = False  # whether what does not leave this machine is encrypted, too
+
+    def encrypts(self, connection: socket.socket) -> bool:
+        """Whether TLS is used on a connection."""
+        address = ipaddress.ip_address(connection.getsockname()[0].partition("%")[0])
+        local = (getattr(address, "ipv4_mapped", None) or address).is_loopback
+        return self.server is not None and (self.loopback or not local)
+
+    def proof(self, challenge: bytes, message: bytes) -> str:
+        """HMAC-SHA256 of a message and the other end's fresh challenge, in hexadecimal."""
+        return hmac.digest(self.secret, challenge + message, "sha256").hex()
+
+
+def credentials(secret: bytes, security: str = "tls", directory: str = "") -> Credentials:
+    """The credentials of a run's member.
+
+    Args:
+        secret: The run's; at least `MIN_SECRET_BYTES`.
+        security: "tls" or "none".
+        directory: Holds `FILES`, in PEM. Empty: the certificate is derived from the secret.
+
+    Raises:
+        ConfigError: A file of the directory is missing, or is no certificate or key.
+    """
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ValueError(f"the secret is shorter than {MIN_SECRET_BYTES} bytes")
+    if security == "none":
+        return Credentials(secret)
+    with tempfile.TemporaryDirectory() as made:  # `ssl` reads keys from files alone
+        if not directory:
+            _write(secret, Path(made))
+        where = Path(directory or made)
+        server, client = (_context(side, where) for side in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT))
+    return Credentials(secret, server, client)
+
+
+def _context(side: int, directory: Path) -> ssl.SSLContext:
+    authority, certificate, key = (directory / name for name in FILES)
+    context = ssl.SSLContext(side)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # members have addresses that no certificate knows; the authority is the run's own
+    context.verify_mode = ssl.CERT_REQUIRED
+    if side == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0  # nobody resumes a session, and a stream's receiver must not send
+    try:
+        context.load_verify_locations(authority)
+        context.load_cert_chain(certificate, key, password=str)  # of a key that has one: OpenSSL must not ask for it
+    except OSError as error:  # SSLError is one
+        allowed = f"must hold {', '.join(FILES)} in PEM: {error.strerror or error}"
+        raise ConfigError("transport_certificates", directory, allowed) from None
+    return context
+
+
+def _write(secret: bytes, directory: Path) -> None:
+    """Write `FILES`: the authority, which is its members' certificate, too."""
+    key = Ed25519PrivateKey.from_private_bytes(HKDF(hashes.SHA256(), 32, None, b"diloco authority").derive(secret))
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "diloco")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(_VALID[0])
+        .not_valid_after(_VALID[1])
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, None)
+    )
+    for file in FILES[:2]:
+        (directory / file).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (directory / FILES[2]).write_bytes(key.private_bytes(pem, form, serialization.NoEncryption()))

@@ -1,0 +1,38 @@
+"""The members of an attempt's collective, connected. Implements `trainer.diloco.collective.Group`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trainer.transport.link import Link, Pending
+from trainer.transport.stream import Key
+
+
+class Group:
+    """The links of an attempt. `Transport.finish` ends it.
+
+    Args:
+        links: By rank; None for this member.
+        silence: See `Pending.wait`.
+    """
+
+    def __init__(self, links: Sequence[Link | None], attempt: Key, silence: float) -> None:
+        self.size, self.rank = len(links), links.index(None)
+        self._links, self._attempt, self._silence = links, attempt, silence
+
+    def send(self, to: int, tag: int, message: Tensor) -> Pending:
+        """Send a message; `tag` is unique between two members. It must not change until it has left."""
+        return self._link(to).send(self._attempt, tag, message)
+
+    def receive(self, source: int, tag: int, into: Tensor) -> Pending:
+        """Post fresh memory for a message of this size."""
+        return self._link(source).receive(self._attempt, tag, into)
+
+    def wait(self, pending: Pending) -> None:
+        """Return when a message has arrived, or left. Raises ConnectionError: It will not."""
+        pending.wait(self._silence)
+
+    def _link(self, rank: int) -> Link:
+        link = self._links[rank]
+        assert link is not None
+        return link

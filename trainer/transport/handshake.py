@@ -1,0 +1,341 @@
+"""How a connection begins: TLS, a challenge, the dialler's proof and what it wants, and the acceptor's consent.
+
+    dialler   one byte, if there is no TLS: on loopback, or with `transport_security=none`
+    acceptor  challenge: 16 random bytes
+    dialler   length (u16), and JSON: {"proof": …, "hello": the JSON of a `Hello`}
+    acceptor  one byte
+
+The acceptor does all this on one thread without ever waiting for a stranger: whoever does not prove in `handshake`
+seconds that it belongs to the run is dropped, and of more than `PENDING` strangers the oldest.
+"""
+
+import json
+import logging
+import secrets
+import selectors
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Self
+
+from trainer.process import connect, listen
+from trainer.timeouts import TransportTimeouts
+from trainer.transport.credentials import Credentials
+from trainer.transport.stream import prepare
+
+log = logging.getLogger(__name__)
+
+PENDING = 128  # strangers at the door
+HELLO_BYTES = 2048
+_CHALLENGE_BYTES = 16
+_LENGTH = struct.Struct("!H")
+_PLAIN, _TLS, _CONSENT = b"\x00", b"\x16", b"\x01"  # a client's first byte in TLS (RFC 8446, 5.1)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a dialler wants: a stream of the link between two members.
+
+    Attributes:
+        by, to: Ids of the members.
+        lane: Links of different lanes do not disturb each other.
+        sends: Whether the dialler sends on this stream; else it receives.
+        link: Of the dialler's end of the link: it changes when the link is made anew.
+        relayed: Whether another member than `to` is dialled, to pass bytes on to it.
+        at: The endpoints at which the dialler can be dialled.
+        pair: Of the other end of the link, if the dialler knows it.
+    """
+
+    by: str
+    to: str
+    lane: str
+    sends: bool
+    link: str
+    relayed: bool = False
+    at: tuple[str, ...] = ()
+    pair: str = ""
+
+    def encode(self, credentials: Credentials, challenge: bytes) -> bytes:
+        content = json.dumps(asdict(self))
+        proof = credentials.proof(challenge, content.encode())
+        body = json.dumps({"proof": proof, "hello": content}).encode()
+        return _LENGTH.pack(len(body)) + body
+
+    @classmethod
+    def decode(cls, body: bytes, credentials: Credentials, challenge: bytes) -> Self:
+        """Raises ValueError: It is no hello, or the sender does not have the secret."""
+        try:
+            message = json.loads(body)
+            proof, content = str(message["proof"]), str(message["hello"])
+            if not secrets.compare_digest(proof, credentials.proof(challenge, content.encode())):
+                raise ValueError("does not have this run's secret")
+            fields = json.loads(content)
+            hello = cls(**{**fields, "at": tuple(fields["at"])})
+            if not all(
+                isinstance(text, str) for text in (hello.by, hello.to, hello.lane, hello.link, hello.pair, *hello.at)
+            ):
+                raise ValueError("sent no hello")
+        except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+            raise ValueError("speaks another protocol") from None
+        return hello
+
+
+@dataclass(frozen=True)
+class Dialler:
+    """Dials other members.
+
+    Args:
+        silence: See `prepare`.
+    """
+
+    credentials: Credentials
+    timeouts: TransportTimeouts
+    silence: float
+
+    def dial(self, endpoints: Sequence[str], hello: Hello, patience: float = 0.0) -> tuple[socket.socket, str]:
+        """A connection that the other end has consented to, and the endpoint that was the first to answer.
+
+        Args:
+            endpoints: Of one member; tried at the same time.
+            patience: Seconds until the other end consents; 0: as long as a handshake takes.
+
+        Raises:
+            OSError: None answers, or none consents; there is no endpoint.
+        """
+        if not endpoints:
+            raise OSError("no address is known")
+        pool = ThreadPoolExecutor(len(endpoints), thread_name_prefix="dial")
+        tries = {pool.submit(self._reach, one): one for one in endpoints}
+        pool.shutdown(wait=False)
+        error, taken = OSError("no address answers"), None
+        try:
+            for each in as_completed(tries):  # only the first one hears what is wanted: the others must carry nothing
+                try:
+                    connection, challenge = each.result()
+                    self._introduce(connection, challenge, hello, patience)
+                except OSError as reason:
+                    error = reason
+                else:
+                    taken = each
+                    return connection, tries[each]
+        finally:
+            for other in tries.keys() - {taken}:
+                other.add_done_callback(_close)
+        raise error
+
+    def _reach(self, endpoint: str) -> tuple[socket.socket, bytes]:
+        """A connection, encrypted if it is to be, and the challenge."""
+        try:
+            connection = connect(endpoint, self.timeouts.connect)
+        except ValueError as error:
+            raise OSError(f"is no endpoint ({error})") from None
+        try:
+            prepare(connection, self.silence)
+            connection.settimeout(self.timeouts.handshake)
+            if self.credentials.client and self.credentials.encrypts(connection):
+                connection = self.credentials.client.wrap_socket(connection)
+            else:
+                connection.sendall(_PLAIN)
+            return connection, _receive(connection, _CHALLENGE_BYTES)
+        except BaseException as error:
+            connection.close()
+            raise _explained(error) from None
+
+    def _introduce(self, connection: socket.socket, challenge: bytes, hello: Hello, patience: float) -> None:
+        try:
+            connection.sendall(hello.encode(self.credentials, challenge))
+            connection.settimeout(patience or self.timeouts.handshake)
+            _receive(connection, len(_CONSENT))
+        except BaseException as error:
+            connection.close()
+            raise _explained(error) from None
+
+
+def _explained(error: BaseException) -> BaseException:
+    if not isinstance(error, ssl.SSLError):
+        return error
+    return ConnectionError(f"does not belong to this run, or has another transport_security ({error.reason})")
+
+
+def _close(late: "Future[tuple[socket.socket, bytes]]") -> None:
+    if late.exception() is None:
+        late.result()[0].close()
+
+
+def consent(connection: socket.socket) -> None:
+    """Let the dialler begin. Raises OSError: It is gone."""
+    connection.sendall(_CONSENT)
+
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        if not (more := connection.recv(count - len(data))):
+            raise ConnectionResetError("refused the connection")
+        data += more
+    return data
+
+
+@dataclass(eq=False)
+class _Stranger:
+    """A connection that has not proved anything yet."""
+
+    connection: socket.socket
+    host: str
+    challenge: bytes = field(default_factory=lambda: secrets.token_bytes(_CHALLENGE_BYTES))
+    since: float = field(default_factory=time.monotonic)
+    met: bool = False  # it is known whether it speaks TLS
+    shaken: bool = False  # TLS's handshake is over, if there is one, and the challenge is sent
+    received: bytes = b""
+
+
+class Listener:
+    """Accepts connections, and passes on those whose dialler belongs to the run.
+
+    Args:
+        accept: Is called on the listener's thread with each, and must not block.
+
+    Raises:
+        ConfigError: No port is free.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        port_range: str,
+        port: int,
+        credentials: Credentials,
+        accept: Callable[[socket.socket, Hello], None],
+        timeouts: TransportTimeouts,
+        silence: float,
+    ) -> None:
+        self._socket = listen(address, port_range, port)
+        self.port: int = self._socket.getsockname()[1]
+        self._credentials, self._accept, self._timeouts, self._silence = credentials, accept, timeouts, silence
+        self._socket.setblocking(False)
+        self._strangers: dict[_Stranger, None] = {}  # oldest first
+        self._warned: set[str] = set()
+        self._closing = threading.Event()
+        self._wake, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        with suppress(OSError):
+            self._waker.send(b"x")
+        self._thread.join()
+        for one in (self._socket, self._wake, self._waker, *(stranger.connection for stranger in self._strangers)):
+            one.close()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as self._selector:
+            self._selector.register(self._socket, selectors.EVENT_READ)
+            self._selector.register(self._wake, selectors.EVENT_READ)
+            while not self._closing.is_set():
+                try:
+                    self._look()
+                except Exception:  # no more threads, for example: that may pass
+                    log.exception("the listener has failed, and goes on")
+                    self._closing.wait(1.0)
+
+    def _look(self) -> None:
+        """Take what has come within a second."""
+        for key, _ in self._selector.select(1.0):
+            if key.data is not None:
+                self._advance(key.data)
+            elif key.fileobj is self._socket:
+                self._greet()
+        limit = time.monotonic() - self._timeouts.handshake
+        for stranger in [one for one in self._strangers if one.since < limit]:
+            self._drop(stranger, "said nothing")
+
+    def _greet(self) -> None:
+        """Accept a connection."""
+        try:
+            connection, (host, *_) = self._socket.accept()
+        except OSError:  # it is gone already; or out of descriptors, which may pass
+            self._closing.wait(0.01)
+            return
+        if len(self._strangers) >= PENDING:
+            self._drop(next(iter(self._strangers)), "was one of too many")
+        connection.setblocking(False)
+        prepare(connection, self._silence)
+        stranger = _Stranger(connection, host)
+        self._strangers[stranger] = None
+        self._selector.register(connection, selectors.EVENT_READ, stranger)
+
+    def _advance(self, stranger: _Stranger) -> None:
+        """Take what has come from a stranger, as far as that goes without waiting."""
+        try:
+            if not stranger.met:
+                self._meet(stranger)
+            connection = stranger.connection
+            if not stranger.shaken:
+                if isinstance(connection, ssl.SSLSocket):
+                    connection.do_handshake()
+                connection.send(stranger.challenge)
+                stranger.shaken = True
+            while (missing := self._missing(stranger)) > 0:
+                if not (more := connection.recv(missing)):
+                    raise ConnectionResetError
+                stranger.received += more
+            hello = Hello.decode(stranger.received[_LENGTH.size :], self._credentials, stranger.challenge)
+        except (ssl.SSLWantReadError, BlockingIOError):
+            self._selector.modify(stranger.connection, selectors.EVENT_READ, stranger)
+        except ssl.SSLWantWriteError:
+            self._selector.modify(stranger.connection, selectors.EVENT_WRITE, stranger)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            self._drop(stranger)  # it only wanted to know whether somebody listens
+        except ssl.SSLError as error:
+            self._drop(stranger, f"does not belong to this run, or has another transport_security: {error.reason}")
+        except OSError:
+            self._drop(stranger)
+        except ValueError as error:
+            self._drop(stranger, str(error))
+        else:
+            self._selector.unregister(connection)
+            del self._strangers[stranger]
+            connection.setblocking(True)
+            self._accept(connection, hello)
+
+    def _meet(self, stranger: _Stranger) -> None:
+        """Find out whether a stranger speaks TLS. Raises ValueError: It does not, and must."""
+        plain, context = stranger.connection, self._credentials.server
+        first = plain.recv(1, socket.MSG_PEEK)
+        if first == _TLS and context:
+            self._selector.unregister(plain)
+            stranger.connection = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+            self._selector.register(stranger.connection, selectors.EVENT_READ, stranger)
+        elif first == _PLAIN and not self._credentials.encrypts(plain):
+            plain.recv(1)
+        elif first:
+            raise ValueError("speaks another protocol, or has another transport_security")
+        else:
+            raise ConnectionResetError
+        stranger.met = True
+
+    @staticmethod
+    def _missing(stranger: _Stranger) -> int:
+        """Bytes that the hello lacks. Raises ValueError: It is too long."""
+        if len(stranger.received) < _LENGTH.size:
+            return _LENGTH.size - len(stranger.received)
+        (length,) = _LENGTH.unpack_from(stranger.received)
+        if length > HELLO_BYTES:
+            raise ValueError("speaks another protocol")
+        return _LENGTH.size + length - len(stranger.received)
+
+    def _drop(self, stranger: _Stranger, reason: str = "") -> None:
+        with suppress(KeyError, ValueError):  # it is not registered, or closed already
+            self._selector.unregister(stranger.connection)
+        del self._strangers[stranger]
+        stranger.connection.close()
+        if reason and stranger.host not in self._warned and len(self._warned) < PENDING:
+            self._warned.add(stranger.host)  # once: port scanners come again and again
+            log.warning("refused a connection from %s, which %s", stranger.host, reason)

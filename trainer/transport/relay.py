@@ -1,0 +1,87 @@
+"""Passes the bytes of two other members on, of which neither can dial the other.
+
+Both dial this member: one to send, the other to receive. They are trusted with the run's state anyway, and so is this
+one: what they send is encrypted on either leg, not from end to end.
+"""
+
+import logging
+import socket
+import threading
+import time
+from collections import defaultdict
+from contextlib import suppress
+
+from trainer.transport.handshake import Hello, consent
+
+log = logging.getLogger(__name__)
+
+_BUFFER_BYTES = 256 << 10
+_MOST = 64  # connections that wait for their counterpart
+
+Way = tuple[str, str, str]  # the sender, the receiver, the lane
+
+
+class Relay:
+    """Pairs connections of members that cannot dial each other.
+
+    Args:
+        patience: Seconds for which one waits for its counterpart.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._waiting: dict[tuple[Way, bool], list[tuple[float, socket.socket]]] = defaultdict(list)  # True: to send
+        self._passing: set[socket.socket] = set()
+
+    def take(self, connection: socket.socket, hello: Hello) -> None:
+        """Take a connection, and consent to it once its counterpart is here. Does not block."""
+        ends = (hello.by, hello.to) if hello.sends else (hello.to, hello.by)
+        way = (*ends, hello.lane)
+        with self._lock:
+            self._drop_old()
+            others = self._waiting[way, not hello.sends]
+            other = others.pop(0)[1] if others else None
+            if other is None:
+                self._waiting[way, hello.sends].append((time.monotonic(), connection))
+                return
+        source, target = (connection, other) if hello.sends else (other, connection)
+        threading.Thread(target=self._pass, args=(source, target, way), name="relay", daemon=True).start()
+
+    def close(self) -> None:
+        with self._lock:
+            waiting = [one for parked in self._waiting.values() for _, one in parked]
+            self._waiting.clear()
+            passing = list(self._passing)
+        for connection in waiting:
+            connection.close()
+        for connection in passing:
+            with suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+    def _drop_old(self) -> None:
+        limit = time.monotonic() - self._patience
+        for parked in self._waiting.values():
+            while parked and (parked[0][0] < limit or sum(map(len, self._waiting.values())) > _MOST):
+                parked.pop(0)[1].close()
+
+    def _pass(self, source: socket.socket, target: socket.socket, way: Way) -> None:
+        """Pass bytes on until one of the two connections ends; then end the other, too."""
+        ends = {source, target}
+        try:
+            for end in (target, source):  # the receiver first: when the sender begins, all is ready
+                end.settimeout(None)
+                consent(end)
+            with self._lock:
+                self._passing |= ends
+            log.info("relaying from member %s to member %s (%s)", *way)
+            buffer = memoryview(bytearray(_BUFFER_BYTES))
+            while count := source.recv_into(buffer):
+                target.sendall(buffer[:count])
+        except OSError:
+            pass  # they notice, and meet again if they want
+        finally:
+            with self._lock:
+                self._passing -= ends
+            for end in ends:
+                end.close()

@@ -1,0 +1,341 @@
+"""The transport: this member's links with all others, made and made anew as they are needed.
+
+Each member dials the others for what it sends. If the other end cannot dial back, since a NAT or a firewall is in
+between, the one that can dials for both directions. A pair of which neither can dial the other meets at other members,
+which both can dial, and which pass its bytes on (trainer/transport/relay.py).
+"""
+
+import atexit
+import logging
+import random
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Self
+
+from trainer.process import endpoint_of, refused
+from trainer.timeouts import TransportTimeouts
+from trainer.transport.credentials import Credentials
+from trainer.transport.group import Group
+from trainer.transport.handshake import Dialler, Hello, Listener, consent
+from trainer.transport.link import BULK, NEVER, ROUNDS, Handler, Link, LinkError
+from trainer.transport.relay import Relay
+from trainer.transport.stream import Key, Stream, added
+
+log = logging.getLogger(__name__)
+
+# Streams of a link in each direction, of their own accord: a further one for each so many seconds of a round trip, and
+# the most. A lost packet halves a cubic stream; BBR's streams push each other's packets out of the queue.
+CUBIC, BBR = (0.0125, 8), (0.025, 4)
+ALL_STREAMS = 512  # of a process, about: each has a thread
+RELAYS = 3  # members that pass a pair's bytes on, at most
+_PAUSE = 0.05  # seconds at most, until a link that has failed at once is made anew
+Endpoints = Sequence[str]
+
+
+class Transport:
+    """A context manager; `close` ends all links.
+
+    Args:
+        id: This member's, unique.
+        addresses: Under which others may dial this process: IPv4, IPv6 or names. With one that is this machine's, it
+            listens there alone, else on all interfaces.
+        credentials: The run's.
+        port_range: "low-high" to listen on; empty: any port.
+        port: To listen on; 0: see `port_range`.
+        streams: Of a link in each direction; 0: as many as its round trip needs.
+        silence: Seconds without a byte after which a member that owes some counts as gone.
+        handle: Answers requests on the bulk lane.
+        call: Called, on any thread, when a member cannot be dialled: asks all others to `prepare` a link of this lane.
+
+    Raises:
+        ConfigError: No port is free.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        addresses: Sequence[str],
+        credentials: Credentials,
+        *,
+        port_range: str = "",
+        port: int = 0,
+        streams: int = 0,
+        silence: float = 5.0,
+        handle: Handler | None = None,
+        call: Callable[[str], None] = lambda lane: None,
+        timeouts: TransportTimeouts = TransportTimeouts(),
+    ) -> None:
+        self.id, self.silence = id, silence
+        self._streams, self._handle, self._call, self._timeouts = streams, handle, call, timeouts
+        self._dialler = Dialler(credentials, timeouts, 3 * silence)
+        self._lock = threading.Lock()  # guards all of the following
+        self._links: dict[tuple[str, str], Link] = {}  # by member and lane
+        self._known: dict[str, Endpoints] = {}
+        self._gone: dict[str, tuple[int, int] | None] = dict.fromkeys((ROUNDS, BULK), (0, 0))  # bytes of ended links
+        self._ended: list[Link] = []  # links whose streams have not all ended
+        self._dialled: set[str] = set()  # members that could be dialled from here
+        self._cannot_dial: set[str] = set()  # members that could not dial this one
+        self._past: dict[tuple[str, str], str] = {}  # the other end of the last link that has failed
+        self._over = NEVER  # this member's last attempt that is over
+        self._closing = False
+        self._relay = Relay(timeouts.relay)
+        own = addresses[0] if len(addresses) == 1 else ""
+        self._listener = Listener(own, port_range, port, credentials, self._accept, timeouts, 3 * silence)
+        self.port = self._listener.port
+        self.endpoints = tuple(endpoint_of(address, self.port) for address in addresses)
+        # A thread that still runs while the interpreter is torn down can abort the process (C++ code cannot be unwound
+        # by it), which would turn exit status 0 into 134.
+        atexit.register(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        with self._lock:
+            self._closing = True
+            links = list(self._links.values())
+        self._listener.close()
+        self._relay.close()
+        for link in links:
+            link.fail("has been closed here")
+        deadline = time.monotonic() + self._timeouts.stall
+        for link in links:
+            link.join(max(0.0, deadline - time.monotonic()))
+
+    # Links
+
+    def connect(self, members: Mapping[str, Endpoints], timeout: float, lane: str = ROUNDS) -> dict[str, str]:
+        """Make the links that are missing, all at the same time.
+
+        Args:
+            members: Endpoints by id; this member's own are ignored.
+
+        Returns:
+            Members without a link, each with the reason.
+        """
+        deadline, missing = time.monotonic() + timeout, {}
+        others = {id: at for id, at in members.items() if id != self.id}
+        self.prepare(others, lane)
+        for id, endpoints in others.items():
+            while link := self.prepare({id: endpoints}, lane).get(id):
+                if link.wait_for(lambda link=link: link.up, deadline - time.monotonic()):  # type: ignore[misc]
+                    break
+                if not link.reason or (link.trouble and not link.peer_link) or time.monotonic() > deadline:
+                    missing[id] = link.reason or link.trouble or "does not answer"
+                    break
+                time.sleep(random.uniform(0, _PAUSE))  # both ends have begun anew at the same time
+            else:
+                missing[id] = "this member is leaving"
+        return missing
+
+    def prepare(self, members: Mapping[str, Endpoints], lane: str = ROUNDS) -> dict[str, Link]:
+        """Begin to make the links that are missing, in the background; returns all links to these members."""
+        with self._lock:
+            self._known.update(members)
+            links = {}
+            for id, endpoints in members.items():
+                link = self._links.get((id, lane))
+                if link is None and not self._closing:
+                    link = self._begin(id, lane, endpoints)
+                if link is not None:
+                    links[id] = link
+        return links
+
+    def group(self, members: Sequence[str], attempt: Key) -> Group:
+        """The members of an attempt, in rank order, for its collective.
+
+        Raises:
+            LinkError: One has no link.
+        """
+        links = [self._links.get((id, ROUNDS)) for id in members]
+        for id, link in zip(members, links, strict=True):
+            if id != self.id and (link is None or not link.up):
+                raise LinkError(f"member {id} cannot be reached")
+        return Group(
+            [link if id != self.id else None for id, link in zip(members, links, strict=True)], attempt, self.silence
+        )
+
+    def without_link(self, members: Iterable[str]) -> set[str]:
+        """Those members with which no messages can be exchanged at present."""
+        with self._lock:
+            up = {id for (id, lane), link in self._links.items() if lane == ROUNDS and link.up}
+        return {id for id in members if id != self.id} - up
+
+    def is_dead(self, id: str, endpoints: Endpoints) -> bool:
+        """Whether a member's process is gone: its machine refuses connections that it accepted before."""
+        if not self.without_link([id]) or id not in self._dialled:
+            return False
+        return all(refused(endpoint) for endpoint in endpoints)
+
+    def finish(self, members: Iterable[str], attempt: Key, failed: bool = False) -> None:
+        """Nothing of an attempt, or of an older one, is waited for any more. If it failed, the others learn of it."""
+        with self._lock:
+            self._over = max(self._over, attempt)
+            links = [link for (id, lane), link in self._links.items() if id in members and lane == ROUNDS]
+        for link in links:
+            link.finish(attempt, failed)
+
+    def bytes(self, lane: str = ROUNDS) -> tuple[int, int] | None:
+        """Bytes sent and received so far, as the kernel counts them: payload, framing, TLS, retransmissions."""
+        with self._lock:
+            self._ended = [link for link in self._ended if not self._settled(link)]
+            links = [link for link in (*self._links.values(), *self._ended) if link.lane == lane]
+            return added([self._gone[lane], *(link.bytes() for link in links)])
+
+    def relayed(self) -> dict[str, tuple[str, ...]]:
+        """Members that cannot be reached directly, each with those that relay its link."""
+        with self._lock:
+            return {id: link.via for (id, _), link in sorted(self._links.items()) if link.via}
+
+    def _settled(self, link: Link) -> bool:
+        if link.streams(True) + link.streams(False):
+            return False
+        self._gone[link.lane] = added([self._gone[link.lane], link.bytes()])
+        return True
+
+    def _begin(self, id: str, lane: str, endpoints: Endpoints, peer_link: str = "") -> Link:
+        """A new link, which is established in the background. Called with the lock."""
+        handle = self._handle if lane == BULK else None
+        link = self._links[id, lane] = Link(id, lane, secrets.token_hex(8), handle, self._forget)
+        link.peer_link = peer_link
+        if lane == ROUNDS and self._over > NEVER:
+            link.finish(self._over, failed=True)  # the other one may still be in that attempt, or only begin it
+        threading.Thread(target=self._establish, args=(link, endpoints), name=f"dial-{id}", daemon=True).start()
+        return link
+
+    def _forget(self, link: Link) -> None:
+        with self._lock:
+            self._ended.append(link)
+            self._past[link.peer, link.lane] = link.peer_link
+            if self._links.get((link.peer, link.lane)) is link:
+                del self._links[link.peer, link.lane]
+        if not self._closing:
+            log.debug("link with %s (%s): %s", link.peer, link.lane, link.reason)
+
+    # Dialling
+
+    def _establish(self, link: Link, endpoints: Endpoints) -> None:
+        """Dial the other member, let it dial, or meet it at others."""
+        peer, timeouts = link.peer, self._timeouts
+        try:
+            self._dial(link, endpoints, sends=True)
+        except OSError as error:
+            link.trouble = f"{', '.join(endpoints)}: {error.strerror or error}"
+            known = peer in self._dialled
+            if not known:
+                self._call(link.lane)
+            if link.wait_for(lambda: link.streams(False) > 0, 0.0 if known else 2 * timeouts.dial_back):
+                self._wait_for_both(link)
+            elif known:  # it could be dialled: it is dead, or the network is cut
+                link.fail(link.trouble)
+        else:
+            self._dialled.add(peer)
+            patience = 0.0 if peer in self._cannot_dial or not self.endpoints else timeouts.dial_back
+            if link.wait_for(lambda: link.streams(False) > 0, patience) or link.reason:
+                return
+            self._cannot_dial.add(peer)
+            with suppress(OSError):
+                self._dial(link, endpoints, sends=False)
+                return
+            link.wait_for(lambda: link.up, timeouts.dial_back)
+        if not link.up and not link.reason:
+            self._meet(link)
+
+    def _wait_for_both(self, link: Link) -> bool:
+        """Once the other member has dialled, it dials for both directions when it has waited in vain to be dialled."""
+        timeouts = self._timeouts
+        return link.wait_for(lambda: link.up, timeouts.dial_back + timeouts.connect + timeouts.handshake)
+
+    def _dial(self, link: Link, endpoints: Endpoints, sends: bool) -> None:
+        """Open the streams of a direction. Raises OSError if none can be opened."""
+        hello = Hello(self.id, link.peer, link.lane, sends, link.id, False, self.endpoints, link.peer_link)
+        first, endpoint = self._dialler.dial(endpoints, hello)
+        stream = Stream(first)
+        more = self._streams_for(stream) - 1
+        link.add(stream, sends)
+
+        def another(number: int) -> None:
+            with suppress(OSError):
+                made, _ = self._dialler.dial([endpoint], hello)
+                link.add(Stream(made), sends)
+
+        if more:
+            with ThreadPoolExecutor(more, thread_name_prefix=f"dial-{link.peer}") as pool:
+                list(pool.map(another, range(more)))
+
+    def _streams_for(self, first: Stream) -> int:
+        """The number of streams in a direction."""
+        trip, many = BBR if first.has_bbr() else CUBIC
+        most = max(1, ALL_STREAMS // (2 * max(1, len(self._links))))
+        return min(self._streams or min(max(1, round(first.round_trip() / trip)), many), most)
+
+    def _meet(self, link: Link) -> None:
+        """Meet the other member at others: it does the same now."""
+        with self._lock:
+            linked = {id for (id, _), other in self._links.items() if other.up}
+            others = {id: at for id, at in self._known.items() if id not in (self.id, link.peer)}
+        nearest = sorted(others, key=lambda id: (id not in linked, id))[
+            :RELAYS
+        ]  # members that have left are known, too
+        candidates = [(id, sends) for id in nearest for sends in (True, False)]
+
+        def meet(candidate: tuple[str, bool]) -> None:
+            relay, sends = candidate
+            hello = Hello(self.id, link.peer, link.lane, sends, link.id, True, self.endpoints)
+            with suppress(OSError):
+                made, _ = self._dialler.dial(others[relay], hello, self._timeouts.relay)
+                link.via = tuple(sorted({*link.via, relay}))
+                link.add(Stream(made), sends)
+
+        if candidates:
+            with ThreadPoolExecutor(len(candidates), thread_name_prefix=f"meet-{link.peer}") as pool:
+                list(pool.map(meet, candidates))
+        if not link.up and not (link.streams(False) and self._wait_for_both(link)):
+            link.fail(link.trouble or "cannot be reached, and no other member reaches it")
+
+    # Being dialled
+
+    def _accept(self, connection: socket.socket, hello: Hello) -> None:
+        """Take a connection in; called on the listener's thread."""
+        try:
+            if hello.relayed and hello.to != self.id:
+                self._relay.take(connection, hello)
+                return
+            link = self._adopt(hello)
+            if link is None:
+                connection.close()
+                return
+            consent(connection)
+            link.add(Stream(connection), sends=not hello.sends)
+        except OSError:
+            connection.close()
+
+    def _adopt(self, hello: Hello) -> Link | None:
+        """The link that a dialler's stream belongs to; None if there is none."""
+        if hello.to != self.id or hello.lane not in self._gone:
+            return None
+        key, stale = (hello.by, hello.lane), None
+        with self._lock:
+            link = self._links.get(key)
+            if self._past.get(key) == hello.link or (hello.pair and (link is None or hello.pair != link.id)):
+                return None  # of a link that has failed here, which the dialler has not noticed yet
+            if link is None or link.peer_link not in ("", hello.link):
+                link, stale = None, link
+                if not hello.pair and not self._closing:  # else both would make it anew for ever
+                    link = self._begin(hello.by, hello.lane, hello.at, hello.link)
+            if link is not None:
+                link.peer_link = hello.link
+            if hello.at:
+                self._known[hello.by] = hello.at
+        if stale is not None:
+            stale.fail("has made the connection anew")
+        return link
