@@ -68,11 +68,12 @@ def _create(client: Client, wanted: JobObjects) -> Object:
         client.delete(KINDS[wanted.before["kind"]], wanted.name)
         raise
     # The webhook that checks a TrainJob may not have heard of its runtime yet
-    deadline = time.monotonic() + client.timeouts.seen
+    refused: float | None = None  # when it refused for the first time
     while True:
         try:
             return client.create(wanted.body)
         except ApiError as error:
-            if error.reason != RUNTIME_UNSEEN or time.monotonic() > deadline:
+            refused = refused or time.monotonic()
+            if error.reason != RUNTIME_UNSEEN or time.monotonic() - refused > client.timeouts.seen:
                 raise
         time.sleep(client.timeouts.poll)
