@@ -35,6 +35,7 @@ from trainer.etcd.embedded import etcd_binary
 from trainer.etcd.errors import EtcdError
 from trainer.files import write_json, write_text
 from trainer.monitor.events import EventReader
+from trainer.monitor.verify import verify
 from trainer.process import dying_with_parent, listen
 from trainer.volume import Volume
 
@@ -357,6 +358,9 @@ class Run:
         history = self.history("")
         check_quorums(history)
         check_states(history)
+        (judgement,) = verify([self.directory])
+        assert not judgement.refuted, f"{judgement}\n{self.story()}"
+        assert not judgement.without, judgement.without  # etcd's record is among the evidence
         if not reset:
             check_samples([event for slot in slots for event in of("step", self.events(slot))])
 

@@ -160,10 +160,11 @@ class Schema(Group):
         "auto: continue from the newest checkpoint; never: start from scratch; or a checkpoint's path.",
         min_length=1,
     )
-    launcher: Annotated[Literal["auto", "local", "pytorchjob"], COMMON, LOCAL] = parameter(
+    launcher: Annotated[Literal["auto", "local", "pytorchjob", "trainjob"], COMMON, LOCAL] = parameter(
         "auto",
-        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
-        "auto: PyTorchJobs inside a Kubeflow Pipelines step, otherwise local processes.",
+        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob or TrainJob each. "
+        "auto: inside a Kubeflow Pipelines step TrainJobs, or PyTorchJobs if the cluster has only them; otherwise "
+        "local processes.",
     )
     device: Annotated[str, COMMAND, COMMON, LOCAL] = parameter(
         "cuda", "Device to train on: cuda, cuda:<index> or cpu.", pattern=DEVICE
@@ -209,6 +210,13 @@ class Schema(Group):
     etcd_outage_limit: Seconds = parameter(300.0, "Longest etcd outage that a run survives, in seconds.")
     late_policy: Literal["carry", "drop"] = parameter(
         "carry", "What a late worker does with its pseudo-gradient: carry it over to the next round, or drop it."
+    )
+    lost_state: Literal["continue", "stop"] = parameter(
+        "continue",
+        "If nobody comes back with the newest saved state: continue from the newest one that is there, or stop.",
+    )
+    lost_state_wait: Seconds = parameter(
+        300.0, "How long to wait for the newest saved state, in seconds; at most half of `elastic.rdzv_timeout`."
     )
     joiner_moments: Literal["donor", "warmup"] = parameter(
         "donor", "Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
@@ -279,6 +287,20 @@ class Schema(Group):
     service_account: str = parameter(
         "", "Service account of the training's pods, which need no rights. Empty: the namespace's default."
     )
+    kueue_queue: str = parameter(
+        "",
+        "Kueue's LocalQueue for the training's jobs: each worker starts when the queue has quota for it. Empty: none.",
+        pattern=NAMESPACE,
+    )
+    kueue_priority_class: str = parameter(
+        "", "Kueue's WorkloadPriorityClass of the training's jobs. Empty: that of their pods.", pattern=NAMESPACE
+    )
+    priority_class: str = parameter(
+        "", "PriorityClass of the training's pods. Empty: the cluster's default.", pattern=NAMESPACE
+    )
+    managed_by: Literal["", "kueue.x-k8s.io/multikueue"] = parameter(
+        "", "Who runs the training's jobs: MultiKueue, in one of its clusters. Empty: this cluster's own controller."
+    )
     cpu_cores: Annotated[Positive, COMMON] = parameter(16, "CPU limit of a worker's pod, in cores; it requests one.")
     memory_gb: Annotated[Positive, COMMON] = parameter(32, "Memory of a worker's pod, in GB, requested in full.")
     ephemeral_storage_gb: Positive = parameter(100, "Ephemeral storage limit of a pod, in GB; it requests 2.")
@@ -340,6 +362,11 @@ class Schema(Group):
     def process_batch_size(self) -> int:
         """Samples that a process consumes in an inner step."""
         return self.batch_size // (self.island or 1)
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether workers are pods of a cluster."""
+        return self.launcher in ("pytorchjob", "trainjob")
 
     @property
     def min_nodes(self) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.etcd.client import Entry, EtcdClient, Json
-from trainer.protocol.records import decoded
+from trainer.protocol.records import LastTerm, decoded
 
 _KNOWN = frozenset(parameter.name for parameter in TrainingConfig.parameters())
 SLOT_VARIABLE = "ELASTIC_SLOT"  # environment variable of a worker: the slot of its node
@@ -100,6 +100,14 @@ def reopen(client: EtcdClient) -> None:
     if not client.list("slots/"):
         client.delete("started")
     client.put("run", asdict(Verdict("open")))
+
+
+def forget_processes(client: EtcdClient) -> None:
+    """Delete what belongs to the dead processes of a run that begins again; its terms go on being counted."""
+    if record := client.get("round"):
+        client.put("term", asdict(LastTerm(record.value["term"])))
+    for prefix in LIVING:
+        client.delete_prefix(prefix)
 
 
 def free_slot(client: EtcdClient, slot: int) -> None:

@@ -82,8 +82,7 @@ def launch(
             return 0
         # Reset what a previous launch has left
         if etcd is not None:  # only this run uses it, so its live keys belong to dead processes
-            for prefix in keys.LIVING:
-                client.delete_prefix(prefix)
+            keys.forget_processes(client)
         if not client.list("slots/"):  # else another launch of the run may be meant
             client.delete(DESIRED)
         keys.reopen(client)
@@ -321,11 +320,17 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 
 def _summarise(run_dir: Path) -> None:
-    """Write `summary.json`, however the run has ended. A failure to write it must not hide why the run ended."""
+    """Judge the run, and write `summary.json`, however it has ended. No failure here may hide why the run ended."""
     from trainer.monitor.report import write_summary
+    from trainer.monitor.verify import judged
 
+    judgement = judged(run_dir)
+    if judgement is not None:
+        print(f"verified: {judgement.headline}", flush=True)
+        if judgement.refuted:
+            print(f"warning: `python -m trainer verify {run_dir}` shows what is refuted", file=sys.stderr, flush=True)
     try:
-        write_summary(run_dir)
+        write_summary(run_dir, judgement)
     except OSError as error:
         print(f"warning: no summary.json: {error}", file=sys.stderr, flush=True)
 

@@ -48,7 +48,7 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
     is_own = found is not None and found.state["worker"] == quorum.worker
     if checkpoint.paths(directory) and (found is None or is_own):
         # An earlier life may have announced a newer checkpoint, which is corrupt now: the run must not wait for it.
-        quorum.durable(found.round if found else 0)
+        quorum.durable(found.round if found else 0, found.state["term"] if found else 0)
 
     # Load the global state of the checkpoint, and join with it. The quorum replaces it if the run is further.
     cursor, term, changes = Cursor(), 0, list[str]()

@@ -65,15 +65,17 @@ class Samples:
         breaks = np.flatnonzero(np.diff(positions) != 1) + 1
         return [(int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks)]
 
-    def accept(self, assignment: Assignment | None, term: int) -> None:
-        """Go on with the quorum's last assignment; one of another term is void."""
+    def accept(self, assignment: Assignment | None, term: int) -> bool:
+        """Go on with the quorum's last assignment; one of another term is void. Returns whether it is another one."""
         before = self.ledger.assignment
         if assignment is not None:
             self.ledger.accept(assignment)
         if self.ledger.assignment.term != term:
             self.ledger.accept(None)
-        if self.ledger.assignment is not before:
+        changed = self.ledger.assignment is not before
+        if changed:
             self.close()
+        return changed
 
     @property
     def to_read(self) -> tuple[Range, ...] | None:

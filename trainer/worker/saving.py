@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpointer
+from trainer.files import read_json
 from trainer.monitor.events import EventLog
 from trainer.worker.progress import Progress
 from trainer.worker.setup import Parts, versions
@@ -67,4 +68,4 @@ class Saving:
     def _on_saved(self, path: Path, seconds: float, size: int) -> None:
         round, step = checkpoint.version_of(path)
         self._metrics.write("checkpoint", round=round, step=step, path=str(path), seconds=seconds, bytes=size)
-        self._parts.quorum.durable(round)
+        self._parts.quorum.durable(round, int(read_json(path / "state.json")["term"]))

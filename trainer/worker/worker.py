@@ -22,8 +22,10 @@ from trainer.island.processes import Island
 from trainer.monitor.events import EventLog
 from trainer.monitor.sinks import sinks
 from trainer.process import number_from
+from trainer.protocol.records import Range
 from trainer.timeouts import WorkerTimeouts
 from trainer.volume import Volume
+from trainer.worker import evidence
 from trainer.worker.ddp import PeerLeft
 from trainer.worker.follower import follow
 from trainer.worker.optimizer import learning_rate
@@ -81,7 +83,8 @@ class Worker:
         self.saving = Saving(parts, self.progress, metrics)
         self.passes = Passes(self.process, stopping, self.world)
         self.throughput = Throughput(self.process.device, max(1, self.config.island))
-        self._shortage_saved = False
+        self._saved_for: tuple[bool, frozenset[str]] = False, frozenset()
+        self._round_began, self._unused = time.perf_counter(), tuple[Range, ...]()  # of the open synchronisation
         self._asking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ask the quorum")
 
     @classmethod
@@ -129,7 +132,7 @@ class Worker:
             # Save the progress; a synchronisation that fails now counts as not started
             if self.diloco.pending:
                 with suppress(Interrupted, TrainingError):
-                    self.diloco.finish()
+                    self._write_round(self._take_result())
             self.saving.save(wait=True)
             self._write_end("stopped", "asked to leave")
             raise
@@ -141,6 +144,7 @@ class Worker:
 
     def _join(self) -> None:
         """Become a member of the run, and go on where the run is."""
+        self.metrics.write("membership", change="joining", run_id=self.config.run_id, member=self.quorum.id)
         changes = join(self.parts, self.progress, self.metrics.warn)
         self.progress.enter(self.quorum.members, self.quorum.id)
         self.saving.last_step = self.diloco.schedule.step
@@ -165,14 +169,18 @@ class Worker:
             resumed_round=self.diloco.round or None,
             config=self.config.model_dump(mode="json"),
             versions=versions(),
+            ramp=self.progress.ramp,
+            **evidence.held(self.parts),
         )
+        if self.samples.ledger.assignment.ranges:
+            self.metrics.write("assignment", **evidence.assignment(self.parts))
         for change in changes:
             self.metrics.write("membership", change=change, round=self.diloco.round)
         self.metrics.write("membership", change="joined", members=self.quorum.members, round=self.diloco.round)
 
     def _train_round(self) -> None:
         """Make the inner steps of a round, synchronise, and do what is due afterwards."""
-        diloco, started, before = self.diloco, time.perf_counter(), self.diloco.round
+        diloco, self._round_began = self.diloco, time.perf_counter()
         self.progress.losses.clear()
         commit = None
         while commit is None and not diloco.complete:  # do the next thing that can be done
@@ -183,6 +191,7 @@ class Worker:
             elif diloco.schedule.due:
                 # The round ends here: report what the other members have to know
                 unused, speed = self.samples.ledger.close_round(), self.parts.speed.end_round()
+                self._unused = unused
                 diloco.start(RoundReport(unused, speed, self.progress.for_status(diloco)))
             elif self.samples.exhausted:
                 self._take_assignment()
@@ -194,7 +203,7 @@ class Worker:
                 self._attend()
                 with self.parts.speed.timing():
                     self._inner_step()
-        self._write_round(commit, before, time.perf_counter() - started)
+        self._write_round(commit)
 
         # Validate and save at their intervals
         last = diloco.complete
@@ -221,6 +230,7 @@ class Worker:
         self.throughput.count(made.tokens, made.flops)
         self.metrics.write(
             "step",
+            term=self.quorum.term,
             round=round,
             step=step,
             loss=made.loss,
@@ -254,22 +264,38 @@ class Worker:
         """Wait for the pending synchronisation, and go on from its outer step."""
         while not self.diloco.wait(self._timeouts.poll):
             self._attend()
+        commit = self._take_result()
+        self._accept()
+        return commit
+
+    def _take_result(self) -> Commit | None:
+        """Take the outer step of the synchronisation that is done; None: it has caught up instead."""
+        before = self.diloco.round
         commit = self.diloco.finish()
-        self.samples.accept(self.diloco.assignment, self.quorum.term)
+        if commit is None:
+            self._write_caught_up(before)
         return commit
 
     def _catch_up(self) -> None:
         """Go on from the round that was committed without this worker."""
+        before = self.diloco.round
         self.diloco.catch_up()
-        self.samples.accept(self.diloco.assignment, self.quorum.term)
+        self._write_caught_up(before)
+        self._accept()
+
+    def _accept(self) -> None:
+        """Go on with the samples that the quorum has assigned last."""
+        if self.samples.accept(self.diloco.assignment, self.quorum.term):
+            self.metrics.write("assignment", **evidence.assignment(self.parts))
 
     def _take_assignment(self) -> None:
         """Wait until this worker has samples to train on."""
         try:
             self.diloco.accept(self._ask(self.quorum.assign, self.samples.ledger.assignment.round_id))
         except Superseded:
-            self.diloco.catch_up()
-        self.samples.accept(self.diloco.assignment, self.quorum.term)
+            self._catch_up()
+        else:
+            self._accept()
 
     def _final_state_is_agreed(self) -> bool:
         """Whether this worker's final state is the one that most members hold; if not, it has caught up."""
@@ -288,12 +314,13 @@ class Worker:
         return answer.result()
 
     def _attend(self) -> None:
-        """Between two steps, and while it waits: serve joiners, and save once when too few workers are left to go on:
-        the run may end while it waits for others."""
+        """Between two steps, and while it waits: serve joiners; save once when too few workers are left to go on, or
+        when some leave: the run may end before the next save, or those who leave may take the newest state along."""
         self.moments.refresh()
-        if self.quorum.shortage and not self._shortage_saved:
+        reasons = self.quorum.shortage, self.quorum.departing
+        if (reasons[0] and not self._saved_for[0]) or reasons[1] - self._saved_for[1]:
             self.saving.save()
-        self._shortage_saved = self.quorum.shortage
+        self._saved_for = reasons
 
     def _validate(self) -> None:
         """Score the global parameters on this worker's part of the held-out samples."""
@@ -308,15 +335,19 @@ class Worker:
 
     # Events
 
-    def _write_round(self, commit: Commit | None, before: int, seconds: float) -> None:
-        """Report the round that this worker has taken part in, and the ones that were committed without it."""
-        progress, round = self.progress, self.diloco.round
+    def _write_caught_up(self, before: int) -> None:
+        """Report that this worker has taken over the state of the others; `before` is the round of its own."""
         self.parts.keep_state()
-        own = round - (commit is not None)
-        if own > before:
-            self.metrics.write("membership", change="caught up", round=own, missed=own - before)
+        missed = max(0, self.diloco.round - before)
+        held = evidence.held(self.parts)
+        self.metrics.write("membership", change="caught up", round=self.diloco.round, missed=missed, **held)
+
+    def _write_round(self, commit: Commit | None) -> None:
+        """Report a round that this worker has taken part in, if it has."""
         if commit is None:
             return
+        self.parts.keep_state()
+        progress, round, seconds = self.progress, self.diloco.round, time.perf_counter() - self._round_began
         if commit.reduced.weight == 0:
             self.metrics.warn(f"round {round} moved nothing: no worker's pseudo-gradient was finite")
         if commit.members != progress.members:
@@ -343,6 +374,7 @@ class Worker:
             inner_steps=len(losses),
             samples=len(losses) * self.config.batch_size,
             **self.throughput.end_round(seconds),
+            **evidence.agreed(commit, self._unused),
         )
 
     def _write_end(self, status: str, reason: str = "") -> None:
@@ -355,4 +387,5 @@ class Worker:
             skipped_steps=self.progress.skipped,
             samples=self.progress.samples,
             global_hash=self.diloco.state.hash(),
+            **evidence.left(self.parts),
         )

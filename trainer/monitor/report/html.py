@@ -20,6 +20,7 @@ from trainer.monitor.report.curves import last_finite
 from trainer.monitor.report.run import RunHistory, read_run
 from trainer.monitor.report.summary import write_summary
 from trainer.monitor.report.words import byte_count, count, seconds, short
+from trainer.monitor.verify import judged
 
 VERDICTS = {
     "complete": ("good", "✓", "Complete"),
@@ -41,7 +42,8 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     from trainer.monitor.report.charts import charts
 
     run = read_run(run_dir)
-    write_summary(run_dir)
+    judgement = judged(run.directory)
+    write_summary(run_dir, judgement)
     evaluation = run.evaluation or {}
     tone, mark, verdict = VERDICTS[run.status]
     text = page(
@@ -64,6 +66,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         confusions=tables.confusions(evaluation),
         rounds=tables.rounds(run),
         history=tables.history(run),
+        judgement=judgement,
         settings=tables.settings(run.config),
     )
     path = Path(output) if output else run.directory / "report.html"

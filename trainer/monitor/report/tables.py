@@ -115,6 +115,8 @@ def history(run: RunHistory) -> list[Row]:
     found: dict[tuple[str, str], Row] = {}
     for kind in ("start", "membership", "warning", "end"):
         for worker, event in run.of_kind(kind):
+            if event.get("change") == "joining":  # `start` tells more
+                continue
             text = _in_words(event)
             row = found.setdefault((kind, text), {"time": number(event.get("time")), "workers": []})
             row["workers"].append(worker.name)
