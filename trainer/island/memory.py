@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import TrainingConfig
-from trainer.errors import TrainingError
+from trainer.errors import ConfigError, TrainingError
 from trainer.volume import Volume
 
 ROOT = Path("/dev/shm")  # files in memory (tmpfs)
@@ -60,12 +60,14 @@ class NodeMemory:
             _remove_abandoned(directory.parent)
 
     def require(self, vectors: int) -> None:
-        """Raise TrainingError unless there is room for so many vectors, besides what `forget` removes."""
+        """Raise ConfigError unless there is room for so many vectors, besides what `forget` removes."""
         kept = sum(path.stat().st_size for path in self.directory.glob("life-*/*"))
         need, free = vectors * self.size * BYTES, shutil.disk_usage(self.directory).free + kept
         if need > free:
-            have = f"an island of this model needs {need / 2**30:.3g} GiB of shared memory, and {free / 2**30:.3g} GiB"
-            raise TrainingError(f"{have} are free in {ROOT}: raise its size (a pod's is half of memory_gb)")
+            have = f"needs {need / 2**30:.3g} GiB of shared memory for this model, and {free / 2**30:.3g} GiB are free"
+            raise ConfigError(
+                "inner_parallel", "ddp or fsdp", f"{have} in {ROOT}: raise its size (a pod's is half of memory_gb)"
+            )
 
     def new(self) -> Tensor:
         """A vector of arbitrary numbers. Raises TrainingError if there is no memory for it."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trainer.diloco import Averaged, GlobalState, Nesterov
+from trainer.errors import ConfigError
 from trainer.island.kept import KeptState
 from trainer.island.memory import ABANDONED, ROOT, NodeMemory
 
@@ -81,6 +82,12 @@ def test_memory_that_is_too_small_is_an_error_at_once(directory: Path, monkeypat
     free = os.statvfs(ROOT).f_bavail * os.statvfs(ROOT).f_frsize
     with pytest.raises(RuntimeError, match="is too small for an island of this model"):
         NodeMemory(directory, free // 4 + (1 << 28), leads=True).new()
+    memory = NodeMemory(directory, free // 40, leads=True)
+    memory.require(5)
+    with pytest.raises(
+        ConfigError, match=r"needs .* GiB of shared memory for this model, and .* GiB are free in /dev/shm"
+    ):
+        memory.require(12)
     assert files(directory) == 0
 
 
