@@ -233,7 +233,7 @@ def test_an_island_one_of_whose_processes_dies_starts_again_alone_from_its_memor
     island.until(lambda: trains_with_both(begun))
     assert changes(island).count("took kept state") == 2
 
-    # The other worker has lost nothing. When it dies without a checkpoint, it takes over the sharded optimizer's moments
+    # The other worker has lost nothing. If it dies without a checkpoint, it takes the sharded optimizer's moments
     assert len(other.events("start")) == 1
     steps = [event["step"] for event in other.events("step")]
     assert steps == list(range(1, len(steps) + 1))
