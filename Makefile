@@ -55,7 +55,7 @@ test: $(READY)  ## lint and run all tests that need no cluster and no GPU (ARGS=
 test-faults: $(READY)  ## kill, freeze and disconnect real processes; ends with a table of results (about 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
 
-test-cluster: $(READY)  ## run the steps on KUBECONFIG's cluster, with the image DILOCO_TEST_IMAGE (needs 2.25 CPU, 4.5 GiB of memory, training operator, default storage class)
+test-cluster: $(READY)  ## run the steps on KUBECONFIG's cluster, with the image DILOCO_TEST_IMAGE (needs 2.25 CPU, 4.5 GiB of memory, Kubeflow Trainer or training operator, default storage class)
 	@$(BIN)/python -m pytest -q -rs tests/cluster $(ARGS)
 
 bench: $(READY)  ## run the benchmarks; each prints its measurements

@@ -109,7 +109,7 @@ def _batches(config: Schema) -> Rules:
 
 def _nodes(config: Schema) -> Rules:
     allowed = f"must be from elastic.min_nodes ({config.min_nodes}) to elastic.max_nodes ({config.max_nodes})"
-    elsewhere = config.etcd.endpoints and config.launcher != "pytorchjob"  # other nodes of the run may run elsewhere
+    elsewhere = config.etcd.endpoints and not config.on_cluster  # other nodes of the run may run elsewhere
     least = 1 if elsewhere else config.min_nodes
     yield least <= config.nodes <= config.max_nodes, "nodes", allowed
     names = [site.name for site in config.sites]
@@ -137,9 +137,9 @@ def _ports(config: Schema) -> Rules:
     low, high = map(int, config.port_range.split("-"))
     yield 0 < low <= high < 65536, "port_range", "must be low-high with 1 ≤ low ≤ high ≤ 65535"
     # In a pod it becomes `net.ipv4.ip_local_port_range`, so outgoing connections use it as well.
-    allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = 'pytorchjob'"
+    allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = {config.launcher!r}"
     enough = low >= 1024 and high - low >= _FEWEST_PORTS - 1
-    yield config.launcher != "pytorchjob" or enough, "port_range", allowed
+    yield not config.on_cluster or enough, "port_range", allowed
 
 
 def _etcd(config: Schema) -> Rules:
@@ -165,8 +165,10 @@ def _etcd(config: Schema) -> Rules:
 
 
 def _cluster(config: Schema) -> Rules:
-    allowed = "must be true with launcher = 'pytorchjob': otherwise the trained model is lost with its pods"
-    yield config.launcher != "pytorchjob" or config.storage.enabled, "storage.enabled", allowed
+    allowed = f"must be true with launcher = {config.launcher!r}: otherwise the trained model is lost with its pods"
+    yield not config.on_cluster or config.storage.enabled, "storage.enabled", allowed
+    for name in ("kueue_priority_class", "managed_by"):
+        yield config.kueue_queue or not getattr(config, name), name, "needs a queue (kueue_queue)"
     nccl = config.elastic.nccl
     allowed = f"times socket_nthreads ({nccl.socket_nthreads}) must be at most 64: NCCL's limit"
     within = nccl.nsocks_per_thread * nccl.socket_nthreads <= 64

@@ -150,10 +150,11 @@ class Schema(Group):
         "auto: continue from the newest checkpoint; never: start from scratch; or a checkpoint's path.",
         min_length=1,
     )
-    launcher: Annotated[Literal["auto", "local", "pytorchjob"], COMMON, LOCAL] = parameter(
+    launcher: Annotated[Literal["auto", "local", "pytorchjob", "trainjob"], COMMON, LOCAL] = parameter(
         "auto",
-        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
-        "auto: PyTorchJobs inside a Kubeflow Pipelines step, otherwise local processes.",
+        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob or TrainJob each. "
+        "auto: inside a Kubeflow Pipelines step TrainJobs, or PyTorchJobs if the cluster has only them; otherwise "
+        "local processes.",
     )
     device: Annotated[str, COMMAND, COMMON, LOCAL] = parameter(
         "cuda", "Device to train on: cuda, cuda:<index> or cpu.", pattern=DEVICE
@@ -276,6 +277,20 @@ class Schema(Group):
     service_account: str = parameter(
         "", "Service account of the training's pods, which need no rights. Empty: the namespace's default."
     )
+    kueue_queue: str = parameter(
+        "",
+        "Kueue's LocalQueue for the training's jobs: each worker starts when the queue has quota for it. Empty: none.",
+        pattern=NAMESPACE,
+    )
+    kueue_priority_class: str = parameter(
+        "", "Kueue's WorkloadPriorityClass of the training's jobs. Empty: that of their pods.", pattern=NAMESPACE
+    )
+    priority_class: str = parameter(
+        "", "PriorityClass of the training's pods. Empty: the cluster's default.", pattern=NAMESPACE
+    )
+    managed_by: Literal["", "kueue.x-k8s.io/multikueue"] = parameter(
+        "", "Who runs the training's jobs: MultiKueue, in one of its clusters. Empty: this cluster's own controller."
+    )
     cpu_cores: Annotated[Positive, COMMON] = parameter(16, "CPU limit of a worker's pod, in cores; it requests one.")
     memory_gb: Annotated[Positive, COMMON] = parameter(32, "Memory of a worker's pod, in GB, requested in full.")
     ephemeral_storage_gb: Positive = parameter(100, "Ephemeral storage limit of a pod, in GB; it requests 2.")
@@ -323,6 +338,11 @@ class Schema(Group):
     def overlaps(self) -> bool:
         """Whether inner steps continue during a synchronisation."""
         return self.async_communication or self.overlap_tau > 0
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether workers are pods of a cluster."""
+        return self.launcher in ("pytorchjob", "trainjob")
 
     @property
     def min_nodes(self) -> int:

@@ -17,7 +17,7 @@ from tests.network.proxy import Proxy
 from trainer.transport.credentials import credentials
 from trainer.transport.link import BULK, FRAME_BYTES, Link, LinkError
 from trainer.transport.stream import DATA, HEADER, Header, Key
-from trainer.transport.transport import MOST_STREAMS, Transport
+from trainer.transport.transport import Transport
 
 PLAIN = credentials(SECRET)
 TLS = replace(PLAIN, loopback=True)
@@ -134,11 +134,28 @@ def test_frames_overtake_each_other_where_a_stream_is_slow() -> None:
         assert torch.equal(into, values)
 
 
-@pytest.mark.parametrize(("trip", "expected"), [(0.0, 1), (0.0002, 1), (0.02, 2), (0.05, 4), (0.1, 8), (3.0, 8)])
-def test_the_number_of_streams_follows_from_the_round_trip(trip: float, expected: int) -> None:
+class Measured:
+    """A stream whose round trip and congestion control are known."""
+
+    def __init__(self, trip: float, bbr: bool) -> None:
+        self._trip, self._bbr = trip, bbr
+
+    def round_trip(self) -> float:
+        return self._trip
+
+    def has_bbr(self) -> bool:
+        return self._bbr
+
+
+@pytest.mark.parametrize(
+    ("trip", "bbr", "expected"), [(0.0, True, 1), (0.0002, False, 1), (0.1, True, 4), (3.0, True, 4)]
+)
+def test_the_number_of_streams_follows_from_the_round_trip(trip: float, bbr: bool, expected: int) -> None:
+    first: Any = Measured(trip, bbr)
     with member(0) as here, member(1, streams=5) as fixed:
-        assert here._streams_for(trip) == expected <= MOST_STREAMS
-        assert fixed._streams_for(trip) == 5
+        assert here._streams_for(first) == expected
+        assert here._streams_for(Measured(3.0, False)) > 4  # type: ignore[arg-type]
+        assert fixed._streams_for(first) == 5
 
 
 def test_members_with_different_numbers_of_streams() -> None:

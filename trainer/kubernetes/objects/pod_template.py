@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from trainer.config import TrainingConfig, given
+from trainer.kubernetes.api.kinds import PYTORCH_JOB, TRAIN_JOB
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
 from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site, Vendor
@@ -23,7 +24,7 @@ CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
 CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
 RESULT_PORT = 7001  # of a pod that serves a result
 TOKEN_KEY = "token"  # in the run's Secret: the token that entitles to a result
-CONTAINER = "pytorch"  # the training operator's name for a job's main container
+CONTAINERS = {PYTORCH_JOB: "pytorch", TRAIN_JOB: "node"}  # what the controllers call a training pod's main container
 
 _LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # smallest requests: cores, GiB, GiB
 
@@ -54,6 +55,7 @@ def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, .
         "runtimeClassName": site.runtime_class,
         "affinity": _affinity(plan, site, step),
         "serviceAccountName": plan.config.service_account,
+        "priorityClassName": plan.config.priority_class if step == "train" else "",
         "imagePullSecrets": [{"name": name} for name in plan.config.image_pull_secrets],
     }
     spec |= {key: value for key, value in optional.items() if value}
@@ -69,7 +71,7 @@ def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, .
 def _container(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, ...]) -> Object:
     site = worker.site
     container: Object = {
-        "name": CONTAINER if step == "train" else step,
+        "name": CONTAINERS[plan.kind] if step == "train" else step,
         "image": site.image,
         "command": ["python", "-m", "trainer", "pod", step],
         "args": ["--config", CONFIG_FILE, *arguments],
@@ -120,7 +122,7 @@ def _has_gpus(site: Site, step: Step) -> bool:
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     config = plan.config
     values: dict[str, object] = {"HOME": "/tmp"}  # other images may have no writable home
-    if step != "train":  # the operator sets it in a PyTorchJob's pods
+    if step != "train" or plan.kind is not PYTORCH_JOB:  # there the training operator sets it
         values["PYTHONUNBUFFERED"] = 1
     if site.vendor == "nvidia" and not _has_gpus(site, step):
         values["NVIDIA_VISIBLE_DEVICES"] = "void"  # else NVIDIA's runtime class shows all GPUs to the pod
@@ -194,13 +196,14 @@ def _mounts(plan: Plan, worker: WorkerPlan, step: Step) -> list[Object]:
 def _data_mounts(plan: Plan, worker: WorkerPlan, step: Step) -> list[Object]:
     """The mounts of the claim.
 
-    A worker's own claim is mounted at `/data`. Of a shared claim, `/data` is a folder named like the worker's pod, and
-    models and datasets are one folder for all workers. Directories outside of `/data` are folders of the claim, too.
+    A worker's own claim is mounted at `/data`. Of a shared claim, `/data` is the worker's folder, and models and
+    datasets are one folder for all workers. Directories outside of `/data` are folders of the claim, too.
     """
     volume = Volume.of(plan.config)
     folders = {"models": volume.models, "datasets": volume.datasets, "checkpoints": volume.checkpoints.parent}
-    own = {"subPathExpr": "$(POD_NAME)"} if step == "train" else {"subPath": worker.pod}
-    if plan.a_job_a_worker:
+    several = step == "train" and not plan.a_job_a_worker  # pods of one template, each named like its worker's folder
+    own = {"subPathExpr": "$(POD_NAME)"} if several else {"subPath": worker.folder}
+    if plan.a_claim_a_worker:
         own = {}
     mounts: list[Object] = [{"name": "data", "mountPath": DATA, **own}]
     for folder, path in folders.items():
@@ -252,7 +255,7 @@ def _affinity(plan: Plan, site: Site, step: Step) -> Object:
     if site.vendor != "cpu":
         affinity["nodeAffinity"] = {preferred: _gpu_preference(plan.config, site.vendor)}
     if step in ("train", "precache") and len(plan.workers) > 1:
-        others = {"matchLabels": {**plan.own_labels, "app.kubernetes.io/component": step}}
+        others = {"matchLabels": {**plan.own_labels, names.COMPONENT_LABEL: step}}
         term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": others}
         affinity["podAntiAffinity"] = {preferred: [{"weight": 100, "podAffinityTerm": term}]}
     return affinity

@@ -1,7 +1,9 @@
 """The objects of a training as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
 
-With `--config FILE` (and the flags of all parameters) it prints the objects. `make manifests` renders `manifests/`:
-`examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, and etcd's settings, `base/etcd.env`, from `etcd.…`.
+With `--config FILE` (and the flags of all parameters) it prints the objects; the jobs are
+TrainJobs, unless `launcher` says otherwise.
+`make manifests` renders `manifests/`: `examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, and etcd's
+settings, `base/etcd.env`, from `etcd.…`.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from trainer.files import write_text
 from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, run_secret, step_job
 from trainer.kubernetes.objects.plan import Object, Plan, plan
 from trainer.kubernetes.objects.pod_template import RESULTS
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.version import DEFAULT_IMAGE
 
 # Parameter, by flat name, and the variable that etcd reads (https://etcd.io/docs/v3.5/op-guide/configuration/).
@@ -30,12 +32,18 @@ ETCD_SETTINGS = {
 
 
 class _Readable(yaml.SafeDumper):
-    """Writes multi-line texts as blocks, not as one line with escapes."""
+    """Writes multi-line texts as blocks, not as one line with escapes, and lists of numbers in one line."""
 
 
 _Readable.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+_Readable.add_representer(
+    list,
+    lambda dumper, items: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq", items, flow_style=bool(items) and all(isinstance(item, int) for item in items)
+    ),
 )
 
 
@@ -46,7 +54,8 @@ def objects(plan: Plan) -> Iterator[Object]:
     yield run_secret(plan, "made by each step that needs one")
     yield network_policy(plan)
     yield from (step_job(plan, worker, "precache") for worker in plan.claimants)
-    yield from training_jobs(plan)
+    for job in training_jobs(plan):
+        yield from job.all
     yield from (step_job(plan, plan.workers[0], what) for what in RESULTS)
 
 
@@ -80,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     config = config_from_arguments(parsed)
     if parsed.manifests is None:
-        print(render(config.with_values(launcher="pytorchjob")), end="")
+        print(render(config if config.on_cluster else config.with_values(launcher="trainjob")), end="")
     else:
         for path in render_manifests(parsed.manifests, config):
             print(path)
