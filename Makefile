@@ -61,6 +61,9 @@ test-cluster: $(READY)  ## run the steps on KUBECONFIG's cluster, with the image
 bench: $(READY)  ## run the benchmarks; each prints its measurements
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
+bench-gpu: $(READY)  ## measure on this machine's GPUs, in under 8 minutes and without a network
+	@$(BIN)/python tests/benchmarks/bench_gpu.py $(ARGS)
+
 lint: $(READY)  ## ruff, mypy, the import contract and spelling
 	@$(LINT)
 
@@ -91,4 +94,4 @@ clean:  ## remove build outputs and caches, but not .venv and runs/
 clean-runs:  ## remove runs/ with all checkpoints, models and reports
 	rm -rf runs
 
-.PHONY: help setup run test test-faults test-cluster bench lint format compile submit schedule build manifests clean clean-runs
+.PHONY: help setup run test test-faults test-cluster bench bench-gpu lint format compile submit schedule build manifests clean clean-runs

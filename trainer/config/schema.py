@@ -105,6 +105,16 @@ class Schema(Group):
     outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = parameter(
         float(UNSET), "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback."
     )
+    inner_parallel: Annotated[Literal["none", "ddp", "fsdp"], COMMON] = parameter(
+        "none",
+        "none: each process is a worker. ddp, fsdp: a node's elastic.nproc_per_node processes are one worker (an "
+        "island), with a copy of the model each (ddp) or a part of it each (fsdp).",
+    )
+    activation_checkpointing: Annotated[Literal["none", "block"], LOCAL] = parameter(
+        "none",
+        "block: keep only the inputs of a transformer's blocks for the backward pass, and compute the rest again: less "
+        "memory, and about a third more work.",
+    )
     max_skipped_steps: NonNegative = parameter(
         10, "Maximum number of consecutive inner steps skipped because loss or gradient is not finite."
     )
@@ -338,6 +348,20 @@ class Schema(Group):
     def overlaps(self) -> bool:
         """Whether inner steps continue during a synchronisation."""
         return self.async_communication or self.overlap_tau > 0
+
+    @property
+    def island(self) -> int:
+        """Processes of a worker; 0: each process is one (`inner_parallel` none)."""
+        return 0 if self.inner_parallel == "none" else self.elastic.nproc_per_node
+
+    @property
+    def workers_per_node(self) -> int:
+        return 1 if self.island else self.elastic.nproc_per_node
+
+    @property
+    def process_batch_size(self) -> int:
+        """Samples that a process consumes in an inner step."""
+        return self.batch_size // (self.island or 1)
 
     @property
     def on_cluster(self) -> bool:

@@ -72,7 +72,7 @@ def rules_of(config: "TrainingConfig") -> Rules:
     wait = min(config.lost_state_wait, config.elastic.rdzv_timeout / 2)  # before the members give up
     return Rules(
         min_nodes=config.min_nodes,
-        max_members=config.max_nodes * config.elastic.nproc_per_node,
+        max_members=config.max_nodes * config.workers_per_node,
         grace_period=config.grace_period,
         retry_period=config.collective_timeout + 1,
         forget_period=config.lease_ttl + 2,

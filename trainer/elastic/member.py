@@ -70,7 +70,7 @@ class ElasticQuorum:
         self._config, self._fingerprint, self._timeouts = config, fingerprint, timeouts
         stopping, self._left = stopping or threading.Event(), threading.Event()
         self._slot, self._local_rank = number_from(SLOT_VARIABLE), number_from("LOCAL_RANK")
-        self.worker = self._slot * config.elastic.nproc_per_node + self._local_rank
+        self.worker = self._slot * config.workers_per_node + self._local_rank
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
         self._rules = rules_of(config)
         self._machine = MemberMachine(self.id, self._rules)

@@ -119,17 +119,17 @@ class _Run:
     def _add(self, nodes: int) -> None:
         """Prepare agents for `nodes` nodes."""
         self._desired = nodes
-        processes = self._config.elastic.nproc_per_node
-        environment = _environment(nodes * processes)
+        own = self._config.workers_per_node
+        environment = _environment(nodes * self._config.elastic.nproc_per_node)
         workers = worker_configs(with_nodes(self._config, nodes))
         for node in range(len(self._agents), nodes):
             path = Path(workers[node].run_dir) / "config.json"
             write_json(path, workers[node].model_dump(mode="json"))
             log = self._run_dir / "logs" / f"worker-{node}.log"
             self._agents.append(AgentProcess(node, path, log, self._command, environment))
-            for rank in range(processes):
+            for rank in range(own):
                 metrics = Volume.of(workers[node], rank).metrics
-                self._progress.append(WorkerProgress(node * processes + rank, metrics))
+                self._progress.append(WorkerProgress(node * own + rank, metrics))
 
     def follow(self) -> int:
         """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
@@ -250,7 +250,7 @@ class _Run:
             agent.leaving = False
             agent.start()
             for worker in self._progress:
-                if worker.number // self._config.elastic.nproc_per_node == agent.node:
+                if worker.number // self._config.workers_per_node == agent.node:
                     worker.state = "joining"
 
     def _reason(self, agent: AgentProcess) -> str:
@@ -335,8 +335,8 @@ def _summarise(run_dir: Path) -> None:
         print(f"warning: no summary.json: {error}", file=sys.stderr, flush=True)
 
 
-def _environment(workers: int) -> dict[str, str]:
+def _environment(processes: int) -> dict[str, str]:
     """The agents' environment, without parameters: their configuration file has these."""
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     return {"OMP_NUM_THREADS": str(threads)} | environment

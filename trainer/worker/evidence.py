@@ -22,7 +22,7 @@ def held(parts: Parts) -> dict[str, Any]:
 
 def assignment(parts: Parts) -> dict[str, Any]:
     """The samples that a worker goes on with."""
-    ledger = parts.samples.ledger
+    ledger = parts.process.samples.ledger
     current = ledger.assignment
     return {
         "term": current.term,
@@ -48,5 +48,5 @@ def agreed(commit: Commit, unused: Sequence[Range]) -> dict[str, Any]:
 
 def left(parts: Parts) -> dict[str, Any]:
     """What a worker returns when it leaves."""
-    rest = parts.samples.ledger.rest()
+    rest = parts.process.samples.ledger.rest()
     return {"term": parts.quorum.term, "unused": rest.ranges if rest.term == parts.quorum.term else ()}

@@ -318,3 +318,8 @@ def test_a_run_without_a_name_is_refused() -> None:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob"})
     with pytest.raises(ConfigError, match="run_id"):
         plan(config, namespace="team", image="i")
+
+
+def test_a_batch_that_an_islands_gpus_cannot_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size = 512: must be a multiple of elastic.nproc_per_node \(3\)"):
+        planned(inner_parallel="ddp", gpu_count=3)

@@ -66,6 +66,11 @@ def pod_of(job: dict[str, Any]) -> dict[str, Any]:
     return job["spec"]["template"]["spec"]
 
 
+def shared_memory(rendered: Rendered) -> str:
+    volumes = {volume["name"]: volume for volume in rendered.pod["volumes"]}
+    return str(volumes["shared-memory"]["emptyDir"]["sizeLimit"])
+
+
 def limits(rendered: Rendered) -> dict[str, str]:
     return rendered.container["resources"]["limits"]
 
@@ -106,6 +111,7 @@ def test_workers_are_on_nodes_of_their_own_where_there_are_enough() -> None:
 
 BOTH = {"gpu_amd_image": "rocm", "nodes": 5}
 DDP = {"optim_method": "ddp"}
+ISLAND = {"inner_parallel": "fsdp", "gpu_count": 4}
 PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({"deployment_name": "gpt"}, lambda r: r.job["metadata"]["name"], "gpt-mine-nvidia-0"),
     ({"deployment_name": "gpt"}, lambda r: r.claim["metadata"]["name"], "gpt-nvidia-worker-0-data"),
@@ -143,6 +149,16 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({"nodes": 4, "elastic_min_nodes": 3}, lambda r: r.elastic["minReplicas"], 3),
     ({"elastic_max_nodes": 9}, lambda r: r.elastic["maxReplicas"], 9),
     ({"elastic_nproc_per_node": 4}, lambda r: r.job["spec"]["nprocPerNode"], "4"),
+    (ISLAND, lambda r: r.job["spec"]["nprocPerNode"], "4"),
+    (ISLAND, lambda r: (r.env["DILOCO_ELASTIC_NPROC_PER_NODE"], "NCCL_DEBUG" in r.env), ("4", True)),
+    ({"gpu_count": 4}, lambda r: r.job["spec"]["nprocPerNode"], "1"),
+    ({**ISLAND, "memory_gb": 64}, shared_memory, "32Gi"),
+    ({"memory_gb": 64}, shared_memory, "16Gi"),
+    (
+        {**ISLAND, "metrics_port": 9000},
+        lambda r: network_policy(r.plan)["spec"]["ingress"][2]["ports"],
+        [{"protocol": "TCP", "port": 9000, "endPort": 9000}],
+    ),
     ({"elastic_max_restarts": 8}, lambda r: r.elastic["maxRestarts"], 8),
     ({"elastic_rdzv_timeout": 900}, lambda r: r.rendezvous["timeout"], "900.0"),
     ({"lease_ttl": 20}, lambda r: r.rendezvous["lease_ttl"], "20.0"),

@@ -87,7 +87,7 @@ def network_policy(plan: Plan) -> Object:
     }
     scrapers: list[Object] = []
     if port := given(plan.config.metrics_port):
-        last = port + plan.config.elastic.nproc_per_node - 1
+        last = port + plan.config.workers_per_node - 1
         ports = {"protocol": "TCP", "port": port, "endPort": last}
         scrapers = [{"from": [{"namespaceSelector": {}}], "ports": [ports]}]
     return {

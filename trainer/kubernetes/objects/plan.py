@@ -113,6 +113,10 @@ class Plan:
         first = {worker.claim: worker for worker in reversed(self.workers)}
         return tuple(reversed(first.values()))
 
+    def processes(self, site: Site) -> int:
+        """Processes of a worker's pod: an island has one for each of its site's GPUs."""
+        return site.gpu_count if self.config.island and site.gpu_count else self.config.elastic.nproc_per_node
+
     def metadata(self, name: str, component: str, worker: WorkerPlan | None = None) -> Object:
         """`metadata` of an object that belongs to the run and ends with the workflow."""
         labels = self.labels(component, worker)
@@ -147,7 +151,7 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | 
             deletes objects whose owner is in another one. Not as the controller, which would manage it.
 
     Raises:
-        ConfigError: No run id; `nodes` cannot be split over the GPU vendors.
+        ConfigError: No run id; `nodes` cannot be split over the GPU vendors, or an island's batch over its GPUs.
     """
     if not config.run_id:
         raise ConfigError("run_id", "", "must name the run")
@@ -157,7 +161,10 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | 
         _worker(config, index, site, replica)
         for index, (site, replica) in enumerate((site, replica) for site in sites for replica in range(site.replicas))
     )
-    return Plan(config, namespace, owner, sites, workers)
+    made = Plan(config, namespace, owner, sites, workers)
+    for site in sites:
+        config.with_values(elastic_nproc_per_node=made.processes(site))  # refuses a batch that its GPUs cannot share
+    return made
 
 
 def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> WorkerPlan:

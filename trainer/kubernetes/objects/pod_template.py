@@ -128,7 +128,9 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         values["NVIDIA_VISIBLE_DEVICES"] = "void"  # else NVIDIA's runtime class shows all GPUs to the pod
     if site.device == "cpu" and config.device != "cpu":
         values["DILOCO_DEVICE"] = "cpu"
-    if step == "train" and site.vendor != "cpu" and config.optim_method == "ddp":  # gloo connects all other workers
+    if step == "train" and (processes := plan.processes(site)) != config.elastic.nproc_per_node:
+        values["DILOCO_ELASTIC_NPROC_PER_NODE"] = processes
+    if step == "train" and site.vendor != "cpu" and (config.optim_method == "ddp" or config.island):
         values |= _nccl(config)
     environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     fields = {"POD_NAME": "metadata.name"}
@@ -167,7 +169,9 @@ def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> 
 
 
 def _volumes(plan: Plan, worker: WorkerPlan) -> list[Object]:
-    shared_memory = f"{max(1, plan.config.memory_gb // 4)}Gi"  # counts as the pod's memory
+    # It counts as the pod's memory. An island has the global state in it, and what a synchronisation needs.
+    part = 2 if plan.config.island else 4
+    shared_memory = f"{max(1, plan.config.memory_gb // part)}Gi"
     volumes: list[Object] = [
         {"name": "data", "persistentVolumeClaim": {"claimName": worker.claim}},
         {"name": "config", "configMap": {"name": names.name(plan.name, "config")}},

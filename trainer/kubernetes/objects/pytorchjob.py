@@ -31,7 +31,7 @@ def job(plan: Plan, first: WorkerPlan) -> JobObjects:
         "metadata": plan.job_metadata(first),
         "spec": {
             "elasticPolicy": _elastic_policy(plan),
-            "nprocPerNode": str(config.elastic.nproc_per_node),
+            "nprocPerNode": str(plan.processes(first.site)),
             "runPolicy": run_policy,
             "pytorchReplicaSpecs": {
                 "Worker": {

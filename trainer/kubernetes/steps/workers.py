@@ -24,7 +24,7 @@ class TrainingView:
 
     def __init__(self, plan: Plan, directory: Path, dashboard: Dashboard, shown: View) -> None:
         self._plan, self._dashboard, self._shown = plan, dashboard, shown
-        self._processes = plan.config.elastic.nproc_per_node
+        self._processes = plan.config.workers_per_node
         self._trained: set[str] = set()  # uids of pods that have trained a step
         self._events = WorkerEvents(directory, self._processes)
         self._progress = [

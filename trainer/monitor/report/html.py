@@ -152,6 +152,14 @@ def _tiles(run: RunHistory) -> list[Tile]:
     if run.samples and wall > 0:
         rate, unit = (run.tokens, run.unit) if run.tokens else (run.samples, "samples")
         tiles.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
+    if math.isfinite(rate := run.typical("flops_per_second")):
+        mfu = run.typical("mfu")
+        note = f"{mfu:.1%} of the devices' peak (MFU)" if math.isfinite(mfu) else "median of the rounds"
+        tiles.append(Tile("Model FLOPs", short(rate), "a second and worker", note))
+    if math.isfinite(run.peak_memory):
+        value, unit = byte_count(run.peak_memory).split(" ")
+        note = f"{short(run.peak_memory / run.parameters)} bytes a parameter" if run.parameters else ""
+        tiles.append(Tile("Peak memory", value, f"{unit} a process", note))
     if math.isfinite(run.goodput):
         note = "spent in inner steps that were kept"
         tiles.append(Tile("Goodput", f"{100 * run.goodput:.1f}", "% of wall time", note))

@@ -38,7 +38,8 @@ def summary(run: RunHistory, judgement: Judgement | None = None) -> dict[str, An
         **{name: getattr(run, name) for name in ("exposed_share", "wall_seconds")},
         "samples_per_second": run.samples / wall if wall > 0 else None,
         "tokens_per_second": run.tokens / wall if wall > 0 else None,
-        "goodput": run.goodput,
+        **{name: run.typical(name) for name in ("flops_per_second", "mfu")},
+        **{name: getattr(run, name) for name in ("peak_memory", "goodput")},
         "workers": {
             worker.name: {"status": worker.status, "steps": len(worker.steps), "goodput": worker.goodput}
             for worker in run.workers

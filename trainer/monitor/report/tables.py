@@ -18,7 +18,12 @@ MOST_ROWS = 200  # of the table of rounds, and of the history
 MOST_CLASSES = 20  # of a confusion matrix that is shown; of a larger one the most frequent confusions are
 MOST_CONFUSIONS = 20
 # Changes of the membership, in words.
-CHANGES = {"joined": "joined workers", "quorum": "new quorum of workers", "took moments": "took another's moments"}
+CHANGES = {
+    "joined": "joined workers",
+    "quorum": "new quorum of workers",
+    "took moments": "took another's moments",
+    "took kept state": "took the state that its node had kept",
+}
 
 Row = dict[str, Any]
 
