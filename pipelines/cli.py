@@ -134,7 +134,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     config = config_from_arguments(options)
-    if config.launcher == "pytorchjob":
+    if config.launcher not in ("auto", "local"):
         from components.launcher import resolve_launcher
 
         config = resolve_launcher(config)  # in a pod, to its namespace

@@ -462,6 +462,7 @@ def condition(server: ApiServer, kind: str) -> None:
 def test_what_a_job_that_runs_the_whole_pipeline_makes_belongs_to_the_job(
     server: ApiServer, own_pod: dict[str, Any], end: str
 ) -> None:
+    server.granted.add(("get", "batch", "jobs", ""))
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "my-training", "uid": "u-2", "controller": True}
     server.update("pods", "step", lambda pod: pod["metadata"].update(ownerReferences=[owner]))
     server.put("jobs", {"metadata": {"name": "my-training", "uid": "u-2"}, "spec": {}})

@@ -18,10 +18,7 @@ DEPLOYMENT_LABEL = f"{PREFIX}/deployment"
 SITE_LABEL = f"{PREFIX}/site"
 WORKER_LABEL = f"{PREFIX}/worker"
 
-# Secrets that a namespace may have (manifests/). Pods refer to them; a step reads only etcd's.
-WANDB_SECRET = "diloco-wandb"
-HUGGING_FACE_SECRET = "diloco-huggingface"
-ETCD_SECRET = "diloco-etcd-client"
+ETCD_SECRET = "diloco-etcd-client"  # a Secret that a namespace may have (manifests/): a step reads it, pods mount it
 ETCD_SERVICE = "diloco-etcd"  # headless; also the name of its StatefulSet
 
 JOB_LIMIT = LIMIT - len("-worker-63")  # the operator names a job's pods and their Services so

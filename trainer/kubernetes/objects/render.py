@@ -1,7 +1,8 @@
 """The objects of a training as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
 
 With `--config FILE` (and the flags of all parameters) it prints the objects. `make manifests` renders `manifests/`:
-`examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, and etcd's settings, `base/etcd.env`, from `etcd.…`.
+`examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, etcd's settings, `base/etcd.env`, from `etcd.…`, and
+the Helm chart's values and objects (`trainer.kubernetes.objects.chart`).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import yaml
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments, load_config
 from trainer.errors import run_main
 from trainer.files import write_text
+from trainer.kubernetes.objects.chart import chart_files
 from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, run_secret, step_job
 from trainer.kubernetes.objects.plan import Object, Plan, plan
 from trainer.kubernetes.objects.pod_template import RESULTS
@@ -66,6 +68,8 @@ def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
     for file in sorted(root.glob("examples/*/config.yaml")):
         head = f"# Rendered from {file.name} by `make manifests`: the objects that the pipeline's steps would make.\n"
         written[file.with_name("objects.yaml")] = head + render(load_config(file, environ={}))
+    if (root / "chart").is_dir():
+        written |= chart_files(root)
     for path, text in written.items():
         write_text(path, text)
     return list(written)

@@ -26,8 +26,8 @@ class Workflow:
     def has_ended(self, client: Client) -> bool:
         """Whether it was terminated, or is over. Raises TrainingError if it cannot be read.
 
-        KFP terminates a workflow by `spec.activeDeadlineSeconds: 0`, and sets it before the step gets its SIGTERM. A Job
-        is terminated by its deletion, `helm uninstall` for example.
+        KFP terminates a workflow by `spec.activeDeadlineSeconds: 0`, and sets it before the step gets its SIGTERM. A
+        Job is terminated by its deletion, `helm uninstall` for example.
         """
         if self.namespace != client.namespace:
             client = Client(self.namespace, client.timeouts)
