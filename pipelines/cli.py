@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     running = commands.add_parser(
         "run",
         help="run the pipeline from this machine, without a Kubeflow Pipelines backend",
-        description="Run the pipeline on this machine; with `--launcher pytorchjob`, its workers on the cluster of "
-        "KUBECONFIG, or of this pod. The run id of an unfinished run resumes it.",
+        description="Run the pipeline on this machine. With `--launcher pytorchjob` its workers are on the cluster of "
+        "this pod, or of KUBECONFIG if this machine can connect to pods. The run id of an unfinished run resumes it.",
     )
     add_config_flags(running)
     running.set_defaults(command=_run)

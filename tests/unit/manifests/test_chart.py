@@ -45,7 +45,7 @@ diloco.minBatchSize diloco.maxBatchSize diloco.groupPercVariance diloco.compress
 diloco.experimentDescription diloco.experimentTags diloco.seed diloco.wandbLogging diloco.compileModel
 diloco.compileBackend diloco.compileMode diloco.wandbUserKey diloco.huggingfaceToken diloco.hfUpload
 diloco.trainedModelHfName diloco.pgroupBackend
-""".split()
+"""
 
 
 @cache
@@ -98,7 +98,7 @@ def test_the_chart_passes_helms_lint() -> None:
 def test_every_value_of_the_reference_has_its_name_here() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
-    for name in REFERENCE:
+    for name in REFERENCE.split():
         group, here = schema, values
         for key in name.split("."):
             assert group["additionalProperties"] is False
