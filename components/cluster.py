@@ -1,13 +1,22 @@
 """The steps on a cluster: `trainer.kubernetes` runs them, and results come from the workers' volume claims."""
 
+import atexit
+import os
 import shutil
 import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.output import Output, dataset_metadata, evaluation_output, exported_output, training_output
-from components.runtime import IMAGE
+from components.output import (
+    Output,
+    dataset_metadata,
+    evaluation_output,
+    exported_output,
+    link_or_copy,
+    training_output,
+)
+from components.runtime import IMAGE, RUNNER_PID
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.files import read_json, write_json
@@ -23,7 +32,8 @@ class ClusterLauncher:
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"{config.run_id}-"))  # deleted with the step's pod
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"{config.run_id}-"))
+        atexit.register(shutil.rmtree, self._scratch, ignore_errors=True)
 
     @cached_property
     def _context(self) -> "StepContext":
@@ -73,7 +83,11 @@ class ClusterLauncher:
         shutil.copy(directory / "evaluation.json", run_dir)
         if not self._config.storage.retain:
             self._context.clean_up(finished=False, claims=True)
-        return evaluation_output(run_dir, read_json(run_dir / "evaluation.json"), self._context.kubectl)
+        output = evaluation_output(run_dir, read_json(run_dir / "evaluation.json"), self._context.kubectl)
+        if RUNNER_PID in os.environ:  # no backend keeps the artifacts: the results go where those of a local run are
+            link_or_copy(run_dir, self._config.run_dir)
+            link_or_copy(Path(model.path), Path(self._config.run_dir) / "export")
+        return output
 
     def clean_up(self) -> None:
         self._context.clean_up(finished=False)

@@ -45,7 +45,7 @@ def log_metrics(metrics: "dsl.Metrics", values: Mapping[str, Any]) -> None:
         metrics.log_metric(name, float(value if isinstance(value, int) else f"{value:.{DIGITS}g}"))
 
 
-def link_or_copy(source: Path, artifact: str) -> None:
+def link_or_copy(source: Path, artifact: str | Path) -> None:
     """Put a file, or a whole directory, where KFP expects an artifact: as hard links where possible, else as copies."""
     destination = Path(artifact)
     if source.is_dir():

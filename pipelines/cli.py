@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments
 from trainer.errors import ConfigError, outlive_output
-from trainer.files import read_json, require_output, write_text
+from trainer.files import read_json, require_output, require_writable, write_text
 from trainer.timeouts import PipelineTimeouts
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def _parser() -> argparse.ArgumentParser:
 
     running = commands.add_parser(
         "run",
-        help="run the pipeline on this machine",
-        description="Run the pipeline on this machine. The run id of an unfinished run resumes it.",
+        help="run the pipeline from this machine, without a Kubeflow Pipelines backend",
+        description="Run the pipeline on this machine. With `--launcher pytorchjob` its workers are on the cluster of "
+        "this pod, or of KUBECONFIG if this machine can connect to pods. The run id of an unfinished run resumes it.",
     )
     add_config_flags(running)
     running.set_defaults(command=_run)
@@ -132,13 +133,21 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = config_from_arguments(options).resolved()  # launcher=auto means local here
-    if config.launcher != "local":
-        raise ConfigError("launcher", config.launcher, "must be local or auto here: use `submit` to run on a cluster")
-    from pipelines import local
-    from trainer.launch import preflight
+    config = config_from_arguments(options)
+    if config.launcher not in ("auto", "local"):
+        from components.launcher import resolve_launcher
 
-    preflight.check(config)
+        config = resolve_launcher(config)  # in a pod, to its namespace
+    config = config.resolved()  # launcher=auto means local here
+    from pipelines import local
+
+    if config.launcher == "local":
+        from trainer.launch import preflight
+
+        preflight.check(config)
+    else:
+        _check_for_cluster(config)
+        require_writable(Path(config.run_dir), "run_dir", make=False)
     outlive_output()
     print(f"run {config.run_id} in {config.run_dir}; --run-id {config.run_id} resumes it", flush=True)
     local.run(config)
@@ -197,11 +206,16 @@ def _backend(options: argparse.Namespace) -> "PipelineBackend":
 
 def _cluster_config(options: argparse.Namespace) -> TrainingConfig:
     """The configuration of a run on a cluster. Raises ConfigError for a dataset that no machine could precache."""
+    config = config_from_arguments(options)
+    _check_for_cluster(config)
+    return config
+
+
+def _check_for_cluster(config: TrainingConfig) -> None:
+    """Check what can be checked without the cluster's machines. Raises ConfigError."""
     from trainer import data
 
-    config = config_from_arguments(options)
     data.resolve(config).check_parameters()
-    return config
 
 
 def _create_schedule(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Run the pipeline on this machine, through `kfp.local`."""
+"""Run the pipeline from this machine, through `kfp.local`: its workers are here, or on a cluster."""
 
 import io
 import os
@@ -23,10 +23,24 @@ _KFP_INDENT = "    "  # kfp.local indents each line of a step's output, and no o
 
 
 def run(config: TrainingConfig) -> None:
-    """Run the pipeline with a resolved configuration, as `run_pipeline` does."""
+    """Run the pipeline with a resolved configuration, as `run_pipeline` does.
+
+    At the end, what still runs of it on a cluster is stopped: kfp.local has no exit handlers. An interrupted step has
+    decided that itself.
+    """
+    from components.launcher import create_launcher
     from pipelines.pipeline import training_pipeline
 
-    run_pipeline(training_pipeline(exit_handler=False), folded(config.to_flat()), Path(config.run_dir))
+    pipeline, arguments = training_pipeline(exit_handler=False), folded(config.to_flat())
+    try:
+        run_pipeline(pipeline, arguments, Path(config.run_dir))
+    except TrainingError:
+        try:
+            create_launcher(config).clean_up()
+        except TrainingError as error:  # the last line must be the step's own failure
+            print(f"warning: the run's objects are not cleaned up: {error}", file=sys.stderr)
+        raise
+    create_launcher(config).clean_up()
 
 
 def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run_dir: Path) -> Any:

@@ -39,6 +39,12 @@ PLURALS = {
     "trainjobs": ("trainer.kubeflow.org", "v1alpha1", "TrainJob"),
     "trainingruntimes": ("trainer.kubeflow.org", "v1alpha1", "TrainingRuntime"),
     "workflows": ("argoproj.io", "v1alpha1", "Workflow"),
+    "services": ("", "v1", "Service"),
+    "serviceaccounts": ("", "v1", "ServiceAccount"),
+    "statefulsets": ("apps", "v1", "StatefulSet"),
+    "poddisruptionbudgets": ("policy", "v1", "PodDisruptionBudget"),
+    "roles": ("rbac.authorization.k8s.io", "v1", "Role"),
+    "rolebindings": ("rbac.authorization.k8s.io", "v1", "RoleBinding"),
 }
 _PATH = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v1|v1alpha1)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[a-z]+)"

@@ -14,7 +14,7 @@ from trainer.config import TrainingConfig
 from trainer.errors import Interrupted
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.kubernetes.api.client import Client
-from trainer.kubernetes.api.kinds import TRAINING_KINDS
+from trainer.kubernetes.api.kinds import KINDS, TRAINING_KINDS, WORKFLOW
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.steps.step_context import StepContext
 from trainer.kubernetes.steps.workflow import Workflow
@@ -33,6 +33,14 @@ OWNER = {
     "kind": "Workflow",
     "name": "diloco-training-x7k2p",
     "uid": "7b1c0e9e-0000-4000-8000-000000000000",
+}
+
+# Of the chart: it runs the whole pipeline in one pod
+JOB_OWNER = {
+    "apiVersion": "batch/v1",
+    "kind": "Job",
+    "name": "my-training-1a2b3c4d",
+    "uid": "7b1c0e9e-0000-4000-8000-000000000002",
 }
 
 
@@ -84,7 +92,10 @@ class Place:
         base = {"launcher": self.launcher, "run_id": self.run_id, "device": "cpu", "etcd_endpoints": [self._etcd]}
         config = TrainingConfig.from_flat({**base, **quick, **values}).resolved()
         made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=self.owner)
-        workflow = Workflow("default", self.owner["name"], self.owner["uid"]) if self.owner else None
+        workflow = None
+        if self.owner:
+            kind = KINDS.get(self.owner["kind"], WORKFLOW)
+            workflow = Workflow("default", self.owner["name"], self.owner["uid"], kind)
         return StepContext(Client(config.deployment_namespace, self.timeouts), made, self.say, workflow)
 
     def jobs(self) -> dict[str, Object]:

@@ -11,10 +11,46 @@ from typing import Any
 
 from tests.cluster.apiserver import Object
 from tests.cluster.nodes import Cluster
+from trainer.data.manifest import SplitCounts, TextManifest
 from trainer.errors import TrainingError
 from trainer.transport.handover import ResultServer
 
 MANIFEST = {"hash": "abc", "dataset": "files:corpus"}
+
+SPLIT = SplitCounts(documents=1, tokens=64, sequences=1, bytes=64)
+HELD_OUT = TextManifest(
+    **MANIFEST,
+    revision="1",
+    inputs={},
+    versions={},
+    tokenizer="bytes",
+    vocabulary_size=257,
+    eos_token_id=256,
+    sequence_length=64,
+    train=SPLIT,
+    validation=SPLIT,
+    byte_counts=[1] * 256,
+)
+FACTS = {
+    "run_id": "mine",
+    "model": "gpt-neo-x:tiny",
+    "parameters": 1000,
+    "complete": True,
+    "round": 2,
+    "step": 20,
+    "samples": 80,
+    "tokens": 5120,
+}
+SCORES = {"headline": "bits per byte 4.1", "bits_per_byte": 4.1, "time": 1.0, "sample": [], "confusion": None}
+
+
+def whole_results() -> dict[str, str]:
+    """What result pods hand over, complete enough for all steps of the pipeline."""
+    return {
+        "manifest.json": HELD_OUT.model_dump_json(),
+        "training.json": json.dumps(FACTS),
+        "evaluation.json": json.dumps(SCORES),
+    }
 
 
 class Story:

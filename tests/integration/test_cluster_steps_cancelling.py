@@ -14,6 +14,7 @@ import pytest
 from tests.cluster.apiserver import Object
 from tests.cluster.nodes import Cluster
 from tests.cluster.place import (
+    JOB_OWNER,
     OWNER,
     QUICK,
     Died,
@@ -71,6 +72,16 @@ def test_a_training_whose_workflow_has_ended_is_deleted_and_the_claims_are_kept(
     place: Place, tmp_path: Path, end: str
 ) -> None:
     interrupt_training(place, tmp_path, lambda: ENDS[end](place))
+    nothing_but_claims(place)
+
+
+def test_a_training_whose_job_is_deleted_is_deleted_and_the_claims_are_kept(place: Place, tmp_path: Path) -> None:
+    """`helm uninstall`. The Job's own deletion also lets the garbage collector remove what the step cannot."""
+    place.owner = JOB_OWNER
+    metadata = {"name": JOB_OWNER["name"], "uid": JOB_OWNER["uid"]}
+    status = {"conditions": [{"type": "Suspended", "status": "False"}]}  # so that the stand-in makes no pods for it
+    place.server.put("jobs", {"metadata": metadata, "spec": {}, "status": status})
+    interrupt_training(place, tmp_path, lambda: place.server.remove("jobs", JOB_OWNER["name"]))
     nothing_but_claims(place)
 
 

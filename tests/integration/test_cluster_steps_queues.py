@@ -3,7 +3,7 @@
 What a queue does to a job is to set and clear its `suspend` from outside: here the tests do it, as Kueue would.
 """
 
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 from tests.cluster.apiserver import Object
 from tests.cluster.nodes import Cluster
 from tests.cluster.place import Place, both_kinds, worker_of
+from trainer.elastic.keys import finish
+from trainer.kubernetes.steps.job_follower import JobFollower, Message
 from trainer.kubernetes.steps.training import train
 
 pytestmark = pytest.mark.timeout(600)
@@ -27,17 +29,6 @@ def set_suspend(place: Place, value: bool, *workers: int) -> None:
     for name, job in place.jobs().items():
         if int(job["metadata"]["labels"]["diloco-pipelines/worker"]) in workers:
             place.server.update(place.kind.plural, name, change)
-
-
-def then(*steps: tuple[str, Callable[[], None]]) -> Callable[[str], None]:
-    """When the step has printed these words, one after the other, do this."""
-    left = list(steps)
-
-    def on_line(line: str) -> None:
-        if left and left[0][0] in line:
-            left.pop(0)[1]()
-
-    return on_line
 
 
 @pytest.fixture
@@ -78,6 +69,28 @@ def test_a_queue_that_admits_some_gives_a_smaller_training_that_grows(queued: Pl
     assert not queued.said("failed")
 
 
+def test_waiting_for_quota_is_no_failure_to_start(
+    queued: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes: here longer than `rdzv_timeout`, until somebody ends the run."""
+    here, observe, began = (
+        queued.context(kueue_queue="team", elastic_rdzv_timeout=1.1),
+        JobFollower.observe,
+        time.monotonic(),
+    )
+
+    def observe_for_long(self: JobFollower) -> list[Message]:
+        if time.monotonic() > began + 2 * here.plan.config.elastic.rdzv_timeout:
+            with queued.etcd() as etcd:
+                finish(etcd, "succeeded")
+        return observe(self)
+
+    monkeypatch.setattr(JobFollower, "observe", observe_for_long)
+    train(here, tmp_path / "run")
+    assert queued.said("worker 1 waits for quota in queue team")
+    assert not queued.server.all("pods")
+
+
 @both_kinds
 def test_a_preempted_worker_leaves_as_for_sigterm_and_comes_back_with_its_claim(place: Place, tmp_path: Path) -> None:
     claims: list[str] = []
@@ -112,13 +125,13 @@ def test_a_preempted_worker_leaves_as_for_sigterm_and_comes_back_with_its_claim(
 def test_a_job_that_a_person_suspends_is_waited_for(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
 
-    def resume() -> None:
-        set_suspend(place, False, 1)
-        place.story.released.set()
+    def on_line(line: str) -> None:
+        if line.startswith("worker 1 runs on node"):
+            set_suspend(place, True, 1)
+        elif line.endswith(" is suspended"):
+            set_suspend(place, False, 1)
+            place.on_line = lambda line: place.story.released.set() if "worker 1 runs on node" in line else None
 
-    place.on_line = then(
-        ("worker 1 runs on node", lambda: set_suspend(place, True, 1)),
-        (f"worker 1 waits: {place.kind.name} ", resume),
-    )
+    place.on_line = on_line
     train(place.context(), tmp_path / "run")
-    assert any(line.startswith("worker 1 waits: ") and line.endswith(" is suspended") for line in place.lines)
+    assert any(line.startswith(f"worker 1 waits: {place.kind.name} ") for line in place.lines)

@@ -275,3 +275,12 @@ def test_a_lost_state_is_given_up_after_a_while(start: Callable[..., Worker], cl
     assert record is not None
     assert (record.value["term"], record.value["round"], record.value["lost"]) == (4, 1, 5)
     assert worker.quorum.term == 4
+
+
+def test_what_members_send_is_what_members_receive(start: Callable[..., Worker], pool: ThreadPoolExecutor) -> None:
+    """Whoever begins first: bytes that arrive before a member begins its own collective count, too."""
+    workers = list(pool.map(Worker.join, [start(0), start(1)]))
+    rounds = [list(pool.map(Worker.round, workers, (1.0, 1.0))) for _ in range(8)]
+    for commits in rounds[1:]:  # the first one also has the handshakes
+        sent, received = (sum(getattr(one, name) or 0 for one in commits) for name in ("bytes_sent", "bytes_received"))
+        assert sent == received > 0

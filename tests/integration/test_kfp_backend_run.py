@@ -18,41 +18,15 @@ from pipelines.cli import main
 from pipelines.pipeline import compiled
 from tests.cluster.apiserver import ApiServer, Object, serving
 from tests.cluster.nodes import Cluster
-from tests.cluster.story import MANIFEST, Story
+from tests.cluster.story import Story, whole_results
 from tests.kfp_backend.driver import FLAVOURS, Flavour
 from tests.kfp_backend.server import Backend
-from trainer.data.manifest import SplitCounts, TextManifest
 from trainer.errors import TrainingError
 from trainer.kubernetes.api.kinds import TRAINING_KINDS, JobKind
 from trainer.timeouts import PipelineTimeouts
 
 STEPS = ("precache", "train", "export", "evaluate")
 QUICK = PipelineTimeouts(poll=0.1, read_log=0.1)
-SPLIT = SplitCounts(documents=1, tokens=64, sequences=1, bytes=64)
-HELD_OUT = TextManifest(
-    **MANIFEST,
-    revision="1",
-    inputs={},
-    versions={},
-    tokenizer="bytes",
-    vocabulary_size=257,
-    eos_token_id=256,
-    sequence_length=64,
-    train=SPLIT,
-    validation=SPLIT,
-    byte_counts=[1] * 256,
-)
-FACTS = {
-    "run_id": "mine",
-    "model": "gpt-neo-x:tiny",
-    "parameters": 1000,
-    "complete": True,
-    "round": 2,
-    "step": 20,
-    "samples": 80,
-    "tokens": 5120,
-}
-SCORES = {"headline": "bits per byte 4.1", "bits_per_byte": 4.1, "time": 1.0, "sample": [], "confusion": None}
 
 
 class Place:
@@ -144,11 +118,7 @@ def place(
     flavour: Flavour, launcher: str, etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Place]:
     story = Story()
-    story.results = {
-        "manifest.json": HELD_OUT.model_dump_json(),
-        "training.json": json.dumps(FACTS),
-        "evaluation.json": json.dumps(SCORES),
-    }
+    story.results = whole_results()
     with ExitStack() as resources:
         server = resources.enter_context(serving())
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kube_tools import helm
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
@@ -51,7 +53,7 @@ def test_the_readme_opens_with_the_two_commands() -> None:
 
 def test_every_command_is_checked_by_a_test_below() -> None:
     checked = {*OURS, *PROGRAMS}
-    for program in ("make", "kfp", "kubectl", "torchrun"):
+    for program in ("make", "kfp", "kubectl", "helm", "torchrun"):
         checked.update(commands(program))
     harmless = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
     assert sorted(set(COMMANDS) - checked - harmless) == []
@@ -100,6 +102,16 @@ def test_what_kubectl_applies_exists() -> None:
         for flag in {"-k", "-f"} & set(words):
             if words[1] == "apply":
                 assert (ROOT / words[words.index(flag) + 1]).exists(), command
+
+
+def test_helm_takes_the_commands_and_their_values() -> None:
+    for command in commands("helm"):
+        _, action, release, *words = shlex.split(command)
+        assert action in ("install", "upgrade", "uninstall")
+        if action != "uninstall":
+            chart, *flags = (word for word in words if word != "--reuse-values")
+            made = helm("template", release, ROOT / chart, *flags)
+            assert made.returncode == 0, f"{command}: {made.stderr}"
 
 
 def test_kfp_takes_the_command_and_its_parameters() -> None:

@@ -23,6 +23,7 @@ Tag = Annotated[str, Field(min_length=1, max_length=64)]  # the limits of Weight
 RUN_ID = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})?$"  # it names directories, keys and Weights & Biases runs
 WANDB_PROJECT = r"^[^/\\#?%:]{0,128}$"
 WANDB_RUN_ID = r"^[^\s:;,#?/']{0,120}$"
+SECRET_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"  # a DNS subdomain
 PORT_RANGE = r"^([0-9]{1,5}-[0-9]{1,5})?$"
 DEVICE = r"^(cpu|cuda(:\d+)?)$"
 LABEL = r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"  # DNS-1035
@@ -34,6 +35,7 @@ IN_WORDS = {
     PORT_RANGE: "must be low-high, for example 7000-7099",
     DEVICE: "must be cpu, cuda or cuda:<index>",
     LABEL: "must be lower-case letters, digits and -, begin with a letter and not end with -",
+    SECRET_NAME: "must be lower-case letters, digits, - and ., and neither begin nor end with - or .",
     NAMESPACE: "must be lower-case letters, digits and -, and neither begin nor end with -",
 }
 

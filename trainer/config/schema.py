@@ -20,6 +20,7 @@ from trainer.config.fields import (
     PLACE,
     PORT_RANGE,
     RUN_ID,
+    SECRET_NAME,
     UNSET,
     WANDB_PROJECT,
     WANDB_RUN_ID,
@@ -262,6 +263,14 @@ class Schema(Group):
     experiment_tags: list[Tag] = parameter(["diloco", "gpt-neo-x", "c4"], "Tags of the experiment.")
     metrics_port: Annotated[OrUnset[Annotated[int, Field(ge=1024, lt=65000)]], LOCAL] = parameter(
         UNSET, "Port for Prometheus metrics; other workers on the machine use the next ones. -1: none."
+    )
+    wandb_secret: str = parameter(
+        "diloco-wandb", "On a cluster, the Secret with WANDB_API_KEY. It need not exist.", pattern=SECRET_NAME
+    )
+    huggingface_secret: str = parameter(
+        "diloco-huggingface",
+        "On a cluster, the Secret with HF_TOKEN. It must exist only for `hf_upload`.",
+        pattern=SECRET_NAME,
     )
     hf_upload: Annotated[bool, COMMAND, COMMON] = parameter(
         False, "Push the exported model to the Hugging Face Hub; needs HF_TOKEN."

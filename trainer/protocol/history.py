@@ -111,6 +111,7 @@ class Stepped(Happening):
     samples: float  # 0: it was skipped
     positions: tuple[Range, ...]
     lr: float | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ class Committed(Happening):
         cursor: The position in the samples at the round's end.
         unused: What this member has returned (or keeps, if inner steps overlap with synchronisations).
         sent, received: Bytes on the wire; `repeated` of those sent were retransmissions.
+        reported: What sums up the inner steps since the last commit: their number, samples, and mean loss.
     """
 
     attempt: int | None
@@ -138,6 +140,7 @@ class Committed(Happening):
     sent: float | None = None
     received: float | None = None
     repeated: float | None = None
+    reported: tuple[float | None, float | None, float | None] = (None, None, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta, timezone
 from pathlib import Path
@@ -441,6 +441,36 @@ def test_what_a_step_makes_belongs_to_its_workflow_and_has_its_image(own_pod: di
     assert here.plan.owner == {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run-x", "uid": "u-1"}
     assert here.workflow == Workflow("default", "run-x", "u-1")
     assert here.plan.sites[0].image == "registry/own:1"
+
+
+JOB_ENDS: dict[str, Callable[[ApiServer], None]] = {
+    "complete": lambda server: condition(server, "Complete"),
+    "failed": lambda server: condition(server, "Failed"),
+    "being deleted": lambda server: server.update(
+        "jobs", "my-training", lambda job: job["metadata"].update(deletionTimestamp="2026-11-28T00:00:00Z")
+    ),
+    "gone": lambda server: server.remove("jobs", "my-training"),
+}
+
+
+def condition(server: ApiServer, kind: str) -> None:
+    status = {"conditions": [{"type": kind, "status": "True"}]}
+    server.update("jobs", "my-training", lambda job: job.update(status=status))
+
+
+@pytest.mark.parametrize("end", JOB_ENDS)
+def test_what_a_job_that_runs_the_whole_pipeline_makes_belongs_to_the_job(
+    server: ApiServer, own_pod: dict[str, Any], end: str
+) -> None:
+    server.granted.add(("get", "batch", "jobs", ""))
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "my-training", "uid": "u-2", "controller": True}
+    server.update("pods", "step", lambda pod: pod["metadata"].update(ownerReferences=[owner]))
+    server.put("jobs", {"metadata": {"name": "my-training", "uid": "u-2"}, "spec": {}})
+    here = open_context()
+    assert here.plan.owner == {"apiVersion": "batch/v1", "kind": "Job", "name": "my-training", "uid": "u-2"}
+    assert not here.workflow_has_ended, "only its pod stops"
+    JOB_ENDS[end](server)
+    assert open_context().workflow_has_ended
 
 
 def test_in_another_namespace_nothing_may_own_it(own_pod: dict[str, Any]) -> None:

@@ -232,6 +232,8 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
         lambda r: r.precache_env()["HF_TOKEN"]["secretKeyRef"],
         {"name": "diloco-huggingface", "key": "HF_TOKEN"},
     ),
+    ({"wandb_secret": "team.keys"}, lambda r: r.env["WANDB_API_KEY"]["secretKeyRef"]["name"], "team.keys"),
+    ({"huggingface_secret": "t"}, lambda r: r.precache_env()["HF_TOKEN"]["secretKeyRef"]["name"], "t"),
     ({}, lambda r: r.env["DILOCO_ADVERTISE_ADDRESS"], {"fieldRef": {"fieldPath": "status.podIP"}}),
     ({"advertise_address": "10.0.0.1"}, lambda r: "DILOCO_ADVERTISE_ADDRESS" in r.env, False),
     ({"network_interface": "wg0"}, lambda r: "DILOCO_ADVERTISE_ADDRESS" in r.env, False),

@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.kube_tools import kubectl
 from tests.kubernetes_schemas import needs_crd, validate
 from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes.objects import names
@@ -23,8 +23,6 @@ from trainer.kubernetes.objects.training_jobs import training_jobs
 MANIFESTS = Path(__file__).parents[3] / "manifests"
 OVERLAYS = ("dev", "prod")
 
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-
 
 @cache
 def rendered(overlay: str) -> tuple[dict[str, Any], ...]:
@@ -32,8 +30,9 @@ def rendered(overlay: str) -> tuple[dict[str, Any], ...]:
 
 
 def kustomized(folder: Path) -> list[dict[str, Any]]:
-    command = ["kubectl", "kustomize", str(folder)]
-    return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    made = kubectl("kustomize", folder)
+    assert made.returncode == 0, made.stderr
+    return list(yaml.safe_load_all(made.stdout))
 
 
 def one(overlay: str, kind: str, name: str = "") -> dict[str, Any]:
@@ -92,7 +91,6 @@ def test_examples_are_valid(file: Path) -> None:
     }
 
 
-@needs_kubectl
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlays_are_valid_and_labelled(overlay: str) -> None:
     for obj in rendered(overlay):
@@ -101,7 +99,6 @@ def test_overlays_are_valid_and_labelled(overlay: str) -> None:
         assert "namespace" not in obj["metadata"]  # `-n` says which
 
 
-@needs_kubectl
 @pytest.mark.parametrize(("overlay", "members"), [("dev", 1), ("prod", 3)])
 def test_members_are_where_the_pods_look_for_them(overlay: str, members: int) -> None:
     etcd, service = one(overlay, "StatefulSet"), one(overlay, "Service")
@@ -117,7 +114,6 @@ def test_members_are_where_the_pods_look_for_them(overlay: str, members: int) ->
     assert endpoints == [f"{name}-{i}.{service['metadata']['name']}.team.svc:2379" for i in range(members)]
 
 
-@needs_kubectl
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_probes_restart_no_member_that_has_lost_its_quorum(overlay: str) -> None:
     (container,) = one(overlay, "StatefulSet")["spec"]["template"]["spec"]["containers"]
@@ -131,7 +127,6 @@ def test_probes_restart_no_member_that_has_lost_its_quorum(overlay: str) -> None
     assert environment["ETCD_LISTEN_METRICS_URLS"] == "http://0.0.0.0:2381"  # asks for no certificate
 
 
-@needs_kubectl
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_slow_link_timings_are_the_parameters_defaults(overlay: str) -> None:
     settings = one(overlay, "ConfigMap", "diloco-etcd-settings")["data"]
@@ -154,7 +149,6 @@ def test_etcds_parameters_reach_its_settings(tmp_path: Path, capsys: pytest.Capt
     ]  # fmt: skip
 
 
-@needs_kubectl
 def test_prod_bears_the_loss_of_a_node() -> None:
     selected = {"matchLabels": {"app.kubernetes.io/instance": "diloco-etcd"}}
     etcd = one("prod", "StatefulSet")["spec"]
@@ -165,7 +159,6 @@ def test_prod_bears_the_loss_of_a_node() -> None:
     assert selected["matchLabels"].items() <= etcd["template"]["metadata"]["labels"].items()
 
 
-@needs_kubectl
 def test_prod_on_fewer_than_three_nodes_is_one_line_less(tmp_path: Path) -> None:
     found = edited_prod(tmp_path, **{"- path: a-node-each.yaml": ""})
     shared, apart = (etcd["spec"]["template"]["spec"] for etcd in (found["StatefulSet"], one("prod", "StatefulSet")))
@@ -176,14 +169,12 @@ def test_prod_on_fewer_than_three_nodes_is_one_line_less(tmp_path: Path) -> None
         apart["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] = rule
 
 
-@needs_kubectl
 def test_prods_image_is_named_in_two_lines(tmp_path: Path) -> None:
     changes = {"newName:": "    newName: registry.example/team/python", "newTag:": "    newTag: 0.2.0-cpu"}
     (container,) = edited_prod(tmp_path, **changes)["Job"]["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "registry.example/team/python:0.2.0-cpu"
 
 
-@needs_kubectl
 def test_prods_readme_says_what_to_decide_before_the_first_apply() -> None:
     text = (MANIFESTS / "overlays" / "prod" / "README.md").read_text(encoding="utf-8")
     first_apply = text.index("kubectl apply")
@@ -196,7 +187,6 @@ def test_prods_readme_says_what_to_decide_before_the_first_apply() -> None:
     assert pods["Job"]["metadata"]["labels"].get(label) != value, "only the members are made anew"
 
 
-@needs_kubectl
 def test_prods_etcd_lets_our_pods_at_it_and_nobody_else() -> None:
     policy = one("prod", "NetworkPolicy")["spec"]
     pods = one("prod", "StatefulSet")["spec"]["template"]["metadata"]["labels"]
@@ -211,7 +201,6 @@ def test_prods_etcd_lets_our_pods_at_it_and_nobody_else() -> None:
     assert peers["from"] == [{"podSelector": policy["podSelector"]}]
 
 
-@needs_kubectl
 def test_prods_pods_find_the_certificates_that_the_script_makes() -> None:
     script = (MANIFESTS / "overlays" / "prod" / "certificates.sh").read_text()
     made = {line.split()[1] for line in script.splitlines() if line.startswith("secret diloco-")}
@@ -240,9 +229,9 @@ def test_secret_templates_are_empty_and_named_as_the_pods_refer_to_them() -> Non
     for template in templates.values():
         validate(template)
         assert set(template["stringData"].values()) == {""}
-    assert templates["wandb"]["metadata"]["name"] == names.WANDB_SECRET
+    assert templates["wandb"]["metadata"]["name"] == TrainingConfig().wandb_secret
     assert list(templates["wandb"]["stringData"]) == ["WANDB_API_KEY"]
-    assert templates["huggingface"]["metadata"]["name"] == names.HUGGING_FACE_SECRET
+    assert templates["huggingface"]["metadata"]["name"] == TrainingConfig().huggingface_secret
     assert list(templates["huggingface"]["stringData"]) == ["HF_TOKEN"]
 
 
@@ -261,7 +250,7 @@ def test_the_readmes_name_files_that_are_there() -> None:
 
 
 # What manifests/README.md says is needed, and what the repository brings.
-PROGRAMS = {"kubectl", "python", "make", "docker", "openssl"}
+PROGRAMS = {"kubectl", "helm", "python", "make", "docker", "openssl"}
 
 
 def programs(script: str) -> Iterator[str]:

@@ -40,11 +40,18 @@ def events_of(life: Life, run_id: str = "run") -> list[Event]:
     """A process's lines of `metrics.jsonl`."""
     events: list[Event] = [{"event": "membership", "change": "joining", "run_id": run_id, "member": life.member}]
     plan = next((one.plan for one in life.of(Began)), None)
-    multiplier = 1.0
+    multiplier, losses = 1.0, list[float]()
     for one in life.happenings:
         assert plan is not None
         multiplier = one.multiplier if isinstance(one, Dealt) else multiplier
         events.append(_event(one, life, plan, multiplier, run_id))
+        if isinstance(one, Stepped):
+            losses.append(1 / one.step)
+            events[-1]["loss"] = losses[-1]
+        elif isinstance(one, Committed):
+            mean = sum(losses) / len(losses) if losses else None
+            events[-1] |= {"inner_steps": len(losses), "samples": 2 * len(losses), "loss": mean}
+            losses.clear()
     return events
 
 

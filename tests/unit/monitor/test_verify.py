@@ -61,7 +61,7 @@ def test_a_true_run_is_proved(told: Run, tmp_path: Path) -> None:
     judgement = judged(tmp_path, told)
     assert [claim.name for claim in judgement.claims if claim.verdict != "holds"] == []
     assert (judgement.workers, judgement.processes, judgement.rounds, judgement.terms) == (2, 2, 6, 1)
-    assert judgement.headline.endswith("14 of 14 claims hold")
+    assert judgement.headline.endswith("15 of 15 claims hold")
 
 
 def test_a_run_that_went_back_is_proved(fallen: Run, tmp_path: Path) -> None:
@@ -153,6 +153,12 @@ def keep_work_that_was_counted(run: Run) -> None:
     own[own.index(event)] = {**late, "carried": [event["own_weight"]], "cursor": event["cursor"]}
 
 
+def cut_off(run: Run) -> None:
+    """The others go on telling of a worker whose file ends."""
+    own = run["0"]
+    del own[own.index(events_of(own, "round")[2]) - 3 :]
+
+
 def end_early(run: Run) -> None:
     for worker in run:
         end = events_of(run[worker], "end")[0]
@@ -188,6 +194,12 @@ LIES: dict[str, tuple[Callable[[Run], None], set[str]]] = {
     "samples that are used and returned": (return_what_was_used, {"samples in base"}),
     "samples that it never had": (change("round", unused=[(0, 6)]), {"samples in order"}),
     "samples that count as used": (change("assignment", used=2), {"samples in order"}),
+    "a report of more steps": (change("round", inner_steps=4), {"reports"}),
+    "a report of more samples": (change("round", samples=8), {"reports"}),
+    "a report of a lower loss": (change("round", loss=0.01), {"reports"}),
+    "a step of a lower loss": (change("step", 6, loss=0.01), {"reports"}),
+    "the end of a file is left out": (cut_off, {"members"}),
+    "it went on from another round": (change("start", 0, resumed_round=2), {"states"}),
     "bytes out of nothing": (change("round", bytes_received=2 * 10**6), {"traffic"}),
     "bytes into nothing": (change("round", bytes_sent=2 * 10**6), {"traffic"}),
     "an end before the end": (end_early, {"schedule"}),
@@ -207,6 +219,11 @@ def test_a_lie_is_found(lie: str, told: Run, tmp_path: Path) -> None:
         for worker in run
         for number, event in enumerate(run[worker], 1)
         if number > len(told[worker]) or event != told[worker][number - 1]
+    }
+    changed |= {
+        f"{tmp_path}/worker-{worker}/metrics.jsonl:{len(run[worker])}"
+        for worker in run
+        if len(run[worker]) < len(told[worker])
     }
     assert changed & {where for lines in found.values() for where in lines}, found
 
@@ -263,6 +280,21 @@ def test_a_torn_line_is_no_lie(fallen: Run, told: Run, tmp_path: Path) -> None:
     path.write_text("".join([*lines[: second - 1], lines[second - 1][:30] + "\n", *lines[second:]]))
     (judgement,) = verify([tmp_path / "again"])
     assert not judgement.refuted, str(judgement)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.05, 0.99))
+def test_a_file_that_ends_anywhere_in_a_line_is_no_lie(
+    seed: int, share: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    world = schedule_of(seed)
+    assert outcome_of(world) is None
+    directory = write(tmp_path_factory.mktemp("run"), run_of(world))
+    path = directory / "worker-0" / "metrics.jsonl"
+    content = path.read_bytes()
+    cut = content[: int(len(content) * share)]
+    path.write_bytes(cut if not cut.endswith((b"\n", b"}")) else cut[:-2])
+    assert not (judgement := verify([directory])[0]).refuted, str(judgement)
 
 
 def test_a_broken_line_in_the_middle_is_found(told: Run, tmp_path: Path) -> None:
@@ -352,7 +384,7 @@ def test_the_newest_run_of_a_volume_is_judged(told: Run, tmp_path: Path) -> None
 def test_exit_statuses(told: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "true", told)
     assert main(["verify", str(tmp_path / "true")]) == 0
-    assert "14 of 14 claims hold" in capsys.readouterr().out
+    assert "15 of 15 claims hold" in capsys.readouterr().out
     forged = copy.deepcopy(told)
     change("round", hash="x")(forged)
     write(tmp_path / "forged", forged)

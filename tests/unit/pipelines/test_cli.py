@@ -27,7 +27,8 @@ from trainer.errors import ConfigError
         (["--run-dir", "file"], "run_dir"),
         (["--network-interface", "nope0"], "network_interface"),
         (["--port-range", "7000-7001"], "port_range"),
-        (["--launcher", "pytorchjob"], "launcher"),
+        (["--launcher", "pytorchjob", "--dataset", "c4"], "max_samples"),
+        (["--launcher", "pytorchjob", "--run-dir", "file"], "run_dir"),
     ],
 )
 def test_bad_input(flags: list[str], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

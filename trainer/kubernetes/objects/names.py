@@ -21,10 +21,7 @@ WORKER_LABEL = f"{PREFIX}/worker"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"  # of jobs, not of pods
 
-# Secrets that a namespace may have (manifests/). Pods refer to them; a step reads only etcd's.
-WANDB_SECRET = "diloco-wandb"
-HUGGING_FACE_SECRET = "diloco-huggingface"
-ETCD_SECRET = "diloco-etcd-client"
+ETCD_SECRET = "diloco-etcd-client"  # a Secret that a namespace may have (manifests/): a step reads it, pods mount it
 ETCD_SERVICE = "diloco-etcd"  # headless; also the name of its StatefulSet
 
 _HASH = 8  # hex digits

@@ -139,11 +139,11 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     environment += [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
     if step == "train":
         if config.wandb_logging:
-            environment.append(_secret("WANDB_API_KEY", names.WANDB_SECRET, "WANDB_API_KEY", optional=True))
+            environment.append(_secret("WANDB_API_KEY", config.wandb_secret, "WANDB_API_KEY", optional=True))
         if config.etcd.user:
             environment.append(_secret("ETCD_PASSWORD", names.ETCD_SECRET, "password"))
     if step in ("precache", "export", "evaluate"):
-        environment.append(_secret("HF_TOKEN", names.HUGGING_FACE_SECRET, "HF_TOKEN", optional=not config.hf_upload))
+        environment.append(_secret("HF_TOKEN", config.huggingface_secret, "HF_TOKEN", optional=not config.hf_upload))
     if step in RESULTS:
         environment.append(_secret(TOKEN_VARIABLE, names.name(plan.name, "run"), TOKEN_KEY))
     return environment

@@ -2,8 +2,8 @@
 
 With `--config FILE` (and the flags of all parameters) it prints the objects; the jobs are
 TrainJobs, unless `launcher` says otherwise.
-`make manifests` renders `manifests/`: `examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, and etcd's
-settings, `base/etcd.env`, from `etcd.…`.
+`make manifests` renders `manifests/`: `examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, etcd's
+settings, `base/etcd.env`, from `etcd.…`, and the Helm chart's values and objects (`trainer.kubernetes.objects.chart`).
 """
 
 import argparse
@@ -15,20 +15,12 @@ import yaml
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments, load_config
 from trainer.errors import run_main
 from trainer.files import write_text
+from trainer.kubernetes.objects.chart import ETCD_SETTINGS, chart_files
 from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, run_secret, step_job
 from trainer.kubernetes.objects.plan import Object, Plan, plan
 from trainer.kubernetes.objects.pod_template import RESULTS
 from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.version import DEFAULT_IMAGE
-
-# Parameter, by flat name, and the variable that etcd reads (https://etcd.io/docs/v3.5/op-guide/configuration/).
-ETCD_SETTINGS = {
-    "etcd_heartbeat_interval": "ETCD_HEARTBEAT_INTERVAL",
-    "etcd_election_timeout": "ETCD_ELECTION_TIMEOUT",
-    "etcd_snapshot_count": "ETCD_SNAPSHOT_COUNT",
-    "etcd_auto_compaction_mode": "ETCD_AUTO_COMPACTION_MODE",
-    "etcd_auto_compaction_retention": "ETCD_AUTO_COMPACTION_RETENTION",
-}
 
 
 class _Readable(yaml.SafeDumper):
@@ -75,6 +67,8 @@ def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
     for file in sorted(root.glob("examples/*/config.yaml")):
         head = f"# Rendered from {file.name} by `make manifests`: the objects that the pipeline's steps would make.\n"
         written[file.with_name("objects.yaml")] = head + render(load_config(file, environ={}))
+    if (root / "chart").is_dir():
+        written |= chart_files(root)
     for path, text in written.items():
         write_text(path, text)
     return list(written)

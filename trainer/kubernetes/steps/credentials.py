@@ -14,11 +14,18 @@ from trainer.kubernetes.api.kinds import SECRET, Object
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import ETCD_CREDENTIALS
 from trainer.kubernetes.steps.step_context import StepContext
+from trainer.retry import retrying
 
 
 @contextmanager
 def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
-    """A client of the run's keys in etcd, once etcd has answered. Raises TrainingError if it cannot be used."""
+    """A client of the run's keys in etcd, once etcd has answered.
+
+    An etcd that was created together with the run may need some minutes: it is waited for during `etcd_outage_limit`.
+
+    Raises:
+        TrainingError: It cannot be used.
+    """
     config = context.plan.config
     with tempfile.TemporaryDirectory() as directory:
         # Copy the certificates that pods have mounted to temporary files, for as long as the client lives
@@ -44,7 +51,7 @@ def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
         prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
         with EtcdClient(config.etcd.endpoints, prefix, user=config.etcd.user, password=password, **paths) as etcd:
             try:
-                etcd.get("run")
+                _first_answer(context, etcd)
             except EtcdError as error:
                 if error.kind != "unreachable":
                     raise
@@ -52,6 +59,22 @@ def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
                     f"{error}. Does etcd run (manifests/ has one), is etcd.endpoints right, and may this pod connect?"
                 ) from None
             yield etcd
+
+
+def _first_answer(context: StepContext, etcd: EtcdClient) -> None:
+    """Return once etcd has answered. Raises EtcdError if it has not in `etcd_outage_limit`."""
+    patience, said = context.plan.config.etcd_outage_limit, False
+
+    def say(error: BaseException) -> None:
+        nonlocal said
+        if not said:
+            context.show(f"waiting up to {patience:.0f} s for etcd: {error}")
+        said = True
+
+    def is_away(error: BaseException) -> bool:
+        return isinstance(error, EtcdError) and error.kind == "unreachable"
+
+    retrying(is_away, patience=patience, on_retry=say)(etcd.get, "run")
 
 
 def _value(secret: Object, key: str) -> bytes:

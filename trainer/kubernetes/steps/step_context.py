@@ -128,7 +128,7 @@ class StepContext:
         try:
             return own.has_ended(self.client)
         except TrainingError as error:
-            self.show(f"{unknown} workflow {own.name} was terminated: {error}")
+            self.show(f"{unknown} {own.kind.name.lower()} {own.name} was terminated: {error}")
             return False
 
     def clean_up(self, *, finished: bool = True, training: bool = True, claims: bool = False) -> None:

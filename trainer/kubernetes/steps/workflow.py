@@ -1,40 +1,46 @@
-"""The step's own pod, and the Argo workflow that it belongs to."""
+"""The step's own pod, and what it belongs to: an Argo workflow, or a Job that runs the whole pipeline in one pod."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.kubernetes.api.client import ApiError, Client
-from trainer.kubernetes.api.kinds import POD, WORKFLOW, Object
+from trainer.kubernetes.api.kinds import JOB, POD, WORKFLOW, JobKind, Kind, Object
 from trainer.kubernetes.api.notices import Show
 from trainer.timeouts import KubernetesTimeouts
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _STEP_CONTAINER = "main"  # Argo's name of it
+_KINDS = {kind.name: kind for kind in (WORKFLOW, JOB)}
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """The Argo workflow of a step. Its namespace may differ from that of the training."""
+    """The Argo workflow of a step, or the Job. Its namespace may differ from that of the training."""
 
     namespace: str
     name: str  # like `uid` empty if the step's pod, which refers to the workflow, cannot be read
     uid: str
+    kind: Kind = WORKFLOW
 
     def has_ended(self, client: Client) -> bool:
         """Whether it was terminated, or is over. Raises TrainingError if it cannot be read.
 
-        KFP terminates a workflow by `spec.activeDeadlineSeconds: 0`, and sets it before the step gets its SIGTERM.
+        KFP terminates a workflow by `spec.activeDeadlineSeconds: 0`, and sets it before the step gets its SIGTERM. A
+        Job is terminated by its deletion, `helm uninstall` for example.
         """
         if self.namespace != client.namespace:
             client = Client(self.namespace, client.timeouts)
-        workflow = client.get(WORKFLOW, self.name, timeout=client.timeouts.workflow)
+        workflow = client.get(self.kind, self.name, timeout=client.timeouts.workflow)
         if workflow is None or workflow["metadata"]["uid"] != self.uid:
             return True
+        if workflow["metadata"].get("deletionTimestamp"):
+            return True
+        if isinstance(self.kind, JobKind):
+            return self.kind.has_ended(workflow)
         spec, status = workflow.get("spec") or {}, workflow.get("status") or {}
         return bool(
-            workflow["metadata"].get("deletionTimestamp")
-            or spec.get("activeDeadlineSeconds") == 0
+            spec.get("activeDeadlineSeconds") == 0
             or spec.get("shutdown") in ("Terminate", "Stop")  # by Argo's own commands
             or status.get("phase") in ("Succeeded", "Failed", "Error")
         )
@@ -65,7 +71,7 @@ def own_pod(namespace: str, show: Show, timeouts: KubernetesTimeouts) -> tuple[O
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
     image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))
     for one in pod["metadata"].get("ownerReferences") or []:
-        if one["kind"] == "Workflow":
+        if kind := _KINDS.get(one["kind"]):
             owner = {key: one[key] for key in ("apiVersion", "kind", "name", "uid")}
-            return owner if own == namespace else None, Workflow(own, one["name"], one["uid"]), image
+            return owner if own == namespace else None, Workflow(own, one["name"], one["uid"], kind), image
     return None, None, image

@@ -63,7 +63,7 @@ def read_lines(path: Path) -> WorkerFile:
     def judge_waiting(torn: bool) -> None:
         run_id = processes[-1].run_id if processes else ""
         unreadable.extend((run_id, Unreadable(where, torn)) for where in waiting)
-        if waiting and processes and not torn:
+        if waiting and processes:
             processes[-1].gaps.append(len(processes[-1].happenings))
         waiting.clear()
 
@@ -147,7 +147,8 @@ def _dealt(event: Event, where: str, term: int | None) -> Dealt:
 
 def _stepped(event: Event, where: str, term: int | None) -> Stepped:
     place, positions = (where, term, int(event["round"])), _ranges(event.get("positions")) or ()
-    return Stepped(*place, float(event["step"]), float(event["samples"]), positions, _number(event.get("lr")))
+    step = float(event["step"]), float(event["samples"]), positions
+    return Stepped(*place, *step, _number(event.get("lr")), _number(event.get("loss")))
 
 
 def _committed(event: Event, where: str, term: int | None) -> Committed:
@@ -156,7 +157,9 @@ def _committed(event: Event, where: str, term: int | None) -> Committed:
     numbers = (_number(event.get("weight")), _number(event.get("own_weight")))
     wire = (_number(event.get(name)) for name in ("bytes_sent", "bytes_received", "bytes_retransmitted"))
     place = (where, term, int(event["round"]), _integer(event.get("attempt")), _number(event.get("step")), members)
-    return Committed(*place, *texts, *numbers, _cursor(event), _ranges(event.get("unused")), *wire)
+    reported = tuple(_number(event.get(name)) for name in ("inner_steps", "samples", "loss"))
+    rest = (_cursor(event), _ranges(event.get("unused")), *wire, reported)
+    return Committed(*place, *texts, *numbers, *rest)  # type: ignore[arg-type]
 
 
 def _caught_up(event: Event, where: str, term: int | None) -> CaughtUp:

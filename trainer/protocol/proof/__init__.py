@@ -12,7 +12,7 @@ from trainer.protocol.history import History, Saved
 from trainer.protocol.proof.commits import commits, members, states, terms
 from trainer.protocol.proof.notes import Finding, Notes, Verdict
 from trainer.protocol.proof.samples import samples_fate, samples_in_base, samples_in_order, samples_once
-from trainer.protocol.proof.steps import inner_steps, learning_rates, schedule, weights
+from trainer.protocol.proof.steps import inner_steps, learning_rates, reports, schedule, weights
 from trainer.protocol.proof.traffic import traffic
 
 __all__ = ["CHECKS", "Claim", "Finding", "Verdict", "judge", "refuted"]
@@ -46,6 +46,7 @@ CHECKS: Sequence[Check] = (
     inner_steps,
     schedule,
     learning_rates,
+    reports,
     weights,
     traffic,
 )

@@ -1,6 +1,6 @@
 """Claims about rounds: what was committed, by whom, and which states they led to."""
 
-from trainer.protocol.history import CaughtUp, Committed, Ended, Happening, History, Life, State
+from trainer.protocol.history import Began, CaughtUp, Committed, Ended, Happening, History, Life, State
 from trainer.protocol.proof.notes import Notes
 
 NO_TERMS = "events without a term, which older versions have not written"
@@ -48,15 +48,23 @@ def members(history: History, notes: Notes) -> None:
             if again is not None and any(again.carried or ()):
                 text = f"{member} is a member of round {round} of term {term}, but has kept its work for a later one"
                 notes.refute(text, told[0][1].where, again.where)
-            elif again is None and not life.gaps and _went_on(life, term, round):
-                text = f"{member} is a member of round {round} of term {term}, but has not taken its outer step"
-                notes.refute(text, told[0][1].where)
+            elif again is None and (later := _went_on(history, life, term, round)):
+                if life.gaps:
+                    notes.cannot(f"what {member} told in lines that are lost")
+                    continue
+                text = f"{member} is a member of round {round} of term {term}, and went on, but does not tell of it"
+                last = [one.where for one in life.happenings[-1:]]
+                notes.refute(text, told[0][1].where, later, *last)
 
 
-def _went_on(life: Life, term: int, round: int) -> bool:
-    """Whether a process took part in later rounds of the term, or completed the run in it."""
-    later = any(one.term == term and one.round > round for one in life.of(Committed))
-    return later or (life.end is not None and life.end.status == "complete" and life.end.term == term)
+def _went_on(history: History, life: Life, term: int, round: int) -> str:
+    """Where it is told that a process took part in a later round of the term, or completed the run; "" if nowhere."""
+    following = history.rounds.get((term, round + 1), [])
+    told = [one.where for _, one in following if life.member in one.members]
+    told += [one.where for one in life.of(Committed) if one.term == term and one.round > round]
+    if life.end is not None and life.end.status == "complete" and life.end.term == term:
+        told.append(life.end.where)
+    return next(iter(told), "")
 
 
 def states(history: History, notes: Notes) -> None:
@@ -77,7 +85,7 @@ def _judge_order(happenings: tuple[Happening, ...], notes: Notes) -> None:
     """A process never goes back, except with a new term, and takes part in every round unless it says otherwise."""
     before: Happening | None = None
     for one in happenings:
-        if not isinstance(one, Committed | CaughtUp) or one.term is None:
+        if not isinstance(one, Began | Committed | CaughtUp) or one.term is None:
             continue
         if before is not None and before.term is not None:
             notes.judged += 1

@@ -154,6 +154,33 @@ def learning_rates(history: History, notes: Notes) -> None:
                     )
 
 
+def reports(history: History, notes: Notes) -> None:
+    """The report of each round sums up its inner steps: their number, their samples, and their mean loss."""
+    for life in history.lives:
+        made: list[Stepped] | None = []  # since the last commit, without those that were skipped; None: unknown
+        for index, one in enumerate(life.happenings):
+            if index in life.gaps:
+                made = None
+            if isinstance(one, Stepped) and made is not None and one.samples > 0:
+                made.append(one)
+            elif isinstance(one, Committed):
+                if made is not None:
+                    _judge_report(one, made, notes)
+                made = []
+
+
+def _judge_report(commit: Committed, steps: list[Stepped], notes: Notes) -> None:
+    losses = [step.loss for step in steps if step.loss is not None]
+    mean = sum(losses) / len(losses) if losses and len(losses) == len(steps) else None
+    found = float(len(steps)), sum(step.samples for step in steps), mean
+    for name, told, counted in zip(("inner steps", "samples", "mean loss"), commit.reported, found, strict=True):
+        if told is not None and counted is not None:
+            notes.judged += 1
+            if not _close(told, counted):
+                text = f"round {commit.round} reports {told:g} {name}, its inner steps have {counted:g}"
+                notes.refute(text, commit.where, *(step.where for step in steps[:: max(1, len(steps) - 1)]))
+
+
 def weights(history: History, notes: Notes) -> None:
     """A member's weight in a round is the samples that it has trained on since its last one; a round's is their sum."""
     for _, step in history.of(Stepped):

@@ -1,0 +1,115 @@
+{{/* The beginning of all names: the release's, as a DNS-1035 label that leaves room for endings. */}}
+{{- define "diloco.name" -}}
+{{- $name := .Release.Name | replace "." "-" | trunc 40 | trimSuffix "-" -}}
+{{- if regexMatch "^[a-z]" $name }}{{ $name }}{{ else }}training-{{ $name }}{{ end }}
+{{- end }}
+
+{{- define "diloco.namespace" -}}
+{{ .Values.deploymentNamespace | default .Release.Namespace }}
+{{- end }}
+
+{{- define "diloco.image" -}}
+{{ .Values.deploymentImage | default (printf "diloco-pipelines-python:%s" .Chart.AppVersion) }}
+{{- end }}
+
+{{- define "diloco.runId" -}}
+{{ coalesce .Values.diloco.runId .Values.elastic.etcd.runId .Release.Name }}
+{{- end }}
+
+{{- define "diloco.deployment" -}}
+{{ dig "deploymentName" .Values.deploymentName (.Values.global | default dict) }}
+{{- end }}
+
+{{/* The volume with the pipeline's results. */}}
+{{- define "diloco.results" -}}
+{{ include "diloco.name" . }}-results
+{{- end }}
+
+{{- define "diloco.labels" -}}
+app.kubernetes.io/name: diloco-pipelines
+app.kubernetes.io/instance: {{ include "diloco.name" . }}
+app.kubernetes.io/component: pipeline
+app.kubernetes.io/part-of: diloco-pipelines
+{{- end }}
+
+{{/* etcd */}}
+
+{{- define "diloco.etcd" -}}
+{{ include "diloco.name" . }}-etcd
+{{- end }}
+
+{{/* Whether the release has an etcd of its own: "true", or nothing. */}}
+{{- define "diloco.etcd.installed" -}}
+{{- if not (or .Values.etcd.endpoints .Values.elastic.etcd.externalEndpoint) }}
+{{- if not .Values.etcd.enabled }}{{ fail "etcd.endpoints must name an etcd when etcd.enabled is false" }}{{ end }}
+{{- if eq .Values.elastic.etcd.protocol "https" }}
+{{- fail "elastic.etcd.protocol=https needs an etcd of yours (etcd.endpoints), such as manifests/overlays/prod: the chart's own has no TLS" }}
+{{- end }}
+{{- print "true" }}
+{{- end }}
+{{- end }}
+
+{{- define "diloco.etcd.members" -}}
+{{- $name := include "diloco.etcd" . }}
+{{- $members := list }}
+{{- range until (int .Values.etcd.replicaCount) }}
+{{- $members = append $members (printf "%s-%d=http://%s-%d.%s:2380" $name . $name . $name) }}
+{{- end -}}
+SCHEME: http
+ETCD_INITIAL_CLUSTER: {{ join "," $members }}
+{{- end }}
+
+{{/* The name of a ConfigMap of etcd, which follows from its content: members start anew when it changes. */}}
+{{- define "diloco.etcd.config" -}}
+{{- $root := index . 0 }}{{ $what := index . 1 -}}
+{{ include "diloco.etcd" $root }}-{{ $what }}-{{ include (printf "diloco.etcd.%s" $what) $root | sha256sum | trunc 8 }}
+{{- end }}
+
+{{/* Tokens */}}
+
+{{- define "diloco.wandbKey" -}}
+{{ .Values.diloco.wandbApiKey | default .Values.diloco.wandbUserKey }}
+{{- end }}
+
+{{- define "diloco.tokens" -}}
+{{ include "diloco.name" . }}-tokens
+{{- end }}
+
+{{/* The configuration: the values by the parameters' names, as JSON. Tokens are not part of it. */}}
+
+{{- define "diloco.snake" -}}
+{{- $tree := dict }}
+{{- range $key, $value := . }}
+{{- if kindIs "map" $value }}{{ $value = include "diloco.snake" $value | fromJson }}{{ end }}
+{{- $_ := set $tree (snakecase $key) $value }}
+{{- end }}
+{{- toJson $tree }}
+{{- end }}
+
+{{- define "diloco.config" -}}
+{{- $diloco := omit .Values.diloco "huggingfaceToken" "wandbApiKey" "wandbUserKey" }}
+{{- $cluster := omit .Values "diloco" "global" "pipeline" }}
+{{- $config := include "diloco.snake" (merge (dict) $diloco $cluster) | fromJson }}
+{{- if eq .Values.diloco.launcher "auto" }}{{ $_ := set $config "launcher" "pytorchjob" }}{{ end }}
+{{- $_ := set $config "run_id" (include "diloco.runId" .) }}
+{{- $_ := set $config "deployment_name" (include "diloco.deployment" .) }}
+{{- $_ := set $config "deployment_namespace" (include "diloco.namespace" .) }}
+{{- $_ := set $config "deployment_image" (include "diloco.image" .) }}
+{{- if include "diloco.etcd.installed" . }}
+{{- $name := include "diloco.etcd" . }}
+{{- $endpoints := list }}
+{{- range until (int .Values.etcd.replicaCount) }}
+{{- $endpoints = append $endpoints (printf "%s-%d.%s.%s.svc:2379" $name . $name (include "diloco.namespace" $)) }}
+{{- end }}
+{{- $_ := set $config.etcd "endpoints" $endpoints }}
+{{- end }}
+{{- if .Values.diloco.huggingfaceToken }}{{ $_ := set $config "huggingface_secret" (include "diloco.tokens" .) }}{{ end }}
+{{- if include "diloco.wandbKey" . }}{{ $_ := set $config "wandb_secret" (include "diloco.tokens" .) }}{{ end }}
+{{- toPrettyJson $config }}
+{{- end }}
+
+{{/* The pipeline's Job: a Job cannot be changed, so that other values mean another one. */}}
+{{- define "diloco.job" -}}
+{{- $content := print (include "diloco.config" .) (toJson .Values.pipeline) .Chart.Version }}
+{{- include "diloco.name" . }}-{{ $content | sha256sum | trunc 8 }}
+{{- end }}
