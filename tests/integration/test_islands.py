@@ -248,20 +248,6 @@ def test_an_island_one_of_whose_processes_dies_starts_again_alone_from_its_memor
     assert not directory_of(island.config).exists()
 
 
-def test_an_island_of_two_trains_a_model_that_one_process_has_no_memory_for(
-    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parameters = 19_200_000
-    monkeypatch.setenv("MEMORY", str(44 * parameters))  # one process needs 56 bytes a parameter: see CHECKPOINT_BYTES
-    few = {"total_steps": 2, "local_steps": 2, "warmup_steps": 1, "eval_interval": 0, "sequence_length": 16}
-    few |= {"model": "gpt-neo-x:70m", "batch_size": 2, "per_device_train_batch_size": 1, "elastic_max_restarts": 0}
-    single = start("one", 1, "none", **few).ends(1)
-    assert not [event for event in single.events("end") if event["status"] == "complete"]
-    island = start("two", 2, "fsdp", **few).ends()
-    assert island.final().step == 2
-    assert abs(island.events("start")[0]["parameters"] - parameters) < 0.01 * parameters
-
-
 def changes(node: Node) -> list[str]:
     return [event["change"] for event in node.events("membership")]
 

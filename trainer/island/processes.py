@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -173,11 +173,11 @@ class Island:
 
     def _end(self, status: int) -> None:
         """Let the followers end as the leader does, and close all connections."""
-        try:
-            if self.leads:
+        # After a failure, the followers may be in the middle of something, and would not hear it: they see this process
+        # end. gloo sends nothing before the other end listens.
+        if self.leads and status != 1:
+            with suppress(RuntimeError):  # a follower is gone: the agent ends the others
                 self._share(json.dumps([END, {"status": status}]).encode())
-        except RuntimeError:
-            pass  # a follower is gone: the agent ends the others
         if status in (0, 143) and dist.is_initialized():  # else a process may be gone, and nccl would wait for it
             dist.destroy_process_group()
 
