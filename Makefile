@@ -55,11 +55,14 @@ test: $(READY)  ## lint and run all tests that need no cluster and no GPU (ARGS=
 test-faults: $(READY)  ## kill, freeze and disconnect real processes; ends with a table of results (about 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
 
-test-cluster: $(READY)  ## run the steps on KUBECONFIG's cluster, with the image DILOCO_TEST_IMAGE (needs 2.25 CPU, 4.5 GiB of memory, training operator, default storage class)
+test-cluster: $(READY)  ## run the steps on KUBECONFIG's cluster, with the image DILOCO_TEST_IMAGE (needs 2.25 CPU, 4.5 GiB of memory, Kubeflow Trainer or training operator, default storage class)
 	@$(BIN)/python -m pytest -q -rs tests/cluster $(ARGS)
 
 bench: $(READY)  ## run the benchmarks; each prints its measurements
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+bench-gpu: $(READY)  ## measure on this machine's GPUs, in under 8 minutes and without a network
+	@$(BIN)/python tests/benchmarks/bench_gpu.py $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, the import contract and spelling
 	@$(LINT)
@@ -91,4 +94,4 @@ clean:  ## remove build outputs and caches, but not .venv and runs/
 clean-runs:  ## remove runs/ with all checkpoints, models and reports
 	rm -rf runs
 
-.PHONY: help setup run test test-faults test-cluster bench lint format compile submit schedule build manifests clean clean-runs
+.PHONY: help setup run test test-faults test-cluster bench bench-gpu lint format compile submit schedule build manifests clean clean-runs

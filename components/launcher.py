@@ -34,22 +34,29 @@ class Launcher(Protocol):
 
 
 def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
-    """In a step's pod, replace `launcher=auto` and an empty namespace by the pod's own cluster and namespace.
+    """In a step's pod, replace `launcher=auto` and an empty namespace by what the pod's own cluster has.
 
     Elsewhere the configuration is returned unchanged: `TrainingConfig.resolved` chooses this machine.
+
+    Raises:
+        TrainingError: The cluster has no kind of training jobs, or cannot be asked.
     """
-    if config.launcher == "auto" and all(variable in os.environ for variable in _IN_A_STEPS_POD):
-        config = config.with_values(launcher="pytorchjob")
-    if config.launcher == "pytorchjob" and not config.deployment_namespace:
+    in_a_steps_pod = all(variable in os.environ for variable in _IN_A_STEPS_POD)
+    auto = config.launcher == "auto" and in_a_steps_pod
+    if (auto or config.on_cluster) and not config.deployment_namespace:
         from trainer.kubernetes.steps.workflow import own_namespace
 
         config = config.with_values(deployment_namespace=own_namespace())
+    if auto:
+        from trainer.kubernetes.steps.served import served_launcher
+
+        config = config.with_values(launcher=served_launcher(config.deployment_namespace))
     return config
 
 
 def create_launcher(config: TrainingConfig) -> Launcher:
     """The launcher that a resolved configuration asks for."""
-    if config.launcher == "pytorchjob":
+    if config.on_cluster:
         from components.cluster import ClusterLauncher
 
         return ClusterLauncher(config)

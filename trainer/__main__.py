@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     report = add(commands.report)
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run; several are compared")
     report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html; several: comparison.html]")
+    verify = add(commands.verify)
+    verify.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run, or volumes of its workers")
+    verify.add_argument("--json", action="store_true", help="print one JSON object a run")
     pod = add(commands.pod)
     pod.add_argument("what", choices=("precache", "train", "held-out", "export", "evaluate"))
     pod.add_argument("--config", type=Path, required=True, metavar="FILE", help="the pod's configuration (YAML)")
@@ -48,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     add(commands.schema)
 
     parsed = parser.parse_args(arguments)
-    if parsed.run not in (commands.status, commands.schema):  # these are their output, and end with it
+    if parsed.run not in (commands.status, commands.verify, commands.schema):  # these are their output, and end with it
         outlive_output()
     set_up_logging()
     status: int = parsed.run(parsed)

@@ -10,6 +10,7 @@ A directory with a missing or different manifest is torn or corrupt: readers ski
 use the previous one.
 """
 
+import json
 import logging
 import random
 import re
@@ -210,8 +211,31 @@ class Checkpointer:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def pack(value: Any) -> bytes:
+    """A tree of mappings and lists of tensors, numpy arrays and JSON values as bytes, without pickle."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_split(value, tensors)).encode()
+    return len(tree).to_bytes(8, "little") + tree + save(tensors)
+
+
+def unpack(packed: bytes) -> Any:
+    """The inverse of `pack`; tuples come back as lists."""
+    from safetensors.torch import load
+
+    end = 8 + int.from_bytes(packed[:8], "little")
+    return _join(json.loads(packed[8:end]), load(packed[end:]))
+
+
 def _copy(tensor: "Tensor") -> "Tensor":
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _as_tensor(array: np.ndarray) -> "Tensor":
+    import torch
+
+    return torch.from_numpy(np.array(array))
 
 
 def _split(value: Any, tensors: "dict[str, Tensor]", path: str = "") -> dict[str, Any]:
@@ -221,6 +245,9 @@ def _split(value: Any, tensors: "dict[str, Tensor]", path: str = "") -> dict[str
     if isinstance(value, Tensor):
         tensors[path] = _copy(value)
         return {"tensor": path}
+    if isinstance(value, np.ndarray):
+        tensors[path] = _as_tensor(value)
+        return {"array": path}
     if isinstance(value, Mapping):
         # Optimizers number their parameters, but JSON's keys are text: keep a list of the numbers.
         numbers = [str(key) for key in value if isinstance(key, int)]
@@ -235,6 +262,8 @@ def _join(tree: dict[str, Any], tensors: "Mapping[str, Tensor]") -> Any:
     """The inverse of `_split`; tuples come back as lists."""
     if "tensor" in tree:
         return tensors[tree["tensor"]]
+    if "array" in tree:
+        return tensors[tree["array"]].numpy()
     if "map" in tree:
         numbers = set(tree["numbers"])
         return {int(key) if key in numbers else key: _join(part, tensors) for key, part in tree["map"].items()}

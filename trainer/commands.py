@@ -128,6 +128,19 @@ def report(arguments: Namespace) -> int:
     return 0
 
 
+def verify(arguments: Namespace) -> int:
+    """Prove or refute, from what its workers have left, that a run kept its promises."""
+    from trainer.monitor.verify import show
+    from trainer.monitor.verify import verify as judging
+
+    for run_dir in arguments.run_dirs:
+        if not run_dir.is_dir():
+            raise ConfigError("run_dir", run_dir, "no such directory")
+    judgements = judging(arguments.run_dirs)
+    show(judgements, arguments.json)
+    return int(any(judgement.refuted for judgement in judgements))
+
+
 def pod(arguments: Namespace) -> int:
     """What the pods of a training on a cluster run."""
     from trainer.kubernetes import pod_main

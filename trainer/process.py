@@ -117,6 +117,13 @@ def prefer_bbr(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, _CONGESTION, b"bbr")
 
 
+def congestion(connection: socket.socket) -> str:
+    """What controls a connection's congestion; empty if the system does not say."""
+    with suppress(OSError):
+        return connection.getsockopt(socket.IPPROTO_TCP, _CONGESTION, 16).partition(b"\0")[0].decode()
+    return ""
+
+
 def lower_priority() -> None:
     """Lower the priority of the calling thread: training comes first. Only Linux has priorities of threads."""
     if sys.platform.startswith("linux"):

@@ -55,6 +55,7 @@ class MemberTimeouts:
     retry: float = 1.0  # before an operation is repeated: etcd was away, or several attempts at a round have failed
     probe: float = 1.0  # in which a member must be connected again after a failed attempt, or it is suspect
     find: float = 5.0  # to find a donor that has an offer
+    copy: float = 15.0  # for another node to save what a leaving member has saved last
     role_ttl: float = 3.0  # for which the coordinator's role outlives its holder's last sign of life
     tick: float = 0.05  # between two decisions of the coordinator while something lasts
     idle: float = 1.0  # between two decisions of the coordinator while nothing does

@@ -44,8 +44,8 @@ def worker_configs(config: TrainingConfig) -> list[TrainingConfig]:
     configs = [_own_volume(config, Path(config.run_dir).absolute() / f"worker-{node}") for node in range(config.nodes)]
     if config.metrics_port == UNSET:
         return configs
-    ports = range(config.metrics_port, config.metrics_port + config.nodes * config.elastic.nproc_per_node)
-    first = ports[:: config.elastic.nproc_per_node]
+    ports = range(config.metrics_port, config.metrics_port + config.nodes * config.workers_per_node)
+    first = ports[:: config.workers_per_node]
     return [own.with_values(metrics_port=port) for own, port in zip(configs, first, strict=True)]
 
 

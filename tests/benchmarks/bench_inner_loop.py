@@ -26,7 +26,8 @@ from trainer.config import load_config
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.volume import Volume, worker_configs
 from trainer.worker.optimizer import inner_optimizer
-from trainer.worker.worker import CLIP_NORM, Worker
+from trainer.worker.passes import CLIP_NORM
+from trainer.worker.worker import Worker
 
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "stdlib.yaml"
 
@@ -51,7 +52,7 @@ def main() -> None:
         while worker.samples.exhausted:
             worker._take_assignment()
 
-        volume, dataset = Volume.of(config), worker.parts.dataset
+        volume, dataset = Volume.of(config), worker.process.dataset
         bare = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
         parameters = list(bare.parameters())
         optimizer = inner_optimizer(config, bare)

@@ -39,17 +39,17 @@ from torch.distributed import TCPStore
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for what benchmarks share
 
-from tests.benchmarks.mesh import Members, Mesh, Plain
-from trainer import data, models
-from trainer.config import TrainingConfig
-from trainer.diloco import DiLoCo, LocalQuorum, Nesterov, Overlap, codecs
-from trainer.diloco.codecs import Codec, Fp32
-from trainer.files import write_json
-from trainer.process import listen
-from trainer.tasks import tasks
-from trainer.volume import Volume
-from trainer.worker.optimizer import inner_optimizer, learning_rate
-from trainer.worker.worker import CLIP_NORM
+from tests.benchmarks.mesh import Members, Mesh, Plain  # noqa: E402
+from trainer import data, models  # noqa: E402
+from trainer.config import TrainingConfig  # noqa: E402
+from trainer.diloco import DiLoCo, LocalQuorum, Nesterov, Overlap, codecs  # noqa: E402
+from trainer.diloco.codecs import Codec, Fp32  # noqa: E402
+from trainer.files import write_json  # noqa: E402
+from trainer.process import listen  # noqa: E402
+from trainer.tasks import tasks  # noqa: E402
+from trainer.volume import Volume  # noqa: E402
+from trainer.worker.optimizer import inner_optimizer, learning_rate  # noqa: E402
+from trainer.worker.worker import CLIP_NORM  # noqa: E402
 
 OUTPUT = ROOT / "build" / "quality.json"
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}

@@ -21,8 +21,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from tests.cluster.admission import Refusal, Webhooks
 from tests.cluster.role import allows, permissions
-from tests.kubernetes_schemas import CRD, validate
+from tests.kubernetes_schemas import is_known, validate
 
 Object = dict[str, Any]
 
@@ -35,6 +36,8 @@ PLURALS = {
     "jobs": ("batch", "v1", "Job"),
     "networkpolicies": ("networking.k8s.io", "v1", "NetworkPolicy"),
     "pytorchjobs": ("kubeflow.org", "v1", "PyTorchJob"),
+    "trainjobs": ("trainer.kubeflow.org", "v1alpha1", "TrainJob"),
+    "trainingruntimes": ("trainer.kubeflow.org", "v1alpha1", "TrainingRuntime"),
     "workflows": ("argoproj.io", "v1alpha1", "Workflow"),
     "services": ("", "v1", "Service"),
     "serviceaccounts": ("", "v1", "ServiceAccount"),
@@ -47,18 +50,6 @@ _PATH = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v1|v1alpha1)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[a-z]+)"
     r"(?:/(?P<name>[^/]+)(?P<log>/log)?)?"
 )
-
-
-class Refusal(Exception):
-    """An answer that is no success."""
-
-    def __init__(self, status: int, reason: str, message: str, **details: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body: Object | str = {
-            "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status, "reason": reason,
-            "message": message, "details": details,
-        }  # fmt: skip
 
 
 class ApiServer(ThreadingHTTPServer):
@@ -88,6 +79,7 @@ class ApiServer(ThreadingHTTPServer):
         self.quota: dict[str, str] = {}
         self.outages = 0
         self.frozen: set[str] = set()
+        self._webhooks = Webhooks(lambda plural, namespace: self.all(plural, namespace))
         self._away = False
         self.page = 1000
         self.streams = 0
@@ -230,6 +222,12 @@ class ApiServer(ThreadingHTTPServer):
                 if owners and all(owner["uid"] == gone["metadata"]["uid"] for owner in owners):
                     self._delete(kind, space, owned)
 
+    def delete(self, plural: str, name: str, namespace: str = "default") -> None:
+        """Delete an object as a client does, in the background, if it is there."""
+        with self.changed:
+            if (plural, namespace, name) in self._objects:
+                self._delete(plural, namespace, name)
+
     def log(self, uid: str, line: str) -> None:
         """A pod says something."""
         with self.changed:
@@ -309,7 +307,7 @@ class ApiServer(ThreadingHTTPServer):
                 return self._follow(one, query)
             if verb == "patch":
                 content = _merged(one, body)
-                _check(content)
+                content = self._check(content, one)
                 self._keep("MODIFIED", plural, namespace, content)
                 return copy.deepcopy(content)
             if verb == "delete":
@@ -323,10 +321,22 @@ class ApiServer(ThreadingHTTPServer):
         if plural in self.quota:
             message = f'{plural} "{name}" is forbidden: exceeded quota: {self.quota[plural]}'
             raise Refusal(403, "Forbidden", message, name=name, kind=plural)
-        _check(body)
+        body = self._check(body)
         if (plural, namespace, name) in self._objects:
             raise Refusal(409, "AlreadyExists", f'{plural} "{name}" already exists', name=name, kind=plural)
         return self.put(plural, body, namespace)
+
+    def _check(self, body: Object, before: Object | None = None) -> Object:
+        """Validate an object that is created, or changed. Returns it with its defaults."""
+        content = {key: value for key, value in body.items() if key != "status"}
+        if is_known(body["kind"]):
+            try:
+                validate(content)
+            except Exception as error:
+                raise Refusal(
+                    422, "Invalid", f"{body['kind']} {body['metadata']['name']} is invalid: {error}"
+                ) from None
+        return self._webhooks.admit(body, before)
 
     def _list(self, plural: str, namespace: str, query: dict[str, str]) -> Object:
         found = [
@@ -470,15 +480,6 @@ def serving() -> Iterator[ApiServer]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-def _check(body: Object) -> None:
-    if body["kind"] == "PyTorchJob" and not CRD.is_file():
-        return
-    try:
-        validate(body)
-    except Exception as error:
-        raise Refusal(422, "Invalid", f"{body['kind']} {body['metadata']['name']} is invalid: {error}") from None
 
 
 def _unknown_path() -> Refusal:

@@ -15,8 +15,13 @@ from kubernetes.utils import parse_quantity
 
 from trainer.config import TrainingConfig
 from trainer.kubernetes.objects.plan import plan
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 
+# By launcher: the CustomResourceDefinition, and how the names of the deployments end without which nothing happens.
+KINDS = {
+    "trainjob": ("trainjobs.trainer.kubeflow.org", ("trainer-controller-manager", "jobset-controller-manager")),
+    "pytorchjob": ("pytorchjobs.kubeflow.org", ("training-operator",)),
+}
 ETCD = Path(__file__).parents[2] / "manifests" / "base" / "etcd.yaml"
 CPU, MEMORY, STORAGE, PODS = RESOURCES = ("cpu", "memory", "ephemeral-storage", "pods")
 _GIB = 2**30
@@ -57,7 +62,7 @@ class Cluster:
     Attributes:
         nodes: All of them, as the API has them.
         pods: Those of all namespaces.
-        crds: CustomResourceDefinitions that are called as PyTorchJob's is: one, or none.
+        crds: CustomResourceDefinitions of training jobs.
         deployments: Those of all namespaces.
         classes: Its storage classes.
     """
@@ -80,12 +85,11 @@ def demand(parameters: Mapping[str, Any]) -> Demand:
     """What a training with these parameters requests, as the steps and manifests/ make it."""
     config = TrainingConfig.from_flat({**parameters, "run_id": "needs"}).resolved()
     jobs = training_jobs(plan(config, namespace="needs", image="needs"))
-    workers = [job["spec"]["pytorchReplicaSpecs"]["Worker"] for job in jobs]
     (etcd,) = (one for one in yaml.safe_load_all(ETCD.read_text(encoding="utf-8")) if one["kind"] == "StatefulSet")
     return Demand(
-        worker=requests(workers[0]["template"]["spec"]),
+        worker=requests(jobs[0].template["spec"]),
         etcd=requests(etcd["spec"]["template"]["spec"]),
-        workers=sum(worker["replicas"] for worker in workers),
+        workers=config.nodes,
         members=config.etcd.replica_count,
     )
 
@@ -96,14 +100,29 @@ def lacking(cluster: Cluster, demanded: Demand) -> list[str]:
     return [one for one in found if one]
 
 
+def served(cluster: Cluster) -> list[str]:
+    """The launchers by which the cluster can train."""
+    return [launcher for launcher in KINDS if not _why_not(cluster, launcher)]
+
+
 def _operator(cluster: Cluster) -> str:
-    if not any(_holds(crd, "Established") for crd in cluster.crds):
-        return "Kubeflow's training operator 1.9: there is no CustomResourceDefinition pytorchjobs.kubeflow.org"
-    operators = [one for one in cluster.deployments if one["metadata"]["name"].endswith("training-operator")]
-    if not operators or any((one.get("status") or {}).get("availableReplicas") for one in operators):
-        return ""  # one that is called otherwise shows itself by what it does
-    where = ", ".join(f"{one['metadata']['namespace']}/{one['metadata']['name']}" for one in operators)
-    return f"a training operator that runs: no pod of deployment {where} is available"
+    if served(cluster):
+        return ""
+    found = "; ".join(_why_not(cluster, launcher) for launcher in KINDS)
+    return f"Kubeflow Trainer 2.2 with JobSet, or Kubeflow's training operator 1.9: {found}"
+
+
+def _why_not(cluster: Cluster, launcher: str) -> str:
+    """Why the cluster has no jobs of a kind; "" if it has."""
+    name, controllers = KINDS[launcher]
+    if not any(crd["metadata"]["name"] == name and _holds(crd, "Established") for crd in cluster.crds):
+        return f"there is no CustomResourceDefinition {name}"
+    for controller in controllers:  # one that is called otherwise shows itself by what it does
+        ours = [one for one in cluster.deployments if one["metadata"]["name"].endswith(controller)]
+        if ours and not any((one.get("status") or {}).get("availableReplicas") for one in ours):
+            where = ", ".join(f"{one['metadata']['namespace']}/{one['metadata']['name']}" for one in ours)
+            return f"no pod of deployment {where} is available"
+    return ""
 
 
 def _storage_class(classes: Sequence[Object]) -> str:

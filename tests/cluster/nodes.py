@@ -1,4 +1,4 @@
-"""What makes a stand-in API server a cluster: the Job controller, the training operator, and kubelets.
+"""What makes a stand-in API server a cluster: the Job controller, the training operators, and kubelets.
 
 A kubelet is a function that is called, in a thread, for each new pod, and says what becomes of it: `Processes` runs the
 pod's command on this machine; a test's own tells a story, with the methods of `Cluster`.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.apiserver import ApiServer, Object
+from tests.cluster.trainer import Trainer, condition, is_of_set
 
 Kubelet = Callable[["Cluster", Object], None]
 
@@ -33,11 +34,15 @@ class Cluster:
         kubelet: What becomes of a pod.
 
     Attributes:
-        operator: Whether the training operator runs.
+        operator: Whether the training operator and Kubeflow Trainer run.
+        trainer: Kubeflow Trainer and JobSet.
+        shared: Claims of one worker that two of its pods had at the same time, with these pods.
     """
 
     def __init__(self, server: ApiServer, kubelet: Kubelet) -> None:
         self.server, self.kubelet, self.operator = server, kubelet, True
+        self.trainer = Trainer(self)
+        self.shared: list[tuple[str, str, str]] = []
         self._known: set[str] = set()  # uids of pods that a kubelet has
         self._stopping = threading.Event()
 
@@ -58,6 +63,7 @@ class Cluster:
 
     def start(self, pod: Object, node: str = "node-1") -> None:
         """The pod's container runs."""
+        self._note_shared_claim(pod)
 
         def change(one: Object) -> None:
             one["spec"]["nodeName"] = node
@@ -99,6 +105,11 @@ class Cluster:
 
         self._update(pod, change)
 
+    def disrupt(self, pod: Object, reason: str) -> None:
+        """The cluster ends the pod, and says why."""
+        condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
+        self._update(pod, lambda one: one["status"].setdefault("conditions", []).append(condition))
+
     def tell(self, about: str, reason: str, message: str, kind: str = "Pod") -> None:
         """An event about an object."""
         name = f"{about}.{_suffix()}"
@@ -123,7 +134,18 @@ class Cluster:
 
         self.server.update("pods", pod["metadata"]["name"], same)
 
+    def _note_shared_claim(self, pod: Object) -> None:
+        claim = _own_claim(pod)
+        for name, other in self.server.all("pods").items():
+            runs = other.get("status", {}).get("phase") == "Running"
+            if claim and runs and name != pod["metadata"]["name"] and _own_claim(other) == claim:
+                self.shared.append((claim, name, pod["metadata"]["name"]))
+
     # The controllers
+
+    def delete_pod(self, name: str) -> None:
+        """As a controller does: the pod is given its time to end."""
+        self.server.delete("pods", name)
 
     def _run(self) -> None:
         seen = -1
@@ -132,7 +154,10 @@ class Cluster:
                 self.server.changed.wait_for(lambda before=seen: self.server.version != before, 0.2)
                 seen = self.server.version
             for job in self.server.all("jobs").values():
-                self._control_job(job)
+                if not is_of_set(job):
+                    self._control_job(job)
+            if self.operator:
+                self.trainer.run()
             for job in self.server.all("pytorchjobs").values() if self.operator else ():
                 self._operate(job)
             for pod in self.server.all("pods").values():
@@ -152,9 +177,9 @@ class Cluster:
         name, conditions = job["metadata"]["name"], job.get("status", {}).get("conditions")
         if conditions:
             return
-        pods = self._of(job)
+        pods = self.pods_of(job)
         if not pods:
-            self._make_pod("jobs", job, f"{name[:57]}-{_suffix()}", job["spec"]["template"], {})
+            self.make_pod("jobs", job, f"{name[:57]}-{_suffix()}", job["spec"]["template"], {})
         elif all(_ended(pod) for pod in pods):
             done = pods[-1]["status"]["phase"] == "Succeeded"
             condition = {"type": "Complete" if done else "Failed", "status": "True", "message": "Job has ended"}
@@ -166,14 +191,24 @@ class Cluster:
         ends = [one["type"] for one in status.get("conditions", []) if one["status"] == "True"]
         if "Succeeded" in ends or "Failed" in ends:
             return
-        worker, pods = job["spec"]["pytorchReplicaSpecs"]["Worker"], {p["metadata"]["name"]: p for p in self._of(job)}
+        worker, pods = (
+            job["spec"]["pytorchReplicaSpecs"]["Worker"],
+            {p["metadata"]["name"]: p for p in self.pods_of(job)},
+        )
+        if job["spec"]["runPolicy"].get("suspend"):
+            for pod in pods.values():
+                if "deletionTimestamp" not in pod["metadata"]:
+                    self.delete_pod(pod["metadata"]["name"])
+            status = {"conditions": [condition("Created", True), condition("Suspended", True)]}
+            self.server.update("pytorchjobs", name, lambda one: one.update(status=status))
+            return
         states = {"Created"}
         for index in range(worker["replicas"]):
             pod = pods.get(f"{name}-worker-{index}")
             labels = {"training.kubeflow.org/job-name": name, "training.kubeflow.org/replica-index": str(index)}
             if pod is None:
                 template = {**worker["template"], "spec": {**worker["template"]["spec"], "restartPolicy": "Never"}}
-                self._make_pod("pytorchjobs", job, f"{name}-worker-{index}", template, labels)
+                self.make_pod("pytorchjobs", job, f"{name}-worker-{index}", template, labels)
             elif _ended(pod):
                 code = pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"]
                 states.add("Succeeded" if code == 0 else "Restarting" if code >= 128 else "Failed")
@@ -186,7 +221,8 @@ class Cluster:
         conditions += [{"type": state, "status": "True", "message": f"{name} is {state}"}] if state != "Created" else []
         self.server.update("pytorchjobs", name, lambda one: one.update(status={"conditions": conditions}))
 
-    def _make_pod(self, plural: str, job: Object, name: str, template: Object, labels: dict[str, str]) -> None:
+    def make_pod(self, plural: str, job: Object, name: str, template: Object, labels: dict[str, str]) -> bool:
+        """Whether a job's pod could be made."""
         kind = "Job" if plural == "jobs" else "PyTorchJob"
         if "pods" in self.server.quota:
             message = f'Error creating: pods "{name}" is forbidden: exceeded quota: {self.server.quota["pods"]}'
@@ -194,13 +230,15 @@ class Cluster:
                 e["involvedObject"]["name"] == job["metadata"]["name"] for e in self.server.all("events").values()
             ):
                 self.tell(job["metadata"]["name"], "FailedCreate", message, kind)
-            return
+            return False
         owner = {"kind": kind, "apiVersion": "v1", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
         metadata = {**template["metadata"], "name": name, "ownerReferences": [owner]}
         metadata["labels"] = {**metadata.get("labels", {}), **labels}
         self.server.put("pods", {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}})
+        return True
 
-    def _of(self, owner: Object) -> list[Object]:
+    def pods_of(self, owner: Object) -> list[Object]:
+        """The pods that an object owns."""
         uid = owner["metadata"]["uid"]
         pods = self.server.all("pods").values()
         return [p for p in pods if any(o["uid"] == uid for o in p["metadata"].get("ownerReferences", []))]
@@ -281,6 +319,17 @@ def _environment(cluster: Cluster, pod: Object, container: Object) -> dict[str, 
 def _container(pod: Object, state: Object) -> Object:
     container = pod["spec"]["containers"][0]
     return {"containerStatuses": [{"name": container["name"], "image": container["image"], "state": state}]}
+
+
+def _own_claim(pod: Object) -> str:
+    """The claim that a worker's pod has for itself; "" if it shares it, or has none."""
+    labels = pod["metadata"].get("labels", {})
+    if labels.get("app.kubernetes.io/component") != "train" or labels.get("diloco-pipelines/worker") is None:
+        return ""
+    spec = pod["spec"]
+    if any("subPath" in mount for mount in spec["containers"][0]["volumeMounts"] if mount["mountPath"] == "/data"):
+        return ""
+    return next(str(v["persistentVolumeClaim"]["claimName"]) for v in spec["volumes"] if v["name"] == "data")
 
 
 def _ended(pod: Object) -> bool:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cluster.apiserver import ApiServer, Object
 from tests.cluster.nodes import Cluster
 from tests.cluster.story import Story
@@ -12,7 +14,7 @@ from trainer.config import TrainingConfig
 from trainer.errors import Interrupted
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.kubernetes.api.client import Client
-from trainer.kubernetes.api.kinds import KINDS, WORKFLOW
+from trainer.kubernetes.api.kinds import KINDS, TRAINING_KINDS, WORKFLOW
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.steps.step_context import StepContext
 from trainer.kubernetes.steps.workflow import Workflow
@@ -59,13 +61,15 @@ class Place:
     """A cluster to run steps on, and what they said.
 
     Attributes:
+        kind: Of the training's jobs.
         timeouts: Of the steps.
         lines: What the steps have said.
         on_line: Called with each line, in the step's thread: what it raises happens to the step.
     """
 
-    def __init__(self, server: ApiServer, etcd: str, run_id: str) -> None:
+    def __init__(self, server: ApiServer, etcd: str, run_id: str, launcher: str = "pytorchjob") -> None:
         self.server, self.story, self.run_id = server, Story(), run_id
+        self.launcher, self.kind = launcher, TRAINING_KINDS[launcher]
         self.owner: Object | None = OWNER
         for owner in (OWNER, ANOTHER_OWNER):
             metadata = {"name": owner["name"], "uid": owner["uid"]}
@@ -85,7 +89,7 @@ class Place:
             "etcd_outage_limit": 1.0,
             "elastic_rdzv_timeout": 30.0,
         }
-        base = {"launcher": "pytorchjob", "run_id": self.run_id, "device": "cpu", "etcd_endpoints": [self._etcd]}
+        base = {"launcher": self.launcher, "run_id": self.run_id, "device": "cpu", "etcd_endpoints": [self._etcd]}
         config = TrainingConfig.from_flat({**base, **quick, **values}).resolved()
         made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=self.owner)
         workflow = None
@@ -93,6 +97,10 @@ class Place:
             kind = KINDS.get(self.owner["kind"], WORKFLOW)
             workflow = Workflow("default", self.owner["name"], self.owner["uid"], kind)
         return StepContext(Client(config.deployment_namespace, self.timeouts), made, self.say, workflow)
+
+    def jobs(self) -> dict[str, Object]:
+        """The training's jobs, by name."""
+        return self.server.all(self.kind.plural)
 
     def terminate(self) -> None:
         """Terminate the workflow, as KFP does: before the step hears of it."""
@@ -122,6 +130,15 @@ class Place:
         """The run's keys, with more patience than the run's short limits allow its own clients."""
         config = self.context().plan.config
         return EtcdClient([self._etcd], run_prefix(config.elastic.etcd.prefix, config.run_id))
+
+
+# Of the tests of what differs between the kinds of training jobs: fixture `launcher`.
+both_kinds = pytest.mark.parametrize("launcher", ["pytorchjob", "trainjob"])
+
+
+def worker_of(pod: Object) -> int:
+    """The worker whose own pod this is."""
+    return int(pod["metadata"]["labels"]["diloco-pipelines/worker"])
 
 
 def never(*_: Any) -> None:

@@ -3,8 +3,9 @@
 KUBECONFIG names the cluster, whose user may make a namespace, and DILOCO_TEST_IMAGE the project's image
 (`make build ACCELERATOR=cpu`), which its nodes can pull. Without either, the tests are skipped. A cluster that is named
 must have what `needs.py` works out from PARAMETERS: 2.25 CPU, 4.5 GiB of memory and 4 GiB of ephemeral storage that
-nothing has requested, Kubeflow's training operator 1.9, and a default storage class that gives 10 GiB. Else the tests
-fail with what it lacks, before anything is made. The steps run as they do in a pipeline: in a pod, with the service
+nothing has requested, Kubeflow Trainer 2.2 with JobSet or Kubeflow's training operator 1.9, and a default storage class
+that gives 10 GiB. Else the tests fail with what it lacks, before anything is made. With both, each test runs by
+TrainJobs and by PyTorchJobs. The steps run as they do in a pipeline: in a pod, with the service
 account of manifests/.
 """
 
@@ -21,13 +22,15 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.needs import Cluster, demand, lacking
+from tests.cluster.needs import KINDS, Cluster, demand, lacking, served
+from trainer.config import TrainingConfig
 from trainer.kubernetes.api.diagnosis import why_pending
 from trainer.kubernetes.objects.jobs import STEP_LABELS
+from trainer.kubernetes.objects.plan import plan
+from trainer.kubernetes.objects.training_jobs import training_jobs
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {
-    "launcher": "pytorchjob",
     "model": "gpt-neo-x:tiny",
     "dataset": "stdlib",
     "max_samples": 200,
@@ -85,7 +88,7 @@ ENDLESS = {"total_steps": 1_000_000}
 RUNS = tuple(rf"^worker {index}( at \S+)? runs\b" for index in range(2))
 ROUND = r"^round [1-9]\d* +step \d+"
 FOLLOWS = r"\bfollowing it$"
-OPERATOR_SECONDS = 90.0  # for the training operator to say something about a job
+OPERATOR_SECONDS = 90.0  # for a controller to say something about a job
 STUCK_LOOKS = 60  # at a step's pod, a second between them, that all find the same kind of trouble: it does not start
 
 
@@ -118,7 +121,7 @@ def look_at_cluster() -> Cluster:
         [
             *objects("nodes"),
             *objects("pods", "--all-namespaces"),
-            *objects("crd", "pytorchjobs.kubeflow.org", "--ignore-not-found"),
+            *objects("crd", *(name for name, _ in KINDS.values()), "--ignore-not-found"),
             *objects("deployments", "--all-namespaces"),
             *objects("storageclasses"),
         ]
@@ -133,12 +136,14 @@ def namespace() -> Iterator[str]:
     """A namespace with what manifests/overlays/dev has, on a cluster that has what the tests need."""
     if reason := no_cluster():
         pytest.skip(reason)
-    if missing := lacking(look_at_cluster(), demand(PARAMETERS)):
+    cluster = look_at_cluster()
+    if missing := lacking(cluster, demand(PARAMETERS)):
         pytest.fail("the cluster lacks " + "\nand ".join(missing), pytrace=False)
     name = f"diloco-test-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", name)
     try:
-        refuse_silent_operator(name)
+        for launcher in served(cluster):
+            refuse_silent_operator(name, launcher)
         kubectl("apply", "--namespace", name, "-k", str(ROOT / "manifests" / "overlays" / "dev"))
         kubectl("rollout", "status", "--namespace", name, "statefulset/diloco-etcd", "--timeout=300s")
         yield name
@@ -146,30 +151,57 @@ def namespace() -> Iterator[str]:
         kubectl("delete", "namespace", name, "--wait=false")
 
 
-def suspended_job() -> dict[str, Any]:
-    """A PyTorchJob that makes no pod: an operator that runs says that it is suspended."""
-    container = {"name": "pytorch", "image": os.environ["DILOCO_TEST_IMAGE"]}
-    worker = {"replicas": 1, "template": {"spec": {"containers": [container]}}}
-    return {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
-        "metadata": {"name": "is-an-operator-there"},
-        "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": worker}},
+@pytest.fixture(params=KINDS)
+def launcher(namespace: str, request: pytest.FixtureRequest) -> str:
+    """By which kind of jobs a test trains."""
+    if request.param not in served(look_at_cluster()):
+        pytest.skip(f"the cluster has no {KINDS[request.param][0]}, or nothing that runs them")
+    return str(request.param)
+
+
+def suspended_job(launcher: str) -> list[dict[str, Any]]:
+    """A job of a kind that makes no pod, with what it needs: a controller that runs says that it is suspended."""
+    values = {
+        **PARAMETERS,
+        "launcher": launcher,
+        "nodes": 1,
+        "run_id": "silent",
+        "deployment_name": "is-an-operator-there",
     }
+    config = TrainingConfig.from_flat(values).resolved()
+    (job,) = training_jobs(plan(config, namespace="", image=os.environ["DILOCO_TEST_IMAGE"]))
+    body = json.loads(json.dumps(job.body))
+    fields = body["spec"]["runPolicy"] if launcher == "pytorchjob" else body["spec"]
+    fields["suspend"] = True
+    made = [*job.all[:-1], body]
+    for one in made:
+        one["metadata"].pop("namespace", None)
+    return made
 
 
-def refuse_silent_operator(namespace: str) -> None:
-    """Fail unless the training operator acts on a job, under whatever name it runs."""
-    body = suspended_job()
-    kubectl("apply", "--namespace", namespace, "-f", "-", stdin=json.dumps(body))
-    job = ("pytorchjob", body["metadata"]["name"], "--namespace", namespace)
+def refuse_silent_operator(namespace: str, launcher: str) -> None:
+    """Fail unless its controller acts on a job of this kind, under whatever name it runs."""
+    made = suspended_job(launcher)
+    for body in made:
+        # The webhook may not know at once that a runtime exists
+        text = json.dumps(body)
+        wait_until(lambda text=text: applied(namespace, text), 30, f"{body['kind']} cannot be made")
+    job = (launcher, made[-1]["metadata"]["name"], "--namespace", namespace)
 
     def answered() -> bool:
         return any((one.get("status") or {}).get("conditions") for one in objects(*job))
 
-    silent = f"no training operator acts on a PyTorchJob for {OPERATOR_SECONDS:.0f} s: is Kubeflow's 1.9 running?"
+    silent = f"no controller acts on a {made[-1]['kind']} for {OPERATOR_SECONDS:.0f} s: is Kubeflow's operator running?"
     wait_until(answered, OPERATOR_SECONDS, silent)
     kubectl("delete", *job)
+    for body in made[:-1]:
+        kubectl("delete", body["kind"].lower(), body["metadata"]["name"], "--namespace", namespace)
+
+
+def applied(namespace: str, text: str) -> bool:
+    """Whether an object could be made, or is there."""
+    command = ["kubectl", "apply", "--namespace", namespace, "-f", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60).returncode == 0
 
 
 class Step:
@@ -276,40 +308,45 @@ def workers(namespace: str, run_id: str) -> dict[str, tuple[str, int]]:
     }
 
 
-def test_a_whole_run_and_a_warm_one(namespace: str) -> None:
-    first = Step(namespace, "first-step", "first").wait()
-    assert "claim diloco-training-job-cpu-worker-1-data created" in first
-    assert "run first is complete" in first
+def test_a_whole_run_and_a_warm_one(namespace: str, launcher: str) -> None:
+    own = {"launcher": launcher, "deployment_name": f"by-{launcher}"}
+    run = f"first-{launcher}"
+    first = Step(namespace, f"{run}-step", run, **own).wait()
+    assert f"claim by-{launcher}-cpu-worker-1-data created" in first
+    assert f"run {run} is complete" in first
     assert '"bits_per_byte"' in first
-    assert len(names(namespace, "pytorchjob", "diloco-pipelines/run=first")) == 2
-    second = Step(namespace, "second-step", "second").wait()
-    assert "claim diloco-training-job-cpu-worker-1-data found" in second
+    assert len(names(namespace, launcher, f"diloco-pipelines/run={run}")) == 2
+    second = Step(namespace, f"second-{launcher}-step", f"second-{launcher}", **own).wait()
+    assert f"claim by-{launcher}-cpu-worker-1-data found" in second
     assert "is already precached" in second
 
 
-def test_a_step_that_is_killed_and_started_again_follows_the_training(namespace: str) -> None:
-    step = Step(namespace, "killed-step", "adopted", **LONG)
+def test_a_step_that_is_killed_and_started_again_follows_the_training(namespace: str, launcher: str) -> None:
+    run, own = f"adopted-{launcher}", {**LONG, "launcher": launcher}
+    step = Step(namespace, f"killed-{launcher}-step", run, **own)
     step.wait_for(*RUNS, ROUND)
-    jobs, before = names(namespace, "pytorchjob", "diloco-pipelines/run=adopted"), workers(namespace, "adopted")
+    jobs, before = names(namespace, launcher, f"diloco-pipelines/run={run}"), workers(namespace, run)
     assert len(jobs) == len(before) == 2
     step.kill()
     step.delete("--force", "--grace-period=0")
     # As Argo does: the step that died is tried again, not those before it.
-    second = Step(namespace, "second-life", "adopted", ("train", "export", "evaluate"), **LONG)
+    second = Step(namespace, f"second-life-{launcher}", run, ("train", "export", "evaluate"), **own)
     second.wait_for(FOLLOWS, ROUND)
-    assert workers(namespace, "adopted") == before, "the workers' pods are the same ones"
-    assert "run adopted is complete" in second.wait()
-    assert names(namespace, "pytorchjob", "diloco-pipelines/run=adopted") == jobs
-    assert workers(namespace, "adopted") == before
+    assert workers(namespace, run) == before, "the workers' pods are the same ones"
+    assert f"run {run} is complete" in second.wait()
+    assert names(namespace, launcher, f"diloco-pipelines/run={run}") == jobs
+    assert workers(namespace, run) == before
 
 
-def test_a_cancelled_step_leaves_nothing_but_the_claims(namespace: str) -> None:
-    step = Step(namespace, "cancelled-step", "cancelled", **ENDLESS)
+def test_a_cancelled_step_leaves_nothing_but_the_claims(namespace: str, launcher: str) -> None:
+    run = f"cancelled-{launcher}"
+    step = Step(namespace, f"{run}-step", run, **ENDLESS, launcher=launcher)
     step.wait_for(*RUNS, ROUND)
-    selector = "diloco-pipelines/run=cancelled"
-    assert len(names(namespace, "pytorchjob", selector)) == len(workers(namespace, "cancelled")) == 2
-    step.delete("--grace-period=60")
-    for kind in ("pytorchjob", "pod", "job", "configmap", "networkpolicy", "secret"):
+    selector = f"diloco-pipelines/run={run}"
+    assert len(names(namespace, launcher, selector)) == len(workers(namespace, run)) == 2
+    step.delete("--grace-period=240")  # it waits until its workers have saved
+    kinds = [launcher, *(["trainingruntime"] if launcher == "trainjob" else [])]
+    for kind in (*kinds, "pod", "job", "configmap", "networkpolicy", "secret"):
         wait_until(lambda kind=kind: not names(namespace, kind, selector), 240, f"a {kind} of the run is left")
     claims = {f"persistentvolumeclaim/diloco-training-job-cpu-worker-{worker}-data" for worker in (0, 1)}
     assert claims <= set(names(namespace, "persistentvolumeclaim"))

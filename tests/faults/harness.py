@@ -35,6 +35,7 @@ from trainer.etcd.embedded import etcd_binary
 from trainer.etcd.errors import EtcdError
 from trainer.files import write_json, write_text
 from trainer.monitor.events import EventReader
+from trainer.monitor.verify import verify
 from trainer.process import dying_with_parent, listen
 from trainer.volume import Volume
 
@@ -91,10 +92,10 @@ def _config(root: Path, source: Path, **values: Any) -> TrainingConfig:
 class Pod:
     """A torchrun agent with one worker, and the volume that outlives both."""
 
-    def __init__(self, run: "Run", slot: int, inside: Sequence[str]) -> None:
+    def __init__(self, run: "Run", slot: int, inside: Sequence[str], values: dict[str, Any]) -> None:
         self.run, self.slot, self.root = run, slot, run.directory / f"worker-{slot}"
         self._before = len(run.lives(slot))  # processes that another pod has had on this volume
-        config = _config(self.root, run.source, **run.values, etcd_endpoints=run.endpoints)
+        config = _config(self.root, run.source, **run.values, etcd_endpoints=run.endpoints, **values)
         write_json(self.root / "config.json", config.model_dump(mode="json"))
         command = [sys.executable, "-m", "trainer.launch.agent"]
         command += ["--config", str(self.root / "config.json"), "--slot", str(slot)]
@@ -148,6 +149,12 @@ class Pod:
         """kill -9; returns when."""
         return self.signal(signal.SIGKILL)
 
+    @property
+    def followers(self) -> list[psutil.Process]:
+        """The other processes of an island."""
+        processes = psutil.Process(self.agent.pid).children(recursive=True)
+        return [one for one in processes if str(WORKER) in one.cmdline() and one.pid != self.pid]
+
     def signal(self, number: signal.Signals) -> float:
         os.kill(self.pid, number)
         return time.time()
@@ -189,10 +196,15 @@ class Run:
         self.settled = 0.0  # when the first quorum that a test has waited for stood: faults come after it
         self._read: dict[int, tuple[EventReader, list[Event]]] = {}
 
-    def start(self, slot: int, inside: Sequence[str] = ()) -> Pod:
-        """Start a pod on the volume `slot`, which may have been used before; `inside`: a command to run it with."""
+    def start(self, slot: int, inside: Sequence[str] = (), **values: Any) -> Pod:
+        """Start a pod on the volume `slot`, which may have been used before.
+
+        Args:
+            inside: A command to run it with.
+            values: Its own parameters.
+        """
         (self.directory / f"worker-{slot}").mkdir(parents=True, exist_ok=True)
-        pod = Pod(self, slot, inside)
+        pod = Pod(self, slot, inside, values)
         self.pods.append(pod)
         return pod
 
@@ -346,6 +358,9 @@ class Run:
         history = self.history("")
         check_quorums(history)
         check_states(history)
+        (judgement,) = verify([self.directory])
+        assert not judgement.refuted, f"{judgement}\n{self.story()}"
+        assert not judgement.without, judgement.without  # etcd's record is among the evidence
         if not reset:
             check_samples([event for slot in slots for event in of("step", self.events(slot))])
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import Pod, Run, of
+from trainer import checkpoint
 from trainer.etcd.embedded import EmbeddedEtcd
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -55,3 +56,40 @@ def test_spare_steps_in(server: EmbeddedEtcd, begin: Callable[..., Run], table: 
     table.append({**row, "spare_stepped_in_after": of("start", spare.events)[0]["time"] - killed})
     run.finish([pods[0], spare])
     run.check([pods[0]])
+
+
+def newest(run: Run, pod: Pod) -> int:
+    """The round of the newest checkpoint on a pod's volume."""
+    found = checkpoint.newest(pod.root / "checkpoints" / run.config.run_id)
+    return found.round if found else 0
+
+
+def test_who_leaves_does_not_take_the_newest_state_along(server: EmbeddedEtcd, begin: Callable[..., Run]) -> None:
+    run = begin("run", [server.endpoint], total_steps=480, checkpoint_interval=10**6)  # nobody saves by itself
+    pods = [run.start(slot) for slot in range(3)]
+    run.until_quorum(pods)
+    leave(pods[2])
+    for pod in pods[:2]:
+        pod.kill()
+    assert max(newest(run, pod) for pod in pods[:2]) >= newest(run, pods[2]) > 0
+    stayers = [run.start(slot) for slot in range(2)]
+    run.until_quorum(stayers, after=0)
+    run.finish(stayers)
+    run.check(reset=True)
+
+
+def test_a_lost_volume_does_not_hold_the_run_hostage(server: EmbeddedEtcd, begin: Callable[..., Run]) -> None:
+    run = begin("run", [server.endpoint], total_steps=480, lost_state_wait=2.0)
+    pods = [run.start(slot) for slot in range(2)]
+    run.until_quorum(pods)
+    run.until(lambda: newest(run, pods[0]) > 0, "a checkpoint")
+    for pod in pods:
+        pod.kill()
+    held, term = newest(run, pods[0]), pods[0].life[-1].get("term", 1)
+    run.client.put("durable/001", {"round": held + 10, "member": pods[1].member, "term": term})  # and nobody has it
+    pod = run.start(0)
+    run.until_quorum([pod], after=0)
+    assert pod.life[0]["resumed_round"] == held and pod.life[0]["term"] > term
+    assert any(f"nobody came back with round {held + 10}" in event["message"] for event in of("warning", pod.events))
+    run.finish([pod])
+    run.check(reset=True)

@@ -77,6 +77,7 @@ def place(flavour: Flavour, etcd: str, tmp_path: Path) -> Iterator[Place]:
 
 @pytest.mark.parametrize("flavour", ["native"])
 def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
+    """By TrainJobs, which `auto` prefers."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for source in sorted(Path(json.__file__).parent.glob("*.py")):
@@ -110,10 +111,12 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
     assert place.artifact("evaluate", "report")["path"].read_text().startswith("<!doctype html>")
     assert "bits per byte" in place.artifact("evaluate", "summary")["path"].read_text()
 
-    for plural in ("persistentvolumeclaims", "configmaps", "networkpolicies", "pytorchjobs"):  # storage.retain is false
+    # storage.retain is false
+    for plural in ("persistentvolumeclaims", "configmaps", "networkpolicies", "trainjobs", "trainingruntimes", "jobs"):
         assert not place.server.all(plural), plural
     assert set(place.server.all("secrets")) == {"diloco-huggingface", "diloco-wandb"}
 
+    assert "TrainJob diloco-training-job-" in place.backend.log("train")
     assert "round 4  step 20/20" in place.backend.log("train")
     assert "bits per byte" in place.backend.log("evaluate")
     written_down = [
@@ -126,6 +129,8 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flavour", ["mlmd"])
 def test_a_classifier(place: Place, etcd: str) -> None:
+    """By a PyTorchJob, where the cluster serves nothing else."""
+    place.server.missing |= {"trainjobs", "trainingruntimes"}
     place.run(etcd_endpoints=[etcd], nodes=1, **PICTURES, **PARAMETERS)
     precached = place.artifact("precache", "precached")
     assert precached["metadata"]["train_samples"] > 0

@@ -6,6 +6,7 @@ The API server (tests/cluster) enforces the Role of manifests/ and the published
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,17 @@ from tests.cluster.nodes import Cluster
 from tests.cluster.place import (
     JOB_OWNER,
     OWNER,
+    QUICK,
     Died,
     Place,
+    both_kinds,
     delete,
     die_at,
     events,
     interrupt_at,
 )
 from trainer.errors import Interrupted, TrainingError
+from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.kubernetes.steps.fetch_results import fetch_result
 from trainer.kubernetes.steps.precache import precache
 from trainer.kubernetes.steps.training import train
@@ -32,7 +36,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def nothing_but_claims(place: Place) -> None:
     place.server.wait_until(lambda: not place.server.all("pods"))  # the workers have left
-    for plural in ("pytorchjobs", "jobs", "configmaps", "networkpolicies", "secrets"):
+    for plural in ("pytorchjobs", "trainjobs", "trainingruntimes", "jobs", "configmaps", "networkpolicies", "secrets"):
         assert not place.server.all(plural), plural
     assert len(place.server.all("persistentvolumeclaims")) == 2
 
@@ -81,22 +85,24 @@ def test_a_training_whose_job_is_deleted_is_deleted_and_the_claims_are_kept(plac
     nothing_but_claims(place)
 
 
+@both_kinds
 def test_a_person_s_own_step_that_is_interrupted_deletes_the_training(place: Place, tmp_path: Path) -> None:
     place.owner = None
     interrupt_training(place, tmp_path)
     nothing_but_claims(place)
 
 
+@both_kinds
 def test_a_drained_step_leaves_the_training_alone_and_its_successor_follows_the_same_pods(
     place: Place, tmp_path: Path
 ) -> None:
     interrupt_training(place, tmp_path)
     assert place.said("this step's pod is stopped, and the training continues")
-    before = uids(place, "pytorchjobs") | uids(place, "pods")
+    before = uids(place, place.kind.plural) | uids(place, "pods")
     assert len(before) == 5  # two jobs, their pods, and that of the held-out part
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
     train(place.context(), tmp_path / "second")
-    assert uids(place, "pytorchjobs") | uids(place, "pods") == before
+    assert uids(place, place.kind.plural) | uids(place, "pods") == before
     assert place.said(f"run {place.run_id} is complete")
     assert len([event for event in events(tmp_path / "second", 0) if '"event": "round"' in event]) == 2
 
@@ -131,7 +137,7 @@ def test_a_step_that_cannot_ask_whether_it_was_terminated_leaves_the_training_al
     assert time.monotonic() - began < 60, "it must not wait for its patience: it is killed two seconds later"
     why = "not allowed to get workflows" if trouble == "forbidden" else "cannot be reached"
     assert place.said("cannot find out whether workflow diloco-training-x7k2p was terminated", why)
-    assert len(place.server.all("pytorchjobs")) == 2
+    assert len(place.jobs()) == 2
     place.server.come_back()
 
 
@@ -219,13 +225,14 @@ def test_a_precache_that_fails_cleans_up_after_itself_and_leaves_ended_jobs_to_b
     assert len(place.server.all("persistentvolumeclaims")) == 2
 
 
+@both_kinds
 def test_a_precache_that_fails_leaves_a_training_of_the_run_alone(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
         train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
-    before = uids(place, "pytorchjobs") | uids(place, "pods")
+    before = uids(place, place.kind.plural) | uids(place, "pods")
 
     def fail(cluster: Cluster, pod: Object, life: int) -> None:
         cluster.start(pod)
@@ -234,7 +241,7 @@ def test_a_precache_that_fails_leaves_a_training_of_the_run_alone(place: Place, 
     place.story.told["precache"] = fail
     with pytest.raises(TrainingError, match="ended with status 2"):
         precache(place.context(), tmp_path / "held-out")
-    assert uids(place, "pytorchjobs") | uids(place, "pods") == before
+    assert uids(place, place.kind.plural) | uids(place, "pods") == before
     assert place.server.all("configmaps")
     assert place.server.all("networkpolicies")
 
@@ -256,16 +263,95 @@ def test_an_export_that_is_interrupted_is_deleted_only_with_its_workflow(
     assert len(place.server.all("jobs")) == int(drained)
 
 
+@both_kinds
 def test_cleaning_up_ends_what_runs_and_leaves_what_has_ended_to_be_read(place: Place, tmp_path: Path) -> None:
     precache(place.context(), tmp_path / "held-out")
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
         train(place.context(), tmp_path / "run")
-    ended = set(place.server.all("jobs"))
+    ended = {name for name in place.server.all("jobs") if "-node-0" not in name}
     place.context().clean_up(finished=False)
     place.server.wait_until(lambda: all("precache" in name or "held-out" in name for name in place.server.all("pods")))
-    assert not place.server.all("pytorchjobs")
+    assert not place.jobs()
     assert set(place.server.all("jobs")) == ended
     assert not place.server.all("configmaps")
     place.context().clean_up(finished=False)  # it may be done again
+
+
+@pytest.mark.parametrize("launcher", ["trainjob"])
+def test_trainjobs_are_suspended_first_and_their_runtimes_deleted_last(place: Place, tmp_path: Path) -> None:
+    """A step that is terminated has two seconds, and its workers some minutes: the exit handler goes on."""
+    leaving = threading.Event()
+
+    def leave(cluster: Cluster, pod: Object, life: int) -> None:
+        cluster.start(pod)
+        cluster.wait_while_wanted(pod)
+        leaving.wait(300)
+        cluster.end(pod, 143)
+
+    place.story.told["train"] = leave
+    place.on_line = die_at("waiting for the workers")
+    here = place.context()
+    with pytest.raises(Died):
+        interrupted_at_once(place, tmp_path)
+    jobs = place.jobs()
+    assert [job["spec"]["suspend"] for job in jobs.values()] == [True, True]
+    assert not place.server.all("configmaps")
+    place.on_line = lambda line: leaving.set() if "waiting for the workers" in line else None
+    here.clean_up(finished=False)
+    assert not place.jobs()
+    assert not place.server.all("trainingruntimes")
+    assert not place.server.all("pods")
+    assert not place.cluster.trainer.ghosts
+    assert len(place.story.lives) == 2 and set(place.story.lives.values()) == {0}
+
+
+def interrupted_at_once(place: Place, tmp_path: Path) -> None:
+    """The workflow is terminated when both workers train, and the step goes as soon as it waits."""
+    die = place.on_line
+
+    def go(line: str) -> None:
+        die(line)
+        interrupt(line)
+
+    interrupt = interrupt_at("worker 1 runs on node", place.terminate)
+    place.on_line = go
+    train(place.context(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("launcher", ["trainjob"])
+def test_a_runtime_without_a_trainjob_is_cleaned_up_or_made_anew(place: Place, tmp_path: Path) -> None:
+    """The step has died between the two."""
+    here = place.context(nodes=1)
+    (job,) = training_jobs(here.plan)
+    assert job.before
+    here.client.create(job.before)
+    here.clean_up(finished=False)
+    assert not place.server.all("trainingruntimes")
+    here.client.create(job.before)
+    train(here, tmp_path / "run")
+    assert place.said(f"run {place.run_id} is complete")
+
+
+@pytest.mark.parametrize("launcher", ["trainjob"])
+def test_a_trainjob_that_a_queue_resumes_again_and_again_is_deleted_nevertheless(place: Place, tmp_path: Path) -> None:
+    place.owner = None
+    place.timeouts = replace(QUICK, seen=0.3)
+    place.story.released.clear()
+    resumed: list[str] = []
+
+    def resume(line: str) -> None:
+        if "waiting for the workers" in line:
+            for name in place.jobs():
+                place.server.update("trainjobs", name, lambda one: one["spec"].update(suspend=False))
+                resumed.append(name)
+        interrupt(line)
+
+    interrupt = interrupt_at("worker 1 runs on node")
+    place.on_line = resume
+    with pytest.raises(Interrupted):
+        train(place.context(), tmp_path / "run")
+    assert len(resumed) == 2
+    assert not place.jobs()
+    place.cluster.shared.clear()  # by the pods that come back from the dead

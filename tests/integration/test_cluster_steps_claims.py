@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.place import ANOTHER_OWNER, QUICK, Died, Place, die_at, never
+from tests.cluster.place import ANOTHER_OWNER, QUICK, Died, Place, both_kinds, die_at, never
 from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.api.kinds import CLAIM
 from trainer.kubernetes.objects.jobs import claim
@@ -56,6 +56,7 @@ def test_a_claim_that_is_being_deleted_is_waited_for(place: Place, tmp_path: Pat
     assert place.said(f"claim {worker.claim} created")
 
 
+@both_kinds
 def test_claims_that_another_run_uses_are_kept(place: Place, tmp_path: Path) -> None:
     here = place.context()
     precache(here, tmp_path / "held-out")
@@ -71,6 +72,7 @@ def test_claims_that_another_run_uses_are_kept(place: Place, tmp_path: Path) -> 
     assert [one for one in claims if "deletionTimestamp" not in one["metadata"]] == list(claims)
 
 
+@both_kinds
 def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
@@ -86,7 +88,7 @@ def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_pat
 
     place.on_line = old_one_ends
     train(place.context(), tmp_path / "second")
-    jobs = place.server.all("pytorchjobs").values()
+    jobs = place.jobs().values()
     assert [job["metadata"]["ownerReferences"][0]["uid"] for job in jobs] == [ANOTHER_OWNER["uid"]] * 2
     assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run")
     assert place.server.all("configmaps")
@@ -98,9 +100,9 @@ def test_a_run_of_another_deployment_with_the_same_id_is_left_alone(place: Place
     with pytest.raises(Died):
         train(place.context(), tmp_path / "run")
     place.on_line = lambda line: None
-    before = set(place.server.all("pytorchjobs"))
+    before = set(place.jobs())
     place.context(deployment_name="another").clean_up()
-    assert set(place.server.all("pytorchjobs")) == before
+    assert set(place.jobs()) == before
 
 
 def test_names_of_two_deployments_that_meet_are_refused(place: Place, tmp_path: Path) -> None:
@@ -124,3 +126,18 @@ def test_names_of_two_deployments_that_meet_are_refused(place: Place, tmp_path: 
     with pytest.raises(ConfigError, match=refused):
         train(context("llm-eu", "mine", "west"), tmp_path / "run")
     assert place.server.all("configmaps") == before
+
+
+def test_a_run_that_trains_by_jobs_of_the_other_kind_keeps_its_claims(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.context(), tmp_path / "run")
+    place.on_line = lambda line: None
+    refused = f"run {place.run_id} uses its claims by PyTorchJobs"
+    with pytest.raises(ConfigError, match=refused):
+        train(place.context(launcher="trainjob"), tmp_path / "run")
+    assert not place.server.all("trainjobs")
+    place.server.missing.add("trainjobs")  # nothing of the other kind is there: no obstacle
+    place.on_line = lambda line: place.story.released.set() if "following it" in line else None
+    train(place.context(), tmp_path / "run")

@@ -18,22 +18,37 @@ from trainer.kubernetes.steps.training import train
 pytestmark = pytest.mark.timeout(600)
 
 
+OPERATORS = [("pytorchjob", "Kubeflow's training operator"), ("trainjob", "Kubeflow Trainer")]
+
+
+@pytest.mark.parametrize(("launcher", "operator"), OPERATORS)
 @pytest.mark.parametrize("step", [precache, train])
-def test_without_the_crd_it_says_what_to_install(place: Place, tmp_path: Path, step: Callable[..., Any]) -> None:
-    place.server.missing.add("pytorchjobs")
-    with pytest.raises(TrainingError, match=r"the cluster has no pytorchjobs: .* install Kubeflow's training operator"):
+def test_without_the_crd_it_says_what_to_install(
+    place: Place, tmp_path: Path, step: Callable[..., Any], operator: str
+) -> None:
+    place.server.missing.add(place.kind.plural)
+    with pytest.raises(TrainingError, match=f"the cluster has no {place.kind.plural}: .* install {operator}"):
         step(place.context(), tmp_path / "out")
 
 
-def test_an_operator_that_does_not_run_is_noticed(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("launcher", "operator"), OPERATORS)
+def test_an_operator_that_does_not_run_is_noticed(place: Place, tmp_path: Path, operator: str) -> None:
     place.timeouts = replace(QUICK, controller=0.3)
     place.cluster.operator = False
-    with pytest.raises(TrainingError, match=r"is Kubeflow's training operator installed, and running\?"):
+    with pytest.raises(TrainingError, match=rf"is {operator} installed, .*running\?"):
         train(place.context(elastic_rdzv_timeout=2.0), tmp_path / "run")
-    assert place.said("no controller acts on PyTorchJob")
+    assert place.said(f"no controller acts on {place.kind.name}")
 
 
-@pytest.mark.parametrize(("verb", "resource"), [("create", "pytorchjobs"), ("watch", "pods"), ("list", "pytorchjobs")])
+@pytest.mark.parametrize(
+    ("launcher", "verb", "resource"),
+    [
+        ("pytorchjob", "create", "pytorchjobs"),
+        ("pytorchjob", "watch", "pods"),
+        ("pytorchjob", "list", "pytorchjobs"),
+        ("trainjob", "create", "trainingruntimes"),
+    ],
+)
 def test_a_missing_permission_is_named(place: Place, tmp_path: Path, verb: str, resource: str) -> None:
     place.server.forbidden.add((verb, resource))
     place.story.released.clear()
@@ -51,7 +66,7 @@ def test_an_etcd_that_cannot_be_reached_is_named(place: Place, tmp_path: Path) -
         TrainingError, match=r"127.0.0.1:1.*Does etcd run .manifests/ has one., is etcd.endpoints right"
     ):
         train(place.context(etcd_endpoints=["127.0.0.1:1"]), tmp_path / "run")
-    assert not place.server.all("pytorchjobs")
+    assert not place.jobs()
 
 
 def test_missing_etcd_credentials_are_named(place: Place, tmp_path: Path) -> None:

@@ -247,3 +247,40 @@ def test_the_end_of_a_run(start: Callable[..., Worker], pool: ThreadPoolExecutor
     workers[0].quorum.wait_for_others()
     workers[0].quorum.finish("succeeded")
     assert verdict(client).status == "succeeded"
+
+
+def test_who_leaves_waits_until_another_node_has_saved_the_state(
+    start: Callable[..., Worker], pool: ThreadPoolExecutor, client: EtcdClient
+) -> None:
+    leaver, stayer = workers = list(pool.map(Worker.join, [start(0), start(1)]))
+    list(pool.map(Worker.round, workers, (1.0, 1.0)))
+    leaver.quorum.durable(1, leaver.quorum.term)
+    rest = leaver.assignment
+    assert rest
+    left = pool.submit(leaver.quorum.leave, rest)
+    found = client.wait_for(lambda: stayer.quorum.departing or None, WAIT)
+    assert found == {leaver.quorum.id}  # the stayer's worker saves now
+    assert not left.done() and client.get(f"members/{leaver.quorum.id}") is not None
+    stayer.quorum.durable(1, stayer.quorum.term)
+    left.result(WAIT)
+    assert client.get(f"members/{leaver.quorum.id}") is None
+    stayer.quorum.durable(2, stayer.quorum.term)
+    stayer.quorum.leave(stayer.assignment)  # nobody is left to wait for
+
+
+def test_a_lost_state_is_given_up_after_a_while(start: Callable[..., Worker], client: EtcdClient) -> None:
+    client.put("durable/007", {"round": 5, "member": "007-gone", "term": 3})
+    worker = start(0, lost_state_wait=0.5).join()
+    record = client.get("round")
+    assert record is not None
+    assert (record.value["term"], record.value["round"], record.value["lost"]) == (4, 1, 5)
+    assert worker.quorum.term == 4
+
+
+def test_what_members_send_is_what_members_receive(start: Callable[..., Worker], pool: ThreadPoolExecutor) -> None:
+    """Whoever begins first: bytes that arrive before a member begins its own collective count, too."""
+    workers = list(pool.map(Worker.join, [start(0), start(1)]))
+    rounds = [list(pool.map(Worker.round, workers, (1.0, 1.0))) for _ in range(8)]
+    for commits in rounds[1:]:  # the first one also has the handshakes
+        sent, received = (sum(getattr(one, name) or 0 for one in commits) for name in ("bytes_sent", "bytes_received"))
+        assert sent == received > 0

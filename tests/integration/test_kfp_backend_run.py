@@ -22,6 +22,7 @@ from tests.cluster.story import Story, whole_results
 from tests.kfp_backend.driver import FLAVOURS, Flavour
 from tests.kfp_backend.server import Backend
 from trainer.errors import TrainingError
+from trainer.kubernetes.api.kinds import TRAINING_KINDS, JobKind
 from trainer.timeouts import PipelineTimeouts
 
 STEPS = ("precache", "train", "export", "evaluate")
@@ -31,8 +32,8 @@ QUICK = PipelineTimeouts(poll=0.1, read_log=0.1)
 class Place:
     """A backend with a cluster, and a laptop."""
 
-    def __init__(self, backend: Backend, server: ApiServer, story: Story, etcd: str) -> None:
-        self.backend, self.server, self.story, self._etcd = backend, server, story, etcd
+    def __init__(self, backend: Backend, server: ApiServer, story: Story, etcd: str, kind: JobKind) -> None:
+        self.backend, self.server, self.story, self._etcd, self._kind = backend, server, story, etcd, kind
         self.cluster = Cluster(server, story)
         self.lines: list[str] = []
         self.error = ""
@@ -66,15 +67,20 @@ class Place:
 
     def jobs(self) -> dict[str, str]:
         """The uids of the workers' jobs, by name."""
-        return {name: job["metadata"]["uid"] for name, job in self.server.all("pytorchjobs").items()}
+        return {name: job["metadata"]["uid"] for name, job in self.server.all(self._kind.plural).items()}
+
+    def objects(self) -> list[Object]:
+        """The workers' jobs."""
+        return list(self.server.all(self._kind.plural).values())
 
     def workers_train(self) -> None:
         """Return once both workers' pods run."""
 
         def running() -> bool:
             assert not self.error, self.error
-            pods = [pod for name, pod in self.server.all("pods").items() if "-worker-" in name]
-            return len([pod for pod in pods if pod.get("status", {}).get("phase") == "Running"]) == 2
+            pods = [pod for pod in self.server.all("pods").values() if pod.get("status", {}).get("phase") == "Running"]
+            labels = [pod["metadata"].get("labels", {}) for pod in pods]
+            return len([one for one in labels if one.get("app.kubernetes.io/component") == "train"]) == 2
 
         self.server.wait_until(running)
 
@@ -102,14 +108,23 @@ def flavour() -> Flavour:
 
 
 @pytest.fixture
-def place(flavour: Flavour, etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def launcher() -> str:
+    """What the cluster serves: `auto` finds it."""
+    return "pytorchjob"
+
+
+@pytest.fixture
+def place(
+    flavour: Flavour, launcher: str, etcd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
     story = Story()
     story.results = whole_results()
     with ExitStack() as resources:
         server = resources.enter_context(serving())
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
         backend = resources.enter_context(Backend(flavour, kubernetes=server, environment={"OMP_NUM_THREADS": "1"}))
-        place = Place(backend, server, story, etcd)
+        server.missing |= {kind.plural for name, kind in TRAINING_KINDS.items() if name != launcher}
+        place = Place(backend, server, story, etcd, TRAINING_KINDS[launcher])
         for module in ("follower", "cli"):
             monkeypatch.setattr(f"pipelines.{module}.print", lambda line, **_: place.take(line), raising=False)
         resources.enter_context(place.cluster.running())
@@ -160,16 +175,20 @@ def test_a_training_that_fails_is_cleaned_up_after(place: Place) -> None:
     assert not place.server.all("configmaps")
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(
+    ("launcher", "flavour"), [("trainjob", "native"), *(("pytorchjob", flavour) for flavour in FLAVOURS)]
+)
 def test_a_terminated_training_takes_its_workers_with_it(place: Place) -> None:
     place.story.released.clear()
     place.submit()
     place.workers_train()
     (workflow,) = place.server.all("workflows").values()
-    owners: list[Any] = [job["metadata"]["ownerReferences"][0] for job in place.server.all("pytorchjobs").values()]
+    owners: list[Any] = [job["metadata"]["ownerReferences"][0] for job in place.objects()]
     assert {owner["uid"] for owner in owners} == {workflow["metadata"]["uid"]}
     assert place.terminate() == "train"
-    assert not place.jobs()
+    assert not place.objects()
+    assert not place.server.all("trainingruntimes")
+    assert not place.cluster.trainer.ghosts
     assert len(place.backend.pods("train")) == len(place.backend.pods("clean-up")) == 1
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trainer import checkpoint, data
 from trainer.config import TrainingConfig
 from trainer.elastic.member import ElasticQuorum
-from trainer.errors import TrainingError
+from trainer.errors import ConfigError, TrainingError
+from trainer.launch import preflight
 from trainer.protocol.samples import Assignment
 from trainer.tasks.language_modelling import LanguageModelling
 from trainer.volume import Volume, worker_configs
@@ -158,3 +159,15 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
+def test_activation_checkpointing_changes_no_bit(configure: Callable[..., TrainingConfig], tmp_path: Path) -> None:
+    losses = []
+    for how in ("none", "block"):
+        own = {"run_id": f"{tmp_path.name}-{how}", "run_dir": str(tmp_path / how)}
+        config = configure(activation_checkpointing=how, total_steps=4, **own)
+        run(config)
+        losses.append([event["loss"] for event in events(config, "step")])
+    assert losses[0] == losses[1]
+    with pytest.raises(ConfigError, match="needs a model with blocks"):
+        preflight.check(config.with_values(model="resnet50:test", dataset="digits"))

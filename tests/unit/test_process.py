@@ -9,7 +9,7 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.etcd.client import local_address
-from trainer.process import address_of, connect, endpoint_of, listen, loopback, prefer_bbr
+from trainer.process import address_of, congestion, connect, endpoint_of, listen, loopback, prefer_bbr
 
 FAMILIES = [
     pytest.param("127.0.0.1", socket.AF_INET, id="IPv4"),
@@ -43,10 +43,6 @@ def test_an_endpoint_has_brackets_around_ipv6_only() -> None:
     assert loopback() in ("127.0.0.1", "::1")
 
 
-def _congestion(connection: socket.socket) -> str:
-    return connection.getsockopt(socket.IPPROTO_TCP, 13, 16).rstrip(b"\0").decode()
-
-
 def test_bbr_controls_connections_to_other_machines_where_the_kernel_permits_it() -> None:
     available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
     if not available.exists() or "bbr" not in available.read_text().split():
@@ -57,8 +53,9 @@ def test_bbr_controls_connections_to_other_machines_where_the_kernel_permits_it(
             connection.setsockopt(socket.IPPROTO_TCP, 13, b"reno")
             prefer_bbr(connection)
             permitted = os.geteuid() == 0 and not address.startswith("127.")
-            assert _congestion(connection) in (("bbr",) if permitted else ("reno", "bbr"))
-            assert not address.startswith("127.") or _congestion(connection) == "reno"
+            assert congestion(connection) in (("bbr",) if permitted else ("reno", "bbr"))
+            assert not address.startswith("127.") or congestion(connection) == "reno"
     closed = socket.socket()
     closed.close()
     prefer_bbr(closed)
+    assert congestion(closed) == ""

@@ -68,7 +68,9 @@ class ElasticConfig(Group):
     max_nodes: OrUnset[Nodes] = parameter(
         UNSET, "Maximum number of nodes that train together; others wait as spares. -1: `nodes`."
     )
-    nproc_per_node: Positive = parameter(1, "Worker processes on each node, usually one per GPU.")
+    nproc_per_node: Positive = parameter(
+        1, "Processes on each node, usually one per GPU: that many workers, or, with inner_parallel, one worker."
+    )
     max_restarts: NonNegative = parameter(3, "Maximum number of times that a node restarts its workers.")
     rdzv_timeout: Seconds = parameter(1800.0, "Maximum time to wait for `min_nodes` nodes, in seconds.")
     gpu_distribution: Literal["auto", "prefer-nvidia", "prefer-amd"] = parameter(

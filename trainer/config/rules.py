@@ -44,7 +44,7 @@ def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(config: Schema) -> None:
     """Refuse parameters that do not go together. Raises ConfigError."""
-    groups = (_aliases, _synchronisation, _method, _batches, _nodes, _timeouts, _ports, _etcd, _cluster)
+    groups = (_aliases, _synchronisation, _method, _islands, _batches, _nodes, _timeouts, _ports, _etcd, _cluster)
     for holds, field, allowed in itertools.chain.from_iterable(rules(config) for rules in groups):
         if not holds:
             raise ConfigError(field, attrgetter(field)(config), allowed)
@@ -90,16 +90,36 @@ def _method(config: Schema) -> Rules:
     yield config.pgroup_backend != "nccl" or has_nccl, "pgroup_backend", allowed
 
 
+def _islands(config: Schema) -> Rules:
+    if not config.island:
+        return
+    how = f"inner_parallel = {config.inner_parallel!r}"
+    allowed = "cannot be combined with optim_method = 'ddp', whose workers are the processes of all nodes"
+    yield config.optim_method != "ddp", "inner_parallel", allowed
+    allowed = f"must be cuda, without an index, or cpu with {how}: each process has a GPU of its own"
+    yield ":" not in config.device or config.island == 1, "device", allowed
+    if config.inner_parallel == "fsdp":
+        yield (
+            config.inner_optimizer != "muon",
+            "inner_optimizer",
+            f"must be adamw with {how}: muon needs whole matrices",
+        )
+        profiled = f"cannot be combined with {how}: batch sizes cannot be tried by one process alone"
+        yield not config.heterogeneous, "heterogeneous", profiled
+
+
 def _batches(config: Schema) -> Rules:
+    part, processes = config.process_batch_size, max(config.island, 1)
+    of_each = f"elastic.nproc_per_node ({processes}) times " if processes > 1 else ""
     if config.heterogeneous:
         low, high = config.min_batch_size, config.max_batch_size
         yield low <= high, "max_batch_size", f"must be at least min_batch_size ({low})"
-        allowed = f"must be a multiple of a number from min_batch_size ({low}) to max_batch_size ({high})"
-        fits = any(config.batch_size % size == 0 for size in range(low, high + 1))
+        allowed = f"must be a multiple of {of_each}a number from min_batch_size ({low}) to max_batch_size ({high})"
+        fits = any(part % size == 0 for size in range(low, high + 1))
     else:
-        allowed = f"must be a multiple of per_device_train_batch_size ({config.per_device_train_batch_size})"
-        fits = config.batch_size % config.per_device_train_batch_size == 0
-    yield fits, "batch_size", allowed
+        allowed = f"must be a multiple of {of_each}per_device_train_batch_size ({config.per_device_train_batch_size})"
+        fits = part % config.per_device_train_batch_size == 0
+    yield part > 0 and config.batch_size % processes == 0 and fits, "batch_size", allowed
     yield (
         config.warmup_steps <= config.total_steps,
         "warmup_steps",
@@ -109,7 +129,7 @@ def _batches(config: Schema) -> Rules:
 
 def _nodes(config: Schema) -> Rules:
     allowed = f"must be from elastic.min_nodes ({config.min_nodes}) to elastic.max_nodes ({config.max_nodes})"
-    elsewhere = config.etcd.endpoints and config.launcher != "pytorchjob"  # other nodes of the run may run elsewhere
+    elsewhere = config.etcd.endpoints and not config.on_cluster  # other nodes of the run may run elsewhere
     least = 1 if elsewhere else config.min_nodes
     yield least <= config.nodes <= config.max_nodes, "nodes", allowed
     names = [site.name for site in config.sites]
@@ -137,9 +157,9 @@ def _ports(config: Schema) -> Rules:
     low, high = map(int, config.port_range.split("-"))
     yield 0 < low <= high < 65536, "port_range", "must be low-high with 1 ≤ low ≤ high ≤ 65535"
     # In a pod it becomes `net.ipv4.ip_local_port_range`, so outgoing connections use it as well.
-    allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = 'pytorchjob'"
+    allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = {config.launcher!r}"
     enough = low >= 1024 and high - low >= _FEWEST_PORTS - 1
-    yield config.launcher != "pytorchjob" or enough, "port_range", allowed
+    yield not config.on_cluster or enough, "port_range", allowed
 
 
 def _etcd(config: Schema) -> Rules:
@@ -165,8 +185,10 @@ def _etcd(config: Schema) -> Rules:
 
 
 def _cluster(config: Schema) -> Rules:
-    allowed = "must be true with launcher = 'pytorchjob': otherwise the trained model is lost with its pods"
-    yield config.launcher != "pytorchjob" or config.storage.enabled, "storage.enabled", allowed
+    allowed = f"must be true with launcher = {config.launcher!r}: otherwise the trained model is lost with its pods"
+    yield not config.on_cluster or config.storage.enabled, "storage.enabled", allowed
+    for name in ("kueue_priority_class", "managed_by"):
+        yield config.kueue_queue or not getattr(config, name), name, "needs a queue (kueue_queue)"
     nccl = config.elastic.nccl
     allowed = f"times socket_nthreads ({nccl.socket_nthreads}) must be at most 64: NCCL's limit"
     within = nccl.nsocks_per_thread * nccl.socket_nthreads <= 64

@@ -106,6 +106,16 @@ class Schema(Group):
     outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = parameter(
         float(UNSET), "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback."
     )
+    inner_parallel: Annotated[Literal["none", "ddp", "fsdp"], COMMON] = parameter(
+        "none",
+        "none: each process is a worker. ddp, fsdp: a node's elastic.nproc_per_node processes are one worker (an "
+        "island), with a copy of the model each (ddp) or a part of it each (fsdp).",
+    )
+    activation_checkpointing: Annotated[Literal["none", "block"], LOCAL] = parameter(
+        "none",
+        "block: keep only the inputs of a transformer's blocks for the backward pass, and compute the rest again: less "
+        "memory, and about a third more work.",
+    )
     max_skipped_steps: NonNegative = parameter(
         10, "Maximum number of consecutive inner steps skipped because loss or gradient is not finite."
     )
@@ -151,10 +161,11 @@ class Schema(Group):
         "auto: continue from the newest checkpoint; never: start from scratch; or a checkpoint's path.",
         min_length=1,
     )
-    launcher: Annotated[Literal["auto", "local", "pytorchjob"], COMMON, LOCAL] = parameter(
+    launcher: Annotated[Literal["auto", "local", "pytorchjob", "trainjob"], COMMON, LOCAL] = parameter(
         "auto",
-        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob each. "
-        "auto: PyTorchJobs inside a Kubeflow Pipelines step, otherwise local processes.",
+        "How the pipeline's steps start workers: as local processes, or as one PyTorchJob or TrainJob each. "
+        "auto: inside a Kubeflow Pipelines step TrainJobs, or PyTorchJobs if the cluster has only them; otherwise "
+        "local processes.",
     )
     device: Annotated[str, COMMAND, COMMON, LOCAL] = parameter(
         "cuda", "Device to train on: cuda, cuda:<index> or cpu.", pattern=DEVICE
@@ -200,6 +211,13 @@ class Schema(Group):
     etcd_outage_limit: Seconds = parameter(300.0, "Longest etcd outage that a run survives, in seconds.")
     late_policy: Literal["carry", "drop"] = parameter(
         "carry", "What a late worker does with its pseudo-gradient: carry it over to the next round, or drop it."
+    )
+    lost_state: Literal["continue", "stop"] = parameter(
+        "continue",
+        "If nobody comes back with the newest saved state: continue from the newest one that is there, or stop.",
+    )
+    lost_state_wait: Seconds = parameter(
+        300.0, "How long to wait for the newest saved state, in seconds; at most half of `elastic.rdzv_timeout`."
     )
     joiner_moments: Literal["donor", "warmup"] = parameter(
         "donor", "Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
@@ -278,6 +296,20 @@ class Schema(Group):
     service_account: str = parameter(
         "", "Service account of the training's pods, which need no rights. Empty: the namespace's default."
     )
+    kueue_queue: str = parameter(
+        "",
+        "Kueue's LocalQueue for the training's jobs: each worker starts when the queue has quota for it. Empty: none.",
+        pattern=NAMESPACE,
+    )
+    kueue_priority_class: str = parameter(
+        "", "Kueue's WorkloadPriorityClass of the training's jobs. Empty: that of their pods.", pattern=NAMESPACE
+    )
+    priority_class: str = parameter(
+        "", "PriorityClass of the training's pods. Empty: the cluster's default.", pattern=NAMESPACE
+    )
+    managed_by: Literal["", "kueue.x-k8s.io/multikueue"] = parameter(
+        "", "Who runs the training's jobs: MultiKueue, in one of its clusters. Empty: this cluster's own controller."
+    )
     cpu_cores: Annotated[Positive, COMMON] = parameter(16, "CPU limit of a worker's pod, in cores; it requests one.")
     memory_gb: Annotated[Positive, COMMON] = parameter(32, "Memory of a worker's pod, in GB, requested in full.")
     ephemeral_storage_gb: Positive = parameter(100, "Ephemeral storage limit of a pod, in GB; it requests 2.")
@@ -325,6 +357,25 @@ class Schema(Group):
     def overlaps(self) -> bool:
         """Whether inner steps continue during a synchronisation."""
         return self.async_communication or self.overlap_tau > 0
+
+    @property
+    def island(self) -> int:
+        """Processes of a worker; 0: each process is one (`inner_parallel` none)."""
+        return 0 if self.inner_parallel == "none" else self.elastic.nproc_per_node
+
+    @property
+    def workers_per_node(self) -> int:
+        return 1 if self.island else self.elastic.nproc_per_node
+
+    @property
+    def process_batch_size(self) -> int:
+        """Samples that a process consumes in an inner step."""
+        return self.batch_size // (self.island or 1)
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether workers are pods of a cluster."""
+        return self.launcher in ("pytorchjob", "trainjob")
 
     @property
     def min_nodes(self) -> int:

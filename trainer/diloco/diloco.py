@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.collective import warm_up
 from trainer.diloco.contribution import Closed, Contribution
-from trainer.diloco.flat import FlatLayout
+from trainer.diloco.flat import FlatLayout, Section
 from trainer.diloco.outer import Nesterov, OuterOptimizer
 from trainer.diloco.overlap import Outcome, Overlap, Pending
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, RoundReport, Superseded
@@ -24,6 +24,13 @@ from trainer.diloco.state import Fragment, GlobalState
 from trainer.protocol.samples import Assignment
 
 NO_REPORT = RoundReport()
+
+
+class Stateful(Protocol):
+    """What `DiLoCo` needs of an inner optimizer."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 class DiLoCo:
@@ -66,6 +73,7 @@ class DiLoCo:
         late_policy: Whether a late worker carries its pseudo-gradient over ("carry") or drops it ("drop").
         fragments: P. A model that cannot be cut into P parts has fewer.
         overlap: How inner steps go on during a synchronisation. None: they wait.
+        layout: Copies the parameters from and to the host; by default that of a model in this process.
 
     Raises:
         ValueError: An argument is not as above; a parameter cannot be synchronised (complex, sparse, without values,
@@ -79,7 +87,7 @@ class DiLoCo:
     def __init__(
         self,
         model: nn.Module,
-        inner_optimizer: Optimizer,
+        inner_optimizer: "Optimizer | Stateful",
         *,
         outer: OuterOptimizer | None = None,
         codec: Codec | None = None,
@@ -89,6 +97,7 @@ class DiLoCo:
         late_policy: Literal["carry", "drop"] = "carry",
         fragments: int = 1,
         overlap: Overlap | None = None,
+        layout: FlatLayout | None = None,
     ) -> None:
         _check_counts(sync_every=sync_every, fragments=fragments, total_steps=1 if total_steps is None else total_steps)
         if late_policy not in ("carry", "drop"):
@@ -104,15 +113,14 @@ class DiLoCo:
         # Cut the flat vector of the parameters into fragments; the last one is the full model.
         codec, outer = codec or Fp32(), outer or Nesterov()
         warm_up(codec, outer)
-        self._layout = FlatLayout(model)
+        self._layout = layout or FlatLayout(model)
         self._sections = self._layout.sections(fragments) if fragments > 1 else []
         self._sections += self._layout.sections(1)
-        shapes = [[part.shape for part in section.of(self._layout.parameters)] for section in self._sections]
         cut = [
-            Fragment(index, section.start, section.stop, codec.of(shapes[index]))
+            Fragment(index, section.start, section.stop, codec.of(self._layout.shapes(section)))
             for index, section in enumerate(self._sections)
         ]
-        self.state = GlobalState(self._layout.gather(self._layout.empty()), outer, cut)
+        self.state = GlobalState(self._layout.gather(self._layout.empty()), outer, cut, self._layout.like)
         self.contribution = Contribution(self.state)
 
         self._scratch = self._layout.empty()
@@ -195,7 +203,7 @@ class DiLoCo:
 
         # On a GPU, the copy runs on its own stream: `_exchange` waits for it.
         buffer = self._ended if overlaps else self._scratch
-        ended = self._layout.gather(buffer[: fragment.stop - fragment.start], self._local(fragment), wait=False)
+        ended = self._layout.gather(buffer[: fragment.stop - fragment.start], self._section(fragment), wait=False)
         closed = self.contribution.close(fragment, schedule.steps_per_cycle(self.contribution.fragments))
         outcome = self._sender.submit(self._exchange, fragment, ended, closed, report, overlaps)
         length, exposed = schedule.length, time.perf_counter() - started
@@ -245,11 +253,11 @@ class DiLoCo:
             self.contribution.keep(pending.fragment, outcome.residual, outcome.offset)
 
         # Bring the local parameters to it
-        local = self._local(pending.fragment)
+        section = self._section(pending.fragment)
         if outcome.shift is not None and (self.schedule.inner_steps or outcome.offset is not None):
-            self._layout.add(outcome.shift, local)
+            self._layout.add(outcome.shift, section)
         else:
-            self._layout.scatter(pending.fragment.of(self.state.parameters), local)
+            self._layout.scatter(pending.fragment.of(self.state.parameters), section)
         self.accept(outcome.commit.assignment)
         self.quorum.announce(outcome.commit, self.state)
         self.exposed_seconds = pending.exposed + time.perf_counter() - started
@@ -340,7 +348,7 @@ class DiLoCo:
             **self.contribution.state(pending.closed if pending else None),
         }
         if state["inner_steps"] or self.contribution.fragments > 1:
-            state["parameters"] = [parameter.detach() for parameter in self._layout.parameters]
+            state["parameters"] = self._layout.saved()
         return state
 
     def load_worker_state(self, state: Mapping[str, Any]) -> None:
@@ -349,13 +357,10 @@ class DiLoCo:
         self.schedule.inner_steps = state["inner_steps"]
         self.contribution.load(state)
         if "parameters" in state:
-            with torch.no_grad():
-                for parameter, saved in zip(self._layout.parameters, state["parameters"], strict=True):
-                    parameter.copy_(saved)
+            self._layout.restore(state["parameters"])
 
-    def _local(self, fragment: Fragment) -> list[Tensor]:
-        """This worker's parameters in a fragment."""
-        return self._sections[fragment.index].of(self._layout.parameters)
+    def _section(self, fragment: Fragment) -> Section:
+        return self._sections[fragment.index]
 
     def _exchange(
         self, fragment: Fragment, ended: Tensor, closed: Closed, report: RoundReport, overlaps: bool

@@ -29,6 +29,9 @@ class FlatLayout:
 
     Tied parameters appear once. The order is that of `model.named_parameters()`, the same in every worker.
 
+    Args:
+        sharded: Whether parameters may be DTensors, for a subclass that copies them.
+
     Raises:
         ValueError: A parameter does not fit into the vector, or there is none; names the first one.
 
@@ -37,9 +40,9 @@ class FlatLayout:
         size: Numbers in the vector.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, sharded: bool = False) -> None:
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        _check(named)
+        _check(named, sharded)
         self._model, self._names, self.parameters = model, list(named), list(named.values())
         self.size = sum(parameter.numel() for parameter in self.parameters)
         devices = {parameter.device for parameter in self.parameters if parameter.is_cuda}
@@ -56,6 +59,15 @@ class FlatLayout:
         """A vector, float32 (size,); pinned if the model is on a GPU, so that copies do not block."""
         return torch.empty(self.size, dtype=torch.float32, pin_memory=self._stream is not None)
 
+    def like(self, tensor: Tensor) -> Tensor:
+        """Memory for another vector as `tensor`; its numbers are arbitrary."""
+        return torch.empty_like(tensor, pin_memory=tensor.is_pinned())
+
+    def shapes(self, section: Section) -> list[torch.Size]:
+        """The shapes of the section's parts of the parameters."""
+        whole = [torch.empty(parameter.shape, device="meta") for parameter in self.parameters]
+        return [part.shape for part in section.of(whole)]
+
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """The vector's parts by parameter name, in the parameters' shapes: views, not copies."""
         views = (view for view, _ in self._pairs(flat, self.parameters))
@@ -63,34 +75,47 @@ class FlatLayout:
 
     def join(self, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
         """A new flat vector from its parts, `<prefix>.<parameter>`."""
-        return self.gather(self.empty(), (tensors[f"{prefix}.{name}"] for name in self._names))
+        flat = torch.empty(self.size, dtype=torch.float32)
+        for view, tensor in self._pairs(flat, (tensors[f"{prefix}.{name}"] for name in self._names)):
+            view.copy_(tensor)
+        return flat
 
-    def gather(self, flat: Tensor, tensors: Iterable[Tensor] | None = None, *, wait: bool = True) -> Tensor:
-        """Copy the parameters (or other tensors of the same shapes) into `flat`, and return it.
+    def gather(self, flat: Tensor, section: Section | None = None, *, wait: bool = True) -> Tensor:
+        """Copy the parameters, or a section of them, into `flat`, and return it.
 
         Args:
-            wait: False: a GPU's numbers have arrived after `wait_for_copies`. Changes of the tensors after this call,
-                on the current stream, do not affect the copy.
+            wait: False: a GPU's numbers have arrived after `wait_for_copies`. Changes of the parameters after this
+                call, on the current stream, do not affect the copy.
         """
         with self._beside():
-            for view, tensor in self._pairs(flat, self.parameters if tensors is None else tensors):
+            for view, tensor in self._pairs(flat, self._own(section)):
                 view.copy_(tensor, non_blocking=True)
         if wait:
             self.wait_for_copies()
         return flat
 
-    def scatter(self, flat: Tensor, tensors: Iterable[Tensor] | None = None) -> None:
-        """Copy `flat` into the parameters (or other tensors of the same shapes)."""
+    def scatter(self, flat: Tensor, section: Section | None = None) -> None:
+        """Copy `flat` into the parameters, or into a section of them."""
         with self._beside():
-            for view, tensor in self._pairs(flat, self.parameters if tensors is None else tensors):
+            for view, tensor in self._pairs(flat, self._own(section)):
                 tensor.copy_(view, non_blocking=True)
         self.wait_for_copies()
 
-    def add(self, flat: Tensor, tensors: Iterable[Tensor]) -> None:
-        """Add `flat` to tensors of the parameters' shapes, in place. It must not change before `wait_for_copies`."""
+    def add(self, flat: Tensor, section: Section | None = None) -> None:
+        """Add `flat` to the parameters, or to a section of them. It must not change before `wait_for_copies`."""
         with self._beside():
-            for view, tensor in self._pairs(flat, tensors):
+            for view, tensor in self._pairs(flat, self._own(section)):
                 tensor.add_(view.to(tensor.device, non_blocking=True))
+
+    def saved(self) -> list[Tensor]:
+        """The parameters, each whole, for a checkpoint: not necessarily copies."""
+        return [parameter.detach() for parameter in self.parameters]
+
+    def restore(self, saved: Sequence[Tensor]) -> None:
+        """Set the parameters to what `saved` returned."""
+        with torch.no_grad():
+            for parameter, tensor in zip(self.parameters, saved, strict=True):
+                parameter.copy_(tensor)
 
     def wait_for_copies(self) -> None:
         """Return when all copies from and to a GPU are done."""
@@ -122,6 +147,9 @@ class FlatLayout:
             index, row = index + 1, 0
         return Section(start, stop, tuple(rows))
 
+    def _own(self, section: Section | None) -> Sequence[Tensor]:
+        return self.parameters if section is None else section.of(self.parameters)
+
     def _pairs(self, flat: Tensor, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The vector's part for each tensor, in its shape, and the tensor."""
         position = 0
@@ -142,7 +170,7 @@ class FlatLayout:
         current.wait_stream(self._stream)
 
 
-def _check(named: Mapping[str, nn.Parameter]) -> None:
+def _check(named: Mapping[str, nn.Parameter], sharded: bool) -> None:
     """Refuse parameters that float32 numbers on the host cannot represent. Raises ValueError."""
     for name, parameter in named.items():
         if isinstance(parameter, nn.UninitializedParameter):
@@ -153,7 +181,7 @@ def _check(named: Mapping[str, nn.Parameter]) -> None:
             reason = f"has layout {parameter.layout}, which cannot be synchronised: it must be dense"
         elif parameter.is_meta:
             reason = "is on the meta device: it has no values"
-        elif getattr(parameter, "device_mesh", None) is not None:
+        elif getattr(parameter, "device_mesh", None) is not None and not sharded:
             reason = "is sharded (a DTensor): a worker must hold whole parameters"
         else:
             continue

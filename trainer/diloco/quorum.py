@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.diloco.state import Fragment, GlobalState, hash_of
+from trainer.protocol.records import Cursor
 from trainer.protocol.samples import Assignment, Range
 
 Coded = tuple[tuple[float, Tensor], ...]
@@ -70,10 +71,14 @@ class Commit:
     members: tuple[str, ...]  # of the attempt, in rank order
     fragment: Fragment  # the part of the parameters that was synchronised
     reduced: Reduced
-    bytes_sent: int | None  # by this member's collectives, as its kernel counts; None: the kernel does not count
+    bytes_sent: int | None  # for collectives since the last commit, as the kernel counts; None: it does not
     bytes_received: int | None
     seconds: float  # of the synchronisation, including the wait for other members
     assignment: Assignment | None = None  # the samples that this member trains on next; None: unchanged
+    term: int = 1
+    base_hash: str = ""  # of the state that the round began from; "" if the quorum does not hash it
+    own_weight: float = 0.0  # of this member's pseudo-gradient
+    cursor: Cursor = field(default=Cursor())  # the position in the samples at the round's end
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class LocalQuorum:
     ) -> Commit:
         self._round += 1
         reduced = Reduced.alone(pseudo_gradient, weight, on_chunk)
-        return Commit(self._round, 1, ("local",), fragment, reduced, 0, 0, 0.0)
+        return Commit(self._round, 1, ("local",), fragment, reduced, 0, 0, 0.0, own_weight=weight)
 
     def superseded(self) -> bool:
         return False

@@ -1,7 +1,7 @@
 """The global state: identical in all workers between two synchronisations."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,18 +40,27 @@ class GlobalState:
         parameters: θ, float32 (n,); taken over, not copied.
         fragments: The parts that an outer step may apply to; the last one is the full model. By default that alone,
             uncoded.
+        like: Allocates memory for a vector as the given one. It is used for all vectors but `parameters`; by default,
+            for those that replace others.
 
     Attributes:
         round: Committed rounds.
         step: The schedule position, in inner steps.
     """
 
-    def __init__(self, parameters: Tensor, outer: OuterOptimizer, fragments: Sequence[Fragment] = ()) -> None:
-        self.outer = outer
+    def __init__(
+        self,
+        parameters: Tensor,
+        outer: OuterOptimizer,
+        fragments: Sequence[Fragment] = (),
+        like: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.outer, self._like = outer, like or _like
         self.fragments = tuple(fragments) or (Fragment(0, 0, parameters.numel(), Fp32()),)
         self.round = self.step = 0
         self._tensors = {"model": parameters}
-        self._tensors |= {f"outer.{name}": t for name, t in outer.initial_state(parameters.numel()).items()}
+        for name, initial in outer.initial_state(parameters.numel()).items():
+            self._tensors[f"outer.{name}"] = like(initial).copy_(initial) if like else initial
         self._spare: dict[str, Tensor] = {}
         self._begun: OuterStep | None = None
         self._borrowed = False
@@ -80,7 +89,7 @@ class GlobalState:
 
     def begin(self, fragment: Fragment) -> "OuterStep":
         """Begin to compute an outer step. There is memory for one: an unfinished one is given up."""
-        self._spare = self._spare or {name: _like(own) for name, own in self._tensors.items()}
+        self._spare = self._spare or {name: self._like(own) for name, own in self._tensors.items()}
         before, after = ({n: fragment.of(t) for n, t in of.items()} for of in (self._tensors, self._spare))
         self._begun = OuterStep(self.outer, fragment, before, after)
         return self._begun
@@ -137,7 +146,7 @@ class GlobalState:
     def _keep_lent(self) -> None:
         """Leave borrowed memory to the borrower, and go on with a copy."""
         if self._borrowed:
-            self._tensors = {name: _like(own).copy_(own) for name, own in self._tensors.items()}
+            self._tensors = {name: self._like(own).copy_(own) for name, own in self._tensors.items()}
             self._borrowed = False
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.etcd.client import Entry, EtcdClient, Json
-from trainer.protocol.records import decoded
+from trainer.protocol.records import LastTerm, decoded
 
 _KNOWN = frozenset(parameter.name for parameter in TrainingConfig.parameters())
 SLOT_VARIABLE = "ELASTIC_SLOT"  # environment variable of a worker: the slot of its node
@@ -83,10 +83,14 @@ def joined(client: EtcdClient, config: TrainingConfig) -> TrainingConfig:
         if name in own and name in run and own[name] != run[name]:
             raise ConfigError(name, own[name], f"run {config.run_id} has {run[name]!r}: leave it out to join that run")
     taken = {name: value for name, value in run.items() if name in _KNOWN}
+    if "inner_parallel" in own:  # a machine that says what its processes are has its own number of them
+        taken.pop("elastic_nproc_per_node", None)
     nodes = min(config.nodes, run["elastic_max_nodes"])  # unless given: as many as there may be
     # What a machine computes at once is its own, but the run's batch must be a multiple of it.
     at_once = range(1, config.per_device_train_batch_size + 1)
-    largest = max(size for size in at_once if run["batch_size"] % size == 0)
+    joiner = {"inner_parallel": "none", "elastic_nproc_per_node": 1, **taken, **own}
+    processes = 1 if joiner["inner_parallel"] == "none" else joiner["elastic_nproc_per_node"]
+    largest = max(size for size in at_once if size == 1 or run["batch_size"] % (size * processes) == 0)
     taken |= {"nodes": nodes, "per_device_train_batch_size": largest}
     return TrainingConfig.from_flat({**taken, **own})
 
@@ -96,6 +100,14 @@ def reopen(client: EtcdClient) -> None:
     if not client.list("slots/"):
         client.delete("started")
     client.put("run", asdict(Verdict("open")))
+
+
+def forget_processes(client: EtcdClient) -> None:
+    """Delete what belongs to the dead processes of a run that begins again; its terms go on being counted."""
+    if record := client.get("round"):
+        client.put("term", asdict(LastTerm(record.value["term"])))
+    for prefix in LIVING:
+        client.delete_prefix(prefix)
 
 
 def free_slot(client: EtcdClient, slot: int) -> None:

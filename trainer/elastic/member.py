@@ -24,6 +24,7 @@ from trainer.diloco.state import Fragment, GlobalState
 from trainer.elastic.attempt import Attempts, Exchange
 from trainer.elastic.catch_up import Replica
 from trainer.elastic.coordinator import Coordinator
+from trainer.elastic.departure import departing, wait_for_a_copy
 from trainer.elastic.joining import addresses_of, claim_number, rules_of
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish
 from trainer.elastic.round_watch import RoundWatch, Wait
@@ -69,14 +70,15 @@ class ElasticQuorum:
         self._config, self._fingerprint, self._timeouts = config, fingerprint, timeouts
         stopping, self._left = stopping or threading.Event(), threading.Event()
         self._slot, self._local_rank = number_from(SLOT_VARIABLE), number_from("LOCAL_RANK")
-        self.worker = self._slot * config.elastic.nproc_per_node + self._local_rank
+        self.worker = self._slot * config.workers_per_node + self._local_rank
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
         self._rules = rules_of(config)
         self._machine = MemberMachine(self.id, self._rules)
         self._watch = RoundWatch(config, self._rules, lambda: stopping.is_set() or self._left.is_set(), timeouts)
         self._report = RoundReport()
         self._steps = 0  # inner steps of the last committed round
-        self._unsaved_durable: int | None = None  # a durable round that etcd does not know of yet
+        self._unsaved_durable: Durable | None = None  # what etcd does not know of yet
+        self._saved: Durable | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="announce")
         self._resources = ExitStack()
         # Set by `join`
@@ -125,6 +127,7 @@ class ElasticQuorum:
             handle=Donor(lambda name: self._replica.find(name)),
             call=self._call,
         )
+        self._counted = self._read = transport.bytes()  # up to the last commit, and up to the last collective
         self._replica = Replica(watch, state, self._machine, self._background, transport)
         resources.callback(transport.close)
         self._attempts = Attempts(watch, transport)
@@ -140,7 +143,7 @@ class ElasticQuorum:
         self._report = report = report or RoundReport()
         holds = State(state.round, state.step, cursor, self._replica.hashing().result())
         where, process = (self._slot, self._local_rank, transport.endpoints), (socket.gethostname(), os.getpid())
-        self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress)
+        self._me = me = Member(f"{self._slot}", *where, holds, report.speed, *process, report.progress, term)
         self._perform(self._machine.register(me, term))
         role = EtcdClient.of(config), self.id, self._rules, config.lease_ttl, transport.is_dead, self._timeouts
         self._coordinator = Coordinator(*role)
@@ -161,7 +164,10 @@ class ElasticQuorum:
             self._coordinator.close()
         if rest is not None and self._lease is not None:
             record = self._watch.record
-            self._perform(self._machine.leave(rest, complete=record is not None and record.length == 0))
+            complete = record is not None and record.length == 0
+            self._perform(self._machine.leave(rest, complete))
+            if self._saved is not None and not complete:
+                wait_for_a_copy(self._watch.client, self._me, self._saved, self._timeouts)
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -187,6 +193,11 @@ class ElasticQuorum:
         """The members of the last quorum, in rank order; before the first one, those it is expected to have."""
         record = self._watch.record
         return () if record is None else record.committed.members if record.committed else record.expected
+
+    @property
+    def departing(self) -> frozenset[str]:
+        """Members of the last quorum that are about to leave: what they have saved should be elsewhere, too."""
+        return departing(self._watch.record)
 
     @property
     def shortage(self) -> bool:
@@ -229,12 +240,12 @@ class ElasticQuorum:
         """Write the run's verdict. The first one stands."""
         self._watch.patiently(lambda: finish(self._watch.client, status, reason))
 
-    def durable(self, round: int) -> None:
+    def durable(self, round: int, term: int = 0) -> None:
         """Announce that a checkpoint of `round` is on this worker's disk: the run must not continue from an older one.
 
         Never waits: if etcd is away, or this process has not joined yet, the announcement is made later.
         """
-        self._unsaved_durable = round
+        self._unsaved_durable = self._saved = Durable(round, self.id, term)
         self._write_durable()
 
     def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -270,9 +281,16 @@ class ElasticQuorum:
         # The result, which is this member's too
         assert exchange.reduced is not None
         self._steps = outcome.base.step - before.step
-        (sent, received), seconds = exchange.wire or (None, None), time.monotonic() - started
+        (sent, received), seconds = self._bytes(), time.monotonic() - started
         commit = (outcome.round, outcome.attempt, outcome.members, fragment, exchange.reduced)
-        return Commit(*commit, sent, received, seconds, self._machine.current)
+        state = (outcome.term, self._replica.hashing().result(), weight, outcome.base.cursor)  # hashed to arrive
+        return Commit(*commit, sent, received, seconds, self._machine.current, *state)
+
+    def _bytes(self) -> tuple[int | None, int | None]:
+        """Bytes sent and received since the last commit's collective: the others may have begun before this member."""
+        before, self._counted = self._counted, self._read
+        now = self._counted
+        return (now[0] - before[0], now[1] - before[1]) if before and now else (None, None)
 
     def announce(self, commit: Commit, state: GlobalState) -> None:
         self._replica.changed()
@@ -318,7 +336,9 @@ class ElasticQuorum:
             case effects.Suspects(probe):
                 return self._attempts.suspects(probe)
             case effects.Reduce(record):
-                return self._attempts.reduce(record, self._exchange)
+                vote = self._attempts.reduce(record, self._exchange)
+                self._read = self._transport.bytes()  # before the vote: after it, others may send their next round
+                return vote
             case effects.ReplayMeans(record, first):
                 return self._replica.replay(record, first)
             case effects.FetchState(record):
@@ -326,7 +346,7 @@ class ElasticQuorum:
             case effects.Finish(reason):
                 self.finish("failed", reason)
             case effects.Log(message):
-                log.warning(message)
+                log.warning(message, extra={"event": True})
         return None
 
     def _write(self, key: str, value: Json, leased: bool = False, required: bool = True) -> None:
@@ -359,7 +379,7 @@ class ElasticQuorum:
         """Hash the state, and write that this member holds it, in the background, while the next inner steps run."""
         hashing = self._replica.hashing()
         progress = {**self._report.progress, "round": base.round, "relayed": self._attempts.relayed()}
-        me = replace(self._me, speed=self._report.speed, progress=progress)
+        me = replace(self._me, speed=self._report.speed, progress=progress, term=self._machine.term)
 
         def write() -> None:
             self._me = replace(me, holds=replace(base, hash=hashing.result()))
@@ -371,10 +391,10 @@ class ElasticQuorum:
         self._background.submit(write)
 
     def _write_durable(self) -> None:
-        round = self._unsaved_durable
-        if round is None or self._lease is None:
+        durable = self._unsaved_durable
+        if durable is None or self._lease is None:
             return
         with suppress(EtcdError):
-            self._watch.client.put(f"durable/{self.worker:03d}", encoded(Durable(round, self.id)))
-            if self._unsaved_durable == round:
+            self._watch.client.put(f"durable/{self.worker:03d}", encoded(durable))
+            if self._unsaved_durable == durable:
                 self._unsaved_durable = None

@@ -74,9 +74,7 @@ def _train(config: TrainingConfig, slot: int | None) -> int:
     # The workers read the configuration with this pod's `DILOCO_*` variables resolved
     own = Path(config.run_dir) / "config.json"
     write_json(own, config.model_dump(mode="json"))
-    readers = {
-        rank: EventReader(Volume.of(config, rank).metrics, last=0) for rank in range(config.elastic.nproc_per_node)
-    }
+    readers = {rank: EventReader(Volume.of(config, rank).metrics, last=0) for rank in range(config.workers_per_node)}
     ended = threading.Event()
     interval = KubernetesTimeouts().echo
 

@@ -111,6 +111,10 @@ def run_agent(
         if config.optim_method != "ddp" or status < 128:  # torch's rendezvous closes for all nodes, which may go on
             rendezvous.shutdown()
         logs.cleanup()
+        if config.island:
+            from trainer.island.memory import remove
+
+            remove(config)
     return status
 
 

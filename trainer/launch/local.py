@@ -82,8 +82,7 @@ def launch(
             return 0
         # Reset what a previous launch has left
         if etcd is not None:  # only this run uses it, so its live keys belong to dead processes
-            for prefix in keys.LIVING:
-                client.delete_prefix(prefix)
+            keys.forget_processes(client)
         if not client.list("slots/"):  # else another launch of the run may be meant
             client.delete(DESIRED)
         keys.reopen(client)
@@ -120,17 +119,17 @@ class _Run:
     def _add(self, nodes: int) -> None:
         """Prepare agents for `nodes` nodes."""
         self._desired = nodes
-        processes = self._config.elastic.nproc_per_node
-        environment = _environment(nodes * processes)
+        own = self._config.workers_per_node
+        environment = _environment(nodes * self._config.elastic.nproc_per_node)
         workers = worker_configs(with_nodes(self._config, nodes))
         for node in range(len(self._agents), nodes):
             path = Path(workers[node].run_dir) / "config.json"
             write_json(path, workers[node].model_dump(mode="json"))
             log = self._run_dir / "logs" / f"worker-{node}.log"
             self._agents.append(AgentProcess(node, path, log, self._command, environment))
-            for rank in range(processes):
+            for rank in range(own):
                 metrics = Volume.of(workers[node], rank).metrics
-                self._progress.append(WorkerProgress(node * processes + rank, metrics))
+                self._progress.append(WorkerProgress(node * own + rank, metrics))
 
     def follow(self) -> int:
         """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
@@ -251,7 +250,7 @@ class _Run:
             agent.leaving = False
             agent.start()
             for worker in self._progress:
-                if worker.number // self._config.elastic.nproc_per_node == agent.node:
+                if worker.number // self._config.workers_per_node == agent.node:
                     worker.state = "joining"
 
     def _reason(self, agent: AgentProcess) -> str:
@@ -321,17 +320,23 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 
 def _summarise(run_dir: Path) -> None:
-    """Write `summary.json`, however the run has ended. A failure to write it must not hide why the run ended."""
+    """Judge the run, and write `summary.json`, however it has ended. No failure here may hide why the run ended."""
     from trainer.monitor.report import write_summary
+    from trainer.monitor.verify import judged
 
+    judgement = judged(run_dir)
+    if judgement is not None:
+        print(f"verified: {judgement.headline}", flush=True)
+        if judgement.refuted:
+            print(f"warning: `python -m trainer verify {run_dir}` shows what is refuted", file=sys.stderr, flush=True)
     try:
-        write_summary(run_dir)
+        write_summary(run_dir, judgement)
     except OSError as error:
         print(f"warning: no summary.json: {error}", file=sys.stderr, flush=True)
 
 
-def _environment(workers: int) -> dict[str, str]:
+def _environment(processes: int) -> dict[str, str]:
     """The agents' environment, without parameters: their configuration file has these."""
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     return {"OMP_NUM_THREADS": str(threads)} | environment

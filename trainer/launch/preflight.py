@@ -31,12 +31,12 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     Raises:
         ConfigError: Something is missing, taken, or contradicts the run's checkpoints.
     """
-    models.resolve(config.model)
+    models.check_blocks(config)
     data.check(config)
     if config.device != "cpu":  # else torch need not be imported
         from trainer.device import device_of
 
-        device_of(config)
+        device_of(config, max(config.island, 1) - 1)  # an island's last process
     if config.compile_model:
         from trainer.worker.compilation import check_backend
 
@@ -71,7 +71,7 @@ def check_network(config: TrainingConfig) -> None:
         credentials(b"any secret of a run", config.transport_security, config.transport_certificates)
     if not config.port_range:
         return
-    workers, etcds = config.nodes * config.elastic.nproc_per_node, int(not config.etcd.endpoints)
+    workers, etcds = config.nodes * config.workers_per_node, int(not config.etcd.endpoints)
     # Each worker listens for members that fetch its state; of the baseline's workers, only the first one listens.
     needed = etcds + (1 if config.optim_method == "ddp" else workers)
     low, high = map(int, config.port_range.split("-"))
@@ -117,7 +117,7 @@ def _check_resume(config: TrainingConfig) -> None:
             raise ConfigError("resume", config.resume, allowed) from None
         _check_fit("resume", config.resume, config, state)
     for worker in worker_configs(config):
-        for local_rank in range(config.elastic.nproc_per_node):
+        for local_rank in range(config.workers_per_node):
             volume = Volume.of(worker, local_rank)
             if config.resume == "never" and checkpoint.paths(volume.checkpoints):
                 where = f"run {config.run_id} has checkpoints in {volume.checkpoints}"

@@ -49,6 +49,7 @@ class ModelFamily:
     build: "Callable[[Path], torch.nn.Module]"
     fetch: "Callable[[Path, str, Mapping[str, Any]], None] | None" = None
     default_tokenizer: str = ""  # Hub id of the tokenizer that it is published with, if it has one
+    has_blocks: bool = False  # whether it is a transformer, whose layers fsdp and activation checkpointing need
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,16 @@ def resolve(spec: str) -> ModelSpec:
     if not (path / "config.json").is_file():
         raise ConfigError("model", spec, "is not a directory with a config.json")
     return ModelSpec(family, "", str(path))
+
+
+def check_blocks(config: TrainingConfig) -> None:
+    """Raise ConfigError if a parameter needs a model with blocks, and this one has none."""
+    if resolve(config.model).family.has_blocks:
+        return
+    able = ", ".join(sorted(name for name, family in families().items() if family.has_blocks))
+    for field, value in (("inner_parallel", "fsdp"), ("activation_checkpointing", "block")):
+        if getattr(config, field) == value:
+            raise ConfigError(field, value, f"needs a model with blocks ({able}); {config.model} has none")
 
 
 def directory(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> Path:

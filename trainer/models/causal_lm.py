@@ -64,5 +64,12 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
 
 
 FAMILY = ModelFamily(
-    name="hf", task="language_modelling", sizes={}, default_size="", write=_write, build=build, fetch=fetch
+    name="hf",
+    has_blocks=True,
+    task="language_modelling",
+    sizes={},
+    default_size="",
+    write=_write,
+    build=build,
+    fetch=fetch,
 )

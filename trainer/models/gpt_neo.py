@@ -13,6 +13,7 @@ def _size(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 
 FAMILY = ModelFamily(
     name="gpt-neo",
+    has_blocks=True,
     task="language_modelling",
     # From 125m on: as published by EleutherAI. The two smallest are ours, for CPUs.
     sizes={

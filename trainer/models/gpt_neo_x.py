@@ -7,6 +7,7 @@ from trainer.models.huggingface import transformer_size
 
 FAMILY = ModelFamily(
     name="gpt-neo-x",
+    has_blocks=True,
     task="language_modelling",
     # 14m to 12b: Pythia's (arXiv 2304.01373, table 1); 20b: GPT-NeoX-20B. The two smallest are ours, for CPUs.
     sizes={

@@ -60,6 +60,7 @@ def _build(directory: Path) -> "torch.nn.Module":
 
 FAMILY = ModelFamily(
     name="wav2vec2",
+    has_blocks=True,
     task="speech_recognition",
     sizes={
         "test": _size(16, 1, 2, **{**_SMALL, "conv_dim": [8] * 3}),

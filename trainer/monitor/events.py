@@ -1,8 +1,8 @@
 """The events of a worker, `metrics.jsonl`: one writer (`EventLog`) and one reader (`EventReader`, `effective`).
 
 Every other view of a run is made from this file: one JSON object a line, flushed as it happens. `event` is one of
-start, step, round, eval, checkpoint, membership, warning and end; `time` is in Unix seconds. NaN and infinities, which
-JSON does not have, are written as null.
+start, assignment, step, round, eval, checkpoint, membership, warning and end; `time` is in Unix seconds. NaN and
+infinities, which JSON does not have, are written as null.
 """
 
 import json

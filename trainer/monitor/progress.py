@@ -58,7 +58,8 @@ class WorkerProgress(WorkerRow):
     def _on_membership(self, event: Event) -> None:
         if event.get("change") == "caught up":
             missed = event.get("missed", 1)
-            self._changed(event["time"], f"was late: {missed} round{'s' if missed > 1 else ''} without it")
+            late = f"was late: {missed} round{'s' if missed > 1 else ''} without it"
+            self._changed(event["time"], late if missed else "took over the others' state")
 
     def _on_step(self, event: Event) -> None:
         self.state = "training"

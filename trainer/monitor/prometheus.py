@@ -26,6 +26,14 @@ _METRICS: dict[tuple[str, str], tuple[type[Gauge | Counter | Histogram], str, st
     ("round", "bytes_received"): (Counter, "received_bytes", "Bytes received by synchronisations."),
     ("round", "sync_seconds"): (Histogram, "synchronisation_seconds", "Duration of a synchronisation."),
     ("round", "exposed_seconds"): (Histogram, "exposed_seconds", "Time that inner steps stood still for one."),
+    ("round", "tokens_per_second"): (Gauge, "tokens_per_second", "Tokens of the last round, over its duration."),
+    ("round", "flops_per_second"): (
+        Gauge,
+        "model_flops_per_second",
+        "Model FLOPs of the last round, over its duration.",
+    ),
+    ("round", "mfu"): (Gauge, "mfu_ratio", "These, over the peak of the worker's devices."),
+    ("round", "peak_memory"): (Gauge, "peak_memory_bytes", "The most memory of a process on its device."),
     ("eval", "loss"): (Gauge, "held_out_loss", "Loss on this worker's part of the held-out samples."),
     ("warning", "count"): (Counter, "warnings", "Warnings."),
 }

@@ -163,7 +163,10 @@ def status_of(run_id: str, entries: Mapping[str, Entry]) -> RunStatus:
         step=round["base"]["step"] if round else 0,
         coordinator=None if coordinator is None else _number_of(coordinator),
         committed=committed,
-        durable=max((value["round"] for value in kinds.get("durable", {}).values()), default=None),
+        durable=max(
+            ((value.get("term", 0), value["round"]) for value in kinds.get("durable", {}).values()),
+            default=(0, None),
+        )[1],
         workers=sorted(workers, key=lambda worker: (worker.worker, worker.member)),
         spares=[value["host"] for value in kinds.get("nodes", {}).values() if value["slot"] is None],
         total_steps=single.get("fingerprint", {}).get("total_steps"),

@@ -261,6 +261,11 @@ class MemberMachine:
                 moved, self.base = base is not None, base or self.base
 
         # Announce the state, and work on the open round
+        if record.lost and record.term != term:
+            yield effects.Log(
+                f"nobody came back with round {record.lost}, which was saved before: the run goes on from round "
+                f"{record.base.round} in term {record.term}"
+            )
         self._adopt(record, record.base)
         yield effects.Announce(self.base)
         counts, self._in_doubt = record.term == term and not self._in_doubt, False

@@ -28,6 +28,8 @@ class Rules:
         batch_size: Samples of an inner step.
         prefetch: Rounds of samples that a member holds when a round opens: 1, or 2 if inner steps overlap with the
             synchronisation, because the next assignment is not known yet.
+        lost_state_wait: How long the run waits for a member that holds the newest durable state. After that it goes on
+            from the newest state that is there; None: never.
         speed_tolerance: Members with speeds that differ by less than this fraction get the same step multiplier. None:
             all multipliers are 1.
     """
@@ -42,6 +44,7 @@ class Rules:
     total_steps: int | None
     batch_size: int
     prefetch: int = 1
+    lost_state_wait: float | None = None
     speed_tolerance: float | None = None
 
     def length(self, step: int) -> int:
@@ -94,6 +97,12 @@ class Member:
     host: str = ""
     pid: int = 0
     progress: Mapping[str, Any] = field(default_factory=dict)
+    term: int = 0  # of `holds`; 0: no term had begun
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Term and round of the state that it holds: a later term's supersedes what was rolled back before it."""
+        return self.term, self.holds.round
 
     @property
     def order(self) -> tuple[int, int]:
@@ -147,6 +156,14 @@ class Durable:
 
     round: int
     member: str
+    term: int = 0
+
+
+@dataclass(frozen=True)
+class LastTerm:
+    """`term`: the last term of a run whose record `launch` has deleted, to begin anew."""
+
+    term: int
 
 
 @dataclass(frozen=True)
@@ -178,6 +195,7 @@ class RoundState:
         length: Inner steps of the round; 0: the training is complete.
         committed: How the previous round was committed; None at the beginning of a term.
         disputed: Attempts at the round in which the members got different results.
+        lost: The newest durable round, if the term has gone on from an older one because nobody came back with it.
     """
 
     term: int
@@ -192,6 +210,7 @@ class RoundState:
     assignments: Mapping[str, Assignment]
     committed: Outcome | None
     disputed: int = 0
+    lost: int = 0
 
     @property
     def round_id(self) -> tuple[int, int]:
@@ -211,7 +230,9 @@ class View:
     votes: Mapping[str, Vote] = field(default_factory=dict)
     ready: Mapping[str, Ready] = field(default_factory=dict)
     left: Mapping[str, Left] = field(default_factory=dict)
-    durable: int = 0
+    durable: tuple[int, int] = (0, 0)  # term and round of the newest durable state
+    last_term: int = 0  # of a deleted record
+    saved: Mapping[str, Durable] = field(default_factory=dict)  # by worker: its newest durable state
 
     @cached_property
     def present(self) -> frozenset[str]:
@@ -221,7 +242,7 @@ class View:
 
 _adapter = cache(TypeAdapter)
 _TYPES = {"arrivals": Arrival, "commits": Outcome, "durable": Durable, "left": Left, "members": Member}
-_TYPES |= {"ready": Ready, "round": RoundState, "votes": Vote}
+_TYPES |= {"ready": Ready, "round": RoundState, "term": LastTerm, "votes": Vote}
 
 
 def view_of(entries: Mapping[str, Any]) -> View:
@@ -232,7 +253,10 @@ def view_of(entries: Mapping[str, Any]) -> View:
         if prefix in found:
             found[prefix][id] = entry.value
     kinds = {kind: found[kind] for kind in ("members", "arrivals", "votes", "ready", "left")}
-    return View(**kinds, durable=max((record.round for record in found["durable"].values()), default=0))
+    saved = found["durable"]
+    durable = max(((one.term, one.round) for one in saved.values()), default=(0, 0))
+    last_term = max((one.term for one in found["term"].values()), default=0)
+    return View(**kinds, durable=durable, last_term=last_term, saved=saved)
 
 
 def outcome_key(term: int, round: int) -> str:

@@ -69,9 +69,12 @@ def shortage(record: RoundState | None, view: View, rules: Rules) -> str:
     if nodes < rules.min_nodes:
         return f"only {nodes} of at least {rules.min_nodes} nodes"
     if record is None or forgotten(record, view):
-        held = max(member.holds.round for member in view.members.values())
+        held = max(member.held for member in view.members.values())
         if held < view.durable:
-            return f"round {view.durable} was saved before, but the newest state of the workers here is of round {held}"
+            known = f"round {view.durable[1]} was saved before, but the newest state of the workers here is of round"
+            wait = rules.lost_state_wait
+            then = "" if wait is None else f"; after {wait:.0f} s the run goes on from that one (lost_state)"
+            return f"{known} {held[1]}{then}"
     return ""
 
 
@@ -79,21 +82,26 @@ def shortage(record: RoundState | None, view: View, rules: Rules) -> str:
 
 
 def _found(term: int, view: View, waited: float, rules: Rules) -> RoundState | None:
-    """Begin a term from the newest state that a member holds, never from one older than the newest durable one."""
+    """Begin a term from the newest state that a member holds; from one older than the newest durable one only after
+    `Rules.lost_state_wait`. The term is `term`, or a later one if members or checkpoints know of that already."""
     # Wait for enough members, and a state that is new enough
     ranked = _ranked(view.present, view)
     nodes = _nodes(ranked, view)
     if nodes < rules.min_nodes or (len(ranked) < rules.max_members and waited < rules.grace_period):
         return None
-    newest = max(view.members[id].holds.round for id in ranked)
-    if newest < view.durable:
+    newest = max(view.members[id].held for id in ranked)
+    is_lost = newest < view.durable
+    if is_lost and (rules.lost_state_wait is None or waited < rules.lost_state_wait):
         return None
 
     # Of different states of that round, take the one that most members hold
-    holding = [id for id in ranked if view.members[id].holds.round == newest]
+    holding = [id for id in ranked if view.members[id].held == newest]
     common = _most_common(view.members[id].holds.hash for id in holding)
     expected = tuple(id for id in holding if view.members[id].holds.hash == common)
-    return _open(term, expected, view.members[expected[0]].holds, None, {}, view, rules)
+    # etcd may have lost its record, or `launch` has begun anew: a term's number is never used twice.
+    known = max(view.last_term, view.durable[0], *(member.term for member in view.members.values()))
+    opened = _open(max(term, known + 1), expected, view.members[expected[0]].holds, None, {}, view, rules)
+    return replace(opened, lost=view.durable[1]) if is_lost else opened
 
 
 def _open(

@@ -54,6 +54,10 @@ class Task(ABC):
     def tokens(self, batch: Batch) -> int:
         """Number of `unit` that the batch trains on."""
 
+    def flops(self, model: "nn.Module", batch: Batch) -> float:
+        """FLOPs that the model needs for the batch, forward and backward; 0: not known."""
+        return 0.0
+
     @abstractmethod
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
         """Sums over a held-out batch, numbers or numpy arrays; sums of several batches, or workers, can be added."""

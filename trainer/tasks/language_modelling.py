@@ -47,6 +47,20 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
     def tokens(self, batch: Batch) -> int:
         return batch["input_ids"].numel()
 
+    def flops(self, model: "nn.Module", batch: Batch) -> float:
+        """6N + 12LHQT a token (PaLM, arXiv 2204.02311, appendix B): N parameters of matrices that tokens are multiplied
+        with, so without embeddings but with the output layer; L layers, H heads of Q numbers, T tokens a sequence. As
+        there, attention counts in full although it is causal."""
+        networks: Any = model
+        config, samples, length = networks.config.get_text_config(), *batch["input_ids"].shape
+        embeddings = {id(part.weight): part.weight for part in _embeddings(model)}
+        output = networks.get_output_embeddings()
+        matrices = {id(one): one for one in model.parameters() if one.ndim > 1 and id(one) not in embeddings}
+        matrices |= {id(output.weight): output.weight} if output is not None else {}
+        parameters = sum(one.numel() for one in matrices.values())
+        attention = config.num_hidden_layers * config.hidden_size * (length - 1)
+        return float((6 * parameters + 12 * attention) * samples * (length - 1))
+
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, float]:
         """`nats`, and the number of `tokens` and `bytes` predicted."""
         predicted = batch["input_ids"][:, 1:].numel()
@@ -120,6 +134,12 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
             whole = before + tokenizer.decode(drawn[0, prompt.shape[1] :], skip_special_tokens=True)
         how = f"sampled at temperature {TEMPERATURE}, top-p {TOP_P}, seed {seed}"
         return {"prompt": before, "continuation": whole.removeprefix(before), "how": how}
+
+
+def _embeddings(model: "nn.Module") -> "list[nn.Embedding]":
+    from torch import nn
+
+    return [module for module in model.modules() if isinstance(module, nn.Embedding)]
 
 
 TASK = LanguageModelling()

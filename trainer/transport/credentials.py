@@ -84,7 +84,7 @@ def _context(side: int, directory: Path) -> ssl.SSLContext:
         context.num_tickets = 0  # nobody resumes a session, and a stream's receiver must not send
     try:
         context.load_verify_locations(authority)
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key, password=str)  # of a key that has one: OpenSSL must not ask for it
     except OSError as error:  # SSLError is one
         allowed = f"must hold {', '.join(FILES)} in PEM: {error.strerror or error}"
         raise ConfigError("transport_certificates", directory, allowed) from None

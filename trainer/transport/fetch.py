@@ -25,7 +25,7 @@ SLOWEST = 256 << 10  # bytes a second: a donor slower than this over a whole chu
 FAILURES = 3  # after which a donor is dropped
 FORGIVEN = 0.1  # failures that each good chunk cancels: a long transfer survives occasional broken connections
 DONORS = 8  # that are read from at the same time
-REQUESTED = 4  # chunks requested ahead of a donor: 16 MB, while a link of 500 Mbit/s and 100 ms holds 6
+REQUESTED = 8  # chunks requested ahead of a donor: 32 MB; a link of 500 Mbit/s and 100 ms holds 6, and its queue 4
 
 _numbers = itertools.count(1)  # of transfers
 

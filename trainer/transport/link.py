@@ -122,7 +122,7 @@ class Link:
         self._aborted = NEVER  # by the other member
         self._threads: list[threading.Thread] = []
         self._gone: tuple[int, int] | None = (0, 0)  # bytes of the streams that have ended
-        self._moved = 0, time.monotonic()  # bytes in both directions when `heard` last found more, and when
+        self._moved = 0, time.monotonic()  # what `heard` found last, and when that was new
 
     # Its streams
 
@@ -159,9 +159,9 @@ class Link:
             return added([self._gone, *(stream.bytes() for stream in (*self._out, *self._into))])
 
     def heard(self) -> float:
-        """When bytes last moved, in either direction, on the monotonic clock, as far as this has been asked."""
-        moved = sum(self.bytes() or (0, 0))
+        """When the other end last acknowledged or sent anything, on the monotonic clock, as far as this was asked."""
         with self._changed:
+            moved = sum(stream.heard() for stream in (*self._out, *self._into))
             if moved != self._moved[0]:
                 self._moved = moved, time.monotonic()
             return self._moved[1]
@@ -294,7 +294,7 @@ class Link:
                 self._take(stream, Header.unpack(header))
         except OSError as error:
             self.fail(f"is gone ({error.strerror or error})")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             self.fail(f"sent what makes no sense ({error})")
         finally:
             if self._ended(stream, self._into):  # what had been sent on the others has arrived

@@ -12,12 +12,13 @@ import struct
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.process import prefer_bbr
+from trainer.process import congestion, prefer_bbr
 
 Key = tuple[int, int, int]
 """What a frame is about: (term, round, attempt); of a bulk transfer, (0, 0, its number)."""
@@ -31,8 +32,8 @@ _USER_TIMEOUT, _NOTSENT_LOWAT = 18, 25
 _SEND_BUFFER = 4 << 20  # the kernel's limit by default, and twice that in fact: 500 Mbit/s over 100 ms needs 6 MB
 _UNSENT = 256 << 10  # the kernel takes no more than it sends soon: a slow stream must not hoard frames
 _IDLE, _INTERVAL, _PROBES = 20, 5, 3  # seconds and number of keepalive probes: NATs forget silent connections
-# Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (2.6, 4.2, 4.6, 4.19)
-_RTT, _BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _INFO = 68, 128, 144, 200, 208
+# Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (2.6 to 4.19)
+_RTT, _BYTES_ACKED, _BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _INFO = 68, 120, 128, 144, 200, 208
 
 
 class Header(NamedTuple):
@@ -94,9 +95,18 @@ class Stream:
         info = tcp_info(self._connection)
         return struct.unpack_from("=I", info, _RTT)[0] / 1e6 if info else 0.0
 
+    def has_bbr(self) -> bool:
+        """Whether BBR controls its congestion, and not the hosts' default."""
+        return congestion(self._connection) == "bbr"
+
     def bytes(self) -> tuple[int, int] | None:
         """Bytes sent and received so far; see `counted`."""
         return counted(self._connection)
+
+    def heard(self) -> int:
+        """Bytes that the other end has acknowledged or sent; what is sent again and again counts once, as it does."""
+        info = tcp_info(self._connection)
+        return sum(struct.unpack_from("=QQ", info, _BYTES_ACKED)) if info else 0
 
     def abort(self) -> None:
         """End the stream: the thread that uses it gets an error."""
@@ -115,8 +125,8 @@ def prepare(connection: socket.socket, silence: float) -> None:
     """
     options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if sys.platform.startswith("linux"):
+        options += [(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)] if _grants_buffers() else []
         options += [
-            (socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER),
             (socket.IPPROTO_TCP, _NOTSENT_LOWAT, _UNSENT),
             (socket.IPPROTO_TCP, _USER_TIMEOUT, int(silence * 1e3)),
             (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE),
@@ -127,6 +137,15 @@ def prepare(connection: socket.socket, silence: float) -> None:
         with suppress(OSError):
             connection.setsockopt(level, option, value)
     prefer_bbr(connection)
+
+
+@cache
+def _grants_buffers() -> bool:
+    """Whether the kernel lets a socket have `_SEND_BUFFER`. A smaller one of one's own would not grow any more, while
+    the kernel's own grows to 4 MB (`tcp_wmem`); the limit of the former was 0.2 MB for long (`wmem_max`)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= _SEND_BUFFER
 
 
 def tcp_info(connection: socket.socket) -> bytes:

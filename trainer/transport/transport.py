@@ -28,8 +28,9 @@ from trainer.transport.stream import Key, Stream, added
 
 log = logging.getLogger(__name__)
 
-MOST_STREAMS = 8  # of a link in each direction, of their own accord
-TRIP_OF_A_STREAM = 0.0125  # seconds: a stream more for each of these that a round trip takes
+# Streams of a link in each direction, of their own accord: a further one for each so many seconds of a round trip, and
+# the most. A lost packet halves a cubic stream; BBR's streams push each other's packets out of the queue.
+CUBIC, BBR = (0.0125, 8), (0.025, 4)
 ALL_STREAMS = 512  # of a process, about: each has a thread
 RELAYS = 3  # members that pass a pair's bytes on, at most
 _PAUSE = 0.05  # seconds at most, until a link that has failed at once is made anew
@@ -232,9 +233,8 @@ class Transport:
             known = peer in self._dialled
             if not known:
                 self._call(link.lane)
-            # It opens both directions when it has waited in vain to be dialled
             if link.wait_for(lambda: link.streams(False) > 0, 0.0 if known else 2 * timeouts.dial_back):
-                link.wait_for(lambda: link.up, timeouts.dial_back + timeouts.connect + timeouts.handshake)
+                self._wait_for_both(link)
             elif known:  # it could be dialled: it is dead, or the network is cut
                 link.fail(link.trouble)
         else:
@@ -250,12 +250,17 @@ class Transport:
         if not link.up and not link.reason:
             self._meet(link)
 
+    def _wait_for_both(self, link: Link) -> bool:
+        """Once the other member has dialled, it dials for both directions when it has waited in vain to be dialled."""
+        timeouts = self._timeouts
+        return link.wait_for(lambda: link.up, timeouts.dial_back + timeouts.connect + timeouts.handshake)
+
     def _dial(self, link: Link, endpoints: Endpoints, sends: bool) -> None:
         """Open the streams of a direction. Raises OSError if none can be opened."""
         hello = Hello(self.id, link.peer, link.lane, sends, link.id, False, self.endpoints, link.peer_link)
         first, endpoint = self._dialler.dial(endpoints, hello)
         stream = Stream(first)
-        more = self._streams_for(stream.round_trip()) - 1
+        more = self._streams_for(stream) - 1
         link.add(stream, sends)
 
         def another(number: int) -> None:
@@ -267,16 +272,21 @@ class Transport:
             with ThreadPoolExecutor(more, thread_name_prefix=f"dial-{link.peer}") as pool:
                 list(pool.map(another, range(more)))
 
-    def _streams_for(self, round_trip: float) -> int:
+    def _streams_for(self, first: Stream) -> int:
         """The number of streams in a direction."""
+        trip, many = BBR if first.has_bbr() else CUBIC
         most = max(1, ALL_STREAMS // (2 * max(1, len(self._links))))
-        return min(self._streams or min(max(1, round(round_trip / TRIP_OF_A_STREAM)), MOST_STREAMS), most)
+        return min(self._streams or min(max(1, round(first.round_trip() / trip)), many), most)
 
     def _meet(self, link: Link) -> None:
         """Meet the other member at others: it does the same now."""
         with self._lock:
-            others = {id: at for id, at in sorted(self._known.items()) if id not in (self.id, link.peer)}
-        candidates = [(id, sends) for id in list(others)[:RELAYS] for sends in (True, False)]
+            linked = {id for (id, _), other in self._links.items() if other.up}
+            others = {id: at for id, at in self._known.items() if id not in (self.id, link.peer)}
+        nearest = sorted(others, key=lambda id: (id not in linked, id))[
+            :RELAYS
+        ]  # members that have left are known, too
+        candidates = [(id, sends) for id in nearest for sends in (True, False)]
 
         def meet(candidate: tuple[str, bool]) -> None:
             relay, sends = candidate
@@ -289,7 +299,7 @@ class Transport:
         if candidates:
             with ThreadPoolExecutor(len(candidates), thread_name_prefix=f"meet-{link.peer}") as pool:
                 list(pool.map(meet, candidates))
-        if not link.up:
+        if not link.up and not (link.streams(False) and self._wait_for_both(link)):
             link.fail(link.trouble or "cannot be reached, and no other member reaches it")
 
     # Being dialled

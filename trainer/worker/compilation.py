@@ -1,6 +1,6 @@
 """torch.compile, with a fallback; and passes of a model that leave no trace."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,13 +23,17 @@ def check_backend(config: TrainingConfig) -> None:
 
 
 def compile_model(
-    config: TrainingConfig, task: Task, model: nn.Module, batch: Mapping[str, Tensor], warn: Callable[[str], None]
+    config: TrainingConfig,
+    task: Task,
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    batch: Mapping[str, Tensor],
+    warn: Callable[[str], None],
 ) -> None:
-    """Compile the model in place, and try it on one batch.
+    """Compile modules of the model in place, and try it on one batch.
 
     If compilation fails, `warn` is called with the reason, and the model stays as it was.
     """
-    modules = task.modules_to_compile(model)
     for module in modules:
         module.compile(backend=config.compile_backend, mode=config.compile_mode)
     try:

@@ -56,7 +56,7 @@ class Loss(nn.Module):
 class World(LocalQuorum):
     """All ranks of torchrun's world, as a quorum with the interface of `trainer.elastic.member.ElasticQuorum`."""
 
-    shortage = False  # without all of them, there is no world
+    shortage, departing = False, frozenset[str]()  # without all of them, there is no world
 
     def __init__(self, config: TrainingConfig, fingerprint: Mapping[str, Any], stopping: threading.Event) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class World(LocalQuorum):
         (_, end), (sent, received) = self._assignment().ranges[0], self._bytes()
         self.base = State(self.base.round + 1, self.base.step + self._length(), Cursor(end))
         commit = replace(commit, round=self.base.round, members=self.members, assignment=self._assignment())
-        return replace(commit, bytes_sent=sent, bytes_received=received)
+        return replace(commit, bytes_sent=sent, bytes_received=received, own_weight=weight, cursor=self.base.cursor)
 
     def join(self, state: GlobalState, cursor: Cursor, term: int = 0, report: RoundReport | None = None) -> CatchUp:
         """Begin from rank 0's global state: without a checkpoint, different CPUs may initialise different last bits."""
@@ -161,7 +161,7 @@ class World(LocalQuorum):
         assert self._client is not None
         finish(self._client, status, reason)
 
-    def durable(self, round: int) -> None: ...
+    def durable(self, round: int, term: int = 0) -> None: ...
     def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
     def fetch_moments(self) -> None: ...
 

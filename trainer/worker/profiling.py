@@ -103,10 +103,11 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
 
 
 def sizes(config: TrainingConfig) -> list[int]:
-    """The per-device batch sizes to try: divisors of `batch_size`, each at least twice the one before."""
+    """The per-device batch sizes to try: divisors of a process's part of `batch_size`, each at least twice the one
+    before."""
     chosen: list[int] = []
-    for size in range(config.min_batch_size, min(config.max_batch_size, config.batch_size) + 1):
-        if config.batch_size % size == 0 and (not chosen or size >= 2 * chosen[-1]):
+    for size in range(config.min_batch_size, min(config.max_batch_size, config.process_batch_size) + 1):
+        if config.process_batch_size % size == 0 and (not chosen or size >= 2 * chosen[-1]):
             chosen.append(size)
     return chosen
 

@@ -1,5 +1,6 @@
 """Where a worker goes on: with its own checkpoint, with what the other members hold, or at the beginning."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,27 +12,29 @@ from torch.optim import Optimizer
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, OtherFormat
 from trainer.diloco import RoundReport
+from trainer.diloco.diloco import Stateful
 from trainer.errors import ConfigError
 from trainer.protocol.records import Cursor, decode
-from trainer.tasks import scoring
 from trainer.worker.progress import Progress
 from trainer.worker.setup import Parts
 
 
-def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
+def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[str]:
     """Become a member of the run, and bring the worker to where the run is.
 
     `progress` receives the counters of the checkpoint; `warn` is called for each corrupt one.
 
     Returns:
-        Whether the worker has taken over another member's moments.
+        What is unusual, for the event "membership": "took moments" (another member's), "took kept state" (which this
+        node's memory still had).
 
     Raises:
         ConfigError: The checkpoint was written by another version of this program.
         TrainingError: The run does not take this worker, or does not begin.
         Interrupted: The process has to end.
     """
-    config, quorum, diloco, directory = parts.config, parts.quorum, parts.diloco, parts.volume.checkpoints
+    process, quorum, diloco = parts.process, parts.quorum, parts.diloco
+    config, directory = process.config, process.volume.checkpoints
 
     # Find this run's newest intact checkpoint on the worker's volume; else the one that `resume` names
     try:
@@ -45,20 +48,27 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
     is_own = found is not None and found.state["worker"] == quorum.worker
     if checkpoint.paths(directory) and (found is None or is_own):
         # An earlier life may have announced a newer checkpoint, which is corrupt now: the run must not wait for it.
-        quorum.durable(found.round if found else 0)
+        quorum.durable(found.round if found else 0, found.state["term"] if found else 0)
 
     # Load the global state of the checkpoint, and join with it. The quorum replaces it if the run is further.
-    cursor, term = Cursor(), 0
+    cursor, term, changes = Cursor(), 0, list[str]()
     if found is not None:
         diloco.load_global(found.global_tensors, found.round, found.state["base_step"])
         cursor, term = decode(Cursor, found.state["cursor"]), found.state["term"]
         if is_own:
             parts.speed.value = found.state["speed"] or parts.speed.value
+    if parts.kept and (kept := parts.kept.find()) and (kept.term, kept.round) > (term, diloco.round):
+        diloco.state.load(kept.round, kept.step, kept.tensors)
+        cursor, term = decode(Cursor, kept.cursor), kept.term
+        changes.append("took kept state")
     report = RoundReport(speed=parts.speed.value, progress={"time": time.time()})
     caught_up = quorum.join(diloco.state, cursor, term, report)
+    if parts.kept:
+        parts.kept.forget()
+        parts.keep_state()
     diloco.begin_round()
     diloco.accept(caught_up.assignment)
-    parts.samples.accept(caught_up.assignment, quorum.term)
+    process.samples.accept(caught_up.assignment, quorum.term)
 
     # Restore the worker's own state, or take over another member's moments, or build them up anew.
     if found is not None and (is_own or parts.world is not None):
@@ -66,24 +76,22 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> bool:
         _restore(parts, found, is_own)
     elif diloco.round > 0:
         if config.joiner_moments == "donor" and (moments := quorum.fetch_moments()):
-            parts.optimizer.load_state_dict(_with_moments(parts.optimizer, moments))
-            return True
+            diloco.inner_optimizer.load_state_dict(_with_moments(process.optimizer, moments))
+            return [*changes, "took moments"]
         progress.ramp = config.local_steps
-    return False
+    return changes
 
 
 def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
     """Restore the inner optimizer and, if the checkpoint belongs to the open round, the progress towards that."""
     state, saved = found.worker(), found.state
-    scoring.restore(parts.model, state["buffers"])
-    if is_own:
-        checkpoint.restore_random_state(state["random"])
+    parts.process.own_state.restore(state, random=is_own)
     assignment, ranges = parts.diloco.assignment, tuple((start, stop) for start, stop in saved["assignment"])
     if found.round == parts.diloco.round and assignment is not None and assignment.ranges == ranges:
         parts.diloco.load_worker_state(state["diloco"])
-        parts.samples.resume(assignment, saved["used"])
+        parts.process.samples.resume(assignment, saved["used"])
     else:  # the samples of the open round were assigned anew: its steps are made again
-        parts.optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
+        parts.diloco.inner_optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
 
 
 class Moments(Mapping[str, Tensor]):
@@ -106,6 +114,54 @@ class Moments(Mapping[str, Tensor]):
         index, _, key = name.partition(".")
         value: Tensor = self._optimizer.state_dict()["state"][int(index)][key]
         return value.detach().to("cpu").reshape(-1)
+
+    def refresh(self) -> None: ...
+
+
+class ShardedMoments(Mapping[str, Tensor]):
+    """As `Moments`, of an optimizer whose state is spread over processes: a copy, made when a joiner has asked for it.
+
+    A joiner asks again for a few seconds. Its first request is noted here, on a donor's thread; the training thread
+    makes the copy at the next `refresh`, and gives it up after `most` further ones.
+    """
+
+    def __init__(self, optimizer: Stateful, most: int) -> None:
+        self._optimizer, self._most, self._age = optimizer, most, 0
+        self._copy: dict[str, Tensor] = {}
+        self._wanted = threading.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._copy)
+
+    def __len__(self) -> int:
+        if not self._copy:
+            self._wanted.set()
+        return len(self._copy)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._copy[name]
+
+    def refresh(self) -> None:
+        """Between two inner steps, or while the inner loop waits."""
+        self._age += 1
+        if self._copy and self._age > self._most:
+            self._copy = {}
+        elif self._wanted.is_set() and not self._copy:
+            self._wanted.clear()
+            state, self._age = self._optimizer.state_dict()["state"], 0
+            self._copy = {
+                f"{index}.{key}": value.detach().reshape(-1)
+                for index, values in state.items()
+                for key, value in values.items()
+                if isinstance(value, Tensor)
+            }
+
+
+def offered_moments(parts: Parts) -> Moments | ShardedMoments:
+    """This worker's inner optimizer state, for joiners."""
+    if parts.process.is_sharded:
+        return ShardedMoments(parts.diloco.inner_optimizer, parts.process.config.local_steps)
+    return Moments(parts.process.optimizer)
 
 
 def _with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str, object]:

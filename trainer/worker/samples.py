@@ -23,6 +23,7 @@ class Samples:
         device: A GPU gets its batches from pinned memory.
         rank, world_size: In data parallelism, all ranks have the same assignment: an inner step takes `world_size`
             times `batch_size` samples of it, and this rank trains on its part.
+        is_island: Whether these ranks are one worker.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Samples:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        is_island: bool = False,
     ) -> None:
         self._split = dataset.train
         self._order = data.SampleOrder(len(dataset.train), seed, dataset.group)
         self.batch_size, self.per_device = batch_size, per_device
         self._pin_memory = device.type == "cuda"
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._is_island = rank, world_size, is_island
         self.ledger = SampleLedger()
         self._batches: Generator[dict[str, Tensor], None, None] | None = None
 
@@ -58,19 +60,31 @@ class Samples:
 
     def consume(self) -> list[Range]:
         """Count the samples of an inner step as consumed; this worker's positions among them."""
-        positions = self._own(self.ledger.consume(self.batch_size * self._world_size))
+        ranges = self.ledger.consume(self.batch_size * self._world_size)
+        positions = _positions(ranges) if self._is_island else self._own(ranges)
         breaks = np.flatnonzero(np.diff(positions) != 1) + 1
         return [(int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks)]
 
-    def accept(self, assignment: Assignment | None, term: int) -> None:
-        """Go on with the quorum's last assignment; one of another term is void."""
+    def accept(self, assignment: Assignment | None, term: int) -> bool:
+        """Go on with the quorum's last assignment; one of another term is void. Returns whether it is another one."""
         before = self.ledger.assignment
         if assignment is not None:
             self.ledger.accept(assignment)
         if self.ledger.assignment.term != term:
             self.ledger.accept(None)
-        if self.ledger.assignment is not before:
+        changed = self.ledger.assignment is not before
+        if changed:
             self.close()
+        return changed
+
+    @property
+    def to_read(self) -> tuple[Range, ...] | None:
+        """What the next batch begins to read, for the other processes of an island; None: it goes on."""
+        return self.ledger.unused() if self._batches is None else None
+
+    def read(self, ranges: tuple[Range, ...]) -> None:
+        """In a follower of an island: begin to read these positions."""
+        self.resume(Assignment(0, 0, ranges), 0)
 
     def resume(self, assignment: Assignment, used: int) -> None:
         """Go on inside an assignment of a checkpoint."""
@@ -85,11 +99,15 @@ class Samples:
 
     def _own(self, ranges: tuple[Range, ...]) -> np.ndarray:
         """This rank's positions in ranges that hold whole inner steps of all ranks, int64 (n,)."""
-        positions = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        positions = _positions(ranges)
         if self._world_size == 1:
             return positions
         own: np.ndarray = positions.reshape(-1, self._world_size, self.batch_size)[:, self._rank].reshape(-1)
         return own
+
+
+def _positions(ranges: tuple[Range, ...]) -> np.ndarray:
+    return np.concatenate([np.arange(start, stop) for start, stop in ranges])
 
 
 class Speed:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpointer
+from trainer.files import read_json
 from trainer.monitor.events import EventLog
 from trainer.worker.progress import Progress
 from trainer.worker.setup import Parts, versions
@@ -15,7 +16,9 @@ class Saving:
 
     def __init__(self, parts: Parts, progress: Progress, metrics: EventLog) -> None:
         self._parts, self._progress, self._metrics = parts, progress, metrics
-        self._checkpointer = Checkpointer(parts.volume.checkpoints, parts.config.keep_checkpoints, self._on_saved)
+        self._checkpointer = Checkpointer(
+            parts.process.volume.checkpoints, parts.process.config.keep_checkpoints, self._on_saved
+        )
         self._last: tuple[int, float] | None = None  # round and position of the last checkpoint
         self.last_step = 0  # the schedule position that `checkpoint_interval` counts from
 
@@ -36,8 +39,7 @@ class Saving:
             self._last, self.last_step = version, diloco.schedule.step
             worker = {
                 "diloco": diloco.worker_state(),
-                "random": checkpoint.random_state(),
-                "buffers": dict(parts.model.named_buffers()),
+                **parts.process.own_state.save(),
             }
             state = {
                 "round": diloco.round,
@@ -45,15 +47,15 @@ class Saving:
                 "base_step": diloco.state.step,
                 "term": parts.quorum.term,
                 "cursor": asdict(base.cursor),
-                "assignment": parts.samples.ledger.assignment.ranges,
-                "used": parts.samples.ledger.used,
+                "assignment": parts.process.samples.ledger.assignment.ranges,
+                "used": parts.process.samples.ledger.used,
                 "speed": parts.speed.value,
                 "skipped": [self._progress.skipped, self._progress.skipped_in_a_row],
-                "run_id": parts.config.run_id,
+                "run_id": parts.process.config.run_id,
                 "worker": parts.quorum.worker,
                 "global_hash": diloco.state.hash(),
-                "config": parts.config.model_dump(mode="json"),
-                "dataset": parts.dataset.manifest.hash,
+                "config": parts.process.config.model_dump(mode="json"),
+                "dataset": parts.process.dataset.manifest.hash,
                 "versions": versions(),
             }
             self._checkpointer.save(diloco.global_tensors(), worker, state, complete=complete)
@@ -66,4 +68,4 @@ class Saving:
     def _on_saved(self, path: Path, seconds: float, size: int) -> None:
         round, step = checkpoint.version_of(path)
         self._metrics.write("checkpoint", round=round, step=step, path=str(path), seconds=seconds, bytes=size)
-        self._parts.quorum.durable(round)
+        self._parts.quorum.durable(round, int(read_json(path / "state.json")["term"]))

@@ -1,38 +1,52 @@
-"""The parts of a worker. Building it reads its volume only: it sends nothing, and listens to nothing."""
+"""The parts of a worker. Building it reads its volume only: it does not yet talk to other workers."""
 
 import importlib.metadata
 import platform
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainer import checkpoint, data, models
 from trainer.config import TrainingConfig
 from trainer.device import device_of
 from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
+from trainer.diloco.diloco import Stateful
+from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
 from trainer.files import require_free_space
+from trainer.island.kept import KeptState
+from trainer.island.layout import IslandLayout
+from trainer.island.memory import NodeMemory, directory_of
+from trainer.island.optimizer import IslandOptimizer
+from trainer.island.parallel import blocks, checkpoint_blocks, shard
+from trainer.island.processes import Island
 from trainer.process import number_from
 from trainer.tasks import Task, scoring, tasks
 from trainer.volume import Volume
 from trainer.worker.compilation import compile_model
-from trainer.worker.ddp import World
+from trainer.worker.ddp import Loss, World
 from trainer.worker.optimizer import inner_optimizer
+from trainer.worker.own_state import OwnState
 from trainer.worker.profiling import Profile, profile
 from trainer.worker.samples import Samples, Speed
 
 PROTOCOL = 4  # version of what members exchange; members of another version are refused
+READY = "ready"  # the first command to the processes of an island
+SHARED_VECTORS = 5  # of an island: parameters and momentum, those that an outer step makes of them, pseudo-gradient
+FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
 
 
 @dataclass
-class Parts:
-    """The parts of a worker."""
+class Process:
+    """What each process of a worker has; a worker is one process, or an island of several."""
 
     config: TrainingConfig
     volume: Volume
@@ -41,44 +55,58 @@ class Parts:
     dataset: data.Dataset
     shared: dict[str, Tensor]  # by all samples of the dataset, on the device
     model: nn.Module
+    loss: nn.Module  # of a batch
     optimizer: Optimizer
-    quorum: ElasticQuorum | World  # the other workers: elastic members, or the world of the `ddp` baseline
-    diloco: DiLoCo
     samples: Samples
-    speed: Speed
-
-    @property
-    def world(self) -> World | None:
-        """The quorum, if it is the world of the `ddp` baseline."""
-        return self.quorum if isinstance(self.quorum, World) else None
+    own_state: OwnState
+    island: Island | None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The model's trainable parameters."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    @property
+    def is_sharded(self) -> bool:
+        return self.island is not None and self.config.inner_parallel == "fsdp"
 
-def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str], None]) -> Parts:
+
+@dataclass
+class Parts:
+    """The parts of a worker; of an island, in the process that leads."""
+
+    process: Process
+    quorum: ElasticQuorum | World  # the other workers: elastic members, or the world of the `ddp` baseline
+    diloco: DiLoCo
+    speed: Speed
+    kept: KeptState | None  # of an island
+
+    def keep_state(self) -> None:
+        """Note where in the node's memory the global state is, unless it is about to be replaced."""
+        base = self.quorum.base
+        if self.kept and base.round == self.diloco.round:
+            self.kept.keep(self.diloco.state, self.quorum.term, asdict(base.cursor))
+
+    @property
+    def world(self) -> World | None:
+        """The quorum, if it is the world of the `ddp` baseline."""
+        return self.quorum if isinstance(self.quorum, World) else None
+
+
+def build(
+    config: TrainingConfig, stopping: threading.Event, warn: Callable[[str], None], island: Island | None = None
+) -> Parts:
     """Build a worker whose data and model are precached; `warn` is called with warnings for the user.
 
     Raises:
         ConfigError: This worker cannot take part with this configuration.
-        TrainingError: Not even `min_batch_size` samples fit into the device's memory.
+        TrainingError: Not even `min_batch_size` samples fit into the device's memory; too little shared memory.
     """
-    # Device, data, model
-    local_rank = number_from("LOCAL_RANK")
-    volume, device = Volume.of(config, local_rank), device_of(config, local_rank)
-    spec = models.resolve(config.model)
-    task = tasks()[spec.family.task]
-    dataset = data.open_dataset(data.directory(config, volume.datasets))
-    manifest = dataset.manifest
-    model = models.build(models.directory(config, manifest.for_model, volume.models), config.seed)
-    model = model.to(device).train()
-    shared = scoring.shared_tensors(dataset.shared, device)
-    optimizer = inner_optimizer(config, model, task.parameter_groups(model))
+    process, spec = _process(config, island, warn), models.resolve(config.model)
+    manifest, volume = process.dataset.manifest, process.volume
 
     # Room for the checkpoints that are still to be written
-    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    size = sum(parameter.numel() for parameter in process.parameters)
     missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(volume.checkpoints)))
     require_free_space(volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")
 
@@ -86,28 +114,93 @@ def build(config: TrainingConfig, stopping: threading.Event, warn: Callable[[str
     kind: type[ElasticQuorum | World] = World if config.optim_method == "ddp" else ElasticQuorum
     # A worker that differs in one of these is refused
     fingerprint = {"protocol": PROTOCOL, "model": spec.name, "dataset": manifest.hash}
+    fingerprint |= {"workers_per_node": config.workers_per_node}  # by which workers are numbered
     quorum = kind(config, fingerprint | config.in_scope("fingerprint"), stopping)
-    diloco = _diloco(config, spec.average_decay**config.round_steps, model, optimizer, quorum)
+    memory, layout, saved = _shared(process)
+    if memory:
+        memory.require(SHARED_VECTORS + config.overlaps + 2 * (spec.average_decay > 0))
+    diloco = _diloco(config, spec.average_decay**config.round_steps, process.model, saved, quorum, layout)
 
-    # Each worker has its own random numbers. Trials must not change them.
-    checkpoint.seed_random_state(config.seed + 1 + quorum.worker)
-    random = checkpoint.random_state()
-
-    def some(size: int) -> dict[str, Tensor]:
-        chosen = np.arange(size) % len(dataset.train)
-        return next(scoring.batches(dataset.train, chosen, size, shared, device))
-
+    # The batch size: of an island's equal processes, the leader alone tries
     best = Profile(config.per_device_train_batch_size, 0.0)
     if config.heterogeneous:
-        best = profile(config, task, model, some, volume.root / "profile.json", manifest.hash)
-    if config.compile_model:
-        compile_model(config, task, model, some(best.batch_size), warn)
-    checkpoint.restore_random_state(random)
+        batch = partial(_some, process)
+        best = profile(config, process.task, process.model, batch, volume.root / "profile.json", manifest.hash)
+    if island:
+        island.run(READY, per_device=best.batch_size)
+    else:
+        _ready(process, warn, best.batch_size)
+    speed = Speed(config.batch_size, best.speed * max(1, config.island))
+    return Parts(process, quorum, diloco, speed, KeptState(memory) if memory else None)
 
-    ranks = (quorum.rank, quorum.world_size) if isinstance(quorum, World) else (0, 1)
-    samples = Samples(dataset, config.seed, config.batch_size, best.batch_size, device, *ranks)
-    speed = Speed(config.batch_size, best.speed)
-    return Parts(config, volume, device, task, dataset, shared, model, optimizer, quorum, diloco, samples, speed)
+
+def build_follower(config: TrainingConfig, island: Island, warn: Callable[[str], None]) -> Process:
+    """Build another process of an island. Raises as `build`."""
+    process = _process(config, island, warn)
+    _shared(process)
+    return process
+
+
+def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str], None]) -> Process:
+    # Device, data, model
+    local_rank = number_from("LOCAL_RANK")
+    volume, device = Volume.of(config, 0 if island else local_rank), device_of(config, local_rank)
+    spec = models.resolve(config.model)
+    task = tasks()[spec.family.task]
+    dataset = data.open_dataset(data.directory(config, volume.datasets))
+    model = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
+    if config.activation_checkpointing == "block":
+        checkpoint_blocks(model, config.model)
+    if config.inner_parallel == "fsdp":
+        shard(model, device, config.model)  # block by block, so that no device ever holds the whole model
+    model = model.to(device).train()
+    shared = scoring.shared_tensors(dataset.shared, device)
+    optimizer = inner_optimizer(config, model, task.parameter_groups(model))
+
+    # This process's part of the samples
+    ranks = (island.rank, island.size) if island else (0, 1)
+    if config.optim_method == "ddp":
+        ranks = number_from("RANK"), number_from("WORLD_SIZE") or 1
+    part, at_once = config.process_batch_size, config.per_device_train_batch_size
+    samples = Samples(dataset, config.seed, part, at_once, device, *ranks, is_island=island is not None)
+    loss = Loss(task, model)
+    own = OwnState(model, island)
+    process = Process(config, volume, device, task, dataset, shared, model, loss, optimizer, samples, own, island)
+    if island:
+        island.on(**{READY: partial(_ready, process, warn)})
+    return process
+
+
+def _shared(process: Process) -> tuple[NodeMemory | None, IslandLayout | None, Stateful]:
+    """The memory that the processes of an island share, and what they have there; nothing for a single process."""
+    island, config = process.island, process.config
+    if island is None:
+        return None, None, process.optimizer
+    size = sum(parameter.numel() for parameter in process.parameters)
+    memory = NodeMemory(directory_of(config), size, leads=island.leads, pin=process.device.type == "cuda")
+    layout = IslandLayout(process.model, island, memory)
+    return memory, layout, IslandOptimizer(process.optimizer, layout, island, memory)
+
+
+def _ready(process: Process, warn: Callable[[str], None], per_device: int) -> None:
+    """Make the last preparations, with the batch size that was chosen."""
+    config, island = process.config, process.island
+    process.samples.per_device = per_device
+    if config.compile_model:
+        parts = blocks(process.model) if process.is_sharded else process.task.modules_to_compile(process.model)
+        compile_model(config, process.task, process.model, parts, _some(process, per_device), warn)
+    if island and not process.is_sharded:
+        process.loss = DistributedDataParallel(process.loss)  # buffers are the leader's, as in one process
+    # Each process has its own random numbers; trials have used some
+    worker = number_from(SLOT_VARIABLE) * config.workers_per_node
+    worker += island.rank * FOLLOWERS if island else number_from("LOCAL_RANK")
+    checkpoint.seed_random_state(config.seed + 1 + worker)
+
+
+def _some(process: Process, size: int) -> dict[str, Tensor]:
+    """A batch of training samples, on the device."""
+    train = process.dataset.train
+    return next(scoring.batches(train, np.arange(size) % len(train), size, process.shared, process.device))
 
 
 def versions() -> dict[str, str]:
@@ -117,7 +210,12 @@ def versions() -> dict[str, str]:
 
 
 def _diloco(
-    config: TrainingConfig, average_decay: float, model: nn.Module, optimizer: Optimizer, quorum: ElasticQuorum | World
+    config: TrainingConfig,
+    average_decay: float,
+    model: nn.Module,
+    optimizer: Stateful,
+    quorum: ElasticQuorum | World,
+    layout: IslandLayout | None,
 ) -> DiLoCo:
     # With data parallelism, all workers have the same parameters: these become the global ones.
     chosen = outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
@@ -137,4 +235,5 @@ def _diloco(
         late_policy=config.late_policy,
         fragments=config.fragments,
         overlap=Overlap(config.overlap_tau, config.overlap_alpha) if config.overlaps else None,
+        layout=layout,
     )

@@ -9,36 +9,38 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import data
 from trainer.config import TrainingConfig
+from trainer.device import device_of
 from trainer.diloco import Commit, RoundReport, Superseded
 from trainer.errors import Interrupted, TrainingError
+from trainer.island.processes import Island
 from trainer.monitor.events import EventLog
 from trainer.monitor.sinks import sinks
 from trainer.process import number_from
-from trainer.tasks import scoring
+from trainer.protocol.records import Range
 from trainer.timeouts import WorkerTimeouts
 from trainer.volume import Volume
-from trainer.worker.ddp import Loss, PeerLeft
+from trainer.worker import evidence
+from trainer.worker.ddp import PeerLeft
+from trainer.worker.follower import follow
 from trainer.worker.optimizer import learning_rate
+from trainer.worker.passes import Passes
 from trainer.worker.progress import Progress
-from trainer.worker.resume import Moments, join
+from trainer.worker.resume import join, offered_moments
 from trainer.worker.saving import Saving
 from trainer.worker.setup import Parts, build, versions
+from trainer.worker.throughput import Throughput
 
-CLIP_NORM = 1.0
 T = TypeVar("T")
 
 
 def train(config: TrainingConfig) -> int:
-    """Train as one worker, under a torchrun agent, to the end of the run, and return the exit status, 0.
+    """Train as a worker, or a process of one, under a torchrun agent, to the end of the run; returns the exit status.
 
     Args:
         config: The worker's own (see `trainer.volume.worker_configs`); the data and the model are precached.
@@ -49,10 +51,23 @@ def train(config: TrainingConfig) -> int:
         Interrupted: The process has to end (SIGTERM, SIGINT), and everything is saved.
     """
     stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
-    with Worker.open(config, stopping) as worker:
-        return worker.run()
+    with _island(config) as island:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopping.set())
+        if island and not island.leads:
+            return follow(config, island, stopping)
+        with Worker.open(config, stopping, island) as worker:
+            return worker.run()
+
+
+@contextmanager
+def _island(config: TrainingConfig) -> Iterator[Island | None]:
+    """The processes that are this worker, if it is more than this one."""
+    if not config.island:
+        yield None
+        return
+    with Island.form(config, device_of(config, number_from("LOCAL_RANK"))) as island:
+        yield island
 
 
 class Worker:
@@ -62,30 +77,42 @@ class Worker:
         self, parts: Parts, metrics: EventLog, stopping: threading.Event, timeouts: WorkerTimeouts = WorkerTimeouts()
     ) -> None:
         self.parts, self.metrics, self._stopping, self._timeouts = parts, metrics, stopping, timeouts
-        self.config, self.quorum, self.world = parts.config, parts.quorum, parts.world
-        self.diloco, self.samples = parts.diloco, parts.samples
+        self.process, self.quorum, self.world = parts.process, parts.quorum, parts.world
+        self.config, self.samples, self.diloco = self.process.config, self.process.samples, parts.diloco
         self.progress = Progress()
         self.saving = Saving(parts, self.progress, metrics)
-        self.loss: nn.Module = Loss(parts.task, parts.model)
-        self._shortage_saved = False
+        self.passes = Passes(self.process, stopping, self.world)
+        self.throughput = Throughput(self.process.device, max(1, self.config.island))
+        self._saved_for: tuple[bool, frozenset[str]] = False, frozenset()
+        self._round_began, self._unused = time.perf_counter(), tuple[Range, ...]()  # of the open synchronisation
         self._asking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ask the quorum")
 
     @classmethod
     @contextmanager
-    def open(cls, config: TrainingConfig, stopping: threading.Event) -> Iterator["Worker"]:
-        """Build a worker; at the end, leave the run and close everything."""
+    def open(
+        cls, config: TrainingConfig, stopping: threading.Event, island: Island | None = None
+    ) -> Iterator["Worker"]:
+        """Build a worker, in the process that leads; at the end, leave the run and close everything."""
         local_rank = number_from("LOCAL_RANK")
         with EventLog(Volume.of(config, local_rank).metrics) as metrics:
             metrics.capture_warnings()
-            parts = build(config, stopping, metrics.warn)
-            metrics.sinks += sinks(config, parts.quorum.worker, parts.volume.root, metrics.warn, local_rank)
+            parts = build(config, stopping, metrics.warn, island)
+            samples, root = parts.process.samples, parts.process.volume.root
+            metrics.sinks += sinks(config, parts.quorum.worker, root, metrics.warn, local_rank)
+            failed = True
             try:
                 worker = cls(parts, metrics, stopping)
                 with closing(worker.saving):
                     yield worker
+                failed = False
+            except Interrupted:
+                failed = False
+                raise
             finally:
-                parts.samples.close()
-                parts.quorum.leave(parts.samples.ledger.rest())
+                samples.close()
+                parts.quorum.leave(samples.ledger.rest())
+                if parts.kept:  # after a failure, the agent may start this worker again
+                    parts.kept.close(remove=not failed)
 
     def run(self) -> int:
         """Join the run, train to its end, and return the exit status. Raises as `train`."""
@@ -105,7 +132,7 @@ class Worker:
             # Save the progress; a synchronisation that fails now counts as not started
             if self.diloco.pending:
                 with suppress(Interrupted, TrainingError):
-                    self.diloco.finish()
+                    self._write_round(self._take_result())
             self.saving.save(wait=True)
             self._write_end("stopped", "asked to leave")
             raise
@@ -117,12 +144,15 @@ class Worker:
 
     def _join(self) -> None:
         """Become a member of the run, and go on where the run is."""
-        moments_from_donor = join(self.parts, self.progress, self.metrics.warn)
+        self.metrics.write("membership", change="joining", run_id=self.config.run_id, member=self.quorum.id)
+        changes = join(self.parts, self.progress, self.metrics.warn)
         self.progress.enter(self.quorum.members, self.quorum.id)
         self.saving.last_step = self.diloco.schedule.step
+        process = self.process
         if self.world is not None:
-            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False)
-        self.quorum.offer("moments", Moments(self.parts.optimizer))
+            process.loss = DistributedDataParallel(process.loss, broadcast_buffers=False)
+        self.moments = offered_moments(self.parts)
+        self.quorum.offer("moments", self.moments)
 
         self.metrics.write(
             "start",
@@ -132,20 +162,25 @@ class Worker:
             world_size=len(self.quorum.members),
             pid=os.getpid(),
             host=platform.node(),
-            device=str(self.parts.device),
-            parameters=sum(parameter.numel() for parameter in self.parts.parameters),
-            dataset=self.parts.dataset.manifest.hash,
+            device=str(process.device),
+            processes=process.island.size if process.island else 1,
+            parameters=sum(parameter.numel() for parameter in process.parameters),
+            dataset=process.dataset.manifest.hash,
             resumed_round=self.diloco.round or None,
             config=self.config.model_dump(mode="json"),
             versions=versions(),
+            ramp=self.progress.ramp,
+            **evidence.held(self.parts),
         )
-        if moments_from_donor:
-            self.metrics.write("membership", change="took moments", round=self.diloco.round)
+        if self.samples.ledger.assignment.ranges:
+            self.metrics.write("assignment", **evidence.assignment(self.parts))
+        for change in changes:
+            self.metrics.write("membership", change=change, round=self.diloco.round)
         self.metrics.write("membership", change="joined", members=self.quorum.members, round=self.diloco.round)
 
     def _train_round(self) -> None:
         """Make the inner steps of a round, synchronise, and do what is due afterwards."""
-        diloco, started, before = self.diloco, time.perf_counter(), self.diloco.round
+        diloco, self._round_began = self.diloco, time.perf_counter()
         self.progress.losses.clear()
         commit = None
         while commit is None and not diloco.complete:  # do the next thing that can be done
@@ -156,6 +191,7 @@ class Worker:
             elif diloco.schedule.due:
                 # The round ends here: report what the other members have to know
                 unused, speed = self.samples.ledger.close_round(), self.parts.speed.end_round()
+                self._unused = unused
                 diloco.start(RoundReport(unused, speed, self.progress.for_status(diloco)))
             elif self.samples.exhausted:
                 self._take_assignment()
@@ -164,10 +200,10 @@ class Worker:
                     self.world.check_stopping()
                 elif self._stopping.is_set():
                     raise Interrupted
-                self._save_on_shortage()
+                self._attend()
                 with self.parts.speed.timing():
                     self._inner_step()
-        self._write_round(commit, before, time.perf_counter() - started)
+        self._write_round(commit)
 
         # Validate and save at their intervals
         last = diloco.complete
@@ -179,61 +215,35 @@ class Worker:
 
     def _inner_step(self) -> None:
         """Make one inner step, over as many batches as `batch_size` takes."""
-        started, diloco, optimizer = time.perf_counter(), self.diloco, self.parts.optimizer
+        started, diloco = time.perf_counter(), self.diloco
         round, step = diloco.open_round, diloco.schedule.position(1)
 
         # The learning rate is a function of the schedule; a joiner's rises while its moments build up.
         ramp = min(1.0, (self.progress.steps + 1) / self.progress.ramp)
         lr = learning_rate(diloco.schedule.position(), self.config) * ramp
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-
-        # Forward and backward; on a GPU, reading the loss and the norm waits once for both.
-        total, tokens = self._accumulate_gradients()
-        norm = nn.utils.clip_grad_norm_(self.parts.parameters, CLIP_NORM)
-        loss, gradient_norm = torch.stack([total, norm.to(total.dtype)]).tolist()
-        finite = math.isfinite(loss) and math.isfinite(gradient_norm)
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        made = self.passes.step(lr)
 
         # Account for the step, and report it.
-        samples = self.config.batch_size if finite else 0
+        samples = self.config.batch_size if made.finite else 0
         positions = self.samples.consume()
-        self.progress.count_step(loss, finite, samples)
+        self.progress.count_step(made.loss, made.finite, samples)
+        self.throughput.count(made.tokens, made.flops)
         self.metrics.write(
             "step",
+            term=self.quorum.term,
             round=round,
             step=step,
-            loss=loss,
+            loss=made.loss,
             lr=lr,
-            gradient_norm=gradient_norm,
+            gradient_norm=made.gradient_norm,
             samples=samples,
             positions=positions,
-            tokens=tokens,
+            tokens=made.tokens,
             seconds=time.perf_counter() - started,
         )
-        if not finite:
+        if not made.finite:
             self._on_skipped(step)
         diloco.count_step(samples)
-
-    def _accumulate_gradients(self) -> tuple[Tensor, int]:
-        """Run the batches of an inner step forward and backward; their mean loss, a scalar, and their tokens."""
-        parts, tokens = self.parts, 0
-        batches = self.config.batch_size // self.samples.per_device
-        total = torch.zeros((), device=parts.device)
-        with self.world.lost_ranks() if self.world else nullcontext():
-            for number in range(batches):
-                batch = scoring.on_device(self.samples.next_batch(), parts.shared, parts.device)
-                # Data parallelism averages the gradients in the last backward pass.
-                last = self.world is None or number == batches - 1
-                with nullcontext() if last else self.loss.no_sync():  # type: ignore[operator]
-                    with scoring.autocast(parts.device):
-                        loss = self.loss(batch) / batches
-                    loss.backward()
-                total += loss.detach()
-                tokens += parts.task.tokens(batch)
-            return (self.world.mean_loss(total) if self.world else total), tokens
 
     def _on_skipped(self, step: float) -> None:
         """Warn of a step that was skipped; end the run if there were too many in a row."""
@@ -253,23 +263,39 @@ class Worker:
     def _finish_synchronisation(self) -> Commit | None:
         """Wait for the pending synchronisation, and go on from its outer step."""
         while not self.diloco.wait(self._timeouts.poll):
-            self._save_on_shortage()
+            self._attend()
+        commit = self._take_result()
+        self._accept()
+        return commit
+
+    def _take_result(self) -> Commit | None:
+        """Take the outer step of the synchronisation that is done; None: it has caught up instead."""
+        before = self.diloco.round
         commit = self.diloco.finish()
-        self.samples.accept(self.diloco.assignment, self.quorum.term)
+        if commit is None:
+            self._write_caught_up(before)
         return commit
 
     def _catch_up(self) -> None:
         """Go on from the round that was committed without this worker."""
+        before = self.diloco.round
         self.diloco.catch_up()
-        self.samples.accept(self.diloco.assignment, self.quorum.term)
+        self._write_caught_up(before)
+        self._accept()
+
+    def _accept(self) -> None:
+        """Go on with the samples that the quorum has assigned last."""
+        if self.samples.accept(self.diloco.assignment, self.quorum.term):
+            self.metrics.write("assignment", **evidence.assignment(self.parts))
 
     def _take_assignment(self) -> None:
         """Wait until this worker has samples to train on."""
         try:
             self.diloco.accept(self._ask(self.quorum.assign, self.samples.ledger.assignment.round_id))
         except Superseded:
-            self.diloco.catch_up()
-        self.samples.accept(self.diloco.assignment, self.quorum.term)
+            self._catch_up()
+        else:
+            self._accept()
 
     def _final_state_is_agreed(self) -> bool:
         """Whether this worker's final state is the one that most members hold; if not, it has caught up."""
@@ -284,45 +310,44 @@ class Worker:
         """Ask the quorum on another thread: on this one, save if the answer waits for members that are missing."""
         answer = self._asking.submit(request, argument)
         while not wait_for([answer], self._timeouts.poll).done:
-            self._save_on_shortage()
+            self._attend()
         return answer.result()
 
-    def _save_on_shortage(self) -> None:
-        """Save once when too few workers are left to go on: the run may end while it waits for others."""
-        if self.quorum.shortage and not self._shortage_saved:
+    def _attend(self) -> None:
+        """Between two steps, and while it waits: serve joiners; save once when too few workers are left to go on, or
+        when some leave: the run may end before the next save, or those who leave may take the newest state along."""
+        self.moments.refresh()
+        reasons = self.quorum.shortage, self.quorum.departing
+        if (reasons[0] and not self._saved_for[0]) or reasons[1] - self._saved_for[1]:
             self.saving.save()
-        self._shortage_saved = self.quorum.shortage
+        self._saved_for = reasons
 
     def _validate(self) -> None:
         """Score the global parameters on this worker's part of the held-out samples."""
-        parts, diloco, progress, started = self.parts, self.diloco, self.progress, time.perf_counter()
-        task, model, split = parts.task, parts.model, parts.dataset.validation
-        chosen = data.evenly(len(split), self.config.eval_samples)[progress.rank :: progress.world_size]
-        size = min(self.config.per_device_train_batch_size, self.samples.per_device)
-        sums: dict[str, Any] = {}
-        with diloco.global_parameters(), scoring.evaluating(model, parts.device, self.config.seed):
-            scoring.recompute_buffers(task, model, parts.dataset, size, parts.device)
-            with torch.inference_mode():
-                for batch in scoring.batches(split, chosen, size, parts.shared, parts.device):
-                    if self._stopping.is_set():
-                        raise Interrupted
-                    scoring.add(sums, task.score(model, batch))
+        diloco, progress, started = self.diloco, self.progress, time.perf_counter()
+        with diloco.global_parameters():
+            sums, samples = self.passes.score(progress.rank, progress.world_size)
         if sums:  # not if there are more workers than samples
-            scores, place = task.metrics(sums), {"round": diloco.round, "step": diloco.schedule.step}
+            scores, place = self.process.task.metrics(sums), {"round": diloco.round, "step": diloco.schedule.step}
             progress.held_out = scores["loss"] if math.isfinite(scores["loss"]) else None
             seconds = time.perf_counter() - started
-            self.metrics.write("eval", **place, samples=len(chosen), seconds=seconds, **scores)
+            self.metrics.write("eval", **place, samples=samples, seconds=seconds, **scores)
 
     # Events
 
-    def _write_round(self, commit: Commit | None, before: int, seconds: float) -> None:
-        """Report the round that this worker has taken part in, and the ones that were committed without it."""
-        progress, round = self.progress, self.diloco.round
-        own = round - (commit is not None)
-        if own > before:
-            self.metrics.write("membership", change="caught up", round=own, missed=own - before)
+    def _write_caught_up(self, before: int) -> None:
+        """Report that this worker has taken over the state of the others; `before` is the round of its own."""
+        self.parts.keep_state()
+        missed = max(0, self.diloco.round - before)
+        held = evidence.held(self.parts)
+        self.metrics.write("membership", change="caught up", round=self.diloco.round, missed=missed, **held)
+
+    def _write_round(self, commit: Commit | None) -> None:
+        """Report a round that this worker has taken part in, if it has."""
         if commit is None:
             return
+        self.parts.keep_state()
+        progress, round, seconds = self.progress, self.diloco.round, time.perf_counter() - self._round_began
         if commit.reduced.weight == 0:
             self.metrics.warn(f"round {round} moved nothing: no worker's pseudo-gradient was finite")
         if commit.members != progress.members:
@@ -348,6 +373,8 @@ class Worker:
             seconds=seconds,
             inner_steps=len(losses),
             samples=len(losses) * self.config.batch_size,
+            **self.throughput.end_round(seconds),
+            **evidence.agreed(commit, self._unused),
         )
 
     def _write_end(self, status: str, reason: str = "") -> None:
@@ -360,4 +387,5 @@ class Worker:
             skipped_steps=self.progress.skipped,
             samples=self.progress.samples,
             global_hash=self.diloco.state.hash(),
+            **evidence.left(self.parts),
         )

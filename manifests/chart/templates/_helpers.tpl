@@ -20,6 +20,12 @@
 {{ dig "deploymentName" .Values.deploymentName (.Values.global | default dict) }}
 {{- end }}
 
+{{/* The workers' kind of jobs: that of the values, or else what the cluster serves. */}}
+{{- define "diloco.launcher" -}}
+{{- $served := ternary "trainjob" "pytorchjob" (.Capabilities.APIVersions.Has "trainer.kubeflow.org/v1alpha1") }}
+{{- ternary $served .Values.diloco.launcher (eq .Values.diloco.launcher "auto") }}
+{{- end }}
+
 {{/* The volume with the pipeline's results. */}}
 {{- define "diloco.results" -}}
 {{ include "diloco.name" . }}-results
@@ -90,7 +96,7 @@ ETCD_INITIAL_CLUSTER: {{ join "," $members }}
 {{- $diloco := omit .Values.diloco "huggingfaceToken" "wandbApiKey" "wandbUserKey" }}
 {{- $cluster := omit .Values "diloco" "global" "pipeline" }}
 {{- $config := include "diloco.snake" (merge (dict) $diloco $cluster) | fromJson }}
-{{- if eq .Values.diloco.launcher "auto" }}{{ $_ := set $config "launcher" "pytorchjob" }}{{ end }}
+{{- $_ := set $config "launcher" (include "diloco.launcher" .) }}
 {{- $_ := set $config "run_id" (include "diloco.runId" .) }}
 {{- $_ := set $config "deployment_name" (include "diloco.deployment" .) }}
 {{- $_ := set $config "deployment_namespace" (include "diloco.namespace" .) }}

@@ -1,6 +1,7 @@
 """The steps' parameters, and how precache names a run and chooses where it trains."""
 
 import inspect
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from components.parameters import common, folded, unfolded
 from components.precache import precache
 from components.steps import resolve
+from tests.cluster.apiserver import ApiServer, serving
 from trainer.config import Parameter, TrainingConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.steps import workflow
 
 
@@ -77,21 +79,25 @@ def test_a_run_without_any_name_gets_one() -> None:
 
 
 @pytest.fixture
-def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the pod of a step: its service account's files, and the variables that KFP and Kubernetes set."""
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    """As in the pod of a step: its service account's files, variables that KFP and Kubernetes set, and a cluster."""
     (tmp_path / "namespace").write_text("team\n")
     monkeypatch.setattr(workflow, "SERVICE_ACCOUNT", tmp_path)
     monkeypatch.setenv("KFP_POD_NAME", "diloco-training-x7k2p-system-container-impl-1")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with serving() as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+        yield server
 
 
 @pytest.mark.usefixtures("pod")
 @pytest.mark.parametrize(
     ("values", "launcher", "namespace"),
     [
-        ({}, "pytorchjob", "team"),
-        ({"launcher": "auto", "deployment_namespace": "other"}, "pytorchjob", "other"),
+        ({}, "trainjob", "team"),
+        ({"launcher": "auto", "deployment_namespace": "other"}, "trainjob", "other"),
         ({"launcher": "pytorchjob"}, "pytorchjob", "team"),
+        ({"launcher": "trainjob"}, "trainjob", "team"),
         ({"launcher": "local"}, "local", "default"),
     ],
 )
@@ -99,6 +105,47 @@ def test_in_a_steps_pod_the_cluster_is_where_it_trains(values: dict[str, str], l
     config = resolve(values, "4f2c")
     assert (config.launcher, config.deployment_namespace) == (launcher, namespace)
     assert resolve(config.to_flat()) == config
+
+
+TRAINER, OPERATOR = "trainjobs", "pytorchjobs"
+
+
+@pytest.mark.parametrize(
+    ("missing", "forbidden", "chosen"),
+    [
+        ((), (), "trainjob"),
+        ((TRAINER,), (), "pytorchjob"),
+        ((OPERATOR,), (), "trainjob"),
+        ((), (TRAINER,), "pytorchjob"),  # a Role of an earlier version, with the training operator
+        ((), (OPERATOR,), "trainjob"),
+    ],
+)
+def test_auto_is_what_the_cluster_serves(
+    pod: ApiServer, missing: Sequence[str], forbidden: Sequence[str], chosen: str
+) -> None:
+    pod.missing |= {*missing}
+    pod.forbidden |= {("list", one) for one in forbidden}
+    assert resolve({}).launcher == chosen
+
+
+@pytest.mark.parametrize(
+    ("missing", "forbidden", "words"),
+    [
+        (
+            (TRAINER, OPERATOR),
+            (),
+            "serves neither TrainJobs nor PyTorchJobs: install Kubeflow Trainer .* with JobSet, or",
+        ),
+        ((OPERATOR,), (TRAINER,), "not allowed to list trainjobs in namespace team"),
+    ],
+)
+def test_auto_says_what_is_missing(
+    pod: ApiServer, missing: Sequence[str], forbidden: Sequence[str], words: str
+) -> None:
+    pod.missing |= {*missing}
+    pod.forbidden |= {("list", one) for one in forbidden}
+    with pytest.raises(TrainingError, match=words):
+        resolve({})
 
 
 @pytest.mark.usefixtures("pod")
@@ -109,7 +156,7 @@ def test_in_any_other_pod_it_is_this_machine(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("pod")
 def test_a_cluster_s_etcd_may_have_tls_and_users_without_an_endpoint() -> None:
-    assert resolve({"elastic_etcd_protocol": "https", "etcd_user": "diloco"}).launcher == "pytorchjob"
+    assert resolve({"elastic_etcd_protocol": "https", "etcd_user": "diloco"}).launcher == "trainjob"
     with pytest.raises(ConfigError, match=r"etcd\.user = 'diloco': needs an external etcd \(etcd\.endpoints\)"):
         resolve({"launcher": "local", "etcd_user": "diloco"})
 

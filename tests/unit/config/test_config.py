@@ -112,6 +112,26 @@ REFUSED = {
         {"elastic_min_nodes": 3},
         "nodes = 2: must be from elastic.min_nodes (3) to elastic.max_nodes (2)",
     ),
+    "island of the baseline": (
+        {"inner_parallel": "ddp", "optim_method": "ddp"},
+        "inner_parallel = 'ddp': cannot be combined with optim_method = 'ddp'",
+    ),
+    "island on one GPU": (
+        {"inner_parallel": "fsdp", "elastic_nproc_per_node": 2, "device": "cuda:1"},
+        "device = 'cuda:1': must be cuda, without an index, or cpu with inner_parallel = 'fsdp'",
+    ),
+    "batch that an island cannot share": (
+        {"inner_parallel": "ddp", "elastic_nproc_per_node": 3},
+        "batch_size = 512: must be a multiple of elastic.nproc_per_node (3) times per_device_train_batch_size (32)",
+    ),
+    "muon on shards": (
+        {"inner_parallel": "fsdp", "inner_optimizer": "muon"},
+        "inner_optimizer = 'muon': must be adamw with inner_parallel = 'fsdp'",
+    ),
+    "profile of shards": (
+        {"inner_parallel": "fsdp", "heterogeneous": True},
+        "heterogeneous = True: cannot be combined with inner_parallel = 'fsdp'",
+    ),
     "elastic baseline": ({"optim_method": "ddp", "elastic_min_nodes": 1}, "elastic.min_nodes = 1: must equal"),
     "ports": ({"port_range": "9-3"}, "port_range = '9-3': must be low-high"),
     "port of etcd": ({"etcd_endpoints": ["etcd"]}, "etcd.endpoints = 'etcd': must be host:port"),
@@ -377,6 +397,25 @@ def test_a_machine_that_joins_takes_the_runs_parameters_and_keeps_its_own(etcd: 
                 ConfigError, match=f"{name} = .* run to-be-joined has .*: leave it out to join that run"
             ):
                 joined(client, TrainingConfig.from_flat({**place, name: value}))
+
+
+def test_a_machine_that_joins_may_have_a_layout_of_its_own(etcd: str) -> None:
+    from trainer.elastic.keys import joined, record_config
+    from trainer.etcd.client import EtcdClient
+
+    place = {"run_id": "of-islands", "etcd_endpoints": [etcd]}
+    values = {"batch_size": 24, "per_device_train_batch_size": 3, "elastic_nproc_per_node": 8, "inner_parallel": "fsdp"}
+    run = TrainingConfig.from_flat({**place, **values})
+    with EtcdClient.of(run) as client:
+        record_config(client, run)
+        for own, island, at_once in (
+            ({}, 8, 3),
+            ({"inner_parallel": "none"}, 0, 24),
+            ({"inner_parallel": "ddp", "elastic_nproc_per_node": 2}, 2, 12),
+            ({"elastic_nproc_per_node": 4}, 4, 6),
+        ):
+            here = joined(client, TrainingConfig.from_flat({**place, **own}))
+            assert (here.island, here.workers_per_node, here.per_device_train_batch_size) == (island, 1, at_once)
 
 
 def test_a_single_node_may_join_a_run_that_needs_two() -> None:

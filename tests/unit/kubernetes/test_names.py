@@ -11,7 +11,7 @@ from trainer.config import TrainingConfig
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import claim, step_job
 from trainer.kubernetes.objects.plan import Plan, plan
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 
 DNS_1035 = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
@@ -27,7 +27,7 @@ def test_names_can_be_read() -> None:
     assert worker.job == "diloco-training-job-20261121-105017-ab12-nvidia-1"
     assert worker.claim == "diloco-training-job-nvidia-worker-1-data"
     short = planned(run_id="mine", deployment_name="gpt").workers[1]
-    assert (short.job, short.pod, short.claim) == (
+    assert (short.job, short.folder, short.claim) == (
         "gpt-mine-nvidia-1",
         "gpt-mine-nvidia-1-worker-0",
         "gpt-nvidia-worker-1-data",
@@ -40,11 +40,13 @@ def test_names_can_be_read() -> None:
     deployment=st.from_regex(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", fullmatch=True),
     site=st.from_regex(r"[a-z]([a-z0-9-]{0,18}[a-z0-9])?", fullmatch=True),
     mode=st.sampled_from(["ReadWriteOnce", "ReadWriteMany"]),
+    launcher=st.sampled_from(["pytorchjob", "trainjob"]),
 )
 def test_every_name_is_a_dns_label_and_every_label_has_a_value_that_is_allowed(
-    run_id: str, deployment: str, site: str, mode: str
+    run_id: str, deployment: str, site: str, mode: str, launcher: str
 ) -> None:
     made = planned(
+        launcher=launcher,
         run_id=run_id,
         deployment_name=deployment,
         storage_access_mode=mode,
@@ -52,15 +54,15 @@ def test_every_name_is_a_dns_label_and_every_label_has_a_value_that_is_allowed(
         sites=[{"name": site, "replicas": 11}, {"name": "other-site-than-that", "replicas": 1}],
     )
     jobs = training_jobs(made)
-    found = [job["metadata"]["name"] for job in jobs]
+    found = [job.name for job in jobs]
+    assert all(len(name) <= {"pytorchjob": 53, "trainjob": 48}[launcher] for name in found)
     found += [step_job(made, worker, "precache")["metadata"]["name"] for worker in made.claimants]
-    found += [worker.claim for worker in made.claimants] + [worker.pod for worker in made.workers]
+    found += [worker.claim for worker in made.claimants] + [worker.folder for worker in made.workers]
     assert len(found) == len(set(found))
     for name in found:
         assert DNS_1035.fullmatch(name), name
     for job in jobs:
-        template = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
-        for value in [*job["metadata"]["labels"].values(), *template["metadata"]["labels"].values()]:
+        for value in [*job.body["metadata"]["labels"].values(), *job.template["metadata"]["labels"].values()]:
             assert LABEL_VALUE.fullmatch(value), value
 
 
@@ -83,8 +85,8 @@ def test_the_selector_finds_all_that_the_run_has_made_and_no_claim() -> None:
     made = planned()
     selected = dict(part.split("=") for part in made.selector.split(",")).items()
     for job in training_jobs(made):
-        assert selected <= job["metadata"]["labels"].items()
-        assert selected <= job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["labels"].items()
+        assert selected <= job.body["metadata"]["labels"].items()
+        assert selected <= job.template["metadata"]["labels"].items()
     assert not selected <= claim(made, made.workers[0])["metadata"]["labels"].items()
 
 

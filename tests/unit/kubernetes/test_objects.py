@@ -1,23 +1,25 @@
 """What is rendered is what the API server takes, is all owned and labelled, and holds no secret."""
 
 import json
+import operator
 import os
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.kubernetes_schemas import needs_crd, validate
+from tests.kubernetes_schemas import CRDS, needs_crd, validate
 from trainer.config import TrainingConfig, load_config
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import STEP_LABELS, claim, config_map, network_policy, run_secret, step_job
-from trainer.kubernetes.objects.plan import Plan, plan
+from trainer.kubernetes.objects.plan import JobObjects, Plan, plan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD, RESULT_PORT
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.launch.etcd3_diloco_rendezvous import BACKEND, client_of
 
 OWNER = {
@@ -48,6 +50,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+LAUNCHERS = ("pytorchjob", "trainjob")
+
+
 def planned(**values: Any) -> Plan:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine", **values})
     return plan(config, namespace="team", image="python:1", owner=OWNER)
@@ -61,7 +66,8 @@ def of_the_run(made: Plan) -> Iterator[dict[str, Any]]:
         yield step_job(made, worker, "held-out")
         yield step_job(made, worker, "export")
         yield step_job(made, worker, "evaluate")
-    yield from training_jobs(made)
+    for job in training_jobs(made):
+        yield from job.all
     yield network_policy(made)
     yield config_map(made)
     yield run_secret(made, "t")
@@ -71,25 +77,66 @@ def pods(made: Plan) -> Iterator[dict[str, Any]]:
     for obj in of_the_run(made):
         if obj["kind"] == "Job":
             yield obj["spec"]["template"]
-        elif obj["kind"] == "PyTorchJob":
-            yield obj["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+    for job in training_jobs(made):
+        yield job.template
 
 
 @pytest.fixture(params=LAYOUTS)
-def made(request: pytest.FixtureRequest) -> Plan:
-    return planned(**LAYOUTS[request.param])
+def layout(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(params=LAUNCHERS)
+def made(layout: dict[str, Any], request: pytest.FixtureRequest) -> Plan:
+    return planned(launcher=request.param, **layout)
 
 
 def test_core_objects_are_valid(made: Plan) -> None:
     for obj in [*of_the_run(made), *(claim(made, worker) for worker in made.claimants)]:
-        if obj["kind"] != "PyTorchJob":
+        if obj["kind"] not in CRDS:
             validate(obj)
 
 
 @needs_crd
-def test_pytorchjobs_are_what_the_crd_takes(made: Plan) -> None:
+def test_training_jobs_are_what_the_crds_take(made: Plan) -> None:
     for job in training_jobs(made):
-        validate(job)
+        for obj in job.all:
+            validate(obj)
+
+
+@needs_crd
+@pytest.mark.parametrize(("kind", "path"), [("TrainJob", ("spec",)), ("TrainingRuntime", ("spec", "template", "spec"))])
+def test_the_crds_schemas_refuse_what_the_api_server_would_drop(kind: str, path: tuple[str, ...]) -> None:
+    (obj,) = (obj for obj in training_jobs(planned(launcher="trainjob", nodes=1))[0].all if obj["kind"] == kind)
+    reduce(operator.getitem, path, obj)["restartPolicy"] = "Never"
+    with pytest.raises(Exception, match="restartPolicy"):
+        validate(obj)
+
+
+def test_each_worker_is_a_trainjob_with_a_runtime_of_its_own(layout: dict[str, Any]) -> None:
+    """With a claim of its own or not: each can be admitted, suspended and restarted by itself."""
+    made = planned(launcher="trainjob", kueue_queue="team", **layout)
+    jobs = training_jobs(made)
+    assert [job.name for job in jobs] == [worker.job for worker in made.workers]
+    for worker, job in zip(made.workers, jobs, strict=True):
+        runtime, body = job.all
+        assert (runtime["kind"], body["kind"]) == ("TrainingRuntime", "TrainJob")
+        assert runtime["metadata"]["name"] == body["metadata"]["name"] == body["spec"]["runtimeRef"]["name"]
+        (container,) = job.template["spec"]["containers"]
+        assert container["name"] == "node"
+        assert container["args"][-2:] == ["--slot", str(worker.index)]
+        assert job.template["metadata"]["labels"][names.WORKER_LABEL] == str(worker.index)
+        assert {"name": "PYTHONUNBUFFERED", "value": "1"} in container["env"]
+        (data,) = (mount for mount in container["volumeMounts"] if mount["mountPath"] == "/data")
+        assert data.get("subPath", "") == ("" if made.a_claim_a_worker else worker.folder)
+        queues = [text.count("kueue.x-k8s.io/queue-name") for text in map(json.dumps, (runtime, body))]
+        assert queues == [0, 1], "a JobSet or a pod with the label would be queued by itself"
+
+
+def test_a_site_s_workers_have_the_same_folders_by_either_kind() -> None:
+    shared = {"storage_access_mode": "ReadWriteMany", "nodes": 3}
+    folders = [[worker.folder for worker in planned(launcher=one, **shared).workers] for one in LAUNCHERS]
+    assert folders[0] == folders[1]
 
 
 def test_what_belongs_to_the_run_is_labelled_and_owned_and_named_once(made: Plan) -> None:
@@ -118,20 +165,29 @@ def test_every_worker_finds_its_claim_and_every_claim_is_precached(made: Plan) -
     mounted = [volume["persistentVolumeClaim"]["claimName"] for pod in pods(made) for volume in pod["spec"]["volumes"]
                if volume["name"] == "data"]  # fmt: skip
     assert set(mounted) == claims
-    sizes = sum(job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] for job in training_jobs(made))
-    assert sizes == len(made.workers) == made.config.nodes
+    assert sum(map(replicas, training_jobs(made))) == len(made.workers) == made.config.nodes
 
 
-def test_a_result_is_taken_from_the_directory_that_the_worker_wrote() -> None:
-    made = planned(storage_access_mode="ReadWriteMany")
+def replicas(job: JobObjects) -> int:
+    """How many pods a job has."""
+    roles = job.body["spec"].get("pytorchReplicaSpecs")
+    return roles["Worker"]["replicas"] if roles else 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_result_is_taken_from_the_directory_that_the_worker_wrote(launcher: str) -> None:
+    made = planned(launcher=launcher, storage_access_mode="ReadWriteMany")
     worker = made.workers[1]
     (mount,) = [
         mount
         for mount in step_job(made, worker, "export")["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
         if mount["mountPath"] == "/data"
     ]
-    (job,) = training_jobs(made)
-    assert mount["subPath"] == worker.pod == job["metadata"]["name"] + "-worker-1"
+    job = training_jobs(made)[-1]
+    (written,) = (m for m in job.template["spec"]["containers"][0]["volumeMounts"] if m["mountPath"] == "/data")
+    pod_name = f"{job.name}-worker-1"  # by the training operator's rule
+    folder = written.get("subPath") or written["subPathExpr"].replace("$(POD_NAME)", pod_name)
+    assert mount["subPath"] == worker.folder == folder
 
 
 def test_pods_are_harmless(made: Plan) -> None:
@@ -216,7 +272,7 @@ def test_plain_torchrun_would_meet_the_same_etcd() -> None:
     from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 
     made = planned(elastic_etcd_protocol="https", etcd_user="me", elastic_etcd_prefix="/mine", nodes=4)
-    policy = training_jobs(made)[0]["spec"]["elasticPolicy"]
+    policy = training_jobs(made)[0].body["spec"]["elasticPolicy"]
     settings = _parse_rendezvous_config(",".join(f"{pair['key']}={pair['value']}" for pair in policy["rdzvConf"]))
     endpoint = f"{policy['rdzvHost']}:{policy['rdzvPort']}"
     parameters = RendezvousParameters(
@@ -262,3 +318,8 @@ def test_a_run_without_a_name_is_refused() -> None:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob"})
     with pytest.raises(ConfigError, match="run_id"):
         plan(config, namespace="team", image="i")
+
+
+def test_a_batch_that_an_islands_gpus_cannot_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size = 512: must be a multiple of elastic.nproc_per_node \(3\)"):
+        planned(inner_parallel="ddp", gpu_count=3)

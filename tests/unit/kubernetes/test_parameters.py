@@ -14,8 +14,8 @@ from trainer.kubernetes import pod_main
 from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, step_job
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.objects.pod_template import RESULTS
-from trainer.kubernetes.objects.pytorchjob import training_jobs
 from trainer.kubernetes.objects.render import ETCD_SETTINGS
+from trainer.kubernetes.objects.training_jobs import training_jobs
 
 CLUSTER = {"launcher": "pytorchjob", "run_id": "mine"}
 
@@ -26,11 +26,11 @@ class Rendered:
     def __init__(self, **values: Any) -> None:
         config = TrainingConfig.from_flat({**CLUSTER, **values})
         self.plan: Plan = plan(config, namespace=config.deployment_namespace, image="the-projects")
-        self.jobs = training_jobs(self.plan)
-        self.job = self.jobs[0]
+        found = training_jobs(self.plan)
+        self.jobs, self.templates = [job.body for job in found], [job.template for job in found]
+        self.job, self.before = self.jobs[0], found[0].before or {}
         self.claim = claim(self.plan, self.plan.workers[0])
-        self.replica = self.job["spec"]["pytorchReplicaSpecs"]["Worker"]
-        self.pod = self.replica["template"]["spec"]
+        self.pod = self.templates[0]["spec"]
         self.container = self.pod["containers"][0]
 
     @property
@@ -41,6 +41,10 @@ class Rendered:
     @property
     def mounts(self) -> dict[str, Any]:
         return {mount["mountPath"]: mount for mount in self.container["volumeMounts"]}
+
+    @property
+    def replica(self) -> dict[str, Any]:
+        return self.job["spec"]["pytorchReplicaSpecs"]["Worker"]
 
     @property
     def elastic(self) -> dict[str, Any]:
@@ -60,6 +64,11 @@ def environment(container: dict[str, Any]) -> dict[str, Any]:
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:
     return job["spec"]["template"]["spec"]
+
+
+def shared_memory(rendered: Rendered) -> str:
+    volumes = {volume["name"]: volume for volume in rendered.pod["volumes"]}
+    return str(volumes["shared-memory"]["emptyDir"]["sizeLimit"])
 
 
 def limits(rendered: Rendered) -> dict[str, str]:
@@ -92,7 +101,7 @@ def sites(rendered: Rendered) -> dict[str, int]:
 
 def test_workers_are_on_nodes_of_their_own_where_there_are_enough() -> None:
     rendered = Rendered(nodes=3, device="cpu")
-    assert apart_from(rendered.pod).items() <= rendered.replica["template"]["metadata"]["labels"].items()
+    assert apart_from(rendered.pod).items() <= rendered.templates[0]["metadata"]["labels"].items()
     precache = step_job(rendered.plan, rendered.plan.workers[1], "precache")
     assert apart_from(pod_of(precache)).items() <= precache["spec"]["template"]["metadata"]["labels"].items()
     result = pod_of(step_job(rendered.plan, rendered.plan.workers[0], "export"))
@@ -102,6 +111,7 @@ def test_workers_are_on_nodes_of_their_own_where_there_are_enough() -> None:
 
 BOTH = {"gpu_amd_image": "rocm", "nodes": 5}
 DDP = {"optim_method": "ddp"}
+ISLAND = {"inner_parallel": "fsdp", "gpu_count": 4}
 PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({"deployment_name": "gpt"}, lambda r: r.job["metadata"]["name"], "gpt-mine-nvidia-0"),
     ({"deployment_name": "gpt"}, lambda r: r.claim["metadata"]["name"], "gpt-nvidia-worker-0-data"),
@@ -139,6 +149,16 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({"nodes": 4, "elastic_min_nodes": 3}, lambda r: r.elastic["minReplicas"], 3),
     ({"elastic_max_nodes": 9}, lambda r: r.elastic["maxReplicas"], 9),
     ({"elastic_nproc_per_node": 4}, lambda r: r.job["spec"]["nprocPerNode"], "4"),
+    (ISLAND, lambda r: r.job["spec"]["nprocPerNode"], "4"),
+    (ISLAND, lambda r: (r.env["DILOCO_ELASTIC_NPROC_PER_NODE"], "NCCL_DEBUG" in r.env), ("4", True)),
+    ({"gpu_count": 4}, lambda r: r.job["spec"]["nprocPerNode"], "1"),
+    ({**ISLAND, "memory_gb": 64}, shared_memory, "32Gi"),
+    ({"memory_gb": 64}, shared_memory, "16Gi"),
+    (
+        {**ISLAND, "metrics_port": 9000},
+        lambda r: network_policy(r.plan)["spec"]["ingress"][2]["ports"],
+        [{"protocol": "TCP", "port": 9000, "endPort": 9000}],
+    ),
     ({"elastic_max_restarts": 8}, lambda r: r.elastic["maxRestarts"], 8),
     ({"elastic_rdzv_timeout": 900}, lambda r: r.rendezvous["timeout"], "900.0"),
     ({"lease_ttl": 20}, lambda r: r.rendezvous["lease_ttl"], "20.0"),
@@ -241,6 +261,31 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
         [{"protocol": "TCP", "port": 9000, "endPort": 9003}],
     ),
     ({"service_account": "worker"}, lambda r: r.pod["serviceAccountName"], "worker"),
+    ({"priority_class": "low"}, lambda r: r.pod["priorityClassName"], "low"),
+    ({"kueue_queue": "team"}, lambda r: r.job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], "team"),
+    (
+        {"kueue_queue": "team", "kueue_priority_class": "low"},
+        lambda r: r.job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"],
+        "low",
+    ),
+    ({"kueue_queue": "team"}, lambda r: r.pod.get("priorityClassName"), None),
+    (
+        {"kueue_queue": "team", "managed_by": "kueue.x-k8s.io/multikueue"},
+        lambda r: r.job["spec"]["runPolicy"]["managedBy"],
+        "kueue.x-k8s.io/multikueue",
+    ),
+    (
+        {"kueue_queue": "team", "managed_by": "kueue.x-k8s.io/multikueue", "launcher": "trainjob"},
+        lambda r: r.job["spec"]["managedBy"],
+        "kueue.x-k8s.io/multikueue",
+    ),
+    ({"launcher": "trainjob"}, lambda r: r.job["spec"]["runtimeRef"]["name"], "diloco-training-job-mine-nvidia-0"),
+    ({"launcher": "trainjob", "active_deadline": 60}, lambda r: r.job["spec"]["activeDeadlineSeconds"], 60),
+    (
+        {"launcher": "trainjob", "finished_ttl": 60},
+        lambda r: r.before["spec"]["template"]["spec"]["ttlSecondsAfterFinished"],
+        60,
+    ),
     ({"image_pull_secrets": ["pull"]}, lambda r: r.pod["imagePullSecrets"], [{"name": "pull"}]),
     ({"active_deadline": 99}, lambda r: r.job["spec"]["runPolicy"]["activeDeadlineSeconds"], 99),
     ({"finished_ttl": 98}, lambda r: r.job["spec"]["runPolicy"]["ttlSecondsAfterFinished"], 98),
@@ -284,7 +329,7 @@ def test_sites() -> None:
     assert (pod["runtimeClassName"], rendered.container["image"]) == ("kata", "of-east")
     assert limits(rendered)["amd.com/gpu"] == "8"
     assert rendered.claim["spec"]["storageClassName"] == "local"
-    west = rendered.jobs[2]["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    west = rendered.templates[2]["spec"]
     assert environment(west["containers"][0])["DILOCO_DEVICE"] == "cpu"
     assert "nodeSelector" not in west and "runtimeClassName" not in west
     assert "nvidia.com/gpu" not in west["containers"][0]["resources"]["limits"]
@@ -393,6 +438,7 @@ def test_no_parameter_of_the_cluster_is_forgotten() -> None:
     groups = ("storage", "elastic", "etcd", "gpu", "deployment")
     cluster = {p.name for p in TrainingConfig.parameters() if p.path[0].split("_")[0] in groups}
     cluster |= {"nodes", "cpu_cores", "memory_gb", "ephemeral_storage_gb", "service_account", "image_pull_secrets"}
+    cluster |= {"kueue_queue", "kueue_priority_class", "priority_class", "managed_by"}
     tested = {name for values, _, _ in PARAMETERS for name in values}
     assert cluster - tested == set(elsewhere)
 

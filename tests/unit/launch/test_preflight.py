@@ -134,7 +134,10 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, name: str, content: str | Non
     ("values", "message"),
     [
         ({"network_interface": "nope0"}, "network_interface = 'nope0': must be one of "),
-        ({"advertise_address": "192.0.2.1"}, "advertise_address = '192.0.2.1': is no address of this machine"),
+        (
+            {"advertise_address": "10.0.0.1,no such host"},
+            "advertise_address = 'no such host': is no address, and no name",
+        ),
         ({"port_range": "{taken}-{taken}"}, "must hold 3 ports: 2 workers and an etcd listen here"),
         ({"port_range": "7000-7003", "etcd_endpoints": ["h:1"], "elastic_nproc_per_node": 3}, "must hold 6 ports"),
         (

@@ -90,9 +90,9 @@ def test_workers_share_the_cores_and_get_their_configuration_from_their_file(mon
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("DILOCO_RUN_DIR", "elsewhere")
     monkeypatch.setenv("ETCD_PASSWORD", "kept")
-    environment = _environment(workers=1000)
+    environment = _environment(processes=1000)
     assert environment["OMP_NUM_THREADS"] == "1"
     assert "DILOCO_RUN_DIR" not in environment
     assert environment["ETCD_PASSWORD"] == "kept"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert _environment(workers=1000)["OMP_NUM_THREADS"] == "7"
+    assert _environment(processes=1000)["OMP_NUM_THREADS"] == "7"

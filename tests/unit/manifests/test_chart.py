@@ -17,6 +17,7 @@ from tests.cluster.apiserver import PLURALS, serving
 from tests.kube_tools import helm, kubectl
 from tests.kubernetes_schemas import validate
 from trainer.config import TrainingConfig, load_config
+from trainer.kubernetes.api.kinds import PYTORCH_JOB, TRAIN_JOB, Kind
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.chart import chart_files, value_path
 from trainer.kubernetes.objects.jobs import STEP_LABELS
@@ -142,7 +143,7 @@ MISTAKES = {
     "diloco.localSteps=many": "at '/diloco/localSteps': got string, want integer",
     "diloco.optimMethod=adam": "at '/diloco/optimMethod': value must be one of 'sgd', 'demo', 'ddp'",
     "elastic.minNodes=0": "at '/elastic/minNodes': exclusiveMinimum: got 0, want 0",
-    "diloco.launcher=local": "at '/diloco/launcher': value must be one of 'auto', 'pytorchjob'",
+    "diloco.launcher=local": "at '/diloco/launcher': value must be one of 'auto', 'pytorchjob', 'trainjob'",
     "sites[0].nodeselector.a=b": "at '/sites/0': additional properties 'nodeselector' not allowed",
     "diloco.runDir=/mine": "at '/diloco': additional properties 'runDir' not allowed",
     "etcd.enabled=false": "etcd.endpoints must name an etcd when etcd.enabled is false",
@@ -197,6 +198,20 @@ def test_every_value_reaches_its_parameter(tmp_path: Path) -> None:
     assert config_of(objects, tmp_path).to_flat() == given.to_flat()
     parameters = {".".join(parameter.path) for parameter in TrainingConfig.parameters()} - {"run_dir"}
     assert set(leaves(json.loads(config_text(objects)))) == parameters
+
+
+@pytest.mark.parametrize(
+    ("served", "value", "kind"),
+    [
+        (TRAIN_JOB, "auto", "trainjob"),
+        (PYTORCH_JOB, "auto", "pytorchjob"),
+        (TRAIN_JOB, "pytorchjob", "pytorchjob"),
+    ],
+)
+def test_workers_are_of_the_kind_that_the_cluster_serves(served: Kind, value: str, kind: str) -> None:
+    flags = ["--api-versions", f"{served.group}/{served.version}", "--set", f"diloco.launcher={value}"]
+    made = helm("template", "my-training", CHART, *flags)
+    assert f'"launcher": "{kind}"' in made.stdout
 
 
 @pytest.mark.parametrize(("release", "run"), [("my-training", "my-training"), ("2.b", "2.b")])

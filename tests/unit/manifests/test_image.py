@@ -8,7 +8,7 @@ from pathlib import Path
 from components.runtime import IMAGE
 from trainer.config import TrainingConfig
 from trainer.kubernetes.objects.plan import plan
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 
 ROOT = Path(__file__).parents[3]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -39,8 +39,8 @@ def test_everything_installed_is_pinned() -> None:
 
 def test_it_runs_as_the_user_of_the_pods() -> None:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "x"})
-    (job, *_) = training_jobs(plan(config, namespace="n", image="i"))
-    context = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["securityContext"]
+    job = training_jobs(plan(config, namespace="n", image="i"))[0]
+    context = job.template["spec"]["securityContext"]
     assert instructions("USER") == [f"{context['runAsUser']}:{context['runAsGroup']}"]
     assert instructions("WORKDIR")[-1] == "/data"
 

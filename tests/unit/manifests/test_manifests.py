@@ -17,8 +17,8 @@ from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import STEP_LABELS
 from trainer.kubernetes.objects.plan import plan
-from trainer.kubernetes.objects.pytorchjob import training_jobs
 from trainer.kubernetes.objects.render import ETCD_SETTINGS, main, render_manifests
+from trainer.kubernetes.objects.training_jobs import training_jobs
 
 MANIFESTS = Path(__file__).parents[3] / "manifests"
 OVERLAYS = ("dev", "prod")
@@ -57,6 +57,9 @@ def documents(file: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
 
 
+RUNS = ("TrainingRuntime", "TrainJob")  # what trains
+
+
 def training(**values: Any) -> Any:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine", **values})
     return plan(config, namespace="team", image="i")
@@ -77,9 +80,15 @@ def test_examples_are_valid(file: Path) -> None:
     found = documents(file)
     for obj in found:
         validate(obj)
+    jobs = {"PyTorchJob"} if "launcher: pytorchjob" in file.with_name("config.yaml").read_text() else RUNS
     assert {obj["kind"] for obj in found} == {
-        "PersistentVolumeClaim", "ConfigMap", "Secret", "NetworkPolicy", "Job", "PyTorchJob"
-    }  # fmt: skip
+        "PersistentVolumeClaim",
+        "ConfigMap",
+        "Secret",
+        "NetworkPolicy",
+        "Job",
+        *jobs,
+    }
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -185,8 +194,7 @@ def test_prods_etcd_lets_our_pods_at_it_and_nobody_else() -> None:
     peers, clients = policy["ingress"]
     assert [port["port"] for port in clients["ports"]] == [2379]
     admitted = [peer["podSelector"]["matchLabels"] for peer in clients["from"]]
-    (job, *_) = training_jobs(training())
-    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["labels"]
+    worker = training_jobs(training())[0].template["metadata"]["labels"]
     users = one("prod", "Job")["spec"]["template"]["metadata"]["labels"]
     for labels in (worker, users, STEP_LABELS):
         assert any(wanted.items() <= labels.items() for wanted in admitted)
@@ -196,8 +204,7 @@ def test_prods_etcd_lets_our_pods_at_it_and_nobody_else() -> None:
 def test_prods_pods_find_the_certificates_that_the_script_makes() -> None:
     script = (MANIFESTS / "overlays" / "prod" / "certificates.sh").read_text()
     made = {line.split()[1] for line in script.splitlines() if line.startswith("secret diloco-")}
-    job = training_jobs(training(elastic_etcd_protocol="https", etcd_user="diloco"))[0]
-    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    worker = training_jobs(training(elastic_etcd_protocol="https", etcd_user="diloco"))[0].template["spec"]
     (certificates,) = [volume for volume in worker["volumes"] if volume["name"] == "etcd"]
     (server,) = one("prod", "StatefulSet")["spec"]["template"]["spec"]["volumes"]
     assert {certificates["secret"]["secretName"], server["secret"]["secretName"], "diloco-etcd-root"} == made
@@ -289,4 +296,4 @@ def test_a_further_program_is_found(text: str, found: list[str]) -> None:
 def test_a_training_is_printed_without_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--run-id", "mine", "--nodes", "1", "--device", "cpu"]) == 0
     kinds = [obj["kind"] for obj in yaml.safe_load_all(capsys.readouterr().out)]
-    assert kinds == ["PersistentVolumeClaim", "ConfigMap", "Secret", "NetworkPolicy", "Job", "PyTorchJob", *["Job"] * 3]
+    assert kinds == ["PersistentVolumeClaim", "ConfigMap", "Secret", "NetworkPolicy", "Job", *RUNS, *["Job"] * 3]

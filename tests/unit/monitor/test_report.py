@@ -110,6 +110,18 @@ def test_series_and_totals(run_dir: Path) -> None:
     assert run.round_throughput[1] == pytest.approx(np.full(6, 2 * 320 / 5.5))
 
 
+def test_what_workers_computed_and_the_memory_that_it_took(tmp_path: Path) -> None:
+    measured = {"flops_per_second": 2e14, "mfu": 0.4, "peak_memory": 19_753_072}
+    lives = [{**event, **measured} if event["event"] == "round" else event for event in events(workers=1)]
+    run = read_run(write(tmp_path / "worker-0", lives).parent)
+    assert (run.typical("flops_per_second"), run.typical("mfu"), run.peak_memory) == (2e14, 0.4, 19_753_072)
+    assert {name: summary(run)[name] for name in measured} == measured
+    text = write_report(tmp_path).read_text()
+    assert "200T" in text
+    assert "40.0% of the devices" in text
+    assert "16 bytes a parameter" in text
+
+
 def test_held_out_loss_is_the_samples_weighted_mean_of_the_shares(run_dir: Path) -> None:
     first, second = (worker.evals["loss"] for worker in read_run(run_dir).workers)
     rounds, losses = read_run(run_dir).held_out_losses

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.protocol.records import (
+    LastTerm,
     Range,
     RoundState,
 )
@@ -63,6 +64,11 @@ class Tensors:
         assert len(new) == len(set(new)), f"one round counts samples twice: {sorted(new)}"
         twice = self.positions.intersection(new)
         assert not twice, f"samples {sorted(twice)} are counted a second time"
+        return self.apply_unseen(contributions, steps)
+
+    def apply_unseen(self, contributions: tuple[tuple[int, ...], ...], steps: int) -> "Tensors":
+        """`apply`, whatever is counted."""
+        new = [position for part in contributions for position in part]
         flips = "~" * self.hash.count("~")
         digest = str(hash((tuple(sorted(self.positions)), contributions))) + flips
         return Tensors(digest, self.round + 1, self.step + steps, self.positions.union(new))
@@ -97,6 +103,15 @@ class Etcd:
     def back(self) -> None:
         self.away = False
         self.leases = dict.fromkeys(self.leases, self.world.now + TTL)
+
+    def forget(self) -> None:
+        """What `launch` deletes when it begins again: all keys that are valid only while their processes live."""
+        record = self.entries.get("round")
+        self.entries = {key: entry for key, entry in self.entries.items() if key.startswith(("durable/", "term"))}
+        if record is not None:
+            self.entries["term"] = Entry(LastTerm(record.value.term), 0, 0)
+        self.leases.clear()
+        self.records.clear()
 
     def list(self, process: "Process") -> dict[str, Entry]:
         self.reach(process)

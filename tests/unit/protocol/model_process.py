@@ -26,6 +26,7 @@ from trainer.errors import TrainingError
 from trainer.protocol import effects
 from trainer.protocol.coordinator import coordinate
 from trainer.protocol.effects import Effect, Machine
+from trainer.protocol.history import Began, CaughtUp, Committed, Dealt, Ended, Happening, Plan, Stepped
 from trainer.protocol.member import MemberMachine
 from trainer.protocol.records import (
     Durable,
@@ -36,7 +37,7 @@ from trainer.protocol.records import (
     State,
     Vote,
 )
-from trainer.protocol.samples import SampleLedger, steps_in
+from trainer.protocol.samples import SampleLedger, count, steps_in
 
 if TYPE_CHECKING:
     from tests.unit.protocol.model_world import World
@@ -64,6 +65,7 @@ class Pending:
     carried: list[int]
     steps: int
     length: int
+    unused: tuple[Range, ...]
     result: Any = None  # the outcome (None: superseded), or Interrupted
     done: bool = False
 
@@ -89,7 +91,7 @@ class Process:
         self.state = own.state if own else Tensors()
         holds = replace(own.base if own else State(), hash=self.state.hash)
         speed = self.random.choice([0.0, self.speed])
-        self.member = Member(f"node {worker % world.nodes}", worker, 0, (), holds, speed)
+        self.member = Member(f"node {worker % world.nodes}", worker, 0, (), holds, speed, term=own.term if own else 0)
         self.machine = MemberMachine(self.id, world.rules)
         self.ledger, self.multiplier = SampleLedger(), 1.0
         self.inner_steps = 0
@@ -99,6 +101,7 @@ class Process:
         self.reduced: Any = None
         self.unreachable: tuple[str, ...] = ()
         self.means: deque[tuple[int, int, Any, int]] = deque(maxlen=KEPT_MEANS)
+        self.told: list[Happening] = []  # what the worker would have written to its `metrics.jsonl`
         for name, thread in (
             ("main", self.main()),
             ("coordinator", self.coordinator()),
@@ -236,7 +239,7 @@ class Process:
             case effects.HashState():
                 return self.state.hash
             case effects.Announce(base):
-                self.member = replace(self.member, holds=replace(base, hash=self.state.hash))
+                self.member = replace(self.member, holds=replace(base, hash=self.state.hash), term=self.machine.term)
                 with suppress(Away):
                     etcd.put(self, f"members/{self.id}", self.member, self.lease)
                 if self.record is not None:
@@ -297,7 +300,7 @@ class Process:
             return None
         self.reduced = tuple(meeting[id] for id in record.members)
         yield "reduced"
-        return Vote(*record.attempt_id, repr(self.reduced), 1.0)
+        return Vote(*record.attempt_id, repr(self.reduced), float(sum(map(len, self.reduced))))
 
     def replay(self, record: RoundState, first: int) -> Thread:
         assert first == self.state.round + 1
@@ -338,19 +341,49 @@ class Process:
     def accept(self) -> None:
         """Go on with the samples that the quorum has assigned."""
         assert self.machine.round == self.state.round
-        assignment = self.machine.current
+        assignment, before = self.machine.current, self.ledger.assignment
         self.ledger.accept(assignment)
         if assignment:
             self.multiplier = assignment.step_multiplier
+        if self.ledger.assignment is not before and self.told:
+            self.tell_assignment()
+
+    # What it would have written to its `metrics.jsonl`
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Where the next event is told, and the state that it belongs to."""
+        return f"{self.id}:{len(self.told) + 1}", self.machine.term, self.state.round
+
+    def tell_assignment(self) -> None:
+        where, current = self.place[0], self.ledger.assignment
+        self.told.append(Dealt(where, *current.round_id, current.ranges, self.ledger.used, self.multiplier))
+
+    def tell_step(self, positions: tuple[Range, ...]) -> None:
+        where, term, round = self.place
+        pending, length = self.pending, self.length
+        begin = self.state.step + (pending.length if pending else 0)
+        step = begin + (self.inner_steps + 1) * length / steps_in(length, self.multiplier)
+        self.told.append(Stepped(where, term, round + 1 + (pending is not None), step, count(positions), positions))
+
+    def tell_commit(self, outcome: Outcome, began: str, unused: tuple[Range, ...]) -> None:
+        where, place = self.place[0], (outcome.term, outcome.round)
+        votes = repr(self.reduced), outcome.weight, float(len(self.contribution))
+        rest = outcome.attempt, outcome.base.step, outcome.members, began, *votes, outcome.base.cursor, unused
+        self.told.append(Committed(where, *place, *rest))
+
+    def tell_end(self, status: str, hash: str | None, unused: tuple[Range, ...]) -> None:
+        self.told.append(Ended(*self.place, status, self.state.step, hash, unused))
 
     def start(self) -> Thread:
         """Begin to synchronise; with overlap, inner steps go on meanwhile."""
         rules = self.world.rules
-        pending = Pending(self.work, self.carried, self.inner_steps, self.length)
+        unused = self.ledger.close_round()
+        pending = Pending(self.work, self.carried, self.inner_steps, self.length, unused)
         last = self.state.step + self.length == rules.total_steps
         self.pending, self.work, self.carried, self.inner_steps = pending, [], [], 0
         self.contribution = (*pending.work, *pending.carried)
-        exchange = self.exchange(pending, self.ledger.close_round())
+        exchange = self.exchange(pending, unused)
         if rules.prefetch > 1 and not last:
             self.world.start(self, "exchange", exchange)
         else:
@@ -373,7 +406,7 @@ class Process:
             yield POLL
         pending, self.pending = self.pending, None
         if isinstance(pending.result, Outcome):
-            yield from self.commit(pending.result, pending.length)
+            yield from self.commit(pending.result, pending)
             return
         self.work, self.carried = [*pending.work, *self.work], pending.carried
         self.inner_steps += pending.steps
@@ -381,15 +414,17 @@ class Process:
             raise pending.result
         yield from self.catch_up(arrived=True)
 
-    def commit(self, outcome: Outcome, length: int) -> Thread:
+    def commit(self, outcome: Outcome, pending: Pending) -> Thread:
         self.world.committing(self, outcome)
-        self.take_step(self.reduced, length)
+        began = self.state.hash
+        self.take_step(self.reduced, pending.length)
         if self.flip:  # arithmetic that differs in a last bit
             self.flip = False
             self.state = replace(self.state, hash=self.state.hash + "~")
             self.world.known[self.state.hash] = self.state
         self.world.holds_right_state(self)
         self.accept()
+        self.tell_commit(outcome, began, pending.unused)
         yield from self.effect(effects.Announce(self.machine.base))
         if self.random.random() < 0.3:
             yield from self.save()
@@ -400,7 +435,8 @@ class Process:
         self.log("catches up from", self.machine.term, round)
         counts = yield from perform(self.machine.catch_up(), self.effect)
         self.world.holds_right_state(self)
-        self.accept()
+        assignment = self.machine.current
+        self.multiplier = assignment.step_multiplier if assignment else self.multiplier
         self.work, self.carried, self.inner_steps = [], [], 0
         if counts:
             again = arrived and steps >= own_length and self.state.round != round
@@ -409,6 +445,9 @@ class Process:
             self.carried = carried
         else:
             self.world.given_up.update(carried)
+        held = self.inner_steps, (float(len(self.carried)),), self.machine.base.cursor
+        self.told.append(CaughtUp(*self.place, *held))
+        self.accept()
 
     def main(self) -> Thread:
         try:
@@ -420,6 +459,7 @@ class Process:
                     break
                 yield from self.catch_up()
             yield from self.save()
+            self.tell_end("complete", self.state.hash, ())
             self.done = True
             self.log("done")
             while True:  # a donor to those that are not
@@ -447,6 +487,11 @@ class Process:
             self.work, self.carried, self.inner_steps = list(own.work), list(own.carried), own.inner_steps
             self.ledger = SampleLedger(assignment, own.used)
             self.world.consume(self, [*self.work, *self.carried])
+        plan = Plan(self.world.rules.local_steps, self.world.rules.total_steps)
+        held = plan, self.inner_steps, (float(len(self.work) + len(self.carried)),), self.machine.base.cursor, 1
+        self.told.append(Began(*self.place, *held))
+        if self.ledger.assignment.ranges:
+            self.tell_assignment()
 
     def train(self) -> Thread:
         while self.length or self.pending:
@@ -467,7 +512,9 @@ class Process:
             yield STEP / self.speed * (10 if self.slow_until > self.world.now else 1)
             if self.stopping:
                 raise Interrupted
-            batch = positions_of(self.ledger.consume(self.world.rules.batch_size))
+            ranges = self.ledger.consume(self.world.rules.batch_size)
+            self.tell_step(ranges)
+            batch = positions_of(ranges)
             self.world.consume(self, batch)
             self.work += batch
             self.inner_steps += 1
@@ -488,11 +535,14 @@ class Process:
         self.world.volumes[self.worker] = own
         yield "saved"
         if not self.leaving:
-            durable = Durable(self.state.round, self.id)
+            durable = Durable(self.state.round, self.id, self.machine.term)
             yield from self.patiently(lambda: self.world.etcd.put(self, f"durable/{self.worker}", durable))
 
     def leave(self) -> Thread:
         yield from self.save()
+        rest = self.ledger.rest()
+        if self.told:
+            self.tell_end("stopped", None, rest.ranges if rest.term == self.machine.term else ())
         complete = self.record is not None and self.record.length == 0
         try:
             if self.lease:

@@ -51,9 +51,15 @@ def schedule_of(seed: int) -> World:
     kinds = ["kill", "kill", "freeze", "freeze", "leave", "cut", "lose lease", "slow", "etcd away", "shaky collectives"]
     kinds.append("wall")
     places: tuple[str, ...] = WHERE
-    anywhere = ("start", "slow", "flip", "etcd away", "shaky collectives", "wall")
+    anywhere = ("start", "slow", "flip", "etcd away", "shaky collectives", "wall", "launch again")
     if seed % 4 == 1:
         kinds = ["kill", "kill all", "start"]
+
+        if seed % 16 == 9:
+            kinds = ["kill", "launch again", "launch again"]
+        elif seed % 16 == 13:
+            kinds = ["kill", "lose volume", "kill all", "start"]
+            rules = replace(rules, lost_state_wait=TTL + 4)
     elif seed % 4 == 2:  # around a commit
         kinds = ["freeze", "kill", "leave", "lose lease"]
         places = ("reduced", "voted", "committing", "decided", "swapped")

@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 
+from tests.unit.protocol.model_etcd import Tensors
 from tests.unit.protocol.model_schedules import check, outcome_of, schedule_of
+from tests.unit.protocol.model_world import World
 from trainer.protocol import member as member_module
 from trainer.protocol import rounds, samples
+from trainer.protocol.proof import judge, refuted
 from trainer.protocol.records import (
     Assignment,
     Cursor,
@@ -81,17 +84,36 @@ def does_not_skip_what_it_used_since_the_report(patch: pytest.MonkeyPatch) -> No
     patch.setattr(SampleLedger, "accept", forgetful)
 
 
-@pytest.mark.parametrize(
-    "breaks",
-    [
-        commits_on_the_first_vote,
-        assigns_returned_samples_twice,
-        commits_what_another_attempt_gave,
-        does_not_skip_what_it_used_since_the_report,
-    ],
-)
+BREAKS = [
+    commits_on_the_first_vote,
+    assigns_returned_samples_twice,
+    commits_what_another_attempt_gave,
+    does_not_skip_what_it_used_since_the_report,
+]
+
+
+@pytest.mark.parametrize("breaks", BREAKS)
 def test_the_model_notices_a_broken_transition(
     breaks: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breaks(monkeypatch)
     assert any(outcome_of(schedule_of(seed)) is not None for seed in range(SCHEDULES))
+
+
+@pytest.mark.parametrize("breaks", BREAKS)
+def test_what_the_workers_tell_refutes_a_broken_transition(
+    breaks: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the promises that only the model can see, `verify` still finds it in the workers' own records."""
+    breaks(monkeypatch)
+    for promise in ("holds_right_state", "committing", "check_ledger", "check_losses", "prove"):
+        monkeypatch.setattr(World, promise, lambda *_: None)
+    monkeypatch.setattr(World, "committed", lambda world, old, new: None)
+    monkeypatch.setattr(Tensors, "apply", Tensors.apply_unseen)
+
+    def lies(seed: int) -> bool:
+        world = schedule_of(seed)
+        outcome_of(world)
+        return refuted(judge(world.history()))
+
+    assert any(map(lies, range(SCHEDULES)))

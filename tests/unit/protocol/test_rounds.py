@@ -116,8 +116,21 @@ def test_min_nodes_counts_distinct_nodes() -> None:
 
 
 def test_no_run_goes_on_from_less_than_what_was_durable() -> None:
-    assert decide(None, View(members("a"), durable=1), LONG, RULES) is None
-    assert next_record(None, View(members("ab", b=member("b", 1)), durable=1), LONG).expected == ("b",)
+    assert decide(None, View(members("a"), durable=(0, 1)), LONG, RULES) is None
+    assert next_record(None, View(members("ab", b=member("b", 1)), durable=(0, 1)), LONG).expected == ("b",)
+
+
+def test_a_lost_state_is_waited_for_and_then_given_up() -> None:
+    rules = replace(RULES, lost_state_wait=60.0)
+    view = View(members("ab", b=member("b", 2)), durable=(3, 5))
+    assert decide(None, view, 59, rules) is None
+    record = next_record(None, view, 60, rules)
+    assert (record.attempt_id, record.expected, record.lost) == ((4, 3, 1), ("b",), 5)
+    # The one that had it comes back when the others have gone on: theirs supersedes it
+    view = View(members("ac", a=replace(member("a", 3), term=4), c=replace(member("c", 5), term=3)), durable=(4, 3))
+    again = next_record(None, view, LONG, rules)
+    assert (again.attempt_id, again.expected, again.lost) == ((5, 4, 1), ("a",), 0)
+    assert decide(None, replace(view, durable=(4, 4)), LONG, RULES) is None  # lost_state=stop
 
 
 def test_of_states_of_one_round_the_most_common_is_founded_on() -> None:
@@ -134,7 +147,7 @@ def test_it_is_founded_again_when_no_member_holds_the_state() -> None:
     again = next_record(record, view, RULES.forget_period)
     assert (again.attempt_id, again.expected, again.committed) == ((2, 1, 1), ("c",), None)
     assert again.cursor == Cursor(8)  # what the lost rounds had used is assigned again
-    assert decide(record, replace(view, durable=1), LONG, RULES) is None
+    assert decide(record, replace(view, durable=(1, 1)), LONG, RULES) is None
 
 
 def test_a_complete_run_that_no_member_holds_is_founded_again() -> None:
@@ -616,20 +629,21 @@ def test_a_view_of_a_runs_keys() -> None:
     records = {
         "members/a": member("a"),
         "ready/a": Ready(1, 0),
-        "durable/000": Durable(3, "a"),
-        "durable/001": Durable(5, "b"),
+        "durable/000": Durable(9, "a"),
+        "durable/001": Durable(5, "b", 1),
         "coordinator": {"member": "a"},
     }
     values = {key: json.loads(json.dumps(encoded(record))) for key, record in records.items()}
     view = view_of({key: SimpleNamespace(value=decoded(key, value)) for key, value in values.items()})
-    assert view == View({"a": member("a")}, ready={"a": Ready(1, 0)}, durable=5)
+    saved = {"000": Durable(9, "a"), "001": Durable(5, "b", 1)}
+    assert view == View({"a": member("a")}, ready={"a": Ready(1, 0)}, durable=(1, 5), saved=saved)
 
 
 def test_shortage() -> None:
     assert shortage(None, View(members("a")), TWO) == "only 1 of at least 2 nodes"
     assert shortage(founded("ab", TWO), View(members("ab")), TWO) == ""
     lack = "round 5 was saved before, but the newest state of the workers here is of round 0"
-    assert lack in shortage(None, View(members("a"), durable=5), RULES)
+    assert lack in shortage(None, View(members("a"), durable=(0, 5)), RULES)
 
 
 # Unequal members

@@ -15,9 +15,10 @@ import pytest
 from components.cluster import ClusterLauncher
 from components.output import Output
 from tests.cluster import test_cluster as story
-from tests.cluster.needs import Cluster, demand, lacking, requests, why_unusable, words
+from tests.cluster.needs import KINDS, Cluster, demand, lacking, requests, served, why_unusable, words
 from tests.kubernetes_schemas import needs_crd, validate
 from trainer.config import TrainingConfig
+from trainer.kubernetes.api.kinds import TRAINING_KINDS
 from trainer.monitor.dashboard import Dashboard, WorkerRow
 
 ROOT = Path(__file__).parents[3]
@@ -39,9 +40,9 @@ def pod(place: str = "a", phase: str = "Running", **asked: str) -> dict[str, Any
     }  # fmt: skip
 
 
-def crd(established: str = "True") -> dict[str, Any]:
+def crd(established: str = "True", name: str = "pytorchjobs.kubeflow.org") -> dict[str, Any]:
     conditions = [{"type": "Established", "status": established}]
-    return {"kind": "CustomResourceDefinition", "metadata": {"name": "n"}, "status": {"conditions": conditions}}
+    return {"kind": "CustomResourceDefinition", "metadata": {"name": name}, "status": {"conditions": conditions}}
 
 
 def operator(available: int = 1, name: str = "training-operator") -> dict[str, Any]:
@@ -70,7 +71,14 @@ def test_what_is_needed_is_what_the_steps_and_the_manifests_request() -> None:
 
 def test_the_makefile_and_the_tests_say_what_is_needed() -> None:
     (line,) = [one for one in (ROOT / "Makefile").read_text().splitlines() if one.startswith("test-cluster:")]
-    for amount in ("2.25 CPU", "4.5 GiB of memory", "training operator", "default storage class", "DILOCO_TEST_IMAGE"):
+    for amount in (
+        "2.25 CPU",
+        "4.5 GiB of memory",
+        "Kubeflow Trainer",
+        "training operator",
+        "default storage class",
+        "DILOCO_TEST_IMAGE",
+    ):
         assert amount in line and amount in " ".join((story.__doc__ or "").split()), amount
 
 
@@ -136,14 +144,25 @@ def test_what_a_pod_requests() -> None:
     assert cpu(containers=[{"name": "c", "resources": {"limits": {"cpu": "2"}}}]) == 2
 
 
-def test_the_operator_is_missed() -> None:
+def test_the_operators_are_missed_if_there_is_none() -> None:
     (missing,) = lacking(Cluster.of([node(), storage_class()]), demand(story.PARAMETERS))
-    assert "no CustomResourceDefinition pytorchjobs.kubeflow.org" in missing
+    assert missing.startswith("Kubeflow Trainer 2.2 with JobSet, or Kubeflow's training operator 1.9: ")
+    for name, _ in KINDS.values():
+        assert f"no CustomResourceDefinition {name}" in missing
     assert len(lacks(crd("False"))) == 1
     (missing,) = lacks(operator(0))
     assert "no pod of deployment kubeflow/training-operator is available" in missing
     assert lacks(operator(0), operator(1, "kubeflow-training-operator")) == []
     assert lacks(operator(1, "some-other-deployment")) == [], "it may be called otherwise: a job shows whether it runs"
+
+
+def test_a_cluster_with_both_operators_trains_by_both() -> None:
+    trainjobs = crd(name="trainjobs.trainer.kubeflow.org")
+    assert served(Cluster.of([crd(), trainjobs])) == ["trainjob", "pytorchjob"]
+    job_set, trainer = operator(0, "jobset-controller-manager"), operator(1, "kubeflow-trainer-controller-manager")
+    assert served(Cluster.of([crd(), trainjobs, trainer, job_set])) == ["pytorchjob"]
+    (missing,) = lacks(trainjobs, trainer, job_set)
+    assert "no pod of deployment kubeflow/jobset-controller-manager is available" in missing
 
 
 def test_a_default_storage_class_is_missed() -> None:
@@ -201,7 +220,7 @@ def run_the_tests(place: Path, cluster: list[dict[str, Any]], **environment: str
 
 def test_without_a_cluster_the_tests_are_skipped_with_the_reason(tmp_path: Path) -> None:
     status, printed, commands = run_the_tests(tmp_path, [], KUBECONFIG="here")
-    assert status == 0 and "3 skipped" in printed and not commands
+    assert status == 0 and "6 skipped" in printed and not commands
     assert "DILOCO_TEST_IMAGE does not name the project's image" in printed
 
 
@@ -209,7 +228,7 @@ def test_a_cluster_that_lacks_something_fails_the_tests_before_anything_is_made(
     cluster = [node(cpu="2"), storage_class(default=False)]
     status, printed, commands = run_the_tests(tmp_path, cluster, KUBECONFIG="here", DILOCO_TEST_IMAGE="an/image:1")
     assert status == 1 and "skipped" not in printed
-    assert "the cluster lacks Kubeflow's training operator" in printed
+    assert "the cluster lacks Kubeflow Trainer 2.2 with JobSet, or Kubeflow's training operator 1.9" in printed
     assert "and a default storage class; there are standard" in printed
     assert f"and room for {NEEDED}" in printed and "node a: 2 CPU, 8 GiB" in printed
     assert commands and all(command.startswith("get ") for command in commands)
@@ -223,9 +242,13 @@ def test_a_cluster_that_has_everything_is_used(tmp_path: Path) -> None:
 
 
 @needs_crd
-def test_the_job_that_asks_for_the_operator_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("launcher", KINDS)
+def test_the_job_that_asks_for_the_operator_is_one(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
     monkeypatch.setenv("DILOCO_TEST_IMAGE", "an/image:1")
-    validate(story.suspended_job())
+    *_, job = made = story.suspended_job(launcher)
+    for one in made:
+        validate(one)
+    assert TRAINING_KINDS[launcher].is_suspended(job)
 
 
 def test_lines_of_a_training_are_told_from_those_of_precaching() -> None:
@@ -242,7 +265,7 @@ def test_lines_of_a_training_are_told_from_those_of_precaching() -> None:
 
 @pytest.mark.parametrize("values", [{}, story.LONG, story.ENDLESS])
 def test_parameters_are_those_of_a_training_on_a_cluster(values: dict[str, Any]) -> None:
-    assert TrainingConfig.from_flat({**story.PARAMETERS, **values, "run_id": "r"}).launcher == "pytorchjob"
+    assert TrainingConfig.from_flat({**story.PARAMETERS, **values, "run_id": "r", "launcher": "trainjob"}).on_cluster
 
 
 def test_what_a_steps_pod_runs_fits_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoXConfig, LlamaConfig
 
 from trainer.diloco import Averaged, Nesterov
 from trainer.diloco.outer import OuterOptimizer
@@ -176,3 +178,30 @@ def test_a_classifiers_headline_is_its_score_beside_the_most_frequent_class() ->
     scores = {row.score: 0.5 for row in task.rows} | {task.rows[0].baseline: 0.125}
     expected = "50.0% of the pictures are classified correctly; the most frequent class alone gives 12.5%"
     assert task.headline(scores) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTNeoXConfig(vocab_size=257, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4),
+        GPTNeoConfig(
+            vocab_size=257, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        ),
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=32,
+            intermediate_size=96,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_flops_of_a_language_model_are_those_that_torch_counts(config: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # torch does not count all others
+    batch = {"input_ids": torch.randint(0, 257, (3, 17))}
+    task = tasks()["language_modelling"]
+    with FlopCounterMode(display=False) as counter:
+        task.loss(model, batch).backward()
+    assert task.flops(model, batch) == counter.get_total_flops()

@@ -3,95 +3,41 @@
 import itertools
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.members import FIRST, LOCAL, PATIENCE, SECRET, connect, connected, member, names, wait_for
+from tests.members import (
+    FIRST,
+    PATIENCE,
+    SECRET,
+    SOON,
+    connect,
+    connected,
+    link,
+    member,
+    names,
+    nowhere,
+    reduce,
+    silent,
+    swap,
+    wait_for,
+    without_endpoint,
+)
 from tests.network.proxy import Proxy
-from trainer.diloco.codecs import Fp32
-from trainer.diloco.collective import weighted_mean
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import credentials
-from trainer.transport.link import ROUNDS, Link, LinkError
-from trainer.transport.stream import Key
+from trainer.transport.link import ROUNDS, LinkError
 from trainer.transport.transport import Transport
-
-HASTY = TransportTimeouts(dial_back=0.2, relay=20.0)
-SOON: dict[str, Any] = {"timeouts": HASTY, "silence": 20.0}
-
-
-def link(here: Transport, there: Transport) -> Link:
-    return here.prepare({there.id: there.endpoints})[there.id]
-
-
-def reduce(transports: list[Transport], attempt: Key = FIRST, size: int = 50_000) -> list[Tensor]:
-    """A collective of all; each one's mean, which is 1 everywhere."""
-    ids = [each.id for each in transports]
-
-    def one(transport: Transport) -> Tensor:
-        mean, failed = torch.zeros(size), True
-
-        def on_chunk(start: int, piece: Tensor) -> None:
-            mean[start : start + len(piece)] = piece
-
-        values = torch.full((size,), 2.0 * ids.index(transport.id) / (len(ids) - 1))
-        try:
-            weighted_mean(transport.group(ids, attempt), values, 1.0, Fp32(), on_chunk)
-            failed = False
-        finally:
-            transport.finish(ids, attempt, failed)
-        return mean
-
-    with ThreadPoolExecutor(len(transports)) as pool:
-        means = list(pool.map(one, transports))
-    assert all(torch.allclose(mean, torch.ones(size)) for mean in means)
-    return means
-
-
-def swap(one: Transport, other: Transport, attempt: Key = FIRST) -> None:
-    """A message in either direction arrives."""
-    sent = [torch.arange(100_000), torch.arange(100_000) + 7]
-    came = [torch.zeros(100_000, dtype=torch.int64) for _ in sent]
-    ends = [link(one, other), link(other, one)]
-    pending = [end.receive(attempt, 1, into) for end, into in zip(ends, came, strict=True)]
-    pending += [end.send(attempt, 1, message) for end, message in zip(ends, sent, strict=True)]
-    for each in pending:
-        each.wait(PATIENCE)
-    assert torch.equal(came[0], sent[1]) and torch.equal(came[1], sent[0])
-
-
-@contextmanager
-def nowhere() -> Iterator[str]:
-    """An endpoint that refuses connections."""
-    with socket.socket() as taken:
-        taken.bind((LOCAL, 0))  # and does not listen
-        yield f"{LOCAL}:{taken.getsockname()[1]}"
-
-
-@contextmanager
-def silent() -> Iterator[str]:
-    """An endpoint at which connections are accepted, and nothing is said."""
-    with socket.create_server((LOCAL, 0)) as server:
-        yield f"{LOCAL}:{server.getsockname()[1]}"
-
-
-def without_endpoint(rank: int, endpoint: str = "", **options: Any) -> Transport:
-    """A member that nobody can dial."""
-    transport = Transport(names(rank + 1)[rank], [], credentials(SECRET), **{**SOON, **options})
-    transport.endpoints = (endpoint,) if endpoint else ()
-    return transport
-
 
 # Who dials
 
@@ -149,21 +95,23 @@ def test_one_that_cannot_be_dialled_any_more_can_still_dial() -> None:
         swap(one, other)
 
 
-def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third() -> None:
+@pytest.mark.parametrize("loopback", [False, True], ids=["plain", "tls"])
+def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third(loopback: bool) -> None:
+    of = replace(credentials(SECRET), loopback=loopback)
     with nowhere() as closed, ExitStack() as stack:
-        hidden = [stack.enter_context(without_endpoint(rank, closed)) for rank in (0, 1)]
-        third = stack.enter_context(member(2, **SOON))
+        hidden = [stack.enter_context(without_endpoint(rank, closed, of)) for rank in (0, 1)]
+        third = stack.enter_context(member(2, of=of, **SOON))
         transports = [*hidden, third]
         connect(transports)
         assert hidden[0].relayed() == {hidden[1].id: (third.id,)}
         assert hidden[1].relayed() == {hidden[0].id: (third.id,)} and not third.relayed()
-        swap(*hidden)
+        swap(hidden[0], hidden[1])
         reduce(transports, (1, 1, 2))
         reduce(hidden, (1, 1, 3))
 
         # Its bytes count once, at the ends
         before = [each.bytes() for each in transports]
-        swap(*hidden, (1, 1, 4))
+        swap(hidden[0], hidden[1], (1, 1, 4))
         after = [each.bytes() for each in transports]
         moved = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True) if a and b]
         assert min(*moved[0], *moved[1]) >= 800_000 and moved[2] == (0, 0)
@@ -174,6 +122,32 @@ def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third() -> None:
         missing = hidden[0].connect({hidden[1].id: hidden[1].endpoints}, PATIENCE)
         assert closed in missing[hidden[1].id] and "Connection refused" in missing[hidden[1].id]
         assert hidden[0].relayed() == {}
+
+
+def test_they_meet_at_a_member_that_is_there_among_many_that_have_left() -> None:
+    with nowhere() as closed, ExitStack() as stack:
+        hidden = [stack.enter_context(without_endpoint(rank, closed)) for rank in (10, 11)]
+        third = stack.enter_context(member(12, **SOON))
+        for each in hidden:
+            assert len(each.connect(dict.fromkeys(names(8), (closed,)), PATIENCE)) == 8
+            assert not each.connect({third.id: third.endpoints}, PATIENCE)
+        connect(hidden)
+        assert third.id in hidden[0].relayed()[hidden[1].id]
+        swap(hidden[0], hidden[1])
+
+
+def test_one_that_dials_while_the_other_looks_for_a_third_is_not_turned_away() -> None:
+    with nowhere() as closed, ExitStack() as stack:
+        short = TransportTimeouts(dial_back=0.2, relay=1.0)
+        patient = TransportTimeouts(dial_back=2.0)  # it takes its time until it dials for both directions
+        here, third = (stack.enter_context(member(rank, **{**SOON, "timeouts": short})) for rank in (0, 1))
+        hidden = stack.enter_context(without_endpoint(2, closed, timeouts=patient))
+        connect([here, third])
+        first = link(here, hidden)
+        wait_for(lambda: any(third._relay._waiting.values()))  # where the other one does not come
+        assert not hidden.connect({here.id: here.endpoints}, PATIENCE)
+        swap(here, hidden)
+        assert link(here, hidden) is first
 
 
 def test_pairs_that_meet_at_several_survive_one_of_these_at_the_next_attempt() -> None:
@@ -319,7 +293,7 @@ def test_one_that_leaves_is_noticed_at_once() -> None:
         with pytest.raises(LinkError, match="worker 2 has closed the connection"):
             waiting.wait(PATIENCE)
         assert others.up
-        swap(*transports[:2])
+        swap(transports[0], transports[1])
 
 
 # Attempts

@@ -13,8 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.members import LOCAL, PATIENCE, SECRET, connect, member, names, wait_for
-from tests.unit.transport.test_links import link, reduce
+from tests.members import LOCAL, PATIENCE, SECRET, connect, link, member, names, reduce, wait_for
 from trainer.process import connect as dial
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials, credentials

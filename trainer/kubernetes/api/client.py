@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = 500  # objects in one page of a list
 BROKEN, TIMED_OUT = "Broken", "TimedOut"  # reasons: the connection broke; nothing arrived for too long
+RUNTIME_UNSEEN = "RuntimeUnseen"  # reason: Trainer's webhook knows no runtime of this name, at least not yet
 _TRANSIENT = {0, 429, 500, 502, 503, 504}  # HTTP statuses of a server in trouble; 0: no answer
 _METHODS = {"list": "get", "watch": "get", "deletecollection": "delete"}  # by RBAC verb; others have the verb's name
 _IN_BACKGROUND = {"propagationPolicy": "Background"}
@@ -220,6 +221,8 @@ class Client:
         elif status == 403 and "exceeded quota" in message:
             reason = "QuotaExceeded"
             text = f"{what} does not fit the namespace's quota: {quota(message)}. {QUOTA_ADVICE}"
+        elif status == 403 and "must be created before" in message:
+            reason, text = RUNTIME_UNSEEN, f"{what} is rejected: {message}"
         elif status == 403:
             text = (
                 f"not allowed to {verb} {kind.plural} in namespace {self.namespace}: {message}. "

@@ -93,7 +93,8 @@ def why_no_pod(events: Iterable[Object]) -> str:
         message = event.get("message", "")
         if "exceeded quota" in message:
             return f"its pod does not fit the namespace's quota: {quota(message)}. {QUOTA_ADVICE}"
-        if event.get("type") == "Warning" and event.get("reason", "").startswith("Failed"):
+        reason = event.get("reason", "")  # FailedCreate, JobCreationFailed, TrainJobResourcesCreationFailed, ...
+        if event.get("type") == "Warning" and (reason.startswith("Failed") or reason.endswith("CreationFailed")):
             return f"its pod cannot be created: {message}"
     return ""
 
@@ -124,6 +125,12 @@ def why_lost(pod: Object) -> str:
             why = _LOST.get(condition.get("reason", ""), "its node evicts it")
     node = (pod.get("spec") or {}).get("nodeName", "")
     return f"{why} ({node})" if why and node else why
+
+
+def is_disrupted(pod: Object) -> bool:
+    """Whether the cluster ends a pod (a drain, an eviction, a lost node), and not its own failure."""
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    return any(one["type"] == "DisruptionTarget" and one.get("status") == "True" for one in conditions)
 
 
 def is_out_of_memory(pod: Object, container: str) -> bool:

@@ -1,9 +1,11 @@
-"""The kinds of objects that a training consists of, and how to read the state of those that are jobs."""
+"""The kinds of objects that a training consists of, and how to read the state of those that are jobs.
 
-import operator
+What differs between the kinds of training jobs is a field of `JobKind`, or a line of their builders
+(`objects/pytorchjob.py`, `objects/trainjob.py`).
+"""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 Object = dict[str, Any]  # in the form that the Kubernetes API takes and returns
@@ -22,20 +24,30 @@ class Kind:
 
 @dataclass(frozen=True)
 class JobKind(Kind):
-    """A kind of jobs, each of which runs pods: the seam for further kinds of training jobs."""
+    """A kind of jobs, each of which runs pods, and what its controller does with them."""
 
     succeeded: str = "Complete"  # type of the condition of a job that has succeeded; failure is always `Failed`
-    template_path: tuple[str, ...] = ("spec", "template")
     controller: str = ""  # what to check if nothing acts on a job; "": its controller is part of Kubernetes
+    acts: tuple[str, ...] = ("conditions",)  # fields of the status, of which its controller sets one at once
+    suspend: tuple[str, ...] = ("spec", "suspend")  # path of the field that suspends a job
+    job_label: str = ""  # label of a pod with its job's name; "": the job is the pod's owner
+    child: str = ""  # what is added to a job's name for that of the object whose events tell why it has no pod
+    name_limit: int = 53  # characters of a job's name: that of a pod, with `-worker-63`, is a DNS label
+    retries_disrupted: bool = False  # a pod that was evicted is made anew, whatever its exit status
+    before: Kind | None = None  # an object of the same name that must exist before a job, and go after it
 
-    def template(self, job: Object) -> Object:
-        """The pod template of a job."""
-        return reduce(operator.getitem, self.template_path, job)
+    def job_of(self, pod: Object) -> str:
+        """The name of a pod's job; "" if it has none."""
+        if self.job_label:
+            return str((pod["metadata"].get("labels") or {}).get(self.job_label, ""))
+        return str(self._owner_of(pod).get("name", ""))
 
-    def owner_of(self, pod: Object) -> Mapping[str, Any]:
-        """The owner reference from a pod to its job; empty if it has none."""
-        owners = pod["metadata"].get("ownerReferences") or []
-        return next((owner for owner in owners if owner["kind"] == self.name), {})
+    def owns(self, uid: str, pod: Object) -> bool:
+        """Whether a pod of a job of this name is one of this job, and not of an earlier one.
+
+        Pods that do not refer to their job count as its own: none of an earlier one exists any more when it is created.
+        """
+        return bool(self.job_label) or self._owner_of(pod).get("uid") == uid
 
     def has_succeeded(self, job: Object) -> bool:
         return _condition(job, self.succeeded) is not None
@@ -46,13 +58,36 @@ class JobKind(Kind):
     def has_ended(self, job: Object) -> bool:
         return self.has_succeeded(job) or self.has_failed(job)
 
+    def is_suspended(self, job: Object) -> bool:
+        """Whether a job is to have no pods at the moment."""
+        value: Any = job
+        for key in self.suspend:
+            value = (value or {}).get(key)
+        return bool(value) and not self.has_ended(job)
+
+    def has_stopped(self, job: Object) -> bool:
+        """Whether its controller makes no pods any more: it has ended, or its suspension is confirmed."""
+        return self.has_ended(job) or (self.is_suspended(job) and _condition(job, "Suspended") is not None)
+
+    def suspension(self) -> Object:
+        """The change that suspends a job."""
+        change: Any = True
+        for key in reversed(self.suspend):
+            change = {key: change}
+        return dict(change)
+
     def why_failed(self, job: Object) -> str:
         """The message of the job's `Failed` condition, or ""."""
         return str((_condition(job, "Failed") or {}).get("message") or "")
 
     def is_ignored(self, job: Object) -> bool:
-        """Whether its controller has not reported any condition yet."""
-        return bool(self.controller) and not _conditions(job)
+        """Whether its controller has not reported anything yet."""
+        status = job.get("status") or {}
+        return bool(self.controller) and not any(status.get(field) for field in self.acts)
+
+    def _owner_of(self, pod: Object) -> Mapping[str, Any]:
+        owners = pod["metadata"].get("ownerReferences") or []
+        return next((owner for owner in owners if owner["kind"] == self.name), {})
 
 
 POD = Kind("Pod", "", "v1", "pods")
@@ -69,17 +104,43 @@ WORKFLOW = Kind(
     "its CustomResourceDefinition is missing: Kubeflow Pipelines runs on Argo Workflows, which provides it",
 )
 JOB = JobKind("Job", "batch", "v1", "jobs")
+_MISSING = "its CustomResourceDefinition is missing: install"
 PYTORCH_JOB = JobKind(
     "PyTorchJob",
     "kubeflow.org",
     "v1",
     "pytorchjobs",
-    "its CustomResourceDefinition is missing: install Kubeflow's training operator (1.9), which provides it",
+    f"{_MISSING} Kubeflow's training operator (1.9), which provides it",
     succeeded="Succeeded",
-    template_path=("spec", "pytorchReplicaSpecs", "Worker", "template"),
     controller="is Kubeflow's training operator installed, and running?",
+    suspend=("spec", "runPolicy", "suspend"),
 )
-KINDS = {kind.name: kind for kind in (POD, CLAIM, CONFIG_MAP, SECRET, EVENT, JOB, NETWORK_POLICY, PYTORCH_JOB)}
+_TRAINER = f"{_MISSING} Kubeflow Trainer (2.2 or later, with JobSet), which provides it"
+TRAINING_RUNTIME = Kind("TrainingRuntime", "trainer.kubeflow.org", "v1alpha1", "trainingruntimes", _TRAINER)
+TRAIN_JOB = JobKind(
+    "TrainJob",
+    "trainer.kubeflow.org",
+    "v1alpha1",
+    "trainjobs",
+    _TRAINER,
+    controller="is Kubeflow Trainer installed, with JobSet, and are both running?",
+    acts=("conditions", "jobsStatus"),  # it has no condition while it runs
+    job_label="jobset.sigs.k8s.io/jobset-name",  # its pods belong to a Job of a JobSet, which is named like it
+    child="-node-0",  # that Job
+    name_limit=48,  # its pods are called <name>-node-0-0-xxxxx
+    retries_disrupted=True,
+    before=TRAINING_RUNTIME,
+)
+TRAINING_KINDS = {"trainjob": TRAIN_JOB, "pytorchjob": PYTORCH_JOB}  # by `launcher`; the first is preferred
+KINDS = {
+    kind.name: kind
+    for kind in (POD, CLAIM, CONFIG_MAP, SECRET, EVENT, JOB, NETWORK_POLICY, TRAINING_RUNTIME, *TRAINING_KINDS.values())
+}
+
+
+def training_kind(launcher: str) -> JobKind:
+    """The kind of jobs that a value of `launcher` means on a cluster."""
+    return TRAINING_KINDS.get(launcher, TRAIN_JOB)
 
 
 def _conditions(job: Object) -> list[Mapping[str, Any]]:

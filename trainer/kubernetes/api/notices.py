@@ -108,9 +108,17 @@ class WaitReasons:
         name = pod["metadata"]["name"]
         self._explain(name, called, lambda: diagnosis.why_pending(pod, self._events(name), self._waiting_claims(pod)))
 
-    def explain_job(self, name: str, called: str) -> None:
-        """Print why a job has no pod, if it has waited for `explain_after`."""
-        self._explain(name, called, lambda: diagnosis.why_no_pod(self._events(name)))
+    def explain_job(self, name: str, called: str, children: Sequence[str] = ()) -> None:
+        """Print why a job has no pod, if it has waited for `explain_after`.
+
+        Args:
+            children: Names of objects that the job consists of, and that events are about, too.
+        """
+        self._explain(
+            name,
+            called,
+            lambda: diagnosis.why_no_pod(event for one in (name, *children) for event in self._events(one)),
+        )
 
     def _explain(self, name: str, called: str, find: Callable[[], str]) -> None:
         now = time.monotonic()

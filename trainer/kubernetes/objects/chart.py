@@ -16,6 +16,15 @@ from pydantic.alias_generators import to_camel
 
 from trainer.config import UNSET, Parameter, TrainingConfig
 
+# Parameter, by flat name, and the variable that etcd reads (https://etcd.io/docs/v3.5/op-guide/configuration/).
+ETCD_SETTINGS = {
+    "etcd_heartbeat_interval": "ETCD_HEARTBEAT_INTERVAL",
+    "etcd_election_timeout": "ETCD_ELECTION_TIMEOUT",
+    "etcd_snapshot_count": "ETCD_SNAPSHOT_COUNT",
+    "etcd_auto_compaction_mode": "ETCD_AUTO_COMPACTION_MODE",
+    "etcd_auto_compaction_retention": "ETCD_AUTO_COMPACTION_RETENTION",
+}
+
 # Parameters of pods and nodes: the reference's values have them at the top
 _TOP = (
     "deployment_name", "deployment_namespace", "deployment_image", "image_pull_secrets", "service_account", "nodes",
@@ -24,7 +33,7 @@ _TOP = (
 )  # fmt: skip
 _NO_VALUES = ("run_dir",)  # it is on the release's own claim
 _DIFFERENT = {  # where the chart has another default, as its templates say it
-    "launcher": "How the pipeline's steps start workers: as one PyTorchJob each (auto).",
+    "launcher": "The workers' kind of jobs. auto: TrainJobs, or PyTorchJobs if the cluster has only them.",
     "run_id": "Name of the run. An unfinished run of that name resumes. Empty: the release's name.",
     "deployment_namespace": "Namespace of all objects. Empty: the release's.",
     "deployment_image": "Image of all pods. Empty: diloco-pipelines-python, in the chart's version.",
@@ -170,8 +179,6 @@ def _narrowed(schema: Tree) -> Tree:
 
 def _etcd(documents: list[str]) -> str:
     """The etcd of manifests/base, with the NetworkPolicy of overlays/prod."""
-    from trainer.kubernetes.objects.render import ETCD_SETTINGS
-
     types = {parameter.name: parameter for parameter in TrainingConfig.parameters()}
     settings = []
     for name, variable in ETCD_SETTINGS.items():

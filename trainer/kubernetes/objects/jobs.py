@@ -22,7 +22,7 @@ def claim(plan: Plan, worker: WorkerPlan) -> Object:
     """
     storage, site = plan.config.storage, worker.site
     labels = names.deployment_labels(plan.config, "data") | {names.SITE_LABEL: site.name}
-    workers = 1 if plan.a_job_a_worker else site.replicas
+    workers = 1 if plan.a_claim_a_worker else site.replicas
     spec: Object = {
         "accessModes": [storage.access_mode],
         "resources": {"requests": {"storage": f"{storage.size_gb * workers}Gi"}},
@@ -87,7 +87,7 @@ def network_policy(plan: Plan) -> Object:
     }
     scrapers: list[Object] = []
     if port := given(plan.config.metrics_port):
-        last = port + plan.config.elastic.nproc_per_node - 1
+        last = port + plan.config.workers_per_node - 1
         ports = {"protocol": "TCP", "port": port, "endPort": last}
         scrapers = [{"from": [{"namespaceSelector": {}}], "ports": [ports]}]
     return {

@@ -10,6 +10,7 @@ import hashlib
 import re
 
 from trainer.config import TrainingConfig
+from trainer.kubernetes.api.kinds import training_kind
 
 LIMIT = 63  # characters of a DNS label, and of a label's value
 PREFIX = "diloco-pipelines"  # of our own labels and annotations
@@ -17,11 +18,12 @@ RUN_LABEL = f"{PREFIX}/run"
 DEPLOYMENT_LABEL = f"{PREFIX}/deployment"
 SITE_LABEL = f"{PREFIX}/site"
 WORKER_LABEL = f"{PREFIX}/worker"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"  # of jobs, not of pods
 
 ETCD_SECRET = "diloco-etcd-client"  # a Secret that a namespace may have (manifests/): a step reads it, pods mount it
 ETCD_SERVICE = "diloco-etcd"  # headless; also the name of its StatefulSet
 
-JOB_LIMIT = LIMIT - len("-worker-63")  # the operator names a job's pods and their Services so
 _HASH = 8  # hex digits
 
 
@@ -44,7 +46,12 @@ def name(*parts: str, limit: int = LIMIT) -> str:
 
 def training(config: TrainingConfig) -> str:
     """A training's name, which all names of the run's objects begin with: deployment and run id."""
-    return name(config.deployment_name, label_safe(config.run_id, 32), limit=JOB_LIMIT)
+    return job(config, config.deployment_name, label_safe(config.run_id, 32))
+
+
+def job(config: TrainingConfig, *parts: str) -> str:
+    """The name of a training job, from which its controller makes the names of pods."""
+    return name(*parts, limit=training_kind(config.launcher).name_limit)
 
 
 def deployment_labels(config: TrainingConfig, component: str) -> dict[str, str]:
@@ -52,7 +59,7 @@ def deployment_labels(config: TrainingConfig, component: str) -> dict[str, str]:
     return {
         "app.kubernetes.io/name": "diloco-training",
         "app.kubernetes.io/instance": config.deployment_name,
-        "app.kubernetes.io/component": component,
+        COMPONENT_LABEL: component,
         "app.kubernetes.io/part-of": PREFIX,
         "app.kubernetes.io/managed-by": PREFIX,
         DEPLOYMENT_LABEL: config.deployment_name,

@@ -1,8 +1,8 @@
 """A training on a cluster before anything is created: its names, its sites and its workers.
 
-The same builders make two layouts. A PyTorchJob has no volumeClaimTemplates, and a pod template's `claimName` cannot
-vary by replica. Therefore, with ReadWriteOnce each worker is a PyTorchJob with a claim of its own. With ReadWriteMany
-a site is one PyTorchJob with a replica for each worker, and its workers share the site's claim.
+The same builders make all layouts. A training job has no volumeClaimTemplates, and a pod template's `claimName` cannot
+vary by replica. Therefore, with ReadWriteOnce each worker is a job with a claim of its own. With ReadWriteMany a site's
+workers share the site's claim; they are the replicas of one PyTorchJob, or a TrainJob each.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
+from trainer.kubernetes.api.kinds import PYTORCH_JOB, JobKind, training_kind
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.sites import Site, sites_of
 
@@ -27,8 +28,26 @@ class WorkerPlan:
     site: Site
     replica: int  # its number in its site
     job: str
-    pod: str
+    folder: str  # of a shared claim; a PyTorchJob's pod of several is named like it
     claim: str  # with ReadWriteMany its site's
+
+
+@dataclass(frozen=True)
+class JobObjects:
+    """A job as the API takes it, with what it needs."""
+
+    body: Object
+    template: Object  # of its pods
+    before: Object | None = None  # the object of the same name that must exist before it (`JobKind.before`)
+
+    @property
+    def name(self) -> str:
+        return str(self.body["metadata"]["name"])
+
+    @property
+    def all(self) -> list[Object]:
+        """In the order in which they are created."""
+        return [self.body] if self.before is None else [self.before, self.body]
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ class Plan:
 
     def component(self, name: str) -> str:
         """The label selector of the run's objects that are part of a component: "train" or another step's name."""
-        return names.selector(self.own_labels | {"app.kubernetes.io/component": name})
+        return names.selector(self.own_labels | {names.COMPONENT_LABEL: name})
 
     @property
     def own_labels(self) -> dict[str, str]:
@@ -62,9 +81,31 @@ class Plan:
         return {label: labels[label] for label in (names.DEPLOYMENT_LABEL, names.RUN_LABEL)}
 
     @property
-    def a_job_a_worker(self) -> bool:
-        """The layout: whether each worker has a PyTorchJob and a claim of its own."""
+    def kind(self) -> JobKind:
+        """The kind of the training's jobs: `launcher`."""
+        return training_kind(self.config.launcher)
+
+    @property
+    def a_claim_a_worker(self) -> bool:
+        """Whether each worker has a claim of its own, and does not share its site's."""
         return self.config.storage.access_mode == "ReadWriteOnce"
+
+    @property
+    def a_job_a_worker(self) -> bool:
+        """Whether each worker has a job of its own."""
+        return self.a_claim_a_worker or self.kind is not PYTORCH_JOB
+
+    @property
+    def leaders(self) -> tuple[WorkerPlan, ...]:
+        """One worker for each job: the first of its workers."""
+        return self.workers if self.a_job_a_worker else self.claimants
+
+    def worker_of(self, pod: Object) -> WorkerPlan | None:
+        """The worker of a training pod, by its label, or by its name if several workers' pods have the same labels."""
+        labels, name = pod["metadata"].get("labels") or {}, pod["metadata"]["name"]
+        index = labels.get(names.WORKER_LABEL)
+        found = (one for one in self.workers if (one.folder == name if index is None else str(one.index) == index))
+        return next(found, None)
 
     @property
     def claimants(self) -> tuple[WorkerPlan, ...]:
@@ -72,12 +113,23 @@ class Plan:
         first = {worker.claim: worker for worker in reversed(self.workers)}
         return tuple(reversed(first.values()))
 
+    def processes(self, site: Site) -> int:
+        """Processes of a worker's pod: an island has one for each of its site's GPUs."""
+        return site.gpu_count if self.config.island and site.gpu_count else self.config.elastic.nproc_per_node
+
     def metadata(self, name: str, component: str, worker: WorkerPlan | None = None) -> Object:
         """`metadata` of an object that belongs to the run and ends with the workflow."""
         labels = self.labels(component, worker)
         owners = {"ownerReferences": [self.owner]} if self.owner else {}
         annotations = {f"{names.PREFIX}/run-id": self.config.run_id}
         return {"name": name, "namespace": self.namespace, "labels": labels, "annotations": annotations, **owners}
+
+    def job_metadata(self, worker: WorkerPlan) -> Object:
+        """`metadata` of a worker's training job: with the queue in which it waits."""
+        metadata = self.metadata(worker.job, "train", worker)
+        queue = {names.QUEUE_LABEL: self.config.kueue_queue, names.PRIORITY_LABEL: self.config.kueue_priority_class}
+        metadata["labels"] |= {label: value for label, value in queue.items() if value}
+        return metadata
 
     def labels(self, component: str, worker: WorkerPlan | None = None) -> dict[str, str]:
         """Labels of an object or a pod that belongs to the run, and perhaps to a worker."""
@@ -99,7 +151,7 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | 
             deletes objects whose owner is in another one. Not as the controller, which would manage it.
 
     Raises:
-        ConfigError: No run id; `nodes` cannot be split over the GPU vendors.
+        ConfigError: No run id; `nodes` cannot be split over the GPU vendors, or an island's batch over its GPUs.
     """
     if not config.run_id:
         raise ConfigError("run_id", "", "must name the run")
@@ -109,16 +161,22 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | 
         _worker(config, index, site, replica)
         for index, (site, replica) in enumerate((site, replica) for site in sites for replica in range(site.replicas))
     )
-    return Plan(config, namespace, owner, sites, workers)
+    made = Plan(config, namespace, owner, sites, workers)
+    for site in sites:
+        config.with_values(elastic_nproc_per_node=made.processes(site))  # refuses a batch that its GPUs cannot share
+    return made
 
 
 def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> WorkerPlan:
     # A claim's name lacks the run id: later runs find the claim filled
     own = config.storage.access_mode == "ReadWriteOnce"
-    number, claim_parts = ([str(replica)], ["worker", str(replica), "data"]) if own else ([], ["data"])
-    job = names.name(names.training(config), site.name, *number, limit=names.JOB_LIMIT)
-    pod = f"{job}-worker-{0 if own else replica}"  # by the training operator's rule
-    return WorkerPlan(index, site, replica, job, pod, names.name(config.deployment_name, site.name, *claim_parts))
+    claim_parts = ["worker", str(replica), "data"] if own else ["data"]
+    several = config.launcher == "pytorchjob" and not own  # workers are replicas of one job
+    training = names.training(config)
+    job = names.job(config, training, site.name, *([] if several else [str(replica)]))
+    of_site = job if own else names.job(config, training, site.name)
+    folder = f"{of_site}-worker-{0 if own else replica}"  # by the training operator's rule for pods
+    return WorkerPlan(index, site, replica, job, folder, names.name(config.deployment_name, site.name, *claim_parts))
 
 
 def _in_pods(config: TrainingConfig, namespace: str) -> TrainingConfig:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from trainer.config import TrainingConfig, given
+from trainer.kubernetes.api.kinds import PYTORCH_JOB, TRAIN_JOB
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
 from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site, Vendor
 from trainer.timeouts import LaunchTimeouts
-from trainer.transport.handover import TOKEN_VARIABLE
 from trainer.volume import Volume
 
 Result = Literal["held-out", "export", "evaluate"]
@@ -23,7 +23,7 @@ CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
 CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
 RESULT_PORT = 7001  # of a pod that serves a result
 TOKEN_KEY = "token"  # in the run's Secret: the token that entitles to a result
-CONTAINER = "pytorch"  # the training operator's name for a job's main container
+CONTAINERS = {PYTORCH_JOB: "pytorch", TRAIN_JOB: "node"}  # what the controllers call a training pod's main container
 
 _LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # smallest requests: cores, GiB, GiB
 
@@ -54,6 +54,7 @@ def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, .
         "runtimeClassName": site.runtime_class,
         "affinity": _affinity(plan, site, step),
         "serviceAccountName": plan.config.service_account,
+        "priorityClassName": plan.config.priority_class if step == "train" else "",
         "imagePullSecrets": [{"name": name} for name in plan.config.image_pull_secrets],
     }
     spec |= {key: value for key, value in optional.items() if value}
@@ -69,7 +70,7 @@ def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, .
 def _container(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, ...]) -> Object:
     site = worker.site
     container: Object = {
-        "name": CONTAINER if step == "train" else step,
+        "name": CONTAINERS[plan.kind] if step == "train" else step,
         "image": site.image,
         "command": ["python", "-m", "trainer", "pod", step],
         "args": ["--config", CONFIG_FILE, *arguments],
@@ -120,13 +121,15 @@ def _has_gpus(site: Site, step: Step) -> bool:
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     config = plan.config
     values: dict[str, object] = {"HOME": "/tmp"}  # other images may have no writable home
-    if step != "train":  # the operator sets it in a PyTorchJob's pods
+    if step != "train" or plan.kind is not PYTORCH_JOB:  # there the training operator sets it
         values["PYTHONUNBUFFERED"] = 1
     if site.vendor == "nvidia" and not _has_gpus(site, step):
         values["NVIDIA_VISIBLE_DEVICES"] = "void"  # else NVIDIA's runtime class shows all GPUs to the pod
     if site.device == "cpu" and config.device != "cpu":
         values["DILOCO_DEVICE"] = "cpu"
-    if step == "train" and site.vendor != "cpu" and config.optim_method == "ddp":  # gloo connects all other workers
+    if step == "train" and (processes := plan.processes(site)) != config.elastic.nproc_per_node:
+        values["DILOCO_ELASTIC_NPROC_PER_NODE"] = processes
+    if step == "train" and site.vendor != "cpu" and (config.optim_method == "ddp" or config.island):
         values |= _nccl(config)
     environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     fields = {"POD_NAME": "metadata.name"}
@@ -141,6 +144,8 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     if step in ("precache", "export", "evaluate"):
         environment.append(_secret("HF_TOKEN", config.huggingface_secret, "HF_TOKEN", optional=not config.hf_upload))
     if step in RESULTS:
+        from trainer.transport.handover import TOKEN_VARIABLE  # it imports torch, which the train step does not need
+
         environment.append(_secret(TOKEN_VARIABLE, names.name(plan.name, "run"), TOKEN_KEY))
     return environment
 
@@ -165,7 +170,9 @@ def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> 
 
 
 def _volumes(plan: Plan, worker: WorkerPlan) -> list[Object]:
-    shared_memory = f"{max(1, plan.config.memory_gb // 4)}Gi"  # counts as the pod's memory
+    # It counts as the pod's memory. An island has the global state in it, and what a synchronisation needs.
+    part = 2 if plan.config.island else 4
+    shared_memory = f"{max(1, plan.config.memory_gb // part)}Gi"
     volumes: list[Object] = [
         {"name": "data", "persistentVolumeClaim": {"claimName": worker.claim}},
         {"name": "config", "configMap": {"name": names.name(plan.name, "config")}},
@@ -194,13 +201,14 @@ def _mounts(plan: Plan, worker: WorkerPlan, step: Step) -> list[Object]:
 def _data_mounts(plan: Plan, worker: WorkerPlan, step: Step) -> list[Object]:
     """The mounts of the claim.
 
-    A worker's own claim is mounted at `/data`. Of a shared claim, `/data` is a folder named like the worker's pod, and
-    models and datasets are one folder for all workers. Directories outside of `/data` are folders of the claim, too.
+    A worker's own claim is mounted at `/data`. Of a shared claim, `/data` is the worker's folder, and models and
+    datasets are one folder for all workers. Directories outside of `/data` are folders of the claim, too.
     """
     volume = Volume.of(plan.config)
     folders = {"models": volume.models, "datasets": volume.datasets, "checkpoints": volume.checkpoints.parent}
-    own = {"subPathExpr": "$(POD_NAME)"} if step == "train" else {"subPath": worker.pod}
-    if plan.a_job_a_worker:
+    several = step == "train" and not plan.a_job_a_worker  # pods of one template, each named like its worker's folder
+    own = {"subPathExpr": "$(POD_NAME)"} if several else {"subPath": worker.folder}
+    if plan.a_claim_a_worker:
         own = {}
     mounts: list[Object] = [{"name": "data", "mountPath": DATA, **own}]
     for folder, path in folders.items():
@@ -252,7 +260,7 @@ def _affinity(plan: Plan, site: Site, step: Step) -> Object:
     if site.vendor != "cpu":
         affinity["nodeAffinity"] = {preferred: _gpu_preference(plan.config, site.vendor)}
     if step in ("train", "precache") and len(plan.workers) > 1:
-        others = {"matchLabels": {**plan.own_labels, "app.kubernetes.io/component": step}}
+        others = {"matchLabels": {**plan.own_labels, names.COMPONENT_LABEL: step}}
         term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": others}
         affinity["podAntiAffinity"] = {preferred: [{"weight": 100, "podAffinityTerm": term}]}
     return affinity

@@ -4,19 +4,15 @@ https://www.kubeflow.org/docs/components/trainer/legacy-v1/reference/
 """
 
 from trainer.kubernetes.objects import pod_template
-from trainer.kubernetes.objects.plan import Object, Plan, WorkerPlan
+from trainer.kubernetes.objects.plan import JobObjects, Object, Plan, WorkerPlan
 
 
-def training_jobs(plan: Plan) -> list[Object]:
-    """The PyTorchJobs of a training: one for each worker, or (ReadWriteMany) for each site."""
-    return [_job(plan, worker) for worker in plan.claimants]
-
-
-def _job(plan: Plan, first: WorkerPlan) -> Object:
-    """The PyTorchJob of a worker, or of its site's workers."""
+def job(plan: Plan, first: WorkerPlan) -> JobObjects:
+    """The PyTorchJob of a worker, or of all workers of its site."""
     config = plan.config
     # A worker with a volume of its own takes the slot of that volume; one of several pods of a job takes any free slot.
     slot = ("--slot", str(first.index)) if plan.a_job_a_worker else ()
+    template = pod_template.template(plan, "train", first, slot)
     replicas = 1 if plan.a_job_a_worker else first.site.replicas
     # A gang scheduler must place these pods at once for `min_nodes`, if all others run. The operator's default, all
     # replicas, would make an elastic start impossible.
@@ -27,25 +23,27 @@ def _job(plan: Plan, first: WorkerPlan) -> Object:
         # The first worker to end makes the job "Succeeded", while the others still save and must not be killed.
         "cleanPodPolicy": "None",
         "schedulingPolicy": {"minAvailable": fewest},
+        **({"managedBy": config.managed_by} if config.managed_by else {}),
     }
-    return {
+    body: Object = {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
-        "metadata": plan.metadata(first.job, "train", first),
+        "metadata": plan.job_metadata(first),
         "spec": {
             "elasticPolicy": _elastic_policy(plan),
-            "nprocPerNode": str(config.elastic.nproc_per_node),
+            "nprocPerNode": str(plan.processes(first.site)),
             "runPolicy": run_policy,
             "pytorchReplicaSpecs": {
                 "Worker": {
                     "replicas": replicas,
                     # Exit statuses from 128 on (SIGTERM, out of memory) lead to a new pod; smaller ones are failures.
                     "restartPolicy": "ExitCode",
-                    "template": pod_template.template(plan, "train", first, slot),
+                    "template": template,
                 }
             },
         },
     }
+    return JobObjects(body, template)
 
 
 def _elastic_policy(plan: Plan) -> Object:

@@ -1,8 +1,9 @@
 """The objects of a training as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
 
-With `--config FILE` (and the flags of all parameters) it prints the objects. `make manifests` renders `manifests/`:
-`examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, etcd's settings, `base/etcd.env`, from `etcd.…`, and
-the Helm chart's values and objects (`trainer.kubernetes.objects.chart`).
+With `--config FILE` (and the flags of all parameters) it prints the objects; the jobs are
+TrainJobs, unless `launcher` says otherwise.
+`make manifests` renders `manifests/`: `examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, etcd's
+settings, `base/etcd.env`, from `etcd.…`, and the Helm chart's values and objects (`trainer.kubernetes.objects.chart`).
 """
 
 import argparse
@@ -14,30 +15,27 @@ import yaml
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments, load_config
 from trainer.errors import run_main
 from trainer.files import write_text
-from trainer.kubernetes.objects.chart import chart_files
+from trainer.kubernetes.objects.chart import ETCD_SETTINGS, chart_files
 from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, run_secret, step_job
 from trainer.kubernetes.objects.plan import Object, Plan, plan
 from trainer.kubernetes.objects.pod_template import RESULTS
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.version import DEFAULT_IMAGE
-
-# Parameter, by flat name, and the variable that etcd reads (https://etcd.io/docs/v3.5/op-guide/configuration/).
-ETCD_SETTINGS = {
-    "etcd_heartbeat_interval": "ETCD_HEARTBEAT_INTERVAL",
-    "etcd_election_timeout": "ETCD_ELECTION_TIMEOUT",
-    "etcd_snapshot_count": "ETCD_SNAPSHOT_COUNT",
-    "etcd_auto_compaction_mode": "ETCD_AUTO_COMPACTION_MODE",
-    "etcd_auto_compaction_retention": "ETCD_AUTO_COMPACTION_RETENTION",
-}
 
 
 class _Readable(yaml.SafeDumper):
-    """Writes multi-line texts as blocks, not as one line with escapes."""
+    """Writes multi-line texts as blocks, not as one line with escapes, and lists of numbers in one line."""
 
 
 _Readable.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+_Readable.add_representer(
+    list,
+    lambda dumper, items: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq", items, flow_style=bool(items) and all(isinstance(item, int) for item in items)
+    ),
 )
 
 
@@ -48,7 +46,8 @@ def objects(plan: Plan) -> Iterator[Object]:
     yield run_secret(plan, "made by each step that needs one")
     yield network_policy(plan)
     yield from (step_job(plan, worker, "precache") for worker in plan.claimants)
-    yield from training_jobs(plan)
+    for job in training_jobs(plan):
+        yield from job.all
     yield from (step_job(plan, plan.workers[0], what) for what in RESULTS)
 
 
@@ -84,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     config = config_from_arguments(parsed)
     if parsed.manifests is None:
-        print(render(config.with_values(launcher="pytorchjob")), end="")
+        print(render(config if config.on_cluster else config.with_values(launcher="trainjob")), end="")
     else:
         for path in render_manifests(parsed.manifests, config):
             print(path)

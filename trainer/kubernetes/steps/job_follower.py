@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,11 @@ from trainer.kubernetes.api.informer import Informer
 from trainer.kubernetes.api.kinds import POD, JobKind, Object
 from trainer.kubernetes.api.logs import LogFollower
 from trainer.kubernetes.api.notices import Show, Silence, SilenceNotices, WaitReasons
-from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
+from trainer.kubernetes.objects import names
+from trainer.kubernetes.objects.plan import JobObjects
+from trainer.kubernetes.steps.job_creation import create_job
+from trainer.kubernetes.steps.job_deletion import JobDeletion
+from trainer.kubernetes.steps.step_context import StepContext
 
 _TAIL = 200  # lines of a pod that are kept
 _ERROR = "error: "  # begins the last line of a command that fails (`errors.run_main`)
@@ -41,27 +45,28 @@ class JobFollower:
     Everything is printed in the caller's thread, by `observations` and the other methods.
 
     Args:
-        bodies: Each job as the API takes it, by display name. All run the same container.
+        jobs: Each job by display name. All run the same container.
         labels: Selects these jobs and their pods, and no others.
         patience: Seconds for which the API server may fail to answer.
-        pod_names: Display names of pods, by name; by default those of their jobs.
+        pod_name: A pod's display name, or ""; by default those of their jobs.
     """
 
     def __init__(
         self,
         context: StepContext,
         kind: JobKind,
-        bodies: Mapping[str, Object],
+        jobs: Mapping[str, JobObjects],
         labels: str,
         show: Show,
         patience: float,
-        pod_names: Mapping[str, str] | None = None,
+        pod_name: Callable[[Object], str] = lambda pod: "",
     ) -> None:
         self._context, self._kind, self._show, self._timeouts = context, kind, show, context.client.timeouts
-        self._bodies = {body["metadata"]["name"]: body for body in bodies.values()}
-        self._names = {body["metadata"]["name"]: name for name, body in bodies.items()}
-        self._pod_names = pod_names or {}
-        container = kind.template(next(iter(bodies.values())))["spec"]["containers"][0]
+        self._wanted = {job.name: job for job in jobs.values()}
+        self._names = {job.name: name for name, job in jobs.items()}
+        self._labels, self._pod_name = labels, pod_name
+        self._deletion = JobDeletion(context.client, kind)
+        container = next(iter(jobs.values())).template["spec"]["containers"][0]
         self.container: str = container["name"]  # of each pod
         self._memory = container.get("resources", {}).get("limits", {}).get("memory", "")
 
@@ -102,28 +107,26 @@ class JobFollower:
         Raises:
             ConfigError: The name is taken by a job of another run.
         """
-        deadline = time.monotonic() + self._timeouts.deleted
-        while True:
-            try:
-                self._uids[name] = self._context.client.create(self._bodies[name])["metadata"]["uid"]
-                return None
-            except ApiError as error:
-                if error.reason != "AlreadyExists" or time.monotonic() > deadline:
-                    raise
-            job = self._context.client.get(self._kind, name)
-            if job is None:
-                continue
-            refuse_foreign(self._bodies[name], job)
-            if job["metadata"].get("deletionTimestamp"):
-                time.sleep(self._timeouts.poll)
-            elif replace(job):
-                self.delete(name)
-            else:
-                self._uids[name] = job["metadata"]["uid"]
-                return job
+        self._deletion.forget(name)
+        job, found = create_job(self._context.client, self._kind, self._wanted[name], self._labels, replace)
+        self._uids[name] = job["metadata"]["uid"]
+        return job if found else None
 
-    def delete(self, name: str) -> None:
-        self._context.client.delete(self._kind, name)
+    def delete(self, *which: str) -> None:
+        """Delete jobs, or begin to: `observe` continues."""
+        self._deletion.begin([job for name in which if (job := self.job(name)) is not None])
+
+    @property
+    def is_deleting(self) -> bool:
+        """Whether jobs that are to be deleted still exist."""
+        return bool(self._deletion)
+
+    def restarts(self, name: str) -> bool:
+        """Whether a job gets a new pod, should its pod end. Its suspension may not have been observed yet."""
+        job = self.job(name)
+        with suppress(ApiError):
+            job = self._context.client.get(self._kind, name, timeout=self._timeouts.answer)
+        return job is not None and name not in self._deletion and not self._kind.is_suspended(job)
 
     # Observing
 
@@ -140,32 +143,44 @@ class JobFollower:
         self._waits.observe(api_is_silent=api_is_silent)
         self._jobs, self.pods = self._job_informer.objects(), self._pod_informer.objects()
         self.departed = self._pod_informer.departed()
+        self._deletion.advance(self._jobs, self.pods.values())
 
         # Pods that are lost, run, or wait
         for name, pod in self.pods.items():
             self._follow_log(pod)
+            uid = pod["metadata"]["uid"]  # of this pod, while the next one may have its name
             if lost := diagnosis.why_lost(pod):
-                self._waits.show_once(name, f"{self.called(pod)}: {lost}")
+                self._waits.show_once(uid, f"{self.called(pod)}: {lost}")
             elif diagnosis.has_started(pod, self.container):
                 self._waits.forget(name)
-                self._waits.forget(self._kind.owner_of(pod).get("name", ""))
+                self._waits.forget(self._kind.job_of(pod))
                 if self.exit_status(pod) is None:
                     node = pod["spec"].get("nodeName", "")
-                    self._waits.show_once(name, f"{self.called(pod)} runs" + (f" on node {node}" if node else ""))
+                    self._waits.show_once(uid, f"{self.called(pod)} runs" + (f" on node {node}" if node else ""))
             elif not api_is_silent:
                 self._waits.explain_pod(pod, self.called(pod))
 
-        # Jobs without a pod
-        for name in self._bodies if not api_is_silent else ():
-            job = self.job(name)
-            if job is not None and not self._kind.has_ended(job) and not self.pods_of(name):
-                self._waits.explain_job(name, self._names[name])
-                if self._kind.is_ignored(job) and self._waits.waited(name) > self._timeouts.controller:
-                    what = f"no controller acts on {self._kind.name} {name}"
-                    self._waits.show_once(name, f"{what}: {self._kind.controller}")
-
+        for name in self._wanted if not api_is_silent else ():
+            self._explain_job(name)
         self._notices.update(self._silences())
         return self._read_lines()
+
+    def _explain_job(self, name: str) -> None:
+        """Print why a job has no pod."""
+        job, called = self.job(name), self._names[name]
+        if job is None or name in self._deletion or self._kind.has_ended(job) or self.pods_of(name):
+            return
+        if self._kind.is_suspended(job):  # for as long as somebody wants
+            self._waits.forget(name)
+            queue = (job["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
+            why = f" for quota in queue {queue}" if queue else f": {self._kind.name} {name} is suspended"
+            self._waits.show_once(name, f"{called} waits{why}")
+            return
+        children = [f"{name}{self._kind.child}"] if self._kind.child else []
+        self._waits.explain_job(name, called, children)
+        if self._kind.is_ignored(job) and self._waits.waited(name) > self._timeouts.controller:
+            what = f"no controller acts on {self._kind.name} {name}"
+            self._waits.show_once(name, f"{what}: {self._kind.controller}")
 
     def job(self, name: str) -> Object | None:
         """A job; None if it has not been seen yet, or was deleted."""
@@ -178,12 +193,11 @@ class JobFollower:
 
     def pods_of(self, name: str) -> list[Object]:
         """The pods of a job."""
-        return [pod for pod in self.pods.values() if self._is_own(pod) and self._kind.owner_of(pod)["name"] == name]
+        return [pod for pod in self.pods.values() if self._is_own(pod) and self._kind.job_of(pod) == name]
 
     def called(self, pod: Object) -> str:
         """A pod's display name."""
-        name = str(pod["metadata"]["name"])
-        return self._pod_names.get(name) or self._names.get(self._kind.owner_of(pod).get("name", ""), name)
+        return self._pod_name(pod) or self._names.get(self._kind.job_of(pod), str(pod["metadata"]["name"]))
 
     def exit_status(self, pod: Object) -> int | None:
         """The exit status of a pod's container; None if it has not ended."""
@@ -202,10 +216,10 @@ class JobFollower:
         """Seconds since the first call for this name, without the time in which the API server did not answer."""
         return self._waits.waited(name)
 
-    def why_not_started(self, job: str, seconds: float, pods: Iterable[str] | None = None) -> str:
+    def why_not_started(self, job: str, seconds: float, pods: Iterable[Object] | None = None) -> str:
         """Why a job has waited for longer than `seconds` for a pod, or one of its `pods` to start; "" if none has."""
-        names = [pod["metadata"]["name"] for pod in self.pods_of(job)] if pods is None else list(pods)
-        why = next((why for name in (*names, job) if (why := self._waits.why(name, seconds))), "")
+        pod_names = [pod["metadata"]["name"] for pod in (self.pods_of(job) if pods is None else pods)]
+        why = next((why for name in (*pod_names, job) if (why := self._waits.why(name, seconds))), "")
         seen = self.job(job)
         return self._kind.controller if why and seen and self._kind.is_ignored(seen) else why
 
@@ -229,8 +243,9 @@ class JobFollower:
 
     def _is_own(self, pod: Object) -> bool:
         """Whether a pod belongs to one of the jobs, and not to an earlier job of the same name."""
-        owner = self._kind.owner_of(pod)
-        return bool(owner) and owner["name"] in self._bodies and self._uids.get(owner["name"]) in (None, owner["uid"])
+        name = self._kind.job_of(pod)
+        uid = self._uids.get(name)
+        return name in self._wanted and (uid is None or self._kind.owns(uid, pod))
 
     def _follow_log(self, pod: Object) -> None:
         """Follow the log of a pod once it has started, and end with it."""

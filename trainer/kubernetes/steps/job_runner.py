@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from trainer.errors import TrainingError
 from trainer.kubernetes.api import diagnosis
 from trainer.kubernetes.api.kinds import JOB, Object
+from trainer.kubernetes.objects.plan import JobObjects
 from trainer.kubernetes.steps.job_follower import JobFollower, Message
 from trainer.kubernetes.steps.step_context import StepContext
 
@@ -24,7 +25,8 @@ def run_jobs(
     A Job that is under way is followed. One that has ended is run again, and finds that its work is done.
 
     Args:
-        bodies, labels: As for `JobFollower`.
+        bodies: Each Job as the API takes it, by display name.
+        labels: As for `JobFollower`.
         fresh: Also replace Jobs that are under way.
 
     Raises:
@@ -34,7 +36,8 @@ def run_jobs(
     deadline = float(next(iter(bodies.values()))["spec"]["activeDeadlineSeconds"])  # of each Job
     pending = {called: body["metadata"]["name"] for called, body in bodies.items()}
     attempts = Counter(pending.values())
-    follower = JobFollower(context, JOB, bodies, labels, context.show, patience=deadline)
+    jobs_by_name = {called: JobObjects(body, body["spec"]["template"]) for called, body in bodies.items()}
+    follower = JobFollower(context, JOB, jobs_by_name, labels, context.show, patience=deadline)
     for called, name in pending.items():
         if follower.create(name, replace=lambda job: fresh or JOB.has_ended(job)):
             context.show(f"{called}: its Job is already running")

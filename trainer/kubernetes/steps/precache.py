@@ -66,7 +66,7 @@ def _precache(context: StepContext, held_out: Path) -> Manifests:
     for messages in run_jobs(context, bodies, context.plan.component("precache")):
         for message in messages:
             if message.word == pod_main.PRECACHED:
-                found[claims[JOB.owner_of(message.pod)["name"]]] = message.content
+                found[claims[JOB.job_of(message.pod)]] = message.content
 
     # Compare the claims' content
     missing = [name for name in claims.values() if name not in found]

@@ -9,11 +9,12 @@ from typing import Self
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.api.client import ApiError, Client
-from trainer.kubernetes.api.kinds import CLAIM, JOB, KINDS, PYTORCH_JOB, SECRET, JobKind, Kind, Object
+from trainer.kubernetes.api.kinds import CLAIM, JOB, KINDS, SECRET, TRAINING_KINDS, JobKind, Object
 from trainer.kubernetes.api.notices import Show
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import config_map, network_policy, run_secret
 from trainer.kubernetes.objects.plan import Plan, plan
+from trainer.kubernetes.steps.job_deletion import JobDeletion
 from trainer.kubernetes.steps.workflow import Workflow, own_pod
 from trainer.timeouts import KubernetesTimeouts
 
@@ -59,7 +60,7 @@ class StepContext:
     def kubectl(self) -> str:
         """The command that shows the run's objects."""
         own = names.selector({names.RUN_LABEL: self.plan.own_labels[names.RUN_LABEL]})
-        return f"kubectl get {PYTORCH_JOB.plural},jobs,pods,pvc -n {self.client.namespace} -l {own}"
+        return f"kubectl get {self.plan.kind.plural},jobs,pods,pvc -n {self.client.namespace} -l {own}"
 
     def prepare(self) -> None:
         """Apply the objects that pods need before they start: configuration and network policy."""
@@ -80,21 +81,33 @@ class StepContext:
         return token
 
     def refuse_claims_in_use(self) -> None:
-        """Raise ConfigError if another run of the same deployment trains on the claims."""
+        """Raise ConfigError if another run of the same deployment trains on the claims, or this one by other jobs."""
         deployment = self.plan.config.deployment_name
-        jobs, _ = self.client.list(PYTORCH_JOB, names.selector({names.DEPLOYMENT_LABEL: deployment}))
-        for job in jobs:
-            metadata, own = job["metadata"], self.plan.own_labels[names.RUN_LABEL]
-            if metadata["labels"].get(names.RUN_LABEL) != own and not PYTORCH_JOB.has_ended(job):
-                other = metadata.get("annotations", {}).get(f"{names.PREFIX}/run-id", metadata["name"])
-                allowed = f"run {other} uses its claims: wait for it, or choose another deployment_name"
-                raise ConfigError("deployment_name", deployment, allowed)
+        for kind in TRAINING_KINDS.values():
+            for job in self._jobs_of_deployment(kind):
+                metadata, own = job["metadata"], self.plan.own_labels[names.RUN_LABEL]
+                is_own = metadata["labels"].get(names.RUN_LABEL) == own and kind is self.plan.kind
+                if not is_own and not kind.has_ended(job):
+                    run = metadata.get("annotations", {}).get(f"{names.PREFIX}/run-id", metadata["name"])
+                    by = "" if kind is self.plan.kind else f" by {kind.name}s"
+                    allowed = f"run {run} uses its claims{by}: wait for it, or choose another deployment_name"
+                    raise ConfigError("deployment_name", deployment, allowed)
 
-    def adopt(self, kind: Kind, existing: Object) -> None:
-        """Make an object of the run that another workflow owns end with this step's workflow."""
+    def _jobs_of_deployment(self, kind: JobKind) -> list[Object]:
+        labels = names.selector({names.DEPLOYMENT_LABEL: self.plan.config.deployment_name})
+        try:
+            return self.client.list(kind, labels)[0]
+        except ApiError as error:  # of the other kind there may be none, and no right to see them
+            if kind is self.plan.kind or (error.reason != "KindNotFound" and error.status != 403):
+                raise
+            return []
+
+    def adopt(self, kind: JobKind, existing: Object) -> None:
+        """Make a job of the run that another workflow owns end with this step's workflow."""
         if self._other_owner(existing):
             change = {"metadata": {"ownerReferences": [self.plan.owner]}}
-            self.client.patch(kind, existing["metadata"]["name"], change)
+            for one in (kind.before, kind) if kind.before else (kind,):
+                self.client.patch(one, existing["metadata"]["name"], change)
 
     # The end
 
@@ -129,14 +142,13 @@ class StepContext:
                 ended, because a claim stays as long as a pod exists that has mounted it.
         """
         # Do nothing to a run that another workflow continues
-        kinds = (PYTORCH_JOB, JOB) if training else (JOB,)
-        running: list[tuple[Kind, str]] = []
-        for kind in kinds if not finished else ():
-            for job in self._running(kind):
-                if other := self._other_owner(job):
-                    self.show(f"workflow {other} continues run {self.plan.config.run_id}: nothing is deleted")
-                    return
-                running.append((kind, job["metadata"]["name"]))
+        kind = self.plan.kind
+        kinds = (kind, JOB) if training else (JOB,)
+        running = {} if finished else {one: self._running(one) for one in kinds}
+        owners = (self._other_owner(job) for jobs in running.values() for job in jobs)
+        if other := next(filter(None, owners), ""):
+            self.show(f"workflow {other} continues run {self.plan.config.run_id}: nothing is deleted")
+            return
         if claims:
             try:
                 self.refuse_claims_in_use()
@@ -145,21 +157,36 @@ class StepContext:
                 claims = False
 
         # Jobs first, by one request if possible: a cancelled step may have a second
-        if finished or claims:
-            for kind in kinds:
-                self.client.delete_all(kind, self.plan.selector)
-        else:
-            for one, name in running:
-                self.client.delete(one, name)
-        if training or not self._running(PYTORCH_JOB):
+        deletions = [self._begin_deletion(one, None if finished or claims else running[one]) for one in kinds]
+        if training or not self._running(kind):
             for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
                 self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
         for worker in self.plan.claimants if claims else ():
             self.client.delete(CLAIM, worker.claim)
 
+        # Wait for pods, if their jobs must be deleted after them
+        for deletion in filter(None, deletions):
+            self.show("waiting for the workers to save and leave")
+            deletion.finish(self.plan.selector)
+        if training and kind.before and not self._jobs_of(kind):  # a step may have died before it made a job
+            self.client.delete_all(kind.before, self.plan.selector)
+
+    def _begin_deletion(self, kind: JobKind, jobs: list[Object] | None) -> JobDeletion:
+        """Begin to delete jobs of the run; None: all of a kind."""
+        deletion = JobDeletion(self.client, kind)
+        if jobs is None and kind.before is None:
+            self.client.delete_all(kind, self.plan.selector)
+        else:
+            deletion.begin(self._jobs_of(kind) if jobs is None else jobs)
+        return deletion
+
+    def _jobs_of(self, kind: JobKind) -> list[Object]:
+        """The run's jobs of a kind."""
+        return self.client.list(kind, self.plan.selector)[0]
+
     def _running(self, kind: JobKind) -> list[Object]:
         """The run's jobs of a kind that have not ended."""
-        return [job for job in self.client.list(kind, self.plan.selector)[0] if not kind.has_ended(job)]
+        return [job for job in self._jobs_of(kind) if not kind.has_ended(job)]
 
     def _other_owner(self, one: Object) -> str:
         """The name of the workflow that owns an object, if it is not this step's; else ""."""

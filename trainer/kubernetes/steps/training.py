@@ -11,15 +11,16 @@ from trainer.elastic import keys
 from trainer.errors import Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.errors import EtcdError
+from trainer.kubernetes.api.kinds import Object
 from trainer.kubernetes.api.notices import Show
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import WorkerPlan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD
-from trainer.kubernetes.objects.pytorchjob import training_jobs
+from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.kubernetes.steps.credentials import reachable_etcd
 from trainer.kubernetes.steps.job_follower import JobFollower
 from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
-from trainer.kubernetes.steps.workers import KIND, TrainingView, WorkerEnds
+from trainer.kubernetes.steps.workers import TrainingView, WorkerEnds
 from trainer.monitor.dashboard import Dashboard, view
 
 
@@ -59,18 +60,18 @@ class _Training:
 
     def __init__(self, context: StepContext, etcd: EtcdClient, view: TrainingView, logs: Path, show: Show) -> None:
         self._context, self._etcd, self._view, self._logs, self._show = context, etcd, view, logs, show
-        self._plan, self._config = context.plan, context.plan.config
-        self._bodies = {body["metadata"]["name"]: body for body in training_jobs(self._plan)}
+        self._plan, self._config, self._kind = context.plan, context.plan.config, context.plan.kind
+        self._wanted = {job.name: job for job in training_jobs(self._plan)}
         self._jobs = JobFollower(
             context,
-            KIND,
-            {self._called(name): body for name, body in self._bodies.items()},
+            self._kind,
+            {self._called(name): job for name, job in self._wanted.items()},
             self._plan.component("train"),
             show,
-            pod_names={worker.pod: self._worker_name(worker) for worker in self._plan.workers},
+            pod_name=self._pod_name,
             patience=self._config.active_deadline,  # workers need no API server to train
         )
-        self._ends = WorkerEnds(self._plan, self._jobs, show)
+        self._ends = WorkerEnds(self._plan, self._jobs, view, show)
         self._verdict = keys.Verdict("open")
         self._asked_etcd, self._etcd_is_away = 0.0, False
 
@@ -78,11 +79,12 @@ class _Training:
         """Create the jobs that are missing, and keep those that exist: the step may have been restarted."""
         # Find the run's jobs, and its verdict
         part_of = names.selector({"app.kubernetes.io/part-of": names.PREFIX})
-        jobs = self._context.client.list(KIND, part_of)[0]
-        existing = {job["metadata"]["name"]: job for job in jobs if job["metadata"]["name"] in self._bodies}
+        kind = self._kind
+        jobs = self._context.client.list(kind, part_of)[0]
+        existing = {job["metadata"]["name"]: job for job in jobs if job["metadata"]["name"] in self._wanted}
         for name, job in existing.items():
-            refuse_foreign(self._bodies[name], job)
-        under_way = any(not KIND.has_failed(job) for job in existing.values())
+            refuse_foreign(self._wanted[name].body, job)
+        under_way = any(not kind.has_failed(job) for job in existing.values())
         self._verdict = keys.verdict(self._etcd)
         if self._verdict.status == "succeeded":
             return  # `follow` reads the logs of its jobs, if any exist, once more
@@ -93,13 +95,13 @@ class _Training:
         if not under_way:
             keys.reopen(self._etcd)
             self._verdict = keys.Verdict("open")
-        for name in self._bodies:
-            found = self._jobs.create(name, replace=lambda job: KIND.has_ended(job) and not under_way)
+        for name in self._wanted:
+            found = self._jobs.create(name, replace=lambda job: kind.has_ended(job) and not under_way)
             if found is None:
-                self._show(f"{KIND.name} {name} created")
+                self._show(f"{kind.name} {name} created")
             else:
-                self._context.adopt(KIND, found)
-                self._show(f"{KIND.name} {name} exists already: following it")
+                self._context.adopt(kind, found)
+                self._show(f"{kind.name} {name} exists already: following it")
 
     def follow(self) -> list[WorkerPlan]:
         """Follow the training until it has ended. Raises TrainingError if it has failed."""
@@ -109,7 +111,7 @@ class _Training:
                 self._show(f"{run} has ended already: it has {self._verdict.status}")
             else:
                 self._show(f"{run}: {self._config.attendance}")
-                self._show(f"kubectl get {KIND.name.lower()} -n {self._plan.namespace} -l {self._plan.selector}")
+                self._show(f"kubectl get {self._kind.name.lower()} -n {self._plan.namespace} -l {self._plan.selector}")
             for messages in self._jobs.observations():
                 self._view.keep(messages)
                 self._update()
@@ -133,7 +135,7 @@ class _Training:
                 ends.note_pod(pod)
         for pod in jobs.departed if not self._is_over() else ():
             ends.note_departed(pod)
-        for name in self._bodies:
+        for name in self._wanted:
             if jobs.job(name) is not None or not self._is_over():
                 ends.note_job(name)
         if not self._is_over() and time.monotonic() - self._asked_etcd > self._context.timeouts.etcd:
@@ -146,8 +148,10 @@ class _Training:
         return self._verdict.terminal or self._ends.complete
 
     def _refresh(self) -> None:
-        running = [name for name, pod in self._jobs.pods.items() if self._jobs.is_running(pod)]
-        self._view.refresh(self._jobs.silent(), running)
+        by_pod = {name: worker.index for name, pod in self._jobs.pods.items() if (worker := self._plan.worker_of(pod))}
+        running = [index for name, index in by_pod.items() if self._jobs.is_running(self._jobs.pods[name])]
+        silent = {by_pod[name]: since for name, since in self._jobs.silent().items() if name in by_pod}
+        self._view.refresh(silent, running)
 
     def _fail_if_too_few(self) -> None:
         """End a training that has too few workers left, or never had enough."""
@@ -161,7 +165,7 @@ class _Training:
             return
         timeout = self._config.elastic.rdzv_timeout
         workers = self._plan.workers
-        reasons = (self._jobs.why_not_started(worker.job, timeout, [worker.pod]) for worker in workers)
+        reasons = (self._jobs.why_not_started(worker.job, timeout, self._pods_of(worker)) for worker in workers)
         waiting = [f"worker {index}: {why}" for index, why in enumerate(reasons) if why]
         if len(workers) - len(waiting) < least:
             self._fail(f"too few workers have started in {timeout:.0f} s: {waiting[0]}")
@@ -190,25 +194,35 @@ class _Training:
         """Wait until the workers have saved and left: by themselves if they are done, otherwise with their jobs."""
         jobs = self._jobs
         if self._verdict.status == "failed":
-            for name in self._bodies:
-                job = jobs.job(name)
-                alive = any(jobs.exit_status(pod) is None for pod in jobs.pods_of(name))
-                if job is not None and (alive or not KIND.has_ended(job)):  # a failed job's pods may still run
-                    jobs.delete(name)
+            jobs.delete(*(name for name in self._wanted if self._is_alive(name)))
         deadline = time.monotonic() + GRACE_PERIOD
         for messages in jobs.observations():
             self._view.keep(messages)
             self._update()
-            if not any(jobs.is_running(pod) for pod in jobs.pods.values()) or time.monotonic() > deadline:
+            left = jobs.is_deleting or any(jobs.is_running(pod) for pod in jobs.pods.values())
+            if not left or time.monotonic() > deadline:
                 break
         self._view.keep(jobs.finish_reading(list(jobs.pods.values())))
         self._refresh()
+
+    def _is_alive(self, name: str) -> bool:
+        """Whether a job has not ended, or its pods have not: a failed job's may still run."""
+        job, pods = self._jobs.job(name), self._jobs.pods_of(name)
+        alive = any(self._jobs.exit_status(pod) is None for pod in pods)
+        return job is not None and (alive or not self._kind.has_ended(job))
+
+    def _pods_of(self, worker: WorkerPlan) -> list[Object]:
+        return [pod for pod in self._jobs.pods_of(worker.job) if self._plan.worker_of(pod) == worker]
 
     def _called(self, job: str) -> str:
         """A job's display name: that of its workers."""
         members = [worker for worker in self._plan.workers if worker.job == job]
         several = f"workers {', '.join(str(worker.index) for worker in members)}"
         return self._worker_name(members[0]) if len(members) == 1 else several
+
+    def _pod_name(self, pod: Object) -> str:
+        worker = self._plan.worker_of(pod)
+        return self._worker_name(worker) if worker else ""
 
     def _worker_name(self, worker: WorkerPlan) -> str:
         return f"worker {worker.index}" + (f" at {worker.site.name}" if len(self._plan.sites) > 1 else "")

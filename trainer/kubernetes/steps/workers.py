@@ -1,13 +1,13 @@
 """The workers of a training on a cluster: their progress, how they end, which are lost, and why."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from trainer.elastic.keys import Verdict
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.api import diagnosis
-from trainer.kubernetes.api.kinds import PYTORCH_JOB, Object
+from trainer.kubernetes.api.kinds import Object
 from trainer.kubernetes.api.notices import Show
 from trainer.kubernetes.objects.plan import Plan, WorkerPlan
 from trainer.kubernetes.steps.job_follower import JobFollower, Message
@@ -16,7 +16,7 @@ from trainer.monitor.dashboard import Dashboard, View
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.monitor.worker_log import WorkerEvents
 
-KIND = PYTORCH_JOB  # of the training's jobs
+_FRUITLESS = 6  # pods in a row that end before they have trained a step: the next ones would, too
 
 
 class TrainingView:
@@ -24,8 +24,8 @@ class TrainingView:
 
     def __init__(self, plan: Plan, directory: Path, dashboard: Dashboard, shown: View) -> None:
         self._plan, self._dashboard, self._shown = plan, dashboard, shown
-        self._processes = plan.config.elastic.nproc_per_node
-        self._by_pod = {worker.pod: worker for worker in plan.workers}
+        self._processes = plan.config.workers_per_node
+        self._trained: set[str] = set()  # uids of pods that have trained a step
         self._events = WorkerEvents(directory, self._processes)
         self._progress = [
             WorkerProgress(number, self._events.path(number)) for number in range(len(plan.workers) * self._processes)
@@ -34,19 +34,26 @@ class TrainingView:
     def keep(self, messages: Sequence[Message]) -> None:
         """Keep the events among the pods' messages."""
         for message in messages:
-            worker = self._by_pod.get(message.pod["metadata"]["name"])
+            worker = self._plan.worker_of(message.pod)
             if worker is not None and message.word == pod_main.METRICS:
                 self._events.write(worker.index, message.content)
+                if message.content.get("event") == "step":
+                    self._trained.add(message.pod["metadata"]["uid"])
 
-    def refresh(self, silent: Mapping[str, float], running: Sequence[str]) -> None:
+    def has_trained(self, pod: Object) -> bool:
+        """Whether a pod has reported an inner step."""
+        return pod["metadata"]["uid"] in self._trained
+
+    def refresh(self, silent: Mapping[int, float], running: Collection[int]) -> None:
         """Show the run's progress, by the workers that are not silent: the state of the others is outdated.
 
         Args:
-            silent: Pods from which no news arrives, though they may run: since when, in Unix seconds.
+            silent: Workers, by index, from which no news arrives, though they may run: since when, in Unix seconds.
+            running: Those whose pods run.
         """
         for worker in self._plan.workers:
             for progress in self._progress_of(worker):
-                progress.silent = worker.pod in silent
+                progress.silent = worker.index in silent
         heard = set(running) - silent.keys()
         self._dashboard.silent_since = None if heard or not silent else min(silent.values())
         for progress in self._progress:
@@ -72,12 +79,12 @@ class TrainingView:
 class WorkerEnds:
     """The pods that have ended, and the workers that are lost permanently."""
 
-    def __init__(self, plan: Plan, jobs: JobFollower, show: Show) -> None:
-        self._plan, self._jobs, self._show = plan, jobs, show
-        self._by_pod = {worker.pod: worker for worker in plan.workers}
+    def __init__(self, plan: Plan, jobs: JobFollower, view: TrainingView, show: Show) -> None:
+        self._plan, self._jobs, self._view, self._show = plan, jobs, view, show
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: why
         self._why: dict[int, str] = {}  # why a worker's last pod has ended
         self._out_of_memory: Counter[int] = Counter()  # how often a worker ran out of memory
+        self._fruitless: Counter[int] = Counter()  # pods of a worker in a row that have ended before they trained
         self.complete = False  # whether a worker that had completed the run has ended
         self.lost: dict[int, str] = {}  # why workers have failed permanently, by index
 
@@ -98,23 +105,35 @@ class WorkerEnds:
             self.complete = True
             return
         why = self._ended[uid] = self._jobs.why_ended(pod)
-        worker = self._by_pod.get(pod["metadata"]["name"])
-
-        # After several kills for lack of memory, the worker is lost: its next pods would run out of memory, too
-        exhausted = False
-        if worker is not None and diagnosis.is_out_of_memory(pod, self._jobs.container):
-            self._out_of_memory[worker.index] += 1
-            most = min(MEMORY_KILLS, self._plan.config.elastic.max_restarts + 1)
-            exhausted = self._out_of_memory[worker.index] >= most
-        lost = worker is not None and worker.index in self.lost
-        restarted = code is not None and code >= 128 and not exhausted and not lost
-        outlook = f": {KIND.name} restarts it" if restarted else ""
+        worker, kind = self._plan.worker_of(pod), self._plan.kind
+        if worker is None:
+            self._show(f"{self._jobs.called(pod)} has ended: {why}")
+            return
+        self._why[worker.index] = why
+        exhausted = self._is_exhausted(worker, pod)
+        comes_back = not (exhausted or self._has_failed(pod) or worker.index in self.lost)
+        outlook = f": {kind.name} restarts it" if comes_back and self._jobs.restarts(worker.job) else ""
         self._show(f"{self._jobs.called(pod)} has ended: {why}{outlook}")
-        if worker is not None:
-            self._why[worker.index] = why
-            if exhausted:
-                self._jobs.delete(worker.job)
-                self.lose(self.members(worker.job), why)
+        if exhausted:
+            self._jobs.delete(worker.job)
+            self.lose(self.members(worker.job), why)
+
+    def _is_exhausted(self, worker: WorkerPlan, pod: Object) -> bool:
+        """Count how often a worker has ended in vain. Returns whether its next pods would do the same."""
+        if diagnosis.is_out_of_memory(pod, self._jobs.container):
+            self._out_of_memory[worker.index] += 1
+        if self._view.has_trained(pod):
+            self._fruitless[worker.index] = 0
+        elif self._jobs.exit_status(pod) != diagnosis.TERMINATED and not diagnosis.why_lost(pod):
+            self._fruitless[worker.index] += 1
+        most = min(MEMORY_KILLS, self._plan.config.elastic.max_restarts + 1)
+        return self._out_of_memory[worker.index] >= most or self._fruitless[worker.index] >= _FRUITLESS
+
+    def _has_failed(self, pod: Object) -> bool:
+        """Whether a pod has ended by a failure for which its job makes no other one."""
+        code = self._jobs.exit_status(pod)
+        disrupted = self._plan.kind.retries_disrupted and diagnosis.is_disrupted(pod)
+        return code is not None and 0 < code < 128 and not disrupted
 
     def note_departed(self, pod: Object) -> None:
         """Note that a pod was deleted, unless its end has been noted."""
@@ -128,11 +147,11 @@ class WorkerEnds:
         job, members = self._jobs.job(name), self.members(name)
         if job is None:
             if self._jobs.was_deleted(name):
-                self.lose(members, f"{KIND.name} {name} was deleted")
+                self.lose(members, f"{self._plan.kind.name} {name} was deleted")
             return
         for worker in members:
             self._note_worker(worker, job)
-        self.complete |= KIND.has_succeeded(job)
+        self.complete |= self._plan.kind.has_succeeded(job)
 
     def lose(self, workers: Sequence[WorkerPlan], why: str) -> None:
         """Note that workers have failed permanently, unless it is known already."""
@@ -164,11 +183,11 @@ class WorkerEnds:
 
         The training operator fails a job with the first of its pods that fails, and leaves the others running.
         """
-        pods = (pod for pod in self._jobs.pods_of(worker.job) if pod["metadata"]["name"] == worker.pod)
-        pod = next(pods, None)
-        code = None if pod is None else self._jobs.exit_status(pod)
-        failed = code is not None and 0 < code < 128
-        gone = KIND.has_failed(job) and code != 0 and (pod is None or code is not None)
-        if failed or gone:
+        kind, jobs = self._plan.kind, self._jobs
+        pods = [pod for pod in jobs.pods_of(worker.job) if self._plan.worker_of(pod) == worker]
+        pod = next((pod for pod in pods if jobs.exit_status(pod) is None), pods[-1] if pods else None)
+        code = None if pod is None else jobs.exit_status(pod)
+        gone = kind.has_failed(job) and code != 0 and (pod is None or code is not None)
+        if gone or (pod is not None and self._has_failed(pod)):
             why = self._ended.get(pod["metadata"]["uid"], "") if pod else ""
-            self.lose([worker], why or KIND.why_failed(job) or "unknown")
+            self.lose([worker], why or kind.why_failed(job) or "unknown")

@@ -20,6 +20,7 @@ from trainer.monitor.report.curves import last_finite
 from trainer.monitor.report.run import RunHistory, read_run
 from trainer.monitor.report.summary import write_summary
 from trainer.monitor.report.words import byte_count, count, seconds, short
+from trainer.monitor.verify import judged
 
 VERDICTS = {
     "complete": ("good", "✓", "Complete"),
@@ -41,7 +42,8 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     from trainer.monitor.report.charts import charts
 
     run = read_run(run_dir)
-    write_summary(run_dir)
+    judgement = judged(run.directory)
+    write_summary(run_dir, judgement)
     evaluation = run.evaluation or {}
     tone, mark, verdict = VERDICTS[run.status]
     text = page(
@@ -64,6 +66,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         confusions=tables.confusions(evaluation),
         rounds=tables.rounds(run),
         history=tables.history(run),
+        judgement=judgement,
         settings=tables.settings(run.config),
     )
     path = Path(output) if output else run.directory / "report.html"
@@ -149,6 +152,14 @@ def _tiles(run: RunHistory) -> list[Tile]:
     if run.samples and wall > 0:
         rate, unit = (run.tokens, run.unit) if run.tokens else (run.samples, "samples")
         tiles.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
+    if math.isfinite(rate := run.typical("flops_per_second")):
+        mfu = run.typical("mfu")
+        note = f"{mfu:.1%} of the devices' peak (MFU)" if math.isfinite(mfu) else "median of the rounds"
+        tiles.append(Tile("Model FLOPs", short(rate), "a second and worker", note))
+    if math.isfinite(run.peak_memory):
+        value, unit = byte_count(run.peak_memory).split(" ")
+        note = f"{short(run.peak_memory / run.parameters)} bytes a parameter" if run.parameters else ""
+        tiles.append(Tile("Peak memory", value, f"{unit} a process", note))
     if math.isfinite(run.goodput):
         note = "spent in inner steps that were kept"
         tiles.append(Tile("Goodput", f"{100 * run.goodput:.1f}", "% of wall time", note))

@@ -24,7 +24,7 @@ from trainer.tasks import Task, tasks
 COLUMNS = {
     "step": "step loss samples tokens seconds wall",
     "round": "round attempt step world_size loss bytes_sent bytes_received sync_seconds exposed_seconds inner_steps "
-    "samples time seconds",
+    "samples time seconds flops_per_second mfu peak_memory",
     "eval": "round step loss samples",
 }
 
@@ -151,6 +151,16 @@ class RunHistory(Curves):
         wall = sum(worker.wall_seconds for worker in self.workers)
         steps = sum(len(worker.steps) for worker in self.workers)
         return sum(worker.useful_seconds for worker in self.workers) / wall if steps and wall > 0 else math.nan
+
+    def typical(self, column: str) -> float:
+        """The median of a column over all workers' rounds (`flops_per_second`, a worker's; `mfu`); NaN: not known."""
+        values = pd.concat([worker.rounds[column] for worker in self.workers] or [pd.Series(dtype=float)])
+        return float(values.median())
+
+    @property
+    def peak_memory(self) -> float:
+        """The most bytes of a process on its device; NaN: not known."""
+        return max((float(worker.rounds["peak_memory"].max()) for worker in self.workers), default=math.nan)
 
     @property
     def exposed_share(self) -> float:

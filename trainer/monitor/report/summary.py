@@ -8,16 +8,21 @@ from typing import Any
 from trainer.files import write_json
 from trainer.monitor.report.curves import last_finite
 from trainer.monitor.report.run import RunHistory, read_run
+from trainer.monitor.verify import Judgement, judged
 
 
-def write_summary(run_dir: Path | str) -> Path:
-    """Write `<run_dir>/summary.json`, whole or not at all, and return its path. Unknown values are null."""
+def write_summary(run_dir: Path | str, judgement: Judgement | None = None) -> Path:
+    """Write `<run_dir>/summary.json`, whole or not at all, and return its path. Unknown values are null.
+
+    `judgement` is what `verify` says of the run; None: it is asked.
+    """
     run = read_run(run_dir)
-    write_json(path := run.directory / "summary.json", summary(run))
+    judgement = judgement or judged(run.directory)
+    write_json(path := run.directory / "summary.json", summary(run, judgement))
     return path
 
 
-def summary(run: RunHistory) -> dict[str, Any]:
+def summary(run: RunHistory, judgement: Judgement | None = None) -> dict[str, Any]:
     """The content of `summary.json`: plain JSON values, no NaN."""
     rounds, round_losses = run.round_losses
     steps, _ = run.step_losses
@@ -33,10 +38,17 @@ def summary(run: RunHistory) -> dict[str, Any]:
         **{name: getattr(run, name) for name in ("exposed_share", "wall_seconds")},
         "samples_per_second": run.samples / wall if wall > 0 else None,
         "tokens_per_second": run.tokens / wall if wall > 0 else None,
-        "goodput": run.goodput,
+        **{name: run.typical(name) for name in ("flops_per_second", "mfu")},
+        **{name: getattr(run, name) for name in ("peak_memory", "goodput")},
         "workers": {
             worker.name: {"status": worker.status, "steps": len(worker.steps), "goodput": worker.goodput}
             for worker in run.workers
+        },
+        "verified": judgement
+        and {
+            "headline": judgement.headline,
+            "refuted": judgement.names("refuted"),
+            "unknown": judgement.names("unknown"),
         },
         "warnings": len(run.of_kind("warning")),
         **{name: getattr(run, name) for name in ("global_hashes", "dataset_hash", "versions", "config")},

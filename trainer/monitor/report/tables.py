@@ -18,7 +18,12 @@ MOST_ROWS = 200  # of the table of rounds, and of the history
 MOST_CLASSES = 20  # of a confusion matrix that is shown; of a larger one the most frequent confusions are
 MOST_CONFUSIONS = 20
 # Changes of the membership, in words.
-CHANGES = {"joined": "joined workers", "quorum": "new quorum of workers", "took moments": "took another's moments"}
+CHANGES = {
+    "joined": "joined workers",
+    "quorum": "new quorum of workers",
+    "took moments": "took another's moments",
+    "took kept state": "took the state that its node had kept",
+}
 
 Row = dict[str, Any]
 
@@ -110,6 +115,8 @@ def history(run: RunHistory) -> list[Row]:
     found: dict[tuple[str, str], Row] = {}
     for kind in ("start", "membership", "warning", "end"):
         for worker, event in run.of_kind(kind):
+            if event.get("change") == "joining":  # `start` tells more
+                continue
             text = _in_words(event)
             row = found.setdefault((kind, text), {"time": number(event.get("time")), "workers": []})
             row["workers"].append(worker.name)

@@ -37,7 +37,7 @@ def seconds(value: float) -> str:
 
 def short(value: float) -> str:
     """A number in three digits: `812`, `12.3k`, `4.56M`."""
-    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for scale, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * scale:
             return f"{value / scale:.3g}{letter}"
     return f"{value:.3g}"

@@ -1,0 +1,42 @@
+"""Leaving without taking the run's newest state along: another node's volume has to hold it, too."""
+
+import logging
+import threading
+import time
+
+from trainer.elastic.keys import records_of
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.errors import EtcdError
+from trainer.protocol.records import Durable, Member, RoundState, view_of
+from trainer.timeouts import MemberTimeouts
+
+log = logging.getLogger(__name__)
+
+_pause = threading.Event()  # never set: etcd is asked again and again
+
+
+def departing(record: RoundState | None) -> frozenset[str]:
+    """The members of the last quorum that have returned their samples: the record takes their assignments away."""
+    if record is None or record.committed is None or record.length == 0:
+        return frozenset()
+    return frozenset(record.committed.members) - record.assignments.keys()
+
+
+def wait_for_a_copy(client: EtcdClient, me: Member, saved: Durable, timeouts: MemberTimeouts) -> None:
+    """Wait until another node has saved the state that this one has saved last, or a later one.
+
+    The others save as soon as they see that a member is leaving. This does not wait if no other node is there, or if
+    all of them are leaving, and not for longer than `timeouts.copy`.
+    """
+    deadline = time.monotonic() + timeouts.copy
+    while time.monotonic() < deadline:
+        try:
+            view = view_of(records_of(client))
+        except EtcdError:
+            return
+        staying = {id for id in view.present if view.members[id].node != me.node}
+        elsewhere = [one for one in view.saved.values() if one.member in staying]
+        if not staying or any((one.term, one.round) >= (saved.term, saved.round) for one in elsewhere):
+            return
+        _pause.wait(timeouts.poll)
+    log.warning("leaving, although no other node has saved round %d yet", saved.round, extra={"event": True})

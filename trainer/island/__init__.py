@@ -1,0 +1,1 @@
+"""Islands: one worker that consists of the processes of a node (docs/design/islands.md)."""

@@ -1,0 +1,77 @@
+"""The global state in a node's memory, for the island that follows one whose process has died."""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.diloco import GlobalState
+from trainer.diloco.state import hash_of
+from trainer.island.memory import BYTES, NodeMemory
+
+FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A state that is as its hash says."""
+
+    round: int
+    step: int
+    term: int
+    cursor: dict[str, Any]  # the position in the samples
+    tensors: Mapping[str, Tensor]
+
+
+class KeptState:
+    """Says where in the node's memory the global state is. Close it, to end its thread.
+
+    Vectors are used again, so a state may be overwritten after it was kept: `find` checks the hash.
+    """
+
+    def __init__(self, memory: NodeMemory) -> None:
+        self._memory = memory
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash the state")
+
+    def keep(self, state: GlobalState, term: int, cursor: Mapping[str, Any]) -> None:
+        """Note the present state; it is hashed on another thread."""
+        tensors = state.tensors
+        names = {name: self._memory.name_of(tensor)[0] for name, tensor in tensors.items()}
+        place = {"round": state.round, "step": state.step, "term": term, "cursor": cursor, "vectors": names}
+        self._thread.submit(self._write, place, tensors)
+
+    def find(self) -> Kept | None:
+        """The newest state that an earlier leader has left, if it is intact."""
+        directory, size = self._memory.directory, self._memory.size * BYTES
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((directory / FILE).read_text())
+            paths = {name: directory / vector for name, vector in found["vectors"].items()}
+            if all(path.stat().st_size == max(size, BYTES) for path in paths.values()):
+                maps = {name: np.memmap(path, dtype=np.float32, mode="c") for name, path in paths.items()}
+                tensors = {name: torch.from_numpy(one)[: self._memory.size] for name, one in maps.items()}
+                if hash_of(*tensors.values()) == found["hash"]:
+                    return Kept(found["round"], found["step"], found["term"], found["cursor"], tensors)
+        return None
+
+    def forget(self) -> None:
+        """Remove what earlier leaders have left."""
+        self._memory.forget()
+
+    def close(self, *, remove: bool) -> None:
+        """Args: remove: whether no island will follow this one in the run."""
+        if remove:
+            self._memory.close()
+        self._thread.shutdown()
+
+    def _write(self, place: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        path = self._memory.directory / FILE
+        text = json.dumps({**place, "hash": hash_of(*tensors.values())})
+        with suppress(OSError):  # the directory was removed: the run is over
+            path.with_suffix(".new").write_text(text)
+            path.with_suffix(".new").replace(path)

@@ -1,0 +1,99 @@
+"""The inner optimizer of an island, as a checkpoint and a joiner know it: whole, whatever the layout."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from trainer.island.layout import IslandLayout
+from trainer.island.memory import NodeMemory
+from trainer.island.processes import Island
+
+
+class IslandOptimizer:
+    """Saves and restores the state of the processes' optimizers, constructed by all; only the leader's is called.
+
+    The state of a parameter is either a number or has its shape. What is sharded is put together in the node's
+    shared memory, so that no device ever holds all of it.
+
+    Args:
+        optimizer: This process's; the same in all.
+    """
+
+    def __init__(self, optimizer: Optimizer, layout: IslandLayout, island: Island, memory: NodeMemory) -> None:
+        self._optimizer, self._layout, self._island, self._memory = optimizer, layout, island, memory
+        self._sharded = any(isinstance(parameter, DTensor) for parameter in layout.parameters)
+        numbers = {id(parameter): index for index, parameter in enumerate(self._parameters())}
+        # By position in the vector: the number by which the optimizer's state knows the parameter
+        self._numbers = [numbers[id(parameter)] for parameter in layout.parameters]
+        island.on(save_moments=self._save, load_moments=self._load)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with whole tensors on the host; those of replicas are the leader's own."""
+        found = self._optimizer.state_dict()
+        if not self._sharded:
+            return found
+        state = {number: dict(values) for number, values in found["state"].items()}
+        vectors = {key: self._memory.new() for key in self._keys(state)}
+        with self._memory.lent(*vectors.values()) as places:
+            self._island.run("save_moments", places=_named(vectors, places))
+        for key, flat in vectors.items():
+            for number, view in zip(self._numbers, self._layout.named(flat).values(), strict=True):
+                if key in state.get(number, {}):
+                    state[number][key] = view
+        return {**found, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, whatever layout it was saved with; settings stay this optimizer's own."""
+        state = state_dict["state"]
+        vectors = {key: self._memory.new() for key in self._keys(state)}
+        for key, flat in vectors.items():
+            for number, view in zip(self._numbers, self._layout.named(flat).values(), strict=True):
+                if key in state.get(number, {}):
+                    view.copy_(state[number][key])
+        scalars = {
+            str(number): {key: None if key in vectors else float(value) for key, value in values.items()}
+            for number, values in state.items()
+        }
+        with self._memory.lent(*vectors.values()) as places:
+            self._island.run("load_moments", places=_named(vectors, places), scalars=scalars)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _keys(self, state: dict[int, dict[str, Any]]) -> list[str]:
+        """The names of what has a parameter's shape."""
+        return sorted({key for values in state.values() for key, value in values.items() if getattr(value, "ndim", 0)})
+
+    def _save(self, places: dict[str, str]) -> None:
+        for key, place in places.items():
+            own = [self._optimizer.state.get(parameter, {}).get(key) for parameter in self._layout.parameters]
+            for view, part in self._layout.pairs(self._memory.at(place), own):
+                view.copy_(part)
+        self._island.barrier()
+
+    def _load(self, places: dict[str, str], scalars: dict[str, dict[str, float | None]]) -> None:
+        parameters = self._parameters()
+        state: dict[int, dict[str, Tensor]] = {}
+        for number, values in scalars.items():
+            own = state[int(number)] = {}
+            for key, value in values.items():
+                like = parameters[int(number)].detach()
+                own[key] = torch.empty_like(like) if value is None else torch.tensor(value, dtype=torch.float32)
+        for key, place in places.items():
+            tensors = [state.get(number, {}).get(key) for number in self._numbers]
+            for view, part in self._layout.pairs(self._memory.at(place), tensors):
+                part.copy_(view)
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+        self._island.barrier()
+
+
+def _named(vectors: dict[str, Tensor], places: list[tuple[str, int]]) -> dict[str, str]:
+    """By key, the name of the vector in the node's memory."""
+    return {key: name for key, (name, _) in zip(vectors, places, strict=True)}

@@ -1,0 +1,83 @@
+"""How the processes of an island share a model: torch's DistributedDataParallel, or FSDP2, block by block."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from trainer.errors import ConfigError
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """A transformer's layers: the `ModuleList` with the most parameters; none if there is no such list."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return list(max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=()))
+
+
+def checkpoint_blocks(model: nn.Module, name: str) -> None:
+    """Let each block keep its inputs only, and compute the rest again in the backward pass.
+
+    Raises:
+        ConfigError: The model has no blocks; `name` is its.
+    """
+    chosen = blocks(model)
+    if not chosen:
+        raise ConfigError("activation_checkpointing", "block", f"needs a transformer; {name} has no blocks")
+    for block in chosen:
+        block.forward = partial(_checkpointed, block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, **named)
+
+
+def shard(model: nn.Module, device: torch.device, name: str) -> None:
+    """Shard a model over the processes of the island, in place: each block by itself, then the rest.
+
+    Parameters stay float32; on GPUs, blocks compute in bfloat16, and gradients are averaged in float32.
+
+    Args:
+        name: The model's, for the error.
+
+    Raises:
+        ConfigError: The model has no blocks.
+    """
+    chosen = blocks(model)
+    if not chosen:
+        raise ConfigError(
+            "inner_parallel", "fsdp", f"needs a model with blocks, a transformer; {name} has none: use ddp"
+        )
+    options: dict[str, Any] = {"mesh": DeviceMesh.from_group(_world(), device.type)}
+    if device.type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in [*chosen, model]:
+        fully_shard(module, **options)
+
+
+@contextmanager
+def resharding(model: nn.Module) -> Iterator[None]:
+    """At the end, give up whole parameters that passes without a backward pass have left: a change makes them stale."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A result over sharded tensors, such as a norm, as a plain tensor; all processes call this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _world() -> Any:
+    return torch.distributed.group.WORLD

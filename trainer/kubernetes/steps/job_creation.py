@@ -1,0 +1,79 @@
+"""Creates a job with what it needs, or finds it."""
+
+import time
+from collections.abc import Callable
+
+from trainer.errors import TrainingError
+from trainer.kubernetes.api.client import RUNTIME_UNSEEN, ApiError, Client
+from trainer.kubernetes.api.kinds import KINDS, POD, JobKind, Object
+from trainer.kubernetes.objects.plan import JobObjects
+from trainer.kubernetes.steps.job_deletion import JobDeletion
+from trainer.kubernetes.steps.step_context import refuse_foreign
+
+
+def create_job(
+    client: Client, kind: JobKind, wanted: JobObjects, labels: str, replace: Callable[[Object], bool]
+) -> tuple[Object, bool]:
+    """Create a job, unless it exists. Returns it, and whether it existed.
+
+    Args:
+        labels: Selects the job and its pods, perhaps among others.
+        replace: Whether to delete a job that exists, and to create it anew.
+
+    Raises:
+        ConfigError: The name is taken by a job of another run.
+        TrainingError: It cannot be created.
+    """
+    deadline = time.monotonic() + client.timeouts.deleted
+    while True:
+        job = client.get(kind, wanted.name)
+        if job is not None:
+            refuse_foreign(wanted.body, job)
+        if job is None:
+            left = "pods of an earlier one still exist"
+            try:
+                if not _has_pods(client, kind, wanted.name, labels):
+                    return _create(client, wanted), False
+            except ApiError as error:
+                if error.reason != "AlreadyExists" or time.monotonic() > deadline:
+                    raise
+        elif job["metadata"].get("deletionTimestamp"):
+            left = "it was deleted, and still exists"
+        elif replace(job):
+            deletion = JobDeletion(client, kind)
+            deletion.begin([job])
+            deletion.finish(labels)
+            continue
+        else:
+            return job, True
+        if time.monotonic() > deadline:
+            raise TrainingError(f"{kind.name} {wanted.name} cannot be created: {left}")
+        time.sleep(client.timeouts.poll)
+
+
+def _has_pods(client: Client, kind: JobKind, name: str, labels: str) -> bool:
+    """Whether an earlier job of this name has left pods, which the new one's could not be told from."""
+    return kind.before is not None and any(kind.job_of(pod) == name for pod in client.list(POD, labels)[0])
+
+
+def _create(client: Client, wanted: JobObjects) -> Object:
+    if wanted.before is None:
+        return client.create(wanted.body)
+    try:
+        client.create(wanted.before)
+    except ApiError as error:
+        if error.reason != "AlreadyExists":
+            raise
+        # A step has left it that died before it could create the job, or after it had deleted that
+        client.delete(KINDS[wanted.before["kind"]], wanted.name)
+        raise
+    # The webhook that checks a TrainJob may not have heard of its runtime yet
+    refused: float | None = None  # when it refused for the first time
+    while True:
+        try:
+            return client.create(wanted.body)
+        except ApiError as error:
+            refused = refused or time.monotonic()
+            if error.reason != RUNTIME_UNSEEN or time.monotonic() - refused > client.timeouts.seen:
+                raise
+        time.sleep(client.timeouts.poll)

@@ -1,0 +1,111 @@
+"""Deletes jobs so that none of their pods comes back, and none is left on a claim."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from trainer.errors import TrainingError
+from trainer.kubernetes.api.client import ApiError, Client
+from trainer.kubernetes.api.kinds import POD, JobKind, Object
+
+_AT_ONCE = 16  # requests
+
+
+class JobDeletion:
+    """Jobs of one kind that are being deleted.
+
+    A job's controller makes its pods again as long as it has not noticed the deletion, and a job of the same name gets
+    a pod while the old one still saves. Therefore a TrainJob is suspended first, deleted when its pods are gone, and
+    its runtime, without which the API server accepts no change of it, is deleted last. Kinds without such an object
+    (`JobKind.before`) are deleted at once: their pods belong to the job itself, and are named after it.
+
+    Nothing waits here, except for `finish`: `advance` takes the next step of each job, if it is time.
+    """
+
+    def __init__(self, client: Client, kind: JobKind) -> None:
+        self._client, self._kind, self._timeouts = client, kind, client.timeouts
+        self._leaving: dict[str, float] = {}  # jobs that are not deleted yet, by name: since when
+        self._deleted: set[str] = set()  # jobs whose deletion was requested
+
+    def __bool__(self) -> bool:
+        """Whether something is left to do."""
+        return bool(self._leaving)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a job of this name is being deleted, or was."""
+        return name in self._leaving or name in self._deleted
+
+    def forget(self, name: str) -> None:
+        """A job of this name is to be created again."""
+        self._leaving.pop(name, None)
+        self._deleted.discard(name)
+
+    def begin(self, jobs: Sequence[Object]) -> None:
+        """Delete these jobs, or suspend those with pods, all at once: a step that was cancelled may have a second."""
+        if not jobs:
+            return
+        with ThreadPoolExecutor(min(_AT_ONCE, len(jobs))) as pool:
+            list(pool.map(self._begin, jobs))
+
+    def _begin(self, job: Object) -> None:
+        name = job["metadata"]["name"]
+        if self._kind.before is None or self._kind.has_ended(job):
+            self._delete(name)
+        elif not self._kind.is_suspended(job):
+            try:
+                self._client.patch(self._kind, name, self._kind.suspension())
+            except ApiError as error:
+                if error.reason != "NotFound":
+                    raise
+        if self._kind.before is not None:
+            self._leaving.setdefault(name, time.monotonic())
+
+    def advance(self, jobs: Mapping[str, Object], pods: Iterable[Object]) -> None:
+        """Take the next step with each job.
+
+        Args:
+            jobs: The existing ones by name.
+            pods: All of these jobs.
+        """
+        if not self._leaving:
+            return
+        occupied = {self._kind.job_of(pod) for pod in pods}
+        for name in list(self._leaving):
+            job = jobs.get(name)
+            if job is None:
+                if self._kind.before is not None:
+                    self._client.delete(self._kind.before, name)
+                self._deleted.add(name)
+                del self._leaving[name]
+            elif name not in self._deleted and self._may_go(job, name in occupied):
+                self._delete(name)
+
+    def finish(self, labels: str) -> None:
+        """Wait until all is done. Raises TrainingError if a job stays.
+
+        Args:
+            labels: Selects the jobs and their pods.
+        """
+        deadline = time.monotonic() + 2 * self._timeouts.deleted
+        while self._leaving:
+            jobs = {job["metadata"]["name"]: job for job in self._client.list(self._kind, labels)[0]}
+            self.advance(jobs, self._client.list(POD, labels)[0])
+            if self._leaving and time.monotonic() > deadline:
+                name = next(iter(self._leaving))
+                raise TrainingError(f"{self._kind.name} {name} was deleted, and still exists: {self._kind.controller}")
+            if self._leaving:
+                time.sleep(self._timeouts.poll)
+
+    def _may_go(self, job: Object, has_pods: bool) -> bool:
+        """Whether no pod of a job is left, and none will be made; or it is no use to wait for that."""
+        waited = time.monotonic() - self._leaving[job["metadata"]["name"]]
+        if self._kind.has_ended(job) or waited > self._timeouts.deleted:
+            return True
+        if waited > self._timeouts.seen and not self._kind.is_suspended(job):
+            return True  # a queue has resumed it
+        ignored = self._kind.is_ignored(job) and waited > self._timeouts.seen
+        return (self._kind.has_stopped(job) or ignored) and not has_pods
+
+    def _delete(self, name: str) -> None:
+        self._client.delete(self._kind, name)
+        self._deleted.add(name)

@@ -1,0 +1,243 @@
+"""Claims about samples: which positions were trained on, by whom, and what became of the others."""
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterable
+
+from trainer.protocol.history import Began, CaughtUp, Committed, Dealt, Ended, History, Life, Stepped
+from trainer.protocol.proof.commits import NO_TERMS
+from trainer.protocol.proof.notes import Notes
+from trainer.protocol.ranges import common, joined, minus, overlaps, text, union
+from trainer.protocol.records import Cursor, Range
+from trainer.protocol.samples import SampleLedger, allocate, count
+
+NO_DEALS = "which positions were dealt, which older versions have not written"
+
+
+def samples_once(history: History, notes: Notes) -> None:
+    """Every sample position was trained on at most once an epoch and term."""
+    if not history.has_terms:
+        notes.cannot(NO_TERMS)
+    by_term: dict[int, list[tuple[Range, str]]] = defaultdict(list)
+    for _, step in history.of(Stepped):
+        if step.term is not None:
+            notes.judged += 1
+            by_term[step.term] += [(part, step.where) for part in step.positions]
+    for term, consumed in by_term.items():
+        for part, one, other in overlaps(consumed):
+            notes.refute(f"position {text([part])} was trained on twice in term {term}", one, other)
+
+
+def samples_in_base(history: History, notes: Notes) -> None:
+    """No term trained again on a sample that the state it began from contains."""
+    if not history.elastic:
+        notes.cannot("data parallelism, whose restarts begin no term")
+        return
+    for term, base in history.bases.items():
+        cursors = history.cursors.get((term, base), [])
+        if not cursors and base == 0:
+            cursors = [(Cursor(), "")]
+        if not cursors:
+            notes.cannot(f"the samples' cursor at the beginning of term {term}")
+            continue
+        cursor, told = cursors[0]
+        for _, deal in history.of(Dealt):
+            if deal.term == term:
+                notes.judged += 1
+                again = minus(common(deal.ranges, [(0, cursor.position)]), cursor.returned)
+                if again:
+                    notes.refute(
+                        f"position {text(again)} was dealt in term {term}, whose base contains it", deal.where, told
+                    )
+    sent = {term: _Sent(history, term) for term in history.terms}
+    for (term, round), cursors in history.cursors.items():
+        cursor, told = cursors[0]
+        notes.judged += 1
+        if found := term in sent and sent[term].counted(cursor.returned, round):
+            part, where = found
+            notes.refute(
+                f"position {text([part])} is counted in round {round}, and called unused after it", told, where
+            )
+
+
+class _Sent:
+    """The positions of a term that its members have sent, each with its round, in the order of positions."""
+
+    def __init__(self, history: History, term: int) -> None:
+        found = [
+            (part, round, step.where) for step, round in history.contributions.get(term, []) for part in step.positions
+        ]
+        self._found = sorted(found)
+
+    def counted(self, ranges: Iterable[Range], round: int) -> tuple[Range, str] | None:
+        """One of the positions that was sent with this round or an earlier one, and where it was trained on."""
+        for start, stop in ranges:
+            index = max(0, bisect.bisect_left(self._found, start, key=lambda one: one[0][0]) - 1)
+            while index < len(self._found) and self._found[index][0][0] < stop:
+                part, sent, where = self._found[index]
+                if part[1] > start and sent <= round:
+                    return (max(start, part[0]), min(stop, part[1])), where
+                index += 1
+        return None
+
+
+def samples_in_order(history: History, notes: Notes) -> None:
+    """Each worker trained on the positions that it was dealt, in their order, and returned exactly the others."""
+    if not history.elastic:
+        notes.cannot("data parallelism, whose ranks share an assignment")
+        return
+    if not any(history.of(Dealt)):
+        notes.cannot(NO_DEALS)
+    used: dict[str, list[Range]] = defaultdict(list)  # by worker
+    for life in history.lives:
+        _replay(life, used[life.worker], notes)
+
+
+def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
+    """Follow a process's ledger; `earlier` are the positions that its worker has consumed before, and is extended."""
+    ledger: SampleLedger | None = None
+    dealt = ""
+    recent: list[Range] = []  # what it has consumed since the assignment before the last one, and since the last one
+    since = 0
+    at_close: dict[int, tuple[Range, ...]] = {}  # by round: the positions that were unused after its last step
+    for index, one in enumerate(life.happenings):
+        if index in life.gaps:
+            ledger = None
+            at_close.clear()
+        if isinstance(one, Dealt):
+            begun = minus(_first(one.ranges, one.used), recent) if one.used else []
+            recent = recent[since:]
+            since = len(recent)
+            if begun and not life.gaps and (begun := minus(begun, earlier)):
+                notes.refute(f"position {text(begun)} counts as trained on, but no step tells of it", one.where)
+            ledger, dealt = SampleLedger(used=one.used), one.where
+            ledger.assignment = type(ledger.assignment)(one.term or 0, one.round, one.ranges)
+            at_close[one.round] = ledger.unused()
+        elif isinstance(one, Stepped):
+            earlier += one.positions
+            recent += one.positions
+            if ledger is not None:
+                notes.judged += 1
+                expected = joined(ledger.consume(count(one.positions)))
+                if joined(one.positions) != expected:
+                    words = f"a step trained on position {text(one.positions)} instead of {text(expected) or 'none'}"
+                    notes.refute(words, one.where, dealt)
+                    ledger = None
+                else:
+                    at_close[one.round] = ledger.unused()
+        elif isinstance(one, CaughtUp):
+            at_close.clear()
+        elif isinstance(one, Committed) and one.unused is not None and one.round in at_close:
+            notes.judged += 1
+            if union(one.unused) != union(at_close[one.round]):
+                differing = [*minus(one.unused, at_close[one.round]), *minus(at_close[one.round], one.unused)]
+                notes.refute(f"what it returned is not what it had left: position {text(differing)}", one.where, dealt)
+        elif isinstance(one, Ended) and one.unused is not None and ledger is not None:
+            notes.judged += 1
+            if extra := minus(one.unused, ledger.unused()):
+                notes.refute(f"it returned position {text(extra)}, which it did not have", one.where, dealt)
+
+
+def _first(ranges: tuple[Range, ...], number: int) -> tuple[Range, ...]:
+    return allocate(Cursor(returned=ranges), min(number, count(ranges)))[1]
+
+
+def samples_fate(history: History, notes: Notes) -> None:
+    """Every position that was dealt was used, or returned, or was lost with a worker."""
+    if not history.elastic or not any(history.of(Dealt)):
+        notes.cannot(NO_DEALS if history.elastic else "data parallelism, whose ranks share an assignment")
+        return
+    for term in history.terms:
+        _judge_fates(history, term, notes)
+
+
+def _judge_fates(history: History, term: int, notes: Notes) -> None:
+    """The positions that were dealt in a term, less those with a fate."""
+    # What was dealt: to those who tell of it, and up to where the cursor has moved
+    deals = [(life, deal) for life, deal in history.of(Dealt) if deal.term == term]
+    base = history.bases.get(term)
+    begin = _cursor(history, term, base) if base is not None else None
+    begin = Cursor() if begin is None and base == 0 else begin
+    rounds = [round for number, round in history.cursors if number == term]
+    final = _cursor(history, term, max(rounds)) if rounds else None
+    dealt = [part for _, deal in deals for part in deal.ranges]
+    if begin and final:
+        dealt += [(begin.position, final.position), *begin.returned]
+    elif deals:
+        notes.cannot(f"the samples' cursor of term {term}")
+
+    # Their fates: used, returned to the run, or still with somebody
+    returned: list[Range] = [*(final.returned if final else ())]
+    fates = [part for _, one in history.of(Stepped) if one.term == term for part in one.positions]
+    fates = union([*fates, *(part for _, deal in deals for part in _first(deal.ranges, deal.used))])
+    last = {life.worker: life for life in history.lives}
+    for life in history.lives:
+        rest = minus(_last_deal(life, term), fates)
+        if life.end is not None and life.end.unused is not None and life.end.term == term:
+            returned += life.end.unused
+        elif life.end is None and rest:
+            killed = life is not last[life.worker]
+            words = "were lost with {}, which was killed" if killed else "are with {}, which has not ended"
+            notes.remarks.append(f"term {term}: {count(rest)} positions {words.format(life.member)}")
+        fates += rest
+    fates += returned
+    returned += [part for _, one in history.of(Committed) if one.term == term for part in one.unused or ()]
+    notes.judged += count(union(dealt))
+    if missing := minus(dealt, fates):
+        _judge_missing(history, term, deals, missing, returned, notes)
+
+
+def _judge_missing(
+    history: History,
+    term: int,
+    deals: list[tuple[Life, Dealt]],
+    missing: list[Range],
+    returned: list[Range],
+    notes: Notes,
+) -> None:
+    """Positions without a fate: lost with a worker that was killed or late; else somebody has lost them."""
+    # Those that somebody was dealt last
+    owned, nobodys = minus(missing, returned), common(missing, returned)
+    for life, deal in deals:
+        if mine := common(owned, deal.ranges):
+            owned = minus(owned, mine)
+            if life.disturbed:
+                notes.remarks.append(f"term {term}: {count(mine)} positions were lost with {life.member}")
+            else:
+                text_of = f"position {text(mine)}, dealt to {life.member}, was neither used nor returned"
+                notes.refute(text_of, deal.where)
+
+    # Those of whose owner nobody tells
+    if nobodys := [*nobodys, *owned]:
+        suspects = sorted({life.member for life in history.lives if _may_have_lost(life, term, history.bases[term])})
+        suspects += history.absent
+        if suspects:
+            named = ", ".join(suspects)
+            notes.remarks.append(f"term {term}: {count(nobodys)} positions were lost with one of {named}")
+        else:
+            told = [told[0] for (number, _), told in sorted(history.cursors.items()) if number == term]
+            lines = [where for cursor, where in told if cursor.position > nobodys[0][0]][:1]
+            words = f"position {text(nobodys)} was dealt in term {term}, but nobody has used or returned it"
+            notes.refute(words, *lines)
+
+
+def _cursor(history: History, term: int, round: int) -> Cursor | None:
+    told = history.cursors.get((term, round))
+    return told[0][0] if told else None
+
+
+def _last_deal(life: Life, term: int) -> tuple[Range, ...]:
+    """The last assignment that a process had in a term."""
+    deals = [deal for deal in life.of(Dealt) if deal.term == term]
+    return deals[-1].ranges if deals else ()
+
+
+def _may_have_lost(life: Life, term: int, base: int) -> bool:
+    """Whether a process may have been dealt positions in a term that it does not tell of.
+
+    It was killed, while it joined, for example; or it joined, or came back, when the others had gone on.
+    """
+    if not any(life.of(Began)):
+        return True
+    joined_late = any(one.term == term and one.round > base for one in life.of(Began))
+    return (life.disturbed or joined_late) and any(one.term == term for one in life.happenings)

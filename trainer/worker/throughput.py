@@ -1,0 +1,68 @@
+"""How fast a worker computes: tokens and model FLOPs a second, model FLOPs utilisation, and the memory it takes.
+
+Model FLOPs are those that the model needs, as PaLM's appendix B counts them (`Task.flops`), not those that are done:
+activation checkpointing computes some twice, which does not count. MFU is their share of the devices' peak.
+"""
+
+import resource
+from typing import Any
+
+import torch
+
+# Dense bfloat16 FLOP/s of a device, by a part of its name (the vendors' data sheets); the first that fits counts.
+PEAKS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "MI325": 1307e12,
+    "MI300": 1307e12,
+    "MI250": 383e12,
+    "MI210": 181e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 FLOP/s; None: not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had on its device; on a CPU, in memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Throughput:
+    """What a worker of `processes` equal devices computes in a round."""
+
+    def __init__(self, device: torch.device, processes: int) -> None:
+        self._device, self._processes, self._peak = device, processes, peak_flops(device)
+        self._tokens, self._flops = 0, 0.0
+
+    def count(self, tokens: int, flops: float) -> None:
+        """Count an inner step."""
+        self._tokens += tokens
+        self._flops += flops
+
+    def end_round(self, seconds: float) -> dict[str, Any]:
+        """For the event "round", which took `seconds`, the synchronisation included. None: not known."""
+        tokens, flops = self._tokens / seconds, self._flops / seconds
+        self._tokens, self._flops = 0, 0.0
+        peak = self._peak and self._peak * self._processes
+        return {
+            "tokens_per_second": tokens,
+            "flops_per_second": flops or None,
+            "mfu": flops / peak if flops and peak else None,
+            "peak_memory": peak_memory(self._device),
+        }
