@@ -26,6 +26,11 @@
 {{- ternary $served .Values.diloco.launcher (eq .Values.diloco.launcher "auto") }}
 {{- end }}
 
+{{/* C4 as a whole (365 million documents) is refused by the pipeline: of it, a million unless a value says how many. */}}
+{{- define "diloco.maxSamples" -}}
+{{- ternary 1000000 .Values.diloco.maxSamples (and (eq .Values.diloco.dataset "c4") (eq (int .Values.diloco.maxSamples) -1)) | int64 }}
+{{- end }}
+
 {{/* The volume with the pipeline's results. */}}
 {{- define "diloco.results" -}}
 {{ include "diloco.name" . }}-results
@@ -97,6 +102,7 @@ ETCD_INITIAL_CLUSTER: {{ join "," $members }}
 {{- $cluster := omit .Values "diloco" "global" "pipeline" }}
 {{- $config := include "diloco.snake" (merge (dict) $diloco $cluster) | fromJson }}
 {{- $_ := set $config "launcher" (include "diloco.launcher" .) }}
+{{- $_ := set $config "max_samples" (include "diloco.maxSamples" . | int64) }}
 {{- $_ := set $config "run_id" (include "diloco.runId" .) }}
 {{- $_ := set $config "deployment_name" (include "diloco.deployment" .) }}
 {{- $_ := set $config "deployment_namespace" (include "diloco.namespace" .) }}

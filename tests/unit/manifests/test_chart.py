@@ -16,6 +16,7 @@ import yaml
 from tests.cluster.apiserver import PLURALS, serving
 from tests.kube_tools import helm, kubectl
 from tests.kubernetes_schemas import validate
+from trainer import data
 from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes.api.kinds import PYTORCH_JOB, TRAIN_JOB, Kind
 from trainer.kubernetes.objects import names
@@ -163,9 +164,17 @@ def test_the_defaults_are_the_parameters_own(tmp_path: Path) -> None:
     members = [f"my-training-etcd-{member}.my-training-etcd.team.svc:2379" for member in range(3)]
     decided = {
         "run_id": "my-training", "launcher": "pytorchjob", "deployment_namespace": "team",
-        "deployment_image": DEFAULT_IMAGE, "etcd_endpoints": members,
+        "deployment_image": DEFAULT_IMAGE, "etcd_endpoints": members, "max_samples": 1_000_000,
     }  # fmt: skip
     assert config.to_flat() == TrainingConfig.from_flat(decided).to_flat()
+    data.resolve(config).check_parameters()  # the pipeline takes it
+
+
+@pytest.mark.parametrize(
+    ("values", "samples"), [(("diloco.maxSamples=7",), 7), (("diloco.dataset=stdlib",), -1), ((), 1_000_000)]
+)
+def test_of_c4_a_part_is_read(values: tuple[str, ...], samples: int) -> None:
+    assert json.loads(config_text(rendered("my-training", *values)))["max_samples"] == samples
 
 
 def test_every_value_reaches_its_parameter(tmp_path: Path) -> None:
