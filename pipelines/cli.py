@@ -48,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     running = commands.add_parser(
         "run",
         help="run the pipeline from this machine, without a Kubeflow Pipelines backend",
-        description="Run the pipeline on this machine. With `--launcher pytorchjob` its workers are on the cluster of "
-        "this pod, or of KUBECONFIG if this machine can connect to pods. The run id of an unfinished run resumes it.",
+        description="Run the pipeline on this machine. With `--launcher trainjob` or `pytorchjob`, its workers are on "
+        "the cluster of this pod, or of KUBECONFIG if this machine can connect to pods. The run id of an unfinished "
+        "run resumes it.",
     )
     add_config_flags(running)
     running.set_defaults(command=_run)
@@ -134,20 +135,20 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     config = config_from_arguments(options)
-    if config.launcher not in ("auto", "local"):
+    if config.on_cluster:
         from components.launcher import resolve_launcher
 
         config = resolve_launcher(config)  # in a pod, to its namespace
     config = config.resolved()  # launcher=auto means local here
     from pipelines import local
 
-    if config.launcher == "local":
+    if config.on_cluster:
+        _check_for_cluster(config)
+        require_writable(Path(config.run_dir), "run_dir", make=False)
+    else:
         from trainer.launch import preflight
 
         preflight.check(config)
-    else:
-        _check_for_cluster(config)
-        require_writable(Path(config.run_dir), "run_dir", make=False)
     outlive_output()
     print(f"run {config.run_id} in {config.run_dir}; --run-id {config.run_id} resumes it", flush=True)
     local.run(config)

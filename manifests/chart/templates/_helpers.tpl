@@ -20,6 +20,17 @@
 {{ dig "deploymentName" .Values.deploymentName (.Values.global | default dict) }}
 {{- end }}
 
+{{/* The workers' kind of jobs: that of the values, or else what the cluster serves. */}}
+{{- define "diloco.launcher" -}}
+{{- $served := ternary "trainjob" "pytorchjob" (.Capabilities.APIVersions.Has "trainer.kubeflow.org/v1alpha1") }}
+{{- ternary $served .Values.diloco.launcher (eq .Values.diloco.launcher "auto") }}
+{{- end }}
+
+{{/* C4 as a whole (365 million documents) is refused by the pipeline: of it, a million unless a value says how many. */}}
+{{- define "diloco.maxSamples" -}}
+{{- ternary 1000000 .Values.diloco.maxSamples (and (eq .Values.diloco.dataset "c4") (eq (int .Values.diloco.maxSamples) -1)) | int64 }}
+{{- end }}
+
 {{/* The volume with the pipeline's results. */}}
 {{- define "diloco.results" -}}
 {{ include "diloco.name" . }}-results
@@ -90,7 +101,8 @@ ETCD_INITIAL_CLUSTER: {{ join "," $members }}
 {{- $diloco := omit .Values.diloco "huggingfaceToken" "wandbApiKey" "wandbUserKey" }}
 {{- $cluster := omit .Values "diloco" "global" "pipeline" }}
 {{- $config := include "diloco.snake" (merge (dict) $diloco $cluster) | fromJson }}
-{{- if eq .Values.diloco.launcher "auto" }}{{ $_ := set $config "launcher" "pytorchjob" }}{{ end }}
+{{- $_ := set $config "launcher" (include "diloco.launcher" .) }}
+{{- $_ := set $config "max_samples" (include "diloco.maxSamples" . | int64) }}
 {{- $_ := set $config "run_id" (include "diloco.runId" .) }}
 {{- $_ := set $config "deployment_name" (include "diloco.deployment" .) }}
 {{- $_ := set $config "deployment_namespace" (include "diloco.namespace" .) }}

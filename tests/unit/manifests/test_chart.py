@@ -16,7 +16,9 @@ import yaml
 from tests.cluster.apiserver import PLURALS, serving
 from tests.kube_tools import helm, kubectl
 from tests.kubernetes_schemas import validate
+from trainer import data
 from trainer.config import TrainingConfig, load_config
+from trainer.kubernetes.api.kinds import PYTORCH_JOB, TRAIN_JOB, Kind
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.chart import chart_files, value_path
 from trainer.kubernetes.objects.jobs import STEP_LABELS
@@ -142,7 +144,7 @@ MISTAKES = {
     "diloco.localSteps=many": "at '/diloco/localSteps': got string, want integer",
     "diloco.optimMethod=adam": "at '/diloco/optimMethod': value must be one of 'sgd', 'demo', 'ddp'",
     "elastic.minNodes=0": "at '/elastic/minNodes': exclusiveMinimum: got 0, want 0",
-    "diloco.launcher=local": "at '/diloco/launcher': value must be one of 'auto', 'pytorchjob'",
+    "diloco.launcher=local": "at '/diloco/launcher': value must be one of 'auto', 'pytorchjob', 'trainjob'",
     "sites[0].nodeselector.a=b": "at '/sites/0': additional properties 'nodeselector' not allowed",
     "diloco.runDir=/mine": "at '/diloco': additional properties 'runDir' not allowed",
     "etcd.enabled=false": "etcd.endpoints must name an etcd when etcd.enabled is false",
@@ -162,9 +164,17 @@ def test_the_defaults_are_the_parameters_own(tmp_path: Path) -> None:
     members = [f"my-training-etcd-{member}.my-training-etcd.team.svc:2379" for member in range(3)]
     decided = {
         "run_id": "my-training", "launcher": "pytorchjob", "deployment_namespace": "team",
-        "deployment_image": DEFAULT_IMAGE, "etcd_endpoints": members,
+        "deployment_image": DEFAULT_IMAGE, "etcd_endpoints": members, "max_samples": 1_000_000,
     }  # fmt: skip
     assert config.to_flat() == TrainingConfig.from_flat(decided).to_flat()
+    data.resolve(config).check_parameters()  # the pipeline takes it
+
+
+@pytest.mark.parametrize(
+    ("values", "samples"), [(("diloco.maxSamples=7",), 7), (("diloco.dataset=stdlib",), -1), ((), 1_000_000)]
+)
+def test_of_c4_a_part_is_read(values: tuple[str, ...], samples: int) -> None:
+    assert json.loads(config_text(rendered("my-training", *values)))["max_samples"] == samples
 
 
 def test_every_value_reaches_its_parameter(tmp_path: Path) -> None:
@@ -197,6 +207,20 @@ def test_every_value_reaches_its_parameter(tmp_path: Path) -> None:
     assert config_of(objects, tmp_path).to_flat() == given.to_flat()
     parameters = {".".join(parameter.path) for parameter in TrainingConfig.parameters()} - {"run_dir"}
     assert set(leaves(json.loads(config_text(objects)))) == parameters
+
+
+@pytest.mark.parametrize(
+    ("served", "value", "kind"),
+    [
+        (TRAIN_JOB, "auto", "trainjob"),
+        (PYTORCH_JOB, "auto", "pytorchjob"),
+        (TRAIN_JOB, "pytorchjob", "pytorchjob"),
+    ],
+)
+def test_workers_are_of_the_kind_that_the_cluster_serves(served: Kind, value: str, kind: str) -> None:
+    flags = ["--api-versions", f"{served.group}/{served.version}", "--set", f"diloco.launcher={value}"]
+    made = helm("template", "my-training", CHART, *flags)
+    assert f'"launcher": "{kind}"' in made.stdout
 
 
 @pytest.mark.parametrize(("release", "run"), [("my-training", "my-training"), ("2.b", "2.b")])

@@ -33,7 +33,8 @@ _TOP = (
 )  # fmt: skip
 _NO_VALUES = ("run_dir",)  # it is on the release's own claim
 _DIFFERENT = {  # where the chart has another default, as its templates say it
-    "launcher": "How the pipeline's steps start workers: as one PyTorchJob each (auto).",
+    "launcher": "The workers' kind of jobs. auto: TrainJobs, or PyTorchJobs if the cluster has only them.",
+    "max_samples": "Maximum number of documents, pictures or clips to read from the dataset. -1: all; a million of C4.",
     "run_id": "Name of the run. An unfinished run of that name resumes. Empty: the release's name.",
     "deployment_namespace": "Namespace of all objects. Empty: the release's.",
     "deployment_image": "Image of all pods. Empty: diloco-pipelines-python, in the chart's version.",

@@ -13,7 +13,6 @@ from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
 from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site, Vendor
 from trainer.timeouts import LaunchTimeouts
-from trainer.transport.handover import TOKEN_VARIABLE
 from trainer.volume import Volume
 
 Result = Literal["held-out", "export", "evaluate"]
@@ -145,6 +144,8 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     if step in ("precache", "export", "evaluate"):
         environment.append(_secret("HF_TOKEN", config.huggingface_secret, "HF_TOKEN", optional=not config.hf_upload))
     if step in RESULTS:
+        from trainer.transport.handover import TOKEN_VARIABLE  # it imports torch, which the train step does not need
+
         environment.append(_secret(TOKEN_VARIABLE, names.name(plan.name, "run"), TOKEN_KEY))
     return environment
 
