@@ -6,9 +6,13 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import TypeVar
 
 from trainer.errors import ConfigError
+
+T = TypeVar("T")
 
 _NICENESS = 5
 _CONGESTION = 13  # TCP_CONGESTION of Linux, which not every Python's `socket` names
@@ -122,6 +126,18 @@ def congestion(connection: socket.socket) -> str:
     with suppress(OSError):
         return connection.getsockopt(socket.IPPROTO_TCP, _CONGESTION, 16).partition(b"\0")[0].decode()
     return ""
+
+
+def at_once(work: Callable[[T], None], items: Iterable[T]) -> None:
+    """Call `work` for all items, on a thread each, and return when all are done.
+
+    Unlike an executor's, the threads do not hold up the end of the process.
+    """
+    threads = [threading.Thread(target=work, args=(item,), daemon=True) for item in items]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def lower_priority() -> None:

@@ -23,7 +23,7 @@ def test_a_pod_that_hands_over_a_result_leaves_on_sigterm(tmp_path: Path) -> Non
         "run_main(lambda: main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "pod", "export", "--config", str(tmp_path / "config.yaml")]
-    environment = {**os.environ, "RESULT_TOKEN": "token"}
+    environment = {**os.environ, "RESULT_TOKEN": "a token of this test"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as pod:
         assert pod.stdout is not None
         assert next(line for line in pod.stdout if line.startswith("result "))  # it waits for the step now

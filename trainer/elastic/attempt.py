@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from trainer.etcd.errors import EtcdError
 from trainer.process import lower_priority
 from trainer.protocol.records import RoundState, Vote
 from trainer.timeouts import TransportTimeouts
-from trainer.transport.stream import added
 from trainer.transport.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,6 @@ class Exchange:
     fragment: Fragment
     on_chunk: OnChunk
     reduced: Reduced | None = None  # by the last collective that did not fail
-    wire: tuple[int, int] | None = (0, 0)  # bytes sent and received by those; None: the kernel does not count them
     failing_since: float | None = None  # when the first attempt failed, on the monotonic clock
 
 
@@ -51,8 +48,7 @@ class Attempts:
         self._lock = threading.Lock()
         self._unreachable: dict[str, str] = {}  # the reasons, by id; replaced, never changed
         self._warned: set[str] = set()
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="connect")
-        self._connecting = self._background.submit(lambda: None)
+        self._connecting = threading.Thread()  # of the background; nobody waits for it when the process ends
 
     def reduce(self, record: RoundState, exchange: Exchange) -> Vote | None:
         """Run the collective of an attempt; None: it failed.
@@ -61,7 +57,6 @@ class Attempts:
             TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`; etcd refuses a request.
         """
         # Run it, and vote for its result
-        before = self._transport.bytes()
         try:
             exchange.reduced = self._collective(record, exchange)
         except (RuntimeError, OSError) as error:
@@ -71,9 +66,6 @@ class Attempts:
             reason = str(error).partition("\n")[0] or type(error).__name__
         else:
             self._transport.finish(record.members, record.attempt_id)
-            after = self._transport.bytes()
-            moved = (after[0] - before[0], after[1] - before[1]) if before and after else None
-            exchange.wire = added([exchange.wire, moved])
             return Vote(*record.attempt_id, exchange.reduced.hash, exchange.reduced.weight)
 
         # Give up or slow down if attempts fail repeatedly
@@ -100,15 +92,13 @@ class Attempts:
             with self._lock:
                 self._unreachable = {id: why for id, why in self._unreachable.items() if id in members}
                 self._warned &= members
-            if self._connecting.done() and self._transport.without_link(members):
-                self._connecting = self._background.submit(self._connect_patiently, members)
+            if not self._connecting.is_alive() and self._transport.without_link(members):
+                self._connecting = threading.Thread(target=self._connect_patiently, args=(members,), daemon=True)
+                self._connecting.start()
 
     def relayed(self) -> dict[str, list[int]]:
         """Workers that are reached through others, with these, for `status`."""
         return {f"{_worker(id)}": [_worker(relay) for relay in via] for id, via in self._transport.relayed().items()}
-
-    def close(self) -> None:
-        self._background.shutdown(wait=False, cancel_futures=True)
 
     def _collective(self, record: RoundState, exchange: Exchange) -> Reduced:
         """Connect to the attempt's members, and reduce. Raises OSError if one is gone or silent."""

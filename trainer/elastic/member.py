@@ -131,7 +131,6 @@ class ElasticQuorum:
         self._replica = Replica(watch, state, self._machine, self._background, transport)
         resources.callback(transport.close)
         self._attempts = Attempts(watch, transport)
-        resources.callback(self._attempts.close)
 
         # Register, stand for coordinator, and catch up
         self._lease = lease = watch.patiently(lambda: client.lease(config.lease_ttl))

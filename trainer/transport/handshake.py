@@ -11,6 +11,7 @@ seconds that it belongs to the run is dropped, and of more than `PENDING` strang
 
 import json
 import logging
+import queue
 import secrets
 import selectors
 import socket
@@ -19,7 +20,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Self
@@ -110,24 +110,38 @@ class Dialler:
         """
         if not endpoints:
             raise OSError("no address is known")
-        pool = ThreadPoolExecutor(len(endpoints), thread_name_prefix="dial")
-        tries = {pool.submit(self._reach, one): one for one in endpoints}
-        pool.shutdown(wait=False)
-        error, taken = OSError("no address answers"), None
+        results: queue.Queue[tuple[str, socket.socket | OSError, bytes]] = queue.Queue()
+        taken = threading.Event()
+
+        def reach(endpoint: str) -> None:
+            try:
+                found = self._reach(endpoint)
+            except OSError as reason:
+                results.put((endpoint, reason, b""))
+            else:
+                results.put((endpoint, *found))
+                if taken.is_set():
+                    _close_all(results)
+
+        for endpoint in endpoints:
+            threading.Thread(target=reach, args=(endpoint,), name="dial", daemon=True).start()
+        error = OSError("no address answers")
         try:
-            for each in as_completed(tries):  # only the first one hears what is wanted: the others must carry nothing
+            for _ in endpoints:  # only the first one hears what is wanted: the others must carry nothing
+                endpoint, connection, challenge = results.get()
+                if isinstance(connection, OSError):
+                    error = connection
+                    continue
                 try:
-                    connection, challenge = each.result()
                     self._introduce(connection, challenge, hello, patience)
                 except OSError as reason:
                     error = reason
                 else:
-                    taken = each
-                    return connection, tries[each]
+                    return connection, endpoint
+            raise error
         finally:
-            for other in tries.keys() - {taken}:
-                other.add_done_callback(_close)
-        raise error
+            taken.set()
+            _close_all(results)
 
     def _reach(self, endpoint: str) -> tuple[socket.socket, bytes]:
         """A connection, encrypted if it is to be, and the challenge."""
@@ -163,9 +177,13 @@ def _explained(error: BaseException) -> BaseException:
     return ConnectionError(f"does not belong to this run, or has another transport_security ({error.reason})")
 
 
-def _close(late: "Future[tuple[socket.socket, bytes]]") -> None:
-    if late.exception() is None:
-        late.result()[0].close()
+def _close_all(results: "queue.Queue[tuple[str, socket.socket | OSError, bytes]]") -> None:
+    """Close the connections that came too late."""
+    with suppress(queue.Empty):
+        while True:
+            _, connection, _ = results.get_nowait()
+            if isinstance(connection, socket.socket):
+                connection.close()
 
 
 def consent(connection: socket.socket) -> None:

@@ -13,11 +13,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Self
 
-from trainer.process import endpoint_of, refused
+from trainer.process import at_once, endpoint_of, refused
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials
 from trainer.transport.group import Group
@@ -268,9 +267,7 @@ class Transport:
                 made, _ = self._dialler.dial([endpoint], hello)
                 link.add(Stream(made), sends)
 
-        if more:
-            with ThreadPoolExecutor(more, thread_name_prefix=f"dial-{link.peer}") as pool:
-                list(pool.map(another, range(more)))
+        at_once(another, range(more))
 
     def _streams_for(self, first: Stream) -> int:
         """The number of streams in a direction."""
@@ -296,9 +293,7 @@ class Transport:
                 link.via = tuple(sorted({*link.via, relay}))
                 link.add(Stream(made), sends)
 
-        if candidates:
-            with ThreadPoolExecutor(len(candidates), thread_name_prefix=f"meet-{link.peer}") as pool:
-                list(pool.map(meet, candidates))
+        at_once(meet, candidates)
         if not link.up and not (link.streams(False) and self._wait_for_both(link)):
             link.fail(link.trouble or "cannot be reached, and no other member reaches it")
 
