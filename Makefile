@@ -48,12 +48,12 @@ run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, 
 # Lint runs beside the tests, which often wait, and prints only if it fails. Without $(MAKE): --dry-run would run that.
 test: $(READY)  ## lint and run all tests that need no cluster and no GPU (ARGS="-k name")
 	@log=$$(mktemp); trap 'rm -f $$log' EXIT; trap 'exit 130' INT; { $(LINT); } >$$log 2>&1 & lint=$$!; tests=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS) || tests=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not faults" -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS) || tests=$$?; \
 	wait $$lint || { echo 'error: lint failed:'; cat $$log; exit 1; }; \
 	exit $$tests
 
 test-faults: $(READY)  ## kill, freeze and disconnect real processes; ends with a table of results (about 15 minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults tests/faults tests/integration/test_islands.py $(ARGS)
 
 test-cluster: $(READY)  ## run the steps on KUBECONFIG's cluster, with the image DILOCO_TEST_IMAGE (needs 2.25 CPU, 4.5 GiB of memory, Kubeflow Trainer or training operator, default storage class)
 	@$(BIN)/python -m pytest -q -rs tests/cluster $(ARGS)

@@ -175,6 +175,7 @@ def test_an_island_of_two_is_one_worker_with_the_results_of_one_process(
     assert not directory_of(node.config).exists()
 
 
+@pytest.mark.faults
 def test_unequal_islands_train_together_with_one_state(start: Callable[..., Node]) -> None:
     few = {"nodes": 3, "elastic_max_nodes": 3, "async_communication": True, "fragments": 2, "codec": "int8"}
     layouts = ((1, "none"), (2, "ddp"), (3, "fsdp"))
@@ -193,6 +194,7 @@ def test_unequal_islands_train_together_with_one_state(start: Callable[..., Node
     assert len(used) == len(set(used)) == 3 * STEPS * 12
 
 
+@pytest.mark.faults
 def test_a_run_goes_on_with_other_processes_as_if_nothing_had_been(start: Callable[..., Node], whole: Node) -> None:
     layouts = ((2, "ddp"), (3, "fsdp"), (1, "none"), (2, "fsdp"))
     for number, layout in enumerate(layouts):
@@ -252,6 +254,7 @@ def changes(node: Node) -> list[str]:
     return [event["change"] for event in node.events("membership")]
 
 
+@pytest.mark.faults
 def test_fragments_overlap_and_compiled_blocks_have_the_same_results_on_an_island(start: Callable[..., Node]) -> None:
     how = {"fragments": 2, "overlap_tau": 1, "eval_interval": 2}
     compiled = {"compile_model": True, "compile_backend": "aot_eager", "activation_checkpointing": "block"}
@@ -269,6 +272,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("name", "inner_parallel"), OTHERS)
 def test_every_model_trains_on_an_island(
     name: str, inner_parallel: str, start: Callable[..., Node], shared: Path
