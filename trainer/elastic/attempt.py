@@ -116,8 +116,12 @@ class Attempts:
         ids = set(ids)
         missing: dict[str, str] = {}
         if lacking := self._transport.without_link(ids):
-            with suppress(EtcdError):
+            try:
                 missing = self._transport.connect(self._endpoints(lacking), timeout)
+            except EtcdError as error:
+                if error.kind != "unreachable":
+                    raise
+                return {}  # nothing has been learnt
         with self._lock:
             kept = {id: why for id, why in self._unreachable.items() if id not in ids}
             self._unreachable = {**kept, **missing}
