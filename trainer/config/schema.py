@@ -214,7 +214,7 @@ class Schema(Group):
     )
     lost_state: Literal["continue", "stop"] = parameter(
         "continue",
-        "If nobody comes back with the newest saved state: continue from the newest one that is there, or stop.",
+        "If no node comes back with the newest saved state: continue from the newest one that is there, or stop.",
     )
     lost_state_wait: Seconds = parameter(
         300.0, "How long to wait for the newest saved state, in seconds; at most half of `elastic.rdzv_timeout`."

@@ -35,7 +35,7 @@ from trainer.diloco.threads import Threads
 
 CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
 IN_FLIGHT = 32  # pieces: a link of 500 Mbit/s and 100 ms holds six, its queue some, and slower streams come late
-EXPECTED = IN_FLIGHT  # pieces that receives are posted for before they are sent: others are ahead by so many
+EXPECTED = IN_FLIGHT  # pieces that receives are posted for before they are sent: others may be ahead by that number
 PIECES = 16  # at least, unless they are tiny: the encoding of one piece cannot overlap
 SMALLEST = 1 << 18  # numbers
 _WEIGHTS = 1 << 31  # the tag of the members' weights

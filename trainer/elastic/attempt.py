@@ -48,7 +48,7 @@ class Attempts:
         self._lock = threading.Lock()
         self._unreachable: dict[str, str] = {}  # the reasons, by id; replaced, never changed
         self._warned: set[str] = set()
-        self._connecting = threading.Thread()  # of the background; nobody waits for it when the process ends
+        self._connecting = threading.Thread()  # in the background; the end of the process does not wait for it
 
     def reduce(self, record: RoundState, exchange: Exchange) -> Vote | None:
         """Run the collective of an attempt; None: it failed.
