@@ -22,7 +22,7 @@ from trainer.volume import Volume
 
 ROOT = Path("/dev/shm")  # files in memory (tmpfs)
 BYTES = 4  # of a float32
-ABANDONED = 3600.0  # seconds after which a directory that nobody holds is removed by whoever comes across it
+ABANDONED = 3600.0  # seconds after which a directory without a holder is removed by the next island that finds it
 
 
 def directory_of(config: TrainingConfig) -> Path:
@@ -147,7 +147,7 @@ class NodeMemory:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove the directories of islands whose processes were killed, and that nobody has come back to."""
+    """Remove the directories of islands whose processes were killed and have not come back."""
     for directory in root.glob("diloco-*"):
         with suppress(OSError):
             if time.time() - directory.stat().st_mtime > ABANDONED:

@@ -251,7 +251,7 @@ class History:
 
     @cached_property
     def absent(self) -> tuple[str, ...]:
-        """Members of whom others tell, but whose own records are not here."""
+        """Members that other members report, without records of their own here."""
         known = {life.member for life in self.lives}
         told = {member for _, one in self.of(Committed) for member in one.members}
         told |= {member for one in self.recorded for member in one.members}

@@ -195,7 +195,7 @@ class RoundState:
         length: Inner steps of the round; 0: the training is complete.
         committed: How the previous round was committed; None at the beginning of a term.
         disputed: Attempts at the round in which the members got different results.
-        lost: The newest durable round, if the term has gone on from an older one because nobody came back with it.
+        lost: The newest durable round, if the term has gone on from an older one because no node came back with it.
     """
 
     term: int

@@ -275,7 +275,7 @@ def test_an_offer_that_is_no_longer_used_is_released() -> None:
         def released() -> bool:
             """When the next request comes, and the time is over."""
             with pytest.raises(TransferError):
-                fetch("x", numbered(endpoint), timeout=0.0)
+                fetch("x", numbered(endpoint), timeout=0.5)
             return known() is None
 
         wait_for(released)

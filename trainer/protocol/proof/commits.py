@@ -1,4 +1,4 @@
-"""Claims about rounds: what was committed, by whom, and which states they led to."""
+"""Claims about rounds: what was committed, by which members, and which states they led to."""
 
 from trainer.protocol.history import Began, CaughtUp, Committed, Ended, Happening, History, Life, State
 from trainer.protocol.proof.notes import Notes
@@ -35,7 +35,7 @@ def commits(history: History, notes: Notes) -> None:
 
 
 def members(history: History, notes: Notes) -> None:
-    """Every member of a round's quorum took its outer step, unless it was killed first; nobody's work counts twice."""
+    """Every member of a round's quorum took its outer step, unless it was killed first; no work counts twice."""
     lives = {life.member: life for life in history.lives}
     for (term, round), told in history.rounds.items():
         telling = {life.member for life, _ in told}

@@ -1,4 +1,4 @@
-"""Claims about samples: which positions were trained on, by whom, and what became of the others."""
+"""Claims about samples: which positions were trained on, by which worker, and what became of the others."""
 
 import bisect
 from collections import defaultdict
@@ -207,7 +207,7 @@ def _judge_missing(
                 text_of = f"position {text(mine)}, dealt to {life.member}, was neither used nor returned"
                 notes.refute(text_of, deal.where)
 
-    # Those of whose owner nobody tells
+    # Those whose owner is not reported
     if nobodys := [*nobodys, *owned]:
         suspects = sorted({life.member for life in history.lives if _may_have_lost(life, term, history.bases[term])})
         suspects += history.absent
