@@ -44,6 +44,7 @@ METHODS: list[dict[str, Any]] = [
     {"fragments": 4, "local_steps": 32, "overlap_tau": 3, "async_communication": True},
     {"optim_method": "demo", "compression_topk": 256},
     {"late_policy": "drop"},
+    {"merge": "rda", "clip_members": "median"},
     {"joiner_moments": "warmup"},
 ]
 ISLAND = {"elastic_nproc_per_node": 2, "per_device_train_batch_size": 4}
