@@ -30,7 +30,8 @@ def preload(config: TrainingConfig) -> None:
         from trainer.worker import worker  # noqa: F401
         from trainer.worker.setup import algorithm
 
-        volume = Volume.of(config)
+        threads, volume = torch.get_num_threads(), Volume.of(config)
+        torch.set_num_threads(1)  # OpenMP's threads would not survive a fork
         with suppress(Exception):
             manifest = read_manifest(directory(config, volume.datasets))
             if manifest is not None:
@@ -38,6 +39,7 @@ def preload(config: TrainingConfig) -> None:
                     models.build(models.directory(config, manifest.for_model, volume.models), config.seed)
         with suppress(Exception):
             warm_up(*algorithm(config))
+        torch.set_num_threads(threads)
     finally:
         if fork_safe not in before:
             del os.environ[fork_safe]
