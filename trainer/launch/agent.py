@@ -228,7 +228,7 @@ def _start_workers_from(standby: Standby) -> None:
             with suppress(ProcessLookupError):  # the standby has seen its end, and not reported it yet
                 super().close(death_sig)
 
-    api.get_subprocess_handler = Handler
+    api.get_subprocess_handler = Handler  # type: ignore[assignment]  # which is called with all its arguments
 
 
 def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kills: "_MemoryKills") -> int:
