@@ -132,9 +132,10 @@ def held_out(system: System) -> tuple[list[float], list[float]]:
     for slot in range(system.workers):
         seen |= {event["round"]: event["weight"] for event in system.of("round", slot)}
     whole = [round for round in sorted(scores) if len(scores[round]) == system.workers]
-    losses = [np.average(*map(list, zip(*scores[round].values(), strict=True))) for round in whole]  # type: ignore[call-overload]
+    parts = [list(scores[round].values()) for round in whole]
+    losses = [sum(loss * count for loss, count in part) / sum(count for _, count in part) for part in parts]
     samples = [sum(weight for round, weight in seen.items() if round <= limit) for limit in whole]
-    return samples, [float(loss) for loss in losses]
+    return samples, losses
 
 
 def measure(system: System, every: float, options: argparse.Namespace) -> dict[str, Any]:

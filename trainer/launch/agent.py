@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import types
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +64,7 @@ def standby(config: TrainingConfig, command: list[str]) -> Standby | None:
     _keep_torch_quiet()
     from trainer.worker.preload import preload
 
-    return Standby.fork(command, lambda: preload(config))
+    return Standby.fork(lambda: preload(config))
 
 
 def is_vague(reason: str) -> bool:
@@ -88,7 +87,7 @@ def run_agent(
         command: The worker.
         slot: The preferred one.
         memory: The workers' cgroup; by default this process's.
-        standby: Starts the command; closed at the end. Without one, each start is a new interpreter's.
+        standby: Starts the workers; closed at the end. Without one, each start is a new interpreter's.
 
     Raises:
         TrainingError: The workers need more memory than they may use; or the run cannot be joined.
@@ -107,7 +106,7 @@ def run_agent(
     kills = _MemoryKills(memory or MemoryCgroup(), in_pod=config.launcher != "local")
     rendezvous = _rendezvous(config, slot)
     if standby is not None:
-        _start_workers_from(standby)
+        _start_workers_from(standby, command)
     logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch does not remove it
     status = 0
     try:
@@ -212,7 +211,7 @@ def _agent(
     return Agent(spec, logs_specs=DefaultLogsSpecs(log_dir), shutdown_timeout=timeouts.shutdown)
 
 
-def _start_workers_from(standby: Standby) -> None:
+def _start_workers_from(standby: Standby, command: list[str]) -> None:
     """Let torch's agent start workers from the standby, and as it always does when that is gone.
 
     torch has no seam for this: it looks up by this name what starts a process.
@@ -222,11 +221,13 @@ def _start_workers_from(standby: Standby) -> None:
 
     class Handler(SubprocessHandler):
         def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
-            return standby.start(env) or super()._popen(args, env)
+            return standby.start(command, env) or super()._popen(args, env)
 
         def close(self, death_sig: signal.Signals | None = None) -> None:
-            with suppress(ProcessLookupError):  # the standby has seen its end, and not reported it yet
+            try:
                 super().close(death_sig)
+            except ProcessLookupError:  # it has ended already, or not become a group of its own yet
+                self.proc.send_signal(death_sig or signal.SIGTERM)
 
     api.get_subprocess_handler = Handler  # type: ignore[assignment]  # which is called with all its arguments
 

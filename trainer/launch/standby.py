@@ -1,10 +1,12 @@
-"""A process that has imported all that a worker needs, and from which workers are forked.
+"""A process that has imported all that a worker needs, and from which agents and workers are forked.
 
-Nearly all of the ten CPU seconds between a worker's start and its first inner step are imports and compilation. The
+Nearly all of the ten CPU seconds between a worker's start and its first inner step are imports and compilation. An
 agent pays for them once: it prepares, and forks its standby before it has threads, a gRPC channel (which does not
-survive a fork) or a device. Each incarnation of a worker is then a fork of the standby, and shares its memory.
+survive a fork) or a device. Each incarnation of a worker is then a fork of the standby, and shares its memory. `launch`
+has a standby, too, from which its agents are forked.
 
-The processes form a chain, in which each dies with the one before it, even by kill -9: agent, standby, workers.
+The processes form a chain, in which each dies with the one before it, even by kill -9: launch, its standby, an agent,
+the agent's standby, a worker.
 """
 
 import ctypes
@@ -24,11 +26,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.process import dying_with_parent
+
 log = logging.getLogger(__name__)
 
 _NAME = 15  # PR_SET_NAME of prctl
 _DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dxg")  # a driver that has opened one of these does not survive a fork
-_NOT_INHERITED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_LEFT_TO_OWNER = (signal.SIGTERM, signal.SIGINT)
 _KILLED = -signal.SIGKILL
 
 
@@ -40,47 +44,81 @@ def can_start(command: Sequence[str]) -> bool:
 
 
 class Standby:
-    """The agent's end. For one thread. Close it when the workers have ended; it kills those that have not."""
+    """The end of the process that has the standby. For one thread.
+
+    Close it when the programs have ended; it kills those that have not.
+    """
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self._connection = pid, connection
-        self._is_alive = True
+        self._is_alive, self._is_ready = True, False
         self._ended: dict[int, int] = {}  # exit codes by process
 
     @classmethod
-    def fork(cls, command: Sequence[str], prepare: Callable[[], None]) -> "Standby | None":
-        """Prepare, and fork a standby that starts the command; None: a device is in use, which does not survive a fork.
+    def fork(cls, prepare: Callable[[], None]) -> "Standby | None":
+        """Prepare, and fork a standby; None: a device is in use, which does not survive a fork.
 
         Call it before this process has threads or connections. In a process that the standby starts it does not
         return: there the program runs, and the process ends with it.
         """
         prepare()
-        if any(file.startswith(_DEVICES) for file in _open_files()):
-            log.warning("no standby: what workers import uses a device already, which does not survive a fork")
+        if not _can_be_forked():
             return None
-        gc.collect()
-        gc.freeze()  # a collection in a fork would write to all objects, and so copy them
-        sys.stdout.flush()
-        sys.stderr.flush()
         own, other = Pipe()
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
             own.close()
-            _become(command, _serve(other, parent))
+            _become(*_serve(other, parent))
         other.close()
         return cls(pid, own)
 
-    def start(self, environment: Mapping[str, str]) -> "Worker | None":
-        """Start the command with these environment variables; None: the standby is gone. Raises OSError as a fork."""
+    @classmethod
+    def spawn(cls, config: Path, environment: Mapping[str, str]) -> "Standby":
+        """A new interpreter, which prepares for the workers of a configuration (JSON): for a process with threads."""
+        own, other = Pipe()
+        command = [sys.executable, "-m", __name__, str(config), str(other.fileno())]
+        process = subprocess.Popen(
+            dying_with_parent(command),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # workers come upon whatever it could report
+            pass_fds=[other.fileno()],
+            start_new_session=True,  # Ctrl-C reaches `launch` only
+        )
+        process.returncode = 0  # `close` waits for it
+        other.close()
+        return cls(process.pid, own)
+
+    def is_ready(self, timeout: float) -> bool:
+        """Whether it has prepared itself, or is gone: then `start` does not wait. Waits up to `timeout` seconds."""
+        if self._is_alive and not self._is_ready:
+            self._read(timeout)
+        return self._is_ready or not self._is_alive
+
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], output: Path | None = None
+    ) -> "Program | None":
+        """Start a program; None: the standby is gone.
+
+        Args:
+            command: See `can_start`.
+            environment: All its environment variables.
+            output: A file to append its output to; by default it goes where the standby's goes.
+
+        Raises:
+            OSError: The system has no room for another process.
+        """
         try:
-            self._connection.send_bytes(json.dumps({**environment}).encode())
+            request = {"command": [*command], "environment": {**environment}, "output": output and str(output)}
+            self._connection.send_bytes(json.dumps(request).encode())
         except OSError:
             return None
         while self._is_alive:
-            if (answer := self._read(None)) is not None:
+            if answer := self._read(None):
                 if answer < 0:
                     raise OSError(-answer, os.strerror(-answer))
-                return Worker(self, answer)
+                return Program(self, answer)
         return None
 
     def exit_code(self, pid: int, timeout: float | None) -> int | None:
@@ -95,8 +133,9 @@ class Standby:
 
     def close(self) -> None:
         self._is_alive = False
-        self._connection.close()  # it ends
-        with suppress(ChildProcessError):
+        self._connection.close()
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
     def _read(self, timeout: float | None) -> int | None:
@@ -104,19 +143,19 @@ class Standby:
         try:
             if not self._connection.poll(timeout):
                 return None
-            message: list[int] = json.loads(self._connection.recv_bytes())
+            message: dict[str, int] = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             self._is_alive = False
             return None
-        if len(message) == 1:
-            return message[0]
-        pid, code = message
-        self._ended[pid] = code
-        return None
+        self._is_ready = True
+        if "code" in message:
+            self._ended[message["pid"]] = message["code"]
+            return None
+        return message.get("pid")
 
 
-class Worker:
-    """A process that the standby has started: as much of `subprocess.Popen` as torch's agent uses."""
+class Program:
+    """A process that the standby has started, with what is used of `subprocess.Popen`."""
 
     def __init__(self, standby: Standby, pid: int) -> None:
         self._standby, self.pid = standby, pid
@@ -131,69 +170,117 @@ class Worker:
         if self.returncode is None:
             self.returncode = self._standby.exit_code(self.pid, timeout)
         if self.returncode is None:
-            raise subprocess.TimeoutExpired(f"worker {self.pid}", timeout or 0.0)
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
         return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # its end is not reported yet
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 # In the standby, and in the processes that it starts
 
 
-def _serve(agent: Connection, parent: int) -> dict[str, str]:
-    """Start a process for each request, and report the end of each, until the agent is gone.
+def main(arguments: Sequence[str]) -> NoReturn:
+    """A standby of its own interpreter (`Standby.spawn`)."""
+    from trainer.config import TrainingConfig
+    from trainer.files import read_json
+    from trainer.worker.preload import preload
 
-    Returns in the processes that it starts only: with their environment variables.
+    config, descriptor = arguments
+    parent = os.getppid()
+    preload(TrainingConfig.from_tree(read_json(Path(config))))
+    if not _can_be_forked():
+        sys.exit(1)
+    _become(*_serve(Connection(int(descriptor)), parent))
+
+
+def _can_be_forked() -> bool:
+    """Prepare this process for forks; False: a device is in use."""
+    if any(file.startswith(_DEVICES) for file in _open_files()):
+        log.warning("no standby: what workers import uses a device already, which does not survive a fork")
+        return False
+    gc.collect()
+    gc.freeze()  # a collection in a fork would write to all objects, and so copy them
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return True
+
+
+def _serve(owner: Connection, parent: int) -> tuple[list[str], dict[str, str]]:
+    """Start a process for each request, and report the end of each, until the owner is gone.
+
+    Returns in the processes that it starts only: their command and environment variables.
     """
     _die_with(parent)
     _show_as(["diloco-standby"])
-    for number in _NOT_INHERITED[:2]:
-        signal.signal(number, signal.SIG_IGN)  # the agent decides
+    signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_OWNER)  # one that reaches a program early waits in it
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes `wait` below
     own = os.getpid()
     try:
+        _tell(owner, ready=1)
         while True:
-            ready = wait([agent, woken])
+            ready = wait([owner, woken])
             if woken in ready:
                 os.read(woken, 4096)
-                _report_ended(agent)
-            if agent in ready:
-                environment: dict[str, str] = json.loads(agent.recv_bytes())
+                _report_ended(owner)
+            if owner in ready:
+                request = json.loads(owner.recv_bytes())
                 try:
                     pid = os.fork()
                 except OSError as error:
                     pid = -(error.errno or 1)
                 if pid == 0:
                     break
-                agent.send_bytes(json.dumps([pid]).encode())
+                _tell(owner, pid=pid)
     except (EOFError, OSError):
         os._exit(0)
 
     # In a process that was started
     _die_with(own)
     signal.set_wakeup_fd(-1)
-    agent.close()
+    owner.close()
     os.close(woken)
     os.close(wake)
-    return environment
+    if request["output"]:
+        output = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+    return request["command"], request["environment"]
 
 
-def _report_ended(agent: Connection) -> None:
+def _tell(owner: Connection, **message: int) -> None:
+    owner.send_bytes(json.dumps(message).encode())
+
+
+def _report_ended(owner: Connection) -> None:
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            agent.send_bytes(json.dumps([ended[0], os.waitstatus_to_exitcode(ended[1])]).encode())
+            _tell(owner, pid=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
 
 
 def _become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     """Run the command in this process, as if it had been started by itself, and end."""
     os.setsid()  # as torch's own workers: the agent signals the whole group
-    for number in _NOT_INHERITED:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_OWNER)
     os.environ.clear()
     os.environ.update(environment)
     if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
-        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it has read the agent's
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it has read the standby's
     _show_as(command)
 
     # What `python` does with its command line
@@ -235,3 +322,7 @@ def _open_files() -> list[str]:
         with suppress(OSError):
             found.append(str(link.readlink()))
     return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

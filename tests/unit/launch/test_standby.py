@@ -72,8 +72,8 @@ def gone(pid: int) -> bool:
 def test_a_worker_is_as_if_it_had_been_started_by_itself(run: Run) -> None:
     agent = run(
         """
-        standby = Standby.fork(COMMAND, prepare)
-        workers = [standby.start({"RANK": str(rank)}) for rank in range(2)]
+        standby = Standby.fork(prepare)
+        workers = [standby.start(COMMAND, {"RANK": str(rank)}) for rank in range(2)]
         codes = [worker.wait() for worker in workers]
         standby.close()
         tell(codes=codes, pids=[worker.pid for worker in workers], left=sum(1 for _ in Path("/proc/self/fd").iterdir()))
@@ -93,9 +93,9 @@ def test_a_worker_is_as_if_it_had_been_started_by_itself(run: Run) -> None:
 def test_a_signal_that_ends_a_worker_is_its_exit_code(run: Run) -> None:
     agent = run(
         """
-        standby = Standby.fork(COMMAND, prepare)
+        standby = Standby.fork(prepare)
         for number in (signal.SIGKILL, signal.SIGTERM):
-            worker = standby.start({})
+            worker = standby.start(COMMAND, {})
             before = worker.poll()
             os.kill(worker.pid, number)
             tell(codes=[before, worker.wait(), worker.poll()])
@@ -109,12 +109,12 @@ def test_a_signal_that_ends_a_worker_is_its_exit_code(run: Run) -> None:
 def test_workers_die_with_their_standby_which_then_starts_none(run: Run) -> None:
     agent = run(
         """
-        standby = Standby.fork(COMMAND, prepare)
-        worker = standby.start({})
+        standby = Standby.fork(prepare)
+        worker = standby.start(COMMAND, {})
         os.kill(standby.pid, signal.SIGTERM)  # has no effect: the agent decides
-        another = standby.start({})
+        another = standby.start(COMMAND, {})
         os.kill(standby.pid, signal.SIGKILL)
-        tell(codes=[worker.wait(), another.wait()], pids=[worker.pid, another.pid], next=standby.start({}))
+        tell(codes=[worker.wait(), another.wait()], pids=[worker.pid, another.pid], next=standby.start(COMMAND, {}))
         standby.close()
         """,
         act="time.sleep(600)",
@@ -130,8 +130,8 @@ def test_workers_die_with_their_standby_which_then_starts_none(run: Run) -> None
 def test_nothing_outlives_the_agent(run: Run) -> None:
     agent = run(
         """
-        standby = Standby.fork(COMMAND, prepare)
-        worker = standby.start({})
+        standby = Standby.fork(prepare)
+        worker = standby.start(COMMAND, {})
         tell(pids=[standby.pid, worker.pid])
         signal.pause()
         """,
@@ -150,12 +150,33 @@ def test_nothing_outlives_the_agent(run: Run) -> None:
             threading.Event().wait(0.02)
 
 
+def test_a_standby_of_its_own_interpreter_starts_programs_and_says_when_it_is_ready(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"device": "cpu"}))
+    agent = run(
+        f"""
+        place = Path({str(tmp_path)!r})
+        standby = Standby.spawn(place / "config.json", {{**os.environ, "OMP_NUM_THREADS": "1"}})
+        before = standby.is_ready(0.0)
+        while not standby.is_ready(1.0):
+            pass
+        program = standby.start([*COMMAND, "three"], {{}}, place / "log")
+        program.terminate()
+        code = program.wait()
+        another = standby.start(COMMAND, {{}}, place / "log")
+        standby.close()
+        tell(before=before, codes=[code, another.wait()])
+        """,
+        act="time.sleep(600)",
+    )
+    assert told(agent) == [{"before": False, "codes": [-15, -9]}]
+
+
 def test_a_process_that_uses_a_device_has_no_standby(run: Run, tmp_path: Path) -> None:
     agent = run(
         f"""
         module._DEVICES = ({str(tmp_path / "nvidia")!r},)
         device = open({str(tmp_path / "nvidia0")!r}, "w")
-        tell(standby=Standby.fork(COMMAND, prepare))
+        tell(standby=Standby.fork(prepare))
         """
     )
     assert told(agent) == [{"standby": None}]
@@ -169,8 +190,8 @@ def test_a_worker_of_a_prepared_standby_computes_with_all_its_threads(run: Run, 
     """
     agent = run(
         """
-        standby = Standby.fork(COMMAND, prepare)
-        worker = standby.start({**os.environ, "OMP_NUM_THREADS": "2"})
+        standby = Standby.fork(prepare)
+        worker = standby.start(COMMAND, {**os.environ, "OMP_NUM_THREADS": "2"})
         tell(code=worker.wait())
         """,
         act="""
