@@ -36,16 +36,15 @@ from trainer.protocol.records import Cursor
 from trainer.timeouts import MemberTimeouts
 
 WORKERS, STEP_SECONDS = 4, 0.02
-Commits = list[tuple[float, float]]  # when, and this member's samples
+BATCH, ROUND = 8, 1.0  # samples of a step; seconds that are less than a round and more than a synchronisation
 
 
-def member(slot: int, step: float, timeouts: MemberTimeouts, values: dict[str, Any], until: float, answer: Any) -> None:
-    """Take part in a run until a time, and answer with the commits."""
+def member(slot: int, step: float, timeouts: MemberTimeouts, values: dict[str, Any], commits: Any) -> None:
+    """Take part in a run until this process is killed; `commits` receives (slot, when, own samples) of each round."""
     os.environ[SLOT_VARIABLE] = str(slot)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = TrainingConfig.from_flat(values)
-    model, commits = nn.Linear(10, 10), Commits()
+    config, model = TrainingConfig.from_flat(values), nn.Linear(10, 10)
     with ElasticQuorum(config, {}, timeouts=timeouts) as quorum:
         diloco = DiLoCo(
             model,
@@ -55,45 +54,46 @@ def member(slot: int, step: float, timeouts: MemberTimeouts, values: dict[str, A
             quorum=quorum,
             overlap=Overlap() if config.async_communication else None,
         )
-        speed = RoundReport(speed=config.batch_size / step)
-        diloco.accept(quorum.join(diloco.state, Cursor(), report=speed).assignment)
+        report = RoundReport(speed=config.batch_size / step)
+        diloco.accept(quorum.join(diloco.state, Cursor(), report=report).assignment)
         diloco.begin_round()
-        while time.time() < until:
+        while True:
             time.sleep(step)
-            if commit := diloco.after_inner_step(config.batch_size, speed):
-                commits.append((time.time(), commit.own_weight))
-        answer.put((slot, commits))
-        answer.close()
-        answer.join_thread()
-        os._exit(0)  # the others are not to notice that it leaves
+            if commit := diloco.after_inner_step(config.batch_size, report):
+                commits.put((slot, time.time(), commit.own_weight))
 
 
 def measure(etcd: str, options: argparse.Namespace, rule: str, overlaps: bool) -> tuple[float, int, int]:
-    """Samples a second, rounds, and those of the slow member, of one run."""
-    values = {"etcd_endpoints": [etcd], "run_id": uuid.uuid4().hex[:8], "nodes": WORKERS, "batch_size": 8}
-    values |= {"per_device_train_batch_size": 8, "local_steps": options.local_steps, "total_steps": 10**6}
-    values |= {"async_communication": overlaps, "device": "cpu", "elastic_min_nodes": 2}
+    """Samples a second, rounds, and those of the slow member, of one run: between two commits of all the others."""
+    values = {"etcd_endpoints": [etcd], "run_id": uuid.uuid4().hex[:8], "nodes": WORKERS, "batch_size": BATCH}
+    values |= {"per_device_train_batch_size": BATCH, "local_steps": options.local_steps, "total_steps": 10**6}
+    values |= {"async_communication": overlaps, "device": "cpu", "elastic_min_nodes": WORKERS - 1}
     least = MemberTimeouts().least_grace if rule == "worth" else TrainingConfig.from_flat(values).grace_period
-    context, began = multiprocessing.get_context("spawn"), time.time()
-    answer, until = context.Queue(), began + options.start + options.seconds
+    context = multiprocessing.get_context("spawn")
+    commits = context.SimpleQueue()
     steps = [STEP_SECONDS] * (WORKERS - 1) + [STEP_SECONDS * options.slow]
     timeouts = MemberTimeouts(least_grace=least)
     members = [
-        context.Process(target=member, args=(slot, step, timeouts, values, until, answer))
+        context.Process(target=member, args=(slot, step, timeouts, values, commits), daemon=True)
         for slot, step in enumerate(steps)
     ]
     for one in members:
         one.start()
-    commits: dict[int, Commits] = dict(answer.get() for _ in members)
+    found: list[tuple[int, float, float]] = []
+    while not found or found[-1][1] - found[0][1] < options.seconds:
+        found.append(commits.get())
     for one in members:
+        one.kill()
         one.join()
-    first, last = (find(when for when, _ in commits[0]) for find in (min, max))
-    inside = {slot: [own for when, own in found if first + 0.5 < when <= last + 0.5] for slot, found in commits.items()}
-    return sum(map(sum, inside.values())) / (last - first), len(inside[0]), len(inside[WORKERS - 1])
+    # From the first commit to the last one, of the first member; those of the others are a moment before or after it
+    first, last = (find(when for slot, when, _ in found if slot == 0) for find in (min, max))
+    inside = [(slot, own) for slot, when, own in found if first + ROUND / 2 < when < last + ROUND / 2]
+    rounds = [sum(1 for slot, _ in inside if slot == which) for which in (0, WORKERS - 1)]
+    return sum(own for _, own in inside) / (last - first), rounds[0], rounds[1]
 
 
 def rows(options: argparse.Namespace) -> Iterator[str]:
-    could = sum(8 / STEP_SECONDS / (options.slow if slot == WORKERS - 1 else 1) for slot in range(WORKERS))
+    could = sum(BATCH / STEP_SECONDS / (options.slow if slot == WORKERS - 1 else 1) for slot in range(WORKERS))
     with tempfile.TemporaryDirectory() as directory, EmbeddedEtcd(Path(directory)) as etcd:
         for overlaps in (False, True):
             for rule in ("fixed", "worth"):
@@ -106,7 +106,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slow", type=float, default=2.0, help="the slow member's step, by that of the others")
     parser.add_argument("--seconds", type=float, default=150.0, help="of each run")
-    parser.add_argument("--start", type=float, default=30.0, help="seconds more, for four processes to start")
     parser.add_argument("--local-steps", type=int, default=400)
     options = parser.parse_args()
     print(f"{'':16}{'samples/s':>10}{'of all':>9}{'rounds':>8}{'slow in':>9}", flush=True)

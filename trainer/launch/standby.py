@@ -31,7 +31,8 @@ from trainer.process import dying_with_parent
 log = logging.getLogger(__name__)
 
 _NAME = 15  # PR_SET_NAME of prctl
-_DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dxg")  # a driver that has opened one of these does not survive a fork
+# A driver that has opened one of these does not survive a fork (NVML, which only looks for GPUs, opens others).
+_DEVICES = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/dxg")
 _LEFT_TO_OWNER = (signal.SIGTERM, signal.SIGINT)
 _KILLED = -signal.SIGKILL
 
@@ -39,8 +40,7 @@ _KILLED = -signal.SIGKILL
 def can_start(command: Sequence[str]) -> bool:
     """Whether the command is a Python program of this interpreter: `python [-u] -m MODULE …`, or a script."""
     program = [word for word in command[1:2] if word != "-u"] + [*command[2:]]
-    known = program[:1] == ["-m"] or (bool(program) and program[0].endswith(".py"))
-    return sys.platform.startswith("linux") and command[0] == sys.executable and known
+    return command[0] == sys.executable and bool(program) and (program[0] == "-m" or program[0].endswith(".py"))
 
 
 class Standby:
@@ -279,8 +279,8 @@ def _become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_OWNER)
     os.environ.clear()
     os.environ.update(environment)
-    if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
-        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it has read the standby's
+    if "torch" in sys.modules and (threads := environment.get("OMP_NUM_THREADS", "")).isdecimal():
+        sys.modules["torch"].set_num_threads(int(threads))  # it has read the standby's
     _show_as(command)
 
     # What `python` does with its command line

@@ -38,7 +38,6 @@ ACT
 """
 
 Run = Callable[..., "subprocess.Popen[str]"]
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a standby needs Linux")
 
 
 @pytest.fixture
