@@ -175,7 +175,7 @@ def _listed(keys: list[str]) -> str:
 
 
 def build(directory: Path, auto: str) -> "torch.nn.Module":
-    """The model that `fetch`, or a family's `write`, put into `directory`, in float32. On `meta`, weights are not read."""
+    """The model that `fetch`, or a family's `write`, put into `directory`, in float32; on `meta`, without weights."""
     import torch
     import transformers
 
