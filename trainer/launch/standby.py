@@ -18,7 +18,7 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -44,15 +44,20 @@ def can_start(command: Sequence[str]) -> bool:
 
 
 class Standby:
-    """The end of the process that has the standby. For one thread.
+    """The end of the process that has the standby.
 
     Close it when the programs have ended; it kills those that have not.
     """
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self._connection = pid, connection
+        self._changed = threading.Condition()  # of what follows
         self._is_alive, self._is_ready = True, False
+        self._answer = 0  # the process that was started last, or -errno
         self._ended: dict[int, int] = {}  # exit codes by process
+        # A thread, because an agent's signal handlers raise: a message must not be lost, or read by half
+        self._listener = threading.Thread(target=self._listen, name="standby", daemon=True)
+        self._listener.start()
 
     @classmethod
     def fork(cls, prepare: Callable[[], None]) -> "Standby | None":
@@ -92,14 +97,13 @@ class Standby:
 
     def is_ready(self, timeout: float) -> bool:
         """Whether it has prepared itself, or is gone: then `start` does not wait. Waits up to `timeout` seconds."""
-        if self._is_alive and not self._is_ready:
-            self._read(timeout)
-        return self._is_ready or not self._is_alive
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_ready or not self._is_alive, timeout)
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], output: Path | None = None
     ) -> "Program | None":
-        """Start a program; None: the standby is gone.
+        """Start a program; None: the standby is gone. For one thread.
 
         Args:
             command: See `can_start`.
@@ -109,49 +113,46 @@ class Standby:
         Raises:
             OSError: The system has no room for another process.
         """
-        try:
-            request = {"command": [*command], "environment": {**environment}, "output": output and str(output)}
-            self._connection.send_bytes(json.dumps(request).encode())
-        except OSError:
-            return None
-        while self._is_alive:
-            if answer := self._read(None):
-                if answer < 0:
-                    raise OSError(-answer, os.strerror(-answer))
-                return Program(self, answer)
-        return None
+        request = {"command": [*command], "environment": {**environment}, "output": output and str(output)}
+        with self._changed:
+            self._answer = 0
+            try:
+                self._connection.send_bytes(json.dumps(request).encode())
+            except OSError:
+                return None
+            self._changed.wait_for(lambda: self._answer or not self._is_alive)
+            if self._answer < 0:
+                raise OSError(-self._answer, os.strerror(-self._answer))
+            return Program(self, self._answer) if self._answer else None
 
     def exit_code(self, pid: int, timeout: float | None) -> int | None:
-        """The exit code of a worker; None: it has not ended within `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while pid not in self._ended and self._is_alive:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._read(left)
-            if deadline is not None and time.monotonic() >= deadline:
-                break
-        return self._ended.get(pid, None if self._is_alive else _KILLED)  # its workers die with it
+        """The exit code of a program; None: it has not ended within `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: pid in self._ended or not self._is_alive, timeout)
+            return self._ended.get(pid, None if self._is_alive else _KILLED)  # programs die with it
 
     def close(self) -> None:
-        self._is_alive = False
-        self._connection.close()
         with suppress(ProcessLookupError, ChildProcessError):
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
+        self._listener.join()
+        self._connection.close()
 
-    def _read(self, timeout: float | None) -> int | None:
-        """Read one message, if it comes in time; returns the answer to a request to start, if it is one."""
-        try:
-            if not self._connection.poll(timeout):
-                return None
-            message: dict[str, int] = json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
+    def _listen(self) -> None:
+        """Take the standby's messages in, until it is gone."""
+        with suppress(EOFError, OSError):
+            while True:
+                message: dict[str, int] = json.loads(self._connection.recv_bytes())
+                with self._changed:
+                    self._is_ready = True
+                    if "code" in message:
+                        self._ended[message["pid"]] = message["code"]
+                    elif "pid" in message:
+                        self._answer = message["pid"]
+                    self._changed.notify_all()
+        with self._changed:
             self._is_alive = False
-            return None
-        self._is_ready = True
-        if "code" in message:
-            self._ended[message["pid"]] = message["code"]
-            return None
-        return message.get("pid")
+            self._changed.notify_all()
 
 
 class Program:
