@@ -31,9 +31,11 @@ def tell(**what):
 WORKER = """
 import json, os, signal, sys, time
 import numpy  # imported already, or not: the same
-print(json.dumps({"pid": os.getpid(), "arguments": sys.argv[1:], "name": __name__, "session": os.getsid(0),
-                  "variables": sorted(os.environ), "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
-                  "descriptors": len(os.listdir("/proc/self/fd")) - 1}), flush=True)
+about = {"pid": os.getpid(), "arguments": sys.argv[1:], "name": __name__, "session": os.getsid(0),
+         "variables": sorted(os.environ), "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+         "descriptors": len(os.listdir("/proc/self/fd")) - 1}
+sys.stdout.write(json.dumps(about) + "\n")  # at once, since another one writes, too
+sys.stdout.flush()
 ACT
 """
 
