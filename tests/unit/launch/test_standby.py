@@ -34,7 +34,7 @@ import numpy  # imported already, or not: the same
 about = {"pid": os.getpid(), "arguments": sys.argv[1:], "name": __name__, "session": os.getsid(0),
          "variables": sorted(os.environ), "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
          "descriptors": len(os.listdir("/proc/self/fd")) - 1}
-sys.stdout.write(json.dumps(about) + "\n")  # at once, since another one writes, too
+sys.stdout.write(json.dumps(about) + "\\n")  # at once, since another one writes, too
 sys.stdout.flush()
 ACT
 """
