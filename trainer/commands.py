@@ -4,7 +4,6 @@ Each imports what it needs when it runs, so that `--help` answers at once.
 """
 
 import json
-import os
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -58,7 +57,9 @@ def launch(arguments: Namespace) -> int:
 def train(arguments: Namespace) -> int:
     """Train as one worker; a torchrun agent starts it."""
     config = _config(arguments, run_required=True)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages make fresh memory cheaper
+    from trainer.worker.preload import set_up_torch
+
+    set_up_torch()
     from trainer.worker import worker
 
     return worker.train(config)

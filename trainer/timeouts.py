@@ -56,6 +56,7 @@ class MemberTimeouts:
     probe: float = 1.0  # in which a member must be connected again after a failed attempt, or it is suspect
     find: float = 5.0  # to find a donor that has an offer
     copy: float = 15.0  # for another node to save what a leaving member has saved last
+    least_grace: float = 5.0  # for which a round waits for a late member, whatever it costs: everybody pauses at times
     role_ttl: float = 3.0  # for which the coordinator's role outlives its holder's last sign of life
     tick: float = 0.05  # between two decisions of the coordinator while something lasts
     idle: float = 1.0  # between two decisions of the coordinator while nothing does

@@ -85,6 +85,7 @@ def launched(directory: Path, shares: Sequence[float], **values: Any) -> RunHist
         "grace-period": 200,
         "lease-ttl": 250,
         "wandb-logging": "false",
+        "standby": "false",  # an agent is put into its group before it imports anything
         **values,
     }
     arguments = [f"--{name}={value}" for name, value in settings.items()]

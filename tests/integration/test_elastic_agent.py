@@ -20,13 +20,16 @@ from pathlib import Path
 from trainer.config import TrainingConfig
 from trainer.launch.agent import run_agent
 from trainer.launch.memory_cgroup import MemoryCgroup
+from trainer.launch.standby import Standby
 from trainer.errors import run_main
 from trainer.files import read_json
 
 place = Path(sys.argv[1])
 config = TrainingConfig.from_tree(read_json(place / "config.json"))
 memory = MemoryCgroup(place / "cgroup", place / "membership")
-run_main(lambda: run_agent(config, [sys.executable, "-c", sys.argv[2], str(place)], 0, memory))
+(place / "worker.py").write_text(sys.argv[2])
+standby = Standby.fork(lambda: None) if config.standby else None
+run_main(lambda: run_agent(config, [sys.executable, str(place / "worker.py"), str(place)], 0, memory, standby=standby))
 """
 WORKER = """
 import os, signal, sys
@@ -42,6 +45,14 @@ if KILLED(life):
     (place / "cgroup" / "memory.events").write_text(f"oom {life + 4}\\noom_kill {life}\\n")
 os.kill(os.getpid(), signal.SIGKILL)
 """
+PARENTS = """
+life = (place / "lives").stat().st_size
+with (place / "parents").open("a") as parents:
+    parents.write(Path(f"/proc/{os.getppid()}/comm").read_text())
+if life < 3:
+    os.kill(os.getpid() if life == 1 else os.getppid(), signal.SIGKILL)
+    signal.pause()
+"""
 ADVICE = "lower per_device_train_batch_size or sequence_length, take a smaller model, or raise memory_gb"
 
 Run = Callable[..., "tuple[subprocess.CompletedProcess[str], int, Verdict]"]
@@ -51,8 +62,15 @@ Run = Callable[..., "tuple[subprocess.CompletedProcess[str], int, Verdict]"]
 def run(etcd: str, tmp_path: Path) -> Run:
     def run(worker: str, **values: object) -> tuple[subprocess.CompletedProcess[str], int, Verdict]:
         """Returns how the agent has ended, how many lives its worker had, and the run's verdict."""
-        flat = {"launcher": "pytorchjob", "run_id": tmp_path.name, "nodes": 1, "device": "cpu", **values}
-        config = TrainingConfig.from_flat({**flat, "etcd_endpoints": [etcd], "run_dir": str(tmp_path)})
+        flat = {
+            "launcher": "pytorchjob",
+            "run_id": tmp_path.name,
+            "nodes": 1,
+            "device": "cpu",
+            "standby": False,
+            **values,
+        }
+        config = TrainingConfig.from_flat({**flat, **values, "etcd_endpoints": [etcd], "run_dir": str(tmp_path)})
         write_json(tmp_path / "config.json", config.model_dump(mode="json"))
         command = [sys.executable, "-c", AGENT, str(tmp_path), WORKER + worker]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -98,3 +116,11 @@ def test_on_a_machine_of_one_s_own_there_is_no_pod_to_give_more_memory(run: Run)
     _, lives, found = run(OUT_OF_MEMORY.replace("KILLED", "bool"), launcher="local")
     assert lives == 2
     assert found.reason.endswith("sequence_length, or take a smaller model")
+
+
+def test_a_killed_worker_starts_from_the_standby_and_without_it_when_that_is_killed(run: Run, tmp_path: Path) -> None:
+    agent, lives, found = run(PARENTS, standby=True, elastic_max_restarts=9)
+    assert (agent.returncode, lives, found.status) == (0, 3, "open"), agent.stderr
+    *standby, other = (tmp_path / "parents").read_text().splitlines()
+    assert standby == ["diloco-standby"] * 2
+    assert other != "diloco-standby"

@@ -21,7 +21,8 @@ from trainer.config import TrainingConfig
 from trainer.launch.local import launch
 from trainer.errors import run_main
 config = TrainingConfig.from_flat({"run_id": "r", "run_dir": sys.argv[1], "device": "cpu", "elastic_max_restarts": 1,
-                                   "total_steps": 2, "warmup_steps": 0, **json.loads(sys.argv[2])})
+                                   "total_steps": 2, "warmup_steps": 0, "standby": False,
+                                   **json.loads(sys.argv[2])})
 run_main(lambda: launch(config, [sys.executable, *sys.argv[3:]]))
 """
 

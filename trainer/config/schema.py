@@ -232,6 +232,11 @@ class Schema(Group):
     joiner_moments: Literal["donor", "warmup"] = parameter(
         "donor", "Where a joiner's inner optimizer state comes from: a donor, or a warm-up from zero."
     )
+    standby: Annotated[bool, LOCAL] = parameter(
+        True,
+        "Keep a process beside each agent that has imported and compiled everything, from which a worker is started "
+        "again within a second or two. Its memory is shared with the agent and the workers.",
+    )
     catch_up_rounds: Positive = parameter(8, "Number of committed means kept for members that catch up.")
     advertise_address: Annotated[str, LOCAL] = parameter(
         "",

@@ -15,6 +15,7 @@ from trainer.errors import ConfigError, Interrupted
 from trainer.etcd.client import local_address
 from trainer.etcd.lease import Lease
 from trainer.protocol.records import Rules
+from trainer.timeouts import MemberTimeouts
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
@@ -67,7 +68,7 @@ def addresses_of(config: "TrainingConfig") -> list[str]:
     return [local_address(config.etcd.endpoints[0])]
 
 
-def rules_of(config: "TrainingConfig") -> Rules:
+def rules_of(config: "TrainingConfig", timeouts: MemberTimeouts) -> Rules:
     """The protocol's parameters, from a run's configuration."""
     wait = min(config.lost_state_wait, config.elastic.rdzv_timeout / 2)  # before the members give up
     return Rules(
@@ -82,5 +83,6 @@ def rules_of(config: "TrainingConfig") -> Rules:
         batch_size=config.batch_size,
         prefetch=2 if config.overlaps else 1,
         lost_state_wait=None if config.lost_state == "stop" else wait,
+        least_grace=timeouts.least_grace,
         speed_tolerance=config.group_perc_variance if config.heterogeneous else None,
     )

@@ -72,7 +72,7 @@ class ElasticQuorum:
         self._slot, self._local_rank = number_from(SLOT_VARIABLE), number_from("LOCAL_RANK")
         self.worker = self._slot * config.workers_per_node + self._local_rank
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
-        self._rules = rules_of(config)
+        self._rules = rules_of(config, timeouts)
         self._machine = MemberMachine(self.id, self._rules)
         self._watch = RoundWatch(config, self._rules, lambda: stopping.is_set() or self._left.is_set(), timeouts)
         self._report = RoundReport()

@@ -9,7 +9,6 @@ A pod sends messages to its step through its log, each as a line with a word and
 
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,12 +67,14 @@ def _send(word: str, content: Mapping[str, Any]) -> None:
 def _train(config: TrainingConfig, slot: int | None) -> int:
     """Run one node's agent, and send its workers' events to the step."""
     from trainer.files import write_json
-    from trainer.launch.agent import run_agent
+    from trainer.launch.agent import run_agent, standby, worker_command
     from trainer.monitor.events import EventReader
 
     # The workers read the configuration with this pod's `DILOCO_*` variables resolved
     own = Path(config.run_dir) / "config.json"
     write_json(own, config.model_dump(mode="json"))
+    command = worker_command(own)
+    starting = standby(config, command)  # before there are threads
     readers = {rank: EventReader(Volume.of(config, rank).metrics, last=0) for rank in range(config.workers_per_node)}
     ended = threading.Event()
     interval = KubernetesTimeouts().echo
@@ -90,7 +91,7 @@ def _train(config: TrainingConfig, slot: int | None) -> int:
     echoing = threading.Thread(target=echo)
     echoing.start()
     try:
-        return run_agent(config, [sys.executable, "-u", "-m", "trainer", "train", "--config", str(own)], slot)
+        return run_agent(config, command, slot, standby=starting)
     finally:
         ended.set()
         echoing.join()

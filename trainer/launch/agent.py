@@ -13,7 +13,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig
 from trainer.elastic.keys import SLOT_VARIABLE, finish, record_config, verdict
@@ -22,6 +22,7 @@ from trainer.etcd.client import EtcdClient, local_address
 from trainer.etcd.errors import EtcdError
 from trainer.files import read_json
 from trainer.launch.memory_cgroup import MemoryCgroup
+from trainer.launch.standby import Standby, can_start
 from trainer.process import dying_with_parent
 from trainer.timeouts import LaunchTimeouts
 
@@ -47,8 +48,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", nargs="*", help="the worker; by default `python -m trainer train --config FILE`")
     parsed = parser.parse_args(arguments)
     config = TrainingConfig.from_tree(read_json(parsed.config))
-    worker = [sys.executable, "-u", "-m", "trainer", "train", "--config", str(parsed.config)]
-    return run_agent(config, parsed.command or worker, parsed.slot)
+    command = parsed.command or worker_command(parsed.config)
+    return run_agent(config, command, parsed.slot, standby=standby(config, command))
+
+
+def worker_command(config: Path) -> list[str]:
+    """This package's worker, configured by a file."""
+    return [sys.executable, "-u", "-m", "trainer", "train", "--config", str(config)]
+
+
+def standby(config: TrainingConfig, command: list[str]) -> Standby | None:
+    """A process from which this node's workers start, if there is to be one. Does not return in workers: see there."""
+    if not config.standby or not can_start(command):
+        return None
+    _keep_torch_quiet()
+    from trainer.worker.preload import preload
+
+    return Standby.fork(lambda: preload(config))
 
 
 def is_vague(reason: str) -> bool:
@@ -62,6 +78,7 @@ def run_agent(
     slot: int | None = None,
     memory: MemoryCgroup | None = None,
     timeouts: LaunchTimeouts = LaunchTimeouts(),
+    standby: Standby | None = None,
 ) -> int:
     """Run this node's workers until they are done; returns the exit status. Needs the main thread (signals).
 
@@ -70,13 +87,12 @@ def run_agent(
         command: The worker.
         slot: The preferred one.
         memory: The workers' cgroup; by default this process's.
+        standby: Starts the workers; closed at the end. Without one, each start is a new interpreter's.
 
     Raises:
         TrainingError: The workers need more memory than they may use; or the run cannot be joined.
     """
-    # Keep torch quiet, which logs at length when a peer is lost
-    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):
-        os.environ.setdefault(name, "ERROR")
+    _keep_torch_quiet()
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
@@ -89,6 +105,8 @@ def run_agent(
         signal.signal(number, stop)
     kills = _MemoryKills(memory or MemoryCgroup(), in_pod=config.launcher != "local")
     rendezvous = _rendezvous(config, slot)
+    if standby is not None:
+        _start_workers_from(standby, command)
     logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch does not remove it
     status = 0
     try:
@@ -111,11 +129,19 @@ def run_agent(
         if config.optim_method != "ddp" or status < 128:  # torch's rendezvous closes for all nodes, which may go on
             rendezvous.shutdown()
         logs.cleanup()
+        if standby is not None:
+            standby.close()
         if config.island:
             from trainer.island.memory import remove
 
             remove(config)
     return status
+
+
+def _keep_torch_quiet() -> None:
+    """torch logs at length when a peer is lost. It reads these when it is imported."""
+    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):
+        os.environ.setdefault(name, "ERROR")
 
 
 def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler":
@@ -183,6 +209,27 @@ def _agent(
         args=tuple(rest),
     )
     return Agent(spec, logs_specs=DefaultLogsSpecs(log_dir), shutdown_timeout=timeouts.shutdown)
+
+
+def _start_workers_from(standby: Standby, command: list[str]) -> None:
+    """Let torch's agent start workers from the standby, and as it always does when that is gone.
+
+    torch has no seam for this: it looks up by this name what starts a process.
+    """
+    from torch.distributed.elastic.multiprocessing import api
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    class Handler(SubprocessHandler):
+        def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
+            return standby.start(command, env) or super()._popen(args, env)
+
+        def close(self, death_sig: signal.Signals | None = None) -> None:
+            try:
+                super().close(death_sig)
+            except ProcessLookupError:  # it has ended already, or not become a group of its own yet
+                self.proc.send_signal(death_sig or signal.SIGTERM)
+
+    api.get_subprocess_handler = Handler  # type: ignore[assignment]  # which is called with all its arguments
 
 
 def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kills: "_MemoryKills") -> int:

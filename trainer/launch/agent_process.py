@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trainer.launch.standby import Program, Standby
 from trainer.process import dying_with_parent
 
 _ERROR = re.compile(r"(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*))")
@@ -13,13 +14,20 @@ _ERROR = re.compile(r"(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)
 class AgentProcess:
     """A torchrun agent, which runs `command`, or else this package's training, as configured by the file `config`.
 
-    It dies with this process, and its workers with it. Its output is appended to the file `log`.
+    It dies with this process, and its workers with it. Its output is appended to the file `log`. It starts from the
+    standby, if there is one.
     """
 
     def __init__(
-        self, node: int, config: Path, log: Path, command: list[str] | None, environment: dict[str, str]
+        self,
+        node: int,
+        config: Path,
+        log: Path,
+        command: list[str] | None,
+        environment: dict[str, str],
+        standby: Standby | None = None,
     ) -> None:
-        self.node, self.log = node, log
+        self.node, self.log, self._standby = node, log, standby
         self.restarts = 0  # after the agent was killed
         self.pids: set[int] = set()  # of this process and its predecessors
         self.leaving = False  # it was asked to leave, so its end is no failure
@@ -27,7 +35,7 @@ class AgentProcess:
         if command:
             self._command += ["--", *command]
         self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Program | None = None
         self._end_reported = True
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log_start = log.stat().st_size if log.exists() else 0
@@ -43,8 +51,14 @@ class AgentProcess:
 
     def start(self) -> None:
         """Start it, again if it has ended."""
+        started = self._standby.start(self._command, self._environment, self.log) if self._standby else None
+        self._process = started or self._spawned()
+        self.pids.add(self._process.pid)
+        self._end_reported = False
+
+    def _spawned(self) -> "subprocess.Popen[bytes]":
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 dying_with_parent(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -52,8 +66,6 @@ class AgentProcess:
                 env=self._environment,
                 start_new_session=True,  # Ctrl-C reaches `launch` only, which passes it on
             )
-        self.pids.add(self._process.pid)
-        self._end_reported = False
 
     def has_just_ended(self) -> bool:
         """True once after each end."""

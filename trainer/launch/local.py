@@ -23,6 +23,7 @@ from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
 from trainer.launch.agent_process import AgentProcess, last_error
 from trainer.launch.scale import DESIRED, with_nodes
+from trainer.launch.standby import Standby
 from trainer.monitor.dashboard import Dashboard, View, view
 from trainer.monitor.find_run import LAUNCHED
 from trainer.monitor.progress import WorkerProgress, fill
@@ -110,6 +111,7 @@ class _Run:
         self._agents: list[AgentProcess] = []
         self._progress: list[WorkerProgress] = []
         self._dashboard = Dashboard(config.total_steps)
+        self._standby: Standby | None = None  # of the agents
         self._lost: list[str] = []  # workers that have failed finally, while the others continued
         self._add(config.nodes)
         self.scale_requested = threading.Event()  # `scale` may have asked for another number of nodes
@@ -125,8 +127,10 @@ class _Run:
         for node in range(len(self._agents), nodes):
             path = Path(workers[node].run_dir) / "config.json"
             write_json(path, workers[node].model_dump(mode="json"))
+            if self._standby is None and self._config.standby and self._command is None:
+                self._standby = Standby.spawn(path, environment)
             log = self._run_dir / "logs" / f"worker-{node}.log"
-            self._agents.append(AgentProcess(node, path, log, self._command, environment))
+            self._agents.append(AgentProcess(node, path, log, self._command, environment, self._standby))
             for rank in range(own):
                 metrics = Volume.of(workers[node], rank).metrics
                 self._progress.append(WorkerProgress(node * own + rank, metrics))
@@ -137,12 +141,16 @@ class _Run:
             shown.show(f"run {self._config.run_id}: {self._config.attendance}")
             shown.show(f"logs in {self._run_dir / 'logs'}")
             try:
-                for agent in self._agents:
+                while self._standby and not self._standby.is_ready(self._timeouts.poll) and not self._signals:
+                    shown.refresh()
+                for agent in self._agents if not self._signals else ():
                     agent.start()
                 failure = self._watch(shown)
             finally:
                 for agent in self._agents:
                     agent.kill()
+                if self._standby:
+                    self._standby.close()
             self._update(shown)
         if all(agent.status == 0 for agent in self._agents if not agent.leaving):
             without = f", without worker {', '.join(self._lost)}" if self._lost else ""

@@ -175,10 +175,11 @@ def _listed(keys: list[str]) -> str:
 
 
 def build(directory: Path, auto: str) -> "torch.nn.Module":
-    """The model that `fetch`, or a family's `write`, put into `directory`, in float32."""
+    """The model that `fetch`, or a family's `write`, put into `directory`, in float32; on `meta`, without weights."""
+    import torch
     import transformers
 
-    if any(directory.glob("*.safetensors")):
+    if any(directory.glob("*.safetensors")) and torch.get_default_device().type != "meta":
         return load(directory, auto).train()
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     model: torch.nn.Module = getattr(transformers, auto).from_config(config)

@@ -20,7 +20,9 @@ class Rules:
     Attributes:
         min_nodes: Nodes that a quorum needs.
         max_members: A new run waits up to `grace_period` for this number of members.
-        grace_period: How long the members that have arrived wait for the others, once at least half have arrived.
+        grace_period: How long the members that have arrived wait for the others at most, once at least half have
+            arrived; they wait less if that costs more than it is worth.
+        least_grace: How long they wait, whatever it costs, for a member that is not known to be slow.
         retry_period: The same in further attempts at a round.
         forget_period: How long no member may hold the open round's state before the run goes back to an older one.
         stall_limit: How long members that have arrived wait while more than half are missing.
@@ -46,6 +48,7 @@ class Rules:
     prefetch: int = 1
     lost_state_wait: float | None = None
     speed_tolerance: float | None = None
+    least_grace: float = 0.0
 
     def length(self, step: int) -> int:
         """Inner steps of a round that begins at schedule position `step`; 0: the training is complete."""

@@ -142,8 +142,43 @@ def _reconcile(record: RoundState, view: View, waited: float, rules: Rules) -> R
 
 def _gathered(record: RoundState, view: View, waited: float, rules: Rules) -> bool:
     """Whether the gather no longer waits for any member."""
-    patience = rules.grace_period if record.attempt == 1 else rules.retry_period
-    return not _awaited(record, view) or waited >= (patience if _most_are_here(record, view) else rules.stall_limit)
+    if not (awaited := _awaited(record, view)):
+        return True
+    if not _most_are_here(record, view):
+        return waited >= rules.stall_limit
+    return waited >= (_grace(record, view, awaited, rules) if record.attempt == 1 else rules.retry_period)
+
+
+def _grace(record: RoundState, view: View, awaited: frozenset[str], rules: Rules) -> float:
+    """How long the members that are here wait for the others, in seconds, `grace_period` at most.
+
+    They wait while together they lose less time than the late ones have worked; if inner steps go on meanwhile, they
+    lose none for the length of a round. They do not wait for a member that, by its speed, would still be too late.
+    """
+    here = _here(record, view)
+    known = [seconds for id in here if (seconds := _round_seconds(record, view, id, rules))]
+    if not known:
+        return rules.grace_period
+    worked = min(known)
+    free = worked if rules.prefetch > 1 else 0.0
+
+    def worth(count: int) -> float:
+        return min(rules.grace_period, max(rules.least_grace, free + worked * count / len(here)))
+
+    # A member that was not in the last quorum has carried steps over, and needs less time than its speed says.
+    started_now = set(record.committed.members) if record.committed else set()
+    too_late = {id for id in awaited & started_now if _round_seconds(record, view, id, rules) - worked > worth(1)}
+    in_time = len(awaited - too_late)
+    return worth(in_time) if in_time else 0.0
+
+
+def _round_seconds(record: RoundState, view: View, id: str, rules: Rules) -> float:
+    """How long a member needs for its inner steps of the round; 0: its speed is not known."""
+    arrived = _arrived_for(record, view, id, record.attempt)
+    speed = view.arrivals[id].speed if arrived else view.members[id].speed
+    assignment = record.assignments.get(id)
+    steps = record.length * (assignment.step_multiplier if assignment else 1.0)
+    return steps * rules.batch_size / speed if speed > 0 else 0.0
 
 
 def _agree(record: RoundState, view: View) -> RoundState:

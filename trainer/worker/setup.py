@@ -119,7 +119,7 @@ def build(
     memory, layout, saved = _shared(process)
     if memory:
         memory.require(SHARED_VECTORS + config.overlaps + 2 * (spec.average_decay > 0))
-    diloco = _diloco(config, spec.average_decay**config.round_steps, process.model, saved, quorum, layout)
+    diloco = _diloco(config, process.model, saved, quorum, layout)
 
     # The batch size: of an island's equal processes, the leader alone tries
     best = Profile(config.per_device_train_batch_size, 0.0)
@@ -209,25 +209,31 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
+def algorithm(config: TrainingConfig) -> tuple[codecs.Codec, outer.OuterOptimizer]:
+    """The codec and the outer optimizer that the configuration names."""
+    # With data parallelism, all workers have the same parameters: these become the global ones.
+    is_world = config.optim_method == "ddp"
+    chosen = Nesterov(1.0, 0.0) if is_world else outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
+    if config.optim_method == "demo":
+        codec = codecs.make("demo", feedback=config.feedback, topk=config.compression_topk, values=config.codec)
+    else:
+        codec = codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
+    average_decay = models.resolve(config.model).average_decay ** config.round_steps
+    return codec, outer.Averaged.of(chosen, average_decay)
+
+
 def _diloco(
     config: TrainingConfig,
-    average_decay: float,
     model: nn.Module,
     optimizer: Stateful,
     quorum: ElasticQuorum | World,
     layout: IslandLayout | None,
 ) -> DiLoCo:
-    # With data parallelism, all workers have the same parameters: these become the global ones.
-    chosen = outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
-    chosen = Nesterov(1.0, 0.0) if isinstance(quorum, World) else chosen
-    if config.optim_method == "demo":
-        codec = codecs.make("demo", feedback=config.feedback, topk=config.compression_topk, values=config.codec)
-    else:
-        codec = codecs.make(config.codec, feedback=config.feedback, topk=config.sparse_topk)
+    codec, chosen = algorithm(config)
     return DiLoCo(
         model,
         optimizer,
-        outer=outer.Averaged.of(chosen, average_decay),
+        outer=chosen,
         codec=codec,
         sync_every=config.local_steps,
         quorum=quorum,

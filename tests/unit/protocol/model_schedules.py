@@ -46,6 +46,7 @@ def schedule_of(seed: int) -> World:
         total_steps=chance.choice([None, 5, 17]),
         batch_size=2,
         prefetch=1 if seed % 8 < 4 else 2,
+        least_grace=GRACE * (seed % 3) / 2,
     )
     faults = [Fault(0.0 if worker < 2 else chance.uniform(0, 10), "start", worker) for worker in range(workers)]
     kinds = ["kill", "kill", "freeze", "freeze", "leave", "cut", "lose lease", "slow", "etcd away", "shaky collectives"]

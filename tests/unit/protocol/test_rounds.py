@@ -216,6 +216,47 @@ def test_a_gather_waits_for_the_expected_members_up_to_the_grace_period(
     assert found is None or found.phase == "reduce"
 
 
+def at_speed(ids: str, speed: float = 1.0, round: int = 1) -> dict[str, Arrival]:
+    """Members that have arrived, at a speed at which a round of `RULES` takes 8 s / speed."""
+    return {id: replace(arrival(), speed=speed, round=round) for id in ids}
+
+
+@pytest.mark.parametrize(
+    ("here", "changed", "grace"),
+    [
+        (at_speed("abc"), {}, 8 / 3),  # three lose together what the fourth has worked
+        (at_speed("ab"), {}, 8.0),
+        (at_speed("ab") | at_speed("c", 2.0), {}, 4 / 3),  # the fastest one's time
+        (at_speed("abc", 0.1), {}, 10.0),  # the grace period at most
+        (arrivals("abc"), {}, 10.0),  # their speed is not known
+        (at_speed("abc"), {"least_grace": 5.0}, 5.0),
+        (at_speed("abc", 2.0), {"prefetch": 2}, 4 + 4 / 3),  # inner steps go on for the length of a round
+        (at_speed("abc"), {"prefetch": 2}, 10.0),
+    ],
+)
+def test_late_members_are_waited_for_as_long_as_they_are_worth_it(
+    here: dict[str, Arrival], changed: dict[str, Any], grace: float
+) -> None:
+    rules, view = replace(RULES, **changed), View(members("abcd"), here)
+    record = founded("abcd", rules)
+    assert decide(record, view, grace - 0.1, rules) is None
+    assert next_record(record, view, grace + 0.1, rules).members == tuple(here)
+
+
+def test_a_member_that_would_be_too_late_by_its_speed_is_not_waited_for() -> None:
+    record = second_round("abcd")
+    slow = {"d": replace(member("d"), speed=0.5)}
+    view = View(members("abcd", **slow), at_speed("abc", round=2))
+    assert next_record(record, view).members == ("a", "b", "c")
+    assert decide(record, View(view.members, at_speed("ab", round=2)), 0, RULES) is None  # c is not slow
+    # It was not in the last quorum: it has carried steps over, and may have few left
+    without = replace(record.committed, members=("a", "b", "c")) if record.committed else None
+    assert decide(replace(record, committed=without), view, 0, RULES) is None
+    # Its step multiplier makes up for it
+    fewer = {**record.assignments, "d": replace(record.assignments["d"], step_multiplier=0.5)}
+    assert decide(replace(record, assignments=fewer), view, 0, RULES) is None
+
+
 @pytest.mark.parametrize(
     "other", [arrival(2), replace(arrival(), term=2), replace(arrival(), round=2), replace(arrival(), round=0)]
 )

@@ -1,0 +1,225 @@
+"""Goodput under failures: what is left of a run's useful work when a worker or its node is killed every minute or more.
+
+    python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--minutes 15] [--calm 60] [--workers 4] [--seed 0]
+        [--systems ours torchrun torchft] [--torchft DIRECTORY] [--directory DIRECTORY]
+
+The systems, their timeouts and their work are those of bench_faults.py (there, too, how to install torchft): ours,
+torchrun's restart of the world with our backend `etcd3` and a checkpoint a round, and torchft's DiLoCo. An inner step
+is a small real one and a pause as long as a GPU's, so that four workers fit two cores.
+
+Each run is undisturbed at first, for `--calm` seconds. Then, every so many seconds, a worker drawn at random is hit by
+kill -9: alone, so that its agent starts it again, or with its agent, which is started again at once, as a node's would
+be. All systems suffer the same draws.
+
+    goodput     useful inner steps x undisturbed step time / (wall time x workers). A step is useful if an outer step
+                that it contributed to was committed, and not rolled back; the undisturbed step time is that run's own
+    useful      those steps
+    kills       of workers alone + with their agents; kills of a worker that was not running yet hit another one
+    loss        ours: the last held-out loss that all workers took part in, by that of a run without kills after as
+                many samples. The others train on random tokens
+
+It prints a row for each run, and writes build/goodput.json. It needs a quiet machine: with the defaults, for two hours
+and a half.
+"""
+
+import argparse
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).parents[2]
+OUTPUT = ROOT / "build" / "goodput.json"
+sys.path.insert(0, str(ROOT))  # for what tests share
+
+from tests.benchmarks.bench_faults import (  # noqa: E402
+    EQUAL,
+    SYSTEMS,
+    System,
+    Work,
+    precache,
+    watching_load,
+    why_not_torchft,
+)
+from tests.faults import harness  # noqa: E402
+from trainer.files import write_json  # noqa: E402
+
+PAUSE = 0.1  # seconds, of an inner step
+EVALUATION = {"eval_interval": 10, "eval_samples": 256}
+_pause = threading.Event()  # never set: it only waits
+
+
+def useful_steps(system: System) -> list[tuple[float, float]]:
+    """(when it was committed, inner steps), for each worker's part in each outer step that was not rolled back."""
+    found: list[tuple[float, float]] = []
+    if system.name == "ours":
+        rounds = [event for slot in range(system.workers) for event in system.of("round", slot)]
+        first: dict[int, int] = {}  # round of each term
+        for event in rounds:
+            first[event["term"]] = min(event["round"], first.get(event["term"], event["round"]))
+        for event in rounds:
+            if not any(term > event["term"] and round <= event["round"] for term, round in first.items()):
+                found.append((event["time"], event["own_weight"] / system.work.batch))
+        return found
+    for slot in range(system.workers):
+        made, last = 0, dict[int, tuple[float, float]]()  # by round: one that is done again replaces the first
+        for event in system.events(slot):
+            if event["event"] == "step":
+                made += 1
+            elif event["event"] == "round":  # after an outer step that failed, its steps are dropped
+                last[event["round"]] = event["time"], min(made, system.work.local_steps)
+            made = made if event["event"] == "step" else 0
+        found += last.values()
+    return found
+
+
+def rate(system: System, began: float, ended: float) -> tuple[float, float]:
+    """Useful inner steps a second between two times, and how many; measured from commit to commit."""
+    commits = sorted(useful_steps(system))
+    begin, end = (max(when for when, _ in commits if when <= limit) for limit in (began, ended))
+    steps = sum(steps for when, steps in commits if begin < when <= end)
+    return steps / (end - begin), steps
+
+
+def disturb(system: System, every: float, seconds: float, seed: int) -> tuple[int, int]:
+    """Kill at random for this long; returns the kills of workers alone, and with their agents."""
+    chance, began, kills = random.Random(seed), time.monotonic(), [0, 0]
+    for number in range(1, int(seconds / every) + 1):
+        slots, with_agent = chance.sample(range(system.workers), system.workers), chance.random() < 0.5
+        _pause.wait(max(0.0, began + number * every - time.monotonic()))
+        victim = next((slot for slot in slots if _runs(system, slot)), None)
+        if victim is None:
+            continue
+        if with_agent:
+            system.kill_node(victim)
+            system.start(victim)
+        else:
+            with suppress(ProcessLookupError):
+                system.kill_worker(victim)
+        kills[with_agent] += 1
+    _pause.wait(max(0.0, began + seconds - time.monotonic()))
+    return kills[0], kills[1]
+
+
+def _runs(system: System, slot: int) -> bool:
+    """Whether this worker's last process has begun, and not ended."""
+    starts = system.of("start", slot)
+    with suppress(psutil.NoSuchProcess):
+        return bool(starts) and psutil.Process(starts[-1]["pid"]).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def held_out(system: System) -> tuple[list[float], list[float]]:
+    """Samples that the global state has seen, and its held-out loss, wherever all workers have scored their parts."""
+    scores: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for slot in range(system.workers):
+        for event in system.of("eval", slot):
+            scores[event["round"]][slot] = event["loss"], event["samples"]
+    seen: dict[int, float] = {}  # samples in the round's commit
+    for slot in range(system.workers):
+        seen |= {event["round"]: event["weight"] for event in system.of("round", slot)}
+    whole = [round for round in sorted(scores) if len(scores[round]) == system.workers]
+    parts = [list(scores[round].values()) for round in whole]
+    losses = [sum(loss * count for loss, count in part) / sum(count for _, count in part) for part in parts]
+    samples = [sum(weight for round, weight in seen.items() if round <= limit) for limit in whole]
+    return samples, losses
+
+
+def measure(system: System, every: float, options: argparse.Namespace) -> dict[str, Any]:
+    """One run: undisturbed, then with kills; `every`: 0 for none."""
+    for slot in range(system.workers):
+        system.start(slot)
+    for _ in range(3):
+        now = time.time()
+        for slot in range(system.workers):
+            system.until_whole(slot, now)
+    calm = time.time()
+    _pause.wait(options.calm)
+    began = time.time()
+    alone, nodes = disturb(system, every or float("inf"), 60 * options.minutes, options.seed)
+    ended = time.time()
+    undisturbed, _ = rate(system, calm, began)
+    disturbed, useful = rate(system, began, ended)
+    row = {"goodput": disturbed / undisturbed, "useful": useful, "kills": alone, "with_agent": nodes}
+    return {**row, "step_seconds": system.workers / undisturbed}
+
+
+def line(row: dict[str, Any]) -> str:
+    every = f"{row['every']:g} s" if row["every"] else "never"
+    loss = f"{row['loss']:>9.4f}" if row.get("loss") else f"{'-':>9}"
+    kills = f"{row['kills']} + {row['with_agent']}"
+    numbers = f"{row['goodput']:>9.1%}{row['useful']:>9.0f}{row['step_seconds'] * 1000:>9.0f}{kills:>10}{loss}"
+    return f"{every:>7} {row['system']:<9}{numbers}{row['load']:>7.1f}"
+
+
+def rows(options: argparse.Namespace, systems: list[str], directory: Path) -> Iterator[dict[str, Any]]:
+    """All runs, one after the other."""
+    work = Work("", local_steps=options.local_steps, pause=PAUSE)
+    work = replace(work, model=str(precache(directory, work)))
+    harness.BASE |= EVALUATION
+    reference: tuple[list[float], list[float]] | None = None
+    plans = [(0.0, "ours")] if "ours" in systems else []
+    plans += [(every, name) for every in options.every for name in systems]
+    for every, name in plans:
+        own = directory / f"{name}-{every:g}"
+        own.mkdir(parents=True)
+        with ExitStack() as resources:
+            loads = resources.enter_context(watching_load())
+            system = SYSTEMS[name](own, options.workers, replace(work, system=name), EQUAL, options.torchft)
+            resources.callback(system.close)
+            row = {"every": every, "system": name, **measure(system, every, options), "load": statistics.mean(loads)}
+            if name == "ours":
+                samples, losses = held_out(system)
+                reference = reference or (samples, losses)
+                if losses:
+                    row |= {"held_out": losses[-1], "samples": samples[-1]}
+                    row["loss"] = losses[-1] / float(np.interp(samples[-1], *reference))
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", type=float, nargs="+", default=[60.0, 30.0, 20.0], help="seconds between two kills")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of each run, with kills")
+    parser.add_argument("--calm", type=float, default=60.0, help="seconds of each run before the first kill")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--local-steps", type=int, default=20, help="inner steps in a round")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--torchft", type=Path, help="where torchft is installed (`pip install --target`)")
+    parser.add_argument("--directory", type=Path, help="keep the runs there; a new one")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left running
+    systems = [name for name in SYSTEMS if name in options.systems]
+    if "torchft" in systems and (reason := why_not_torchft(options.torchft)):
+        systems.remove("torchft")
+        print(f"torchft is left out: {reason}", flush=True)
+    head = f"{'kill':>7} {'system':<9}{'goodput':>9}{'useful':>9}{'ms/step':>9}{'kills':>10}{'loss':>9}{'load':>7}"
+    print(
+        f"{options.workers} workers, {os.cpu_count()} cores, rounds of {options.local_steps} steps\n{head}", flush=True
+    )
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for row in rows(options, systems, options.directory or Path(temporary)):
+            found.append(row)
+            print(line(row), flush=True)
+            OUTPUT.parent.mkdir(exist_ok=True)
+            settings = {"minutes": options.minutes, "workers": options.workers, "seed": options.seed}
+            write_json(OUTPUT, {**settings, "local_steps": options.local_steps, "rows": found})
+
+
+if __name__ == "__main__":
+    main()

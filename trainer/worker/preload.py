@@ -1,0 +1,45 @@
+"""What each start of a worker needs and no incarnation changes: imports, and compiled code. For a standby."""
+
+import os
+from contextlib import suppress
+
+from trainer.config import TrainingConfig
+
+
+def set_up_torch() -> None:
+    """What torch reads from the environment when it is used for the first time."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages make fresh memory cheaper
+
+
+def preload(config: TrainingConfig) -> None:
+    """Import and compile what a worker with this configuration needs. Touches no device, and starts no thread.
+
+    What cannot be done yet is left out: the worker comes upon it, too, and reports it.
+    """
+    set_up_torch()
+    fork_safe, before = "PYTORCH_NVML_BASED_CUDA_CHECK", {**os.environ}  # for libraries that look for a GPU
+    os.environ[fork_safe] = "1"
+    try:
+        import torch
+
+        from trainer import models
+        from trainer.data import directory
+        from trainer.data.manifest import read_manifest
+        from trainer.diloco.collective import warm_up
+        from trainer.volume import Volume
+        from trainer.worker import worker  # noqa: F401
+        from trainer.worker.setup import algorithm
+
+        threads, volume = torch.get_num_threads(), Volume.of(config)
+        torch.set_num_threads(1)  # OpenMP's threads would not survive a fork
+        with suppress(Exception):
+            manifest = read_manifest(directory(config, volume.datasets))
+            if manifest is not None:
+                with torch.device("meta"):  # a model's parts are imported when it is built
+                    models.build(models.directory(config, manifest.for_model, volume.models), config.seed)
+        with suppress(Exception):
+            warm_up(*algorithm(config))
+        torch.set_num_threads(threads)
+    finally:
+        if fork_safe not in before:
+            del os.environ[fork_safe]
