@@ -92,14 +92,14 @@ def _config(root: Path, source: Path, **values: Any) -> TrainingConfig:
 class Pod:
     """A torchrun agent with one worker, and the volume that outlives both."""
 
-    def __init__(self, run: "Run", slot: int, inside: Sequence[str], values: dict[str, Any]) -> None:
-        self.run, self.slot, self.root = run, slot, run.directory / f"worker-{slot}"
+    def __init__(self, run: "Run", slot: int, inside: Sequence[str], worker: Path, values: dict[str, Any]) -> None:
+        self.run, self.slot, self.root, self._worker = run, slot, run.directory / f"worker-{slot}", worker
         self._before = len(run.lives(slot))  # processes that another pod has had on this volume
         config = _config(self.root, run.source, **run.values, etcd_endpoints=run.endpoints, **values)
         write_json(self.root / "config.json", config.model_dump(mode="json"))
         command = [sys.executable, "-m", "trainer.launch.agent"]
         command += ["--config", str(self.root / "config.json"), "--slot", str(slot)]
-        command += ["--", sys.executable, str(WORKER), str(self.root / "config.json")]
+        command += ["--", sys.executable, str(worker), str(self.root / "config.json")]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("DILOCO_", "PYTEST_"))}
         with (self.root / "log").open("ab") as log:
             self.agent = subprocess.Popen(
@@ -153,7 +153,7 @@ class Pod:
     def followers(self) -> list[psutil.Process]:
         """The other processes of an island."""
         processes = psutil.Process(self.agent.pid).children(recursive=True)
-        return [one for one in processes if str(WORKER) in one.cmdline() and one.pid != self.pid]
+        return [one for one in processes if str(self._worker) in one.cmdline() and one.pid != self.pid]
 
     def signal(self, number: signal.Signals) -> float:
         os.kill(self.pid, number)
@@ -196,15 +196,16 @@ class Run:
         self.settled = 0.0  # when the first quorum that a test has waited for stood: faults come after it
         self._read: dict[int, tuple[EventReader, list[Event]]] = {}
 
-    def start(self, slot: int, inside: Sequence[str] = (), **values: Any) -> Pod:
+    def start(self, slot: int, inside: Sequence[str] = (), worker: Path = WORKER, **values: Any) -> Pod:
         """Start a pod on the volume `slot`, which may have been used before.
 
         Args:
             inside: A command to run it with.
+            worker: The program of its workers.
             values: Its own parameters.
         """
         (self.directory / f"worker-{slot}").mkdir(parents=True, exist_ok=True)
-        pod = Pod(self, slot, inside, values)
+        pod = Pod(self, slot, inside, worker, values)
         self.pods.append(pod)
         return pod
 

@@ -32,9 +32,9 @@ class Fragment:
 class GlobalState:
     """The global parameters θ and the outer optimizer's state, flat, float32, on the host.
 
-    It changes only in `commit`, `apply`, `skip` and `load`. An outer step is computed in separate memory, so that it is
-    taken at once or not at all. Other threads (donors to joiners) may `borrow` the state: the borrowed tensors never
-    change, because the state gives up, or copies, borrowed memory before its next change.
+    It changes only in `commit`, `apply`, `skip`, `load` and `replace`. An outer step is computed in separate memory, so
+    that it is taken at once or not at all. Others (donors to joiners, checkpoints) may `borrow` the state: the borrowed
+    tensors never change, because the state gives up, or copies, borrowed memory before its next change.
 
     Args:
         parameters: θ, float32 (n,); taken over, not copied.
@@ -133,10 +133,15 @@ class GlobalState:
         for name, own in self._tensors.items():
             if own.shape != tensors[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(own.shape)}")
+        self.replace(round, step, lambda name, own: own.copy_(tensors[name]))
+
+    def replace(self, round: int, step: int, fill: Callable[[str, Tensor], object]) -> None:
+        """Change the state to another one: `fill` is called with each tensor's name, and the tensor to write to."""
         with self._lock:
-            self._keep_lent()
+            if self._borrowed:  # leave this memory to the borrower
+                self._tensors, self._borrowed = {name: self._like(own) for name, own in self._tensors.items()}, False
             for name, own in self._tensors.items():
-                own.copy_(tensors[name])
+                fill(name, own)
             self.round, self.step = round, step
 
     def hash(self) -> str:

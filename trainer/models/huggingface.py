@@ -176,12 +176,14 @@ def _listed(keys: list[str]) -> str:
 
 def build(directory: Path, auto: str) -> "torch.nn.Module":
     """The model that `fetch`, or a family's `write`, put into `directory`, in float32."""
+    import torch
     import transformers
 
-    if any(directory.glob("*.safetensors")):
+    empty = torch.get_default_device().type == "meta"
+    if any(directory.glob("*.safetensors")) and not empty:
         return load(directory, auto).train()
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    model: torch.nn.Module = getattr(transformers, auto).from_config(config)
+    model: torch.nn.Module = getattr(transformers, auto).from_config(config, dtype=torch.float32)
     return model
 
 

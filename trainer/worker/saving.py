@@ -17,7 +17,10 @@ class Saving:
     def __init__(self, parts: Parts, progress: Progress, metrics: EventLog) -> None:
         self._parts, self._progress, self._metrics = parts, progress, metrics
         self._checkpointer = Checkpointer(
-            parts.process.volume.checkpoints, parts.process.config.keep_checkpoints, self._on_saved
+            parts.process.volume.checkpoints,
+            parts.process.config.keep_checkpoints,
+            self._on_saved,
+            lasts=parts.memory.holds if parts.memory else lambda tensor: False,
         )
         self._last: tuple[int, float] | None = None  # round and position of the last checkpoint
         self.last_step = 0  # the schedule position that `checkpoint_interval` counts from
