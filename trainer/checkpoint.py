@@ -174,20 +174,27 @@ class Checkpointer:
         self._last: Future[None] | None = None
 
     def save(
-        self, tensors: "Mapping[str, Tensor]", worker: Mapping[str, Any], state: Mapping[str, Any], *, complete: bool
+        self,
+        tensors: "Mapping[str, Tensor]",
+        worker: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        complete: bool,
+        release: Callable[[], object] = lambda: None,
     ) -> None:
         """Copy the worker's state, and write all on another thread. Waits if the previous one is still being written.
 
         Args:
-            tensors: The global state, for `global.safetensors`: on the host, and they do not change.
+            tensors: The global state, for `global.safetensors`, on the host: not copied.
             worker: Nested dicts and lists of tensors and JSON values.
             state: JSON values, with `round` and `step`.
+            release: Called when the tensors, and what `lasts`, may change.
         """
         self.wait()  # raises TrainingError if that could not be written
         own: dict[str, Tensor] = {}
         document = {**state, "format": FORMAT, "complete": complete, "worker_state": _split(worker, own)}
         own = {name: tensor if self._lasts(tensor) else _copy(tensor) for name, tensor in own.items()}
-        self._last = self._thread.submit(self._write, document, dict(tensors), own)
+        self._last = self._thread.submit(self._write, document, dict(tensors), own, release)
 
     def wait(self) -> None:
         """Return when all checkpoints are durable. Raises TrainingError if one could not be written."""
@@ -198,15 +205,26 @@ class Checkpointer:
         """Wait for the last checkpoint, and end the thread."""
         self._thread.shutdown()
 
-    def _write(self, state: dict[str, Any], global_tensors: "dict[str, Tensor]", own: "dict[str, Tensor]") -> None:
+    def _write(
+        self,
+        state: dict[str, Any],
+        global_tensors: "dict[str, Tensor]",
+        own: "dict[str, Tensor]",
+        release: Callable[[], object],
+    ) -> None:
         from safetensors.torch import save_file
 
         # Write the files, and last their manifest
         started = time.perf_counter()
         path = self._directory / name_of(state["round"], state["step"])
         with whole_directory(path) as temporary:
-            save_file(global_tensors, temporary / "global.safetensors")
-            save_file(own, temporary / "worker.safetensors")
+            try:
+                save_file(global_tensors, temporary / "global.safetensors")
+                save_file(own, temporary / "worker.safetensors")
+            finally:
+                release()
+                global_tensors.clear()  # they may be the last to hold the memory
+                own.clear()
             write_json(temporary / "state.json", state)
             sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
             files = {name: {"sha256": sha256(temporary / name), "bytes": size} for name, size in sizes.items()}

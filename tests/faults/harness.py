@@ -194,6 +194,7 @@ class Run:
         self.client = EtcdClient.of(self.config)
         self.pods: list[Pod] = []
         self.settled = 0.0  # when the first quorum that a test has waited for stood: faults come after it
+        self.joined = 0.0  # when the last one stood: a worker that a fault has ended before has joined again
         self._read: dict[int, tuple[EventReader, list[Event]]] = {}
 
     def start(self, slot: int, inside: Sequence[str] = (), worker: Path = WORKER, **values: Any) -> Pod:
@@ -273,7 +274,8 @@ class Run:
             return max(first) if all(first) else 0
 
         round = int(self.until(formed, f"a quorum of workers {[pod.slot for pod in pods]}"))
-        self.settled = self.settled or time.time()
+        self.joined = time.time()
+        self.settled = self.settled or self.joined
         return round
 
     def until_committed(self, round: int, pods: Collection[Pod]) -> None:
@@ -337,7 +339,7 @@ class Run:
             "without": max(events[-1]["time"] for events in told) - at,
             "exposed": max(event["exposed_seconds"] for events in told for event in events),
             "attempt": max(event["attempt"] for events in told for event in events),
-            "lost_steps": sum(lost_steps(pod.life, self.settled) for pod in survivors),
+            "lost_steps": sum(lost_steps(pod.life, self.joined) for pod in survivors),
         }
 
     def check(self, survivors: Collection[Pod] = (), *, reset: bool = False) -> None:

@@ -202,6 +202,7 @@ class DiLoCo:
         overlaps = self.overlap is not None and not schedule.is_last
 
         # On a GPU, the copy runs on its own stream: `_exchange` waits for it.
+        self.state.prepare()
         buffer = self._ended if overlaps else self._scratch
         ended = self._layout.gather(buffer[: fragment.stop - fragment.start], self._section(fragment), wait=False)
         closed = self.contribution.close(fragment, schedule.steps_per_cycle(self.contribution.fragments))
@@ -321,13 +322,13 @@ class DiLoCo:
     def global_tensors(self) -> dict[str, Tensor]:
         """`model.<parameter>` and `outer.<state>.<parameter>`, float32, identical in all workers.
 
-        These are views of the state. They never change: see `GlobalState.borrow`.
+        These are views of the state, which change with the next commit: see `GlobalState.hold`.
         """
-        return self._layout.parts(self.state.borrow()[2])
+        return self._layout.parts(self.state.tensors)
 
     def load_global(self, tensors: Mapping[str, Tensor], round: int, step: int) -> None:
         """Begin a round from saved `global_tensors`; ValueError if they are of another model or outer optimizer."""
-        own, given = ({(n, t.shape) for n, t in of.items()} for of in (self._layout.parts(self.state.tensors), tensors))
+        own, given = ({(n, t.shape) for n, t in of.items()} for of in (self.global_tensors(), tensors))
         if own != given:
             raise ValueError(f"global state differs in {sorted({name for name, _ in own ^ given})[:3]}")
         self.state.replace(round, step, lambda name, flat: self._layout.fill(flat, tensors, name))

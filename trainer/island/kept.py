@@ -63,7 +63,7 @@ class KeptState:
     def forget(self, state: GlobalState) -> None:
         """Remove what earlier leaders have left, and reserve what the next outer step of `state` takes."""
         self._memory.forget()
-        self._memory.reserve(len(state.tensors))
+        self._memory.reserve(len(state.tensors))  # at once: /dev/shm is large enough, or the run does not begin
 
     def close(self, *, remove: bool) -> None:
         """Args: remove: whether no island will follow this one in the run."""

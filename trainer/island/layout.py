@@ -29,7 +29,6 @@ class IslandLayout(FlatLayout):
         island.on(gather=self._gather, scatter=self._scatter, add=self._add)
 
     def empty(self) -> Tensor:
-        self._memory.reserve(1)
         return self._memory.new()
 
     def like(self, tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,8 +44,8 @@ class NodeMemory:
     A vector whose last tensor is gone is used again. The files outlive a process that dies, in `directory`: the next
     leader may read them (`trainer.island.kept`) until it calls `forget`.
 
-    The kernel charges shared memory to the control group of the process that touches it first: each process touches an
-    equal part of a vector that is made by `reserve`.
+    The kernel charges shared memory to the control group of the process that touches it first, so each process touches
+    an equal part of a vector when it is made.
 
     Args:
         directory: See `directory_of`.
@@ -59,8 +59,8 @@ class NodeMemory:
         self.directory, self.size, self._island, self._pin = directory, size, island, pin
         self.life = f"life-{uuid.uuid4().hex[:12]}"  # the folder of this leader's vectors
         self._maps: dict[str, np.ndarray] = {}  # by name
-        self._free: list[str] = []  # the leader's; other threads take and return some
-        self._names = map("{}/{}".format, itertools.repeat(self.life), itertools.count())
+        self._free: list[str] = []  # the leader's; other threads return some
+        self._numbers = itertools.count()
         if island:
             island.on(reserve=self._occupy)
         if leads:
@@ -80,26 +80,25 @@ class NodeMemory:
             )
 
     def reserve(self, vectors: int) -> None:
-        """Have memory for so many calls of `new`, to which all processes have contributed. In `Island.run`'s thread.
+        """Have memory for so many calls of `new`. The leader calls it, in the thread of `Island.run`.
 
         Raises:
             TrainingError: There is no memory for them.
         """
-        names, island = [next(self._names) for _ in range(vectors - len(self._free))], self._island
-        if names:
-            self._make(names, lambda: island.run("reserve", names=names) if island else self._occupy(names))
+        if names := [f"{self.life}/{next(self._numbers)}" for _ in range(vectors - len(self._free))]:
+            self._make(names)
 
     def new(self) -> Tensor:
-        """A vector of arbitrary numbers; from any thread. Raises TrainingError if there is no memory for it."""
-        try:
-            name = self._free.pop()
-        except IndexError:
-            name = next(self._names)
-            self._make([name], lambda: self._reserve_part(name, 0, self._bytes))
-            self._free.remove(name)
+        """A vector of arbitrary numbers. Raises as `reserve`."""
+        self.reserve(1)
+        name = self._free.pop()
         vector = self._map(name)[:]  # an object of its own, which lives as long as a tensor in it does
         weakref.finalize(vector, self._free.append, name).atexit = False
         return torch.from_numpy(vector)
+
+    def has_room(self, vectors: int) -> bool:
+        """Whether `reserve` would find memory for so many."""
+        return (vectors - len(self._free)) * self._bytes <= shutil.disk_usage(self.directory).free
 
     def name_of(self, tensor: Tensor) -> tuple[str, int]:
         """The name of the vector that a tensor of the leader's lies in, and its offset there."""
@@ -136,12 +135,15 @@ class NodeMemory:
         """Of a vector."""
         return max(1, self.size) * BYTES
 
-    def _make(self, names: list[str], occupy: Callable[[], None]) -> None:
+    def _make(self, names: list[str]) -> None:
         """Make vectors, which are free then."""
         for name in names:
             with (self.directory / name).open("xb") as file:
                 file.truncate(self._bytes)
-        occupy()
+        if self._island:
+            self._island.run("reserve", names=names)
+        else:
+            self._occupy(names)
         missing = [name for name in names if (self.directory / name).stat().st_blocks * 512 < self._bytes]
         if missing:
             for name in names:
@@ -158,15 +160,11 @@ class NodeMemory:
         """Reserve this process's part of vectors: each has an equal one."""
         rank, size = (self._island.rank, self._island.size) if self._island else (0, 1)
         start, stop = (self._bytes * number // size for number in (rank, rank + 1))
-        for name in names:
-            self._reserve_part(name, start, stop)
+        for name in names:  # without memory a later write would fail, by SIGBUS; the leader sees what is missing
+            with (self.directory / name).open("r+b") as file, suppress(OSError):
+                os.posix_fallocate(file.fileno(), start, stop - start)
         if self._island:
             self._island.barrier()
-
-    def _reserve_part(self, name: str, start: int, stop: int) -> None:
-        # Without memory a later write would fail, by SIGBUS; the leader sees what is missing.
-        with (self.directory / name).open("r+b") as file, suppress(OSError):
-            os.posix_fallocate(file.fileno(), start, stop - start)
 
     def _map(self, name: str) -> np.ndarray:
         """The vector, mapped until this process ends."""

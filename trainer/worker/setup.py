@@ -20,6 +20,7 @@ from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
 from trainer.diloco.diloco import Stateful
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
+from trainer.errors import TrainingError, one_line
 from trainer.files import require_free_space
 from trainer.island.kept import KeptState
 from trainer.island.layout import IslandLayout
@@ -34,11 +35,10 @@ from trainer.worker.compilation import compile_model
 from trainer.worker.ddp import Loss, World
 from trainer.worker.optimizer import inner_optimizer
 from trainer.worker.own_state import OwnState
-from trainer.worker.profiling import Profile, profile
+from trainer.worker.profiling import Profile, is_out_of_memory, measure, profile
 from trainer.worker.samples import Samples, Speed
 
 PROTOCOL = 4  # version of what members exchange; members of another version are refused
-READY = "ready"  # the first command to the processes of an island
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
 
@@ -125,13 +125,14 @@ def build(
         memory.reserve(state + others)  # the rest when an earlier leader's state is gone
     diloco = _diloco(config, spec.average_decay**config.round_steps, process.model, saved, quorum, layout)
 
-    # The batch size: of an island's equal processes, the leader alone tries
+    # The batch size
     best = Profile(config.per_device_train_batch_size, 0.0)
     if config.heterogeneous:
-        batch = partial(_some, process)
-        best = profile(config, process.task, process.model, batch, volume.root / "profile.json", manifest.hash)
+        batch, cache = partial(_some, process), volume.root / "profile.json"
+        together = (lambda size: island.run("measure", size=size)) if island else None
+        best = profile(config, process.task, process.model, batch, cache, manifest.hash, together)
     if island:
-        island.run(READY, per_device=best.batch_size)
+        island.run("ready", per_device=best.batch_size)
     else:
         _ready(process, warn, best.batch_size)
     speed = Speed(config.batch_size, best.speed * max(1, config.island))
@@ -176,7 +177,7 @@ def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str]
     own = OwnState(model, island)
     process = Process(config, volume, device, task, dataset, shared, model, loss, optimizer, samples, own, island)
     if island:
-        island.on(**{READY: partial(_ready, process, warn)})
+        island.on(ready=partial(_ready, process, warn), measure=partial(_measure, process, island))
     return process
 
 
@@ -205,6 +206,28 @@ def _ready(process: Process, warn: Callable[[str], None], per_device: int) -> No
     worker = number_from(SLOT_VARIABLE) * config.workers_per_node
     worker += island.rank * FOLLOWERS if island else number_from("LOCAL_RANK")
     checkpoint.seed_random_state(config.seed + 1 + worker)
+
+
+def _measure(process: Process, island: Island, size: int) -> tuple[float, float]:
+    """Try a batch in all processes of an island at once: the slowest one's speed, and the most memory that one takes.
+
+    Raises:
+        MemoryError: It does not fit.
+        TrainingError: It does not fit, and the other processes wait for the shards of the one in which it does not.
+    """
+    speed, used, problem = 0.0, 0.0, ""
+    try:
+        speed, used = measure(process.task, process.model, _some(process, size), size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = f"{size} samples do not fit: {one_line(error)}"
+        if process.is_sharded:
+            raise TrainingError(problem) from None
+    found = [checkpoint.unpack(one) for one in island.collect(checkpoint.pack([speed, used, problem]))]
+    if problems := [problem for *_, problem in found if problem]:
+        raise MemoryError(problems[0])
+    return min((one[0] for one in found), default=0.0), max((one[1] for one in found), default=0.0)
 
 
 def _some(process: Process, size: int) -> dict[str, Tensor]:
