@@ -124,6 +124,8 @@ class NodeMemory:
             name = f"{path.parent.name}/{path.name}"
             if path.parent.name != self.life and name not in but:
                 path.unlink(missing_ok=True)
+                with suppress(OSError):  # not empty yet
+                    path.parent.rmdir()
 
     def close(self) -> None:
         """Remove all files; what is mapped stays until its tensors are gone."""

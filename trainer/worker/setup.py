@@ -213,7 +213,7 @@ def _measure(process: Process, island: Island, size: int) -> tuple[float, float]
 
     Raises:
         MemoryError: It does not fit.
-        TrainingError: It does not fit, and the other processes wait for the shards of the one in which it does not.
+        TrainingError: It does not fit, and the other processes wait for this one's shards.
     """
     speed, used, problem = 0.0, 0.0, ""
     try:
@@ -221,9 +221,9 @@ def _measure(process: Process, island: Island, size: int) -> tuple[float, float]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        problem = f"{size} samples do not fit: {one_line(error)}"
-        if process.is_sharded:
-            raise TrainingError(problem) from None
+        if process.is_sharded:  # the next start takes the largest size that did
+            raise TrainingError(f"{size} samples a process do not fit into its memory") from None
+        problem = one_line(error)
     found = [checkpoint.unpack(one) for one in island.collect(checkpoint.pack([speed, used, problem]))]
     if problems := [problem for *_, problem in found if problem]:
         raise MemoryError(problems[0])
