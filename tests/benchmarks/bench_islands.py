@@ -91,7 +91,7 @@ def measured(arguments: argparse.Namespace, kind: str, directory: Path, timeout:
         "batch_size": arguments.batch * arguments.processes, "per_device_train_batch_size": arguments.batch,
     }  # fmt: skip
     (config,) = worker_configs(load_config(RECIPE, flags))
-    data.precache(config, Volume.of(config))
+    data.precache(config, Volume.of(config), lambda line: None)
     with EmbeddedEtcd(directory / "etcd") as etcd, listen("127.0.0.1") as probe:
         port = probe.getsockname()[1]
         probe.close()
