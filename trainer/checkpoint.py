@@ -157,28 +157,44 @@ class Checkpointer:
     """Saves checkpoints in `directory` off the training thread, one at a time, and keeps the newest `keep`.
 
     Calls `on_saved` (path, seconds, bytes), on its own thread, when a checkpoint is durable.
+
+    Args:
+        lasts: Whether a tensor of the worker's state does not change after `save`, so that it need not be copied.
     """
 
-    def __init__(self, directory: Path, keep: int, on_saved: Callable[[Path, float, int], None]) -> None:
-        self._directory, self._keep, self._on_saved = directory, keep, on_saved
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        on_saved: Callable[[Path, float, int], None],
+        lasts: "Callable[[Tensor], bool]" = lambda tensor: False,
+    ) -> None:
+        self._directory, self._keep, self._on_saved, self._lasts = directory, keep, on_saved, lasts
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpointer")
         self._last: Future[None] | None = None
 
     def save(
-        self, tensors: "Mapping[str, Tensor]", worker: Mapping[str, Any], state: Mapping[str, Any], *, complete: bool
+        self,
+        tensors: "Mapping[str, Tensor]",
+        worker: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        complete: bool,
+        release: Callable[[], object] = lambda: None,
     ) -> None:
-        """Copy the state, and write it on another thread. Waits if the previous one is still being written.
+        """Copy the worker's state, and write all on another thread. Waits if the previous one is still being written.
 
         Args:
-            tensors: The global state, for `global.safetensors`.
+            tensors: The global state, for `global.safetensors`, on the host: not copied.
             worker: Nested dicts and lists of tensors and JSON values.
             state: JSON values, with `round` and `step`.
+            release: Called when the tensors, and what `lasts`, may change.
         """
         self.wait()  # raises TrainingError if that could not be written
         own: dict[str, Tensor] = {}
         document = {**state, "format": FORMAT, "complete": complete, "worker_state": _split(worker, own)}
-        copies = {name: _copy(tensor) for name, tensor in tensors.items()}
-        self._last = self._thread.submit(self._write, document, copies, own)
+        own = {name: tensor if self._lasts(tensor) else _copy(tensor) for name, tensor in own.items()}
+        self._last = self._thread.submit(self._write, document, dict(tensors), own, release)
 
     def wait(self) -> None:
         """Return when all checkpoints are durable. Raises TrainingError if one could not be written."""
@@ -189,15 +205,26 @@ class Checkpointer:
         """Wait for the last checkpoint, and end the thread."""
         self._thread.shutdown()
 
-    def _write(self, state: dict[str, Any], global_tensors: "dict[str, Tensor]", own: "dict[str, Tensor]") -> None:
+    def _write(
+        self,
+        state: dict[str, Any],
+        global_tensors: "dict[str, Tensor]",
+        own: "dict[str, Tensor]",
+        release: Callable[[], object],
+    ) -> None:
         from safetensors.torch import save_file
 
         # Write the files, and last their manifest
         started = time.perf_counter()
         path = self._directory / name_of(state["round"], state["step"])
         with whole_directory(path) as temporary:
-            save_file(global_tensors, temporary / "global.safetensors")
-            save_file(own, temporary / "worker.safetensors")
+            try:
+                save_file(global_tensors, temporary / "global.safetensors")
+                save_file(own, temporary / "worker.safetensors")
+            finally:
+                release()
+                global_tensors.clear()  # they may be the last to hold the memory
+                own.clear()
             write_json(temporary / "state.json", state)
             sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
             files = {name: {"sha256": sha256(temporary / name), "bytes": size} for name, size in sizes.items()}
@@ -217,7 +244,7 @@ def pack(value: Any) -> bytes:
 
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_split(value, tensors)).encode()
-    return len(tree).to_bytes(8, "little") + tree + save(tensors)
+    return len(tree).to_bytes(8, "little") + tree + save({name: _copy(tensor) for name, tensor in tensors.items()})
 
 
 def unpack(packed: bytes) -> Any:
@@ -239,11 +266,11 @@ def _as_tensor(array: np.ndarray) -> "Tensor":
 
 
 def _split(value: Any, tensors: "dict[str, Tensor]", path: str = "") -> dict[str, Any]:
-    """The JSON of a tree, where a name stands for each tensor; copies of these, by name, are added to `tensors`."""
+    """The JSON of a tree, where a name stands for each tensor; these are added to `tensors`, by name."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
-        tensors[path] = _copy(value)
+        tensors[path] = value
         return {"tensor": path}
     if isinstance(value, np.ndarray):
         tensors[path] = _as_tensor(value)

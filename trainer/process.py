@@ -1,5 +1,6 @@
 """Child processes that never outlive their parent, and the ports that processes listen on."""
 
+import ctypes
 import errno
 import ipaddress
 import os
@@ -15,6 +16,7 @@ from trainer.errors import ConfigError
 T = TypeVar("T")
 
 _NICENESS = 5
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 _CONGESTION = 13  # TCP_CONGESTION of Linux, which not every Python's `socket` names
 
 # Runs in the child before the program. PR_SET_PDEATHSIG (1) survives exec; if the parent died before it was set, the
@@ -73,6 +75,17 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def return_freed_memory(least: int = 1 << 20) -> None:
+    """From now on, return blocks of `least` bytes or more to the kernel when they are freed (glibc; else no effect).
+
+    By default glibc raises its threshold to 32 MB as such blocks are freed, and keeps them in a heap, in pieces.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, least)
+        mallopt(_M_TRIM_THRESHOLD, least)
 
 
 def number_from(variable: str) -> int:

@@ -10,23 +10,26 @@ GPU: how long a synchronisation takes, and for how long the inner loop stands st
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from trainer.errors import ConfigError
 from trainer.volume import worker_roots
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_islands import measured
 
 LIMIT = 460.0  # seconds; what does not fit is left out, and named
-LONGEST = 120.0  # seconds, of one measurement
+SHORTEST, LONGEST = 30.0, 150.0  # seconds of a row: with less it is not begun
 COMMON = {
     "dataset": "stdlib", "tokenizer": "bytes", "nodes": "2", "eval-interval": "0", "wandb-logging": "false",
     "max-samples": "300", "total-steps": "24", "local-steps": "6", "checkpoint-interval": "1000", "warmup-steps": "2",
@@ -45,7 +48,12 @@ def main() -> None:
     if arguments.device != "cpu" and not torch.cuda.is_available():
         print("no GPU that torch can use: nothing is measured")
         return
-    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["DILOCO_DATASET_CACHE_DIR"] = cache  # read once, for all rows
+        measure(arguments, time.monotonic() + LIMIT)
+
+
+def measure(arguments: argparse.Namespace, deadline: float) -> None:
     arguments.processes = max(1, torch.cuda.device_count()) if arguments.device != "cpu" else 2
     print(f"{arguments.processes} processes on {arguments.device}, sequences of {arguments.sequence_length} tokens")
 
@@ -53,29 +61,29 @@ def main() -> None:
     print(f"\n{'inner loop':<24}" + "".join(f"{column:>16}" for column in columns))
     for model in arguments.models:
         for kind in ("ddp", "fsdp"):
-            if time.monotonic() - started > LIMIT - LONGEST:
-                print(f"{model} {kind}: left out, for want of time")
-                continue
-            arguments.model = model
-            with tempfile.TemporaryDirectory() as directory:
-                print(f"{f'{model} {kind}':<24}" + inner_row(measured(arguments, kind, Path(directory))), flush=True)
+            attempt(f"{model} {kind}", deadline, partial(inner_row, arguments, model, kind))
 
     columns = ("bytes sent", "synchronise", "exposed", "exposed, async")
     print(f"\n{f'two workers, {arguments.models[0]}':<40}" + "".join(f"{column:>16}" for column in columns))
     for codec in arguments.codecs:
-        if time.monotonic() - started > LIMIT - LONGEST:
-            print(f"{codec}: left out, for want of time")
-            continue
-        plain, overlapped = (synchronisations(arguments, codec, overlap) for overlap in (False, True))
-        values = (
-            f"{plain['bytes_sent'] / 1e6:.1f} MB",
-            *(f"{plain[f'{name}_seconds']:.3f} s" for name in ("sync", "exposed")),
-        )
-        row = (*values, f"{overlapped['exposed_seconds']:.3f} s")
-        print(f"{codec:<40}" + "".join(f"{value:>16}" for value in row), flush=True)
+        attempt(codec, deadline, partial(codec_row, arguments, codec))
 
 
-def inner_row(found: dict[str, Any]) -> str:
+def attempt(what: str, deadline: float, row: Callable[[float], str]) -> None:
+    """Print a row, from the seconds that are left. What fails, or takes too long, is named; the others go on."""
+    left = min(LONGEST, deadline - time.monotonic())
+    try:
+        print(row(left) if left > SHORTEST else f"{what}: left out, for want of time", flush=True)
+    except subprocess.TimeoutExpired:
+        print(f"{what}: left out, for want of time", flush=True)
+    except (subprocess.CalledProcessError, ConfigError, statistics.StatisticsError) as error:
+        print(f"{what}: failed, see above: {error}", flush=True)
+
+
+def inner_row(arguments: argparse.Namespace, model: str, kind: str, seconds: float) -> str:
+    arguments.model = model
+    with tempfile.TemporaryDirectory() as directory:
+        found = measured(arguments, kind, Path(directory), seconds)
     flops = found["flops"] / found["samples"] * found["ours"]
     values = (
         f"{found['bare']:.1f}",
@@ -85,22 +93,34 @@ def inner_row(found: dict[str, Any]) -> str:
         f"{flops / found['peak']:.1%}" if found["peak"] else "–",
         f"{found['memory'] / found['parameters']:.1f}",
     )
-    return "".join(f"{value:>16}" for value in values)
+    return f"{f'{model} {kind}':<24}" + "".join(f"{value:>16}" for value in values)
 
 
-def synchronisations(arguments: argparse.Namespace, codec: str, overlap: bool) -> dict[str, float]:
+def codec_row(arguments: argparse.Namespace, codec: str, seconds: float) -> str:
+    plain, overlapped = (synchronisations(arguments, codec, overlap, seconds / 2) for overlap in (False, True))
+    values = (
+        f"{plain['bytes_sent'] / 1e6:.1f} MB",
+        f"{plain['sync_seconds']:.3f} s",
+        f"{plain['exposed_seconds']:.3f} s",
+        f"{overlapped['exposed_seconds']:.3f} s",
+    )
+    return f"{codec:<40}" + "".join(f"{value:>16}" for value in values)
+
+
+def synchronisations(arguments: argparse.Namespace, codec: str, overlap: bool, seconds: float) -> dict[str, float]:
     """The medians of a run's rounds, without the first one."""
     own = {
         "model": arguments.models[0], "device": "cpu" if arguments.device == "cpu" else "cuda:0", "codec": codec,
         "async-communication": str(overlap).lower(), "sequence-length": str(arguments.sequence_length),
         "batch-size": str(arguments.batch), "per-device-train-batch-size": str(arguments.batch), "run-id": "bench",
     }  # fmt: skip
+    deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as directory:
         values = {**COMMON, **own, "run-dir": directory}
         flags = [part for name, value in values.items() for part in (f"--{name}", value)]
         for command in ("precache", "launch"):
             program = [sys.executable, "-m", "trainer", command, *flags]
-            subprocess.run(program, check=True, stdout=subprocess.DEVNULL, timeout=LONGEST)
+            subprocess.run(program, check=True, stdout=subprocess.DEVNULL, timeout=deadline - time.monotonic())
         lines = [line for root in worker_roots(Path(directory)) for line in (root / "metrics.jsonl").open()]
     rounds = [event for event in map(json.loads, lines) if event["event"] == "round" and event["round"] > 1]
     names = ("bytes_sent", "sync_seconds", "exposed_seconds")

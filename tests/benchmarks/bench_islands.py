@@ -76,8 +76,13 @@ def row(kind: str, found: dict[str, Any]) -> str:
     return f"{kind:>6}" + "".join(f"{value:>16}" for value in (*values, f"{found['memory'] / 2**20:.0f} MiB"))
 
 
-def measured(arguments: argparse.Namespace, kind: str, directory: Path) -> dict[str, Any]:
-    """Start the processes, and return what their leader has measured."""
+def measured(arguments: argparse.Namespace, kind: str, directory: Path, timeout: float | None = None) -> dict[str, Any]:
+    """Start the processes, and return what their leader has measured.
+
+    Raises:
+        CalledProcessError: A process has failed, and has printed why.
+        TimeoutExpired: They have taken more than `timeout` seconds.
+    """
     flags: dict[str, Any] = {
         "nodes": 1, "run_id": "bench", "run_dir": str(directory), "local_steps": 10**6, "total_steps": 10**6,
         "eval_interval": 0, "max_samples": 300, "tokenizer": "bytes", "model": arguments.model,
@@ -86,7 +91,7 @@ def measured(arguments: argparse.Namespace, kind: str, directory: Path) -> dict[
         "batch_size": arguments.batch * arguments.processes, "per_device_train_batch_size": arguments.batch,
     }  # fmt: skip
     (config,) = worker_configs(load_config(RECIPE, flags))
-    data.precache(config, Volume.of(config))
+    data.precache(config, Volume.of(config), lambda line: None)
     with EmbeddedEtcd(directory / "etcd") as etcd, listen("127.0.0.1") as probe:
         port = probe.getsockname()[1]
         probe.close()
@@ -103,8 +108,14 @@ def measured(arguments: argparse.Namespace, kind: str, directory: Path) -> dict[
             )
             for rank in range(arguments.processes)
         ]
-        output = started[0].communicate()[0]
-        assert all(status == 0 for status in map(subprocess.Popen.wait, started))
+        try:
+            output = started[0].communicate(timeout=timeout)[0]
+            if status := next(filter(None, (one.wait(timeout) for one in started)), 0):
+                raise subprocess.CalledProcessError(status, command)
+        finally:
+            for one in started:
+                one.kill()
+                one.wait()
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
@@ -177,8 +188,9 @@ def compare(worker: Worker, island: Island, turns: int) -> dict[str, Any]:
 
     loops: dict[str, Callable[[], None]] = {"bare": lambda: island.run("bare"), "ours": ours}
     times: dict[str, list[float]] = {name: [] for name in loops}
-    for loop in loops.values():  # warm up
-        loop()
+    ours()  # warm up; the bare loop's model is not there yet
+    memory = peak_memory(island.device)
+    loops["bare"]()
     worker.throughput.end_round(1.0)
     for turn in range(turns):
         for name in sorted(loops, reverse=turn % 2 == 0):
@@ -192,7 +204,7 @@ def compare(worker: Worker, island: Island, turns: int) -> dict[str, Any]:
         "samples": samples * turns,
         "flops": flops,
         "peak": peak and peak * island.size,
-        "memory": peak_memory(island.device),
+        "memory": memory,
         "parameters": sum(parameter.numel() for parameter in worker.process.parameters),
     }
 

@@ -92,14 +92,14 @@ def _config(root: Path, source: Path, **values: Any) -> TrainingConfig:
 class Pod:
     """A torchrun agent with one worker, and the volume that outlives both."""
 
-    def __init__(self, run: "Run", slot: int, inside: Sequence[str], values: dict[str, Any]) -> None:
-        self.run, self.slot, self.root = run, slot, run.directory / f"worker-{slot}"
+    def __init__(self, run: "Run", slot: int, inside: Sequence[str], worker: Path, values: dict[str, Any]) -> None:
+        self.run, self.slot, self.root, self._worker = run, slot, run.directory / f"worker-{slot}", worker
         self._before = len(run.lives(slot))  # processes that another pod has had on this volume
         config = _config(self.root, run.source, **run.values, etcd_endpoints=run.endpoints, **values)
         write_json(self.root / "config.json", config.model_dump(mode="json"))
         command = [sys.executable, "-m", "trainer.launch.agent"]
         command += ["--config", str(self.root / "config.json"), "--slot", str(slot)]
-        command += ["--", sys.executable, str(WORKER), str(self.root / "config.json")]
+        command += ["--", sys.executable, str(worker), str(self.root / "config.json")]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("DILOCO_", "PYTEST_"))}
         with (self.root / "log").open("ab") as log:
             self.agent = subprocess.Popen(
@@ -153,7 +153,7 @@ class Pod:
     def followers(self) -> list[psutil.Process]:
         """The other processes of an island."""
         processes = psutil.Process(self.agent.pid).children(recursive=True)
-        return [one for one in processes if str(WORKER) in one.cmdline() and one.pid != self.pid]
+        return [one for one in processes if str(self._worker) in one.cmdline() and one.pid != self.pid]
 
     def signal(self, number: signal.Signals) -> float:
         os.kill(self.pid, number)
@@ -194,17 +194,19 @@ class Run:
         self.client = EtcdClient.of(self.config)
         self.pods: list[Pod] = []
         self.settled = 0.0  # when the first quorum that a test has waited for stood: faults come after it
+        self.joined = 0.0  # when the last one stood: a worker that a fault has ended before has joined again
         self._read: dict[int, tuple[EventReader, list[Event]]] = {}
 
-    def start(self, slot: int, inside: Sequence[str] = (), **values: Any) -> Pod:
+    def start(self, slot: int, inside: Sequence[str] = (), worker: Path = WORKER, **values: Any) -> Pod:
         """Start a pod on the volume `slot`, which may have been used before.
 
         Args:
             inside: A command to run it with.
+            worker: The program of its workers.
             values: Its own parameters.
         """
         (self.directory / f"worker-{slot}").mkdir(parents=True, exist_ok=True)
-        pod = Pod(self, slot, inside, values)
+        pod = Pod(self, slot, inside, worker, values)
         self.pods.append(pod)
         return pod
 
@@ -272,7 +274,8 @@ class Run:
             return max(first) if all(first) else 0
 
         round = int(self.until(formed, f"a quorum of workers {[pod.slot for pod in pods]}"))
-        self.settled = self.settled or time.time()
+        self.joined = time.time()
+        self.settled = self.settled or self.joined
         return round
 
     def until_committed(self, round: int, pods: Collection[Pod]) -> None:
@@ -336,7 +339,7 @@ class Run:
             "without": max(events[-1]["time"] for events in told) - at,
             "exposed": max(event["exposed_seconds"] for events in told for event in events),
             "attempt": max(event["attempt"] for events in told for event in events),
-            "lost_steps": sum(lost_steps(pod.life, self.settled) for pod in survivors),
+            "lost_steps": sum(lost_steps(pod.life, self.joined) for pod in survivors),
         }
 
     def check(self, survivors: Collection[Pod] = (), *, reset: bool = False) -> None:

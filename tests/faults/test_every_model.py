@@ -1,6 +1,5 @@
 """Every model, with either method, overlapping or not: from one worker to three, one of which is killed."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,6 @@ def test_one_becomes_three_and_one_is_killed(
     run.until_quorum([first])
     pods = [first, run.start(1), run.start(2)]
     run.until_quorum(pods)
-    run.settled = time.time()  # those who have joined are not joining any more
 
     killed = pods[1].kill_worker()
     words = "overlapping" if overlapping else "waiting"

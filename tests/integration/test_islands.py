@@ -22,7 +22,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import TrainingConfig
 from trainer.elastic import keys
 from trainer.etcd.client import EtcdClient
-from trainer.files import write_json
+from trainer.files import read_json, write_json
 from trainer.island.memory import directory_of
 from trainer.process import dying_with_parent
 from trainer.volume import Volume
@@ -260,6 +260,18 @@ def test_fragments_overlap_and_compiled_blocks_have_the_same_results_on_an_islan
     compiled = {"compile_model": True, "compile_backend": "aot_eager", "activation_checkpointing": "block"}
     single, island = start("one", 1, "none", **how), start("island", 2, "fsdp", **how, **compiled)
     assert_equal(island.ends(), single.ends())
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("inner_parallel", ["ddp", "fsdp"])
+def test_an_island_finds_the_batch_size_of_its_processes(inner_parallel: str, start: Callable[..., Node]) -> None:
+    few = {"total_steps": 16, "heterogeneous": True, "min_batch_size": 2}
+    node = start("island", 2, inner_parallel, **few).ends()
+    found = read_json(node.volume.root / "profile.json")
+    assert found["sizes"] == [2, 6]
+    assert found["profile"]["batch_size"] in found["sizes"]
+    assert found["profile"]["speed"] > 0
+    assert sorted(node.losses()) == list(range(1, 17))
 
 
 OTHERS = [

@@ -19,12 +19,13 @@ def save(directory: Path, rounds: range, keep: int = 10, complete: bool = False)
     saved: list[Path] = []
     checkpointer = Checkpointer(directory, keep, lambda path, seconds, size: saved.append(path))
     for round in rounds:
-        weights = torch.full((3, 2), float(round))
+        weights, moments = (torch.full((3, 2), float(number)) for number in (round, 2 * round))
         worker = {
-            "inner_optimizer": {"state": {0: {"exp_avg": weights * 2, "step": 7}}, "groups": [{"betas": (0.9, 0.95)}]}
+            "inner_optimizer": {"state": {0: {"exp_avg": moments, "step": 7}}, "groups": [{"betas": (0.9, 0.95)}]}
         }
-        checkpointer.save({"model.w": weights}, worker, {"round": round, "step": round * 5}, complete=complete)
-        weights.zero_()  # the training goes on: what is saved is what was
+        state = {"round": round, "step": round * 5}
+        checkpointer.save({"model.w": weights}, worker, state, complete=complete, release=weights.zero_)
+        moments.zero_()  # the training goes on: what is saved is what was
     checkpointer.wait()
     checkpointer.close()
     return saved

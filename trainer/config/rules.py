@@ -104,8 +104,6 @@ def _islands(config: Schema) -> Rules:
             "inner_optimizer",
             f"must be adamw with {how}: muon needs whole matrices",
         )
-        profiled = f"cannot be combined with {how}: batch sizes cannot be tried by one process alone"
-        yield not config.heterogeneous, "heterogeneous", profiled
 
 
 def _batches(config: Schema) -> Rules:

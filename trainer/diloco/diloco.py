@@ -208,6 +208,7 @@ class DiLoCo:
         overlaps = self.overlap is not None and not schedule.is_last
 
         # On a GPU, the copy runs on its own stream: `_exchange` waits for it.
+        self.state.prepare()
         buffer = self._ended if overlaps else self._scratch
         ended = self._layout.gather(buffer[: fragment.stop - fragment.start], self._section(fragment), wait=False)
         closed = self.contribution.close(fragment, schedule.steps_per_cycle(self.contribution.fragments))
@@ -327,19 +328,16 @@ class DiLoCo:
     def global_tensors(self) -> dict[str, Tensor]:
         """`model.<parameter>` and `outer.<state>.<parameter>`, float32, identical in all workers.
 
-        These are views of the state: copy them before the next synchronisation.
+        These are views of the state, which change with the next commit: see `GlobalState.hold`.
         """
-        return {
-            f"{name}.{parameter}": view
-            for name, flat in self.state.tensors.items()
-            for parameter, view in self._layout.named(flat).items()
-        }
+        return self._layout.parts(self.state.tensors)
 
     def load_global(self, tensors: Mapping[str, Tensor], round: int, step: int) -> None:
         """Begin a round from saved `global_tensors`; ValueError if they are of another model or outer optimizer."""
-        if differing := self.global_tensors().keys() ^ tensors.keys():
-            raise ValueError(f"global state differs in {sorted(differing)[:3]}")
-        self.state.load(round, step, {name: self._layout.join(tensors, name) for name in self.state.tensors})
+        own, given = ({(n, t.shape) for n, t in of.items()} for of in (self.global_tensors(), tensors))
+        if own != given:
+            raise ValueError(f"global state differs in {sorted({name for name, _ in own ^ given})[:3]}")
+        self.state.replace(round, step, lambda name, flat: self._layout.fill(flat, tensors, name))
         self.begin_round()
 
     def worker_state(self) -> dict[str, Any]:

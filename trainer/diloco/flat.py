@@ -73,12 +73,18 @@ class FlatLayout:
         views = (view for view, _ in self._pairs(flat, self.parameters))
         return dict(zip(self._names, views, strict=True))
 
-    def join(self, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
-        """A new flat vector from its parts, `<prefix>.<parameter>`."""
-        flat = torch.empty(self.size, dtype=torch.float32)
-        for view, tensor in self._pairs(flat, (tensors[f"{prefix}.{name}"] for name in self._names)):
-            view.copy_(tensor)
-        return flat
+    def parts(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of named vectors, as `<vector>.<parameter>`: views, not copies."""
+        return {
+            f"{name}.{parameter}": view
+            for name, flat in vectors.items()
+            for parameter, view in self.named(flat).items()
+        }
+
+    def fill(self, flat: Tensor, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Set a vector from its parts, `<prefix>.<parameter>`."""
+        for name, view in self.named(flat).items():
+            view.copy_(tensors[f"{prefix}.{name}"])
 
     def gather(self, flat: Tensor, section: Section | None = None, *, wait: bool = True) -> Tensor:
         """Copy the parameters, or a section of them, into `flat`, and return it.

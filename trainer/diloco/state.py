@@ -34,9 +34,9 @@ class Fragment:
 class GlobalState:
     """The global parameters θ and the outer optimizer's state, flat, float32, on the host.
 
-    It changes only in `commit`, `apply`, `skip` and `load`. An outer step is computed in separate memory, so that it is
-    taken at once or not at all. Other threads (donors to joiners) may `borrow` the state: the borrowed tensors never
-    change, because the state gives up, or copies, borrowed memory before its next change.
+    It changes only in `commit`, `apply`, `skip`, `load` and `replace`. An outer step is computed in separate memory, so
+    that it is taken at once or not at all. Other threads (donors to joiners) may `borrow` the state, or `hold` it while
+    they read it: its tensors do not change, because the state gives up, or copies, their memory before its next change.
 
     Args:
         parameters: θ, float32 (n,); taken over, not copied.
@@ -65,7 +65,7 @@ class GlobalState:
             self._tensors[f"outer.{name}"] = like(initial).copy_(initial) if like else initial
         self._spare: dict[str, Tensor] = {}
         self._begun: OuterStep | None = None
-        self._borrowed = False
+        self._readers = set[object]()  # of the present tensors
         self._lock = threading.Lock()
 
     @property
@@ -86,12 +86,23 @@ class GlobalState:
     def borrow(self) -> tuple[int, int, dict[str, Tensor]]:
         """Round, step, and the tensors: these never change."""
         with self._lock:
-            self._borrowed = True
+            self._readers.add(object())
             return self.round, self.step, dict(self._tensors)
+
+    def hold(self) -> Callable[[], None]:
+        """Let the present tensors not change until the result is called, in any thread."""
+        reader = object()
+        with self._lock:
+            self._readers.add(reader)
+        return lambda: self._readers.discard(reader)
+
+    def prepare(self) -> None:
+        """Allocate the memory for an outer step, if there is none, in this thread instead of that of `begin`."""
+        self._spare = self._spare or {name: self._like(own) for name, own in self._tensors.items()}
 
     def begin(self, fragment: Fragment) -> "OuterStep":
         """Begin to compute an outer step. There is memory for one: an unfinished one is given up."""
-        self._spare = self._spare or {name: self._like(own) for name, own in self._tensors.items()}
+        self.prepare()
         before, after = ({n: fragment.of(t) for n, t in of.items()} for of in (self._tensors, self._spare))
         self._begun = OuterStep(self.outer, fragment, before, after)
         return self._begun
@@ -103,8 +114,8 @@ class GlobalState:
                 raise ValueError("this outer step has been given up")
             self._begun = None
             if outer_step.fragment is self.full_model:
-                self._tensors, self._spare = self._spare, {} if self._borrowed else self._tensors
-                self._borrowed = False
+                self._tensors, self._spare = self._spare, {} if self._readers else self._tensors
+                self._readers.clear()
             else:
                 self._keep_lent()
                 for name, own in self._tensors.items():
@@ -135,10 +146,16 @@ class GlobalState:
         for name, own in self._tensors.items():
             if own.shape != tensors[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(own.shape)}")
+        self.replace(round, step, lambda name, own: own.copy_(tensors[name]))
+
+    def replace(self, round: int, step: int, fill: Callable[[str, Tensor], object]) -> None:
+        """Change the state to another one: `fill` is called with each tensor's name, and the tensor to write to."""
         with self._lock:
-            self._keep_lent()
+            if self._readers:  # leave this memory to them
+                self._tensors = {name: self._like(own) for name, own in self._tensors.items()}
+                self._readers.clear()
             for name, own in self._tensors.items():
-                own.copy_(tensors[name])
+                fill(name, own)
             self.round, self.step = round, step
 
     def hash(self) -> str:
@@ -146,10 +163,10 @@ class GlobalState:
         return hash_of(*self._tensors.values())
 
     def _keep_lent(self) -> None:
-        """Leave borrowed memory to the borrower, and go on with a copy."""
-        if self._borrowed:
+        """Leave memory that others read to them, and go on with a copy."""
+        if self._readers:
             self._tensors = {name: self._like(own).copy_(own) for name, own in self._tensors.items()}
-            self._borrowed = False
+            self._readers.clear()
 
 
 class OuterStep:

@@ -86,7 +86,7 @@ class Replica:
         if reduced.factors is not None:
             buffers["factors"] = reduced.factors
         self._means.append((f"{self._machine.term}.{round}", Offer(meta, buffers)))
-        while len(self._means) > self._kept_rounds():
+        while len(self._means) > self._kept_rounds() or self._size_of_means() > self._size_of_state():
             self._means.popleft()
 
     def _kept_rounds(self) -> int:
@@ -95,8 +95,13 @@ class Replica:
         mean = (fragment.stop - fragment.start) * fragment.codec.row / fragment.codec.block
         if not isinstance(fragment.codec, Fp32):
             mean *= 2  # of two members, both contributions are kept
-        size = sum(tensor.nbytes for tensor in self.state.tensors.values())
-        return min(self._watch.config.catch_up_rounds, int(size / mean))
+        return min(self._watch.config.catch_up_rounds, int(self._size_of_state() / mean))
+
+    def _size_of_means(self) -> int:
+        return sum(rows.nbytes for _, offer in self._means for rows in offer.buffers.values())
+
+    def _size_of_state(self) -> int:
+        return sum(tensor.nbytes for tensor in self.state.tensors.values())
 
     # Catching up
 

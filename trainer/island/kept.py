@@ -32,11 +32,13 @@ class Kept:
 class KeptState:
     """Says where in the node's memory the global state is. Close it, to end its thread.
 
-    Vectors are used again, so a state may be overwritten after it was kept: `find` checks the hash.
+    Vectors are used again, so a state may be overwritten after it was kept: `find` checks the hash. What an earlier
+    leader has left beside its state is removed at once, to make room.
     """
 
     def __init__(self, memory: NodeMemory) -> None:
         self._memory = memory
+        memory.forget(but=self._found().get("vectors", {}).values())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash the state")
 
     def keep(self, state: GlobalState, term: int, cursor: Mapping[str, Any]) -> None:
@@ -48,26 +50,32 @@ class KeptState:
 
     def find(self) -> Kept | None:
         """The newest state that an earlier leader has left, if it is intact."""
-        directory, size = self._memory.directory, self._memory.size * BYTES
+        directory, size, found = self._memory.directory, self._memory.size * BYTES, self._found()
         with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((directory / FILE).read_text())
             paths = {name: directory / vector for name, vector in found["vectors"].items()}
             if all(path.stat().st_size == max(size, BYTES) for path in paths.values()):
-                maps = {name: np.memmap(path, dtype=np.float32, mode="c") for name, path in paths.items()}
+                maps = {name: np.memmap(path, dtype=np.float32, mode="r+") for name, path in paths.items()}
                 tensors = {name: torch.from_numpy(one)[: self._memory.size] for name, one in maps.items()}
                 if hash_of(*tensors.values()) == found["hash"]:
                     return Kept(found["round"], found["step"], found["term"], found["cursor"], tensors)
         return None
 
-    def forget(self) -> None:
-        """Remove what earlier leaders have left."""
+    def forget(self, state: GlobalState) -> None:
+        """Remove what earlier leaders have left, and reserve what the next outer step of `state` takes."""
         self._memory.forget()
+        self._memory.reserve(len(state.tensors))  # at once: /dev/shm is large enough, or the run does not begin
 
     def close(self, *, remove: bool) -> None:
         """Args: remove: whether no island will follow this one in the run."""
         if remove:
             self._memory.close()
         self._thread.shutdown()
+
+    def _found(self) -> dict[str, Any]:
+        """What an earlier leader has noted; {}: nothing."""
+        with suppress(OSError, ValueError):
+            return dict(json.loads((self._memory.directory / FILE).read_text()))
+        return {}
 
     def _write(self, place: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         path = self._memory.directory / FILE

@@ -88,8 +88,8 @@ class IslandLayout(FlatLayout):
 
     def _run(self, command: str, flat: Tensor, section: Section | None) -> None:
         start, stop = (section.start, section.stop) if section else (0, self.size)
-        with self._memory.lent(flat) as [(name, offset)]:
-            self._island.run(command, name=name, offset=offset, start=start, stop=stop)
+        name, offset = self._memory.name_of(flat)
+        self._island.run(command, name=name, offset=offset, start=start, stop=stop)
 
     def _gather(self, **where: Any) -> None:
         with torch.no_grad(), self._beside():

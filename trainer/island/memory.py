@@ -2,14 +2,15 @@
 
 import fcntl
 import hashlib
+import itertools
 import mmap
 import os
 import shutil
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
+from trainer.island.processes import Island
 from trainer.volume import Volume
 
 ROOT = Path("/dev/shm")  # files in memory (tmpfs)
@@ -37,22 +39,30 @@ def remove(config: TrainingConfig) -> None:
 
 
 class NodeMemory:
-    """Vectors of `size` float32 numbers that all processes of a node map. The leader makes them, by `new`.
+    """Vectors of `size` float32 numbers that all processes of a node map. The leader takes them, by `new`.
 
-    A vector's file is removed when the last tensor in it is. The files outlive a process that dies, in `directory`: the
-    next leader may read them (`trainer.island.kept`) until it calls `forget`.
+    A vector whose last tensor is gone is used again. The files outlive a process that dies, in `directory`: the next
+    leader may read them (`trainer.island.kept`) until it calls `forget`.
+
+    The kernel charges shared memory to the control group of the process that touches it first, so each process touches
+    an equal part of a vector when it is made.
 
     Args:
         directory: See `directory_of`.
+        island: The processes; None: this one alone.
         pin: Whether to pin the memory, so that copies to and from a GPU do not block.
     """
 
-    def __init__(self, directory: Path, size: int, *, leads: bool, pin: bool = False) -> None:
-        self.directory, self.size, self._pin = directory, size, pin
+    def __init__(
+        self, directory: Path, size: int, *, leads: bool, island: Island | None = None, pin: bool = False
+    ) -> None:
+        self.directory, self.size, self._island, self._pin = directory, size, island, pin
         self.life = f"life-{uuid.uuid4().hex[:12]}"  # the folder of this leader's vectors
-        self._begin: dict[str, int] = {}  # the leader's vectors: their addresses
-        self._seen: dict[str, Tensor] = {}  # a follower's; and what the leader lends
-        self._count = 0
+        self._maps: dict[str, np.ndarray] = {}  # by name
+        self._free: list[str] = []  # the leader's; other threads return some
+        self._numbers = itertools.count()
+        if island:
+            island.on(reserve=self._occupy)
         if leads:
             (directory / self.life).mkdir(parents=True, mode=0o700)
             self._lock = (directory / "lock").open("a")  # held while this process lives
@@ -62,88 +72,111 @@ class NodeMemory:
     def require(self, vectors: int) -> None:
         """Raise ConfigError unless there is room for so many vectors, besides what `forget` removes."""
         kept = sum(path.stat().st_size for path in self.directory.glob("life-*/*"))
-        need, free = vectors * self.size * BYTES, shutil.disk_usage(self.directory).free + kept
+        need, free = vectors * self._bytes, shutil.disk_usage(self.directory).free + kept
         if need > free:
             have = f"needs {need / 2**30:.3g} GiB of shared memory for this model, and {free / 2**30:.3g} GiB are free"
             raise ConfigError(
                 "inner_parallel", "ddp or fsdp", f"{have} in {ROOT}: raise its size (a pod's is half of memory_gb)"
             )
 
+    def reserve(self, vectors: int) -> None:
+        """Have memory for so many calls of `new`. The leader calls it, in the thread of `Island.run`.
+
+        Raises:
+            TrainingError: There is no memory for them.
+        """
+        if names := [f"{self.life}/{next(self._numbers)}" for _ in range(vectors - len(self._free))]:
+            self._make(names)
+
     def new(self) -> Tensor:
-        """A vector of arbitrary numbers. Raises TrainingError if there is no memory for it."""
-        name = f"{self.life}/{self._count}"
-        self._count += 1
-        path, size = self.directory / name, max(1, self.size) * BYTES
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, size)  # else a write would fail later, by SIGBUS
-        except OSError as error:
-            path.unlink()
-            free = shutil.disk_usage(self.directory).free / 2**30
-            problem = f"another copy of the parameters takes {size / 2**30:.3g} GiB, and {free:.3g} GiB are free"
-            raise TrainingError(f"{ROOT} is too small for an island of this model: {problem}") from error
-        finally:
-            os.close(descriptor)
-        tensor = self._map(name)
-        self._begin[name] = tensor.data_ptr()
-        return tensor
+        """A vector of arbitrary numbers. Raises as `reserve`."""
+        self.reserve(1)
+        name = self._free.pop()
+        vector = self._map(name)[:]  # an object of its own, which lives as long as a tensor in it does
+        weakref.finalize(vector, self._free.append, name).atexit = False
+        return torch.from_numpy(vector)
+
+    def has_room(self, vectors: int) -> bool:
+        """Whether `reserve` would find memory for so many."""
+        return (vectors - len(self._free)) * self._bytes <= shutil.disk_usage(self.directory).free
 
     def name_of(self, tensor: Tensor) -> tuple[str, int]:
         """The name of the vector that a tensor of the leader's lies in, and its offset there."""
-        for name, begin in list(self._begin.items()):
-            if begin <= tensor.data_ptr() < begin + self.size * BYTES:
-                return name, (tensor.data_ptr() - begin) // BYTES
+        for name, vector in list(self._maps.items()):
+            offset = (tensor.data_ptr() - vector.ctypes.data) // BYTES
+            if 0 <= offset < self.size:
+                return name, offset
         raise ValueError("the tensor is not in the node's shared memory")
 
-    @contextmanager
-    def lent(self, *tensors: Tensor) -> Iterator[list[tuple[str, int]]]:
-        """In this context, `at` finds the vectors that these tensors of the leader's lie in: names, and offsets."""
-        places = [self.name_of(tensor) for tensor in tensors]
-        self._seen = {
-            name: tensor.as_strided((self.size,), (1,), 0) for (name, _), tensor in zip(places, tensors, strict=True)
-        }
-        try:
-            yield places
-        finally:
-            self._seen.clear()
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the node's shared memory."""
+        with suppress(ValueError):
+            return bool(self.name_of(tensor))
+        return False
 
     def at(self, name: str) -> Tensor:
         """The vector of that name, float32 (size,)."""
-        if name not in self._seen:
-            self._seen = {old: tensor for old, tensor in self._seen.items() if (self.directory / old).exists()}
-            self._seen[name] = self._map(name)
-        return self._seen[name]
+        return torch.from_numpy(self._map(name))
 
-    def forget(self) -> None:
-        """Remove what earlier leaders have left."""
-        for path in self.directory.glob("life-*"):
-            if path.name != self.life:
-                shutil.rmtree(path, ignore_errors=True)
+    def forget(self, but: Collection[str] = ()) -> None:
+        """Remove what earlier leaders have left; `but`: names of vectors to keep."""
+        for path in self.directory.glob("life-*/*"):
+            name = f"{path.parent.name}/{path.name}"
+            if path.parent.name != self.life and name not in but:
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # not empty yet
+                    path.parent.rmdir()
 
     def close(self) -> None:
         """Remove all files; what is mapped stays until its tensors are gone."""
         shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
 
-    def _map(self, name: str) -> Tensor:
-        path = self.directory / name
-        with path.open("r+b") as file:
-            memory = mmap.mmap(file.fileno(), max(1, self.size) * BYTES)
-        tensor = torch.from_numpy(np.frombuffer(memory, dtype=np.float32))[: self.size]
-        begin = tensor.data_ptr()
-        if self._pin:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(begin, tensor.nbytes, 0))
-        # The mapping ends with the last tensor in it.
-        gone = weakref.finalize(memory, self._gone, name, path, begin)
-        gone.atexit = False
-        return tensor
+    @property
+    def _bytes(self) -> int:
+        """Of a vector."""
+        return max(1, self.size) * BYTES
 
-    def _gone(self, name: str, path: Path, begin: int) -> None:
-        if self._pin:
-            torch.cuda.cudart().cudaHostUnregister(begin)
-        if self._begin.pop(name, None) is not None:
-            with suppress(OSError):
-                path.unlink()
+    def _make(self, names: list[str]) -> None:
+        """Make vectors, which are free then."""
+        for name in names:
+            with (self.directory / name).open("xb") as file:
+                file.truncate(self._bytes)
+        if self._island:
+            self._island.run("reserve", names=names)
+        else:
+            self._occupy(names)
+        missing = [name for name in names if (self.directory / name).stat().st_blocks * 512 < self._bytes]
+        if missing:
+            for name in names:
+                (self.directory / name).unlink()
+            free = shutil.disk_usage(self.directory).free / 2**30
+            size = len(names) * self._bytes / 2**30
+            problem = (
+                f"{size:.3g} GiB are needed for {len(names)} copies of the parameters, and {free:.3g} GiB are free"
+            )
+            raise TrainingError(f"{ROOT} is too small for an island of this model: {problem}")
+        self._free += names
+
+    def _occupy(self, names: list[str]) -> None:
+        """Reserve this process's part of vectors: each has an equal one."""
+        rank, size = (self._island.rank, self._island.size) if self._island else (0, 1)
+        start, stop = (self._bytes * number // size for number in (rank, rank + 1))
+        for name in names:  # without memory a later write would fail, by SIGBUS; the leader sees what is missing
+            with (self.directory / name).open("r+b") as file, suppress(OSError):
+                os.posix_fallocate(file.fileno(), start, stop - start)
+        if self._island:
+            self._island.barrier()
+
+    def _map(self, name: str) -> np.ndarray:
+        """The vector, mapped until this process ends."""
+        if name not in self._maps:
+            with (self.directory / name).open("r+b") as file:
+                vector = np.frombuffer(mmap.mmap(file.fileno(), self._bytes), dtype=np.float32)
+            if self._pin:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(vector.ctypes.data, vector.nbytes, 0))
+            self._maps[name] = vector[: self.size]
+        return self._maps[name]
 
 
 def _remove_abandoned(root: Path) -> None:

@@ -40,9 +40,8 @@ class IslandOptimizer:
         if not self._sharded:
             return found
         state = {number: dict(values) for number, values in found["state"].items()}
-        vectors = {key: self._memory.new() for key in self._keys(state)}
-        with self._memory.lent(*vectors.values()) as places:
-            self._island.run("save_moments", places=_named(vectors, places))
+        vectors = self._vectors(state)
+        self._island.run("save_moments", places=self._places(vectors))
         for key, flat in vectors.items():
             for number, view in zip(self._numbers, self._layout.named(flat).values(), strict=True):
                 if key in state.get(number, {}):
@@ -52,7 +51,7 @@ class IslandOptimizer:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state, whatever layout it was saved with; settings stay this optimizer's own."""
         state = state_dict["state"]
-        vectors = {key: self._memory.new() for key in self._keys(state)}
+        vectors = self._vectors(state)
         for key, flat in vectors.items():
             for number, view in zip(self._numbers, self._layout.named(flat).values(), strict=True):
                 if key in state.get(number, {}):
@@ -61,15 +60,20 @@ class IslandOptimizer:
             str(number): {key: None if key in vectors else float(value) for key, value in values.items()}
             for number, values in state.items()
         }
-        with self._memory.lent(*vectors.values()) as places:
-            self._island.run("load_moments", places=_named(vectors, places), scalars=scalars)
+        self._island.run("load_moments", places=self._places(vectors), scalars=scalars)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
-    def _keys(self, state: dict[int, dict[str, Any]]) -> list[str]:
-        """The names of what has a parameter's shape."""
-        return sorted({key for values in state.values() for key, value in values.items() if getattr(value, "ndim", 0)})
+    def _vectors(self, state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
+        """Memory for what has a parameter's shape, by its name in the state."""
+        keys = sorted({key for values in state.values() for key, value in values.items() if getattr(value, "ndim", 0)})
+        self._memory.reserve(len(keys))
+        return {key: self._memory.new() for key in keys}
+
+    def _places(self, vectors: dict[str, Tensor]) -> dict[str, str]:
+        """By key, the name of the vector in the node's memory."""
+        return {key: self._memory.name_of(vector)[0] for key, vector in vectors.items()}
 
     def _save(self, places: dict[str, str]) -> None:
         for key, place in places.items():
@@ -92,8 +96,3 @@ class IslandOptimizer:
                 part.copy_(view)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
         self._island.barrier()
-
-
-def _named(vectors: dict[str, Tensor], places: list[tuple[str, int]]) -> dict[str, str]:
-    """By key, the name of the vector in the node's memory."""
-    return {key: name for key, (name, _) in zip(vectors, places, strict=True)}

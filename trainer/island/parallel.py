@@ -43,7 +43,9 @@ def _checkpointed(forward: Callable[..., Any], *arguments: Any, **named: Any) ->
 def shard(model: nn.Module, device: torch.device, name: str) -> None:
     """Shard a model over the processes of the island, in place: each block by itself, then the rest.
 
-    Parameters stay float32; on GPUs, blocks compute in bfloat16, and gradients are averaged in float32.
+    The values are the leader's; the other processes' model may be on the meta device. So no device, and no other
+    process, ever holds more than a block and what is outside of the blocks. Parameters stay float32; on GPUs, blocks
+    compute in bfloat16, and gradients are averaged in float32.
 
     Args:
         name: The model's, for the error.
@@ -60,6 +62,7 @@ def shard(model: nn.Module, device: torch.device, name: str) -> None:
     if device.type == "cuda":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in [*chosen, model]:
+        _share(module, device)
         fully_shard(module, **options)
 
 
@@ -77,6 +80,25 @@ def resharding(model: nn.Module) -> Iterator[None]:
 def whole(value: Tensor) -> Tensor:
     """A result over sharded tensors, such as a norm, as a plain tensor; all processes call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _share(module: nn.Module, device: torch.device) -> None:
+    """Set the parameters and buffers of a module that are not sharded yet to the leader's, on the device."""
+    made: dict[Tensor, Tensor] = {}  # tied parameters stay tied
+    for part in module.modules():
+        owned: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+        for tensors in owned:
+            for key, old in tensors.items():
+                if old is not None and old.is_meta:
+                    new = torch.empty_like(old, device=device)
+                    made.setdefault(old, nn.Parameter(new, old.requires_grad) if tensors is part._parameters else new)
+                    tensors[key] = made[old]
+    module.to(device)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if not isinstance(tensor, DTensor) and tensor.numel():
+            values = tensor.detach().contiguous()
+            torch.distributed.broadcast(values.view(-1).view(torch.uint8), 0)
+            tensor.detach().copy_(values)
 
 
 def _world() -> Any:

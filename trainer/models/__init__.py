@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,8 @@ class ModelFamily:
     Attributes:
         write: `write(directory, size, data)` writes the files that `build` needs. `data` has the dataset's properties
             that a model depends on (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
-        build: `build(directory)` returns the module, with random weights from torch's global generator.
+        build: `build(directory)` returns the module, with random weights from torch's global generator. A family with
+            blocks is also built in a context of `torch.device("meta")`: then it reads no weights.
         fetch: `fetch(directory, source, data)` is `write` for a pretrained model: a Hub id (`<id>@<revision>`) or a
             local directory. None: not supported.
     """
@@ -158,16 +159,21 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
     return path, True
 
 
-def build(path: Path, seed: int) -> "torch.nn.Module":
-    """The model that `precache` wrote to `path`, on the CPU, with random weights from `seed`.
+def build(path: Path, seed: int, device: str = "cpu") -> "torch.nn.Module":
+    """The model that `precache` wrote to `path`, with random weights from `seed`.
 
     The caller's random number generator does not change.
+
+    Args:
+        device: "cpu"; or "meta", of a model with blocks: without values.
     """
+    import torch
+
     if not (path / READY).exists():
         problem = f"is not precached in {path.parent}: run `python -m trainer precache` first"
         raise ConfigError("model", path.name, problem)
     family = families()[read_json(path / "model.json")["family"]]
-    with _seeded(seed):
+    with _seeded(seed), torch.device(device) if device != "cpu" else nullcontext():
         return family.build(path)
 
 

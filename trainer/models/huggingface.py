@@ -182,7 +182,7 @@ def build(directory: Path, auto: str) -> "torch.nn.Module":
     if any(directory.glob("*.safetensors")) and torch.get_default_device().type != "meta":
         return load(directory, auto).train()
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    model: torch.nn.Module = getattr(transformers, auto).from_config(config)
+    model: torch.nn.Module = getattr(transformers, auto).from_config(config, dtype=torch.float32)
     return model
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError, one_line
 from trainer.files import read_json, write_json
+from trainer.island.layout import local
 from trainer.tasks import Task
 from trainer.worker.compilation import trial_passes
 
@@ -36,6 +37,7 @@ _CONTAINERS = (
 )
 
 Batch = Callable[[int], dict[str, Tensor]]
+Measure = Callable[[int], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,15 @@ class Profile:
     speed: float
 
 
-def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, cache: Path, data: str) -> Profile:
+def profile(
+    config: TrainingConfig,
+    task: Task,
+    model: nn.Module,
+    batch: Batch,
+    cache: Path,
+    data: str,
+    together: Measure | None = None,
+) -> Profile:
     """Find the largest per-device batch size that fits and still gains throughput, among the divisors of `batch_size`.
 
     Model, optimizer, random numbers and the position in the data stay unchanged. A size that is too large for the free
@@ -57,11 +67,13 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
         cache: File on the worker's volume that keeps the result: it is measured once for each model, dataset, device
             and set of versions.
         data: The dataset's hash.
+        together: `measure` for all processes of an island at once, by size: they are equal, and share a CPU's memory.
 
     Raises:
-        TrainingError: Not even `min_batch_size` samples fit.
+        TrainingError: Not even `min_batch_size` samples fit; or `together` raises it.
     """
     device = next(model.parameters()).device
+    sharing = max(1, config.island) if device.type == "cpu" else 1
     of = _conditions(config, device, data)
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
         kept = read_json(cache)
@@ -72,14 +84,14 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
     # Try one size after the other
     logger.info("profiling %s: per-device batch sizes %s", of["device"], ", ".join(map(str, sizes(config))))
     best: Profile | None = None
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    parameters = sum(local(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed, per_sample = GRADIENT_BYTES * parameters, 0.0  # bytes
     for size in sizes(config):
-        room = (_free(device) - STATE_BYTES * parameters) * (1 - MARGIN)
+        room = (_free(device) / sharing - STATE_BYTES * parameters) * (1 - MARGIN)
         try:
             if fixed + per_sample * size > room:
                 raise MemoryError(f"it would take {(fixed + per_sample * size) / 1e9:.1f} GB")
-            speed, used = _measure(task, model, batch(size), size)
+            speed, used = together(size) if together else measure(task, model, batch(size), size)
             if used > room:
                 raise MemoryError(f"it took {used / 1e9:.1f} GB, of {room / 1e9:.1f} GB available")
         except (RuntimeError, MemoryError) as error:
@@ -97,6 +109,8 @@ def profile(config: TrainingConfig, task: Task, model: nn.Module, batch: Batch, 
         if best and speed < best.speed * (1 + GAIN):
             break
         best, per_sample = Profile(size, speed), max(0.0, used - fixed) / size
+        if together:  # which may end this process: the next one takes this size
+            write_json(cache, {**of, "profile": asdict(best)})
     assert best is not None
     write_json(cache, {**of, "profile": asdict(best)})
     return best
@@ -118,8 +132,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
-def _measure(task: Task, model: nn.Module, batch: dict[str, Tensor], size: int) -> tuple[float, float]:
-    """Samples per second, and the peak memory of the passes in bytes."""
+def measure(task: Task, model: nn.Module, batch: dict[str, Tensor], size: int) -> tuple[float, float]:
+    """Samples per second, forward and backward, and the peak memory of the passes in bytes."""
     device, seconds = next(model.parameters()).device, []
     with _peak(device) as taken, trial_passes(task, model, batch) as trial:
         for _ in range(1 + TIMED):

@@ -64,7 +64,7 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
     report = RoundReport(speed=parts.speed.value, progress={"time": time.time()})
     caught_up = quorum.join(diloco.state, cursor, term, report)
     if parts.kept:
-        parts.kept.forget()
+        parts.kept.forget(diloco.state)
         parts.keep_state()
     diloco.begin_round()
     diloco.accept(caught_up.assignment)

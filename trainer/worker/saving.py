@@ -17,7 +17,10 @@ class Saving:
     def __init__(self, parts: Parts, progress: Progress, metrics: EventLog) -> None:
         self._parts, self._progress, self._metrics = parts, progress, metrics
         self._checkpointer = Checkpointer(
-            parts.process.volume.checkpoints, parts.process.config.keep_checkpoints, self._on_saved
+            parts.process.volume.checkpoints,
+            parts.process.config.keep_checkpoints,
+            self._on_saved,
+            lasts=parts.memory.holds if parts.memory else lambda tensor: False,
         )
         self._last: tuple[int, float] | None = None  # round and position of the last checkpoint
         self.last_step = 0  # the schedule position that `checkpoint_interval` counts from
@@ -36,6 +39,7 @@ class Saving:
         version = diloco.round, diloco.schedule.position()
         # A worker that was interrupted while it caught up holds an older state, which is on the disk.
         if complete or (version != self._last and base.round == diloco.round):
+            self._checkpointer.wait()  # for the memory of the previous one
             self._last, self.last_step = version, diloco.schedule.step
             worker = {
                 "diloco": diloco.worker_state(),
@@ -58,8 +62,15 @@ class Saving:
                 "dataset": parts.process.dataset.manifest.hash,
                 "versions": versions(),
             }
-            self._checkpointer.save(diloco.global_tensors(), worker, state, complete=complete)
+            release = diloco.state.hold()
+            self._checkpointer.save(diloco.global_tensors(), worker, state, complete=complete, release=release)
         if wait:
+            self._checkpointer.wait()
+
+    def make_room(self) -> None:
+        """Wait for the checkpoint that is being written, if an island has no memory for another state beside it."""
+        memory = self._parts.memory
+        if memory and not memory.has_room(len(self._parts.diloco.state.tensors)):
             self._checkpointer.wait()
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
 from trainer.diloco.diloco import Stateful
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
+from trainer.errors import TrainingError, one_line
 from trainer.files import require_free_space
 from trainer.island.kept import KeptState
 from trainer.island.layout import IslandLayout
@@ -27,19 +28,17 @@ from trainer.island.memory import NodeMemory, directory_of
 from trainer.island.optimizer import IslandOptimizer
 from trainer.island.parallel import blocks, checkpoint_blocks, shard
 from trainer.island.processes import Island
-from trainer.process import number_from
+from trainer.process import number_from, return_freed_memory
 from trainer.tasks import Task, scoring, tasks
 from trainer.volume import Volume
 from trainer.worker.compilation import compile_model
 from trainer.worker.ddp import Loss, World
 from trainer.worker.optimizer import inner_optimizer
 from trainer.worker.own_state import OwnState
-from trainer.worker.profiling import Profile, profile
+from trainer.worker.profiling import Profile, is_out_of_memory, measure, profile
 from trainer.worker.samples import Samples, Speed
 
 PROTOCOL = 4  # version of what members exchange; members of another version are refused
-READY = "ready"  # the first command to the processes of an island
-SHARED_VECTORS = 5  # of an island: parameters and momentum, those that an outer step makes of them, pseudo-gradient
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
 
@@ -79,7 +78,8 @@ class Parts:
     quorum: ElasticQuorum | World  # the other workers: elastic members, or the world of the `ddp` baseline
     diloco: DiLoCo
     speed: Speed
-    kept: KeptState | None  # of an island
+    memory: NodeMemory | None  # of an island
+    kept: KeptState | None
 
     def keep_state(self) -> None:
         """Note where in the node's memory the global state is, unless it is about to be replaced."""
@@ -117,21 +117,26 @@ def build(
     fingerprint |= {"workers_per_node": config.workers_per_node}  # by which workers are numbered
     quorum = kind(config, fingerprint | config.in_scope("fingerprint"), stopping)
     memory, layout, saved = _shared(process)
+    kept = KeptState(memory) if memory else None
     if memory:
-        memory.require(SHARED_VECTORS + config.overlaps + 2 * (spec.average_decay > 0))
+        # Parameters, momentum and perhaps an average, and as many in an outer step; the pseudo-gradient
+        state, others = 2 + (spec.average_decay > 0), 1 + config.overlaps
+        memory.require(2 * state + others)
+        memory.reserve(state + others)  # the rest when an earlier leader's state is gone
     diloco = _diloco(config, process.model, saved, quorum, layout)
 
-    # The batch size: of an island's equal processes, the leader alone tries
+    # The batch size
     best = Profile(config.per_device_train_batch_size, 0.0)
     if config.heterogeneous:
-        batch = partial(_some, process)
-        best = profile(config, process.task, process.model, batch, volume.root / "profile.json", manifest.hash)
+        batch, cache = partial(_some, process), volume.root / "profile.json"
+        together = (lambda size: island.run("measure", size=size)) if island else None
+        best = profile(config, process.task, process.model, batch, cache, manifest.hash, together)
     if island:
-        island.run(READY, per_device=best.batch_size)
+        island.run("ready", per_device=best.batch_size)
     else:
         _ready(process, warn, best.batch_size)
     speed = Speed(config.batch_size, best.speed * max(1, config.island))
-    return Parts(process, quorum, diloco, speed, KeptState(memory) if memory else None)
+    return Parts(process, quorum, diloco, speed, memory, kept)
 
 
 def build_follower(config: TrainingConfig, island: Island, warn: Callable[[str], None]) -> Process:
@@ -144,15 +149,20 @@ def build_follower(config: TrainingConfig, island: Island, warn: Callable[[str],
 def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str], None]) -> Process:
     # Device, data, model
     local_rank = number_from("LOCAL_RANK")
+    if config.inner_parallel == "fsdp":
+        return_freed_memory()  # blocks come and go: the heap would keep several times the shards
     volume, device = Volume.of(config, 0 if island else local_rank), device_of(config, local_rank)
     spec = models.resolve(config.model)
     task = tasks()[spec.family.task]
     dataset = data.open_dataset(data.directory(config, volume.datasets))
-    model = models.build(models.directory(config, dataset.manifest.for_model, volume.models), config.seed)
+    follows = island is not None and not island.leads
+    empty = follows and config.inner_parallel == "fsdp"  # `shard` brings the leader's values
+    path = models.directory(config, dataset.manifest.for_model, volume.models)
+    model = models.build(path, config.seed, "meta" if empty else "cpu")
     if config.activation_checkpointing == "block":
         checkpoint_blocks(model, config.model)
     if config.inner_parallel == "fsdp":
-        shard(model, device, config.model)  # block by block, so that no device ever holds the whole model
+        shard(model, device, config.model)
     model = model.to(device).train()
     shared = scoring.shared_tensors(dataset.shared, device)
     optimizer = inner_optimizer(config, model, task.parameter_groups(model))
@@ -167,7 +177,7 @@ def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str]
     own = OwnState(model, island)
     process = Process(config, volume, device, task, dataset, shared, model, loss, optimizer, samples, own, island)
     if island:
-        island.on(**{READY: partial(_ready, process, warn)})
+        island.on(ready=partial(_ready, process, warn), measure=partial(_measure, process, island))
     return process
 
 
@@ -177,7 +187,8 @@ def _shared(process: Process) -> tuple[NodeMemory | None, IslandLayout | None, S
     if island is None:
         return None, None, process.optimizer
     size = sum(parameter.numel() for parameter in process.parameters)
-    memory = NodeMemory(directory_of(config), size, leads=island.leads, pin=process.device.type == "cuda")
+    pin = process.device.type == "cuda"
+    memory = NodeMemory(directory_of(config), size, leads=island.leads, island=island, pin=pin)
     layout = IslandLayout(process.model, island, memory)
     return memory, layout, IslandOptimizer(process.optimizer, layout, island, memory)
 
@@ -195,6 +206,28 @@ def _ready(process: Process, warn: Callable[[str], None], per_device: int) -> No
     worker = number_from(SLOT_VARIABLE) * config.workers_per_node
     worker += island.rank * FOLLOWERS if island else number_from("LOCAL_RANK")
     checkpoint.seed_random_state(config.seed + 1 + worker)
+
+
+def _measure(process: Process, island: Island, size: int) -> tuple[float, float]:
+    """Try a batch in all processes of an island at once: the slowest one's speed, and the most memory that one takes.
+
+    Raises:
+        MemoryError: It does not fit.
+        TrainingError: It does not fit, and the other processes wait for this one's shards.
+    """
+    speed, used, problem = 0.0, 0.0, ""
+    try:
+        speed, used = measure(process.task, process.model, _some(process, size), size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if process.is_sharded:  # the next start takes the largest size that did
+            raise TrainingError(f"{size} samples a process do not fit into its memory") from None
+        problem = one_line(error)
+    found = [checkpoint.unpack(one) for one in island.collect(checkpoint.pack([speed, used, problem]))]
+    if problems := [problem for *_, problem in found if problem]:
+        raise MemoryError(problems[0])
+    return min((one[0] for one in found), default=0.0), max((one[1] for one in found), default=0.0)
 
 
 def _some(process: Process, size: int) -> dict[str, Tensor]:

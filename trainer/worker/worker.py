@@ -192,6 +192,7 @@ class Worker:
                 # The round ends here: report what the other members have to know
                 unused, speed = self.samples.ledger.close_round(), self.parts.speed.end_round()
                 self._unused = unused
+                self.saving.make_room()
                 diloco.start(RoundReport(unused, speed, self.progress.for_status(diloco)))
             elif self.samples.exhausted:
                 self._take_assignment()
@@ -271,6 +272,7 @@ class Worker:
     def _take_result(self) -> Commit | None:
         """Take the outer step of the synchronisation that is done; None: it has caught up instead."""
         before = self.diloco.round
+        self.saving.make_room()
         commit = self.diloco.finish()
         if commit is None:
             self._write_caught_up(before)
@@ -279,6 +281,7 @@ class Worker:
     def _catch_up(self) -> None:
         """Go on from the round that was committed without this worker."""
         before = self.diloco.round
+        self.saving.make_room()
         self.diloco.catch_up()
         self._write_caught_up(before)
         self._accept()

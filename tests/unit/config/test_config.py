@@ -128,10 +128,6 @@ REFUSED = {
         {"inner_parallel": "fsdp", "inner_optimizer": "muon"},
         "inner_optimizer = 'muon': must be adamw with inner_parallel = 'fsdp'",
     ),
-    "profile of shards": (
-        {"inner_parallel": "fsdp", "heterogeneous": True},
-        "heterogeneous = True: cannot be combined with inner_parallel = 'fsdp'",
-    ),
     "elastic baseline": ({"optim_method": "ddp", "elastic_min_nodes": 1}, "elastic.min_nodes = 1: must equal"),
     "ports": ({"port_range": "9-3"}, "port_range = '9-3': must be low-high"),
     "port of etcd": ({"etcd_endpoints": ["etcd"]}, "etcd.endpoints = 'etcd': must be host:port"),

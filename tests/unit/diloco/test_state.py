@@ -74,9 +74,26 @@ def test_unless_something_is_borrowed_the_memory_of_two_states_is_enough() -> No
     state = state_of(Nesterov())
     used = set()
     for round in range(6):
+        release = state.hold()
+        release()
         state.apply(numbers(round), 1)
         used |= {tensor.data_ptr() for tensor in state.tensors.values()}
     assert len(used) == 4  # parameters and momentum
+
+
+def test_what_is_held_does_not_change_until_it_is_released() -> None:
+    state = state_of(Nesterov())
+    first, release = state.parameters, state.hold()
+    before = first.clone()
+    for round in range(3):
+        state.apply(numbers(round), 1)
+    release()  # of memory that has been given up
+    held, again = state.parameters, state.hold()
+    after = held.clone()
+    state.apply(numbers(4), 1)
+    assert torch.equal(first, before)
+    assert torch.equal(held, after)
+    again()
 
 
 def test_what_does_not_fit_or_has_been_given_up_is_refused() -> None:

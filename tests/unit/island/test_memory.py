@@ -31,20 +31,31 @@ def files(directory: Path) -> int:
 
 def test_what_one_process_writes_the_other_reads_until_the_last_tensor_is_gone(directory: Path) -> None:
     leader, follower = (NodeMemory(directory, SIZE, leads=leads) for leads in (True, False))
+    leader.reserve(2)
     vectors = [leader.new() for _ in range(2)]
     part = vectors[1].fill_(3.0)[10:].view(2, -1)
-    with leader.lent(part) as [(name, offset)]:
-        assert offset == 10
-        assert leader.at(name).data_ptr() == vectors[1].data_ptr()
-        follower.at(name)[10] += 1
+    name, offset = leader.name_of(part)
+    assert offset == 10
+    assert leader.at(name).data_ptr() == vectors[1].data_ptr()
+    follower.at(name)[10] += 1
     assert part[0, 0] == 4.0
     with pytest.raises(ValueError, match="not in the node's shared memory"):
         leader.name_of(torch.zeros(SIZE))
+    assert [leader.holds(tensor) for tensor in (part, torch.zeros(SIZE))] == [True, False]
+
+    # A vector is used again after its last tensor, and not before
     assert files(directory) == 2
     vectors.clear()
-    assert files(directory) == 1
+    gc.collect()
+    again = [leader.name_of(leader.new())[0] for _ in range(2)]
+    assert name not in again
     del part
-    assert files(directory) == 0
+    gc.collect()
+    more = [leader.new(), leader.new()]
+    assert name in [leader.name_of(vector)[0] for vector in more]
+    assert files(directory) == 2
+    leader.reserve(1)
+    assert files(directory) == 3
     leader.close()
     assert not directory.exists()
 
@@ -64,7 +75,9 @@ def test_a_state_is_kept_for_the_next_process_unless_it_has_changed(directory: P
     kept.close(remove=False)
 
     after = NodeMemory(directory, SIZE, leads=True)
+    assert files(directory) > len(state.tensors)
     found = KeptState(after).find()
+    assert files(directory) == len(state.tensors)
     assert found is not None
     assert (found.round, found.step, found.term, found.cursor["position"]) == (3, 30, 2, 7)
     other = state_of(after)
@@ -73,9 +86,9 @@ def test_a_state_is_kept_for_the_next_process_unless_it_has_changed(directory: P
 
     state.parameters[5] += 1
     assert KeptState(after).find() is None
-    after.forget()
+    KeptState(after).forget(other)
     assert KeptState(after).find() is None
-    assert files(directory) == len(other.tensors)
+    assert files(directory) == 2 * len(other.tensors)
 
 
 def test_memory_that_is_too_small_is_an_error_at_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

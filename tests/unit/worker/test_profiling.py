@@ -44,7 +44,7 @@ def config(**values: object) -> TrainingConfig:
 def speeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, tuple[float, float]]]:
     """The device: samples a second and bytes, by batch size."""
     table: dict[int, tuple[float, float]] = {}
-    monkeypatch.setattr(profiling, "_measure", lambda task, model, batch, size: table[size])
+    monkeypatch.setattr(profiling, "measure", lambda task, model, batch, size: table[size])
     monkeypatch.setattr(profiling, "_free", lambda device: 1000.0)
     yield table
 
