@@ -18,6 +18,7 @@ from trainer.config import TrainingConfig
 from trainer.device import device_of
 from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
 from trainer.diloco.diloco import Stateful
+from trainer.elastic.joining import PROTOCOL
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
 from trainer.files import require_free_space
@@ -37,7 +38,6 @@ from trainer.worker.own_state import OwnState
 from trainer.worker.profiling import Profile, profile
 from trainer.worker.samples import Samples, Speed
 
-PROTOCOL = 4  # version of what members exchange; members of another version are refused
 READY = "ready"  # the first command to the processes of an island
 SHARED_VECTORS = 5  # of an island: parameters and momentum, those that an outer step makes of them, pseudo-gradient
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
