@@ -34,6 +34,7 @@ _ARGUMENTS = {
 }
 """The parameters that are arguments of `DiLoCo`, by flat name."""
 
+_NO_RULE = {"per_device_train_batch_size": 1, "warmup_steps": 0}  # else rules would tie them to a loop's own numbers
 _SHAPE = "must be etcd://host:port/run, for example etcd://localhost:2379/mine"
 
 
@@ -63,15 +64,14 @@ def config_of(address: str, config: TrainingConfig | None, parameters: Mapping[s
     if SLOT_VARIABLE in os.environ:  # the agent numbers the workers of its node
         values["elastic_nproc_per_node"] = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     place = {"etcd_endpoints": found[1].split(","), "run_id": found[2]}
-    loop = {"per_device_train_batch_size": 1, "warmup_steps": 0}  # no rule between the loop's own parameters applies
-    return TrainingConfig.from_flat({**values, **loop, **place, **parameters})
+    return TrainingConfig.from_flat({**values, **_NO_RULE, **place, **parameters})
 
 
 def recorded(config: TrainingConfig, diloco: "DiLoCo") -> dict[str, Any]:
     """The tree of the parameters that have an effect, with the loop's schedule, for the event log."""
     flat, tree = config.to_flat(), dict[str, Any]()
     for parameter in TrainingConfig.parameters():
-        if parameter.name in ("run_id", *PARAMETERS):
+        if parameter.name in ("run_id", "etcd_endpoints", *_NO_RULE, *PARAMETERS):
             put(tree, parameter.path, flat[parameter.name])
     fragments, schedule = diloco.contribution.fragments, diloco.schedule
     loop = {"local_steps": schedule.round_steps * fragments, "total_steps": schedule.total_steps}
