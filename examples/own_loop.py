@@ -17,8 +17,8 @@ model = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 1))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 quorum = trainer.elastic.join(sys.argv[1], batch_size=64)
-with DiLoCo(model, optimizer, outer=Nesterov(0.8, 0.5), sync_every=50, total_steps=600, quorum=quorum) as diloco:
-    for batch in quorum.samples(len(x)):  # no worker takes a sample that another one has taken
+with DiLoCo(model, optimizer, outer=Nesterov(0.8, 0.5), sync_every=50, total_steps=1500, quorum=quorum) as diloco:
+    for batch in quorum.samples(len(x)):  # no sample twice in an epoch, in all workers together
         loss = nn.functional.mse_loss(model(x[batch]), x[batch].sin())
         loss.backward()
         optimizer.step()

@@ -1,6 +1,7 @@
 """What `DiLoCo` offers to a loop that does not call it: a context that counts steps, a state to save."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -38,9 +39,15 @@ class OwnLoop:
             raise ValueError(f"the inner optimizer is a {kind}, not torch's: call after_inner_step after each step")
         if self._hook is not None:
             raise ValueError("the context of this DiLoCo has been entered already")
+        stepped: Callable[[], object] = self._diloco.after_inner_step
         if isinstance(self.quorum, LoopQuorum):
             self.quorum.enter(self._diloco)
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
+            stepped = partial(self.quorum.stepped, self._diloco)
+
+        def hook(*_: Any) -> None:
+            stepped()
+
+        self._hook = optimizer.register_step_post_hook(hook)
         return self
 
     def __exit__(
@@ -74,12 +81,6 @@ class OwnLoop:
         self._diloco.load_worker_state(state["worker"])
         if isinstance(self.quorum, LoopQuorum):
             self.quorum.load_state_dict(state["quorum"])
-
-    def _stepped(self) -> None:
-        if isinstance(self.quorum, LoopQuorum):
-            self.quorum.stepped(self._diloco)
-        else:
-            self._diloco.after_inner_step()
 
     @property
     def _diloco(self) -> "DiLoCo":

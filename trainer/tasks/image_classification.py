@@ -77,7 +77,8 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
         from trainer.data.images import decode
 
         about = read_json(directory / "preprocessor_config.json")
-        names = list(read_json(directory / "config.json")["id2label"].values())
+        labels = read_json(directory / "config.json")["id2label"]
+        names = [labels[str(number)] for number in range(len(labels))]
         size, channels, device = about["size"]["height"], len(about["image_mean"]), next(model.parameters()).device
         for path in files_of(asked, "pictures"):
             try:
