@@ -10,6 +10,7 @@ from trainer import commands
 from trainer.config import TrainingConfig, add_config_flags
 from trainer.errors import outlive_output, run_main
 from trainer.library_logs import set_up_logging
+from trainer.tasks import Generation
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, command in added.items():
         add_config_flags(command, TrainingConfig.names_in_scope("lookup") if name in ("status", "scale") else None)
     # The others
+    _add_generation_flags(add(commands.generate))
     report = add(commands.report)
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run; several are compared")
     report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html; several: comparison.html]")
@@ -51,11 +53,31 @@ def main(arguments: list[str] | None = None) -> int:
     add(commands.schema)
 
     parsed = parser.parse_args(arguments)
-    if parsed.run not in (commands.status, commands.verify, commands.schema):  # these are their output, and end with it
+    # Their output is all that these do: they end with it
+    if parsed.run not in (commands.status, commands.verify, commands.schema, commands.generate):
         outlive_output()
     set_up_logging()
     status: int = parsed.run(parsed)
     return status
+
+
+def _add_generation_flags(command: argparse.ArgumentParser) -> None:
+    words = "the prompt [standard input]; audio files; pictures, or folders of them; numbers of nodes; classes to draw"
+    command.add_argument("source", type=Path, help="a run's directory, an export, or a checkpoint")
+    command.add_argument("inputs", nargs="*", metavar="input", help=words)
+    for name, text in {
+        "temperature": "0: always the most likely token",
+        "top_k": "most tokens to choose from; 0: all",
+        "top_p": "probability of the tokens to choose from",
+        "max_tokens": "most tokens to write",
+        "seed": "another one gives another answer",
+        "output": "the file of a drawing",
+    }.items():
+        default = getattr(Generation, name)
+        kind = Path if name == "output" else type(default)
+        shown = f"{text} [{default}]"
+        flag = "--" + name.replace("_", "-")
+        command.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=shown)
 
 
 def run() -> NoReturn:

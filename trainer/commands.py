@@ -88,6 +88,15 @@ def evaluate(arguments: Namespace) -> int:
     return 0
 
 
+def generate(arguments: Namespace) -> int:
+    """Talk to a trained model: continue a prompt, transcribe audio files, classify pictures or nodes, draw."""
+    from trainer.export.generate import generate as answering
+
+    options = ("temperature", "top_k", "top_p", "max_tokens", "seed", "output")
+    answering(arguments.source, arguments.inputs, **{name: getattr(arguments, name) for name in options})
+    return 0
+
+
 def status(arguments: Namespace) -> int:
     """Show the state of a run, read from its etcd."""
     config = _unresolved(arguments)

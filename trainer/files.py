@@ -24,11 +24,16 @@ _ABANDONED = 86400.0  # seconds without a change after which another host's temp
 
 def write_text(path: Path, text: str) -> None:
     """Replace the content of `path` by `text`, atomically and durably."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the content of `path`, atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

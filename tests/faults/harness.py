@@ -33,8 +33,8 @@ from trainer.config import TrainingConfig
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import etcd_binary
 from trainer.etcd.errors import EtcdError
+from trainer.events import EventReader
 from trainer.files import write_json, write_text
-from trainer.monitor.events import EventReader
 from trainer.monitor.verify import verify
 from trainer.process import dying_with_parent, listen
 from trainer.volume import Volume

@@ -26,19 +26,6 @@ def test_a_loop_of_ones_own_becomes_a_worker() -> None:
     assert float(rounds[-1][1]) < float(rounds[0][1]) / 2
 
 
-def test_two_of_them_meet_in_etcd_and_end_with_one_state(etcd: str) -> None:
-    command = [sys.executable, str(EXAMPLES / "library_elastic.py"), "--etcd", etcd, "--run-id", "examples-elastic"]
-    workers = [
-        subprocess.Popen([*command, "--steps", "100", "--worker", str(number)], stdout=subprocess.PIPE, text=True)
-        for number in range(2)
-    ]
-    printed = [worker.communicate()[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
-    for text in printed:
-        assert re.findall(r"^round (\d+): 2 workers", text, re.MULTILINE) == ["1", "2"], text
-    assert len({text.split("state ")[1] for text in printed}) == 1
-
-
 def test_any_torchrun_script_meets_in_etcd_and_resumes(etcd: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "line.pt"
     for run_id, steps in (("first", 30), ("second", 60)):

@@ -141,6 +141,11 @@ def test_the_library_example_runs() -> None:
     subprocess.run([sys.executable, "-c", example("library.md", "As a library")], check=True, cwd=ROOT)
 
 
+def test_the_loop_of_one_s_own_is_the_example() -> None:
+    program = (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
+    assert program.split('"""')[2].strip() == example("library.md", "Join others").strip()
+
+
 TRAIN = """
 import sys
 from trainer import data

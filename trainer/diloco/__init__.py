@@ -4,7 +4,7 @@ from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.diloco import DiLoCo
 from trainer.diloco.outer import Averaged, Nesterov, OuterOptimizer
 from trainer.diloco.overlap import Overlap
-from trainer.diloco.quorum import CatchUp, Commit, LocalQuorum, Quorum, Reduced, RoundReport, Superseded
+from trainer.diloco.quorum import CatchUp, Commit, LocalQuorum, LoopQuorum, Quorum, Reduced, RoundReport, Superseded
 from trainer.diloco.state import Fragment, GlobalState
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Fragment",
     "GlobalState",
     "LocalQuorum",
+    "LoopQuorum",
     "Nesterov",
     "OuterOptimizer",
     "Overlap",

@@ -16,6 +16,7 @@ from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.collective import warm_up
 from trainer.diloco.contribution import Closed, Contribution
 from trainer.diloco.flat import FlatLayout, Section
+from trainer.diloco.loop import OwnLoop
 from trainer.diloco.merge import Merge
 from trainer.diloco.outer import Nesterov, OuterOptimizer
 from trainer.diloco.overlap import Outcome, Overlap, Pending
@@ -34,7 +35,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-class DiLoCo:
+class DiLoCo(OwnLoop):
     """Turns a training loop into a DiLoCo worker.
 
     The global parameters θ and the outer optimizer's state are float32 on the host (pinned, if the model is on a GPU);
@@ -55,13 +56,12 @@ class DiLoCo:
     count towards the round that it goes on with. If it had, a whole round follows, and it sends the mean of both.
 
     Example:
-        diloco = DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum)
-        for batch in loader:
-            loss = step(model, batch); inner_optimizer.step(); inner_optimizer.zero_grad()
-            diloco.after_inner_step()
+        with DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum):
+            for batch in loader:
+                loss = step(model, batch); inner_optimizer.step(); inner_optimizer.zero_grad()
 
-    A loop with other work while a synchronisation blocks it calls `count_step`, and, if `schedule.due`, `start`, `wait`
-    and `finish`.
+    Without the context, the loop calls `after_inner_step`; one with other work while a synchronisation blocks it calls
+    `count_step`, and, if `schedule.due`, `start`, `wait` and `finish`.
 
     Args:
         model: Its trainable parameters are synchronised. All workers must start from the same ones.
@@ -109,7 +109,7 @@ class DiLoCo:
             raise ValueError(f"late_policy = {late_policy!r}: must be 'carry' or 'drop'")
         if sync_every % fragments:
             raise ValueError(f"sync_every ({sync_every}) must be a multiple of fragments ({fragments})")
-        self.inner_optimizer, self.quorum = inner_optimizer, quorum or LocalQuorum()
+        self.model, self.inner_optimizer, self.quorum = model, inner_optimizer, quorum or LocalQuorum()
         self.late_policy, self.overlap = late_policy, overlap
         self.schedule = Schedule(sync_every // fragments, total_steps)
         self.assignment: Assignment | None = None

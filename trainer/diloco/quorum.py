@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from trainer.diloco.state import Fragment, GlobalState, hash_of
 from trainer.protocol.records import Cursor
 from trainer.protocol.samples import Assignment, Range
+
+if TYPE_CHECKING:
+    from trainer.diloco.diloco import DiLoCo
 
 Coded = tuple[tuple[float, Tensor], ...]
 OnChunk = Callable[[int, Tensor], None]
@@ -124,6 +127,31 @@ class Quorum(Protocol):
 
     def announce(self, commit: Commit, state: GlobalState) -> None:
         """Announce that this member has taken the outer step of `commit`, and holds `state` now."""
+
+
+@runtime_checkable
+class LoopQuorum(Quorum, Protocol):
+    """A quorum that attends a loop of one's own, in the context of `DiLoCo`."""
+
+    def enter(self, diloco: "DiLoCo") -> None:
+        """Join the run, and bring `diloco` to its open round. The context begins."""
+
+    def stepped(self, diloco: "DiLoCo") -> None:
+        """The optimizer has made a step: count it in `diloco`, and do what is due.
+
+        Raises:
+            SystemExit: This process has been asked to end (SIGTERM).
+            TrainingError: The run cannot go on.
+        """
+
+    def exit(self, diloco: "DiLoCo", error: BaseException | None) -> None:
+        """Leave the run. The context ends, with this error if there is one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs of the quorum: JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next `enter` goes on from a checkpoint with this `state_dict`."""
 
 
 class LocalQuorum:

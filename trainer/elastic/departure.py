@@ -3,9 +3,10 @@
 import logging
 import threading
 import time
+from collections.abc import Mapping
 
 from trainer.elastic.keys import records_of
-from trainer.etcd.client import EtcdClient
+from trainer.etcd.client import Entry, EtcdClient
 from trainer.etcd.errors import EtcdError
 from trainer.protocol.records import Durable, Member, RoundState, view_of
 from trainer.timeouts import MemberTimeouts
@@ -20,6 +21,15 @@ def departing(record: RoundState | None) -> frozenset[str]:
     if record is None or record.committed is None or record.length == 0:
         return frozenset()
     return frozenset(record.committed.members) - record.assignments.keys()
+
+
+def all_have(final: int, entries: Mapping[str, Entry], saved: bool) -> bool:
+    """Whether all members hold the state of round `final`, the run's last; `saved`: on their disks."""
+    view = view_of(entries)
+    held = {record.member for record in view.saved.values() if record.round >= final}
+    if not saved:
+        held = {id for id, member in view.members.items() if member.holds.round >= final}
+    return view.members.keys() <= held
 
 
 def wait_for_a_copy(client: EtcdClient, me: Member, saved: Durable, timeouts: MemberTimeouts) -> None:

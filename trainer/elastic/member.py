@@ -1,7 +1,4 @@
-"""Elastic membership: workers join, leave and die; the others neither wait nor restart. See docs/design/protocol.md.
-
-`examples/library_elastic.py` shows its use.
-"""
+"""Elastic membership: workers join, leave and die; the others neither wait nor restart. See docs/design/protocol.md."""
 
 import logging
 import os
@@ -24,7 +21,7 @@ from trainer.diloco.state import Fragment, GlobalState
 from trainer.elastic.attempt import Attempts, Exchange
 from trainer.elastic.catch_up import Replica
 from trainer.elastic.coordinator import Coordinator
-from trainer.elastic.departure import departing, wait_for_a_copy
+from trainer.elastic.departure import all_have, departing, wait_for_a_copy
 from trainer.elastic.joining import addresses_of, claim_number, rules_of
 from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish
 from trainer.elastic.round_watch import RoundWatch, Wait
@@ -35,7 +32,7 @@ from trainer.process import number_from
 from trainer.protocol import effects
 from trainer.protocol.effects import Effect, Machine
 from trainer.protocol.member import MemberMachine
-from trainer.protocol.records import Assignment, Cursor, Durable, Member, State, decoded, encoded
+from trainer.protocol.records import Assignment, Cursor, Durable, Member, Rules, State, decoded, encoded
 from trainer.timeouts import MemberTimeouts
 from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor
@@ -52,12 +49,13 @@ T = TypeVar("T")
 class ElasticQuorum:
     """This process's membership of a run: performs what `MemberMachine` decides. Implements `Quorum`.
 
-    Constructing it does no I/O; `join` does. A context manager that leaves at its end. The node's slot and the local
-    rank come from the environment that the agent gives its workers.
+    Constructing it does no I/O; `join` does. A context manager that leaves at its end.
 
     Args:
         fingerprint: Values that all members must have in common, by name.
         stopping: Set when this process is to end: every wait then raises `Interrupted`.
+        slot: This process's, if it is a node of its own. None: slot and local rank come from the agent's environment.
+        rules: By default those of the configuration.
     """
 
     def __init__(
@@ -66,13 +64,17 @@ class ElasticQuorum:
         fingerprint: Mapping[str, Json],
         stopping: threading.Event | None = None,
         timeouts: MemberTimeouts = MemberTimeouts(),
+        *,
+        slot: int | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self._config, self._fingerprint, self._timeouts = config, fingerprint, timeouts
         stopping, self._left = stopping or threading.Event(), threading.Event()
-        self._slot, self._local_rank = number_from(SLOT_VARIABLE), number_from("LOCAL_RANK")
+        self._slot = number_from(SLOT_VARIABLE) if slot is None else slot
+        self._local_rank = number_from("LOCAL_RANK") if slot is None else 0
         self.worker = self._slot * config.workers_per_node + self._local_rank
         self.id = f"{self.worker:03d}-{uuid.uuid4().hex[:8]}"
-        self._rules = rules_of(config, timeouts)
+        self._rules = rules or rules_of(config, timeouts)
         self._machine = MemberMachine(self.id, self._rules)
         self._watch = RoundWatch(config, self._rules, lambda: stopping.is_set() or self._left.is_set(), timeouts)
         self._report = RoundReport()
@@ -223,15 +225,12 @@ class ElasticQuorum:
         if not self._perform(self._machine.reconcile()):
             raise Superseded
 
-    def wait_for_others(self) -> None:
-        """At the end of the run: give members that are still saving up to `grace_period`."""
+    def wait_for_others(self, saving: bool = True) -> None:
+        """At the end of the run: give members up to `grace_period` to save the final state (else: to take it)."""
         final, deadline = self.base.round, time.monotonic() + self._rules.grace_period
         while time.monotonic() < deadline and not self._watch.ended():
             self._write_durable()
-            entries = self._watch.entries()
-            saved = [entry.value for key, entry in entries.items() if key.startswith("durable/")]
-            ids = {record.member for record in saved if record.round >= final}
-            if {key.partition("/")[2] for key in entries if key.startswith("members/")} <= ids:
+            if all_have(final, self._watch.entries(), saving):
                 return
             self._left.wait(self._timeouts.poll)
 

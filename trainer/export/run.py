@@ -22,6 +22,7 @@ class TrainedRun:
     directory: Path
     config: TrainingConfig  # as its workers recorded it, with the user's present values in the scope "command"
     volumes: tuple[Volume, ...]  # the workers', in the order of the search
+    chosen: Path | None = None  # a checkpoint; None: the newest one
 
     @classmethod
     def find(cls, config: TrainingConfig) -> Self:
@@ -53,9 +54,11 @@ class TrainedRun:
 
     @cached_property
     def checkpoint(self) -> "Checkpoint":
-        """The newest intact checkpoint of any worker. Raises ConfigError if there is none."""
+        """The chosen checkpoint, or the newest intact one of any worker. Raises ConfigError if there is none."""
         from trainer import checkpoint
 
+        if self.chosen is not None:
+            return checkpoint.read(self.chosen)
         places = list(dict.fromkeys(volume.checkpoints for volume in self.volumes))
         found = [newest for place in places if (newest := checkpoint.newest(place)) is not None]
         if not found:

@@ -66,9 +66,9 @@ def _send(word: str, content: Mapping[str, Any]) -> None:
 
 def _train(config: TrainingConfig, slot: int | None) -> int:
     """Run one node's agent, and send its workers' events to the step."""
+    from trainer.events import EventReader
     from trainer.files import write_json
     from trainer.launch.agent import run_agent, standby, worker_command
-    from trainer.monitor.events import EventReader
 
     # The workers read the configuration with this pod's `DILOCO_*` variables resolved
     own = Path(config.run_dir) / "config.json"

@@ -9,7 +9,6 @@ docs/guide/elastic.md.
 import logging
 import math
 import os
-import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from trainer.elastic.keys import SLOT_VARIABLE, finish, revoke_members, verdict
+from trainer.elastic.slots import register_node, take_slot
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
@@ -141,24 +141,16 @@ class NodeRendezvous(RendezvousHandler):
             return
         self._lease = self._client.lease(self._ttl)
         if not self._try_slots():
-            self._register(None)
+            register_node(self._lease, self._node, None)
             log.warning("all %d slots are taken: this node waits as a spare", self._max_nodes)
             self._client.wait_for(self._unless_closed(self._try_slots), math.inf)
-        self._register(self.slot)
+        register_node(self._lease, self._node, self.slot)
 
     def _try_slots(self) -> bool:
         assert self._lease is not None
-        taken = self._client.list("slots/")
-        holder = {"node": self._node, "host": socket.gethostname(), "pid": os.getpid()}
-        for number in sorted(range(self._max_nodes), key=lambda number: number != self._preferred):
-            if f"slots/{number}" not in taken and self._lease.create(f"slots/{number}", holder):
-                self.slot = number
-                return True
-        return False
-
-    def _register(self, slot: int | None) -> None:
-        assert self._lease is not None
-        self._lease.put(f"nodes/{self._node}", {"host": socket.gethostname(), "pid": os.getpid(), "slot": slot})
+        numbers = sorted(range(self._max_nodes), key=lambda number: number != self._preferred)
+        self.slot = take_slot(self._client, self._lease, self._node, numbers)
+        return self.slot is not None
 
     def _wait_for_start(self) -> None:
         """Return once the run has started: enough nodes have held a slot at the same time.

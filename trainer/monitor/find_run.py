@@ -4,8 +4,8 @@ from pathlib import Path
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, one_line
+from trainer.events import EventReader
 from trainer.files import read_json
-from trainer.monitor.events import EventReader
 from trainer.volume import worker_roots
 
 LAUNCHED = "launch.json"  # in the run directory: the run's configuration, with the etcd that `launch` has started

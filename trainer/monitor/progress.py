@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.events import Event, EventReader
 from trainer.monitor.dashboard import Dashboard, MembershipEvent, WorkerRow
-from trainer.monitor.events import Event, EventReader
 
 _SMOOTHING = 0.2  # weight of the newest step in the shown loss and speed
 

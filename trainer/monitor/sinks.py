@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from trainer.config import TrainingConfig, given
 from trainer.errors import one_line
-from trainer.monitor.events import Sink
+from trainer.events import Sink
 from trainer.timeouts import MonitorTimeouts
 
 logger = logging.getLogger(__name__)

@@ -65,6 +65,15 @@ class SampleLedger:
             return
         self.assignment, self.used, self._used_at_close = assignment, used, 0
 
+    def follow(self, assignment: Assignment | None, term: int) -> bool:
+        """Continue with the run's last assignment; one of another term is void. Returns whether it is another one."""
+        before = self.assignment
+        if assignment is not None:
+            self.accept(assignment)
+        if self.assignment.term != term and self.assignment.ranges:
+            self.accept(None)
+        return self.assignment is not before
+
 
 def allocate(cursor: Cursor, samples: int) -> tuple[Cursor, tuple[Range, ...]]:
     """Take `samples` positions: returned ones first, then new ones."""

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from trainer.errors import ConfigError
 from trainer.files import read_json
 from trainer.plugins import modules_of
 
@@ -30,6 +31,32 @@ class ReportRow:
     form: str = "{:.4f}"  # format of a value, for `str.format`
     better: Literal["lower", "higher", ""] = ""  # which values are better, if comparisons of runs show the score
     scale: float = 1.0  # factor from the score to the value shown
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a person asks of a trained model (`Task.generate`).
+
+    Attributes:
+        inputs: A prompt, or the names of files; what else depends on the task.
+        temperature: 0: always the most likely token.
+        top_k: Tokens to choose from; 0: all.
+        top_p: Probability of the tokens to choose from; 1: all.
+        max_tokens: Most tokens to write.
+        output: The file for a result that is no text.
+        data: The directory of the dataset, if it is on this machine.
+        write: Receives the text, piece by piece.
+    """
+
+    inputs: tuple[str, ...]
+    write: Callable[[str], None]
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    max_tokens: int = 256
+    seed: int = 0
+    output: Path = Path("sample.png")
+    data: Path | None = None
 
 
 class Task(ABC):
@@ -89,6 +116,14 @@ class Task(ABC):
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
         """Example output on a held-out batch, for a person to look at. JSON values; `directory` is the export."""
 
+    def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
+        """Answer a person: write text, transcribe, classify, draw. `model` is what `load` read from `directory`.
+
+        Raises:
+            ConfigError: An input is not as the task needs it; or the task has no answer.
+        """
+        raise ConfigError("task", self.name, "has nothing to generate")
+
     def report_rows(self) -> tuple[ReportRow, ...]:
         """The rows of the report's table of scores; a row whose score an evaluation lacks is left out."""
         loss = f"Loss ({self.loss_unit})" if self.loss_unit else "Loss"
@@ -140,6 +175,21 @@ class Task(ABC):
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
+
+
+def files_of(asked: Generation, what: str) -> list[Path]:
+    """The files that the inputs name, those in folders included. Raises ConfigError if there are none."""
+    if not asked.inputs:
+        raise ConfigError("INPUT", "", f"name {what}, or folders of them")
+    found: list[Path] = []
+    for path in map(Path, asked.inputs):
+        if not path.exists():
+            raise ConfigError("INPUT", path, f"no such file: name {what}, or folders of them")
+        files = path.rglob("*") if path.is_dir() else [path]
+        found += sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+    if not found:
+        raise ConfigError("INPUT", asked.inputs[0], "holds no file")
+    return found
 
 
 def manifest_of(data: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Base class of classification tasks, of pictures or of nodes. Not a task itself."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BEST = 5  # guesses that count for top-5 accuracy
+SHOWN = 3  # guesses that a person sees
 
 
 class Classification(Task):
@@ -61,6 +62,12 @@ class Classification(Task):
         right, majority = (scores[name] for name in (self.rows[0].score, self.rows[0].baseline))
         correct = f"{right:.1%} of the {self.unit} are classified correctly"
         return f"{correct}; the most frequent class alone gives {majority:.1%}"
+
+    def guesses(self, logits: "Tensor", names: Sequence[str]) -> str:
+        """One sample's most likely classes, of logits (classes,), with their probabilities."""
+        best = logits.float().softmax(dim=0).topk(min(SHOWN, len(names)))
+        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return ", ".join(f"{names[index]} ({share:.1%})" for index, share in found)
 
     def confusion(self, sums: Sums, data: Path) -> dict[str, Any]:
         return {"labels": manifest_of(data)["for_model"]["labels"], "matrix": sums["confusion"].astype(int).tolist()}

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import ConfigError
 from trainer.files import read_json, write_json
 from trainer.models import huggingface
-from trainer.tasks import Batch, ReportRow, Sums, manifest_of
+from trainer.tasks import Batch, Generation, ReportRow, Sums, files_of, manifest_of
 from trainer.tasks.classification import Classification
 from trainer.tasks.pictures import data_uri, normalised, shown_scale, statistics
 
@@ -68,6 +69,24 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
         found = zip(uris, batch["label"].tolist(), predicted, strict=False)
         pictures = [{"image": uri, "label": names[str(a)], "predicted": names[str(b)]} for uri, a, b in found]
         return {"pictures": pictures}
+
+    def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
+        """A line for each picture: its most likely classes."""
+        import torch
+
+        from trainer.data.images import decode
+
+        about = read_json(directory / "preprocessor_config.json")
+        labels = read_json(directory / "config.json")["id2label"]
+        names = [labels[str(number)] for number in range(len(labels))]
+        size, channels, device = about["size"]["height"], len(about["image_mean"]), next(model.parameters()).device
+        for path in files_of(asked, "pictures"):
+            try:
+                image = decode(path.read_bytes(), size, channels)
+            except ValueError as error:
+                raise ConfigError("INPUT", path, f"is no picture: {error}") from None
+            (logits,) = self.logits(model, {"image": torch.tensor(image[None], device=device)})
+            asked.write(f"{path}: {self.guesses(logits, names)}\n")
 
     def logits(self, model: "nn.Module", batch: Batch) -> "Tensor":
         return model(pixel_values=normalised(batch["image"])).logits

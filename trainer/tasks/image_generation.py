@@ -1,12 +1,16 @@
 """Image generation: a generator and a discriminator that compete, trained as one model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from trainer.errors import ConfigError
+from trainer.files import require_output, write_bytes
 from trainer.models import biggan, plain
-from trainer.tasks import Batch, ReportRow, Sums, Task, frechet
-from trainer.tasks.pictures import data_uri, shown_scale
+from trainer.tasks import Batch, Generation, ReportRow, Sums, Task, frechet
+from trainer.tasks.pictures import data_uri, png, shown_scale
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,17 +102,22 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
 
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
         """`grid`: one image of generated pictures, a row per class; and `how` they were sampled."""
-        import numpy as np
-        import torch
-
-        networks: Any = model
-        names = networks.config["labels"][:ROWS]
-        labels = torch.arange(len(names), device=batch["label"].device).repeat_interleave(COLUMNS)
-        pictures = networks.draw(labels, seed).cpu().numpy()
-        rows = [np.concatenate(list(row), axis=1) for row in np.split(pictures, len(names))]
-        scale = max(1, shown_scale(pictures.shape[1]) // 2)
+        names = _labels(model)[:ROWS]
+        picture = _grid(model, names, seed)
         how = f"One row per class ({', '.join(names)}); seed {seed}, unselected. Fréchet distance: {frechet.ABOUT}."
-        return {"grid": data_uri(np.concatenate(rows, axis=0), scale), "how": how}
+        return {"grid": data_uri(picture, max(1, shown_scale(len(picture) // len(names)) // 2)), "how": how}
+
+    def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
+        """A picture file: a row for each class that is named; without any, as `sample`."""
+        known = _labels(model)
+        for name in asked.inputs:
+            if name not in known:
+                raise ConfigError("INPUT", name, f"must be a class: one of {', '.join(known)}")
+        require_output(asked.output, "--output")
+        names = list(asked.inputs) or known[:ROWS]
+        picture = _grid(model, names, asked.seed)
+        write_bytes(asked.output, png(picture, max(1, shown_scale(len(picture) // len(names)) // 2)))
+        asked.write(f"{asked.output}: a row each of {', '.join(names)}\n")
 
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]]:
         """As in BigGAN: Adam without momentum or weight decay, and a lower learning rate for the generator."""
@@ -122,6 +131,19 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
     def modules_to_compile(self, model: "nn.Module") -> "list[nn.Module]":
         networks: Any = model
         return [networks.generator, networks.discriminator]
+
+
+def _labels(model: Any) -> list[str]:
+    return list(model.config["labels"])
+
+
+def _grid(model: Any, names: Sequence[str], seed: int) -> np.ndarray:
+    """A row of generated pictures for each of these classes: uint8 (height, width, channels)."""
+    import torch
+
+    numbers = torch.tensor([_labels(model).index(name) for name in names], device=next(model.parameters()).device)
+    pictures = model.draw(numbers.repeat_interleave(COLUMNS), seed).cpu().numpy()
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in np.split(pictures, len(names))], axis=0)
 
 
 TASK = ImageGeneration()

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import ConfigError
 from trainer.models import huggingface
-from trainer.tasks import Batch, ReportRow, Task, manifest_of
+from trainer.tasks import Batch, Generation, ReportRow, Task, manifest_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -134,6 +135,42 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
             whole = before + tokenizer.decode(drawn[0, prompt.shape[1] :], skip_special_tokens=True)
         how = f"sampled at temperature {TEMPERATURE}, top-p {TOP_P}, seed {seed}"
         return {"prompt": before, "continuation": whole.removeprefix(before), "how": how}
+
+    def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
+        """The prompt, and its continuation."""
+        import torch
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        writer: Any = model
+        prompt = " ".join(asked.inputs)
+        first = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+        tokens = torch.tensor([tokenizer(prompt)["input_ids"] or first], device=next(model.parameters()).device)
+        most = getattr(writer.config.get_text_config(), "max_position_embeddings", tokens.shape[1] + asked.max_tokens)
+        if tokens.shape[1] >= most:
+            raise ConfigError("PROMPT", f"{prompt[:30]}…", f"has {tokens.shape[1]} tokens: must have less than {most}")
+        options: dict[str, Any] = {"do_sample": False}
+        if asked.temperature > 0:
+            options = {"do_sample": True, "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
+        writer.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            pad_token_id=tokenizer.eos_token_id,
+            max_new_tokens=min(asked.max_tokens, most - tokens.shape[1]),
+            streamer=_streamer(tokenizer, asked.write),
+            **options,
+        )
+
+
+def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
+    """Passes on text as far as it is certain: not half a character, nor half a word."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text + "\n" * stream_end)
+
+    return Streamer(tokenizer, skip_special_tokens=True)
 
 
 def _embeddings(model: "nn.Module") -> "list[nn.Embedding]":

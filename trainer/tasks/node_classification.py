@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from trainer.errors import ConfigError
 from trainer.files import read_json
 from trainer.models import gcn, plain
-from trainer.tasks import Batch, ReportRow, Sums
+from trainer.tasks import Batch, Generation, ReportRow, Sums
 from trainer.tasks.classification import Classification
 
 if TYPE_CHECKING:
@@ -45,8 +48,30 @@ logits = load(".")(features, edges)  # float32 (nodes, width), int64 (2, edges)
         rows = [[str(node), names[label], names[guess]] for node, label, guess in found]
         return {"title": "Held-out nodes", "head": ["Node", "Class", "Taken for"], "rows": rows}
 
+    def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
+        """A line for each node that is named by its number; without any, for those that were held out."""
+        import torch
+
+        from trainer.data.dataset import open_dataset
+
+        if asked.data is None:
+            raise ConfigError("SOURCE", directory, "the graph is not on this machine: name the run's directory")
+        dataset, device = open_dataset(asked.data), next(model.parameters()).device
+        features, edges = (torch.tensor(dataset.shared[name], device=device) for name in ("features", "edges"))
+        nodes = [_node(text, len(features)) for text in asked.inputs]
+        nodes = nodes or dataset.validation[np.arange(len(dataset.validation))]["node"].tolist()
+        names, logits = read_json(directory / plain.CONFIG)["labels"], model(features, edges)
+        for node in nodes:
+            asked.write(f"node {node}: {self.guesses(logits[node], names)}\n")
+
     def logits(self, model: "nn.Module", batch: Batch) -> "Tensor":
         return model(batch["features"], batch["edges"])[batch["node"]]
+
+
+def _node(text: str, count: int) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < count):
+        raise ConfigError("INPUT", text, f"must be the number of a node, from 0 to {count - 1}")
+    return int(text)
 
 
 TASK = NodeClassification()

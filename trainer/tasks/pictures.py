@@ -26,7 +26,12 @@ def normalised(images: "Tensor") -> "Tensor":
 
 
 def data_uri(image: np.ndarray, scale: int = 1) -> str:
-    """A picture, uint8 (height, width, channels), as a PNG data URI; each pixel becomes `scale` × `scale`."""
+    """A picture as a PNG data URI; see `png`."""
+    return "data:image/png;base64," + base64.b64encode(png(image, scale)).decode()
+
+
+def png(image: np.ndarray, scale: int = 1) -> bytes:
+    """A picture, uint8 (height, width, channels), as a PNG file; each pixel becomes `scale` × `scale`."""
     from PIL import Image
 
     picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
@@ -34,7 +39,7 @@ def data_uri(image: np.ndarray, scale: int = 1) -> str:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def shown_scale(size: int) -> int:

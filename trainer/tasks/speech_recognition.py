@@ -6,9 +6,10 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import ConfigError
 from trainer.files import write_json
 from trainer.models import huggingface
-from trainer.tasks import Batch, ReportRow, Sums, Task, manifest_of
+from trainer.tasks import Batch, Generation, ReportRow, Sums, Task, files_of, manifest_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -119,6 +120,25 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         recognised = _decoded(*self._logits(model, batch))
         rows = [list(pair) for pair in zip(_transcripts(batch), recognised, strict=True)]
         return {"title": "Transcripts", "head": ["Transcript", "Recognised"], "rows": rows[:SHOWN]}
+
+    def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
+        """A line for each audio file: what was said."""
+        import torch
+
+        from trainer.data.speech import LONGEST, SHORTEST, decode
+
+        device = next(model.parameters()).device
+        for path in files_of(asked, "audio files"):
+            try:
+                audio = decode(path.read_bytes())
+            except ValueError as error:
+                raise ConfigError("INPUT", path, f"is no audio: {error}") from None
+            if not SHORTEST <= len(audio) / RATE <= LONGEST:
+                allowed = f"must have from {SHORTEST} to {LONGEST:.0f} seconds, as the clips of the training"
+                raise ConfigError("INPUT", path, allowed)
+            batch = {"audio": torch.tensor(audio[None]), "audio_length": torch.tensor([len(audio)])}
+            (text,) = _decoded(*self._logits(model, {name: column.to(device) for name, column in batch.items()}))
+            asked.write(f"{path}: {text}\n")
 
     def _logits(self, model: "nn.Module", batch: Batch) -> "tuple[Tensor, Tensor]":
         """Logits, (samples, frames, vocabulary), and the number of valid frames of each, int64 (samples,)."""

@@ -1,21 +1,16 @@
 """Where a worker goes on: with its own checkpoint, with what the other members hold, or at the beginning."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, OtherFormat
 from trainer.diloco import RoundReport
-from trainer.diloco.diloco import Stateful
+from trainer.elastic.moments import Moments, ShardedMoments, with_moments
+from trainer.elastic.progress import Progress
 from trainer.errors import ConfigError
 from trainer.protocol.records import Cursor, decode
-from trainer.worker.progress import Progress
 from trainer.worker.setup import Parts
 
 
@@ -76,7 +71,7 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
         _restore(parts, found, is_own)
     elif diloco.round > 0:
         if config.joiner_moments == "donor" and (moments := quorum.fetch_moments()):
-            diloco.inner_optimizer.load_state_dict(_with_moments(process.optimizer, moments))
+            diloco.inner_optimizer.load_state_dict(with_moments(process.optimizer, moments))
             return [*changes, "took moments"]
         progress.ramp = config.local_steps
     return changes
@@ -94,82 +89,8 @@ def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
         parts.diloco.inner_optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
 
 
-class Moments(Mapping[str, Tensor]):
-    """The inner optimizer's state by name, flat, for a joiner. A tensor is copied to the host when it is read.
-
-    The state may change while it is sent, which does no harm: the moments of a few steps later are as good.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def __iter__(self) -> Iterator[str]:
-        state = self._optimizer.state_dict()["state"]
-        return (f"{i}.{key}" for i, values in state.items() for key in values if isinstance(values[key], Tensor))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __getitem__(self, name: str) -> Tensor:
-        index, _, key = name.partition(".")
-        value: Tensor = self._optimizer.state_dict()["state"][int(index)][key]
-        return value.detach().to("cpu").reshape(-1)
-
-    def refresh(self) -> None: ...
-
-
-class ShardedMoments(Mapping[str, Tensor]):
-    """As `Moments`, of an optimizer whose state is spread over processes: a copy, made when a joiner has asked for it.
-
-    A joiner asks again for a few seconds. Its first request is noted here, on a donor's thread; the training thread
-    makes the copy at the next `refresh`, and gives it up after `most` further ones.
-    """
-
-    def __init__(self, optimizer: Stateful, most: int) -> None:
-        self._optimizer, self._most, self._age = optimizer, most, 0
-        self._copy: dict[str, Tensor] = {}
-        self._wanted = threading.Event()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._copy)
-
-    def __len__(self) -> int:
-        if not self._copy:
-            self._wanted.set()
-        return len(self._copy)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._copy[name]
-
-    def refresh(self) -> None:
-        """Between two inner steps, or while the inner loop waits."""
-        self._age += 1
-        if self._copy and self._age > self._most:
-            self._copy = {}
-        elif self._wanted.is_set() and not self._copy:
-            self._wanted.clear()
-            state, self._age = self._optimizer.state_dict()["state"], 0
-            self._copy = {
-                f"{index}.{key}": value.detach().reshape(-1)
-                for index, values in state.items()
-                for key, value in values.items()
-                if isinstance(value, Tensor)
-            }
-
-
 def offered_moments(parts: Parts) -> Moments | ShardedMoments:
     """This worker's inner optimizer state, for joiners."""
     if parts.process.is_sharded:
         return ShardedMoments(parts.diloco.inner_optimizer, parts.process.config.local_steps)
     return Moments(parts.process.optimizer)
-
-
-def _with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str, object]:
-    """The state dict of `optimizer` with the moments of another member (`Moments`)."""
-    state: dict[int, dict[str, Tensor]] = {}
-    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    for name, tensor in found.items():
-        index, _, key = name.partition(".")
-        shape = shapes[int(index)] if tensor.numel() > 1 else torch.Size(())
-        state.setdefault(int(index), {})[key] = tensor.reshape(shape)
-    return {**optimizer.state_dict(), "state": state}

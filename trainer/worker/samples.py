@@ -67,12 +67,7 @@ class Samples:
 
     def accept(self, assignment: Assignment | None, term: int) -> bool:
         """Go on with the quorum's last assignment; one of another term is void. Returns whether it is another one."""
-        before = self.ledger.assignment
-        if assignment is not None:
-            self.ledger.accept(assignment)
-        if self.ledger.assignment.term != term:
-            self.ledger.accept(None)
-        changed = self.ledger.assignment is not before
+        changed = self.ledger.follow(assignment, term)
         if changed:
             self.close()
         return changed

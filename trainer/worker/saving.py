@@ -5,9 +5,9 @@ from pathlib import Path
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpointer
+from trainer.elastic.progress import Progress
+from trainer.events import EventLog
 from trainer.files import read_json
-from trainer.monitor.events import EventLog
-from trainer.worker.progress import Progress
 from trainer.worker.setup import Parts, versions
 
 

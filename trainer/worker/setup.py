@@ -18,6 +18,7 @@ from trainer.config import TrainingConfig
 from trainer.device import device_of
 from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
 from trainer.diloco.diloco import Stateful
+from trainer.elastic.joining import PROTOCOL
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
 from trainer.errors import TrainingError, one_line
@@ -38,7 +39,6 @@ from trainer.worker.own_state import OwnState
 from trainer.worker.profiling import Profile, is_out_of_memory, measure, profile
 from trainer.worker.samples import Samples, Speed
 
-PROTOCOL = 4  # version of what members exchange; members of another version are refused
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
 

@@ -1,8 +1,6 @@
 """The inner loop: what one worker does from its start to the run's final checkpoint."""
 
 import math
-import os
-import platform
 import signal
 import threading
 import time
@@ -17,20 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config import TrainingConfig
 from trainer.device import device_of
 from trainer.diloco import Commit, RoundReport, Superseded
+from trainer.elastic import evidence
+from trainer.elastic.progress import Progress
 from trainer.errors import Interrupted, TrainingError
+from trainer.events import EventLog
 from trainer.island.processes import Island
-from trainer.monitor.events import EventLog
 from trainer.monitor.sinks import sinks
 from trainer.process import number_from
 from trainer.protocol.records import Range
 from trainer.timeouts import WorkerTimeouts
 from trainer.volume import Volume
-from trainer.worker import evidence
 from trainer.worker.ddp import PeerLeft
 from trainer.worker.follower import follow
 from trainer.worker.optimizer import learning_rate
 from trainer.worker.passes import Passes
-from trainer.worker.progress import Progress
 from trainer.worker.resume import join, offered_moments
 from trainer.worker.saving import Saving
 from trainer.worker.setup import Parts, build, versions
@@ -156,24 +154,17 @@ class Worker:
 
         self.metrics.write(
             "start",
-            run_id=self.config.run_id,
-            worker=self.quorum.worker,
-            member=self.quorum.id,
-            world_size=len(self.quorum.members),
-            pid=os.getpid(),
-            host=platform.node(),
+            **evidence.process_of(self.config.run_id, self.quorum, self.diloco),
             device=str(process.device),
             processes=process.island.size if process.island else 1,
-            parameters=sum(parameter.numel() for parameter in process.parameters),
             dataset=process.dataset.manifest.hash,
-            resumed_round=self.diloco.round or None,
             config=self.config.model_dump(mode="json"),
             versions=versions(),
             ramp=self.progress.ramp,
-            **evidence.held(self.parts),
+            **evidence.held(self.quorum, self.diloco),
         )
         if self.samples.ledger.assignment.ranges:
-            self.metrics.write("assignment", **evidence.assignment(self.parts))
+            self.metrics.write("assignment", **evidence.assignment(self.samples.ledger, self.diloco))
         for change in changes:
             self.metrics.write("membership", change=change, round=self.diloco.round)
         self.metrics.write("membership", change="joined", members=self.quorum.members, round=self.diloco.round)
@@ -289,7 +280,7 @@ class Worker:
     def _accept(self) -> None:
         """Go on with the samples that the quorum has assigned last."""
         if self.samples.accept(self.diloco.assignment, self.quorum.term):
-            self.metrics.write("assignment", **evidence.assignment(self.parts))
+            self.metrics.write("assignment", **evidence.assignment(self.samples.ledger, self.diloco))
 
     def _take_assignment(self) -> None:
         """Wait until this worker has samples to train on."""
@@ -342,7 +333,7 @@ class Worker:
         """Report that this worker has taken over the state of the others; `before` is the round of its own."""
         self.parts.keep_state()
         missed = max(0, self.diloco.round - before)
-        held = evidence.held(self.parts)
+        held = evidence.held(self.quorum, self.diloco)
         self.metrics.write("membership", change="caught up", round=self.diloco.round, missed=missed, **held)
 
     def _write_round(self, commit: Commit | None) -> None:
@@ -360,22 +351,10 @@ class Worker:
             self.metrics.write("membership", change="quorum", members=commit.members, round=round)
         progress.bytes += (commit.bytes_sent or 0) + (commit.bytes_received or 0)
         progress.enter(commit.members, self.quorum.id)
-        losses = progress.losses
         self.metrics.write(
             "round",
-            round=round,
-            attempt=commit.attempt,
-            step=self.diloco.state.step,
-            world_size=len(commit.members),
-            members=commit.members,
-            loss=sum(losses) / len(losses) if losses else math.nan,
-            bytes_sent=commit.bytes_sent,
-            bytes_received=commit.bytes_received,
-            sync_seconds=commit.seconds,
-            exposed_seconds=self.diloco.exposed_seconds,
             seconds=seconds,
-            inner_steps=len(losses),
-            samples=len(losses) * self.config.batch_size,
+            **evidence.round_of(self.diloco, commit, progress.losses, self.config.batch_size),
             **self.throughput.end_round(seconds),
             **evidence.agreed(commit, self._unused),
         )
@@ -385,10 +364,6 @@ class Worker:
             "end",
             status=status,
             reason=reason,
-            round=self.diloco.round,
-            step=self.diloco.schedule.step,
-            skipped_steps=self.progress.skipped,
-            samples=self.progress.samples,
-            global_hash=self.diloco.state.hash(),
-            **evidence.left(self.parts),
+            **evidence.end_of(self.diloco, self.progress),
+            **evidence.left(self.quorum, self.samples.ledger),
         )

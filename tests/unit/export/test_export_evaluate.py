@@ -16,11 +16,11 @@ from trainer.__main__ import main
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
+from trainer.events import EventLog
 from trainer.export.evaluate import evaluate
 from trainer.export.export import export
 from trainer.export.run import TrainedRun
 from trainer.files import read_json
-from trainer.monitor.events import EventLog
 from trainer.monitor.report import write_report
 from trainer.volume import Volume, worker_configs
 

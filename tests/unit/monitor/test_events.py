@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer.config import TrainingConfig
-from trainer.monitor.events import EventLog, EventReader, effective
+from trainer.events import EventLog, EventReader, effective
 from trainer.monitor.sinks import WandbSink, sinks
 from trainer.process import listen
 from trainer.volume import worker_configs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.monitor.events import number
+from trainer.events import number
 from trainer.monitor.report import drawing
 from trainer.monitor.report.curves import FloatArray, Points, Worker
 from trainer.monitor.report.drawing import Chart

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.events import number
 from trainer.files import write_text
-from trainer.monitor.events import number
 from trainer.monitor.report.curves import last_finite
 from trainer.monitor.report.html import VERDICTS, page
 from trainer.monitor.report.run import RunHistory, read_run

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from trainer.monitor.events import Event
+from trainer.events import Event
 
 FloatArray = NDArray[np.float64]
 Points = tuple[FloatArray, FloatArray]  # x and y, both of shape (points,)

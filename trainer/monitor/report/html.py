@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.events import number
 from trainer.files import write_text
-from trainer.monitor.events import number
 from trainer.monitor.report import tables
 from trainer.monitor.report.curves import last_finite
 from trainer.monitor.report.run import RunHistory, read_run

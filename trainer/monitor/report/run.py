@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from trainer.errors import ConfigError
+from trainer.events import POSITIONS, Event, EventReader, effective, newest_run, number
 from trainer.files import read_json
-from trainer.monitor.events import POSITIONS, Event, EventReader, effective, newest_run, number
 from trainer.monitor.report.curves import Curves, Life, Worker
 from trainer.tasks import Task, tasks
 

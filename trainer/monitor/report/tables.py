@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from trainer.config import UNSET, Parameter, TrainingConfig
-from trainer.monitor.events import number
+from trainer.events import number
 from trainer.monitor.report.run import RunHistory
 from trainer.monitor.report.words import byte_count, plain, seconds
 from trainer.tasks import Task, tasks

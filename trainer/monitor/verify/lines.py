@@ -185,8 +185,8 @@ _READERS: Mapping[str, Callable[[Event, str, int | None], Happening]] = {
 def _plan(config: Mapping[str, Any], fragments: int | None) -> Plan | None:
     """The schedule in a process's configuration; `fragments` are those that its model could be cut into."""
     try:
-        steps, total, cut = int(config["local_steps"]), int(config["total_steps"]), int(config.get("fragments", 1))
-        lr, warmup = float(config["lr"]), int(config["warmup_steps"])
+        steps, total, cut = int(config["local_steps"]), _integer(config["total_steps"]), int(config.get("fragments", 1))
+        lr, warmup = _number(config.get("lr")), int(config.get("warmup_steps", 0))  # a loop of one's own has neither
     except (LookupError, TypeError, ValueError):
         return None
     return Plan(steps // cut, total, lr, warmup, fragments or cut)

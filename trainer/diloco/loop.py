@@ -1,0 +1,87 @@
+"""What `DiLoCo` offers to a loop that does not call it: a context that counts steps, a state to save."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from trainer.diloco.quorum import LoopQuorum, Quorum
+
+if TYPE_CHECKING:
+    from trainer.diloco.diloco import DiLoCo
+
+
+class OwnLoop:
+    """In the context, each `step()` of the inner optimizer is an inner step; the last one of a round synchronises.
+
+    A `LoopQuorum` is joined at the beginning of the context, and left at its end.
+    """
+
+    inner_optimizer: Any
+    quorum: Quorum
+    _hook: RemovableHandle | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to count steps.
+
+        Raises:
+            ValueError: The inner optimizer is not one of torch's; the context has been entered already.
+            ConfigError, TrainingError: The quorum does not take this worker.
+        """
+        optimizer = self.inner_optimizer
+        while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's and Lightning's
+            optimizer = wrapped
+        if not isinstance(optimizer, Optimizer):
+            kind = type(optimizer).__name__
+            raise ValueError(f"the inner optimizer is a {kind}, not torch's: call after_inner_step after each step")
+        if self._hook is not None:
+            raise ValueError("the context of this DiLoCo has been entered already")
+        stepped: Callable[[], object] = self._diloco.after_inner_step
+        if isinstance(self.quorum, LoopQuorum):
+            self.quorum.enter(self._diloco)
+            stepped = partial(self.quorum.stepped, self._diloco)
+
+        def hook(*_: Any) -> None:
+            stepped()
+
+        self._hook = optimizer.register_step_post_hook(hook)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop counting steps, and leave the run; at `total_steps`, when its members have agreed on the last state."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        if isinstance(self.quorum, LoopQuorum):
+            self.quorum.exit(self._diloco, error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a worker needs to go on from here, for `torch.save`. The tensors are not copies.
+
+        The model's buffers are not in it: save them with the model, if it has any.
+        """
+        own, state = self._diloco, self._diloco.state
+        quorum = self.quorum.state_dict() if isinstance(self.quorum, LoopQuorum) else {}
+        position = {"round": state.round, "step": state.step}
+        return {**position, "global": own.global_tensors(), "worker": own.worker_state(), "quorum": quorum}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; before the context is entered. Members of a run make the open round's steps again.
+
+        Raises:
+            ValueError: It is of another model or outer optimizer.
+        """
+        self._diloco.load_global(state["global"], state["round"], state["step"])
+        self._diloco.load_worker_state(state["worker"])
+        if isinstance(self.quorum, LoopQuorum):
+            self.quorum.load_state_dict(state["quorum"])
+
+    @property
+    def _diloco(self) -> "DiLoCo":
+        return cast("DiLoCo", self)
