@@ -21,7 +21,7 @@ from trainer.diloco.merge import Merge
 from trainer.diloco.outer import Nesterov, OuterOptimizer
 from trainer.diloco.overlap import Outcome, Overlap, Pending
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, RoundReport, Superseded
-from trainer.diloco.schedule import Schedule
+from trainer.diloco.schedule import Schedule, check_counts
 from trainer.diloco.state import Fragment, GlobalState
 from trainer.protocol.samples import Assignment
 
@@ -104,7 +104,7 @@ class DiLoCo(OwnLoop):
         overlap: Overlap | None = None,
         layout: FlatLayout | None = None,
     ) -> None:
-        _check_counts(sync_every=sync_every, fragments=fragments, total_steps=1 if total_steps is None else total_steps)
+        check_counts(sync_every=sync_every, fragments=fragments, total_steps=1 if total_steps is None else total_steps)
         if late_policy not in ("carry", "drop"):
             raise ValueError(f"late_policy = {late_policy!r}: must be 'carry' or 'drop'")
         if sync_every % fragments:
@@ -394,9 +394,3 @@ class DiLoCo(OwnLoop):
         residual = None if reduced.error is None else reduced.error.clone()  # the next collective overwrites it
         replaced = not overlaps and self.state.outer.replaces and self.contribution.is_plain(closed)
         return Outcome(commit, outer_step, shift, residual, offset, exact=replaced and reduced.lone)
-
-
-def _check_counts(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} = {value!r}: must be a whole number, at least 1")

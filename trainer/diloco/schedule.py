@@ -59,3 +59,10 @@ class Schedule:
     def start_round(self, begin: int, inner_steps: int = 0) -> None:
         """Make the round that begins at step `begin` the open one."""
         self.begin, self.inner_steps = begin, inner_steps
+
+
+def check_counts(**arguments: int) -> None:
+    """Refuse numbers of steps, rounds or parts that are none. Raises ValueError, which names the argument."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} = {value!r}: must be a whole number, at least 1")

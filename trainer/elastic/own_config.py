@@ -29,7 +29,7 @@ _ARGUMENTS = {
     **dict.fromkeys(("codec", "error_feedback", "compression_topk", "sparse_topk", "quantization"), "codec"),
     **dict.fromkeys(("outer_optimizer", "outer_lr", "outer_momentum"), "outer"),
     **dict.fromkeys(("async_communication", "overlap_tau", "overlap_alpha"), "overlap"),
-    **{name: name for name in ("total_steps", "fragments", "late_policy")},
+    **{name: name for name in ("total_steps", "fragments", "late_policy", "merge", "clip_members")},
     "local_steps": "sync_every",
 }
 """The parameters that are arguments of `DiLoCo`, by flat name."""
@@ -83,6 +83,7 @@ def fingerprint_of(config: TrainingConfig, diloco: "DiLoCo") -> dict[str, Json]:
     shapes = [tuple(one.shape) for name, one in diloco.global_tensors().items() if name.startswith("model.")]
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
     codec, outer, schedule = diloco.state.full_model.codec, diloco.state.outer, diloco.schedule
+    merge = diloco.state.full_model.merge
     settings = [f"{name}={value}" for name, value in sorted(vars(outer).items()) if isinstance(value, int | float)]
     return {
         "protocol": PROTOCOL,
@@ -92,6 +93,7 @@ def fingerprint_of(config: TrainingConfig, diloco: "DiLoCo") -> dict[str, Json]:
         "fragments": diloco.contribution.fragments,
         "codec": f"{codec.name}, {codec.row} bytes for {codec.block} numbers, feedback {codec.feedback:g}",
         "outer": f"{type(outer).__name__}({', '.join(settings)})",
+        "merge": f"{'rda' if merge.tensors else 'mean'}, clip_members={merge.clip}",
         "overlap": repr(diloco.overlap),
         **{name: getattr(config, name) for name in ("batch_size", "seed", "transport_security")},
     }

@@ -72,12 +72,16 @@ def _exported(source: Path) -> Iterator[tuple[Path, Task, Path | None]]:
 
 
 def _run_of(source: Path) -> TrainedRun:
-    """The run in a directory, or that of a checkpoint: `<volume>/checkpoints/<run id>/<checkpoint>`."""
+    """The run in a directory; or the run that a checkpoint below its directory is of."""
     if not (source / "state.json").is_file():
         return TrainedRun.find(TrainingConfig(run_dir=str(source)))
     path = source.resolve()
-    run = TrainedRun.find(TrainingConfig(run_dir=str(path.parents[2])))
-    return replace(run, chosen=path)
+    for above in path.parents[2:6]:  # of a pod: <volume>/checkpoints/<run id>/<checkpoint>
+        with suppress(ConfigError):
+            run = TrainedRun.find(TrainingConfig(run_dir=str(above)))
+            if run.dataset.is_dir():
+                return replace(run, chosen=path)
+    raise ConfigError("SOURCE", source, "is a checkpoint without its run around it: name a run or an export")
 
 
 def _task_of(export: Path) -> Task:
