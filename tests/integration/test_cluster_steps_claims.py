@@ -122,7 +122,7 @@ def test_names_of_two_deployments_that_meet_are_refused(place: Place, tmp_path: 
         train(context("llm", "eu-mine", "west"), tmp_path / "run")
     place.on_line = lambda line: None
     before = place.server.all("configmaps")
-    refused = "PyTorchJob llm-eu-mine-west-0 of run mine of deployment llm-eu already exists as that of run eu-mine of"
+    refused = "PyTorchJob llm-eu-mine-west-w0 of run mine of deployment llm-eu already exists as that of run eu-mine of"
     with pytest.raises(ConfigError, match=refused):
         train(context("llm-eu", "mine", "west"), tmp_path / "run")
     assert place.server.all("configmaps") == before

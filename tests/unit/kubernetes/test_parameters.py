@@ -113,7 +113,7 @@ BOTH = {"gpu_amd_image": "rocm", "nodes": 5}
 DDP = {"optim_method": "ddp"}
 ISLAND = {"inner_parallel": "fsdp", "gpu_count": 4}
 PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
-    ({"deployment_name": "gpt"}, lambda r: r.job["metadata"]["name"], "gpt-mine-nvidia-0"),
+    ({"deployment_name": "gpt"}, lambda r: r.job["metadata"]["name"], "gpt-mine-nvidia-w0"),
     ({"deployment_name": "gpt"}, lambda r: r.claim["metadata"]["name"], "gpt-nvidia-worker-0-data"),
     ({"deployment_namespace": "team"}, lambda r: r.job["metadata"]["namespace"], "team"),
     ({"deployment_namespace": "team"}, lambda r: r.claim["metadata"]["namespace"], "team"),
@@ -279,7 +279,7 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
         lambda r: r.job["spec"]["managedBy"],
         "kueue.x-k8s.io/multikueue",
     ),
-    ({"launcher": "trainjob"}, lambda r: r.job["spec"]["runtimeRef"]["name"], "diloco-training-job-mine-nvidia-0"),
+    ({"launcher": "trainjob"}, lambda r: r.job["spec"]["runtimeRef"]["name"], "diloco-training-job-mine-nvidia-w0"),
     ({"launcher": "trainjob", "active_deadline": 60}, lambda r: r.job["spec"]["activeDeadlineSeconds"], 60),
     (
         {"launcher": "trainjob", "finished_ttl": 60},
@@ -321,7 +321,7 @@ def test_parameter_reaches_its_field(values: dict[str, Any], field: Callable[[Re
 def test_sites() -> None:
     rendered = Rendered(sites=SITES, nodes=3, gpu_type="MI300X")
     assert [worker.job for worker in rendered.plan.workers] == ["diloco-training-job-mine-" + end for end in
-                                                                ("east-0", "east-1", "west-0")]  # fmt: skip
+                                                                ("east-w0", "east-w1", "west-w0")]  # fmt: skip
     pod = rendered.pod
     assert pod["nodeSelector"] == {"zone": "east"}
     assert pod["tolerations"][0] == {"key": "spot", "operator": "Exists"}

@@ -57,7 +57,7 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
     port = ("--port", str(pod_template.RESULT_PORT)) if step in pod_template.RESULTS else ()
     template = pod_template.template(plan, step, worker, port)
     template["spec"]["restartPolicy"] = "Never"
-    name = names.name(plan.name, step, worker.site.name, str(worker.replica))
+    name = names.name(plan.name, step, worker.site.name, f"w{worker.replica}")
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

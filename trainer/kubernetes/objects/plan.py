@@ -172,9 +172,8 @@ def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> Wor
     own = config.storage.access_mode == "ReadWriteOnce"
     claim_parts = ["worker", str(replica), "data"] if own else ["data"]
     several = config.launcher == "pytorchjob" and not own  # workers are replicas of one job
-    training = names.training(config)
-    job = names.job(config, training, site.name, *([] if several else [str(replica)]))
-    of_site = job if own else names.job(config, training, site.name)
+    job = names.job(config, site.name, *([] if several else [f"w{replica}"]))
+    of_site = job if own else names.job(config, site.name)
     folder = f"{of_site}-worker-{0 if own else replica}"  # by the training operator's rule for pods
     return WorkerPlan(index, site, replica, job, folder, names.name(config.deployment_name, site.name, *claim_parts))
 
