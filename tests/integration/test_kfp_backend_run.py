@@ -132,10 +132,22 @@ def place(
         story.released.set()
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_run_with_nothing_set_succeeds(place: Place) -> None:
+@pytest.mark.parametrize(("flavour", "evaluated"), zip(FLAVOURS, (True, False), strict=True))
+def test_a_run_with_nothing_set_succeeds(place: Place, evaluated: bool) -> None:
+    """One Job exports and evaluates; if it could not evaluate, the step `evaluate` has a Job of its own."""
+
+    def export_only(cluster: Cluster, pod: Object, life: int) -> None:
+        scores = place.story.results.pop("evaluation.json")
+        place.story.serve(cluster, pod)
+        place.story.results["evaluation.json"] = scores
+
+    if not evaluated:
+        place.story.told["export"] = export_only
     place.submit()
     assert place.wait() == ""
+    jobs = {name.split("-cpu-w")[0].rpartition("-")[2] for name in place.story.lives}
+    assert {"precache", "export"} <= jobs
+    assert ("evaluate" in jobs) is not evaluated
     expected = [f"{step}: {state}" for step in (*STEPS, "clean-up") for state in ("running", "succeeded")]
     assert [line for line in expected if line.endswith("succeeded")] == [
         line for line in place.states() if line.endswith("succeeded")

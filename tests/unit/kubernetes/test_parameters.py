@@ -365,7 +365,7 @@ def test_each_pod_asks_for_what_it_needs_and_may_take_what_a_worker_may(memory: 
         own = {name: amount for name, amount in one["limits"].items() if name != "nvidia.com/gpu"}
         assert own == {"cpu": "16", "memory": f"{memory}Gi", "ephemeral-storage": "100Gi"}
         assert (one["requests"]["cpu"], one["requests"]["ephemeral-storage"]) == ("1", "2Gi")
-        gpus = "2" if step in ("train", "precache", "evaluate") else None
+        gpus = None if step == "held-out" else "2"
         assert one["requests"].get("nvidia.com/gpu") == one["limits"].get("nvidia.com/gpu") == gpus
 
 
@@ -378,7 +378,7 @@ def test_a_pod_that_asks_for_no_gpu_sees_none_of_the_node_s() -> None:
         **{what: environment(pod_of(step_job(rendered.plan, worker, what))["containers"][0]) for what in RESULTS},
     }
     hidden = {step for step, env in variables.items() if env.get("NVIDIA_VISIBLE_DEVICES") == "void"}
-    assert hidden == {"held-out", "export"}
+    assert hidden == {"held-out"}
     assert {step for step, env in variables.items() if "PYTHONUNBUFFERED" in env} == {
         "precache", "held-out", "export", "evaluate"
     }, "of a PyTorchJob's pods the operator sets it"  # fmt: skip

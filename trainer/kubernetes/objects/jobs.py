@@ -52,7 +52,7 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
 
     Args:
         step: "precache": put model and dataset onto the claim, for each of `plan.claimants`. A result ("held-out",
-            "export", "evaluate"): serve it to a client with the run's token.
+            "export", which evaluates, too, "evaluate"): serve it to a client with the run's token.
     """
     port = ("--port", str(pod_template.RESULT_PORT)) if step in pod_template.RESULTS else ()
     template = pod_template.template(plan, step, worker, port)
