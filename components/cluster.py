@@ -87,7 +87,7 @@ class ClusterLauncher:
         return output
 
     def _scores(self, model: Any) -> Path:
-        """A model's scores. The pod that has exported it has evaluated it, too; if that failed, another one does now."""
+        """A model's scores. The pod that exported it has evaluated it, too; if that failed, another one does now."""
         from trainer.kubernetes.steps.fetch_results import fetch_result
 
         scores = Path(model.path) / EVALUATION
