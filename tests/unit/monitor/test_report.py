@@ -180,6 +180,19 @@ def test_the_newest_run_on_a_volume_is_meant(tmp_path: Path) -> None:
     assert run.run_id == "a-run" and run.round_losses[0].tolist() == [1, 2] and run.wall_seconds < 30
 
 
+def test_links_are_of_start_and_of_trackers_that_answered_later(tmp_path: Path) -> None:
+    for worker in range(2):
+        started, *others = events(worker)
+        started["links"] = {"MLflow": "http://mlflow/#/experiments/1"}
+        link = {"event": "link", "links": {"Weights & Biases": f"https://wandb/runs/{worker}"}, "time": START + 1}
+        write(tmp_path / f"worker-{worker}", [started, link, *others])
+    assert read_run(tmp_path).links == {
+        "MLflow": "http://mlflow/#/experiments/1",
+        "Weights & Biases, worker-0": "https://wandb/runs/0",
+        "Weights & Biases, worker-1": "https://wandb/runs/1",
+    }
+
+
 def test_skipped_steps_are_counted_and_not_averaged(tmp_path: Path) -> None:
     life = list(events(rounds=2))
     step = next(event for event in life if event.get("step") == 5)
