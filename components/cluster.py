@@ -62,7 +62,8 @@ class ClusterLauncher:
         claims = [{"worker": worker.index, "claim": worker.claim, "site": worker.site.name} for worker in workers]
         write_json(directory / TRAINED, claims)
         files = {path.name: path for path in directory.iterdir()}
-        return training_output(directory, files, {"run_id": self._config.run_id, "claim": workers[0].claim})
+        metadata = {"run_id": self._config.run_id, "claim": workers[0].claim}
+        return training_output(directory, files, metadata, self._context.kubectl)
 
     def export(self, checkpoint: Any) -> Output:
         from trainer.kubernetes.steps.fetch_results import fetch_result

@@ -15,7 +15,7 @@ from components.output import link_or_copy, log_metrics
 from components.parameters import unfolded
 from components.runtime import step_process
 from trainer.config import TrainingConfig
-from trainer.files import write_json
+from trainer.files import write_json, write_text
 
 
 def precache(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapping[str, Any]) -> None:
@@ -29,12 +29,13 @@ def precache(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapp
         write_json(Path(config_path), config.to_flat())
 
 
-def train(config: dict[str, Any], checkpoint: dsl.Model, metrics: dsl.Metrics) -> None:
+def train(config: dict[str, Any], checkpoint: dsl.Model, metrics: dsl.Metrics, summary: dsl.Markdown) -> None:
     """Train, and output the final checkpoint's global parameters, or the claims that hold them."""
     with step_process("train"):
         output = create_launcher(TrainingConfig.from_flat(config)).train()
         output.write_to(checkpoint)
         log_metrics(metrics, output.metrics)
+        write_text(Path(summary.path), output.summary)
 
 
 def export(config: dict[str, Any], checkpoint: dsl.Model, model: dsl.Model) -> None:
@@ -60,7 +61,7 @@ def evaluate(
     with step_process("evaluate"):
         output = create_launcher(TrainingConfig.from_flat(config)).evaluate(checkpoint, model, precached)
         log_metrics(metrics, {name: value for name, value in output.metrics.items() if name != "time"})
-        link_or_copy(output.files["summary.md"], summary.path)
+        write_text(Path(summary.path), output.summary)
         link_or_copy(output.files["report.html"], report.path)
 
 

@@ -11,8 +11,9 @@ def train(
     precached: dsl.Input[dsl.Dataset],
     checkpoint: dsl.Output[dsl.Model],
     training_metrics: dsl.Output[dsl.Metrics],
+    training_summary: dsl.Output[dsl.Markdown],
 ) -> None:
     """Train with DiLoCo until `total_steps`. A run that has a checkpoint resumes from it."""
     from components import steps
 
-    steps.train(config, checkpoint, training_metrics)
+    steps.train(config, checkpoint, training_metrics, training_summary)

@@ -191,11 +191,18 @@ def test_precache_through_kfp_local(run: Run, tmp_path: Path) -> None:
 
 def test_train_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, metrics = artifact(dsl.Model, tmp_path / "model"), artifact(dsl.Metrics, tmp_path / "metrics")
-    precached = artifact(dsl.Dataset, tmp_path / "precached")
-    train.python_func(config=run.config, precached=precached, checkpoint=model, training_metrics=metrics)
+    precached, summary = artifact(dsl.Dataset, tmp_path / "precached"), artifact(dsl.Markdown, tmp_path / "summary")
+    train.python_func(
+        config=run.config,
+        precached=precached,
+        checkpoint=model,
+        training_metrics=metrics,
+        training_summary=summary,
+    )
     assert "is complete already" in capsys.readouterr().out
     assert model.metadata["step"] == 20
     assert metrics.metadata == run.artifact("train", "training_metrics")["metadata"]
+    assert "| Inner steps | 20 |" in Path(summary.path).read_text()
 
 
 def test_export_alone(run: Run, tmp_path: Path) -> None:

@@ -434,6 +434,19 @@ def test_markdown_has_no_markup_of_a_users_and_no_path_of_the_machine(run_dir: P
     assert not any(path in text for path in ("/home", "/data", str(run_dir)))
 
 
+def test_markdown_links_to_trackers(tmp_path: Path) -> None:
+    """Without a password that a URL has, and without what is no link."""
+    started, *others = events(0)
+    started["links"] = {
+        "MLflow": "http://me:hidden@mlflow:5000/#/experiments/1/runs/a(b)",
+        "A *tracker*": "https://example.org/runs/x y",
+        "none": "javascript:alert(1)",
+    }
+    write(tmp_path / "worker-0", [started, *others])
+    mlflow, other = "http://mlflow:5000/#/experiments/1/runs/a%28b%29", "https://example.org/runs/x%20y"
+    assert f"\n\nTrackers: [MLflow]({mlflow}), [A \\*tracker\\*]({other}).\n\n" in markdown_summary(tmp_path)
+
+
 def test_markdown_of_any_run(tmp_path: Path, run_dir: Path) -> None:
     empty = markdown_summary(tmp_path / "nothing")
     assert "Nothing was written" in empty and "Not evaluated." in empty
