@@ -19,6 +19,7 @@ from pipelines.pipeline import compiled
 from tests.cluster.apiserver import ApiServer, Object, serving
 from tests.cluster.nodes import Cluster
 from tests.cluster.story import Story, whole_results
+from tests.cluster.test_kfp_endpoint import check_run
 from tests.kfp_backend.driver import FLAVOURS, Flavour
 from tests.kfp_backend.server import Backend
 from trainer.errors import TrainingError
@@ -61,6 +62,12 @@ class Place:
         with self._printed:
             self.lines.append(line)
             self._printed.notify_all()
+
+    def pipelines(self, *words: str) -> str:
+        """What a command of the laptop prints."""
+        before = len(self.lines)
+        main([*words, "--host", self.backend.url, "--namespace", self.backend.namespace], timeouts=QUICK)
+        return "\n".join(self.lines[before:])
 
     def states(self) -> list[str]:
         return [line for line in self.lines if line.partition(": ")[2] in ("running", "succeeded", "failed")]
@@ -148,6 +155,8 @@ def test_a_run_with_nothing_set_succeeds(place: Place, evaluated: bool) -> None:
     jobs = {name.split("-cpu-w")[0].rpartition("-")[2] for name in place.story.lives}
     assert {"precache", "export"} <= jobs
     assert ("evaluate" in jobs) is not evaluated
+    (run,) = place.backend.runs
+    check_run(place.pipelines, run["run_id"])
     expected = [f"{step}: {state}" for step in (*STEPS, "clean-up") for state in ("running", "succeeded")]
     assert [line for line in expected if line.endswith("succeeded")] == [
         line for line in place.states() if line.endswith("succeeded")

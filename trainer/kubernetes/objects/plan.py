@@ -121,7 +121,7 @@ class Plan:
         """`metadata` of an object that belongs to the run and ends with the workflow."""
         labels = self.labels(component, worker)
         owners = {"ownerReferences": [self.owner]} if self.owner else {}
-        annotations = {f"{names.PREFIX}/run-id": self.config.run_id}
+        annotations = {names.RUN_ID: self.config.run_id}
         return {"name": name, "namespace": self.namespace, "labels": labels, "annotations": annotations, **owners}
 
     def job_metadata(self, worker: WorkerPlan) -> Object:

@@ -15,6 +15,7 @@ from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import config_map, network_policy, run_secret
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.steps.job_deletion import JobDeletion
+from trainer.kubernetes.steps.other_runs import other_run
 from trainer.kubernetes.steps.workflow import Workflow, own_pod
 from trainer.timeouts import KubernetesTimeouts
 
@@ -80,18 +81,24 @@ class StepContext:
         self.client.create(body)
         return token
 
-    def refuse_claims_in_use(self) -> None:
-        """Raise ConfigError if another run of the same deployment trains on the claims, or this one by other jobs."""
+    def refuse_claims_in_use(self, *, later: bool = False) -> None:
+        """Raise ConfigError if another run of the same deployment has the claims, or this one by other jobs.
+
+        `later`: also if one that began after this one is to have them.
+        """
         deployment = self.plan.config.deployment_name
         for kind in TRAINING_KINDS.values():
             for job in self._jobs_of_deployment(kind):
                 metadata, own = job["metadata"], self.plan.own_labels[names.RUN_LABEL]
                 is_own = metadata["labels"].get(names.RUN_LABEL) == own and kind is self.plan.kind
                 if not is_own and not kind.has_ended(job):
-                    run = metadata.get("annotations", {}).get(f"{names.PREFIX}/run-id", metadata["name"])
+                    run = metadata.get("annotations", {}).get(names.RUN_ID, metadata["name"])
                     by = "" if kind is self.plan.kind else f" by {kind.name}s"
                     allowed = f"run {run} uses its claims{by}: wait for it, or choose another deployment_name"
                     raise ConfigError("deployment_name", deployment, allowed)
+        if run := other_run(self.client, self.plan, later=later):
+            allowed = f"run {run} has its claims, and is not over: wait for it, or choose another deployment_name"
+            raise ConfigError("deployment_name", deployment, allowed)
 
     def _jobs_of_deployment(self, kind: JobKind) -> list[Object]:
         labels = names.selector({names.DEPLOYMENT_LABEL: self.plan.config.deployment_name})
@@ -151,7 +158,7 @@ class StepContext:
             return
         if claims:
             try:
-                self.refuse_claims_in_use()
+                self.refuse_claims_in_use(later=True)
             except ConfigError as error:
                 self.show(f"warning: the claims are kept: {error}")
                 claims = False
