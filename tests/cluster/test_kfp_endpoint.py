@@ -1,7 +1,7 @@
 """The compiled pipeline on a Kubeflow Pipelines backend, as a person at a laptop runs it: `make test-cluster`.
 
-KFP_ENDPOINT is the URL of its API (`kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`), DILOCO_TEST_IMAGE the
-project's image, which its nodes can pull. Without either, the test is skipped. The cluster must have what
+KFP_ENDPOINT is the URL of its API (`kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`), DILOCO_TEST_IMAGE
+the project's image, which its nodes can pull. Without either, the test is skipped. The cluster must have what
 docs/guide/cluster.md sets up: an etcd and the rights of the steps (`manifests/overlays/dev`), and one of the operators.
 KFP_NAMESPACE is the user's namespace on a multi-user installation.
 """
@@ -38,7 +38,8 @@ def test_the_compiled_pipeline_runs_to_its_end() -> None:
     where = ["--host", os.environ["KFP_ENDPOINT"], "--namespace", os.environ.get("KFP_NAMESPACE", "")]
     # Claims of its own, which go with the run
     values = {**PARAMETERS, "storage_retain": False, "deployment_name": f"diloco-test-{uuid.uuid4().hex[:8]}"}
-    flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", json.dumps(value))]
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    flags = [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
 
     def pipelines(*words: str) -> str:
         command = [sys.executable, "-m", "pipelines", *words, *where]
@@ -47,7 +48,7 @@ def test_the_compiled_pipeline_runs_to_its_end() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    printed = pipelines("submit", "--wait", *(word.strip('"') for word in flags))
+    printed = pipelines("submit", "--wait", *flags)
     run = re.search(r"^run (\S+)$", printed, re.MULTILINE)
     assert run, printed
     assert f"run {run[1]} has succeeded" in printed

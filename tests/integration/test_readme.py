@@ -116,17 +116,20 @@ def test_helm_takes_the_commands_and_their_values() -> None:
 
 def test_kfp_takes_the_command_and_its_parameters() -> None:
     from click.testing import CliRunner
+    from kfp.cli.compile_ import compile_
     from kfp.cli.run import create
 
     from components.parameters import ADVANCED, common
 
     names = {ADVANCED, *(parameter.name for parameter in common())}
-    flags = {flag for parameter in create.params for flag in parameter.opts}
     for command in commands("kfp"):
         _, *words = shlex.split(command)
+        known = {"run": create, "dsl": compile_}[words[0]]
+        flags = {flag for parameter in known.params for flag in parameter.opts}
         values = [word for word in words if re.fullmatch(r"\w+=.*", word)]
         assert {value.partition("=")[0] for value in values} <= names
         assert {word for word in words[2:] if word.startswith("-")} <= flags
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
     assert CliRunner().invoke(create, ["--help"]).exit_code == 0
 
 

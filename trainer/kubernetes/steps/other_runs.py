@@ -1,8 +1,8 @@
 """Other runs of a deployment, which have the same claims: one must be over before the next one begins.
 
-A run is under way from its first step, which creates its ConfigMap, until its workflow ends: between two steps it has no
-job by which it could be recognised. Of two that begin at the same time, as a schedule starts those that it has missed,
-the one whose ConfigMap is older goes on. A run without a workflow in the namespace is recognised by its jobs alone.
+A run is under way from its first step, which creates its ConfigMap, until its workflow ends: between two steps it has
+no job by which it could be recognised. Of two that begin at the same time, as a schedule starts those that it has
+missed, the one whose ConfigMap is older goes on. A run without a workflow in the namespace is recognised by its jobs.
 """
 
 from trainer.errors import TrainingError

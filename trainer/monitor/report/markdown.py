@@ -19,7 +19,7 @@ _PATH = re.compile(r"(?<![^\s,;:='\"(\[])~?/(?!/)[^\s,;:'\")\]]*")
 
 
 def markdown_summary(run_dir: Path | str) -> str:
-    """A run in numbers, links to its trackers, its scores beside the baseline's, and a classification's confusion matrix.
+    """A run in numbers, links to its trackers, its scores beside the baseline's, and a confusion matrix.
 
     It needs only `evaluation.json` and the workers' `metrics.jsonl`, at any moment of the run's life. It names no
     directory of the machine: only the last part of an absolute path is shown. The text is GitHub's flavour, no HTML.
