@@ -6,8 +6,10 @@ from components.runtime import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def clean_up(job_id: str, launcher: str, run_id: str, deployment_name: str, advanced: dict) -> None:
-    """Stop everything of the run that is still running, however its steps ended. The names alone identify it."""
+def clean_up(
+    job_id: str, launcher: str, run_id: str, deployment_name: str, nodes: int, etcd_endpoints: list, advanced: dict
+) -> None:
+    """Stop everything of the run that is still running, however its steps ended. Names and places identify it."""
     values = dict(locals())
     from components import steps
 
