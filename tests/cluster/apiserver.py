@@ -4,6 +4,7 @@ It keeps objects and their versions, answers list, watch, get, create, patch, de
 what is created against the published schemas, collects what owners leave behind, and can be told to be difficult.
 """
 
+import base64
 import copy
 import itertools
 import json
@@ -106,8 +107,13 @@ class ApiServer(ThreadingHTTPServer):
         path.write_text(self.kubeconfig_text())
         return path
 
+    @property
+    def kubeconfig_data(self) -> str:
+        """The same as the content of a Secret."""
+        return base64.b64encode(self.kubeconfig_text().encode()).decode()
+
     def kubeconfig_text(self) -> str:
-        """The kubeconfig by which clients find the server."""
+        """The same as text."""
         cluster = {"name": "stand-in", "cluster": {"server": f"http://127.0.0.1:{self.server_port}"}}
         user = {"name": "tester", "user": {"token": self.token}}
         context = {"name": "tests", "context": {"cluster": "stand-in", "user": "tester"}}

@@ -4,7 +4,7 @@ from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.kubernetes.api.client import ApiError, Client
 from trainer.kubernetes.api.kinds import TRAINING_KINDS
-from trainer.kubernetes.api.other_cluster import OtherClient
+from trainer.kubernetes.api.other_cluster import OtherClient, read_kubeconfig
 from trainer.kubernetes.objects.sites import cluster_names
 
 _INSTALL = (
@@ -39,6 +39,21 @@ def launcher_of(client: Client, config: TrainingConfig) -> str:
     """The value of `launcher` for another cluster of a training: that of its sites, or what it serves."""
     chosen = next(site.launcher for site in config.sites if site.cluster == client.cluster)
     return served_launcher(client) if chosen == "auto" else chosen
+
+
+def check_kubeconfigs(config: TrainingConfig, namespace: str) -> None:
+    """Check that each other cluster's Secret is in the steps' namespace, and has a kubeconfig. It may be out of date.
+
+    Raises:
+        ConfigError: A Secret is missing, or has no usable kubeconfig.
+        TrainingError: The cluster of the steps cannot be asked from here.
+    """
+    others = cluster_names(config)[1:]
+    if not others:
+        return
+    home = Client(namespace)
+    for name in others:
+        read_kubeconfig(home, name, timeout=home.timeouts.answer)
 
 
 def with_launchers(config: TrainingConfig) -> TrainingConfig:
