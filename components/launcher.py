@@ -36,8 +36,8 @@ class Launcher(Protocol):
 def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
     """In a step's pod, replace `launcher=auto` and an empty namespace by what the pod's own cluster has.
 
-    Elsewhere they stay: `TrainingConfig.resolved` chooses this machine. A launcher that was chosen holds for sites in
-    other clusters, too; otherwise each of these clusters is asked once (`with_launchers`).
+    Elsewhere they stay: `TrainingConfig.resolved` chooses this machine. A launcher that was given holds for sites in
+    other clusters, too, unless they have their own; after `auto`, these clusters are asked (`resolve_sites`).
 
     Raises:
         TrainingError: The cluster has no kind of training jobs, or cannot be asked.
@@ -49,8 +49,11 @@ def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
 
         config = config.with_values(deployment_namespace=own_namespace())
     if config.on_cluster:
-        chosen = [one.model_copy(update={"launcher": config.launcher}) if one.cluster else one for one in config.sites]
-        return config.with_values(sites=[site.model_dump(mode="json") for site in chosen])
+        sites = [site.model_dump(mode="json") for site in config.sites]
+        for site in sites:
+            if site["cluster"] and site["launcher"] == "auto":
+                site["launcher"] = config.launcher
+        return config.with_values(sites=sites)
     if auto:
         from trainer.kubernetes.api.client import Client
         from trainer.kubernetes.steps.served import served_launcher

@@ -1,14 +1,20 @@
-"""Sites in several clusters: what each cluster gets, by the guide's own example."""
+"""Sites in several clusters: which kubeconfigs are taken, and what each cluster gets, by the guide's own example."""
 
+import base64
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.cluster.apiserver import ApiServer, serving
 from tests.kubernetes_schemas import needs_crd, validate
 from trainer.config import TrainingConfig
+from trainer.errors import ConfigError
+from trainer.kubernetes.api.client import Client
+from trainer.kubernetes.api.other_cluster import OtherClient, read_kubeconfig
 from trainer.kubernetes.objects.jobs import network_policy
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.objects.render import objects, render
@@ -75,3 +81,53 @@ def test_all_are_valid_and_rendered(config: TrainingConfig) -> None:
             validate(one)
     claims = [one["metadata"]["name"] for one in yaml.safe_load_all(render(config)) if "Claim" in one["kind"]]
     assert claims == [f"diloco-training-job-{site}-worker-0-data" for site in ("frankfurt", "oslo")]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    """The cluster of the steps, which may read the Secret `oslo`."""
+    with serving() as server:
+        server.granted.add(("get", "", "secrets", "oslo"))
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+        yield server
+
+
+def put(home: ApiServer, text: str, key: str = "kubeconfig") -> None:
+    data = {key: base64.b64encode(text.encode()).decode()}
+    home.put("secrets", {"metadata": {"name": "oslo"}, "data": data})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a: [hidden", "is no kubeconfig"),
+        ("hidden", "is no kubeconfig"),
+        ("{}", "no kubeconfig with a current context, cluster and user"),
+        ("{contexts: [{name: hidden, context: {}}], current-context: hidden}", "no kubeconfig with a current context"),
+    ],
+)
+def test_what_is_no_kubeconfig_is_refused_and_not_shown(home: ApiServer, text: str, why: str) -> None:
+    put(home, text)
+    with pytest.raises(ConfigError, match=rf"sites\[\].cluster = 'oslo': .*{why}") as refused:
+        read_kubeconfig(Client("default"), "oslo")
+    assert "hidden" not in str(refused.value)
+
+
+def test_a_secret_without_the_key_is_refused(home: ApiServer) -> None:
+    put(home, home.kubeconfig_text(), key="config")
+    with pytest.raises(ConfigError, match="the Secret has no key kubeconfig"):
+        read_kubeconfig(Client("default"), "oslo")
+
+
+@pytest.mark.parametrize("field", ["exec: {command: touch}", "tokenFile: /hidden", "client-key: /hidden"])
+def test_a_kubeconfig_that_needs_a_program_or_a_file_is_refused(home: ApiServer, field: str) -> None:
+    put(home, home.kubeconfig_text().replace("token: a-bearer-token", field))
+    name = field.partition(":")[0]
+    with pytest.raises(ConfigError, match=f"its kubeconfig has {name}, which works on one machine only") as refused:
+        read_kubeconfig(Client("default"), "oslo")
+    assert "hidden" not in str(refused.value)
+
+
+def test_the_namespace_is_that_of_the_context(home: ApiServer) -> None:
+    put(home, home.kubeconfig_text().replace("user: tester\n  name", "user: tester\n    namespace: lent\n  name"))
+    assert OtherClient(Client("default"), "oslo").namespace == "lent"

@@ -17,23 +17,29 @@ from trainer.kubernetes.steps.job_deletion import JobDeletion
 class Cluster:
     """One of the training's clusters.
 
+    Client and plan are made when they are first needed: one reads the cluster's Secret, the other may ask the cluster
+    which kind of jobs it serves, and cleaning up the other clusters must not fail with that.
+
     Args:
-        client: Of the namespace that the training has there.
-        make_plan: Makes the plan of the training's part. Called once, when the plan is needed: it may ask the cluster
-            which kind of jobs it serves.
+        name: The Secret with its kubeconfig; "": it is the cluster of the steps.
+        connect: Makes the client, of the namespace that the training has there.
+        make_plan: Makes the plan of the training's part.
     """
 
-    def __init__(self, client: Client, make_plan: Callable[[], Plan], show: Show) -> None:
-        self.client, self._make_plan, self._show = client, make_plan, show
+    def __init__(
+        self, name: str, connect: Callable[[], Client], make_plan: Callable[[Client], Plan], show: Show
+    ) -> None:
+        self.name, self._connect, self._make_plan, self._show = name, connect, make_plan, show
+
+    @cached_property
+    def client(self) -> Client:
+        """Raises ConfigError if its kubeconfig cannot be used."""
+        return self._connect()
 
     @cached_property
     def plan(self) -> Plan:
-        return self._make_plan()
-
-    @property
-    def name(self) -> str:
-        """The Secret with its kubeconfig; "": it is the cluster of the steps."""
-        return self.client.cluster
+        """Raises TrainingError if the cluster serves no training jobs, or cannot be asked."""
+        return self._make_plan(self.client)
 
     def __str__(self) -> str:
         return f"cluster {self.name}" if self.name else "the cluster"

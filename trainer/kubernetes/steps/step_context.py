@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 from trainer.config import TrainingConfig
-from trainer.errors import TrainingError
+from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.api.kinds import Object
 from trainer.kubernetes.api.notices import Show
@@ -50,7 +50,7 @@ class StepContext:
             image: The project's image, where neither the configuration nor the step's own pod has one.
 
         Raises:
-            ConfigError: The configuration does not fit a cluster, or names one whose kubeconfig cannot be used.
+            ConfigError: The configuration does not fit a cluster.
             TrainingError: There is no cluster, or it refuses the credentials.
         """
         client = Client(config.deployment_namespace, timeouts)
@@ -71,17 +71,14 @@ class StepContext:
         made = plan(config, namespace=client.namespace, image=image, owner=owner)
         mark = workflow.mark if workflow else ""
 
-        def other(name: str) -> Cluster:
-            there = OtherClient(client, name)
+        def plan_there(there: Client) -> Plan:
+            own = config.with_values(launcher=launcher_of(there, config))
+            return plan(own, namespace=there.namespace, image=image, cluster=there.cluster, workflow=mark)
 
-            def make_plan() -> Plan:
-                own = config.with_values(launcher=launcher_of(there, config))
-                return plan(own, namespace=there.namespace, image=image, cluster=name, workflow=mark)
-
-            return Cluster(there, make_plan, show)
-
-        others = [other(name) for name in cluster_names(config)[1:]]
-        return cls(Cluster(client, lambda: made, show), show, workflow, others)
+        others = [
+            Cluster(name, partial(OtherClient, client, name), plan_there, show) for name in cluster_names(config)[1:]
+        ]
+        return cls(Cluster("", lambda: client, lambda _: made, show), show, workflow, others)
 
     @property
     def clusters(self) -> Iterator[Cluster]:
@@ -158,15 +155,15 @@ class StepContext:
         def clean_up(cluster: Cluster) -> str:
             """Returns why something may be left, or ""."""
             try:
+                cluster.client.patience = max(cluster.client.patience, self.timeouts.outage)
                 cluster.clean_up(finished=finished, training=training, claims=claims)
                 return ""
-            except TrainingError as error:
-                left = f"objects of the run may be left behind on {cluster} ({_LEFT} in namespace "
-                left += f"{cluster.client.namespace} with the labels {self.plan.selector}): "
-                return f"{left if cluster.name else ''}{error}"
+            except (ConfigError, TrainingError) as error:
+                left = (
+                    f"objects of the run may be left behind on {cluster}: {_LEFT} with the labels {self.plan.selector}"
+                )
+                return f"{left}: {error}" if cluster.name else str(error)
 
-        for cluster in self.others:
-            cluster.client.patience = self.timeouts.outage
         with ThreadPoolExecutor(max(1, len(self.others))) as pool:
             elsewhere = pool.map(clean_up, self.others)
             here = clean_up(self.home) if self.plan.workers else ""
