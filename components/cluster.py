@@ -68,9 +68,9 @@ class ClusterLauncher:
     def export(self, checkpoint: Any) -> Output:
         from trainer.kubernetes.steps.fetch_results import fetch_result
 
-        plan, directory = self._context.plan, self._scratch / "export"
+        workers, directory = self._context.workers, self._scratch / "export"
         claims = read_json(Path(checkpoint.path) / TRAINED)
-        worker = fetch_result(self._context, [plan.workers[claim["worker"]] for claim in claims], "export", directory)
+        worker = fetch_result(self._context, [workers[claim["worker"]] for claim in claims], "export", directory)
         return exported_output(directory, worker=worker.index, claim=worker.claim)
 
     def evaluate(self, checkpoint: Any, model: Any, precached: Any) -> Output:
@@ -80,7 +80,10 @@ class ClusterLauncher:
         shutil.copytree(checkpoint.path, run_dir)
         shutil.copy(scores, run_dir)
         if not self._config.storage.retain:
-            self._context.clean_up(finished=False, claims=True)
+            try:
+                self._context.clean_up(finished=False, claims=True)
+            except TrainingError as error:  # the run is complete nevertheless
+                self._context.show(f"warning: the claims are not deleted: {error}")
         output = evaluation_output(run_dir, read_json(scores), self._context.kubectl)
         if RUNNER_PID in os.environ:  # no backend keeps the artifacts: the results go where those of a local run are
             link_or_copy(run_dir, self._config.run_dir)
@@ -97,7 +100,7 @@ class ClusterLauncher:
         if "worker" not in model.metadata:
             raise TrainingError("the model's metadata names no worker whose claim holds it: export it again")
         directory = self._scratch / "evaluation"
-        fetch_result(self._context, [self._context.plan.workers[int(model.metadata["worker"])]], "evaluate", directory)
+        fetch_result(self._context, [self._context.workers[int(model.metadata["worker"])]], "evaluate", directory)
         return directory / EVALUATION
 
     def clean_up(self) -> None:

@@ -34,7 +34,7 @@ def readme(name: str) -> str:
     (function,) = ast.parse(textwrap.dedent(inspect.getsource(component.python_func))).body
     assert isinstance(function, ast.FunctionDef)
     metadata = yaml.safe_load((directory / "metadata.yaml").read_text(encoding="utf-8"))
-    example = (directory / "example_pipelines.py").read_text(encoding="utf-8")
+    example = (directory / "example_pipelines.py").read_text(encoding="utf-8").rstrip()
     blocks = [
         f"# {_title(metadata['name'])} ✨",
         *([] if metadata["stability"] == "stable" else [_UNSTABLE.format(metadata["stability"])]),

@@ -10,7 +10,8 @@ from components.train import train
 @dsl.pipeline(name="clean-up-example")
 def example_pipeline(launcher: str = "auto", deployment_name: str = "mine") -> None:
     """Train, and leave nothing running, however that ends."""
-    names = {"launcher": launcher, "run_id": "", "deployment_name": deployment_name, "advanced": {}}
+    where = {"nodes": 2, "etcd_endpoints": [], "advanced": {}}
+    names = {"launcher": launcher, "run_id": "", "deployment_name": deployment_name, **where}
     job_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
     data = precache(job_id=job_id, model="gpt-neo-x:tiny", dataset="stdlib", device="cpu", **names)
     data.set_caching_options(False)

@@ -132,11 +132,17 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         values["DILOCO_ELASTIC_NPROC_PER_NODE"] = processes
     if step == "train" and site.vendor != "cpu" and (config.optim_method == "ddp" or config.island):
         values |= _nccl(config)
-    environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     fields = {"POD_NAME": "metadata.name"}
-    if step == "train" and not (config.advertise_address or config.network_interface):
+    if step == "train" and site.etcd_endpoints:
+        values["DILOCO_ETCD_ENDPOINTS"] = ",".join(site.etcd_endpoints)
+    if step == "train" and site.advertise_address:
+        fields["POD_IP"] = "status.podIP"
+    elif step == "train" and not (config.advertise_address or config.network_interface):
         fields["DILOCO_ADVERTISE_ADDRESS"] = "status.podIP"
+    environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     environment += [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
+    if "POD_IP" in fields:  # a variable can refer to those before it
+        environment.append({"name": "DILOCO_ADVERTISE_ADDRESS", "value": f"$(POD_IP),{site.advertise_address}"})
     if step == "train":
         if config.wandb_logging:
             environment.append(_secret("WANDB_API_KEY", config.wandb_secret, "WANDB_API_KEY", optional=True))

@@ -23,6 +23,11 @@ class Workflow:
     uid: str
     kind: Kind = WORKFLOW
 
+    @property
+    def mark(self) -> str:
+        """The value of the annotation that names it in other clusters, or ""."""
+        return f"{self.kind.name}/{self.name}/{self.uid}" if self.name else ""
+
     def has_ended(self, client: Client) -> bool:
         """Whether it was terminated, or is over. Raises TrainingError if it cannot be read.
 
