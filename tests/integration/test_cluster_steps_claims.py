@@ -93,7 +93,7 @@ def test_of_two_runs_that_begin_at_once_the_first_one_goes_on(place: Place, tmp_
     precache(here, tmp_path / "held-out")
     place.run_id, place.owner = f"{first}-next", ANOTHER_OWNER
     there = place.context()
-    there.prepare()  # it has looked before the other one was there
+    there.home.prepare()  # it has looked before the other one was there
     place.server.update("configmaps", f"{there.plan.name}-config", _made_later)
     with pytest.raises(ConfigError, match=f"run {first} has its claims, and is not over"):
         train(there, tmp_path / "next")
