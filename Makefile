@@ -87,8 +87,9 @@ build:  ## build the container image (ACCELERATOR=cuda|rocm|cpu; rocm and cpu ne
 	docker build --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
 	    --tag $(IMAGE)$(if $(filter-out cuda,$(ACCELERATOR)),-$(ACCELERATOR)) .
 
-manifests: $(READY)  ## render the examples, etcd's settings and the chart's values in manifests/ (ARGS="--etcd-heartbeat-interval 100 ...")
+manifests: $(READY)  ## render the examples, etcd's settings and the chart's values in manifests/ (ARGS="--etcd-heartbeat-interval 100 ..."), and the components' pages
 	@$(BIN)/python -m trainer.kubernetes.objects.render --manifests manifests $(ARGS)
+	@$(BIN)/python -m components.readme
 
 clean:  ## remove build outputs and caches, but not .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ from components.runtime import IMAGE, RUNNER_PID
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.files import read_json, write_json
+from trainer.kubernetes.pod_main import EVALUATION
 
 if TYPE_CHECKING:
     from trainer.kubernetes.steps.step_context import StepContext
@@ -61,33 +62,46 @@ class ClusterLauncher:
         claims = [{"worker": worker.index, "claim": worker.claim, "site": worker.site.name} for worker in workers]
         write_json(directory / TRAINED, claims)
         files = {path.name: path for path in directory.iterdir()}
-        return training_output(directory, files, {"run_id": self._config.run_id, "claim": workers[0].claim})
+        metadata = {"run_id": self._config.run_id, "claim": workers[0].claim}
+        return training_output(directory, files, metadata, self._context.kubectl)
 
     def export(self, checkpoint: Any) -> Output:
         from trainer.kubernetes.steps.fetch_results import fetch_result
 
-        plan, directory = self._context.plan, self._scratch / "export"
+        workers, directory = self._context.workers, self._scratch / "export"
         claims = read_json(Path(checkpoint.path) / TRAINED)
-        worker = fetch_result(self._context, [plan.workers[claim["worker"]] for claim in claims], "export", directory)
+        worker = fetch_result(self._context, [workers[claim["worker"]] for claim in claims], "export", directory)
         return exported_output(directory, worker=worker.index, claim=worker.claim)
 
     def evaluate(self, checkpoint: Any, model: Any, precached: Any) -> Output:
-        from trainer.kubernetes.steps.fetch_results import fetch_result
-
-        if "worker" not in model.metadata:
-            raise TrainingError("the model's metadata names no worker whose claim holds it: export it again")
-        directory, run_dir = self._scratch / "evaluation", self._scratch / "run"
-        fetch_result(self._context, [self._context.plan.workers[int(model.metadata["worker"])]], "evaluate", directory)
+        scores, run_dir = self._scores(model), self._scratch / "run"
+        print(f"held out: {read_json(scores)['headline']}", flush=True)
         # The report needs the workers' events, too
         shutil.copytree(checkpoint.path, run_dir)
-        shutil.copy(directory / "evaluation.json", run_dir)
+        shutil.copy(scores, run_dir)
         if not self._config.storage.retain:
-            self._context.clean_up(finished=False, claims=True)
-        output = evaluation_output(run_dir, read_json(run_dir / "evaluation.json"), self._context.kubectl)
+            try:
+                self._context.clean_up(finished=False, claims=True)
+            except TrainingError as error:  # the run is complete nevertheless
+                self._context.show(f"warning: the claims are not deleted: {error}")
+        output = evaluation_output(run_dir, read_json(scores), self._context.kubectl)
         if RUNNER_PID in os.environ:  # no backend keeps the artifacts: the results go where those of a local run are
             link_or_copy(run_dir, self._config.run_dir)
             link_or_copy(Path(model.path), Path(self._config.run_dir) / "export")
         return output
+
+    def _scores(self, model: Any) -> Path:
+        """A model's scores. The pod that exported it has evaluated it, too; if that failed, another one does now."""
+        from trainer.kubernetes.steps.fetch_results import fetch_result
+
+        scores = Path(model.path) / EVALUATION
+        if scores.is_file():
+            return scores
+        if "worker" not in model.metadata:
+            raise TrainingError("the model's metadata names no worker whose claim holds it: export it again")
+        directory = self._scratch / "evaluation"
+        fetch_result(self._context, [self._context.workers[int(model.metadata["worker"])]], "evaluate", directory)
+        return directory / EVALUATION
 
     def clean_up(self) -> None:
         self._context.clean_up(finished=False)

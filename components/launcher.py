@@ -36,7 +36,8 @@ class Launcher(Protocol):
 def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
     """In a step's pod, replace `launcher=auto` and an empty namespace by what the pod's own cluster has.
 
-    Elsewhere the configuration is returned unchanged: `TrainingConfig.resolved` chooses this machine.
+    Elsewhere they stay: `TrainingConfig.resolved` chooses this machine. A launcher that was given holds for sites in
+    other clusters, too, unless they have their own; after `auto`, these clusters are asked (`resolve_sites`).
 
     Raises:
         TrainingError: The cluster has no kind of training jobs, or cannot be asked.
@@ -47,11 +48,34 @@ def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
         from trainer.kubernetes.steps.workflow import own_namespace
 
         config = config.with_values(deployment_namespace=own_namespace())
+    if config.on_cluster:
+        sites = [site.model_dump(mode="json") for site in config.sites]
+        for site in sites:
+            if site["cluster"] and site["launcher"] == "auto":
+                site["launcher"] = config.launcher
+        return config.with_values(sites=sites)
     if auto:
+        from trainer.kubernetes.api.client import Client
         from trainer.kubernetes.steps.served import served_launcher
 
-        config = config.with_values(launcher=served_launcher(config.deployment_namespace))
+        has_workers = not config.sites or any(not site.cluster for site in config.sites)
+        launcher = served_launcher(Client(config.deployment_namespace or "default")) if has_workers else "trainjob"
+        config = config.with_values(launcher=launcher)
     return config
+
+
+def resolve_sites(config: TrainingConfig) -> TrainingConfig:
+    """Choose the launcher of each site that is in another cluster, and thereby check that it can be used.
+
+    Raises:
+        ConfigError: A cluster's Secret is missing, or has no usable kubeconfig.
+        TrainingError: A cluster serves no training jobs, or cannot be asked.
+    """
+    if not config.on_cluster or not any(site.cluster for site in config.sites):
+        return config
+    from trainer.kubernetes.steps.served import with_launchers
+
+    return with_launchers(config)
 
 
 def create_launcher(config: TrainingConfig) -> Launcher:

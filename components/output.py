@@ -25,6 +25,7 @@ class Output:
     files: Mapping[str, Path]  # files and directories, by their names in the step's artifact
     metadata: Mapping[str, Any]  # of the artifact, which leaves out values that are None, NaN or infinite
     metrics: Mapping[str, Any] = field(default_factory=dict)  # measured values, numbers and others
+    summary: str = ""  # Markdown for the UI
 
     def write_to(self, artifact: "dsl.Artifact") -> None:
         """Put the files and their metadata into a KFP artifact.
@@ -70,14 +71,18 @@ def dataset_metadata(manifest: "Manifest") -> dict[str, Any]:
     return known | {f"{split}_{name}": value for split, count in counts.items() for name, value in count}
 
 
-def training_output(run_dir: Path, files: Mapping[str, Path], metadata: Mapping[str, Any]) -> Output:
-    """The output of the train step: these files and metadata, and the run's summary from its workers' events."""
+def training_output(run_dir: Path, files: Mapping[str, Path], metadata: Mapping[str, Any], command: str = "") -> Output:
+    """The output of the train step: these files and metadata, and the run's summaries from its workers' events.
+
+    `command` shows the run's objects on a cluster; the summary ends with it.
+    """
     from trainer.monitor.report import read_run, summary
 
     content = summary(read_run(run_dir))
     about = {name: content[name] for name in ("status", "parameters", "samples", "tokens")}
     names = ("rounds", "steps", "skipped_steps", "samples", "bytes_sent", "bytes_received", "goodput")
-    return Output(files, {**metadata, **about}, content["final"] | {name: content[name] for name in names})
+    metrics = content["final"] | {name: content[name] for name in names}
+    return Output(files, {**metadata, **about}, metrics, _summary(run_dir, command))
 
 
 def exported_output(directory: Path, **location: Any) -> Output:
@@ -97,11 +102,16 @@ def exported_output(directory: Path, **location: Any) -> Output:
 def evaluation_output(run_dir: Path, scores: Mapping[str, Any], command: str = "") -> Output:
     """The output of the evaluate step: the scores, and `report.html` and `summary.md`, which this writes.
 
-    `command` shows the run's objects on a cluster; the summary ends with it.
+    `command` is as for `training_output`.
     """
-    from trainer.monitor.report import markdown_summary, write_report
+    from trainer.monitor.report import write_report
 
-    summary = run_dir / "summary.md"
-    closing = f"\n```sh\n{command}\n```\n" if command else ""
-    write_text(summary, markdown_summary(run_dir) + closing)
-    return Output({"report.html": write_report(run_dir), summary.name: summary}, {}, scores)
+    summary = _summary(run_dir, command)
+    write_text(run_dir / "summary.md", summary)
+    return Output({"report.html": write_report(run_dir)}, {}, scores, summary)
+
+
+def _summary(run_dir: Path, command: str) -> str:
+    from trainer.monitor.report import markdown_summary
+
+    return markdown_summary(run_dir) + (f"\n```sh\n{command}\n```\n" if command else "")

@@ -10,12 +10,15 @@ from typing import Any
 
 from kfp import dsl
 
-from components.launcher import create_launcher, resolve_launcher
+from components.launcher import create_launcher, resolve_launcher, resolve_sites
 from components.output import link_or_copy, log_metrics
 from components.parameters import unfolded
 from components.runtime import step_process
 from trainer.config import TrainingConfig
-from trainer.files import write_json
+from trainer.files import write_json, write_text
+
+# Parameters that say which run it is, and where, and that have no field of their own in the pipeline's form
+_WHERE = ("elastic_etcd_run_id", "deployment_namespace", "sites", "port_range")
 
 
 def precache(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapping[str, Any]) -> None:
@@ -25,16 +28,18 @@ def precache(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapp
     with step_process("precache"):
         config = resolve(values, job_id)
         data.resolve(config).check_parameters()  # before anything is created on a cluster
+        config = resolve_sites(config)
         create_launcher(config).precache().write_to(precached)
         write_json(Path(config_path), config.to_flat())
 
 
-def train(config: dict[str, Any], checkpoint: dsl.Model, metrics: dsl.Metrics) -> None:
+def train(config: dict[str, Any], checkpoint: dsl.Model, metrics: dsl.Metrics, summary: dsl.Markdown) -> None:
     """Train, and output the final checkpoint's global parameters, or the claims that hold them."""
     with step_process("train"):
         output = create_launcher(TrainingConfig.from_flat(config)).train()
         output.write_to(checkpoint)
         log_metrics(metrics, output.metrics)
+        write_text(Path(summary.path), output.summary)
 
 
 def export(config: dict[str, Any], checkpoint: dsl.Model, model: dsl.Model) -> None:
@@ -60,14 +65,19 @@ def evaluate(
     with step_process("evaluate"):
         output = create_launcher(TrainingConfig.from_flat(config)).evaluate(checkpoint, model, precached)
         log_metrics(metrics, {name: value for name, value in output.metrics.items() if name != "time"})
-        link_or_copy(output.files["summary.md"], summary.path)
+        write_text(Path(summary.path), output.summary)
         link_or_copy(output.files["report.html"], report.path)
 
 
 def clean_up(job_id: str, values: Mapping[str, Any]) -> None:
-    """Stop everything of the run that is still running."""
+    """Stop everything of the run that is still running.
+
+    Of `advanced` only what names the run, and where it is, is used: the rest may fit other parameters only, which this
+    step does not get.
+    """
     with step_process("clean_up"):
-        create_launcher(resolve(values, job_id)).clean_up()
+        named = {name: value for name, value in unfolded(values).items() if name in values or name in _WHERE}
+        create_launcher(resolve(named, job_id)).clean_up()
 
 
 def resolve(values: Mapping[str, Any], job_id: str = "") -> TrainingConfig:

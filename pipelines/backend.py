@@ -20,7 +20,7 @@ from trainer.errors import ConfigError, TrainingError
 from trainer.timeouts import PipelineTimeouts
 from trainer.version import VERSION
 
-_PIPELINES_NAMESPACE = "kubeflow"  # of the steps' pods on a single-user installation
+PIPELINES_NAMESPACE = "kubeflow"  # of the steps' pods on a single-user installation
 # The fields of a cron expression, with the smallest and the largest number of each.
 _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 6)}
 
@@ -128,7 +128,7 @@ class PipelineBackend:
         self._follower(run_id).follow()
 
     def _follower(self, run_id: str) -> Follower:
-        return Follower(run_id, self._run, self._text, self._namespace or _PIPELINES_NAMESPACE, self._timeouts)
+        return Follower(run_id, self._run, self._text, self._namespace or PIPELINES_NAMESPACE, self._timeouts)
 
     def _experiment(self, name: str) -> str:
         """The id of an experiment, which is created if missing."""

@@ -1,13 +1,15 @@
 """The commands of `python -m pipelines`. Each command imports its heavy dependencies itself, so that help is quick."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig, add_config_flags, config_from_arguments
-from trainer.errors import ConfigError, outlive_output
+from trainer.errors import ConfigError, TrainingError, outlive_output
 from trainer.files import read_json, require_output, require_writable, write_text
 from trainer.timeouts import PipelineTimeouts
 
@@ -137,6 +139,7 @@ def _run(options: argparse.Namespace) -> int:
     config = config_from_arguments(options)
     if config.on_cluster:
         from components.launcher import resolve_launcher
+        from trainer.kubernetes.steps.served import check_kubeconfigs
 
         config = resolve_launcher(config)  # in a pod, to its namespace
     config = config.resolved()  # launcher=auto means local here
@@ -144,6 +147,7 @@ def _run(options: argparse.Namespace) -> int:
 
     if config.on_cluster:
         _check_for_cluster(config)
+        check_kubeconfigs(config, config.deployment_namespace)
         require_writable(Path(config.run_dir), "run_dir", make=False)
     else:
         from trainer.launch import preflight
@@ -206,9 +210,19 @@ def _backend(options: argparse.Namespace) -> "PipelineBackend":
 
 
 def _cluster_config(options: argparse.Namespace) -> TrainingConfig:
-    """The configuration of a run on a cluster. Raises ConfigError for a dataset that no machine could precache."""
+    """The configuration of a run on a cluster.
+
+    Raises:
+        ConfigError: No machine could precache the dataset, or a site's cluster has no usable kubeconfig.
+    """
+    from pipelines.backend import PIPELINES_NAMESPACE
+    from trainer.kubernetes.steps.served import check_kubeconfigs
+
     config = config_from_arguments(options)
     _check_for_cluster(config)
+    if not (options.host or os.environ.get("KF_PIPELINES_ENDPOINT")):  # the backend is on the current cluster
+        with suppress(TrainingError):  # it may show its Secrets to nobody but the steps, which check the same
+            check_kubeconfigs(config, config.deployment_namespace or options.namespace or PIPELINES_NAMESPACE)
     return config
 
 

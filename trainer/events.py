@@ -1,7 +1,7 @@
 """The events of a worker, `metrics.jsonl`: one writer (`EventLog`) and one reader (`EventReader`, `effective`).
 
 Every other view of a run is made from this file: one JSON object a line, flushed as it happens. `event` is one of
-start, assignment, step, round, eval, checkpoint, membership, warning and end; `time` is in Unix seconds. NaN and
+start, assignment, step, round, eval, checkpoint, membership, link, warning and end; `time` is in Unix seconds. NaN and
 infinities, which JSON does not have, are written as null.
 """
 
@@ -43,7 +43,8 @@ class EventLog:
         _end_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
         self.sinks: list[Sink] = []
-        self._lock = threading.Lock()  # checkpoints are written by a thread of their own
+        self.links: dict[str, str] = {}  # where the trackers show this worker: their names and URLs
+        self._lock = threading.Lock()  # checkpoints and trackers have threads of their own
         self._handler = _WarningHandler(lambda message: self.write("warning", message=message))
 
     def write(self, event: str, **fields: Any) -> None:
@@ -66,6 +67,11 @@ class EventLog:
         """Log a warning, and record it as an event."""
         logger.warning(message)
         self.write("warning", message=message)
+
+    def link(self, name: str, url: str) -> None:
+        """Record where a tracker shows this worker. `start` has the links of then, a `link` event each later one."""
+        self.links[name] = url
+        self.write("link", links={name: url})
 
     def capture_warnings(self) -> None:
         """Record log messages marked with `extra={"event": True}` as `warning` events, until the log is closed.

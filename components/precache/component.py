@@ -20,10 +20,15 @@ def precache(
 ):
     """Check all parameters, and put the model and the dataset onto each worker's volume.
 
+    On one machine, a volume is a subdirectory of the run's; on a cluster it is a persistent volume claim. A bad
+    parameter fails this step before anything is created. Only this component takes the training's parameters. It
+    validates and completes them, and outputs them as `config` for the later steps.
+
     Args:
-        precached: The held-out data, with the dataset's manifest and its counts.
-        config: The parameters with a run id, a run directory, a launcher and a namespace, by flat name.
+        precached: The held-out data with its manifest and tokenizer; the metadata has the dataset's counts.
+        config: All parameters with a run id, a run directory, a launcher and a namespace, by flat name.
         job_id: Names the run if `run_id` is empty, so that a retried step continues the same run.
+{descriptions}
         advanced: All parameters that have no input of their own, by name.
     """
     values = dict(locals())
@@ -35,7 +40,8 @@ def precache(
 
 def _component() -> Any:
     arguments = [f"    {p.name}: {p.type.__name__} = {p.default!r}," for p in common()]
-    source = _SOURCE.format(parameters="\n".join(arguments))
+    descriptions = [f"        {p.name}: {p.description}" for p in common()]
+    source = _SOURCE.format(parameters="\n".join(arguments), descriptions="\n".join(descriptions))
     file = "<components.precache>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # `inspect` reads it from here
     namespace: dict[str, Any] = {"dsl": dsl, "__name__": __name__}

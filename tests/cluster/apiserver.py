@@ -4,6 +4,7 @@ It keeps objects and their versions, answers list, watch, get, create, patch, de
 what is created against the published schemas, collects what owners leave behind, and can be told to be difficult.
 """
 
+import base64
 import copy
 import itertools
 import json
@@ -22,6 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 
 from tests.cluster.admission import Refusal, Webhooks
+from tests.cluster.forwarding import Forwarding
 from tests.cluster.role import allows, permissions
 from tests.kubernetes_schemas import is_known, validate
 
@@ -48,7 +50,7 @@ PLURALS = {
 }
 _PATH = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v1|v1alpha1)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[a-z]+)"
-    r"(?:/(?P<name>[^/]+)(?P<log>/log)?)?"
+    r"(?:/(?P<name>[^/]+)(?:/(?P<part>log|portforward))?)?"
 )
 
 
@@ -64,6 +66,7 @@ class ApiServer(ThreadingHTTPServer):
         outages: How many requests are broken off before they are answered.
         streams: How often a watch was begun, or a log read.
         frozen: Nodes whose kubelet does not answer: what their pods say is kept, and cannot be read.
+        token: What clients have to present.
         zone: Of the nodes, in which they give the time of what containers say.
     """
 
@@ -78,6 +81,7 @@ class ApiServer(ThreadingHTTPServer):
         self.missing: set[str] = set()
         self.quota: dict[str, str] = {}
         self.outages = 0
+        self.token = "a-bearer-token"
         self.frozen: set[str] = set()
         self._webhooks = Webhooks(lambda plural, namespace: self.all(plural, namespace))
         self._away = False
@@ -100,12 +104,21 @@ class ApiServer(ThreadingHTTPServer):
 
     def kubeconfig(self, path: Path) -> Path:
         """Write the kubeconfig by which clients find the server."""
+        path.write_text(self.kubeconfig_text())
+        return path
+
+    @property
+    def kubeconfig_data(self) -> str:
+        """The same as the content of a Secret."""
+        return base64.b64encode(self.kubeconfig_text().encode()).decode()
+
+    def kubeconfig_text(self) -> str:
+        """The same as text."""
         cluster = {"name": "stand-in", "cluster": {"server": f"http://127.0.0.1:{self.server_port}"}}
-        user = {"name": "tester", "user": {"token": "a-bearer-token"}}
+        user = {"name": "tester", "user": {"token": self.token}}
         context = {"name": "tests", "context": {"cluster": "stand-in", "user": "tester"}}
         content = {"clusters": [cluster], "users": [user], "contexts": [context], "current-context": "tests"}
-        path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **content}))
-        return path
+        return yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **content})
 
     def all(self, plural: str, namespace: str = "default") -> dict[str, Object]:
         """The objects of a kind, by name."""
@@ -276,19 +289,20 @@ class ApiServer(ThreadingHTTPServer):
 
     # What clients ask for
 
-    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Object | Iterator[bytes]:
+    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Object | Iterator[bytes] | Forwarding:
         found = _PATH.fullmatch(path)
         if found is None or found["plural"] not in PLURALS or found["plural"] in self.missing:
             raise _unknown_path()
         group, namespace, plural, name = found["group"] or "", found["namespace"], found["plural"], found["name"] or ""
         if PLURALS[plural][:2] != (group, found["version"]):
             raise _unknown_path()
-        resource = f"{plural}/log" if found["log"] else plural
+        resource = f"{plural}/{found['part']}" if found["part"] else plural
         verb = _verb(method, name, query)
-        self.used.add((verb, group, resource, name))
-        if (verb, resource) in self.forbidden or not allows(self.granted, (verb, group, resource, name)):
-            message = f'{plural} is forbidden: User "runner" cannot {verb} resource "{resource}" in API group "{group}"'
-            raise Refusal(403, "Forbidden", message, kind=plural)
+        for right in (verb, "create") if found["part"] == "portforward" else (verb,):  # since 1.35
+            self.used.add((right, group, resource, name))
+            if (right, resource) in self.forbidden or not allows(self.granted, (right, group, resource, name)):
+                user = f'User "runner" cannot {right} resource "{resource}" in API group "{group}"'
+                raise Refusal(403, "Forbidden", f"{plural} is forbidden: {user}", kind=plural)
         with self.changed:
             if verb == "create":
                 return self._create(plural, namespace, body)
@@ -303,8 +317,10 @@ class ApiServer(ThreadingHTTPServer):
             one = self._objects.get((plural, namespace, name))
             if one is None:
                 raise Refusal(404, "NotFound", f'{plural} "{name}" not found', name=name, kind=plural)
-            if found["log"]:
+            if found["part"] == "log":
                 return self._follow(one, query)
+            if found["part"] == "portforward":
+                return Forwarding(int(query["ports"]))
             if verb == "patch":
                 content = _merged(one, body)
                 content = self._check(content, one)
@@ -436,9 +452,14 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(size)) if size else None
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         try:
+            if self.headers.get("Authorization") != f"Bearer {self.server.token}":
+                raise Refusal(401, "Unauthorized", "Unauthorized")
             content = self.server.answer(self.command, url.path, query, body)
         except Refusal as refusal:
             self._send(refusal.status, refusal.body)
+            return
+        if isinstance(content, Forwarding):
+            content.serve(self)
             return
         if isinstance(content, dict):
             self._send(201 if self.command == "POST" else 200, content)

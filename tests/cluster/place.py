@@ -15,7 +15,6 @@ from trainer.errors import Interrupted
 from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.api.kinds import KINDS, TRAINING_KINDS, WORKFLOW
-from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.steps.step_context import StepContext
 from trainer.kubernetes.steps.workflow import Workflow
 from trainer.timeouts import KubernetesTimeouts
@@ -91,12 +90,12 @@ class Place:
         }
         base = {"launcher": self.launcher, "run_id": self.run_id, "device": "cpu", "etcd_endpoints": [self._etcd]}
         config = TrainingConfig.from_flat({**base, **quick, **values}).resolved()
-        made = plan(config, namespace=config.deployment_namespace, image="python:1", owner=self.owner)
         workflow = None
         if self.owner:
             kind = KINDS.get(self.owner["kind"], WORKFLOW)
             workflow = Workflow("default", self.owner["name"], self.owner["uid"], kind)
-        return StepContext(Client(config.deployment_namespace, self.timeouts), made, self.say, workflow)
+        client = Client(config.deployment_namespace, self.timeouts)
+        return StepContext.of(client, config, "python:1", self.say, self.owner, workflow)
 
     def jobs(self) -> dict[str, Object]:
         """The training's jobs, by name."""

@@ -8,9 +8,9 @@ ROOT = Path(__file__).parents[2]
 Permission = tuple[str, str, str, str]  # verb, API group, resource, name ("": any)
 
 
-def permissions() -> set[Permission]:
-    """What the steps' service account may do in the namespace of a training."""
-    documents = yaml.safe_load_all((ROOT / "manifests" / "base" / "rbac.yaml").read_text())
+def permissions(folder: str = "base") -> set[Permission]:
+    """What the steps may do in the namespace of a training, by the Role in a folder of manifests/."""
+    documents = yaml.safe_load_all((ROOT / "manifests" / folder / "rbac.yaml").read_text())
     (role,) = (document for document in documents if document["kind"] == "Role")
     return {
         (verb, group, resource, name)

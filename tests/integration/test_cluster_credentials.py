@@ -17,6 +17,7 @@ from trainer.errors import TrainingError
 from trainer.etcd.embedded import etcd_binary
 from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.objects.plan import plan
+from trainer.kubernetes.steps.cluster import Cluster
 from trainer.kubernetes.steps.credentials import reachable_etcd
 from trainer.kubernetes.steps.step_context import StepContext
 from trainer.process import dying_with_parent, refused
@@ -78,7 +79,8 @@ def context(endpoint: str) -> StepContext:
         "etcd_endpoints": [endpoint],
     }
     config = TrainingConfig.from_flat(values).resolved()
-    return StepContext(Client("default"), plan(config, namespace="default", image="python:1"), print)
+    made = plan(config, namespace="default", image="python:1")
+    return StepContext(Cluster("", lambda: Client("default"), lambda _: made, print), print)
 
 
 def test_the_secret_s_certificates_open_etcd_and_are_gone_again(

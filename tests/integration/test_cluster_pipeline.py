@@ -3,6 +3,7 @@ the steps, and on a stand-in for a Kubernetes cluster, whose kubelet really runs
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,11 +17,12 @@ from components.parameters import folded
 from pipelines.pipeline import compiled
 from tests.cluster.apiserver import ApiServer, serving
 from tests.cluster.nodes import Cluster, Processes
+from tests.cluster.role import permissions
 from tests.kfp_backend.driver import Flavour, Ir
 from tests.kfp_backend.launcher import stored
 from tests.kfp_backend.server import Backend
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 SECRETS = {"HF_TOKEN": "hf-planted-secret", "WANDB_API_KEY": "wandb-planted-secret"}
 PARAMETERS = {
@@ -51,7 +53,7 @@ class Place:
         """Run the compiled pipeline to its end; nothing else is set than these."""
         ir = next(yaml.safe_load_all(compiled()))
         self.run_id = self.backend.submit(ir, **folded(parameters))
-        ended = self.backend.wait(self.run_id, 500)
+        ended = self.backend.wait(self.run_id, 1100)
         assert ended["state"] == "SUCCEEDED", "\n".join(
             self.backend.log(step) for step in self.backend.tasks(self.run_id)
         )
@@ -75,16 +77,30 @@ def place(flavour: Flavour, etcd: str, tmp_path: Path) -> Iterator[Place]:
         yield Place(backend, tmp_path / "nodes" / "claims")
 
 
+@pytest.fixture
+def far(place: Place, tmp_path: Path) -> Iterator[ApiServer]:
+    """Another cluster, whose kubeconfig is in the Secret `oslo`."""
+    with serving() as server, Cluster(server, Processes(tmp_path / "far", OMP_NUM_THREADS="1")).running():
+        server.token, server.granted = "far-planted-secret", permissions("overlays/site")
+        place.server.put("secrets", {"metadata": {"name": "oslo"}, "data": {"kubeconfig": server.kubeconfig_data}})
+        place.server.granted |= {("get", "", "secrets", "oslo")}
+        yield server
+
+
 @pytest.mark.parametrize("flavour", ["native"])
-def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
-    """By TrainJobs, which `auto` prefers."""
+def test_a_language_model_on_two_clusters(place: Place, far: ApiServer, etcd: str, tmp_path: Path) -> None:
+    """By a TrainJob, which `auto` prefers, and by a PyTorchJob where a cluster serves nothing else."""
+    far.missing |= {"trainjobs", "trainingruntimes"}
+    sites = [{"name": "here"}, {"name": "far", "cluster": "oslo", "etcd_endpoints": [etcd]}]
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for source in sorted(Path(json.__file__).parent.glob("*.py")):
         shutil.copy(source, corpus)
-    place.run(dataset=f"files:{corpus}", etcd_endpoints=[etcd], **TEXT, **PARAMETERS)
+    given = {"dataset": f"files:{corpus}", "etcd_endpoints": [etcd], "port_range": "20000-21999", "sites": sites}
+    place.run(**given, **TEXT, **PARAMETERS)
 
-    names = [f"diloco-training-job-cpu-worker-{worker}-data" for worker in range(2)]
+    names = [f"diloco-training-job-{site}-worker-0-data" for site in ("here", "far")]
+    claims = {name: root / name for name, root in zip(names, (place.claims, tmp_path / "far" / "claims"), strict=True)}
     precached = place.artifact("precache", "precached")
     assert precached["metadata"]["claims"] == names
     held_out = {path.name for path in precached["path"].iterdir()}
@@ -97,14 +113,14 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
     assert metrics["rounds"] == 4
     assert metrics["bytes_sent"] > 0
     for worker, claim in enumerate(names):  # what the step has read is what the worker has written
-        written = (place.claims / claim / "metrics.jsonl").read_text().splitlines()
+        written = (claims[claim] / "metrics.jsonl").read_text().splitlines()
         read = (trained["path"] / f"worker-{worker}" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in read] == [json.loads(line) for line in written]
 
     model = place.artifact("export", "exported_model")
     assert model["metadata"]["complete"]
     assert model["metadata"]["claim"] in names
-    exported = place.claims / model["metadata"]["claim"] / "export" / "model.safetensors"
+    exported = claims[model["metadata"]["claim"]] / "export" / "model.safetensors"
     assert (model["path"] / "model.safetensors").read_bytes() == exported.read_bytes()
 
     assert place.artifact("evaluate", "evaluation_metrics")["metadata"]["bits_per_byte"] > 0
@@ -114,16 +130,19 @@ def test_a_language_model(place: Place, etcd: str, tmp_path: Path) -> None:
     # storage.retain is false
     for plural in ("persistentvolumeclaims", "configmaps", "networkpolicies", "trainjobs", "trainingruntimes", "jobs"):
         assert not place.server.all(plural), plural
-    assert set(place.server.all("secrets")) == {"diloco-huggingface", "diloco-wandb"}
+        assert not far.all(plural), plural
+    assert set(place.server.all("secrets")) == {"diloco-huggingface", "diloco-wandb", "oslo"}
+    assert not far.all("secrets")
 
-    assert "TrainJob diloco-" in place.backend.log("train")
+    for kind in ("TrainJob", "PyTorchJob"):
+        assert re.search(rf"^{kind} diloco-\S+ created$", place.backend.log("train"), re.MULTILINE)
     assert "round 4  step 20/20" in place.backend.log("train")
     assert "bits per byte" in place.backend.log("evaluate")
     written_down = [
         path.read_bytes() for root in (tmp_path, place.backend.root) for path in root.rglob("*") if path.is_file()
     ]
-    asked = [json.dumps(one).encode() for one in place.server.everything()]
-    for secret in SECRETS.values():
+    asked = [json.dumps(one).encode() for server in (place.server, far) for one in server.everything()]
+    for secret in (*SECRETS.values(), far.token):
         assert not any(secret.encode() in content for content in (*written_down, *asked))
 
 

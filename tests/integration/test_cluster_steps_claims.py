@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.place import ANOTHER_OWNER, QUICK, Died, Place, both_kinds, die_at, never
+from tests.cluster.apiserver import Object
+from tests.cluster.place import ANOTHER_OWNER, OWNER, QUICK, Died, Place, both_kinds, die_at, never
 from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.api.kinds import CLAIM
 from trainer.kubernetes.objects.jobs import claim
@@ -72,6 +73,39 @@ def test_claims_that_another_run_uses_are_kept(place: Place, tmp_path: Path) -> 
     assert [one for one in claims if "deletionTimestamp" not in one["metadata"]] == list(claims)
 
 
+def test_a_run_waits_until_the_workflow_of_another_one_with_its_claims_is_over(place: Place, tmp_path: Path) -> None:
+    """Also between two steps, when nothing of it runs."""
+    precache(place.context(), tmp_path / "held-out")
+    train(place.context(), tmp_path / "run")
+    first = place.run_id
+    place.run_id, place.owner = f"{first}-next", ANOTHER_OWNER
+    refused = f"run {first} has its claims, and is not over: wait for it, or choose another deployment_name"
+    with pytest.raises(ConfigError, match=refused):
+        precache(place.context(), tmp_path / "held-out")
+    precache(place.context(deployment_name="another"), tmp_path / "held-out")
+    place.server.update("workflows", OWNER["name"], lambda one: one["status"].update(phase="Succeeded"))
+    precache(place.context(), tmp_path / "held-out")
+
+
+def test_of_two_runs_that_begin_at_once_the_first_one_goes_on(place: Place, tmp_path: Path) -> None:
+    """As a schedule of the UI starts those that it has missed."""
+    first, here = place.run_id, place.context()
+    precache(here, tmp_path / "held-out")
+    place.run_id, place.owner = f"{first}-next", ANOTHER_OWNER
+    there = place.context()
+    there.home.prepare()  # it has looked before the other one was there
+    place.server.update("configmaps", f"{there.plan.name}-config", _made_later)
+    with pytest.raises(ConfigError, match=f"run {first} has its claims, and is not over"):
+        train(there, tmp_path / "next")
+    train(here, tmp_path / "run")
+    here.clean_up(finished=False, claims=True)
+    assert place.said("warning: the claims are kept", f"run {first}-next has its claims")
+
+
+def _made_later(one: Object) -> None:
+    one["metadata"]["creationTimestamp"] = "2100-01-01T00:00:00Z"
+
+
 @both_kinds
 def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
@@ -122,7 +156,7 @@ def test_names_of_two_deployments_that_meet_are_refused(place: Place, tmp_path: 
         train(context("llm", "eu-mine", "west"), tmp_path / "run")
     place.on_line = lambda line: None
     before = place.server.all("configmaps")
-    refused = "PyTorchJob llm-eu-mine-west-0 of run mine of deployment llm-eu already exists as that of run eu-mine of"
+    refused = "PyTorchJob llm-eu-mine-west-w0 of run mine of deployment llm-eu already exists as that of run eu-mine of"
     with pytest.raises(ConfigError, match=refused):
         train(context("llm-eu", "mine", "west"), tmp_path / "run")
     assert place.server.all("configmaps") == before

@@ -19,6 +19,7 @@ from pipelines.pipeline import compiled
 from tests.cluster.apiserver import ApiServer, Object, serving
 from tests.cluster.nodes import Cluster
 from tests.cluster.story import Story, whole_results
+from tests.cluster.test_kfp_endpoint import check_run
 from tests.kfp_backend.driver import FLAVOURS, Flavour
 from tests.kfp_backend.server import Backend
 from trainer.errors import TrainingError
@@ -61,6 +62,12 @@ class Place:
         with self._printed:
             self.lines.append(line)
             self._printed.notify_all()
+
+    def pipelines(self, *words: str) -> str:
+        """What a command of the laptop prints."""
+        before = len(self.lines)
+        main([*words, "--host", self.backend.url, "--namespace", self.backend.namespace], timeouts=QUICK)
+        return "\n".join(self.lines[before:])
 
     def states(self) -> list[str]:
         return [line for line in self.lines if line.partition(": ")[2] in ("running", "succeeded", "failed")]
@@ -132,10 +139,22 @@ def place(
         story.released.set()
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_run_with_nothing_set_succeeds(place: Place) -> None:
+@pytest.mark.parametrize(("flavour", "evaluated"), zip(FLAVOURS, (True, False), strict=True))
+def test_a_run_with_nothing_set_succeeds(place: Place, evaluated: bool) -> None:
+    """One Job exports and evaluates; if it could not evaluate, the step `evaluate` has a Job of its own."""
+
+    def export_only(cluster: Cluster, pod: Object, life: int) -> None:
+        scores = place.story.results.pop("evaluation.json")
+        place.story.serve(cluster, pod)
+        place.story.results["evaluation.json"] = scores
+
+    if not evaluated:
+        place.story.told["export"] = export_only
     place.submit()
     assert place.wait() == ""
+    jobs = {name.split("-cpu-w")[0].rpartition("-")[2] for name in place.story.lives}
+    assert {"precache", "export"} <= jobs
+    assert ("evaluate" in jobs) is not evaluated
     expected = [f"{step}: {state}" for step in (*STEPS, "clean-up") for state in ("running", "succeeded")]
     assert [line for line in expected if line.endswith("succeeded")] == [
         line for line in place.states() if line.endswith("succeeded")
@@ -143,6 +162,8 @@ def test_a_run_with_nothing_set_succeeds(place: Place) -> None:
     assert set(place.states()) <= set(expected)
     assert {step: len(place.backend.pods(step)) for step in STEPS} == dict.fromkeys(STEPS, 1)
     assert not place.server.all("configmaps")
+    (run,) = place.backend.runs
+    check_run(place.pipelines, run["run_id"])
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

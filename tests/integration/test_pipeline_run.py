@@ -1,5 +1,6 @@
 """The whole pipeline on this machine, as `python -m pipelines run` runs it, and each component on what it leaves."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -181,21 +182,35 @@ def test_precache_alone(run: Run, tmp_path: Path) -> None:
     assert precached.metadata == run.artifact("precache", "precached")["metadata"]
 
 
-def test_precache_through_kfp_local(run: Run, tmp_path: Path) -> None:
-    values = {**run.config, "run_dir": str(tmp_path / "run")}
-    del values["run_id"]
-    task = local.run_pipeline(precache, {**folded(values), "job_id": "4f2c"}, tmp_path / "run")
-    assert task.outputs["config"]["run_id"] == "4f2c"
-    assert task.outputs["precached"].metadata["hash"] == run.artifact("precache", "precached")["metadata"]["hash"]
+def test_the_steps_among_those_of_somebody_else_s_pipeline(run: Run, tmp_path: Path) -> None:
+    """Through kfp.local: examples/own_pipeline.py continues the finished run, so that nothing is trained again."""
+    spec = importlib.util.spec_from_file_location("own_pipeline", ROOT / "examples" / "own_pipeline.py")
+    assert spec and spec.loader
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    changes = {name: run.config[name] for name in folded(run.parameters)["advanced"]} | {"run_dir": str(run.run_dir)}
+    arguments = {"dataset": run.parameters["dataset"], "budget": 80, "run_id": "first", "advanced": changes}
+    local.run_pipeline(own.pipeline, arguments, tmp_path)
+    (note,) = tmp_path.glob("pipeline/*/announce/note")
+    assert note.read_text().startswith("gpt-neo-x:tiny, 20 steps, ")
+    log = (tmp_path / "logs" / "pipeline.log").read_text()
+    assert "is complete already" in log
 
 
 def test_train_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, metrics = artifact(dsl.Model, tmp_path / "model"), artifact(dsl.Metrics, tmp_path / "metrics")
-    precached = artifact(dsl.Dataset, tmp_path / "precached")
-    train.python_func(config=run.config, precached=precached, checkpoint=model, training_metrics=metrics)
+    precached, summary = artifact(dsl.Dataset, tmp_path / "precached"), artifact(dsl.Markdown, tmp_path / "summary")
+    train.python_func(
+        config=run.config,
+        precached=precached,
+        checkpoint=model,
+        training_metrics=metrics,
+        training_summary=summary,
+    )
     assert "is complete already" in capsys.readouterr().out
     assert model.metadata["step"] == 20
     assert metrics.metadata == run.artifact("train", "training_metrics")["metadata"]
+    assert "| Inner steps | 20 |" in Path(summary.path).read_text()
 
 
 def test_export_alone(run: Run, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ COMMANDS = sorted({command for page in PAGES for command in commands_of(page)})
 OURS = [command for command in COMMANDS if "python -m pipelines" in command or "python -m trainer" in command]
 PROGRAMS = [command for command in COMMANDS if command.startswith(("python tests/benchmarks/", "python examples/"))]
 
+SCRIPTS = [command for command in COMMANDS if program_of(command).startswith("manifests/")]
+
 
 def commands(program: str) -> list[str]:
     return [command for command in COMMANDS if program_of(command) == program]
@@ -55,6 +57,7 @@ def test_every_command_is_checked_by_a_test_below() -> None:
     checked = {*OURS, *PROGRAMS}
     for program in ("make", "kfp", "kubectl", "helm", "torchrun"):
         checked.update(commands(program))
+    checked.update(SCRIPTS)
     harmless = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
     assert sorted(set(COMMANDS) - checked - harmless) == []
 
@@ -100,8 +103,13 @@ def test_what_kubectl_applies_exists() -> None:
     for command in commands("kubectl"):
         words = shlex.split(command)
         for flag in {"-k", "-f"} & set(words):
-            if words[1] == "apply":
-                assert (ROOT / words[words.index(flag) + 1]).exists(), command
+            if "apply" in words and (file := words[words.index(flag) + 1]) != "-":
+                assert (ROOT / file).exists(), command
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_scripts_can_be_run(command: str) -> None:
+    assert os.access(ROOT / program_of(command), os.X_OK)
 
 
 def test_helm_takes_the_commands_and_their_values() -> None:
@@ -116,17 +124,20 @@ def test_helm_takes_the_commands_and_their_values() -> None:
 
 def test_kfp_takes_the_command_and_its_parameters() -> None:
     from click.testing import CliRunner
+    from kfp.cli.compile_ import compile_
     from kfp.cli.run import create
 
     from components.parameters import ADVANCED, common
 
     names = {ADVANCED, *(parameter.name for parameter in common())}
-    flags = {flag for parameter in create.params for flag in parameter.opts}
     for command in commands("kfp"):
         _, *words = shlex.split(command)
+        known = {"run": create, "dsl": compile_}[words[0]]
+        flags = {flag for parameter in known.params for flag in parameter.opts}
         values = [word for word in words if re.fullmatch(r"\w+=.*", word)]
         assert {value.partition("=")[0] for value in values} <= names
         assert {word for word in words[2:] if word.startswith("-")} <= flags
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
     assert CliRunner().invoke(create, ["--help"]).exit_code == 0
 
 

@@ -10,6 +10,7 @@ from trainer.config.fields import (
     IDENTITY,
     LABEL,
     LOOKUP,
+    OPTIONAL_SECRET,
     RUN_ID,
     UNSET,
     Group,
@@ -149,3 +150,16 @@ class SiteConfig(Group):
     gpu_count: OrUnset[NonNegative] = parameter(UNSET, "GPUs per pod; 0: a CPU site. -1: `gpu_count`.")
     runtime_class_name: str = parameter("", "Runtime class of its pods. Empty: the GPU vendor's.")
     storage_class_name: str = parameter("", "Storage class of its claims. Empty: `storage.storage_class_name`.")
+    cluster: str = parameter(
+        "", "Secret with the kubeconfig of its cluster. Empty: the cluster of the steps.", pattern=OPTIONAL_SECRET
+    )
+    launcher: Literal["auto", "pytorchjob", "trainjob"] = parameter(
+        "auto",
+        "Kind of its jobs, in another cluster. auto: as `launcher`, or, if that is auto, what is served there.",
+    )
+    etcd_endpoints: list[str] = parameter(
+        [], "host:port of each member of etcd, as its pods see them. Empty: `etcd.endpoints`."
+    )
+    advertise_address: str = parameter(
+        "", "Addresses, besides a pod's own, at which workers elsewhere reach its worker, separated by commas."
+    )

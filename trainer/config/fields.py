@@ -24,6 +24,7 @@ RUN_ID = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})?$"  # it names directories, keys a
 WANDB_PROJECT = r"^[^/\\#?%:]{0,128}$"
 WANDB_RUN_ID = r"^[^\s:;,#?/']{0,120}$"
 SECRET_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"  # a DNS subdomain
+OPTIONAL_SECRET = rf"^$|{SECRET_NAME}"
 PORT_RANGE = r"^([0-9]{1,5}-[0-9]{1,5})?$"
 DEVICE = r"^(cpu|cuda(:\d+)?)$"
 LABEL = r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"  # DNS-1035
@@ -36,6 +37,7 @@ IN_WORDS = {
     DEVICE: "must be cpu, cuda or cuda:<index>",
     LABEL: "must be lower-case letters, digits and -, begin with a letter and not end with -",
     SECRET_NAME: "must be lower-case letters, digits, - and ., and neither begin nor end with - or .",
+    OPTIONAL_SECRET: "must be empty, or lower-case letters, digits, - and ., and neither begin nor end with - or .",
     NAMESPACE: "must be lower-case letters, digits and -, and neither begin nor end with -",
 }
 

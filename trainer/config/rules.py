@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -48,6 +48,7 @@ def check(config: Schema) -> None:
     for holds, field, allowed in itertools.chain.from_iterable(rules(config) for rules in groups):
         if not holds:
             raise ConfigError(field, attrgetter(field)(config), allowed)
+    _check_other_clusters(config)
 
 
 def _aliases(config: Schema) -> Rules:
@@ -161,11 +162,7 @@ def _ports(config: Schema) -> Rules:
 
 
 def _etcd(config: Schema) -> Rules:
-    for endpoint in config.etcd.endpoints:
-        found = _ENDPOINT.fullmatch(endpoint)
-        if not found or not 0 < int(found[1]) < 65536:
-            allowed = "must be host:port or [IPv6 address]:port, with a port from 1 to 65535"
-            raise ConfigError("etcd.endpoints", endpoint, allowed)
+    _check_endpoints("etcd.endpoints", config.etcd.endpoints)
     etcd, https = config.etcd, config.elastic.etcd.protocol == "https"
     if config.launcher == "local":  # on a cluster, pods get etcd's certificates from a Secret; auto may mean a cluster
         yield etcd.ca or not https, "etcd.ca", "must name a file when elastic.etcd.protocol is https"
@@ -182,6 +179,14 @@ def _etcd(config: Schema) -> Rules:
     yield etcd.election_timeout >= 5 * etcd.heartbeat_interval, "etcd.election_timeout", allowed
 
 
+def _check_endpoints(field: str, endpoints: Sequence[str]) -> None:
+    for endpoint in endpoints:
+        found = _ENDPOINT.fullmatch(endpoint)
+        if not found or not 0 < int(found[1]) < 65536:
+            allowed = "must be host:port or [IPv6 address]:port, with a port from 1 to 65535"
+            raise ConfigError(field, endpoint, allowed)
+
+
 def _cluster(config: Schema) -> Rules:
     allowed = f"must be true with launcher = {config.launcher!r}: otherwise the trained model is lost with its pods"
     yield not config.on_cluster or config.storage.enabled, "storage.enabled", allowed
@@ -193,3 +198,29 @@ def _cluster(config: Schema) -> Rules:
     yield within, "elastic.nccl.nsocks_per_thread", allowed
     named = config.trained_model_hf_name or not config.hf_upload
     yield named, "trained_model_hf_name", "must name a repository when hf_upload is set"
+
+
+def _check_other_clusters(config: Schema) -> None:
+    """Sites outside of the cluster of the steps."""
+    if any(site.cluster for site in config.sites) and not config.port_range:
+        allowed = "must be set with sites in several clusters: their firewalls and network policies admit these ports"
+        raise ConfigError("port_range", "", allowed)
+    launchers: dict[str, str] = {}  # of each cluster
+    for index, site in enumerate(config.sites):
+        field = f"sites.{index}"
+        _check_endpoints(f"{field}.etcd_endpoints", site.etcd_endpoints)
+        launcher = launchers.setdefault(site.cluster, site.launcher)
+        sees_etcd = not site.cluster or site.etcd_endpoints or config.etcd.endpoints
+        rules = [
+            (site.cluster or site.launcher == "auto", "launcher", "needs another cluster: otherwise set the parameter"),
+            (site.launcher == launcher, "launcher", f"must be that of the same cluster's other sites ({launcher})"),
+            (sees_etcd, "etcd_endpoints", "must name etcd as this cluster sees it, because etcd.endpoints is empty"),
+            (
+                site.replicas == 1 or not site.advertise_address,
+                "advertise_address",
+                "needs a site of one replica: two workers cannot have one address",
+            ),
+        ]
+        for holds, name, allowed in rules:
+            if not holds:
+                raise ConfigError(f"{field}.{name}", getattr(site, name), allowed)

@@ -335,7 +335,8 @@ class Schema(Group):
     sites: list[SiteConfig] = parameter(
         [],
         "Pools of nodes: name, replicas, node_selector, tolerations, image, gpu_resource, gpu_count, "
-        "runtime_class_name, storage_class_name. Replicas must add up to `nodes`. Empty: one pool for each GPU vendor.",
+        "runtime_class_name, storage_class_name, and, in another cluster, cluster, launcher, etcd_endpoints, "
+        "advertise_address. Replicas must add up to `nodes`. Empty: one pool for each GPU vendor.",
     )
     active_deadline: Positive = parameter(1_209_600, "Maximum lifetime of a job on the cluster, in seconds.")
     finished_ttl: Positive = parameter(86_400, "Seconds for which a finished job and its logs are kept.")

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainingConfig, load_config
-from trainer.errors import ConfigError, raise_on_sigterm
+from trainer.errors import ConfigError, one_line, raise_on_sigterm
 from trainer.timeouts import KubernetesTimeouts
 from trainer.volume import Volume
 
 METRICS, PRECACHED, RESULT = "metrics", "precached", "result"  # the words
+EVALUATION = "evaluation.json"  # the scores, among a result's files
 
 
 def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0) -> int:
@@ -119,7 +120,11 @@ def _held_out(config: TrainingConfig) -> dict[str, Path]:
 
 
 def _export(config: TrainingConfig) -> dict[str, Path]:
-    """Export the model in the layout of `from_pretrained`. Returns its files by name."""
+    """Export the model in the layout of `from_pretrained`, and evaluate it. Returns its files by name, and the scores.
+
+    One pod does both: to start another one, with torch in it, takes longer than to evaluate a small model. If the
+    evaluation fails, the result lacks the scores, and the step `evaluate` tries again.
+    """
     from trainer.export.export import TrainedRun, export
 
     newest = TrainedRun.find(config).checkpoint
@@ -127,7 +132,12 @@ def _export(config: TrainingConfig) -> dict[str, Path]:
         allowed = f"its final checkpoint is not on this claim: the newest is {newest.path.name}"
         raise ConfigError("run_id", config.run_id, allowed)
     directory = export(config)
-    return {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    try:
+        scores = _evaluate(config)  # adds them to the model card, too
+    except Exception as error:
+        print(f"warning: the model is exported, but not evaluated: {one_line(error)}", flush=True)
+        scores = {}
+    return scores | {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
 
 
 def _evaluate(config: TrainingConfig) -> dict[str, Path]:
@@ -135,7 +145,7 @@ def _evaluate(config: TrainingConfig) -> dict[str, Path]:
     from trainer.export.evaluate import evaluate
 
     evaluate(config)
-    return {"evaluation.json": Path(config.run_dir) / "evaluation.json"}
+    return {EVALUATION: Path(config.run_dir) / EVALUATION}
 
 
 _RESULTS: dict[str, Callable[[TrainingConfig], dict[str, Path]]] = {

@@ -60,8 +60,8 @@ def has_completed(directory: Path) -> bool:
     """Whether a worker below the run directory has ended because the run is complete."""
     for root in worker_roots(directory):
         events = EventReader(root / "metrics.jsonl", last=_TAIL).read()
-        # A sink that is closed after the end may still warn.
-        last = next((event for event in reversed(events) if event["event"] != "warning"), {})
+        # A sink that is closed after the end may still have something to report.
+        last = next((event for event in reversed(events) if event["event"] not in ("warning", "link")), {})
         if (last.get("event"), last.get("status")) == ("end", "complete"):
             return True
     return False

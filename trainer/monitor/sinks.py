@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from trainer.config import TrainingConfig, given
 from trainer.errors import one_line
-from trainer.events import Sink
+from trainer.events import EventLog, Sink
 from trainer.timeouts import MonitorTimeouts
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ class WandbSink:
         config: TrainingConfig,
         worker: int,
         directory: Path,
-        warn: Callable[[str], None],
+        log: EventLog,
         timeouts: MonitorTimeouts | None = None,
     ) -> None:
-        self._warn = warn
+        self._log, self._warn = log, log.warn
         self._timeouts = timeouts or MonitorTimeouts()
         self._events: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()  # None: the log is closed
         self._thread = threading.Thread(target=self._work, args=(config, worker, directory), name="wandb", daemon=True)
@@ -57,6 +57,8 @@ class WandbSink:
     def _work(self, config: TrainingConfig, worker: int, directory: Path) -> None:
         try:
             run = self._begin(config, worker, directory)
+            if not (run.offline or run.disabled):
+                self._log.link(self.name, run.url)
             for unit in ("step", "round"):
                 run.define_metric(f"{unit}/*", step_metric=f"{unit}/{unit}")
             for event in iter(self._events.get, None):
@@ -121,7 +123,7 @@ def sinks(
     config: TrainingConfig,
     worker: int,
     directory: Path,
-    warn: Callable[[str], None],
+    log: EventLog,
     local_rank: int = 0,
     timeouts: MonitorTimeouts | None = None,
 ) -> list[Sink]:
@@ -129,7 +131,7 @@ def sinks(
 
     Args:
         directory: The worker's volume, where an offline run of Weights & Biases is kept.
-        warn: Called with the reason why a sink is left out, or gives up later.
+        log: Takes the reason why a sink is left out, or gives up later, and the trackers' links.
         local_rank: The process of the node: each has a Prometheus port of its own.
     """
 
@@ -140,7 +142,7 @@ def sinks(
 
     wanted: dict[str, Callable[[], Sink]] = {}
     if config.wandb_logging:
-        wanted[WandbSink.name] = lambda: WandbSink(config, worker, directory, warn, timeouts)
+        wanted[WandbSink.name] = lambda: WandbSink(config, worker, directory, log, timeouts)
     if port := given(config.metrics_port):
         port += local_rank
         wanted[f"Prometheus (metrics_port {port})"] = lambda: prometheus(port)
@@ -150,5 +152,5 @@ def sinks(
         try:
             made.append(make())
         except Exception as error:
-            warn(f"{name} is switched off: {one_line(error)}")
+            log.warn(f"{name} is switched off: {one_line(error)}")
     return made

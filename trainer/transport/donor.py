@@ -1,40 +1,38 @@
-"""A donor: serves tensors to other members, over the bulk lane. See docs/design/transport.md."""
+"""A donor: serves buffers to other members, over the bulk lane. See docs/design/transport.md."""
 
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.link import Link
-from trainer.transport.stream import Key
+from trainer.transport.stream import Buffer, Key, as_bytes
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 4 << 20
+BYTES = "torch.uint8"  # the dtype of memory that is no tensor
 
 Json = Any
-Layout = dict[str, tuple[torch.dtype, int]]  # of each buffer: dtype and number of elements
+Layout = dict[str, tuple[str, int]]  # of each buffer: name of its dtype ("torch.float32"), and number of elements
 
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """Tensors that a donor serves.
+    """Buffers that a donor serves.
 
     They must not change while on offer, unless the reader can use a mixture of old and new chunks.
     """
 
     meta: Json  # small; describes the content: donors with equal metas have equal content
-    buffers: dict[str, Tensor]  # contiguous, on the host, of any dtype
+    buffers: Mapping[str, Buffer]
 
     def __post_init__(self) -> None:
-        check_buffers(self.buffers)
+        layout_of(self.buffers)
 
 
 @dataclass
@@ -77,8 +75,7 @@ class Donor:
                 return {"missing": True}
             id = next((known for known, held in self._held.items() if held.offer is offer), uuid.uuid4().hex)
             self._held[id] = _Held(offer)
-        layout = {key: [str(buffer.dtype), buffer.numel()] for key, buffer in offer.buffers.items()}
-        return {"offer": id, "meta": offer.meta, "layout": layout}
+        return {"offer": id, "meta": offer.meta, "layout": layout_of(offer.buffers)}
 
     def _send_chunk(self, link: Link, key: Key, tag: int, offer: str, buffer: str, start: int, stop: int) -> None:
         with self._lock:
@@ -88,14 +85,21 @@ class Donor:
         if held is None:
             link.reply(key, tag, {"missing": True})
             return
-        source = held.offer.buffers[buffer].detach().view(-1).view(torch.uint8)
+        source = as_bytes(held.offer.buffers[buffer])
         if not 0 <= start < stop <= len(source) or stop - start > CHUNK_BYTES:
             raise ValueError(f"invalid chunk: {start} to {stop} of {len(source)}")
         link.send(key, tag, source[start:stop])
 
 
-def check_buffers(buffers: dict[str, Tensor]) -> None:
-    """Raise ValueError unless all buffers are contiguous host tensors."""
+def layout_of(buffers: Mapping[str, Buffer]) -> Layout:
+    """What a fetcher has to know of buffers. Raises ValueError unless all are contiguous, and on the host."""
+    layout: Layout = {}
     for name, buffer in buffers.items():
-        if buffer.device.type != "cpu" or not buffer.is_contiguous():
+        if isinstance(buffer, memoryview):
+            usable, layout[name] = buffer.contiguous, (BYTES, buffer.nbytes)
+        else:
+            usable = buffer.device.type == "cpu" and buffer.is_contiguous()
+            layout[name] = (str(buffer.dtype), buffer.numel())
+        if not usable:
             raise ValueError(f"buffer {name!r} is not contiguous on the host")
+    return layout

@@ -1,4 +1,4 @@
-"""Fetches tensors from several donors at a time: see docs/design/transport.md, "State"."""
+"""Fetches buffers from several donors at a time: see docs/design/transport.md, "State"."""
 
 import itertools
 import logging
@@ -7,17 +7,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import Interrupted, TrainingError
 from trainer.timeouts import TransportTimeouts
-from trainer.transport.donor import CHUNK_BYTES, Json, Layout, check_buffers
+from trainer.transport.donor import BYTES, CHUNK_BYTES, Json, Layout, layout_of
 from trainer.transport.link import BULK, Link, LinkError, Pending
-from trainer.transport.stream import Key
+from trainer.transport.stream import Key, as_bytes
 from trainer.transport.transport import Transport
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ REQUESTED = 8  # chunks requested ahead of a donor: 32 MB; a link of 500 Mbit/s 
 
 _numbers = itertools.count(1)  # of transfers
 
-Into = Callable[[Json, Layout], dict[str, Tensor]]
+Into = Callable[[Json, Layout], dict[str, Any]]  # returns buffers
 
 
 class TransferError(TrainingError):
@@ -44,9 +44,11 @@ class _Failure(Exception):
         self.cost = cost
 
 
-def allocate(meta: Json, layout: Layout) -> dict[str, Tensor]:
+def allocate(meta: Json, layout: Layout) -> "dict[str, Tensor]":
     """New flat tensors to receive into."""
-    return {name: torch.empty(count, dtype=dtype) for name, (dtype, count) in layout.items()}
+    import torch
+
+    return {name: torch.empty(count, dtype=getattr(torch, _own_name(dtype))) for name, (dtype, count) in layout.items()}
 
 
 def fetch(
@@ -59,23 +61,23 @@ def fetch(
     timeout: float,
     chunk_bytes: int = CHUNK_BYTES,
     timeouts: TransportTimeouts = TransportTimeouts(),
-) -> tuple[Json, dict[str, Tensor]]:
+) -> tuple[Json, dict[str, Any]]:
     """Fetch an offer from several donors at a time.
 
     Args:
         name: The offer's name, as the donors' `find` knows it. A donor without it is asked again.
         donors: Their endpoints, by id.
-        into: Called once, on this thread, with the offer's meta and layout. Returns the tensors to receive into:
-            contiguous, on the host, of that dtype and size, fresh. By default, new ones.
+        into: Called once, on this thread, with the offer's meta and layout. Returns the buffers to receive into:
+            contiguous, on the host, of that dtype and size, fresh. By default, new tensors.
         stopping: Whether this process is to end.
         timeout: Seconds to find a donor that has the offer. The transfer may then take as long as data arrives.
         chunk_bytes: Size of a request, at most `CHUNK_BYTES`.
 
     Returns:
-        The offer's meta and the tensors of `into`.
+        The offer's meta and the buffers of `into`.
 
     Raises:
-        TransferError: All donors were dropped, or the time is over. The tensors of `into` may hold anything.
+        TransferError: All donors were dropped, or the time is over. The buffers of `into` may hold anything.
         Interrupted: `stopping()` is true.
     """
     return _Transfer(transport, name, donors, chunk_bytes, timeouts).run(into, stopping, timeout)
@@ -87,7 +89,7 @@ class _Chunk:
     buffer: str
     start: int
     stop: int
-    memory: Tensor  # to receive into
+    memory: memoryview  # to receive into
 
 
 @dataclass
@@ -128,7 +130,7 @@ class _Transfer:
         self._over = False
         self._progressed = time.monotonic()  # when data last arrived
 
-    def run(self, into: Into, stopping: Callable[[], bool], timeout: float) -> tuple[Json, dict[str, Tensor]]:
+    def run(self, into: Into, stopping: Callable[[], bool], timeout: float) -> tuple[Json, dict[str, Any]]:
         started, threads = time.monotonic(), min(DONORS, len(self._peers))
         work = [threading.Thread(target=self._work, name="fetch", daemon=True) for _ in range(threads)]
         try:
@@ -162,16 +164,15 @@ class _Transfer:
                     raise TransferError(f"fetching {self._name}: {why}: {reasons}")
                 self._changed.wait(0.1)  # `stopping` has to be polled
 
-    def _plan(self, buffers: dict[str, Tensor], layout: Layout) -> None:
+    def _plan(self, buffers: dict[str, Any], layout: Layout) -> None:
         """Cut the buffers into chunks."""
-        given = {name: (buffer.dtype, buffer.numel()) for name, buffer in buffers.items()}
+        given = layout_of(buffers)
         if given != layout:
             raise ValueError(f"cannot receive {layout} into {given}")
-        check_buffers(buffers)
         tags = itertools.count(1)
         with self._changed:
             for name, buffer in buffers.items():
-                memory = buffer.detach().view(-1).view(torch.uint8)
+                memory = as_bytes(buffer)
                 for start in range(0, len(memory), self._chunk_bytes):
                     stop = min(start + self._chunk_bytes, len(memory))
                     self._pending.append(_Chunk(next(tags), name, start, stop, memory[start:stop]))
@@ -281,8 +282,16 @@ class _Transfer:
                 self._changed.notify_all()
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."))
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name} is no dtype")
-    return dtype
+def _dtype(name: str) -> str:
+    """The name of a dtype, which this is. Raises TypeError or AttributeError: It is something else."""
+    if name != BYTES:
+        import torch
+
+        if not isinstance(getattr(torch, _own_name(name)), torch.dtype):
+            raise TypeError(f"{name} is no dtype")
+    return name
+
+
+def _own_name(dtype: str) -> str:
+    """A dtype's name in torch."""
+    return dtype.removeprefix("torch.")

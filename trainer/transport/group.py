@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from trainer.transport.link import Link, Pending
-from trainer.transport.stream import Key
+from trainer.transport.stream import Buffer, Key
 
 
 class Group:
@@ -20,11 +18,11 @@ class Group:
         self.size, self.rank = len(links), links.index(None)
         self._links, self._attempt, self._silence = links, attempt, silence
 
-    def send(self, to: int, tag: int, message: Tensor) -> Pending:
+    def send(self, to: int, tag: int, message: Buffer) -> Pending:
         """Send a message; `tag` is unique between two members. It must not change until it has left."""
         return self._link(to).send(self._attempt, tag, message)
 
-    def receive(self, source: int, tag: int, into: Tensor) -> Pending:
+    def receive(self, source: int, tag: int, into: Buffer) -> Pending:
         """Post fresh memory for a message of this size."""
         return self._link(source).receive(self._attempt, tag, into)
 

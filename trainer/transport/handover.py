@@ -1,5 +1,6 @@
 """Hands a result over from a pod to the pipeline's step: files, over a transport whose secret is a token of both."""
 
+import mmap
 import os
 import threading
 import time
@@ -8,16 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trainer.errors import TrainingError
 from trainer.files import whole_directory
 from trainer.process import endpoint_of
 from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor, Json, Layout, Offer
 from trainer.transport.fetch import TransferError
-from trainer.transport.fetch import fetch as fetch_tensors
+from trainer.transport.fetch import fetch as fetch_buffers
 from trainer.transport.link import BULK, Link, LinkError
 from trainer.transport.stream import Key
 from trainer.transport.transport import Transport
@@ -83,32 +81,34 @@ def fetch(host: str, port: int, token: str, directory: Path, patience: float = P
     pod = {_POD: [endpoint_of(host, port)]}
     with Transport(_STEP, [], credentials(token.encode())) as transport, whole_directory(directory) as temporary:
 
-        def files(meta: Json, layout: Layout) -> dict[str, Tensor]:
+        def files(meta: Json, layout: Layout) -> dict[str, memoryview]:
             """Create the files, to receive into."""
             return {index: _created(_inside(temporary, name), layout[index][1]) for index, name in meta.items()}
 
         try:
-            fetch_tensors(transport, _RESULT, pod, into=files, timeout=patience)
+            fetch_buffers(transport, _RESULT, pod, into=files, timeout=patience)
         except TransferError as error:
             raise TrainingError(f"the result cannot be fetched from {host}: {error}") from None
         with suppress(LinkError, KeyError):  # everything has arrived, whether or not the pod learns of it
             transport.prepare(pod, BULK)[_POD].ask(_NO_KEY, 0, {"find": _DONE}).wait(transport.silence)
 
 
-def _mapped(path: Path) -> Tensor:
-    """A file's bytes, uint8, read as they are needed."""
-    size = path.stat().st_size  # an empty file cannot be mapped
-    return torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+def _mapped(path: Path) -> memoryview:
+    """A file's bytes, read as they are needed."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _created(path: Path, size: int) -> Tensor:
+def _created(path: Path, size: int) -> memoryview:
     """The memory of a new file. Raises OSError: The disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
+    with path.open("x+b") as file:
         if not size:
-            return torch.empty(0, dtype=torch.uint8)
+            return memoryview(bytearray())
         os.posix_fallocate(file.fileno(), 0, size)
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        return memoryview(mmap.mmap(file.fileno(), size))
 
 
 def _inside(directory: Path, name: str) -> Path:

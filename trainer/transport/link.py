@@ -15,8 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from trainer.process import lower_priority
 from trainer.transport.stream import (
     ABORT,
@@ -25,6 +23,7 @@ from trainer.transport.stream import (
     MESSAGE_BYTES,
     REPLY,
     REQUEST,
+    Buffer,
     Header,
     Key,
     Stream,
@@ -201,11 +200,11 @@ class Link:
 
     # Messages
 
-    def send(self, key: Key, tag: int, body: Tensor, kind: int = DATA) -> Pending:
+    def send(self, key: Key, tag: int, body: Buffer, kind: int = DATA) -> Pending:
         """Send a contiguous host tensor, which must not change until it has left."""
         return self._enqueue(key, tag, as_bytes(body), kind)
 
-    def receive(self, key: Key, tag: int, into: Tensor) -> Pending:
+    def receive(self, key: Key, tag: int, into: Buffer) -> Pending:
         """Post fresh, contiguous host memory for a message of this size."""
         pending = Pending(self, as_bytes(into), key, tag)
         with self._changed:
@@ -218,7 +217,7 @@ class Link:
                 self._changed.notify_all()
         return pending
 
-    def ask(self, key: Key, tag: int, request: dict[str, Any], into: Tensor | None = None) -> Pending:
+    def ask(self, key: Key, tag: int, request: dict[str, Any], into: "Buffer | None" = None) -> Pending:
         """Send a request. Its answer is a message that fills `into`, or comes as `Pending.reply`."""
         pending = Pending(self, as_bytes(into) if into is not None else memoryview(bytearray(1)), key, tag)
         with self._changed:

@@ -13,12 +13,15 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from trainer.process import congestion, prefer_bbr
+
+if TYPE_CHECKING:  # a step that only fetches a result has no need of torch
+    from torch import Tensor
+
+Buffer: TypeAlias = "Tensor | memoryview"
+"""What is sent, or received into: contiguous, on the host."""
 
 Key = tuple[int, int, int]
 """What a frame is about: (term, round, attempt); of a bulk transfer, (0, 0, its number)."""
@@ -175,7 +178,11 @@ def added(counts: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
     return None if None in known else (sum(one[0] for one in known if one), sum(one[1] for one in known if one))
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous host tensor."""
-    memory: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+def as_bytes(buffer: Buffer) -> memoryview:
+    """The memory of a buffer, as bytes."""
+    if isinstance(buffer, memoryview):
+        return buffer.cast("B")
+    import torch
+
+    memory: Any = buffer.detach().view(-1).view(torch.uint8).numpy()
     return memoryview(memory)

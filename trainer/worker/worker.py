@@ -96,7 +96,7 @@ class Worker:
             metrics.capture_warnings()
             parts = build(config, stopping, metrics.warn, island)
             samples, root = parts.process.samples, parts.process.volume.root
-            metrics.sinks += sinks(config, parts.quorum.worker, root, metrics.warn, local_rank)
+            metrics.sinks += sinks(config, parts.quorum.worker, root, metrics, local_rank)
             failed = True
             try:
                 worker = cls(parts, metrics, stopping)
@@ -161,6 +161,7 @@ class Worker:
             config=self.config.model_dump(mode="json"),
             versions=versions(),
             ramp=self.progress.ramp,
+            links=dict(self.metrics.links),
             **evidence.held(self.quorum, self.diloco),
         )
         if self.samples.ledger.assignment.ranges:

@@ -4,6 +4,8 @@
 #
 #   certificates.sh <namespace>                applies the Secrets
 #   certificates.sh <namespace> <directory>    writes files instead (to keep them elsewhere, or to inspect them)
+#
+# ETCD_NAMES=DNS:etcd.example.org,IP:192.0.2.1 adds names by which other clusters reach etcd.
 set -euo pipefail
 namespace=${1:?usage: certificates.sh <namespace> [directory]}
 directory=${2:-$(mktemp -d)}
@@ -28,6 +30,7 @@ for member in 0 1 2; do
     host=diloco-etcd-$member.diloco-etcd
     names+=",DNS:$host,DNS:$host.$namespace.svc,DNS:$host.$namespace.svc.cluster.local"
 done
+names+=${ETCD_NAMES:+,$ETCD_NAMES}
 sign server diloco-etcd "extendedKeyUsage=serverAuth,clientAuth
 subjectAltName=$names"
 sign client diloco "extendedKeyUsage=clientAuth"

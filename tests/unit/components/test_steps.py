@@ -1,6 +1,8 @@
 """The steps' parameters, and how precache names a run and chooses where it trains."""
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,3 +172,17 @@ def test_text_that_was_cleared_in_the_ui_is_empty_or_else_the_default(parameter:
     cleared = resolve({parameter.name: ""}, "4f2c").to_flat()[parameter.name]
     chosen = {"run_id": "4f2c", "run_dir": "runs/4f2c", "launcher": "local", "deployment_namespace": "default"}
     assert cleared == chosen.get(parameter.name, "" if parameter.may_be_empty else parameter.default)
+
+
+WATCHES = """
+import sys
+import components.steps, components.cluster
+import trainer.data, trainer.export.export, trainer.monitor.report
+from trainer.kubernetes.steps import fetch_results, precache, training
+print(*sorted({"torch", "transformers", "datasets", "matplotlib", "wandb"} & set(sys.modules)))
+"""
+
+
+def test_steps_that_only_follow_pods_import_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", WATCHES], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -25,6 +25,7 @@ def test_flag_beats_environment_beats_yaml_beats_default(tmp_path: Path) -> None
     assert (config.elastic.max_restarts, config.elastic.etcd.prefix) == (7, "/x")
 
 
+ELSEWHERE = {"name": "a", "cluster": "oslo", "etcd_endpoints": ["etcd.example:2379"]}
 REFUSED = {
     "unknown flag value": ({"optim_method": "adam"}, "optim_method = 'adam': must be one of sgd, demo, ddp"),
     "indivisible batch": (
@@ -95,6 +96,34 @@ REFUSED = {
         "sites.0.tolerations.0.effect = 'NoRun': must be '', 'NoSchedule', 'PreferNoSchedule' or 'NoExecute'",
     ),
     "namespace": ({"deployment_namespace": "My_team"}, "deployment_namespace = 'My_team': must be lower-case letters"),
+    "launcher of a site of this cluster": (
+        {"sites": [{"name": "a", "launcher": "trainjob"}], "nodes": 1},
+        "sites.0.launcher = 'trainjob': needs another cluster",
+    ),
+    "launchers of a cluster's sites": (
+        {"sites": [{**ELSEWHERE, "launcher": "trainjob"}, {**ELSEWHERE, "name": "b"}], "port_range": "7000-7999"},
+        "sites.1.launcher = 'auto': must be that of the same cluster's other sites (trainjob)",
+    ),
+    "no etcd that another cluster sees": (
+        {"sites": [{"name": "a", "cluster": "oslo"}], "nodes": 1, "port_range": "7000-7999"},
+        "sites.0.etcd_endpoints = '[]': must name etcd as this cluster sees it, because etcd.endpoints is empty",
+    ),
+    "etcd's port for a site": (
+        {"sites": [{"name": "a", "etcd_endpoints": ["etcd"]}], "nodes": 1},
+        "sites.0.etcd_endpoints = 'etcd': must be host:port",
+    ),
+    "several clusters without known ports": (
+        {"sites": [ELSEWHERE], "nodes": 1},
+        "port_range = '': must be set with sites in several clusters",
+    ),
+    "one address for two workers": (
+        {"sites": [{"name": "a", "replicas": 2, "advertise_address": "203.0.113.7"}]},
+        "sites.0.advertise_address = '203.0.113.7': needs a site of one replica",
+    ),
+    "name of a cluster's Secret": (
+        {"sites": [{"name": "a", "cluster": "Oslo"}]},
+        "sites.0.cluster = 'Oslo': must be empty, or lower-case letters",
+    ),
     "name of a site": ({"sites": [{"name": "A_b"}]}, "sites.0.name = 'A_b': must be lower-case letters"),
     "name of the deployment": (
         {"deployment_name": "x-"},

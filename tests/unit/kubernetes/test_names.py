@@ -22,16 +22,37 @@ def planned(**values: object) -> Plan:
     return plan(config, namespace="team", image="diloco-pipelines-python:0.1.0")
 
 
-def test_names_can_be_read() -> None:
-    worker = planned(run_id="20261121-105017-ab12").workers[1]
-    assert worker.job == "diloco-training-job-20261121-105017-ab12-nvidia-1"
-    assert worker.claim == "diloco-training-job-nvidia-worker-1-data"
-    short = planned(run_id="mine", deployment_name="gpt").workers[1]
-    assert (short.job, short.folder, short.claim) == (
-        "gpt-mine-nvidia-1",
-        "gpt-mine-nvidia-1-worker-0",
-        "gpt-nvidia-worker-1-data",
-    )
+@pytest.mark.parametrize(
+    ("launcher", "deployment", "run_id", "job"),
+    [
+        ("trainjob", "gpt", "mine", "gpt-mine-nvidia-w1"),
+        # As KFP names a run
+        (
+            "trainjob",
+            "diloco-training-job",
+            "4f2c8a7b-90d1-4e1a-8b55-5c1f0e7d2a31",
+            "diloco-training-job-4f2c8a7b-nvidia-w1",
+        ),
+        # As a laptop does
+        (
+            "pytorchjob",
+            "diloco-training-job",
+            "20261121-105017-ab12",
+            "diloco-training-job-20261121-105017-ab12-nvidia-w1",
+        ),
+        ("trainjob", "diloco-training-job", "20261121-105017-ab12", "diloco-training-job-20261121-e4ac93d8-nvidia-w1"),
+        # Not a random one: the first digits of a UUID1 or a UUID7 are the time
+        ("trainjob", "gpt", "4f2c8a7b-90d1-1e1a-8b55-5c1f0e7d2a31", "gpt-4f2c8a7b-90d1-1e1a-8b55-5-74494947-nvidia-w1"),
+    ],
+)
+def test_a_job_is_named_after_training_site_and_worker(launcher: str, deployment: str, run_id: str, job: str) -> None:
+    made = planned(launcher=launcher, run_id=run_id, deployment_name=deployment)
+    assert made.workers[1].job == job
+    assert made.workers[1].claim == f"{deployment}-nvidia-worker-1-data"
+
+
+def test_a_worker_s_folder_is_named_like_its_pod() -> None:
+    assert planned(run_id="mine", deployment_name="gpt").workers[1].folder == "gpt-mine-nvidia-w1-worker-0"
 
 
 @settings(max_examples=150, deadline=None)

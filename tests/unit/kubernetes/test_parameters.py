@@ -113,7 +113,7 @@ BOTH = {"gpu_amd_image": "rocm", "nodes": 5}
 DDP = {"optim_method": "ddp"}
 ISLAND = {"inner_parallel": "fsdp", "gpu_count": 4}
 PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
-    ({"deployment_name": "gpt"}, lambda r: r.job["metadata"]["name"], "gpt-mine-nvidia-0"),
+    ({"deployment_name": "gpt"}, lambda r: r.job["metadata"]["name"], "gpt-mine-nvidia-w0"),
     ({"deployment_name": "gpt"}, lambda r: r.claim["metadata"]["name"], "gpt-nvidia-worker-0-data"),
     ({"deployment_namespace": "team"}, lambda r: r.job["metadata"]["namespace"], "team"),
     ({"deployment_namespace": "team"}, lambda r: r.claim["metadata"]["namespace"], "team"),
@@ -279,7 +279,7 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
         lambda r: r.job["spec"]["managedBy"],
         "kueue.x-k8s.io/multikueue",
     ),
-    ({"launcher": "trainjob"}, lambda r: r.job["spec"]["runtimeRef"]["name"], "diloco-training-job-mine-nvidia-0"),
+    ({"launcher": "trainjob"}, lambda r: r.job["spec"]["runtimeRef"]["name"], "diloco-training-job-mine-nvidia-w0"),
     ({"launcher": "trainjob", "active_deadline": 60}, lambda r: r.job["spec"]["activeDeadlineSeconds"], 60),
     (
         {"launcher": "trainjob", "finished_ttl": 60},
@@ -321,7 +321,7 @@ def test_parameter_reaches_its_field(values: dict[str, Any], field: Callable[[Re
 def test_sites() -> None:
     rendered = Rendered(sites=SITES, nodes=3, gpu_type="MI300X")
     assert [worker.job for worker in rendered.plan.workers] == ["diloco-training-job-mine-" + end for end in
-                                                                ("east-0", "east-1", "west-0")]  # fmt: skip
+                                                                ("east-w0", "east-w1", "west-w0")]  # fmt: skip
     pod = rendered.pod
     assert pod["nodeSelector"] == {"zone": "east"}
     assert pod["tolerations"][0] == {"key": "spot", "operator": "Exists"}
@@ -365,7 +365,7 @@ def test_each_pod_asks_for_what_it_needs_and_may_take_what_a_worker_may(memory: 
         own = {name: amount for name, amount in one["limits"].items() if name != "nvidia.com/gpu"}
         assert own == {"cpu": "16", "memory": f"{memory}Gi", "ephemeral-storage": "100Gi"}
         assert (one["requests"]["cpu"], one["requests"]["ephemeral-storage"]) == ("1", "2Gi")
-        gpus = "2" if step in ("train", "precache", "evaluate") else None
+        gpus = None if step == "held-out" else "2"
         assert one["requests"].get("nvidia.com/gpu") == one["limits"].get("nvidia.com/gpu") == gpus
 
 
@@ -378,7 +378,7 @@ def test_a_pod_that_asks_for_no_gpu_sees_none_of_the_node_s() -> None:
         **{what: environment(pod_of(step_job(rendered.plan, worker, what))["containers"][0]) for what in RESULTS},
     }
     hidden = {step for step, env in variables.items() if env.get("NVIDIA_VISIBLE_DEVICES") == "void"}
-    assert hidden == {"held-out", "export"}
+    assert hidden == {"held-out"}
     assert {step for step, env in variables.items() if "PYTHONUNBUFFERED" in env} == {
         "precache", "held-out", "export", "evaluate"
     }, "of a PyTorchJob's pods the operator sets it"  # fmt: skip

@@ -1,8 +1,10 @@
 """manifests/: the overlays render to what an API server takes, fit the code, and the rendered files are current."""
 
+import base64
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,9 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.cluster.apiserver import serving
+from tests.cluster.role import permissions
 from tests.kube_tools import kubectl
 from tests.kubernetes_schemas import needs_crd, validate
 from trainer.config import TrainingConfig, load_config
+from trainer.kubernetes.api.client import Client
+from trainer.kubernetes.api.other_cluster import read_kubeconfig
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import STEP_LABELS
 from trainer.kubernetes.objects.plan import plan
@@ -21,7 +27,7 @@ from trainer.kubernetes.objects.render import ETCD_SETTINGS, main, render_manife
 from trainer.kubernetes.objects.training_jobs import training_jobs
 
 MANIFESTS = Path(__file__).parents[3] / "manifests"
-OVERLAYS = ("dev", "prod")
+OVERLAYS = ("dev", "prod")  # with an etcd; `site` is for clusters that have none
 
 
 @cache
@@ -91,12 +97,12 @@ def test_examples_are_valid(file: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [*OVERLAYS, "site"])
 def test_overlays_are_valid_and_labelled(overlay: str) -> None:
     for obj in rendered(overlay):
         validate(obj)
         assert obj["metadata"]["labels"]["app.kubernetes.io/part-of"] == names.PREFIX
-        assert "namespace" not in obj["metadata"]  # `-n` says which
+        assert overlay == "site" or "namespace" not in obj["metadata"]  # `-n` says which
 
 
 @pytest.mark.parametrize(("overlay", "members"), [("dev", 1), ("prod", 3)])
@@ -222,6 +228,46 @@ def test_the_role_is_of_one_namespace_and_names_what_it_may() -> None:
         assert not {"update", "escalate", "bind", "impersonate"} & set(rule["verbs"])
     (binding,) = [obj for obj in objects if obj["kind"] == "RoleBinding"]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
+
+
+def test_a_cluster_that_lends_workers_grants_what_the_steps_own_does_and_its_api_servers_ports() -> None:
+    here, there = permissions(), permissions("overlays/site")
+    assert {one for one in here - there if "pods/portforward" not in one} == {
+        ("get", "argoproj.io", "workflows", ""),
+        ("get", "", "secrets", names.ETCD_SECRET),
+    }
+    assert there - here == {(verb, "", "pods/portforward", "") for verb in ("get", "create")}
+    assert {obj["kind"] for obj in rendered("site")} == {"Namespace", "ServiceAccount", "Role", "RoleBinding"}
+    role, binding = one("site", "Role"), one("site", "RoleBinding")
+    assert (
+        role["metadata"]["namespace"]
+        == binding["metadata"]["namespace"]
+        == one("site", "Namespace")["metadata"]["name"]
+    )
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+
+
+def test_the_kubeconfig_of_a_site_is_one_that_the_steps_take(tmp_path: Path) -> None:
+    """With kubectl's answers, of which only the token's would need a cluster."""
+    answers = {"server}": "https://10.0.0.1:6443", "authority-data}": "Y2E=", "create token": "a-token"}
+    cases = "".join(f"*'{words}'*) echo {answer};;\n" for words, answer in answers.items())
+    program = tmp_path / "kubectl"
+    program.write_text(f'#!/bin/sh\ncase "$*" in\n{cases}esac\n')
+    program.chmod(0o755)
+    script = MANIFESTS / "overlays" / "site" / "kubeconfig.sh"
+    done = subprocess.run([script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, check=True)
+    with serving() as server:
+        data = {"kubeconfig": base64.b64encode(done.stdout).decode()}
+        server.put("secrets", {"metadata": {"name": "oslo"}, "data": data})
+        server.granted.add(("get", "", "secrets", "oslo"))
+        path = server.kubeconfig(tmp_path / "kubeconfig")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KUBECONFIG", str(path))
+            found = read_kubeconfig(Client("default"), "oslo")
+    assert found.namespace == one("site", "Namespace")["metadata"]["name"]
+    (user,), (cluster,) = found.content["users"], found.content["clusters"]
+    assert user["user"] == {"token": "a-token"}
+    assert cluster["cluster"] == {"server": "https://10.0.0.1:6443", "certificate-authority-data": "Y2E="}
 
 
 def test_secret_templates_are_empty_and_named_as_the_pods_refer_to_them() -> None:

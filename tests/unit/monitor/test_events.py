@@ -53,8 +53,8 @@ def test_a_sink_that_cannot_be_set_up_is_reported(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(WandbSink, "__init__", fail)
     with EventLog(tmp_path / "metrics.jsonl") as written:
-        assert sinks(TrainingConfig(), 0, tmp_path, written.warn) == []
-        assert sinks(TrainingConfig(wandb_logging=False), 0, tmp_path, written.warn) == []
+        assert sinks(TrainingConfig(), 0, tmp_path, written) == []
+        assert sinks(TrainingConfig(wandb_logging=False), 0, tmp_path, written) == []
     (event,) = events(tmp_path / "metrics.jsonl")
     assert (event["event"], event["message"]) == ("warning", "Weights & Biases is switched off: no such entity")
 
@@ -63,10 +63,11 @@ _UNREACHABLE = """
 import sys
 from pathlib import Path
 from trainer.config import TrainingConfig
+from trainer.monitor.events import EventLog
 from trainer.monitor.sinks import WandbSink
-sink = WandbSink(TrainingConfig(run_id="r"), 0, Path(sys.argv[1]), print)
-sink.write({"event": "step", "step": 1, "loss": 2.0})
-sink.close()
+with EventLog(Path(sys.argv[1]) / "metrics.jsonl") as log:
+    log.sinks.append(WandbSink(TrainingConfig(run_id="r"), 0, Path(sys.argv[1]), log))
+    log.write("step", step=1, loss=2.0)
 """
 
 
@@ -87,7 +88,8 @@ def test_the_users_mode_of_wandb_wins_over_a_key(variables: dict[str, str], sett
         )
         with pytest.raises(BlockingIOError):  # nobody has connected
             server.accept()
-    assert done.stdout == ""
+    assert "WARNING" not in done.stdout + done.stderr
+    assert [event["event"] for event in events(tmp_path / "metrics.jsonl")] == ["step"]  # and no link
     assert bool(list(tmp_path.rglob("*.wandb"))) == ("WANDB_DISABLED" not in variables)
 
 
@@ -96,7 +98,7 @@ def test_prometheus_serves_what_events_say(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     config = TrainingConfig(wandb_logging=False, metrics_port=port, run_id="mine")
     with EventLog(tmp_path / "metrics.jsonl") as written:
-        written.sinks += sinks(config, 3, tmp_path, written.warn)
+        written.sinks += sinks(config, 3, tmp_path, written)
         written.write("step", step=7, loss=2.5, lr=1e-3, gradient_norm=0.5, samples=8, tokens=64, seconds=0.5)
         written.write("step", step=8, loss=math.nan, lr=1e-3, gradient_norm=0.5, samples=8, tokens=64, seconds=0.5)
         written.write("round", round=2, world_size=3, bytes_sent=100, bytes_received=None, exposed_seconds=0.2)
@@ -118,7 +120,7 @@ def test_prometheus_serves_what_events_say(tmp_path: Path) -> None:
 def test_a_metrics_port_that_is_taken_is_reported(tmp_path: Path) -> None:
     with listen("0.0.0.0") as taken, EventLog(tmp_path / "metrics.jsonl") as written:
         config = TrainingConfig(wandb_logging=False, metrics_port=taken.getsockname()[1])
-        assert sinks(config, 0, tmp_path, written.warn) == []
+        assert sinks(config, 0, tmp_path, written) == []
     (event,) = events(tmp_path / "metrics.jsonl")
     assert event["message"].startswith(f"Prometheus (metrics_port {config.metrics_port}) is switched off: ")
 
@@ -176,6 +178,14 @@ def test_the_last_line_of_a_step_is_effective_and_what_a_resume_undid_is_not() -
     assert [(event["step"], event["life"]) for event in kept if event["event"] == "step"] == [(1, 1), (2, 1), (3, 2)]
     assert [event["event"] for event in kept].count("round") == 0
     assert effective([*first, start("b")]) == [start("b")]
+
+
+def test_a_link_is_an_event_and_is_kept_for_start(tmp_path: Path) -> None:
+    with EventLog(tmp_path / "metrics.jsonl") as written:
+        written.link("MLflow", "http://mlflow/#/1")
+        assert written.links == {"MLflow": "http://mlflow/#/1"}
+    (event,) = events(tmp_path / "metrics.jsonl")
+    assert (event["event"], event["links"]) == ("link", written.links)
 
 
 def test_marked_log_messages_become_warnings(tmp_path: Path) -> None:

@@ -180,6 +180,19 @@ def test_the_newest_run_on_a_volume_is_meant(tmp_path: Path) -> None:
     assert run.run_id == "a-run" and run.round_losses[0].tolist() == [1, 2] and run.wall_seconds < 30
 
 
+def test_links_are_of_start_and_of_trackers_that_answered_later(tmp_path: Path) -> None:
+    for worker in range(2):
+        started, *others = events(worker)
+        started["links"] = {"MLflow": "http://mlflow/#/experiments/1"}
+        link = {"event": "link", "links": {"Weights & Biases": f"https://wandb/runs/{worker}"}, "time": START + 1}
+        write(tmp_path / f"worker-{worker}", [started, link, *others])
+    assert read_run(tmp_path).links == {
+        "MLflow": "http://mlflow/#/experiments/1",
+        "Weights & Biases, worker-0": "https://wandb/runs/0",
+        "Weights & Biases, worker-1": "https://wandb/runs/1",
+    }
+
+
 def test_skipped_steps_are_counted_and_not_averaged(tmp_path: Path) -> None:
     life = list(events(rounds=2))
     step = next(event for event in life if event.get("step") == 5)
@@ -419,6 +432,19 @@ def test_markdown_has_no_markup_of_a_users_and_no_path_of_the_machine(run_dir: P
     assert "**✕ Failed**: …/state is torn; see …/notes and https://example.org/a/b" in text
     assert dict(rows_of(text, "Run"))["Dataset"] == "files:…/notes.txt"
     assert not any(path in text for path in ("/home", "/data", str(run_dir)))
+
+
+def test_markdown_links_to_trackers(tmp_path: Path) -> None:
+    """Without a password that a URL has, and without what is no link."""
+    started, *others = events(0)
+    started["links"] = {
+        "MLflow": "http://me:hidden@mlflow:5000/#/experiments/1/runs/a(b)",
+        "A *tracker*": "https://example.org/runs/x y",
+        "none": "javascript:alert(1)",
+    }
+    write(tmp_path / "worker-0", [started, *others])
+    mlflow, other = "http://mlflow:5000/#/experiments/1/runs/a%28b%29", "https://example.org/runs/x%20y"
+    assert f"\n\nTrackers: [MLflow]({mlflow}), [A \\*tracker\\*]({other}).\n\n" in markdown_summary(tmp_path)
 
 
 def test_markdown_of_any_run(tmp_path: Path, run_dir: Path) -> None:

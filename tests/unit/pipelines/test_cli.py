@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import main, outcome
+from tests.cluster.apiserver import serving
 from trainer.__main__ import main as train_main
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
@@ -38,6 +39,24 @@ def test_bad_input(flags: list[str], field: str, tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError) as refused:
         main(["run", *good, "--batch-size", "8", *flags])
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("command", "namespace"), [(["run", "--launcher", "trainjob"], "default"), (["submit"], "kubeflow")]
+)
+def test_a_site_s_cluster_without_a_secret(
+    command: list[str], namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
+    site = {"name": "far", "cluster": "oslo", "etcd_endpoints": ["etcd:2379"]}
+    flags = ["--nodes", "1", "--sites", json.dumps([site]), "--port-range", "7000-7999", "--max-samples", "9"]
+    with serving() as server:
+        server.granted.add(("get", "", "secrets", "oslo"))
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+        with pytest.raises(ConfigError, match=f"'oslo': there is no Secret of this name in namespace {namespace}"):
+            main([*command, *flags])
+    assert set(tmp_path.iterdir()) == {tmp_path / "kubeconfig"}
 
 
 @pytest.mark.parametrize("output", [".", "file/pipeline.yaml"])

@@ -100,7 +100,11 @@ def test_artifacts_are_typed(spec: dict[str, Any]) -> None:
         return {name: output["artifactType"]["schemaTitle"] for name, output in outputs.items()}
 
     assert artifacts("precache") == {"precached": "system.Dataset"}
-    assert artifacts("train") == {"checkpoint": "system.Model", "training_metrics": "system.Metrics"}
+    assert artifacts("train") == {
+        "checkpoint": "system.Model",
+        "training_metrics": "system.Metrics",
+        "training_summary": "system.Markdown",
+    }
     assert artifacts("export") == {"exported_model": "system.Model"}
     assert artifacts("evaluate") == {
         "evaluation_metrics": "system.Metrics",

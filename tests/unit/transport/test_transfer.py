@@ -88,7 +88,7 @@ def test_it_is_received_into_the_given_tensors(shelf: Shelf) -> None:
         return mine
 
     _, received = fetch("x", donor, into=into)
-    assert asked == [({"round": 3}, {"a": (torch.float32, 15), "b": (torch.int64, 1)}, threading.current_thread())]
+    assert asked == [({"round": 3}, {"a": ("torch.float32", 15), "b": ("torch.int64", 1)}, threading.current_thread())]
     assert received is mine and same(mine, offers["x"].buffers)
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = 500  # objects in one page of a list
 BROKEN, TIMED_OUT = "Broken", "TimedOut"  # reasons: the connection broke; nothing arrived for too long
+EXPIRED = "CredentialsExpired"  # reason: another cluster rejects the credentials in its Secret, which may be renewed
 RUNTIME_UNSEEN = "RuntimeUnseen"  # reason: Trainer's webhook knows no runtime of this name, at least not yet
 _TRANSIENT = {0, 429, 500, 502, 503, 504}  # HTTP statuses of a server in trouble; 0: no answer
 _METHODS = {"list": "get", "watch": "get", "deletecollection": "delete"}  # by RBAC verb; others have the verb's name
@@ -41,32 +43,54 @@ class ApiError(TrainingError):
         self.status, self.reason = status, reason
 
     @property
+    def is_outage(self) -> bool:
+        """Whether the API server is in trouble, or away."""
+        return self.status in _TRANSIENT
+
+    @property
     def is_transient(self) -> bool:
         """Whether the same request may succeed later."""
-        return self.status in _TRANSIENT
+        return self.is_outage or self.reason == EXPIRED
 
 
 class Client:
     """The objects of one namespace.
 
-    Cluster and credentials come from KUBECONFIG, else from this process's own pod, else from `~/.kube/config`.
+    Cluster and credentials come from KUBECONFIG, else from this process's own pod, else from `~/.kube/config`;
+    `OtherClient` is for other clusters.
 
     Attributes:
+        cluster: What another cluster than that is called; "" for that.
         patience: Seconds for which a request is retried while the API server does not answer; `timeouts.outage`.
 
     Raises:
         TrainingError: No cluster is configured. All methods raise `ApiError`.
     """
 
+    cluster = ""
+
     def __init__(
         self, namespace: str, timeouts: KubernetesTimeouts | None = None, *, patience: float | None = None
     ) -> None:
-        from kubernetes import client, config
-        from kubernetes.dynamic import DynamicClient
-
         self.namespace, self.timeouts = namespace, timeouts or KubernetesTimeouts()
         self.patience = self.timeouts.outage if patience is None else patience
+        self._connect()
+
+    def _connect(self) -> None:
+        from kubernetes import client
+        from kubernetes.dynamic import DynamicClient
+
         configuration = client.Configuration()
+        self._configure(configuration)
+        configuration.retries = False  # `retrying` does it
+        configuration.connection_pool_maxsize = 256  # each followed log and watch holds a connection
+        self._configuration = configuration
+        self._dynamic = DynamicClient(client.ApiClient(configuration), discoverer=lambda client, cache_file: None)
+
+    def _configure(self, configuration: Any) -> None:
+        """Fill in the cluster's address and the credentials."""
+        from kubernetes import config
+
         file = os.environ.get("KUBECONFIG")
         try:
             if not file and "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -77,10 +101,24 @@ class Client:
             raise TrainingError(
                 f"no cluster to train on ({one_line(error)}): run in a cluster, or set KUBECONFIG"
             ) from None
-        configuration.retries = False  # `retrying` does it
-        configuration.connection_pool_maxsize = 256  # each followed log and watch holds a connection
-        self._host = configuration.host
-        self._dynamic = DynamicClient(client.ApiClient(configuration), discoverer=lambda client, cache_file: None)
+
+    def _renewed(self, used: Any) -> bool:
+        """Whether there are newer credentials than those of the dynamic client that was `used`."""
+        return False
+
+    @property
+    def called(self) -> str:
+        """The API server, in messages."""
+        return f"the API server of cluster {self.cluster}" if self.cluster else "the API server"
+
+    def why_silent(self, error: ApiError) -> str:
+        """Why no news arrives, after a request that has failed."""
+        return f"{self.called} does not answer" if error.is_outage else str(error)
+
+    @contextmanager
+    def reached(self, pod: Object, port: int) -> Iterator[tuple[str, int]]:
+        """Host and port that lead to a port of a pod."""
+        yield pod["status"]["podIP"], port
 
     def get(self, kind: Kind, name: str, *, timeout: float | None = None) -> Object | None:
         """The object; None if it does not exist. A `timeout`, in seconds, allows a single attempt."""
@@ -195,24 +233,34 @@ class Client:
         prefix, version = "apis" if kind.group else "api", kind.version
         resource = Resource(prefix, kind.group, version, kind.name, name=kind.plural, namespaced=True)
         where = {"name": quote(name, safe="") or None, "namespace": quote(self.namespace, safe="")}
-        more |= {"serialize": False, "_request_timeout": limits}
+        options = {**more, "serialize": False, "_request_timeout": limits}
+        dynamic = self._dynamic
         try:
             if verb == "log":
                 path, accept = resource.path(**where) + "/log", {"Accept": "*/*"}
-                response = self._dynamic.request("get", path, header_params=accept, **more)
+                response = dynamic.request("get", path, header_params=accept, **options)
             else:
-                response = getattr(self._dynamic, _METHODS.get(verb, verb))(resource, **where, **more)
+                response = getattr(dynamic, _METHODS.get(verb, verb))(resource, **where, **options)
             if not stream:
                 _ = response.data  # a connection that breaks here is a failure of the request
             return response
         except ApiException as error:
+            if error.status == 401 and self._renewed(dynamic):
+                return self._send(verb, kind, name, limits=limits, stream=stream, **more)
             raise self._refusal(verb.replace("log", "get"), kind, name, error.status or 0, _answer(error)) from None
         except (HTTPError, OSError) as error:
-            raise ApiError(f"the Kubernetes API at {self._host} cannot be reached: {one_line(error)}") from None
+            raise ApiError(self._unreachable(error)) from None
+
+    def _unreachable(self, error: Exception) -> str:
+        return f"the Kubernetes API at {self._configuration.host} cannot be reached: {one_line(error)}"
+
+    @property
+    def _where(self) -> str:
+        return f"in namespace {self.namespace}" + (f" of cluster {self.cluster}" if self.cluster else "")
 
     def _refusal(self, verb: str, kind: Kind, name: str, status: int, answer: Mapping[str, Any]) -> ApiError:
         """The server's refusal, as a readable sentence."""
-        what = f"{kind.name} {name}".strip() + f" in namespace {self.namespace}"
+        what = f"{kind.name} {name}".strip() + f" {self._where}"
         message, reason = str(answer.get("message") or ""), str(answer.get("reason") or "")
         details = answer.get("details") or {}
         text = f"the Kubernetes API failed to {verb} {what}: {status} {message}"
@@ -225,15 +273,16 @@ class Client:
             reason, text = RUNTIME_UNSEEN, f"{what} is rejected: {message}"
         elif status == 403:
             text = (
-                f"not allowed to {verb} {kind.plural} in namespace {self.namespace}: {message}. "
+                f"not allowed to {verb} {kind.plural} {self._where}: {message}. "
                 "Apply the service account and the Role in manifests/, and let the step's pod use them"
             )
         elif status == 404 and details.get("kind") == "namespaces":
             reason = "NamespaceNotFound"
-            text = f"there is no namespace {self.namespace}: create it, or set deployment_namespace"
+            advice = "create it" if self.cluster else "create it, or set deployment_namespace"
+            text = f"there is no {self._where.removeprefix('in ')}: {advice}"
         elif status == 404 and (verb == "create" or not name):
             reason = "KindNotFound"
-            text = f"the cluster has no {kind.plural}: {kind.missing}"
+            text = f"the cluster {self.cluster}".rstrip() + f" has no {kind.plural}: {kind.missing}"
         elif status == 404:
             reason, text = "NotFound", f"there is no {what}"
         elif status == 409:

@@ -15,7 +15,7 @@ from typing import Self
 from trainer.errors import TrainingError
 from trainer.kubernetes.api.client import BROKEN, TIMED_OUT, ApiError, Client
 from trainer.kubernetes.api.kinds import Kind, Object
-from trainer.kubernetes.api.notices import API_SILENT, Silence
+from trainer.kubernetes.api.notices import Silence
 from trainer.retry import retrying
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,13 @@ class Informer:
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
-        self._list()  # in the caller's thread, which gets a refusal as an exception
+        try:
+            self._list()  # in the caller's thread, which gets a refusal as an exception
+        except ApiError as error:
+            if not (
+                self._client.cluster and error.is_transient and self._may_pass(error)
+            ):  # another cluster may be away
+                raise
         threading.Thread(target=self._run, name=f"watch-{self._kind.plural}", daemon=True).start()
         return self
 
@@ -107,12 +113,13 @@ class Informer:
             self._note_news()
         if error.reason in (BROKEN, TIMED_OUT):
             return True
-        # A server that has just started may refuse everything until it has loaded its roles.
-        starting = self.silence is not None and error.status in (401, 403)
+        # A server that has just started may refuse everything until it has loaded its roles. That of another cluster
+        # may do so for long, and its workers train on.
+        starting = (self.silence is not None or self._client.cluster) and error.status in (401, 403)
         if not (error.is_transient or starting) or time.monotonic() - self._heard > self._patience:
             return False
         logger.debug("watching %s again: %s", self._kind.plural, error)
-        self.silence = Silence(self._heard, API_SILENT if error.is_transient else str(error))
+        self.silence = Silence(self._heard, self._client.why_silent(error))
         return True
 
     def _watch(self) -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from trainer.kubernetes.api.client import BROKEN, ApiError, Client
 from trainer.kubernetes.api.kinds import POD, Object
-from trainer.kubernetes.api.notices import API_SILENT, Silence
+from trainer.kubernetes.api.notices import Silence
 from trainer.retry import retrying
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class LogFollower:
                 return True
             why = f"the kubelet of {self._node} does not answer" if error.is_transient else str(error)
         except ApiError as unanswered:
-            why = API_SILENT if unanswered.is_transient else str(unanswered)
+            why = self._client.why_silent(unanswered)
         if error.status == 400:  # the container has not been created yet: there is no log
             self._heard = time.monotonic()
         elif self.silence is None or self.silence.why != why:

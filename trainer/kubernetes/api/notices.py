@@ -12,7 +12,6 @@ from trainer.timeouts import KubernetesTimeouts
 
 Show = Callable[[str], None]  # prints a line
 
-API_SILENT = "the API server does not answer"
 _NAMED = 4  # pods that a notice names; it counts the others
 
 

@@ -10,6 +10,7 @@ import yaml
 from trainer.config import given
 from trainer.kubernetes.objects import names, pod_template
 from trainer.kubernetes.objects.plan import Object, Plan, WorkerPlan
+from trainer.kubernetes.objects.sites import cluster_names
 
 # On every pod of a KFP step (backend/src/v2/compiler/argocompiler in kubeflow/pipelines).
 STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
@@ -52,12 +53,12 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
 
     Args:
         step: "precache": put model and dataset onto the claim, for each of `plan.claimants`. A result ("held-out",
-            "export", "evaluate"): serve it to a client with the run's token.
+            "export", which evaluates, too, "evaluate"): serve it to a client with the run's token.
     """
     port = ("--port", str(pod_template.RESULT_PORT)) if step in pod_template.RESULTS else ()
     template = pod_template.template(plan, step, worker, port)
     template["spec"]["restartPolicy"] = "Never"
-    name = names.name(plan.name, step, worker.site.name, str(worker.replica))
+    name = names.name(plan.name, step, worker.site.name, f"w{worker.replica}")
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -74,10 +75,13 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
 def network_policy(plan: Plan) -> Object:
     """The NetworkPolicy for connections to the run's pods; those from them (hubs, etcd, ...) are not restricted.
 
-    The pods connect to each other on `port_range` (empty: on any port). The pipeline's steps connect to pods that serve
+    The pods connect to each other on `port_range` (empty: on any port), and with sites in several clusters, whose pods
+    no selector knows, everybody may: members prove that they belong. The pipeline's steps connect to pods that serve
     results, and any pod of the cluster may scrape metrics.
     """
     among: Object = {"from": [{"podSelector": {"matchLabels": plan.own_labels}}]}
+    if len(cluster_names(plan.config)) > 1:
+        among = {}
     if plan.config.port_range:
         low, high = map(int, plan.config.port_range.split("-"))
         among["ports"] = [{"protocol": "TCP", "port": low, "endPort": high}]

@@ -18,6 +18,8 @@ RUN_LABEL = f"{PREFIX}/run"
 DEPLOYMENT_LABEL = f"{PREFIX}/deployment"
 SITE_LABEL = f"{PREFIX}/site"
 WORKER_LABEL = f"{PREFIX}/worker"
+RUN_ID = f"{PREFIX}/run-id"  # annotation: the run id as it was given
+WORKFLOW = f"{PREFIX}/workflow"  # annotation: kind, name and uid of a workflow in another cluster, apart by "/"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"  # of jobs, not of pods
 
@@ -25,6 +27,7 @@ ETCD_SECRET = "diloco-etcd-client"  # a Secret that a namespace may have (manife
 ETCD_SERVICE = "diloco-etcd"  # headless; also the name of its StatefulSet
 
 _HASH = 8  # hex digits
+_UUID4 = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
 def label_safe(text: str, limit: int = LIMIT) -> str:
@@ -36,7 +39,7 @@ def label_safe(text: str, limit: int = LIMIT) -> str:
 
 
 def name(*parts: str, limit: int = LIMIT) -> str:
-    """The parts, each a label, joined by "-". If the name is too long, the first part is shortened, with a hash."""
+    """The parts, each a label, joined by "-". If the name is too long, the first part is cut, with a hash."""
     whole = "-".join(parts)
     if len(whole) <= limit:
         return whole
@@ -45,13 +48,20 @@ def name(*parts: str, limit: int = LIMIT) -> str:
 
 
 def training(config: TrainingConfig) -> str:
-    """A training's name, which all names of the run's objects begin with: deployment and run id."""
-    return job(config, config.deployment_name, label_safe(config.run_id, 32))
+    """A training's name: deployment and run id. The names of the run's objects begin with it, unless they are cut."""
+    return job(config)
 
 
 def job(config: TrainingConfig, *parts: str) -> str:
-    """The name of a training job, from which its controller makes the names of pods."""
-    return name(*parts, limit=training_kind(config.launcher).name_limit)
+    """The name of a training job, from which its controller makes the names of pods: `<training>-<site>-w<worker>`."""
+    head = f"{config.deployment_name}-{_run_part(config.run_id)}"
+    return name(head, *parts, limit=training_kind(config.launcher).name_limit)
+
+
+def _run_part(run_id: str) -> str:
+    """A run's part of a name. The first digits of a random UUID, such as KFP's ids, tell runs apart as a hash does."""
+    uuid = _UUID4.fullmatch(run_id)
+    return uuid[1] if uuid else label_safe(run_id)
 
 
 def deployment_labels(config: TrainingConfig, component: str) -> dict[str, str]:

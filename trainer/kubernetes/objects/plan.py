@@ -5,6 +5,7 @@ vary by replica. Therefore, with ReadWriteOnce each worker is a job with a claim
 workers share the site's claim; they are the replicas of one PyTorchJob, or a TrainJob each.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +53,14 @@ class JobObjects:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training on a cluster."""
+    """A training on a cluster, or a cluster's part of a training on several."""
 
     config: TrainingConfig  # as the pods read it
     namespace: str  # of all objects
     owner: Object | None  # reference to the workflow with which all objects but the claims end
-    sites: tuple[Site, ...]
-    workers: tuple[WorkerPlan, ...]  # by index
+    sites: tuple[Site, ...]  # in this cluster
+    workers: tuple[WorkerPlan, ...]  # at these sites, by index
+    workflow: str = ""  # the workflow's kind, name and uid, where no owner reference can name it: in other clusters
 
     @property
     def name(self) -> str:
@@ -100,13 +102,6 @@ class Plan:
         """One worker for each job: the first of its workers."""
         return self.workers if self.a_job_a_worker else self.claimants
 
-    def worker_of(self, pod: Object) -> WorkerPlan | None:
-        """The worker of a training pod, by its label, or by its name if several workers' pods have the same labels."""
-        labels, name = pod["metadata"].get("labels") or {}, pod["metadata"]["name"]
-        index = labels.get(names.WORKER_LABEL)
-        found = (one for one in self.workers if (one.folder == name if index is None else str(one.index) == index))
-        return next(found, None)
-
     @property
     def claimants(self) -> tuple[WorkerPlan, ...]:
         """One worker for each claim: the first that uses it."""
@@ -120,9 +115,16 @@ class Plan:
     def metadata(self, name: str, component: str, worker: WorkerPlan | None = None) -> Object:
         """`metadata` of an object that belongs to the run and ends with the workflow."""
         labels = self.labels(component, worker)
-        owners = {"ownerReferences": [self.owner]} if self.owner else {}
-        annotations = {f"{names.PREFIX}/run-id": self.config.run_id}
-        return {"name": name, "namespace": self.namespace, "labels": labels, "annotations": annotations, **owners}
+        metadata: Object = {"name": name, "namespace": self.namespace, "labels": labels, **self.ownership}
+        metadata["annotations"] = {names.RUN_ID: self.config.run_id, **metadata.get("annotations", {})}
+        return metadata
+
+    @property
+    def ownership(self) -> Object:
+        """The part of `metadata` that says which workflow an object belongs to."""
+        if self.owner:
+            return {"ownerReferences": [self.owner]}
+        return {"annotations": {names.WORKFLOW: self.workflow}} if self.workflow else {}
 
     def job_metadata(self, worker: WorkerPlan) -> Object:
         """`metadata` of a worker's training job: with the queue in which it waits."""
@@ -141,14 +143,31 @@ class Plan:
         return labels
 
 
-def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | None = None) -> Plan:
-    """Plan a training on a cluster.
+def worker_of(pod: Object, workers: Iterable[WorkerPlan]) -> WorkerPlan | None:
+    """The worker of a training pod, by its label, or by its name if several workers' pods have the same labels."""
+    labels, name = pod["metadata"].get("labels") or {}, pod["metadata"]["name"]
+    index = labels.get(names.WORKER_LABEL)
+    return next((one for one in workers if (one.folder == name if index is None else str(one.index) == index)), None)
+
+
+def plan(
+    config: TrainingConfig,
+    *,
+    namespace: str,
+    image: str,
+    owner: Object | None = None,
+    cluster: str = "",
+    workflow: str = "",
+) -> Plan:
+    """Plan a training on a cluster, or a cluster's part of it.
 
     Args:
         config: Resolved: it has a run id.
         image: The project's image, where neither site nor vendor nor deployment has another.
         owner: The pipeline run's workflow as an owner reference, if it is in this namespace: the garbage collector
             deletes objects whose owner is in another one. Not as the controller, which would manage it.
+        cluster: The Secret with the kubeconfig of the cluster; "": that of the steps.
+        workflow: As `Plan.workflow`.
 
     Raises:
         ConfigError: No run id; `nodes` cannot be split over the GPU vendors, or an island's batch over its GPUs.
@@ -157,11 +176,12 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | 
         raise ConfigError("run_id", "", "must name the run")
     config = _in_pods(config, namespace)
     sites = sites_of(config, image)
+    places = enumerate((site, replica) for site in sites for replica in range(site.replicas))
     workers = tuple(
-        _worker(config, index, site, replica)
-        for index, (site, replica) in enumerate((site, replica) for site in sites for replica in range(site.replicas))
+        _worker(config, index, site, replica) for index, (site, replica) in places if site.cluster == cluster
     )
-    made = Plan(config, namespace, owner, sites, workers)
+    sites = tuple(site for site in sites if site.cluster == cluster)
+    made = Plan(config, namespace, owner, sites, workers, workflow)
     for site in sites:
         config.with_values(elastic_nproc_per_node=made.processes(site))  # refuses a batch that its GPUs cannot share
     return made
@@ -172,9 +192,8 @@ def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> Wor
     own = config.storage.access_mode == "ReadWriteOnce"
     claim_parts = ["worker", str(replica), "data"] if own else ["data"]
     several = config.launcher == "pytorchjob" and not own  # workers are replicas of one job
-    training = names.training(config)
-    job = names.job(config, training, site.name, *([] if several else [str(replica)]))
-    of_site = job if own else names.job(config, training, site.name)
+    job = names.job(config, site.name, *([] if several else [f"w{replica}"]))
+    of_site = job if own else names.job(config, site.name)
     folder = f"{of_site}-worker-{0 if own else replica}"  # by the training operator's rule for pods
     return WorkerPlan(index, site, replica, job, folder, names.name(config.deployment_name, site.name, *claim_parts))
 

@@ -13,6 +13,7 @@ from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import DATA, ETCD_CREDENTIALS, Object, Plan, WorkerPlan
 from trainer.kubernetes.objects.sites import GPU_RESOURCES, Site, Vendor
 from trainer.timeouts import LaunchTimeouts
+from trainer.transport.handover import TOKEN_VARIABLE
 from trainer.volume import Volume
 
 Result = Literal["held-out", "export", "evaluate"]
@@ -113,9 +114,9 @@ def _resources(plan: Plan, site: Site, step: Step) -> Object:
 def _has_gpus(site: Site, step: Step) -> bool:
     """Whether the pod requests GPUs: training and evaluation use them, and precaching binds the claim to their node.
 
-    The other steps use a claim that is bound already, and would wait for a GPU without using it.
+    The pod that serves the held-out data uses a claim that is bound already, and would wait for a GPU without using it.
     """
-    return bool(site.gpu_resource) and step in ("train", "evaluate", "precache")
+    return bool(site.gpu_resource) and step != "held-out"
 
 
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
@@ -131,11 +132,17 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         values["DILOCO_ELASTIC_NPROC_PER_NODE"] = processes
     if step == "train" and site.vendor != "cpu" and (config.optim_method == "ddp" or config.island):
         values |= _nccl(config)
-    environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     fields = {"POD_NAME": "metadata.name"}
-    if step == "train" and not (config.advertise_address or config.network_interface):
+    if step == "train" and site.etcd_endpoints:
+        values["DILOCO_ETCD_ENDPOINTS"] = ",".join(site.etcd_endpoints)
+    if step == "train" and site.advertise_address:
+        fields["POD_IP"] = "status.podIP"
+    elif step == "train" and not (config.advertise_address or config.network_interface):
         fields["DILOCO_ADVERTISE_ADDRESS"] = "status.podIP"
+    environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     environment += [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
+    if "POD_IP" in fields:  # a variable can refer to those before it
+        environment.append({"name": "DILOCO_ADVERTISE_ADDRESS", "value": f"$(POD_IP),{site.advertise_address}"})
     if step == "train":
         if config.wandb_logging:
             environment.append(_secret("WANDB_API_KEY", config.wandb_secret, "WANDB_API_KEY", optional=True))
@@ -144,8 +151,6 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     if step in ("precache", "export", "evaluate"):
         environment.append(_secret("HF_TOKEN", config.huggingface_secret, "HF_TOKEN", optional=not config.hf_upload))
     if step in RESULTS:
-        from trainer.transport.handover import TOKEN_VARIABLE  # it imports torch, which the train step does not need
-
         environment.append(_secret(TOKEN_VARIABLE, names.name(plan.name, "run"), TOKEN_KEY))
     return environment
 

@@ -19,6 +19,7 @@ from trainer.kubernetes.objects.chart import ETCD_SETTINGS, chart_files
 from trainer.kubernetes.objects.jobs import claim, config_map, network_policy, run_secret, step_job
 from trainer.kubernetes.objects.plan import Object, Plan, plan
 from trainer.kubernetes.objects.pod_template import RESULTS
+from trainer.kubernetes.objects.sites import cluster_names
 from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.version import DEFAULT_IMAGE
 
@@ -53,10 +54,13 @@ def objects(plan: Plan) -> Iterator[Object]:
 
 def render(config: TrainingConfig) -> str:
     """The objects of a training as YAML. Raises ConfigError."""
-    planned = plan(config.resolved(), namespace=config.deployment_namespace, image=DEFAULT_IMAGE)
-    return "---\n".join(
-        yaml.dump(obj, Dumper=_Readable, sort_keys=False, allow_unicode=True) for obj in objects(planned)
-    )
+    resolved, texts = config.resolved(), []
+    for cluster in cluster_names(resolved):
+        part = plan(resolved, namespace=config.deployment_namespace, image=DEFAULT_IMAGE, cluster=cluster)
+        head = f"# On cluster {cluster}, in the namespace that its kubeconfig names\n" if cluster else ""
+        for obj in objects(part) if part.workers else ():
+            texts.append(head + yaml.dump(obj, Dumper=_Readable, sort_keys=False, allow_unicode=True))
+    return "---\n".join(texts)
 
 
 def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:

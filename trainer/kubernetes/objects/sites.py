@@ -29,11 +29,19 @@ class Site:
     tolerations: tuple[dict[str, Any], ...]  # in the API's form
     runtime_class: str  # "": the nodes' default
     storage_class: str  # "": the cluster's default
+    cluster: str  # the Secret with its cluster's kubeconfig; "": the cluster of the steps
+    etcd_endpoints: tuple[str, ...]  # of etcd, as its pods see them; empty: `etcd.endpoints`
+    advertise_address: str  # of its one worker, besides the pod's own; "": none
 
     @property
     def device(self) -> str:
         """The parameter `device` of its workers."""
         return "cpu" if self.vendor == "cpu" else "cuda"  # torch for ROCm also calls its devices cuda
+
+
+def cluster_names(config: TrainingConfig) -> tuple[str, ...]:
+    """The clusters of a training: "" for that of the steps, which comes first, and the others' Secrets."""
+    return tuple(dict.fromkeys(["", *(pool.cluster for pool in config.sites)]))
 
 
 def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
@@ -72,6 +80,9 @@ def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
         tolerations=tuple(one.model_dump(by_alias=True, exclude_defaults=True) for one in pool.tolerations),
         runtime_class=pool.runtime_class_name or (settings.runtime_class_name if settings else ""),
         storage_class=pool.storage_class_name or config.storage.storage_class_name,
+        cluster=pool.cluster,
+        etcd_endpoints=tuple(pool.etcd_endpoints),
+        advertise_address=pool.advertise_address,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainer.errors import Interrupted, TrainingError
 from trainer.kubernetes import pod_main
+from trainer.kubernetes.api.client import ApiError
 from trainer.kubernetes.api.kinds import JOB
 from trainer.kubernetes.objects.jobs import step_job
 from trainer.kubernetes.objects.plan import WorkerPlan
@@ -25,32 +26,36 @@ def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: Resu
     Raises:
         TrainingError: No claim can provide it, with the first one's reason; or it arrived damaged.
     """
-    context.prepare()  # the end of the run, after which this step may be retried, deletes these objects
     refused: list[str] = []
     for worker in workers:
         try:
             _fetch_from(context, worker, what, directory)
             return worker
-        except JobFailed as error:
+        except (JobFailed, ApiError) as error:
+            if isinstance(error, ApiError) and not (error.is_transient and worker.site.cluster):
+                raise
             refused.append(str(error))
             context.show(f"warning: {error}")
     raise TrainingError(refused[0] if refused else f"no claim can provide the {what} result")
 
 
 def _fetch_from(context: StepContext, worker: WorkerPlan, what: Result, directory: Path) -> None:
-    token = context.new_token()
-    body = step_job(context.plan, worker, what)
-    bodies = {f"{what} on worker {worker.index}'s claim": body}
+    cluster = context.cluster_of(worker)
+    cluster.prepare()  # the end of the run, after which this step may be retried, deletes these objects
+    token = cluster.new_token()
+    body = step_job(cluster.plan, worker, what)
+    bodies = {cluster: {f"{what} on worker {worker.index}'s claim": body}}
     try:
         # `fresh`: the Job of an earlier step expects another token
-        with closing(run_jobs(context, bodies, context.plan.component(what), fresh=True)) as running:
+        with closing(run_jobs(context, bodies, what, fresh=True)) as running:
             for message in (message for messages in running for message in messages):
                 if message.word == pod_main.RESULT:
                     context.show(f"fetching the result of {what} from pod {message.pod['metadata']['name']}")
-                    fetch(message.pod["status"]["podIP"], int(message.content["port"]), token, directory)
+                    with cluster.client.reached(message.pod, int(message.content["port"])) as (host, port):
+                        fetch(host, port, token, directory)
     except (Interrupted, KeyboardInterrupt):
         if context.workflow_has_ended:
-            context.client.delete(JOB, body["metadata"]["name"])
+            cluster.client.delete(JOB, body["metadata"]["name"])
         raise
     if not directory.is_dir():
         raise TrainingError(f"the pod of {what} ended without providing its result")

@@ -7,8 +7,8 @@ from trainer.errors import TrainingError
 from trainer.kubernetes.api.client import RUNTIME_UNSEEN, ApiError, Client
 from trainer.kubernetes.api.kinds import KINDS, POD, JobKind, Object
 from trainer.kubernetes.objects.plan import JobObjects
+from trainer.kubernetes.steps.cluster import refuse_foreign
 from trainer.kubernetes.steps.job_deletion import JobDeletion
-from trainer.kubernetes.steps.step_context import refuse_foreign
 
 
 def create_job(

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.api import diagnosis
-from trainer.kubernetes.api.client import ApiError
+from trainer.kubernetes.api.client import ApiError, Client
 from trainer.kubernetes.api.informer import Informer
 from trainer.kubernetes.api.kinds import POD, JobKind, Object
 from trainer.kubernetes.api.logs import LogFollower
@@ -24,7 +24,6 @@ from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import JobObjects
 from trainer.kubernetes.steps.job_creation import create_job
 from trainer.kubernetes.steps.job_deletion import JobDeletion
-from trainer.kubernetes.steps.step_context import StepContext
 
 _TAIL = 200  # lines of a pod that are kept
 _ERROR = "error: "  # begins the last line of a command that fails (`errors.run_main`)
@@ -42,41 +41,44 @@ class Message:
 class JobFollower:
     """Jobs of one kind and their pods, as last observed. As a context manager it begins to observe them.
 
-    Everything is printed in the caller's thread, by `observations` and the other methods.
+    Everything is printed in the caller's thread, by `observations` and the methods.
 
     Args:
+        client: Of the jobs' cluster.
         jobs: Each job by display name. All run the same container.
         labels: Selects these jobs and their pods, and no others.
         patience: Seconds for which the API server may fail to answer.
+        wake: Set when something has changed; several followers may share it.
         pod_name: A pod's display name, or ""; by default those of their jobs.
     """
 
     def __init__(
         self,
-        context: StepContext,
+        client: Client,
         kind: JobKind,
         jobs: Mapping[str, JobObjects],
         labels: str,
         show: Show,
         patience: float,
+        wake: threading.Event,
         pod_name: Callable[[Object], str] = lambda pod: "",
     ) -> None:
-        self._context, self._kind, self._show, self._timeouts = context, kind, show, context.client.timeouts
+        self._client, self.kind, self._show, self._timeouts = client, kind, show, client.timeouts
         self._wanted = {job.name: job for job in jobs.values()}
         self._names = {job.name: name for name, job in jobs.items()}
         self._labels, self._pod_name = labels, pod_name
-        self._deletion = JobDeletion(context.client, kind)
+        self._deletion = JobDeletion(client, kind)
+        self._doomed: set[str] = set()  # jobs whose deletion could not be requested yet
         container = next(iter(jobs.values())).template["spec"]["containers"][0]
         self.container: str = container["name"]  # of each pod
         self._memory = container.get("resources", {}).get("limits", {}).get("memory", "")
 
-        self._wake = threading.Event()
-        self._job_informer = Informer(context.client, kind, labels, self._wake.set, patience)
-        self._pod_informer = Informer(context.client, POD, labels, self._wake.set, patience)
+        self._job_informer = Informer(client, kind, labels, wake.set, patience)
+        self._pod_informer = Informer(client, POD, labels, wake.set, patience)
         self._resources = ExitStack()
         self._logs: dict[str, LogFollower] = {}  # by the pod's uid
         self._lines: queue.SimpleQueue[tuple[Object, str]] = queue.SimpleQueue()  # a pod, and a line of its log
-        self._waits = WaitReasons(context.client, show)
+        self._waits = WaitReasons(client, show)
         self._notices = SilenceNotices(show, self._timeouts)
 
         self._uids: dict[str, str] = {}  # of the jobs that were created, or found, by name
@@ -108,42 +110,54 @@ class JobFollower:
             ConfigError: The name is taken by a job of another run.
         """
         self._deletion.forget(name)
-        job, found = create_job(self._context.client, self._kind, self._wanted[name], self._labels, replace)
+        self._doomed.discard(name)
+        job, found = create_job(self._client, self.kind, self._wanted[name], self._labels, replace)
         self._uids[name] = job["metadata"]["uid"]
         return job if found else None
 
     def delete(self, *which: str) -> None:
-        """Delete jobs, or begin to: `observe` continues."""
-        self._deletion.begin([job for name in which if (job := self.job(name)) is not None])
+        """Delete jobs, or begin to: `observe` continues, also when an API server answers again."""
+        self._doomed.update(which)
+        self._continue_deletion()
+
+    def _continue_deletion(self) -> None:
+        if self.is_silent:
+            return
+        try:
+            self._deletion.begin([job for name in self._doomed if (job := self.job(name)) is not None])
+            self._doomed.clear()
+            self._deletion.advance(self._jobs, self.pods.values())
+        except ApiError as error:
+            if not error.is_transient:
+                raise
 
     @property
     def is_deleting(self) -> bool:
         """Whether jobs that are to be deleted still exist."""
-        return bool(self._deletion)
+        return bool(self._deletion or self._doomed)
 
     def restarts(self, name: str) -> bool:
         """Whether a job gets a new pod, should its pod end. Its suspension may not have been observed yet."""
         job = self.job(name)
         with suppress(ApiError):
-            job = self._context.client.get(self._kind, name, timeout=self._timeouts.answer)
-        return job is not None and name not in self._deletion and not self._kind.is_suspended(job)
+            job = self._client.get(self.kind, name, timeout=self._timeouts.answer)
+        is_deleted = name in self._doomed or name in self._deletion
+        return job is not None and not is_deleted and not self.kind.is_suspended(job)
 
     # Observing
 
-    def observations(self) -> Iterator[list[Message]]:
-        """Observe whenever something has changed; yields the new messages of the pods."""
-        while True:
-            yield self.observe()
-            self._wake.wait(self._timeouts.look)
+    @property
+    def is_silent(self) -> bool:
+        """Whether the API server does not answer."""
+        return bool(self._job_informer.silence or self._pod_informer.silence)
 
     def observe(self) -> list[Message]:
         """Read the current state: print what has changed and why pods wait. Returns the pods' new messages."""
-        self._wake.clear()
-        api_is_silent = bool(self._job_informer.silence or self._pod_informer.silence)
+        api_is_silent = self.is_silent
         self._waits.observe(api_is_silent=api_is_silent)
         self._jobs, self.pods = self._job_informer.objects(), self._pod_informer.objects()
         self.departed = self._pod_informer.departed()
-        self._deletion.advance(self._jobs, self.pods.values())
+        self._continue_deletion()
 
         # Pods that are lost, run, or wait
         for name, pod in self.pods.items():
@@ -153,7 +167,7 @@ class JobFollower:
                 self._waits.show_once(uid, f"{self.called(pod)}: {lost}")
             elif diagnosis.has_started(pod, self.container):
                 self._waits.forget(name)
-                self._waits.forget(self._kind.job_of(pod))
+                self._waits.forget(self.kind.job_of(pod))
                 if self.exit_status(pod) is None:
                     node = pod["spec"].get("nodeName", "")
                     self._waits.show_once(uid, f"{self.called(pod)} runs" + (f" on node {node}" if node else ""))
@@ -168,19 +182,19 @@ class JobFollower:
     def _explain_job(self, name: str) -> None:
         """Print why a job has no pod."""
         job, called = self.job(name), self._names[name]
-        if job is None or name in self._deletion or self._kind.has_ended(job) or self.pods_of(name):
+        if job is None or name in self._deletion or self.kind.has_ended(job) or self.pods_of(name):
             return
-        if self._kind.is_suspended(job):  # for as long as somebody wants
+        if self.kind.is_suspended(job):  # for as long as somebody wants
             self._waits.forget(name)
             queue = (job["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
-            why = f" for quota in queue {queue}" if queue else f": {self._kind.name} {name} is suspended"
+            why = f" for quota in queue {queue}" if queue else f": {self.kind.name} {name} is suspended"
             self._waits.show_once(name, f"{called} waits{why}")
             return
-        children = [f"{name}{self._kind.child}"] if self._kind.child else []
+        children = [f"{name}{self.kind.child}"] if self.kind.child else []
         self._waits.explain_job(name, called, children)
-        if self._kind.is_ignored(job) and self._waits.waited(name) > self._timeouts.controller:
-            what = f"no controller acts on {self._kind.name} {name}"
-            self._waits.show_once(name, f"{what}: {self._kind.controller}")
+        if self.kind.is_ignored(job) and self._waits.waited(name) > self._timeouts.controller:
+            what = f"no controller acts on {self.kind.name} {name}"
+            self._waits.show_once(name, f"{what}: {self.kind.controller}")
 
     def job(self, name: str) -> Object | None:
         """A job; None if it has not been seen yet, or was deleted."""
@@ -193,11 +207,11 @@ class JobFollower:
 
     def pods_of(self, name: str) -> list[Object]:
         """The pods of a job."""
-        return [pod for pod in self.pods.values() if self._is_own(pod) and self._kind.job_of(pod) == name]
+        return [pod for pod in self.pods.values() if self._is_own(pod) and self.kind.job_of(pod) == name]
 
     def called(self, pod: Object) -> str:
         """A pod's display name."""
-        return self._pod_name(pod) or self._names.get(self._kind.job_of(pod), str(pod["metadata"]["name"]))
+        return self._pod_name(pod) or self._names.get(self.kind.job_of(pod), str(pod["metadata"]["name"]))
 
     def exit_status(self, pod: Object) -> int | None:
         """The exit status of a pod's container; None if it has not ended."""
@@ -221,7 +235,7 @@ class JobFollower:
         pod_names = [pod["metadata"]["name"] for pod in (self.pods_of(job) if pods is None else pods)]
         why = next((why for name in (*pod_names, job) if (why := self._waits.why(name, seconds))), "")
         seen = self.job(job)
-        return self._kind.controller if why and seen and self._kind.is_ignored(seen) else why
+        return self.kind.controller if why and seen and self.kind.is_ignored(seen) else why
 
     def silent(self) -> dict[str, float]:
         """The running pods from which no line can arrive, by name: since when, in Unix seconds."""
@@ -243,17 +257,15 @@ class JobFollower:
 
     def _is_own(self, pod: Object) -> bool:
         """Whether a pod belongs to one of the jobs, and not to an earlier job of the same name."""
-        name = self._kind.job_of(pod)
+        name = self.kind.job_of(pod)
         uid = self._uids.get(name)
-        return name in self._wanted and (uid is None or self._kind.owns(uid, pod))
+        return name in self._wanted and (uid is None or self.kind.owns(uid, pod))
 
     def _follow_log(self, pod: Object) -> None:
         """Follow the log of a pod once it has started, and end with it."""
         uid = pod["metadata"]["uid"]
         if uid not in self._logs and diagnosis.has_started(pod, self.container):
-            self._logs[uid] = LogFollower(
-                self._context.client, pod, self.container, lambda line: self._lines.put((pod, line))
-            )
+            self._logs[uid] = LogFollower(self._client, pod, self.container, lambda line: self._lines.put((pod, line)))
         if uid in self._logs and self.exit_status(pod) is not None:
             self._logs[uid].end()
 
@@ -290,9 +302,21 @@ class JobFollower:
         given = {silence.why for silence in found.values()}
         for silence in (self._pod_informer.silence, self._job_informer.silence):
             if silence is not None and silence.why not in given:
-                found["the cluster"] = silence
+                found[f"cluster {self._client.cluster}" if self._client.cluster else "the cluster"] = silence
         return found
 
     def _log_silences(self, pods: Iterable[Object]) -> list[tuple[Object, Silence]]:
         logs = ((pod, self._logs.get(pod["metadata"]["uid"])) for pod in pods)
         return [(pod, silence) for pod, log in logs if log is not None and (silence := log.silence) is not None]
+
+
+def observations(followers: Sequence[JobFollower], wake: threading.Event, look: float) -> Iterator[list[Message]]:
+    """Observe whenever something has changed, at least every `look` seconds; yields the new messages of all pods.
+
+    Args:
+        wake: That of all the followers.
+    """
+    while True:
+        wake.clear()
+        yield [message for follower in followers for message in follower.observe()]
+        wake.wait(look)

@@ -1,13 +1,16 @@
-"""Runs Jobs side by side until all have succeeded, and retries those that fail."""
+"""Runs Jobs side by side, on one cluster or on several, until all have succeeded, and retries those that fail."""
 
+import threading
 from collections import Counter
 from collections.abc import Generator, Mapping
+from contextlib import ExitStack
 
 from trainer.errors import TrainingError
 from trainer.kubernetes.api import diagnosis
 from trainer.kubernetes.api.kinds import JOB, Object
 from trainer.kubernetes.objects.plan import JobObjects
-from trainer.kubernetes.steps.job_follower import JobFollower, Message
+from trainer.kubernetes.steps.cluster import Cluster
+from trainer.kubernetes.steps.job_follower import JobFollower, Message, observations
 from trainer.kubernetes.steps.step_context import StepContext
 
 ATTEMPTS = 3  # of a Job
@@ -18,34 +21,41 @@ class JobFailed(TrainingError):
 
 
 def run_jobs(
-    context: StepContext, bodies: Mapping[str, Object], labels: str, *, fresh: bool = False
+    context: StepContext, bodies: Mapping[Cluster, Mapping[str, Object]], component: str, *, fresh: bool = False
 ) -> Generator[list[Message], None, None]:
     """Run Jobs until all have succeeded; yields their pods' messages as they arrive.
 
     A Job that is under way is followed. One that has ended is run again, and finds that its work is done.
 
     Args:
-        bodies: Each Job as the API takes it, by display name.
-        labels: As for `JobFollower`.
+        bodies: Each Job as the API takes it, by display name, for each cluster.
+        component: What all of them are part of: see `Plan.component`.
         fresh: Also replace Jobs that are under way.
 
     Raises:
         JobFailed: One has failed `ATTEMPTS` times, or rejects its configuration; with its own error.
         TrainingError: One does not start, with the reason, or was deleted.
     """
-    deadline = float(next(iter(bodies.values()))["spec"]["activeDeadlineSeconds"])  # of each Job
-    pending = {called: body["metadata"]["name"] for called, body in bodies.items()}
-    attempts = Counter(pending.values())
-    jobs_by_name = {called: JobObjects(body, body["spec"]["template"]) for called, body in bodies.items()}
-    follower = JobFollower(context, JOB, jobs_by_name, labels, context.show, patience=deadline)
-    for called, name in pending.items():
-        if follower.create(name, replace=lambda job: fresh or JOB.has_ended(job)):
-            context.show(f"{called}: its Job is already running")
-    with follower as jobs:
-        for messages in jobs.observations():
+    deadline = float(context.plan.config.active_deadline)  # of each Job
+    wake = threading.Event()
+    followers: list[JobFollower] = []
+    pending: dict[str, tuple[JobFollower, str]] = {}  # the Job's follower and its name, by display name
+    for cluster, own in bodies.items():
+        wanted = {called: JobObjects(body, body["spec"]["template"]) for called, body in own.items()}
+        labels = cluster.plan.component(component)
+        followers.append(JobFollower(cluster.client, JOB, wanted, labels, context.show, deadline, wake))
+        for called, job_objects in wanted.items():
+            pending[called] = followers[-1], job_objects.name
+            if followers[-1].create(job_objects.name, replace=lambda job: fresh or JOB.has_ended(job)):
+                context.show(f"{called}: its Job is already running")
+    attempts = Counter(pending.keys())
+    with ExitStack() as resources:
+        for follower in followers:
+            resources.enter_context(follower)
+        for messages in observations(followers, wake, context.timeouts.look):
             yield messages
-            ended = {called: name for called, name in pending.items() if _has_ended(context, jobs, called, name)}
-            for called, name in ended.items():
+            ended = {called: it for called, it in pending.items() if _has_ended(context, it[0], called, it[1])}
+            for called, (jobs, name) in ended.items():
                 yield jobs.finish_reading(jobs.pods_of(name))
                 job = jobs.job(name)
                 if job is not None and JOB.has_succeeded(job):
@@ -57,11 +67,11 @@ def run_jobs(
                 why = next((why for pod in pods if (why := jobs.why_ended(pod))), "")
                 why = why or (job and JOB.why_failed(job)) or "it ended without giving a reason"
                 rejected = any(jobs.exit_status(pod) == diagnosis.BAD_CONFIGURATION for pod in pods)
-                if rejected or attempts[name] >= ATTEMPTS:
-                    times = "" if rejected else f" {attempts[name]} times"
+                if rejected or attempts[called] >= ATTEMPTS:
+                    times = "" if rejected else f" {attempts[called]} times"
                     raise JobFailed(f"{called} has failed{times}: {why}")
                 context.show(f"{called} has failed: {why}; retrying")
-                attempts[name] += 1
+                attempts[called] += 1
                 jobs.delete(name)
                 jobs.create(name, replace=lambda job: True)
             if not pending:

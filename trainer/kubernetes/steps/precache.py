@@ -12,11 +12,13 @@ from trainer.errors import Interrupted, TrainingError
 from trainer.kubernetes import pod_main
 from trainer.kubernetes.api.client import ApiError
 from trainer.kubernetes.api.kinds import CLAIM, JOB, Object
+from trainer.kubernetes.api.notices import Show
 from trainer.kubernetes.objects import jobs
 from trainer.kubernetes.objects.plan import WorkerPlan
+from trainer.kubernetes.steps.cluster import Cluster, refuse_foreign
 from trainer.kubernetes.steps.fetch_results import fetch_result
 from trainer.kubernetes.steps.job_runner import run_jobs
-from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
+from trainer.kubernetes.steps.step_context import StepContext
 
 Manifests = dict[str, dict[str, Any]]  # of the dataset on each claim, by the claim's name, without the list of files
 
@@ -35,9 +37,11 @@ def precache(context: StepContext, held_out: Path) -> Manifests:
         ConfigError: The claims are in use by another run.
         TrainingError: A claim cannot be filled, with the reason; or two claims hold different data.
     """
-    context.refuse_claims_in_use()
-    for worker in context.plan.claimants:
-        _ensure_claim(context, worker)
+    for cluster in context.clusters:
+        cluster.refuse_claims_in_use()
+    for cluster in context.clusters:
+        for worker in cluster.plan.claimants:
+            _ensure_claim(cluster, worker, context.show)
     try:
         return _precache(context, held_out)
     except (Interrupted, KeyboardInterrupt):
@@ -57,13 +61,16 @@ def precache(context: StepContext, held_out: Path) -> Manifests:
 
 def _precache(context: StepContext, held_out: Path) -> Manifests:
     # Run a Job on each claim, all at once
-    context.prepare()
-    bodies, claims = {}, {}  # by display name; by the Job's name
-    for worker in context.plan.claimants:
-        body = bodies[f"precaching for worker {worker.index}"] = jobs.step_job(context.plan, worker, "precache")
-        claims[body["metadata"]["name"]] = worker.claim
+    bodies: dict[Cluster, dict[str, Object]] = {}
+    claims = {}  # by the Job's name
+    for cluster in context.clusters:
+        cluster.prepare()
+        own = bodies[cluster] = {}
+        for worker in cluster.plan.claimants:
+            body = own[f"precaching for worker {worker.index}"] = jobs.step_job(cluster.plan, worker, "precache")
+            claims[body["metadata"]["name"]] = worker.claim
     found: Manifests = {}
-    for messages in run_jobs(context, bodies, context.plan.component("precache")):
+    for messages in run_jobs(context, bodies, "precache"):
         for message in messages:
             if message.word == pod_main.PRECACHED:
                 found[claims[JOB.job_of(message.pod)]] = message.content
@@ -79,29 +86,30 @@ def _precache(context: StepContext, held_out: Path) -> Manifests:
             f"the claims hold different data, so the source has changed in the meantime ({different}): precache again"
         )
     context.show(f"{len(found)} claims are precached: {', '.join(found)}")
-    fetch_result(context, context.plan.claimants[:1], "held-out", held_out)
+    first = next(iter(context.clusters))  # all claims hold the same
+    fetch_result(context, first.plan.claimants[:1], "held-out", held_out)
     return found
 
 
-def _ensure_claim(context: StepContext, worker: WorkerPlan) -> None:
+def _ensure_claim(cluster: Cluster, worker: WorkerPlan, show: Show) -> None:
     """Create a worker's claim, or find it, once an earlier claim that is being deleted is gone."""
-    body, timeouts = jobs.claim(context.plan, worker), context.timeouts
+    body, timeouts = jobs.claim(cluster.plan, worker), cluster.client.timeouts
     deadline, waits = time.monotonic() + timeouts.deleted, False
     while True:
         # Create it, unless it exists
         try:
-            context.client.create(body)
-            context.show(f"claim {worker.claim} created")
+            cluster.client.create(body)
+            show(f"claim {worker.claim} created")
             return
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise
-        existing = context.client.get(CLAIM, worker.claim)
+        existing = cluster.client.get(CLAIM, worker.claim)
         if existing is None:
             continue
         refuse_foreign(body, existing)
         if not existing["metadata"].get("deletionTimestamp"):
-            context.show(f"claim {worker.claim} found{_differences(body, existing)}")
+            show(f"claim {worker.claim} found{_differences(body, existing)}")
             return
 
         # Wait until it is gone
@@ -110,7 +118,7 @@ def _ensure_claim(context: StepContext, worker: WorkerPlan) -> None:
             left = f"was deleted, and still exists {timeouts.deleted:.0f} s later"
             raise TrainingError(f"claim {worker.claim} {left}: {users}")
         if not waits:
-            context.show(f"claim {worker.claim} is being deleted: waiting until it is gone; {users}")
+            show(f"claim {worker.claim} is being deleted: waiting until it is gone; {users}")
             waits = True
         time.sleep(timeouts.poll)
 

@@ -4,22 +4,25 @@ The training ends by its workers' verdict in etcd (`trainer.elastic.keys`), or w
 final checkpoint is committed. While enough workers are left, the failure of a pod, a job or a node is only logged.
 """
 
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from trainer.elastic import keys
-from trainer.errors import Interrupted, TrainingError
+from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.errors import EtcdError
-from trainer.kubernetes.api.kinds import Object
+from trainer.kubernetes.api.client import ApiError
 from trainer.kubernetes.api.notices import Show
-from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.plan import WorkerPlan
+from trainer.kubernetes.objects.plan import WorkerPlan, worker_of
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD
-from trainer.kubernetes.objects.training_jobs import training_jobs
+from trainer.kubernetes.steps.cluster_jobs import ClusterJobs
 from trainer.kubernetes.steps.credentials import reachable_etcd
-from trainer.kubernetes.steps.job_follower import JobFollower
-from trainer.kubernetes.steps.step_context import StepContext, refuse_foreign
+from trainer.kubernetes.steps.job_follower import Message, observations
+from trainer.kubernetes.steps.step_context import StepContext
 from trainer.kubernetes.steps.workers import TrainingView, WorkerEnds
 from trainer.monitor.dashboard import Dashboard, view
 
@@ -40,7 +43,9 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
     """
     dashboard = Dashboard(context.plan.config.total_steps)
     with reachable_etcd(context) as etcd, view(dashboard, context.show) as shown:
-        run_view = TrainingView(context.plan, directory, dashboard, shown)
+        run_view = TrainingView(context, directory, dashboard, shown)
+        for cluster in context.others:  # what one does not answer is asked later, and the others are followed meanwhile
+            cluster.client.patience = 0.0
         training = _Training(context, etcd, run_view, directory / "logs", shown.show)
         try:
             training.begin()
@@ -56,63 +61,69 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
 
 
 class _Training:
-    """A training on the cluster, and its verdict."""
+    """A training on one or several clusters, and its verdict."""
 
     def __init__(self, context: StepContext, etcd: EtcdClient, view: TrainingView, logs: Path, show: Show) -> None:
         self._context, self._etcd, self._view, self._logs, self._show = context, etcd, view, logs, show
-        self._plan, self._config, self._kind = context.plan, context.plan.config, context.plan.kind
-        self._wanted = {job.name: job for job in training_jobs(self._plan)}
-        self._jobs = JobFollower(
-            context,
-            self._kind,
-            {self._called(name): job for name, job in self._wanted.items()},
-            self._plan.component("train"),
-            show,
-            pod_name=self._pod_name,
-            patience=self._config.active_deadline,  # workers need no API server to train
-        )
-        self._ends = WorkerEnds(self._plan, self._jobs, view, show)
+        self._config, self._wake = context.plan.config, threading.Event()
+        self._parts = [ClusterJobs(context, cluster, show, self._wake) for cluster in context.clusters]
+        self._ends = WorkerEnds(context, view, show)
+        self._anew = False  # whether all jobs had failed before this step
         self._verdict = keys.Verdict("open")
         self._asked_etcd, self._etcd_is_away = 0.0, False
 
     def begin(self) -> None:
         """Create the jobs that are missing, and keep those that exist: the step may have been restarted."""
         # Find the run's jobs, and its verdict
-        part_of = names.selector({"app.kubernetes.io/part-of": names.PREFIX})
-        kind = self._kind
-        jobs = self._context.client.list(kind, part_of)[0]
-        existing = {job["metadata"]["name"]: job for job in jobs if job["metadata"]["name"] in self._wanted}
-        for name, job in existing.items():
-            refuse_foreign(self._wanted[name].body, job)
-        under_way = any(not kind.has_failed(job) for job in existing.values())
+        parts = [part for part in self._parts if self._reaches(part, part.find)]
         self._verdict = keys.verdict(self._etcd)
         if self._verdict.status == "succeeded":
-            return  # `follow` reads the logs of its jobs, if any exist, once more
+            for part in parts:
+                part.begun = True  # `follow` reads the logs of its jobs, if any exist, once more
+            return
 
         # Begin, or begin again after a failure of all jobs
-        self._context.refuse_claims_in_use()
-        self._context.prepare()
-        if not under_way:
+        self._anew = not any(part.are_under_way for part in parts)
+        parts = [part for part in parts if self._reaches(part, part.cluster.refuse_claims_in_use)]
+        if self._anew:
             keys.reopen(self._etcd)
             self._verdict = keys.Verdict("open")
-        for name in self._wanted:
-            found = self._jobs.create(name, replace=lambda job: kind.has_ended(job) and not under_way)
-            if found is None:
-                self._show(f"{kind.name} {name} created")
-            else:
-                self._context.adopt(kind, found)
-                self._show(f"{kind.name} {name} exists already: following it")
+        for part in parts:
+            self._reaches(part, partial(part.create, anew=self._anew))
+
+    def _reaches(self, part: ClusterJobs, action: Callable[[], None]) -> bool:
+        """Do something on a cluster. Returns False if it is another one than the steps', and does not answer."""
+        try:
+            action()
+            return True
+        except ApiError as error:
+            if not (part.cluster.name and error.is_transient):
+                raise
+            self._show(f"{part} waits: {error}: followed once it answers")
+            return False
+
+    def _begin_late(self, part: ClusterJobs) -> None:
+        """Begin on a cluster that answers again, while the others train."""
+        try:
+            if self._reaches(part, part.find) and self._reaches(part, part.cluster.refuse_claims_in_use):
+                self._reaches(part, partial(part.create, anew=self._anew))
+        except (ConfigError, TrainingError) as error:
+            part.begun = True
+            self._ends.lose(part.plan.workers, str(error))
 
     def follow(self) -> list[WorkerPlan]:
         """Follow the training until it has ended. Raises TrainingError if it has failed."""
         run = f"run {self._config.run_id}"
-        with self._jobs:
+        with ExitStack() as resources:
+            for part in self._parts:
+                resources.enter_context(part.follower)
             if self._verdict.terminal:
                 self._show(f"{run} has ended already: it has {self._verdict.status}")
             else:
                 self._show(f"{run}: {self._config.attendance}")
-                self._show(f"kubectl get {self._kind.name.lower()} -n {self._plan.namespace} -l {self._plan.selector}")
-            for messages in self._jobs.observations():
+                for part in self._parts:
+                    self._show(part.cluster.kubectl("get", part.plan.kind.name.lower(), part.plan.selector))
+            for messages in self._observations():
                 self._view.keep(messages)
                 self._update()
                 if not self._verdict.terminal:
@@ -120,37 +131,51 @@ class _Training:
                 if self._verdict.terminal:
                     break
             self._wind_up()
-            self._jobs.write_tails(self._logs)
+            for part in self._parts:
+                part.follower.write_tails(self._logs)
         if self._verdict.status == "failed":
             raise TrainingError(self._ends.explain(self._verdict))
         self._show(f"{run} is complete")
         return self._view.by_checkpoint()
 
+    def _observations(self) -> Iterator[list[Message]]:
+        return observations([part.follower for part in self._parts], self._wake, self._context.timeouts.look)
+
     def _update(self) -> None:
         """Read the state of pods, jobs and etcd, and show it."""
-        jobs, ends = self._jobs, self._ends
+        for part in self._parts:
+            if part.begun:
+                self._update_part(part)
+            elif not self._is_over() and not part.follower.is_silent:
+                self._begin_late(part)
+        if not self._is_over() and time.monotonic() - self._asked_etcd > self._context.timeouts.etcd:
+            self._ask_etcd()
+        if self._ends.complete and not self._verdict.terminal:
+            self._verdict = keys.Verdict("succeeded")
+        self._refresh()
+
+    def _update_part(self, part: ClusterJobs) -> None:
+        jobs, ends = part.follower, self._ends
         for pod in (*jobs.departed, *jobs.pods.values()):
             if not ends.has_ended(pod) and jobs.exit_status(pod) is not None:
                 self._view.keep(jobs.finish_reading([pod]))  # its last error is more specific than its status
-                ends.note_pod(pod)
+                ends.note_pod(jobs, pod)
         for pod in jobs.departed if not self._is_over() else ():
-            ends.note_departed(pod)
-        for name in self._wanted:
+            ends.note_departed(jobs, pod)
+        for name in part.wanted:
             if jobs.job(name) is not None or not self._is_over():
-                ends.note_job(name)
-        if not self._is_over() and time.monotonic() - self._asked_etcd > self._context.timeouts.etcd:
-            self._ask_etcd()
-        if ends.complete and not self._verdict.terminal:
-            self._verdict = keys.Verdict("succeeded")
-        self._refresh()
+                ends.note_job(jobs, name)
 
     def _is_over(self) -> bool:
         return self._verdict.terminal or self._ends.complete
 
     def _refresh(self) -> None:
-        by_pod = {name: worker.index for name, pod in self._jobs.pods.items() if (worker := self._plan.worker_of(pod))}
-        running = [index for name, index in by_pod.items() if self._jobs.is_running(self._jobs.pods[name])]
-        silent = {by_pod[name]: since for name, since in self._jobs.silent().items() if name in by_pod}
+        silent: dict[int, float] = {}
+        running: list[int] = []
+        for jobs in (part.follower for part in self._parts):
+            workers = {name: worker_of(pod, self._context.workers) for name, pod in jobs.pods.items()}
+            running += [it.index for name, it in workers.items() if it and jobs.is_running(jobs.pods[name])]
+            silent |= {it.index: since for name, since in jobs.silent().items() if (it := workers.get(name))}
         self._view.refresh(silent, running)
 
     def _fail_if_too_few(self) -> None:
@@ -164,10 +189,10 @@ class _Training:
                 self._fail(f"{self._ends.left} of at least {least} workers are left: {why}")
             return
         timeout = self._config.elastic.rdzv_timeout
-        workers = self._plan.workers
-        reasons = (self._jobs.why_not_started(worker.job, timeout, self._pods_of(worker)) for worker in workers)
-        waiting = [f"worker {index}: {why}" for index, why in enumerate(reasons) if why]
-        if len(workers) - len(waiting) < least:
+        workers = ((part, worker) for part in self._parts if part.begun for worker in part.plan.workers)
+        reasons = ((worker.index, part.why_not_started(worker, timeout)) for part, worker in workers)
+        waiting = [f"worker {index}: {why}" for index, why in reasons if why]
+        if len(self._context.workers) - len(waiting) < least:
             self._fail(f"too few workers have started in {timeout:.0f} s: {waiting[0]}")
 
     def _fail(self, reason: str) -> None:
@@ -192,37 +217,17 @@ class _Training:
 
     def _wind_up(self) -> None:
         """Wait until the workers have saved and left: by themselves if they are done, otherwise with their jobs."""
-        jobs = self._jobs
+        followers = [part.follower for part in self._parts]
         if self._verdict.status == "failed":
-            jobs.delete(*(name for name in self._wanted if self._is_alive(name)))
+            for part in self._parts:
+                part.delete_living()
         deadline = time.monotonic() + GRACE_PERIOD
-        for messages in jobs.observations():
+        for messages in self._observations():
             self._view.keep(messages)
             self._update()
-            left = jobs.is_deleting or any(jobs.is_running(pod) for pod in jobs.pods.values())
+            left = any(jobs.is_deleting or any(map(jobs.is_running, jobs.pods.values())) for jobs in followers)
             if not left or time.monotonic() > deadline:
                 break
-        self._view.keep(jobs.finish_reading(list(jobs.pods.values())))
+        for jobs in followers:
+            self._view.keep(jobs.finish_reading(list(jobs.pods.values())))
         self._refresh()
-
-    def _is_alive(self, name: str) -> bool:
-        """Whether a job has not ended, or its pods have not: a failed job's may still run."""
-        job, pods = self._jobs.job(name), self._jobs.pods_of(name)
-        alive = any(self._jobs.exit_status(pod) is None for pod in pods)
-        return job is not None and (alive or not self._kind.has_ended(job))
-
-    def _pods_of(self, worker: WorkerPlan) -> list[Object]:
-        return [pod for pod in self._jobs.pods_of(worker.job) if self._plan.worker_of(pod) == worker]
-
-    def _called(self, job: str) -> str:
-        """A job's display name: that of its workers."""
-        members = [worker for worker in self._plan.workers if worker.job == job]
-        several = f"workers {', '.join(str(worker.index) for worker in members)}"
-        return self._worker_name(members[0]) if len(members) == 1 else several
-
-    def _pod_name(self, pod: Object) -> str:
-        worker = self._plan.worker_of(pod)
-        return self._worker_name(worker) if worker else ""
-
-    def _worker_name(self, worker: WorkerPlan) -> str:
-        return f"worker {worker.index}" + (f" at {worker.site.name}" if len(self._plan.sites) > 1 else "")

@@ -9,8 +9,9 @@ from trainer.kubernetes import pod_main
 from trainer.kubernetes.api import diagnosis
 from trainer.kubernetes.api.kinds import Object
 from trainer.kubernetes.api.notices import Show
-from trainer.kubernetes.objects.plan import Plan, WorkerPlan
+from trainer.kubernetes.objects.plan import WorkerPlan, worker_of
 from trainer.kubernetes.steps.job_follower import JobFollower, Message
+from trainer.kubernetes.steps.step_context import StepContext
 from trainer.launch.agent import MEMORY_KILLS, is_vague
 from trainer.monitor.dashboard import Dashboard, View
 from trainer.monitor.progress import WorkerProgress, fill
@@ -22,19 +23,19 @@ _FRUITLESS = 6  # pods in a row that end before they have trained a step: the ne
 class TrainingView:
     """Writes the workers' events to `directory` (`worker-<i>/metrics.jsonl`), and shows the run's progress."""
 
-    def __init__(self, plan: Plan, directory: Path, dashboard: Dashboard, shown: View) -> None:
-        self._plan, self._dashboard, self._shown = plan, dashboard, shown
-        self._processes = plan.config.workers_per_node
+    def __init__(self, context: StepContext, directory: Path, dashboard: Dashboard, shown: View) -> None:
+        self._workers, self._dashboard, self._shown = context.workers, dashboard, shown
+        self._processes = context.plan.config.workers_per_node
         self._trained: set[str] = set()  # uids of pods that have trained a step
         self._events = WorkerEvents(directory, self._processes)
         self._progress = [
-            WorkerProgress(number, self._events.path(number)) for number in range(len(plan.workers) * self._processes)
+            WorkerProgress(number, self._events.path(number)) for number in range(len(self._workers) * self._processes)
         ]
 
     def keep(self, messages: Sequence[Message]) -> None:
         """Keep the events among the pods' messages."""
         for message in messages:
-            worker = self._plan.worker_of(message.pod)
+            worker = worker_of(message.pod, self._workers)
             if worker is not None and message.word == pod_main.METRICS:
                 self._events.write(worker.index, message.content)
                 if message.content.get("event") == "step":
@@ -51,7 +52,7 @@ class TrainingView:
             silent: Workers, by index, from which no news arrives, though they may run: since when, in Unix seconds.
             running: Those whose pods run.
         """
-        for worker in self._plan.workers:
+        for worker in self._workers:
             for progress in self._progress_of(worker):
                 progress.silent = worker.index in silent
         heard = set(running) - silent.keys()
@@ -70,17 +71,21 @@ class TrainingView:
         def version(worker: WorkerPlan) -> tuple[int, int]:
             return max(newest.get(progress.number, (-1, -1)) for progress in self._progress_of(worker))
 
-        return sorted(self._plan.workers, key=version, reverse=True)
+        return sorted(self._workers, key=version, reverse=True)
 
     def _progress_of(self, worker: WorkerPlan) -> Sequence[WorkerProgress]:
         return self._progress[worker.index * self._processes : (worker.index + 1) * self._processes]
 
 
 class WorkerEnds:
-    """The pods that have ended, and the workers that are lost permanently."""
+    """The pods that have ended, and the workers that are lost permanently.
 
-    def __init__(self, plan: Plan, jobs: JobFollower, view: TrainingView, show: Show) -> None:
-        self._plan, self._jobs, self._view, self._show = plan, jobs, view, show
+    `jobs` follows the cluster that a pod or a job belongs to.
+    """
+
+    def __init__(self, context: StepContext, view: TrainingView, show: Show) -> None:
+        self._workers, self._config = context.workers, context.plan.config
+        self._view, self._show = view, show
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: why
         self._why: dict[int, str] = {}  # why a worker's last pod has ended
         self._out_of_memory: Counter[int] = Counter()  # how often a worker ran out of memory
@@ -91,67 +96,61 @@ class WorkerEnds:
     @property
     def left(self) -> int:
         """The number of workers that are not lost."""
-        return len(self._plan.workers) - len(self.lost)
+        return len(self._workers) - len(self.lost)
 
     def has_ended(self, pod: Object) -> bool:
         """Whether a pod's end has been noted already."""
         return pod["metadata"]["uid"] in self._ended
 
-    def note_pod(self, pod: Object) -> None:
+    def note_pod(self, jobs: JobFollower, pod: Object) -> None:
         """Note how a pod has ended. Its log has been read to its end."""
-        uid, code = pod["metadata"]["uid"], self._jobs.exit_status(pod)
+        uid, code = pod["metadata"]["uid"], jobs.exit_status(pod)
         if code == 0:  # the worker has completed the run
             self._ended[uid] = "it is done"
             self.complete = True
             return
-        why = self._ended[uid] = self._jobs.why_ended(pod)
-        worker, kind = self._plan.worker_of(pod), self._plan.kind
+        why = self._ended[uid] = jobs.why_ended(pod)
+        worker = worker_of(pod, self._workers)
         if worker is None:
-            self._show(f"{self._jobs.called(pod)} has ended: {why}")
+            self._show(f"{jobs.called(pod)} has ended: {why}")
             return
         self._why[worker.index] = why
-        exhausted = self._is_exhausted(worker, pod)
-        comes_back = not (exhausted or self._has_failed(pod) or worker.index in self.lost)
-        outlook = f": {kind.name} restarts it" if comes_back and self._jobs.restarts(worker.job) else ""
-        self._show(f"{self._jobs.called(pod)} has ended: {why}{outlook}")
+        exhausted = self._is_exhausted(jobs, worker, pod)
+        comes_back = not (exhausted or _has_failed(jobs, pod) or worker.index in self.lost)
+        outlook = f": {jobs.kind.name} restarts it" if comes_back and jobs.restarts(worker.job) else ""
+        self._show(f"{jobs.called(pod)} has ended: {why}{outlook}")
         if exhausted:
-            self._jobs.delete(worker.job)
+            jobs.delete(worker.job)
             self.lose(self.members(worker.job), why)
 
-    def _is_exhausted(self, worker: WorkerPlan, pod: Object) -> bool:
+    def _is_exhausted(self, jobs: JobFollower, worker: WorkerPlan, pod: Object) -> bool:
         """Count how often a worker has ended in vain. Returns whether its next pods would do the same."""
-        if diagnosis.is_out_of_memory(pod, self._jobs.container):
+        if diagnosis.is_out_of_memory(pod, jobs.container):
             self._out_of_memory[worker.index] += 1
         if self._view.has_trained(pod):
             self._fruitless[worker.index] = 0
-        elif self._jobs.exit_status(pod) != diagnosis.TERMINATED and not diagnosis.why_lost(pod):
+        elif jobs.exit_status(pod) != diagnosis.TERMINATED and not diagnosis.why_lost(pod):
             self._fruitless[worker.index] += 1
-        most = min(MEMORY_KILLS, self._plan.config.elastic.max_restarts + 1)
+        most = min(MEMORY_KILLS, self._config.elastic.max_restarts + 1)
         return self._out_of_memory[worker.index] >= most or self._fruitless[worker.index] >= _FRUITLESS
 
-    def _has_failed(self, pod: Object) -> bool:
-        """Whether a pod has ended by a failure for which its job makes no other one."""
-        code = self._jobs.exit_status(pod)
-        disrupted = self._plan.kind.retries_disrupted and diagnosis.is_disrupted(pod)
-        return code is not None and 0 < code < 128 and not disrupted
-
-    def note_departed(self, pod: Object) -> None:
+    def note_departed(self, jobs: JobFollower, pod: Object) -> None:
         """Note that a pod was deleted, unless its end has been noted."""
         if self.has_ended(pod):
             return
         why = self._ended[pod["metadata"]["uid"]] = diagnosis.why_lost(pod) or "it was deleted"
-        self._show(f"the pod of {self._jobs.called(pod)} is gone: {why}")
+        self._show(f"the pod of {jobs.called(pod)} is gone: {why}")
 
-    def note_job(self, name: str) -> None:
+    def note_job(self, jobs: JobFollower, name: str) -> None:
         """Note which workers are lost with their job, or by its failure, and whether it has succeeded."""
-        job, members = self._jobs.job(name), self.members(name)
+        job, members = jobs.job(name), self.members(name)
         if job is None:
-            if self._jobs.was_deleted(name):
-                self.lose(members, f"{self._plan.kind.name} {name} was deleted")
+            if jobs.was_deleted(name):
+                self.lose(members, f"{jobs.kind.name} {name} was deleted")
             return
         for worker in members:
-            self._note_worker(worker, job)
-        self.complete |= self._plan.kind.has_succeeded(job)
+            self._note_worker(jobs, worker, job)
+        self.complete |= jobs.kind.has_succeeded(job)
 
     def lose(self, workers: Sequence[WorkerPlan], why: str) -> None:
         """Note that workers have failed permanently, unless it is known already."""
@@ -160,12 +159,12 @@ class WorkerEnds:
             return
         self.lost |= {worker.index: why for worker in new}
         names = f"worker{'s' if len(new) > 1 else ''} {', '.join(str(worker.index) for worker in new)}"
-        others = f": the others continue ({self.left} left)" if self.left >= self._plan.config.min_nodes else ""
+        others = f": the others continue ({self.left} left)" if self.left >= self._config.min_nodes else ""
         self._show(f"{names} {'have' if len(new) > 1 else 'has'} failed permanently: {why}{others}")
 
     def members(self, job: str) -> list[WorkerPlan]:
         """The workers of a job."""
-        return [worker for worker in self._plan.workers if worker.job == job]
+        return [worker for worker in self._workers if worker.job == job]
 
     def explain(self, verdict: Verdict) -> str:
         """Why the run has failed: the verdict's reason, unless an observation here is more specific."""
@@ -178,16 +177,23 @@ class WorkerEnds:
                 return f"worker {index}: {why}"
         return verdict.reason or "the run has failed"
 
-    def _note_worker(self, worker: WorkerPlan, job: Object) -> None:
+    def _note_worker(self, jobs: JobFollower, worker: WorkerPlan, job: Object) -> None:
         """Note whether a worker is lost: its pod has failed; or it has no pod, and its failed job creates none.
 
         The training operator fails a job with the first of its pods that fails, and leaves the others running.
         """
-        kind, jobs = self._plan.kind, self._jobs
-        pods = [pod for pod in jobs.pods_of(worker.job) if self._plan.worker_of(pod) == worker]
+        kind = jobs.kind
+        pods = [pod for pod in jobs.pods_of(worker.job) if worker_of(pod, self._workers) == worker]
         pod = next((pod for pod in pods if jobs.exit_status(pod) is None), pods[-1] if pods else None)
         code = None if pod is None else jobs.exit_status(pod)
         gone = kind.has_failed(job) and code != 0 and (pod is None or code is not None)
-        if gone or (pod is not None and self._has_failed(pod)):
+        if gone or (pod is not None and _has_failed(jobs, pod)):
             why = self._ended.get(pod["metadata"]["uid"], "") if pod else ""
             self.lose([worker], why or kind.why_failed(job) or "unknown")
+
+
+def _has_failed(jobs: JobFollower, pod: Object) -> bool:
+    """Whether a pod has ended by a failure for which its job makes no other one."""
+    code = jobs.exit_status(pod)
+    disrupted = jobs.kind.retries_disrupted and diagnosis.is_disrupted(pod)
+    return code is not None and 0 < code < 128 and not disrupted

@@ -11,7 +11,7 @@ from trainer.timeouts import KubernetesTimeouts
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _STEP_CONTAINER = "main"  # Argo's name of it
-_KINDS = {kind.name: kind for kind in (WORKFLOW, JOB)}
+KINDS = {kind.name: kind for kind in (WORKFLOW, JOB)}
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Workflow:
     name: str  # like `uid` empty if the step's pod, which refers to the workflow, cannot be read
     uid: str
     kind: Kind = WORKFLOW
+
+    @property
+    def mark(self) -> str:
+        """The value of the annotation that names it in other clusters, or ""."""
+        return f"{self.kind.name}/{self.name}/{self.uid}" if self.name else ""
 
     def has_ended(self, client: Client) -> bool:
         """Whether it was terminated, or is over. Raises TrainingError if it cannot be read.
@@ -71,7 +76,7 @@ def own_pod(namespace: str, show: Show, timeouts: KubernetesTimeouts) -> tuple[O
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
     image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))
     for one in pod["metadata"].get("ownerReferences") or []:
-        if kind := _KINDS.get(one["kind"]):
+        if kind := KINDS.get(one["kind"]):
             owner = {key: one[key] for key in ("apiVersion", "kind", "name", "uid")}
             return owner if own == namespace else None, Workflow(own, one["name"], one["uid"], kind), image
     return None, None, image

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote, urlsplit
 
 from trainer.monitor.report import tables
 from trainer.monitor.report.curves import last_finite
@@ -18,7 +19,7 @@ _PATH = re.compile(r"(?<![^\s,;:='\"(\[])~?/(?!/)[^\s,;:'\")\]]*")
 
 
 def markdown_summary(run_dir: Path | str) -> str:
-    """A run in numbers, its scores beside the baseline's, and a classification's confusion matrix.
+    """A run in numbers, links to its trackers, its scores beside the baseline's, and a confusion matrix.
 
     It needs only `evaluation.json` and the workers' `metrics.jsonl`, at any moment of the run's life. It names no
     directory of the machine: only the last part of an absolute path is shown. The text is GitHub's flavour, no HTML.
@@ -32,6 +33,8 @@ def markdown_summary(run_dir: Path | str) -> str:
         f"**{mark} {_text(verdict)}**{reason}",
         _table(("Run", _text(run.run_id)), _facts(run), texts=2),
     ]
+    if links := [link for name, url in run.links.items() if (link := _link(name, url))]:
+        blocks.append(f"Trackers: {', '.join(links)}.")
     if not evaluation:
         blocks.append("Not evaluated.")
     elif evaluation.get("headline"):
@@ -77,6 +80,15 @@ def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
         yield "Goodput", f"{100 * run.goodput:.1f} % of wall time"
     if run.wall_seconds:
         yield "Wall time", seconds(run.wall_seconds)
+
+
+def _link(name: str, url: str) -> str:
+    """A link to a page, without a user and password that its URL may have; "" if it is none."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        return ""
+    address = quote(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), safe=":/?#@!$&'*+,;=%~")
+    return f"[{_text(name)}]({address})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:

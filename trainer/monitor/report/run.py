@@ -64,6 +64,21 @@ class RunHistory(Curves):
     def parameters(self) -> int | None:
         return self._start.get("parameters")
 
+    @property
+    def links(self) -> dict[str, str]:
+        """Where trackers show the run: the URL by the tracker's name, with the worker's if each has one of its own."""
+        found: dict[str, dict[str, str]] = {}
+        for worker in self.workers:
+            for event in worker.events:
+                links = event.get("links")
+                for name, url in links.items() if isinstance(links, dict) else ():
+                    found.setdefault(str(name), {})[str(url)] = worker.name  # the last start's: one run is continued
+        return {
+            name if len(urls) == 1 else f"{name}, {worker}": url
+            for name, urls in found.items()
+            for url, worker in urls.items()
+        }
+
     @cached_property
     def task(self) -> Task | None:
         from trainer import models

@@ -1,0 +1,182 @@
+"""A cluster on which a part of the training runs: its API server, its namespace, its kind of jobs, and that part."""
+
+import secrets
+from collections.abc import Callable
+from functools import cached_property
+
+from trainer.errors import ConfigError
+from trainer.kubernetes.api.client import ApiError, Client
+from trainer.kubernetes.api.kinds import CLAIM, JOB, KINDS, SECRET, TRAINING_KINDS, JobKind, Object
+from trainer.kubernetes.api.notices import Show
+from trainer.kubernetes.objects import names
+from trainer.kubernetes.objects.jobs import config_map, network_policy, run_secret
+from trainer.kubernetes.objects.plan import Plan
+from trainer.kubernetes.steps.job_deletion import JobDeletion
+from trainer.kubernetes.steps.other_runs import other_run
+
+
+class Cluster:
+    """One of the training's clusters.
+
+    Client and plan are made when they are first needed: one reads the cluster's Secret, the other may ask the cluster
+    which kind of jobs it serves, and cleaning up the other clusters must not fail with that.
+
+    Args:
+        name: The Secret with its kubeconfig; "": it is the cluster of the steps.
+        connect: Makes the client, of the namespace that the training has there.
+        make_plan: Makes the plan of the training's part.
+    """
+
+    def __init__(
+        self, name: str, connect: Callable[[], Client], make_plan: Callable[[Client], Plan], show: Show
+    ) -> None:
+        self.name, self._connect, self._make_plan, self._show = name, connect, make_plan, show
+
+    @cached_property
+    def client(self) -> Client:
+        """Raises ConfigError if its kubeconfig cannot be used."""
+        return self._connect()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Raises TrainingError if the cluster serves no training jobs, or cannot be asked."""
+        return self._make_plan(self.client)
+
+    def __str__(self) -> str:
+        return f"cluster {self.name}" if self.name else "the cluster"
+
+    def kubectl(self, verb: str, plurals: str, selector: str) -> str:
+        """A command that a person can give."""
+        where = f"  # {self}" if self.name else ""
+        return f"kubectl {verb} {plurals} -n {self.client.namespace} -l {selector}{where}"
+
+    def prepare(self) -> None:
+        """Apply the objects that pods need before they start: configuration and network policy."""
+        for body in (config_map(self.plan), network_policy(self.plan)):
+            try:
+                self.client.create(body)
+            except ApiError as error:
+                if error.reason != "AlreadyExists":
+                    raise
+                self.client.patch(KINDS[body["kind"]], body["metadata"]["name"], body)
+
+    def new_token(self) -> str:
+        """Put a new token, which entitles to a result, into the run's Secret."""
+        token = secrets.token_urlsafe(32)
+        body = run_secret(self.plan, token)
+        self.client.delete(SECRET, body["metadata"]["name"])
+        self.client.create(body)
+        return token
+
+    def refuse_claims_in_use(self, *, later: bool = False) -> None:
+        """Raise ConfigError if another run of the same deployment has the claims, or this one by other jobs.
+
+        `later`: also if one that began after this one is to have them.
+        """
+        deployment = self.plan.config.deployment_name
+        for kind in TRAINING_KINDS.values():
+            for job in self._jobs_of_deployment(kind):
+                metadata, own = job["metadata"], self.plan.own_labels[names.RUN_LABEL]
+                is_own = metadata["labels"].get(names.RUN_LABEL) == own and kind is self.plan.kind
+                if not is_own and not kind.has_ended(job):
+                    run = metadata.get("annotations", {}).get(names.RUN_ID, metadata["name"])
+                    by = "" if kind is self.plan.kind else f" by {kind.name}s"
+                    allowed = f"run {run} uses its claims{by}: wait for it, or choose another deployment_name"
+                    raise ConfigError("deployment_name", deployment, allowed)
+        if run := other_run(self.client, self.plan, later=later):
+            allowed = f"run {run} has its claims, and is not over: wait for it, or choose another deployment_name"
+            raise ConfigError("deployment_name", deployment, allowed)
+
+    def _jobs_of_deployment(self, kind: JobKind) -> list[Object]:
+        labels = names.selector({names.DEPLOYMENT_LABEL: self.plan.config.deployment_name})
+        try:
+            return self.client.list(kind, labels)[0]
+        except ApiError as error:  # of the other kind there may be none, and no right to see them
+            if kind is self.plan.kind or (error.reason != "KindNotFound" and error.status != 403):
+                raise
+            return []
+
+    def adopt(self, kind: JobKind, existing: Object) -> None:
+        """Make a job of the run that another workflow owns end with this step's workflow."""
+        if self._other_owner(existing):
+            change = {"metadata": self.plan.ownership}
+            for one in (kind.before, kind) if kind.before else (kind,):
+                self.client.patch(one, existing["metadata"]["name"], change)
+
+    # The end
+
+    def clean_up(self, *, finished: bool, training: bool, claims: bool) -> None:
+        """Delete the run's objects on this cluster: as `StepContext.clean_up`."""
+        # Do nothing to a run that another workflow continues
+        kind = self.plan.kind
+        kinds = (kind, JOB) if training else (JOB,)
+        running = {} if finished else {one: self._running(one) for one in kinds}
+        owners = (self._other_owner(job) for jobs in running.values() for job in jobs)
+        if other := next(filter(None, owners), ""):
+            self._show(f"workflow {other} continues run {self.plan.config.run_id}: nothing is deleted")
+            return
+        if claims:
+            try:
+                self.refuse_claims_in_use(later=True)
+            except ConfigError as error:
+                self._show(f"warning: the claims are kept: {error}")
+                claims = False
+
+        # Jobs first, by one request if possible: a cancelled step may have a second
+        deletions = [self._begin_deletion(one, None if finished or claims else running[one]) for one in kinds]
+        if training or not self._running(kind):
+            for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
+                self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
+        for worker in self.plan.claimants if claims else ():
+            self.client.delete(CLAIM, worker.claim)
+
+        # Wait for pods, if their jobs must be deleted after them
+        for deletion in filter(None, deletions):
+            self._show("waiting for the workers to save and leave")
+            deletion.finish(self.plan.selector)
+        if training and kind.before and not self._jobs_of(kind):  # a step may have died before it made a job
+            self.client.delete_all(kind.before, self.plan.selector)
+
+    def _begin_deletion(self, kind: JobKind, jobs: list[Object] | None) -> JobDeletion:
+        """Begin to delete jobs of the run; None: all of a kind."""
+        deletion = JobDeletion(self.client, kind)
+        if jobs is None and kind.before is None:
+            self.client.delete_all(kind, self.plan.selector)
+        else:
+            deletion.begin(self._jobs_of(kind) if jobs is None else jobs)
+        return deletion
+
+    def _jobs_of(self, kind: JobKind) -> list[Object]:
+        """The run's jobs of a kind."""
+        return self.client.list(kind, self.plan.selector)[0]
+
+    def _running(self, kind: JobKind) -> list[Object]:
+        """The run's jobs of a kind that have not ended."""
+        return [job for job in self._jobs_of(kind) if not kind.has_ended(job)]
+
+    def _other_owner(self, one: Object) -> str:
+        """The name of the workflow that an object belongs to, if it is not this step's; else ""."""
+        own, owners = self.plan.owner, one["metadata"].get("ownerReferences") or []
+        others = (it["name"] for it in owners if own and it["kind"] == own["kind"] and it["uid"] != own["uid"])
+        mark = (one["metadata"].get("annotations") or {}).get(names.WORKFLOW, "")
+        if self.plan.workflow and mark and mark != self.plan.workflow:
+            return str(mark.split("/")[1])
+        return next(others, "")
+
+
+def refuse_foreign(wanted: Object, existing: Object) -> None:
+    """Raise ConfigError if an object that has a wanted name belongs to another deployment or another run.
+
+    Names can collide: those of deployment `llm` at a site `eu-west`, and of deployment `llm-eu` at a site `west`.
+    """
+    ours, theirs = (one["metadata"].get("labels") or {} for one in (wanted, existing))
+    labels = {names.DEPLOYMENT_LABEL: "deployment", names.RUN_LABEL: "run"}
+    if all(theirs.get(label, ours.get(label)) == ours.get(label) for label in labels):
+        return
+
+    def owner(has: Object) -> str:
+        return " of ".join(f"{what} {has[label]}" for label, what in reversed(labels.items()) if label in has)
+
+    name = f"{wanted['kind']} {wanted['metadata']['name']}"
+    allowed = f"{name} of {owner(ours)} already exists as that of {owner(theirs)}: choose another name"
+    raise ConfigError("deployment_name", ours[names.DEPLOYMENT_LABEL], allowed)

@@ -1,0 +1,49 @@
+"""Other runs of a deployment, which have the same claims: one must be over before the next one begins.
+
+A run is under way from its first step, which creates its ConfigMap, until its workflow ends: between two steps it has
+no job by which it could be recognised. Of two that begin at the same time, as a schedule starts those that it has
+missed, the one whose ConfigMap is older goes on. A run without a workflow in the namespace is recognised by its jobs.
+"""
+
+from trainer.errors import TrainingError
+from trainer.kubernetes.api.client import Client
+from trainer.kubernetes.api.kinds import CONFIG_MAP, Object
+from trainer.kubernetes.objects import names
+from trainer.kubernetes.objects.plan import Plan
+from trainer.kubernetes.steps.workflow import KINDS, Workflow
+
+
+def other_run(client: Client, plan: Plan, *, later: bool = False) -> str:
+    """The id of another run of the plan's deployment that is under way; "" if there is none.
+
+    Args:
+        later: Also one that began after this one.
+    """
+    labels = {names.DEPLOYMENT_LABEL: plan.config.deployment_name, names.COMPONENT_LABEL: "config"}
+    found = sorted(client.list(CONFIG_MAP, names.selector(labels))[0], key=_age)
+    own = next((place for place, one in enumerate(found) if _is_own(plan, one)), len(found))
+    others = [one for one in (found if later else found[:own]) if not _is_own(plan, one)]
+    running = (one for one in others if _is_under_way(client, one))
+    return next((str(one["metadata"]["annotations"][names.RUN_ID]) for one in running), "")
+
+
+def _age(one: Object) -> tuple[str, str]:
+    """Orders objects by age, always in the same way."""
+    return one["metadata"]["creationTimestamp"], one["metadata"]["uid"]
+
+
+def _is_own(plan: Plan, one: Object) -> bool:
+    """Whether a ConfigMap is of this run, or of another one of the same workflow."""
+    metadata, label = one["metadata"], names.RUN_LABEL
+    owners = [owner["uid"] for owner in metadata.get("ownerReferences") or []]
+    return metadata["labels"].get(label) == plan.own_labels[label] or bool(plan.owner and plan.owner["uid"] in owners)
+
+
+def _is_under_way(client: Client, one: Object) -> bool:
+    for owner in one["metadata"].get("ownerReferences") or []:
+        if kind := KINDS.get(owner["kind"]):
+            try:
+                return not Workflow(client.namespace, owner["name"], owner["uid"], kind).has_ended(client)
+            except TrainingError:  # its jobs tell
+                return False
+    return False
