@@ -28,14 +28,33 @@ def main(arguments: list[str] | None = None) -> int:
 
     # The commands that take parameters
     steps = (commands.precache, commands.launch, commands.train, commands.export, commands.evaluate)
-    added = {step.__name__: add(step) for step in (*steps, commands.status, commands.scale)}
-    for name in ("precache", "launch", "status", "scale"):
+    lookups = (commands.status, commands.scale, commands.token)
+    added = {step.__name__: add(step) for step in (*steps, *lookups)}
+    for name in ("precache", "launch", "status", "scale", "token"):
         added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
     added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
     added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")
     added["scale"].add_argument("count", metavar="N", help="the new number of nodes")
+    added["launch"].add_argument(
+        "--listen",
+        default="",
+        metavar="ADDRESS",
+        help="precache, and let other machines join: prints the line to type there. ADDRESS is this machine's, as they "
+        "reach it: host, host:port or [IPv6 address]:port",
+    )
+    added["token"].add_argument("action", choices=("create", "list", "revoke"))
+    added["token"].add_argument("id", nargs="?", metavar="ID", help="revoke: the token, as list shows it")
+    for name in ("launch", "token"):
+        added[name].add_argument("--ttl", default="24h", help="for how long a token lets machines join [24h]")
+    # A machine that joins gives what is its own; all else is the run's
+    own = {*TrainingConfig.names_in_scope("local"), *TrainingConfig.names_in_scope("place"), "run_dir"}
+    added["join"] = join = add(commands.join)
+    join.add_argument("token", nargs="?", metavar="TOKEN", help='"-": read it from standard input')
+    join.add_argument("--token-file", type=Path, metavar="FILE", help="a file with the token; or set JOIN_TOKEN")
+    lookup = TrainingConfig.names_in_scope("lookup")
+    names = {command.__name__: lookup for command in lookups} | {"join": (*own, "etcd_cert", "etcd_key")}
     for name, command in added.items():
-        add_config_flags(command, TrainingConfig.names_in_scope("lookup") if name in ("status", "scale") else None)
+        add_config_flags(command, names.get(name))
     # The others
     report = add(commands.report)
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run; several are compared")

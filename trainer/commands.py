@@ -6,6 +6,7 @@ Each imports what it needs when it runs, so that `--help` answers at once.
 import json
 import os
 import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -51,8 +52,40 @@ def precache(arguments: Namespace) -> int:
 def launch(arguments: Namespace) -> int:
     """Train on this machine: an embedded etcd and one torchrun agent per node."""
     from trainer.launch import local
+    from trainer.launch.token import seconds_of
 
-    return local.launch(_config(arguments, join=True))
+    ttl, config = seconds_of(arguments.ttl), _config(arguments, join=True)
+    if arguments.listen:
+        local.prepare(config, arguments.listen)
+    return local.launch(config, listen=arguments.listen, ttl=ttl)
+
+
+def join(arguments: Namespace) -> int:
+    """Take part in the training of another machine, by the token that its launch has printed."""
+    from trainer.launch import token as tokens
+
+    if arguments.token in sys.orig_argv:  # other users of the machine see the arguments of its processes
+        os.environ[tokens.VARIABLE] = arguments.token
+        os.execv(sys.executable, [sys.executable, *(word for word in sys.orig_argv[1:] if word != arguments.token)])
+    token = tokens.decode(tokens.read(arguments.token, arguments.token_file))
+    given = _unresolved(arguments)
+    from trainer.launch.join import join as joining
+
+    return joining(token, given)
+
+
+def token(arguments: Namespace) -> int:
+    """Make, list or revoke the tokens by which machines join a run."""
+    config = _unresolved(arguments)
+    from trainer.launch.admission import manage
+    from trainer.launch.token import seconds_of
+    from trainer.monitor.find_run import find, run_directory
+
+    ttl = seconds_of(arguments.ttl)
+    if (arguments.id is None) == (arguments.action == "revoke"):
+        raise ConfigError("ID", arguments.id or "", "must name the token with revoke, and is of no use otherwise")
+    manage(arguments.action, find(config), None if config.etcd.endpoints else run_directory(config), arguments.id, ttl)
+    return 0
 
 
 def train(arguments: Namespace) -> int:

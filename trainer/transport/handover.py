@@ -18,6 +18,7 @@ from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor, Json, Layout, Offer
 from trainer.transport.fetch import TransferError
 from trainer.transport.fetch import fetch as fetch_tensors
+from trainer.transport.files import inside, mapped
 from trainer.transport.link import BULK, Link, LinkError
 from trainer.transport.stream import Key
 from trainer.transport.transport import Transport
@@ -37,7 +38,7 @@ class ResultServer:
 
     def __init__(self, files: Mapping[str, Path], token: str, port: int) -> None:
         names = {str(index): name for index, name in enumerate(files)}
-        self._offer = Offer(names, {index: _mapped(files[name]) for index, name in names.items()})
+        self._offer = Offer(names, {index: mapped(files[name]) for index, name in names.items()})
         self._donor = Donor(lambda name: self._offer if name == _RESULT else None)
         self._delivered = threading.Event()
         self._active = time.monotonic()  # time of the last request
@@ -85,7 +86,7 @@ def fetch(host: str, port: int, token: str, directory: Path, patience: float = P
 
         def files(meta: Json, layout: Layout) -> dict[str, Tensor]:
             """Create the files, to receive into."""
-            return {index: _created(_inside(temporary, name), layout[index][1]) for index, name in meta.items()}
+            return {index: _created(inside(temporary, name), layout[index][1]) for index, name in meta.items()}
 
         try:
             fetch_tensors(transport, _RESULT, pod, into=files, timeout=patience)
@@ -93,12 +94,6 @@ def fetch(host: str, port: int, token: str, directory: Path, patience: float = P
             raise TrainingError(f"the result cannot be fetched from {host}: {error}") from None
         with suppress(LinkError, KeyError):  # everything has arrived, whether or not the pod learns of it
             transport.prepare(pod, BULK)[_POD].ask(_NO_KEY, 0, {"find": _DONE}).wait(transport.silence)
-
-
-def _mapped(path: Path) -> Tensor:
-    """A file's bytes, uint8, read as they are needed."""
-    size = path.stat().st_size  # an empty file cannot be mapped
-    return torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
 
 
 def _created(path: Path, size: int) -> Tensor:
@@ -109,11 +104,3 @@ def _created(path: Path, size: int) -> Tensor:
             return torch.empty(0, dtype=torch.uint8)
         os.posix_fallocate(file.fileno(), 0, size)
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """The path of a file of the result."""
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise TrainingError(f"the pod offers a file outside of the result: {name}")
-    return path

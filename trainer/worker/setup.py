@@ -28,6 +28,7 @@ from trainer.island.optimizer import IslandOptimizer
 from trainer.island.parallel import blocks, checkpoint_blocks, shard
 from trainer.island.processes import Island
 from trainer.process import number_from
+from trainer.protocol import PROTOCOL
 from trainer.tasks import Task, scoring, tasks
 from trainer.volume import Volume
 from trainer.worker.compilation import compile_model
@@ -37,7 +38,6 @@ from trainer.worker.own_state import OwnState
 from trainer.worker.profiling import Profile, profile
 from trainer.worker.samples import Samples, Speed
 
-PROTOCOL = 4  # version of what members exchange; members of another version are refused
 READY = "ready"  # the first command to the processes of an island
 SHARED_VECTORS = 5  # of an island: parameters and momentum, those that an outer step makes of them, pseudo-gradient
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
