@@ -48,11 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         added[name].add_argument("--ttl", default="24h", help="for how long a token lets machines join [24h]")
     # A machine that joins gives what is its own; all else is the run's
     own = {*TrainingConfig.names_in_scope("local"), *TrainingConfig.names_in_scope("place"), "run_dir"}
+    own |= {"inner_parallel", "elastic_nproc_per_node", "etcd_cert", "etcd_key"}
     added["join"] = join = add(commands.join)
     join.add_argument("token", nargs="?", metavar="TOKEN", help='"-": read it from standard input')
     join.add_argument("--token-file", type=Path, metavar="FILE", help="a file with the token; or set JOIN_TOKEN")
     lookup = TrainingConfig.names_in_scope("lookup")
-    names = {command.__name__: lookup for command in lookups} | {"join": (*own, "etcd_cert", "etcd_key")}
+    names = {command.__name__: lookup for command in lookups} | {"join": own}
     for name, command in added.items():
         add_config_flags(command, names.get(name))
     # The others

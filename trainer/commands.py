@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.config import TrainingConfig, config_from_arguments
@@ -15,9 +16,11 @@ from trainer.errors import ConfigError
 from trainer.files import require_output, require_writable
 
 
-def _config(arguments: Namespace, *, run_required: bool = False, join: bool = False) -> TrainingConfig:
+def _config(
+    arguments: Namespace, *, run_required: bool = False, join: bool = False, defaults: Mapping[str, str] | None = None
+) -> TrainingConfig:
     """The resolved configuration; with `join`, completed by that of a run which has begun elsewhere."""
-    config = _unresolved(arguments)
+    config = _unresolved(arguments, defaults)
     if join and config.etcd.endpoints and config.run_id:
         from trainer.elastic.keys import joined
         from trainer.etcd.client import EtcdClient
@@ -29,12 +32,12 @@ def _config(arguments: Namespace, *, run_required: bool = False, join: bool = Fa
     return config.resolved()
 
 
-def _unresolved(arguments: Namespace) -> TrainingConfig:
+def _unresolved(arguments: Namespace, defaults: Mapping[str, str] | None = None) -> TrainingConfig:
     if (etcd := getattr(arguments, "etcd", None)) is not None:
         if not etcd.strip(" ,[]"):
             raise ConfigError("--etcd", etcd, "must be host:port")
         setattr(arguments, "parameter:etcd_endpoints", etcd)
-    return config_from_arguments(arguments)
+    return config_from_arguments(arguments, defaults)
 
 
 def precache(arguments: Namespace) -> int:
@@ -52,9 +55,11 @@ def precache(arguments: Namespace) -> int:
 def launch(arguments: Namespace) -> int:
     """Train on this machine: an embedded etcd and one torchrun agent per node."""
     from trainer.launch import local
+    from trainer.launch.listening import hosts_of
     from trainer.launch.token import seconds_of
 
-    ttl, config = seconds_of(arguments.ttl), _config(arguments, join=True)
+    defaults = {"advertise_address": ",".join(hosts_of(arguments.listen))} if arguments.listen else {}
+    ttl, config = seconds_of(arguments.ttl), _config(arguments, join=True, defaults=defaults)
     if arguments.listen:
         local.prepare(config, arguments.listen)
     return local.launch(config, listen=arguments.listen, ttl=ttl)

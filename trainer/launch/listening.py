@@ -126,6 +126,11 @@ class Listening:
             yield etcd, own
 
 
+def hosts_of(address: str) -> tuple[str, ...]:
+    """The names and addresses of this machine in `--listen`. Raises ConfigError if others could not reach it there."""
+    return _parsed(address)[0]
+
+
 def _parsed(address: str) -> tuple[tuple[str, ...], int]:
     """The hosts and the port (0: none is given) of `--listen`."""
 
