@@ -90,10 +90,13 @@ class Machines:
         assert file.stat().st_mode & 0o777 == 0o600
         return file.read_text().strip()
 
+    def events(self, number: int) -> list[dict[str, Any]]:
+        """What a machine's worker has written."""
+        return EventReader(self.run_dir(number) / "worker-0" / "metrics.jsonl").read()
+
     def rounds(self, number: int) -> list[dict[str, Any]]:
-        """The rounds that a machine's worker has committed."""
-        events = EventReader(self.run_dir(number) / "worker-0" / "metrics.jsonl").read()
-        return [event for event in events if event["event"] == "round"]
+        """The rounds that it has committed."""
+        return [event for event in self.events(number) if event["event"] == "round"]
 
     def assert_no_secret(self, line: str) -> None:
         """The token is only in the file that holds the line, and passwords in files that only the user may read."""

@@ -272,7 +272,7 @@ def test_an_etcd_without_users_admits_everybody_and_says_so(tmp_path: Path, caps
             keys.finish(client, "succeeded")
         manage("create", config, None, None, 3600)
         shown = capsys.readouterr()
-        assert "whoever reaches it can join" in shown.err
+        assert "any machine that reaches it can join" in shown.err
         assert join(decode(shown.out), HERE) == 0
         with pytest.raises(ConfigError, match="has no users, and so no tokens"):
             manage("list", config, None, None, 3600)

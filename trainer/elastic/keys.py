@@ -2,9 +2,12 @@
 
 import json
 import secrets
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
+
+from psutil import pid_exists
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
@@ -124,6 +127,13 @@ def free_slot(client: EtcdClient, slot: int) -> None:
     if entry := client.get(f"slots/{slot}"):
         client.revoke(entry.lease)
     revoke_members(client, slot)
+
+
+def free_dead_slots(client: EtcdClient) -> None:
+    """`free_slot` for each whose agent was on this machine, and is dead."""
+    for key, entry in client.list("slots/").items():
+        if entry.value["host"] == socket.gethostname() and not pid_exists(entry.value["pid"]):
+            free_slot(client, int(key.removeprefix("slots/")))
 
 
 def revoke_members(client: EtcdClient, slot: int) -> None:

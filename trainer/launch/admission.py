@@ -30,7 +30,7 @@ from trainer.timeouts import LaunchTimeouts
 
 JOIN_FILE = "join"  # in the run directory, where no terminal shows the line: what another machine types
 ROOT_PASSWORD = "ETCD_ROOT_PASSWORD"
-_OPEN = "warning: this etcd asks for no password: whoever reaches it can join, with or without the line"
+_OPEN = "warning: this etcd asks for no password: any machine that reaches it can join, with or without the line"
 GUESTS = "guests/"  # <token>/<host>: which machines have joined by which token
 
 

@@ -101,8 +101,10 @@ def launch(
             print(f"run {config.run_id} is complete already, on other machines", flush=True)
             return 0
         # Reset what a previous launch has left
-        if etcd is not None:  # only this run uses it, so its live keys belong to dead processes
-            keys.forget_processes(client)
+        if listening:
+            keys.free_dead_slots(client)
+        if etcd is not None and not (listening and client.list("slots/")):
+            keys.forget_processes(client)  # only this run uses it, so its live keys belong to dead processes
         if not client.list("slots/"):  # else another launch of the run may be meant
             client.delete(DESIRED)
         if not joins:

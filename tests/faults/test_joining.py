@@ -67,3 +67,27 @@ def test_a_revoked_machine_is_put_out_and_the_run_goes_on(tmp_path: Path) -> Non
         assert first.interrupt() == 130
         (judgement,) = verify([place.run_dir(0), place.run_dir(1)])
         assert not judgement.refuted, judgement
+
+
+def test_the_launch_that_listens_is_killed_and_begun_again(tmp_path: Path) -> None:
+    """Its etcd dies with it; the other machine waits, and trains on with it when it is back."""
+    with machines(2, tmp_path) as place:
+        data = text_files(tmp_path / "data")
+        listen = f"--listen {place.network.address_of(0)} --run-id mine --nodes 1 --total-steps 100000"
+        command = f"diloco launch {listen} --model gpt-neo-x:test --dataset files:{data} {SMALL}"
+        first = place.type(0, command)
+        second = place.type(1, place.line(first))
+        second.until(lambda: any(event["world_size"] == 2 for event in place.rounds(1)), "a round of both")
+        first.process.kill()
+        first.wait()
+
+        before = len(place.rounds(1))
+        first = place.type(0, command)
+        second.until(
+            lambda: any(event["world_size"] == 2 for event in place.rounds(1)[before + 1 :]), "a round of both again"
+        )
+        lives = [event for event in place.events(1) if event["event"] == "start"]
+        assert len(lives) == 1  # nothing was begun again there
+        assert (first.interrupt(), second.interrupt()) == (130, 130)
+        (judgement,) = verify([place.run_dir(0), place.run_dir(1)])
+        assert not judgement.refuted, judgement
