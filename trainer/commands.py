@@ -69,7 +69,9 @@ def join(arguments: Namespace) -> int:
     """Take part in the training of another machine, by the token that its launch has printed."""
     from trainer.launch import token as tokens
 
-    if arguments.token in sys.orig_argv:  # other users of the machine see the arguments of its processes
+    if (
+        arguments.token != "-" and arguments.token in sys.orig_argv
+    ):  # other users of the machine see the arguments of its processes
         os.environ[tokens.VARIABLE] = arguments.token
         os.execv(sys.executable, [sys.executable, *(word for word in sys.orig_argv[1:] if word != arguments.token)])
     token = tokens.decode(tokens.read(arguments.token, arguments.token_file))

@@ -18,8 +18,9 @@ from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.users import enable_users
 from trainer.launch.admission import Admission, admission_key, admitting, manage
-from trainer.launch.join import join
+from trainer.launch.join import directory_for, join
 from trainer.launch.listening import Listening
+from trainer.launch.local import locked
 from trainer.launch.token import Token, decode
 from trainer.monitor.find_run import find
 from trainer.process import connect, endpoint_of
@@ -314,3 +315,17 @@ def test_only_one_etcd_has_the_port(place: Place, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is taken by another process"):
         listening.etcd(config, tmp_path / "second").__enter__()
     connect(place.config.etcd.endpoints[0], 5).close()
+
+
+def test_two_machines_on_one_disk_have_a_directory_each(tmp_path: Path) -> None:
+    from trainer.files import write_json
+
+    token = Token(("h:1",), "/t", "mine", 4, "ab", 1 << 40, "secret")
+    assert directory_for(token) == Path("runs/mine")
+    write_json(Path("runs/mine/launch.json"), {})  # of the launch that has begun the run
+    assert directory_for(token) == Path("runs/mine-2")
+    write_json(Path("runs/mine-2/launch.json"), {})
+    write_json(Path("runs/mine-2/secrets/member.json"), {"token": token.id, "user": "u"})
+    assert directory_for(token) == Path("runs/mine-2")  # it takes part again
+    with locked(Path("runs/mine-2")):
+        assert directory_for(token) == Path("runs/mine-3")

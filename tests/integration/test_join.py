@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.machines import SMALL, machines, text_files
 from trainer.monitor.verify import verify
 
 
+@pytest.mark.timeout(1200)
 def test_a_second_machine_trains_by_the_printed_line_and_leaves_by_ctrl_c(tmp_path: Path) -> None:
     with machines(2, tmp_path) as place:
         data = text_files(tmp_path / "data")
@@ -37,12 +40,14 @@ def test_nothing_answers_where_the_run_was(tmp_path: Path) -> None:
     from trainer.launch.token import Token
 
     token = Token(("127.0.0.1:1", "nowhere.invalid:2"), "/t", "r", 4, "ab", 1 << 40, "secret")
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", *token.line.split()[1:]],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "none of its addresses answers: 127.0.0.1:1 (Connection refused), nowhere.invalid:2 (" in done.stderr
+    for argument, text in ((token.line.split()[-1], ""), ("-", token.line + "\n")):
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", "join", argument],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(Path(__file__).parents[2])},
+            input=text,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert "none of its addresses answers: 127.0.0.1:1 (Connection refused), nowhere.invalid:2 (" in done.stderr

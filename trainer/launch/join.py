@@ -38,7 +38,7 @@ def join(token: Token, given: TrainingConfig, timeouts: LaunchTimeouts = LaunchT
         ConfigError: The token does not let this machine in, or a parameter does not fit the run.
         TrainingError: Dataset or model cannot be had; the run has failed.
     """
-    run_dir = Path(given.run_dir) if given.run_dir else _directory(token)
+    run_dir = Path(given.run_dir) if given.run_dir else directory_for(token)
     secrets = run_dir.absolute() / SECRETS
     user = _known_user(secrets, token)
     if user is None:
@@ -89,15 +89,26 @@ def _configuration(
     return keys.joined(client, TrainingConfig.from_flat(flat)).resolved()
 
 
-def _directory(token: Token) -> Path:
+def directory_for(token: Token) -> Path:
     """The run directory: `runs/<run id>`, unless another launch of the run uses that one (two machines on one disk)."""
     number = 1
     while True:
         directory = Path("runs") / (token.run_id if number == 1 else f"{token.run_id}-{number}")
-        of_another = (directory / LAUNCHED).exists() and _known_user(directory / SECRETS, token) is None
-        if not of_another and not local.is_locked(directory):
+        began_it = (directory / LAUNCHED).exists() and not (directory / SECRETS / _MEMBER).exists()
+        if not began_it and not _is_locked(directory):
             return directory
         number += 1
+
+
+def _is_locked(run_dir: Path) -> bool:
+    """Whether a launch uses the run directory."""
+    try:
+        with local.locked(run_dir):
+            return False
+    except FileNotFoundError:
+        return False
+    except ConfigError:
+        return True
 
 
 def _known_user(secrets: Path, token: Token) -> str | None:

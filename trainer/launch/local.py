@@ -88,7 +88,7 @@ def launch(
         config = models.with_absolute_model(config)
     require_writable(run_dir, "run_dir")
     with ExitStack() as resources:
-        resources.enter_context(_locked(run_dir))
+        resources.enter_context(locked(run_dir))
         # Start an etcd unless one is given
         etcd = None
         if listening:
@@ -350,19 +350,8 @@ class _Run:
                 signal.signal(number, handler)
 
 
-def is_locked(run_dir: Path) -> bool:
-    """Whether a launch uses the run directory."""
-    try:
-        with _locked(run_dir):
-            return False
-    except FileNotFoundError:
-        return False
-    except ConfigError:
-        return True
-
-
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path) -> Iterator[None]:
     """Lock the run directory. The kernel releases the lock when this process ends, in whatever way."""
     with (run_dir / "lock").open("a+") as file:
         try:
