@@ -12,7 +12,7 @@ from trainer.elastic.member import ElasticQuorum
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
-from trainer.launch.local import _environment, _locked, launch
+from trainer.launch.local import _environment, launch, locked
 from trainer.process import listen, number_from
 
 
@@ -24,9 +24,9 @@ def taken() -> Iterator[int]:
 
 def test_second_launch_is_refused_and_names_the_first(tmp_path: Path) -> None:
     config = TrainingConfig.from_flat({"run_id": "r", "run_dir": str(tmp_path), "device": "cpu"})
-    with _locked(tmp_path), pytest.raises(ConfigError, match=r"in use by another launch \(process \d+\)"):
+    with locked(tmp_path), pytest.raises(ConfigError, match=r"in use by another launch \(process \d+\)"):
         launch(config, command=["true"])
-    with _locked(tmp_path):
+    with locked(tmp_path):
         pass  # the first has given it back
 
 
