@@ -55,13 +55,18 @@ def precache(arguments: Namespace) -> int:
 def launch(arguments: Namespace) -> int:
     """Train on this machine: an embedded etcd and one torchrun agent per node."""
     from trainer.launch import local
-    from trainer.launch.listening import hosts_of
+    from trainer.launch.listening import Listening, hosts_of
     from trainer.launch.token import seconds_of
 
     defaults = {"advertise_address": ",".join(hosts_of(arguments.listen))} if arguments.listen else {}
     ttl, config = seconds_of(arguments.ttl), _config(arguments, join=True, defaults=defaults)
-    if arguments.listen:
-        local.prepare(config, arguments.listen)
+    if arguments.listen:  # all is there before other machines are let in
+        from trainer.data import precache_all
+        from trainer.launch.preflight import check
+
+        Listening.of(config, Path(config.run_dir), arguments.listen)  # refused before the long work
+        check(config)
+        precache_all(config)
     return local.launch(config, listen=arguments.listen, ttl=ttl)
 
 
@@ -69,9 +74,8 @@ def join(arguments: Namespace) -> int:
     """Take part in the training of another machine, by the token that its launch has printed."""
     from trainer.launch import token as tokens
 
-    if (
-        arguments.token != "-" and arguments.token in sys.orig_argv
-    ):  # other users of the machine see the arguments of its processes
+    if arguments.token != "-" and arguments.token in sys.orig_argv:
+        # Other users of the machine can list the arguments of its processes, but not their environments
         os.environ[tokens.VARIABLE] = arguments.token
         os.execv(sys.executable, [sys.executable, *(word for word in sys.orig_argv[1:] if word != arguments.token)])
     token = tokens.decode(tokens.read(arguments.token, arguments.token_file))

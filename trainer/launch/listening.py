@@ -9,16 +9,19 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from trainer.config import TrainingConfig
+from trainer.elastic import keys
 from trainer.errors import ConfigError
 from trainer.etcd.certificates import DOOR_BYTES, Tls
+from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
+from trainer.etcd.errors import EtcdError
 from trainer.etcd.users import enable_users
 from trainer.files import read_json, write_json, write_text
 from trainer.monitor.find_run import PASSWORD, SECRETS
@@ -124,6 +127,13 @@ class Listening:
             enable_users(own, self.root, self.password)
             os.environ["ETCD_PASSWORD"] = self.password
             yield etcd, own
+
+
+def outlast_others(client: EtcdClient, config: TrainingConfig) -> None:
+    """Keep etcd until the other machines of a run that is over have read that it is."""
+    with suppress(EtcdError):
+        if keys.verdict(client).terminal:
+            client.wait_for(lambda: not client.list("slots/"), config.grace_period + config.lease_ttl, "slots/")
 
 
 def hosts_of(address: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
 from trainer.launch.admission import ROOT_PASSWORD, admitting
 from trainer.launch.agent_process import AgentProcess, last_error
-from trainer.launch.listening import Listening
+from trainer.launch.listening import Listening, outlast_others
 from trainer.launch.scale import DESIRED, with_nodes
 from trainer.launch.sharing import Sharing
 from trainer.launch.token import DEFAULT_TTL
@@ -77,6 +77,9 @@ def launch(
     listening = Listening.of(config, run_dir, listen)
     if listening and config.elastic.max_nodes == UNSET:
         config = config.with_values(elastic_max_nodes=MOST_NODES)
+    if not listening and not config.etcd.endpoints and config.nodes < config.min_nodes:
+        allowed = f"must be at least elastic.min_nodes ({config.min_nodes}), unless others can join (--listen, --etcd)"
+        raise ConfigError("nodes", config.nodes, allowed)
     if command is not None:
         preflight.check_network(config)
     elif any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in worker_configs(config)):
@@ -120,19 +123,9 @@ def launch(
         run = _Run(config, client, etcd, command, timeouts, joins=joins)
         resources.callback(_summarise, run_dir)
         if listening:
-            resources.callback(_outlast_others, client, config)
+            resources.callback(outlast_others, client, config)
         with client.watch(DESIRED, run.scale_requested.set):
             return run.follow()
-
-
-def prepare(config: TrainingConfig, listen: str) -> None:
-    """Precache for a launch that listens: everything is there before other machines are let in."""
-    from trainer.data import precache_all
-    from trainer.launch import preflight
-
-    Listening.of(config, Path(config.run_dir), listen)  # refuses bad addresses before the long work
-    preflight.check(config)
-    precache_all(config)
 
 
 class _Run:
@@ -364,13 +357,6 @@ def locked(run_dir: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _outlast_others(client: EtcdClient, config: TrainingConfig) -> None:
-    """Keep etcd until the other machines of a run that is over have read that it is."""
-    with suppress(EtcdError):
-        if keys.verdict(client).terminal:
-            client.wait_for(lambda: not client.list("slots/"), config.grace_period + config.lease_ttl, "slots/")
 
 
 def _summarise(run_dir: Path) -> None:

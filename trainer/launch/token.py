@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.config.fields import RUN_ID
 from trainer.errors import ConfigError
 from trainer.etcd.client import run_prefix
 
@@ -94,6 +95,8 @@ def decode(text: str) -> Token:
     try:
         numbers, endpoints, prefix, run_id, id, password, door, fingerprint, authority = _fields(content[1:])
         protocol, expires = struct.unpack(">HQ", numbers)
+        if not re.fullmatch(RUN_ID, run_id.decode()):  # it names a directory
+            raise ValueError
         where = tuple(endpoints.decode().split("\n")), prefix.decode(), run_id.decode()
         return Token(*where, protocol, id.decode(), expires, password.decode(), door, fingerprint, authority)
     except (ValueError, struct.error):

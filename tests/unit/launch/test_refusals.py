@@ -39,6 +39,15 @@ def test_port_range_without_a_free_port(tmp_path: Path, taken: int) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_nodes_that_cannot_come_from_elsewhere(tmp_path: Path) -> None:
+    values = {"run_id": "r", "run_dir": str(tmp_path / "run"), "device": "cpu", "advertise_address": "127.0.0.1"}
+    config = TrainingConfig.from_flat({**values, "nodes": 1, "elastic_min_nodes": 2, "elastic_max_nodes": 2})
+    with pytest.raises(
+        ConfigError, match=r"nodes = 1: must be at least elastic\.min_nodes \(2\), unless others can join"
+    ):
+        launch(config, command=["true"])
+
+
 def test_refused_launch_leaves_nothing(tmp_path: Path) -> None:
     values = {"run_id": "r", "run_dir": str(tmp_path / "run"), "device": "cpu", "model": "gpt-neo-x:test"}
     with pytest.raises(ConfigError, match="run `python -m trainer precache` first"):
