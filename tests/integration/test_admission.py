@@ -277,6 +277,8 @@ def test_an_etcd_without_users_admits_everybody_and_says_so(tmp_path: Path, caps
         assert join(decode(shown.out), HERE) == 0
         with pytest.raises(ConfigError, match="has no users, and so no tokens"):
             manage("list", config, None, None, 3600)
+        with pytest.raises(ConfigError, match="its etcd listens on this machine alone: begin it again with --listen"):
+            manage("create", config, tmp_path, None, 3600)  # as `launch` without --listen starts it
 
 
 def test_an_authority_of_its_own_travels_in_the_token(tmp_path: Path) -> None:
