@@ -201,8 +201,8 @@ def manage(action: str, config: TrainingConfig, run_dir: Path | None, id: str | 
     Args:
         run_dir: By which the run was found; None: by its etcd.
     """
-    hosts = [endpoint.rpartition(":")[0].strip("[]") for endpoint in config.etcd.endpoints]
-    if run_dir and Listening.read(run_dir) is None and all(host in ("127.0.0.1", "::1") for host in hosts):
+    here = all(endpoint.startswith(("127.0.0.1:", "[::1]:")) for endpoint in config.etcd.endpoints)
+    if run_dir and Listening.read(run_dir) is None and here:
         alone = "its etcd listens on this machine alone: begin it again with --listen ADDRESS"
         raise ConfigError("run_dir", run_dir, alone)
     with Admission.of(config, run_dir) as admission:
