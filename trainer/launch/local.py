@@ -71,15 +71,8 @@ def launch(
     from trainer.launch import preflight
 
     # Check everything before anything starts
-    config = config.resolved()
-    run_dir = Path(config.run_dir).absolute()
-    config = config.with_values(run_dir=str(run_dir))
-    listening = Listening.of(config, run_dir, listen)
-    if listening and config.elastic.max_nodes == UNSET:
-        config = config.with_values(elastic_max_nodes=MOST_NODES)
-    if not listening and not config.etcd.endpoints and config.nodes < config.min_nodes:
-        allowed = f"must be at least elastic.min_nodes ({config.min_nodes}), unless others can join (--listen, --etcd)"
-        raise ConfigError("nodes", config.nodes, allowed)
+    config, listening = _resolved(config, listen)
+    run_dir = Path(config.run_dir)
     if command is not None:
         preflight.check_network(config)
     elif any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in worker_configs(config)):
@@ -103,15 +96,8 @@ def launch(
         if etcd is None and keys.verdict(client).status == "succeeded":
             print(f"run {config.run_id} is complete already, on other machines", flush=True)
             return 0
-        # Reset what a previous launch has left
-        if listening:
-            keys.free_dead_slots(client)
-        if etcd is not None and not (listening and client.list("slots/")):
-            keys.forget_processes(client)  # only this run uses it, so its live keys belong to dead processes
-        if not client.list("slots/"):  # else another launch of the run may be meant
-            client.delete(DESIRED)
         if not joins:
-            keys.reopen(client)
+            _reset(client, etcd, listening)
         write_json(run_dir / LAUNCHED, config.model_dump(mode="json"))  # `status` and `scale` find the run by it
         # Let other machines in
         if command is None and (listening or etcd is None):
@@ -126,6 +112,31 @@ def launch(
             resources.callback(outlast_others, client, config)
         with client.watch(DESIRED, run.scale_requested.set):
             return run.follow()
+
+
+def _resolved(config: TrainingConfig, listen: str) -> tuple[TrainingConfig, Listening | None]:
+    """The configuration without open ends, and where the launch listens. Raises ConfigError."""
+    config = config.resolved()
+    run_dir = Path(config.run_dir).absolute()
+    config = config.with_values(run_dir=str(run_dir))
+    listening = Listening.of(config, run_dir, listen)
+    if listening and config.elastic.max_nodes == UNSET:
+        config = config.with_values(elastic_max_nodes=MOST_NODES)
+    if not listening and not config.etcd.endpoints and config.nodes < config.min_nodes:
+        allowed = f"must be at least elastic.min_nodes ({config.min_nodes}), unless others can join (--listen, --etcd)"
+        raise ConfigError("nodes", config.nodes, allowed)
+    return config, listening
+
+
+def _reset(client: EtcdClient, etcd: EmbeddedEtcd | None, listening: Listening | None) -> None:
+    """Remove from etcd what a previous launch has left, and open the run."""
+    if listening:
+        keys.free_dead_slots(client)
+    if etcd is not None and not (listening and client.list("slots/")):
+        keys.forget_processes(client)  # only this run uses it, so its live keys belong to dead processes
+    if not client.list("slots/"):  # else another launch of the run may be meant
+        client.delete(DESIRED)
+    keys.reopen(client)
 
 
 class _Run:
