@@ -95,5 +95,5 @@ def resolve(values: Mapping[str, Any], job_id: str = "") -> TrainingConfig:
     config = TrainingConfig.from_flat(
         {n: value for n, value in unfolded(values).items() if value != "" or n not in full}
     )
-    models.resolve(config.model)  # else only a pod of the cluster would notice an unknown model
+    models.check(config)  # else only a pod of the cluster would notice an unknown model
     return resolve_launcher(config if config.run_id or not job_id else config.with_values(run_id=job_id)).resolved()

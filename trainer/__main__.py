@@ -29,14 +29,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     # The commands that take parameters
     steps = (commands.precache, commands.launch, commands.train, commands.export, commands.evaluate)
-    added = {step.__name__: add(step) for step in (*steps, commands.status, commands.scale)}
-    for name in ("precache", "launch", "status", "scale"):
+    lookups = (commands.status, commands.scale, commands.token)
+    added = {step.__name__: add(step) for step in (*steps, *lookups)}
+    for name in ("precache", "launch", "status", "scale", "token"):
         added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
     added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
     added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")
     added["scale"].add_argument("count", metavar="N", help="the new number of nodes")
+    added["join"] = add(commands.join)
+    _add_flags_of_joining(added)
+    # A machine that joins gives what is its own; all else is the run's
+    own = {*TrainingConfig.names_in_scope("local"), *TrainingConfig.names_in_scope("place"), "run_dir"}
+    own |= {"inner_parallel", "elastic_nproc_per_node", "etcd_cert", "etcd_key"}
+    lookup = TrainingConfig.names_in_scope("lookup")
+    names = {command.__name__: lookup for command in lookups} | {"join": own}
     for name, command in added.items():
-        add_config_flags(command, TrainingConfig.names_in_scope("lookup") if name in ("status", "scale") else None)
+        add_config_flags(command, names.get(name))
     # The others
     _add_generation_flags(add(commands.generate))
     report = add(commands.report)
@@ -78,6 +86,25 @@ def _add_generation_flags(command: argparse.ArgumentParser) -> None:
         shown = f"{text} [{default}]"
         flag = "--" + name.replace("_", "-")
         command.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=shown)
+
+
+def _add_flags_of_joining(parsers: dict[str, argparse.ArgumentParser]) -> None:
+    """The flags of `launch`, `join` and `token` that are no parameters."""
+    parsers["launch"].add_argument(
+        "--listen",
+        default="",
+        metavar="ADDRESS",
+        help="precache, and let other machines join: prints the line to type there. ADDRESS is this machine's, as they "
+        "reach it: host, host:port or [IPv6 address]:port",
+    )
+    parsers["token"].add_argument("action", choices=("create", "list", "revoke"))
+    parsers["token"].add_argument("id", nargs="?", metavar="ID", help="revoke: the token, as list shows it")
+    for name in ("launch", "token"):
+        parsers[name].add_argument("--ttl", default="24h", help="for how long a token lets machines join [24h]")
+    parsers["join"].add_argument("token", nargs="?", metavar="TOKEN", help='"-": read it from standard input')
+    parsers["join"].add_argument(
+        "--token-file", type=Path, metavar="FILE", help="a file with the token; or set JOIN_TOKEN"
+    )
 
 
 def run() -> NoReturn:

@@ -4,8 +4,11 @@ Each imports what it needs when it runs, so that `--help` answers at once.
 """
 
 import json
+import os
 import re
+import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.config import TrainingConfig, config_from_arguments
@@ -13,9 +16,11 @@ from trainer.errors import ConfigError
 from trainer.files import require_output, require_writable
 
 
-def _config(arguments: Namespace, *, run_required: bool = False, join: bool = False) -> TrainingConfig:
+def _config(
+    arguments: Namespace, *, run_required: bool = False, join: bool = False, defaults: Mapping[str, str] | None = None
+) -> TrainingConfig:
     """The resolved configuration; with `join`, completed by that of a run which has begun elsewhere."""
-    config = _unresolved(arguments)
+    config = _unresolved(arguments, defaults)
     if join and config.etcd.endpoints and config.run_id:
         from trainer.elastic.keys import joined
         from trainer.etcd.client import EtcdClient
@@ -27,12 +32,12 @@ def _config(arguments: Namespace, *, run_required: bool = False, join: bool = Fa
     return config.resolved()
 
 
-def _unresolved(arguments: Namespace) -> TrainingConfig:
+def _unresolved(arguments: Namespace, defaults: Mapping[str, str] | None = None) -> TrainingConfig:
     if (etcd := getattr(arguments, "etcd", None)) is not None:
         if not etcd.strip(" ,[]"):
             raise ConfigError("--etcd", etcd, "must be host:port")
         setattr(arguments, "parameter:etcd_endpoints", etcd)
-    return config_from_arguments(arguments)
+    return config_from_arguments(arguments, defaults)
 
 
 def precache(arguments: Namespace) -> int:
@@ -50,8 +55,48 @@ def precache(arguments: Namespace) -> int:
 def launch(arguments: Namespace) -> int:
     """Train on this machine: an embedded etcd and one torchrun agent per node."""
     from trainer.launch import local
+    from trainer.launch.listening import Listening, hosts_of
+    from trainer.launch.token import seconds_of
 
-    return local.launch(_config(arguments, join=True))
+    defaults = {"advertise_address": ",".join(hosts_of(arguments.listen))} if arguments.listen else {}
+    ttl, config = seconds_of(arguments.ttl), _config(arguments, join=True, defaults=defaults)
+    if arguments.listen:  # all is there before other machines are let in
+        from trainer.data import precache_all
+        from trainer.launch.preflight import check
+
+        Listening.of(config, Path(config.run_dir), arguments.listen)  # refused before the long work
+        check(config)
+        precache_all(config)
+    return local.launch(config, listen=arguments.listen, ttl=ttl)
+
+
+def join(arguments: Namespace) -> int:
+    """Take part in the training of another machine, by the token that its launch has printed."""
+    from trainer.launch import token as tokens
+
+    if arguments.token != "-" and arguments.token in sys.orig_argv:
+        # Other users of the machine can list the arguments of its processes, but not their environments
+        os.environ[tokens.VARIABLE] = arguments.token
+        os.execv(sys.executable, [sys.executable, *(word for word in sys.orig_argv[1:] if word != arguments.token)])
+    token = tokens.decode(tokens.read(arguments.token, arguments.token_file))
+    given = _unresolved(arguments)
+    from trainer.launch.join import join as joining
+
+    return joining(token, given)
+
+
+def token(arguments: Namespace) -> int:
+    """Make, list or revoke the tokens by which machines join a run."""
+    config = _unresolved(arguments)
+    from trainer.launch.admission import manage
+    from trainer.launch.token import seconds_of
+    from trainer.monitor.find_run import find, run_directory
+
+    ttl = seconds_of(arguments.ttl)
+    if (arguments.id is None) == (arguments.action == "revoke"):
+        raise ConfigError("ID", arguments.id or "", "must name the token with revoke, and is of no use otherwise")
+    manage(arguments.action, find(config), None if config.etcd.endpoints else run_directory(config), arguments.id, ttl)
+    return 0
 
 
 def train(arguments: Namespace) -> int:

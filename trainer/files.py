@@ -22,17 +22,18 @@ _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _ABANDONED = 86400.0  # seconds without a change after which another host's temporary directory counts as abandoned
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the content of `path` by `text`, atomically and durably."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace the content of `path` by `text`, atomically and durably. `private`: only the user may read it."""
+    write_bytes(path, text.encode("utf-8"), private=private)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the content of `path`, atomically and durably."""
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Replace the content of `path`, atomically and durably. `private`: only the user may read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
+        mode = 0o600 if private else 0o666
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -43,9 +44,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     _fsync(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """Like `write_text`, with the JSON of `value`. Raises ValueError for NaN, which JSON does not have."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n", private=private)
 
 
 def read_json(path: Path) -> Any:
@@ -92,16 +93,21 @@ def whole_directory(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _fsync(path)
-        replaced = _temporary(final.with_name(f"{final.name}.old"))
-        if final.exists():
-            final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        replace_directory(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def replace_directory(complete: Path, final: Path) -> None:
+    """Make a directory durable, and rename it to its sibling `final`, which it replaces."""
+    for path in (*complete.rglob("*"), complete):
+        _fsync(path)
+    replaced = _temporary(final.with_name(f"{final.name}.old"))
+    if final.exists():
+        final.rename(replaced)
+    complete.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     _fsync(final.parent)
 
 

@@ -79,6 +79,10 @@ class LaunchTimeouts:
     scale_answer: float = 15.0  # until a running `launch` takes in a request of `scale`
     last_call: float = 30.0  # for which the first start waits beyond `min_nodes` for further nodes, as in torchrun
     etcd_retry: float = 0.5  # between two attempts of the `etcd3` rendezvous to reach etcd
+    expiry: float = 30.0  # between two looks for tokens that have expired
+    connect: float = 5.0  # for an address in a token to answer
+    begin: float = 60.0  # for a run to say what it trains, from when a machine that joins asks
+    share: float = 120.0  # for a machine of the run to offer its dataset or model to one that joins
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def test_the_readme_opens_with_the_two_commands() -> None:
 
 def test_every_command_is_checked_by_a_test_below() -> None:
     checked = {*OURS, *PROGRAMS}
-    for program in ("make", "kfp", "kubectl", "helm", "torchrun"):
+    for program in ("make", "kfp", "kubectl", "helm", "torchrun", "diloco"):
         checked.update(commands(program))
     checked.update(SCRIPTS)
     harmless = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
@@ -81,6 +81,11 @@ def test_our_commands_parse(command: str) -> None:
     words = shlex.split(command)
     package, *arguments = words[words.index("-m") + 1 :]
     parse(package, arguments)
+
+
+@pytest.mark.parametrize("command", commands("diloco"))
+def test_commands_by_the_console_script_parse(command: str) -> None:
+    parse("trainer", shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize("command", PROGRAMS)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import yaml
 
 from trainer.config.fields import UNSET
-from trainer.config.parameters import Parameter, is_secret, put, unknown
+from trainer.config.parameters import Parameter, find, is_secret, put, unknown
 from trainer.config.training import TrainingConfig
 from trainer.errors import ConfigError
 
@@ -20,13 +20,17 @@ _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")  # Kubernetes sets DILOCO_METRI
 
 
 def load_config(
-    config_file: Path | None = None, flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+    config_file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> TrainingConfig:
     """Merge YAML file, environment and flags into a validated configuration.
 
     Args:
         flags: Values by flat name; text as typed on a command line is fine.
         environ: The environment; `os.environ` by default.
+        defaults: Values by flat name for parameters that are given nowhere, in place of the schema's defaults.
 
     Raises:
         ConfigError: An unknown key or a bad value, naming the field, the value and what is allowed.
@@ -45,6 +49,9 @@ def load_config(
                 raise ConfigError(variable, shown, unknown(name, known, lambda near: ENV_PREFIX + near.upper()))
     for name, value in (flags or {}).items():
         put(tree, known[name].path, _parse(value, known[name]) if isinstance(value, str) else value)
+    for name, value in (defaults or {}).items():
+        if find(tree, known[name].path) is None:
+            put(tree, known[name].path, value)
     return TrainingConfig.from_tree(tree)
 
 
@@ -72,10 +79,11 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | N
             group.add_argument(flag, metavar=metavar, **options)
 
 
-def config_from_arguments(arguments: argparse.Namespace) -> TrainingConfig:
+def config_from_arguments(arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> TrainingConfig:
     """The configuration from a command line (`add_config_flags`), environment and file. Raises ConfigError."""
     given = {key: value for key, value in vars(arguments).items() if key.startswith("parameter:") and value is not None}
-    return load_config(arguments.config, {key.removeprefix("parameter:"): value for key, value in given.items()})
+    flags = {key.removeprefix("parameter:"): value for key, value in given.items()}
+    return load_config(arguments.config, flags, defaults=defaults)
 
 
 def _looks_misspelt(name: str, known: Collection[str]) -> bool:

@@ -128,7 +128,8 @@ def _batches(config: Schema) -> Rules:
 
 def _nodes(config: Schema) -> Rules:
     allowed = f"must be from elastic.min_nodes ({config.min_nodes}) to elastic.max_nodes ({config.max_nodes})"
-    elsewhere = config.etcd.endpoints and not config.on_cluster  # other nodes of the run may run elsewhere
+    reached = config.etcd.endpoints or config.advertise_address
+    elsewhere = reached and not config.on_cluster  # other nodes of the run may run elsewhere
     least = 1 if elsewhere else config.min_nodes
     yield least <= config.nodes <= config.max_nodes, "nodes", allowed
     names = [site.name for site in config.sites]

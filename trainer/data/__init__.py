@@ -6,13 +6,14 @@ order in which all workers go through it, so disjoint ranges of positions are di
 """
 
 from trainer.data.dataset import Dataset, Split, open_dataset, require_dataset
-from trainer.data.precache import check, directory, precache, precache_all
+from trainer.data.precache import Run, check, directory, precache, precache_all
 from trainer.data.registry import DatasetFamily, dataset_families, resolve
 from trainer.data.sampling import SampleOrder, batches, evenly
 
 __all__ = [
     "Dataset",
     "DatasetFamily",
+    "Run",
     "SampleOrder",
     "Split",
     "batches",

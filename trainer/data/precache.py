@@ -13,12 +13,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, Protocol
 
 from trainer import models
 from trainer.config import TrainingConfig
 from trainer.data.manifest import MANIFEST, READY, Manifest, StoredFile, read_manifest
 from trainer.data.registry import DatasetFamily, Log, resolve
-from trainer.errors import TrainingError
+from trainer.errors import ConfigError, TrainingError
 from trainer.files import require_free_space, require_writable, sha256, whole_directory, write_json, write_text
 from trainer.volume import Volume, worker_configs
 
@@ -26,8 +27,24 @@ _FORMAT = 3  # version of the files; part of the directory's name
 _CHEAP_BYTES = 2**30  # up to this size, every byte is verified each time; beyond it, only on request
 
 
+class Run(Protocol):
+    """A run that has begun on other machines, and what this one needs to train in it."""
+
+    @property
+    def hash(self) -> str:
+        """Of the dataset's content."""
+
+    @property
+    def revision(self) -> str:
+        """Of the dataset's source."""
+
+    def fetch(self, what: Literal["dataset", "model"], path: Path) -> None:
+        """Fetch it from a machine of the run, so that it is at `path`. Raises ConfigError or TrainingError."""
+
+
 def check(config: TrainingConfig) -> None:
-    """Raise ConfigError for a dataset or tokenizer that cannot work. Cheap; needs no network."""
+    """Raise ConfigError for a model, dataset or tokenizer that cannot work. Cheap; needs no network."""
+    models.check(config)
     resolve(config).check()
 
 
@@ -39,7 +56,13 @@ def directory(config: TrainingConfig, datasets: Path) -> Path:
 
 
 def precache(
-    config: TrainingConfig, volume: Volume, log: Log = print, *, source: Path | None = None, verify: bool = False
+    config: TrainingConfig,
+    volume: Volume,
+    log: Log = print,
+    *,
+    source: Path | None = None,
+    verify: bool = False,
+    run: Run | None = None,
 ) -> Manifest:
     """Write the dataset and the model of `config` to a worker's volume, unless they exist.
 
@@ -49,38 +72,49 @@ def precache(
     Args:
         source: Another volume's datasets directory, from which an intact copy is linked or copied instead.
         verify: Verify every byte, whatever the size.
+        run: The run that this machine joins: dataset and model must be that run's, and come from one of its machines
+            if they cannot be had here.
 
     Raises:
         ConfigError: The configuration cannot work, or the disk lacks space.
         TrainingError: The source cannot be read, or the disk has filled up.
     """
     # Refuse what cannot work before anything is written.
-    check(config)
+    if run is None:
+        check(config)
     dataset, path = resolve(config), directory(config, volume.datasets)
     require_writable(volume.datasets, "dataset_cache_dir")
     require_writable(volume.models, "model_cache_dir")
     # The dataset: verified, copied from another volume, or built from its source.
     with _disk_errors(volume.datasets), _locked(path, log):
-        manifest = _usable(path, dataset, log, verify)
+        manifest = _usable(path, dataset, log, verify, run)
         if manifest:
             log(f"dataset {dataset.spec} is already precached in {path}")
         else:
-            manifest = _copied(path, dataset, source, log) or _built(path, dataset, log)
+            manifest = _copied(path, dataset, source, log, run)
+            manifest = manifest or (_as_in(run, path, dataset, log) if run else _built(path, dataset, log))
             log(f"dataset {dataset.spec}: {manifest.contents}, in {path}")
     # The model, which depends on the dataset (its vocabulary, its classes).
     path = models.directory(config, manifest.for_model, volume.models)
     with _disk_errors(volume.models), _locked(path, log):
-        _, written = models.precache(config, manifest.for_model, volume.models)
+        try:
+            _, written = models.precache(config, manifest.for_model, volume.models)
+        except (ConfigError, TrainingError) as error:
+            if run is None:
+                raise
+            log(f"{error}: fetching the model from the run")
+            run.fetch("model", path)
+            written = True
     log(f"model {config.model} {'written into' if written else 'is already precached in'} {path}")
     return manifest
 
 
-def precache_all(config: TrainingConfig, log: Log = print) -> Manifest:
+def precache_all(config: TrainingConfig, log: Log = print, run: Run | None = None) -> Manifest:
     """`precache` for every worker of a run on this machine: built for the first, copied to the others."""
     first, *others = worker_configs(config)
-    manifest = precache(first, Volume.of(first), log)
+    manifest = precache(first, Volume.of(first), log, run=run)
     for own in others:
-        precache(own, Volume.of(own), log, source=Volume.of(first).datasets)
+        precache(own, Volume.of(own), log, source=Volume.of(first).datasets, run=run)
     return manifest
 
 
@@ -105,7 +139,7 @@ def damage(path: Path, thorough: bool = True) -> str | None:
     return None
 
 
-def _usable(path: Path, dataset: DatasetFamily, log: Log, verify: bool) -> Manifest | None:
+def _usable(path: Path, dataset: DatasetFamily, log: Log, verify: bool, run: Run | None) -> Manifest | None:
     """The manifest of an existing dataset if it is usable; otherwise logs the reason."""
     if not path.exists():
         return None
@@ -115,18 +149,25 @@ def _usable(path: Path, dataset: DatasetFamily, log: Log, verify: bool) -> Manif
         return None
     manifest = read_manifest(path)
     assert manifest is not None  # nothing is damaged
-    if dataset.local and manifest.revision != dataset.revision():
-        log(f"rebuilding {path}: its source has changed")
+    if not _current(manifest, dataset, run):
+        log(f"rebuilding {path}: {'the run has another one' if run else 'its source has changed'}")
         return None
     return manifest
 
 
-def _copied(path: Path, dataset: DatasetFamily, source: Path | None, log: Log) -> Manifest | None:
+def _current(manifest: Manifest, dataset: DatasetFamily, run: Run | None) -> bool:
+    """Whether an intact dataset is the run's or, without one, what its source holds."""
+    if run is not None:
+        return manifest.hash == run.hash
+    return not dataset.local or manifest.revision == dataset.revision()
+
+
+def _copied(path: Path, dataset: DatasetFamily, source: Path | None, log: Log, run: Run | None) -> Manifest | None:
     """Copy the same dataset from another volume, if it is intact there."""
     if source is None or (other := source / path.name).resolve() == path.resolve() or damage(other):
         return None
     manifest = read_manifest(other)
-    if manifest is None or (dataset.local and manifest.revision != dataset.revision()):
+    if manifest is None or not _current(manifest, dataset, run):
         return None
     log(f"copying dataset {dataset.spec} from {other}")
     with whole_directory(path) as temporary:
@@ -151,6 +192,26 @@ def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
         write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
         write_text(temporary / READY, sha256(temporary / MANIFEST) + "\n")
     return manifest
+
+
+def _as_in(run: Run, path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
+    """Build the dataset that a run trains on, if the same source is here, or else fetch it from the run."""
+    try:
+        dataset.check()
+        if dataset.revision() == run.revision:
+            manifest = _built(path, dataset, log)
+            if manifest.hash == run.hash:
+                return manifest
+            log(f"dataset {dataset.spec}: other versions of libraries have made another one for the run: fetching that")
+        else:
+            log(f"dataset {dataset.spec}: the run has another revision: fetching that")
+    except (ConfigError, TrainingError) as error:
+        log(f"{error}: fetching the dataset from the run")
+    run.fetch("dataset", path)
+    fetched = read_manifest(path)
+    if fetched is None or fetched.hash != run.hash or damage(path, thorough=False):  # each byte was verified
+        raise TrainingError(f"dataset {dataset.spec}: what has been fetched is not what the run trains on")
+    return fetched
 
 
 def _link_or_copy(source: str, target: str) -> None:

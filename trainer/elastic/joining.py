@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 5  # version of what members exchange; members of another version are refused
-
 
 def claim_number(watch: RoundWatch, lease: Lease, slot: int, worker: int) -> None:
     """Refuse to be the same worker as another process: with one set of samples, neither would ever be needed.

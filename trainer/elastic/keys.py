@@ -1,9 +1,13 @@
 """The keys of a run in etcd that its processes share (docs/design/protocol.md lists all), and the run's verdict."""
 
 import json
+import secrets
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
+
+from psutil import pid_exists
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
@@ -18,6 +22,7 @@ Status = Literal["open", "succeeded", "failed"]
 LIVING = (
     *("nodes/", "slots/", "started", "members/", "numbers/"),
     *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "calls/"),
+    *("wanted/", "sources/"),  # of machines that join, and of those that serve them files
     *("rendezvous", "store/"),  # torchrun's, of the `ddp` baseline
 )
 
@@ -63,6 +68,13 @@ def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> N
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             raise ConfigError(name, mine.get(name), f"{worker} does not fit the run, which has {theirs.get(name)!r}")
+
+
+def run_secret(client: EtcdClient) -> bytes:
+    """The run's secret, by which its processes know each other. The first one to ask makes it."""
+    _, entry = client.swap("secret", {"hex": secrets.token_hex(32)}, None)
+    assert entry is not None
+    return bytes.fromhex(entry.value["hex"])
 
 
 def record_config(client: EtcdClient, config: TrainingConfig) -> None:
@@ -115,6 +127,13 @@ def free_slot(client: EtcdClient, slot: int) -> None:
     if entry := client.get(f"slots/{slot}"):
         client.revoke(entry.lease)
     revoke_members(client, slot)
+
+
+def free_dead_slots(client: EtcdClient) -> None:
+    """`free_slot` for each whose agent was on this machine, and is dead."""
+    for key, entry in client.list("slots/").items():
+        if entry.value["host"] == socket.gethostname() and not pid_exists(entry.value["pid"]):
+            free_slot(client, int(key.removeprefix("slots/")))
 
 
 def revoke_members(client: EtcdClient, slot: int) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import secrets
 import socket
 import threading
 import time
@@ -23,7 +22,7 @@ from trainer.elastic.catch_up import Replica
 from trainer.elastic.coordinator import Coordinator
 from trainer.elastic.departure import all_have, departing, wait_for_a_copy
 from trainer.elastic.joining import addresses_of, claim_number, rules_of
-from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish
+from trainer.elastic.keys import SLOT_VARIABLE, Status, agree, finish, run_secret
 from trainer.elastic.round_watch import RoundWatch, Wait
 from trainer.etcd.client import EtcdClient, Json
 from trainer.etcd.errors import EtcdError
@@ -112,9 +111,7 @@ class ElasticQuorum:
         # Check that this worker fits the run, and get the secret that donors and fetchers share
         resources.callback(client.close)
         watch.patiently(lambda: agree(client, f"worker {self.worker}", self._fingerprint))
-        _, entry = watch.patiently(lambda: client.swap("secret", {"hex": secrets.token_hex(32)}, None))
-        assert entry is not None
-        secret = bytes.fromhex(entry.value["hex"])
+        secret = watch.patiently(lambda: run_secret(client))
         watch.check_verdict()
 
         # Be reachable, and serve the state to others

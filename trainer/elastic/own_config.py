@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig, load_config
 from trainer.config.parameters import put, unknown
-from trainer.elastic.joining import PROTOCOL
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.errors import ConfigError
 from trainer.etcd.client import Json
+from trainer.protocol import PROTOCOL
 
 if TYPE_CHECKING:
     from trainer.diloco.diloco import DiLoCo

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import signal
+import ssl
 import subprocess
 import urllib.request
 from contextlib import suppress
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Self
 
 from trainer.errors import ConfigError, TrainingError
-from trainer.process import dying_with_parent, endpoint_of, listen
+from trainer.etcd.certificates import Tls
+from trainer.process import dying_with_parent, endpoint_of, listen, loopback
 from trainer.retry import retrying
 from trainer.timeouts import EtcdTimeouts
 
@@ -22,8 +24,9 @@ class EmbeddedEtcd:
 
     Args:
         directory: For its data, which a later start finds again, and its log (`etcd.log`).
-        address: The IP address of this machine to listen on.
+        address: The IP address to listen on; if it is not this machine's (a NAT has it), all of this machine's.
         port: Client port; 0 takes a free one, from `port_range` ("low-high") if that is given.
+        tls: Files with which it speaks TLS, and admits clients of the run only. None: no TLS.
         binary: The etcd program; by default that of `etcd_binary`.
 
     Raises:
@@ -38,18 +41,20 @@ class EmbeddedEtcd:
         port: int = 0,
         port_range: str = "",
         *,
+        tls: Tls | None = None,
         binary: Path | None = None,
         timeouts: EtcdTimeouts = EtcdTimeouts(),
     ) -> None:
         self.directory, self.log = directory, directory / "etcd.log"
-        self._address, self._port, self._port_range = address, port, port_range
-        self._binary, self._timeouts = binary, timeouts
+        self._address, self.port, self._port_range = address, port, port_range
+        self._bound = address  # what it listens on
+        self._tls, self._binary, self._timeouts = tls, binary, timeouts
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
-        """`host:port` for clients."""
-        return endpoint_of(self._address, self._port)
+        """`host:port` for clients on this machine."""
+        return endpoint_of(self._address, self.port)
 
     @property
     def pid(self) -> int | None:
@@ -58,8 +63,10 @@ class EmbeddedEtcd:
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
-        with listen(self._address, self._port_range, self._port) as client:
-            self._port = client.getsockname()[1]
+        with listen(self._address, self._port_range, self.port) as client:
+            self._bound, self.port = client.getsockname()[:2]
+        if self._bound in ("::", "0.0.0.0"):
+            self._address = loopback()
         self._start()
         return self
 
@@ -79,18 +86,25 @@ class EmbeddedEtcd:
         return True
 
     def _start(self) -> None:
-        with listen(loopback := "::1" if ":" in self._address else "127.0.0.1") as peer:
-            peer_url = f"http://{endpoint_of(loopback, peer.getsockname()[1])}"
-        client_url, binary = f"http://{self.endpoint}", self._binary or etcd_binary()
+        with listen(local := "::1" if ":" in self._address else "127.0.0.1") as peer:
+            peer_url = f"http://{endpoint_of(local, peer.getsockname()[1])}"
+        protocol, tls = ("https", self._tls) if self._tls else ("http", None)
+        client_url = f"{protocol}://{self.endpoint}"
+        listened = f"{protocol}://{endpoint_of(self._bound, self.port)}"
+        binary = self._binary or etcd_binary()
         command = [
             *(str(binary), "--name", "embedded", "--data-dir", str(self.directory / "data")),
-            *("--listen-client-urls", client_url, "--advertise-client-urls", client_url),
+            *("--listen-client-urls", listened, "--advertise-client-urls", client_url),
             *("--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url),
             *("--initial-cluster", f"embedded={peer_url}"),
             check_for_corruption(binary),
             *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"),  # else it fills up in weeks
             *("--log-level", "warn"),
         ]
+        if tls:
+            command += ["--cert-file", str(tls.server), "--key-file", str(tls.server_key), "--client-cert-auth"]
+            command += ["--trusted-ca-file", str(tls.client), "--enable-grpc-gateway=false"]
+            command += ["--bcrypt-cost", "4"]  # passwords are random, not chosen by people
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -108,7 +122,12 @@ class EmbeddedEtcd:
             raise
 
     def _wait_until_healthy(self, process: "subprocess.Popen[bytes]", url: str) -> None:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+        if self._tls:
+            context = ssl.create_default_context(cafile=self._tls.server)
+            context.load_cert_chain(self._tls.client, self._tls.client_key)
+            handlers.append(urllib.request.HTTPSHandler(context=context))
+        direct = urllib.request.build_opener(*handlers)
 
         def check() -> None:
             with direct.open(url, timeout=self._timeouts.health) as response:
@@ -123,7 +142,7 @@ class EmbeddedEtcd:
         except OSError:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             if any("address already in use" in line for line in lines[-5:]):
-                raise ConfigError("port", self._port, "is taken by another process") from None
+                raise ConfigError("port", self.port, "is taken by another process") from None
             reason = lines[-1] if lines else "its log is empty"
             raise TrainingError(f"the embedded etcd did not start: {reason}") from None
 

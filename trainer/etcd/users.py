@@ -14,9 +14,11 @@ from typing import Any
 from trainer.config import TrainingConfig, load_config
 from trainer.errors import ConfigError, TrainingError, run_main
 from trainer.etcd.compat import import_etcd3
+from trainer.etcd.values import EtcdValues
 from trainer.timeouts import EtcdTimeouts
 
-_ROOT = "root"  # etcd's name for the administrator, and for its role
+ROOT = "root"  # etcd's name for the administrator, and for its role
+MEMBER = "member:"  # how the names of users begin that the machines of a run have got by a token
 
 
 def main() -> int:
@@ -77,31 +79,74 @@ class _Users:
 
         # Log in as root, if authentication is enabled already
         try:
-            self._token = (("token", self._call("Authenticate", name=_ROOT, password=root_password).token),)
+            self._token = (("token", self._call("Authenticate", name=ROOT, password=root_password).token),)
         except grpc.RpcError as error:
             if "authentication is not enabled" not in (error.details() or ""):
                 raise
         # Create each user, with a role of the same name
         user, prefix = config.etcd.user, config.elastic.etcd.prefix.rstrip("/") + "/"
-        for name, secret in ((_ROOT, root_password), (user, password)):
+        for name, secret in ((ROOT, root_password), (user, password)):
             if name not in self._call("RoleList").roles:
                 self._call("RoleAdd", name=name)
             if name not in self._call("UserList").users:
                 self._call("UserAdd", name=name, password=secret)
-            elif name != _ROOT or not self._token:  # root has logged in with it; setting it would invalidate the token
+            elif name != ROOT or not self._token:  # root has logged in with it; setting it would invalidate the token
                 self._call("UserChangePassword", name=name, password=secret)
             if name not in self._call("UserGet", name=name).roles:
                 self._call("UserGrantRole", user=name, role=name)
         # Restrict the user to the keys below the prefix
-        end = prefix[:-1] + "0"  # which follows "/"
-        below = {"permType": "READWRITE", "key": prefix.encode(), "range_end": end.encode()}
-        self._call("RoleGrantPermission", name=user, perm=below)
+        self._call("RoleGrantPermission", name=user, perm=_permission("READWRITE", prefix, below=True))
         self._call("AuthEnable")
 
     def _call(self, method: str, **fields: Any) -> Any:
-        kind = method if method.startswith("Auth") else f"Auth{method}"
-        request = getattr(self._rpc, f"{kind}Request")(**fields)
-        return getattr(self._stub, method)(request, timeout=self._timeout, metadata=self._token)
+        return getattr(self._stub, method)(_request(method, fields), timeout=self._timeout, metadata=self._token)
+
+
+class Root(EtcdValues):
+    """A client as etcd's administrator, who also makes and removes users and their roles."""
+
+    def users(self) -> list[str]:
+        """The names of all users, sorted."""
+        return sorted(self._auth("UserList").users)
+
+    def add(self, user: str, password: str, role: str) -> None:
+        """Make a user with a role, which `allow` has made."""
+        self._auth("UserAdd", name=user, password=password)
+        self._auth("UserGrantRole", user=user, role=role)
+
+    def allow(self, role: str, key: str, *, below: bool = False, write: bool = True) -> None:
+        """Let a role, made if it is missing, read (and write) a key, or all keys that begin with it: `below`."""
+        if role not in self._auth("RoleList").roles:
+            self._auth("RoleAdd", name=role)
+        kind = "READWRITE" if write else "READ"
+        self._auth("RoleGrantPermission", name=role, perm=_permission(kind, key, below))
+
+    def remove(self, user: str) -> None:
+        """Delete a user, who is logged out at once, and the role of the same name, if there are such."""
+        if user in self._auth("UserList").users:
+            self._auth("UserDelete", name=user)
+        if user in self._auth("RoleList").roles:
+            self._auth("RoleDelete", role=user)
+
+    def _auth(self, method: str, **fields: Any) -> Any:
+        request, stub, limit = _request(method, fields), import_etcd3().etcdrpc.AuthStub, self.timeouts.admin_call
+
+        def call(etcd: Any) -> Any:
+            return getattr(stub(etcd.channel), method)(request, timeout=limit, metadata=etcd.metadata)
+
+        return self._call(call)
+
+
+def _request(method: str, fields: dict[str, Any]) -> Any:
+    """The request of a method of the Auth service."""
+    kind = method if method.startswith("Auth") else f"Auth{method}"
+    return getattr(import_etcd3().etcdrpc, f"{kind}Request")(**fields)
+
+
+def _permission(kind: str, key: str, below: bool) -> dict[str, Any]:
+    """The right to a key, or to all keys that begin with it."""
+    end = key[:-1] + chr(ord(key[-1]) + 1) if below else ""
+    return {"permType": kind, "key": key.encode(), "range_end": end.encode()}
 
 
 if __name__ == "__main__":

@@ -159,9 +159,10 @@ class EtcdValues:
         try:
             return self._call(transaction, failover=False)
         except EtcdError as error:
-            if error.kind != "unreachable":
+            if not error.stale_connection:
                 raise
-        # The connection broke before the outcome was known: read the key to decide whether the transaction ran
+        # The connection broke before the outcome was known, or its token was of no use any more: read the key, over a
+        # new one, to decide whether the transaction ran
         entry = self.get(key)
         if (entry.revision if entry else 0) == (token or 0):
             return self._call(transaction)

@@ -14,26 +14,38 @@ from pathlib import Path
 
 import psutil
 
-from trainer.config import ENV_PREFIX, TrainingConfig
+from trainer.config import ENV_PREFIX, UNSET, TrainingConfig
 from trainer.elastic import keys
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
+from trainer.launch.admission import ROOT_PASSWORD, admitting
 from trainer.launch.agent_process import AgentProcess, last_error
+from trainer.launch.listening import Listening, outlast_others
 from trainer.launch.scale import DESIRED, with_nodes
+from trainer.launch.sharing import Sharing
 from trainer.launch.standby import Standby
+from trainer.launch.token import DEFAULT_TTL
 from trainer.monitor.dashboard import Dashboard, View, view
 from trainer.monitor.find_run import LAUNCHED
 from trainer.monitor.progress import WorkerProgress, fill
-from trainer.process import address_of, loopback
+from trainer.process import loopback
 from trainer.timeouts import LaunchTimeouts
 from trainer.volume import Volume, worker_configs
 
+MOST_NODES = 64  # the limit of `elastic.max_nodes`, and its default for a launch that listens
+
 
 def launch(
-    config: TrainingConfig, command: list[str] | None = None, timeouts: LaunchTimeouts = LaunchTimeouts()
+    config: TrainingConfig,
+    command: list[str] | None = None,
+    timeouts: LaunchTimeouts = LaunchTimeouts(),
+    *,
+    listen: str = "",
+    ttl: int = DEFAULT_TTL,
+    joins: bool = False,
 ) -> int:
     """Run `config.nodes` nodes on this machine until the run is complete. Needs the main thread (signals).
 
@@ -42,6 +54,10 @@ def launch(
     Args:
         config: The run's. It resumes if its run id has checkpoints.
         command: The worker; None for this package's training.
+        listen: Address (host, host:port) at which other machines reach the run's etcd and workers; empty: that of an
+            earlier launch of the run, if there was one.
+        ttl: For how long the line that it prints lets other machines join, in seconds.
+        joins: The run has begun elsewhere, and this machine is one of several.
 
     Returns:
         0: the run is complete.
@@ -52,13 +68,12 @@ def launch(
         KeyboardInterrupt: Ctrl-C; everything is saved.
         Interrupted: SIGTERM; everything is saved.
     """
-    from trainer import checkpoint
+    from trainer import checkpoint, models
     from trainer.launch import preflight
 
     # Check everything before anything starts
-    config = config.resolved()
-    run_dir = Path(config.run_dir).absolute()
-    config = config.with_values(run_dir=str(run_dir))
+    config, listening = _resolved(config, listen)
+    run_dir = Path(config.run_dir)
     if command is not None:
         preflight.check_network(config)
     elif any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in worker_configs(config)):
@@ -67,32 +82,62 @@ def launch(
         return 0
     else:
         preflight.check(config, precached=True)
+        config = models.with_absolute_model(config)
     require_writable(run_dir, "run_dir")
     with ExitStack() as resources:
-        resources.enter_context(_locked(run_dir))
+        resources.enter_context(locked(run_dir))
         # Start an etcd unless one is given
         etcd = None
-        if not config.etcd.endpoints:
-            address = address_of(config.advertise_address or loopback())
-            embedded = EmbeddedEtcd(run_dir / "etcd", address=address, port_range=config.port_range)
-            etcd = resources.enter_context(embedded)
+        if listening:
+            etcd, config = resources.enter_context(listening.etcd(config, run_dir))
+        elif not config.etcd.endpoints:
+            etcd = resources.enter_context(EmbeddedEtcd(run_dir / "etcd", loopback(), port_range=config.port_range))
             config = config.with_values(etcd_endpoints=[etcd.endpoint])
         client = resources.enter_context(EtcdClient.of(config))
         if etcd is None and keys.verdict(client).status == "succeeded":
             print(f"run {config.run_id} is complete already, on other machines", flush=True)
             return 0
-        # Reset what a previous launch has left
-        if etcd is not None:  # only this run uses it, so its live keys belong to dead processes
-            keys.forget_processes(client)
-        if not client.list("slots/"):  # else another launch of the run may be meant
-            client.delete(DESIRED)
-        keys.reopen(client)
+        if not joins:
+            _reset(client, etcd, listening)
         write_json(run_dir / LAUNCHED, config.model_dump(mode="json"))  # `status` and `scale` find the run by it
+        # Let other machines in
+        if command is None and (listening or etcd is None):
+            keys.record_config(client, config)
+            resources.enter_context(Sharing(client, config, lambda reason: print(f"warning: {reason}", flush=True)))
+            if not joins and config.max_nodes > config.nodes:
+                resources.enter_context(admitting(config, run_dir, ttl))
         # Run the agents
-        run = _Run(config, client, etcd, command, timeouts)
+        run = _Run(config, client, etcd, command, timeouts, joins=joins)
         resources.callback(_summarise, run_dir)
+        if listening:
+            resources.callback(outlast_others, client, config)
         with client.watch(DESIRED, run.scale_requested.set):
             return run.follow()
+
+
+def _resolved(config: TrainingConfig, listen: str) -> tuple[TrainingConfig, Listening | None]:
+    """The configuration without open ends, and where the launch listens. Raises ConfigError."""
+    config = config.resolved()
+    run_dir = Path(config.run_dir).absolute()
+    config = config.with_values(run_dir=str(run_dir))
+    listening = Listening.of(config, run_dir, listen)
+    if listening and config.elastic.max_nodes == UNSET:
+        config = config.with_values(elastic_max_nodes=MOST_NODES)
+    if not listening and not config.etcd.endpoints and config.nodes < config.min_nodes:
+        allowed = f"must be at least elastic.min_nodes ({config.min_nodes}), unless others can join (--listen, --etcd)"
+        raise ConfigError("nodes", config.nodes, allowed)
+    return config, listening
+
+
+def _reset(client: EtcdClient, etcd: EmbeddedEtcd | None, listening: Listening | None) -> None:
+    """Remove from etcd what a previous launch has left, and open the run."""
+    if listening:
+        keys.free_dead_slots(client)
+    if etcd is not None and not (listening and client.list("slots/")):
+        keys.forget_processes(client)  # only this run uses it, so its live keys belong to dead processes
+    if not client.list("slots/"):  # else another launch of the run may be meant
+        client.delete(DESIRED)
+    keys.reopen(client)
 
 
 class _Run:
@@ -105,7 +150,10 @@ class _Run:
         etcd: EmbeddedEtcd | None,
         command: list[str] | None,
         timeouts: LaunchTimeouts,
+        *,
+        joins: bool,
     ) -> None:
+        self._joins = joins
         self._config, self._client, self._etcd, self._command = config, client, etcd, command
         self._timeouts, self._run_dir = timeouts, Path(config.run_dir)
         self._agents: list[AgentProcess] = []
@@ -159,7 +207,10 @@ class _Run:
         if failure:
             raise TrainingError(f"{failure} (logs: {self._run_dir / 'logs'})")
         run_id = self._config.run_id
-        print(f"run {run_id} is stopped; the same command with --run-id {run_id} resumes it", flush=True)
+        if self._joins:
+            print(f"this machine has left run {run_id}; the same `diloco join` lets it take part again", flush=True)
+        else:
+            print(f"run {run_id} is stopped; the same command with --run-id {run_id} resumes it", flush=True)
         raise KeyboardInterrupt if self._signals[0] == signal.SIGINT else Interrupted
 
     def _watch(self, shown: View) -> str:
@@ -312,7 +363,7 @@ class _Run:
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path) -> Iterator[None]:
     """Lock the run directory. The kernel releases the lock when this process ends, in whatever way."""
     with (run_dir / "lock").open("a+") as file:
         try:
@@ -344,7 +395,8 @@ def _summarise(run_dir: Path) -> None:
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """The agents' environment, without parameters: their configuration file has these."""
+    """The agents' environment, without parameters, which their configuration file has, and without root's password."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    others = (ENV_PREFIX, ROOT_PASSWORD)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {"OMP_NUM_THREADS": str(threads)} | environment

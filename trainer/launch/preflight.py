@@ -20,19 +20,23 @@ from trainer.volume import Volume, worker_configs
 LEAST_FREE_BYTES = 100 << 20
 
 
-def check(config: TrainingConfig, *, precached: bool = False, network: bool = True) -> None:
+def check(config: TrainingConfig, *, precached: bool = False, network: bool = True, joins: bool = False) -> None:
     """Check a resolved configuration against this machine. Writes nothing.
 
     Args:
         config: The run's.
-        precached: Whether every worker's dataset must exist already.
+        precached: Whether every worker's dataset must exist already; its source need not be here then.
         network: Whether workers will listen on this machine.
+        joins: Whether another machine of the run has what this one lacks.
 
     Raises:
         ConfigError: Something is missing, taken, or contradicts the run's checkpoints.
     """
     models.check_blocks(config)
-    data.check(config)
+    if precached or joins:
+        data.resolve(config).check_parameters()
+    else:
+        data.check(config)
     if config.device != "cpu":  # else torch need not be imported
         from trainer.device import device_of
 
@@ -51,8 +55,12 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     require_writable(Path(config.run_dir), "run_dir", make=False)
     require_free_space(Path(config.run_dir), LEAST_FREE_BYTES, "run_dir")
     if precached:
-        for worker in worker_configs(config):
-            data.require_dataset(data.directory(worker, Volume.of(worker).datasets))
+        try:
+            for worker in worker_configs(config):
+                data.require_dataset(data.directory(worker, Volume.of(worker).datasets))
+        except ConfigError:
+            data.check(config)  # what keeps it from being precached is the better reason
+            raise
 
 
 def check_network(config: TrainingConfig) -> None:

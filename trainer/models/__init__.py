@@ -92,7 +92,7 @@ def families() -> dict[str, ModelFamily]:
 
 
 def resolve(spec: str) -> ModelSpec:
-    """The model that a user names. Raises ConfigError if there is no such family, size or directory."""
+    """The model that a user names. Raises ConfigError if there is no such family or size."""
     # A family and one of its sizes.
     name, _, size = spec.partition(":")
     if name not in families():
@@ -108,10 +108,20 @@ def resolve(spec: str) -> ModelSpec:
         raise ConfigError("model", spec, f"no such size of {name}; there are {', '.join([*family.sizes, *also])}")
     if not _PATH.match(size):
         return ModelSpec(family, "", size)
-    path = Path(size).expanduser().absolute()
-    if not (path / "config.json").is_file():
-        raise ConfigError("model", spec, "is not a directory with a config.json")
-    return ModelSpec(family, "", str(path))
+    return ModelSpec(family, "", str(Path(size).expanduser().absolute()))
+
+
+def with_absolute_model(config: TrainingConfig) -> TrainingConfig:
+    """A configuration whose model, if it is a directory, has the same name on each machine."""
+    spec = resolve(config.model)
+    return config.with_values(model=spec.name) if Path(spec.source).is_absolute() else config
+
+
+def check(config: TrainingConfig) -> None:
+    """Raise ConfigError if the model is a directory that is not here. One that is precached need not be."""
+    source = Path(resolve(config.model).source)
+    if source.is_absolute() and not (source / "config.json").is_file():
+        raise ConfigError("model", config.model, "is not a directory with a config.json")
 
 
 def check_blocks(config: TrainingConfig) -> None:
@@ -147,6 +157,7 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
         if _changed_since(path / READY, Path(spec.source)):
             logger.warning("model %s has changed, but %s has been precached from it: remove that", spec.source, path)
         return path, False
+    check(config)
     with whole_directory(path) as temporary:
         if spec.source:
             assert spec.family.fetch is not None  # `resolve` has checked it
@@ -180,7 +191,11 @@ def build(path: Path, seed: int, device: str = "cpu") -> "torch.nn.Module":
 def _changed_since(mark: Path, source: Path) -> bool:
     """Whether a file of a local model is newer than `mark`; False for the Hub's."""
     written = mark.stat().st_mtime
-    return source.is_absolute() and any(file.stat().st_mtime > written for file in source.iterdir() if file.is_file())
+    return (
+        source.is_absolute()
+        and source.is_dir()
+        and any(file.stat().st_mtime > written for file in source.iterdir() if file.is_file())
+    )
 
 
 @contextmanager

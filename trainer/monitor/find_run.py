@@ -1,5 +1,7 @@
 """Finding a run from outside: its directory, the etcd that `launch` recorded there, and whether it has completed."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.config import TrainingConfig
@@ -9,6 +11,8 @@ from trainer.files import read_json
 from trainer.volume import worker_roots
 
 LAUNCHED = "launch.json"  # in the run directory: the run's configuration, with the etcd that `launch` has started
+SECRETS = "secrets"  # there, for the user alone: certificates, and the password of `etcd.user`
+PASSWORD = "password"  # in that folder
 _TAIL = 65536  # bytes at the end of a `metrics.jsonl` that hold its last event
 
 
@@ -37,7 +41,14 @@ def find(config: TrainingConfig) -> TrainingConfig:
         raise ConfigError("run_dir", directory, "`launch` has not run in this directory; or name an etcd: --etcd")
     if config.run_id not in ("", launched.run_id):
         raise ConfigError("run_id", config.run_id, f"the run in {directory} is {launched.run_id}")
+    _take_password(directory)
     return launched.with_values(run_dir=str(directory.absolute()))
+
+
+def _take_password(directory: Path) -> None:
+    """Put the password of a run's etcd into the environment, where clients look for it."""
+    with suppress(FileNotFoundError):
+        os.environ.setdefault("ETCD_PASSWORD", (directory / SECRETS / PASSWORD).read_text(encoding="utf-8"))
 
 
 def run_directory(config: TrainingConfig) -> Path | None:

@@ -60,6 +60,7 @@ def fetch(
     stopping: Callable[[], bool] = lambda: False,
     timeout: float,
     chunk_bytes: int = CHUNK_BYTES,
+    level: int = logging.INFO,
     timeouts: TransportTimeouts = TransportTimeouts(),
 ) -> tuple[Json, dict[str, Any]]:
     """Fetch an offer from several donors at a time.
@@ -72,6 +73,7 @@ def fetch(
         stopping: Whether this process is to end.
         timeout: Seconds to find a donor that has the offer. The transfer may then take as long as data arrives.
         chunk_bytes: Size of a request, at most `CHUNK_BYTES`.
+        level: At which the transfer is logged.
 
     Returns:
         The offer's meta and the buffers of `into`.
@@ -80,7 +82,11 @@ def fetch(
         TransferError: All donors were dropped, or the time is over. The buffers of `into` may hold anything.
         Interrupted: `stopping()` is true.
     """
-    return _Transfer(transport, name, donors, chunk_bytes, timeouts).run(into, stopping, timeout)
+    started = time.monotonic()
+    meta, buffers = _Transfer(transport, name, donors, chunk_bytes, timeouts).run(into, stopping, timeout)
+    size, seconds = sum(buffer.nbytes for buffer in buffers.values()), time.monotonic() - started
+    log.log(level, "fetched %s: %.1f MB in %.1f s", name, size / 1e6, seconds)
+    return meta, buffers
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class _Transfer:
         self._progressed = time.monotonic()  # when data last arrived
 
     def run(self, into: Into, stopping: Callable[[], bool], timeout: float) -> tuple[Json, dict[str, Any]]:
-        started, threads = time.monotonic(), min(DONORS, len(self._peers))
+        threads = min(DONORS, len(self._peers))
         work = [threading.Thread(target=self._work, name="fetch", daemon=True) for _ in range(threads)]
         try:
             for thread in work:
@@ -146,8 +152,6 @@ class _Transfer:
             with self._changed:
                 self._over = True
                 self._changed.notify_all()
-        size, seconds = sum(buffer.nbytes for buffer in buffers.values()), time.monotonic() - started
-        log.info("fetched %s: %.1f MB in %.1f s", self._name, size / 1e6, seconds)
         return meta, buffers
 
     def _wait(self, ready: Callable[[], bool], stopping: Callable[[], bool], timeout: float) -> None:

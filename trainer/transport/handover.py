@@ -16,6 +16,7 @@ from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor, Json, Layout, Offer
 from trainer.transport.fetch import TransferError
 from trainer.transport.fetch import fetch as fetch_buffers
+from trainer.transport.files import inside, mapped
 from trainer.transport.link import BULK, Link, LinkError
 from trainer.transport.stream import Key
 from trainer.transport.transport import Transport
@@ -35,7 +36,7 @@ class ResultServer:
 
     def __init__(self, files: Mapping[str, Path], token: str, port: int) -> None:
         names = {str(index): name for index, name in enumerate(files)}
-        self._offer = Offer(names, {index: _mapped(files[name]) for index, name in names.items()})
+        self._offer = Offer(names, {index: mapped(files[name]) for index, name in names.items()})
         self._donor = Donor(lambda name: self._offer if name == _RESULT else None)
         self._delivered = threading.Event()
         self._active = time.monotonic()  # time of the last request
@@ -83,7 +84,7 @@ def fetch(host: str, port: int, token: str, directory: Path, patience: float = P
 
         def files(meta: Json, layout: Layout) -> dict[str, memoryview]:
             """Create the files, to receive into."""
-            return {index: _created(_inside(temporary, name), layout[index][1]) for index, name in meta.items()}
+            return {index: _created(inside(temporary, name), layout[index][1]) for index, name in meta.items()}
 
         try:
             fetch_buffers(transport, _RESULT, pod, into=files, timeout=patience)
@@ -91,14 +92,6 @@ def fetch(host: str, port: int, token: str, directory: Path, patience: float = P
             raise TrainingError(f"the result cannot be fetched from {host}: {error}") from None
         with suppress(LinkError, KeyError):  # everything has arrived, whether or not the pod learns of it
             transport.prepare(pod, BULK)[_POD].ask(_NO_KEY, 0, {"find": _DONE}).wait(transport.silence)
-
-
-def _mapped(path: Path) -> memoryview:
-    """A file's bytes, read as they are needed."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _created(path: Path, size: int) -> memoryview:
@@ -109,11 +102,3 @@ def _created(path: Path, size: int) -> memoryview:
             return memoryview(bytearray())
         os.posix_fallocate(file.fileno(), 0, size)
         return memoryview(mmap.mmap(file.fileno(), size))
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """The path of a file of the result."""
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise TrainingError(f"the pod offers a file outside of the result: {name}")
-    return path

@@ -18,7 +18,6 @@ from trainer.config import TrainingConfig
 from trainer.device import device_of
 from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
 from trainer.diloco.diloco import Stateful
-from trainer.elastic.joining import PROTOCOL
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
 from trainer.errors import TrainingError, one_line
@@ -30,6 +29,7 @@ from trainer.island.optimizer import IslandOptimizer
 from trainer.island.parallel import blocks, checkpoint_blocks, shard
 from trainer.island.processes import Island
 from trainer.process import number_from, return_freed_memory
+from trainer.protocol import PROTOCOL
 from trainer.tasks import Task, scoring, tasks
 from trainer.volume import Volume
 from trainer.worker.compilation import compile_model

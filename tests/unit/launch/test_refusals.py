@@ -12,7 +12,7 @@ from trainer.elastic.member import ElasticQuorum
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
-from trainer.launch.local import _environment, _locked, launch
+from trainer.launch.local import _environment, launch, locked
 from trainer.process import listen, number_from
 
 
@@ -24,9 +24,9 @@ def taken() -> Iterator[int]:
 
 def test_second_launch_is_refused_and_names_the_first(tmp_path: Path) -> None:
     config = TrainingConfig.from_flat({"run_id": "r", "run_dir": str(tmp_path), "device": "cpu"})
-    with _locked(tmp_path), pytest.raises(ConfigError, match=r"in use by another launch \(process \d+\)"):
+    with locked(tmp_path), pytest.raises(ConfigError, match=r"in use by another launch \(process \d+\)"):
         launch(config, command=["true"])
-    with _locked(tmp_path):
+    with locked(tmp_path):
         pass  # the first has given it back
 
 
@@ -37,6 +37,15 @@ def test_port_range_without_a_free_port(tmp_path: Path, taken: int) -> None:
     with pytest.raises(ConfigError, match=r"port_range.*must hold 3 ports"):
         launch(TrainingConfig.from_flat(values), command=["true"])
     assert not (tmp_path / "run").exists()
+
+
+def test_nodes_that_cannot_come_from_elsewhere(tmp_path: Path) -> None:
+    values = {"run_id": "r", "run_dir": str(tmp_path / "run"), "device": "cpu", "advertise_address": "127.0.0.1"}
+    config = TrainingConfig.from_flat({**values, "nodes": 1, "elastic_min_nodes": 2, "elastic_max_nodes": 2})
+    with pytest.raises(
+        ConfigError, match=r"nodes = 1: must be at least elastic\.min_nodes \(2\), unless others can join"
+    ):
+        launch(config, command=["true"])
 
 
 def test_refused_launch_leaves_nothing(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_every_family_has_a_task_and_sizes() -> None:
 )
 def test_a_model_that_cannot_be_is_refused(spec: str, reason: str) -> None:
     with pytest.raises(ConfigError) as error:
-        models.resolve(spec)
+        models.check(TrainingConfig.from_flat({"model": spec}))
     assert reason in str(error.value)
 
 

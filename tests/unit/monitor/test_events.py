@@ -63,7 +63,7 @@ _UNREACHABLE = """
 import sys
 from pathlib import Path
 from trainer.config import TrainingConfig
-from trainer.monitor.events import EventLog
+from trainer.events import EventLog
 from trainer.monitor.sinks import WandbSink
 with EventLog(Path(sys.argv[1]) / "metrics.jsonl") as log:
     log.sinks.append(WandbSink(TrainingConfig(run_id="r"), 0, Path(sys.argv[1]), log))
