@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer.config import TrainingConfig
-from trainer.monitor.events import EventLog, EventReader, effective
+from trainer.monitor.events import EventLog, EventReader
 from trainer.monitor.sinks import WandbSink, sinks
 from trainer.process import listen
 from trainer.volume import worker_configs
@@ -167,17 +167,16 @@ def test_a_reader_of_a_file_that_comes_later(tmp_path: Path) -> None:
     assert len(reader.read()) == 1
 
 
-def test_the_last_line_of_a_step_is_effective_and_what_a_resume_undid_is_not() -> None:
-    def start(run_id: str) -> dict[str, Any]:
-        return {"event": "start", "run_id": run_id}
-
-    first = [start("a"), *({"event": "step", "step": number, "life": 1} for number in (1, 2, 3, 4))]
-    first.insert(4, {"event": "round", "round": 1, "step": 3})
-    second = [start("a"), {"event": "step", "step": 3, "life": 2}, {"event": "step"}]
-    kept = effective([*first, *second])
-    assert [(event["step"], event["life"]) for event in kept if event["event"] == "step"] == [(1, 1), (2, 1), (3, 2)]
-    assert [event["event"] for event in kept].count("round") == 0
-    assert effective([*first, start("b")]) == [start("b")]
+def test_a_long_file_is_read_in_pieces_of_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.monitor.events._PIECE", 40)
+    path = tmp_path / "metrics.jsonl"
+    append(path, *map(step, range(5)), step(5, long="x" * 100), step(6)[:-1])
+    reader = EventReader(path)
+    pieces = [[event["step"] for event in piece] for piece in reader.pieces()]
+    assert [one for piece in pieces for one in piece] == [0, 1, 2, 3, 4, 5]
+    assert len(pieces) > 3
+    append(path, "\n")
+    assert [event["step"] for event in reader.read()] == [6]
 
 
 def test_a_link_is_an_event_and_is_kept_for_start(tmp_path: Path) -> None:

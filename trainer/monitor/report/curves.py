@@ -32,7 +32,7 @@ class Worker:
     Attributes:
         steps: `seconds` is the duration of the step, `wall` the worker's wall time at its end.
         rounds: `seconds` is the duration with the synchronisation.
-        events: start, checkpoint, membership, warning and end, in the file's order.
+        events: start, membership, link, warning and end, in the file's order.
         wall_seconds: While the worker was meant to run: the time between an `end` and the next `start` does not count.
     """
 
