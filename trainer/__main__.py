@@ -28,14 +28,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     # The commands that take parameters
     steps = (commands.precache, commands.launch, commands.train, commands.export, commands.evaluate)
-    added = {step.__name__: add(step) for step in (*steps, commands.status, commands.scale)}
-    for name in ("precache", "launch", "status", "scale"):
+    added = {step.__name__: add(step) for step in (*steps, commands.status, commands.dashboard, commands.scale)}
+    for name in ("precache", "launch", "status", "dashboard", "scale"):
         added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
     added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
     added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")
+    added["dashboard"].add_argument("directory", type=Path, nargs="?", metavar="RUN", help="its directory")
+    listen = "where to serve it; other addresses than loopback get a random token [%(default)s]"
+    added["dashboard"].add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:8237", help=listen)
     added["scale"].add_argument("count", metavar="N", help="the new number of nodes")
     for name, command in added.items():
-        add_config_flags(command, TrainingConfig.names_in_scope("lookup") if name in ("status", "scale") else None)
+        add_config_flags(
+            command, TrainingConfig.names_in_scope("lookup") if name in ("status", "dashboard", "scale") else None
+        )
     # The others
     report = add(commands.report)
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run; several are compared")

@@ -95,6 +95,17 @@ def status(arguments: Namespace) -> int:
     return viewing.status(config, watch=arguments.watch, as_json=arguments.json)
 
 
+def dashboard(arguments: Namespace) -> int:
+    """Show a run in the browser while it trains, and afterwards."""
+    config = _unresolved(arguments)
+    from trainer.monitor.web import command
+
+    try:
+        return command.dashboard(config, arguments.directory, arguments.listen)
+    except KeyboardInterrupt:  # the way to end it
+        return 0
+
+
 def scale(arguments: Namespace) -> int:
     """Change the number of nodes of a running launch."""
     config = _unresolved(arguments)

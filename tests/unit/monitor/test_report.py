@@ -193,7 +193,7 @@ def test_a_record_that_grows_is_that_of_the_whole_file() -> None:
     assert worker.steps[["step", "loss"]].to_numpy().tolist() == [[1, 1], [2, 1], [3, 2]]
     assert len(worker.rounds) == 0, "the resume has undone it"
     record.take([start("b")])
-    assert (len(record.worker().steps), record.worker().events) == (0, (start("b"),))
+    assert (len(record.worker("").steps), record.worker("").events) == (0, (start("b"),))
 
 
 def test_the_newest_run_on_a_volume_is_meant(tmp_path: Path) -> None:

@@ -125,6 +125,12 @@ class Curves:
         return _mean_loss(partial(self.over_rounds, table="evals"))
 
     @cached_property
+    def held_out_bits(self) -> Points:
+        """Rounds after which held-out text was scored, and the workers' samples-weighted mean of the bits a byte."""
+        rounds, bits = self.over_rounds("bits_per_byte", "evals")
+        return rounds, weighted_mean(bits, self.over_rounds("samples", "evals")[1])
+
+    @cached_property
     def held_out_over_steps(self) -> Points:
         """The schedule's steps of `held_out_losses`, and the losses."""
         steps = self.over_rounds("step", "evals")[1]

@@ -1,7 +1,7 @@
 """A worker's events, taken in as they come, and kept as the tables that count in the end."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -39,8 +39,8 @@ class WorkerRecord:
         self._resumed = False  # no step has come since the last `start`
         self._previous, self._wall = math.nan, 0.0
 
-    def take(self, events: Iterable[Event]) -> None:
-        """Take in the file's next events."""
+    def take(self, events: Sequence[Event]) -> int:
+        """Take in the next events, and return how many they are."""
         for event in events:
             kind, time = event["event"], number(event.get("time"))
             if kind == "start":
@@ -54,6 +54,7 @@ class WorkerRecord:
                 self._others.append(event)
             elif kind in POSITIONS:
                 self._keep(kind, event)
+        return len(events)
 
     def _live(self, kind: str, time: float) -> None:
         """Wall time and lives come from all events: work that was repeated took its time, too."""
@@ -79,9 +80,12 @@ class WorkerRecord:
                 table.forget_from(position)
         self._tables[kind].append({**event, "wall": self._wall})
 
-    def worker(self, name: str = "", otherwise: str = "") -> Worker:
-        """The worker as it is now. Without a `name`, it is what its events call it, or else `otherwise`."""
-        name = name or str(otherwise if self._number is None else self._number)
+    def number(self, otherwise: str) -> str:
+        """The worker's number, if an event names it."""
+        return otherwise if self._number is None else str(self._number)
+
+    def worker(self, name: str) -> Worker:
+        """The worker as it is now."""
         tables = {f"{kind}s": table.frame() for kind, table in self._tables.items()}
         return Worker(name, tuple(self._lives), **tables, events=tuple(self._others), wall_seconds=self._wall)
 

@@ -191,6 +191,7 @@ class RunReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[Path, tuple[EventReader, WorkerRecord]] = {}
+        self._workers: dict[Path, Worker] = {}  # as they were at the last look
 
     def read(self) -> RunHistory:
         """The run as it is now. See `read_run`."""
@@ -198,17 +199,20 @@ class RunReader:
         paths = sorted(directory.glob("worker-*/**/metrics.jsonl"), key=_natural)
         if (directory / "metrics.jsonl").is_file():
             paths.insert(0, directory / "metrics.jsonl")
-        workers = []
         for path in paths:
             reader, record = self._files.setdefault(path, (EventReader(path), WorkerRecord()))
-            for events in reader.pieces():
-                record.take(events)
-            name = path.parent.relative_to(directory).as_posix()
-            workers.append(record.worker("" if name == "." else name, otherwise=directory.resolve().name))
+            if sum(record.take(events) for events in reader.pieces()) or path not in self._workers:
+                name = path.parent.relative_to(directory).as_posix()
+                name = record.number(directory.resolve().name) if name == "." else name
+                self._workers[path] = record.worker(name)
         evaluation = None
         with suppress(OSError, ValueError):
             evaluation = read_json(directory / "evaluation.json")
-        return RunHistory(tuple(workers), directory, evaluation if isinstance(evaluation, dict) else None)
+        return RunHistory(
+            tuple(self._workers[path] for path in paths),
+            directory,
+            evaluation if isinstance(evaluation, dict) else None,
+        )
 
 
 def _natural(path: Path) -> list[Any]:
