@@ -34,8 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
     added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")
     added["dashboard"].add_argument("directory", type=Path, nargs="?", metavar="RUN", help="its directory")
+    page = "127.0.0.1:8237"
+    text = f"show the run in the browser, served there [{page}]"
+    added["launch"].add_argument("--dashboard", nargs="?", const=page, metavar="HOST:PORT", help=text)
     listen = "where to serve it; other addresses than loopback get a random token [%(default)s]"
-    added["dashboard"].add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:8237", help=listen)
+    added["dashboard"].add_argument("--listen", metavar="HOST:PORT", default=page, help=listen)
     added["scale"].add_argument("count", metavar="N", help="the new number of nodes")
     for name, command in added.items():
         add_config_flags(

@@ -52,7 +52,7 @@ def launch(arguments: Namespace) -> int:
     """Train on this machine: an embedded etcd and one torchrun agent per node."""
     from trainer.launch import local
 
-    return local.launch(_config(arguments, join=True))
+    return local.launch(_config(arguments, join=True), dashboard=arguments.dashboard)
 
 
 def train(arguments: Namespace) -> int:

@@ -32,7 +32,10 @@ from trainer.volume import Volume, worker_configs
 
 
 def launch(
-    config: TrainingConfig, command: list[str] | None = None, timeouts: LaunchTimeouts = LaunchTimeouts()
+    config: TrainingConfig,
+    command: list[str] | None = None,
+    timeouts: LaunchTimeouts = LaunchTimeouts(),
+    dashboard: str | None = None,
 ) -> int:
     """Run `config.nodes` nodes on this machine until the run is complete. Needs the main thread (signals).
 
@@ -41,6 +44,7 @@ def launch(
     Args:
         config: The run's. It resumes if its run id has checkpoints.
         command: The worker; None for this package's training.
+        dashboard: Where to serve the run's live page, as host:port; None: nowhere.
 
     Returns:
         0: the run is complete.
@@ -69,6 +73,12 @@ def launch(
     require_writable(run_dir, "run_dir")
     with ExitStack() as resources:
         resources.enter_context(_locked(run_dir))
+        if dashboard is not None:
+            from trainer.monitor.web.looks import DirectoryView
+            from trainer.monitor.web.server import LivePage
+
+            page = resources.enter_context(LivePage(DirectoryView(run_dir), dashboard))
+            print(f"dashboard: {page.url}", flush=True)
         # Start an etcd unless one is given
         etcd = None
         if not config.etcd.endpoints:

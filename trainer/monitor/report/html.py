@@ -143,7 +143,14 @@ def tiles(run: RunHistory) -> list[Tile]:
         note = f"from {final[0]:.3f} in round {rounds[np.isfinite(losses)][0]:.0f}" if len(final) > 1 else "one round"
         if math.isfinite(held_out := last_finite(run.held_out_losses[1])):
             note += f"; held out {held_out:.3f}"
-        found.append(Tile("Final training loss", f"{final[-1]:.3f}", run.loss_unit, note))
+        found.append(
+            Tile(
+                "Final training loss" if run.status == "complete" else "Training loss",
+                f"{final[-1]:.3f}",
+                run.loss_unit,
+                note,
+            )
+        )
     if run.evaluation is None and math.isfinite(bits := last_finite(run.held_out_bits[1])):
         found.append(Tile("Bits a byte", f"{bits:.3f}", "held out", "scored while it trained"))
     if len(rounds):

@@ -78,7 +78,8 @@ class WorkerRecord:
             self._resumed = False
             for table in self._tables.values():
                 table.forget_from(position)
-        self._tables[kind].append({**event, "wall": self._wall})
+        event["wall"] = self._wall  # of no use to others: it is spared a copy
+        self._tables[kind].append(event)
 
     def number(self, otherwise: str) -> str:
         """The worker's number, if an event names it."""
@@ -100,7 +101,8 @@ class _Table:
         self._blocks: list[FloatArray] = []  # the others, each (rows, columns)
 
     def append(self, event: Event) -> None:
-        self._rows.append([number(event.get(name)) for name in self._columns])
+        values = map(event.get, self._columns)
+        self._rows.append([value if type(value) is float else number(value) for value in values])
         if len(self._rows) >= _BLOCK:
             self._close_block()
 

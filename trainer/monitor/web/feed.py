@@ -24,14 +24,15 @@ class Feed:
 
     Attributes:
         revision: Grows with each change.
-        over: No part changes any more.
+        closed: No part changes any more.
+        over: And none will: the run has ended.
     """
 
     def __init__(self, view: View, timeouts: MonitorTimeouts | None = None) -> None:
         self._view, self._timeouts = view, timeouts or MonitorTimeouts()
         self._changed = threading.Condition()
         self._parts: dict[Key, tuple[int, str]] = {}  # each with the revision of its last change
-        self.revision, self.over = 0, False
+        self.revision, self.closed, self.over = 0, False, False
         self._viewers: Counter[str] = Counter()  # by width
         self._drawn: dict[tuple[int, str], object] = {}  # by chart and width: the state of the run that it shows
         self._asked = -float("inf")  # when the page itself was last asked for, on the monotonic clock
@@ -67,7 +68,7 @@ class Feed:
     def newer(self, revision: int, width: str) -> tuple[int, Mapping[str, str]]:
         """The parts that have changed after a revision, and the present one; waits for a change, but not for ever."""
         with self._changed:
-            self._changed.wait_for(lambda: self.revision > revision or self.over, self._timeouts.heartbeat)
+            self._changed.wait_for(lambda: self.revision > revision or self.closed, self._timeouts.heartbeat)
             found = {
                 name: html
                 for (name, own), (changed, html) in self._parts.items()
@@ -75,8 +76,9 @@ class Feed:
             }
             return self.revision, found
 
-    def close(self) -> None:
-        """Take a last look, and let those who watch have it."""
+    def close(self, over: bool) -> None:
+        """Take a last look, if anyone watches; if the run is over, draw every chart of it once more."""
+        self.over = over
         self._closing.set()
         self._wake.set()
         self._thread.join()
@@ -101,10 +103,10 @@ class Feed:
                 pause = max(self._timeouts.look, 9 * (time.thread_time() - began))
                 self._closing.wait(pause)
         if self._is_watched():
-            while self._update(last=True):
+            while self._update(last=True) and self.over:
                 pass
         with self._changed:
-            self.over = True
+            self.closed = True
             self._changed.notify_all()
 
     def _is_watched(self) -> bool:

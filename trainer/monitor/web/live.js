@@ -34,9 +34,6 @@ function ages() {
   }
 }
 
-narrow.addEventListener("change", () => {
-  for (const slot of document.querySelectorAll(".slot")) slot.replaceChildren();
-  connect();
-});
+narrow.addEventListener("change", connect);
 setInterval(ages, 1000);
 connect();

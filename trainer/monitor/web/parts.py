@@ -53,7 +53,7 @@ def chart_part(look: Look, place: int, width: str) -> str:
 
 
 def page(name: str, parts: dict[str, str]) -> str:
-    """The page, with the parts as far as there are any."""
+    """The page, with the parts as far as there are any yet."""
     return _templates().get_template("page.html").render(name=name, fragments=parts, charts=CHARTS)
 
 

@@ -22,10 +22,9 @@ from urllib.parse import urlsplit
 from trainer.errors import ConfigError
 from trainer.monitor.web.feed import Feed
 from trainer.monitor.web.looks import View
-from trainer.process import address_of, endpoint_of
+from trainer.process import address_of, endpoint_of, loopback
 from trainer.timeouts import MonitorTimeouts
 
-ADDRESS = "127.0.0.1:8237"  # by default
 MOST_CONNECTIONS = 64
 _METHODS = ("GET", "HEAD")
 _HEADERS = {
@@ -59,9 +58,9 @@ class LivePage:
         host, port = self._server.server_address[:2]
         return f"http://{endpoint_of(str(host), int(port))}/{self._server.token + '/' if self._server.token else ''}"
 
-    def close(self) -> None:
-        """Show a last look, and end."""
-        self._feed.close()
+    def close(self, over: bool = True) -> None:
+        """End; if the run is over, those who watch keep its last state."""
+        self._feed.close(over)
         self._server.drained.wait(self._timeouts.drain)
         self._server.shutdown()
         self._server.server_close()
@@ -70,8 +69,8 @@ class LivePage:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(over=kind is None or issubclass(kind, Exception))  # else it was interrupted, and may go on
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -80,7 +79,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     host = host.removeprefix("[").removesuffix("]")
     if not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError("dashboard", address, "must be host:port")
-    return host or ADDRESS.partition(":")[0], int(port)
+    return host or loopback(), int(port)
 
 
 class _Server(ThreadingHTTPServer):
@@ -217,13 +216,14 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.streaming(), feed.watched(width):
             self.wfile.write(b"retry: 2000\n\n")
             while True:
-                over = feed.over
+                closed = feed.closed
                 revision, parts = feed.newer(revision, width)
                 for name, html in parts.items():
                     self._event("part", json.dumps({"id": name, "html": html}))
                 self._event("clock", f"{time.time():.1f}")  # which also finds out whether the viewer is still there
-                if over:
-                    self._event("over", "")
+                if closed:
+                    if feed.over:
+                        self._event("over", "")
                     return
 
     def _event(self, kind: str, data: str) -> None:
