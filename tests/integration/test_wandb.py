@@ -145,7 +145,7 @@ def test_training_does_not_wait_and_ends(manner: str, trained: dict[str, "Future
     if manner == "hangs":  # and is given up after a while
         assert run.time_of("step") < run.time_of("warning")
     assert (
-        run.ended - run.time_of("end") < MonitorTimeouts().wandb_close + 60
+        run.ended - run.time_of("end") < MonitorTimeouts().tracker_close + 60
     )  # and what wandb does when a process exits
     assert (run.asked > 0) == (manner != "refuses")
 

@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from trainer.config import TrainingConfig
 from trainer.monitor.events import EventLog, EventReader
-from trainer.monitor.sinks import WandbSink, sinks
+from trainer.monitor.sinks import sinks
+from trainer.monitor.trackers.wandb import WandbTracker
 from trainer.process import listen
 from trainer.volume import worker_configs
 
@@ -48,13 +49,13 @@ def test_a_sink_that_fails_is_switched_off_and_reported(tmp_path: Path) -> None:
 
 
 def test_a_sink_that_cannot_be_set_up_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(_: object) -> None:
         raise RuntimeError("no such entity")
 
-    monkeypatch.setattr(WandbSink, "__init__", fail)
+    monkeypatch.setattr(WandbTracker, "begin", fail)
     with EventLog(tmp_path / "metrics.jsonl") as written:
-        assert sinks(TrainingConfig(), 0, tmp_path, written) == []
         assert sinks(TrainingConfig(wandb_logging=False), 0, tmp_path, written) == []
+        written.sinks += sinks(TrainingConfig(), 0, tmp_path, written)
     (event,) = events(tmp_path / "metrics.jsonl")
     assert (event["event"], event["message"]) == ("warning", "Weights & Biases is switched off: no such entity")
 
@@ -64,9 +65,9 @@ import sys
 from pathlib import Path
 from trainer.config import TrainingConfig
 from trainer.monitor.events import EventLog
-from trainer.monitor.sinks import WandbSink
+from trainer.monitor.sinks import sinks
 with EventLog(Path(sys.argv[1]) / "metrics.jsonl") as log:
-    log.sinks.append(WandbSink(TrainingConfig(run_id="r"), 0, Path(sys.argv[1]), log))
+    log.sinks += sinks(TrainingConfig(run_id="r"), 0, Path(sys.argv[1]), log)
     log.write("step", step=1, loss=2.0)
 """
 
