@@ -86,7 +86,7 @@ class Feed:
 
     def _put(self, name: str, width: str, html: str) -> None:
         with self._changed:
-            if self._parts.get((name, width), (0, None))[1] != html:
+            if self._parts.get((name, width), (0, ""))[1] != html:
                 self.revision += 1
                 self._parts[name, width] = self.revision, html
                 self._changed.notify_all()
