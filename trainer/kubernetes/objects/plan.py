@@ -5,7 +5,8 @@ vary by replica. Therefore, with ReadWriteOnce each worker is a job with a claim
 workers share the site's claim; they are the replicas of one PyTorchJob, or a TrainJob each.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import TrainingConfig
@@ -59,6 +60,7 @@ class Plan:
     owner: Object | None  # reference to the workflow with which all objects but the claims end
     sites: tuple[Site, ...]
     workers: tuple[WorkerPlan, ...]  # by index
+    tracking: Mapping[str, str] = field(default_factory=dict)  # variables that tell workers where to log
 
     @property
     def name(self) -> str:
@@ -141,7 +143,14 @@ class Plan:
         return labels
 
 
-def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | None = None) -> Plan:
+def plan(
+    config: TrainingConfig,
+    *,
+    namespace: str,
+    image: str,
+    owner: Object | None = None,
+    tracking: Mapping[str, str] | None = None,
+) -> Plan:
     """Plan a training on a cluster.
 
     Args:
@@ -149,6 +158,7 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | 
         image: The project's image, where neither site nor vendor nor deployment has another.
         owner: The pipeline run's workflow as an owner reference, if it is in this namespace: the garbage collector
             deletes objects whose owner is in another one. Not as the controller, which would manage it.
+        tracking: Environment variables that tell workers where to log. They are in plain sight: no credentials.
 
     Raises:
         ConfigError: No run id; `nodes` cannot be split over the GPU vendors, or an island's batch over its GPUs.
@@ -161,7 +171,7 @@ def plan(config: TrainingConfig, *, namespace: str, image: str, owner: Object | 
         _worker(config, index, site, replica)
         for index, (site, replica) in enumerate((site, replica) for site in sites for replica in range(site.replicas))
     )
-    made = Plan(config, namespace, owner, sites, workers)
+    made = Plan(config, namespace, owner, sites, workers, dict(tracking or {}))
     for site in sites:
         config.with_values(elastic_nproc_per_node=made.processes(site))  # refuses a batch that its GPUs cannot share
     return made

@@ -131,6 +131,8 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         values["DILOCO_ELASTIC_NPROC_PER_NODE"] = processes
     if step == "train" and site.vendor != "cpu" and (config.optim_method == "ddp" or config.island):
         values |= _nccl(config)
+    if step == "train":
+        values |= plan.tracking
     environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     fields = {"POD_NAME": "metadata.name"}
     if step == "train" and not (config.advertise_address or config.network_interface):

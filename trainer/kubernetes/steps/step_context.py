@@ -16,6 +16,7 @@ from trainer.kubernetes.objects.jobs import config_map, network_policy, run_secr
 from trainer.kubernetes.objects.plan import Plan, plan
 from trainer.kubernetes.steps.job_deletion import JobDeletion
 from trainer.kubernetes.steps.workflow import Workflow, own_pod
+from trainer.monitor.trackers import mlflow
 from trainer.timeouts import KubernetesTimeouts
 
 
@@ -49,7 +50,8 @@ class StepContext:
         """
         client = Client(config.deployment_namespace, timeouts)
         owner, workflow, own_image = own_pod(client.namespace, show, client.timeouts)
-        made = plan(config, namespace=client.namespace, image=own_image or image, owner=owner)
+        image, tracking = own_image or image, mlflow.handed_on()
+        made = plan(config, namespace=client.namespace, image=image, owner=owner, tracking=tracking)
         return cls(client, made, show, workflow)
 
     @property

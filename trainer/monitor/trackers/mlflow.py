@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig
-from trainer.monitor.trackers.sink import numbers, step_of
+from trainer.monitor.trackers.sink import numbers, step_of, without_login
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,6 +18,12 @@ _STATUS = {"complete": "FINISHED", "stopped": "KILLED", "": "KILLED", "failed": 
 def asked_for() -> bool:
     """Whether MLflow's variables are set; Kubeflow Pipelines' plugin sets them in every step."""
     return any(os.environ.get(name) for name in VARIABLES)
+
+
+def handed_on() -> dict[str, str]:
+    """MLflow's variables that a pipeline step hands on to its workers' pods: where to log, but no credentials."""
+    names = (*VARIABLES, "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH")
+    return {name: without_login(value) for name in names if asked_for() and (value := os.environ.get(name))}
 
 
 class MlflowTracker:

@@ -81,7 +81,7 @@ class TrackerSink:
     def _work(self) -> None:
         try:
             if url := self._patiently(self._tracker.begin):
-                self._log.link(self.name, _LOGIN.sub(r"\1", url))
+                self._log.link(self.name, without_login(url))
             while events := self._next():
                 self._patiently(self._tracker.log, events)
             self._patiently(self._tracker.finish, self._status)
@@ -134,4 +134,9 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= 6 and _SECRETS.search(name):
             text = text.replace(value, "…")
-    return _LOGIN.sub(r"\1", text)
+    return without_login(text)
+
+
+def without_login(url: str) -> str:
+    """The URL, or the text with URLs, without user and password."""
+    return _LOGIN.sub(r"\1", url)
