@@ -22,7 +22,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch \
     && mkdir components pipelines trainer \
-    && pip install --constraint constraints.txt '.[local,vision,speech,graph]' \
+    && pip install --constraint constraints.txt '.[local,vision,speech,graph,mlflow]' \
     && pip uninstall --yes diloco-pipelines
 # Fail if the index has given wheels for another accelerator.
 RUN python -c "import sys, torch; v = torch.version; \

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.network.namespaces import Network
-from trainer.monitor.events import EventReader
+from trainer.events import EventReader
 from trainer.process import dying_with_parent
 
 PATIENCE = 600.0  # seconds for what takes some on a machine with nothing else to do

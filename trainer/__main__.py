@@ -29,12 +29,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     # The commands that take parameters
     steps = (commands.precache, commands.launch, commands.train, commands.export, commands.evaluate)
-    lookups = (commands.status, commands.scale, commands.token)
+    lookups = (commands.status, commands.dashboard, commands.scale, commands.token)
     added = {step.__name__: add(step) for step in (*steps, *lookups)}
-    for name in ("precache", "launch", "status", "scale", "token"):
+    for name in ("precache", "launch", "status", "dashboard", "scale", "token"):
         added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
     added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
     added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")
+    added["dashboard"].add_argument("directory", type=Path, nargs="?", metavar="RUN", help="its directory")
+    page = "127.0.0.1:8237"
+    text = f"show the run in the browser, served there [{page}]"
+    added["launch"].add_argument("--dashboard", nargs="?", const=page, metavar="HOST:PORT", help=text)
+    listen = "where to serve it; other addresses than loopback get a random token [%(default)s]"
+    added["dashboard"].add_argument("--listen", metavar="HOST:PORT", default=page, help=listen)
     added["scale"].add_argument("count", metavar="N", help="the new number of nodes")
     added["join"] = add(commands.join)
     _add_flags_of_joining(added)

@@ -67,7 +67,7 @@ def launch(arguments: Namespace) -> int:
         Listening.of(config, Path(config.run_dir), arguments.listen)  # refused before the long work
         check(config)
         precache_all(config)
-    return local.launch(config, listen=arguments.listen, ttl=ttl)
+    return local.launch(config, listen=arguments.listen, ttl=ttl, dashboard=arguments.dashboard)
 
 
 def join(arguments: Namespace) -> int:
@@ -148,6 +148,17 @@ def status(arguments: Namespace) -> int:
     from trainer.monitor import status as viewing
 
     return viewing.status(config, watch=arguments.watch, as_json=arguments.json)
+
+
+def dashboard(arguments: Namespace) -> int:
+    """Show a run in the browser while it trains, and afterwards."""
+    config = _unresolved(arguments)
+    from trainer.monitor.web import command
+
+    try:
+        return command.dashboard(config, arguments.directory, arguments.listen)
+    except KeyboardInterrupt:  # the way to end it
+        return 0
 
 
 def scale(arguments: Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The events of a worker, `metrics.jsonl`: one writer (`EventLog`) and one reader (`EventReader`, `effective`).
+"""The events of a worker, `metrics.jsonl`: one writer (`EventLog`) and one reader (`EventReader`).
 
 Every other view of a run is made from this file: one JSON object a line, flushed as it happens. `event` is one of
 start, assignment, step, round, eval, checkpoint, membership, link, warning and end; `time` is in Unix seconds. NaN and
@@ -11,8 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -22,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
+_PIECE = 4 << 20  # bytes
 POSITIONS = {"step": "step", "round": "round", "eval": "round"}  # by kind: the field in which repeated events agree
 
 
@@ -118,13 +118,20 @@ class EventReader:
         size = path.stat().st_size if path.exists() else 0
         self._offset = 0 if last is None else max(0, size - last)
 
-    def read(self) -> list[Event]:
-        """The events since the last call, in the file's order."""
+    def pieces(self) -> Iterator[list[Event]]:
+        """As `read`, in pieces that keep memory small however long the file is."""
+        before = None
+        while self._offset != before:
+            before = self._offset
+            yield self.read(_PIECE)
+
+    def read(self, most: int = -1) -> list[Event]:
+        """The events since the last call, in the file's order; of about `most` bytes, unless that is negative."""
         if not self._path.is_file():
             return []
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            content = file.read()
+            content = file.read(most) + file.readline()
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
         events = []
@@ -136,39 +143,6 @@ class EventReader:
             if isinstance(event, dict) and isinstance(event.get("event"), str):
                 events.append(event)
         return events
-
-
-def newest_run(events: Sequence[Event]) -> Sequence[Event]:
-    """The events since the last `start` of another run: a volume can hold several runs after each other."""
-    starts = [index for index, event in enumerate(events) if event["event"] == "start"]
-    changes = [new for old, new in pairwise(starts) if events[old].get("run_id") != events[new].get("run_id")]
-    return events[changes[-1] :] if changes else events
-
-
-def effective(events: Sequence[Event]) -> list[Event]:
-    """The events that count in the end: of the newest run in the file, each step, round and evaluation once.
-
-    A process that resumes from a checkpoint repeats steps, so the last line of a step wins; what its predecessor did
-    beyond that checkpoint is void. Steps, rounds and evaluations without a position are left out.
-    """
-    kept: dict[tuple[str, float], Event] = {}
-    resumed = False  # no step has come since the last `start`
-    for index, event in enumerate(newest_run(events)):
-        kind = event["event"]
-        if kind == "start":
-            resumed = True
-        if kind not in POSITIONS:
-            kept[kind, index] = event
-            continue
-        position = number(event.get(POSITIONS[kind]))
-        if not math.isfinite(position):
-            continue
-        if kind == "step" and resumed:
-            resumed = False
-            void = {key for key, old in kept.items() if key[0] in POSITIONS and number(old.get("step")) >= position}
-            kept = {key: old for key, old in kept.items() if key not in void}
-        kept[kind, position] = event
-    return list(kept.values())
 
 
 def number(value: object) -> float:

@@ -90,10 +90,15 @@ class MonitorTimeouts:
     """Of `trainer.monitor`."""
 
     wandb: float = 10.0  # for the server of Weights & Biases to let a run begin, and to take the rest at the end
-    wandb_close: float = 25.0  # for both together, if training ends before the run could begin
+    tracker_close: float = 25.0  # for a tracker to begin, and to take the rest, after training has ended
+    tracker_retry: float = 60.0  # between two attempts to reach a tracker's server, at most
     plain: float = 15.0  # between two lines of the plain view while no round ends
     rate: float = 60.0  # the window, at least, over which the time per step is measured
-    look: float = 1.0  # between two looks of `status --watch` at etcd, at least
+    look: float = 1.0  # between two looks of `status --watch` and of a live page, at least
+    first_look: float = 3.0  # for which a request for a live page waits for the first look
+    heartbeat: float = 15.0  # between two events of a live page in which nothing changes
+    viewer: float = 20.0  # for which a browser may take nothing, or send no request
+    drain: float = 3.0  # for browsers to take a live page's last state
 
 
 @dataclass(frozen=True)

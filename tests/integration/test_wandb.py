@@ -1,5 +1,6 @@
 """Weights & Biases with a key, and a server that lets one down: training goes on, and ends, as if there were none."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -30,11 +31,12 @@ BUCKET = {"id": "x", "name": "x", "displayName": "x", "config": "{}", "historyLi
 
 
 class Server(ThreadingHTTPServer):
-    """Hangs, lets a run begin and hangs then ("hangs later"), answers 500, or refuses connections."""
+    """Hangs, lets a run begin and hangs then ("hangs later"), answers 500, refuses connections, or works."""
 
     def __init__(self, manner: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.manner, self.asked, self.over = manner, 0, threading.Event()
+        self.bodies: dict[str, list[bytes]] = {}  # what it was sent, by path
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -43,6 +45,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.server.asked += 1
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.server.bodies.setdefault(self.path, []).append(body)
         if self.server.manner == "hangs":
             self.server.over.wait()
         elif self.server.manner == "answers 500":
@@ -50,14 +55,21 @@ class Handler(BaseHTTPRequestHandler):
         else:
             begins = b"upsertBucket" in body
             said = json.dumps({"data": {"upsertBucket": {"bucket": BUCKET, "inserted": True}} if begins else {}})
-            if begins:
+            if b"CreateRunFiles" in body:
+                said = json.dumps({"data": {"createRunFiles": self.upload(json.loads(body)["variables"]["files"])}})
+            if begins and self.server.manner == "hangs later":
                 self.server.manner = "hangs"
             self.send_response(200)
             self.send_header("Content-Length", str(len(said)))
             self.end_headers()
             self.wfile.write(said.encode())
 
-    do_GET = do_POST  # noqa: N815
+    do_GET = do_PUT = do_POST  # noqa: N815
+
+    def upload(self, names: list[str]) -> dict[str, Any]:
+        """Where the run's files go."""
+        place = f"http://127.0.0.1:{self.server.server_port}/upload"
+        return {"runID": "x", "uploadHeaders": [], "files": [{"name": n, "uploadUrl": f"{place}/{n}"} for n in names]}
 
     def log_message(self, *_: object) -> None: ...
 
@@ -145,7 +157,7 @@ def test_training_does_not_wait_and_ends(manner: str, trained: dict[str, "Future
     if manner == "hangs":  # and is given up after a while
         assert run.time_of("step") < run.time_of("warning")
     assert (
-        run.ended - run.time_of("end") < MonitorTimeouts().wandb_close + 60
+        run.ended - run.time_of("end") < MonitorTimeouts().tracker_close + 60
     )  # and what wandb does when a process exits
     assert (run.asked > 0) == (manner != "refuses")
 
@@ -163,3 +175,35 @@ def test_a_run_that_cannot_begin_is_kept_offline(manner: str, trained: dict[str,
 def test_a_server_that_hangs_later_is_told_of(trained: dict[str, "Future[Trained]"]) -> None:
     (warning,) = trained["hangs later"].result().warnings()
     assert warning.startswith("Weights & Biases did not take everything: `wandb sync ")
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from trainer.config import TrainingConfig
+from trainer.events import EventLog
+from trainer.monitor.sinks import sinks
+with EventLog(Path(sys.argv[1]) / "metrics.jsonl") as log:
+    log.sinks += sinks(TrainingConfig(run_id="mine"), 3, Path(sys.argv[1]), log)
+    for step in range(1, 4):
+        log.write("step", step=step, loss=2.0 / step)
+    log.write("end", status="complete")
+"""
+
+
+def test_a_server_that_works_has_every_step_and_the_run_a_link(tmp_path: Path) -> None:
+    key = "0123456789" * 4
+    with served("works") as server:
+        place = f"http://127.0.0.1:{server.server_port}"
+        environment = {**os.environ, "WANDB_API_KEY": key, "WANDB_BASE_URL": place}
+        subprocess.run([sys.executable, "-c", WORKER, str(tmp_path)], env=environment, check=True)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if event["event"] != "step"] == ["end", "link"]
+    assert events[-1]["links"] == {"Weights & Biases": f"{place}/e/p/runs/x"}
+
+    # Steps arrive in one request or several.
+    streamed = [json.loads(body) for body in server.bodies["/files/e/p/x/file_stream"]]
+    files = [one.get("files", {}).get("wandb-history.jsonl", {}) for one in streamed]
+    history = [json.loads(line) for one in files for line in one.get("content", [])]
+    assert [(row["step/step"], row["step/loss"]) for row in history] == [(1, 2), (2, 1), (3, 2 / 3)]
+    assert not any(key.encode() in body for bodies in server.bodies.values() for body in bodies)

@@ -269,7 +269,12 @@ class Schema(Group):
     wandb_logging: Annotated[bool, COMMON] = parameter(
         True, "Log to Weights & Biases; offline when WANDB_API_KEY is not set."
     )
-    wandb_project_name: str = parameter("diloco", "Weights & Biases project.", pattern=WANDB_PROJECT)
+    wandb_project_name: str = parameter(
+        "diloco", "Weights & Biases project; trackio's, and MLflow's experiment, too.", pattern=WANDB_PROJECT
+    )
+    tracker: Literal["none", "trackio"] = parameter(
+        "none", "Log to trackio, too. MLflow needs no parameter: MLFLOW_TRACKING_URI or MLFLOW_RUN_ID asks for it."
+    )
     wandb_group: str = parameter("diloco-gptneo-c4", "Weights & Biases group for the run's workers.")
     wandb_run_id: str = parameter(
         "", "Weights & Biases run id; each worker appends its number. Empty: derived from run_id.", pattern=WANDB_RUN_ID

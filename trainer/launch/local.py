@@ -46,6 +46,7 @@ def launch(
     listen: str = "",
     ttl: int = DEFAULT_TTL,
     joins: bool = False,
+    dashboard: str | None = None,
 ) -> int:
     """Run `config.nodes` nodes on this machine until the run is complete. Needs the main thread (signals).
 
@@ -58,6 +59,7 @@ def launch(
             earlier launch of the run, if there was one.
         ttl: For how long the line that it prints lets other machines join, in seconds.
         joins: The run has begun elsewhere, and this machine is one of several.
+        dashboard: Where to serve the run's live page, as host:port; None: nowhere.
 
     Returns:
         0: the run is complete.
@@ -86,6 +88,12 @@ def launch(
     require_writable(run_dir, "run_dir")
     with ExitStack() as resources:
         resources.enter_context(locked(run_dir))
+        if dashboard is not None:
+            from trainer.monitor.web.looks import DirectoryView
+            from trainer.monitor.web.server import LivePage
+
+            page = resources.enter_context(LivePage(DirectoryView(run_dir), dashboard))
+            print(f"dashboard: {page.url}", flush=True)
         # Start an etcd unless one is given
         etcd = None
         if listening:

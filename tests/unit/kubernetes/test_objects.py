@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+import re
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.kubernetes.objects.plan import JobObjects, Plan, plan
 from trainer.kubernetes.objects.pod_template import GRACE_PERIOD, RESULT_PORT
 from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.launch.etcd3_diloco_rendezvous import BACKEND, client_of
+from trainer.monitor.trackers import mlflow
 
 OWNER = {
     "apiVersion": "argoproj.io/v1alpha1",
@@ -226,6 +228,18 @@ def test_without_an_owner_there_is_no_reference() -> None:
     config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine"})
     made = plan(config, namespace="team", image="i")
     assert all("ownerReferences" not in obj["metadata"] for obj in of_the_run(made))
+
+
+def test_only_workers_learn_where_the_step_logs_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hidden@mlflow:5000")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hidden")
+    config = TrainingConfig.from_flat({"launcher": "pytorchjob", "run_id": "mine"})
+    made = plan(config, namespace="team", image="i", tracking=mlflow.handed_on())
+    templates = [*(job.template for job in training_jobs(made)), step_job(made, made.workers[0], "precache")]
+    found = [re.findall(r'"(MLFLOW_[A-Z_]+)", "value": "([^"]*)"', json.dumps(one)) for one in templates]
+    expected = [("MLFLOW_RUN_ID", "abc"), ("MLFLOW_TRACKING_URI", "http://mlflow:5000")]
+    assert found == [*[expected] * (len(templates) - 1), []]
 
 
 def test_no_secret_is_rendered(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

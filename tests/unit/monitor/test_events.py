@@ -16,8 +16,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer.config import TrainingConfig
-from trainer.events import EventLog, EventReader, effective
-from trainer.monitor.sinks import WandbSink, sinks
+from trainer.events import EventLog, EventReader
+from trainer.monitor.sinks import sinks
+from trainer.monitor.trackers.wandb import WandbTracker
 from trainer.process import listen
 from trainer.volume import worker_configs
 
@@ -48,13 +49,13 @@ def test_a_sink_that_fails_is_switched_off_and_reported(tmp_path: Path) -> None:
 
 
 def test_a_sink_that_cannot_be_set_up_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(_: object) -> None:
         raise RuntimeError("no such entity")
 
-    monkeypatch.setattr(WandbSink, "__init__", fail)
+    monkeypatch.setattr(WandbTracker, "begin", fail)
     with EventLog(tmp_path / "metrics.jsonl") as written:
-        assert sinks(TrainingConfig(), 0, tmp_path, written) == []
         assert sinks(TrainingConfig(wandb_logging=False), 0, tmp_path, written) == []
+        written.sinks += sinks(TrainingConfig(), 0, tmp_path, written)
     (event,) = events(tmp_path / "metrics.jsonl")
     assert (event["event"], event["message"]) == ("warning", "Weights & Biases is switched off: no such entity")
 
@@ -64,9 +65,9 @@ import sys
 from pathlib import Path
 from trainer.config import TrainingConfig
 from trainer.events import EventLog
-from trainer.monitor.sinks import WandbSink
+from trainer.monitor.sinks import sinks
 with EventLog(Path(sys.argv[1]) / "metrics.jsonl") as log:
-    log.sinks.append(WandbSink(TrainingConfig(run_id="r"), 0, Path(sys.argv[1]), log))
+    log.sinks += sinks(TrainingConfig(run_id="r"), 0, Path(sys.argv[1]), log)
     log.write("step", step=1, loss=2.0)
 """
 
@@ -167,17 +168,16 @@ def test_a_reader_of_a_file_that_comes_later(tmp_path: Path) -> None:
     assert len(reader.read()) == 1
 
 
-def test_the_last_line_of_a_step_is_effective_and_what_a_resume_undid_is_not() -> None:
-    def start(run_id: str) -> dict[str, Any]:
-        return {"event": "start", "run_id": run_id}
-
-    first = [start("a"), *({"event": "step", "step": number, "life": 1} for number in (1, 2, 3, 4))]
-    first.insert(4, {"event": "round", "round": 1, "step": 3})
-    second = [start("a"), {"event": "step", "step": 3, "life": 2}, {"event": "step"}]
-    kept = effective([*first, *second])
-    assert [(event["step"], event["life"]) for event in kept if event["event"] == "step"] == [(1, 1), (2, 1), (3, 2)]
-    assert [event["event"] for event in kept].count("round") == 0
-    assert effective([*first, start("b")]) == [start("b")]
+def test_a_long_file_is_read_in_pieces_of_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.events._PIECE", 40)
+    path = tmp_path / "metrics.jsonl"
+    append(path, *map(step, range(5)), step(5, long="x" * 100), step(6)[:-1])
+    reader = EventReader(path)
+    pieces = [[event["step"] for event in piece] for piece in reader.pieces()]
+    assert [one for piece in pieces for one in piece] == [0, 1, 2, 3, 4, 5]
+    assert len(pieces) > 3
+    append(path, "\n")
+    assert [event["step"] for event in reader.read()] == [6]
 
 
 def test_a_link_is_an_event_and_is_kept_for_start(tmp_path: Path) -> None:

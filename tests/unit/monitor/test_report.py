@@ -16,6 +16,7 @@ from trainer.config import TrainingConfig
 from trainer.monitor.report import markdown_summary, read_run, summary, write_comparison, write_report, write_summary
 from trainer.monitor.report.comparison import differences
 from trainer.monitor.report.curves import weighted_mean
+from trainer.monitor.report.record import WorkerRecord
 from trainer.monitor.report.tables import MOST_CLASSES, MOST_CONFUSIONS
 from trainer.monitor.report.words import byte_count, seconds
 from trainer.tasks import tasks
@@ -171,6 +172,28 @@ def test_after_a_resume_the_last_line_of_a_step_wins_and_what_was_given_up_is_go
     again = read_run(tmp_path)
     assert again.status == "complete" and again.step_losses[0].tolist() == list(range(1, 41))
     assert again.wall_seconds == pytest.approx(run.wall_seconds + 2 + 5.5), "a pause after an orderly end is no loss"
+
+
+def test_a_record_that_grows_is_that_of_the_whole_file() -> None:
+    def start(run_id: str) -> dict[str, Any]:
+        return {"event": "start", "run_id": run_id}
+
+    first = [start("a"), *({"event": "step", "step": number, "loss": 1} for number in (1, 2, 3, 4))]
+    first.insert(4, {"event": "round", "round": 1, "step": 3})
+    second = [
+        start("a"),
+        {"event": "step", "step": 3, "loss": 2},
+        {"event": "step"},
+        {"event": "step", "step": math.inf},
+    ]
+    record = WorkerRecord()
+    for event in (*first, *second):
+        record.take([event])
+        worker = record.worker("worker-0")
+    assert worker.steps[["step", "loss"]].to_numpy().tolist() == [[1, 1], [2, 1], [3, 2]]
+    assert len(worker.rounds) == 0, "the resume has undone it"
+    record.take([start("b")])
+    assert (len(record.worker("").steps), record.worker("").events) == (0, (start("b"),))
 
 
 def test_the_newest_run_on_a_volume_is_meant(tmp_path: Path) -> None:

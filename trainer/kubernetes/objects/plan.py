@@ -5,8 +5,8 @@ vary by replica. Therefore, with ReadWriteOnce each worker is a job with a claim
 workers share the site's claim; they are the replicas of one PyTorchJob, or a TrainJob each.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import TrainingConfig
@@ -61,6 +61,7 @@ class Plan:
     sites: tuple[Site, ...]  # in this cluster
     workers: tuple[WorkerPlan, ...]  # at these sites, by index
     workflow: str = ""  # the workflow's kind, name and uid, where no owner reference can name it: in other clusters
+    tracking: Mapping[str, str] = field(default_factory=dict)  # variables that tell workers where to log
 
     @property
     def name(self) -> str:
@@ -158,6 +159,7 @@ def plan(
     owner: Object | None = None,
     cluster: str = "",
     workflow: str = "",
+    tracking: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan a training on a cluster, or a cluster's part of it.
 
@@ -168,6 +170,7 @@ def plan(
             deletes objects whose owner is in another one. Not as the controller, which would manage it.
         cluster: The Secret with the kubeconfig of the cluster; "": that of the steps.
         workflow: As `Plan.workflow`.
+        tracking: Environment variables that tell workers where to log. They are in plain sight: no credentials.
 
     Raises:
         ConfigError: No run id; `nodes` cannot be split over the GPU vendors, or an island's batch over its GPUs.
@@ -181,7 +184,7 @@ def plan(
         _worker(config, index, site, replica) for index, (site, replica) in places if site.cluster == cluster
     )
     sites = tuple(site for site in sites if site.cluster == cluster)
-    made = Plan(config, namespace, owner, sites, workers, workflow)
+    made = Plan(config, namespace, owner, sites, workers, workflow, dict(tracking or {}))
     for site in sites:
         config.with_values(elastic_nproc_per_node=made.processes(site))  # refuses a batch that its GPUs cannot share
     return made

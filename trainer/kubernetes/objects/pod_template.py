@@ -132,6 +132,8 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         values["DILOCO_ELASTIC_NPROC_PER_NODE"] = processes
     if step == "train" and site.vendor != "cpu" and (config.optim_method == "ddp" or config.island):
         values |= _nccl(config)
+    if step == "train":
+        values |= plan.tracking
     fields = {"POD_NAME": "metadata.name"}
     if step == "train" and site.etcd_endpoints:
         values["DILOCO_ETCD_ENDPOINTS"] = ",".join(site.etcd_endpoints)

@@ -19,6 +19,7 @@ from trainer.kubernetes.objects.sites import cluster_names
 from trainer.kubernetes.steps.cluster import Cluster
 from trainer.kubernetes.steps.served import launcher_of
 from trainer.kubernetes.steps.workflow import Workflow, own_pod
+from trainer.monitor.trackers import mlflow
 from trainer.timeouts import KubernetesTimeouts
 
 # What people look for if a cluster stays away
@@ -68,12 +69,14 @@ class StepContext:
         workflow: Workflow | None = None,
     ) -> Self:
         """As `open`, with what that has found: the steps' cluster, and the workflow that owns the objects there."""
-        made = plan(config, namespace=client.namespace, image=image, owner=owner)
+        tracking = mlflow.handed_on()
+        made = plan(config, namespace=client.namespace, image=image, owner=owner, tracking=tracking)
         mark = workflow.mark if workflow else ""
 
         def plan_there(there: Client) -> Plan:
             own = config.with_values(launcher=launcher_of(there, config))
-            return plan(own, namespace=there.namespace, image=image, cluster=there.cluster, workflow=mark)
+            place = {"namespace": there.namespace, "cluster": there.cluster, "workflow": mark}
+            return plan(own, image=image, tracking=tracking, **place)
 
         others = [
             Cluster(name, partial(OtherClient, client, name), plan_there, show) for name in cluster_names(config)[1:]

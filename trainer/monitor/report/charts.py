@@ -116,6 +116,22 @@ def losses_over_rounds(run: RunHistory) -> Chart | None:
     return drawing.chart("Loss over rounds", caption, draw, name="losses-over-rounds")
 
 
+def bits_over_rounds(run: RunHistory) -> Chart | None:
+    """The held-out score of language models that is comparable across tokenizers."""
+    scored, mean = _finite(*run.held_out_bits)
+    if not len(scored):
+        return None
+
+    def draw(axes: "Axes") -> None:
+        end = drawing.line(axes, scored, mean, 1, "held out")
+        drawing.robust_limits(axes, mean)
+        drawing.label(axes, (end, "{}"))
+        drawing.over_rounds(axes, scored, "bits a byte")
+
+    caption = "Held-out text, scored with the global parameters after the round: the bits that a byte of it takes."
+    return drawing.chart("Bits a byte", caption, draw, name="bits-over-rounds")
+
+
 # Rounds of one run
 
 
@@ -332,6 +348,7 @@ OF_ONE: Sequence[Callable[[RunHistory], Chart | None]] = (
     partial(_losses, SAMPLES, "Over the samples that all workers together had consumed.", True, drawing.HALF),
     partial(_losses, TIME, OVER_TIME, True, drawing.HALF),
     losses_over_rounds,
+    bits_over_rounds,
     bytes_over_rounds,
     exposed_over_rounds,
     throughput_over_rounds,

@@ -32,7 +32,7 @@ class Worker:
     Attributes:
         steps: `seconds` is the duration of the step, `wall` the worker's wall time at its end.
         rounds: `seconds` is the duration with the synchronisation.
-        events: start, checkpoint, membership, warning and end, in the file's order.
+        events: start, membership, link, warning and end, in the file's order.
         wall_seconds: While the worker was meant to run: the time between an `end` and the next `start` does not count.
     """
 
@@ -123,6 +123,12 @@ class Curves:
     def held_out_losses(self) -> Points:
         """Rounds after which held-out samples were scored, and the workers' samples-weighted mean loss."""
         return _mean_loss(partial(self.over_rounds, table="evals"))
+
+    @cached_property
+    def held_out_bits(self) -> Points:
+        """Rounds after which held-out text was scored, and the workers' samples-weighted mean of the bits a byte."""
+        rounds, bits = self.over_rounds("bits_per_byte", "evals")
+        return rounds, weighted_mean(bits, self.over_rounds("samples", "evals")[1])
 
     @cached_property
     def held_out_over_steps(self) -> Points:

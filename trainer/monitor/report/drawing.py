@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,27 +63,39 @@ Panel = Callable[["Axes"], None]
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: SVG text of both widths, and the words around it."""
+    """A chart: the words around it, and SVG text of both widths, each drawn when it is asked for."""
 
     name: str
     title: str
     caption: str
-    wide: str
-    narrow: str
-    whole: bool = False  # over the whole page
+    panels: Sequence[Panel]
+    size: tuple[int, int]
+    rows: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether it extends over the whole page."""
+        return self.size[0] == WHOLE[0]
+
+    @cached_property
+    def wide(self) -> str:
+        return _svg(self.name, self.title, self.panels, self.size, self.rows)
+
+    @cached_property
+    def narrow(self) -> str:
+        size = (NARROW[0], self.size[1]) if self.rows else NARROW
+        return _svg(self.name, self.title, self.panels, size, self.rows)
 
 
 def chart(
     title: str, caption: str, *panels: Panel, name: str = "", size: tuple[int, int] = HALF, rows: bool = False
 ) -> Chart:
-    """Draw panels below each other over one x axis.
+    """A chart of panels below each other over one x axis.
 
     `name` is the chart's id on the page, by default made from the title; `size` is for a wide page. `rows`: the y axis
     has names, set by the panels, instead of numbers, and needs its height on a phone, too.
     """
-    name = name or title.lower().replace(" ", "-")
-    wide, narrow = (_svg(name, title, panels, one, rows) for one in (size, (NARROW[0], size[1]) if rows else NARROW))
-    return Chart(name, title, caption, wide, narrow, whole=size[0] == WHOLE[0])
+    return Chart(name or title.lower().replace(" ", "-"), title, caption, panels, size, rows)
 
 
 def _svg(name: str, title: str, panels: Sequence[Panel], size: tuple[int, int], rows: bool) -> str:
@@ -175,6 +188,7 @@ def line(
     Returns:
         x, y and colour of its last finite point; None if there is none.
     """
+    x, (y,) = thin(x, y[None])
     color, dashes, marker = STYLES[style % len(STYLES)]
     look: dict[str, Any] = {"color": color, "linestyle": dashes, "linewidth": 1.5, "label": label}
     if equal or len(x) <= MOST_MARKED:

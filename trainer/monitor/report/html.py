@@ -8,8 +8,9 @@ import datetime
 import math
 from collections import namedtuple
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,10 @@ from trainer.monitor.report.summary import write_summary
 from trainer.monitor.report.words import byte_count, count, seconds, short
 from trainer.monitor.verify import judged
 
+if TYPE_CHECKING:
+    import jinja2
+
+FOLDER = Path(__file__).parent
 VERDICTS = {
     "complete": ("good", "✓", "Complete"),
     "stopped": ("pause", "Ⅱ", "Stopped; it can be resumed"),
@@ -54,9 +59,9 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         tone=tone,
         mark=mark,
         verdict=verdict,
-        facts=_facts(run),
+        facts=facts(run),
         comparison=_comparison(evaluation),
-        tiles=_tiles(run),
+        tiles=tiles(run),
         charts=charts([run]),
         evaluation=run.evaluation,
         scores=tables.scores(evaluation),
@@ -76,18 +81,19 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
 
 def page(template: str, **values: Any) -> str:
     """Render a template of this folder as a whole page; `runs` are those that it is made from."""
+    style, written = (FOLDER / "style.css").read_text(encoding="utf-8"), _moment(datetime.datetime.now().timestamp())
+    return templates().get_template(template).render(style=style, written=written, **values)
+
+
+@cache
+def templates(*folders: Path) -> "jinja2.Environment":
+    """The templates of `folders` and of this one. Whatever they are given is escaped."""
     import jinja2
 
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = jinja2.FileSystemLoader((*folders, FOLDER))
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"seconds": seconds, "bytes": byte_count, "short": short, "count": count}
-    return environment.get_template(template).render(
-        style=(folder / "style.css").read_text(encoding="utf-8"),
-        written=_moment(datetime.datetime.now().timestamp()),
-        **values,
-    )
+    return environment
 
 
 def title(run: RunHistory) -> str:
@@ -95,13 +101,14 @@ def title(run: RunHistory) -> str:
     return " on ".join(str(run.config[name]) for name in ("model", "dataset") if run.config.get(name)) or "Training"
 
 
-def _facts(run: RunHistory) -> list[str]:
+def facts(run: RunHistory) -> list[str]:
+    """What one wants to know of a run beside its result."""
     workers = len(run.workers)
-    facts = [f"{workers} worker{'s' if workers != 1 else ''}" if workers else ""]
-    facts.append(f"{short(run.parameters)} parameters" if run.parameters else "")
-    facts.append(_moment(run.started))
-    facts.append(seconds(run.wall_seconds) if run.wall_seconds else "")
-    return [fact for fact in facts if fact]
+    found = [f"{workers} worker{'s' if workers != 1 else ''}" if workers else ""]
+    found.append(f"{short(run.parameters)} parameters" if run.parameters else "")
+    found.append(_moment(run.started))
+    found.append(seconds(run.wall_seconds) if run.wall_seconds else "")
+    return [fact for fact in found if fact]
 
 
 def _moment(time: float) -> str:
@@ -124,10 +131,11 @@ def _comparison(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _tiles(run: RunHistory) -> list[Tile]:
+def tiles(run: RunHistory) -> list[Tile]:
+    """A run's key numbers, as far as they are known."""
     workers, sent, wall = len(run.workers), run.total("bytes_sent"), run.wall_seconds
     rounds, losses = run.round_losses
-    tiles = []
+    found = []
 
     # What was reached.
     final = losses[np.isfinite(losses)]
@@ -135,32 +143,41 @@ def _tiles(run: RunHistory) -> list[Tile]:
         note = f"from {final[0]:.3f} in round {rounds[np.isfinite(losses)][0]:.0f}" if len(final) > 1 else "one round"
         if math.isfinite(held_out := last_finite(run.held_out_losses[1])):
             note += f"; held out {held_out:.3f}"
-        tiles.append(Tile("Final training loss", f"{final[-1]:.3f}", run.loss_unit, note))
+        found.append(
+            Tile(
+                "Final training loss" if run.status == "complete" else "Training loss",
+                f"{final[-1]:.3f}",
+                run.loss_unit,
+                note,
+            )
+        )
+    if run.evaluation is None and math.isfinite(bits := last_finite(run.held_out_bits[1])):
+        found.append(Tile("Bits a byte", f"{bits:.3f}", "held out", "scored while it trained"))
     if len(rounds):
         steps = len(run.step_losses[0])
         note = f"{count(steps)} inner steps, {count(run.samples)} samples"
         note += f", {count(run.skipped_steps)} steps skipped" if run.skipped_steps else ""
-        tiles.append(Tile("Rounds", count(rounds[-1]), "", note))
+        found.append(Tile("Rounds", count(rounds[-1]), "", note))
         value, unit = byte_count(sent / max(1, workers)).split(" ")
         note = f"{byte_count(sent)} by {workers} workers" if workers > 1 else "one worker"
-        tiles.append(Tile("Bytes sent", value, f"{unit} a worker", note))
+        found.append(Tile("Bytes sent", value, f"{unit} a worker", note))
 
     # What it took.
     if math.isfinite(run.exposed_share):
         note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} a worker, waiting for synchronisations"
-        tiles.append(Tile("Exposed", f"{100 * run.exposed_share:.1f}", "% of the rounds", note))
+        found.append(Tile("Exposed", f"{100 * run.exposed_share:.1f}", "% of the rounds", note))
     if run.samples and wall > 0:
         rate, unit = (run.tokens, run.unit) if run.tokens else (run.samples, "samples")
-        tiles.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
+        found.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
     if math.isfinite(rate := run.typical("flops_per_second")):
         mfu = run.typical("mfu")
         note = f"{mfu:.1%} of the devices' peak (MFU)" if math.isfinite(mfu) else "median of the rounds"
-        tiles.append(Tile("Model FLOPs", short(rate), "a second and worker", note))
+        found.append(Tile("Model FLOPs", short(rate), "a second and worker", note))
     if math.isfinite(run.peak_memory):
         value, unit = byte_count(run.peak_memory).split(" ")
         note = f"{short(run.peak_memory / run.parameters)} bytes a parameter" if run.parameters else ""
-        tiles.append(Tile("Peak memory", value, f"{unit} a process", note))
+        found.append(Tile("Peak memory", value, f"{unit} a process", note))
     if math.isfinite(run.goodput):
         note = "spent in inner steps that were kept"
-        tiles.append(Tile("Goodput", f"{100 * run.goodput:.1f}", "% of wall time", note))
-    return tiles
+        found.append(Tile("Goodput", f"{100 * run.goodput:.1f}", "% of wall time", note))
+    return found

@@ -12,21 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from trainer.errors import ConfigError
-from trainer.events import POSITIONS, Event, EventReader, effective, newest_run, number
+from trainer.events import Event, EventReader, number
 from trainer.files import read_json
 from trainer.monitor.report.curves import Curves, Life, Worker
+from trainer.monitor.report.record import WorkerRecord
 from trainer.tasks import Task, tasks
-
-COLUMNS = {
-    "step": "step loss samples tokens seconds wall",
-    "round": "round attempt step world_size loss bytes_sent bytes_received sync_seconds exposed_seconds inner_steps "
-    "samples time seconds flops_per_second mfu peak_memory",
-    "eval": "round step loss samples",
-}
 
 
 @dataclass(frozen=True)
@@ -189,49 +182,39 @@ def read_run(run_dir: Path | str) -> RunHistory:
 
     Torn lines are skipped, and a missing or broken file counts as absent: no run directory makes this raise.
     """
-    directory = Path(run_dir)
-
-    def natural(path: Path) -> list[Any]:  # worker-10 comes after worker-9
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
-
-    paths = sorted(directory.glob("worker-*/**/metrics.jsonl"), key=natural)
-    if (directory / "metrics.jsonl").is_file():
-        paths.insert(0, directory / "metrics.jsonl")
-    evaluation = None
-    with suppress(OSError, ValueError):
-        evaluation = read_json(directory / "evaluation.json")
-    workers = tuple(_read_worker(path, directory) for path in paths)
-    return RunHistory(workers, directory, evaluation if isinstance(evaluation, dict) else None)
+    return RunReader(Path(run_dir)).read()
 
 
-def _read_worker(path: Path, run_dir: Path) -> Worker:
-    # Wall time and lives come from all events: work that was repeated took its time, too.
-    events = newest_run(EventReader(path).read())
-    lives: list[Life] = []
-    previous, wall = math.nan, 0.0
-    for event in events:
-        kind, time = event["event"], number(event.get("time"))
-        pause = lives and lives[-1].ended
-        if time > previous and not pause:
-            wall += time - previous
-        previous = time if math.isfinite(time) else previous
-        event["wall"] = wall
-        if kind == "start":
-            lives.append(Life(time, time, False))
-        elif lives and math.isfinite(time) and kind in (*POSITIONS, "checkpoint", "end"):
-            # Not membership: a successor joins before its own `start`.
-            lives[-1] = Life(lives[-1].start, time, lives[-1].ended or kind == "end")
+class RunReader:
+    """Follows a run directory: each `read` takes in what has been written since the last one."""
 
-    # The tables hold what counts in the end.
-    kept = effective(events)
-    tables = {}
-    for kind, columns in COLUMNS.items():
-        names = columns.split()
-        rows = [[number(event.get(name)) for name in names] for event in kept if event["event"] == kind]
-        table = pd.DataFrame(rows, columns=names, dtype=float).replace([np.inf, -np.inf], np.nan)
-        tables[f"{kind}s"] = table.sort_values(POSITIONS[kind], ignore_index=True)
-    name = path.parent.relative_to(run_dir).as_posix()
-    if name == ".":
-        name = str(next((event["worker"] for event in kept if "worker" in event), run_dir.resolve().name))
-    others = tuple(event for event in kept if event["event"] not in POSITIONS)
-    return Worker(name, tuple(lives), **tables, events=others, wall_seconds=wall)
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files: dict[Path, tuple[EventReader, WorkerRecord]] = {}
+        self._workers: dict[Path, Worker] = {}  # as they were at the last look
+
+    def read(self) -> RunHistory:
+        """The run as it is now. See `read_run`."""
+        directory = self.directory
+        paths = sorted(directory.glob("worker-*/**/metrics.jsonl"), key=_natural)
+        if (directory / "metrics.jsonl").is_file():
+            paths.insert(0, directory / "metrics.jsonl")
+        for path in paths:
+            reader, record = self._files.setdefault(path, (EventReader(path), WorkerRecord()))
+            if sum(record.take(events) for events in reader.pieces()) or path not in self._workers:
+                name = path.parent.relative_to(directory).as_posix()
+                name = record.number(directory.resolve().name) if name == "." else name
+                self._workers[path] = record.worker(name)
+        evaluation = None
+        with suppress(OSError, ValueError):
+            evaluation = read_json(directory / "evaluation.json")
+        return RunHistory(
+            tuple(self._workers[path] for path in paths),
+            directory,
+            evaluation if isinstance(evaluation, dict) else None,
+        )
+
+
+def _natural(path: Path) -> list[Any]:
+    """Sorts worker-10 behind worker-9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]

@@ -109,8 +109,11 @@ def rounds(run: RunHistory) -> list[Row]:
     ]
 
 
-def history(run: RunHistory) -> list[Row]:
-    """Starts, membership, warnings, deaths and ends, oldest first; equal ones of several workers are one row."""
+def history(run: RunHistory, newest: int | None = None) -> list[Row]:
+    """Starts, membership, warnings, deaths and ends, oldest first; equal ones of several workers are one row.
+
+    With `newest`, the newest ones, newest first.
+    """
     # Collect the events. The same text of the same kind is one row, at the time of the first.
     found: dict[tuple[str, str], Row] = {}
     for kind in ("start", "membership", "warning", "end"):
@@ -128,7 +131,8 @@ def history(run: RunHistory) -> list[Row]:
 
     # Lay them out.
     lines = []
-    for row in rows[:MOST_ROWS]:
+    shown = rows[:MOST_ROWS] if newest is None else rows[: -newest - 1 : -1]
+    for row in shown:
         names, since = list(dict.fromkeys(row["workers"])), row["time"] - run.started
         repeated = f" ({len(row['workers'])} times)" if len(row["workers"]) > len(names) else ""
         lines.append(
@@ -139,8 +143,8 @@ def history(run: RunHistory) -> list[Row]:
                 "workers": "all workers" if len(names) == len(run.workers) > 1 else ", ".join(names),
             }
         )
-    if len(rows) > MOST_ROWS:
-        text = f"{len(rows) - MOST_ROWS} more are in metrics.jsonl"
+    if len(rows) > len(shown):
+        text = f"{len(rows) - len(shown)} more are in metrics.jsonl"
         lines.append({"when": "", "kind": "", "text": text, "workers": ""})
     return lines
 

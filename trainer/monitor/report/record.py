@@ -1,0 +1,125 @@
+"""A worker's events, taken in as they come, and kept as the tables that count in the end."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from trainer.events import POSITIONS, Event, number
+from trainer.monitor.report.curves import FloatArray, Life, Worker
+
+COLUMNS = {
+    "step": "step loss samples tokens seconds wall",
+    "round": "round attempt step world_size loss bytes_sent bytes_received sync_seconds exposed_seconds inner_steps "
+    "samples time seconds flops_per_second mfu peak_memory",
+    "eval": "round step loss samples bits_per_byte",
+}
+_OTHERS = ("start", "membership", "link", "warning", "end")  # kinds of events that are kept as they are
+_BLOCK = 4096  # rows that are kept as Python's numbers, at most
+
+
+class WorkerRecord:
+    """The events that count, of the newest run in a worker's file: a volume can hold several runs after each other.
+
+    A process that resumes from a checkpoint repeats steps, so the last line of a step wins; what its predecessor did
+    beyond that checkpoint is void. Steps, rounds and evaluations without a position are left out. Memory: 8 bytes for
+    each number of the tables.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._run_id: object = None
+        self._tables = {kind: _Table(columns.split(), POSITIONS[kind]) for kind, columns in COLUMNS.items()}
+        self._lives: list[Life] = []
+        self._others: list[Event] = []
+        self._number: object = None  # the worker's, if an event names it
+        self._resumed = False  # no step has come since the last `start`
+        self._previous, self._wall = math.nan, 0.0
+
+    def take(self, events: Sequence[Event]) -> int:
+        """Take in the next events, and return how many they are."""
+        for event in events:
+            kind, time = event["event"], number(event.get("time"))
+            if kind == "start":
+                run_id = event.get("run_id")
+                if self._lives and run_id != self._run_id:
+                    self._begin()
+                self._run_id = run_id
+            self._live(kind, time)
+            self._number = event.get("worker", self._number)
+            if kind in _OTHERS:
+                self._others.append(event)
+            elif kind in POSITIONS:
+                self._keep(kind, event)
+        return len(events)
+
+    def _live(self, kind: str, time: float) -> None:
+        """Wall time and lives come from all events: work that was repeated took its time, too."""
+        pause = self._lives and self._lives[-1].ended
+        if time > self._previous and not pause:
+            self._wall += time - self._previous
+        self._previous = time if math.isfinite(time) else self._previous
+        if kind == "start":
+            self._resumed = True
+            self._lives.append(Life(time, time, False))
+        elif self._lives and math.isfinite(time) and kind in (*POSITIONS, "checkpoint", "end"):
+            # Not membership: a successor joins before its own `start`.
+            last = self._lives[-1]
+            self._lives[-1] = Life(last.start, time, last.ended or kind == "end")
+
+    def _keep(self, kind: str, event: Event) -> None:
+        position = number(event.get(POSITIONS[kind]))
+        if not math.isfinite(position):
+            return
+        if kind == "step" and self._resumed:
+            self._resumed = False
+            for table in self._tables.values():
+                table.forget_from(position)
+        event["wall"] = self._wall  # of no use to others: it is spared a copy
+        self._tables[kind].append(event)
+
+    def number(self, otherwise: str) -> str:
+        """The worker's number, if an event names it."""
+        return otherwise if self._number is None else str(self._number)
+
+    def worker(self, name: str) -> Worker:
+        """The worker as it is now."""
+        tables = {f"{kind}s": table.frame() for kind, table in self._tables.items()}
+        return Worker(name, tuple(self._lives), **tables, events=tuple(self._others), wall_seconds=self._wall)
+
+
+class _Table:
+    """Rows of numbers, of which the last one at a position counts."""
+
+    def __init__(self, columns: list[str], key: str) -> None:
+        self._columns, self._key = columns, key
+        self._step = columns.index("step")
+        self._rows: list[list[float]] = []  # the newest ones
+        self._blocks: list[FloatArray] = []  # the others, each (rows, columns)
+
+    def append(self, event: Event) -> None:
+        values = map(event.get, self._columns)
+        self._rows.append([value if type(value) is float else number(value) for value in values])
+        if len(self._rows) >= _BLOCK:
+            self._close_block()
+
+    def _close_block(self) -> None:
+        if self._rows:
+            self._blocks.append(np.array(self._rows, dtype=float))
+            self._rows = []
+
+    def forget_from(self, step: float) -> None:
+        """Drop what was done at this step and beyond it."""
+        self._close_block()
+        self._blocks = [block[~(block[:, self._step] >= step)] for block in self._blocks]
+
+    def frame(self) -> pd.DataFrame:
+        self._close_block()
+        content = np.concatenate(self._blocks) if self._blocks else np.empty((0, len(self._columns)))
+        self._blocks = [content]
+        table = pd.DataFrame(content, columns=self._columns).replace([np.inf, -np.inf], np.nan)
+        kept = table.drop_duplicates(self._key, keep="last")
+        return kept.sort_values(self._key, ignore_index=True)

@@ -1,0 +1,1 @@
+"""A run in the browser: the report's charts and tables, live."""
