@@ -52,6 +52,9 @@ test: $(READY)  ## lint and run all tests that need no cluster and no GPU (ARGS=
 	wait $$lint || { echo 'error: lint failed:'; cat $$log; exit 1; }; \
 	exit $$tests
 
+soak: $(READY)  ## hurt runs at random for a while, and prove each (ARGS="--minutes 120 --seed 7")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
+
 test-faults: $(READY)  ## kill, freeze and disconnect real processes; ends with a table of results (about 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults tests/faults tests/integration/test_islands.py $(ARGS)
 
@@ -94,4 +97,4 @@ clean:  ## remove build outputs and caches, but not .venv and runs/
 clean-runs:  ## remove runs/ with all checkpoints, models and reports
 	rm -rf runs
 
-.PHONY: help setup run test test-faults test-cluster bench bench-gpu lint format compile submit schedule build manifests clean clean-runs
+.PHONY: help setup run test test-faults soak test-cluster bench bench-gpu lint format compile submit schedule build manifests clean clean-runs

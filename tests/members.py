@@ -19,9 +19,10 @@ from torch.distributed import Store
 
 from trainer.diloco import Commit, LocalQuorum, RoundReport
 from trainer.diloco.codecs import Fp32
-from trainer.diloco.collective import Workspace, weighted_mean
+from trainer.diloco.collective import weighted_mean
 from trainer.diloco.quorum import OnChunk
 from trainer.diloco.state import Fragment
+from trainer.diloco.threads import Workspace
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials, credentials
 from trainer.transport.group import Group
@@ -174,6 +175,7 @@ class Members(LocalQuorum):
         self._round += 1
         attempt = (self.term, self._round, 1)
         group = self.transport.group(self.names, attempt)
-        reduced = weighted_mean(group, pseudo_gradient, weight, fragment.codec, on_chunk, self.workspace)
+        merge = fragment.merge
+        reduced = weighted_mean(group, pseudo_gradient, weight, fragment.codec, on_chunk, self.workspace, merge)
         self.transport.finish(self.names, attempt)
         return Commit(self._round, 1, self.names, fragment, reduced, None, None, 0.0)

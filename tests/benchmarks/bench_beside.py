@@ -31,9 +31,9 @@ from tests.benchmarks.bench_wire import SETTINGS, WORK, Crew, Links, serve, shap
 from tests.benchmarks.mesh import Mesh
 from trainer.diloco import codecs
 from trainer.diloco.codecs import Codec
-from trainer.diloco.collective import Workspace, warm_up
+from trainer.diloco.collective import warm_up
 from trainer.diloco.outer import Nesterov
-from trainer.diloco.threads import Threads
+from trainer.diloco.threads import Threads, Workspace
 from trainer.process import lower_priority
 
 METHODS = ["fp32", "int8", "int4", "ternary"]

@@ -29,7 +29,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from trainer.process import listen  # noqa: E402
 from trainer.tasks import tasks  # noqa: E402
 from trainer.volume import Volume  # noqa: E402
 from trainer.worker.optimizer import inner_optimizer, learning_rate  # noqa: E402
-from trainer.worker.worker import CLIP_NORM  # noqa: E402
+from trainer.worker.passes import CLIP_NORM  # noqa: E402
 
 OUTPUT = ROOT / "build" / "quality.json"
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
@@ -63,6 +63,7 @@ class Method:
 
     Attributes:
         rounds: How many rounds' worth of steps are between two synchronisations, of LOCAL_STEPS each.
+        merge: See `DiLoCo`.
     """
 
     codec: Codec = field(default_factory=Fp32)
@@ -71,6 +72,7 @@ class Method:
     rounds: float = 1
     fragments: int = 1
     overlap: Overlap | None = None
+    merge: Literal["mean", "rda"] = "mean"
     ddp: bool = False
 
 
@@ -93,6 +95,10 @@ METHODS = {
     "fp32, 5 steps late": method(overlap=Overlap(5)),
     "fp32, 29 steps late": method(overlap=Overlap(29)),
     "fp32, 29 steps late, mixed": method(overlap=Overlap(29, 0.5)),
+    "int2": method("int2", feedback=0.5, lr=1.2),
+    "int2, RDA": method("int2", feedback=0.8, momentum=0.0, merge="rda"),
+    "fp32, RDA": method(momentum=0.0, merge="rda"),
+    "sparse, 256, RDA": method("sparse", feedback=0.8, topk=256, momentum=0.0, merge="rda"),
     "ternary": method("ternary", feedback=0.3, lr=1.2),
     "ternary, mean as coarse": Method(codecs.Ternary(feedback=0.3), lr=1.2),
     "ternary, no feedback": method("ternary", lr=1.4),
@@ -141,6 +147,7 @@ class Worker:
             total_steps=steps,
             fragments=chosen.fragments,
             overlap=chosen.overlap,
+            merge=chosen.merge,
         )
         everybody = np.arange(steps * self.size * BATCH).reshape(steps, self.size, BATCH)
         order = data.SampleOrder(len(self.dataset.train), seed)

@@ -49,7 +49,7 @@ from tests.benchmarks.bench_wire import WORK, Crew, serve
 from tests.benchmarks.mesh import Mesh, Plain
 from tests.network.namespaces import LongLink
 from trainer.diloco.codecs import Fp32
-from trainer.diloco.collective import Workspace
+from trainer.diloco.threads import Workspace
 from trainer.process import prefer_bbr
 from trainer.transport import stream
 from trainer.transport.donor import Offer

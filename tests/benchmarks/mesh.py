@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Store
 
 from trainer.diloco.codecs import Codec
-from trainer.diloco.collective import Workspace, weighted_mean
+from trainer.diloco.collective import weighted_mean
+from trainer.diloco.merge import MEAN, Merge
 from trainer.diloco.quorum import Commit, LocalQuorum, OnChunk, Reduced, RoundReport
 from trainer.diloco.state import Fragment
+from trainer.diloco.threads import Workspace
 from trainer.transport.credentials import credentials
 from trainer.transport.donor import Donor, Offer
 from trainer.transport.link import BULK, ROUNDS
@@ -68,14 +70,20 @@ class Mesh:
             raise ConnectionError(f"no links to {missing}")
 
     def reduce(
-        self, values: Tensor, weight: float, codec: Codec, on_chunk: OnChunk, workspace: Workspace | None = None
+        self,
+        values: Tensor,
+        weight: float,
+        codec: Codec,
+        on_chunk: OnChunk,
+        workspace: Workspace | None = None,
+        merge: Merge = MEAN,
     ) -> Reduced:
         """The collective of a round's attempt, as the product runs it."""
         self._round += 1
         attempt = 1, self._round, 1
         group = self.transport.group(self.ids, attempt)
         try:
-            return weighted_mean(group, values, weight, codec, on_chunk, workspace)
+            return weighted_mean(group, values, weight, codec, on_chunk, workspace, merge)
         finally:
             self.transport.finish(self.ids, attempt)
 
@@ -107,7 +115,7 @@ class Members(LocalQuorum):
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
     ) -> Commit:
         self._round += 1
-        reduced = self._mesh.reduce(pseudo_gradient, weight, fragment.codec, on_chunk)
+        reduced = self._mesh.reduce(pseudo_gradient, weight, fragment.codec, on_chunk, merge=fragment.merge)
         return Commit(self._round, 1, tuple(self._mesh.ids), fragment, reduced, None, None, 0.0)
 
 

@@ -90,6 +90,6 @@ def test_a_lost_volume_does_not_hold_the_run_hostage(server: EmbeddedEtcd, begin
     pod = run.start(0)
     run.until_quorum([pod], after=0)
     assert pod.life[0]["resumed_round"] == held and pod.life[0]["term"] > term
-    assert any(f"nobody came back with round {held + 10}" in event["message"] for event in of("warning", pod.events))
+    assert any(f"no worker came back with round {held + 10}" in event["message"] for event in of("warning", pod.events))
     run.finish([pod])
     run.check(reset=True)

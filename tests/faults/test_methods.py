@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 METHODS: dict[str, dict[str, Any]] = {
     "sign with feedback": {"codec": "sign"},
     "demo": {"optim_method": "demo", "codec": "int4", "compression_topk": 256},
+    "int2, RDA, clipped": {"codec": "int2", "merge": "rda", "clip_members": "median"},
     "int8, overlapping": {"codec": "int8", "async_communication": True},
     "int4, 4 fragments, overlapping": {"codec": "int4", "fragments": 4, "local_steps": 32, "overlap_tau": 3},
 }

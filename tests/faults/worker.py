@@ -2,7 +2,8 @@
 
 On two cores three workers would otherwise keep a fourth from starting, and what is measured would be that. A file
 `pause` on the worker's own volume says other seconds for it alone. When the file `hurry` is in the run's directory,
-there is nothing more to measure, and steps take as long as they take.
+there is nothing more to measure, and steps take as long as they take. A file `clock` on the worker's own volume says
+by how many seconds its wall clock is wrong.
 
 Workers talk to each other over TLS, though they are on one machine.
 """
@@ -24,7 +25,16 @@ STEP_SECONDS = 0.08
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = Path(sys.argv[1])
-    pause, inner_step = config.with_name("pause"), worker.Worker._inner_step
+    pause, clock = config.with_name("pause"), config.with_name("clock")
+    inner_step, right_time = worker.Worker._inner_step, time.time
+
+    def wrong_time() -> float:
+        try:
+            return right_time() + float(clock.read_text() or 0)
+        except FileNotFoundError:
+            return right_time()
+
+    time.time = wrong_time
 
     def slow_step(worker: worker.Worker, *arguments: Any) -> Any:
         if not (config.parents[1] / "hurry").exists():

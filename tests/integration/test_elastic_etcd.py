@@ -14,8 +14,9 @@ import grpc
 import psutil
 import pytest
 
+from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
-from trainer.etcd.embedded import EmbeddedEtcd, etcd_binary
+from trainer.etcd.embedded import EmbeddedEtcd, check_for_corruption, etcd_binary
 from trainer.etcd.errors import EtcdError
 from trainer.timeouts import EtcdTimeouts
 
@@ -300,3 +301,31 @@ def _kill(server: EmbeddedEtcd) -> None:
     process = psutil.Process(server.pid)
     process.kill()
     psutil.wait_procs([process], timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("version", "option"),
+    [
+        ("3.4.23", "--experimental-initial-corrupt-check"),
+        ("3.5.21", "--experimental-initial-corrupt-check"),
+        ("3.6.0", "--feature-gates=InitialCorruptCheck=true"),
+        ("3.10.1", "--feature-gates=InitialCorruptCheck=true"),
+    ],
+)
+def test_the_check_for_corruption_is_asked_for_by_the_name_that_a_version_knows(
+    version: str, option: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "etcd"
+    program.write_text(f"#!/bin/sh\necho 'etcd Version: {version}'\necho 'Git SHA: 0'\n")
+    program.chmod(0o755)
+    assert check_for_corruption(program) == option
+
+
+def test_etcd_binary_names_the_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ETCD_BINARY", sys.executable)
+    assert etcd_binary() == Path(sys.executable)
+    with pytest.raises(ConfigError, match="is no etcd"), EmbeddedEtcd(tmp_path):
+        pass
+    monkeypatch.setenv("ETCD_BINARY", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="ETCD_BINARY"):
+        etcd_binary()

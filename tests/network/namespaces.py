@@ -156,6 +156,28 @@ class Network(Namespaces):
         ip("link", "set", self._names[number], "up")
         return time.time()
 
+    def slow(self, number: int, rate: str = "") -> None:
+        """Limit what reaches a pod to a rate (`tc`'s units: "4mbit"), or no longer. Needs the kernel's sch_tbf."""
+        device = self._names[number]
+        if rate:
+            _command(
+                "tc",
+                "qdisc",
+                "replace",
+                "dev",
+                device,
+                "root",
+                "tbf",
+                "rate",
+                rate,
+                "burst",
+                "32kb",
+                "latency",
+                "200ms",
+            )
+        else:
+            _command("tc", "qdisc", "del", "dev", device, "root")
+
     def wall(self, one: int, other: int, built: bool = True) -> float:
         """Keep two pods from talking to each other, while both talk to all others; or let them again."""
         for here, there in ((one, other), (other, one)):

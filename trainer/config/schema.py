@@ -106,6 +106,16 @@ class Schema(Group):
     outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = parameter(
         float(UNSET), "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback."
     )
+    merge: Annotated[Literal["mean", "rda"], FINGERPRINT, CARD] = parameter(
+        "mean",
+        "mean: the workers' pseudo-gradients are averaged. rda: for each tensor, their norms and their directions are "
+        "(radial-directional averaging), so that outer_lr does not depend on the number of workers.",
+    )
+    clip_members: Annotated[Literal["none", "median"], FINGERPRINT, CARD] = parameter(
+        "none",
+        "median: the norm of a worker's pseudo-gradient counts as twice the workers' median at most, so that a worker "
+        "that diverges does no harm.",
+    )
     inner_parallel: Annotated[Literal["none", "ddp", "fsdp"], COMMON] = parameter(
         "none",
         "none: each process is a worker. ddp, fsdp: a node's elastic.nproc_per_node processes are one worker (an "

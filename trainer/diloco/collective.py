@@ -12,14 +12,15 @@ The members' weights travel beside the first pieces, so that no round trip prece
 
 *Error feedback* (`Codec.feedback`): each member keeps the part that its own message lacks; the owner also keeps the
 part that the encoded mean lacks. It keeps W / w times that, because it will count w / W, its scale.
+
+Instead of the mean, members may merge their values by RDA, or clip their norms: see trainer/diloco/merge.py.
 """
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,55 +28,21 @@ import xxhash
 from torch import Tensor
 
 from trainer.diloco.codecs import Codec, Fp32
+from trainer.diloco.group import Group
 from trainer.diloco.jit import Floats, compiled
+from trainer.diloco.merge import MEAN, Merge, Radial, clipping, norm
 from trainer.diloco.outer import OuterOptimizer
 from trainer.diloco.quorum import Coded, OnChunk, Reduced, is_finite
 from trainer.diloco.state import GlobalState
-from trainer.diloco.threads import Threads
+from trainer.diloco.threads import Workspace
 
 CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
 IN_FLIGHT = 32  # pieces: a link of 500 Mbit/s and 100 ms holds six, its queue some, and slower streams come late
 EXPECTED = IN_FLIGHT  # pieces that receives are posted for before they are sent: others may be ahead by that number
 PIECES = 16  # at least, unless they are tiny: the encoding of one piece cannot overlap
 SMALLEST = 1 << 18  # numbers
-_WEIGHTS = 1 << 31  # the tag of the members' weights
+_WEIGHTS = 1 << 31  # the tag of the members' weights and norms
 SLICE = 1 << 17  # numbers that are encoded or summed at once: they stay in the cache
-
-
-class Group(Protocol):
-    """The members of a collective, by rank. Messages between two of them have unique tags, and may overtake others."""
-
-    size: int
-    rank: int
-
-    def send(self, to: int, tag: int, message: Tensor) -> Any:
-        """Begin to send a contiguous host tensor, which must not change until `wait`."""
-
-    def receive(self, source: int, tag: int, into: Tensor) -> Any:
-        """Begin to receive a message of the same size into fresh memory."""
-
-    def wait(self, pending: Any) -> None:
-        """Return when a message has left, or arrived. Raises OSError: A member is gone, or silent."""
-
-
-class Workspace:
-    """Memory and threads that a member's collectives reuse: the result of one is valid until the next one."""
-
-    def __init__(self, threads: Threads | None = None) -> None:
-        self.threads = threads or Threads()
-        self._buffers: dict[tuple[str, int], Tensor] = {}
-
-    def empty(self, name: str, rows: int, columns: int, own: bool = False) -> Tensor:
-        """float32 (`rows`, `columns`).
-
-        Args:
-            own: Of the calling thread alone.
-        """
-        key = name, threading.get_ident() if own else 0
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < rows * columns:
-            buffer = self._buffers[key] = torch.empty(rows * columns)
-        return buffer[: rows * columns].view(rows, columns)
 
 
 def weighted_mean(
@@ -85,8 +52,9 @@ def weighted_mean(
     codec: Codec,
     on_chunk: OnChunk,
     workspace: Workspace | None = None,
+    merge: Merge = MEAN,
 ) -> Reduced:
-    """The mean of the members' `values`, weighted by their weights.
+    """The mean of the members' `values`, weighted by their weights, or what `merge` makes of them instead.
 
     Values that are not finite are sent as zeros with weight 0, since 0 × NaN is NaN.
 
@@ -95,6 +63,7 @@ def weighted_mean(
         weight: At least 0.
         on_chunk: Receives the mean. Not called if all weights are 0.
         workspace: Memory for `Reduced.error`. By default fresh memory, which is slower.
+        merge: By default the mean.
 
     Raises:
         OSError: A member is gone, or a message took too long.
@@ -103,7 +72,7 @@ def weighted_mean(
         weight = 0.0
     exchange = _OfTwo if group.size == 2 else _OfMore
     try:
-        return exchange(group, codec, weight, on_chunk, workspace or Workspace()).run(values)
+        return exchange(group, codec, weight, on_chunk, workspace or Workspace(), merge).run(values)
     except _NothingToDo:
         return Reduced.nothing(values)
 
@@ -131,8 +100,10 @@ class _Piece:
 class _Exchange(ABC):
     """One member's part in one collective."""
 
-    def __init__(self, group: Group, codec: Codec, weight: float, on_chunk: OnChunk, workspace: Workspace) -> None:
-        self.group, self.codec, self.weight, self.on_chunk = group, codec, weight, on_chunk
+    def __init__(
+        self, group: Group, codec: Codec, weight: float, on_chunk: OnChunk, workspace: Workspace, merge: Merge
+    ) -> None:
+        self.group, self.codec, self.weight, self.on_chunk, self.merge = group, codec, weight, on_chunk, merge
         self.size, self.rank = group.size, group.rank
         self.others = [rank for rank in range(self.size) if rank != self.rank]
         self.plain = isinstance(codec, Fp32)
@@ -140,17 +111,27 @@ class _Exchange(ABC):
         self.digest = xxhash.xxh3_128()
 
     def run(self, values: Tensor) -> Reduced:
-        # Exchange the weights: they are needed when the first pieces have come
-        self.weights = list(torch.zeros(self.size, 1, dtype=torch.float64))
-        self.weights[self.rank] += self.weight
+        # Exchange weights and norms: they are needed when the first pieces have come
+        values = values if self.weight else torch.zeros_like(values)  # 0 × NaN is NaN
+        self.weights = list(torch.zeros(self.size, 2, dtype=torch.float64))
+        self.weights[self.rank][0] = self.weight
+        self.weights[self.rank][1] = norm(values) if self.merge.clip else 0.0
         self.coming = [self.group.receive(rank, _WEIGHTS, self.weights[rank]) for rank in self.others]
         self.coming += [self.group.send(rank, _WEIGHTS, self.weights[self.rank]) for rank in self.others]
 
-        # Arrange the values in blocks, and allocate memory
+        # Merged by RDA, the norms are no part of what is encoded
         codec, self.n = self.codec, values.numel()
-        parts = codec.arrange(values if self.weight else torch.zeros_like(values))  # 0 × NaN is NaN
+        give, self.radial = self.on_chunk, None
+        if self.merge.tensors:
+            own, merged = (self.workspace.empty(name, 1, self.n)[0] for name in ("directions", "merged"))
+            self.radial = Radial(self.group, self.merge, values, self.weight, own, merged)
+            values, self.on_chunk = self.radial.directions, self.radial.collect
+
+        # Arrange the values in blocks, and allocate memory
+        parts = codec.arrange(values)
         pieces, count = list(self._pieces(parts)), sum(map(len, parts))
-        keep = codec.feedback > 0 and self.weight > 0
+        self.last = pieces[-1].number
+        keep = (codec.feedback > 0 or (self.radial is not None and not self.plain)) and self.weight > 0
         self.error = self.workspace.empty("error", count, codec.block) if keep else None
         self.mean = None if codec.in_order else self.workspace.empty("mean", count, codec.block)
         codec_of_mean, messages = self.means()
@@ -168,24 +149,44 @@ class _Exchange(ABC):
         if self.mean is not None:
             self.on_chunk(0, codec.restore(self.mean, self.n))
         coded = [self.coded[0].view(-1).view(torch.float32)[: self.n]] if self.plain else self.coded
-        left = None if self.error is None else codec.restore(self.error, self.n)
         scales = self.scales if len(coded) > 1 else [1.0]
-        return Reduced(self.total, tuple(zip(scales, coded, strict=True)), self.digest.hexdigest(), left)
+        factors = None
+        if self.radial:
+            factors, merged = self.radial.result([float(weight) for weight, _ in self.weights])
+            self.digest.update(cast(bytes, factors.numpy().data))
+            give(0, merged)
+        left = self._left() if codec.feedback > 0 else None
+        if left is not None and self.radial:
+            left = self.radial.restored(left)
+        return Reduced(self.total, tuple(zip(scales, coded, strict=True)), self.digest.hexdigest(), left, factors)
+
+    def _left(self) -> Tensor | None:
+        """The error so far, in the order of the vector."""
+        return None if self.error is None else self.codec.restore(self.error, self.n)
 
     @cached_property
     def total(self) -> float:
         """The sum of all members' weights, which are waited for. Raises _NothingToDo: It is 0."""
         for pending in self.coming:
             self.group.wait(pending)
-        total = float(torch.cat(self.weights).sum())  # in the order of ranks: the same bits everywhere
+        total = sum(float(weight) for weight, _ in self.weights)  # in the order of ranks: the same bits everywhere
         if not total > 0:
             raise _NothingToDo
         return total
 
     @cached_property
-    def scales(self) -> list[float]:
+    def shares(self) -> list[float]:
         """The members' fractions of the total weight, by rank."""
-        return [float(weight) / self.total for weight in self.weights]
+        return [float(weight) / self.total for weight, _ in self.weights]
+
+    @cached_property
+    def scales(self) -> list[float]:
+        """By what the members' messages count, by rank: their shares, of those that are clipped less."""
+        if not self.merge.clip or self.radial:
+            return self.shares
+        shares = self.shares
+        clips = clipping([float(norm) for _, norm in self.weights], shares)
+        return [share * clip for share, clip in zip(shares, clips, strict=True)]
 
     @abstractmethod
     def means(self) -> tuple[Codec, int]:
@@ -210,6 +211,7 @@ class _Exchange(ABC):
     def _encode(self, piece: _Piece, rows: Tensor) -> Tensor:
         """Encode a piece into `rows` (fp32 is passed through uncopied), and keep the error."""
         if self.plain:
+            self._encoded(piece)
             return self.codec.encode(piece.blocks)
 
         def encode(now: slice) -> None:
@@ -220,7 +222,12 @@ class _Exchange(ABC):
                 torch.sub(blocks, self.codec.decode(coded, left), out=left)
 
         self.workspace.threads.run(encode, _slices(self.codec, rows))
+        self._encoded(piece)
         return rows
+
+    def _encoded(self, piece: _Piece) -> None:
+        if self.radial and piece.number == self.last:
+            self.radial.send_norms(self._left())
 
     def _receive(self, piece: _Piece, stage: int, into: dict[int, Tensor]) -> None:
         tag = 2 * piece.number + stage
@@ -310,14 +317,15 @@ class _OfMore(_Exchange):
         self._wait(piece, 0)
         codec, rows = self.codec.mean, self.coded[0][piece.rows].tensor_split(self.size)[self.rank]
         scales = self.scales
+        error = None if self.radial else self.error  # by RDA, it would count with another norm
 
         def reduce(now: slice) -> None:
             messages = [(scale, came[now]) for scale, came in zip(scales, piece.came, strict=True)]
             total = weighted_sum(self.codec, messages, self.workspace)
             coded = rows[now].copy_(codec.encode(total))
-            if self.error is not None:
-                left = self.error[piece.rows].tensor_split(self.size)[self.rank][now]
-                left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / scales[self.rank])
+            if error is not None:
+                left = error[piece.rows].tensor_split(self.size)[self.rank][now]
+                left.add_(total.sub_(codec.decode(coded, torch.empty_like(total))), alpha=1 / self.shares[self.rank])
 
         self.workspace.threads.run(reduce, _slices(codec, rows))
         piece.came = []

@@ -16,6 +16,7 @@ from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.collective import warm_up
 from trainer.diloco.contribution import Closed, Contribution
 from trainer.diloco.flat import FlatLayout, Section
+from trainer.diloco.merge import Merge
 from trainer.diloco.outer import Nesterov, OuterOptimizer
 from trainer.diloco.overlap import Outcome, Overlap, Pending
 from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, RoundReport, Superseded
@@ -71,13 +72,15 @@ class DiLoCo:
         quorum: The members to synchronise with; by default none.
         total_steps: The last round is shortened to end at this step.
         late_policy: Whether a late worker carries its pseudo-gradient over ("carry") or drops it ("drop").
+        merge: How the workers' pseudo-gradients become one: by their mean, or by radial-directional averaging.
+        clip_members: Whether a pseudo-gradient's norm is clipped to a multiple of the workers' median.
         fragments: P. A model that cannot be cut into P parts has fewer.
         overlap: How inner steps go on during a synchronisation. None: they wait.
         layout: Copies the parameters from and to the host; by default that of a model in this process.
 
     Raises:
         ValueError: An argument is not as above; a parameter cannot be synchronised (complex, sparse, without values,
-            sharded, on a second GPU), or none is trainable. `start` raises it if the model has got further parameters.
+            sharded, on a second GPU), or none is trainable; in `start`: the model has got further parameters.
 
     Attributes:
         assignment: The samples that the quorum has assigned to this worker last; None: none yet.
@@ -95,6 +98,8 @@ class DiLoCo:
         quorum: Quorum | None = None,
         total_steps: int | None = None,
         late_policy: Literal["carry", "drop"] = "carry",
+        merge: Literal["mean", "rda"] = "mean",
+        clip_members: bool = False,
         fragments: int = 1,
         overlap: Overlap | None = None,
         layout: FlatLayout | None = None,
@@ -116,9 +121,10 @@ class DiLoCo:
         self._layout = layout or FlatLayout(model)
         self._sections = self._layout.sections(fragments) if fragments > 1 else []
         self._sections += self._layout.sections(1)
+        shapes = [self._layout.shapes(section) for section in self._sections]
         cut = [
-            Fragment(index, section.start, section.stop, codec.of(self._layout.shapes(section)))
-            for index, section in enumerate(self._sections)
+            Fragment(index, section.start, section.stop, codec.of(of), Merge.of(merge, clip_members, of))
+            for index, (section, of) in enumerate(zip(self._sections, shapes, strict=True))
         ]
         self.state = GlobalState(self._layout.gather(self._layout.empty()), outer, cut, self._layout.like)
         self.contribution = Contribution(self.state)

@@ -38,6 +38,7 @@ class Reduced:
             itself, float32 (n,). Meaningless if `weight` is 0.
         hash: Of these rows, in the order of arrival: equal in all members that received the same.
         error: The part of this member's pseudo-gradient that the mean lacks, float32 (n,), if its codec has feedback.
+        factors: Merged by RDA: by which each tensor of that mean is multiplied, float32 (t,).
         lone: Whether the mean is this member's own pseudo-gradient, bit for bit.
     """
 
@@ -45,6 +46,7 @@ class Reduced:
     coded: Coded
     hash: str
     error: Tensor | None = None
+    factors: Tensor | None = None
     lone: bool = False
 
     @classmethod

@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor
 
 from trainer.diloco.codecs import Codec, Fp32
+from trainer.diloco.merge import MEAN, Merge
 from trainer.diloco.outer import OuterOptimizer, Tensors
 
 SLICE = 1 << 18  # numbers in a slice of an outer step: it stays in the cache
@@ -23,6 +24,7 @@ class Fragment:
     start: int  # of its range in the flat vector
     stop: int
     codec: Codec  # of its pseudo-gradients
+    merge: Merge = MEAN  # of the members' pseudo-gradients
 
     def of(self, flat: Tensor) -> Tensor:
         """The fragment's part of a flat vector: a view."""

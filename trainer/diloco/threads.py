@@ -1,9 +1,11 @@
-"""Threads for a synchronisation's arithmetic: slices of fixed size, so that results do not depend on their number."""
+"""Threads and memory for a synchronisation's arithmetic: slices of fixed size, whatever the number of threads."""
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
+from torch import Tensor
 
 MOST = 16  # threads, of their own accord: memory is the limit then
 
@@ -44,3 +46,23 @@ class Threads:
             wait(others)
         for other in others:
             other.result()
+
+
+class Workspace:
+    """Memory and threads that a member's collectives reuse: the result of one is valid until the next one."""
+
+    def __init__(self, threads: Threads | None = None) -> None:
+        self.threads = threads or Threads()
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+
+    def empty(self, name: str, rows: int, columns: int, own: bool = False) -> Tensor:
+        """float32 (`rows`, `columns`).
+
+        Args:
+            own: Of the calling thread alone.
+        """
+        key = name, threading.get_ident() if own else 0
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < rows * columns:
+            buffer = self._buffers[key] = torch.empty(rows * columns)
+        return buffer[: rows * columns].view(rows, columns)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.diloco.collective import Workspace, weighted_mean
+from trainer.diloco.collective import weighted_mean
 from trainer.diloco.quorum import OnChunk, Reduced
 from trainer.diloco.state import Fragment
-from trainer.diloco.threads import Threads, usable
+from trainer.diloco.threads import Threads, Workspace, usable
 from trainer.elastic.round_watch import RoundWatch
 from trainer.errors import TrainingError
 from trainer.etcd.errors import EtcdError
@@ -109,7 +109,8 @@ class Attempts:
         if missing := [f"{_worker(id)} ({why})" for id, why in self._unreachable.items() if id in record.members]:
             raise ConnectionError(f"worker {', '.join(missing)} cannot be reached")
         group = self._transport.group(record.members, record.attempt_id)
-        return weighted_mean(group, values, weight, exchange.fragment.codec, on_chunk, self._workspace)
+        fragment = exchange.fragment
+        return weighted_mean(group, values, weight, fragment.codec, on_chunk, self._workspace, fragment.merge)
 
     def _connect(self, ids: Iterable[str], timeout: float) -> dict[str, str]:
         """Make the links that are missing. Returns the members that cannot be reached, with the reasons."""

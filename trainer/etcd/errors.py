@@ -1,13 +1,17 @@
 """The error that every etcd operation raises, and its translation from the exceptions of gRPC and etcd3."""
 
+import ssl
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from trainer.errors import TrainingError
 from trainer.etcd.compat import import_etcd3
+from trainer.process import connect
 
 Kind = Literal["unreachable", "certificate", "credentials", "permission", "lease", "request"]
 
 # A live etcd that is overloaded or between leaders, or a middlebox that cut the connection.
+_PROBE = 1.0  # seconds for a connection, and for each answer of a TLS handshake
 _TRANSIENT = ("too many requests", "proposal dropped", "raft: stopped", "stream removed", "rst_stream")
 
 
@@ -38,26 +42,33 @@ def is_dropped_proposal(exception: BaseException) -> bool:
     return "proposal dropped" in _status(exception)[1]
 
 
-def translate(exception: Exception, where: str, *, prefix: str, ca: str, user: str, answered: bool) -> EtcdError:
+def translate(
+    exception: Exception, endpoints: Sequence[str], *, prefix: str, ca: str, user: str, answered: bool
+) -> EtcdError:
     """Explain a failure (see `is_etcd_failure`) in terms that a user can act on.
 
-    `where` names all endpoints. `answered`: this client has had an answer before, so its TLS settings are right.
+    Args:
+        exception: The failure.
+        endpoints: Of all etcd members.
+        prefix, ca, user: The client's.
+        answered: This client has had an answer before, so its TLS settings are right.
     """
     import grpc
 
     if isinstance(exception, EtcdError):
         return exception
     code, details = _status(exception)
-    lower, etcd = details.lower(), f"etcd at {where}"
-    unreachable = EtcdError(f"cannot reach {etcd}: {details}", "unreachable", stale_connection=True)
+    lower, etcd = details.lower(), f"etcd at {', '.join(endpoints)}"
 
-    # TLS. A socket that closes at once may belong to a dying etcd, or to one where only one side speaks TLS.
+    def unreachable() -> EtcdError:
+        hint = "" if answered else _tls_hint(endpoints, ca)
+        return EtcdError(f"cannot reach {etcd}{hint}: {details}", "unreachable", stale_connection=True)
+
+    # TLS
     if isinstance(exception, FileNotFoundError | PermissionError):
         return EtcdError(f"cannot read the certificate {exception.filename}", "certificate")
     if any(text in lower for text in ("socket closed", "connection reset")) and "ssl_error" not in lower:
-        hint = "does it speak TLS? etcd.ca is set" if ca else "does it want TLS? no etcd.ca is set"
-        hint = "" if answered else f" ({hint})"
-        return EtcdError(f"cannot reach {etcd}{hint}: {details}", "unreachable", stale_connection=True)
+        return unreachable()
     if any(word in lower for word in ("ssl", "tls", "certificate", "handshake")):
         hint = "" if ca else " (no etcd.ca is set)"
         return EtcdError(f"{etcd}: the TLS certificates do not fit{hint}: {details}", "certificate")
@@ -75,16 +86,45 @@ def translate(exception: Exception, where: str, *, prefix: str, ca: str, user: s
 
     # The connection
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        return unreachable
+        return unreachable()
     unsure = code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
     if unsure and any(text in lower for text in _TRANSIENT):
-        return unreachable
+        return unreachable()
     if isinstance(exception, ValueError) and "channel" in lower and "closed" in lower:  # closed by another thread
-        return unreachable
+        return unreachable()
 
     if "requested lease not found" in lower:
         return EtcdError(f"{etcd}: the lease has ended", "lease")
     return EtcdError(f"{etcd}: {details or repr(exception)}", "request")
+
+
+def _tls_hint(endpoints: Sequence[str], ca: str) -> str:
+    """Words for when only one side speaks TLS. gRPC's own differ from one version of etcd to the next."""
+    spoken = [speaks for endpoint in endpoints if (speaks := _speaks_tls(endpoint)) is not None]
+    if ca and spoken and not any(spoken):
+        return " (it speaks no TLS, but etcd.ca is set)"
+    if not ca and any(spoken):
+        return " (it wants TLS, but no etcd.ca is set)"
+    return ""
+
+
+def _speaks_tls(endpoint: str) -> bool | None:
+    """Whether an endpoint answers a TLS handshake, whatever its certificate; None: it accepts no connection."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        connection = connect(endpoint, _PROBE)
+    except OSError:
+        return None
+    try:
+        with connection, context.wrap_socket(connection):
+            return True
+    except TimeoutError:
+        return None
+    except ssl.SSLError as error:  # an alert, for want of a client certificate, is an answer
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return False
 
 
 def _status(exception: BaseException) -> tuple[Any, str]:

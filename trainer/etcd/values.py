@@ -83,7 +83,7 @@ class EtcdValues:
         secret = os.environ.get("ETCD_PASSWORD", "") if password is None else password
         self._security: dict[str, str | None] = {"user": user, "password": secret} if user else {}
         self._security |= {"ca_cert": ca or None, "cert_cert": cert or None, "cert_key": key or None}
-        self._translate = partial(translate, where=", ".join(endpoints), prefix=self.prefix, ca=ca, user=user)
+        self._translate = partial(translate, endpoints=self.endpoints, prefix=self.prefix, ca=ca, user=user)
         self._next = 0  # endpoint of the next connection
         self._answered = False  # at least once
         self._connection: Any = None

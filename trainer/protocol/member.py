@@ -263,7 +263,7 @@ class MemberMachine:
         # Announce the state, and work on the open round
         if record.lost and record.term != term:
             yield effects.Log(
-                f"nobody came back with round {record.lost}, which was saved before: the run goes on from round "
+                f"no worker came back with round {record.lost}, which was saved before: the run goes on from round "
                 f"{record.base.round} in term {record.term}"
             )
         self._adopt(record, record.base)

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 ROUNDS, BULK = "rounds", "bulk"  # lanes
 FRAME_BYTES = 256 << 10  # of a body, if there are several streams
+# Of a stream: AES-GCM should not encrypt more than some 390 GB with a key (RFC 8446, 5.5), and OpenSSL keeps to one
+WORN_BYTES = 256 << 30
+FAREWELL = 1.0  # seconds in which the other streams of a link end after the first one has
 QUEUED_BYTES = 32 << 20  # of answers to requests: then no further request is read
 NEVER: Key = (0, 0, 0)
 Handler = Callable[["Link", Key, int, dict[str, Any]], None]
@@ -130,6 +133,12 @@ class Link:
     def up(self) -> bool:
         """Whether messages can pass in both directions."""
         return bool(self._out and self._into and not self.reason)
+
+    @property
+    def worn(self) -> bool:
+        """Whether a stream has carried so much that the link should be made anew."""
+        with self._changed:
+            return any(sum(stream.bytes() or ()) > WORN_BYTES for stream in (*self._out, *self._into))
 
     def add(self, stream: Stream, sends: bool) -> None:
         """Let a stream carry frames, on a thread of its own, which owns it from now on."""
@@ -297,7 +306,9 @@ class Link:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self.fail(f"sent what makes no sense ({error})")
         finally:
-            if self._ended(stream, self._into):  # what had been sent on the others has arrived
+            # A member closes all its streams together, and what it had sent on the others still arrives. If others stay
+            # open, something in between has closed this one, and frames may be lost.
+            if self._ended(stream, self._into) or not self.wait_for(lambda: not self._into, FAREWELL):
                 self.fail("has closed the connection")
 
     def _take(self, stream: Stream, frame: Header) -> None:

@@ -137,7 +137,11 @@ class Transport:
         return missing
 
     def prepare(self, members: Mapping[str, Endpoints], lane: str = ROUNDS) -> dict[str, Link]:
-        """Begin to make the links that are missing, in the background; returns all links to these members."""
+        """Begin to make the links that are missing or worn, in the background; returns all links to these members."""
+        with self._lock:
+            worn = [link for id in members if (link := self._links.get((id, lane))) and link.worn]
+        for link in worn:
+            link.fail("is made anew")
         with self._lock:
             self._known.update(members)
             links = {}

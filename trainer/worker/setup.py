@@ -236,4 +236,6 @@ def _diloco(
         fragments=config.fragments,
         overlap=Overlap(config.overlap_tau, config.overlap_alpha) if config.overlaps else None,
         layout=layout,
+        merge=config.merge,
+        clip_members=config.clip_members == "median",
     )

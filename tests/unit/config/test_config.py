@@ -42,7 +42,7 @@ REFUSED = {
         {"pgroup_backend": "nccl", "optim_method": "ddp", "device": "cpu"},
         "pgroup_backend = 'nccl': needs optim_method = 'ddp' and GPUs (device = 'cuda')",
     ),
-    "codec": ({"codec": "zip"}, "codec = 'zip': must be one of fp32, bf16, int8, int4, ternary, sign, sparse"),
+    "codec": ({"codec": "zip"}, "codec = 'zip': must be one of fp32, bf16, int8, int4, int2, ternary, sign, sparse"),
     "outer optimizer": ({"outer_optimizer": "adam"}, "outer_optimizer = 'adam': must be one of nesterov"),
     "unequal, baseline": (
         {"heterogeneous": True, "optim_method": "ddp", "nodes": 2, "elastic_min_nodes": 2, "elastic_max_nodes": 2},

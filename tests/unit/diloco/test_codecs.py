@@ -115,6 +115,6 @@ def test_arranging_fills_up_with_zeros(size: int) -> None:
 
 def test_every_name_of_the_configuration_is_a_codec() -> None:
     (names,) = [parameter.choices for parameter in TrainingConfig.parameters() if parameter.name == "codec"]
-    assert names == ("fp32", "bf16", "int8", "int4", "ternary", "sign", "sparse")
+    assert names == ("fp32", "bf16", "int8", "int4", "int2", "ternary", "sign", "sparse")
     assert tuple(codecs.make(name).name for name in names) == names
     assert isinstance(codecs.make("demo", topk=128, values="int4"), codecs.Dct)

@@ -11,16 +11,16 @@ from torch import Size, Tensor
 from tests.members import connected, groups, names
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
-from trainer.diloco.collective import Workspace, decoded, warm_up, weighted_mean
+from trainer.diloco.collective import decoded, warm_up, weighted_mean
 from trainer.diloco.outer import nesterov
 from trainer.diloco.quorum import OnChunk, Reduced
-from trainer.diloco.threads import Threads
+from trainer.diloco.threads import Threads, Workspace
 from trainer.transport.group import Group
 from trainer.transport.transport import Transport
 
 SHAPES = [Size((130, 70)), Size((33,)), Size((64, 64)), Size((5, 3))]
 SIZE = sum(shape.numel() for shape in SHAPES)
-NAMES = ["fp32", "bf16", "int8", "int4", "ternary", "sign", "sparse", "demo"]
+NAMES = ["fp32", "bf16", "int8", "int4", "int2", "ternary", "sign", "sparse", "demo"]
 
 
 def codec_of(name: str, feedback: float = 0.0) -> Codec:

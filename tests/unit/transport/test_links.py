@@ -202,6 +202,29 @@ def test_a_broken_connection_costs_its_own_link_only_and_is_made_anew() -> None:
         reduce(transports, (1, 1, 2))
 
 
+def test_a_link_that_has_carried_much_is_made_anew_before_the_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    with connected(2, streams=2) as (one, other):
+        swap(one, other)
+        first = link(one, other)
+        monkeypatch.setattr("trainer.transport.link.WORN_BYTES", 100_000)
+        assert first.worn
+        assert link(one, other) is not first and first.reason
+        monkeypatch.undo()
+        connect([one, other])
+        reduce([one, other], (1, 2, 1))
+
+
+def test_a_link_of_which_something_in_between_closes_one_stream_fails_at_once() -> None:
+    """Its frames may be lost, so nothing is gained by waiting for them; the others are still open."""
+    with connected(2, streams=3) as (one, other):
+        here, there = link(one, other), link(other, one)
+        wait_for(lambda: there.streams(False) == here.streams(True) == 3)
+        pending = there.receive(FIRST, 1, torch.zeros(10))
+        here._out[1].abort()
+        with pytest.raises(LinkError, match="has closed the connection"):
+            pending.wait(PATIENCE)
+
+
 def test_links_that_both_ends_break_and_make_at_the_same_time_come_back() -> None:
     with connected(3) as transports:
         endpoints = {each.id: each.endpoints for each in transports}

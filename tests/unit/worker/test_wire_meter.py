@@ -38,10 +38,9 @@ def test_a_connection_that_another_thread_closes_meanwhile_is_not_counted(monkey
 def test_a_connection_that_takes_the_number_of_one_that_was_closed_is_counted() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         reused = socket.create_connection(server.getsockname())
-        with WireMeter.watching() as meter:
+        with WireMeter.watching() as meter, socket.create_connection(server.getsockname()) as later:
             # In one step, so that no other thread takes the number between a close and an open.
-            with socket.create_connection(server.getsockname()) as later:
-                os.dup2(later.fileno(), reused.fileno())
+            os.dup2(later.fileno(), reused.fileno())
         with reused:
             reused.sendall(bytes(1000))
             assert meter.read() == (1000, 0)

@@ -1,4 +1,4 @@
-"""Codecs that send something for every number: fp32, bf16, int8, int4, ternary, sign.
+"""Codecs that send something for every number: fp32, bf16, int8, int4, int2, ternary, sign.
 
 The error bounds below hold for one coding of a block x; x̂ is the decoded block, s its scale. Scales are bfloat16.
 """
@@ -124,6 +124,18 @@ class Int4(Integer):
 
     def __init__(self, block: int = 256, feedback: float = 0.0, mean: Codec | None = None) -> None:
         super().__init__(4, block, feedback, mean)
+
+
+class Int2(Bins):
+    """2 bits a number, and 4 bytes a block: see `Bins`; ‖x − x̂‖ is 0.34 ‖x‖ for Gaussian x."""
+
+    name = "int2"
+    default_feedback = 0.5
+    per_byte = 4
+
+    @classmethod
+    def configured(cls, feedback: float, topk: int) -> Self:
+        return cls(feedback=feedback)
 
 
 class Ternary(_Scaled):

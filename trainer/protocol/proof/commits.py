@@ -138,7 +138,7 @@ def _parent(history: History, term: int, base: int, notes: Notes) -> State | Non
         return None
     if not candidates:
         if base > 0:
-            notes.cannot(f"what term {term} began from, round {base}, is told by nobody")
+            notes.cannot(f"what term {term} began from, round {base}, is in no file")
         return None
     notes.judged += 1
     if not held or not known:

@@ -195,9 +195,9 @@ def _judge_missing(
     returned: list[Range],
     notes: Notes,
 ) -> None:
-    """Positions without a fate: lost with a worker that was killed or late; else somebody has lost them."""
-    # Those that somebody was dealt last
-    owned, nobodys = minus(missing, returned), common(missing, returned)
+    """Positions without a fate: lost with a worker that was killed or late; else they are unaccounted for."""
+    # Those with a last owner
+    owned, unowned = minus(missing, returned), common(missing, returned)
     for life, deal in deals:
         if mine := common(owned, deal.ranges):
             owned = minus(owned, mine)
@@ -208,16 +208,16 @@ def _judge_missing(
                 notes.refute(text_of, deal.where)
 
     # Those whose owner is not reported
-    if nobodys := [*nobodys, *owned]:
+    if unowned := [*unowned, *owned]:
         suspects = sorted({life.member for life in history.lives if _may_have_lost(life, term, history.bases[term])})
         suspects += history.absent
         if suspects:
             named = ", ".join(suspects)
-            notes.remarks.append(f"term {term}: {count(nobodys)} positions were lost with one of {named}")
+            notes.remarks.append(f"term {term}: {count(unowned)} positions were lost with one of {named}")
         else:
             told = [told[0] for (number, _), told in sorted(history.cursors.items()) if number == term]
-            lines = [where for cursor, where in told if cursor.position > nobodys[0][0]][:1]
-            words = f"position {text(nobodys)} was dealt in term {term}, but nobody has used or returned it"
+            lines = [where for cursor, where in told if cursor.position > unowned[0][0]][:1]
+            words = f"position {text(unowned)} was dealt in term {term}, but no worker has used or returned it"
             notes.refute(words, *lines)
 
 

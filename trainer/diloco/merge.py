@@ -1,0 +1,189 @@
+"""How members' pseudo-gradients are merged: by their mean, or tensor by tensor so that their norm is kept.
+
+*Radial-directional averaging* (RDA) merges norms and directions apart. With zᵢ a tensor of member i's message, as
+decoded, and wᵢ the member's weight,
+
+    u = Σ wᵢ zᵢ / ‖zᵢ‖,   g = (Σ wᵢ ‖zᵢ‖ / Σ wᵢ) · u / ‖u‖.
+
+The mean of n pseudo-gradients that are nearly orthogonal is √n times shorter than each of them, so that the best outer
+learning rate depends on the number of members. That of g does not.
+
+Members divide by their norms before they encode, xᵢ / ‖xᵢ‖, so that the collective is the same as for a mean; the norms
+of what the coding has left follow when the last piece is encoded. Coding shortens all members' messages by about the
+same factor, and u / ‖u‖ does not depend on it.
+
+*Clipping* (Covenant-72B, arXiv 2603.08163): the norm of a member's message counts as at most `CLIP` times the members'
+median, so that one that diverges, or sends a thousand times too much, does not carry the others along.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Size, Tensor
+
+from trainer.diloco.group import Group
+from trainer.diloco.jit import Floats, compiled
+
+CLIP = 2.0  # times the median
+NORMS = (1 << 31) + 1  # the tag of the norms
+_TINY = 1e-30  # norms below: the tensor counts as zero
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How pseudo-gradients of some parameters are merged.
+
+    Attributes:
+        tensors: The number of elements of each parameter, in order: merge them by RDA. Empty: by the mean.
+        clip: Whether norms are clipped.
+    """
+
+    tensors: tuple[int, ...] = ()
+    clip: bool = False
+
+    @classmethod
+    def of(cls, kind: str, clip: bool, shapes: Sequence[Size]) -> "Merge":
+        """The merge of a kind, "mean" or "rda", for parameters of these shapes. ValueError: There is no such kind."""
+        if kind not in ("mean", "rda"):
+            raise ValueError(f"merge = {kind!r}: must be 'mean' or 'rda'")
+        return cls(tuple(shape.numel() for shape in shapes) if kind == "rda" else (), clip)
+
+    def scaled(self, values: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
+        """`values`, float32 (n,), with each tensor times its factor, float32 (t,): the same bits everywhere."""
+        out = torch.empty_like(values) if out is None else out
+        _scale(values.numpy(), self._ends(), factors.numpy(), out.numpy())
+        return out
+
+    def norms(self, values: Tensor) -> Tensor:
+        """The norm of each tensor, float64 (t,), of `values`, float32 (n,): the same bits everywhere."""
+        squares = np.zeros(len(self.tensors))
+        _squares(values.numpy(), self._ends(), squares)
+        return torch.from_numpy(np.sqrt(squares))
+
+    def _ends(self) -> NDArray[np.int64]:
+        return np.fromiter(accumulate(self.tensors), np.int64, len(self.tensors))
+
+
+MEAN = Merge()
+
+
+class Radial:
+    """A member's part in a merge by RDA.
+
+    Args:
+        group: Of the collective.
+        merge: With `tensors`.
+        values: This member's pseudo-gradient, float32 (n,), finite.
+        weight: Its weight.
+        own: Memory for its directions, float32 (n,).
+        merged: Memory for their mean, float32 (n,).
+
+    Attributes:
+        directions: Of the values: what the collective is run for, float32 (n,).
+    """
+
+    def __init__(self, group: Group, merge: Merge, values: Tensor, weight: float, own: Tensor, merged: Tensor) -> None:
+        self._group, self._merge, self._weight = group, merge, weight
+        self._norms = merge.norms(values)
+        reciprocals = torch.where(self._norms > _TINY, 1 / self._norms, 0.0).float()
+        self.directions = merge.scaled(values, reciprocals, own)
+        self._mean = merged
+        self._all = [torch.zeros(len(merge.tensors), dtype=torch.float64) for _ in range(group.size)]
+        others = [rank for rank in range(group.size) if rank != group.rank]
+        self._pending = [group.receive(rank, NORMS, self._all[rank]) for rank in others]
+
+    def collect(self, start: int, piece: Tensor) -> None:
+        """Take a piece of the directions' mean."""
+        self._mean[start : start + len(piece)] = piece
+
+    def send_norms(self, error: Tensor | None) -> None:
+        """Send the norms of this member's message, when all of it is encoded.
+
+        Args:
+            error: What it lacks of the directions, float32 (n,); None: nothing.
+        """
+        own = self._all[self._group.rank]
+        if self._weight > 0:
+            own += self._norms
+        if error is not None:
+            torch.sub(self.directions, error, out=self.directions)
+            own *= self._merge.norms(self.directions)
+        others = [rank for rank in range(self._group.size) if rank != self._group.rank]
+        self._pending += [self._group.send(rank, NORMS, own) for rank in others]
+
+    def result(self, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Wait for the norms.
+
+        Args:
+            weights: The members', by rank.
+
+        Returns:
+            The factors of the tensors of the directions' mean, float32 (t,), and the product, float32 (n,).
+        """
+        for pending in self._pending:
+            self._group.wait(pending)
+        norms = [np.where(np.isfinite(own.numpy()), own.numpy(), 0.0) for own in self._all]
+        clips = clipping([float(np.sqrt((own**2).sum())) for own in norms], weights) if self._merge.clip else None
+
+        # In the order of ranks: the same bits everywhere
+        length, weight = np.zeros(len(norms[0])), np.zeros(len(norms[0]))
+        for rank, own in enumerate(norms):
+            length += weights[rank] * (clips[rank] if clips else 1.0) * own
+            weight += weights[rank] * (own > 0)
+        found = self._merge.norms(self._mean).numpy()
+        factors = np.divide(length, weight * found, out=np.zeros_like(length), where=(weight > 0) & (found > _TINY))
+        as_floats = torch.from_numpy(factors.astype(np.float32))
+        return as_floats, self._merge.scaled(self._mean, as_floats, self._mean)
+
+    def restored(self, error: Tensor) -> Tensor:
+        """An error of the directions, float32 (n,), as one of the values; in place."""
+        return self._merge.scaled(error, self._norms.float(), error)
+
+
+def norm(values: Tensor) -> float:
+    """The norm of float32 (n,), in float64."""
+    return float(Merge((values.numel(),)).norms(values)[0])
+
+
+def clipping(norms: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """By what each member's message is scaled down: its norm counts as `CLIP` times the median at most.
+
+    Members without weight have no part in the median; of two in the middle, the smaller one is it.
+    """
+    counted = sorted(norm for norm, weight in zip(norms, weights, strict=True) if weight > 0)
+    most = CLIP * counted[(len(counted) - 1) // 2] if counted else 0.0
+    return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
+
+
+@compiled
+def _squares(values: Floats, ends: NDArray[np.int64], squares: Doubles) -> None:
+    """Sums of squares, in four interleaved parts: one alone would wait for each addition."""
+    start = 0
+    for tensor in range(len(ends)):
+        a = b = c = d = 0.0
+        stop = ends[tensor]
+        rest = start + (stop - start) // 4 * 4
+        for i in range(start, rest, 4):
+            a += np.float64(values[i]) * np.float64(values[i])
+            b += np.float64(values[i + 1]) * np.float64(values[i + 1])
+            c += np.float64(values[i + 2]) * np.float64(values[i + 2])
+            d += np.float64(values[i + 3]) * np.float64(values[i + 3])
+        for i in range(rest, stop):
+            a += np.float64(values[i]) * np.float64(values[i])
+        squares[tensor] = (a + b) + (c + d)
+        start = stop
+
+
+@compiled
+def _scale(values: Floats, ends: NDArray[np.int64], factors: Floats, out: Floats) -> None:
+    start = 0
+    for tensor in range(len(ends)):
+        for i in range(start, ends[tensor]):
+            out[i] = values[i] * factors[tensor]
+        start = ends[tensor]
