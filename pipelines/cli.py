@@ -221,7 +221,7 @@ def _cluster_config(options: argparse.Namespace) -> TrainingConfig:
     config = config_from_arguments(options)
     _check_for_cluster(config)
     if not (options.host or os.environ.get("KF_PIPELINES_ENDPOINT")):  # the backend is on the current cluster
-        with suppress(TrainingError):  # it may show its Secrets to nobody but the steps, which check the same
+        with suppress(TrainingError):  # only the steps may read its Secrets, perhaps: they check the same
             check_kubeconfigs(config, config.deployment_namespace or options.namespace or PIPELINES_NAMESPACE)
     return config
 

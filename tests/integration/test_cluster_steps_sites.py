@@ -23,7 +23,7 @@ from trainer.kubernetes.steps.training import train
 
 pytestmark = pytest.mark.timeout(600)
 
-SITES = {"sites": [{"name": "here"}, {"name": "far", "cluster": "oslo"}], "port_range": "20000-20999"}
+SITES: dict[str, Any] = {"sites": [{"name": "here"}, {"name": "far", "cluster": "oslo"}], "port_range": "20000-20999"}
 MADE = ("trainjobs", "trainingruntimes", "pytorchjobs", "jobs", "configmaps", "networkpolicies", "secrets")
 
 
@@ -85,6 +85,19 @@ def test_each_site_s_objects_are_in_its_own_cluster_and_results_come_from_both(
     assert [name for name in far.all("jobs") if "export" in name] and ("get", "", "pods/portforward") in {
         one[:3] for one in far.used
     }
+
+
+def test_the_steps_own_cluster_needs_no_workers_and_no_training_operator(
+    place: Place, far: ApiServer, tmp_path: Path
+) -> None:
+    place.server.missing |= {"trainjobs", "pytorchjobs", "trainingruntimes"}
+    here = context(place, nodes=1, sites=SITES["sites"][1:])
+    precache(here, tmp_path / "held-out")
+    assert [worker.site.name for worker in train(here, tmp_path / "run")] == ["far"]
+    here.clean_up(claims=True)
+    for plural in ("persistentvolumeclaims", *MADE):
+        assert set(place.server.all(plural)) <= {"oslo"}, plural
+        assert not far.all(plural), plural
 
 
 def test_the_kind_of_jobs_is_found_once_for_each_cluster(place: Place, far: ApiServer) -> None:

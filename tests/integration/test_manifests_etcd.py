@@ -44,6 +44,15 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_the_server_s_certificate_has_the_names_by_which_other_clusters_reach_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "ETCD_NAMES": "DNS:etcd.example.org,IP:192.0.2.1"}
+    subprocess.run([str(PROD / "certificates.sh"), "team", str(tmp_path)], check=True, env=environment)
+    show = ["openssl", "x509", "-in", str(tmp_path / "server.crt"), "-noout", "-text"]
+    text = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+    for name in ("DNS:diloco-etcd-2.diloco-etcd.team.svc", "DNS:etcd.example.org", "IP Address:192.0.2.1"):
+        assert name in text
+
+
 def variables(overlay: list[dict[str, Any]], member: int) -> dict[str, str]:
     """The environment of a member's container, as the kubelet expands it."""
     (container,) = one(overlay, "StatefulSet")["spec"]["template"]["spec"]["containers"]

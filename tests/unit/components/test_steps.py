@@ -11,7 +11,7 @@ import pytest
 
 from components.parameters import common, folded, unfolded
 from components.precache import precache
-from components.steps import resolve
+from components.steps import clean_up, resolve
 from tests.cluster.apiserver import ApiServer, serving
 from trainer.config import Parameter, TrainingConfig
 from trainer.errors import ConfigError, TrainingError
@@ -186,3 +186,22 @@ print(*sorted({"torch", "transformers", "datasets", "matplotlib", "wandb"} & set
 def test_steps_that_only_follow_pods_import_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", WATCHES], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_cleaning_up_takes_of_advanced_only_what_says_where_the_run_is() -> None:
+    """The rest was checked together with parameters that this step does not get."""
+    sites = [{"name": "here", "replicas": 3}, {"name": "far", "cluster": "oslo"}]
+    advanced = {"fragments": 5, "elastic_min_nodes": 4, "sites": sites, "port_range": "7000-7999"}  # local_steps is 60
+    given = {"launcher": "local", "run_id": "mine", "deployment_name": "", "nodes": 4, "etcd_endpoints": ["etcd:2379"]}
+    clean_up("4f2c", {**given, "advanced": advanced})
+
+
+@pytest.mark.usefixtures("pod")
+def test_a_launcher_that_is_given_holds_for_other_clusters_and_auto_asks_them(pod: ApiServer) -> None:
+    site = {"name": "far", "cluster": "oslo", "etcd_endpoints": ["etcd:2379"]}
+    values = {"nodes": 1, "advanced": {"sites": [site], "port_range": "7000-7999"}}
+    given = resolve({"launcher": "pytorchjob", **values})
+    assert [one.launcher for one in given.sites] == ["pytorchjob"]
+    pod.missing |= {"trainjobs", "pytorchjobs"}  # the steps' cluster has no workers, and need not serve any jobs
+    found = resolve(values)
+    assert (found.launcher, found.sites[0].launcher) == ("trainjob", "auto")

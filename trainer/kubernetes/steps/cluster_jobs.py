@@ -1,7 +1,7 @@
 """The training jobs of one cluster: which there are to be, which there are, and what the log calls them."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trainer.kubernetes.api.kinds import Object
 from trainer.kubernetes.api.notices import Show
@@ -97,5 +97,5 @@ class ClusterJobs:
         return f"worker {worker.index}" + (f" at {worker.site.name}" if self._several_sites else "")
 
 
-def _list(workers: list[WorkerPlan] | tuple[WorkerPlan, ...]) -> str:
+def _list(workers: Sequence[WorkerPlan]) -> str:
     return f"worker{'s' if len(workers) > 1 else ''} {', '.join(str(worker.index) for worker in workers)}"
