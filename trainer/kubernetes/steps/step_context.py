@@ -75,8 +75,8 @@ class StepContext:
 
         def plan_there(there: Client) -> Plan:
             own = config.with_values(launcher=launcher_of(there, config))
-            place = {"namespace": there.namespace, "cluster": there.cluster, "workflow": mark}
-            return plan(own, image=image, tracking=tracking, **place)
+            place, cluster = there.namespace, there.cluster
+            return plan(own, namespace=place, image=image, cluster=cluster, workflow=mark, tracking=tracking)
 
         others = [
             Cluster(name, partial(OtherClient, client, name), plan_there, show) for name in cluster_names(config)[1:]
