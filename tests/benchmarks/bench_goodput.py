@@ -86,12 +86,16 @@ def useful_steps(system: System) -> list[tuple[float, float]]:
     return found
 
 
-def rate(system: System, began: float, ended: float) -> tuple[float, float]:
-    """Useful inner steps a second between two times, and how many; measured from commit to commit."""
-    commits = sorted(useful_steps(system))
-    begin, end = (max(when for when, _ in commits if when <= limit) for limit in (began, ended))
-    steps = sum(steps for when, steps in commits if begin < when <= end)
-    return steps / (end - begin), steps
+def committed(system: System, began: float, ended: float) -> float:
+    """Useful inner steps whose outer step was committed in this time. What was open at its begin and end evens out."""
+    return sum(steps for when, steps in useful_steps(system) if began < when <= ended)
+
+
+def undisturbed_rate(system: System, began: float, ended: float) -> float:
+    """Useful inner steps a second, from commit to commit: the time is short."""
+    commits = sorted(when for when, _ in useful_steps(system))
+    begin, end = (max(when for when in commits if when <= limit) for limit in (began, ended))
+    return committed(system, begin, end) / (end - begin)
 
 
 def disturb(system: System, every: float, seconds: float, seed: int) -> tuple[int, int]:
@@ -151,9 +155,8 @@ def measure(system: System, every: float, options: argparse.Namespace) -> dict[s
     began = time.time()
     alone, nodes = disturb(system, every or float("inf"), 60 * options.minutes, options.seed)
     ended = time.time()
-    undisturbed, _ = rate(system, calm, began)
-    disturbed, useful = rate(system, began, ended)
-    row = {"goodput": disturbed / undisturbed, "useful": useful, "kills": alone, "with_agent": nodes}
+    undisturbed, useful = undisturbed_rate(system, calm, began), committed(system, began, ended)
+    row = {"goodput": useful / (ended - began) / undisturbed, "useful": useful, "kills": alone, "with_agent": nodes}
     return {**row, "step_seconds": system.workers / undisturbed}
 
 
