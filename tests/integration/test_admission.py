@@ -20,7 +20,7 @@ from trainer.etcd.users import enable_users
 from trainer.launch.admission import Admission, admission_key, admitting, manage
 from trainer.launch.join import directory_for, join
 from trainer.launch.listening import Listening
-from trainer.launch.local import locked
+from trainer.launch.run_directory import locked
 from trainer.launch.token import Token, decode
 from trainer.monitor.find_run import find
 from trainer.process import connect, endpoint_of

@@ -17,6 +17,7 @@ from trainer.etcd.errors import EtcdError
 from trainer.files import read_json, require_writable, write_json, write_text
 from trainer.launch import local, preflight
 from trainer.launch.admission import GUESTS, admission_key
+from trainer.launch.run_directory import locked
 from trainer.launch.sharing import RunOnOtherMachines
 from trainer.launch.token import Token, require_current
 from trainer.monitor.find_run import LAUNCHED, PASSWORD, SECRETS
@@ -103,7 +104,7 @@ def directory_for(token: Token) -> Path:
 def _is_locked(run_dir: Path) -> bool:
     """Whether a launch uses the run directory."""
     try:
-        with local.locked(run_dir):
+        with locked(run_dir):
             return False
     except FileNotFoundError:
         return False

@@ -1,10 +1,8 @@
 """`python -m trainer launch`: a whole run on this machine: an etcd, one torchrun agent per node, a dashboard."""
 
-import fcntl
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import types
@@ -24,6 +22,7 @@ from trainer.files import require_writable, write_json
 from trainer.launch.admission import ROOT_PASSWORD, admitting
 from trainer.launch.agent_process import AgentProcess, last_error
 from trainer.launch.listening import Listening, outlast_others
+from trainer.launch.run_directory import locked, summarise
 from trainer.launch.scale import DESIRED, with_nodes
 from trainer.launch.sharing import Sharing
 from trainer.launch.standby import Standby
@@ -116,7 +115,7 @@ def launch(
                 resources.enter_context(admitting(config, run_dir, ttl))
         # Run the agents
         run = _Run(config, client, etcd, command, timeouts, joins=joins)
-        resources.callback(_summarise, run_dir)
+        resources.callback(summarise, run_dir)
         if listening:
             resources.callback(outlast_others, client, config)
         with client.watch(DESIRED, run.scale_requested.set):
@@ -368,38 +367,6 @@ class _Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Lock the run directory. The kernel releases the lock when this process ends, in whatever way."""
-    with (run_dir / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ConfigError("run_dir", run_dir, f"is in use by another launch (process {holder})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _summarise(run_dir: Path) -> None:
-    """Judge the run, and write `summary.json`, however it has ended. No failure here may hide why the run ended."""
-    from trainer.monitor.report import write_summary
-    from trainer.monitor.verify import judged
-
-    judgement = judged(run_dir)
-    if judgement is not None:
-        print(f"verified: {judgement.headline}", flush=True)
-        if judgement.refuted:
-            print(f"warning: `python -m trainer verify {run_dir}` shows what is refuted", file=sys.stderr, flush=True)
-    try:
-        write_summary(run_dir, judgement)
-    except OSError as error:
-        print(f"warning: no summary.json: {error}", file=sys.stderr, flush=True)
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -12,7 +12,8 @@ from trainer.elastic.member import ElasticQuorum
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
-from trainer.launch.local import _environment, launch, locked
+from trainer.launch.local import _environment, launch
+from trainer.launch.run_directory import locked
 from trainer.process import listen, number_from
 
 
