@@ -211,6 +211,8 @@ def _judge_missing(
     if unowned := [*unowned, *owned]:
         suspects = sorted({life.member for life in history.lives if _may_have_lost(life, term, history.bases[term])})
         suspects += history.absent
+        # The lines that are lost at such a place may have dealt them, or be those of a later process
+        suspects += [f"a process at {line.where}" for line in history.unreadable if line.torn]
         if suspects:
             named = ", ".join(suspects)
             notes.remarks.append(f"term {term}: {count(unowned)} positions were lost with one of {named}")
