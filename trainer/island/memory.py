@@ -80,7 +80,7 @@ class NodeMemory:
             )
 
     def reserve(self, vectors: int) -> None:
-        """Have memory for so many calls of `new`. The leader calls it, in the thread of `Island.run`.
+        """Have memory for this number of calls of `new`. The leader calls it, in the thread of `Island.run`.
 
         Raises:
             TrainingError: There is no memory for them.
@@ -97,7 +97,7 @@ class NodeMemory:
         return torch.from_numpy(vector)
 
     def has_room(self, vectors: int) -> bool:
-        """Whether `reserve` would find memory for so many."""
+        """Whether `reserve` would find memory for this number of calls."""
         return (vectors - len(self._free)) * self._bytes <= shutil.disk_usage(self.directory).free
 
     def name_of(self, tensor: Tensor) -> tuple[str, int]:

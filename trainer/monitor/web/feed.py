@@ -123,7 +123,7 @@ class Feed:
             for name, html in text_parts(look).items():
                 self._put(name, "", html)
             return self._draw(look, last)
-        except Exception as error:  # a page must not end because of a line that nobody foresaw
+        except Exception as error:  # a page must not end because of an unforeseen line
             if (complaint := one_line(error)) != self._complaint:
                 self._complaint = complaint
                 logger.warning(f"the live page cannot be brought up to date: {complaint}")
