@@ -30,7 +30,7 @@ def announce(model: dsl.Input[dsl.Model], note: dsl.Output[dsl.Markdown]) -> Non
     from pathlib import Path
 
     size = sum(path.stat().st_size for path in Path(model.path).rglob("*"))
-    Path(note.path).write_text(f"{model.metadata['model']}, {model.metadata['step']} steps, {size:,} bytes\n")
+    Path(note.path).write_text(f"{model.metadata['model']}, {model.metadata['step']:.0f} steps, {size:,} bytes\n")
 
 
 @dsl.pipeline(name="own")

@@ -47,7 +47,7 @@ def test_a_claim_of_another_size_is_used_as_it_is_and_that_is_said(place: Place,
 
 def test_a_failed_job_is_tried_again(place: Place, tmp_path: Path) -> None:
     def fail_first(cluster: Cluster, pod: Object, life: int) -> None:
-        if life == 0 and pod["metadata"]["name"].rpartition("-")[0].endswith("-1"):
+        if life == 0 and pod["metadata"]["name"].rpartition("-")[0].endswith("-w1"):
             cluster.start(pod)
             cluster.say(pod, "error: the hub does not answer")
             cluster.end(pod, 1)

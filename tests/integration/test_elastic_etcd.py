@@ -106,7 +106,7 @@ def test_unknown_result_of_a_swap_is_looked_up(client: EtcdClient, monkeypatch: 
     def lose_the_answer(self, operation, failover=True):  # type: ignore[no-untyped-def]
         result = original(self, operation, failover)
         if not failover and failures.pop():
-            raise EtcdError("the connection broke", "unreachable")
+            raise EtcdError("the connection broke", "unreachable", stale_connection=True)
         return result
 
     monkeypatch.setattr(EtcdClient, "_call", lose_the_answer)

@@ -38,8 +38,9 @@ def test_a_second_machine_trains_by_the_printed_line_and_leaves_by_ctrl_c(tmp_pa
 
 def test_nothing_answers_where_the_run_was(tmp_path: Path) -> None:
     from trainer.launch.token import Token
+    from trainer.protocol import PROTOCOL
 
-    token = Token(("127.0.0.1:1", "nowhere.invalid:2"), "/t", "r", 4, "ab", 1 << 40, "secret")
+    token = Token(("127.0.0.1:1", "nowhere.invalid:2"), "/t", "r", PROTOCOL, "ab", 1 << 40, "secret")
     for argument, text in ((token.line.split()[-1], ""), ("-", token.line + "\n")):
         done = subprocess.run(
             [sys.executable, "-m", "trainer", "join", argument],

@@ -97,7 +97,7 @@ def test_a_worker_that_is_killed_and_started_again_costs_the_other_no_step(etcd:
     states = [re.fullmatch(r"worker (\d): loss [\d.]+, state (\w+)\n", text) for text in printed]
     assert states[0] and states[1] and states[0][2] == states[1][2] and states[0][1] == "0"
     (judgement,) = verify([run])
-    assert not judgement.refuted
+    assert not judgement.refuted, str(judgement)
     assert write_report(run).stat().st_size > 0
 
 
@@ -190,7 +190,7 @@ def test_sigterm_ends_the_loop_with_its_status(join: Callable[..., LoopMember], 
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [event["status"] for event in events(tmp_path, 0, "end")] == ["stopped"]
     (judgement,) = verify([tmp_path])
-    assert not judgement.refuted
+    assert not judgement.refuted, str(judgement)
 
 
 def test_a_saved_state_begins_a_run_anew(join: Callable[..., LoopMember]) -> None:

@@ -189,6 +189,8 @@ class LoopMember:
             self._count_step(diloco)
             commit = diloco.after_inner_step(self.config.batch_size)
             self._synchronised(diloco, commit)
+            if diloco.schedule.due and not diloco.pending:  # it has caught up, with all its steps made
+                self._synchronised(diloco, diloco.synchronise())
             self._step_began = time.perf_counter()
 
     def exit(self, diloco: "DiLoCo", error: BaseException | None) -> None:

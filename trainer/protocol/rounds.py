@@ -157,7 +157,7 @@ def _grace(record: RoundState, view: View, awaited: frozenset[str], rules: Rules
     """
     here = _here(record, view)
     known = [seconds for id in here if (seconds := _round_seconds(record, view, id, rules))]
-    if not known:
+    if not known or rules.speed_tolerance is not None:  # by speed, they will arrive together
         return rules.grace_period
     worked = min(known)
     free = worked if rules.prefetch > 1 else 0.0
