@@ -28,3 +28,15 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     with EmbeddedEtcd(tmp_path_factory.mktemp("etcd")) as server:
         yield server.endpoint
+
+
+@pytest.fixture(autouse=True)
+def restored_environment() -> Iterator[None]:
+    """What the tested code sets in the environment of its process ends with the test."""
+    before = dict(os.environ)
+    yield
+    for name in (os.environ.keys() | before.keys()) - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]

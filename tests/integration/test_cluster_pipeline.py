@@ -87,6 +87,7 @@ def far(place: Place, tmp_path: Path) -> Iterator[ApiServer]:
         yield server
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("flavour", ["native"])
 def test_a_language_model_on_two_clusters(place: Place, far: ApiServer, etcd: str, tmp_path: Path) -> None:
     """By a TrainJob, which `auto` prefers, and by a PyTorchJob where a cluster serves nothing else."""

@@ -114,6 +114,7 @@ def test_two_workers_have_the_losses_of_one_with_twice_the_batch(whole: Path, sh
         assert event["world_size"] == 2
 
 
+@pytest.mark.faults
 def test_a_run_whose_worker_is_killed_and_that_is_terminated_is_as_if_nothing_had_been(
     whole: Path, shared: Path, tmp_path: Path
 ) -> None:

@@ -338,6 +338,7 @@ def test_tls_and_none_do_not_understand_each_other(server: EmbeddedEtcd, tls: Tl
     assert kind_of([tls.endpoint]) == ("unreachable", "it wants TLS, but no etcd.ca is set")
 
 
+@pytest.mark.faults
 @OPENSSL
 @pytest.mark.timeout(900)
 def test_a_whole_run_over_tls_with_two_workers_on_a_node(tls: Tls, tmp_path: Path) -> None:

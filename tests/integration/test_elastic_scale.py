@@ -77,6 +77,7 @@ def until(predicate: Callable[[], object], process: "subprocess.Popen[bytes]", t
         assert process.poll() is None
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_three_and_two_again(
     config: TrainingConfig, launch: "subprocess.Popen[bytes]", capsys: pytest.CaptureFixture[str]

@@ -152,6 +152,7 @@ def test_static(nodes: Nodes, etcd: str) -> None:
     assert "RendezvousClosedError" in nodes.logs()
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_nodes_come_go_and_die(nodes: Nodes) -> None:
     first = nodes.add("1:2")

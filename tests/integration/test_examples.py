@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ def test_a_loop_of_ones_own_becomes_a_worker() -> None:
     assert float(rounds[-1][1]) < float(rounds[0][1]) / 2
 
 
+@pytest.mark.faults
 def test_any_torchrun_script_meets_in_etcd_and_resumes(etcd: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "line.pt"
     for run_id, steps in (("first", 30), ("second", 60)):

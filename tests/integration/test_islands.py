@@ -215,6 +215,7 @@ def test_a_run_goes_on_with_other_processes_as_if_nothing_had_been(start: Callab
     assert_equal(node, whole)
 
 
+@pytest.mark.faults
 def test_an_island_one_of_whose_processes_dies_starts_again_alone_from_its_memory(start: Callable[..., Node]) -> None:
     long = {"nodes": 2, "elastic_max_nodes": 2, "total_steps": 10**6, "checkpoint_interval": 10**6, "eval_interval": 0}
     fast = {"collective_timeout": 1.0, "grace_period": 2.0, "lease_ttl": 4.0}

@@ -65,6 +65,7 @@ def launch_until(run_dir: Path, shared: Path, ready: Callable[[], bool], sent: i
     return process.returncode
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(900)  # a launch takes a minute on a machine with other work
 def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(tmp_path: Path) -> None:
     shared = tmp_path / "shared"

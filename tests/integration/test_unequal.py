@@ -34,6 +34,7 @@ def multipliers(pods: list[Pod]) -> list[float]:
     return [events[-1]["inner_steps"] / LOCAL_STEPS if events else 1.0 for events in rounds]
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)  # a machine with other work takes minutes to start four processes that import torch
 def test_the_slower_make_fewer_steps_and_are_followed(run: Run) -> None:
     pods = [run.start(0), run.start(1)]

@@ -151,7 +151,7 @@ blocks = torch.linspace(-1, 1, 2 * codec.block).view(2, -1)
 found["error"] = (codec.decode(codec.encode(blocks), torch.empty_like(blocks)) - blocks).abs().max().item()
 
 after = {"model": torch.empty(3)}
-outer.make(config.outer_optimizer, config.outer_lr, config.momentum).step(
+outer.make(config.outer_optimizer, config.outer_rate, config.momentum).step(
     torch.ones(3), {"model": torch.full((3,), 2.0)}, after
 )
 found["step"] = after["model"].tolist()

@@ -102,14 +102,18 @@ class Schema(Group):
     outer_optimizer: Annotated[str, Choices((*OUTER_OPTIMIZERS,)), FINGERPRINT, CARD] = parameter(
         "nesterov", "Outer optimizer: how the mean pseudo-gradient moves the global parameters."
     )
-    outer_lr: Annotated[float, FINGERPRINT, CARD] = parameter(0.7, "Learning rate of the outer optimizer.", gt=0)
-    outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = parameter(
-        float(UNSET), "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback."
+    outer_lr: Annotated[OrUnset[Annotated[float, Field(gt=0)]], FINGERPRINT, CARD] = parameter(
+        float(UNSET), "Learning rate of the outer optimizer. -1: 0.7, or 1 with merge=rda."
     )
-    merge: Annotated[Literal["mean", "rda"], FINGERPRINT, CARD] = parameter(
-        "mean",
+    outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = parameter(
+        float(UNSET),
+        "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, 0.5 with error feedback, or 0 with merge=rda.",
+    )
+    merge: Annotated[Literal["auto", "mean", "rda"], FINGERPRINT, CARD] = parameter(
+        "auto",
         "mean: the workers' pseudo-gradients are averaged. rda: for each tensor, their norms and their directions are "
-        "(radial-directional averaging), so that outer_lr does not depend on the number of workers.",
+        "(radial-directional averaging), so that outer_lr does not depend on the number of workers. auto: rda with "
+        "codec=sparse, else mean.",
     )
     clip_members: Annotated[Literal["none", "median"], FINGERPRINT, CARD] = parameter(
         "none",
@@ -149,8 +153,10 @@ class Schema(Group):
     compression_topk: Annotated[Positive, Field(le=4096), FINGERPRINT] = parameter(
         32, "DCT coefficients sent for each 64 x 64 chunk (optim_method=demo)."
     )
-    sparse_topk: Annotated[Positive, Field(le=4096, multiple_of=4), FINGERPRINT] = parameter(
-        512, "Values sent for each block of 4096 (codec=sparse)."
+    sparse_topk: Annotated[NonNegative, Field(le=4096, multiple_of=4), FINGERPRINT] = parameter(
+        0,
+        "Values sent for each block of 4096 (codec=sparse). 0: by the number of workers, from 512 for two to 192 for "
+        "six and more.",
     )
     error_feedback: OrUnset[Fraction] = parameter(
         float(UNSET), "Error-feedback decay for lossy codecs; 0 disables it. -1: the codec's default."
@@ -351,13 +357,31 @@ class Schema(Group):
     gpu: GpuConfig = Field(default_factory=GpuConfig)
 
     @property
+    def merged_by(self) -> Literal["mean", "rda"]:
+        """How pseudo-gradients are merged: `merge`, or the default of the codec."""
+        if self.merge == "auto":
+            by_default = self.optim_method == "sgd" and CODECS[self.codec].get("default_merge") == "rda"
+            return "rda" if by_default else "mean"
+        return self.merge
+
+    @property
+    def outer_rate(self) -> float:
+        """The outer optimizer's learning rate: `outer_lr`, or a default that depends on the merge.
+
+        RDA keeps the norm that a mean of nearly orthogonal pseudo-gradients loses, and that momentum makes up for.
+        """
+        if self.outer_lr == UNSET:
+            return 1.0 if self.merged_by == "rda" else 0.7
+        return self.outer_lr
+
+    @property
     def momentum(self) -> float:
-        """The outer optimizer's momentum: `outer_momentum`, or a default that depends on error feedback.
+        """The outer optimizer's momentum: `outer_momentum`, or a default that depends on merge and error feedback.
 
         Error feedback sends later what momentum has in part sent already; with both near 1 it would count twice.
         """
         if self.outer_momentum == UNSET:
-            return 0.5 if self.feedback else 0.9
+            return 0.0 if self.merged_by == "rda" else 0.5 if self.feedback else 0.9
         return self.outer_momentum
 
     @property

@@ -91,7 +91,9 @@ class TrainingConfig(Schema):
         """The scope's parameters by flat name, as JSON values. Where another value follows from a parameter
         (`outer_momentum` -1, `async_communication` with `overlap_tau`), that one."""
         effective = {
+            "outer_lr": self.outer_rate,
             "outer_momentum": self.momentum,
+            "merge": self.merged_by,
             "error_feedback": self.feedback,
             "async_communication": self.overlaps,
             "group_perc_variance": self.group_perc_variance if self.heterogeneous else 0.0,

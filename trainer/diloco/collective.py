@@ -2,9 +2,11 @@
 
 A piece of the vector is cut into n equal parts, and each of the n members owns one: (1) every member sends each owner
 its part, encoded (a reduce-scatter); (2) the owner computes the mean in float32, encodes it again, and (3) sends that
-to all members (an all-gather). So a member sends 2 (n − 1) / n times the encoded vector, as with a ring, and all
-members, including the owner, decode the same bytes. Of two members, each sends the other everything: that is no more,
-and nothing is encoded twice.
+to all members (an all-gather). So a member sends (n − 1) / n times the encoded vector and the encoded mean, as with a
+ring, and all members, including the owner, decode the same bytes.
+
+Where that takes no more bytes (`all_to_all`: two members, or a few with a sparse codec whose mean is finer), each
+sends all others everything instead, and nothing is encoded twice.
 
 While a piece is in flight, later pieces are encoded, and earlier ones decoded and added to the outer step: on a slow
 link the arithmetic costs almost no extra time. Members exchange rows directly between the buffers where these stay.
@@ -70,11 +72,17 @@ def weighted_mean(
     """
     if not is_finite(values):
         weight = 0.0
-    exchange = _OfTwo if group.size == 2 else _OfMore
+    codec = codec.among(group.size)
+    exchange = _AllToAll if all_to_all(codec, group.size) else _ByOwners
     try:
         return exchange(group, codec, weight, on_chunk, workspace or Workspace(), merge).run(values)
     except _NothingToDo:
         return Reduced.nothing(values)
+
+
+def all_to_all(codec: Codec, members: int) -> bool:
+    """Whether each of so many members sends the others everything: where owners would send as many bytes, or more."""
+    return members > 1 and members * codec.row <= codec.row + codec.mean.row
 
 
 class _NothingToDo(Exception):
@@ -257,39 +265,39 @@ class _Exchange(ABC):
             self.mean[start : start + len(mean)] = mean
 
 
-class _OfTwo(_Exchange):
-    """Each sends the other everything."""
+class _AllToAll(_Exchange):
+    """Each sends all others everything. Of fp32 (two members), the mean itself is kept."""
 
     def means(self) -> tuple[Codec, int]:
-        return self.codec, 1 if self.plain else 2  # of fp32, the mean itself is kept
+        return self.codec, 1 if self.plain else self.size
 
     def stages(self) -> list[Callable[[_Piece], None]]:
         return [self._swap, self._join]
 
     def expect(self, piece: _Piece) -> None:
-        """The other's rows arrive where they stay; those of fp32, where the mean will be."""
-        piece.came = [coded[piece.rows] for coded in (self.coded[0], self.coded[-1])]
+        """The others' rows arrive where they stay; those of fp32, where the mean will be."""
+        piece.came = [self.coded[0 if self.plain else rank][piece.rows] for rank in range(self.size)]
         self._receive(piece, 0, dict(enumerate(piece.came)))
 
     def _swap(self, piece: _Piece) -> None:
-        piece.came[self.rank] = self._encode(piece, piece.came[self.rank])
-        self._send(piece, 0, {1 - self.rank: piece.came[self.rank]})
+        rows = piece.came[self.rank] = self._encode(piece, piece.came[self.rank])
+        self._send(piece, 0, dict.fromkeys(self.others, rows))
 
     def _join(self, piece: _Piece) -> None:
-        """Compute the mean of both members' rows."""
+        """Compute the mean of all members' rows: in the order of ranks, or of fp32, into the other's."""
         self._wait(piece, 0)
-        order, scales = (1 - self.rank, self.rank), self.scales
+        order, scales = [*self.others, self.rank] if self.plain else range(self.size), self.scales
 
         def join(now: slice) -> None:
             messages = [(scales[rank], piece.came[rank][now]) for rank in order]
-            kept = piece.came[order[0]][now].view(torch.float32) if self.plain else None
+            kept = messages[0][1].view(torch.float32) if self.plain else None
             self._give(piece.start + now.start, weighted_sum(self.codec, messages, self.workspace, kept))
 
         self.workspace.threads.run(join, _slices(self.codec, piece.blocks))
         self._hash(*([piece.came[order[0]]] if self.plain else piece.came))
 
 
-class _OfMore(_Exchange):
+class _ByOwners(_Exchange):
     """Each member sends every owner its part, and the mean of its own part to all members."""
 
     def means(self) -> tuple[Codec, int]:
@@ -351,7 +359,7 @@ def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
     """
     if coded[0][1].dtype == torch.float32:
         return coded[0][1]
-    inner = codec if len(coded) > 1 else codec.mean
+    inner = codec.among(len(coded)) if len(coded) > 1 else codec.mean
     messages = [(scale, rows.view(-1, inner.row)) for scale, rows in coded]
     if any(rows.shape != messages[0][1].shape for _, rows in messages):
         raise ValueError("not an encoded mean: its parts differ in length")

@@ -92,9 +92,9 @@ class Replica:
     def _kept_rounds(self) -> int:
         """`catch_up_rounds`, as long as that number of means is cheaper to send than the state itself."""
         fragment = self.state.fragments[0]
-        mean = (fragment.stop - fragment.start) * fragment.codec.row / fragment.codec.block
-        if not isinstance(fragment.codec, Fp32):
-            mean *= 2  # of two members, both contributions are kept
+        codec = fragment.codec
+        row = codec.row if isinstance(codec, Fp32) else codec.row + codec.mean.row  # at most: see `all_to_all`
+        mean = (fragment.stop - fragment.start) * row / codec.block
         return min(self._watch.config.catch_up_rounds, int(self._size_of_state() / mean))
 
     def _size_of_means(self) -> int:

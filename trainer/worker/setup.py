@@ -246,7 +246,7 @@ def algorithm(config: TrainingConfig) -> tuple[codecs.Codec, outer.OuterOptimize
     """The codec and the outer optimizer that the configuration names."""
     # With data parallelism, all workers have the same parameters: these become the global ones.
     is_world = config.optim_method == "ddp"
-    chosen = Nesterov(1.0, 0.0) if is_world else outer.make(config.outer_optimizer, config.outer_lr, config.momentum)
+    chosen = Nesterov(1.0, 0.0) if is_world else outer.make(config.outer_optimizer, config.outer_rate, config.momentum)
     if config.optim_method == "demo":
         codec = codecs.make("demo", feedback=config.feedback, topk=config.compression_topk, values=config.codec)
     else:
@@ -275,6 +275,6 @@ def _diloco(
         fragments=config.fragments,
         overlap=Overlap(config.overlap_tau, config.overlap_alpha) if config.overlaps else None,
         layout=layout,
-        merge=config.merge,
+        merge=config.merged_by,
         clip_members=config.clip_members == "median",
     )

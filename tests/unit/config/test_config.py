@@ -21,7 +21,7 @@ def test_flag_beats_environment_beats_yaml_beats_default(tmp_path: Path) -> None
     config = load_config(
         file, {"local_steps": "9"}, {"DILOCO_LOCAL_STEPS": "8", "DILOCO_LR": "0.25", "DILOCO_ELASTIC_ETCD_PREFIX": "/x"}
     )
-    assert (config.local_steps, config.lr, config.seed, config.outer_lr) == (9, 0.25, 1, 0.7)
+    assert (config.local_steps, config.lr, config.seed, config.compression_decay) == (9, 0.25, 1, 0.9)
     assert (config.elastic.max_restarts, config.elastic.etcd.prefix) == (7, "/x")
 
 
@@ -285,7 +285,7 @@ def test_every_parameter_of_the_reference_is_there() -> None:
         "etcd_auto_compaction_retention": "1h", "gpu_nvidia_enabled": True, "gpu_nvidia_min_nodes": UNSET,
         "gpu_nvidia_max_nodes": UNSET, "gpu_nvidia_runtime_class_name": "nvidia", "gpu_amd_enabled": True,
         "gpu_amd_runtime_class_name": "", "model": "gpt-neo-x", "dataset": "c4", "local_steps": 128, "lr": 4e-4,
-        "outer_lr": 0.7, "warmup_steps": 1000, "total_steps": 30000, "per_device_train_batch_size": 32,
+        "outer_lr": UNSET, "warmup_steps": 1000, "total_steps": 30000, "per_device_train_batch_size": 32,
         "batch_size": 512, "optim_method": "sgd", "quantization": False, "async_communication": False,
         "model_cache_dir": "/data/models", "dataset_cache_dir": "/data/datasets",
         "checkpoint_path": "/data/checkpoints/checkpoint.pth", "checkpoint_interval": 512, "device": "cuda",
@@ -297,6 +297,7 @@ def test_every_parameter_of_the_reference_is_there() -> None:
     }  # fmt: skip
     ours = TrainingConfig().to_flat()
     assert {name: ours[name] for name in reference} == reference
+    assert TrainingConfig().outer_rate == 0.7
     assert {"deployment_image", "gpu_nvidia_image", "gpu_amd_image", "experiment_description"} <= ours.keys()
     # Two differ on purpose: a lost node does not stop the others, and the namespace is the pipeline's.
     config = TrainingConfig()
@@ -547,3 +548,18 @@ def test_a_year_is_a_tag() -> None:
     assert load_config(None, {}, {"DILOCO_EXPERIMENT_TAGS": "2024"}).experiment_tags == ["2024"]
     assert load_config(None, {}, {"DILOCO_EXPERIMENT_TAGS": "a, no"}).experiment_tags == ["a", "no"]
     assert load_config(None, {}, {"DILOCO_EXPERIMENT_TAGS": "[1.10, 0123]"}).experiment_tags == ["1.10", "0123"]
+
+
+def test_a_codec_brings_its_recipe_and_what_is_given_beats_it() -> None:
+    def recipe(**values: Any) -> tuple[float, float, str, float]:
+        config = TrainingConfig.from_flat(values)
+        return config.outer_rate, config.momentum, config.merged_by, config.feedback
+
+    assert recipe() == (0.7, 0.9, "mean", 0.0)
+    assert recipe(codec="ternary") == (0.7, 0.5, "mean", 0.5)
+    assert recipe(codec="sparse") == (1.0, 0.0, "rda", 0.8)
+    assert recipe(merge="rda") == (1.0, 0.0, "rda", 0.0)
+    assert recipe(codec="sparse", merge="mean") == (0.7, 0.5, "mean", 0.8)
+    assert recipe(codec="sparse", outer_lr=0.9, outer_momentum=0.1, error_feedback=0.3) == (0.9, 0.1, "rda", 0.3)
+    shown = TrainingConfig.from_flat({"codec": "sparse"}).in_scope("card")
+    assert (shown["outer_lr"], shown["outer_momentum"], shown["merge"]) == (1.0, 0.0, "rda")

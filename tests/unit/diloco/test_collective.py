@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from tests.members import connected, groups, names
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
-from trainer.diloco.collective import decoded, warm_up, weighted_mean
+from trainer.diloco.collective import all_to_all, decoded, warm_up, weighted_mean
 from trainer.diloco.outer import nesterov
 from trainer.diloco.quorum import OnChunk, Reduced
 from trainer.diloco.threads import Threads, Workspace
@@ -20,10 +20,12 @@ from trainer.transport.transport import Transport
 
 SHAPES = [Size((130, 70)), Size((33,)), Size((64, 64)), Size((5, 3))]
 SIZE = sum(shape.numel() for shape in SHAPES)
-NAMES = ["fp32", "bf16", "int8", "int4", "int2", "ternary", "sign", "sparse", "demo"]
+NAMES = ["fp32", "bf16", "int8", "int4", "int2", "ternary", "sign", "sparse", "sparse by members", "demo"]
 
 
 def codec_of(name: str, feedback: float = 0.0) -> Codec:
+    if name == "sparse by members":
+        return codecs.make("sparse", feedback=feedback).of(SHAPES)
     return codecs.make(name, feedback=feedback, topk=128, values="int8").of(SHAPES)
 
 
@@ -61,12 +63,13 @@ def coded(codec: Codec, blocks: Tensor) -> Tensor:
 
 def mean_of(codec: Codec, values: list[Tensor], weights: list[float]) -> Tensor:
     """By the definition: the coded mean of what each has coded."""
+    codec = codec.among(len(values))
     blocks = [torch.cat(codec.arrange(value)) for value in values]
     lossy = codec.name != "fp32"
     mean = torch.zeros_like(blocks[0])
     for block, weight in zip(blocks, weights, strict=True):
         mean += (coded(codec, block) if lossy else block) * (weight / sum(weights))
-    if lossy and len(values) > 2:  # two swap what they have coded: nothing is coded again
+    if lossy and not all_to_all(codec, len(values)):  # all have what each has coded: nothing is coded again
         mean = coded(codec.mean, mean)
     return codec.restore(mean, SIZE)
 
@@ -91,6 +94,24 @@ def test_the_mean_is_the_coded_mean_of_what_each_has_coded(
         assert result.reduced.error is None
     expected = mean_of(codec, values, weights)
     assert (results[0].mean - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_few_members_send_one_another_everything_while_that_is_no_more_than_owners_send() -> None:
+    codec = codec_of("sparse by members")
+    rows = [764, 436, 321, 251, 189, 203, 203, 203]
+    assert [codec.among(size).row for size in range(1, 9)] == rows and codec.mean.row == 764
+    for size in range(1, 9):
+        among = codec.among(size)
+        with groups(size) as members:
+            results = reduce(members, values_of(size), [1.0] * size, codec)
+        assert len(results[0].reduced.coded) == (size if 2 <= size <= 5 else 1)
+        assert len({result.reduced.hash for result in results}) == 1
+        flat = tuple((scale, rows.view(-1)) for scale, rows in results[0].reduced.coded)
+        assert torch.equal(decoded(flat, codec, SIZE), results[0].mean)
+        if size > 1:
+            to_all, by_owners = (size - 1) * among.row, (size - 1) / size * (among.row + among.mean.row)
+            assert (to_all <= by_owners) == (size <= 5)
+    assert not all_to_all(codec_of("int4"), 3) and all_to_all(codec_of("int4"), 2) and all_to_all(codec_of("fp32"), 2)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,13 +12,14 @@ from trainer.plugins import named_classes
 __all__ = ["Bf16", "Bins", "Codec", "Dct", "Fp32", "Int2", "Int4", "Int8", "Integer", "Sign", "Ternary", "TopK", "make"]
 
 
-def make(name: str, *, feedback: float = 0.0, topk: int = 512, values: str = "fp32") -> Codec:
+def make(name: str, *, feedback: float = 0.0, topk: int = 0, values: str = "fp32") -> Codec:
     """The codec for a name in the configuration.
 
     Args:
         name: A choice of `codec`, or "demo".
         feedback: Error-feedback decay.
-        topk: For "sparse": values sent of each 4096; for "demo": coefficients sent of each 64 x 64.
+        topk: For "sparse": values sent of each 4096, 0: by the number of members; for "demo": coefficients sent of each
+            64 x 64.
         values: For "demo": the codec of the coefficients.
     """
     if name == "demo":

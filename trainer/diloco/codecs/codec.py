@@ -24,6 +24,7 @@ class Codec(ABC):
     # Literals: the configuration reads them without importing the module (`trainer.config.fields.declared`).
     name: ClassVar[str] = ""  # the choice of `codec` in the configuration
     default_feedback: ClassVar[float] = 0.0  # `feedback` if the configuration gives none (`error_feedback` -1)
+    default_merge: ClassVar[str] = "mean"  # `merge` if the configuration gives none ("auto")
     per_byte: ClassVar[int] = 1  # numbers that share a byte; a block's numbers are a multiple of it
     sparse: ClassVar[bool] = False  # whether only some numbers of a block are sent
     in_order: ClassVar[bool] = True  # whether `arrange` keeps the order, so that any rows are a range of the vector
@@ -36,7 +37,7 @@ class Codec(ABC):
 
     @classmethod
     def configured(cls, feedback: float, topk: int) -> Self:
-        """The codec as a run uses it; `topk` is the parameter `sparse_topk`."""
+        """The codec as a run uses it; `topk` is the parameter `sparse_topk`, 0: by the number of members."""
         return cls(feedback=feedback)  # type: ignore[call-arg]  # a subclass chooses its block and row
 
     @property
@@ -46,6 +47,13 @@ class Codec(ABC):
         A finer one is worth its bytes: the errors of the workers' own messages average out, that of the mean does not.
         """
         return self if self._mean is None else self._mean
+
+    def among(self, members: int) -> "Codec":
+        """This codec for the messages of so many members, with the same blocks. One alone keeps the mean of its own.
+
+        Where members send one another everything, there may be one for each number; all others have the same mean.
+        """
+        return self
 
     def of(self, shapes: Sequence[Size]) -> Self:
         """This codec for vectors that are parameters of these shapes, one after the other."""

@@ -11,6 +11,12 @@ from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.dense import Bins
 from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, compiled, i8, u1, u4, u8
 
+AMONG_FEW = {2: 512, 3: 344, 4: 248, 5: 176}  # numbers of 4096 that each of so many members sends all others
+TO_OWNERS, OF_MEAN = (
+    192,
+    1152,
+)  # of more members: numbers that each sends to the owners, and that these send of the mean
+
 Places = NDArray[np.int64]  # where numbers stand in their block, ascending: (b, k)
 
 
@@ -32,7 +38,8 @@ class TopK(Codec):
     """
 
     name = "sparse"
-    default_feedback = 0.5
+    default_feedback = 0.8
+    default_merge = "rda"
     sparse = True
 
     def __init__(
@@ -55,12 +62,22 @@ class TopK(Codec):
         if values.block != k:
             raise ValueError(f"the values' codec has blocks of {values.block} numbers, not {k}")
         self.k, self.values = k, values
+        self._among: dict[int, Codec] = {}
         self._positions = _Positions(k, block)
         super().__init__(block, self._positions.row + values.row, feedback, mean)
 
     @classmethod
     def configured(cls, feedback: float, topk: int) -> Self:
-        return cls(topk, feedback=feedback)
+        mean = cls(max(topk, OF_MEAN), feedback=feedback)
+        if topk:
+            return cls(topk, feedback=feedback, mean=mean)
+        codec = cls(TO_OWNERS, feedback=feedback, mean=mean)
+        few = {members: cls(k, feedback=feedback, mean=mean) for members, k in AMONG_FEW.items()}
+        codec._among = {1: mean, **few}
+        return codec
+
+    def among(self, members: int) -> Codec:
+        return self._among.get(members, self)
 
     def encode(self, blocks: Tensor) -> Tensor:
         found = torch.empty(len(blocks), self.k, dtype=torch.int64)
