@@ -1,7 +1,9 @@
 """What each method costs in held-out loss, and how many bytes it sends.
 
-    python tests/benchmarks/bench_quality.py [--workers 2 4] [--seeds 3] [--first-seed 1] [--methods fp32 ternary ...]
-        [--steps 480] [--quick]
+    python tests/benchmarks/bench_quality.py [--workers 2 4 8] [--rounds 128] [--local-steps 8] [--hidden-size 32]
+        [--seeds 3] [--first-seed 1] [--methods fp32 ternary "int2 feedback=0.8 merge=rda" ...] [--quick]
+
+A method is one of METHODS, or a codec with settings of its own, as there. The first is what others are compared with.
 
 Workers are processes, one thread each, which are started once and do all runs, one after the other, with the product's
 own parts: `DiLoCo`, the codecs, the collective over the transport (TCP on loopback), the inner optimizer and its
@@ -9,13 +11,13 @@ schedule, the precached dataset, the model family. Only the quorum is simpler: t
 small GPT-NeoX, the text Python's standard library, and the held-out documents are never trained on. With the same seed
 and as many workers, all methods start from the same initialisation and see the same samples.
 
-Seed 0 with two workers is what the settings below were tuned on, fp32's too, so it does not judge them. (A coarse
-search: outer learning rate, momentum and feedback of each method, in no full grid.)
+Seed 0 is what the settings below were tuned on, fp32's too, so it does not judge them. (A coarse search: inner and
+outer learning rate, momentum and feedback of each method, in no full grid.)
 
-It prints one table for each number of workers: the mean held-out loss, how far it is above that of fp32 DiLoCo and of
-`ddp`, seed by seed (the mean, from, to), and the MB that a worker has sent in the run, as the kernel counted them, with
-the factors to both. It writes build/quality.json. It takes some 40 minutes on 2 cores that nobody else uses; with
---quick a few, for a look at whether all of it works: its losses say nothing.
+It prints one table for each number of workers: the mean held-out loss, how far it is above that of the first method,
+seed by seed (the mean, from, to), and the MB that a worker has sent in the run, as the kernel counted them, with the
+factor to the first method's. It writes build/quality.json. It takes about an hour on 2 cores that nobody else uses;
+with --quick a few minutes, for a look at whether all of it works: its losses say nothing.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
@@ -52,8 +55,7 @@ from trainer.worker.optimizer import inner_optimizer, learning_rate  # noqa: E40
 from trainer.worker.passes import CLIP_NORM  # noqa: E402
 
 OUTPUT = ROOT / "build" / "quality.json"
-SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
-BATCH, LOCAL_STEPS, HELD_OUT = 8, 30, 512
+BATCH, HELD_OUT = 8, 512
 Row = dict[str, Any]
 
 
@@ -62,7 +64,8 @@ class Method:
     """What a run does at the end of a round, and how often: see `DiLoCo`.
 
     Attributes:
-        rounds: How many rounds' worth of steps are between two synchronisations, of LOCAL_STEPS each.
+        rounds: How many rounds' worth of steps are between two synchronisations.
+        inner_lr: The highest learning rate of the inner optimizer.
         merge: See `DiLoCo`.
     """
 
@@ -74,12 +77,21 @@ class Method:
     overlap: Overlap | None = None
     merge: Literal["mean", "rda"] = "mean"
     ddp: bool = False
+    inner_lr: float = 6e-3
 
 
 def method(name: str = "fp32", **settings: Any) -> Method:
     """A method by its codec's name; `settings` are those of the codec and of `Method`."""
     of_method = {key: settings.pop(key) for key in list(settings) if key in Method.__dataclass_fields__}
     return Method(codecs.make(name, **settings), **of_method)
+
+
+def parsed(text: str) -> Method:
+    """A method by its name in METHODS, or "codec setting=value ..."."""
+    if text in METHODS:
+        return METHODS[text]
+    name, *settings = text.split()
+    return method(name, **{key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in settings)})
 
 
 METHODS = {
@@ -98,19 +110,21 @@ METHODS = {
     "int2": method("int2", feedback=0.5, lr=1.2),
     "int2, RDA": method("int2", feedback=0.8, momentum=0.0, merge="rda"),
     "fp32, RDA": method(momentum=0.0, merge="rda"),
-    "sparse, 256, RDA": method("sparse", feedback=0.8, topk=256, momentum=0.0, merge="rda"),
+    "sparse": method("sparse", feedback=0.8, momentum=0.0, merge="rda"),
     "ternary": method("ternary", feedback=0.3, lr=1.2),
     "ternary, mean as coarse": Method(codecs.Ternary(feedback=0.3), lr=1.2),
     "ternary, no feedback": method("ternary", lr=1.4),
     "ternary, two rounds in one": method("ternary", feedback=0.3, lr=1.2, rounds=2),
     "sign": method("sign", feedback=0.5, lr=1.2),
-    "sparse, 512": method("sparse", feedback=0.5),
-    "sparse, 512, no feedback": method("sparse", lr=1.4),
+    "sparse, 512": method("sparse", feedback=0.5, topk=512),
+    "sparse, 512, no feedback": method("sparse", lr=1.4, topk=512),
     "sparse, 1024": method("sparse", feedback=0.3, topk=1024, lr=1.2),
     "sparse, SparseLoCo's": method("sparse", feedback=0.95, topk=64, momentum=0.0),
     "demo, 512 of 4 bits": method("demo", feedback=0.9, topk=512, values="int4", momentum=0.3),
     "demo, 1024 of 4 bits": method("demo", feedback=0.8, topk=1024, values="int4", lr=1.2, momentum=0.3),
 }
+
+RECOMMENDED = ["fp32", "fp32, RDA", "int4", "int2", "int2, RDA", "ternary", "sparse"]
 
 
 # The workers
@@ -130,9 +144,9 @@ class Worker:
         self.family, self.task = spec.family, tasks()[spec.family.task]
         self.dataset = data.open_dataset(data.directory(config, Volume.of(config).datasets))
 
-    def train(self, chosen: Method, steps: int, seed: int) -> Row:
+    def train(self, chosen: Method, steps: int, local_steps: int, seed: int) -> Row:
         """One run; returns the sums of the scores on this worker's share of the held-out samples, and bytes sent."""
-        config = self.config.with_values(total_steps=steps, warmup_steps=steps // 10, seed=seed)
+        config = self.config.with_values(total_steps=steps, warmup_steps=steps // 10, lr=chosen.inner_lr, seed=seed)
         torch.manual_seed(seed)
         model = self.family.build(self.directory)
         parameters = list(model.parameters())
@@ -142,7 +156,7 @@ class Worker:
             optimizer,
             outer=Nesterov(1.0, 0.0) if chosen.ddp else Nesterov(chosen.lr, chosen.momentum),
             codec=chosen.codec,
-            sync_every=round(chosen.rounds * LOCAL_STEPS),
+            sync_every=round(chosen.rounds * local_steps),
             quorum=LocalQuorum() if chosen.ddp else Members(self.mesh),
             total_steps=steps,
             fragments=chosen.fragments,
@@ -225,11 +239,11 @@ class Crew:
             with suppress(OSError):  # it has ended: what it said is on stderr
                 pipe.send(None)
 
-    def train(self, chosen: Method, steps: int, seed: int) -> Row:
+    def train(self, chosen: Method, steps: int, local_steps: int, seed: int) -> Row:
         """One run: its held-out `loss`, the `mb` that a worker has sent, and the `seconds` it took."""
         started = time.perf_counter()
         for pipe in self._pipes:
-            pipe.send((chosen, steps, seed))
+            pipe.send((chosen, steps, local_steps, seed))
         answers = [pipe.recv() for pipe in self._pipes]
         assert len({answer.pop("hash") for answer in answers}) == 1, "the workers' parameters differ"
         total = {name: sum(answer[name] for answer in answers) for name in answers[0]}
@@ -238,7 +252,7 @@ class Crew:
         return {"loss": scores["loss"], "mb": sent, "seconds": time.perf_counter() - started}
 
 
-def prepare(directory: Path) -> tuple[TrainingConfig, Path]:
+def prepare(directory: Path, hidden_size: int) -> tuple[TrainingConfig, Path]:
     """Precache the text and the model below `directory`; returns the configuration and the model's directory."""
     places = {"dataset_cache_dir": str(directory / "datasets"), "model_cache_dir": str(directory / "models")}
     config = TrainingConfig.from_flat(
@@ -253,58 +267,65 @@ def prepare(directory: Path) -> tuple[TrainingConfig, Path]:
             "batch_size": BATCH,
             "per_device_train_batch_size": BATCH,
             "max_samples": 400,
-            "lr": 6e-3,
         }
     )
     manifest = data.precache(config, Volume.of(config), log=lambda line: print(line, file=sys.stderr))
     model = directory / "model"
-    models.resolve(config.model).family.write(model, SIZE, manifest.for_model)
+    size = {"hidden_size": hidden_size, "num_hidden_layers": 2, "num_attention_heads": 2}
+    family = models.resolve(config.model).family
+    family.write(model, {**size, "intermediate_size": 4 * hidden_size}, manifest.for_model)
     return config, model
 
 
 def table(rows: dict[str, list[Row]]) -> str:
-    """Of the runs of each method, seed by seed."""
-    spread = f"{'from':>8}{'to':>8}"
-    head = f"{'against fp32':>15}{spread}{'against ddp':>13}{spread}{'MB':>10}{'/fp32':>8}{'/ddp':>8}"
-    lines = [f"{'method':<34}{'loss':>8}{head}"]
+    """Of the runs of each method, seed by seed, compared with the first."""
+    width = max(len(name) for name in rows)
+    base = next(iter(rows.values()))
+    lines = [
+        f"{'method':<{width}}{'loss':>9}{'against ' + next(iter(rows)):>16}{'from':>8}{'to':>8}{'MB':>10}{'fewer':>8}"
+    ]
     for name, runs in rows.items():
-        line = f"{name:<34}{statistics.mean(run['loss'] for run in runs):>8.4f}"
-        for other, width in (("fp32", 14), ("ddp", 12)):
-            gaps = [(run["loss"] / base["loss"] - 1) * 100 for run, base in zip(runs, rows[other], strict=False)]
-            line += f"{statistics.mean(gaps):>+{width}.2f}%{min(gaps):>+7.2f}%{max(gaps):>+7.2f}%"
-        sent = [statistics.mean(run["mb"] for run in rows[of]) for of in (name, "fp32", "ddp")]
-        lines.append(f"{line}{sent[0]:>10.3f}{sent[1] / sent[0]:>8.1f}{sent[2] / sent[0]:>8.0f}")
+        gaps = [(run["loss"] / other["loss"] - 1) * 100 for run, other in zip(runs, base, strict=False)]
+        loss, sent, of_base = (
+            statistics.mean(run[key] for run in of) for key, of in (("loss", runs), ("mb", runs), ("mb", base))
+        )
+        gap = f"{statistics.mean(gaps):>+15.2f}%{min(gaps):>+7.2f}%{max(gaps):>+7.2f}%"
+        lines.append(f"{name:<{width}}{loss:>9.4f}{gap}{sent:>10.3f}{of_base / sent:>8.1f}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4], help="how many; one table each")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside ddp and fp32")
-    parser.add_argument("--steps", type=int, default=480, help="inner steps of each run")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8], help="how many; one table each")
+    parser.add_argument("--methods", nargs="+", default=RECOMMENDED, metavar="METHOD", help="the first is the base")
+    parser.add_argument("--rounds", type=int, default=128)
+    parser.add_argument("--local-steps", type=int, default=8, help="inner steps of each round")
+    parser.add_argument("--hidden-size", type=int, default=32, help="of the model")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--first-seed", type=int, default=1, help="the seed of the first of them")
     parser.add_argument("--quick", action="store_true", help="one short run of each")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.steps, arguments.seeds = 60, 1
+        arguments.rounds, arguments.seeds = 4, 1
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers'
-    chosen = {name: METHODS[name] for name in METHODS if name in ("ddp", "fp32", *arguments.methods)}
+    chosen = {name: parsed(name) for name in arguments.methods}
+    steps = arguments.rounds * arguments.local_steps
     results: dict[str, dict[str, list[Row]]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        prepared = prepare(Path(directory))
+        prepared = prepare(Path(directory), arguments.hidden_size)
         for workers in arguments.workers:
             rows = results[str(workers)] = {name: [] for name in chosen}
             with Crew(*prepared, workers) as crew:
                 for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
                     for name, wanted in chosen.items():
-                        row = crew.train(wanted, arguments.steps, seed)
+                        row = crew.train(wanted, steps, arguments.local_steps, seed)
                         rows[name].append({"seed": seed, **row})
                         print(f"{workers} workers, seed {seed}, {name}: {row}", file=sys.stderr, flush=True)
             print(
-                f"\n{workers} workers, {arguments.steps} steps, seeds {arguments.first_seed} to {seed}\n{table(rows)}"
+                f"\n{workers} workers, {steps} steps, seeds {arguments.first_seed} to {seed}\n{table(rows)}", flush=True
             )
-            write_json(OUTPUT, {"steps": arguments.steps, "runs": results})
+            OUTPUT.parent.mkdir(exist_ok=True)
+            write_json(OUTPUT, {"steps": steps, "local_steps": arguments.local_steps, "runs": results})
 
 
 if __name__ == "__main__":
