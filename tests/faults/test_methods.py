@@ -17,6 +17,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sign with feedback": {"codec": "sign"},
     "demo": {"optim_method": "demo", "codec": "int4", "compression_topk": 256},
     "int2, RDA, clipped": {"codec": "int2", "merge": "rda", "clip_members": "median"},
+    "sparse, by the number of workers": {"codec": "sparse"},
     "int8, overlapping": {"codec": "int8", "async_communication": True},
     "int4, 4 fragments, overlapping": {"codec": "int4", "fragments": 4, "local_steps": 32, "overlap_tau": 3},
 }
