@@ -60,6 +60,10 @@ def launch(arguments: Namespace) -> int:
 
     defaults = {"advertise_address": ",".join(hosts_of(arguments.listen))} if arguments.listen else {}
     ttl, config = seconds_of(arguments.ttl), _config(arguments, join=True, defaults=defaults)
+    if arguments.dashboard is not None:
+        from trainer.monitor.web.server import require_address
+
+        require_address(arguments.dashboard)
     if arguments.listen:  # all is there before other machines are let in
         from trainer.data import precache_all
         from trainer.launch.preflight import check

@@ -103,7 +103,10 @@ def endpoint_of(host: str, port: int) -> str:
 
 def address_of(host: str) -> str:
     """The IP address of a name or an address, IPv4 rather than IPv6. Raises OSError if there is none."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except UnicodeError:  # a part of the name is empty, or longer than 63 letters
+        raise socket.gaierror(socket.EAI_NONAME, "no name of a host") from None
     return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
 
 
