@@ -120,6 +120,23 @@ def loopback() -> str:
     return "127.0.0.1"
 
 
+def is_own(address: str) -> bool:
+    """Whether an interface of this machine has an IP address, so that a socket can listen there."""
+    try:
+        _bound(address, 0).close()
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether `endpoint` (host:port) names a loopback address, which is another machine on each machine."""
+    host = endpoint.rpartition(":")[0].strip("[]")
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 def connect(endpoint: str, timeout: float) -> socket.socket:
     """A TCP connection to `endpoint` (host:port or [IPv6 address]:port)."""
     host, _, port = endpoint.rpartition(":")
