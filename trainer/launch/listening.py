@@ -130,10 +130,11 @@ class Listening:
 
 
 def outlast_others(client: EtcdClient, config: TrainingConfig) -> None:
-    """Keep etcd until the other machines of a run that is over have read that it is."""
+    """Keep etcd until the other machines of a run that is over have ended: a slow one evaluates its share for long."""
     with suppress(EtcdError):
-        if keys.verdict(client).terminal:
-            client.wait_for(lambda: not client.list("slots/"), config.grace_period + config.lease_ttl, "slots/")
+        if keys.verdict(client).terminal and (others := client.list("slots/")):
+            print(f"keeping etcd until the other nodes of the run have ended: {len(others)}", flush=True)
+            client.wait_for(lambda: not client.list("slots/"), config.etcd_outage_limit, "slots/")
 
 
 def hosts_of(address: str) -> tuple[str, ...]:

@@ -158,7 +158,7 @@ class Dashboard:
     def line(self) -> str:
         """The run in one line."""
         of = "" if self.total_steps is None else f"/{self.total_steps}"
-        parts = [self._round(), f"step {self.step}{of}"]
+        parts = [", with ".join(filter(None, (f"round {self.round}", self._others()))), f"step {self.step}{of}"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4f}")
         parts.append(f"{sum(row.speed or 0 for row in self.rows):.1f} samples/s")
@@ -168,9 +168,8 @@ class Dashboard:
         parts += [f"worker {row.worker}: {row.shown_state}" for row in self.rows if row.shown_state != "training"]
         return "  ".join(parts)
 
-    def _round(self) -> str:
-        workers = f"worker{'s' if self.elsewhere > 1 else ''} elsewhere"
-        return f"round {self.round}" + (f", with {self.elsewhere} {workers}" if self.elsewhere else "")
+    def _others(self) -> str:
+        return f"{self.elsewhere} worker{'s' if self.elsewhere > 1 else ''} elsewhere" if self.elsewhere else ""
 
     def _outlook(self) -> str:
         """The time left, or why it is not known, or ""."""
@@ -196,8 +195,10 @@ class Dashboard:
             line = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=self.total_steps, completed=self.step, width=40)
             share, watched = f"{100 * self.step / self.total_steps:.0f} %", _duration(self._clock() - self._started)
-            line.add_row(bar, share, self._round(), f"{watched} watched", self._outlook())
+            line.add_row(bar, share, f"round {self.round}", f"{watched} watched", self._outlook())
             parts.append(line)
+        if self.elsewhere:
+            parts.append(Text(f"and {self._others()}"))
         if len(self.losses) > 1:
             shown = self.losses[-MOST_LOSSES:]
             parts.append(Text(f"loss of {len(shown)} rounds  {shown[0]:.4f} {sparkline(shown)} {shown[-1]:.4f}"))
