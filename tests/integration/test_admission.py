@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import queue
 import stat
 import threading
 import time
@@ -300,23 +301,24 @@ def test_an_authority_of_its_own_travels_in_the_token(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_over_keeps_its_etcd_until_the_others_have_ended(
-    etcd: str, capsys: pytest.CaptureFixture[str]
+    etcd: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr("builtins.print", lambda text, **how: said.put(text))
     config = TrainingConfig.from_flat({"run_id": "lasting", "etcd_endpoints": [etcd]})
     with EtcdClient.of(config) as client:
-        outlast_others(client, config)  # it is not over
-        keys.finish(client, "succeeded")
-        outlast_others(client, config)
-        assert capsys.readouterr().out == ""
         client.put("slots/1", {"node": "elsewhere"})
+        outlast_others(client, config)  # it is not over
+        assert said.empty()
+        keys.finish(client, "succeeded")
         last = threading.Thread(target=outlast_others, args=(client, config), daemon=True)
         last.start()
-        shown = ""
-        while "keeping etcd until the other nodes of the run have ended: 1" not in shown:
-            shown += capsys.readouterr().out
+        assert said.get(timeout=60) == "keeping etcd until the other nodes of the run have ended: 1"
         assert last.is_alive()
         client.delete("slots/1")
         last.join()
+        outlast_others(client, config)
+        assert said.empty()
 
 
 def test_status_finds_the_password(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
