@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from tests.network.namespaces import Network
 from trainer.events import EventReader
+from trainer.monitor.verify import verify
 from trainer.process import dying_with_parent
 
 PATIENCE = 600.0  # seconds for what takes some on a machine with nothing else to do
@@ -28,13 +30,14 @@ SMALL = (
 class Command:
     """A command that a person types on a machine."""
 
-    def __init__(self, inside: list[str], directory: Path, line: str) -> None:
+    def __init__(self, number: int, inside: list[str], directory: Path, line: str, **variables: str) -> None:
+        self.number = number  # of the machine
         program, *arguments = shlex.split(line)
         assert program == "diloco"
         directory.mkdir(exist_ok=True)
         self.output = directory / f"{arguments[0]}-{time.monotonic_ns()}.log"
         names = ("DILOCO_", "PYTEST_")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(names)} | variables
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 dying_with_parent([*inside, sys.executable, "-m", "trainer", *arguments]),
@@ -75,10 +78,33 @@ class Machines:
         self.network, self.directory = network, directory
         self.commands: list[Command] = []
 
-    def type(self, number: int, line: str) -> Command:
-        """Type a command on a machine."""
-        self.commands.append(Command(self.network.inside(number), self.directory / f"machine-{number}", line))
+    def type(self, number: int, line: str, **variables: str) -> Command:
+        """Type a command on a machine, where these environment variables are set."""
+        directory = self.directory / f"machine-{number}"
+        self.commands.append(Command(number, self.network.inside(number), directory, line, **variables))
         return self.commands[-1]
+
+    def begin(self, listen: str, data: Path, steps: int = 100_000, model: str = "test", **variables: str) -> Command:
+        """Begin the run `mine` on the first machine."""
+        what = f"--run-id mine --nodes 1 --total-steps {steps} --model gpt-neo-x:{model} --dataset files:{data}"
+        return self.type(0, f"diloco launch {listen} {what} {SMALL}", **variables)
+
+    def until_both(self, command: Command, before: int = 0) -> None:
+        """Wait until a machine has committed a round with the other one, after so many rounds."""
+        rounds = partial(self.rounds, command.number)
+        command.until(lambda: any(event["world_size"] == 2 for event in rounds()[before:]), "a round of both")
+
+    def until_alone(self, command: Command) -> None:
+        """Wait until the run has gone on for some rounds, the last of which without the other machine."""
+        rounds = partial(self.rounds, command.number)
+        last = rounds()[-1]["round"]
+        command.until(lambda: rounds()[-1]["round"] > last + 2, "the run to go on")
+        assert rounds()[-1]["world_size"] == 1
+
+    def prove(self) -> None:
+        """The run has kept its promises."""
+        (judgement,) = verify([self.run_dir(0), self.run_dir(1)])
+        assert not judgement.refuted, judgement
 
     def run_dir(self, number: int, run: str = "mine") -> Path:
         return self.directory / f"machine-{number}" / "runs" / run

@@ -1,28 +1,20 @@
 """Members of a run without etcd: each has a transport, and all are connected.
 
-`connected(3)` are transports of threads of this process, `groups(3)` their groups for one collective. Processes `meet`
-over a torch store that all of them share; `Members` is the quorum of a `DiLoCo` in each.
+`connected(3)` are transports of threads of this process, `groups(3)` their groups for one collective.
 """
 
-import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
 
-from trainer.diloco import Commit, LocalQuorum, RoundReport
 from trainer.diloco.codecs import Fp32
 from trainer.diloco.collective import weighted_mean
-from trainer.diloco.quorum import OnChunk
-from trainer.diloco.state import Fragment
-from trainer.diloco.threads import Workspace
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials, credentials
 from trainer.transport.group import Group
@@ -140,42 +132,3 @@ def without_endpoint(rank: int, endpoint: str = "", of: Credentials | None = Non
     transport = Transport(names(rank + 1)[rank], [], of or credentials(SECRET), **{**SOON, **options})
     transport.endpoints = (endpoint,) if endpoint else ()
     return transport
-
-
-def meet(store: Store, rank: int, size: int, address: str = LOCAL, **options: Any) -> Transport:
-    """The transport of a member that is a process of its own, connected with the others', which do the same.
-
-    Args:
-        store: Shared by all; each pair of a store (a prefix) and a transport is used once.
-    """
-    transport = member(rank, address, **options)
-    ids = names(size)
-    store.set(ids[rank], json.dumps(transport.endpoints))
-    store.wait(ids, timedelta(seconds=PATIENCE))
-    missing = transport.connect({id: json.loads(store.get(id)) for id in ids}, PATIENCE)
-    assert not missing, missing
-    return transport
-
-
-class Members(LocalQuorum):
-    """A quorum whose members are fixed: all of them, always. Each collective is an attempt of its own.
-
-    Args:
-        term: Of the keys; a second quorum on the same links needs a higher one.
-    """
-
-    def __init__(self, transport: Transport, size: int, term: int = 1) -> None:
-        super().__init__()
-        self.transport, self.names, self.term = transport, tuple(names(size)), term
-        self.workspace = Workspace()
-
-    def synchronise(
-        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
-    ) -> Commit:
-        self._round += 1
-        attempt = (self.term, self._round, 1)
-        group = self.transport.group(self.names, attempt)
-        merge = fragment.merge
-        reduced = weighted_mean(group, pseudo_gradient, weight, fragment.codec, on_chunk, self.workspace, merge)
-        self.transport.finish(self.names, attempt)
-        return Commit(self._round, 1, self.names, fragment, reduced, None, None, 0.0)

@@ -101,7 +101,7 @@ def _add_flags_of_joining(parsers: dict[str, argparse.ArgumentParser]) -> None:
         default="",
         metavar="ADDRESS",
         help="precache, and let other machines join: prints the line to type there. ADDRESS is this machine's, as they "
-        "reach it: host, host:port or [IPv6 address]:port",
+        "reach it: host, host:port or [IPv6 address]:port; with --etcd without a port",
     )
     parsers["token"].add_argument("action", choices=("create", "list", "revoke"))
     parsers["token"].add_argument("id", nargs="?", metavar="ID", help="revoke: the token, as list shows it")

@@ -55,11 +55,15 @@ def precache(arguments: Namespace) -> int:
 def launch(arguments: Namespace) -> int:
     """Train on this machine: an embedded etcd and one torchrun agent per node."""
     from trainer.launch import local
-    from trainer.launch.listening import Listening, hosts_of
+    from trainer.launch.listening import Listening, advertised, hosts_of
     from trainer.launch.token import seconds_of
 
-    defaults = {"advertise_address": ",".join(hosts_of(arguments.listen))} if arguments.listen else {}
+    defaults = {"advertise_address": advertised(hosts_of(arguments.listen))} if arguments.listen else {}
     ttl, config = seconds_of(arguments.ttl), _config(arguments, join=True, defaults=defaults)
+    if arguments.dashboard is not None:
+        from trainer.monitor.web.server import require_address
+
+        require_address(arguments.dashboard)
     if arguments.listen:  # all is there before other machines are let in
         from trainer.data import precache_all
         from trainer.launch.preflight import check

@@ -103,7 +103,10 @@ def endpoint_of(host: str, port: int) -> str:
 
 def address_of(host: str) -> str:
     """The IP address of a name or an address, IPv4 rather than IPv6. Raises OSError if there is none."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except UnicodeError:  # a part of the name is empty, or longer than 63 letters
+        raise socket.gaierror(socket.EAI_NONAME, "no name of a host") from None
     return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
 
 
@@ -115,6 +118,23 @@ def loopback() -> str:
     except OSError:
         return "::1"
     return "127.0.0.1"
+
+
+def is_own(address: str) -> bool:
+    """Whether an interface of this machine has an IP address, so that a socket can listen there."""
+    try:
+        _bound(address, 0).close()
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether `endpoint` (host:port) names a loopback address, which is another machine on each machine."""
+    host = endpoint.rpartition(":")[0].strip("[]")
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def connect(endpoint: str, timeout: float) -> socket.socket:

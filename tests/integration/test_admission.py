@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import queue
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from trainer.etcd.errors import EtcdError
 from trainer.etcd.users import enable_users
 from trainer.launch.admission import Admission, admission_key, admitting, manage
 from trainer.launch.join import directory_for, join
-from trainer.launch.listening import Listening
+from trainer.launch.listening import Listening, outlast_others
 from trainer.launch.run_directory import locked
 from trainer.launch.token import Token, decode
 from trainer.monitor.find_run import find
@@ -296,6 +298,27 @@ def test_an_authority_of_its_own_travels_in_the_token(tmp_path: Path) -> None:
         assert join(decode(token.line), HERE.with_values(etcd_ca=str(tls.server), **own)) == 0
         (tmp_path / "copied").write_bytes(tls.server.read_bytes())
         assert Path("runs/mine/secrets/server.crt").read_text() == tls.server.read_text()
+
+
+def test_a_run_that_is_over_keeps_its_etcd_until_the_others_have_ended(
+    etcd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr("builtins.print", lambda text, **how: said.put(text))
+    config = TrainingConfig.from_flat({"run_id": "lasting", "etcd_endpoints": [etcd]})
+    with EtcdClient.of(config) as client:
+        client.put("slots/1", {"node": "elsewhere"})
+        outlast_others(client, config)  # it is not over
+        assert said.empty()
+        keys.finish(client, "succeeded")
+        last = threading.Thread(target=outlast_others, args=(client, config), daemon=True)
+        last.start()
+        assert said.get(timeout=60) == "keeping etcd until the other nodes of the run have ended: 1"
+        assert last.is_alive()
+        client.delete("slots/1")
+        last.join()
+        outlast_others(client, config)
+        assert said.empty()
 
 
 def test_status_finds_the_password(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.process import endpoint_of, listen
+
 ROOT = Path(__file__).parents[2]
 GOOD = ["--model", "gpt-neo-x:test", "--dataset", "stdlib", "--tokenizer", "bytes", "--device", "cpu"]
 CASES = {
@@ -18,6 +20,8 @@ CASES = {
     "misspelt flag": (["--locl-steps", "3"], "unrecognized arguments: --locl-steps"),
     "misspelt key": (["--config", "{tmp}/misspelt.yaml"], "did you mean local_steps?"),
     "run directory that cannot be written": (["--run-dir", "{tmp}/file/run"], "run_dir = '{tmp}/file/run': "),
+    "page at no address": (["--dashboard", "192.0.2.1:1"], "dashboard = '192.0.2.1:1': cannot be served there: "),
+    "page at a taken port": (["--dashboard", "{taken}"], "dashboard = '{taken}': the port is taken by another process"),
 }
 
 
@@ -27,13 +31,16 @@ def test_launch_refuses(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "misspelt.yaml").write_text("locl_steps: 3\n")
+    taken = listen("127.0.0.1")
+    words = {"tmp": tmp_path, "taken": endpoint_of(*taken.getsockname())}
     run_dir = [] if "--run-dir" in flags else ["--run-dir", str(tmp_path / "run")]
     command = [sys.executable, "-m", "trainer", "launch", "--run-id", "r", *GOOD, *run_dir]
-    command += [flag.format(tmp=tmp_path) for flag in flags]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command += [flag.format(**words) for flag in flags]
+    with taken:
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2, refused.stderr
     assert "Traceback" not in refused.stderr
-    assert message.format(tmp=tmp_path) in refused.stderr.splitlines()[-1]
+    assert message.format(**words) in refused.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 

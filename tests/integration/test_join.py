@@ -7,32 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.machines import SMALL, machines, text_files
-from trainer.monitor.verify import verify
+from tests.machines import machines, text_files
 
 
 @pytest.mark.timeout(1200)
 def test_a_second_machine_trains_by_the_printed_line_and_leaves_by_ctrl_c(tmp_path: Path) -> None:
     with machines(2, tmp_path) as place:
         data = text_files(tmp_path / "data")
-        listen = f"--listen {place.network.address_of(0)} --run-id mine --nodes 1 --total-steps 100000"
-        first = place.type(0, f"diloco launch {listen} --model gpt-neo-x:test --dataset files:{data} {SMALL}")
+        for number in (0, 1):
+            place.network.name(number, "first.example", place.network.address_of(0))
+        first = place.begin("--listen first.example", data)
         line = place.line(first)
         shutil.rmtree(data)  # the second machine has no such folder
 
         second = place.type(1, line)
-        second.until(lambda: any(event["world_size"] == 2 for event in place.rounds(1)), "a round of both")
+        place.until_both(second)
         assert line.split()[-1] not in " ".join(Path(f"/proc/{second.process.pid}/cmdline").read_text().split("\0"))
         assert "fetched the dataset from the run" in second.text
         assert second.interrupt() == 130
         assert "this machine has left run mine" in second.text and "Traceback" not in second.text
 
-        last = place.rounds(0)[-1]["round"]
-        first.until(lambda: place.rounds(0)[-1]["round"] > last + 2, "the run to go on")
-        assert place.rounds(0)[-1]["world_size"] == 1
+        place.until_alone(first)
         assert first.interrupt() == 130
-        (judgement,) = verify([place.run_dir(0), place.run_dir(1)])
-        assert not judgement.refuted, judgement
+        place.prove()
         place.assert_no_secret(line)
 
 

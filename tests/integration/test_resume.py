@@ -1,4 +1,4 @@
-"""Kill a run at any moment, start the same command again: it goes on as if nothing had been."""
+"""Kill a run, start the same command again: it goes on as if nothing had been. And the page of one that lasts."""
 
 import json
 import os
@@ -7,11 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.integration.test_dashboard import ask, stream
 from trainer import checkpoint
+from trainer.process import refused
 
 FLAGS = {
     "model": "gpt-neo-x:test",
@@ -65,17 +69,77 @@ def launch_until(run_dir: Path, shared: Path, ready: Callable[[], bool], sent: i
     return process.returncode
 
 
-@pytest.mark.faults
-@pytest.mark.timeout(900)  # a launch takes a minute on a machine with other work
-def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command("precache", tmp_path / "whole", shared), check=True, env=environment, capture_output=True)
-    subprocess.run(command("launch", tmp_path / "whole", shared), check=True, env=environment, capture_output=True)
-    whole = {event["step"]: event["loss"] for event in events(tmp_path / "whole", "step")}
-    assert sorted(whole) == list(range(1, 205))
+@dataclass(frozen=True)
+class Whole:
+    """A run from its begin to its end, and its live page at a moment in between."""
 
-    broken = tmp_path / "broken"
+    shared: Path  # dataset and model
+    run_dir: Path
+    url: str
+    step: int  # the newest at that moment
+    parts: dict[str, str]  # as a browser received them
+    page: str
+    last: list[str]  # the parts that changed later
+    status: int
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    directory = tmp_path_factory.mktemp("whole")
+    shared, run_dir = directory / "shared", directory / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command("precache", run_dir, shared), check=True, env=environment, capture_output=True)
+    launch = subprocess.Popen(
+        [*command("launch", run_dir, shared), "--dashboard", "127.0.0.1:0", "--lease-ttl", "60"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with launch:
+        try:
+            assert launch.stdout
+            name, url = launch.stdout.readline().split()
+            assert name == "dashboard:"
+            while len(events(run_dir, "step")) < 12:
+                assert launch.poll() is None, launch.stderr and launch.stderr.read()
+                time.sleep(0.01)
+            worker, parts = events(run_dir, "start")[0]["pid"], {}
+            os.kill(worker, signal.SIGSTOP)  # until the page has been read, however slow this machine is
+            step = events(run_dir, "step")[-1]["step"]
+            with stream(url) as news:
+                while f"Step {step} of 204" not in parts.get("progress", "") or "<svg" not in "".join(parts.values()):
+                    parts.update([next(news)])
+                page = ask(url)[2]
+                os.kill(worker, signal.SIGCONT)
+                last = [html for _, html in news]
+            errors = launch.communicate()[1]
+        except BaseException:
+            launch.kill()
+            raise
+    return Whole(shared, run_dir, url, step, parts, page, last, launch.returncode, errors)
+
+
+@pytest.mark.timeout(900)  # a launch takes a minute on a machine with other work
+def test_the_page_of_a_launch_shows_its_training_and_ends_with_it(whole: Whole) -> None:
+    assert "gpt-neo-x:test on stdlib" in whole.parts["head"] and "Training" in whole.parts["head"]
+    assert f"{events(whole.run_dir, 'round')[0]['loss']:.4g}" in whole.parts["tiles"]
+    assert f"Step {whole.step} of 204" in whole.page
+    assert any("Step 204 of 204" in html for html in whole.last)
+    assert any("Verified:" in html for html in whole.last)
+    assert (whole.status, whole.errors) == (0, "")
+    assert refused(urlsplit(whole.url).netloc)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(whole: Whole, tmp_path: Path) -> None:
+    shared, broken = whole.shared, tmp_path / "broken"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    losses = {event["step"]: event["loss"] for event in events(whole.run_dir, "step")}
+    assert sorted(losses) == list(range(1, 205))
+
     # Told to leave in the middle of the second round: it saves there.
     status = launch_until(broken, shared, lambda: len(events(broken, "step")) >= 12, signal.SIGTERM)
     assert status == 143
@@ -94,8 +158,8 @@ def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(tm
     finished = subprocess.run(command("launch", broken, shared), check=True, env=environment, capture_output=True)
     assert b"complete" in finished.stdout
     again = {event["step"]: event["loss"] for event in events(broken, "step")}  # of a repeated step, the last line
-    assert again == whole  # bit for bit
-    assert events(broken, "end")[-1]["global_hash"] == events(tmp_path / "whole", "end")[-1]["global_hash"]
+    assert again == losses  # bit for bit
+    assert events(broken, "end")[-1]["global_hash"] == events(whole.run_dir, "end")[-1]["global_hash"]
     assert len(events(broken, "start")) == 3
     assert any(str(torn) in event["message"] for event in events(broken, "warning"))
 

@@ -5,6 +5,7 @@ They need root and iproute2. Where these are missing, all of them raise Permissi
 
 import itertools
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -91,6 +92,13 @@ class Namespaces:
     def set(self, number: int, name: str, value: str) -> None:
         """Set a variable of a namespace's kernel: a path below /proc/sys."""
         _command(*self.inside(number), "sh", "-c", f"echo {value} > /proc/sys/{name}")
+
+    def name(self, number: int, name: str, address: str) -> None:
+        """Let a namespace know an address by a name, besides localhost."""
+        folder = Path("/etc/netns") / self._names[number]  # `ip netns exec` puts its files in the place of /etc's
+        folder.mkdir(parents=True)
+        self._resources.callback(shutil.rmtree, folder)
+        (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {name}\n")
 
     @staticmethod
     def _quietly(*arguments: str) -> None:

@@ -23,6 +23,7 @@ class Proxy:
             OSError to cut the connection.
         then: See `after`.
         keeps: Whether it keeps a copy of all that passes.
+        at: Where it is to be dialled: host and port.
 
     Attributes:
         endpoint: To dial instead of the target.
@@ -31,15 +32,22 @@ class Proxy:
         flows: While it is not set, nothing passes; connections stay up.
     """
 
-    def __init__(self, target: str, after: int = 0, then: Change = unchanged, keeps: bool = False) -> None:
+    def __init__(
+        self,
+        target: str,
+        after: int = 0,
+        then: Change = unchanged,
+        keeps: bool = False,
+        at: tuple[str, int] = ("127.0.0.1", 0),
+    ) -> None:
         self._target, self._after, self._then, self._keeps = target, after, then, keeps
         self.bytes = self.connections = 0
         self.seen: list[bytes] = []
         self.flows = threading.Event()
         self.flows.set()
         self._ends: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.endpoint = endpoint_of("127.0.0.1", self._listener.getsockname()[1])
+        self._listener = socket.create_server(at, backlog=64)
+        self.endpoint = endpoint_of(at[0], self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:

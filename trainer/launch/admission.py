@@ -23,8 +23,9 @@ from trainer.etcd.client import EtcdClient, run_prefix
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.users import MEMBER, ROOT, Root
 from trainer.files import write_text
-from trainer.launch.listening import Listening
+from trainer.launch.listening import Listening, to_forward
 from trainer.launch.token import Token, in_words, users_of
+from trainer.process import is_loopback
 from trainer.protocol import PROTOCOL
 from trainer.timeouts import LaunchTimeouts
 
@@ -64,6 +65,8 @@ class Admission:
             ConfigError: That etcd has users, and the environment lacks root's password.
         """
         listening = Listening.read(run_dir) if run_dir else None
+        if listening and config.etcd.ca != str(listening.tls.server):
+            listening = None  # the run has moved to an etcd of its own since
         authority = b""
         if listening is None and config.etcd.ca:
             authority = PEM_cert_to_DER_cert(Path(config.etcd.ca).read_text(encoding="ascii"))
@@ -201,8 +204,7 @@ def manage(action: str, config: TrainingConfig, run_dir: Path | None, id: str | 
     Args:
         run_dir: By which the run was found; None: by its etcd.
     """
-    here = all(endpoint.startswith(("127.0.0.1:", "[::1]:")) for endpoint in config.etcd.endpoints)
-    if run_dir and Listening.read(run_dir) is None and here:
+    if run_dir and Listening.read(run_dir) is None and all(map(is_loopback, config.etcd.endpoints)):
         alone = "its etcd listens on this machine alone: begin it again with --listen ADDRESS"
         raise ConfigError("run_dir", run_dir, alone)
     with Admission.of(config, run_dir) as admission:
@@ -232,7 +234,9 @@ def admitting(config: TrainingConfig, run_dir: Path, ttl: int) -> Iterator[None]
         yield
         return
     with admission:
-        announce(admission.create(ttl), run_dir, enforced=admission.is_enforced)
+        announce(token := admission.create(ttl), run_dir, enforced=admission.is_enforced)
+        if ports := to_forward(config, token.endpoints[0] if token.fingerprint else ""):
+            print(f"note: {ports}", flush=True)
         with admission.dropping_expired():
             yield
 

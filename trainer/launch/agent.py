@@ -152,13 +152,15 @@ def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler"
 
     world, etcd, timeout = config.optim_method == "ddp", config.etcd, config.elastic.rdzv_timeout
     own = {"timeout": timeout, "lease_ttl": config.lease_ttl, "nodes": config.nodes, "slot": slot}
+    # A world of one node needs no address: advertised ones may be a router's, which does not lead back here.
+    address = (config.addresses or [local_address(etcd.endpoints[0])])[0] if world else None
     parameters = RendezvousParameters(
         etcd3_rendezvous.BACKEND if world else etcd3_diloco_rendezvous.BACKEND,
         ",".join(etcd.endpoints),
         config.run_id,
         config.min_nodes,
         config.max_nodes,
-        config.advertise_address or local_address(etcd.endpoints[0]),
+        address,
         prefix=config.elastic.etcd.prefix,
         **etcd.model_dump(include={"ca", "cert", "key", "user"}),
         **({"join_timeout": int(timeout)} if world else own),

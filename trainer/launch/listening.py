@@ -8,7 +8,7 @@ import ipaddress
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,13 +19,13 @@ from trainer.config import TrainingConfig
 from trainer.elastic import keys
 from trainer.errors import ConfigError
 from trainer.etcd.certificates import DOOR_BYTES, Tls
-from trainer.etcd.client import EtcdClient
+from trainer.etcd.client import EtcdClient, local_address
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.users import enable_users
 from trainer.files import read_json, write_json, write_text
 from trainer.monitor.find_run import PASSWORD, SECRETS
-from trainer.process import address_of, endpoint_of
+from trainer.process import address_of, endpoint_of, is_loopback, is_own
 
 _FILE = "listen.json"
 _OWNER = "launch"  # etcd's user of the workers on this machine, and of `status` and `scale`
@@ -53,17 +53,17 @@ class Listening:
 
     @classmethod
     def of(cls, config: TrainingConfig, run_dir: Path, address: str) -> "Listening | None":
-        """For a launch: at `address`, or where an earlier one has listened; None: it does not listen.
+        """For a launch: at `address`, or where an earlier one has listened; None: it starts no etcd that listens.
 
         Raises:
             ConfigError: No other machine can reach this one there, or the run cannot be joined.
         """
-        if address and config.etcd.endpoints:
-            raise ConfigError("--listen", address, "cannot be combined with etcd.endpoints: that etcd listens already")
         if address and config.optim_method == "ddp":
             allowed = "cannot be combined with optim_method = 'ddp': torch lets its nodes run code on each other"
             raise ConfigError("--listen", address, allowed)
         if config.etcd.endpoints:
+            if address:
+                _require_reachable(config, address)
             return None
         return cls._at(run_dir, address) if address else cls.read(run_dir)
 
@@ -122,7 +122,7 @@ class Listening:
                 etcd_cert=str(self.tls.client),
                 etcd_key=str(self.tls.client_key),
                 etcd_user=_OWNER,
-                advertise_address=config.advertise_address or ",".join(self.hosts),
+                advertise_address=config.advertise_address or advertised(self.hosts),
             )
             enable_users(own, self.root, self.password)
             os.environ["ETCD_PASSWORD"] = self.password
@@ -130,15 +130,58 @@ class Listening:
 
 
 def outlast_others(client: EtcdClient, config: TrainingConfig) -> None:
-    """Keep etcd until the other machines of a run that is over have read that it is."""
+    """Keep etcd until the other machines of a run that is over have ended: a slow one evaluates its share for long."""
     with suppress(EtcdError):
-        if keys.verdict(client).terminal:
-            client.wait_for(lambda: not client.list("slots/"), config.grace_period + config.lease_ttl, "slots/")
+        if keys.verdict(client).terminal and (others := client.list("slots/")):
+            print(f"keeping etcd until the other nodes of the run have ended: {len(others)}", flush=True)
+            client.wait_for(lambda: not client.list("slots/"), config.etcd_outage_limit, "slots/")
 
 
 def hosts_of(address: str) -> tuple[str, ...]:
     """The names and addresses of this machine in `--listen`. Raises ConfigError if others could not reach it there."""
     return _parsed(address)[0]
+
+
+def advertised(hosts: Sequence[str]) -> str:
+    """The `advertise_address` of a machine that others reach at these hosts.
+
+    If they are a NAT's, the machine's own address is added: that of workers for each other, as few NATs lead back.
+    """
+    own = []
+    if not is_own(outside := address_of(hosts[-1])):
+        with suppress(EtcdError):
+            own = [local_address(endpoint_of(outside, 1))]
+    return ",".join([*hosts, *own])
+
+
+def to_forward(config: TrainingConfig, etcd: str) -> str:
+    """What has to lead to this machine, as a sentence, if it lacks an address at which it is to be reached; else "".
+
+    Args:
+        etcd: host:port of the etcd here, as other machines reach it; empty: it is elsewhere.
+    """
+    for host in config.addresses:
+        with suppress(OSError):
+            if not is_own(address_of(host)):
+                ports = [f"{etcd.rpartition(':')[2]} (etcd)"] if etcd else []
+                ports.append(
+                    f"{config.port_range} (workers)" if config.port_range else "any (workers; see --port-range)"
+                )
+                has = f"{host} is no address of this machine: what has it (a router, a cloud) must pass on to here"
+                return f"{has}, unchanged, the TCP ports {' and '.join(ports)}"
+    return ""
+
+
+def _require_reachable(config: TrainingConfig, address: str) -> None:
+    """Raise ConfigError unless other machines reach an etcd of the run's own, and this machine at `address`."""
+    hosts, port = _parsed(address)
+    endpoints = ", ".join(config.etcd.endpoints)
+    if port:
+        raise ConfigError("--listen", address, f"must have no port: the etcd at {endpoints} has its own")
+    here = any(is_loopback(endpoint_of(host, port)) for host in hosts)
+    if not here and all(map(is_loopback, config.etcd.endpoints)):
+        meant = "means another machine on each machine: name the address at which the others reach that etcd"
+        raise ConfigError("etcd.endpoints", endpoints, meant)
 
 
 def _parsed(address: str) -> tuple[tuple[str, ...], int]:

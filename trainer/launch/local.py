@@ -55,7 +55,7 @@ def launch(
         config: The run's. It resumes if its run id has checkpoints.
         command: The worker; None for this package's training.
         listen: Address (host, host:port) at which other machines reach the run's etcd and workers; empty: that of an
-            earlier launch of the run, if there was one.
+            earlier launch of the run, if there was one. With `etcd.endpoints`, only workers are there.
         ttl: For how long the line that it prints lets other machines join, in seconds.
         joins: The run has begun elsewhere, and this machine is one of several.
         dashboard: Where to serve the run's live page, as host:port; None: nowhere.
@@ -128,7 +128,7 @@ def _resolved(config: TrainingConfig, listen: str) -> tuple[TrainingConfig, List
     run_dir = Path(config.run_dir).absolute()
     config = config.with_values(run_dir=str(run_dir))
     listening = Listening.of(config, run_dir, listen)
-    if listening and config.elastic.max_nodes == UNSET:
+    if (listen or listening) and config.elastic.max_nodes == UNSET:
         config = config.with_values(elastic_max_nodes=MOST_NODES)
     if not listening and not config.etcd.endpoints and config.nodes < config.min_nodes:
         allowed = f"must be at least elastic.min_nodes ({config.min_nodes}), unless others can join (--listen, --etcd)"

@@ -95,6 +95,7 @@ class Dashboard:
         self.heading: Sequence[str] = ()  # lines above the workers
         self.rows: Sequence[WorkerRow] = ()
         self.step = self.round = 0  # the schedule position that the run has reached, and the committed rounds
+        self.elsewhere = 0  # members of the last round that are none of `rows`: on other machines
         self.losses: list[float] = []  # the workers' mean loss whenever a round was committed
         self.events: list[MembershipEvent] = []  # oldest first
         self.silent_since: float | None = None  # since when no worker's events can be read, in Unix seconds
@@ -157,7 +158,7 @@ class Dashboard:
     def line(self) -> str:
         """The run in one line."""
         of = "" if self.total_steps is None else f"/{self.total_steps}"
-        parts = [f"round {self.round}", f"step {self.step}{of}"]
+        parts = [", with ".join(filter(None, (f"round {self.round}", self._others()))), f"step {self.step}{of}"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4f}")
         parts.append(f"{sum(row.speed or 0 for row in self.rows):.1f} samples/s")
@@ -166,6 +167,9 @@ class Dashboard:
         parts += filter(None, [self._outlook()])
         parts += [f"worker {row.worker}: {row.shown_state}" for row in self.rows if row.shown_state != "training"]
         return "  ".join(parts)
+
+    def _others(self) -> str:
+        return f"{self.elsewhere} worker{'s' if self.elsewhere > 1 else ''} elsewhere" if self.elsewhere else ""
 
     def _outlook(self) -> str:
         """The time left, or why it is not known, or ""."""
@@ -193,6 +197,8 @@ class Dashboard:
             share, watched = f"{100 * self.step / self.total_steps:.0f} %", _duration(self._clock() - self._started)
             line.add_row(bar, share, f"round {self.round}", f"{watched} watched", self._outlook())
             parts.append(line)
+        if self.elsewhere:
+            parts.append(Text(f"and {self._others()}"))
         if len(self.losses) > 1:
             shown = self.losses[-MOST_LOSSES:]
             parts.append(Text(f"loss of {len(shown)} rounds  {shown[0]:.4f} {sparkline(shown)} {shown[-1]:.4f}"))

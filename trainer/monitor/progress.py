@@ -22,6 +22,8 @@ class WorkerProgress(WorkerRow):
         super().__init__(number, step=0, round=0, bytes=0, speed=0.0)
         self.reason = ""  # why it ended
         self.changes: list[MembershipEvent] = []  # since they were last shown
+        self.own: set[str] = set()  # the members that its processes have been
+        self.members: Sequence[str] = ()  # of its last round
         self._reader = EventReader(metrics, last=0)
         self._last_step: float | None = None  # when its newest step of this life ended
 
@@ -51,6 +53,7 @@ class WorkerProgress(WorkerRow):
             self.lost(event["time"])  # its successor starts
         self.state, self._last_step = ("joining" if self.state in ("joining", "died") else "training"), None
         self.pid = event.get("pid")
+        self.own |= {event["member"]} if "member" in event else set()
         resumed = event.get("resumed_round")
         self.round = resumed or self.round
         self._changed(event["time"], f"joined, with round {resumed}" if resumed else "joined")
@@ -72,6 +75,7 @@ class WorkerProgress(WorkerRow):
 
     def _on_round(self, event: Event) -> None:
         self.round = event["round"]
+        self.members = event.get("members", ())
         self._reach(event["step"], event)
         self.bytes = (self.bytes or 0) + (event.get("bytes_sent") or 0) + (event.get("bytes_received") or 0)
 
@@ -95,6 +99,11 @@ def fill(dashboard: Dashboard, workers: Sequence[WorkerProgress]) -> None:
     for worker in workers:
         dashboard.events += worker.changes
         worker.changes.clear()
+    newest = max(workers, key=lambda worker: worker.round or 0, default=None)
+    if newest is not None:
+        others = {*newest.members}.difference(*(worker.own for worker in workers))
+        unknown = sum(bool(worker.members) and not worker.own for worker in workers)  # began before we looked
+        dashboard.elsewhere = max(0, len(others) - unknown)
     dashboard.fill(workers)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
-from trainer.launch.listening import Listening
+from trainer.launch.listening import Listening, advertised, to_forward
 
 
 def at(address: str, run_dir: Path, **values: object) -> Listening:
@@ -67,11 +67,38 @@ def test_what_no_other_machine_could_reach(address: str, reason: str, tmp_path: 
     assert "Traceback" not in str(caught.value)
 
 
-def test_it_goes_with_neither_an_etcd_nor_ddp(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--listen.*cannot be combined with etcd\.endpoints"):
-        at("192.0.2.7", tmp_path, etcd_endpoints=["h:1"])
-    with pytest.raises(ConfigError, match=r"--listen.*cannot be combined with optim_method = 'ddp'"):
-        at("192.0.2.7", tmp_path, optim_method="ddp")
+def test_it_does_not_go_with_ddp(tmp_path: Path) -> None:
+    for values in ({}, {"etcd_endpoints": ["h:1"]}):
+        with pytest.raises(ConfigError, match=r"--listen.*cannot be combined with optim_method = 'ddp'"):
+            at("192.0.2.7", tmp_path, optim_method="ddp", **values)
+
+
+def test_with_an_etcd_of_its_own_others_must_reach_that_one_too(tmp_path: Path) -> None:
+    config = TrainingConfig.from_flat({"nodes": 1, "etcd_endpoints": ["192.0.2.9:1"]})
+    assert Listening.of(config, tmp_path, "192.0.2.7") is None  # it starts no etcd
+    assert not any(tmp_path.iterdir())
+    here = config.with_values(etcd_endpoints=["127.0.0.1:1", "localhost:2"])
+    assert Listening.of(here, tmp_path, "localhost") is None
+    with pytest.raises(
+        ConfigError, match=r"etcd\.endpoints = '127.0.0.1:1, localhost:2': means another machine on each"
+    ):
+        Listening.of(here, tmp_path, "192.0.2.7")
+    with pytest.raises(ConfigError, match=r"--listen = '192.0.2.7:3': must have no port: .* 192.0.2.9:1 has its own"):
+        Listening.of(config, tmp_path, "192.0.2.7:3")
+
+
+def test_at_an_address_of_a_router_the_own_one_is_told_too_and_the_ports_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert advertised(["localhost", "127.0.0.1"]) == "localhost,127.0.0.1"
+    assert to_forward(TrainingConfig.from_flat({"advertise_address": "localhost,127.0.0.1"}), "127.0.0.1:7") == ""
+    monkeypatch.setattr("trainer.launch.listening.local_address", lambda endpoint: f"here to {endpoint}")
+    assert advertised(["node.example", "192.0.2.7"]) == "node.example,192.0.2.7,here to 192.0.2.7:1"
+    config = TrainingConfig.from_flat({"advertise_address": "127.0.0.1,192.0.2.7", "port_range": "20-29"})
+    ports = to_forward(config, "node.example:7")
+    assert ports.startswith("192.0.2.7 is no address of this machine")
+    assert "must pass on to here, unchanged, the TCP ports 7 (etcd) and 20-29 (workers)" in ports
+    assert "the TCP ports any (workers; see --port-range)" in to_forward(config.with_values(port_range=""), "")
 
 
 def test_a_later_launch_listens_as_the_one_before(tmp_path: Path) -> None:

@@ -58,6 +58,23 @@ def test_what_becomes_of_a_worker(tmp_path: Path) -> None:
     assert len(dashboard.events) == 5, "each is told once"
 
 
+def test_workers_of_other_machines_are_counted(tmp_path: Path) -> None:
+    paths = [tmp_path / "0", tmp_path / "1"]
+    workers, shown = [WorkerProgress(number, path) for number, path in enumerate(paths)], Dashboard(100)
+    rounds: dict[str, object] = {"event": "round", "step": 4, "time": 5.0}
+    for said, others in (
+        (("a", "b"), ""),
+        (("a", "b", "c"), ", with 1 worker elsewhere"),
+        (("d", "e"), ", with 2 wor"),
+    ):
+        for name, path in zip("ab", paths, strict=True):
+            append(path, {"event": "start", "time": 1.0, "member": name}, {**rounds, "round": 2, "members": said})
+        for worker in workers:
+            worker.update()
+        fill(shown, workers)
+        assert shown.line().startswith(f"round 2{others}"), shown.line()
+
+
 def test_plain_view_says_one_line_a_round(tmp_path: Path) -> None:
     workers = [WorkerProgress(number, tmp_path / f"{number}.jsonl") for number in range(2)]
     lines: list[str] = []

@@ -6,6 +6,7 @@ machine's loopback, so that a foreign name that resolves to it (DNS rebinding) i
 """
 
 import contextlib
+import errno
 import hmac
 import ipaddress
 import json
@@ -73,6 +74,11 @@ class LivePage:
         self.close(over=kind is None or issubclass(kind, Exception))  # else it was interrupted, and may go on
 
 
+def require_address(address: str) -> None:
+    """Raise ConfigError unless a page can be served at the address (host:port) now."""
+    _Server(*host_and_port(address)).server_close()
+
+
 def host_and_port(address: str) -> tuple[str, int]:
     """`host:port`, `[host]:port` or `port`, taken apart. Port 0 is any free one."""
     host, _, port = address.rpartition(":")
@@ -94,7 +100,9 @@ class _Server(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6 if ":" in own else socket.AF_INET
             super().__init__((own, port), _Handler)
         except OSError as error:
-            raise ConfigError("dashboard", endpoint_of(host, port), f"cannot be served: {error.strerror}") from None
+            taken = "the port is taken by another process: name another one, or 0 for any"
+            reason = taken if error.errno == errno.EADDRINUSE else f"cannot be served there: {error.strerror}"
+            raise ConfigError("dashboard", endpoint_of(host, port), reason) from None
         self.token = "" if ipaddress.ip_address(own).is_loopback else secrets.token_urlsafe(24)
         self._connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._streams, self._lock = 0, threading.Lock()
