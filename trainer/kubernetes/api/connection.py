@@ -189,7 +189,7 @@ def _simple(content: Mapping[str, Any], folder: Path | None) -> Access | None:
 
 
 def _authorization(user: Mapping[str, Any], folder: Path | None) -> str:
-    token = user.get("token") or (_file(folder, user["tokenFile"]).decode() if "tokenFile" in user else "")
+    token = user.get("token") or (_file(folder, user["tokenFile"]).decode().strip() if "tokenFile" in user else "")
     if token:
         return f"Bearer {token}"
     if "username" in user and "password" in user:
