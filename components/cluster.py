@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.output import (
+    CHECKPOINT,
     Output,
     dataset_metadata,
     evaluation_output,
@@ -20,7 +21,9 @@ from components.runtime import IMAGE, RUNNER_PID
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.files import read_json, write_json
+from trainer.kubernetes.objects.plan import DATA
 from trainer.kubernetes.pod_main import EVALUATION
+from trainer.places import Place, Places
 
 if TYPE_CHECKING:
     from trainer.kubernetes.steps.step_context import StepContext
@@ -74,21 +77,28 @@ class ClusterLauncher:
         return exported_output(directory, worker=worker.index, claim=worker.claim)
 
     def evaluate(self, checkpoint: Any, model: Any, precached: Any) -> Output:
-        scores, run_dir = self._scores(model), self._scratch / "run"
+        scores = self._scores(model)
         print(f"held out: {read_json(scores)['headline']}", flush=True)
+        # No backend keeps the artifacts of a run from this machine: its results go where those of a local run are
+        here = RUNNER_PID in os.environ
+        run_dir = Path(self._config.run_dir) if here else self._scratch / "run"
         # The report needs the workers' events, too
-        shutil.copytree(checkpoint.path, run_dir)
-        shutil.copy(scores, run_dir)
+        link_or_copy(Path(checkpoint.path), run_dir)
+        link_or_copy(scores, run_dir / EVALUATION)
         if not self._config.storage.retain:
             try:
                 self._context.clean_up(finished=False, claims=True)
             except TrainingError as error:  # the run is complete nevertheless
                 self._context.show(f"warning: the claims are not deleted: {error}")
-        output = evaluation_output(run_dir, read_json(scores), self._context.kubectl)
-        if RUNNER_PID in os.environ:  # no backend keeps the artifacts: the results go where those of a local run are
-            link_or_copy(run_dir, self._config.run_dir)
-            link_or_copy(Path(model.path), Path(self._config.run_dir) / "export")
+        output = evaluation_output(run_dir, read_json(scores), self._context.kubectl, self._places)
+        if here:
+            link_or_copy(Path(model.path), run_dir / "export")
         return output
+
+    @property
+    def _places(self) -> Places:
+        """What the report calls the workers' directory, and this step's copy of train's artifact."""
+        return Places({DATA: Place("the worker's claim"), str(self._scratch / "run"): Place(CHECKPOINT)})
 
     def _scores(self, model: Any) -> Path:
         """A model's scores. The pod that exported it has evaluated it, too; if that failed, another one does now."""

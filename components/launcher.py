@@ -33,6 +33,10 @@ class Launcher(Protocol):
         """Stop what is still running of the run, and delete what only that needed. Uses only the configured names."""
 
 
+def _in_a_steps_pod() -> bool:
+    return all(variable in os.environ for variable in _IN_A_STEPS_POD)
+
+
 def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
     """In a step's pod, replace `launcher=auto` and an empty namespace by what the pod's own cluster has.
 
@@ -42,8 +46,7 @@ def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
     Raises:
         TrainingError: The cluster has no kind of training jobs, or cannot be asked.
     """
-    in_a_steps_pod = all(variable in os.environ for variable in _IN_A_STEPS_POD)
-    auto = config.launcher == "auto" and in_a_steps_pod
+    auto = config.launcher == "auto" and _in_a_steps_pod()
     if (auto or config.on_cluster) and not config.deployment_namespace:
         from trainer.kubernetes.steps.workflow import own_namespace
 
@@ -86,4 +89,4 @@ def create_launcher(config: TrainingConfig) -> Launcher:
         return ClusterLauncher(config)
     from components.local import LocalLauncher
 
-    return LocalLauncher(config)
+    return LocalLauncher(config, in_a_pod=_in_a_steps_pod())

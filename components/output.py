@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import read_json, write_text
+from trainer.places import Places
 
 if TYPE_CHECKING:
     from kfp import dsl
 
     from trainer.data.manifest import Manifest
 
+CHECKPOINT = "the train step's artifact checkpoint"
 METRICS, DIGITS = 10, 5  # of a step in the UI; of a metric that is no count
 
 
@@ -99,16 +101,18 @@ def exported_output(directory: Path, **location: Any) -> Output:
     return Output({path.name: path for path in directory.iterdir()}, location | {name: facts[name] for name in names})
 
 
-def evaluation_output(run_dir: Path, scores: Mapping[str, Any], command: str = "") -> Output:
+def evaluation_output(
+    run_dir: Path, scores: Mapping[str, Any], command: str = "", places: Places | None = None
+) -> Output:
     """The output of the evaluate step: the scores, and `report.html` and `summary.md`, which this writes.
 
-    `command` is as for `training_output`.
+    `command` is as for `training_output`; `places` are what the report calls directories by.
     """
     from trainer.monitor.report import write_report
 
     summary = _summary(run_dir, command)
     write_text(run_dir / "summary.md", summary)
-    return Output({"report.html": write_report(run_dir)}, {}, scores, summary)
+    return Output({"report.html": write_report(run_dir, places=places)}, {}, scores, summary)
 
 
 def _summary(run_dir: Path, command: str) -> str:

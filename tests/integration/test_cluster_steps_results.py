@@ -34,7 +34,8 @@ def test_the_next_claim_is_asked_when_one_has_not_the_result(place: Place, tmp_p
     place.story.results = {"config.json": "{}", "tokenizer/vocabulary.json": "[]"}
     assert fetch_result(here, here.plan.workers, "export", tmp_path / "export").index == 1
     assert (tmp_path / "export" / "tokenizer" / "vocabulary.json").read_text() == "[]"
-    assert place.said("warning: export on worker 0's claim has failed: run_dir = '/data': has no checkpoint to export")
+    here_it_is = f"run_dir = 'claim {here.plan.workers[0].claim}'"  # the pod's /data
+    assert place.said(f"warning: export on worker 0's claim has failed: {here_it_is}: has no checkpoint to export")
 
 
 def test_a_step_that_was_started_again_takes_the_result_anew(place: Place, tmp_path: Path) -> None:

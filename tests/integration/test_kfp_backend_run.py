@@ -5,6 +5,7 @@ Kubernetes cluster (tests/cluster) a `Story` says what the workers' pods do.
 """
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -176,6 +177,13 @@ def test_the_reason_of_a_failing_step_is_read_at_the_laptop(place: Place) -> Non
     assert ended.endswith("has failed: dataset = 'files:x': no such folder")
     assert place.lines[-1].startswith("precache | error: ")
     assert not place.backend.pods("clean-up")  # the graph that it belongs to has not run
+
+
+def test_a_path_in_a_workers_pod_is_said_as_its_claim(place: Place) -> None:
+    place.story.fail("precache", "the disk of /data/datasets is full", 2)
+    place.submit()
+    assert re.search(r"the disk of datasets on claim diloco-\S*worker-0-data is full$", place.wait())
+    assert "/data" not in "\n".join(place.lines)
 
 
 def test_parameters_that_no_machine_could_run_are_refused_before_anything_is_made(place: Place) -> None:

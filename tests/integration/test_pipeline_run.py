@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,16 @@ def test_the_run_succeeds_and_says_where_everything_is(run: Run) -> None:
     assert (run.run_dir / "report.html").read_text().startswith("<!doctype html>")
     steps = {line.split(" |")[0].strip() for line in shown if " | " in line}
     assert steps == {"precache", "train", "export", "evaluate"}
+
+
+def test_every_path_that_is_named_here_is_there_at_the_end(run: Run) -> None:
+    report = (run.run_dir / "report.html").read_text()
+    report = re.sub(r'(?s)<section id="configuration">.*?</section>|<(style|script|svg)\b.*?</\1>', "", report)
+    summary = (run.run_dir / "summary.md").read_text()
+    for text in (run.done.stdout, run.done.stderr, report, summary):
+        named = re.findall(r"(?<![\w:/.<…])(?:/[\w.+-]+|runs)/[\w.+/-]*[\w+-]", text)
+        assert [path for path in named if not (run.directory / path).exists()] == []
+    assert str(run.run_dir / "logs") in run.done.stdout
 
 
 def test_the_artifacts_hold_what_their_types_promise(run: Run) -> None:

@@ -10,7 +10,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from trainer.etcd.errors import EtcdError
 from trainer.etcd.users import MEMBER, ROOT, Root
 from trainer.files import write_text
 from trainer.launch.listening import Listening, to_forward
+from trainer.launch.run_directory import say
 from trainer.launch.token import Token, in_words, users_of
 from trainer.process import is_loopback
 from trainer.protocol import PROTOCOL
@@ -225,32 +226,32 @@ def manage(action: str, config: TrainingConfig, run_dir: Path | None, id: str | 
 
 
 @contextmanager
-def admitting(config: TrainingConfig, run_dir: Path, ttl: int) -> Iterator[None]:
+def admitting(config: TrainingConfig, run_dir: Path, ttl: int, log: Callable[[str], None] = say) -> Iterator[None]:
     """Show how other machines join, and let tokens expire for the duration of the block."""
     try:
         admission = Admission.of(config, run_dir)
     except ConfigError as error:
-        print(f"other machines join by `diloco token create`: {error}", flush=True)
+        log(f"other machines join by `diloco token create`: {error}")
         yield
         return
     with admission:
-        announce(token := admission.create(ttl), run_dir, enforced=admission.is_enforced)
+        _announce(token := admission.create(ttl), run_dir, log, enforced=admission.is_enforced)
         if ports := to_forward(config, token.endpoints[0] if token.fingerprint else ""):
-            print(f"note: {ports}", flush=True)
+            log(f"note: {ports}")
         with admission.dropping_expired():
             yield
 
 
-def announce(token: Token, run_dir: Path, *, enforced: bool) -> None:
+def _announce(token: Token, run_dir: Path, log: Callable[[str], None], *, enforced: bool) -> None:
     """Show the line by which another machine joins: on a terminal, or in a file that only the user may read."""
     until = f"until {in_words(token.expires)}"
     if sys.stdout.isatty():
-        print(f"any machine that reaches this one joins the run by this line, {until}:\n\n{token.line}\n", flush=True)
+        log(f"any machine that reaches this one joins the run by this line, {until}:\n\n{token.line}\n")
     else:
         write_text(run_dir / JOIN_FILE, token.line + "\n", private=True)
-        print(f"the line by which another machine joins, {until}, is in {run_dir / JOIN_FILE} (only you can read it)")
+        log(f"the line by which another machine joins, {until}, is in {run_dir / JOIN_FILE} (only you can read it)")
     if not enforced:
-        print(_OPEN, flush=True)
+        log(_OPEN)
 
 
 def _wants_a_user(config: TrainingConfig) -> bool:

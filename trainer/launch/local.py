@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from trainer.files import require_writable, write_json
 from trainer.launch.admission import ROOT_PASSWORD, admitting
 from trainer.launch.agent_process import AgentProcess, last_error
 from trainer.launch.listening import Listening, outlast_others
-from trainer.launch.run_directory import locked, summarise
+from trainer.launch.run_directory import locked, say, summarise
 from trainer.launch.scale import DESIRED, with_nodes
 from trainer.launch.sharing import Sharing
 from trainer.launch.standby import Standby
@@ -46,6 +46,7 @@ def launch(
     ttl: int = DEFAULT_TTL,
     joins: bool = False,
     dashboard: str | None = None,
+    log: Callable[[str], None] = say,
 ) -> int:
     """Run `config.nodes` nodes on this machine until the run is complete. Needs the main thread (signals).
 
@@ -59,6 +60,7 @@ def launch(
         ttl: For how long the line that it prints lets other machines join, in seconds.
         joins: The run has begun elsewhere, and this machine is one of several.
         dashboard: Where to serve the run's live page, as host:port; None: nowhere.
+        log: Prints a line, unless standard output is a terminal.
 
     Returns:
         0: the run is complete.
@@ -79,7 +81,7 @@ def launch(
         preflight.check_network(config)
     elif any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in worker_configs(config)):
         # One worker's final checkpoint suffices: it is written only when all have reached the end
-        print(f"run {config.run_id} is complete already: {run_dir}", flush=True)
+        log(f"run {config.run_id} is complete already: {run_dir}")
         return 0
     else:
         preflight.check(config, precached=True)
@@ -92,7 +94,7 @@ def launch(
             from trainer.monitor.web.server import LivePage
 
             page = resources.enter_context(LivePage(DirectoryView(run_dir), dashboard))
-            print(f"dashboard: {page.url}", flush=True)
+            log(f"dashboard: {page.url}")
         # Start an etcd unless one is given
         etcd = None
         if listening:
@@ -102,7 +104,7 @@ def launch(
             config = config.with_values(etcd_endpoints=[etcd.endpoint])
         client = resources.enter_context(EtcdClient.of(config))
         if etcd is None and keys.verdict(client).status == "succeeded":
-            print(f"run {config.run_id} is complete already, on other machines", flush=True)
+            log(f"run {config.run_id} is complete already, on other machines")
             return 0
         if not joins:
             _reset(client, etcd, listening)
@@ -110,12 +112,12 @@ def launch(
         # Let other machines in
         if command is None and (listening or etcd is None):
             keys.record_config(client, config)
-            resources.enter_context(Sharing(client, config, lambda reason: print(f"warning: {reason}", flush=True)))
+            resources.enter_context(Sharing(client, config, lambda reason: log(f"warning: {reason}")))
             if not joins and config.max_nodes > config.nodes:
-                resources.enter_context(admitting(config, run_dir, ttl))
+                resources.enter_context(admitting(config, run_dir, ttl, log))
         # Run the agents
-        run = _Run(config, client, etcd, command, timeouts, joins=joins)
-        resources.callback(summarise, run_dir)
+        run = _Run(config, client, etcd, command, timeouts, joins=joins, log=log)
+        resources.callback(summarise, run_dir, log)
         if listening:
             resources.callback(outlast_others, client, config)
         with client.watch(DESIRED, run.scale_requested.set):
@@ -159,8 +161,9 @@ class _Run:
         timeouts: LaunchTimeouts,
         *,
         joins: bool,
+        log: Callable[[str], None],
     ) -> None:
-        self._joins = joins
+        self._joins, self._log = joins, log
         self._config, self._client, self._etcd, self._command = config, client, etcd, command
         self._timeouts, self._run_dir = timeouts, Path(config.run_dir)
         self._agents: list[AgentProcess] = []
@@ -192,7 +195,7 @@ class _Run:
 
     def follow(self) -> int:
         """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
-        with self._handling_signals(), view(self._dashboard) as shown:
+        with self._handling_signals(), view(self._dashboard, self._log) as shown:
             shown.show(f"run {self._config.run_id}: {self._config.attendance}")
             shown.show(f"logs in {self._run_dir / 'logs'}")
             try:
@@ -209,15 +212,15 @@ class _Run:
             self._update(shown)
         if all(agent.status == 0 for agent in self._agents if not agent.leaving):
             without = f", without worker {', '.join(self._lost)}" if self._lost else ""
-            print(f"run {self._config.run_id} is complete{without}: {self._run_dir}", flush=True)
+            self._log(f"run {self._config.run_id} is complete{without}: {self._run_dir}")
             return 0
         if failure:
             raise TrainingError(f"{failure} (logs: {self._run_dir / 'logs'})")
         run_id = self._config.run_id
         if self._joins:
-            print(f"this machine has left run {run_id}; the same `diloco join` lets it take part again", flush=True)
+            self._log(f"this machine has left run {run_id}; the same `diloco join` lets it take part again")
         else:
-            print(f"run {run_id} is stopped; the same command with --run-id {run_id} resumes it", flush=True)
+            self._log(f"run {run_id} is stopped; starting it again with --run-id {run_id} resumes it")
         raise KeyboardInterrupt if self._signals[0] == signal.SIGINT else Interrupted
 
     def _watch(self, shown: View) -> str:

@@ -2,12 +2,16 @@
 
 import fcntl
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.errors import ConfigError
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
 @contextmanager
@@ -26,17 +30,17 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def summarise(run_dir: Path) -> None:
+def summarise(run_dir: Path, log: Callable[[str], None]) -> None:
     """Judge the run, and write `summary.json`, however it has ended. No failure here may hide why the run ended."""
     from trainer.monitor.report import write_summary
     from trainer.monitor.verify import judged
 
     judgement = judged(run_dir)
     if judgement is not None:
-        print(f"verified: {judgement.headline}", flush=True)
+        log(f"verified: {judgement.headline}")
         if judgement.refuted:
-            print(f"warning: `python -m trainer verify {run_dir}` shows what is refuted", file=sys.stderr, flush=True)
+            log(f"warning: `python -m trainer verify` shows what is refuted, by the files in {run_dir}")
     try:
         write_summary(run_dir, judgement)
     except OSError as error:
-        print(f"warning: no summary.json: {error}", file=sys.stderr, flush=True)
+        log(f"warning: no summary.json: {error}")

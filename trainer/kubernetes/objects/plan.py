@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 from trainer.kubernetes.api.kinds import PYTORCH_JOB, JobKind, training_kind
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.sites import Site, sites_of
+from trainer.places import Place, Places
 
 Object = dict[str, Any]  # in the form that the Kubernetes API takes
 
@@ -97,6 +98,10 @@ class Plan:
     def a_job_a_worker(self) -> bool:
         """Whether each worker has a job of its own."""
         return self.a_claim_a_worker or self.kind is not PYTORCH_JOB
+
+    def places(self, worker: WorkerPlan) -> Places:
+        """What a worker's directory is for those who are not in its pod."""
+        return Places({DATA: Place(f"claim {worker.claim}", "" if self.a_claim_a_worker else worker.folder)})
 
     @property
     def leaders(self) -> tuple[WorkerPlan, ...]:

@@ -19,6 +19,7 @@ from trainer.kubernetes.api.client import ApiError, Client
 from trainer.kubernetes.api.informer import Informer
 from trainer.kubernetes.api.kinds import POD, JobKind, Object
 from trainer.kubernetes.api.logs import LogFollower
+from trainer.kubernetes.api.mounts import places_of
 from trainer.kubernetes.api.notices import Show, Silence, SilenceNotices, WaitReasons
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import JobObjects
@@ -224,7 +225,7 @@ class JobFollower:
         """Why a pod's container has failed: its own last error, unless it was ended from outside."""
         killed = self.exit_status(pod) in (diagnosis.KILLED, diagnosis.TERMINATED)
         own = "" if killed or diagnosis.why_lost(pod) else self._last_errors.get(pod["metadata"]["uid"], "")
-        return own or diagnosis.why_ended(pod, self.container, self._memory)
+        return own or places_of(pod, self.container).in_words(diagnosis.why_ended(pod, self.container, self._memory))
 
     def waited(self, name: str) -> float:
         """Seconds since the first call for this name, without the time in which the API server did not answer."""
@@ -279,6 +280,7 @@ class JobFollower:
             if found := pod_main.parse(line):
                 messages.append(Message(pod, *found))
             elif line.strip():
+                line = places_of(pod, self.container).in_words(line)
                 if line.startswith(_ERROR):
                     self._last_errors[pod["metadata"]["uid"]] = line.removeprefix(_ERROR)
                 name = self.called(pod)

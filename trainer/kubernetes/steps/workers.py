@@ -25,6 +25,7 @@ class TrainingView:
 
     def __init__(self, context: StepContext, directory: Path, dashboard: Dashboard, shown: View) -> None:
         self._workers, self._dashboard, self._shown = context.workers, dashboard, shown
+        self._plan = context.plan
         self._processes = context.plan.config.workers_per_node
         self._trained: set[str] = set()  # uids of pods that have trained a step
         self._events = WorkerEvents(directory, self._processes)
@@ -60,7 +61,9 @@ class TrainingView:
         for progress in self._progress:
             for event in progress.update():
                 if event["event"] == "end" and event["status"] == "failed":
-                    self._shown.show(f"worker {progress.number} ended: {event['reason']}")
+                    own = self._workers[progress.number // self._processes]
+                    reason = self._plan.places(own).in_words(event["reason"])
+                    self._shown.show(f"worker {progress.number} ended: {reason}")
         fill(self._dashboard, self._progress)
         self._shown.refresh()
 
@@ -84,7 +87,7 @@ class WorkerEnds:
     """
 
     def __init__(self, context: StepContext, view: TrainingView, show: Show) -> None:
-        self._workers, self._config = context.workers, context.plan.config
+        self._workers, self._plan, self._config = context.workers, context.plan, context.plan.config
         self._view, self._show = view, show
         self._ended: dict[str, str] = {}  # pods that have ended, by uid: why
         self._why: dict[int, str] = {}  # why a worker's last pod has ended
@@ -169,7 +172,8 @@ class WorkerEnds:
     def explain(self, verdict: Verdict) -> str:
         """Why the run has failed: the verdict's reason, unless an observation here is more specific."""
         if verdict.reason and not is_vague(verdict.reason):
-            return verdict.reason
+            worker = next((worker for worker in self._workers if worker.index == verdict.slot), None)
+            return self._plan.places(worker).in_words(verdict.reason) if worker else verdict.reason
         out_of_memory = {index: self._why[index] for index in self._out_of_memory if index in self._why}
         own = {index: why for index, why in self._why.items() if index == verdict.slot}
         for index, why in (*own.items(), *self.lost.items(), *out_of_memory.items()):

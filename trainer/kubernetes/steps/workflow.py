@@ -2,14 +2,16 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
+from trainer.errors import TrainingError
 from trainer.kubernetes.api.client import ApiError, Client
+from trainer.kubernetes.api.connection import SERVICE_ACCOUNT
 from trainer.kubernetes.api.kinds import JOB, POD, WORKFLOW, JobKind, Kind, Object
+from trainer.kubernetes.api.mounts import places_of
 from trainer.kubernetes.api.notices import Show
+from trainer.places import Places
 from trainer.timeouts import KubernetesTimeouts
 
-SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _STEP_CONTAINER = "main"  # Argo's name of it
 KINDS = {kind.name: kind for kind in (WORKFLOW, JOB)}
 
@@ -61,9 +63,22 @@ def own_namespace() -> str:
         return ""
 
 
+def _own_name() -> str:
+    return os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+
+
+def own_places() -> Places:
+    """The volumes of the step's own pod; none if the cluster does not show it."""
+    try:
+        pod = Client(own_namespace()).get(POD, _own_name())
+    except TrainingError:
+        return Places()
+    return places_of(pod, _STEP_CONTAINER) if pod else Places()
+
+
 def own_pod(namespace: str, show: Show, timeouts: KubernetesTimeouts) -> tuple[Object | None, Workflow | None, str]:
     """The step's workflow as an owner, if it is in the training's `namespace`; the workflow; its pod's image, or ""."""
-    own, name = own_namespace(), os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+    own, name = own_namespace(), _own_name()
     if not own:
         return None, None, ""
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.events import number
 from trainer.monitor.report import drawing
-from trainer.monitor.report.curves import FloatArray, Points, Worker
+from trainer.monitor.report.curves import FloatArray, Points, Worker, extent
 from trainer.monitor.report.drawing import Chart
 from trainer.monitor.report.run import RunHistory
 from trainer.monitor.report.words import BYTES, COUNTS, TIMES, Units, byte_count, labelled, unit_of
@@ -76,7 +76,7 @@ def _losses(axis: Axis, caption: str, held_out: bool, size: tuple[int, int], run
                 axes.plot(x, one, alpha=0.55, label="_", **faint)
             axes.plot([], [], label=f"each of {over} workers", **faint)
         elif over > drawing.MOST_LINES:
-            band = drawing.extent(np.array(workers))
+            band = extent(np.array(workers))
             axes.fill_between(x, *band, color=drawing.MUTED, alpha=0.25, linewidth=0, label=f"range of {over} workers")
         end = drawing.line(axes, x, shown, label="mean" if over > 1 else "loss")
         if len(scored):
@@ -166,9 +166,7 @@ def exposed_over_rounds(run: RunHistory) -> Chart | None:
     def draw_seconds(axes: "Axes") -> None:
         drawing.bars(axes, rounds, np.nanmean(exposed, axis=0), drawing.FIRST)
         if len(exposed) > 1 and len(rounds) <= drawing.MOST_BARS:
-            axes.vlines(
-                rounds, *drawing.extent(exposed), color=drawing.INK, linewidth=0.9, label="lowest to highest worker"
-            )
+            axes.vlines(rounds, *extent(exposed), color=drawing.INK, linewidth=0.9, label="lowest to highest worker")
         axes.set_ylim(bottom=0)
         drawing.over_rounds(axes, rounds, "exposed (s)")
 
@@ -245,7 +243,7 @@ def membership_over_time(run: RunHistory) -> Chart | None:
             for life in worker.lives:
                 axes.plot(at((life.start, life.last)), (row, row), color=drawing.MUTED, linewidth=1, label="_")
             # A bar for each stretch of rounds without a gap.
-            times = worker.rounds["time"].to_numpy()
+            times = worker.rounds["time"]
             gaps = np.flatnonzero(np.diff(worker.rounds["round"]) > 1) + 1
             for stretch in np.split(times, gaps) if len(times) else ():
                 axes.plot(at(stretch[[0, -1]]), (row, row), **BAR, label="_")
@@ -273,7 +271,7 @@ def membership_over_time(run: RunHistory) -> Chart | None:
 def _changes(run: RunHistory, worker: Worker) -> dict[str, list[float]]:
     """When a worker joined the running run, was late, died and left, in Unix seconds; by the names of MARKS."""
     ends = [event for event in worker.events if event["event"] == "end" and event.get("status") != "complete"]
-    begun = min((one.rounds["time"].iloc[0] for one in run.workers if len(one.rounds)), default=math.inf)
+    begun = min((one.rounds["time"][0] for one in run.workers if len(one.rounds)), default=math.inf)
     late = [event for event in worker.events if event.get("change") == "caught up"]
     return {
         "joined": [life.start for life in worker.lives if life.start > begun],

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from trainer.events import Event
@@ -14,6 +13,25 @@ from trainer.events import Event
 FloatArray = NDArray[np.float64]
 Points = tuple[FloatArray, FloatArray]  # x and y, both of shape (points,)
 SUMMED = ("samples", "tokens", "seconds")  # columns of which several inner steps together have the sum
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of numbers, with a name for each column; a missing value is NaN. Steps read a run by it, without pandas."""
+
+    columns: Sequence[str]
+    content: FloatArray  # (rows, columns)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def __getitem__(self, column: str) -> FloatArray:
+        """A column, (rows,)."""
+        return self.content[:, self.columns.index(column)]
+
+    def last(self, rows: int) -> "Table":
+        """The last rows."""
+        return Table(self.columns, self.content[-rows:])
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker's file. Tables have one row per step, round or evaluation; a missing value is NaN.
+    """One worker's file. Tables have one row per step, round or evaluation.
 
     Attributes:
         steps: `seconds` is the duration of the step, `wall` the worker's wall time at its end.
@@ -38,9 +56,9 @@ class Worker:
 
     name: str
     lives: tuple[Life, ...]
-    steps: pd.DataFrame
-    rounds: pd.DataFrame
-    evals: pd.DataFrame
+    steps: Table
+    rounds: Table
+    evals: Table
     events: tuple[Event, ...]
     wall_seconds: float
 
@@ -63,12 +81,12 @@ class Worker:
     @property
     def skipped(self) -> NDArray[np.bool_]:
         """Steps that were skipped because their loss or gradient was not finite: they consumed no samples."""
-        return (self.steps["loss"].isna() | (self.steps["samples"] == 0)).to_numpy(dtype=bool)
+        return np.isnan(self.steps["loss"]) | (self.steps["samples"] == 0)
 
     @property
     def useful_seconds(self) -> float:
         """Seconds in inner steps that were kept, and were not skipped."""
-        return float(self.steps["seconds"][~self.skipped].sum())
+        return float(np.nansum(self.steps["seconds"][~self.skipped]))
 
     @property
     def goodput(self) -> float:
@@ -91,12 +109,13 @@ class Curves:
 
         Unequal workers make more or fewer inner steps than the schedule: those that lead to one step are combined.
         """
-        frames = [worker.steps.assign(step=np.ceil(worker.steps["step"])) for worker in self.workers]
-        return _table(frames, "step", column, add=column in SUMMED)
+        series = [(np.ceil(worker.steps["step"]), worker.steps[column]) for worker in self.workers]
+        return _aligned(series, add=column in SUMMED)
 
     def over_rounds(self, column: str, table: str = "rounds") -> tuple[FloatArray, FloatArray]:
         """Committed rounds in a `table` (rounds or evals), (rounds,), and a column at them, (workers, rounds)."""
-        return _table([getattr(worker, table) for worker in self.workers], "round", column)
+        tables: list[Table] = [getattr(worker, table) for worker in self.workers]
+        return _aligned([(one["round"], one[column]) for one in tables])
 
     @cached_property
     def samples_at_steps(self) -> FloatArray:
@@ -184,10 +203,25 @@ def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
     return np.divide(numerator, denominator, out=result, where=np.nan_to_num(denominator) > 0)
 
 
-def _table(frames: Sequence[pd.DataFrame], key: str, column: str, add: bool = False) -> tuple[FloatArray, FloatArray]:
-    """All keys in order, (keys,), and the column at them, (frames, keys). Rows with the same key: their mean or sum."""
-    if not frames:
+def extent(lines: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The lowest and the highest of the lines, (lines, points), at each point; NaN where there is none."""
+    known = np.isfinite(lines)
+    lowest = np.min(np.where(known, lines, np.inf), axis=0, initial=np.inf)
+    highest = np.max(np.where(known, lines, -np.inf), axis=0, initial=-np.inf)
+    none = ~known.any(axis=0)
+    return np.where(none, np.nan, lowest), np.where(none, np.nan, highest)
+
+
+def _aligned(series: Sequence[Points], add: bool = False) -> tuple[FloatArray, FloatArray]:
+    """All keys in order, (keys,), and the values at them, (series, keys). Values of the same key: their mean or sum."""
+    if not series:
         return np.empty(0), np.empty((0, 0))
-    groups = [frame.groupby(key)[column] for frame in frames]
-    table = pd.concat([group.sum(min_count=1) if add else group.mean() for group in groups], axis=1).sort_index()
-    return table.index.to_numpy(dtype=float), table.to_numpy(dtype=float).T
+    keys = np.unique(np.concatenate([own for own, _ in series]))
+    rows = []
+    for own, values in series:
+        known = np.isfinite(values)
+        places = np.searchsorted(keys, own[known])
+        count = np.bincount(places, minlength=len(keys)).astype(float)
+        total = np.bincount(places, weights=values[known], minlength=len(keys)).astype(float)
+        rows.append(_ratio(total, np.sign(count) if add else count))
+    return keys, np.array(rows)

@@ -14,9 +14,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from trainer.monitor.report.curves import FloatArray
+from trainer.monitor.report.curves import FloatArray, weighted_mean
 from trainer.monitor.report.words import digits
 
 if TYPE_CHECKING:
@@ -155,17 +154,13 @@ def thin(x: FloatArray, lines: FloatArray) -> tuple[FloatArray, FloatArray]:
     Values that are not finite are ignored.
     """
     size = -(-x.size // max(50, min(600, MOST_POINTS // min(len(lines), MOST_LINES))))
-    frame = pd.DataFrame(np.where(np.isfinite(lines), lines, np.nan).T, index=x)
-    if size > 1:
-        bins = np.arange(x.size) // size
-        frame = frame.groupby(bins).mean().set_axis(pd.Series(x).groupby(bins).mean())
-    return frame.index.to_numpy(dtype=float), frame.to_numpy().T
-
-
-def extent(lines: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The lowest and the highest of the lines at each point, NaN where there is none."""
-    known = pd.DataFrame(np.where(np.isfinite(lines), lines, np.nan))
-    return known.min().to_numpy(), known.max().to_numpy()
+    if size <= 1:
+        return x, np.where(np.isfinite(lines), lines, np.nan)
+    # The last bin may be smaller: what it lacks is NaN
+    missing = -x.size % size
+    filled = np.pad(np.vstack([x, lines]), ((0, 0), (0, missing)), constant_values=np.nan)
+    means = weighted_mean(np.moveaxis(filled.reshape(len(lines) + 1, -1, size), -1, 0), np.ones(1))
+    return means[0], means[1:]
 
 
 def bars(axes: "Axes", x: FloatArray, heights: FloatArray, color: str) -> None:

@@ -22,6 +22,7 @@ from trainer.monitor.report.run import RunHistory, read_run
 from trainer.monitor.report.summary import write_summary
 from trainer.monitor.report.words import byte_count, count, seconds, short
 from trainer.monitor.verify import judged
+from trainer.places import Places
 
 if TYPE_CHECKING:
     import jinja2
@@ -39,17 +40,22 @@ VERDICTS = {
 Tile = namedtuple("Tile", "label value unit note")  # a key number at the top of the report
 
 
-def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
+def write_report(run_dir: Path | str, output: Path | str | None = None, places: Places | None = None) -> Path:
     """Write a run's report, whole or not at all, and bring its `summary.json` up to date.
 
-    `output` is `<run_dir>/report.html` by default. Returns the report's path.
+    Args:
+        output: `<run_dir>/report.html` by default.
+        places: What its readers, if they are elsewhere, know the run's directories by.
+
+    Returns:
+        The report's path.
     """
     from trainer.monitor.report.charts import charts
 
     run = read_run(run_dir)
     judgement = judged(run.directory)
     write_summary(run_dir, judgement)
-    evaluation = run.evaluation or {}
+    evaluation, places = run.evaluation or {}, places or Places()
     tone, mark, verdict = VERDICTS[run.status]
     text = page(
         "template.html",
@@ -59,6 +65,8 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         tone=tone,
         mark=mark,
         verdict=verdict,
+        reason=places.in_words(run.reason),
+        places=places,
         facts=facts(run),
         comparison=_comparison(evaluation),
         tiles=tiles(run),
@@ -70,7 +78,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         confusion=tables.confusion(evaluation),
         confusions=tables.confusions(evaluation),
         rounds=tables.rounds(run),
-        history=tables.history(run),
+        history=[{**row, "text": places.in_words(row["text"])} for row in tables.history(run)],
         judgement=judgement,
         settings=tables.settings(run.config),
     )
@@ -80,9 +88,9 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
 
 
 def page(template: str, **values: Any) -> str:
-    """Render a template of this folder as a whole page; `runs` are those that it is made from."""
+    """Render a template of this folder as a whole page; `runs` are those that it is made from, at their `places`."""
     style, written = (FOLDER / "style.css").read_text(encoding="utf-8"), _moment(datetime.datetime.now().timestamp())
-    return templates().get_template(template).render(style=style, written=written, **values)
+    return templates().get_template(template).render({"style": style, "written": written, "places": Places(), **values})
 
 
 @cache

@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from trainer.events import POSITIONS, Event, number
-from trainer.monitor.report.curves import FloatArray, Life, Worker
+from trainer.monitor.report.curves import FloatArray, Life, Table, Worker
 
 COLUMNS = {
     "step": "step loss samples tokens seconds wall",
@@ -32,7 +31,7 @@ class WorkerRecord:
 
     def _begin(self) -> None:
         self._run_id: object = None
-        self._tables = {kind: _Table(columns.split(), POSITIONS[kind]) for kind, columns in COLUMNS.items()}
+        self._tables = {kind: _Rows(columns.split(), POSITIONS[kind]) for kind, columns in COLUMNS.items()}
         self._lives: list[Life] = []
         self._others: list[Event] = []
         self._number: object = None  # the worker's, if an event names it
@@ -87,15 +86,15 @@ class WorkerRecord:
 
     def worker(self, name: str) -> Worker:
         """The worker as it is now."""
-        tables = {f"{kind}s": table.frame() for kind, table in self._tables.items()}
+        tables = {f"{kind}s": table.table() for kind, table in self._tables.items()}
         return Worker(name, tuple(self._lives), **tables, events=tuple(self._others), wall_seconds=self._wall)
 
 
-class _Table:
+class _Rows:
     """Rows of numbers, of which the last one at a position counts."""
 
     def __init__(self, columns: list[str], key: str) -> None:
-        self._columns, self._key = columns, key
+        self._columns, self._key = columns, columns.index(key)
         self._step = columns.index("step")
         self._rows: list[list[float]] = []  # the newest ones
         self._blocks: list[FloatArray] = []  # the others, each (rows, columns)
@@ -116,10 +115,10 @@ class _Table:
         self._close_block()
         self._blocks = [block[~(block[:, self._step] >= step)] for block in self._blocks]
 
-    def frame(self) -> pd.DataFrame:
+    def table(self) -> Table:
         self._close_block()
         content = np.concatenate(self._blocks) if self._blocks else np.empty((0, len(self._columns)))
         self._blocks = [content]
-        table = pd.DataFrame(content, columns=self._columns).replace([np.inf, -np.inf], np.nan)
-        kept = table.drop_duplicates(self._key, keep="last")
-        return kept.sort_values(self._key, ignore_index=True)
+        newest_first = np.where(np.isfinite(content), content, np.nan)[::-1]
+        _, kept = np.unique(newest_first[:, self._key], return_index=True)  # the first of each, in the key's order
+        return Table(self._columns, newest_first[kept])

@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from trainer.errors import ConfigError
 from trainer.events import Event, EventReader, number
 from trainer.files import read_json
-from trainer.monitor.report.curves import Curves, Life, Worker
+from trainer.monitor.report.curves import Curves, FloatArray, Life, Worker
 from trainer.monitor.report.record import WorkerRecord
 from trainer.tasks import Task, tasks
 
@@ -139,15 +139,15 @@ class RunHistory(Curves):
 
     def total(self, column: str) -> float:
         """The sum of a column of the rounds (`bytes_sent`, `exposed_seconds`, …) over rounds and workers."""
-        return float(sum(worker.rounds[column].sum() for worker in self.workers))
+        return float(sum(np.nansum(worker.rounds[column]) for worker in self.workers))
 
     @property
     def samples(self) -> float:
-        return float(sum(worker.steps["samples"].sum() for worker in self.workers))
+        return float(sum(np.nansum(worker.steps["samples"]) for worker in self.workers))
 
     @property
     def tokens(self) -> float:
-        return float(sum(worker.steps["tokens"][~worker.skipped].sum() for worker in self.workers))
+        return float(sum(np.nansum(worker.steps["tokens"][~worker.skipped]) for worker in self.workers))
 
     @property
     def skipped_steps(self) -> int:
@@ -162,13 +162,19 @@ class RunHistory(Curves):
 
     def typical(self, column: str) -> float:
         """The median of a column over all workers' rounds (`flops_per_second`, a worker's; `mfu`); NaN: not known."""
-        values = pd.concat([worker.rounds[column] for worker in self.workers] or [pd.Series(dtype=float)])
-        return float(values.median())
+        values = self._of_rounds(column)
+        return float(np.median(values)) if len(values) else math.nan
 
     @property
     def peak_memory(self) -> float:
         """The most bytes of a process on its device; NaN: not known."""
-        return max((float(worker.rounds["peak_memory"].max()) for worker in self.workers), default=math.nan)
+        values = self._of_rounds("peak_memory")
+        return float(np.max(values)) if len(values) else math.nan
+
+    def _of_rounds(self, column: str) -> FloatArray:
+        """The known values of a column in all workers' rounds."""
+        values = np.concatenate([worker.rounds[column] for worker in self.workers] or [np.empty(0)])
+        return values[np.isfinite(values)]
 
     @property
     def exposed_share(self) -> float:

@@ -6,10 +6,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from trainer.config import UNSET, Parameter, TrainingConfig
 from trainer.events import number
+from trainer.monitor.report.curves import extent, weighted_mean
 from trainer.monitor.report.run import RunHistory
 from trainer.monitor.report.words import byte_count, plain, seconds
 from trainer.tasks import Task, tasks
@@ -87,22 +87,24 @@ def rounds(run: RunHistory) -> list[Row]:
         return []
     held_out = dict(zip(*(series.tolist() for series in run.held_out_losses), strict=True))
     names = ("bytes_sent", "exposed_seconds", "seconds", "world_size", "attempt")
-    sent, exposed, took, world, attempts = (pd.DataFrame(run.over_rounds(name)[1]) for name in names)
+    sent, exposed, took, world, attempts = (run.over_rounds(name)[1] for name in names)
+    took, exposed = (weighted_mean(values, np.ones_like(values)) for values in (took, exposed))
+    most, sending = extent(world)[1], np.isfinite(sent).sum(axis=0)
     columns: Mapping[str, tuple[Any, str]] = {
-        "workers": (world.max().fillna(sent.count()), "{:.0f}"),
+        "workers": (np.where(np.isnan(most), sending, most), "{:.0f}"),
         "loss": (losses, "{:.4f}"),
-        "exposed": (exposed.mean(), "{:.2f}"),
+        "exposed": (exposed, "{:.2f}"),
         "share": (100 * run.exposed_shares[1], "{:.1f}"),
-        "seconds": (took.mean(), "{:.1f}"),
+        "seconds": (took, "{:.1f}"),
         "rate": (run.round_throughput[1], "{:,.1f}"),
-        "attempts": (attempts.max().fillna(0), "{:.0f}"),
+        "attempts": (np.nan_to_num(extent(attempts)[1]), "{:.0f}"),
     }
     chosen = np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), MOST_ROWS)).astype(int))
     return [
         {
             "round": f"{numbers[i]:.0f}",
             "held_out": plain(held_out.get(numbers[i], math.nan), "{:.4f}"),
-            "sent": byte_count(sent[i].sum()),
+            "sent": byte_count(np.nansum(sent[:, i])),
             **{name: plain(values[i], form) for name, (values, form) in columns.items()},
         }
         for i in chosen

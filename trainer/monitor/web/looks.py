@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import psutil
 
 from trainer.config import TrainingConfig
@@ -82,26 +83,25 @@ class DirectoryView:
 
 def row_of(worker: Worker, place: int) -> WorkerRow:
     """A worker's row, from its file. Loss and speed are those of its last steps."""
-    start, steps, rounds = worker.start, worker.steps.iloc[-RECENT:], worker.rounds
+    start, steps, rounds = worker.start, worker.steps.last(RECENT), worker.rounds
     state = worker.status
     if not worker.end:
         begun = worker.lives and len(steps) and worker.lives[-1].last > worker.lives[-1].start
         state = "training" if begun else "joining" if worker.lives else "starting"
-    moved = rounds[["bytes_sent", "bytes_received"]].to_numpy()
-    wall = steps["wall"].to_numpy()
+    moved = np.nansum(rounds["bytes_sent"]) + np.nansum(rounds["bytes_received"])
+    wall, losses = steps["wall"], steps["loss"]
     passed = wall[-1] - wall[0] if len(wall) > 1 else 0.0
-    losses = steps["loss"].to_numpy()
-    held_out = last_finite(worker.evals["loss"].to_numpy())
+    held_out = last_finite(worker.evals["loss"])
     return WorkerRow(
         worker=int(start.get("worker", place)),
         state=state,
-        step=math.floor(steps["step"].iloc[-1]) if len(steps) else None,
-        round=int(rounds["round"].iloc[-1]) if len(rounds) else start.get("resumed_round"),
+        step=math.floor(steps["step"][-1]) if len(steps) else None,
+        round=int(rounds["round"][-1]) if len(rounds) else start.get("resumed_round"),
         loss=float(losses[losses == losses].mean()) if (losses == losses).any() else None,
         held_out=held_out if math.isfinite(held_out) else None,
-        speed=float(steps["samples"].iloc[1:].sum() / passed) if passed > 0 else None,
-        bytes=int(moved[moved == moved].sum()) if len(rounds) else None,
-        samples=int(worker.steps["samples"].sum()),
+        speed=float(np.nansum(steps["samples"][1:]) / passed) if passed > 0 else None,
+        bytes=int(moved) if len(rounds) else None,
+        samples=int(np.nansum(worker.steps["samples"])),
         at=worker.lives[-1].last if worker.lives else None,
         member=str(start.get("member", "")),
         host=str(start.get("host", "")),

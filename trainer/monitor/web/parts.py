@@ -67,7 +67,7 @@ def files() -> Iterator[tuple[str, str, bytes]]:
 def _measures(worker: Worker | None) -> dict[str, str]:
     if worker is None:
         return {}
-    synchronised = last_finite(worker.rounds["sync_seconds"].to_numpy())
+    synchronised = last_finite(worker.rounds["sync_seconds"])
     return {
         "sync": f"{synchronised:.2f}" if math.isfinite(synchronised) else "",
         "goodput": f"{100 * worker.goodput:.0f}" if math.isfinite(worker.goodput) else "",
