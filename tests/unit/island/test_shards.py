@@ -1,6 +1,7 @@
-"""A sharded model has the leader's values in all processes, which build it without values."""
+"""A sharded model has the values of a whole one in all processes, none of which has built it as a whole."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainer.process import listen
 
 TEXT = {"vocabulary_size": 257, "sequence_length": 32, "eos_token_id": 256}
 SPEECH = {"vocabulary": ["<pad>", "<s>", "</s>", "A"]}
+MODELS = {"gpt-neo:test": TEXT, "gpt-neo-x:test": TEXT, "wav2vec2:test": SPEECH}
 
 
 def compare(rank: int, port: int, paths: list[Path]) -> None:
@@ -27,8 +29,13 @@ def compare(rank: int, port: int, paths: list[Path]) -> None:
     with Island.form(config, torch.device("cpu")) as island:
         for path in paths:
             expected = models.build(path, 7)
-            model = models.build(path, 7, "cpu" if island.leads else "meta")
-            shard(model, island.device, path.name)
+            if island.leads:
+                model, deferred = models.build_deferred(path, 7, large=1)
+                assert all(parameter.is_meta for parameter in model.parameters())
+                shard(model, island.device, path.name, deferred.value)
+            else:
+                model = models.build(path, 7, "meta")
+                shard(model, island.device, path.name)
             found: dict[str, Any] = dict(model.state_dict(keep_vars=True)) | dict(model.named_buffers())
             wanted = dict(expected.state_dict(keep_vars=True)) | dict(expected.named_buffers())
             assert found.keys() == wanted.keys()
@@ -41,12 +48,21 @@ def compare(rank: int, port: int, paths: list[Path]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_leaders_values_are_everyones(tmp_path: Path) -> None:
-    """Those of buffers, tied parameters, and frozen and reparametrised ones of a pretrained model."""
-    random, _ = models.precache(TrainingConfig(model="gpt-neo:test"), TEXT, tmp_path)
-    speech, _ = models.precache(TrainingConfig(model="wav2vec2:test"), SPEECH, tmp_path)
-    models.build(speech, 3).save_pretrained(tmp_path / "it")  # type: ignore[operator]
-    pretrained, _ = models.precache(TrainingConfig(model=f"wav2vec2:{tmp_path / 'it'}"), SPEECH, tmp_path)
+def test_the_values_of_a_whole_model_are_everyones(tmp_path: Path) -> None:
+    """Those of buffers, tied parameters, and frozen and reparametrised ones of a pretrained model, in several files."""
+    paths = []
+    for name, data in MODELS.items():
+        random, _ = models.precache(TrainingConfig(model=name), data, tmp_path)
+        first: Any = models.build(random, 3)
+        first.save_pretrained(tmp_path / name)
+        source = f"{name.partition(':')[0]}:{tmp_path / name}"
+        pretrained, _ = models.precache(TrainingConfig(model=source), data, tmp_path)
+        # As precaching writes a large one: in several files
+        shutil.copytree(pretrained, parts := tmp_path / f"{pretrained.name}-parts")
+        (parts / "model.safetensors").unlink()
+        first.save_pretrained(parts, max_shard_size="20KB", save_original_format=False)
+        assert len(list(parts.glob("*.safetensors"))) > 1
+        paths += [random, pretrained, parts]
     with listen("127.0.0.1") as probe:
         port = probe.getsockname()[1]
-    multiprocessing.spawn(compare, (port, [random, pretrained]), nprocs=2)  # type: ignore[no-untyped-call]
+    multiprocessing.spawn(compare, (port, paths), nprocs=2)  # type: ignore[no-untyped-call]
