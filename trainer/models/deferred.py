@@ -175,7 +175,7 @@ class _Disguise(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
             return False
-        if func == torch.Tensor.device.__get__ and result == _META:  # type: ignore[attr-defined]
+        if func == torch.Tensor.device.__get__ and result == _META:
             return torch.device("cpu")
         return result
 

@@ -40,6 +40,7 @@ from trainer.worker.optimizer import inner_optimizer
 from trainer.worker.own_state import OwnState
 from trainer.worker.profiling import Profile, is_out_of_memory, measure, profile
 from trainer.worker.samples import Samples, Speed
+from trainer.worker.throughput import peak_memories
 
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
@@ -173,6 +174,7 @@ def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str]
     process = Process(config, volume, device, task, dataset, shared, model, loss, optimizer, samples, own, island)
     if island:
         island.on(ready=partial(_ready, process, warn), measure=partial(_measure, process, island))
+        island.on(memory=partial(peak_memories, device, island))
     return process
 
 
