@@ -69,6 +69,11 @@ def one_line(error: BaseException) -> str:
     return message if len(message) <= 300 else f"{message[:299]}…"
 
 
+def listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Call `main` and exit with its status; after an expected failure, with one line and the failure's status.
 

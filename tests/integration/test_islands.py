@@ -165,10 +165,15 @@ def test_an_island_of_two_is_one_worker_with_the_results_of_one_process(
     assert [step for step, loss in node.losses().items() if math.isnan(loss)] == skipped
     assert node.events("end")[-1]["skipped_steps"] == len(skipped)
 
+    assert base_hash(node) == base_hash(whole)  # of the initial parameters: the same bits
+
     # One member, one volume, and nothing left in shared memory
     (begun,) = node.events("start")
     assert (begun["processes"], begun["world_size"]) == (2, 1)
     assert not (node.volume.root / "process-1").exists()
+    for event in node.events("round"):
+        assert len(event["peak_memories"]) == 2
+        assert event["peak_memory"] == max(event["peak_memories"]) >= min(event["peak_memories"]) > 0
     with EtcdClient.of(node.config) as client:
         durable = [key for key in keys.records_of(client) if key.startswith("durable/")]
     assert durable == ["durable/000"]
@@ -297,6 +302,30 @@ def test_every_model_trains_on_an_island(
     assert all(map(math.isfinite, losses.values()))
     assert [event["samples"] for event in node.events("eval")] == [node.events("eval")[0]["samples"]] * 3
     assert node.final().worker()["buffers"].keys() == dict(build(node).named_buffers()).keys()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["gpt-neo", "gpt-neo-x", "wav2vec2"])
+def test_a_pretrained_model_on_shards_has_the_results_of_one_process(
+    name: str, start: Callable[..., Node], shared: Path, tmp_path: Path
+) -> None:
+    few = {"total_steps": 4, "local_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2}
+    values = {**COMMON, **values_of(name, shared), **few}
+    first: Any = build(start("first", 1, "none", **values).ends())
+    first.save_pretrained(tmp_path / "it")
+    values |= {"model": f"{name}:{tmp_path / 'it'}", "seed": 8}
+    single, island = start("one", 1, "none", **values).ends(), start("two", 2, "fsdp", **values).ends()
+    assert base_hash(island) == base_hash(single)
+    evals, others = island.events("eval"), single.events("eval")
+    assert evals[0]["loss"] == pytest.approx(others[0]["loss"], rel=1e-5)
+    assert sorted(island.losses()) == [1, 2, 3, 4]
+    if name != "wav2vec2":  # each process has dropout of its own
+        assert island.losses() == pytest.approx(single.losses(), rel=1e-5)
+
+
+def base_hash(node: Node) -> str:
+    """Of the state that the run's first round began from."""
+    return str(node.events("round")[0]["base_hash"])
 
 
 def build(node: Node) -> torch.nn.Module:

@@ -40,15 +40,16 @@ def _checkpointed(forward: Callable[..., Any], *arguments: Any, **named: Any) ->
     return checkpoint(forward, *arguments, use_reentrant=False, **named)
 
 
-def shard(model: nn.Module, device: torch.device, name: str) -> None:
+def shard(model: nn.Module, device: torch.device, name: str, value: Callable[[Tensor], Tensor] | None = None) -> None:
     """Shard a model over the processes of the island, in place: each block by itself, then the rest.
 
-    The values are the leader's; the other processes' model may be on the meta device. So no device, and no other
-    process, ever holds more than a block and what is outside of the blocks. Parameters stay float32; on GPUs, blocks
-    compute in bfloat16, and gradients are averaged in float32.
+    The values are the leader's, which makes those on the meta device one tensor at a time. So no device, and no
+    process, ever holds more than its shards, a block, and what is outside of the blocks. Parameters stay float32; on
+    GPUs, blocks compute in bfloat16, and gradients are averaged in float32.
 
     Args:
         name: The model's, for the error.
+        value: What a tensor of the leader's on the meta device contains.
 
     Raises:
         ConfigError: The model has no blocks.
@@ -62,7 +63,7 @@ def shard(model: nn.Module, device: torch.device, name: str) -> None:
     if device.type == "cuda":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in [*chosen, model]:
-        _share(module, device)
+        _share(module, device, value)
         fully_shard(module, **options)
 
 
@@ -82,17 +83,23 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _share(module: nn.Module, device: torch.device) -> None:
-    """Set the parameters and buffers of a module that are not sharded yet to the leader's, on the device."""
+def _share(module: nn.Module, device: torch.device, value: Callable[[Tensor], Tensor] | None) -> None:
+    """Set the parameters and buffers of a module that are not sharded yet to the leader's, on the device.
+
+    Args:
+        value: What a tensor on the meta device contains; None: the leader's is to come.
+    """
     made: dict[Tensor, Tensor] = {}  # tied parameters stay tied
     for part in module.modules():
         owned: tuple[dict[str, Any], ...] = part._parameters, part._buffers
         for tensors in owned:
             for key, old in tensors.items():
-                if old is not None and old.is_meta:
-                    new = torch.empty_like(old, device=device)
-                    made.setdefault(old, nn.Parameter(new, old.requires_grad) if tensors is part._parameters else new)
-                    tensors[key] = made[old]
+                if old is None or not old.is_meta:
+                    continue
+                if old not in made:
+                    new = value(old).to(device) if value else torch.empty_like(old, device=device)
+                    made[old] = nn.Parameter(new, old.requires_grad) if tensors is part._parameters else new
+                tensors[key] = made[old]
     module.to(device)
     for tensor in [*module.parameters(), *module.buffers()]:
         if not isinstance(tensor, DTensor) and tensor.numel():

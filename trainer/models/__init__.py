@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainingConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, one_line
 from trainer.files import read_json, whole_directory, write_json
 from trainer.plugins import modules_of
 
 if TYPE_CHECKING:
     import torch
 
+    from trainer.models.deferred import Deferred
+
 logger = logging.getLogger(__name__)
 READY = "READY"
+LARGE = (
+    1 << 12
+)  # elements from which on a tensor is deferred: smaller ones, of all layers, are little beside a large one
 _PATH = re.compile(r"[./~]")  # how a directory's name begins
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -37,7 +42,8 @@ class ModelFamily:
         write: `write(directory, size, data)` writes the files that `build` needs. `data` has the dataset's properties
             that a model depends on (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
         build: `build(directory)` returns the module, with random weights from torch's global generator. A family with
-            blocks is also built in a context of `torch.device("meta")`: then it reads no weights.
+            blocks is also built in a context of `torch.device("meta")`: then it reads no weights; and in one of
+            `deferred.Deferred`: then it reads them when they are asked for.
         fetch: `fetch(directory, source, data)` is `write` for a pretrained model: a Hub id (`<id>@<revision>`) or a
             local directory. None: not supported.
     """
@@ -180,12 +186,36 @@ def build(path: Path, seed: int, device: str = "cpu") -> "torch.nn.Module":
     """
     import torch
 
+    family = _family_of(path)
+    with _seeded(seed), torch.device(device) if device != "cpu" else nullcontext():
+        return family.build(path)
+
+
+def build_deferred(path: Path, seed: int, large: int = LARGE) -> "tuple[torch.nn.Module, Deferred]":
+    """As `build`, of a model with blocks, but large tensors are on the meta device: `Deferred.value` has their values.
+
+    A model whose constructor reads the large tensors that it makes is built as a whole.
+
+    Args:
+        large: Number of elements from which on a tensor is deferred.
+    """
+    from trainer.models.deferred import Deferred
+
+    family = _family_of(path)
+    try:
+        with _seeded(seed), Deferred(large) as values:
+            return family.build(path), values
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # what torch says of a missing value
+        logger.warning("the model is built as a whole, in the memory of one process: %s", one_line(error))
+        return build(path, seed), Deferred(large)
+
+
+def _family_of(path: Path) -> ModelFamily:
+    """The family of a precached model. Raises ConfigError if there is none in `path`."""
     if not (path / READY).exists():
         problem = f"is not precached in {path.parent}: run `python -m trainer precache` first"
         raise ConfigError("model", path.name, problem)
-    family = families()[read_json(path / "model.json")["family"]]
-    with _seeded(seed), torch.device(device) if device != "cpu" else nullcontext():
-        return family.build(path)
+    return families()[read_json(path / "model.json")["family"]]
 
 
 def _changed_since(mark: Path, source: Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import ConfigError, TrainingError, one_line
+from trainer.errors import ConfigError, TrainingError, listed, one_line
 from trainer.files import is_lfs_pointer
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _check_without_weights(directory: Path, source: str) -> None:
     patterns = (*_OTHER_WEIGHTS, "*/*.safetensors", "*/*.bin")
     found = sorted(path for pattern in patterns for path in directory.glob(pattern) if not path.name.startswith("."))
     if found:
-        names = _listed([str(path.relative_to(directory)) for path in found])
+        names = listed([str(path.relative_to(directory)) for path in found])
         problem = f"its weights must be {WEIGHTS}, pytorch_model.bin, or all of their shards; it has only {names}"
         raise ConfigError("model", source, problem)
     logger.warning("model %s has a configuration and no weights: it begins from scratch", source)
@@ -127,7 +127,7 @@ def _check_files(directory: Path, source: str) -> None:
                 with safe_open(path, "pt") as weights:
                     keys = [_unwrapped(key) for key in weights.keys()]  # noqa: SIM118 - not a mapping
                 if twice := sorted({key for key in keys if keys.count(key) > 1} if len({*keys}) < len(keys) else ()):
-                    problem = f"{path.name} has weights both with and without a wrapper's prefix: {_listed(twice)}"
+                    problem = f"{path.name} has weights both with and without a wrapper's prefix: {listed(twice)}"
                     raise ConfigError("model", source, problem)
         except (SafetensorError, EOFError) as error:
             raise ConfigError("model", source, f"{path.name} is not complete: {one_line(error)}") from None
@@ -152,37 +152,44 @@ def _check_weights(source: str, model: Any, found: Mapping[str, Any], published:
         return sorted(key for key in keys if key.startswith(body) and not key.endswith(_OFTEN_ABSENT))
 
     if missing := of_the_body(found["missing_keys"]):
-        raise ConfigError("model", source, f"lacks weights of its configuration: {_listed(missing)}")
+        raise ConfigError("model", source, f"lacks weights of its configuration: {listed(missing)}")
     if unexpected := of_the_body(found["unexpected_keys"]):
-        raise ConfigError("model", source, f"has weights that its configuration does not: {_listed(unexpected)}")
+        raise ConfigError("model", source, f"has weights that its configuration does not: {listed(unexpected)}")
     if found["unexpected_keys"] and len(found["missing_keys"]) == len(model.state_dict()):
         unknown = sorted(found["unexpected_keys"])
-        raise ConfigError("model", source, f"has none of the weights of its configuration, but {_listed(unknown)}")
+        raise ConfigError("model", source, f"has none of the weights of its configuration, but {listed(unknown)}")
     if found["mismatched_keys"]:
         with torch.device("meta"):
             shapes = {key: tensor.shape for key, tensor in published().state_dict().items()}
         if wrong := sorted(key for key, shape, _ in found["mismatched_keys"] if shapes.get(key) != shape):
-            raise ConfigError("model", source, f"has weights of another shape than its configuration: {_listed(wrong)}")
+            raise ConfigError("model", source, f"has weights of another shape than its configuration: {listed(wrong)}")
     if broken := sorted(name for name, weights in model.named_parameters() if not weights.isfinite().all()):
-        raise ConfigError("model", source, f"has weights that are not finite: {_listed(broken)}")
+        raise ConfigError("model", source, f"has weights that are not finite: {listed(broken)}")
     if new := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
-        logger.warning("model %s: new, with random weights from the seed: %s", source, _listed(new))
-
-
-def _listed(keys: list[str]) -> str:
-    """The first keys, and how many more there are."""
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        logger.warning("model %s: new, with random weights from the seed: %s", source, listed(new))
 
 
 def build(directory: Path, auto: str) -> "torch.nn.Module":
-    """The model that `fetch`, or a family's `write`, put into `directory`, in float32; on `meta`, without weights."""
+    """The model that `fetch`, or a family's `write`, put into `directory`, in float32.
+
+    On `meta` without weights; in a context of `Deferred`, they are read when they are asked for.
+    """
     import torch
     import transformers
 
-    if any(directory.glob("*.safetensors")) and torch.get_default_device().type != "meta":
+    from trainer.models import deferred
+
+    later, pretrained = deferred.current(), any(directory.glob("*.safetensors"))
+    if pretrained and later is None and torch.get_default_device().type != "meta":
         return load(directory, auto).train()
+    if pretrained and later is not None:
+        later.draws = False
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     model: torch.nn.Module = getattr(transformers, auto).from_config(config, dtype=torch.float32)
+    if pretrained and later is not None:
+        from trainer.models.stored_weights import read_later
+
+        read_later(model, directory, later)
     return model
 
 
@@ -203,7 +210,7 @@ def load(directory: Path, auto: str) -> "torch.nn.Module":
     model: torch.nn.Module
     model, found = kind.from_pretrained(directory, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
-        raise ConfigError("model", directory, f"lacks weights of its configuration: {_listed(missing)}")
+        raise ConfigError("model", directory, f"lacks weights of its configuration: {listed(missing)}")
     return model
 
 

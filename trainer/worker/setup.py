@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from trainer.diloco import DiLoCo, Nesterov, Overlap, codecs, outer
 from trainer.diloco.diloco import Stateful
 from trainer.elastic.keys import SLOT_VARIABLE
 from trainer.elastic.member import ElasticQuorum
-from trainer.errors import TrainingError, one_line
+from trainer.errors import ConfigError, TrainingError, listed, one_line
 from trainer.files import require_free_space
 from trainer.island.kept import KeptState
 from trainer.island.layout import IslandLayout
@@ -28,6 +29,7 @@ from trainer.island.memory import NodeMemory, directory_of
 from trainer.island.optimizer import IslandOptimizer
 from trainer.island.parallel import blocks, checkpoint_blocks, shard
 from trainer.island.processes import Island
+from trainer.models.deferred import Deferred
 from trainer.process import number_from, return_freed_memory
 from trainer.protocol import PROTOCOL
 from trainer.tasks import Task, scoring, tasks
@@ -38,6 +40,7 @@ from trainer.worker.optimizer import inner_optimizer
 from trainer.worker.own_state import OwnState
 from trainer.worker.profiling import Profile, is_out_of_memory, measure, profile
 from trainer.worker.samples import Samples, Speed
+from trainer.worker.throughput import peak_memories
 
 FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
 CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
@@ -155,14 +158,7 @@ def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str]
     spec = models.resolve(config.model)
     task = tasks()[spec.family.task]
     dataset = data.open_dataset(data.directory(config, volume.datasets))
-    follows = island is not None and not island.leads
-    empty = follows and config.inner_parallel == "fsdp"  # `shard` brings the leader's values
-    path = models.directory(config, dataset.manifest.for_model, volume.models)
-    model = models.build(path, config.seed, "meta" if empty else "cpu")
-    if config.activation_checkpointing == "block":
-        checkpoint_blocks(model, config.model)
-    if config.inner_parallel == "fsdp":
-        shard(model, device, config.model)
+    model = _model(config, models.directory(config, dataset.manifest.for_model, volume.models), device, island)
     model = model.to(device).train()
     shared = scoring.shared_tensors(dataset.shared, device)
     optimizer = inner_optimizer(config, model, task.parameter_groups(model))
@@ -178,7 +174,43 @@ def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str]
     process = Process(config, volume, device, task, dataset, shared, model, loss, optimizer, samples, own, island)
     if island:
         island.on(ready=partial(_ready, process, warn), measure=partial(_measure, process, island))
+        island.on(memory=partial(peak_memories, device, island))
     return process
+
+
+def _model(config: TrainingConfig, path: Path, device: torch.device, island: Island | None) -> nn.Module:
+    """The precached model; with `fsdp`, this process's shards of it.
+
+    Raises:
+        ConfigError: There is none, or its weights are not those of its configuration.
+    """
+    sharded, deferred = config.inner_parallel == "fsdp", None
+    if island and sharded:
+        model, deferred = _deferred_model(config, path, island)
+    else:
+        model = models.build(path, config.seed)
+    if config.activation_checkpointing == "block":
+        checkpoint_blocks(model, config.model)
+    if sharded:
+        shard(model, device, config.model, deferred.value if deferred else None)
+    if deferred and deferred.not_finite:  # an error before would leave the others waiting for values
+        raise ConfigError("model", path, f"has weights that are not finite: {listed(sorted(deferred.not_finite))}")
+    return model
+
+
+def _deferred_model(config: TrainingConfig, path: Path, island: Island) -> tuple[nn.Module, Deferred | None]:
+    """The model, without large values in any process: the leader makes or reads them when it shares them out."""
+    model, deferred, problem = None, None, ConfigError("model", config.model, "cannot be built by the leader")
+    try:
+        if island.leads:
+            model, deferred = models.build_deferred(path, config.seed)
+        else:
+            model = models.build(path, config.seed, "meta")
+    except ConfigError as error:
+        problem = error
+    if island.agree(deferred is None) or model is None:
+        raise problem
+    return model, deferred
 
 
 def _shared(process: Process) -> tuple[NodeMemory | None, IslandLayout | None, Stateful]:

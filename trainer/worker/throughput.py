@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trainer.island.processes import Island
+
 # Dense bfloat16 FLOP/s of a device, by a part of its name (the vendors' data sheets); the first that fits counts.
 PEAKS = {
     "B200": 2.25e15,
@@ -43,11 +45,17 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def peak_memories(device: torch.device, island: Island | None) -> list[int]:
+    """Of all processes of a worker, by local rank, in the one that leads; of an island, all call this."""
+    own = peak_memory(device)
+    return [own] if island is None else [int(one) for one in island.collect(str(own).encode())]
+
+
 class Throughput:
     """What a worker of `processes` equal devices computes in a round."""
 
     def __init__(self, device: torch.device, processes: int) -> None:
-        self._device, self._processes, self._peak = device, processes, peak_flops(device)
+        self._processes, self._peak = processes, peak_flops(device)
         self._tokens, self._flops = 0, 0.0
 
     def count(self, tokens: int, flops: float) -> None:
@@ -64,5 +72,4 @@ class Throughput:
             "tokens_per_second": tokens,
             "flops_per_second": flops or None,
             "mfu": flops / peak if flops and peak else None,
-            "peak_memory": peak_memory(self._device),
         }

@@ -32,7 +32,7 @@ from trainer.worker.passes import Passes
 from trainer.worker.resume import join, offered_moments
 from trainer.worker.saving import Saving
 from trainer.worker.setup import Parts, build, versions
-from trainer.worker.throughput import Throughput
+from trainer.worker.throughput import Throughput, peak_memories
 
 T = TypeVar("T")
 
@@ -352,9 +352,13 @@ class Worker:
             self.metrics.write("membership", change="quorum", members=commit.members, round=round)
         progress.bytes += (commit.bytes_sent or 0) + (commit.bytes_received or 0)
         progress.enter(commit.members, self.quorum.id)
+        island, device = self.process.island, self.process.device
+        memories = island.run("memory") if island else peak_memories(device, None)
         self.metrics.write(
             "round",
             seconds=seconds,
+            peak_memory=max(memories),
+            peak_memories=memories,
             **evidence.round_of(self.diloco, commit, progress.losses, self.config.batch_size),
             **self.throughput.end_round(seconds),
             **evidence.agreed(commit, self._unused),

@@ -123,6 +123,19 @@ def test_what_workers_computed_and_the_memory_that_it_took(tmp_path: Path) -> No
     assert "16 bytes a parameter" in text
 
 
+def test_each_process_of_an_island_has_its_memory_in_the_report(tmp_path: Path) -> None:
+    parameters = 1_234_567
+    memories = [16 * parameters, 12 * parameters, 8 * parameters]
+    measured = {"peak_memory": memories[0], "peak_memories": memories}
+    lives = [{**event, **measured} if event["event"] == "round" else event for event in events(workers=1)]
+    run = read_run(write(tmp_path / "worker-0", lives).parent)
+    (worker,) = run.workers
+    assert worker.peak_memories == tuple(memories)
+    assert summary(run)["workers"][worker.name]["peak_memories"] == memories
+    text = write_report(tmp_path).read_text()
+    assert "16 bytes a parameter; the processes of worker-0: 16, 12, 8" in text
+
+
 def test_held_out_loss_is_the_samples_weighted_mean_of_the_shares(run_dir: Path) -> None:
     first, second = (worker.evals["loss"] for worker in read_run(run_dir).workers)
     rounds, losses = read_run(run_dir).held_out_losses

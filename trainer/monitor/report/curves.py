@@ -51,6 +51,7 @@ class Worker:
         steps: `seconds` is the duration of the step, `wall` the worker's wall time at its end.
         rounds: `seconds` is the duration with the synchronisation.
         events: start, membership, link, warning and end, in the file's order.
+        peak_memories: Of its processes, by local rank, in the newest round: the most bytes on their devices.
         wall_seconds: While the worker was meant to run: the time between an `end` and the next `start` does not count.
     """
 
@@ -61,6 +62,7 @@ class Worker:
     evals: Table
     events: tuple[Event, ...]
     wall_seconds: float
+    peak_memories: tuple[float, ...] = ()
 
     @property
     def start(self) -> Event:

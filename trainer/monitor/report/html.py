@@ -124,6 +124,18 @@ def _moment(time: float) -> str:
     return f"{moment:%-d %B %Y, %H:%M UTC}" if moment else ""
 
 
+def _memory_note(run: RunHistory) -> str:
+    """The most that a process has had, in bytes a parameter; for islands, also what each of their processes has had."""
+    if not run.parameters:
+        return ""
+    note = f"{short(run.peak_memory / run.parameters)} bytes a parameter"
+    for worker in run.workers:
+        if len(worker.peak_memories) > 1:
+            each = ", ".join(short(memory / run.parameters) for memory in worker.peak_memories)
+            note += f"; the processes of {worker.name}: {each}"
+    return note
+
+
 def _comparison(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     """The evaluated model beside the unigram byte model, as two bars."""
     bits, baseline = (number(evaluation.get(name)) for name in ("bits_per_byte", "unigram_bits_per_byte"))
@@ -183,8 +195,7 @@ def tiles(run: RunHistory) -> list[Tile]:
         found.append(Tile("Model FLOPs", short(rate), "a second and worker", note))
     if math.isfinite(run.peak_memory):
         value, unit = byte_count(run.peak_memory).split(" ")
-        note = f"{short(run.peak_memory / run.parameters)} bytes a parameter" if run.parameters else ""
-        found.append(Tile("Peak memory", value, f"{unit} a process", note))
+        found.append(Tile("Peak memory", value, f"{unit} a process", _memory_note(run)))
     if math.isfinite(run.goodput):
         note = "spent in inner steps that were kept"
         found.append(Tile("Goodput", f"{100 * run.goodput:.1f}", "% of wall time", note))

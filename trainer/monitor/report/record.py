@@ -35,6 +35,7 @@ class WorkerRecord:
         self._lives: list[Life] = []
         self._others: list[Event] = []
         self._number: object = None  # the worker's, if an event names it
+        self._memories: tuple[float, ...] = ()
         self._resumed = False  # no step has come since the last `start`
         self._previous, self._wall = math.nan, 0.0
 
@@ -77,6 +78,8 @@ class WorkerRecord:
             self._resumed = False
             for table in self._tables.values():
                 table.forget_from(position)
+        if isinstance(found := event.get("peak_memories"), list):
+            self._memories = tuple(map(number, found))
         event["wall"] = self._wall  # of no use to others: it is spared a copy
         self._tables[kind].append(event)
 
@@ -87,7 +90,10 @@ class WorkerRecord:
     def worker(self, name: str) -> Worker:
         """The worker as it is now."""
         tables = {f"{kind}s": table.table() for kind, table in self._tables.items()}
-        return Worker(name, tuple(self._lives), **tables, events=tuple(self._others), wall_seconds=self._wall)
+        others = tuple(self._others)
+        return Worker(
+            name, tuple(self._lives), **tables, events=others, wall_seconds=self._wall, peak_memories=self._memories
+        )
 
 
 class _Rows:

@@ -41,7 +41,12 @@ def summary(run: RunHistory, judgement: Judgement | None = None) -> dict[str, An
         **{name: run.typical(name) for name in ("flops_per_second", "mfu")},
         **{name: getattr(run, name) for name in ("peak_memory", "goodput")},
         "workers": {
-            worker.name: {"status": worker.status, "steps": len(worker.steps), "goodput": worker.goodput}
+            worker.name: {
+                "status": worker.status,
+                "steps": len(worker.steps),
+                "goodput": worker.goodput,
+                "peak_memories": worker.peak_memories,
+            }
             for worker in run.workers
         },
         "verified": judgement
