@@ -186,7 +186,7 @@ Client("default")
 print(*sorted(HEAVY & set(sys.modules)))
 """
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "scipy", "numba", "pandas", "pyarrow", "matplotlib", "wandb"}
-HEAVY |= {"jinja2", "kubernetes", "kfp.client", "kfp.compiler", "kfp_server_api", "google.auth", "requests", "IPython"}
+HEAVY |= {"jinja2", "kfp.client", "kfp.compiler", "kfp_server_api", "IPython"}
 
 
 @pytest.mark.usefixtures("pod")

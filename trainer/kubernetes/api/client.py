@@ -1,22 +1,21 @@
-"""The Kubernetes API, with plain dicts as objects and readable errors. `kinds` lists the few kinds that are needed.
+"""The Kubernetes API, with plain dicts as objects: the official dynamic client, with readable errors.
 
-The official client is not used for requests: its models cost half a second of CPU to import, and its dynamic client
-needs requests before the first useful one, and rights that no Role of manifests/ grants.
+The dynamic client's discovery is not used. It needs requests before the first useful one, rights that no Role of
+manifests/ grants, and a cache file, one for all clusters behind the same address. `kinds` lists the few kinds needed.
 """
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from trainer.errors import TrainingError, one_line
-from trainer.kubernetes.api.connection import Access, Unusable, find_access
 from trainer.kubernetes.api.kinds import KINDS, POD, Kind, Object
 from trainer.retry import retrying
 from trainer.timeouts import KubernetesTimeouts
-from trainer.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +24,7 @@ BROKEN, TIMED_OUT = "Broken", "TimedOut"  # reasons: the connection broke; nothi
 EXPIRED = "CredentialsExpired"  # reason: another cluster rejects the credentials in its Secret, which may be renewed
 RUNTIME_UNSEEN = "RuntimeUnseen"  # reason: Trainer's webhook knows no runtime of this name, at least not yet
 _TRANSIENT = {0, 429, 500, 502, 503, 504}  # HTTP statuses of a server in trouble; 0: no answer
-_METHODS = {"create": "POST", "patch": "PATCH", "delete": "DELETE", "deletecollection": "DELETE"}  # by RBAC verb
-_JSON = "application/json"
-_HEADERS = {"User-Agent": f"diloco-pipelines/{VERSION}", "Accept": _JSON, "Content-Type": _JSON}
+_METHODS = {"list": "get", "watch": "get", "deletecollection": "delete"}  # by RBAC verb; others have the verb's name
 _IN_BACKGROUND = {"propagationPolicy": "Background"}
 
 QUOTA_ADVICE = "Ask for a larger quota, or request less: nodes, gpu_count, cpu_cores, memory_gb, storage.size_gb"
@@ -77,19 +74,36 @@ class Client:
     ) -> None:
         self.namespace, self.timeouts = namespace, timeouts or KubernetesTimeouts()
         self.patience = self.timeouts.outage if patience is None else patience
-        self._access = self._find_access()
+        self._connect()
 
-    def _find_access(self) -> Access:
-        """The cluster's address and the credentials."""
+    def _connect(self) -> None:
+        from kubernetes import client
+        from kubernetes.dynamic import DynamicClient
+
+        configuration = client.Configuration()
+        self._configure(configuration)
+        configuration.retries = False  # `retrying` does it
+        configuration.connection_pool_maxsize = 256  # each followed log and watch holds a connection
+        self._configuration = configuration
+        self._dynamic = DynamicClient(client.ApiClient(configuration), discoverer=lambda client, cache_file: None)
+
+    def _configure(self, configuration: Any) -> None:
+        """Fill in the cluster's address and the credentials."""
+        from kubernetes import config
+
+        file = os.environ.get("KUBECONFIG")
         try:
-            return find_access()
-        except (Unusable, OSError) as error:
+            if not file and "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(client_configuration=configuration)
+            else:
+                config.load_kube_config(config_file=file, client_configuration=configuration)
+        except (config.ConfigException, OSError) as error:
             raise TrainingError(
                 f"no cluster to train on ({one_line(error)}): run in a cluster, or set KUBECONFIG"
             ) from None
 
-    def _renewed(self, used: Access) -> bool:
-        """Whether there are newer credentials than those that were `used`."""
+    def _renewed(self, used: Any) -> bool:
+        """Whether there are newer credentials than those of the dynamic client that was `used`."""
         return False
 
     @property
@@ -117,8 +131,8 @@ class Client:
         found: list[Object] = []
         token = None
         while True:
-            query = {"limit": PAGE, "continue": token, "labelSelector": labels or None, "fieldSelector": fields or None}
-            page = self._json("list", kind, "", timeout, query=query)
+            selectors = {"label_selector": labels or None, "field_selector": fields or None}
+            page = self._json("list", kind, "", timeout, limit=PAGE, _continue=token, **selectors)
             found += page["items"] or []
             token = page["metadata"].get("continue")
             if not token:
@@ -130,7 +144,7 @@ class Client:
 
     def patch(self, kind: Kind, name: str, change: Object) -> Object:
         """Merge a change into an object (RFC 7386)."""
-        return self._json("patch", kind, name, body=change, headers={"Content-Type": "application/merge-patch+json"})
+        return self._json("patch", kind, name, body=change, content_type="application/merge-patch+json")
 
     def delete(self, kind: Kind, name: str) -> bool:
         """Delete an object, and in the background what it owns. False if it does not exist."""
@@ -138,14 +152,15 @@ class Client:
 
     def delete_all(self, kind: Kind, labels: str) -> None:
         """Delete all objects that match the selector by one request, and in the background what they own."""
-        self._json("deletecollection", kind, query={"labelSelector": labels}, body=_IN_BACKGROUND)
+        self._json("deletecollection", kind, label_selector=labels, body=_IN_BACKGROUND)
 
     def watch(
         self, kind: Kind, version: str, labels: str = "", *, begun: Callable[[], None] = lambda: None
     ) -> Iterator[Object]:
         """Changes since `version` as they happen: `{type: ADDED | MODIFIED | DELETED | BOOKMARK, object}`.
 
-        The iterator ends after `timeouts.watch`, or with the connection.
+        The iterator ends after `timeouts.watch`, or with the connection. (`kubernetes.watch.Watch` makes a client for
+        each watch, and fails on an error that has no reason.)
 
         Args:
             begun: Called when the API server has accepted the request.
@@ -155,9 +170,11 @@ class Client:
         """
         seconds = self.timeouts.watch
         limits = (self.timeouts.connect, seconds + self.timeouts.answer)
-        query = {"watch": "true", "resourceVersion": version, "timeoutSeconds": round(seconds)}
-        query |= {"allowWatchBookmarks": "true", "labelSelector": labels or None}
-        response = self._send("watch", kind, limits=limits, stream=True, query=query)
+        since: dict[str, Any] = {"watch": "true", "resource_version": version, "timeout_seconds": round(seconds)}
+        bookmarks = [("allowWatchBookmarks", "true")]
+        response = self._send(
+            "watch", kind, limits=limits, stream=True, label_selector=labels or None, query_params=bookmarks, **since
+        )
         begun()
         for line in _lines(response):
             event = json.loads(line)
@@ -173,10 +190,11 @@ class Client:
             since: RFC 3339 time from which to read; the API ignores fractions of a second.
             follow: Continue until the container or the connection ends, or no line arrives for `timeouts.log_silence`.
         """
-        query = {"container": container, "timestamps": "true", "follow": "true" if follow else None}
-        query["sinceTime"] = since or None
+        query = [("container", container), ("timestamps", "true")]
+        query += [("follow", "true")] if follow else []
+        query += [("sinceTime", since)] if since else []
         limits = (self.timeouts.connect, self.timeouts.log_silence if follow else self.timeouts.answer)
-        response = self._send("log", POD, pod, limits=limits, stream=follow, query=query, headers={"Accept": "*/*"})
+        response = self._send("log", POD, pod, limits=limits, stream=follow, query_params=query)
         yield from _lines(response) if follow else filter(None, response.data.decode(errors="replace").split("\n"))
 
     def _existing(self, *request: Any, **arguments: Any) -> Object | None:
@@ -200,48 +218,41 @@ class Client:
         return json.loads(policy(self._send, verb, kind, name, limits=limits, **arguments).data)
 
     def _send(
-        self,
-        verb: str,
-        kind: Kind,
-        name: str = "",
-        *,
-        limits: tuple[float, float],
-        query: Mapping[str, Any] | None = None,
-        body: Object | None = None,
-        headers: Mapping[str, str] | None = None,
-        stream: bool = False,
+        self, verb: str, kind: Kind, name: str = "", *, limits: tuple[float, float], stream: bool = False, **more: Any
     ) -> Any:
-        """One attempt at a request. Returns the response.
+        """One attempt at a request, by the dynamic client. Returns the response.
 
         Args:
             limits: Seconds to connect, and without data.
-            query: Parameters; those that are None are left out.
             stream: Leave the response's data to the caller.
         """
+        from kubernetes.client import ApiException
+        from kubernetes.dynamic import Resource
         from urllib3.exceptions import HTTPError
 
-        group = f"/apis/{kind.group}" if kind.group else "/api"
-        path = f"{group}/{kind.version}/namespaces/{quote(self.namespace, safe='')}/{kind.plural}"
-        path += (f"/{quote(name, safe='')}" if name and verb != "create" else "") + ("/log" if verb == "log" else "")
-        if given := {key: value for key, value in (query or {}).items() if value is not None}:
-            path += f"?{urlencode(given)}"
-        text, access = None if body is None else json.dumps(body), self._access
+        prefix, version = "apis" if kind.group else "api", kind.version
+        resource = Resource(prefix, kind.group, version, kind.name, name=kind.plural, namespaced=True)
+        where = {"name": quote(name, safe="") or None, "namespace": quote(self.namespace, safe="")}
+        options = {**more, "serialize": False, "_request_timeout": limits}
+        dynamic = self._dynamic
         try:
-            response = access.request(_METHODS.get(verb, "GET"), path, {**_HEADERS, **(headers or {})}, text, limits)
-            failed = not 200 <= response.status <= 299
-            data = response.data if failed or not stream else b""  # a connection that breaks here is a failure, too
+            if verb == "log":
+                path, accept = resource.path(**where) + "/log", {"Accept": "*/*"}
+                response = dynamic.request("get", path, header_params=accept, **options)
+            else:
+                response = getattr(dynamic, _METHODS.get(verb, verb))(resource, **where, **options)
+            if not stream:
+                _ = response.data  # a connection that breaks here is a failure of the request
+            return response
+        except ApiException as error:
+            if error.status == 401 and self._renewed(dynamic):
+                return self._send(verb, kind, name, limits=limits, stream=stream, **more)
+            raise self._refusal(verb.replace("log", "get"), kind, name, error.status or 0, _answer(error)) from None
         except (HTTPError, OSError) as error:
             raise ApiError(self._unreachable(error)) from None
-        if not failed:
-            return response
-        if response.status == 401 and self._renewed(access):
-            again: dict[str, Any] = {"query": query, "body": body, "headers": headers, "stream": stream}
-            return self._send(verb, kind, name, limits=limits, **again)
-        answer = _answer(data, response.reason or "")
-        raise self._refusal(verb.replace("log", "get"), kind, name, response.status, answer)
 
     def _unreachable(self, error: Exception) -> str:
-        return f"the Kubernetes API at {self._access.host} cannot be reached: {one_line(error)}"
+        return f"the Kubernetes API at {self._configuration.host} cannot be reached: {one_line(error)}"
 
     @property
     def _where(self) -> str:
@@ -285,13 +296,11 @@ class Client:
 
 def _lines(response: Any) -> Iterator[str]:
     """The complete lines of a response as they arrive; at the end its connection is closed."""
+    from kubernetes.watch.watch import iter_resp_lines
     from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-    rest = b""
     try:
-        for part in response.stream(amt=None, decode_content=False):
-            *lines, rest = (rest + part).split(b"\n")
-            yield from (line.decode(errors="replace") for line in lines if line)
+        yield from iter_resp_lines(response)
     except (HTTPError, OSError) as error:
         reason = TIMED_OUT if isinstance(error, ReadTimeoutError) else BROKEN
         raise ApiError(f"a connection to the Kubernetes API broke: {one_line(error)}", 0, reason) from None
@@ -308,9 +317,9 @@ def quota(message: str) -> str:
     return message.partition("exceeded quota: ")[2] or message
 
 
-def _answer(data: bytes, reason: str) -> dict[str, Any]:
-    """The `Status` object in the body of a refusal; the text of any other body as its message."""
-    body = data.decode(errors="replace") or reason
+def _answer(error: Any) -> dict[str, Any]:
+    """The `Status` object in an error's body; the text of any other body as its message."""
+    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
     try:
         status = json.loads(body)
     except ValueError:

@@ -18,7 +18,6 @@ import yaml
 
 from trainer.errors import ConfigError, one_line
 from trainer.kubernetes.api.client import EXPIRED, ApiError, Client
-from trainer.kubernetes.api.connection import Access, Unusable, access_of, official_configuration
 from trainer.kubernetes.api.kinds import SECRET, Kind, Object
 
 logger = logging.getLogger(__name__)
@@ -106,15 +105,19 @@ class OtherClient(Client):
         self._renewing = threading.Lock()
         super().__init__(self._kubeconfig.namespace, home.timeouts, patience=home.patience)
 
-    def _find_access(self) -> Access:
+    def _configure(self, configuration: Any) -> None:
+        from kubernetes import config
+
         try:
-            return access_of(self._kubeconfig.content)
-        except (Unusable, OSError, ValueError, TypeError):
+            config.load_kube_config_from_dict(
+                dict(self._kubeconfig.content), client_configuration=configuration, persist_config=False
+            )
+        except (config.ConfigException, OSError, ValueError, TypeError):
             raise ConfigError(_FIELD, self.cluster, "the kubeconfig in this Secret cannot be used") from None
 
-    def _renewed(self, used: Access) -> bool:
+    def _renewed(self, used: Any) -> bool:
         with self._renewing:
-            if self._access is not used:
+            if self._dynamic is not used:
                 return True
             try:
                 found = read_kubeconfig(self._home, self.cluster, timeout=self.timeouts.answer)
@@ -124,14 +127,14 @@ class OtherClient(Client):
             if found.content == self._kubeconfig.content:
                 return False
             self._kubeconfig = found
-            self._access = self._find_access()
+            self._connect()
             return True
 
     def _unreachable(self, error: Exception) -> str:
         return f"{self.called} cannot be reached: {self._without_address(error)}"
 
     def _without_address(self, error: Exception) -> str:
-        address = urlsplit(self._access.host)
+        address = urlsplit(self._configuration.host)
         return one_line(error).replace(address.netloc, "…").replace(address.hostname or address.netloc, "…")
 
     def _refusal(self, verb: str, kind: Kind, name: str, status: int, answer: Mapping[str, Any]) -> ApiError:
@@ -173,7 +176,7 @@ class OtherClient(Client):
         from kubernetes.stream import portforward
 
         # A client of its own: `portforward` replaces a method of the one that it is given
-        api = client.CoreV1Api(client.ApiClient(official_configuration(self._kubeconfig.content)))
+        api = client.CoreV1Api(client.ApiClient(self._configuration))
         try:
             forwarded = portforward(api.connect_get_namespaced_pod_portforward, pod, self.namespace, ports=str(port))
         except ApiException as error:

@@ -2,16 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainer.errors import TrainingError
 from trainer.kubernetes.api.client import ApiError, Client
-from trainer.kubernetes.api.connection import SERVICE_ACCOUNT
 from trainer.kubernetes.api.kinds import JOB, POD, WORKFLOW, JobKind, Kind, Object
 from trainer.kubernetes.api.mounts import places_of
 from trainer.kubernetes.api.notices import Show
 from trainer.places import Places
 from trainer.timeouts import KubernetesTimeouts
 
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _STEP_CONTAINER = "main"  # Argo's name of it
 KINDS = {kind.name: kind for kind in (WORKFLOW, JOB)}
 
