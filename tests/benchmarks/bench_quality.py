@@ -75,7 +75,7 @@ class Method:
     rounds: float = 1
     fragments: int = 1
     overlap: Overlap | None = None
-    merge: Literal["mean", "rda"] = "mean"
+    merge: Literal["mean", "sqrt", "rda"] = "mean"
     ddp: bool = False
     inner_lr: float = 6e-3
 

@@ -103,17 +103,17 @@ class Schema(Group):
         "nesterov", "Outer optimizer: how the mean pseudo-gradient moves the global parameters."
     )
     outer_lr: Annotated[OrUnset[Annotated[float, Field(gt=0)]], FINGERPRINT, CARD] = parameter(
-        float(UNSET), "Learning rate of the outer optimizer. -1: 0.7, or 1 with merge=rda."
+        float(UNSET), "Learning rate of the outer optimizer. -1: 0.7; with merge=sqrt 1.2, with rda 1."
     )
     outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = parameter(
         float(UNSET),
-        "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, 0.5 with error feedback, or 0 with merge=rda.",
+        "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, 0.5 with error feedback, or 0 with merge=sqrt or rda.",
     )
-    merge: Annotated[Literal["auto", "mean", "rda"], FINGERPRINT, CARD] = parameter(
+    merge: Annotated[Literal["auto", "mean", "sqrt", "rda"], FINGERPRINT, CARD] = parameter(
         "auto",
-        "mean: the workers' pseudo-gradients are averaged. rda: for each tensor, their norms and their directions are "
-        "(radial-directional averaging), so that outer_lr does not depend on the number of workers. auto: rda with "
-        "codec=sparse, else mean.",
+        "mean: the workers' pseudo-gradients are averaged. sqrt: their mean times the square root of their number, so "
+        "that outer_lr does not depend on it. rda: for each tensor, their norms and their directions are averaged "
+        "(radial-directional averaging). auto: sqrt with codec=sparse, else mean.",
     )
     clip_members: Annotated[Literal["none", "median"], FINGERPRINT, CARD] = parameter(
         "none",
@@ -357,22 +357,20 @@ class Schema(Group):
     gpu: GpuConfig = Field(default_factory=GpuConfig)
 
     @property
-    def merged_by(self) -> Literal["mean", "rda"]:
+    def merged_by(self) -> Literal["mean", "sqrt", "rda"]:
         """How pseudo-gradients are merged: `merge`, or the default of the codec."""
         if self.merge == "auto":
-            by_default = self.optim_method == "sgd" and CODECS[self.codec].get("default_merge") == "rda"
-            return "rda" if by_default else "mean"
+            by_codec = CODECS[self.codec].get("default_merge") == "sqrt" and self.optim_method == "sgd"
+            return "sqrt" if by_codec else "mean"
         return self.merge
 
     @property
     def outer_rate(self) -> float:
         """The outer optimizer's learning rate: `outer_lr`, or a default that depends on the merge.
 
-        RDA keeps the norm that a mean of nearly orthogonal pseudo-gradients loses, and that momentum makes up for.
+        The others keep the norm that a mean of nearly orthogonal pseudo-gradients loses, and momentum makes up for.
         """
-        if self.outer_lr == UNSET:
-            return 1.0 if self.merged_by == "rda" else 0.7
-        return self.outer_lr
+        return {"mean": 0.7, "sqrt": 1.2, "rda": 1.0}[self.merged_by] if self.outer_lr == UNSET else self.outer_lr
 
     @property
     def momentum(self) -> float:
@@ -381,7 +379,7 @@ class Schema(Group):
         Error feedback sends later what momentum has in part sent already; with both near 1 it would count twice.
         """
         if self.outer_momentum == UNSET:
-            return 0.0 if self.merged_by == "rda" else 0.5 if self.feedback else 0.9
+            return 0.0 if self.merged_by != "mean" else 0.5 if self.feedback else 0.9
         return self.outer_momentum
 
     @property

@@ -32,7 +32,7 @@ from torch import Tensor
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.group import Group
 from trainer.diloco.jit import Floats, compiled
-from trainer.diloco.merge import MEAN, Merge, Radial, clipping, norm
+from trainer.diloco.merge import MEAN, Merge, Radial, norm
 from trainer.diloco.outer import OuterOptimizer
 from trainer.diloco.quorum import Coded, OnChunk, Reduced, is_finite
 from trainer.diloco.state import GlobalState
@@ -189,12 +189,9 @@ class _Exchange(ABC):
 
     @cached_property
     def scales(self) -> list[float]:
-        """By what the members' messages count, by rank: their shares, of those that are clipped less."""
-        if not self.merge.clip or self.radial:
-            return self.shares
+        """By what the members' messages count, by rank. By RDA they are directions, which count by their shares."""
         shares = self.shares
-        clips = clipping([float(norm) for _, norm in self.weights], shares)
-        return [share * clip for share, clip in zip(shares, clips, strict=True)]
+        return shares if self.radial else self.merge.scales(shares, [float(norm) for _, norm in self.weights])
 
     @abstractmethod
     def means(self) -> tuple[Codec, int]:
@@ -325,7 +322,7 @@ class _ByOwners(_Exchange):
         self._wait(piece, 0)
         codec, rows = self.codec.mean, self.coded[0][piece.rows].tensor_split(self.size)[self.rank]
         scales = self.scales
-        error = None if self.radial else self.error  # by RDA, it would count with another norm
+        error = None if self.radial or self.merge.root else self.error  # it would count with another norm
 
         def reduce(now: slice) -> None:
             messages = [(scale, came[now]) for scale, came in zip(scales, piece.came, strict=True)]

@@ -98,7 +98,7 @@ class DiLoCo(OwnLoop):
         quorum: Quorum | None = None,
         total_steps: int | None = None,
         late_policy: Literal["carry", "drop"] = "carry",
-        merge: Literal["mean", "rda"] = "mean",
+        merge: Literal["mean", "sqrt", "rda"] = "mean",
         clip_members: bool = False,
         fragments: int = 1,
         overlap: Overlap | None = None,

@@ -1,12 +1,17 @@
-"""How members' pseudo-gradients are merged: by their mean, or tensor by tensor so that their norm is kept.
+"""How members' pseudo-gradients are merged: by their mean, or so that the norm of what they have in common is kept.
+
+The mean of n pseudo-gradients that are nearly orthogonal is √n times shorter than each of them, so that the best outer
+learning rate depends on the number of members.
+
+*Square-root scaling* multiplies the mean by √n, where unequal weights count as n = (Σ wᵢ)² / Σ wᵢ² equal ones. Of
+orthogonal pseudo-gradients of one norm, the result has that norm; where members agree, it is longer.
 
 *Radial-directional averaging* (RDA) merges norms and directions apart. With zᵢ a tensor of member i's message, as
 decoded, and wᵢ the member's weight,
 
     u = Σ wᵢ zᵢ / ‖zᵢ‖,   g = (Σ wᵢ ‖zᵢ‖ / Σ wᵢ) · u / ‖u‖.
 
-The mean of n pseudo-gradients that are nearly orthogonal is √n times shorter than each of them, so that the best outer
-learning rate depends on the number of members. That of g does not.
+So g is as long as the members' tensors are on average, whether they agree or not.
 
 Members divide by their norms before they encode, xᵢ / ‖xᵢ‖, so that the collective is the same as for a mean; the norms
 of what the coding has left follow when the last piece is encoded. Coding shortens all members' messages by about the
@@ -16,6 +21,7 @@ same factor, and u / ‖u‖ does not depend on it.
 median, so that one that diverges, or sends a thousand times too much, does not carry the others along.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,6 +34,7 @@ from torch import Size, Tensor
 from trainer.diloco.group import Group
 from trainer.diloco.jit import Floats, compiled
 
+MERGES = ("mean", "sqrt", "rda")
 CLIP = 2.0  # times the median
 NORMS = (1 << 31) + 1  # the tag of the norms
 _TINY = 1e-30  # norms below: the tensor counts as zero
@@ -42,17 +49,30 @@ class Merge:
     Attributes:
         tensors: The number of elements of each parameter, in order: merge them by RDA. Empty: by the mean.
         clip: Whether norms are clipped.
+        root: Whether the mean is scaled by the square root of the number of members.
     """
 
     tensors: tuple[int, ...] = ()
     clip: bool = False
+    root: bool = False
 
     @classmethod
     def of(cls, kind: str, clip: bool, shapes: Sequence[Size]) -> "Merge":
-        """The merge of a kind, "mean" or "rda", for parameters of these shapes. ValueError: There is no such kind."""
-        if kind not in ("mean", "rda"):
-            raise ValueError(f"merge = {kind!r}: must be 'mean' or 'rda'")
-        return cls(tuple(shape.numel() for shape in shapes) if kind == "rda" else (), clip)
+        """The merge of a kind, one of MERGES, for parameters of these shapes. ValueError: There is no such kind."""
+        if kind not in MERGES:
+            raise ValueError(f"merge = {kind!r}: must be one of {', '.join(MERGES)}")
+        return cls(tuple(shape.numel() for shape in shapes) if kind == "rda" else (), clip, kind == "sqrt")
+
+    def scales(self, shares: Sequence[float], norms: Sequence[float]) -> list[float]:
+        """By what the members' messages count in their sum, by rank; not for RDA.
+
+        Args:
+            shares: The members' fractions of the total weight.
+            norms: Of the members' values; only used if they are clipped.
+        """
+        clips = clipping(norms, shares) if self.clip else [1.0] * len(shares)
+        root = 1 / math.sqrt(sum(share * share for share in shares)) if self.root else 1.0  # in the order of ranks
+        return [share * clip * root for share, clip in zip(shares, clips, strict=True)]
 
     def scaled(self, values: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
         """`values`, float32 (n,), with each tensor times its factor, float32 (t,): the same bits everywhere."""

@@ -93,7 +93,7 @@ def fingerprint_of(config: TrainingConfig, diloco: "DiLoCo") -> dict[str, Json]:
         "fragments": diloco.contribution.fragments,
         "codec": f"{codec.name}, {codec.row} bytes for {codec.block} numbers, feedback {codec.feedback:g}",
         "outer": f"{type(outer).__name__}({', '.join(settings)})",
-        "merge": f"{'rda' if merge.tensors else 'mean'}, clip_members={merge.clip}",
+        "merge": f"{'rda' if merge.tensors else 'sqrt' if merge.root else 'mean'}, clip_members={merge.clip}",
         "overlap": repr(diloco.overlap),
         **{name: getattr(config, name) for name in ("batch_size", "seed", "transport_security")},
     }

@@ -557,9 +557,9 @@ def test_a_codec_brings_its_recipe_and_what_is_given_beats_it() -> None:
 
     assert recipe() == (0.7, 0.9, "mean", 0.0)
     assert recipe(codec="ternary") == (0.7, 0.5, "mean", 0.5)
-    assert recipe(codec="sparse") == (1.0, 0.0, "rda", 0.8)
+    assert recipe(codec="sparse") == (1.2, 0.0, "sqrt", 0.8)
     assert recipe(merge="rda") == (1.0, 0.0, "rda", 0.0)
     assert recipe(codec="sparse", merge="mean") == (0.7, 0.5, "mean", 0.8)
-    assert recipe(codec="sparse", outer_lr=0.9, outer_momentum=0.1, error_feedback=0.3) == (0.9, 0.1, "rda", 0.3)
+    assert recipe(codec="sparse", outer_lr=0.9, outer_momentum=0.1, error_feedback=0.3) == (0.9, 0.1, "sqrt", 0.3)
     shown = TrainingConfig.from_flat({"codec": "sparse"}).in_scope("card")
-    assert (shown["outer_lr"], shown["outer_momentum"], shown["merge"]) == (1.0, 0.0, "rda")
+    assert (shown["outer_lr"], shown["outer_momentum"], shown["merge"]) == (1.2, 0.0, "sqrt")

@@ -21,7 +21,7 @@ from trainer.transport.group import Group
 SHAPES = [Size((130, 70)), Size((33,)), Size((64, 64)), Size((5, 3))]
 SIZES = tuple(shape.numel() for shape in SHAPES)
 SIZE = sum(SIZES)
-RDA = Merge.of("rda", False, SHAPES)
+RDA, SQRT = (Merge.of(kind, False, SHAPES) for kind in ("rda", "sqrt"))
 
 
 def codec_of(name: str, feedback: float = 0.0) -> Codec:
@@ -123,8 +123,8 @@ def test_two_members_get_what_the_definition_makes_of_their_decoded_messages() -
     assert float(merged.norm()) == pytest.approx(float(expected.norm()), rel=1e-3)
 
 
-@pytest.mark.parametrize(("how", "shrinks"), [(Merge(), 2**-0.5), (RDA, 1.0)], ids=["mean", "rda"])
-def test_with_twice_the_members_the_norm_of_the_mean_shrinks_and_that_of_rda_does_not(
+@pytest.mark.parametrize(("how", "shrinks"), [(Merge(), 2**-0.5), (SQRT, 1.0), (RDA, 1.0)], ids=["mean", "sqrt", "rda"])
+def test_with_twice_the_members_the_norm_of_the_mean_shrinks_and_that_of_the_others_does_not(
     how: Merge, shrinks: float
 ) -> None:
     lengths = []
@@ -177,7 +177,26 @@ def test_no_clipped_norm_is_above_a_multiple_of_the_median(pairs: list[tuple[flo
         assert all(clip == 1 for norm, clip in zip(norms, clips, strict=True) if norm <= CLIP * median)
 
 
-@pytest.mark.parametrize("kind", ["mean", "rda"])
+@pytest.mark.parametrize("name", ["fp32", "int8", "ternary", "sparse"])
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_square_root_scaling_multiplies_the_mean_and_a_late_member_gets_the_same_bits(name: str, size: int) -> None:
+    """Of unequal weights, n is (Σ w)² / Σ w²."""
+    codec, values, weights = codec_of(name, feedback=0.5 if name != "fp32" else 0.0), values_of(size), [3.0, 1.0] * 3
+    weights = weights[:size]
+    with groups(size) as members:
+        scaled = merge(members, values, weights, codec, SQRT)
+    with groups(size) as members:
+        mean = merge(members, values, weights, codec, Merge())[0].merged
+    factor = sum(weights) / sum(weight**2 for weight in weights) ** 0.5
+    tolerance = 1e-5 if size == 2 or name == "fp32" else 0.05  # what owners code again is rounded elsewhere
+    assert (scaled[0].merged - factor * mean).norm() <= tolerance * factor * mean.norm()
+    for result in scaled:
+        assert result.reduced.hash == scaled[0].reduced.hash and torch.equal(result.merged, scaled[0].merged)
+    flat = tuple((scale, rows.view(-1)) for scale, rows in scaled[0].reduced.coded)
+    assert torch.equal(decoded(flat, codec, len(values[0])), scaled[0].merged)
+
+
+@pytest.mark.parametrize("kind", ["mean", "sqrt", "rda"])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_one_that_sends_a_thousand_times_too_much_counts_as_twice_the_median(kind: str, size: int) -> None:
     values = [own / own.norm() for own in values_of(size)]
@@ -189,7 +208,8 @@ def test_one_that_sends_a_thousand_times_too_much_counts_as_twice_the_median(kin
     assert len({result.reduced.hash for result in results}) == 1
     expected = by_definition if kind == "rda" else lambda messages, weights: sum(messages) / len(messages)
     clipped = [*sane[:-1], sane[-1] * CLIP]
-    torch.testing.assert_close(results[0].merged, expected(clipped, [1.0] * size), rtol=1e-4, atol=1e-7)
+    length = size**0.5 if kind == "sqrt" else 1.0
+    torch.testing.assert_close(results[0].merged, length * expected(clipped, [1.0] * size), rtol=1e-4, atol=1e-7)
 
 
 def test_what_is_alike_is_not_clipped() -> None:
@@ -202,5 +222,5 @@ def test_what_is_alike_is_not_clipped() -> None:
 
 
 def test_there_is_no_other_kind() -> None:
-    with pytest.raises(ValueError, match="must be 'mean' or 'rda'"):
+    with pytest.raises(ValueError, match="must be one of mean, sqrt, rda"):
         Merge.of("median", False, SHAPES)

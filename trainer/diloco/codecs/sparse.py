@@ -39,7 +39,7 @@ class TopK(Codec):
 
     name = "sparse"
     default_feedback = 0.8
-    default_merge = "rda"
+    default_merge = "sqrt"
     sparse = True
 
     def __init__(
