@@ -1,7 +1,7 @@
 """What each method costs in held-out loss, and how many bytes it sends.
 
     python tests/benchmarks/bench_quality.py [--workers 2 4 8] [--rounds 128] [--local-steps 8] [--hidden-size 32]
-        [--seeds 3] [--first-seed 1] [--methods fp32 ternary "int2 feedback=0.8 merge=rda" ...] [--quick]
+        [--inner-lr 0.03] [--seeds 3] [--first-seed 1] [--methods fp32 ternary "int2 feedback=0.8 merge=rda" ...] [--quick]
 
 A method is one of METHODS, or a codec with settings of its own, as there. The first is what others are compared with.
 
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -65,7 +65,7 @@ class Method:
 
     Attributes:
         rounds: How many rounds' worth of steps are between two synchronisations.
-        inner_lr: The highest learning rate of the inner optimizer.
+        inner_lr: The highest learning rate of the inner optimizer; 0: that of all methods.
         merge: See `DiLoCo`.
     """
 
@@ -77,7 +77,16 @@ class Method:
     overlap: Overlap | None = None
     merge: Literal["mean", "sqrt", "rda"] = "mean"
     ddp: bool = False
-    inner_lr: float = 6e-3
+    inner_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is: the same for all methods."""
+
+    steps: int
+    local_steps: int
+    inner_lr: float
 
 
 def method(name: str = "fp32", **settings: Any) -> Method:
@@ -110,7 +119,8 @@ METHODS = {
     "int2": method("int2", feedback=0.5, lr=1.2),
     "int2, RDA": method("int2", feedback=0.8, momentum=0.0, merge="rda"),
     "fp32, RDA": method(momentum=0.0, merge="rda"),
-    "sparse": method("sparse", feedback=0.8, momentum=0.0, merge="rda"),
+    "sparse": method("sparse", feedback=0.8, lr=1.2, momentum=0.0, merge="sqrt"),
+    "sparse, RDA": method("sparse", feedback=0.8, lr=1.2, momentum=0.0, merge="rda"),
     "ternary": method("ternary", feedback=0.3, lr=1.2),
     "ternary, mean as coarse": Method(codecs.Ternary(feedback=0.3), lr=1.2),
     "ternary, no feedback": method("ternary", lr=1.4),
@@ -124,7 +134,7 @@ METHODS = {
     "demo, 1024 of 4 bits": method("demo", feedback=0.8, topk=1024, values="int4", lr=1.2, momentum=0.3),
 }
 
-RECOMMENDED = ["fp32", "fp32, RDA", "int4", "int2", "int2, RDA", "ternary", "sparse"]
+RECOMMENDED = ["fp32", "int4", "sparse", "sparse, RDA"]
 
 
 # The workers
@@ -144,9 +154,10 @@ class Worker:
         self.family, self.task = spec.family, tasks()[spec.family.task]
         self.dataset = data.open_dataset(data.directory(config, Volume.of(config).datasets))
 
-    def train(self, chosen: Method, steps: int, local_steps: int, seed: int) -> Row:
+    def train(self, chosen: Method, plan: Plan, seed: int) -> Row:
         """One run; returns the sums of the scores on this worker's share of the held-out samples, and bytes sent."""
-        config = self.config.with_values(total_steps=steps, warmup_steps=steps // 10, lr=chosen.inner_lr, seed=seed)
+        steps, lr = plan.steps, chosen.inner_lr or plan.inner_lr
+        config = self.config.with_values(total_steps=steps, warmup_steps=steps // 10, lr=lr, seed=seed)
         torch.manual_seed(seed)
         model = self.family.build(self.directory)
         parameters = list(model.parameters())
@@ -156,7 +167,7 @@ class Worker:
             optimizer,
             outer=Nesterov(1.0, 0.0) if chosen.ddp else Nesterov(chosen.lr, chosen.momentum),
             codec=chosen.codec,
-            sync_every=round(chosen.rounds * local_steps),
+            sync_every=round(chosen.rounds * plan.local_steps),
             quorum=LocalQuorum() if chosen.ddp else Members(self.mesh),
             total_steps=steps,
             fragments=chosen.fragments,
@@ -239,11 +250,11 @@ class Crew:
             with suppress(OSError):  # it has ended: what it said is on stderr
                 pipe.send(None)
 
-    def train(self, chosen: Method, steps: int, local_steps: int, seed: int) -> Row:
+    def train(self, chosen: Method, plan: Plan, seed: int) -> Row:
         """One run: its held-out `loss`, the `mb` that a worker has sent, and the `seconds` it took."""
         started = time.perf_counter()
         for pipe in self._pipes:
-            pipe.send((chosen, steps, local_steps, seed))
+            pipe.send((chosen, plan, seed))
         answers = [pipe.recv() for pipe in self._pipes]
         assert len({answer.pop("hash") for answer in answers}) == 1, "the workers' parameters differ"
         total = {name: sum(answer[name] for answer in answers) for name in answers[0]}
@@ -301,6 +312,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=128)
     parser.add_argument("--local-steps", type=int, default=8, help="inner steps of each round")
     parser.add_argument("--hidden-size", type=int, default=32, help="of the model")
+    parser.add_argument("--inner-lr", type=float, default=0.03, help="of methods that set none")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--first-seed", type=int, default=1, help="the seed of the first of them")
     parser.add_argument("--quick", action="store_true", help="one short run of each")
@@ -309,7 +321,7 @@ def main() -> None:
         arguments.rounds, arguments.seeds = 4, 1
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers'
     chosen = {name: parsed(name) for name in arguments.methods}
-    steps = arguments.rounds * arguments.local_steps
+    plan = Plan(arguments.rounds * arguments.local_steps, arguments.local_steps, arguments.inner_lr)
     results: dict[str, dict[str, list[Row]]] = {}
     with tempfile.TemporaryDirectory() as directory:
         prepared = prepare(Path(directory), arguments.hidden_size)
@@ -318,14 +330,15 @@ def main() -> None:
             with Crew(*prepared, workers) as crew:
                 for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
                     for name, wanted in chosen.items():
-                        row = crew.train(wanted, steps, arguments.local_steps, seed)
+                        row = crew.train(wanted, plan, seed)
                         rows[name].append({"seed": seed, **row})
                         print(f"{workers} workers, seed {seed}, {name}: {row}", file=sys.stderr, flush=True)
             print(
-                f"\n{workers} workers, {steps} steps, seeds {arguments.first_seed} to {seed}\n{table(rows)}", flush=True
+                f"\n{workers} workers, {plan.steps} steps, seeds {arguments.first_seed} to {seed}\n{table(rows)}",
+                flush=True,
             )
             OUTPUT.parent.mkdir(exist_ok=True)
-            write_json(OUTPUT, {"steps": steps, "local_steps": arguments.local_steps, "runs": results})
+            write_json(OUTPUT, {**asdict(plan), "runs": results})
 
 
 if __name__ == "__main__":
