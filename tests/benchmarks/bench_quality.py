@@ -1,7 +1,7 @@
 """What each method costs in held-out loss, and how many bytes it sends.
 
     python tests/benchmarks/bench_quality.py [--workers 2 4 8] [--rounds 128] [--local-steps 8] [--hidden-size 32]
-        [--inner-lr 0.03] [--seeds 3] [--first-seed 1] [--methods fp32 ternary "int2 feedback=0.8 merge=rda" ...] [--quick]
+        [--inner-lr 0.03] [--seeds 3] [--first-seed 1] [--quick] [--methods fp32 ternary "int2 merge=sqrt lr=1.2" ...]
 
 A method is one of METHODS, or a codec with settings of its own, as there. The first is what others are compared with.
 
@@ -333,10 +333,8 @@ def main() -> None:
                         row = crew.train(wanted, plan, seed)
                         rows[name].append({"seed": seed, **row})
                         print(f"{workers} workers, seed {seed}, {name}: {row}", file=sys.stderr, flush=True)
-            print(
-                f"\n{workers} workers, {plan.steps} steps, seeds {arguments.first_seed} to {seed}\n{table(rows)}",
-                flush=True,
-            )
+            head = f"{workers} workers, {plan.steps} steps, seeds {arguments.first_seed} to {seed}"
+            print(f"\n{head}\n{table(rows)}", flush=True)
             OUTPUT.parent.mkdir(exist_ok=True)
             write_json(OUTPUT, {**asdict(plan), "runs": results})
 
