@@ -81,7 +81,7 @@ def weighted_mean(
 
 
 def all_to_all(codec: Codec, members: int) -> bool:
-    """Whether each of so many members sends the others everything: where owners would send as many bytes, or more."""
+    """Whether each member sends the others everything: where owners would send as many bytes, or more."""
     return members > 1 and members * codec.row <= codec.row + codec.mean.row
 
 

@@ -34,8 +34,8 @@ class Deferred(TorchDispatchMode):
 
     `value` then does it for one tensor, on the CPU, and with the same random numbers: torch's generator goes on as if
     all had been done at once. So a model has the same bits as without this. The idea is torchdistx's `deferred_init`.
-    Unlike with `torch.device("meta")`, small tensors have values, and nobody sees that the large ones have none:
-    torch and transformers would not initialise them.
+    Unlike with `torch.device("meta")`, small tensors have values, and large ones look as if they had some: torch and
+    transformers would not initialise them otherwise.
 
     Args:
         large: Number of elements from which on a tensor is deferred.

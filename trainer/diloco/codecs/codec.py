@@ -49,7 +49,7 @@ class Codec(ABC):
         return self if self._mean is None else self._mean
 
     def among(self, members: int) -> "Codec":
-        """This codec for the messages of so many members, with the same blocks. One alone keeps the mean of its own.
+        """This codec for the messages of a number of members, with the same blocks.
 
         Where members send one another everything, there may be one for each number; all others have the same mean.
         """

@@ -11,7 +11,7 @@ from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.dense import Bins
 from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, compiled, i8, u1, u4, u8
 
-AMONG_FEW = {2: 512, 3: 344, 4: 248, 5: 176}  # numbers of 4096 that each of so many members sends all others
+AMONG_FEW = {2: 512, 3: 344, 4: 248, 5: 176}  # numbers of 4096 that each member sends all others, by their number
 TO_OWNERS, OF_MEAN = (
     192,
     1152,
