@@ -1,25 +1,26 @@
-"""Goodput under failures: what is left of a run's useful work when a worker or its node is killed every minute or more.
+"""Goodput under failures: how much useful work is left of a run when a worker or node is killed every minute or faster.
 
-    python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--minutes 15] [--calm 60] [--workers 4] [--seed 0]
+    python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--kills 15] [--calm 60] [--workers 4] [--seed 0]
         [--systems ours torchrun torchft] [--torchft DIRECTORY] [--directory DIRECTORY]
 
-The systems, their timeouts and their work are those of bench_faults.py (there, too, how to install torchft): ours,
-torchrun's restart of the world with our backend `etcd3` and a checkpoint a round, and torchft's DiLoCo. An inner step
-is a small real one and a pause as long as a GPU's, so that four workers fit two cores.
+The systems, their timeouts and their work are those of bench_faults.py, which also describes how to install torchft:
+ours, torchrun's restart of the world with our backend `etcd3` and a checkpoint in each round, and torchft's DiLoCo. An
+inner step is a short real one and a pause in place of a GPU's work: four workers on a few cores then leave most of the
+CPU to the processes that start, as machines of their own would.
 
-Each run is undisturbed at first, for `--calm` seconds. Then, every so many seconds, a worker drawn at random is hit by
-kill -9: alone, so that its agent starts it again, or with its agent, which is started again at once, as a node's would
-be. All systems suffer the same draws.
+Each run is undisturbed for `--calm` seconds. Then a worker drawn at random is killed (SIGKILL) every `--every` seconds,
+`--kills` times: either alone, and its agent starts it again, or together with its agent, which the benchmark starts
+again at once, as a cluster would. The draws are the same for all systems.
 
     goodput     useful inner steps x undisturbed step time / (wall time x workers). A step is useful if an outer step
                 that it contributed to was committed, and not rolled back; the undisturbed step time is that run's own
-    useful      those steps
-    kills       of workers alone + with their agents; kills of a worker that was not running yet hit another one
-    loss        ours: the last held-out loss that all workers took part in, by that of a run without kills after as
-                many samples. The others train on random tokens
+    useful      the number of those steps
+    kills       of workers alone + with their agents; if the drawn worker is not running, another one is killed
+    loss        ours: the last held-out loss that all workers took part in, divided by that of a run without kills
+                after as many samples. The others train on random tokens
 
-It prints a row for each run, and writes build/goodput.json. It needs a quiet machine: with the defaults, for two hours
-and a half.
+It prints a row for each run, and writes build/goodput.json. It needs a quiet machine: with the defaults, for an hour
+and three quarters.
 """
 
 import argparse
@@ -58,6 +59,7 @@ from tests.faults import harness  # noqa: E402
 from trainer.files import write_json  # noqa: E402
 
 PAUSE = 0.1  # seconds, of an inner step
+SEQUENCE = 16  # tokens
 EVALUATION = {"eval_interval": 10, "eval_samples": 256}
 _pause = threading.Event()  # never set: it only waits
 
@@ -153,7 +155,8 @@ def measure(system: System, every: float, options: argparse.Namespace) -> dict[s
     calm = time.time()
     _pause.wait(options.calm)
     began = time.time()
-    alone, nodes = disturb(system, every or float("inf"), 60 * options.minutes, options.seed)
+    seconds = options.kills * (every or max(options.every))
+    alone, nodes = disturb(system, every or float("inf"), seconds, options.seed)
     ended = time.time()
     undisturbed, useful = undisturbed_rate(system, calm, began), committed(system, began, ended)
     row = {"goodput": useful / (ended - began) / undisturbed, "useful": useful, "kills": alone, "with_agent": nodes}
@@ -170,7 +173,7 @@ def line(row: dict[str, Any]) -> str:
 
 def rows(options: argparse.Namespace, systems: list[str], directory: Path) -> Iterator[dict[str, Any]]:
     """All runs, one after the other."""
-    work = Work("", local_steps=options.local_steps, pause=PAUSE)
+    work = Work("", local_steps=options.local_steps, pause=PAUSE, sequence=SEQUENCE)
     work = replace(work, model=str(precache(directory, work)))
     harness.BASE |= EVALUATION
     reference: tuple[list[float], list[float]] | None = None
@@ -201,7 +204,7 @@ def rows(options: argparse.Namespace, systems: list[str], directory: Path) -> It
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=float, nargs="+", default=[60.0, 30.0, 20.0], help="seconds between two kills")
-    parser.add_argument("--minutes", type=float, default=15.0, help="of each run, with kills")
+    parser.add_argument("--kills", type=int, default=15, help="in each run")
     parser.add_argument("--calm", type=float, default=60.0, help="seconds of each run before the first kill")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--local-steps", type=int, default=20, help="inner steps in a round")
@@ -225,7 +228,7 @@ def main() -> None:
             found.append(row)
             print(line(row), flush=True)
             OUTPUT.parent.mkdir(exist_ok=True)
-            settings = {"minutes": options.minutes, "workers": options.workers, "seed": options.seed}
+            settings = {"kills": options.kills, "workers": options.workers, "seed": options.seed}
             write_json(OUTPUT, {**settings, "local_steps": options.local_steps, "rows": found})
 
 
