@@ -58,7 +58,7 @@ from tests.benchmarks.bench_faults import (  # noqa: E402
 from tests.faults import harness  # noqa: E402
 from trainer.files import write_json  # noqa: E402
 
-PAUSE = 0.1  # seconds, of an inner step
+PAUSE = 0.25  # seconds, of an inner step
 SEQUENCE = 16  # tokens
 EVALUATION = {"eval_interval": 10, "eval_samples": 256}
 _pause = threading.Event()  # never set: it only waits
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=15, help="in each run")
     parser.add_argument("--calm", type=float, default=60.0, help="seconds of each run before the first kill")
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--local-steps", type=int, default=20, help="inner steps in a round")
+    parser.add_argument("--local-steps", type=int, default=10, help="inner steps in a round")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--torchft", type=Path, help="where torchft is installed (`pip install --target`)")
