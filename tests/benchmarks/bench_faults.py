@@ -379,7 +379,7 @@ class Ours(System):
 
     def start(self, slot: int) -> None:
         os.environ[WORK] = json.dumps(asdict(self.work))
-        self._pods[slot] = self._run.start(slot)
+        self._pods[slot] = self._run.start(slot, worker=Path(__file__))
 
     def kill_node(self, slot: int) -> float:
         return self._pods[slot].kill()
@@ -586,7 +586,6 @@ def precache(directory: Path, work: Work) -> Path:
     """The data and the model of all; returns the model's directory."""
     from tests.faults import harness
 
-    harness.WORKER = Path(__file__)
     harness.BASE |= {"model": "gpt-neo-x:tiny", "sequence_length": work.sequence, "local_steps": work.local_steps}
     harness.BASE |= {"batch_size": work.batch, "per_device_train_batch_size": work.batch}
     harness.precache(directory)
