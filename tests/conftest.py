@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Import everything without the garbage collector, which would look at all of it again and again, then and later."""
+    """Import everything without the garbage collector, which would look at all of it again and again."""
     gc.disable()
     try:
         return (yield)
