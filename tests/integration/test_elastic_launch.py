@@ -176,17 +176,17 @@ def test_bad_configuration_is_not_tried_again(start: Start, tmp_path: Path) -> N
     assert summary_of(tmp_path)["status"] != "complete"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_path: Path) -> None:
-    launch = start()
-    until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
+@pytest.mark.parametrize(("number", "status", "nodes"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1)])
+def test_told_to_stop(number: signal.Signals, status: int, nodes: int, start: Start, tmp_path: Path) -> None:
+    launch = start(nodes=nodes)
+    until(lambda: all(workers_here(tmp_path, slot) for slot in range(nodes)), launch)
     processes = family(launch)
     launch.send_signal(number)
     output, errors = launch.communicate()
     assert launch.returncode == status
     assert "Traceback" not in output + errors
     assert "--run-id r resumes it" in output
-    for slot in (0, 1):
+    for slot in range(nodes):
         assert "asked to leave" in (tmp_path / f"worker-{slot}" / "metrics.jsonl").read_text()
     assert_gone(processes)
     assert summary_of(tmp_path)["status"] == "stopped"
@@ -194,8 +194,8 @@ def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_pat
 
 
 def test_nothing_outlives_a_killed_launch(start: Start, tmp_path: Path) -> None:
-    launch = start()
-    until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
+    launch = start(nodes=1)
+    until(lambda: workers_here(tmp_path, 0), launch)
     processes = family(launch)
     assert any("etcd" in process.name() for process in processes)
     launch.kill()
