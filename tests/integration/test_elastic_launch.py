@@ -15,15 +15,25 @@ import pytest
 
 from trainer.etcd.client import EtcdClient
 
+# Agents of a run of several start from a process that has imported torch, as `launch` does it by default
 LAUNCH = """
 import json, sys
 from trainer.config import TrainingConfig
-from trainer.launch.local import launch
+from trainer.launch import local
+from trainer.launch.standby import Standby
 from trainer.errors import run_main
+
+def prepare():
+    import torch.distributed.elastic.agent.server.local_elastic_agent
+    import trainer.launch.etcd3_diloco_rendezvous
+
 config = TrainingConfig.from_flat({"run_id": "r", "run_dir": sys.argv[1], "device": "cpu", "elastic_max_restarts": 1,
                                    "total_steps": 2, "warmup_steps": 0, "standby": False,
                                    **json.loads(sys.argv[2])})
-run_main(lambda: launch(config, [sys.executable, *sys.argv[3:]]))
+if max(config.nodes, config.elastic.max_nodes) > 1:
+    standby, AgentProcess = Standby.fork(prepare), local.AgentProcess
+    local.AgentProcess = lambda *arguments: AgentProcess(*arguments[:-1], standby)
+run_main(lambda: local.launch(config, [sys.executable, *sys.argv[3:]]))
 """
 
 # Announces itself to the test, runs its `act`, and ends when the test asks for it.
