@@ -28,7 +28,7 @@ from trainer.kubernetes.api.kinds import TRAINING_KINDS, JobKind
 from trainer.timeouts import PipelineTimeouts
 
 STEPS = ("precache", "train", "export", "evaluate")
-QUICK = PipelineTimeouts(poll=0.1, read_log=0.1)
+QUICK = PipelineTimeouts(poll=0.5, read_log=0.1)  # each look parses a whole run
 
 
 class Place:
