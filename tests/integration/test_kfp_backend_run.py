@@ -256,6 +256,7 @@ def test_the_laptop_prints_what_a_steps_pod_and_the_step_itself_wait_for(place: 
         assert seen.wait(300)
 
     place.story.told["precache"] = wait_for_memory
+    place.story.released.clear()
     place.backend.before["train"] = wait_for_a_core
     place.submit()
     place.wait_for("precache: precaching for worker ")
@@ -263,5 +264,6 @@ def test_the_laptop_prints_what_a_steps_pod_and_the_step_itself_wait_for(place: 
     read.set()
     place.wait_for("train waits: it cannot be scheduled: 0/3 nodes are available: 3 Insufficient cpu.")
     seen.set()
-    assert place.wait() == ""
+    place.workers_train()
+    assert place.terminate() == "train"
     assert len([line for line in place.lines if line.startswith("train waits: ")]) == 1
