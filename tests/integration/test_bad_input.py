@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.__main__ import main
+from trainer.errors import run_main
 from trainer.process import endpoint_of, listen
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_launch_refuses(name: str, tmp_path: Path) -> None:
+def test_launch_refuses(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, for speed: an unexpected exception is the test's."""
     flags, message = CASES[name]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("in the way")
@@ -34,13 +37,11 @@ def test_launch_refuses(name: str, tmp_path: Path) -> None:
     taken = listen("127.0.0.1")
     words = {"tmp": tmp_path, "taken": endpoint_of(*taken.getsockname())}
     run_dir = [] if "--run-dir" in flags else ["--run-dir", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "trainer", "launch", "--run-id", "r", *GOOD, *run_dir]
-    command += [flag.format(**words) for flag in flags]
-    with taken:
-        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert refused.returncode == 2, refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert message.format(**words) in refused.stderr.splitlines()[-1]
+    arguments = ["launch", "--run-id", "r", *GOOD, *run_dir, *(flag.format(**words) for flag in flags)]
+    with taken, pytest.raises(SystemExit) as refused:
+        run_main(lambda: main(arguments))
+    assert refused.value.code == 2
+    assert message.format(**words) in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
@@ -48,4 +49,5 @@ def test_training_without_precaching_names_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer", "launch", "--run-id", "r", "--run-dir", str(tmp_path), *GOOD]
     refused = subprocess.run([*command, "--nodes", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2, refused.stderr
+    assert "Traceback" not in refused.stderr
     assert "run `python -m trainer precache` first" in refused.stderr.splitlines()[-1]
