@@ -16,14 +16,14 @@ CASES = {
     "unknown model": (["--model", "gpt-9"], "model = 'gpt-9': no such model; there are "),
     "unknown size": (["--model", "gpt-neo-x:huge"], "model = 'gpt-neo-x:huge': no such size of gpt-neo-x; there are "),
     "indivisible batch": (["--batch-size", "30"], "batch_size = 30: must be a multiple of per_device_train_batch_size"),
-    "no GPU": (["--device", "cuda"], "for a CPU, use --device cpu"),
+    "no GPU": (["--device", "cuda"], "to train on the CPU, use --device cpu"),
     "missing data": (["--dataset", "files:{tmp}/nowhere"], "dataset = 'files:{tmp}/nowhere': "),
     "empty data": (["--dataset", "files:{tmp}/empty"], "dataset = 'files:{tmp}/empty': "),
     "misspelt flag": (["--locl-steps", "3"], "unrecognized arguments: --locl-steps"),
     "misspelt key": (["--config", "{tmp}/misspelt.yaml"], "did you mean local_steps?"),
     "run directory that cannot be written": (["--run-dir", "{tmp}/file/run"], "run_dir = '{tmp}/file/run': "),
     "page at no address": (["--dashboard", "192.0.2.1:1"], "dashboard = '192.0.2.1:1': cannot be served there: "),
-    "page at a taken port": (["--dashboard", "{taken}"], "dashboard = '{taken}': the port is taken by another process"),
+    "page at a taken port": (["--dashboard", "{taken}"], "dashboard = '{taken}': the port is used by another process"),
 }
 
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
         (tmp_path / "runs", "127.0.0.1:0", "name one of mine"),
         (tmp_path, "nowhere", "dashboard = 'nowhere': must be host:port"),
         (tmp_path, "192.0.2.1:1", "dashboard = '192.0.2.1:1': cannot be served there: Cannot assign requested address"),
-        (tmp_path, "no..name:1", "dashboard = 'no..name:1': cannot be served there: no name of a host"),
+        (tmp_path, "no..name:1", "dashboard = 'no..name:1': cannot be served there: not a host name"),
     ):
         with pytest.raises(ConfigError, match=re.escape(error)):
             dashboard(TrainingConfig(), directory, address)

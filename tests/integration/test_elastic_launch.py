@@ -166,7 +166,7 @@ def test_unless_all_must_be_there_the_others_go_on(start: Start, tmp_path: Path)
     launch = start('if slot == "1": raise ValueError("the moon is full")')
     assert launch.stdout is not None
     shown: list[str] = []
-    while "worker 1: ValueError: the moon is full: the others go on" not in "".join(shown):
+    while "worker 1: ValueError: the moon is full: the others continue" not in "".join(shown):
         shown.append(launch.stdout.readline())
         assert shown[-1], shown
     (tmp_path / "go").touch()
@@ -227,7 +227,7 @@ def test_a_launch_that_is_refused_does_not_end_the_run_of_others(
         second = start(act, run=tmp_path / "other", elastic_min_nodes=1, **common)
         _, errors = second.communicate()
         assert second.returncode == 1
-        assert "local_steps = 5: worker 1 does not fit the run; the run goes on elsewhere" in errors.splitlines()[-1]
+        assert "local_steps = 5: worker 1 does not fit the run; the run continues elsewhere" in errors.splitlines()[-1]
         assert client.get("run").value["status"] == "open"  # type: ignore[union-attr]
         if min_nodes == 1:
             until(lambda: workers_here(healthy, 0), first)

@@ -166,5 +166,5 @@ def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(wh
 
     # Starting a finished run reports that, and exits 0.
     finished = subprocess.run(command("launch", broken, shared), check=True, env=environment, capture_output=True)
-    assert b"complete already" in finished.stdout
+    assert b"already complete" in finished.stdout
     assert len(events(broken, "start")) == 3

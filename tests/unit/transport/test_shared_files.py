@@ -107,5 +107,5 @@ def test_no_file_lands_outside_and_no_other_is_served(
     (tmp_path / "private").write_text("x")
     assert shelf.find("dataset/0-1/../private") is None
     assert shelf.find("model") is None
-    with pytest.raises(TrainingError, match=r"offers a file outside of the directory: \.\./evil"):
+    with pytest.raises(TrainingError, match=r"offers a file outside the directory: \.\./evil"):
         fetch_files(joiner, "dataset", {}, {"../evil": SharedFile(1, "")}, tmp_path / "data")
