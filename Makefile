@@ -52,7 +52,7 @@ test: $(READY)  ## lint and run all tests that need no cluster and no GPU (ARGS=
 	wait $$lint || { echo 'error: lint failed:'; cat $$log; exit 1; }; \
 	exit $$tests
 
-soak: $(READY)  ## hurt runs at random for a while, and prove each (ARGS="--minutes 120 --seed 7")
+soak: $(READY)  ## inject random faults into runs, and verify each run (ARGS="--minutes 120 --seed 7")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 test-faults: $(READY)  ## kill, freeze and disconnect real processes; ends with a table of results (about half an hour)
