@@ -76,7 +76,7 @@ def translate(
     # Users and rights
     if "authentication failed" in lower:
         reason = "its token has been revoked" if user.startswith("member:") else "wrong user or ETCD_PASSWORD"
-        return EtcdError(f"{etcd} refuses user {user!r}: {reason}", "credentials")
+        return EtcdError(f"{etcd} rejects user {user!r}: {reason}", "credentials")
     if "user name is empty" in lower:
         return EtcdError(f"{etcd} requires a user: set etcd.user and ETCD_PASSWORD", "credentials")
     if code == grpc.StatusCode.UNAUTHENTICATED or "revision of auth store is old" in lower:

@@ -21,7 +21,7 @@ class ImageClassification(Classification):
 
     name = "image_classification"
     unit = "pictures"
-    loss_unit = "nats a picture"
+    loss_unit = "nats per picture"
     rows = (
         ReportRow("Right (top 1)", "top1", "majority_top1", "{:.1%}", better="higher"),
         ReportRow("Right among five (top 5)", "top5", form="{:.1%}"),

@@ -26,7 +26,7 @@ class LanguageModelling(Task):
 
     name = "language_modelling"
     unit = "tokens"
-    loss_unit = "nats a token"
+    loss_unit = "nats per token"
     baseline_label = "Unigram byte model"
     rows = (
         ReportRow("Bits a byte", "bits_per_byte", "unigram_bits_per_byte", better="lower"),

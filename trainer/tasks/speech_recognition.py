@@ -29,7 +29,7 @@ class SpeechRecognition(Task):
 
     name = "speech_recognition"
     unit = "seconds of sound"
-    loss_unit = "nats a character"
+    loss_unit = "nats per character"
     baseline_label = "Best constant output"
     rows = (
         ReportRow("Character error rate", "cer", "constant_cer", "{:.1%}", better="lower"),
@@ -117,7 +117,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
 
     def headline(self, scores: Mapping[str, Any]) -> str:
         return (
-            f"{scores['cer']:.1%} of the characters are wrong, at {scores['loss']:.2f} nats a character; "
+            f"{scores['cer']:.1%} of the characters are wrong, at {scores['loss']:.2f} nats per character; "
             f"the best constant output gives {scores['constant_cer']:.1%} and {scores['constant_loss']:.2f}"
         )
 

@@ -303,7 +303,7 @@ class Link:
         except OSError as error:
             self.fail(f"is gone ({error.strerror or error})")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            self.fail(f"sent what makes no sense ({error})")
+            self.fail(f"sent invalid data ({error})")
         finally:
             # A member closes all its streams together, and what it sent on the others still arrives. If others stay
             # open, something in between has closed this one, and frames may be lost.

@@ -206,7 +206,7 @@ def test_frames_that_make_no_sense_end_the_link_and_touch_no_memory(pair: list[T
     beside = torch.zeros(300, dtype=torch.uint8)
     pending = there.receive(FIRST, 1, beside[100:200])
     frame(here, header)
-    with pytest.raises(LinkError, match="worker 0 sent what makes no sense"):
+    with pytest.raises(LinkError, match="worker 0 sent invalid data"):
         pending.wait(PATIENCE)
     assert not beside.any()
     wait_for(lambda: bool(here.reason))

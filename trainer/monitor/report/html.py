@@ -105,7 +105,7 @@ def templates(*folders: Path) -> "jinja2.Environment":
 
 
 def title(run: RunHistory) -> str:
-    """What was trained on what; "Training" while unknown."""
+    """The model and dataset; "Training" while unknown."""
     return " on ".join(str(run.config[name]) for name in ("model", "dataset") if run.config.get(name)) or "Training"
 
 
@@ -184,15 +184,15 @@ def tiles(run: RunHistory) -> list[Tile]:
 
     # Costs
     if math.isfinite(run.exposed_share):
-        note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} a worker, waiting for synchronisations"
+        note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} per worker, waiting for synchronisations"
         found.append(Tile("Exposed", f"{100 * run.exposed_share:.1f}", "% of the rounds", note))
     if run.samples and wall > 0:
         rate, unit = (run.tokens, run.unit) if run.tokens else (run.samples, "samples")
-        found.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
+        found.append(Tile("Throughput", short(rate / wall), f"{unit} per second", f"over {seconds(wall)} of wall time"))
     if math.isfinite(rate := run.typical("flops_per_second")):
         mfu = run.typical("mfu")
         note = f"{mfu:.1%} of the devices' peak (MFU)" if math.isfinite(mfu) else "median of the rounds"
-        found.append(Tile("Model FLOPs", short(rate), "a second and worker", note))
+        found.append(Tile("Model FLOPs", short(rate), "per second and worker", note))
     if math.isfinite(run.peak_memory):
         value, unit = byte_count(run.peak_memory).split(" ")
         found.append(Tile("Peak memory", value, f"{unit} a process", _memory_note(run)))

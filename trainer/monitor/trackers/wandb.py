@@ -54,7 +54,7 @@ class WandbTracker:
             self._warn(f"{self.name} did not take everything: `wandb sync {directory}` uploads the rest")
 
     def _begin(self) -> Any:
-        # wandb reports its own errors to a server, too, which could keep a finished process from ending
+        # wandb also reports its own errors to a server, which could keep a finished process from ending
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         # Do not use the parent process's service, which we could not end if its server hangs
         os.environ.pop("WANDB_SERVICE", None)
