@@ -20,7 +20,7 @@ def served_launcher(client: Client) -> str:
     a kind that may not be listed is not chosen if there is another one.
 
     Raises:
-        TrainingError: The cluster supports none (with what to install), or cannot be queried.
+        TrainingError: The cluster supports none (the message names what to install), or cannot be queried.
     """
     refusal: ApiError | None = None
     for launcher, kind in TRAINING_KINDS.items():
