@@ -103,9 +103,9 @@ def _tls_hint(endpoints: Sequence[str], ca: str) -> str:
     """A hint for when only one side speaks TLS. gRPC's own messages differ between versions of etcd."""
     spoken = [speaks for endpoint in endpoints if (speaks := _speaks_tls(endpoint)) is not None]
     if ca and spoken and not any(spoken):
-        return " (it speaks no TLS, but etcd.ca is set)"
+        return " (it does not use TLS, but etcd.ca is set)"
     if not ca and any(spoken):
-        return " (it wants TLS, but no etcd.ca is set)"
+        return " (it requires TLS, but no etcd.ca is set)"
     return ""
 
 

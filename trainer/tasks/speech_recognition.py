@@ -138,9 +138,9 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
             try:
                 audio = decode(path.read_bytes())
             except ValueError as error:
-                raise ConfigError("INPUT", path, f"is no audio: {error}") from None
+                raise ConfigError("INPUT", path, f"is not audio: {error}") from None
             if not SHORTEST <= len(audio) / RATE <= LONGEST:
-                allowed = f"must have from {SHORTEST} to {LONGEST:.0f} seconds, as the clips of the training"
+                allowed = f"must be from {SHORTEST} to {LONGEST:.0f} seconds long, like the training clips"
                 raise ConfigError("INPUT", path, allowed)
             batch = {"audio": torch.tensor(audio[None]), "audio_length": torch.tensor([len(audio)])}
             (text,) = _decoded(*self._logits(model, {name: column.to(device) for name, column in batch.items()}))

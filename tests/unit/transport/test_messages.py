@@ -265,7 +265,7 @@ def test_an_answer_that_nobody_waits_for_any_more_is_thrown_away() -> None:
         waiting = end.ask((0, 0, 1), 1, {}, given_up)
         assert begun.wait(PATIENCE)
         end.forget((0, 0, 1))
-        with pytest.raises(LinkError, match="is not waited for any more"):
+        with pytest.raises(LinkError, match="is no longer awaited"):
             waiting.wait(PATIENCE)
         later = end.ask((0, 0, 2), 1, {}, into)
         go_on.set()

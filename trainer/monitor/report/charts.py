@@ -129,7 +129,7 @@ def bits_over_rounds(run: RunHistory) -> Chart | None:
         drawing.over_rounds(axes, scored, "bits per byte")
 
     caption = "Held-out text, scored with the global parameters after the round: the bits needed for each byte."
-    return drawing.chart("Bits a byte", caption, draw, name="bits-over-rounds")
+    return drawing.chart("Bits per byte", caption, draw, name="bits-over-rounds")
 
 
 # Rounds of one run

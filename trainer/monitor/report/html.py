@@ -128,7 +128,7 @@ def _memory_note(run: RunHistory) -> str:
     """The peak memory of a process in bytes per parameter; for islands, also that of each of their processes."""
     if not run.parameters:
         return ""
-    note = f"{short(run.peak_memory / run.parameters)} bytes a parameter"
+    note = f"{short(run.peak_memory / run.parameters)} bytes per parameter"
     for worker in run.workers:
         if len(worker.peak_memories) > 1:
             each = ", ".join(short(memory / run.parameters) for memory in worker.peak_memories)
@@ -172,7 +172,7 @@ def tiles(run: RunHistory) -> list[Tile]:
             )
         )
     if run.evaluation is None and math.isfinite(bits := last_finite(run.held_out_bits[1])):
-        found.append(Tile("Bits a byte", f"{bits:.3f}", "held out", "scored while it trained"))
+        found.append(Tile("Bits per byte", f"{bits:.3f}", "held out", "scored while it trained"))
     if len(rounds):
         steps = len(run.step_losses[0])
         note = f"{count(steps)} inner steps, {count(run.samples)} samples"

@@ -102,7 +102,7 @@ class TrackerSink:
 
         def complain(error: BaseException) -> None:
             if not self._away:
-                self._warn(f"{self.name} is tried again and again: {without_secrets(one_line(error))}")
+                self._warn(f"{self.name} is retried repeatedly: {without_secrets(one_line(error))}")
             self._away = True
 
         policy = retrying(

@@ -51,7 +51,7 @@ class WandbTracker:
             self._run.finish(exit_code=int(status == "failed"))
         except TimeoutError:
             directory = Path(self._run.dir).parent
-            self._warn(f"{self.name} did not take everything: `wandb sync {directory}` uploads the rest")
+            self._warn(f"{self.name} did not receive everything: `wandb sync {directory}` uploads the rest")
 
     def _begin(self) -> Any:
         # wandb also reports its own errors to a server, which could keep a finished process from ending
