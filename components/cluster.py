@@ -88,7 +88,7 @@ class ClusterLauncher:
         if not self._config.storage.retain:
             try:
                 self._context.clean_up(finished=False, claims=True)
-            except TrainingError as error:  # the run is complete all the same
+            except TrainingError as error:  # the run is complete anyway
                 self._context.show(f"warning: the claims are not deleted: {error}")
         output = evaluation_output(run_dir, read_json(scores), self._context.kubectl, self._places)
         if here:

@@ -39,8 +39,8 @@ def training_pipeline(*, exit_handler: bool) -> Any:
     """The pipeline, with its parameters and their defaults.
 
     Args:
-        exit_handler: Clean up however the run ends. A backend needs it because SIGTERM may not reach a step, or leave
-            it too little time. On one machine, processes die with their step.
+        exit_handler: Clean up however the run ends. A backend needs it because SIGTERM may not reach a step, or may
+            leave it too little time. On one machine, processes die with their step.
 
     Returns:
         A KFP GraphComponent named `diloco-training`.

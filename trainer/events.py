@@ -159,7 +159,7 @@ def _json_number(value: Any) -> Any:
 
 
 def _end_torn_line(path: Path) -> None:
-    """End the half line that a killed process may have left, so that the next event starts a new line."""
+    """End an incomplete line of a killed process, so that the next event starts a new line."""
     if path.exists() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, os.SEEK_END)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PipelineTimeouts:
-    """Of `pipelines`, which follows a run on a Kubeflow Pipelines backend."""
+    """Timeouts of `pipelines`, which follows a run on a Kubeflow Pipelines backend."""
 
     poll: float = 5.0  # between two requests for the run's state
     outage: float = 300.0  # for which the backend may be unreachable
@@ -18,7 +18,7 @@ class PipelineTimeouts:
 
 @dataclass(frozen=True)
 class EtcdTimeouts:
-    """Of `trainer.etcd`."""
+    """Timeouts of `trainer.etcd`."""
 
     call: float = 5.0  # maximum for one request to one endpoint
     election_pause: float = 0.1  # before repeating a proposal that a member without a leader dropped
@@ -32,7 +32,7 @@ class EtcdTimeouts:
 
 @dataclass(frozen=True)
 class TransportTimeouts:
-    """Of `trainer.transport`."""
+    """Timeouts of `trainer.transport`."""
 
     connect: float = 3.0  # until a port accepts a connection; TCP repeats a lost packet after one second
     handshake: float = 3.0  # until both ends of a connection have authenticated each other
@@ -47,7 +47,7 @@ class TransportTimeouts:
 
 @dataclass(frozen=True)
 class MemberTimeouts:
-    """Of `trainer.elastic`."""
+    """Timeouts of `trainer.elastic`."""
 
     poll: float = 0.25  # between two checks of the clock and of SIGTERM while a member waits
     refresh: float = 2.0  # until the round's record is read again without a change from the watch
@@ -65,14 +65,14 @@ class MemberTimeouts:
 
 @dataclass(frozen=True)
 class WorkerTimeouts:
-    """Of `trainer.worker`."""
+    """Timeouts of `trainer.worker`."""
 
     poll: float = 0.25  # between two checks of the quorum while the loop waits for other members
 
 
 @dataclass(frozen=True)
 class LaunchTimeouts:
-    """Of `trainer.launch`."""
+    """Timeouts of `trainer.launch`."""
 
     shutdown: int = 120  # for workers to save after SIGTERM; in a cluster, the pod's grace period is the limit
     poll: float = 0.2  # between two checks by `launch` of its agents and their metrics
@@ -87,7 +87,7 @@ class LaunchTimeouts:
 
 @dataclass(frozen=True)
 class MonitorTimeouts:
-    """Of `trainer.monitor`."""
+    """Timeouts of `trainer.monitor`."""
 
     wandb: float = 10.0  # for the server of Weights & Biases to start a run, and to receive the rest at the end
     tracker_close: float = 25.0  # for a tracker to start and receive the rest, after training has ended
@@ -103,7 +103,7 @@ class MonitorTimeouts:
 
 @dataclass(frozen=True)
 class KubernetesTimeouts:
-    """Of `trainer.kubernetes`."""
+    """Timeouts of `trainer.kubernetes`."""
 
     connect: float = 10.0  # for a connection to the API server
     read: float = 60.0  # for the answer to one request

@@ -105,7 +105,7 @@ def test_another_address_than_loopback_needs_the_token(tmp_path: Path) -> None:
 def test_only_what_changes_is_sent_and_a_slow_start_is_shown(tmp_path: Path) -> None:
     with LivePage(DirectoryView(tmp_path / "later"), "127.0.0.1:0", QUICK) as page, stream(page.url) as parts:
         first = dict(next(parts) for _ in range(6))
-        assert "Not begun" in first["head"]
+        assert "Not started" in first["head"]
         train(tmp_path / "later", rounds=2, end=None)
         found: dict[str, str] = {}
         while "chart-0" not in found or ">2<" not in found.get("workers", ""):

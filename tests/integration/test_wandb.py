@@ -200,7 +200,7 @@ def test_a_run_that_cannot_begin_is_kept_offline(manner: str, trained: dict[str,
 
 def test_a_server_that_hangs_later_is_told_of(trained: dict[str, "Future[Trained]"]) -> None:
     (warning,) = trained["hangs later"].result().warnings()
-    assert warning.startswith("Weights & Biases did not take everything: `wandb sync ")
+    assert warning.startswith("Weights & Biases did not receive everything: `wandb sync ")
 
 
 def test_a_server_that_works_has_every_step_and_the_run_a_link(tmp_path: Path) -> None:

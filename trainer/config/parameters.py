@@ -107,5 +107,5 @@ def unknown(name: str, known: Mapping[str, object], shown: Callable[[str], str] 
 
 
 def is_secret(name: str) -> bool:
-    """Whether an unknown name asks for a secret, whose value must not be shown."""
+    """Whether an unknown name looks like that of a secret, whose value must not be shown."""
     return any(word in name.lower().replace("_", "") for word in ("key", "token", "password", "secret"))

@@ -25,7 +25,7 @@ Rules = Iterator[tuple[object, str, str]]
 def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the tree of parameters with the reference's three aliases applied.
 
-    A parameter that is given, too, stays as it is; `check` refuses the two if they disagree.
+    A parameter that is also given itself keeps its value; `check` rejects the two if they disagree.
     """
     # quantization stands for codec=int8.
     tree = dict(tree)
@@ -33,7 +33,7 @@ def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
         tree["codec"] = "int8"
     # elastic.etcd.run_id stands for run_id.
     run_id = find(tree, ("elastic", "etcd", "run_id"))
-    if isinstance(run_id, str) and re.match(RUN_ID, run_id):  # else it is refused under its own name
+    if isinstance(run_id, str) and re.match(RUN_ID, run_id):  # otherwise it is rejected under its own name
         tree["run_id"] = tree.get("run_id") or run_id
     # elastic.etcd.external_endpoint stands for a single one of etcd.endpoints.
     external, etcd = find(tree, ("elastic", "etcd", "external_endpoint")), tree.get("etcd", {})
@@ -156,7 +156,7 @@ def _ports(config: Schema) -> Rules:
         return
     low, high = map(int, config.port_range.split("-"))
     yield 0 < low <= high < 65536, "port_range", "must be low-high with 1 ≤ low ≤ high ≤ 65535"
-    # In a pod it becomes `net.ipv4.ip_local_port_range`, so outgoing connections use it, too
+    # In a pod it becomes `net.ipv4.ip_local_port_range`, so outgoing connections also use it
     allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = {config.launcher!r}"
     enough = low >= 1024 and high - low >= _FEWEST_PORTS - 1
     yield not config.on_cluster or enough, "port_range", allowed

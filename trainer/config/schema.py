@@ -42,7 +42,7 @@ OUTER_OPTIMIZERS = declared("diloco/outer")
 
 
 class Schema(Group):
-    """Every parameter, and what follows from its value. `TrainingConfig` adds the rules and the ways to build one."""
+    """Every parameter, and the values derived from it. `TrainingConfig` adds the rules and the ways to build one."""
 
     # Model and data
     model: Annotated[str, COMMON] = parameter(
@@ -381,8 +381,8 @@ class Schema(Group):
     def momentum(self) -> float:
         """The outer optimizer's momentum: `outer_momentum`, or a default that depends on merge and error feedback.
 
-        Error feedback sends what a codec left out in a later round; momentum has then applied part of it already. With
-        both near 1 it would count twice.
+        Error feedback sends a codec's error in a later round, when momentum has already applied part of it. With both
+        near 1 it would count twice.
         """
         if self.outer_momentum == UNSET:
             return 0.0 if self.merged_by != "mean" else 0.5 if self.feedback else 0.9

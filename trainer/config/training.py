@@ -62,7 +62,7 @@ class TrainingConfig(Schema):
         )
 
     def given(self) -> dict[str, Any]:
-        """The parameters that were given explicitly, by flat name, as `to_flat` has them."""
+        """The parameters that were given explicitly, by flat name, in the form of `to_flat`."""
         values = self.to_flat()
         return {parameter.name: values[parameter.name] for parameter in _parameters() if _is_set(self, parameter.path)}
 

@@ -69,7 +69,7 @@ class ArrayDataset(DatasetFamily):
 
     @cached_property
     def left_out(self) -> Counter[str]:
-        """The numbers of samples that `samples` left out, by reason."""
+        """The numbers of samples that `samples` skipped, by reason."""
         return Counter()
 
     def inputs(self) -> dict[str, object]:

@@ -202,15 +202,15 @@ def _as_in(run: Run, path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
             manifest = _built(path, dataset, log)
             if manifest.hash == run.hash:
                 return manifest
-            log(f"dataset {dataset.spec}: other versions of libraries have made another one for the run: fetching that")
+            log(f"dataset {dataset.spec}: the run's dataset was built with other library versions: fetching it")
         else:
-            log(f"dataset {dataset.spec}: the run has another revision: fetching that")
+            log(f"dataset {dataset.spec}: the run has another revision: fetching it")
     except (ConfigError, TrainingError) as error:
         log(f"{error}: fetching the dataset from the run")
     run.fetch("dataset", path)
     fetched = read_manifest(path)
     if fetched is None or fetched.hash != run.hash or damage(path, thorough=False):  # each byte was verified
-        raise TrainingError(f"dataset {dataset.spec}: what has been fetched is not what the run trains on")
+        raise TrainingError(f"dataset {dataset.spec}: the fetched dataset is not the run's")
     return fetched
 
 

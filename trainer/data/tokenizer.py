@@ -29,7 +29,7 @@ def resolve(config: TrainingConfig) -> str:
     """The tokenizer named by `config`, or the model's default. Raises ConfigError if there is neither."""
     spec = config.tokenizer or models.resolve(config.model).default_tokenizer
     if not spec:
-        problem = f"{config.model} has no tokenizer of its own: name one, for example bytes or bpe:4096"
+        problem = f"{config.model} has no tokenizer: name one, for example bytes or bpe:4096"
         raise ConfigError("tokenizer", "", problem)
     return spec
 

@@ -142,7 +142,7 @@ class DiLoCo(OwnLoop):
 
     @property
     def open_round(self) -> int:
-        """The round to which inner steps currently count."""
+        """The round in which inner steps currently count."""
         return self.state.round + 1 + (self._pending is not None)
 
     @property

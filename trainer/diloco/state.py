@@ -36,7 +36,7 @@ class GlobalState:
 
     It changes only in `commit`, `apply`, `skip`, `load` and `replace`. An outer step is computed in separate memory, so
     that it is taken atomically. Other threads (donors to joiners) may `borrow` the state, or `hold` it while they read
-    it. The tensors that they see do not change: before its next change, the state gives up, or copies, their memory.
+    it. The tensors that they see do not change: before its next change, the state copies or releases their memory.
 
     Args:
         parameters: θ, float32 (n,); not copied.
@@ -101,7 +101,7 @@ class GlobalState:
         self._spare = self._spare or {name: self._like(own) for name, own in self._tensors.items()}
 
     def begin(self, fragment: Fragment) -> "OuterStep":
-        """Start computing an outer step. An unfinished one is given up, because there is memory for only one."""
+        """Start computing an outer step. An unfinished one is abandoned, because there is memory for only one."""
         self.prepare()
         before, after = ({n: fragment.of(t) for n, t in of.items()} for of in (self._tensors, self._spare))
         self._begun = OuterStep(self.outer, fragment, before, after)
@@ -111,7 +111,7 @@ class GlobalState:
         """Take the outer step that was begun last (else ValueError). It ends a round of `steps` inner steps."""
         with self._lock:
             if outer_step is not self._begun:
-                raise ValueError("this outer step was given up")
+                raise ValueError("this outer step was abandoned")
             self._begun = None
             if outer_step.fragment is self.full_model:
                 self._tensors, self._spare = self._spare, {} if self._readers else self._tensors

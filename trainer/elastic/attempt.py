@@ -62,7 +62,7 @@ class Attempts:
         except (RuntimeError, OSError) as error:
             self._transport.finish(record.members, record.attempt_id, failed=True)
             if isinstance(error, TrainingError) and getattr(error, "kind", "") != "lease":
-                raise  # etcd was away for too long, or denies the request
+                raise  # etcd was down for too long, or denies the request
             reason = str(error).partition("\n")[0] or type(error).__name__
         else:
             self._transport.finish(record.members, record.attempt_id)

@@ -131,7 +131,7 @@ class Coordinator:
     def _reap(self, id: str) -> bool:
         """Revoke the lease of a member whose process is gone. Returns whether it is gone.
 
-        Its agent does the same unless it died, too. A member that is alive after all registers again.
+        The member's agent does the same unless it also died. A member that is still alive registers again.
         """
         member = self._client.get(f"members/{id}")
         dead = member is None or self._is_dead(id, member.value["endpoints"])

@@ -1,4 +1,4 @@
-"""The fields of a worker's events, by which `python -m trainer verify` judges a run (`trainer.protocol.history`)."""
+"""The fields of a worker's events with which `python -m trainer verify` judges a run (`trainer.protocol.history`)."""
 
 import math
 import os

@@ -78,7 +78,7 @@ def run_secret(client: EtcdClient) -> bytes:
 
 
 def record_config(client: EtcdClient, config: TrainingConfig) -> None:
-    """Keep the run's parameters for nodes that join with only an endpoint and a run id. The first node's stand."""
+    """Store the first node's parameters for nodes that join with only an endpoint and a run id."""
     client.swap("config", config.of_the_run(), None)
 
 

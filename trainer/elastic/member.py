@@ -199,7 +199,7 @@ class ElasticQuorum:
 
     @property
     def shortage(self) -> bool:
-        """Whether this member waits because the run lacks nodes, which is a time to save."""
+        """Whether this member waits because the run lacks nodes, which is a good time to save."""
         return self._watch.shortage
 
     def assign(self, after: tuple[int, int]) -> Assignment:
@@ -262,7 +262,7 @@ class ElasticQuorum:
         """See `trainer.diloco.quorum.Quorum`.
 
         Raises:
-            TrainingError: There were too few nodes for `elastic.rdzv_timeout`; etcd was away for longer than
+            TrainingError: There were too few nodes for `elastic.rdzv_timeout`; etcd was down for longer than
                 `etcd_outage_limit`, or has lost the record.
         """
         # Take part until the round is committed

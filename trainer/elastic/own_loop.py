@@ -125,7 +125,7 @@ class LoopMember:
         return batches()
 
     def leave(self) -> None:
-        """Leave the run, unless already done. The end of the context, and of the process, does this, too."""
+        """Leave the run, unless already done. The end of the context or of the process also does this."""
         atexit.unregister(self.leave)
         self._resources.close()
 

@@ -80,7 +80,7 @@ class RoundWatch:
 
         Raises:
             Interrupted: This process has to end.
-            TrainingError: The run has ended; etcd lost the record or is away for too long; a shortage lasts too long.
+            TrainingError: The run has ended; etcd lost the record or is down for too long; a shortage lasts too long.
         """
         if not effect.again:
             wait.since = wait.logged = time.monotonic()
@@ -121,7 +121,7 @@ class RoundWatch:
 
         Raises:
             Interrupted: This process has to end.
-            TrainingError: etcd denies the operation, or is away for too long.
+            TrainingError: etcd denies the operation, or is down for too long.
         """
         began = time.monotonic()
 
@@ -130,7 +130,7 @@ class RoundWatch:
                 raise Interrupted from None
             away = time.monotonic() - max(began, self._heard)  # inner steps send no requests
             if away > self.config.etcd_outage_limit:
-                raise TrainingError(f"etcd was away for {away:.0f} s (etcd_outage_limit): {error}") from None
+                raise TrainingError(f"etcd was down for {away:.0f} s (etcd_outage_limit): {error}") from None
             log.warning("waiting for etcd: %s", error)
 
         def unreachable(error: BaseException) -> bool:

@@ -180,5 +180,5 @@ def etcd_version(binary: Path) -> tuple[int, ...]:
     done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", done.stdout)
     if found is None:
-        raise ConfigError("ETCD_BINARY", str(binary), f"is no etcd: {(done.stderr or done.stdout).strip()[:200]!r}")
+        raise ConfigError("ETCD_BINARY", str(binary), f"is not an etcd: {(done.stderr or done.stdout).strip()[:200]!r}")
     return tuple(map(int, found.groups()))

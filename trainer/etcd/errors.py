@@ -76,7 +76,7 @@ def translate(
     # Users and rights
     if "authentication failed" in lower:
         reason = "its token has been revoked" if user.startswith("member:") else "wrong user or ETCD_PASSWORD"
-        return EtcdError(f"{etcd} refuses user {user!r}: {reason}", "credentials")
+        return EtcdError(f"{etcd} rejects user {user!r}: {reason}", "credentials")
     if "user name is empty" in lower:
         return EtcdError(f"{etcd} requires a user: set etcd.user and ETCD_PASSWORD", "credentials")
     if code == grpc.StatusCode.UNAUTHENTICATED or "revision of auth store is old" in lower:
@@ -103,9 +103,9 @@ def _tls_hint(endpoints: Sequence[str], ca: str) -> str:
     """A hint for when only one side speaks TLS. gRPC's own messages differ between versions of etcd."""
     spoken = [speaks for endpoint in endpoints if (speaks := _speaks_tls(endpoint)) is not None]
     if ca and spoken and not any(spoken):
-        return " (it speaks no TLS, but etcd.ca is set)"
+        return " (it does not use TLS, but etcd.ca is set)"
     if not ca and any(spoken):
-        return " (it wants TLS, but no etcd.ca is set)"
+        return " (it requires TLS, but no etcd.ca is set)"
     return ""
 
 

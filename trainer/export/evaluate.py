@@ -140,5 +140,5 @@ def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":
     for name, record in manifest.files.items():
         path = directory / name
         if not name.startswith("train-") and (not path.is_file() or path.stat().st_size != record.bytes):
-            raise ConfigError("dataset", directory, f"is not whole: {path.name} is missing or torn")
+            raise ConfigError("dataset", directory, f"is incomplete: {path.name} is missing or torn")
     return manifest, open_split(directory, manifest, "validation")

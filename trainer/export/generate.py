@@ -81,7 +81,7 @@ def _run_of(source: Path) -> TrainedRun:
             run = TrainedRun.find(TrainingConfig(run_dir=str(above)))
             if run.dataset.is_dir():
                 return replace(run, chosen=path)
-    raise ConfigError("SOURCE", source, "is a checkpoint without its run around it: name a run or an export")
+    raise ConfigError("SOURCE", source, "is a checkpoint outside its run's directory: name a run or an export")
 
 
 def _task_of(export: Path) -> Task:

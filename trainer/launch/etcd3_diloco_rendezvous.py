@@ -78,7 +78,7 @@ class NodeRendezvous(RendezvousHandler):
         Raises:
             RendezvousClosedError: The run is over.
             RendezvousTimeoutError: `min_nodes` nodes did not arrive in time.
-            RendezvousConnectionError: etcd is unreachable, or refuses access.
+            RendezvousConnectionError: etcd is unreachable, or denies access.
         """
         try:
             if self.slot is None:

@@ -134,7 +134,7 @@ def _connected(token: Token, given: TrainingConfig, secrets: Path, timeouts: Lau
         break
     else:
         tried = ", ".join(reasons)
-        advice = "is the run still going on there, and can this machine reach the port?"
+        advice = "is the run still running there, and can this machine reach the port?"
         raise ConfigError("token", "…", f"none of its addresses answers: {tried}: {advice}")
     secrets.mkdir(mode=0o700, parents=True, exist_ok=True)
     tls, files = Tls(secrets), {}

@@ -181,7 +181,7 @@ def _require_reachable(config: TrainingConfig, address: str) -> None:
         raise ConfigError("--listen", address, f"must have no port: the etcd at {endpoints} has its own")
     here = any(is_loopback(endpoint_of(host, port)) for host in hosts)
     if not here and all(map(is_loopback, config.etcd.endpoints)):
-        meant = "is a different machine on each machine: give the address at which the others reach that etcd"
+        meant = "refers to a different machine on each machine: give the address at which the others reach that etcd"
         raise ConfigError("etcd.endpoints", endpoints, meant)
 
 
@@ -205,7 +205,7 @@ def _parsed(address: str) -> tuple[tuple[str, ...], int]:
         known = [one.address for ones in psutil.net_if_addrs().values() for one in ones if _reachable(one.address)]
         raise refused(f"must be the address at which other machines reach this one, such as {', '.join(known)}")
     if own.is_link_local and own.version == 6:
-        raise refused("must not be a link-local address, which is a different machine on each machine")
+        raise refused("must not be a link-local address, which refers to a different machine on each machine")
     if _is_address(host):
         return (str(own),), int(text)
     if own.is_loopback and host != "localhost":

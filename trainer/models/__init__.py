@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 READY = "READY"
 LARGE = (
     1 << 12
-)  # tensors with at least this many elements are deferred; all smaller ones together are small beside one of these
+)  # tensors with at least this many elements are deferred; all smaller ones together are smaller than one of these
 _PATH = re.compile(r"[./~]")  # start of a directory's name
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 

@@ -64,7 +64,7 @@ def no_run(directory: Path) -> ConfigError:
     if not runs:
         return ConfigError("run_dir", directory, "holds no run that was trained")
     named = ", ".join(runs[:5]) + (f" and {len(runs) - 5} more" if len(runs) > 5 else "")
-    return ConfigError("run_dir", directory, f"holds runs, but is none itself: name one of {named}")
+    return ConfigError("run_dir", directory, f"contains runs, but is not a run itself: name one of {named}")
 
 
 def has_completed(directory: Path) -> bool:

@@ -243,7 +243,7 @@ class Watcher:
         if self._members is not None and run.verdict == "open":
             seen = self._members
             gone, new = seen.keys() - members.keys(), members.keys() - seen.keys()
-            changes = [(seen[id], "left" if id in run.gone else "died, or is cut off") for id in gone]
+            changes = [(seen[id], "left" if id in run.gone else "died, or is disconnected") for id in gone]
             changes += [(members[id], "is back" if id in self._known else "joined") for id in new]
             changes += [(members[id], "is late") for id in (behind & seen.keys()) - self._behind]
             dashboard.events += [MembershipEvent(now, number, what) for number, what in sorted(changes)]
@@ -272,7 +272,7 @@ def headline(run: RunStatus) -> list[str]:
         lines.append(f"newest checkpoint: round {run.durable}")
     for pair, via in run.relayed.items():
         one, other = pair.split("-")
-        lines.append(f"workers {one} and {other} talk through worker {', '.join(map(str, via))}")
+        lines.append(f"workers {one} and {other} communicate through worker {', '.join(map(str, via))}")
     if run.spares:
         lines.append(f"spare nodes: {', '.join(run.spares)}")
     return lines

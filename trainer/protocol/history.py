@@ -192,7 +192,7 @@ class Saved:
 
     Attributes:
         state_step: The schedule position of the state, at the start of the open round.
-        problem: Why it cannot be what was originally written; "" if it can.
+        problem: Why it cannot have its original content; "" if it can.
     """
 
     where: str

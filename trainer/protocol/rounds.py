@@ -101,7 +101,7 @@ def _found(term: int, view: View, waited: float, rules: Rules) -> RoundState | N
     holding = [id for id in ranked if view.members[id].held == newest]
     common = _most_common(view.members[id].holds.hash for id in holding)
     expected = tuple(id for id in holding if view.members[id].holds.hash == common)
-    # etcd may have lost its record, or `launch` may have started anew: never use a term's number twice
+    # etcd may have lost its record, or `launch` may have started again: never use a term's number twice
     known = max(view.last_term, view.durable[0], *(member.term for member in view.members.values()))
     opened = _open(max(term, known + 1), expected, view.members[expected[0]].holds, None, {}, view, rules)
     return replace(opened, lost=view.durable[1]) if is_lost else opened

@@ -45,7 +45,7 @@ class SampleLedger:
     def accept(self, assignment: Assignment | None) -> None:
         """Continue with this assignment, unless it is the current one (without positions, it ends the current one).
 
-        An assignment may begin with the positions that the last report called unused; those that have been consumed
+        An assignment may begin with the positions that the last report listed as unused; those that have been consumed
         since are skipped.
 
         Args:
@@ -175,7 +175,7 @@ def update_ledger(record: RoundState, view: View, rules: Rules) -> RoundState | 
             back = left.unused
             if assignment.round_id != (left.term, left.round):
                 # The member has not seen this assignment. The older one in `left` was already returned, or this one
-                # begins with the positions that the arrival called unused.
+                # begins with the positions that the arrival listed as unused.
                 arrival = view.arrivals.get(id) if rules.prefetch > 1 else None
                 kept = arrival.unused if arrival and arrival.term == assignment.term else ()
                 continues = kept and assignment.ranges[: len(kept)] == kept

@@ -130,7 +130,7 @@ class Task(ABC):
         return (
             *self.rows,
             ReportRow(loss, "loss", "constant_loss"),
-            ReportRow(f"{self.unit.capitalize()} a second", "tokens_per_second", form="{:,.0f}"),
+            ReportRow(f"{self.unit.capitalize()} per second", "tokens_per_second", form="{:,.0f}"),
         )
 
     def confusion(self, sums: Sums, data: Path) -> dict[str, Any] | None:

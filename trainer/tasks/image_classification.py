@@ -21,10 +21,10 @@ class ImageClassification(Classification):
 
     name = "image_classification"
     unit = "pictures"
-    loss_unit = "nats a picture"
+    loss_unit = "nats per picture"
     rows = (
-        ReportRow("Right (top 1)", "top1", "majority_top1", "{:.1%}", better="higher"),
-        ReportRow("Right among five (top 5)", "top5", form="{:.1%}"),
+        ReportRow("Accuracy (top 1)", "top1", "majority_top1", "{:.1%}", better="higher"),
+        ReportRow("Accuracy (top 5)", "top5", form="{:.1%}"),
     )
     pipeline_tag = "image-classification"
     how_to_load = """\
@@ -84,7 +84,7 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
             try:
                 image = decode(path.read_bytes(), size, channels)
             except ValueError as error:
-                raise ConfigError("INPUT", path, f"is no picture: {error}") from None
+                raise ConfigError("INPUT", path, f"is not a picture: {error}") from None
             (logits,) = self.logits(model, {"image": torch.tensor(image[None], device=device)})
             asked.write(f"{path}: {self.guesses(logits, names)}\n")
 

@@ -117,7 +117,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         names = list(asked.inputs) or known[:ROWS]
         picture = _grid(model, names, asked.seed)
         write_bytes(asked.output, png(picture, max(1, shown_scale(len(picture) // len(names)) // 2)))
-        asked.write(f"{asked.output}: a row each of {', '.join(names)}\n")
+        asked.write(f"{asked.output}: one row each of {', '.join(names)}\n")
 
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]]:
         """As in BigGAN: Adam without momentum or weight decay, and a lower learning rate for the generator."""

@@ -26,10 +26,10 @@ class LanguageModelling(Task):
 
     name = "language_modelling"
     unit = "tokens"
-    loss_unit = "nats a token"
+    loss_unit = "nats per token"
     baseline_label = "Unigram byte model"
     rows = (
-        ReportRow("Bits a byte", "bits_per_byte", "unigram_bits_per_byte", better="lower"),
+        ReportRow("Bits per byte", "bits_per_byte", "unigram_bits_per_byte", better="lower"),
         ReportRow("Compressed to", "bits_per_byte", "unigram_bits_per_byte", "{:.1%}", scale=1 / 8),
         ReportRow("Perplexity", "perplexity", form="{:,.2f}"),
     )
@@ -156,7 +156,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         tokens = torch.tensor([tokenizer(prompt)["input_ids"] or first], device=next(model.parameters()).device)
         most = getattr(writer.config.get_text_config(), "max_position_embeddings", tokens.shape[1] + asked.max_tokens)
         if tokens.shape[1] >= most:
-            raise ConfigError("PROMPT", f"{prompt[:30]}…", f"has {tokens.shape[1]} tokens: must have less than {most}")
+            raise ConfigError("PROMPT", f"{prompt[:30]}…", f"has {tokens.shape[1]} tokens: must have fewer than {most}")
         options: dict[str, Any] = {"do_sample": False}
         if asked.temperature > 0:
             options = {"do_sample": True, "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}

@@ -24,8 +24,8 @@ class NodeClassification(Classification):
 
     name = "node_classification"
     unit = "nodes"
-    loss_unit = "nats a node"
-    rows = (ReportRow("Nodes right", "accuracy", "majority_accuracy", "{:.1%}", better="higher"),)
+    loss_unit = "nats per node"
+    rows = (ReportRow("Accuracy", "accuracy", "majority_accuracy", "{:.1%}", better="higher"),)
     how_to_load = """\
 from trainer.models.gcn import load
 

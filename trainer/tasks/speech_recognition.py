@@ -29,7 +29,7 @@ class SpeechRecognition(Task):
 
     name = "speech_recognition"
     unit = "seconds of sound"
-    loss_unit = "nats a character"
+    loss_unit = "nats per character"
     baseline_label = "Best constant output"
     rows = (
         ReportRow("Character error rate", "cer", "constant_cer", "{:.1%}", better="lower"),
@@ -117,7 +117,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
 
     def headline(self, scores: Mapping[str, Any]) -> str:
         return (
-            f"{scores['cer']:.1%} of the characters are wrong, at {scores['loss']:.2f} nats a character; "
+            f"{scores['cer']:.1%} of the characters are wrong, at {scores['loss']:.2f} nats per character; "
             f"the best constant output gives {scores['constant_cer']:.1%} and {scores['constant_loss']:.2f}"
         )
 
@@ -138,9 +138,9 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
             try:
                 audio = decode(path.read_bytes())
             except ValueError as error:
-                raise ConfigError("INPUT", path, f"is no audio: {error}") from None
+                raise ConfigError("INPUT", path, f"is not audio: {error}") from None
             if not SHORTEST <= len(audio) / RATE <= LONGEST:
-                allowed = f"must have from {SHORTEST} to {LONGEST:.0f} seconds, as the clips of the training"
+                allowed = f"must be from {SHORTEST} to {LONGEST:.0f} seconds long, like the training clips"
                 raise ConfigError("INPUT", path, allowed)
             batch = {"audio": torch.tensor(audio[None]), "audio_length": torch.tensor([len(audio)])}
             (text,) = _decoded(*self._logits(model, {name: column.to(device) for name, column in batch.items()}))

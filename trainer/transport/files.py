@@ -107,7 +107,7 @@ def fetch_files(
             path.unlink()
             on_bytes(-record.bytes)
         else:
-            raise TransferError(f"fetching {name}: {file} arrived with another content than announced, twice")
+            raise TransferError(f"fetching {name}: {file} arrived twice with content other than announced")
     replace_directory(partial, final)
 
 

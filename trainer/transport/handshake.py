@@ -272,7 +272,7 @@ class Listener:
                 self._greet()
         limit = time.monotonic() - self._timeouts.handshake
         for stranger in [one for one in self._strangers if one.since < limit]:
-            self._drop(stranger, "said nothing")
+            self._drop(stranger, "sent nothing")
 
     def _greet(self) -> None:
         """Accept a connection."""

@@ -211,7 +211,7 @@ class Link:
             if not pending.view:
                 pending.end()
             elif self._unwanted(key) and self.lane != BULK:
-                pending.end(self.reason or "has given the attempt up")
+                pending.end(self.reason or "has aborted the attempt")
             else:
                 self._posted[key, tag] = pending
                 self._changed.notify_all()
@@ -236,12 +236,12 @@ class Link:
         with self._changed:
             self._over = max(self._over, key)
             for one in [one for one in self._posted.values() if one.key <= key]:
-                self._posted.pop((one.key, one.tag)).end("is not waited for any more")
+                self._posted.pop((one.key, one.tag)).end("is no longer awaited")
             if failed and not self.reason:
                 kept = [item for item in self._queue if item[0].key > key]
                 for header, _, sent in self._queue:
                     if header.key <= key and sent:
-                        sent.end("is not waited for any more")
+                        sent.end("is no longer awaited")
                 self._queue = deque([(Header(ABORT, key, 0, 0, 0), b"", None), *kept])
                 self._queued = sum(len(body) for _, body, _ in kept)
                 self._filled.notify()
@@ -251,7 +251,7 @@ class Link:
         """Stop waiting for messages with this key."""
         with self._changed:
             for one in [one for one in self._posted.values() if one.key == key]:
-                self._posted.pop((one.key, one.tag)).end("is not waited for any more")
+                self._posted.pop((one.key, one.tag)).end("is no longer awaited")
 
     def _enqueue(self, key: Key, tag: int, view: memoryview, kind: int) -> Pending:
         pending = Pending(self, view, key, tag)
@@ -287,7 +287,7 @@ class Link:
                         pending.moved(len(body))
                     self._changed.notify_all()
         except OSError as error:
-            self.fail(f"cannot be reached any more ({error.strerror or error})")
+            self.fail(f"can no longer be reached ({error.strerror or error})")
             if pending:  # it was no longer in a queue
                 pending.end(self.reason)
         finally:
@@ -303,7 +303,7 @@ class Link:
         except OSError as error:
             self.fail(f"is gone ({error.strerror or error})")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            self.fail(f"sent what makes no sense ({error})")
+            self.fail(f"sent invalid data ({error})")
         finally:
             # A member closes all its streams together, and what it sent on the others still arrives. If others stay
             # open, something in between has closed this one, and frames may be lost.
@@ -318,7 +318,7 @@ class Link:
             with self._changed:
                 self._aborted = max(self._aborted, frame.key)
                 for one in [one for one in self._posted.values() if one.key <= frame.key]:
-                    self._posted.pop((one.key, one.tag)).end("has given the attempt up")
+                    self._posted.pop((one.key, one.tag)).end("has aborted the attempt")
                 self._changed.notify_all()
         elif frame.length > MESSAGE_BYTES:
             raise ValueError("a message is too long")
@@ -347,7 +347,7 @@ class Link:
 
     def _take_message(self, frame: Header, message: dict[str, Any]) -> None:
         if not isinstance(message, dict):
-            raise ValueError("a message is no object")
+            raise ValueError("a message is not an object")
         if frame.kind == REPLY:
             with self._changed:
                 if asked := self._posted.pop((frame.key, frame.tag), None):

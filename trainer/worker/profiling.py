@@ -104,7 +104,7 @@ def profile(
         finally:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        logger.info("%d samples: %.1f a second", size, speed)
+        logger.info("%d samples: %.1f per second", size, speed)
         if best and speed < best.speed * (1 + GAIN):
             break
         best, per_sample = Profile(size, speed), max(0.0, used - fixed) / size

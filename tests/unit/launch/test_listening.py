@@ -80,7 +80,7 @@ def test_with_an_etcd_of_its_own_others_must_reach_that_one_too(tmp_path: Path) 
     here = config.with_values(etcd_endpoints=["127.0.0.1:1", "localhost:2"])
     assert Listening.of(here, tmp_path, "localhost") is None
     with pytest.raises(
-        ConfigError, match=r"etcd\.endpoints = '127.0.0.1:1, localhost:2': is a different machine on each"
+        ConfigError, match=r"etcd\.endpoints = '127.0.0.1:1, localhost:2': refers to a different machine on each"
     ):
         Listening.of(here, tmp_path, "192.0.2.7")
     with pytest.raises(ConfigError, match=r"--listen = '192.0.2.7:3': must have no port: .* 192.0.2.9:1 has its own"):

@@ -50,7 +50,7 @@ class Codec(ABC):
         return self if self._mean is None else self._mean
 
     def among(self, members: int) -> "Codec":
-        """This codec for the messages of a number of members, with the same blocks.
+        """This codec, adapted to the number of members that exchange messages, with the same blocks.
 
         Where members send everything to one another, it may differ for each number; all variants have the same mean.
         """

@@ -76,7 +76,7 @@ def read_kubeconfig(home: Client, secret: str, *, timeout: float | None = None) 
         missing = f"no key {KEY}" if error.args == (KEY,) else "no kubeconfig with a current context, cluster and user"
         raise refuse(f"the Secret has {missing}") from None
     except (TypeError, StopIteration, binascii.Error, yaml.YAMLError):  # their messages may quote the content
-        raise refuse(f"what the Secret has under the key {KEY} is no kubeconfig") from None
+        raise refuse(f"the value of the Secret's key {KEY} is not a kubeconfig") from None
     if not server.startswith(("http://", "https://")):
         raise refuse("the server in its kubeconfig must be an http or https URL")
     if elsewhere:

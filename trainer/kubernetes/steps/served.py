@@ -20,7 +20,7 @@ def served_launcher(client: Client) -> str:
     a kind that may not be listed is not chosen if there is another one.
 
     Raises:
-        TrainingError: The cluster supports none (with what to install), or cannot be queried.
+        TrainingError: The cluster supports none (the message names what to install), or cannot be queried.
     """
     refusal: ApiError | None = None
     for launcher, kind in TRAINING_KINDS.items():
@@ -36,7 +36,7 @@ def served_launcher(client: Client) -> str:
 
 
 def launcher_of(client: Client, config: TrainingConfig) -> str:
-    """The value of `launcher` for another cluster of a training: from its sites, or by what it supports."""
+    """The value of `launcher` for another cluster of a training: from its sites, or the kind that it supports."""
     chosen = next(site.launcher for site in config.sites if site.cluster == client.cluster)
     return served_launcher(client) if chosen == "auto" else chosen
 

@@ -152,7 +152,8 @@ class StepContext:
                 because a claim stays as long as a pod that has mounted it exists.
 
         Raises:
-            TrainingError: A cluster rejects this, or is unreachable for `timeouts.outage`; with what may be left there.
+            TrainingError: A cluster rejects this, or is unreachable for `timeouts.outage`. The message names what may
+                be left there.
         """
 
         def clean_up(cluster: Cluster) -> str:

@@ -100,7 +100,7 @@ class _Training:
         except ApiError as error:
             if not (part.cluster.name and error.is_transient):
                 raise
-            self._show(f"{part} waits: {error}: followed once it answers")
+            self._show(f"{part} waits: {error}; it is followed once it answers")
             return False
 
     def _begin_late(self, part: ClusterJobs) -> None:

@@ -17,7 +17,7 @@ from trainer.monitor.dashboard import Dashboard, View
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.monitor.worker_log import WorkerEvents
 
-_FRUITLESS = 6  # consecutive pods that end before they train a step, after which the next ones would, too
+_FRUITLESS = 6  # consecutive pods that ended before they trained a step; the next ones would do the same
 
 
 class TrainingView:
@@ -127,7 +127,7 @@ class WorkerEnds:
             self.lose(self.members(worker.job), why)
 
     def _is_exhausted(self, jobs: JobFollower, worker: WorkerPlan, pod: Object) -> bool:
-        """Count a worker's fruitless pods. Returns whether its next pods would be fruitless, too."""
+        """Count a worker's fruitless pods. Returns whether its next pods would also be fruitless."""
         if diagnosis.is_out_of_memory(pod, jobs.container):
             self._out_of_memory[worker.index] += 1
         if self._view.has_trained(pod):

@@ -126,10 +126,10 @@ def bits_over_rounds(run: RunHistory) -> Chart | None:
         end = drawing.line(axes, scored, mean, 1, "held out")
         drawing.robust_limits(axes, mean)
         drawing.label(axes, (end, "{}"))
-        drawing.over_rounds(axes, scored, "bits a byte")
+        drawing.over_rounds(axes, scored, "bits per byte")
 
     caption = "Held-out text, scored with the global parameters after the round: the bits needed for each byte."
-    return drawing.chart("Bits a byte", caption, draw, name="bits-over-rounds")
+    return drawing.chart("Bits per byte", caption, draw, name="bits-over-rounds")
 
 
 # Rounds of one run
@@ -194,7 +194,7 @@ def throughput_over_rounds(run: RunHistory) -> Chart | None:
         end = drawing.line(axes, x, shown)
         drawing.from_zero(axes, shown)
         drawing.label(axes, (end, "{}"))
-        drawing.over_rounds(axes, rounds, "samples a second")
+        drawing.over_rounds(axes, rounds, "samples per second")
 
     caption = "Samples of all workers together, divided by the time of the round including its synchronisation."
     return drawing.chart("Throughput", caption, draw, name="throughput-over-rounds")
@@ -318,7 +318,7 @@ def _overlaid(axis: Axis, held_out: bool, size: tuple[int, int], runs: Sequence[
         if held_out
         else "The samples-weighted mean of the workers' losses in each round."
     )
-    sent = " Bytes: what a worker sent, on average." if axis is SENT else ""
+    sent = " Bytes: sent per worker, on average." if axis is SENT else ""
     name = f"{'Held-out' if held_out else 'Training'} loss over {'bytes' if axis is SENT else axis.name}"
     return drawing.chart(name, f"{caption}{sent} The steep start is cut off.", draw, size=size)
 
@@ -340,7 +340,7 @@ def _finite(x: FloatArray, y: FloatArray) -> Points:
     return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
-OVER_TIME = "Over the wall time at which the last worker finished the step. Pauses after a normal stop are left out."
+OVER_TIME = "Over the wall time at which the last worker finished the step. Pauses after a normal stop are excluded."
 OF_ONE: Sequence[Callable[[RunHistory], Chart | None]] = (
     partial(_losses, STEPS, "The training loss of each inner step.", False, drawing.WHOLE),
     partial(_losses, SAMPLES, "Over the samples that all workers together had consumed.", True, drawing.HALF),

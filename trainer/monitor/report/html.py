@@ -105,7 +105,7 @@ def templates(*folders: Path) -> "jinja2.Environment":
 
 
 def title(run: RunHistory) -> str:
-    """What was trained on what; "Training" while unknown."""
+    """The model and dataset; "Training" while unknown."""
     return " on ".join(str(run.config[name]) for name in ("model", "dataset") if run.config.get(name)) or "Training"
 
 
@@ -128,7 +128,7 @@ def _memory_note(run: RunHistory) -> str:
     """The peak memory of a process in bytes per parameter; for islands, also that of each of their processes."""
     if not run.parameters:
         return ""
-    note = f"{short(run.peak_memory / run.parameters)} bytes a parameter"
+    note = f"{short(run.peak_memory / run.parameters)} bytes per parameter"
     for worker in run.workers:
         if len(worker.peak_memories) > 1:
             each = ", ".join(short(memory / run.parameters) for memory in worker.peak_memories)
@@ -172,7 +172,7 @@ def tiles(run: RunHistory) -> list[Tile]:
             )
         )
     if run.evaluation is None and math.isfinite(bits := last_finite(run.held_out_bits[1])):
-        found.append(Tile("Bits a byte", f"{bits:.3f}", "held out", "scored while it trained"))
+        found.append(Tile("Bits per byte", f"{bits:.3f}", "held out", "scored while it trained"))
     if len(rounds):
         steps = len(run.step_losses[0])
         note = f"{count(steps)} inner steps, {count(run.samples)} samples"
@@ -184,15 +184,15 @@ def tiles(run: RunHistory) -> list[Tile]:
 
     # Costs
     if math.isfinite(run.exposed_share):
-        note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} a worker, waiting for synchronisations"
+        note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} per worker, waiting for synchronisations"
         found.append(Tile("Exposed", f"{100 * run.exposed_share:.1f}", "% of the rounds", note))
     if run.samples and wall > 0:
         rate, unit = (run.tokens, run.unit) if run.tokens else (run.samples, "samples")
-        found.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
+        found.append(Tile("Throughput", short(rate / wall), f"{unit} per second", f"over {seconds(wall)} of wall time"))
     if math.isfinite(rate := run.typical("flops_per_second")):
         mfu = run.typical("mfu")
         note = f"{mfu:.1%} of the devices' peak (MFU)" if math.isfinite(mfu) else "median of the rounds"
-        found.append(Tile("Model FLOPs", short(rate), "a second and worker", note))
+        found.append(Tile("Model FLOPs", short(rate), "per second and worker", note))
     if math.isfinite(run.peak_memory):
         value, unit = byte_count(run.peak_memory).split(" ")
         found.append(Tile("Peak memory", value, f"{unit} a process", _memory_note(run)))

@@ -50,7 +50,7 @@ def markdown_summary(run_dir: Path | str) -> str:
             line[place] = f"**{line[place]}**"
             line.insert(0, classes[place])
         blocks += ["### Confusion matrix", _table(("Class", *classes), counts)]
-        blocks.append("A row is a class, a column the class that the model assigned.")
+        blocks.append("Rows are true classes, columns are predicted classes.")
     if rows := tables.confusions(evaluation):
         confusions = [
             (_text(row["label"]), _text(row["taken_for"]), count(row["count"]), f"{row['share']} %") for row in rows
@@ -75,7 +75,7 @@ def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
     for name, losses in (("Training loss", run.round_losses[1]), ("Held-out loss", run.held_out_losses[1])):
         if math.isfinite(loss := last_finite(losses)):
             yield name, f"{loss:.3f} {run.loss_unit}".rstrip()
-    yield "Bytes sent", byte_count(sent) + (f" ({byte_count(sent / workers)} a worker)" if workers > 1 else "")
+    yield "Bytes sent", byte_count(sent) + (f" ({byte_count(sent / workers)} per worker)" if workers > 1 else "")
     if math.isfinite(run.goodput):
         yield "Goodput", f"{100 * run.goodput:.1f} % of wall time"
     if run.wall_seconds:

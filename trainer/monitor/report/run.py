@@ -178,7 +178,7 @@ class RunHistory(Curves):
 
     @property
     def exposed_share(self) -> float:
-        """The fraction of the rounds' time for which synchronisations blocked the inner loops."""
+        """The fraction of the rounds' time during which synchronisations blocked the inner loops."""
         seconds = self.total("seconds")
         return min(self.total("exposed_seconds") / seconds, 1.0) if seconds > 0 else math.nan
 

@@ -76,7 +76,7 @@ def confusions(evaluation: Mapping[str, Any]) -> list[Row]:
 
 
 def _matrix(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
-    """The labels, and how often each (row) was taken for each (column); empty if the task is not a classification."""
+    """The labels, and how often each (row) was predicted as each (column); empty if the task has no classes."""
     found = evaluation.get("confusion") or {}
     return found.get("labels", []), found.get("matrix", [])
 

@@ -14,7 +14,7 @@ def unit_of(largest: float, units: Units) -> tuple[float, str]:
 
 
 def labelled(name: str, unit: str) -> str:
-    """An axis label: `loss (nats a token)`."""
+    """An axis label: `loss (nats per token)`."""
     return f"{name} ({unit})" if unit else name
 
 

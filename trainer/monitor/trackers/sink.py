@@ -86,7 +86,7 @@ class TrackerSink:
                 self._patiently(self._tracker.log, events)
             self._patiently(self._tracker.finish, self._status)
             if self._lost:
-                self._warn(f"{self.name} was away for long: it lacks {self._lost} events")
+                self._warn(f"{self.name} was unreachable for a long time: {self._lost} events are missing there")
         except Exception as error:
             left = f", without the last {len(self._waiting)} events" if self._waiting else ""
             self._warn(f"{self.name} is switched off{left}: {without_secrets(one_line(error))}")
@@ -102,7 +102,7 @@ class TrackerSink:
 
         def complain(error: BaseException) -> None:
             if not self._away:
-                self._warn(f"{self.name} is tried again and again: {without_secrets(one_line(error))}")
+                self._warn(f"{self.name} is retried repeatedly: {without_secrets(one_line(error))}")
             self._away = True
 
         policy = retrying(

@@ -51,10 +51,10 @@ class WandbTracker:
             self._run.finish(exit_code=int(status == "failed"))
         except TimeoutError:
             directory = Path(self._run.dir).parent
-            self._warn(f"{self.name} did not take everything: `wandb sync {directory}` uploads the rest")
+            self._warn(f"{self.name} did not receive everything: `wandb sync {directory}` uploads the rest")
 
     def _begin(self) -> Any:
-        # wandb reports its own errors to a server, too, which could keep a finished process from ending
+        # wandb also reports its own errors to a server, which could keep a finished process from ending
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         # Do not use the parent process's service, which we could not end if its server hangs
         os.environ.pop("WANDB_SERVICE", None)

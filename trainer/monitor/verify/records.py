@@ -75,7 +75,7 @@ def commits_in_etcd(run_dir: Path, run_id: str, config: Mapping[str, Any]) -> tu
         tree = read_json(run_dir / LAUNCHED) if (run_dir / LAUNCHED).exists() else dict(config)
         resolved = TrainingConfig.from_tree(tree)
     if resolved is None or resolved.run_id != run_id or not resolved.etcd.endpoints:
-        return (), "nothing names the run's etcd"
+        return (), "no record names the run's etcd"
     if not any(map(_answers, resolved.etcd.endpoints)):
         return (), f"its etcd does not answer at {', '.join(resolved.etcd.endpoints)}"
     try:

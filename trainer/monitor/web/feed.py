@@ -126,7 +126,7 @@ class Feed:
         except Exception as error:  # an unexpected line must not end the page
             if (complaint := one_line(error)) != self._complaint:
                 self._complaint = complaint
-                logger.warning(f"the live page cannot be brought up to date: {complaint}")
+                logger.warning(f"the live page cannot be updated: {complaint}")
             return False
 
     def _draw(self, look: Look, last: bool) -> bool:

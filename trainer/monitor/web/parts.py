@@ -20,9 +20,9 @@ CHARTS = len(OF_ONE)
 _FOLDER = Path(__file__).parent
 _LIVE = {  # replaces the report's texts for an unfinished run
     "unfinished": ("good", "●", "Training"),
-    "not started": ("pause", "…", "Not begun: waiting for workers"),
+    "not started": ("pause", "…", "Not started: waiting for workers"),
 }
-_LOST = ("pause", "…", "No worker runs here: it can be resumed")
+_LOST = ("pause", "…", "No worker is running here: the run can be resumed")
 
 
 def text_parts(look: Look) -> dict[str, str]:

@@ -52,7 +52,7 @@ def members(history: History, notes: Notes) -> None:
                 if life.gaps:
                     notes.cannot(f"the lost lines of {member}")
                     continue
-                text = f"{member} is a member of round {round} of term {term} and went on, but did not record it"
+                text = f"{member} is a member of round {round} of term {term} and continued, but did not record it"
                 last = [one.where for one in life.happenings[-1:]]
                 notes.refute(text, told[0][1].where, later, *last)
 

@@ -55,7 +55,7 @@ def samples_in_base(history: History, notes: Notes) -> None:
         notes.judged += 1
         if found := term in sent and sent[term].counted(cursor.returned, round):
             part, where = found
-            notes.refute(f"position {text([part])} counts in round {round}, but is called unused after it", told, where)
+            notes.refute(f"position {text([part])} counts in round {round}, but is unused after it", told, where)
 
 
 class _Sent:
@@ -129,7 +129,7 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
             notes.judged += 1
             if union(one.unused) != union(at_close[one.round]):
                 differing = [*minus(one.unused, at_close[one.round]), *minus(at_close[one.round], one.unused)]
-                notes.refute(f"it returned other positions than it had left: {text(differing)}", one.where, dealt)
+                notes.refute(f"it returned positions other than those it had left: {text(differing)}", one.where, dealt)
         elif isinstance(one, Ended) and one.unused is not None and ledger is not None:
             notes.judged += 1
             if extra := minus(one.unused, ledger.unused()):
