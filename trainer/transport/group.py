@@ -1,6 +1,6 @@
 """The members of an attempt's collective, connected. Implements `trainer.diloco.collective.Group`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trainer.transport.link import Link, Pending
 from trainer.transport.stream import Buffer, Key
@@ -11,12 +11,14 @@ class Group:
 
     Args:
         links: By rank; None for this member.
-        silence: See `Pending.wait`.
+        silence, ended: See `Pending.wait`.
     """
 
-    def __init__(self, links: Sequence[Link | None], attempt: Key, silence: float) -> None:
+    def __init__(
+        self, links: Sequence[Link | None], attempt: Key, silence: float, ended: Callable[[], bool] = lambda: False
+    ) -> None:
         self.size, self.rank = len(links), links.index(None)
-        self._links, self._attempt, self._silence = links, attempt, silence
+        self._links, self._attempt, self._silence, self._ended = links, attempt, silence, ended
 
     def send(self, to: int, tag: int, message: Buffer) -> Pending:
         """Send a message; `tag` is unique between two members. It must not change until it has left."""
@@ -27,8 +29,8 @@ class Group:
         return self._link(source).receive(self._attempt, tag, into)
 
     def wait(self, pending: Pending) -> None:
-        """Return when a message has arrived, or left. Raises ConnectionError: It will not."""
-        pending.wait(self._silence)
+        """Return when a message has arrived, or left. Raises as `Pending.wait`."""
+        pending.wait(self._silence, ended=self._ended)
 
     def _link(self, rank: int) -> Link:
         link = self._links[rank]
