@@ -116,6 +116,8 @@ class ElasticQuorum:
 
         # Be reachable, and serve the state to others
         resources.callback(self._background.shutdown)
+        donor = Donor(lambda name: self._replica.find(name))
+        resources.callback(donor.close)
         self._transport = transport = Transport(
             self.id,
             addresses_of(config),
@@ -123,7 +125,7 @@ class ElasticQuorum:
             port_range=config.port_range,
             streams=config.streams,
             silence=config.collective_timeout,
-            handle=Donor(lambda name: self._replica.find(name)),
+            handle=donor,
             call=self._call,
         )
         self._counted = self._read = transport.bytes()  # up to the last commit, and up to the last collective
