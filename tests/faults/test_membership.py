@@ -78,6 +78,31 @@ def test_who_leaves_does_not_take_the_newest_state_along(server: EmbeddedEtcd, b
     run.check(reset=True)
 
 
+def test_who_is_told_to_leave_in_a_collective_saves_its_work_and_leaves_at_once(
+    server: EmbeddedEtcd, begin: Callable[..., Run]
+) -> None:
+    """The collective would last longer than the agent, or the pod, waits for the worker."""
+    patient = {"collective_timeout": 150.0, "grace_period": 160.0, "lease_ttl": 170.0, "etcd_outage_limit": 180.0}
+    few = {"checkpoint_interval": 10**6, "elastic_max_nodes": 2, "elastic_rdzv_timeout": 400.0}
+    run = begin("run", [server.endpoint], total_steps=800, **few, **patient)
+    leaver, stayer = pods = [run.start(slot) for slot in range(2)]
+    run.until_quorum(pods)
+    (stayer.root / "stuck").touch()
+    run.until((stayer.root / "waits").exists, "a collective")
+    told = time.time()
+    leave(leaver)
+    assert time.time() - told < 60
+    (stayer.root / "stuck").unlink()
+
+    # All inner steps of the round are on the leaver's volume; the other one has not lost a step either
+    saved = checkpoint.newest(leaver.root / "checkpoints" / run.config.run_id)
+    assert saved and saved.step == saved.state["base_step"] + run.config.local_steps
+    run.until_quorum([stayer])
+    run.until_quorum([run.start(0), stayer])
+    run.finish(run.pods[1:])
+    run.check([stayer])
+
+
 def test_a_lost_volume_does_not_hold_the_run_hostage(server: EmbeddedEtcd, begin: Callable[..., Run]) -> None:
     run = begin("run", [server.endpoint], total_steps=480, lost_state_wait=2.0)
     pods = [run.start(slot) for slot in range(2)]

@@ -305,3 +305,52 @@ def test_what_members_send_is_what_members_receive(start: Callable[..., Worker],
     for sent, received in totals:
         assert sent >= received > 0  # on a busy machine the kernel sends a segment again
     assert any(sent == received for sent, received in totals)
+
+
+LONG = {
+    "collective_timeout": 5 * WAIT,
+    "grace_period": 6 * WAIT,
+    "lease_ttl": 7 * WAIT,
+    "etcd_outage_limit": 8 * WAIT,
+    "elastic_rdzv_timeout": 9 * WAIT,
+}
+
+
+def test_sigterm_ends_a_collective_at_once_and_the_others_go_on(
+    start: Callable[..., Worker], pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaver, stayer = pool.map(Worker.join, [start(0, **LONG), start(1, **LONG)])
+    begun, let_go, collective = threading.Event(), threading.Event(), stayer.quorum._attempts._collective
+
+    def late(*arguments: Any) -> Any:
+        """The leaver waits for this one's part of the collective."""
+        begun.set()
+        assert let_go.wait(WAIT)
+        return collective(*arguments)
+
+    monkeypatch.setattr(stayer.quorum._attempts, "_collective", late)
+    left, stays = (pool.submit(worker.round, 1.0) for worker in (leaver, stayer))
+    assert begun.wait(WAIT)
+    leaver.stopping.set()
+    with pytest.raises(Interrupted):
+        left.result(WAIT)
+    let_go.set()
+
+    # It has used its sample; the other one fails this attempt, and commits the next one alone
+    assert leaver.assignment is not None and stayer.assignment is not None
+    leaver.quorum.leave(replace(leaver.assignment, ranges=()))
+    commit = stays.result(WAIT)
+    assert (commit.attempt, commit.members, commit.reduced.weight) == (2, (stayer.quorum.id,), 1.0)
+    assert commit.assignment is not None and commit.assignment.ranges == ((2, 3),)
+
+
+def test_a_worker_that_is_refused_leaves_although_it_has_saved(
+    start: Callable[..., Worker], client: EtcdClient
+) -> None:
+    client.put("numbers/000", {"host": socket.gethostname(), "pid": os.getppid()})
+    worker = start(0)
+    worker.quorum.durable(3)
+    with pytest.raises(ConfigError, match="worker 0 of the run is process"):
+        worker.join()
+    worker.quorum.leave(Assignment(0, 0, ()))
+    assert client.list("left/") == {} and "etcd-lease" not in [thread.name for thread in threading.enumerate()]

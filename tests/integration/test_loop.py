@@ -140,6 +140,22 @@ def test_a_shortage_while_it_waits_for_samples_is_saved_once(
     assert [(event["round"], event["step"]) for event in events(config, "checkpoint")] == [(0, 1)]
 
 
+def test_a_checkpoint_is_due_at_its_interval_and_when_the_run_has_gone_back(
+    configure: Callable[..., TrainingConfig],
+) -> None:
+    with Worker.open(configure(checkpoint_interval=8), threading.Event()) as worker:
+        worker._join()
+        saving, schedule = worker.saving, worker.diloco.schedule
+        schedule.start_round(4)
+        assert not saving.due
+        schedule.start_round(8)
+        assert saving.due
+        saving.save(wait=True)
+        assert not saving.due
+        schedule.start_round(4)  # from a checkpoint of another worker
+        assert saving.due
+
+
 def test_wandb_without_a_key_is_offline_and_asks_nothing(
     configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

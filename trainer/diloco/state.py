@@ -48,6 +48,7 @@ class GlobalState:
     Attributes:
         round: Committed rounds.
         step: The schedule position, in inner steps.
+        room: Whether there is memory for so many vectors; by default always.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class GlobalState:
     ) -> None:
         self.outer, self._like = outer, like or _like
         self.fragments = tuple(fragments) or (Fragment(0, 0, parameters.numel(), Fp32()),)
+        self.room: Callable[[int], bool] = lambda vectors: True
         self.round = self.step = 0
         self._tensors = {"model": parameters}
         for name, initial in outer.initial_state(parameters.numel()).items():
@@ -83,11 +85,19 @@ class GlobalState:
         """`model` and `outer.<name>`, float32 (n,) each, valid until the next change."""
         return dict(self._tensors)
 
-    def borrow(self) -> tuple[int, int, dict[str, Tensor]]:
-        """The round, the step, and the tensors, which never change."""
+    def has_room(self, vectors: int = 0, *, lent: bool = False) -> bool:
+        """Whether there is memory for so many vectors beside the rounds to come; `lent`: if the state is lent now."""
+        states = (not self._spare) + (lent or bool(self._readers))  # the next outer step's, and what replaces the lent
+        return self.room(vectors + states * len(self._tensors))
+
+    def borrow(self, round: int) -> tuple[int, dict[str, Tensor]] | None:
+        """The step and the tensors after `round`, which never change. None: the state is another one, or there is no
+        memory to go on with meanwhile."""
         with self._lock:
+            if round != self.round or not self.has_room(lent=True):
+                return None
             self._readers.add(object())
-            return self.round, self.step, dict(self._tensors)
+            return self.step, dict(self._tensors)
 
     def hold(self) -> Callable[[], None]:
         """Keep the current tensors unchanged until the returned function is called, in any thread."""

@@ -14,7 +14,7 @@ from trainer.diloco.quorum import OnChunk, Reduced
 from trainer.diloco.state import Fragment
 from trainer.diloco.threads import Threads, Workspace, usable
 from trainer.elastic.round_watch import RoundWatch
-from trainer.errors import TrainingError
+from trainer.errors import Interrupted, TrainingError
 from trainer.etcd.errors import EtcdError
 from trainer.process import lower_priority
 from trainer.protocol.records import RoundState, Vote
@@ -54,11 +54,15 @@ class Attempts:
         """Run the collective of an attempt. Returns None if it failed.
 
         Raises:
-            TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`, or etcd denies a request.
+            TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`; etcd refuses a request.
+            Interrupted: This process is to end. The other members fail this attempt, too, and go on without it.
         """
         # Run it, and vote for its result
         try:
             exchange.reduced = self._collective(record, exchange)
+        except Interrupted:
+            self._transport.finish(record.members, record.attempt_id, failed=True)
+            raise
         except (RuntimeError, OSError) as error:
             self._transport.finish(record.members, record.attempt_id, failed=True)
             if isinstance(error, TrainingError) and getattr(error, "kind", "") != "lease":
@@ -108,7 +112,7 @@ class Attempts:
         self._connect(record.members, self._config.collective_timeout)
         if missing := [f"{_worker(id)} ({why})" for id, why in self._unreachable.items() if id in record.members]:
             raise ConnectionError(f"worker {', '.join(missing)} cannot be reached")
-        group = self._transport.group(record.members, record.attempt_id)
+        group = self._transport.group(record.members, record.attempt_id, self._watch.ended)
         fragment = exchange.fragment
         return weighted_mean(group, values, weight, fragment.codec, on_chunk, self._workspace, fragment.merge)
 

@@ -30,8 +30,8 @@ class Replica:
 
     `find` serves them to other members, on a donor's threads:
 
-        state/<term>.<round>   the global state after that round
-        mean/<term>.<round>    the coded mean of its outer step
+        state/<term>.<round>   the global state after that round, if there is memory to go on with meanwhile
+        mean/<term>.<round>    the mean of its outer step, as it was coded
         <name>                 the worker's tensors in `offers`
 
     Args:
@@ -73,10 +73,11 @@ class Replica:
         if kind != "state":
             tensors = self.offers.get(name)
             return Offer({"member": self._machine.id}, dict(tensors)) if tensors else None
-        if version != f"{self._machine.term}.{self.state.round}":
+        round = self.state.round
+        if version != f"{self._machine.term}.{round}" or (lent := self.state.borrow(round)) is None:
             return None
-        round, step, state = self.state.borrow()
-        return Offer({"round": round, "step": step}, state) if version == f"{self._machine.term}.{round}" else None
+        step, state = lent
+        return Offer({"round": round, "step": step}, state)
 
     def keep_mean(self, round: int, reduced: Reduced, steps: int, fragment: Fragment) -> None:
         """Keep the coded mean of a committed round for members that missed it."""

@@ -116,6 +116,8 @@ class ElasticQuorum:
 
         # Become reachable, and serve the state to others
         resources.callback(self._background.shutdown)
+        donor = Donor(lambda name: self._replica.find(name))
+        resources.callback(donor.close)
         self._transport = transport = Transport(
             self.id,
             addresses_of(config),
@@ -123,7 +125,7 @@ class ElasticQuorum:
             port_range=config.port_range,
             streams=config.streams,
             silence=config.collective_timeout,
-            handle=Donor(lambda name: self._replica.find(name)),
+            handle=donor,
             call=self._call,
         )
         self._counted = self._read = transport.bytes()  # up to the last commit, and up to the last collective
@@ -160,7 +162,7 @@ class ElasticQuorum:
         self._left.set()
         if self._coordinator is not None:
             self._coordinator.close()
-        if rest is not None and self._lease is not None:
+        if rest is not None and self._coordinator is not None:  # else `join` has failed, and nobody knows this member
             record = self._watch.record
             complete = record is not None and record.length == 0
             self._perform(self._machine.leave(rest, complete))

@@ -1,7 +1,7 @@
 """A member's inner optimizer state, served to joiners and adopted by them."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,12 @@ class Moments(Mapping[str, Tensor]):
 class ShardedMoments(Mapping[str, Tensor]):
     """Like `Moments`, for an optimizer whose state is sharded over processes: a copy, made when a joiner requests it.
 
-    A joiner repeats its request for a few seconds. The first request is noted here on a donor's thread; the training
-    thread makes the copy at the next `refresh`, and drops it after `most` further ones.
+    A joiner asks again for a few seconds. Its first request is noted here, on a donor's thread; the training thread
+    makes the copy at the next `refresh` that finds `room` for it, and gives it up after `most` further ones.
     """
 
-    def __init__(self, optimizer: Stateful, most: int) -> None:
-        self._optimizer, self._most, self._age = optimizer, most, 0
+    def __init__(self, optimizer: Stateful, most: int, room: Callable[[], bool]) -> None:
+        self._optimizer, self._most, self._room, self._age = optimizer, most, room, 0
         self._copy: dict[str, Tensor] = {}
         self._wanted = threading.Event()
 
@@ -62,7 +62,7 @@ class ShardedMoments(Mapping[str, Tensor]):
         self._age += 1
         if self._copy and self._age > self._most:
             self._copy = {}
-        elif self._wanted.is_set() and not self._copy:
+        elif self._wanted.is_set() and not self._copy and self._room():
             self._wanted.clear()
             state, self._age = self._optimizer.state_dict()["state"], 0
             self._copy = {

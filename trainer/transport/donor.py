@@ -46,6 +46,9 @@ class _Held:
 class Donor:
     """Answers the requests of fetchers as the `handle` of a `Transport`, on the links' receiving threads.
 
+    It holds what it has offered until nobody has read it for `TransportTimeouts.hold`: a thread, which lasts as long as
+    there is any, releases it then. `close` does so at once.
+
     Args:
         find: Returns the offer with a name ("state/12"), or None. Called on several threads; must return quickly.
     """
@@ -54,6 +57,8 @@ class Donor:
         self._find, self._timeouts = find, timeouts
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}  # by id
+        self._releases = False  # whether there is a thread that releases them
+        self._closed = threading.Event()
 
     def __call__(self, link: Link, key: Key, tag: int, request: dict[str, Any]) -> None:
         try:
@@ -65,17 +70,37 @@ class Donor:
             log.exception("a request of %s failed: %s", link.name, request)
             link.reply(key, tag, {"error": f"{type(error).__name__} at the donor"})
 
-    def _look_up(self, name: str) -> dict[str, Any]:
-        """Find an offer and hold it, so that its chunks can be read even if `find` then returns a newer one."""
-        offer = self._find(name)
+    def close(self) -> None:
+        """Release all offers; there is nothing to find any more."""
+        self._closed.set()
         with self._lock:
-            limit = time.monotonic() - self._timeouts.hold
-            self._held = {id: held for id, held in self._held.items() if held.used > limit}
-            if offer is None:
+            self._held.clear()
+
+    def _look_up(self, name: str) -> dict[str, Any]:
+        """Find an offer, and hold it so that its chunks can be read although `find` may return a newer one."""
+        if (offer := self._find(name)) is None:
+            return {"missing": True}
+        with self._lock:
+            if self._closed.is_set():
                 return {"missing": True}
             id = next((known for known, held in self._held.items() if held.offer is offer), uuid.uuid4().hex)
             self._held[id] = _Held(offer)
+            if not self._releases:
+                self._releases = True
+                threading.Thread(target=self._release, name="release offers", daemon=True).start()
         return {"offer": id, "meta": offer.meta, "layout": layout_of(offer.buffers)}
+
+    def _release(self) -> None:
+        """Release offers that have not been used for a while, until none is left."""
+        pause = 0.0
+        while not self._closed.wait(pause):
+            with self._lock:
+                limit = time.monotonic() - self._timeouts.hold
+                self._held = {id: held for id, held in self._held.items() if held.used > limit}
+                if not self._held:
+                    self._releases = False
+                    return
+                pause = min(held.used for held in self._held.values()) - limit
 
     def _send_chunk(self, link: Link, key: Key, tag: int, offer: str, buffer: str, start: int, stop: int) -> None:
         with self._lock:

@@ -1,6 +1,6 @@
 """The connected members of an attempt's collective. Implements `trainer.diloco.group.Group`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trainer.transport.link import Link, Pending
 from trainer.transport.stream import Buffer, Key
@@ -10,13 +10,15 @@ class Group:
     """The links of an attempt. `Transport.finish` ends it.
 
     Args:
-        links: Links by rank; None for this member.
-        silence: See `Pending.wait`.
+        links: By rank; None for this member.
+        silence, ended: See `Pending.wait`.
     """
 
-    def __init__(self, links: Sequence[Link | None], attempt: Key, silence: float) -> None:
+    def __init__(
+        self, links: Sequence[Link | None], attempt: Key, silence: float, ended: Callable[[], bool] = lambda: False
+    ) -> None:
         self.size, self.rank = len(links), links.index(None)
-        self._links, self._attempt, self._silence = links, attempt, silence
+        self._links, self._attempt, self._silence, self._ended = links, attempt, silence, ended
 
     def send(self, to: int, tag: int, message: Buffer) -> Pending:
         """Send a message, which must not change until it has been sent. `tag` is unique between two members."""
@@ -27,8 +29,8 @@ class Group:
         return self._link(source).receive(self._attempt, tag, into)
 
     def wait(self, pending: Pending) -> None:
-        """Wait until a message has been sent or received. Raises ConnectionError if it never will be."""
-        pending.wait(self._silence)
+        """Return when a message has arrived, or left. Raises as `Pending.wait`."""
+        pending.wait(self._silence, ended=self._ended)
 
     def _link(self, rank: int) -> Link:
         link = self._links[rank]

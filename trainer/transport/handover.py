@@ -48,6 +48,7 @@ class ResultServer:
 
     def __exit__(self, *exception: object) -> None:
         self._transport.close()
+        self._donor.close()
 
     @property
     def delivered(self) -> bool:

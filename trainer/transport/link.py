@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from trainer.errors import Interrupted
 from trainer.process import lower_priority
 from trainer.transport.stream import (
     ABORT,
@@ -37,8 +38,9 @@ ROUNDS, BULK = "rounds", "bulk"  # lanes
 FRAME_BYTES = 256 << 10  # maximum size of a frame's body if there are several streams
 # Of a stream: AES-GCM should not encrypt more than some 390 GB with a key (RFC 8446, 5.5), and OpenSSL keeps to one
 WORN_BYTES = 256 << 30
-FAREWELL = 1.0  # seconds for a link's other streams to end after the first one
-QUEUED_BYTES = 32 << 20  # of queued answers, above which no further request is read
+_LOOK = 1.0  # seconds between two looks of a wait at the clock
+FAREWELL = 1.0  # seconds in which the other streams of a link end after the first one has
+QUEUED_BYTES = 32 << 20  # of answers to requests: then no further request is read
 NEVER: Key = (0, 0, 0)
 Handler = Callable[["Link", Key, int, dict[str, Any]], None]
 
@@ -71,22 +73,28 @@ class Pending:
         self.error = error
         self._done.set()
 
-    def wait(self, silence: float, limit: float = math.inf) -> None:
-        """Wait until the whole message has been sent or received.
+    def wait(self, silence: float, limit: float = math.inf, ended: Callable[[], bool] = lambda: False) -> None:
+        """Return when the whole message has arrived, or has left.
 
         Args:
             silence: Seconds without a byte in either direction after which the other member counts as gone.
-            limit: Maximum total seconds.
+            limit: Seconds in all.
+            ended: Whether this process is to end; asked in every wait, because a long collective has only short ones.
 
         Raises:
-            LinkError: It never will be. The message names the member.
+            LinkError: It will not; the reason names the member.
+            Interrupted: This process is to end.
         """
-        while not self._done.wait(min(silence, 1.0)):
+        while not ended():
+            if self._done.wait(min(silence, _LOOK)):
+                break
             now = time.monotonic()
             if now > max(self._since, self._link.heard()) + silence:
                 self._link.fail(f"was silent for {silence:.0f} s")
             elif now > self._since + limit:
                 self._link.fail("is too slow")
+        else:
+            raise Interrupted
         if self.error:
             raise LinkError(f"{self._link.name} {self.error}")
 

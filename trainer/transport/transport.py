@@ -153,8 +153,8 @@ class Transport:
                     links[id] = link
         return links
 
-    def group(self, members: Sequence[str], attempt: Key) -> Group:
-        """The members of an attempt, in rank order, for its collective.
+    def group(self, members: Sequence[str], attempt: Key, ended: Callable[[], bool] = lambda: False) -> Group:
+        """The members of an attempt, in rank order, for its collective, which `ended` interrupts.
 
         Raises:
             LinkError: A member has no link.
@@ -163,9 +163,8 @@ class Transport:
         for id, link in zip(members, links, strict=True):
             if id != self.id and (link is None or not link.up):
                 raise LinkError(f"member {id} cannot be reached")
-        return Group(
-            [link if id != self.id else None for id, link in zip(members, links, strict=True)], attempt, self.silence
-        )
+        by_rank = [link if id != self.id else None for id, link in zip(members, links, strict=True)]
+        return Group(by_rank, attempt, self.silence, ended)
 
     def without_link(self, members: Iterable[str]) -> set[str]:
         """The members with which messages cannot currently be exchanged."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from trainer import checkpoint
@@ -11,7 +12,7 @@ from trainer.elastic.moments import Moments, ShardedMoments, with_moments
 from trainer.elastic.progress import Progress
 from trainer.errors import ConfigError
 from trainer.protocol.records import Cursor, decode
-from trainer.worker.setup import Parts
+from trainer.worker.setup import MOMENTS, Parts
 
 
 def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[str]:
@@ -92,5 +93,6 @@ def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
 def offered_moments(parts: Parts) -> Moments | ShardedMoments:
     """This worker's inner optimizer state, for joiners."""
     if parts.process.is_sharded:
-        return ShardedMoments(parts.diloco.inner_optimizer, parts.process.config.local_steps)
+        room = partial(parts.diloco.state.has_room, MOMENTS)
+        return ShardedMoments(parts.diloco.inner_optimizer, parts.process.config.local_steps, room)
     return Moments(parts.process.optimizer)

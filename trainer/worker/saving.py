@@ -22,8 +22,14 @@ class Saving:
             self._on_saved,
             lasts=parts.memory.holds if parts.memory else lambda tensor: False,
         )
-        self._last: tuple[int, float] | None = None  # round and position of the last checkpoint
-        self.last_step = 0  # the schedule position from which `checkpoint_interval` counts
+        self._last: tuple[int, int, float] | None = None  # term, round and position of the last checkpoint
+        self.last_step = 0  # the schedule position that `checkpoint_interval` counts from
+
+    @property
+    def due(self) -> bool:
+        """Whether `checkpoint_interval` is over since the last one, or the run has gone back to before it."""
+        passed = self._parts.diloco.schedule.step - self.last_step
+        return passed < 0 or passed >= self._parts.process.config.checkpoint_interval
 
     def save(self, *, complete: bool = False, wait: bool = False) -> None:
         """Save a checkpoint on another thread, unless nothing has changed since the last one.
@@ -36,8 +42,8 @@ class Saving:
             TrainingError: A checkpoint could not be written.
         """
         parts, diloco, base = self._parts, self._parts.diloco, self._parts.quorum.base
-        version = diloco.round, diloco.schedule.position()
-        # A worker that was interrupted while catching up holds an older state, which is already on the disk
+        version = parts.quorum.term, diloco.round, diloco.schedule.position()
+        # A worker that was interrupted while it caught up holds an older state, which is on the disk.
         if complete or (version != self._last and base.round == diloco.round):
             self._checkpointer.wait()  # until the previous one's memory is free
             self._last, self.last_step = version, diloco.schedule.step

@@ -203,7 +203,7 @@ class Worker:
         interval = self.config.eval_interval * self.config.fragments
         if interval and (last or diloco.round % interval == 0):
             self._validate()
-        if not last and diloco.schedule.step - self.saving.last_step >= self.config.checkpoint_interval:
+        if not last and self.saving.due:
             self.saving.save()
 
     def _inner_step(self) -> None:

@@ -357,7 +357,9 @@ def test_what_is_borrowed_of_a_lone_workers_new_state_is_what_it_keeps(monkeypat
 
     def commit_and_lend(*arguments: Any) -> None:
         commit_step(*arguments)
-        theta = diloco.state.borrow()[2]["model"]
+        borrowed = diloco.state.borrow(diloco.state.round)
+        assert borrowed
+        theta = borrowed[1]["model"]
         lent.append((theta, theta.clone()))
 
     monkeypatch.setattr(diloco.state, "commit", commit_and_lend)

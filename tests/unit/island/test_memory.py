@@ -5,11 +5,14 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from trainer.diloco import Averaged, GlobalState, Nesterov
+from trainer.elastic.catch_up import Replica
 from trainer.errors import ConfigError
 from trainer.island.kept import KeptState
 from trainer.island.memory import ABANDONED, ROOT, NodeMemory
@@ -89,6 +92,28 @@ def test_a_state_is_kept_for_the_next_process_unless_it_has_changed(directory: P
     KeptState(after).forget(other)
     assert KeptState(after).find() is None
     assert files(directory) == 2 * len(other.tensors)
+
+
+def test_a_state_is_lent_while_there_is_memory_to_go_on(directory: Path) -> None:
+    memory = NodeMemory(directory, SIZE, leads=True)
+    state, machine = state_of(memory), SimpleNamespace(term=1)
+    most, none = 3 * len(state.tensors), cast(Any, None)
+    state.room = lambda vectors: files(directory) - len(memory._free) + vectors <= most
+    replica = Replica(none, state, cast(Any, machine), none, none)
+
+    # Two joiners read the same state; a later one finds none until they are done
+    state.prepare()
+    offers = [replica.find("state/1.0"), replica.find("state/1.0")]
+    assert all(offers)
+    for round in (1, 2):
+        state.apply(torch.ones(SIZE), 1)
+        assert replica.find(f"state/1.{round}") is None
+    assert files(directory) == most
+    offers.clear()
+    gc.collect()
+    assert replica.find("state/1.2") is not None
+    state.apply(torch.ones(SIZE), 1)
+    assert files(directory) == most
 
 
 def test_memory_that_is_too_small_is_an_error_at_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
