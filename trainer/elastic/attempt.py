@@ -59,7 +59,7 @@ class Attempts:
         # Run it, and vote for its result
         try:
             exchange.reduced = self._collective(record, exchange)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:  # ValueError: a member's message cannot be decoded
             self._transport.finish(record.members, record.attempt_id, failed=True)
             if isinstance(error, TrainingError) and getattr(error, "kind", "") != "lease":
                 raise  # etcd was away for too long, or refuses the request
