@@ -23,18 +23,18 @@ from trainer.transport.transport import Transport
 
 log = logging.getLogger(__name__)
 
-QUICK_ATTEMPTS = 5  # at a round; a pause precedes each later one, because etcd keeps the history of all keys
+QUICK_ATTEMPTS = 5  # at a round; later ones follow a pause, because etcd keeps the history of all keys
 
 
 @dataclass
 class Exchange:
-    """A member's contribution to a round, the same in all attempts, and the result."""
+    """A member's contribution to a round, which is the same in all attempts, and the result."""
 
     pseudo_gradient: Tensor
     weight: float
     fragment: Fragment
     on_chunk: OnChunk
-    reduced: Reduced | None = None  # by the last collective that did not fail
+    reduced: Reduced | None = None  # the result of the last successful collective
     failing_since: float | None = None  # when the first attempt failed, on the monotonic clock
 
 
@@ -46,15 +46,15 @@ class Attempts:
         self._client, self._config, self._timeouts = watch.client, watch.config, watch.timeouts
         self._workspace = Workspace(Threads(usable(self._config.sync_threads), lower_priority))
         self._lock = threading.Lock()
-        self._unreachable: dict[str, str] = {}  # the reasons, by id; replaced, never changed
+        self._unreachable: dict[str, str] = {}  # reasons by id; replaced, never modified
         self._warned: set[str] = set()
-        self._connecting = threading.Thread()  # in the background; the end of the process does not wait for it
+        self._connecting = threading.Thread()  # a daemon: the process does not wait for it to end
 
     def reduce(self, record: RoundState, exchange: Exchange) -> Vote | None:
-        """Run the collective of an attempt; None: it failed.
+        """Run the collective of an attempt. Returns None if it failed.
 
         Raises:
-            TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`; etcd refuses a request.
+            TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`, or etcd denies a request.
         """
         # Run it, and vote for its result
         try:
@@ -62,7 +62,7 @@ class Attempts:
         except (RuntimeError, OSError, ValueError) as error:  # ValueError: a member's message cannot be decoded
             self._transport.finish(record.members, record.attempt_id, failed=True)
             if isinstance(error, TrainingError) and getattr(error, "kind", "") != "lease":
-                raise  # etcd was away for too long, or refuses the request
+                raise  # etcd was down for too long, or denies the request
             reason = str(error).partition("\n")[0] or type(error).__name__
         else:
             self._transport.finish(record.members, record.attempt_id)
@@ -81,12 +81,12 @@ class Attempts:
         return None
 
     def suspects(self, probe: Iterable[str]) -> tuple[str, ...]:
-        """Connect to members again, if their links are broken; returns all members that cannot be reached."""
+        """Reconnect to members whose links are broken. Returns all members that cannot be reached."""
         self._connect(probe, self._timeouts.probe)
         return tuple(sorted(self._unreachable))
 
     def connect_new(self) -> None:
-        """Connect in the background to the members of the open round that have no link yet. Called on any thread."""
+        """Connect in the background to the members of the open round that have no link yet. Thread-safe."""
         if (record := self._watch.record) is not None:
             members = {*record.expected, *record.assignments}
             with self._lock:
@@ -97,11 +97,11 @@ class Attempts:
                 self._connecting.start()
 
     def relayed(self) -> dict[str, list[int]]:
-        """Workers that are reached through others, with these, for `status`."""
+        """Workers that are reached through relays, with the relaying workers, for `status`."""
         return {f"{_worker(id)}": [_worker(relay) for relay in via] for id, via in self._transport.relayed().items()}
 
     def _collective(self, record: RoundState, exchange: Exchange) -> Reduced:
-        """Connect to the attempt's members, and reduce. Raises OSError if one is gone or silent."""
+        """Connect to the attempt's members and reduce. Raises OSError if one is gone or silent."""
         values, weight, on_chunk = exchange.pseudo_gradient, exchange.weight, exchange.on_chunk
         if len(record.members) == 1:
             return Reduced.alone(values, weight, on_chunk)
@@ -113,7 +113,7 @@ class Attempts:
         return weighted_mean(group, values, weight, fragment.codec, on_chunk, self._workspace, fragment.merge)
 
     def _connect(self, ids: Iterable[str], timeout: float) -> dict[str, str]:
-        """Make the links that are missing. Returns the members that cannot be reached, with the reasons."""
+        """Establish missing links. Returns the unreachable members with the reasons."""
         ids = set(ids)
         missing: dict[str, str] = {}
         if lacking := self._transport.without_link(ids):
@@ -122,14 +122,14 @@ class Attempts:
             except EtcdError as error:
                 if error.kind != "unreachable":
                     raise
-                return {}  # nothing has been learnt
+                return {}  # nothing new is known
         with self._lock:
             kept = {id: why for id, why in self._unreachable.items() if id not in ids}
             self._unreachable = {**kept, **missing}
         return missing
 
     def _connect_patiently(self, ids: Iterable[str]) -> None:
-        """Connect, and warn once of each live member that cannot be reached in any way."""
+        """Connect, and warn once about each live member that cannot be reached at all."""
         with suppress(EtcdError):
             missing = self._connect(ids, TransportTimeouts().in_any_way)
             for id in self._endpoints(missing):

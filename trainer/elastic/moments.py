@@ -1,7 +1,7 @@
-"""A member's inner optimizer state, served to joiners and taken over by them.
+"""A member's inner optimizer state, served to joiners and adopted by them.
 
-Tensors are carried flat, as `<parameter's index>.<name>`; other values, such as a step that is a Python number, as the
-bytes of their JSON text, under that name and `.json`.
+Tensors are sent flat, as `<parameter index>.<name>`. Other values, such as a step count that is a Python number, are
+sent as JSON text, as `<parameter index>.<name>.json`.
 """
 
 import json
@@ -19,10 +19,10 @@ JSON = ".json"
 
 
 class Moments(Mapping[str, Tensor]):
-    """The inner optimizer's state by name, flat, for a joiner. A tensor is copied to the host when it is read.
+    """The inner optimizer's state by flat name, for a joiner. A tensor is copied to the host when it is read.
 
-    The state may change while it is sent, which does no harm: the moments of a few steps later are as good. If a part
-    of it cannot be carried, nothing is: without that part, a joiner's first step would fail.
+    The state may change while it is being sent. This does no harm: the moments of a few steps later are as good. The
+    mapping is empty if some value cannot be sent: without it, a joiner's first step would fail.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -35,16 +35,16 @@ class Moments(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> Tensor:
-        return _carried(self._optimizer.state_dict()["state"], name).to("cpu")
+        return _sent(self._optimizer.state_dict()["state"], name).to("cpu")
 
     def refresh(self) -> None: ...
 
 
 class ShardedMoments(Mapping[str, Tensor]):
-    """As `Moments`, of an optimizer whose state is spread over processes: a copy, made when a joiner has asked for it.
+    """Like `Moments`, for an optimizer whose state is sharded over processes: a copy, made when a joiner requests it.
 
-    A joiner asks again for a few seconds. Its first request is noted here, on a donor's thread; the training thread
-    makes the copy at the next `refresh`, and gives it up after `most` further ones.
+    A joiner repeats its request for a few seconds. The first request is noted here on a donor's thread; the training
+    thread makes the copy at the next `refresh`, and drops it after `most` further ones.
     """
 
     def __init__(self, optimizer: Stateful, most: int) -> None:
@@ -64,21 +64,21 @@ class ShardedMoments(Mapping[str, Tensor]):
         return self._copy[name]
 
     def refresh(self) -> None:
-        """Between two inner steps, or while the inner loop waits."""
+        """Make or drop the copy. Called between two inner steps, or while the inner loop waits."""
         self._age += 1
         if self._copy and self._age > self._most:
             self._copy = {}
         elif self._wanted.is_set() and not self._copy:
             self._wanted.clear()
             state, self._age = self._optimizer.state_dict()["state"], 0
-            self._copy = {name: _carried(state, name) for name in _names(state)}
+            self._copy = {name: _sent(state, name) for name in _names(state)}
 
 
 def with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str, object]:
-    """The state dict of `optimizer` with the moments of another member (`Moments`).
+    """The state dict of `optimizer` with another member's moments (`Moments`).
 
     Raises:
-        LookupError, RuntimeError, ValueError: They are of another optimizer.
+        LookupError, RuntimeError, ValueError: They belong to another optimizer.
     """
     state: dict[int, dict[str, Any]] = {}
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
@@ -93,7 +93,7 @@ def with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str,
 
 
 def _names(state: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """The names under which the state is carried; none if a value is neither a tensor nor one of JSON's."""
+    """The names under which the state is sent; empty if a value is neither a tensor nor representable in JSON."""
     names = []
     for index, values in state.items():
         for key, value in values.items():
@@ -105,23 +105,23 @@ def _names(state: Mapping[int, Mapping[str, Any]]) -> list[str]:
     return names
 
 
-def _carried(state: Mapping[int, Mapping[str, Any]], name: str) -> Tensor:
-    """The value that is carried under a name."""
+def _sent(state: Mapping[int, Mapping[str, Any]], name: str) -> Tensor:
+    """The value that is sent under a name."""
     index, _, key = name.partition(".")
     return _flat(state[int(index)][key.removesuffix(JSON)])
 
 
 def _flat(value: Any) -> Tensor:
-    """A tensor as a vector, and another value as JSON. Raises TypeError if it has none."""
+    """A value as it is sent: a tensor flat, anything else as JSON (TypeError if that is impossible)."""
     if isinstance(value, Tensor):
         return value.detach().reshape(-1)
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 class Handover(Mapping[str, Tensor]):
-    """What a joiner takes over from a member besides the global state: inner optimizer, and the model's buffers.
+    """What a joiner adopts from a member besides the global state: the inner optimizer and the model's buffers.
 
-    Flat, and copied to the host when it is read, as `Moments`. It is never empty, so that a joiner finds it at once.
+    Flat, and copied to the host when read, like `Moments`. It is never empty, so that a joiner finds it at once.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
@@ -143,10 +143,10 @@ class Handover(Mapping[str, Tensor]):
 
 
 def take_over(found: Mapping[str, Tensor], optimizer: Optimizer, model: nn.Module) -> None:
-    """Go on with another member's `Handover`.
+    """Adopt another member's `Handover`.
 
     Raises:
-        LookupError, RuntimeError, ValueError: It is of another optimizer or model.
+        LookupError, RuntimeError, ValueError: It belongs to another optimizer or model.
     """
     by_kind: dict[str, dict[str, Tensor]] = {"optimizer": {}, "buffer": {}, "here": {}}
     for name, tensor in found.items():

@@ -105,10 +105,10 @@ def test_what_does_not_fit_or_has_been_given_up_is_refused() -> None:
     with pytest.raises(ValueError, match="600 numbers from 1 on"):
         first.add(1, torch.ones(600))
     second = state.begin(HALVES[2])
-    with pytest.raises(ValueError, match="given up"):
+    with pytest.raises(ValueError, match="abandoned"):
         state.commit(first, 1)
     assert (state.hash(), state.round) == (before, 0)
     second.add(0, numbers(1))
     state.commit(second, 1)
-    with pytest.raises(ValueError, match="given up"):
+    with pytest.raises(ValueError, match="abandoned"):
         state.commit(second, 1)

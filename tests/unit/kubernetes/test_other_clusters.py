@@ -100,8 +100,8 @@ def put(home: ApiServer, text: str, key: str = "kubeconfig") -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("a: [hidden", "is no kubeconfig"),
-        ("hidden", "is no kubeconfig"),
+        ("a: [hidden", "is not a kubeconfig"),
+        ("hidden", "is not a kubeconfig"),
         ("{}", "no kubeconfig with a current context, cluster and user"),
         ("{contexts: [{name: hidden, context: {}}], current-context: hidden}", "no kubeconfig with a current context"),
     ],

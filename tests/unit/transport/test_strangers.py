@@ -205,7 +205,7 @@ def test_one_that_says_nothing_more_is_dropped(said: bytes, caplog: pytest.LogCa
     with run(TLS if said != b"\x00" else PLAIN) as (_, victim), dial(victim.endpoints[0], PATIENCE) as connection:
         connection.sendall(said)
         assert ended(connection)
-    assert "which said nothing" in caplog.text
+    assert "which sent nothing" in caplog.text
 
 
 def test_one_that_drips_is_dropped_too() -> None:
