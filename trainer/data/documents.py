@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ FORMATS = {
     "Arrow": (".arrow",),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+BATCH_ROWS = 64  # of a Parquet file that are in memory at a time: a text may be a whole book
 _RATIO = 4  # of compressed text, approximately
 _ARROW_FILE = b"ARROW1"  # start of a file, as opposed to a stream
 _PIECE = 32 * 2**10  # characters; longer plain texts are divided, so that part of a single one can be held out
@@ -73,7 +75,7 @@ def documents(path: Path) -> Iterator[str]:
         raise ValueError(
             f"is not {name}: it has a byte 0x{error.object[error.start]:02x} where none may be: {advice}"
         ) from None
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"is not a complete {_name(path)[1]} file: {error}") from None
     except OSError as error:
         if error.errno is not None:  # a problem of the disk, not of the content
@@ -212,7 +214,7 @@ def _table(file: IO[bytes], kind: str) -> tuple[Any, Iterator[Any]]:
 
     if kind == "Parquet":
         table = pq.ParquetFile(file)
-        return table.schema_arrow, (batch for batch in table.iter_batches(columns=["text"]))
+        return table.schema_arrow, table.iter_batches(BATCH_ROWS, columns=["text"])
     is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
     file.seek(0)
     if is_file:

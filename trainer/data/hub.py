@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from trainer.config import TrainingConfig
-from trainer.data.documents import documents
+from trainer.data.documents import BATCH_ROWS, documents
 from trainer.data.registry import DatasetFamily
 from trainer.errors import ConfigError, TrainingError, one_line
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _END_BYTES = 64 << 10
-_BATCH_ROWS = 64
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
@@ -172,7 +171,7 @@ class HubDataset(DatasetFamily):
                     yield from ({"text": text} for text in documents(path))
                     continue
                 with path.open("rb") as file:
-                    for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+                    for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
                         yield from batch.to_pylist()
             except (OSError, ValueError) as error:
                 raise ConfigError("dataset", self.spec, f"{path} cannot be read: {one_line(error)}") from None

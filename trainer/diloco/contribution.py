@@ -1,12 +1,13 @@
 """A worker's contribution to a synchronisation: its pseudo-gradient and the samples behind it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.diloco.quorum import Reduced, is_finite
 from trainer.diloco.state import Fragment, GlobalState
 
 
@@ -25,6 +26,9 @@ class Closed:
 class Contribution:
     """A worker's inner steps since its last synchronisation, fragment by fragment.
 
+    Args:
+        rounded: The low-precision parameters: see `FlatLayout.rounded`.
+
     Attributes:
         samples: By fragment, the samples behind its next pseudo-gradient so far, including carried-over ones.
         steps: By fragment, the inner steps behind it, including carried-over ones and excluding skipped ones.
@@ -34,8 +38,8 @@ class Contribution:
         offset: How far from θ this worker began (`Overlap.mixing`), float32 (n,). None means zeros.
     """
 
-    def __init__(self, state: GlobalState) -> None:
-        self._state = state
+    def __init__(self, state: GlobalState, rounded: Sequence[tuple[int, int, torch.dtype]] = ()) -> None:
+        self._state, self._rounded = state, rounded
         self.fragments = max(1, len(state.fragments) - 1)  # the last one is the full model
         self.samples = [0.0] * self.fragments
         self.steps, self.steps_per_round = [0] * self.fragments, [0] * self.fragments
@@ -85,14 +89,16 @@ class Contribution:
             fragment.of(self.carried_over).zero_()
 
     def displacement(self, fragment: Fragment, local: Tensor, carried_over: Tensor | None, out: Tensor) -> Tensor:
-        """How far this worker's inner steps have moved the fragment from θ to `local`, carried-over ones included.
+        """How far this worker's inner steps have moved the fragment, to `local`, carried-over ones included.
 
-        All tensors are float32 (n,); `out` is memory for the result, and may be `local`.
+        They started from θ, plus `offset`, rounded to the parameters' precision. All tensors are float32 (n,); `out` is
+        memory for the result, and may be `local`.
         """
         torch.sub(fragment.of(self._state.parameters), local, out=out)
         for more in (carried_over, self.offset):
             if more is not None:
                 out.add_(fragment.of(more))
+        self._add_rounding(fragment, out)
         return out
 
     def pseudo_gradient(self, fragment: Fragment, local: Tensor, closed: Closed, out: Tensor) -> Tensor:
@@ -104,8 +110,17 @@ class Contribution:
             out.add_(fragment.of(self.residual), alpha=fragment.codec.feedback)
         return out
 
+    def left(self, fragment: Fragment, reduced: Reduced) -> Tensor | None:
+        """The fragment's residual after a collective, float32 (n,). A message of weight 0 leaves it unchanged."""
+        if reduced.error is not None:
+            return reduced.error.clone()  # the next collective overwrites it
+        if reduced.lone or self.residual is None:
+            return None
+        residual = fragment.of(self.residual)
+        return residual if is_finite(residual) else None
+
     def is_plain(self, closed: Closed) -> bool:
-        """Whether the pseudo-gradient of the full model is θ minus this worker's parameters, and nothing else."""
+        """Whether the pseudo-gradient of the full model is θ minus this worker's parameters but for rounding."""
         added = (closed.carried_over, self.residual, self.offset)
         return self.fragments == 1 and not closed.scales and all(tensor is None for tensor in added)
 
@@ -134,6 +149,21 @@ class Contribution:
         if fragment is self._state.full_model:
             return range(self.fragments)
         return range(fragment.index, fragment.index + 1)
+
+    def _add_rounding(self, fragment: Fragment, displacement: Tensor) -> None:
+        """Add the rounding error with which low-precision parameters started from θ, plus `offset`.
+
+        Otherwise every pseudo-gradient would contain it, with the same sign in all workers, and the outer step would
+        undo progress below the parameters' precision.
+        """
+        for start, stop, dtype in self._rounded:
+            part = slice(max(start, fragment.start), min(stop, fragment.stop))
+            if part.start < part.stop:
+                begin = self._state.parameters[part]
+                if self.offset is not None:
+                    begin = begin + self.offset[part]
+                own = displacement[part.start - fragment.start : part.stop - fragment.start]
+                own.add_(begin.to(dtype).float().sub_(begin))
 
     def _scales(self, fragment: Fragment, steps_per_round: int) -> list[tuple[slice, float]]:
         """Factors that scale a displacement of more than one round's steps down to one round."""

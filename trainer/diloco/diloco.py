@@ -20,7 +20,7 @@ from trainer.diloco.loop import OwnLoop
 from trainer.diloco.merge import Merge
 from trainer.diloco.outer import Nesterov, OuterOptimizer
 from trainer.diloco.overlap import Outcome, Overlap, Pending
-from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, RoundReport, Superseded
+from trainer.diloco.quorum import Commit, LocalQuorum, Quorum, RoundReport, Superseded, is_finite
 from trainer.diloco.schedule import Schedule, check_counts
 from trainer.diloco.state import Fragment, GlobalState
 from trainer.protocol.samples import Assignment
@@ -43,7 +43,8 @@ class DiLoCo(OwnLoop):
 
         Δᵢ = θ − θᵢ,   Δ = Σ wᵢ Δᵢ / Σ wᵢ,   θ ← outer(θ, Δ),   θᵢ ← θ,
 
-    where wᵢ counts the samples that worker i consumed in the round.
+    where wᵢ counts the samples that worker i consumed in the round. For low-precision parameters,
+    the θ in Δᵢ is rounded to their precision, as θᵢ was when the round began.
 
     *Fragments* (Streaming DiLoCo, arXiv 2501.18512): P fragments are synchronised in turn, each every `sync_every`
     inner steps. A round is then `sync_every` / P inner steps; the last round synchronises all fragments.
@@ -127,7 +128,7 @@ class DiLoCo(OwnLoop):
             for index, (section, of) in enumerate(zip(self._sections, shapes, strict=True))
         ]
         self.state = GlobalState(self._layout.gather(self._layout.empty()), outer, cut, self._layout.like)
-        self.contribution = Contribution(self.state)
+        self.contribution = Contribution(self.state, self._layout.rounded)
 
         self._scratch = self._layout.empty()
         self._ended = self._layout.empty() if overlap else self._scratch  # the local parameters when the round ended
@@ -257,7 +258,7 @@ class DiLoCo(OwnLoop):
             if outcome.exact:  # θ − (θ − θᵢ) is θᵢ except for rounding; a copy is exact
                 self._layout.gather(outcome.outer_step.after["model"])
             self.state.commit(outcome.outer_step, pending.length)
-            self.contribution.keep(pending.fragment, outcome.residual, outcome.offset)
+        self.contribution.keep(pending.fragment, outcome.residual, outcome.offset)
 
         # Update the local parameters
         section = self._section(pending.fragment)
@@ -314,7 +315,8 @@ class DiLoCo(OwnLoop):
     @contextmanager
     def global_parameters(self) -> Iterator[None]:
         """Put the global parameters θ into the model for the duration of the block."""
-        if not self.schedule.inner_steps and not self.pending and self.contribution.fragments == 1:
+        own, idle = self.contribution, not self.schedule.inner_steps and not self.pending
+        if idle and own.fragments == 1 and own.offset is None:
             yield  # it already has them
             return
         local = self._layout.gather(self._layout.empty())
@@ -352,7 +354,7 @@ class DiLoCo(OwnLoop):
             "inner_steps": self.schedule.inner_steps + (pending.inner_steps if pending else 0),
             **self.contribution.state(pending.closed if pending else None),
         }
-        if state["inner_steps"] or self.contribution.fragments > 1:
+        if state["inner_steps"] or self.contribution.fragments > 1 or self.contribution.offset is not None:
             state["parameters"] = self._layout.saved()
         return state
 
@@ -387,11 +389,12 @@ class DiLoCo(OwnLoop):
         if overlaps:
             base = outer_step.after["model"] if moved else fragment.of(self.state.parameters)
             shift = torch.sub(base, ended, out=ended)
-            if moved and self.overlap and self.overlap.mixing:
+            if not is_finite(shift):  # adding to it cannot help: θ replaces it
+                shift = None
+            elif moved and self.overlap and self.overlap.mixing:
                 offset = shift * -self.overlap.mixing
                 shift.add_(offset)
-        if not moved:
-            return Outcome(commit, None, shift)
-        residual = None if reduced.error is None else reduced.error.clone()  # the next collective overwrites it
-        replaced = not overlaps and self.state.outer.replaces and self.contribution.is_plain(closed)
-        return Outcome(commit, outer_step, shift, residual, offset, exact=replaced and reduced.lone)
+        residual = self.contribution.left(fragment, reduced)
+        replaced = moved and not overlaps and self.state.outer.replaces and self.contribution.is_plain(closed)
+        taken = outer_step if moved else None
+        return Outcome(commit, taken, shift, residual, offset, exact=replaced and reduced.lone)

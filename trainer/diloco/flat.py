@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,20 @@ class FlatLayout:
     Attributes:
         parameters: In the order of the vector.
         size: Number of elements in the vector.
+        rounded: Start, stop and dtype of each parameter that is less precise than the vector.
     """
 
     def __init__(self, model: nn.Module, *, sharded: bool = False) -> None:
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         _check(named, sharded)
         self._model, self._names, self.parameters = model, list(named), list(named.values())
-        self.size = sum(parameter.numel() for parameter in self.parameters)
+        ends = list(accumulate(parameter.numel() for parameter in self.parameters))
+        self.size = ends[-1]
+        self.rounded = [
+            (end - parameter.numel(), end, parameter.dtype)
+            for parameter, end in zip(self.parameters, ends, strict=True)
+            if parameter.dtype not in (torch.float32, torch.float64)
+        ]
         devices = {parameter.device for parameter in self.parameters if parameter.is_cuda}
         self._stream = torch.cuda.Stream(devices.pop()) if devices else None  # type: ignore[no-untyped-call]
 

@@ -63,7 +63,7 @@ class Attempts:
         except Interrupted:
             self._transport.finish(record.members, record.attempt_id, failed=True)
             raise
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:  # ValueError: a member's message cannot be decoded
             self._transport.finish(record.members, record.attempt_id, failed=True)
             if isinstance(error, TrainingError) and getattr(error, "kind", "") != "lease":
                 raise  # etcd was down for too long, or denies the request

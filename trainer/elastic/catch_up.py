@@ -127,7 +127,11 @@ class Replica:
             coded = tuple((scale, buffers[name]) for name, scale in meta["coded"].items())
             factors = buffers.get("factors")
             if meta["weight"] > 0:
-                mean = decoded(coded, fragment.codec, fragment.stop - fragment.start)
+                try:
+                    mean = decoded(coded, fragment.codec, fragment.stop - fragment.start)
+                except ValueError as error:  # the full state is fetched instead
+                    log.warning("the mean of round %d cannot be decoded: %s", round, error)
+                    break
                 if factors is not None:
                     mean = fragment.merge.scaled(mean, factors)
                 self.state.apply(mean, meta["steps"], fragment)

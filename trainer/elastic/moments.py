@@ -1,7 +1,13 @@
-"""A member's inner optimizer state, served to joiners and adopted by them."""
+"""A member's inner optimizer state, served to joiners and adopted by them.
 
+Tensors are sent flat, as `<parameter index>.<name>`. Other values, such as a step count that is a Python number, are
+sent as JSON text, as `<parameter index>.<name>.json`.
+"""
+
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,27 +15,27 @@ from torch.optim import Optimizer
 
 from trainer.diloco.diloco import Stateful
 
+JSON = ".json"
+
 
 class Moments(Mapping[str, Tensor]):
     """The inner optimizer's state by flat name, for a joiner. A tensor is copied to the host when it is read.
 
-    The state may change while it is being sent. This does no harm: the moments of a few steps later are as good.
+    The state may change while it is being sent. This does no harm: the moments of a few steps later are as good. The
+    mapping is empty if some value cannot be sent: without it, a joiner's first step would fail.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
 
     def __iter__(self) -> Iterator[str]:
-        state = self._optimizer.state_dict()["state"]
-        return (f"{i}.{key}" for i, values in state.items() for key in values if isinstance(values[key], Tensor))
+        return iter(_names(self._optimizer.state_dict()["state"]))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> Tensor:
-        index, _, key = name.partition(".")
-        value: Tensor = self._optimizer.state_dict()["state"][int(index)][key]
-        return value.detach().to("cpu").reshape(-1)
+        return _sent(self._optimizer.state_dict()["state"], name).to("cpu")
 
     def refresh(self) -> None: ...
 
@@ -65,27 +71,51 @@ class ShardedMoments(Mapping[str, Tensor]):
         elif self._wanted.is_set() and not self._copy and self._room():
             self._wanted.clear()
             state, self._age = self._optimizer.state_dict()["state"], 0
-            self._copy = {
-                f"{index}.{key}": value.detach().reshape(-1)
-                for index, values in state.items()
-                for key, value in values.items()
-                if isinstance(value, Tensor)
-            }
+            self._copy = {name: _sent(state, name) for name in _names(state)}
 
 
 def with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str, object]:
     """The state dict of `optimizer` with another member's moments (`Moments`).
 
     Raises:
-        LookupError, RuntimeError: They belong to another optimizer.
+        LookupError, RuntimeError, ValueError: They belong to another optimizer.
     """
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in found.items():
         index, _, key = name.partition(".")
+        if key.endswith(JSON):
+            state.setdefault(int(index), {})[key.removesuffix(JSON)] = json.loads(bytes(tensor.tolist()))
+            continue
         shape = torch.Size(()) if key == "step" else shapes[int(index)]
         state.setdefault(int(index), {})[key] = tensor.reshape(shape)
     return {**optimizer.state_dict(), "state": state}
+
+
+def _names(state: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """The names under which the state is sent; empty if a value is neither a tensor nor representable in JSON."""
+    names = []
+    for index, values in state.items():
+        for key, value in values.items():
+            try:
+                _flat(value)
+            except TypeError:
+                return []
+            names.append(f"{index}.{key}" if isinstance(value, Tensor) else f"{index}.{key}{JSON}")
+    return names
+
+
+def _sent(state: Mapping[int, Mapping[str, Any]], name: str) -> Tensor:
+    """The value that is sent under a name."""
+    index, _, key = name.partition(".")
+    return _flat(state[int(index)][key.removesuffix(JSON)])
+
+
+def _flat(value: Any) -> Tensor:
+    """A value as it is sent: a tensor flat, anything else as JSON (TypeError if that is impossible)."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(-1)
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 class Handover(Mapping[str, Tensor]):
@@ -116,7 +146,7 @@ def take_over(found: Mapping[str, Tensor], optimizer: Optimizer, model: nn.Modul
     """Adopt another member's `Handover`.
 
     Raises:
-        LookupError, RuntimeError: It belongs to another optimizer or model.
+        LookupError, RuntimeError, ValueError: It belongs to another optimizer or model.
     """
     by_kind: dict[str, dict[str, Tensor]] = {"optimizer": {}, "buffer": {}, "here": {}}
     for name, tensor in found.items():

@@ -83,11 +83,15 @@ def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
     state, saved = found.worker(), found.state
     parts.process.own_state.restore(state, random=is_own)
     assignment, ranges = parts.diloco.assignment, tuple((start, stop) for start, stop in saved["assignment"])
-    if found.round == parts.diloco.round and assignment is not None and assignment.ranges == ranges:
+    same_round = found.round == parts.diloco.round
+    if same_round and assignment is not None and assignment.ranges == ranges:
         parts.diloco.load_worker_state(state["diloco"])
         parts.process.samples.resume(assignment, saved["used"])
-    else:  # the open round's samples were reassigned, so its steps are repeated
-        parts.diloco.inner_optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
+        return
+    # The open round's samples were reassigned, so its steps are repeated
+    parts.diloco.inner_optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
+    if same_round and is_own:  # the residual stems from earlier rounds
+        parts.diloco.contribution.keep(parts.diloco.state.full_model, state["diloco"].get("residual"), None)
 
 
 def offered_moments(parts: Parts) -> Moments | ShardedMoments:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from trainer.config import TrainingConfig
 from trainer.data import resolve
+from trainer.data.documents import documents as documents_of
 from trainer.data.text import TextDataset
 from trainer.errors import ConfigError
 
@@ -119,6 +121,7 @@ def test_other_encodings_are_refused_by_name_and_never_trained_on(text: str) -> 
         ("a.arrow", b"ARROW1\0\0", "is not a complete Arrow file"),
         ("a.txt.zst", b"no zstd", "is not a complete .zst file"),
         ("a.txt.bz2", b"no bz2", "is not a complete .bz2 file"),
+        ("a.txt.gz", gzip.compress(ROW)[:10] + b"damaged", "is not a complete .gz file"),
     ],
 )
 def test_text_that_would_be_lost_is_refused(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
@@ -224,6 +227,20 @@ def test_what_datasets_keeps_of_maps_is_not_read_again(tmp_path: Path) -> None:
     load_from_disk(tmp_path / "saved").map(lambda row: {"text": row["text"].upper()})
     assert len(list((tmp_path / "saved").glob("*.arrow"))) == 2
     assert documents(f"files:{tmp_path / 'saved'}") == ["one", "two"]
+
+
+def test_a_table_of_long_texts_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    """Whatever the number of rows in a group: a text may be a whole book."""
+    texts = [f"{number:05d}" * 2000 for number in range(1000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    read = documents_of(tmp_path / "a.parquet")
+    tracemalloc.start()
+    try:
+        assert [next(read) for _ in range(3)] == texts[:3]
+        assert tracemalloc.get_traced_memory()[1] < 1000 * len(texts[0]) / 4
+    finally:
+        tracemalloc.stop()
+    assert [*read] == texts[3:]
 
 
 def test_a_readme_beside_plain_text_is_text(tmp_path: Path) -> None:

@@ -198,6 +198,150 @@ def test_a_round_that_went_on_without_it_while_it_was_on_its_way_is_carried() ->
     assert weight == 100.0
 
 
+class Others(Slow):
+    """This worker's pseudo-gradients are no part of the mean, which is 1 everywhere."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def mean(self, size: int) -> Tensor:
+        return torch.ones(size)
+
+    def synchronise(
+        self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
+    ) -> Commit:
+        self.sent.append((pseudo_gradient.clone(), weight))
+        mean = self.mean(len(pseudo_gradient))
+        if self.weight:
+            on_chunk(0, mean)
+        reduced = Reduced(self.weight, ((1.0, mean),), "")
+        return Commit(len(self.sent), 1, ("own", "other"), fragment, reduced, 0, 0, 0.0)
+
+
+def flat_of(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().float().reshape(-1) for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("mixing", [0.0, 0.5])
+def test_a_worker_that_is_not_finite_goes_on_from_the_global_parameters(weight: float, mixing: float) -> None:
+    """With overlap, too: whatever is added to NaN is NaN."""
+    quorum, model = Others(weight), make_model()
+    overlap = Overlap(delay=1, mixing=mixing)
+    diloco = DiLoCo(model, adamw(model), outer=Nesterov(1.0, 0.0), sync_every=2, quorum=quorum, overlap=overlap)
+    for amount in (1.0, float("nan"), 1.0):
+        step_by(model, amount)
+        commit = diloco.after_inner_step()
+    assert commit and torch.equal(flat_of(model), diloco.state.parameters)
+    step_by(model, 2.0)
+    diloco.after_inner_step()
+    diloco.finish()
+    torch.testing.assert_close(quorum.sent[1][0], torch.full_like(quorum.sent[1][0], 2.0))
+
+
+def test_what_a_worker_kept_of_its_own_position_counts_once() -> None:
+    """Also if nothing is committed in the next round, since no pseudo-gradient is finite."""
+    quorum, model = Others(), make_model()
+    overlap = Overlap(delay=1, mixing=0.5)
+    diloco = DiLoCo(model, adamw(model), outer=Nesterov(1.0, 0.0), sync_every=2, quorum=quorum, overlap=overlap)
+    for amount, weight in ((1.0, 1.0), (1.0, 1.0), (4.0, 1.0), (8.0, 0.0), (16.0, 0.0), (32.0, 1.0)):
+        if diloco.pending:
+            diloco.wait(300)  # its weight is read before it changes
+        quorum.weight = weight
+        step_by(model, amount)
+        diloco.after_inner_step()
+    diloco.finish()
+    for (sent, _), expected in zip(quorum.sent, (2.0, 12.0, 48.0), strict=True):
+        torch.testing.assert_close(sent, torch.full_like(sent, expected))
+
+
+def test_a_worker_that_mixes_is_not_at_the_global_parameters_when_a_round_begins() -> None:
+    """Scores are those of the global parameters, and a checkpoint has the worker's own."""
+    quorum, model = Others(), make_model()
+
+    def make(model: nn.Module) -> DiLoCo:
+        overlap = Overlap(mixing=0.5)
+        return DiLoCo(model, adamw(model), outer=Nesterov(1.0, 0.0), sync_every=2, quorum=quorum, overlap=overlap)
+
+    diloco = make(model)
+    for _ in range(2):
+        step_by(model, 1.0)
+        diloco.after_inner_step()
+    diloco.finish()
+    local = flat_of(model)
+    assert diloco.schedule.inner_steps == 0
+    torch.testing.assert_close(local, diloco.state.parameters - 0.5)
+    with diloco.global_parameters():
+        assert torch.equal(flat_of(model), diloco.state.parameters)
+    assert torch.equal(flat_of(model), local)
+
+    resumed = make_model(seed=1)
+    again = make(resumed)
+    again.load_global(diloco.global_tensors(), diloco.round, diloco.state.step)
+    again.load_worker_state(copy.deepcopy(diloco.worker_state()))
+    assert torch.equal(flat_of(resumed), local)
+    for amount in (4.0, 8.0):
+        step_by(resumed, amount)
+        again.after_inner_step()
+    again.finish()
+    torch.testing.assert_close(quorum.sent[1][0], torch.full_like(local, 12.0))
+
+
+class Moving(Others):
+    """The others' means are not what bfloat16 can represent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind, self._generator = False, torch.Generator().manual_seed(2)
+
+    def mean(self, size: int) -> Tensor:
+        return 1e-2 * torch.randn(size, generator=self._generator)
+
+    def superseded(self) -> bool:
+        behind, self.behind = self.behind, False
+        return behind
+
+    def catch_up(self, state: GlobalState) -> CatchUp:
+        state.apply(self.mean(state.parameters.numel()), 4)
+        return CatchUp(counts=True)
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+@pytest.mark.parametrize("overlap", [None, Overlap(delay=1), Overlap(delay=1, mixing=0.5)])
+def test_a_low_precision_worker_that_changes_nothing_sends_nothing(overlap: Overlap | None, fragments: int) -> None:
+    """Least of all what rounding the global parameters to its own precision has changed."""
+    quorum, model = Moving(), make_model().bfloat16()
+    diloco = DiLoCo(
+        model, adamw(model), outer=Nesterov(0.7, 0.9), sync_every=4, quorum=quorum, overlap=overlap, fragments=fragments
+    )
+    for _ in range(24):
+        diloco.after_inner_step()
+    if diloco.pending:
+        diloco.finish()
+    assert len(quorum.sent) == 6 * fragments
+    assert not torch.equal(flat_of(model), diloco.state.parameters)
+    for sent, _ in quorum.sent:
+        torch.testing.assert_close(sent, torch.zeros_like(sent), atol=1e-6, rtol=0)
+
+
+def test_a_low_precision_worker_sends_what_its_steps_have_changed() -> None:
+    """Those in a round that it has missed, too; not every parameter has that precision."""
+    quorum, model = Moving(), make_model().bfloat16()
+    model.get_submodule("2").float()
+    diloco = DiLoCo(model, adamw(model), outer=Nesterov(0.7, 0.9), sync_every=4, quorum=quorum)
+    changed = []
+    for step in range(8):
+        before = flat_of(model)
+        step_by(model, 0.01)
+        changed.append(before - flat_of(model))
+        quorum.behind = step == 5
+        diloco.after_inner_step()
+    assert diloco.round == 3
+    for (sent, _), of_round in zip(quorum.sent, (changed[:4], changed[4:]), strict=True):
+        torch.testing.assert_close(sent, torch.stack(of_round).sum(0), atol=1e-6, rtol=0)
+
+
 class Coding(Slow):
     """A lone worker, with a coded mean."""
 
@@ -206,6 +350,11 @@ class Coding(Slow):
     ) -> Commit:
         self.sent.append((pseudo_gradient.clone(), weight))
         codec = fragment.codec
+        if not pseudo_gradient.isfinite().all():  # it counts nothing; the other's is 0
+            nothing = torch.zeros_like(pseudo_gradient)
+            on_chunk(0, nothing)
+            reduced = Reduced(1.0, ((1.0, nothing),), "")
+            return Commit(len(self.sent), 1, ("coding", "other"), fragment, reduced, 0, 0, 0.0)
         blocks = torch.cat(codec.arrange(pseudo_gradient))
         rows = codec.encode(blocks)
         mean = codec.restore(codec.decode(rows, torch.empty_like(blocks)), pseudo_gradient.numel())
@@ -215,7 +364,7 @@ class Coding(Slow):
 
 
 def test_what_a_codec_leaves_out_is_sent_later() -> None:
-    """e ← Δ + β e − C(Δ + β e), across a restart too."""
+    """e ← Δ + β e − C(Δ + β e), across a restart too, and a round in which the worker counted nothing."""
 
     def make(quorum: Any, model: nn.Module) -> DiLoCo:
         return DiLoCo(
@@ -242,6 +391,9 @@ def test_what_a_codec_leaves_out_is_sent_later() -> None:
         codec = diloco.state.fragments[0].codec
         blocks = torch.cat(codec.arrange(sent))
         residual = sent - codec.restore(codec.decode(codec.encode(blocks), torch.empty_like(blocks)), sent.numel())
+        if index == 0:
+            move(torch.full_like(displacement, float("nan")))()
+            diloco.after_inner_step()
         if index == 1:
             saved, place = copy.deepcopy(diloco.worker_state()), (diloco.round, diloco.state.step)
             tensors = {name: tensor.clone() for name, tensor in diloco.global_tensors().items()}
