@@ -15,6 +15,7 @@ from components.output import (
     evaluation_output,
     exported_output,
     link_or_copy,
+    put_behind,
     training_output,
 )
 from components.runtime import IMAGE, RUNNER_PID
@@ -58,12 +59,15 @@ class ClusterLauncher:
 
     def train(self) -> Output:
         from trainer.kubernetes.steps.training import train
+        from trainer.monitor.report.run import KNOWN
 
         directory = self._scratch / "run"
         workers = train(self._context, directory)
         # Record which claims hold the model, for export
         claims = [{"worker": worker.index, "claim": worker.claim, "site": worker.site.name} for worker in workers]
         write_json(directory / TRAINED, claims)
+        # What the logs of pods may have lost, and the logs of a run that had ended before do not tell at all
+        write_json(directory / KNOWN, {"status": "complete", "config": self._config.model_dump(mode="json")})
         files = {path.name: path for path in directory.iterdir()}
         metadata = {"run_id": self._config.run_id, "claim": workers[0].claim}
         return training_output(directory, files, metadata, self._context.kubectl)
@@ -82,8 +86,11 @@ class ClusterLauncher:
         # Without a backend, artifacts are not kept: put the results where those of a local run are
         here = RUNNER_PID in os.environ
         run_dir = Path(self._config.run_dir) if here else self._scratch / "run"
-        # The report also needs the workers' events
-        link_or_copy(Path(checkpoint.path), run_dir)
+        # The report needs the workers' events, too: of a run that was resumed, also those that are here already
+        trained = Path(checkpoint.path)
+        for path in filter(Path.is_file, trained.rglob("*")):
+            put = put_behind if path.name == "metrics.jsonl" else link_or_copy
+            put(path, run_dir / path.relative_to(trained))
         link_or_copy(scores, run_dir / EVALUATION)
         if not self._config.storage.retain:
             try:

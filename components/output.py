@@ -1,5 +1,6 @@
 """The results of a step, and their conversion to KFP artifacts."""
 
+import itertools
 import math
 import os
 import shutil
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.files import read_json, write_text
+from trainer.files import read_json, whole_file, write_text
 from trainer.places import Places
 
 if TYPE_CHECKING:
@@ -66,6 +67,22 @@ def _link_or_copy_file(source: str, destination: str) -> None:
         shutil.copy2(source, destination)
 
 
+def put_behind(source: Path, destination: Path) -> None:
+    """Put a worker's events behind those that `destination` has: of a resumed run, a step receives the new ones alone.
+
+    Events that it has from an earlier call, from the first of `source` on, are replaced.
+    """
+    if not destination.is_file():
+        link_or_copy(source, destination)
+        return
+    with source.open("rb") as new, whole_file(destination) as joined:
+        first = new.readline()
+        with destination.open("rb") as before:
+            joined.writelines(itertools.takewhile(lambda line: line != first, before))
+        joined.write(first)
+        shutil.copyfileobj(new, joined)
+
+
 def dataset_metadata(manifest: "Manifest") -> dict[str, Any]:
     """A dataset's origin and counts per split, for its artifact."""
     known = manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
@@ -80,9 +97,12 @@ def training_output(run_dir: Path, files: Mapping[str, Path], metadata: Mapping[
     """
     from trainer.monitor.report import read_run, summary
 
-    content = summary(read_run(run_dir))
-    about = {name: content[name] for name in ("status", "parameters", "samples", "tokens")}
+    run = read_run(run_dir)
+    content = summary(run)
     names = ("rounds", "steps", "skipped_steps", "samples", "bytes_sent", "bytes_received", "goodput")
+    if not run.workers:  # the run was complete before: these are unknown, and not 0
+        content |= dict.fromkeys((*names, "tokens")) | {"steps": run.config.get("total_steps")}
+    about = {name: content[name] for name in ("status", "parameters", "samples", "tokens")}
     metrics = content["final"] | {name: content[name] for name in names}
     return Output(files, {**metadata, **about}, metrics, _summary(run_dir, command))
 

@@ -24,6 +24,11 @@ PIPELINES_NAMESPACE = "kubeflow"  # of the steps' pods on a single-user installa
 # The fields of a cron expression, with the smallest and the largest number of each
 _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 6)}
 
+_NO_API = (
+    "Kubeflow Pipelines answered with a page and not with JSON: the host must be that of its API, and a login in front "
+    "of it takes a cookie or a token (docs/guide/cluster.md)"
+)
+
 
 def arguments_of(config: TrainingConfig) -> dict[str, Any]:
     """The pipeline's arguments: only the parameters that differ from their defaults."""
@@ -72,13 +77,12 @@ class PipelineBackend:
     """
 
     def __init__(self, host: str = "", namespace: str = "", timeouts: PipelineTimeouts | None = None) -> None:
-        from kfp import Client
-
         self._namespace = namespace or None
         self._timeouts = timeouts or PipelineTimeouts()
         with warnings.catch_warnings(), _readable_errors():
             warnings.simplefilter("ignore")
-            self._client = Client(host=host or None)  # its `namespace` argument is KFP's own, not the user's
+            self._client = _client(host)
+            self._get_object("/apis/v2beta1/healthz", {})
 
     def submit(self, package: "Package", config: TrainingConfig, experiment: str, name: str = "") -> str:
         """Start a run in an experiment, which is created if missing. Prints a link to the UI; returns the run's id.
@@ -102,9 +106,11 @@ class PipelineBackend:
                 )
             else:
                 run.pipeline_spec = yaml.safe_load(package.text)
-            run_id = str(self._client._run_api.run_service_create_run(run=run).run_id)
+            run_id = self._client._run_api.run_service_create_run(run=run).run_id
+        if not run_id:
+            raise TrainingError(_NO_API)
         print(f"Run details: {self._client._get_url_prefix()}/#/runs/details/{run_id}")
-        return run_id
+        return str(run_id)
 
     def cancel(self, run_id: str) -> None:
         """Terminate a run. What it created, except the claims, is deleted."""
@@ -168,11 +174,11 @@ class PipelineBackend:
         path = f"/apis/v2beta1/runs/{run_id}"
         with _readable_errors():
             try:
-                return dict(self._get(path, {"view": "FULL"}))
+                return self._get_object(path, {"view": "FULL"})
             except ApiException as error:
                 if error.status != 400:
                     raise
-                return dict(self._get(path, {}))  # an older backend without views
+                return self._get_object(path, {})  # an older backend, without views
 
     def _text(self, path: str, query: Mapping[str, str]) -> str:
         """The text at a path; "" if there is none or the backend does not answer."""
@@ -182,6 +188,13 @@ class PipelineBackend:
         except TrainingError:
             return ""
         return found if isinstance(found, str) else ""  # JSON is an error, despite status 200
+
+    def _get_object(self, path: str, query: Mapping[str, str]) -> dict[str, Any]:
+        """GET a JSON object, as `_get`. Raises TrainingError if the answer is none."""
+        found = self._get(path, query)
+        if not isinstance(found, dict):
+            raise TrainingError(_NO_API)
+        return found
 
     def _get(self, path: str, query: Mapping[str, str]) -> Any:
         """GET a path of the client's host, with its credentials. Returns JSON as an object, anything else as text.
@@ -264,6 +277,19 @@ def six_fields(cron: str) -> str:
 def _equals(key: str, value: str) -> str:
     """The backend's filter for objects with this value."""
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "stringValue": value}]})
+
+
+def _client(host: str) -> Any:
+    """KFP's client. Its `namespace` is where KFP itself runs, not the user's."""
+    from kfp import Client
+
+    class AskingOnce(Client):
+        """Asks whether the backend is healthy once: KFP tries five times, and logs a traceback each time."""
+
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
+            return self._healthz_api.healthz_service_get_healthz()
+
+    return AskingOnce(host=host or None)
 
 
 @contextmanager

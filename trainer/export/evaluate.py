@@ -38,8 +38,8 @@ def evaluate(
 
     Returns:
         The content of `evaluation.json`: the scores of the task and of its baseline, `headline`, `tokens_per_second`,
-        `sequences` (samples), every numeric sum of `Task.score`, `sample` (example output), `confusion` (for a
-        classification), and the circumstances.
+        `sequences` (samples), the circumstances, `sample` (example output), `confusion` (of a classification), and
+        every sum of `Task.score` that is a number and has no score's name.
 
     Raises:
         ConfigError: There is no such run, export, dataset or device.
@@ -54,6 +54,8 @@ def evaluate(
         why = f"has no export in {directory}: run `python -m trainer export` first"
         raise ConfigError("run_dir", run.directory, why)
     facts = read_json(directory / FACTS)
+    if facts["run_id"] != run.config.run_id:  # another run has used the volume since
+        raise ConfigError("run_id", run.config.run_id, f"{directory} is the export of {facts['run_id']}: export again")
     data = facts["data"]
     task = tasks()[data["task"]]
     dataset = Path(dataset) if dataset else run.dataset
@@ -62,8 +64,8 @@ def evaluate(
 
     # Keep the scores for the report, on the model card, and on the hub
     evaluation = {
+        **scores,  # first: of many numbers, a step shows the first ones
         **about,
-        **scores,
         "headline": task.headline(scores),
         "task": task.name,
         **{name: facts[name] for name in ("run_id", "round", "step")},
@@ -80,7 +82,7 @@ def evaluate(
 def _score(
     config: TrainingConfig, task: "Task", export: Path, dataset: Path, content: str, size: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The scores of an exported model and its baseline, with sums, speed, examples and circumstances."""
+    """The scores of an exported model and its baseline; and speed, circumstances, examples and sums."""
     import numpy as np
     import torch
 
@@ -110,8 +112,9 @@ def _score(
         middle = np.roll(chosen, -(len(chosen) // 2))[:SHOWN]
         (few,) = scoring.batches(held_out, middle, SHOWN, shared, device)
         sample = task.sample(model, export, few, config.seed)
-    return task.metrics(sums), {
-        **{name: int(value) for name, value in sums.items() if isinstance(value, float) and value.is_integer()},
+    scores = task.metrics(sums)
+    counts = {n: int(v) for n, v in sums.items() if n not in scores and isinstance(v, float) and v.is_integer()}
+    return scores, {
         "tokens_per_second": sums.get("tokens", tokens) / seconds,
         "sequences": len(chosen),
         "seconds": seconds,
@@ -119,6 +122,7 @@ def _score(
         "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
         "sample": sample,
         "confusion": task.confusion(sums, dataset),
+        **counts,
     }
 
 

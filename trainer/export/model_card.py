@@ -21,15 +21,18 @@ def facts_of(run: TrainedRun, parameters: int) -> dict[str, Any]:
 
     manifest = read_manifest(run.dataset)
     assert manifest is not None  # `build` has read it
-    content, checkpoint = summary(read_run(run.directory)), run.checkpoint
+    history, checkpoint = read_run(run.directory, run.config.run_id), run.checkpoint
+    content = summary(history)
+    is_whole = len(history.workers) == history.all_workers  # a pod has the file of one worker
     family, _, argument = run.config.dataset.partition(":")
     return {
         "run_id": run.config.run_id,
         "model": run.config.model,
         "parameters": parameters,
         **{name: getattr(checkpoint, name) for name in ("complete", "round", "step")},
-        **{name: content[name] for name in ("samples", "tokens", "bytes_sent")},
-        "workers": len(content["workers"]),
+        **{name: content[name] for name in ("samples", "tokens")},
+        "bytes_sent": content["bytes_sent"] if is_whole else None,
+        "workers": history.all_workers,
         "description": run.config.experiment_description,
         "tags": run.config.experiment_tags,
         "settings": run.config.in_scope("card"),

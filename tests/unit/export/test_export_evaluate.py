@@ -63,11 +63,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with EventLog(volume.metrics) as metrics:
             settings = own.model_dump(mode="json")
             metrics.write("start", run_id="oak", worker=rank, config=settings, versions={"torch": torch.__version__})
+            metrics.write("membership", change="joined", members=["000-aaaaaaaa", "001-bbbbbbbb"])
             for step in range(1, 5):
                 metrics.write(
                     "step", round=1, step=step, loss=5.0 - step, lr=0.1, samples=8, tokens=8 * 64, seconds=0.1
                 )
-            metrics.write("round", round=2, step=4, loss=1.0, bytes_sent=1000, samples=16, exposed_seconds=0.1)
+            place = {"round": 2, "step": 4, "term": 1, "cursor": {"position": 64, "returned": []}}
+            metrics.write("round", **place, loss=1.0, bytes_sent=1000, samples=16, exposed_seconds=0.1)
             metrics.write("end", status="complete", round=2, step=4, global_hash="aa")
     return directory
 
@@ -141,6 +143,37 @@ def test_card_tells_data_training_and_versions(run_dir: Path) -> None:
     assert "| outer_momentum | 0.9 |" in card, "what was taken, where none was given"
     assert "Counts \\| leaves &lt;b>" in card, "a user's words are no markup"
     assert str(run_dir.parent.parent) not in card, "no path of this machine"
+
+
+def in_a_pod(run_dir: Path, worker: int, **values: Any) -> TrainingConfig:
+    """As a pod finds the run: it has the volume of one worker."""
+    volume = run_dir / f"worker-{worker}"
+    own = {"model_cache_dir": "models", "dataset_cache_dir": "datasets", "checkpoint_path": "checkpoints"}
+    return of(volume, **{name: str(volume / folder) for name, folder in own.items()}, **values)
+
+
+def test_the_volume_of_one_worker_tells_of_the_whole_run(run_dir: Path) -> None:
+    whole = read_json(export(of(run_dir)) / "training.json")
+    directory = export(in_a_pod(run_dir, 1))
+    facts, card = read_json(directory / "training.json"), (directory / "README.md").read_text()
+    assert (facts["workers"], facts["samples"], facts["tokens"]) == (2, 64, 64 * 64)
+    assert facts | {"bytes_sent": whole["bytes_sent"]} == whole
+    assert facts["bytes_sent"] is None and "bytes sent" not in card, "what the others have sent is not known"
+    assert "| workers | 2 |" in card and "| samples | 64 |" in card
+
+
+def test_a_run_is_exported_although_another_one_has_used_its_volume_since(run_dir: Path) -> None:
+    config = in_a_pod(run_dir, 0, run_id="oak", eval_samples=5)
+    before = read_json(export(config) / "training.json")
+    with EventLog(run_dir / "worker-0" / "metrics.jsonl") as metrics:
+        metrics.write("start", run_id="elm", worker=0, config={"run_id": "elm", "model": "resnet18:tiny"})
+        metrics.write("end", status="complete", round=1, step=1)
+    assert read_json(export(config) / "training.json") == before
+    evaluate(config, log=lambda line: None)
+    facts = run_dir / "worker-0" / "export" / "training.json"
+    facts.write_text(json.dumps({**before, "run_id": "elm"}))
+    with pytest.raises(ConfigError, match=r"run_id = 'oak': .*export is the export of elm: export again"):
+        evaluate(config)
 
 
 def test_what_cannot_be_exported_is_refused(run_dir: Path, tmp_path: Path) -> None:
@@ -263,6 +296,7 @@ def test_scores_agree_with_a_count_by_hand(made: Path, run_dir: Path) -> None:
     assert found["bits_per_byte"] == pytest.approx(expected["bits"], rel=1e-5)
     assert found["unigram_bits_per_byte"] == pytest.approx(expected["unigram"], rel=1e-9)
     assert found["bytes"] == expected["bytes"] and found["tokens_per_second"] > 0
+    assert list(found)[:4] == ["loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte"], "a step shows the first"
     assert "bits per byte" in lines[0] and "unigram bits per byte" in lines[0]
 
     assert read_json(run_dir / "evaluation.json") == found

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.monitor.histories import run_of, simulated
+from tests.unit.monitor.histories import write as write_files
 from trainer.config import TrainingConfig
 from trainer.monitor.report import markdown_summary, read_run, summary, write_comparison, write_report, write_summary
 from trainer.monitor.report.comparison import differences
@@ -207,6 +209,8 @@ def test_a_record_that_grows_is_that_of_the_whole_file() -> None:
     assert len(worker.rounds) == 0, "the resume has undone it"
     record.take([start("b")])
     assert (len(record.worker("").steps), record.worker("").events) == (0, (start("b"),))
+    record.take([start("a"), {"event": "step", "step": 4, "loss": 3}])
+    assert record.worker("").steps["loss"].tolist() == [1, 1, 2, 3], "another run in between has undone nothing"
 
 
 def test_the_newest_run_on_a_volume_is_meant(tmp_path: Path) -> None:
@@ -214,6 +218,60 @@ def test_the_newest_run_on_a_volume_is_meant(tmp_path: Path) -> None:
     write(tmp_path, older, events(rounds=2, start=START + 9999))  # in a pod: the run directory is the worker's own
     run = read_run(tmp_path)
     assert run.run_id == "a-run" and run.round_losses[0].tolist() == [1, 2] and run.wall_seconds < 30
+    asked = read_run(tmp_path, "older")
+    assert asked.run_id == "older" and asked.round_losses[0].tolist() == list(range(1, 10))
+    assert read_run(tmp_path, "nobody's").run_id == "a-run"
+
+
+def with_cursors(life: Iterator[dict[str, Any]], samples: int) -> Iterator[dict[str, Any]]:
+    """Rounds as members agree on them: each uses up so many samples of all workers, and ten more are lost at once."""
+    for event in life:
+        if event["event"] == "round":
+            position = samples * event["round"] + 17
+            event |= {"term": 1, "cursor": {"position": position, "returned": [[position - 7, position]]}}
+        yield event
+
+
+def test_the_file_of_one_worker_tells_the_samples_of_all(tmp_path: Path) -> None:
+    """A pod has no other; and a step that follows a resumed run receives only what comes from then on."""
+    whole, resumed = tmp_path / "worker-1", tmp_path / "resumed"
+    write(whole, with_cursors(events(1, workers=3), 3 * 320))
+    write(resumed / "worker-1", with_cursors(events(1, workers=3, first_round=5, rounds=2), 3 * 320))
+    for directory, own, first in ((whole, 6 * 320, 1), (resumed, 2 * 320, 5)):
+        run = read_run(directory)
+        assert (run.all_workers, run.all_samples, run.all_tokens) == (3, 5770, 5770 * 256)
+        assert (run.samples, run.first_round) == (own, first)
+        assert summary(run)["samples_per_second"] == pytest.approx(own / run.wall_seconds)
+        facts = dict(rows_of(markdown_summary(directory), "Run"))
+        assert (facts["Rounds"], facts["Inner steps"], facts["Samples"]) == ("6", "60", "5,770")
+        assert ("Recorded here" in facts) is (first > 1)
+        assert ("recorded from round 5 on" in page(write_report(directory)).words) is (first > 1)
+
+
+def test_samples_are_those_of_the_history_that_counts(tmp_path: Path) -> None:
+    """A run went back to a checkpoint, from which another worker than this one went on."""
+    before = list(with_cursors(events(0, rounds=6, end=None), 640))
+    state = {"cursor": {"position": 1280, "returned": []}, "resumed_round": 2, "term": 2}
+    again = {"event": "start", "run_id": "a-run", "time": before[-1]["time"] + 60, **state}
+    assert read_run(write(tmp_path, before, [again])).all_samples == 1280
+
+
+def test_one_simulated_worker_tells_the_samples_of_both(tmp_path: Path) -> None:
+    run = run_of(simulated())
+    made = [event["samples"] for lines in run.values() for event in lines if event["event"] == "step"]
+    directory = write_files(tmp_path, {"0": run["0"]})
+    assert read_run(directory).all_samples == sum(made)
+
+
+def test_what_a_step_knows_replaces_what_its_workers_have_not_told(tmp_path: Path) -> None:
+    config = TrainingConfig(run_id="mine", model="gpt-neo-x:tiny", dataset="stdlib").model_dump(mode="json")
+    (tmp_path / "run.json").write_text(json.dumps({"status": "complete", "config": config}))
+    assert (read_run(tmp_path).status, read_run(tmp_path).run_id) == ("complete", "mine")
+    write(tmp_path / "worker-0", list(events())[1:])  # the newest part of a log
+    run = read_run(tmp_path)
+    assert (run.status, run.config["model"]) == ("complete", "gpt-neo-x:tiny")
+    write(tmp_path / "worker-0", events(end="failed"))
+    assert (read_run(tmp_path).status, read_run(tmp_path).run_id) == ("failed", "a-run")
 
 
 def test_links_are_of_start_and_of_trackers_that_answered_later(tmp_path: Path) -> None:

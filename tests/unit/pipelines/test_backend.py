@@ -11,13 +11,14 @@ from click.testing import CliRunner
 from kfp import compiler, dsl
 from kfp.cli.cli import cli
 
-from pipelines.backend import PipelineBackend, six_fields
+from pipelines.backend import Package, PipelineBackend, six_fields
 from pipelines.cli import main
 from pipelines.follower import STEPS, own_lines, why_no_pod
 from pipelines.pipeline import compiled
 from tests.cluster.apiserver import serving
 from tests.kfp_backend.driver import FLAVOURS, Flavour, validate
 from tests.kfp_backend.server import Api, Backend
+from trainer.config import TrainingConfig
 from trainer.errors import ConfigError, TrainingError
 from trainer.timeouts import PipelineTimeouts
 
@@ -33,6 +34,7 @@ class Played(Api):
         states: What each further look at a run finds: its state, and its steps' states.
         takes_view: Whether it takes a parameter of `GetRun` that it does not know.
         texts: What it has at further paths.
+        refuses: The status of every answer, which is a page: there is a login, or a broken proxy, in front of it.
     """
 
     def __init__(self) -> None:
@@ -41,6 +43,10 @@ class Played(Api):
         self.states: list[tuple[str, dict[str, str]]] = [("SUCCEEDED", {})]
         self.takes_view = True
         self.texts: dict[str, str] = {}
+        self.refuses = 0
+
+    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> tuple[int, Any]:
+        return (self.refuses, "<html>") if self.refuses else super().answer(method, path, query, body)
 
     def start(self, body: dict[str, Any]) -> dict[str, Any]:
         return {**body, "run_id": f"run-{len(self.runs)}", "created_at": "2026-11-21T00:00:00Z"}
@@ -401,6 +407,34 @@ def test_kfps_own_command_takes_the_compiled_yaml(backend: Played, tmp_path: Pat
     done = CliRunner().invoke(cli, ["--endpoint", backend.url, *command], obj={}, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert backend.runs[0]["runtime_config"]["parameters"] == {"total_steps": 2000, "model": "gpt-neo-x"}
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, "^Kubeflow Pipelines answered 401: "),
+        (503, "^Kubeflow Pipelines answered 503: "),
+        (200, "^Kubeflow Pipelines answered with a page and not with JSON: .*takes a cookie or a token"),
+    ],
+)
+def test_what_is_in_front_of_a_backend_is_an_error_of_one_line(
+    backend: Played, status: int, error: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.refuses = status
+    for command in (["submit", *BOUND], ["status", "run-0"], ["schedule", "list"]):
+        with pytest.raises(TrainingError, match=error):
+            main([*command, "--host", backend.url])
+    assert not caplog.records, "no traceback is logged"
+
+
+def test_a_login_page_in_front_of_all_but_the_health_is_no_answer(backend: Played) -> None:
+    assert main(["submit", "--host", backend.url, *BOUND]) == 0
+    opened = PipelineBackend(backend.url, timeouts=QUICK)
+    backend.refuses = 200
+    with pytest.raises(TrainingError, match="answered with a page"):
+        opened.show("run-0")
+    with pytest.raises(TrainingError, match="answered with a page"):
+        opened.submit(Package(compiled(), ""), TrainingConfig(), "diloco")
 
 
 def test_a_bad_parameter_is_refused_before_anything_is_sent(backend: Played) -> None:

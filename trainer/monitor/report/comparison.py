@@ -64,7 +64,7 @@ def _results(runs: Sequence[RunHistory]) -> tuple[list[str], list[list[dict[str,
         ("Exposed (%)", lambda run: 100 * run.exposed_share, "{:.1f}".format, min),
         ("Goodput (%)", lambda run: 100 * run.goodput, "{:.1f}".format, max),
         ("Wall time", lambda run: run.wall_seconds, seconds, None),
-        ("Samples", lambda run: run.samples, "{:,.0f}".format, None),
+        ("Samples", lambda run: run.all_samples, "{:,.0f}".format, None),
         ("Workers", lambda run: len(run.workers), "{:.0f}".format, None),
     ]
     names, table = [], []

@@ -116,6 +116,7 @@ def facts(run: RunHistory) -> list[str]:
     found.append(f"{short(run.parameters)} parameters" if run.parameters else "")
     found.append(_moment(run.started))
     found.append(seconds(run.wall_seconds) if run.wall_seconds else "")
+    found.append(f"recorded from round {count(run.first_round)} on" if run.first_round > 1 else "")
     return [fact for fact in found if fact]
 
 
@@ -174,8 +175,8 @@ def tiles(run: RunHistory) -> list[Tile]:
     if run.evaluation is None and math.isfinite(bits := last_finite(run.held_out_bits[1])):
         found.append(Tile("Bits per byte", f"{bits:.3f}", "held out", "scored while it trained"))
     if len(rounds):
-        steps = len(run.step_losses[0])
-        note = f"{count(steps)} inner steps, {count(run.samples)} samples"
+        steps = run.step_losses[0]
+        note = f"{count(steps[-1] if len(steps) else 0)} inner steps, {count(run.all_samples)} samples"
         note += f", {count(run.skipped_steps)} steps skipped" if run.skipped_steps else ""
         found.append(Tile("Rounds", count(rounds[-1]), "", note))
         value, unit = byte_count(sent / max(1, workers)).split(" ")

@@ -68,10 +68,12 @@ def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
     parameters = f" ({short(run.parameters)} parameters)" if run.parameters else ""
     yield "Model", f"{_text(run.config.get('model') or 'unknown')}{parameters}"
     yield "Dataset", _text(run.config.get("dataset") or "unknown")
+    if not workers:
+        return
     yield "Workers", count(workers)
     yield "Rounds", count(rounds[-1] if len(rounds) else 0)
     yield "Inner steps", count(steps[-1] if len(steps) else 0) + (f" ({count(skipped)} skipped)" if skipped else "")
-    yield "Samples", count(run.samples)
+    yield "Samples", count(run.all_samples)
     for name, losses in (("Training loss", run.round_losses[1]), ("Held-out loss", run.held_out_losses[1])):
         if math.isfinite(loss := last_finite(losses)):
             yield name, f"{loss:.3f} {run.loss_unit}".rstrip()
@@ -80,6 +82,8 @@ def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
         yield "Goodput", f"{100 * run.goodput:.1f} % of wall time"
     if run.wall_seconds:
         yield "Wall time", seconds(run.wall_seconds)
+    if run.first_round > 1:
+        yield "Recorded here", f"from round {count(run.first_round)} on: bytes, goodput and wall time are of this part"
 
 
 def _link(name: str, url: str) -> str:

@@ -7,19 +7,69 @@ import numpy as np
 
 from trainer.events import POSITIONS, Event, number
 from trainer.monitor.report.curves import FloatArray, Life, Table, Worker
+from trainer.protocol.records import Cursor, decode
+from trainer.protocol.samples import count
 
 COLUMNS = {
     "step": "step loss samples tokens seconds wall",
     "round": "round attempt step world_size loss bytes_sent bytes_received sync_seconds exposed_seconds inner_steps "
-    "samples time seconds flops_per_second mfu peak_memory",
+    "samples time seconds flops_per_second mfu peak_memory term used",
     "eval": "round step loss samples bits_per_byte",
 }
 _OTHERS = ("start", "membership", "link", "warning", "end")  # kinds of events that are kept unchanged
 _BLOCK = 4096  # maximum number of rows kept as Python numbers
 
 
+def samples_used(event: Event) -> float:
+    """The samples that a run has used up when it holds the state of an event with a `cursor`; NaN if it has none."""
+    try:
+        cursor = decode(Cursor, event.get("cursor"))
+    except ValueError:
+        return math.nan
+    return float(cursor.position - count(cursor.returned))
+
+
 class WorkerRecord:
-    """The valid events of the newest run in a worker's file; a volume can contain several runs, one after the other.
+    """The events that count, of one run in a worker's file: a volume can hold several, one after the other.
+
+    `run_id` names it; without it, or if the file does not have it, the newest one is meant.
+    """
+
+    def __init__(self, run_id: str = "") -> None:
+        self._wanted, self._newest = run_id, ""
+        self._runs = {"": _Run()}  # "": before the first one's id is known
+
+    def take(self, events: Sequence[Event]) -> int:
+        """Take in the next events, and return how many they are."""
+        for event in events:
+            run_id = str(event.get("run_id") or self._newest)
+            if run_id != self._newest:
+                self._begin(run_id)
+            self._runs[run_id].take(event)
+        return len(events)
+
+    def _begin(self, run_id: str) -> None:
+        """Go on with another run. Those that nobody asks for, and that cannot go on any more, are forgotten."""
+        if not self._newest:
+            self._runs[run_id] = self._runs.pop("")
+        before = {name: run for name, run in self._runs.items() if name == self._wanted or not run.complete}
+        self._runs, self._newest = {run_id: _Run(), **before}, run_id
+
+    @property
+    def _run(self) -> "_Run":
+        return self._runs.get(self._wanted) or self._runs[self._newest]
+
+    def number(self, otherwise: str) -> str:
+        """The worker's number, if an event names it."""
+        return otherwise if self._run.number is None else str(self._run.number)
+
+    def worker(self, name: str) -> Worker:
+        """The worker as it is now."""
+        return self._run.worker(name)
+
+
+class _Run:
+    """One run's events that count.
 
     A process that resumes from a checkpoint repeats steps, so the last line of a step wins, and its predecessor's work
     after that checkpoint is void. Steps, rounds and evaluations without a position are left out. Memory: 8 bytes for
@@ -27,34 +77,33 @@ class WorkerRecord:
     """
 
     def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._run_id: object = None
         self._tables = {kind: _Rows(columns.split(), POSITIONS[kind]) for kind, columns in COLUMNS.items()}
         self._lives: list[Life] = []
         self._others: list[Event] = []
-        self._number: object = None  # the worker's, if an event names it
         self._memories: tuple[float, ...] = ()
         self._resumed = False  # whether no step has followed the last `start`
         self._previous, self._wall = math.nan, 0.0
+        self.number: object = None  # the worker's, if an event names it
+        self.complete = False
 
-    def take(self, events: Sequence[Event]) -> int:
-        """Process the next events. Returns their number."""
-        for event in events:
-            kind, time = event["event"], number(event.get("time"))
-            if kind == "start":
-                run_id = event.get("run_id")
-                if self._lives and run_id != self._run_id:
-                    self._begin()
-                self._run_id = run_id
-            self._live(kind, time)
-            self._number = event.get("worker", self._number)
-            if kind in _OTHERS:
-                self._others.append(event)
-            elif kind in POSITIONS:
-                self._keep(kind, event)
-        return len(events)
+    def take(self, event: Event) -> None:
+        """Take in the next event."""
+        kind = event["event"]
+        self._live(kind, number(event.get("time")))
+        self.number = event.get("worker", self.number)
+        if kind in _OTHERS:
+            self._others.append(event)
+            self.complete |= kind == "end" and event.get("status") == "complete"
+        elif kind in POSITIONS:
+            self._keep(kind, event)
+
+    def worker(self, name: str) -> Worker:
+        """The worker as it is now."""
+        tables = {f"{kind}s": table.table() for kind, table in self._tables.items()}
+        others = tuple(self._others)
+        return Worker(
+            name, tuple(self._lives), **tables, events=others, wall_seconds=self._wall, peak_memories=self._memories
+        )
 
     def _live(self, kind: str, time: float) -> None:
         """Update wall time and lives, for which all events count, because repeated work also took time."""
@@ -80,20 +129,10 @@ class WorkerRecord:
                 table.forget_from(position)
         if isinstance(found := event.get("peak_memories"), list):
             self._memories = tuple(map(number, found))
-        event["wall"] = self._wall  # in place, to save a copy: nothing else uses the event
+        event["wall"] = self._wall  # of no use to others: it is spared a copy
+        if kind == "round":
+            event["used"] = samples_used(event)
         self._tables[kind].append(event)
-
-    def number(self, otherwise: str) -> str:
-        """The worker's number, if an event names it."""
-        return otherwise if self._number is None else str(self._number)
-
-    def worker(self, name: str) -> Worker:
-        """The worker's current state."""
-        tables = {f"{kind}s": table.table() for kind, table in self._tables.items()}
-        others = tuple(self._others)
-        return Worker(
-            name, tuple(self._lives), **tables, events=others, wall_seconds=self._wall, peak_memories=self._memories
-        )
 
 
 class _Rows:

@@ -7,7 +7,7 @@ time: during the run, after it died, or after it ended.
 import math
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from trainer.errors import ConfigError
 from trainer.events import Event, EventReader, number
 from trainer.files import read_json
 from trainer.monitor.report.curves import Curves, FloatArray, Life, Worker
-from trainer.monitor.report.record import WorkerRecord
+from trainer.monitor.report.record import WorkerRecord, samples_used
+from trainer.monitor.report.words import worker_of
 from trainer.tasks import Task, tasks
+
+KNOWN = "run.json"  # beside files that may lack the run's beginning, or be none: `status` and `config`
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class RunHistory(Curves):
 
     directory: Path
     evaluation: dict[str, Any] | None
+    known: dict[str, Any] = field(default_factory=dict)  # what a train step wrote beside the workers' files (`KNOWN`)
 
     # What was trained, from the newest `start`
 
@@ -43,7 +47,7 @@ class RunHistory(Curves):
     @property
     def config(self) -> dict[str, Any]:
         """The nested configuration."""
-        return dict(self._start.get("config") or {})
+        return dict(self._start.get("config") or self.known.get("config") or {})
 
     @property
     def versions(self) -> dict[str, str]:
@@ -97,11 +101,13 @@ class RunHistory(Curves):
         """complete if any worker ended with it (the final checkpoint is committed), else the workers' worst status."""
         found = {worker.status for worker in self.workers if worker.events or len(worker.steps)}
         ranked = ("complete", "failed", "unfinished", "stopped")
-        return next((status for status in ranked if status in found), "not started")
+        return next((status for status in ranked if status in found), str(self.known.get("status", "not started")))
 
     @property
     def reason(self) -> str:
         """Why the run ended, from the first worker that ended with the run's status."""
+        if self.known and not self.workers:
+            return "it had ended before, and what its workers recorded is not here"
         ends = [worker.end for worker in self.workers if worker.end and worker.status == self.status]
         return next((str(end["reason"]) for end in ends if end.get("reason")), "")
 
@@ -135,7 +141,37 @@ class RunHistory(Curves):
         """Each worker's hash of its final global state. All must be equal."""
         return {w.name: str(w.end["global_hash"]) for w in self.workers if w.end and w.end.get("global_hash")}
 
-    # Totals
+    # The whole run. Its members agree on these: a single worker's file tells them, even if its beginning is missing
+
+    @cached_property
+    def all_workers(self) -> int:
+        """The number of workers that have been members."""
+        joined = (event.get("members") for _, event in self.of_kind("membership"))
+        members = {worker_of(member) for listed in joined if isinstance(listed, list) for member in listed}
+        return max(len(members), len(self.workers))
+
+    @cached_property
+    def all_samples(self) -> float:
+        """Samples of all workers up to the newest commit, those that a killed worker has lost included.
+
+        Those of the steps that are here, if the run has not recorded them (older versions, loops with samples of their
+        own), or has not committed a round.
+        """
+        states = [state for worker in self.workers if (state := _newest_state(worker))]
+        used = max(states)[-1] if states else 0.0
+        return used or self.samples
+
+    @property
+    def all_tokens(self) -> float:
+        """Tokens of `all_samples`, if all samples have as many as those that are here."""
+        return round(self.tokens * self.all_samples / self.samples) if self.samples else 0.0
+
+    @property
+    def first_round(self) -> int:
+        """The first round that is here. Those before it are missing if a step receives a resumed run's new events."""
+        return int(min((worker.rounds["round"][0] for worker in self.workers if len(worker.rounds)), default=1))
+
+    # Totals of what is here
 
     def total(self, column: str) -> float:
         """The sum of a column of the rounds (`bytes_sent`, `exposed_seconds`, …) over rounds and workers."""
@@ -183,19 +219,34 @@ class RunHistory(Curves):
         return min(self.total("exposed_seconds") / seconds, 1.0) if seconds > 0 else math.nan
 
 
-def read_run(run_dir: Path | str) -> RunHistory:
+def _newest_state(worker: Worker) -> tuple[float, float, float] | None:
+    """The newest committed state of which a worker tells: its term, its round, and the samples that it has used up."""
+    states: list[tuple[float, float, float]] = []
+    if len(rounds := worker.rounds):
+        states.append((float(rounds["term"][-1]), float(rounds["round"][-1]), float(rounds["used"][-1])))
+    for event in worker.events:  # the states that it has taken over
+        if "cursor" in event:
+            round = event.get("resumed_round") or event.get("round") or 0
+            states.append((number(event.get("term")), number(round), samples_used(event)))
+    return max((state for state in states if all(map(math.isfinite, state))), default=None)
+
+
+def read_run(run_dir: Path | str, run_id: str = "") -> RunHistory:
     """Read a run directory, or one worker's own directory (in a pod they are the same).
 
-    Torn lines are skipped, and a missing or broken file counts as absent, so this never raises.
+    Torn lines are skipped, and a missing or broken file counts as absent: no run directory makes this raise.
+
+    Args:
+        run_id: The run, of several that have used a volume; the newest one, if this one is not there.
     """
-    return RunReader(Path(run_dir)).read()
+    return RunReader(Path(run_dir), run_id).read()
 
 
 class RunReader:
     """Follows a run directory: each `read` processes what was written since the last one."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, run_id: str = "") -> None:
+        self.directory, self._run_id = directory, run_id
         self._files: dict[Path, tuple[EventReader, WorkerRecord]] = {}
         self._workers: dict[Path, Worker] = {}  # as of the last `read`
 
@@ -206,19 +257,21 @@ class RunReader:
         if (directory / "metrics.jsonl").is_file():
             paths.insert(0, directory / "metrics.jsonl")
         for path in paths:
-            reader, record = self._files.setdefault(path, (EventReader(path), WorkerRecord()))
+            reader, record = self._files.setdefault(path, (EventReader(path), WorkerRecord(self._run_id)))
             if sum(record.take(events) for events in reader.pieces()) or path not in self._workers:
                 name = path.parent.relative_to(directory).as_posix()
                 name = record.number(directory.resolve().name) if name == "." else name
                 self._workers[path] = record.worker(name)
-        evaluation = None
-        with suppress(OSError, ValueError):
-            evaluation = read_json(directory / "evaluation.json")
-        return RunHistory(
-            tuple(self._workers[path] for path in paths),
-            directory,
-            evaluation if isinstance(evaluation, dict) else None,
-        )
+        workers = tuple(self._workers[path] for path in paths)
+        return RunHistory(workers, directory, _object(directory / "evaluation.json"), _object(directory / KNOWN) or {})
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none."""
+    with suppress(OSError, ValueError):
+        if isinstance(found := read_json(path), dict):
+            return found
+    return None
 
 
 def _natural(path: Path) -> list[Any]:

@@ -11,7 +11,7 @@ from trainer.config import UNSET, Parameter, TrainingConfig
 from trainer.events import number
 from trainer.monitor.report.curves import extent, weighted_mean
 from trainer.monitor.report.run import RunHistory
-from trainer.monitor.report.words import byte_count, plain, seconds
+from trainer.monitor.report.words import byte_count, plain, seconds, worker_of
 from trainer.tasks import Task, tasks
 
 MOST_ROWS = 200  # of the table of rounds, and of the history
@@ -158,19 +158,13 @@ def _in_words(event: Mapping[str, Any]) -> str:
         return f"started from round {resumed}" if (resumed := event.get("resumed_round")) else "started"
     if kind == "membership":
         members = event.get("members")
-        listed = f": {', '.join(map(_short_name, members))}" if isinstance(members, list) and members else ""
+        listed = f": {', '.join(map(worker_of, members))}" if isinstance(members, list) and members else ""
         missed = f" with {event['missed']} rounds that the others had committed" if event.get("missed") else ""
         return f"{CHANGES.get(str(event.get('change')), event.get('change', 'changed'))}{missed}{listed}"
     if kind == "end":
         reason = f": {event['reason']}" if event.get("reason") else ""
         return f"{event.get('status', 'ended')} after round {event.get('round', '?')}{reason}"
     return str(event.get("message", ""))
-
-
-def _short_name(member: object) -> str:
-    """A worker's number, from its member id (`001-bbbbbbbb`)."""
-    worker = str(member).partition("-")[0]
-    return str(int(worker)) if worker.isdecimal() else str(member)
 
 
 def settings(config: Mapping[str, Any]) -> list[Row]:

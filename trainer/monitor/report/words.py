@@ -1,4 +1,4 @@
-"""Human-readable numbers for the report."""
+"""Numbers and names as a reader of the report wants them."""
 
 import math
 
@@ -50,6 +50,12 @@ def count(value: float) -> str:
 def digits(value: float) -> str:
     """A number with about three digits: `1.59`, `12.3`, `1,358`."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def worker_of(member: object) -> str:
+    """A worker's number, from its member id (`001-bbbbbbbb`)."""
+    worker = str(member).partition("-")[0]
+    return str(int(worker)) if worker.isdecimal() else str(member)
 
 
 def plain(value: float, form: str) -> str:
