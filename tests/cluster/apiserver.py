@@ -327,6 +327,10 @@ class ApiServer(ThreadingHTTPServer):
                 self._keep("MODIFIED", plural, namespace, content)
                 return copy.deepcopy(content)
             if verb == "delete":
+                wanted, uid = (body or {}).get("preconditions", {}).get("uid"), one["metadata"]["uid"]
+                if wanted not in (None, uid):
+                    message = f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}"
+                    raise Refusal(409, "Conflict", message, name=name, kind=plural)
                 self._delete(plural, namespace, name)
             return copy.deepcopy(one)
 

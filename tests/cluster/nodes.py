@@ -219,7 +219,9 @@ class Cluster:
         state = next(one for one in ("Succeeded", "Failed", "Restarting", "Running", "Created") if one in states)
         conditions = [{"type": "Created", "status": "True"}]
         conditions += [{"type": state, "status": "True", "message": f"{name} is {state}"}] if state != "Created" else []
-        self.server.update("pytorchjobs", name, lambda one: one.update(status={"conditions": conditions}))
+        started = status.get("startTime") or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")  # it looks at no deadline
+        status = {"conditions": conditions, "startTime": started}
+        self.server.update("pytorchjobs", name, lambda one: one.update(status=status))
 
     def make_pod(self, plural: str, job: Object, name: str, template: Object, labels: dict[str, str]) -> bool:
         """Whether a job's pod could be made."""

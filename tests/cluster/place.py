@@ -43,6 +43,10 @@ JOB_OWNER = {
 }
 
 
+# On every pod of a KFP step (backend/src/v2/compiler/argocompiler in kubeflow/pipelines).
+STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
+
+
 QUICK = KubernetesTimeouts(
     outage=2.0,
     retry=0.05,

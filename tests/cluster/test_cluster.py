@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 
 from tests.cluster.needs import KINDS, Cluster, demand, lacking, served
+from tests.cluster.place import STEP_LABELS
 from trainer.config import TrainingConfig
 from trainer.kubernetes.api.diagnosis import why_pending
-from trainer.kubernetes.objects.jobs import STEP_LABELS
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.objects.training_jobs import training_jobs
 

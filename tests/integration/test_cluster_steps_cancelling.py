@@ -14,6 +14,7 @@ import pytest
 from tests.cluster.apiserver import Object
 from tests.cluster.nodes import Cluster
 from tests.cluster.place import (
+    ANOTHER_OWNER,
     JOB_OWNER,
     OWNER,
     QUICK,
@@ -182,6 +183,26 @@ def test_a_drained_precache_leaves_its_jobs_alone_and_its_successor_goes_on_with
     after = {one["metadata"]["uid"] for one in place.server.all("pods").values()}
     assert len(after) == 3  # and that of the held-out part
     assert before < after
+
+
+def test_a_precache_that_is_cancelled_leaves_its_jobs_to_the_workflow_that_follows_them(
+    place: Place, tmp_path: Path
+) -> None:
+    release = precaching_goes_on(place)
+    place.on_line = die_at("precaching for worker 1 runs on node")
+    with pytest.raises(Died):
+        precache(place.context(), tmp_path / "held-out")
+    first = place.context()
+    place.owner = ANOTHER_OWNER
+
+    def cancel(line: str) -> None:
+        if "worker 1: its Job is already running" in line:
+            first.clean_up(training=False)
+            release.set()
+
+    place.on_line = cancel
+    assert len(precache(place.context(), tmp_path / "held-out")) == 2
+    assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run")
 
 
 @pytest.mark.parametrize("trouble", ["forbidden", "unreachable"])

@@ -3,13 +3,16 @@
 The API server (tests/cluster) enforces the Role of manifests/ and the published schemas; a `Story` says what pods do.
 """
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.apiserver import Object
-from tests.cluster.place import ANOTHER_OWNER, OWNER, QUICK, Died, Place, both_kinds, die_at, never
+from tests.cluster.nodes import Cluster
+from tests.cluster.place import ANOTHER_OWNER, OWNER, QUICK, Died, Place, both_kinds, die_at, interrupt_at, never
 from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.api.kinds import CLAIM
 from trainer.kubernetes.objects.jobs import claim
@@ -107,7 +110,8 @@ def _made_later(one: Object) -> None:
 
 
 @both_kinds
-def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_path: Path, finished: bool) -> None:
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):
@@ -117,7 +121,7 @@ def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_pat
 
     def old_one_ends(line: str) -> None:
         if "worker 1 runs" in line:
-            first.clean_up(finished=False)  # its exit handler, late
+            first.clean_up(finished=finished)  # its exit handler, or its train step, late
             place.story.released.set()
 
     place.on_line = old_one_ends
@@ -126,6 +130,87 @@ def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_pat
     assert [job["metadata"]["ownerReferences"][0]["uid"] for job in jobs] == [ANOTHER_OWNER["uid"]] * 2
     assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run")
     assert place.server.all("configmaps")
+
+
+@pytest.mark.parametrize("launcher", ["trainjob"])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_cancelled_run_that_is_submitted_again_at_once_waits_for_its_workers_and_gets_new_jobs(
+    place: Place, tmp_path: Path, goes_on: bool
+) -> None:
+    """Whether the exit handler of the first workflow goes on with the deletion, or has died like the step."""
+    leaving = threading.Event()
+
+    def leave(cluster: Cluster, pod: Object, life: int) -> None:
+        if life:
+            place.story.train(cluster, pod)
+            return
+        cluster.start(pod)
+        cluster.wait_while_wanted(pod)
+        leaving.wait(300)
+        cluster.end(pod, 143)
+
+    interrupt, die = interrupt_at("worker 1 runs on node", place.terminate), die_at("waiting for the workers")
+
+    def cancel(line: str) -> None:
+        die(line)
+        interrupt(line)
+
+    place.story.told["train"] = leave
+    place.story.released.clear()
+    place.on_line = cancel
+    with pytest.raises(Died):
+        train(place.context(), tmp_path / "first")
+    first, before = place.context(), {job["metadata"]["uid"] for job in place.jobs().values()}
+    assert len(before) == 2
+
+    def let_go(line: str) -> None:
+        assert "following it" not in line, "a job that is on its way out"
+        if "waiting until the workers of a training that was ended have saved and left" in line:
+            leaving.set()
+        if "worker 1 runs on node" in line:
+            place.story.released.set()
+
+    place.on_line = let_go
+    place.lines.clear()
+    with ThreadPoolExecutor() as pool:
+        try:
+            exit_handler = pool.submit(first.clean_up, finished=False) if goes_on else None
+            if exit_handler:
+                place.wait_for("waiting for the workers to save and leave")
+            place.owner = ANOTHER_OWNER
+            train(place.context(), tmp_path / "second")
+        finally:
+            leaving.set()
+        if exit_handler:
+            exit_handler.result()
+    jobs = {job["metadata"]["uid"]: job["metadata"]["ownerReferences"][0]["uid"] for job in place.jobs().values()}
+    assert list(jobs.values()) == [ANOTHER_OWNER["uid"]] * 2
+    assert not before & set(jobs)
+    assert len(place.server.all("trainingruntimes")) == 2
+    assert place.server.all("configmaps")
+    assert not place.cluster.trainer.ghosts
+
+
+@both_kinds
+@pytest.mark.parametrize("over", [False, True])
+def test_a_workflow_that_is_cancelled_leaves_the_settings_to_the_one_that_has_begun(
+    place: Place, tmp_path: Path, over: bool
+) -> None:
+    """Not its jobs, which the other one has not found yet. If that is over, nobody needs anything."""
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.context(), tmp_path / "run")
+    place.on_line = lambda line: None
+    first = place.context()
+    place.owner = ANOTHER_OWNER
+    place.context().home.prepare()
+    if over:
+        place.terminate()
+    first.clean_up()
+    assert not place.jobs()
+    assert len(place.server.all("configmaps")) == len(place.server.all("networkpolicies")) == int(not over)
+    assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run") != over
 
 
 def test_a_run_of_another_deployment_with_the_same_id_is_left_alone(place: Place, tmp_path: Path) -> None:

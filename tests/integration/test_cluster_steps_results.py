@@ -38,6 +38,19 @@ def test_the_next_claim_is_asked_when_one_has_not_the_result(place: Place, tmp_p
     assert place.said(f"warning: export on worker 0's claim has failed: {here_it_is}: has no checkpoint to export")
 
 
+def test_the_next_claim_is_asked_when_the_pod_of_one_finds_no_node(place: Place, tmp_path: Path) -> None:
+    def serve(cluster: Cluster, pod: Object, life: int) -> None:
+        if pod["metadata"]["labels"]["diloco-pipelines/worker"] == "0":
+            cluster.refuse_place(pod, "0/3 nodes are available: 3 had volume node affinity conflict")
+        else:
+            place.story.serve(cluster, pod)
+
+    place.story.told["export"] = serve
+    here = place.context(elastic_rdzv_timeout=3.0)
+    assert fetch_result(here, here.plan.workers, "export", tmp_path / "export").index == 1
+    assert place.said("warning: export on worker 0's claim has not started in 3 s: ")
+
+
 def test_a_step_that_was_started_again_takes_the_result_anew(place: Place, tmp_path: Path) -> None:
     place.on_line = die_at("runs on node")
     here = place.context()
@@ -95,6 +108,6 @@ def test_the_role_has_what_is_used_and_nothing_else(place: Place, tmp_path: Path
     place.on_line = lambda line: place.story.released.set() if "following it" in line else None
     place.server.drop_streams()
     train(place.context(nodes=1), tmp_path / "run")
-    here.clean_up(claims=True)
+    place.context(nodes=1).clean_up(claims=True)
     (other,) = (kind.group for kind in TRAINING_KINDS.values() if kind is not place.kind)
     assert {one for one in unused(permissions(), place.server.used) if one[1] != other} == set()

@@ -360,6 +360,15 @@ def test_a_worker_that_dies_again_and_again_before_it_trains_is_given_up(place: 
     assert not [name for name in place.jobs() if name.endswith("-1")]
 
 
+def test_a_pytorchjob_ends_on_time_though_its_operator_looks_at_no_deadline(place: Place, tmp_path: Path) -> None:
+    place.story.released.clear()
+    with pytest.raises(TrainingError, match=r"PyTorchJob \S+ has run for longer than active_deadline \(2 s\)"):
+        train(place.context(active_deadline=2), tmp_path / "run")
+    assert not place.jobs()
+    with place.etcd() as etcd:
+        assert verdict(etcd).status == "failed"
+
+
 @pytest.mark.parametrize("launcher", ["trainjob"])
 def test_why_a_trainjob_has_no_pod_is_said_by_the_events_of_its_job(place: Place, tmp_path: Path) -> None:
     place.server.quota["pods"] = "team, requested: pods=1, used: pods=2, limited: pods=2"

@@ -345,7 +345,7 @@ class Schema(Group):
     ephemeral_storage_gb: Positive = parameter(100, "Ephemeral storage limit of a pod, in GB; it requests 2.")
     gpu_count: Annotated[NonNegative, COMMON] = parameter(1, "GPUs per worker pod; none if 0, or if device=cpu.")
     gpu_vendor: Literal["NVIDIA", "AMD"] = parameter("NVIDIA", "GPU vendor that the project's image supports.")
-    gpu_type: str = parameter("A100", "Preferred GPU; nodes labelled with this product are tried first.")
+    gpu_type: str = parameter("A100", "Preferred GPU, tried first: a model, or nodes' product label in full.")
     gpu_memory: Positive = parameter(80, "Preferred GPU memory, in GB; nodes labelled with it are tried first.")
     sites: list[SiteConfig] = parameter(
         [],

@@ -43,6 +43,22 @@ app.kubernetes.io/component: pipeline
 app.kubernetes.io/part-of: diloco-pipelines
 {{- end }}
 
+{{/* The security contexts of pods on the results' volume: the Pod Security Standard "restricted" admits them. */}}
+
+{{- define "diloco.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 1000
+runAsGroup: 1000
+fsGroup: 1000
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: { type: RuntimeDefault }
+{{- end }}
+
+{{- define "diloco.containerSecurity" -}}
+allowPrivilegeEscalation: false
+capabilities: { drop: [ALL] }
+{{- end }}
+
 {{/* etcd */}}
 
 {{- define "diloco.etcd" -}}

@@ -59,7 +59,8 @@ def test_an_object_s_life(client: Client) -> None:
     found = client.get(CONFIG_MAP, "one")
     assert found is not None
     assert found["data"] == {"b": "2"}
-    assert client.delete(CONFIG_MAP, "one")
+    assert not client.delete(CONFIG_MAP, "one", uid="that-of-an-earlier-one")
+    assert client.delete(CONFIG_MAP, "one", uid=made["metadata"]["uid"])
     assert client.get(CONFIG_MAP, "one") is None
     assert not client.delete(CONFIG_MAP, "one")
 

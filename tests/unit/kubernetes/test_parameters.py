@@ -84,8 +84,17 @@ def resources(job: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def preferred(rendered: Rendered) -> dict[str, Any]:
+    return {rule["key"]: rule["values"][0] for rule in _preferences(rendered)}
+
+
+def products(rendered: Rendered, label: str) -> Any:
+    """The values of a label that nodes are preferred with."""
+    return next(rule["values"] for rule in _preferences(rendered) if rule["key"] == label)
+
+
+def _preferences(rendered: Rendered) -> list[dict[str, Any]]:
     terms = rendered.pod["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
-    return {rule["key"]: rule["values"][0] for term in terms for rule in term["preference"]["matchExpressions"]}
+    return [rule for term in terms for rule in term["preference"]["matchExpressions"]]
 
 
 def apart_from(pod: dict[str, Any]) -> Any:
@@ -139,6 +148,12 @@ PARAMETERS: list[tuple[dict[str, Any], Callable[[Rendered], Any], Any]] = [
     ({"gpu_vendor": "AMD"}, lambda r: limits(r)["amd.com/gpu"], "1"),
     ({"gpu_type": "NVIDIA-H100-80GB-HBM3"}, lambda r: preferred(r)["nvidia.com/gpu.product"], "NVIDIA-H100-80GB-HBM3"),
     ({"gpu_type": "MI300X", "gpu_vendor": "AMD"}, lambda r: preferred(r)["amd.com/gpu.product-name"], "MI300X"),
+    ({}, lambda r: "NVIDIA-A100-SXM4-80GB" in products(r, "nvidia.com/gpu.product"), True),
+    (
+        {"gpu_type": "MI300X", "gpu_vendor": "AMD"},
+        lambda r: "AMD_Instinct_MI300X_OAM" in products(r, "amd.com/gpu.product-name"),
+        True,
+    ),
     ({"gpu_memory": 40}, lambda r: 35_000 < int(preferred(r)["nvidia.com/gpu.memory"]) < 40_000, True),
     ({"gpu_memory": 192, "gpu_vendor": "AMD"}, lambda r: preferred(r)["amd.com/gpu.vram"], "192G"),
     ({"storage_size_gb": 7}, lambda r: r.claim["spec"]["resources"]["requests"]["storage"], "7Gi"),

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.cluster.apiserver import PLURALS, serving
+from tests.cluster.place import STEP_LABELS
 from tests.kube_tools import helm, kubectl
 from tests.kubernetes_schemas import validate
 from trainer import data
@@ -21,7 +22,6 @@ from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes.api.kinds import PYTORCH_JOB, TRAIN_JOB, Kind
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.chart import chart_files, value_path
-from trainer.kubernetes.objects.jobs import STEP_LABELS
 from trainer.kubernetes.objects.plan import plan
 from trainer.version import DEFAULT_IMAGE, VERSION
 
@@ -307,7 +307,7 @@ def test_etcd_admits_what_the_release_runs(tmp_path: Path) -> None:
     workers = plan(config_of(objects, tmp_path), namespace="team", image="i").labels("train")
     for labels in (steps, workers):
         assert any(wanted.items() <= labels.items() for wanted in admitted)
-    assert STEP_LABELS.items() <= steps.items(), "the run's own NetworkPolicy lets steps fetch results"
+    assert STEP_LABELS.items() <= steps.items(), "it may use an etcd of prod's, whose NetworkPolicy admits steps"
 
 
 def notes(*values: str) -> str:
@@ -318,8 +318,9 @@ def notes(*values: str) -> str:
 
 
 def test_the_notes_commands_name_what_is_there(tmp_path: Path) -> None:
-    objects = rendered("my-training", "imagePullSecrets={pull}")
-    commands = [shlex.split(line) for line in notes("imagePullSecrets={pull}").splitlines() if line.startswith("  ")]
+    values = ("imagePullSecrets={pull}", "pipeline.nodeSelector.pool=cpu", "pipeline.tolerations[0].key=cpu")
+    objects = rendered("my-training", *values)
+    commands = [shlex.split(line) for line in notes(*values).splitlines() if line.startswith("  ")]
     assert {command[0] for command in commands} == {"kubectl"}
     job, claim = one(objects, "Job")["metadata"]["name"], one(objects, "PersistentVolumeClaim")["metadata"]
     assert f"job/{job}" in commands[0]
@@ -330,7 +331,10 @@ def test_the_notes_commands_name_what_is_there(tmp_path: Path) -> None:
     overrides = json.loads(fetching[-1].removeprefix("--overrides="))
     validate({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": fetching[2]}, **overrides})
     assert overrides["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["name"]
-    assert overrides["spec"]["imagePullSecrets"] == [{"name": "pull"}]
+    pipeline = one(objects, "Job")["spec"]["template"]["spec"]
+    for field in ("imagePullSecrets", "nodeSelector", "tolerations", "securityContext"):
+        assert overrides["spec"][field] == pipeline[field], "admitted like the pipeline, beside its volume"
+    assert overrides["spec"]["containers"][0]["securityContext"] == pipeline["containers"][0]["securityContext"]
     assert claim["annotations"] == {"helm.sh/resource-policy": "keep"}
     assert "planted" not in notes("diloco.huggingfaceToken=hf_planted")
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.cluster.apiserver import serving
+from tests.cluster.place import STEP_LABELS
 from tests.cluster.role import permissions
 from tests.kube_tools import kubectl
 from tests.kubernetes_schemas import needs_crd, validate
@@ -21,7 +22,6 @@ from trainer.config import TrainingConfig, load_config
 from trainer.kubernetes.api.client import Client
 from trainer.kubernetes.api.other_cluster import read_kubeconfig
 from trainer.kubernetes.objects import names
-from trainer.kubernetes.objects.jobs import STEP_LABELS
 from trainer.kubernetes.objects.plan import plan
 from trainer.kubernetes.objects.render import ETCD_SETTINGS, main, render_manifests
 from trainer.kubernetes.objects.training_jobs import training_jobs
@@ -191,6 +191,16 @@ def test_prods_readme_says_what_to_decide_before_the_first_apply() -> None:
     pods = {obj["kind"]: obj["spec"]["template"] for obj in rendered("prod") if obj["kind"] in ("StatefulSet", "Job")}
     assert pods["StatefulSet"]["metadata"]["labels"][label] == value
     assert pods["Job"]["metadata"]["labels"].get(label) != value, "only the members are made anew"
+
+
+def test_the_guide_starts_runs_for_the_etcd_that_it_installs() -> None:
+    guide = (MANIFESTS.parent / "docs" / "guide" / "cluster.md").read_text(encoding="utf-8")
+    (commands,) = [block for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL) if "overlays/dev" in block]
+    members = one("dev", "StatefulSet")["spec"]["replicas"]
+    starts = [line for line in commands.splitlines() if re.search(" (submit|run create|schedule create) ", line)]
+    assert len(starts) == 3
+    for line in starts:
+        assert re.search(rf'etcd.replica.count"?:? {members}\b', line), line
 
 
 def test_prods_etcd_lets_our_pods_at_it_and_nobody_else() -> None:

@@ -146,9 +146,19 @@ class Client:
         """Merge a change into an object (RFC 7386)."""
         return self._json("patch", kind, name, body=change, content_type="application/merge-patch+json")
 
-    def delete(self, kind: Kind, name: str) -> bool:
-        """Delete an object and, in the background, the objects that it owns. False if it does not exist."""
-        return self._existing("delete", kind, name, body=_IN_BACKGROUND) is not None
+    def delete(self, kind: Kind, name: str, *, uid: str = "") -> bool:
+        """Delete an object, and in the background what it owns. False if it does not exist.
+
+        Args:
+            uid: Of the object; one of the same name that was made later is left alone. Empty: any.
+        """
+        body = {**_IN_BACKGROUND, "preconditions": {"uid": uid}} if uid else _IN_BACKGROUND
+        try:
+            return self._existing("delete", kind, name, body=body) is not None
+        except ApiError as error:
+            if not uid or error.reason != "Conflict":
+                raise
+            return False
 
     def delete_all(self, kind: Kind, labels: str) -> None:
         """Delete all objects that match the selector in one request and, in the background, those that they own."""

@@ -4,8 +4,10 @@ Differences between the kinds of training jobs are fields of `JobKind`, or are i
 (`objects/pytorchjob.py`, `objects/trainjob.py`).
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 Object = dict[str, Any]  # an object of the Kubernetes API
@@ -69,6 +71,17 @@ class JobKind(Kind):
     def has_stopped(self, job: Object) -> bool:
         """Whether its controller creates no more pods: it has ended, or its suspension is confirmed."""
         return self.has_ended(job) or (self.is_suspended(job) and _condition(job, "Suspended") is not None)
+
+    def has_run(self, job: Object) -> float:
+        """Seconds since its controller has started or resumed it; 0.0 if it does not run, or no status says since when.
+
+        TrainJobs have no such status. Kubeflow Trainer ends them on time, while the training operator looks at the
+        deadline of a PyTorchJob only when something else about the job changes (kubeflow/trainer issue 3358).
+        """
+        started = (job.get("status") or {}).get("startTime")
+        if not started or self.has_ended(job) or self.is_suspended(job) or _condition(job, "Suspended"):
+            return 0.0
+        return time.time() - datetime.fromisoformat(started).timestamp()
 
     def suspension(self) -> Object:
         """The patch that suspends a job."""

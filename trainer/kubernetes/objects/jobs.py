@@ -12,9 +12,6 @@ from trainer.kubernetes.objects import names, pod_template
 from trainer.kubernetes.objects.plan import Object, Plan, WorkerPlan
 from trainer.kubernetes.objects.sites import cluster_names
 
-# On every pod of a KFP step (backend/src/v2/compiler/argocompiler in kubeflow/pipelines).
-STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
-
 
 def claim(plan: Plan, worker: WorkerPlan) -> Object:
     """The PersistentVolumeClaim of a worker; with ReadWriteMany, that of its site, with `size_gb` for each worker.
@@ -75,9 +72,9 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
 def network_policy(plan: Plan) -> Object:
     """The NetworkPolicy for connections to the run's pods. Connections from them (hubs, etcd, ...) are not restricted.
 
-    The pods may connect to each other on `port_range` (if empty, on any port). With sites in several clusters, whose
-    pods no selector matches, anyone may connect to these ports; members authenticate each other. The pipeline's steps
-    may connect to pods that serve results, and any pod of the cluster may scrape metrics.
+    The pods connect to each other on `port_range` (empty: on any port), and with sites in several clusters, whose pods
+    no selector knows, everybody may: members prove that they belong. Everybody may also connect to pods that serve
+    results, which the run's token protects: a step's pod may be a person's. Any pod of the cluster may scrape metrics.
     """
     among: Object = {"from": [{"podSelector": {"matchLabels": plan.own_labels}}]}
     if len(cluster_names(plan.config)) > 1:
@@ -85,10 +82,7 @@ def network_policy(plan: Plan) -> Object:
     if plan.config.port_range:
         low, high = map(int, plan.config.port_range.split("-"))
         among["ports"] = [{"protocol": "TCP", "port": low, "endPort": high}]
-    steps: Object = {
-        "from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": STEP_LABELS}}],
-        "ports": [{"protocol": "TCP", "port": pod_template.RESULT_PORT}],
-    }
+    results: Object = {"ports": [{"protocol": "TCP", "port": pod_template.RESULT_PORT}]}
     scrapers: list[Object] = []
     if port := given(plan.config.metrics_port):
         last = port + plan.config.workers_per_node - 1
@@ -101,6 +95,6 @@ def network_policy(plan: Plan) -> Object:
         "spec": {
             "podSelector": {"matchLabels": plan.own_labels},
             "policyTypes": ["Ingress"],
-            "ingress": [among, steps, *scrapers],
+            "ingress": [among, results, *scrapers],
         },
     }

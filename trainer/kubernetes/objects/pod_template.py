@@ -31,6 +31,21 @@ _LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # smallest requests: cores,
 GRACE_PERIOD = LaunchTimeouts().shutdown + 30  # seconds; workers may save until the agent's shutdown timeout
 _USER = 1000  # the image's user; not root
 
+# A model on nodes' labels, which match as a whole. NVIDIA's are its driver's names, with the variants of A100 and H100.
+_PRODUCTS: dict[Vendor, tuple[str, ...]] = {
+    "nvidia": (
+        "NVIDIA-{}",
+        "NVIDIA-{}-SXM4-80GB",
+        "NVIDIA-{}-SXM4-40GB",
+        "NVIDIA-{}-80GB-PCIe",
+        "NVIDIA-{}-PCIE-40GB",
+        "NVIDIA-{}-80GB-HBM3",
+        "NVIDIA-{}-PCIe",
+        "NVIDIA-{}-NVL",
+    ),
+    "amd": ("AMD_Instinct_{}", "AMD_Instinct_{}_OAM"),
+}
+
 
 def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, ...]) -> Object:
     """A pod template.
@@ -274,14 +289,17 @@ def _affinity(plan: Plan, site: Site, step: Step) -> Object:
 
 
 def _gpu_preference(config: TrainingConfig, vendor: Vendor) -> list[Object]:
-    """Preferences by the node labels of NVIDIA's GPU feature discovery and AMD's node labeller."""
-    if vendor == "nvidia":  # memory in MiB, a little less than the nominal size
+    """By labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes."""
+    products = [config.gpu_type]
+    if config.gpu_type.isalnum():  # a model, and no label in full
+        products += [product.format(config.gpu_type) for product in _PRODUCTS[vendor]]
+    if vendor == "nvidia":  # memory in MiB, and a little less than its nominal size
         least = config.gpu_memory * 1024 * 9 // 10
-        wanted = [("nvidia.com/gpu.product", "In", config.gpu_type), ("nvidia.com/gpu.memory", "Gt", str(least))]
+        wanted = [("nvidia.com/gpu.product", "In", products), ("nvidia.com/gpu.memory", "Gt", [str(least)])]
     else:
         wanted = [
-            ("amd.com/gpu.product-name", "In", config.gpu_type),
-            ("amd.com/gpu.vram", "In", f"{config.gpu_memory}G"),
+            ("amd.com/gpu.product-name", "In", products),
+            ("amd.com/gpu.vram", "In", [f"{config.gpu_memory}G"]),
         ]
-    terms = [{"key": key, "operator": operator, "values": [value]} for key, operator, value in wanted]
+    terms = [{"key": key, "operator": operator, "values": values} for key, operator, values in wanted]
     return [{"weight": 50, "preference": {"matchExpressions": [term]}} for term in terms]

@@ -6,13 +6,13 @@ from functools import cached_property
 
 from trainer.errors import ConfigError
 from trainer.kubernetes.api.client import ApiError, Client
-from trainer.kubernetes.api.kinds import CLAIM, JOB, KINDS, SECRET, TRAINING_KINDS, JobKind, Object
+from trainer.kubernetes.api.kinds import CLAIM, CONFIG_MAP, JOB, KINDS, SECRET, TRAINING_KINDS, JobKind, Object
 from trainer.kubernetes.api.notices import Show
 from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.jobs import config_map, network_policy, run_secret
 from trainer.kubernetes.objects.plan import Plan
 from trainer.kubernetes.steps.job_deletion import JobDeletion
-from trainer.kubernetes.steps.other_runs import other_run
+from trainer.kubernetes.steps.other_runs import is_under_way, other_run
 
 
 class Cluster:
@@ -106,25 +106,29 @@ class Cluster:
     # The end
 
     def clean_up(self, *, finished: bool, training: bool, claims: bool) -> None:
-        """Delete the run's objects on this cluster; see `StepContext.clean_up`."""
-        # Leave a run alone that another workflow continues
+        """Delete the run's objects on this cluster: as `StepContext.clean_up`."""
+        # Leave to other workflows that continue the run what they use: all settings and Jobs, and their training jobs
         kind = self.plan.kind
         kinds = (kind, JOB) if training else (JOB,)
-        running = {} if finished else {one: self._running(one) for one in kinds}
-        owners = (self._other_owner(job) for jobs in running.values() for job in jobs)
-        if other := next(filter(None, owners), ""):
-            self._show(f"workflow {other} continues run {self.plan.config.run_id}: nothing is deleted")
-            return
-        if claims:
+        found = {one: self._jobs_of(one) for one in kinds}
+        running = {one: [job for job in jobs if not one.has_ended(job)] for one, jobs in found.items()}
+        others = self._others(*(job for jobs in running.values() for job in jobs))
+        if others:
+            self._show(f"workflow {min(others)} continues run {self.plan.config.run_id}: what it uses is not deleted")
+            claims = False
+        elif claims:
             try:
                 self.refuse_claims_in_use(later=True)
             except ConfigError as error:
                 self._show(f"warning: the claims are kept: {error}")
                 claims = False
+        due = found if finished or claims else running
+        if others:
+            due = {JOB: [], kind: [job for job in due.get(kind, []) if self._other_owner(job) not in others]}
 
-        # Jobs first, in one request if possible, because a cancelled step may have only a second
-        deletions = [self._begin_deletion(one, None if finished or claims else running[one]) for one in kinds]
-        if training or not self._running(kind):
+        # Jobs first, by one request if possible: a cancelled step may have a second
+        deletions = [self._begin_deletion(one, due[one], every=due is found) for one in kinds]
+        if not others and (training or not self._running(kind)):
             for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
                 self.client.delete(KINDS[body["kind"]], body["metadata"]["name"])
         for worker in self.plan.claimants if claims else ():
@@ -134,17 +138,27 @@ class Cluster:
         for deletion in filter(None, deletions):
             self._show("waiting for the workers to save and leave")
             deletion.finish(self.plan.selector)
-        if training and kind.before and not self._jobs_of(kind):  # a step may have died before it created a job
+        # A step may have died before it made a job
+        if training and kind.before and not (self._jobs_of(kind) or self._others()):
             self.client.delete_all(kind.before, self.plan.selector)
 
-    def _begin_deletion(self, kind: JobKind, jobs: list[Object] | None) -> JobDeletion:
-        """Start deleting jobs of the run; None: all jobs of a kind."""
+    def _begin_deletion(self, kind: JobKind, jobs: list[Object], *, every: bool) -> JobDeletion:
+        """Begin to delete jobs of the run; `every`: they are all of this kind."""
         deletion = JobDeletion(self.client, kind)
-        if jobs is None and kind.before is None:
+        if every and kind.before is None:
             self.client.delete_all(kind, self.plan.selector)
         else:
-            deletion.begin(self._jobs_of(kind) if jobs is None else jobs)
+            deletion.begin(jobs)
         return deletion
+
+    def _others(self, *jobs: Object) -> set[str]:
+        """The names of other workflows that continue the run.
+
+        One has applied the run's settings, which its steps do before anything else, or it owns one of these jobs.
+        """
+        settings = self.client.list(CONFIG_MAP, self.plan.component("config"))[0]
+        owned = {name: one for one in (*settings, *jobs) if (name := self._other_owner(one))}
+        return {name for name, one in owned.items() if is_under_way(self.client, one, unknown=True)}
 
     def _jobs_of(self, kind: JobKind) -> list[Object]:
         """The run's jobs of a kind."""

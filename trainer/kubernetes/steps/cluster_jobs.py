@@ -9,6 +9,7 @@ from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.plan import WorkerPlan, worker_of
 from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.kubernetes.steps.cluster import Cluster, refuse_foreign
+from trainer.kubernetes.steps.job_deletion import is_leaving
 from trainer.kubernetes.steps.job_follower import JobFollower
 from trainer.kubernetes.steps.step_context import StepContext
 
@@ -54,13 +55,16 @@ class ClusterJobs:
 
     @property
     def are_under_way(self) -> bool:
-        """Whether existing jobs were found that have not failed."""
-        return any(not self.plan.kind.has_failed(job) for job in self._existing.values())
+        """Whether jobs were found that have not failed, and stay."""
+        jobs = self._existing.values()
+        return any(not (self.plan.kind.has_failed(job) or is_leaving(job)) for job in jobs)
 
     def create(self, *, anew: bool) -> None:
-        """Create missing jobs and keep existing ones. With `anew`, replace those that have ended."""
+        """Create the jobs that are missing, and keep those that exist; `anew`: replace those that have ended."""
         self.cluster.prepare()
         kind = self.plan.kind
+        if any(map(is_leaving, self._existing.values())):
+            self._show(f"{self}: waiting until the workers of a training that was ended have saved and left")
         for name in self.wanted:
             found = self.follower.create(name, replace=lambda job: anew and kind.has_ended(job))
             if found is None:

@@ -8,13 +8,13 @@ from trainer.kubernetes.api.client import RUNTIME_UNSEEN, ApiError, Client
 from trainer.kubernetes.api.kinds import KINDS, POD, JobKind, Object
 from trainer.kubernetes.objects.plan import JobObjects
 from trainer.kubernetes.steps.cluster import refuse_foreign
-from trainer.kubernetes.steps.job_deletion import JobDeletion
+from trainer.kubernetes.steps.job_deletion import JobDeletion, is_leaving
 
 
 def create_job(
     client: Client, kind: JobKind, wanted: JobObjects, labels: str, replace: Callable[[Object], bool]
 ) -> tuple[Object, bool]:
-    """Create a job unless it exists. Returns it, and whether it existed.
+    """Create a job, unless it exists and stays. Returns it, and whether it existed.
 
     Args:
         labels: Selector that matches the job and its pods, and perhaps others.
@@ -25,6 +25,7 @@ def create_job(
         TrainingError: It cannot be created.
     """
     deadline = time.monotonic() + client.timeouts.deleted
+    taken: float | None = None  # when the name was found to be taken, though there is no job
     while True:
         job = client.get(kind, wanted.name)
         if job is not None:
@@ -37,9 +38,13 @@ def create_job(
             except ApiError as error:
                 if error.reason != "AlreadyExists" or time.monotonic() > deadline:
                     raise
+                taken = taken or time.monotonic()
+                if wanted.before is not None and time.monotonic() - taken > client.timeouts.seen:
+                    # The step that makes it, or that has deleted its job and would delete it next, has died
+                    client.delete(KINDS[wanted.before["kind"]], wanted.name)
         elif job["metadata"].get("deletionTimestamp"):
             left = "it was deleted, and still exists"
-        elif replace(job):
+        elif is_leaving(job) or replace(job):
             deletion = JobDeletion(client, kind)
             deletion.begin([job])
             deletion.finish(labels)
@@ -59,16 +64,9 @@ def _has_pods(client: Client, kind: JobKind, name: str, labels: str) -> bool:
 def _create(client: Client, wanted: JobObjects) -> Object:
     if wanted.before is None:
         return client.create(wanted.body)
-    try:
-        client.create(wanted.before)
-    except ApiError as error:
-        if error.reason != "AlreadyExists":
-            raise
-        # It was left by a step that died before it could create the job, or after it deleted the job
-        client.delete(KINDS[wanted.before["kind"]], wanted.name)
-        raise
-    # The webhook that checks a TrainJob may not know its runtime yet
-    refused: float | None = None  # time of the first rejection
+    client.create(wanted.before)
+    # The webhook that checks a TrainJob may not have heard of its runtime yet
+    refused: float | None = None  # when it refused for the first time
     while True:
         try:
             return client.create(wanted.body)

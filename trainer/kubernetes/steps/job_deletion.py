@@ -7,8 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from trainer.errors import TrainingError
 from trainer.kubernetes.api.client import ApiError, Client
 from trainer.kubernetes.api.kinds import POD, JobKind, Object
+from trainer.kubernetes.objects import names
 
 _AT_ONCE = 16  # requests
+
+
+def is_leaving(job: Object) -> bool:
+    """Whether a job was suspended only to be deleted when its pods are gone, perhaps by a step that has died."""
+    return names.LEAVING in (job["metadata"].get("annotations") or {})
 
 
 class JobDeletion:
@@ -19,13 +25,18 @@ class JobDeletion:
     runtime is deleted last, because the API server accepts no change of a TrainJob without it. Kinds without such an
     object (`JobKind.before`) are deleted at once: their pods belong to the job itself and are named after it.
 
-    Only `finish` waits. `advance` takes the next step for each job, if it is due.
+    Two steps may delete the same job: that of a workflow that was cancelled, and that of the next one, which needs its
+    name. An annotation says that it is leaving, a later job of its name is left alone, and its runtime is deleted by
+    the one that has deleted the job: by nobody else, as the next job's runtime has the same name.
+
+    Nothing waits here, except for `finish`: `advance` takes the next step of each job, if it is time.
     """
 
     def __init__(self, client: Client, kind: JobKind) -> None:
         self._client, self._kind, self._timeouts = client, kind, client.timeouts
-        self._leaving: dict[str, float] = {}  # jobs that are not deleted yet, by name: start time
-        self._deleted: set[str] = set()  # jobs whose deletion was requested
+        self._leaving: dict[str, float] = {}  # jobs that are not deleted yet, by name: since when
+        self._uids: dict[str, str] = {}  # of the jobs, by name
+        self._deleted: dict[str, bool] = {}  # jobs whose deletion was requested, by name: whether they still existed
 
     def __bool__(self) -> bool:
         """Whether anything is left to do."""
@@ -38,7 +49,7 @@ class JobDeletion:
     def forget(self, name: str) -> None:
         """Forget a job, because one of this name will be created again."""
         self._leaving.pop(name, None)
-        self._deleted.discard(name)
+        self._deleted.pop(name, None)
 
     def begin(self, jobs: Sequence[Object]) -> None:
         """Delete these jobs, or suspend those with pods, all at once: a cancelled step may have only a second."""
@@ -49,11 +60,13 @@ class JobDeletion:
 
     def _begin(self, job: Object) -> None:
         name = job["metadata"]["name"]
+        self._uids[name] = job["metadata"]["uid"]
         if self._kind.before is None or self._kind.has_ended(job):
             self._delete(name)
-        elif not self._kind.is_suspended(job):
+        elif not (self._kind.is_suspended(job) and is_leaving(job)):
+            mark = {"metadata": {"annotations": {names.LEAVING: "true"}}}
             try:
-                self._client.patch(self._kind, name, self._kind.suspension())
+                self._client.patch(self._kind, name, self._kind.suspension() | mark)
             except ApiError as error:
                 if error.reason != "NotFound":
                     raise
@@ -72,13 +85,13 @@ class JobDeletion:
         occupied = {self._kind.job_of(pod) for pod in pods}
         for name in list(self._leaving):
             job = jobs.get(name)
-            if job is None:
-                if self._kind.before is not None:
-                    self._client.delete(self._kind.before, name)
-                self._deleted.add(name)
-                del self._leaving[name]
-            elif name not in self._deleted and self._may_go(job, name in occupied):
-                self._delete(name)
+            if job is not None and job["metadata"]["uid"] == self._uids[name]:
+                if name not in self._deleted and self._may_go(job, name in occupied):
+                    self._delete(name)
+                continue
+            if job is None and self._kind.before is not None and self._deleted.setdefault(name, False):
+                self._client.delete(self._kind.before, name)
+            del self._leaving[name]
 
     def finish(self, labels: str) -> None:
         """Wait until all jobs are gone. Raises TrainingError if one stays.
@@ -107,5 +120,4 @@ class JobDeletion:
         return (self._kind.has_stopped(job) or ignored) and not has_pods
 
     def _delete(self, name: str) -> None:
-        self._client.delete(self._kind, name)
-        self._deleted.add(name)
+        self._deleted[name] = self._client.delete(self._kind, name, uid=self._uids[name])

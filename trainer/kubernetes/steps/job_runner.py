@@ -17,7 +17,7 @@ ATTEMPTS = 3  # per Job
 
 
 class JobFailed(TrainingError):
-    """A Job failed, and would fail again."""
+    """A Job has failed, and would fail again; or it does not start."""
 
 
 def run_jobs(
@@ -33,8 +33,8 @@ def run_jobs(
         fresh: Whether to replace running Jobs as well.
 
     Raises:
-        JobFailed: A Job failed `ATTEMPTS` times, or rejects its configuration; with its own error.
-        TrainingError: A Job does not start (with the reason), or was deleted.
+        JobFailed: One has failed `ATTEMPTS` times, rejects its configuration, or does not start, with the reason.
+        TrainingError: One was deleted.
     """
     deadline = float(context.plan.config.active_deadline)  # of each Job
     wake = threading.Event()
@@ -79,7 +79,7 @@ def run_jobs(
 
 
 def _has_ended(context: StepContext, jobs: JobFollower, called: str, name: str) -> bool:
-    """Whether a Job has ended. Raises TrainingError if it was deleted or does not start."""
+    """Whether a Job has ended. Raises JobFailed if it does not start, and TrainingError if it was deleted."""
     job = jobs.job(name)
     if job is None:
         if jobs.was_deleted(name):
@@ -87,7 +87,7 @@ def _has_ended(context: StepContext, jobs: JobFollower, called: str, name: str) 
         return False
     timeout = context.plan.config.elastic.rdzv_timeout
     if why := jobs.why_not_started(name, timeout):
-        raise TrainingError(f"{called} has not started in {timeout:.0f} s: {why}")
+        raise JobFailed(f"{called} has not started in {timeout:.0f} s: {why}")
     if not JOB.has_ended(job):
         return False
     # The end of a Job may be observed before that of its pod

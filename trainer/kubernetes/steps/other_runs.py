@@ -23,8 +23,24 @@ def other_run(client: Client, plan: Plan, *, later: bool = False) -> str:
     found = sorted(client.list(CONFIG_MAP, names.selector(labels))[0], key=_age)
     own = next((place for place, one in enumerate(found) if _is_own(plan, one)), len(found))
     others = [one for one in (found if later else found[:own]) if not _is_own(plan, one)]
-    running = (one for one in others if _is_under_way(client, one))
+    # Of one whose workflow is not known, its jobs tell
+    running = (one for one in others if is_under_way(client, one))
     return next((str(one["metadata"]["annotations"][names.RUN_ID]) for one in running), "")
+
+
+def is_under_way(client: Client, one: Object, *, unknown: bool = False) -> bool:
+    """Whether the workflow that an object belongs to is under way.
+
+    Args:
+        unknown: The answer if it belongs to none of the client's cluster, or if that cannot be read.
+    """
+    for owner in one["metadata"].get("ownerReferences") or []:
+        if kind := KINDS.get(owner["kind"]):
+            try:
+                return not Workflow(client.namespace, owner["name"], owner["uid"], kind).has_ended(client)
+            except TrainingError:
+                return unknown
+    return unknown
 
 
 def _age(one: Object) -> tuple[str, str]:
@@ -37,13 +53,3 @@ def _is_own(plan: Plan, one: Object) -> bool:
     metadata, label = one["metadata"], names.RUN_LABEL
     owners = [owner["uid"] for owner in metadata.get("ownerReferences") or []]
     return metadata["labels"].get(label) == plan.own_labels[label] or bool(plan.owner and plan.owner["uid"] in owners)
-
-
-def _is_under_way(client: Client, one: Object) -> bool:
-    for owner in one["metadata"].get("ownerReferences") or []:
-        if kind := KINDS.get(owner["kind"]):
-            try:
-                return not Workflow(client.namespace, owner["name"], owner["uid"], kind).has_ended(client)
-            except TrainingError:  # decide by its jobs
-                return False
-    return False

@@ -145,12 +145,19 @@ class WorkerEnds:
         self._show(f"the pod of {jobs.called(pod)} is gone: {why}")
 
     def note_job(self, jobs: JobFollower, name: str) -> None:
-        """Record which workers are lost with a job or by its failure, and whether it has succeeded."""
+        """Note which workers are lost with their job, or by its failure, and whether it has succeeded.
+
+        One that has run for too long is ended.
+        """
         job, members = jobs.job(name), self.members(name)
         if job is None:
             if jobs.was_deleted(name):
                 self.lose(members, f"{jobs.kind.name} {name} was deleted")
             return
+        limit = self._config.active_deadline
+        if jobs.kind.has_run(job) > limit and any(worker.index not in self.lost for worker in members):
+            jobs.delete(name)
+            self.lose(members, f"{jobs.kind.name} {name} has run for longer than active_deadline ({limit} s)")
         for worker in members:
             self._note_worker(jobs, worker, job)
         self.complete |= jobs.kind.has_succeeded(job)
