@@ -6,12 +6,15 @@ etcd must hold is a few random bytes, and who may read the run's keys belongs to
 authority (a directory with `ca.crt`, `tls.crt` and `tls.key`, as cert-manager and Kubernetes' TLS secrets have them)
 take their place if they are given.
 
-Whether or not a connection is encrypted, the end that dials also answers a challenge with the secret: see `proof`.
+Whether or not a connection is encrypted, each end also answers the other one's challenge with the secret: see `proof`.
+Certificates of another authority prove less than membership of this run.
 """
 
 import datetime
+import hashlib
 import hmac
 import ipaddress
+import re
 import socket
 import ssl
 import tempfile
@@ -27,6 +30,7 @@ from trainer.errors import ConfigError
 
 MIN_SECRET_BYTES = 16
 FILES = ("ca.crt", "tls.crt", "tls.key")
+DIALLER, ACCEPTOR = b"dialler", b"acceptor"  # roles
 # Fixed, so that a machine whose clock is wrong can take part. A secret lives as long as its run.
 _VALID = datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1)
 
@@ -38,6 +42,7 @@ class Credentials:
     secret: bytes
     server: ssl.SSLContext | None = None
     client: ssl.SSLContext | None = None
+    certificate: bytes = b""  # this process's, in DER
     loopback: bool = False  # whether what does not leave this machine is encrypted, too
 
     def encrypts(self, connection: socket.socket) -> bool:
@@ -46,9 +51,28 @@ class Credentials:
         local = (getattr(address, "ipv4_mapped", None) or address).is_loopback
         return self.server is not None and (self.loopback or not local)
 
-    def proof(self, challenge: bytes, message: bytes) -> str:
-        """HMAC-SHA256 of a message and the other end's fresh challenge, in hexadecimal."""
-        return hmac.digest(self.secret, challenge + message, "sha256").hex()
+    def channel(self, connection: socket.socket, dialled: bool) -> bytes:
+        """What both ends know of a connection, and what differs on the two sides of somebody in between.
+
+        Args:
+            dialled: Whether this end has dialled.
+
+        Returns:
+            The SHA-256 of the dialler's certificate, and that of the acceptor's; zeros without TLS.
+        """
+        if not isinstance(connection, ssl.SSLSocket):
+            return bytes(2 * hashlib.sha256().digest_size)
+        ends = [self.certificate, connection.getpeercert(binary_form=True) or b""]
+        return b"".join(hashlib.sha256(end).digest() for end in (ends if dialled else reversed(ends)))
+
+    def proof(self, role: bytes, context: bytes, message: bytes) -> bytes:
+        """HMAC-SHA256 by which an end in this role proves that it has the secret, and what it has received and sent.
+
+        Args:
+            role: `DIALLER` or `ACCEPTOR`, so that the proof of one is none of the other.
+            context: Of fixed length: the channel, and a fresh challenge.
+        """
+        return hmac.digest(self.secret, role + context + message, "sha256")
 
 
 def credentials(secret: bytes, security: str = "tls", directory: str = "") -> Credentials:
@@ -71,7 +95,7 @@ def credentials(secret: bytes, security: str = "tls", directory: str = "") -> Cr
             _write(secret, Path(made))
         where = Path(directory or made)
         server, client = (_context(side, where) for side in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT))
-    return Credentials(secret, server, client)
+        return Credentials(secret, server, client, _first(where / FILES[1]))
 
 
 def _context(side: int, directory: Path) -> ssl.SSLContext:
@@ -89,6 +113,14 @@ def _context(side: int, directory: Path) -> ssl.SSLContext:
         allowed = f"must hold {', '.join(FILES)} in PEM: {error.strerror or error}"
         raise ConfigError("transport_certificates", directory, allowed) from None
     return context
+
+
+def _first(file: Path) -> bytes:
+    """The first certificate of a file that OpenSSL has loaded, which is the one it shows, in DER."""
+    pem = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_text("latin-1"), re.DOTALL)
+    if pem is None:
+        raise ConfigError("transport_certificates", file.parent, f"must hold {', '.join(FILES)} in PEM")
+    return ssl.PEM_cert_to_DER_cert(pem[0])
 
 
 def _write(secret: bytes, directory: Path) -> None:

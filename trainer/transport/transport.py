@@ -20,7 +20,7 @@ from trainer.process import at_once, endpoint_of, refused
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials
 from trainer.transport.group import Group
-from trainer.transport.handshake import Dialler, Hello, Listener, consent
+from trainer.transport.handshake import Consent, Dialler, Hello, Listener
 from trainer.transport.link import BULK, NEVER, ROUNDS, Handler, Link, LinkError
 from trainer.transport.relay import Relay
 from trainer.transport.stream import Key, Stream, added
@@ -303,17 +303,17 @@ class Transport:
 
     # Being dialled
 
-    def _accept(self, connection: socket.socket, hello: Hello) -> None:
+    def _accept(self, connection: socket.socket, hello: Hello, consent: Consent) -> None:
         """Take a connection in; called on the listener's thread."""
         try:
             if hello.relayed and hello.to != self.id:
-                self._relay.take(connection, hello)
+                self._relay.take(connection, hello, consent)
                 return
             link = self._adopt(hello)
             if link is None:
                 connection.close()
                 return
-            consent(connection)
+            consent()
             link.add(Stream(connection), sends=not hello.sends)
         except OSError:
             connection.close()
