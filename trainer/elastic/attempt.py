@@ -86,13 +86,13 @@ class Attempts:
         return tuple(sorted(self._unreachable))
 
     def connect_new(self) -> None:
-        """Connect in the background to the members of the open round that have no link yet. Called on any thread."""
+        """Make the links with members of the open round that are missing or worn, in the background, on any thread."""
         if (record := self._watch.record) is not None:
             members = {*record.expected, *record.assignments}
             with self._lock:
                 self._unreachable = {id: why for id, why in self._unreachable.items() if id in members}
                 self._warned &= members
-            if not self._connecting.is_alive() and self._transport.without_link(members):
+            if not self._connecting.is_alive() and self._transport.lacking(members):
                 self._connecting = threading.Thread(target=self._connect_patiently, args=(members,), daemon=True)
                 self._connecting.start()
 
@@ -113,10 +113,10 @@ class Attempts:
         return weighted_mean(group, values, weight, fragment.codec, on_chunk, self._workspace, fragment.merge)
 
     def _connect(self, ids: Iterable[str], timeout: float) -> dict[str, str]:
-        """Make the links that are missing. Returns the members that cannot be reached, with the reasons."""
+        """Make the links that are missing or worn. Returns the members that cannot be reached, with the reasons."""
         ids = set(ids)
         missing: dict[str, str] = {}
-        if lacking := self._transport.without_link(ids):
+        if lacking := self._transport.lacking(ids):
             try:
                 missing = self._transport.connect(self._endpoints(lacking), timeout)
             except EtcdError as error:

@@ -113,7 +113,7 @@ class Transport:
     # Links
 
     def connect(self, members: Mapping[str, Endpoints], timeout: float, lane: str = ROUNDS) -> dict[str, str]:
-        """Make the links that are missing, all at the same time.
+        """Make the links that are missing or worn, all at the same time.
 
         Args:
             members: Endpoints by id; this member's own are ignored.
@@ -172,6 +172,13 @@ class Transport:
         with self._lock:
             up = {id for (id, lane), link in self._links.items() if lane == ROUNDS and link.up}
         return {id for id in members if id != self.id} - up
+
+    def lacking(self, members: Iterable[str]) -> set[str]:
+        """Those members that a link is to be made with: they are without one, or theirs is worn. See `prepare`."""
+        members = set(members)
+        with self._lock:
+            worn = {id for (id, lane), link in self._links.items() if lane == ROUNDS and id in members and link.worn}
+        return self.without_link(members) | worn
 
     def is_dead(self, id: str, endpoints: Endpoints) -> bool:
         """Whether a member's process is gone: its machine refuses connections that it accepted before."""
