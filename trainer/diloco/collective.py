@@ -10,12 +10,11 @@ sends all others everything instead, and nothing is encoded twice.
 
 While a piece is in flight, later pieces are encoded, and earlier ones decoded and added to the outer step: on a slow
 link the arithmetic costs almost no extra time. Members exchange rows directly between the buffers where these stay.
-The members' weights travel beside the first pieces, so that no round trip precedes them.
+The members' weights travel beside the first pieces, so that no round trip precedes them. Instead of the mean, members
+may merge their values by RDA, or clip their norms: see trainer/diloco/merge.py.
 
 *Error feedback* (`Codec.feedback`): each member keeps the part that its own message lacks; the owner also keeps the
 part that the encoded mean lacks. It keeps W / w times that, because it will count w / W, its scale.
-
-Instead of the mean, members may merge their values by RDA, or clip their norms: see trainer/diloco/merge.py.
 """
 
 from abc import ABC, abstractmethod
@@ -32,9 +31,10 @@ from torch import Tensor
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.group import Group
 from trainer.diloco.jit import Floats, compiled
-from trainer.diloco.merge import MEAN, Merge, Radial, norm
+from trainer.diloco.merge import MEAN, Merge, Radial
 from trainer.diloco.outer import OuterOptimizer
-from trainer.diloco.quorum import Coded, OnChunk, Reduced, is_finite
+from trainer.diloco.prepared import Prepared
+from trainer.diloco.quorum import Coded, OnChunk, Reduced
 from trainer.diloco.state import GlobalState
 from trainer.diloco.threads import Workspace
 
@@ -56,28 +56,27 @@ def weighted_mean(
     workspace: Workspace | None = None,
     merge: Merge = MEAN,
 ) -> Reduced:
-    """The mean of the members' `values`, weighted by their weights, or what `merge` makes of them instead.
+    """The mean of the members' `values`, or what `merge` makes of them instead: `Prepared` and `reduce` at once."""
+    workspace = workspace or Workspace()
+    return reduce(group, Prepared(values, weight, codec, workspace, merge), on_chunk, workspace)
 
-    Values that are not finite are sent as zeros with weight 0, since 0 × NaN is NaN.
+
+def reduce(group: Group, own: Prepared, on_chunk: OnChunk, workspace: Workspace) -> Reduced:
+    """The mean, weighted by their weights, of what the members have prepared.
 
     Args:
-        values: float32 (n,), on the host, contiguous. Not changed, so that a failed attempt can be repeated.
-        weight: At least 0.
         on_chunk: Receives the mean. Not called if all weights are 0.
-        workspace: Memory for `Reduced.error`. By default fresh memory, which is slower.
-        merge: By default the mean.
+        workspace: Memory for `Reduced.error`.
 
     Raises:
         OSError: A member is gone, or a message took too long.
     """
-    if not is_finite(values):
-        weight = 0.0
-    codec = codec.among(group.size)
+    codec = own.codec.among(group.size)
     exchange = _AllToAll if all_to_all(codec, group.size) else _ByOwners
     try:
-        return exchange(group, codec, weight, on_chunk, workspace or Workspace(), merge).run(values)
+        return exchange(group, codec, own, on_chunk, workspace).run()
     except _NothingToDo:
-        return Reduced.nothing(values)
+        return Reduced.nothing(own.values)
 
 
 def all_to_all(codec: Codec, members: int) -> bool:
@@ -108,38 +107,31 @@ class _Piece:
 class _Exchange(ABC):
     """One member's part in one collective."""
 
-    def __init__(
-        self, group: Group, codec: Codec, weight: float, on_chunk: OnChunk, workspace: Workspace, merge: Merge
-    ) -> None:
-        self.group, self.codec, self.weight, self.on_chunk, self.merge = group, codec, weight, on_chunk, merge
-        self.size, self.rank = group.size, group.rank
+    def __init__(self, group: Group, codec: Codec, own: Prepared, on_chunk: OnChunk, workspace: Workspace) -> None:
+        self.group, self.codec, self.own, self.on_chunk, self.merge = group, codec, own, on_chunk, own.merge
+        self.size, self.rank, self.workspace = group.size, group.rank, workspace
         self.others = [rank for rank in range(self.size) if rank != self.rank]
-        self.plain = isinstance(codec, Fp32)
-        self.workspace = workspace
-        self.digest = xxhash.xxh3_128()
+        self.plain, self.digest = isinstance(codec, Fp32), xxhash.xxh3_128()
 
-    def run(self, values: Tensor) -> Reduced:
+    def run(self) -> Reduced:
         # Exchange weights and norms: they are needed when the first pieces have come
-        values = values if self.weight else torch.zeros_like(values)  # 0 × NaN is NaN
+        own, codec, self.n = self.own, self.codec, self.own.values.numel()
         self.weights = list(torch.zeros(self.size, 2, dtype=torch.float64))
-        self.weights[self.rank][0] = self.weight
-        self.weights[self.rank][1] = norm(values) if self.merge.clip else 0.0
+        self.weights[self.rank][0], self.weights[self.rank][1] = own.weight, own.norm
         self.coming = [self.group.receive(rank, _WEIGHTS, self.weights[rank]) for rank in self.others]
         self.coming += [self.group.send(rank, _WEIGHTS, self.weights[self.rank]) for rank in self.others]
 
         # Merged by RDA, the norms are no part of what is encoded
-        codec, self.n = self.codec, values.numel()
         give, self.radial = self.on_chunk, None
-        if self.merge.tensors:
-            own, merged = (self.workspace.empty(name, 1, self.n)[0] for name in ("directions", "merged"))
-            self.radial = Radial(self.group, self.merge, values, self.weight, own, merged)
-            values, self.on_chunk = self.radial.directions, self.radial.collect
+        if own.directions:
+            merged = self.workspace.empty("merged", 1, self.n)[0]
+            self.radial = Radial(self.group, self.merge, own.directions, own.weight, merged)
+            self.on_chunk = self.radial.collect
 
-        # Arrange the values in blocks, and allocate memory
-        parts = codec.arrange(values)
-        pieces, count = list(self._pieces(parts)), sum(map(len, parts))
+        # Allocate memory
+        pieces, count = list(self._pieces(own.blocks)), sum(map(len, own.blocks))
         self.last = pieces[-1].number
-        keep = (codec.feedback > 0 or (self.radial is not None and not self.plain)) and self.weight > 0
+        keep = (codec.feedback > 0 or (self.radial is not None and not self.plain)) and own.weight > 0
         self.error = self.workspace.empty("error", count, codec.block) if keep else None
         self.mean = None if codec.in_order else self.workspace.empty("mean", count, codec.block)
         codec_of_mean, messages = self.means()
@@ -220,8 +212,7 @@ class _Exchange(ABC):
             return self.codec.encode(piece.blocks)
 
         def encode(now: slice) -> None:
-            blocks, coded = piece.blocks[now], rows[now]
-            coded.copy_(self.codec.encode(blocks))
+            blocks, coded = piece.blocks[now], rows[now].copy_(self.codec.encode(piece.blocks[now]))
             if self.error is not None:
                 left = self.error[piece.rows][now]
                 torch.sub(blocks, self.codec.decode(coded, left), out=left)

@@ -93,26 +93,41 @@ class Merge:
 MEAN = Merge()
 
 
+@dataclass
+class Directions:
+    """A vector whose tensors are divided by their norms: what the collective of a merge by RDA is run for.
+
+    Attributes:
+        norms: Of the tensors, float64 (t,).
+        values: float32 (n,); a tensor whose norm is 0 stays 0.
+        spent: Whether `values` has become something else, since a collective has sent all of it.
+    """
+
+    norms: Tensor
+    values: Tensor
+    spent: bool = False
+
+    @classmethod
+    def of(cls, values: Tensor, merge: Merge, out: Tensor) -> "Directions":
+        """Those of finite `values`, float32 (n,), in the memory of `out`."""
+        norms = merge.norms(values)
+        reciprocals = torch.where(norms > _TINY, 1 / norms, 0.0).float()
+        return cls(norms, merge.scaled(values, reciprocals, out))
+
+
 class Radial:
     """A member's part in a merge by RDA.
 
     Args:
         group: Of the collective.
         merge: With `tensors`.
-        values: This member's pseudo-gradient, float32 (n,), finite.
+        own: The directions of this member's pseudo-gradient.
         weight: Its weight.
-        own: Memory for its directions, float32 (n,).
         merged: Memory for their mean, float32 (n,).
-
-    Attributes:
-        directions: Of the values: what the collective is run for, float32 (n,).
     """
 
-    def __init__(self, group: Group, merge: Merge, values: Tensor, weight: float, own: Tensor, merged: Tensor) -> None:
-        self._group, self._merge, self._weight = group, merge, weight
-        self._norms = merge.norms(values)
-        reciprocals = torch.where(self._norms > _TINY, 1 / self._norms, 0.0).float()
-        self.directions = merge.scaled(values, reciprocals, own)
+    def __init__(self, group: Group, merge: Merge, own: Directions, weight: float, merged: Tensor) -> None:
+        self._group, self._merge, self._own, self._weight = group, merge, own, weight
         self._mean = merged
         self._all = [torch.zeros(len(merge.tensors), dtype=torch.float64) for _ in range(group.size)]
         others = [rank for rank in range(group.size) if rank != group.rank]
@@ -130,10 +145,11 @@ class Radial:
         """
         own = self._all[self._group.rank]
         if self._weight > 0:
-            own += self._norms
+            own += self._own.norms
         if error is not None:
-            torch.sub(self.directions, error, out=self.directions)
-            own *= self._merge.norms(self.directions)
+            self._own.spent = True  # there is no memory for another vector
+            torch.sub(self._own.values, error, out=self._own.values)
+            own *= self._merge.norms(self._own.values)
         others = [rank for rank in range(self._group.size) if rank != self._group.rank]
         self._pending += [self._group.send(rank, NORMS, own) for rank in others]
 
@@ -163,7 +179,7 @@ class Radial:
 
     def restored(self, error: Tensor) -> Tensor:
         """An error of the directions, float32 (n,), as one of the values; in place."""
-        return self._merge.scaled(error, self._norms.float(), error)
+        return self._merge.scaled(error, self._own.norms.float(), error)
 
 
 def norm(values: Tensor) -> float:

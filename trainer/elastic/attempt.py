@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.diloco.collective import weighted_mean
+from trainer.diloco.collective import reduce
+from trainer.diloco.prepared import Prepared
 from trainer.diloco.quorum import OnChunk, Reduced
 from trainer.diloco.state import Fragment
 from trainer.diloco.threads import Threads, Workspace, usable
@@ -34,6 +35,7 @@ class Exchange:
     weight: float
     fragment: Fragment
     on_chunk: OnChunk
+    prepared: Prepared | None = None  # for the next collective, which others may wait for
     reduced: Reduced | None = None  # by the last collective that did not fail
     failing_since: float | None = None  # when the first attempt failed, on the monotonic clock
 
@@ -49,6 +51,13 @@ class Attempts:
         self._unreachable: dict[str, str] = {}  # the reasons, by id; replaced, never changed
         self._warned: set[str] = set()
         self._connecting = threading.Thread()  # in the background; the end of the process does not wait for it
+
+    def prepare(self, exchange: Exchange) -> Prepared:
+        """Do what takes long before the first message, unless it has been done: a silent member is given up."""
+        if exchange.prepared is None or exchange.prepared.spent:
+            values, fragment = exchange.pseudo_gradient, exchange.fragment
+            exchange.prepared = Prepared(values, exchange.weight, fragment.codec, self._workspace, fragment.merge)
+        return exchange.prepared
 
     def reduce(self, record: RoundState, exchange: Exchange) -> Vote | None:
         """Run the collective of an attempt; None: it failed.
@@ -102,15 +111,14 @@ class Attempts:
 
     def _collective(self, record: RoundState, exchange: Exchange) -> Reduced:
         """Connect to the attempt's members, and reduce. Raises OSError if one is gone or silent."""
-        values, weight, on_chunk = exchange.pseudo_gradient, exchange.weight, exchange.on_chunk
         if len(record.members) == 1:
-            return Reduced.alone(values, weight, on_chunk)
+            return Reduced.alone(exchange.pseudo_gradient, exchange.weight, exchange.on_chunk)
+        prepared = self.prepare(exchange)
         self._connect(record.members, self._config.collective_timeout)
         if missing := [f"{_worker(id)} ({why})" for id, why in self._unreachable.items() if id in record.members]:
             raise ConnectionError(f"worker {', '.join(missing)} cannot be reached")
         group = self._transport.group(record.members, record.attempt_id)
-        fragment = exchange.fragment
-        return weighted_mean(group, values, weight, fragment.codec, on_chunk, self._workspace, fragment.merge)
+        return reduce(group, prepared, exchange.on_chunk, self._workspace)
 
     def _connect(self, ids: Iterable[str], timeout: float) -> dict[str, str]:
         """Make the links that are missing or worn. Returns the members that cannot be reached, with the reasons."""

@@ -269,7 +269,10 @@ class ElasticQuorum:
         started, before = time.monotonic(), self.base
         self._report = report
         self._exchange = exchange = Exchange(pseudo_gradient, weight, fragment, on_chunk)
+        if len(self.members) > 1:  # before it reports: then others may wait
+            self._attempts.prepare(exchange)
         outcome = self._perform(self._machine.synchronise(report.unused, report.speed))
+        exchange.prepared = None  # its memory is wanted
         if outcome is None:
             raise Superseded
 
