@@ -45,14 +45,14 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)  ## train, export and evaluate on this machine (RECIPE=file.yaml, ARGS="--total-steps 100 ...")
 	@$(BIN)/python -m pipelines run --config $(RECIPE) $(ARGS)
 
-# Lint runs beside the tests, which often wait, and prints only if it fails. Without $(MAKE): --dry-run would run that.
+# Lint runs in parallel with the tests, which often wait, and prints only if it fails. Not with $(MAKE), which --dry-run would run.
 test: $(READY)  ## lint and run all tests that need no cluster and no GPU (ARGS="-k name")
 	@log=$$(mktemp); trap 'rm -f $$log' EXIT; trap 'exit 130' INT; { $(LINT); } >$$log 2>&1 & lint=$$!; tests=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not faults" -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS) || tests=$$?; \
 	wait $$lint || { echo 'error: lint failed:'; cat $$log; exit 1; }; \
 	exit $$tests
 
-soak: $(READY)  ## hurt runs at random for a while, and prove each (ARGS="--minutes 120 --seed 7")
+soak: $(READY)  ## inject random faults into runs, and verify each run (ARGS="--minutes 120 --seed 7")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 test-faults: $(READY)  ## kill, freeze and disconnect real processes; ends with a table of results (about half an hour)

@@ -1,4 +1,4 @@
-"""The steps on a cluster: `trainer.kubernetes` runs them, and results come from the workers' volume claims."""
+"""The steps on a cluster. `trainer.kubernetes` runs them, and results are fetched from the workers' volume claims."""
 
 import atexit
 import os
@@ -28,7 +28,7 @@ from trainer.places import Place, Places
 if TYPE_CHECKING:
     from trainer.kubernetes.steps.step_context import StepContext
 
-TRAINED = "trained.json"  # in train's artifact: the workers whose claims have the model, the newest first
+TRAINED = "trained.json"  # in train's artifact: the workers whose claims hold the model, newest first
 
 
 class ClusterLauncher:
@@ -61,7 +61,7 @@ class ClusterLauncher:
 
         directory = self._scratch / "run"
         workers = train(self._context, directory)
-        # Record which claims have the model, for export
+        # Record which claims hold the model, for export
         claims = [{"worker": worker.index, "claim": worker.claim, "site": worker.site.name} for worker in workers]
         write_json(directory / TRAINED, claims)
         files = {path.name: path for path in directory.iterdir()}
@@ -79,16 +79,16 @@ class ClusterLauncher:
     def evaluate(self, checkpoint: Any, model: Any, precached: Any) -> Output:
         scores = self._scores(model)
         print(f"held out: {read_json(scores)['headline']}", flush=True)
-        # No backend keeps the artifacts of a run from this machine: its results go where those of a local run are
+        # Without a backend, artifacts are not kept: put the results where those of a local run are
         here = RUNNER_PID in os.environ
         run_dir = Path(self._config.run_dir) if here else self._scratch / "run"
-        # The report needs the workers' events, too
+        # The report also needs the workers' events
         link_or_copy(Path(checkpoint.path), run_dir)
         link_or_copy(scores, run_dir / EVALUATION)
         if not self._config.storage.retain:
             try:
                 self._context.clean_up(finished=False, claims=True)
-            except TrainingError as error:  # the run is complete nevertheless
+            except TrainingError as error:  # the run is complete anyway
                 self._context.show(f"warning: the claims are not deleted: {error}")
         output = evaluation_output(run_dir, read_json(scores), self._context.kubectl, self._places)
         if here:
@@ -97,18 +97,18 @@ class ClusterLauncher:
 
     @property
     def _places(self) -> Places:
-        """What the report calls the workers' directory, and this step's copy of train's artifact."""
+        """How the report describes the workers' directory, and this step's copy of train's artifact."""
         return Places({DATA: Place("the worker's claim"), str(self._scratch / "run"): Place(CHECKPOINT)})
 
     def _scores(self, model: Any) -> Path:
-        """A model's scores. The pod that exported it has evaluated it, too; if that failed, another one does now."""
+        """A model's scores. The pod that exported it also evaluated it; if that failed, another pod does so now."""
         from trainer.kubernetes.steps.fetch_results import fetch_result
 
         scores = Path(model.path) / EVALUATION
         if scores.is_file():
             return scores
         if "worker" not in model.metadata:
-            raise TrainingError("the model's metadata names no worker whose claim holds it: export it again")
+            raise TrainingError("the model's metadata does not say which claim holds it: export the model again")
         directory = self._scratch / "evaluation"
         fetch_result(self._context, [self._context.workers[int(model.metadata["worker"])]], "evaluate", directory)
         return directory / EVALUATION

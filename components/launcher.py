@@ -1,4 +1,4 @@
-"""Where a pipeline's steps do their work: on this machine or on a cluster. This is the only place that chooses."""
+"""Where a pipeline's steps do their work: on this machine or on a cluster. Only this module chooses."""
 
 import os
 from typing import Any, Protocol
@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from components.output import Output
 from trainer.config import TrainingConfig
 
-# In the environment of a step's pod on a Kubeflow Pipelines backend (argocompiler/common.go). A notebook's pod lacks
-# them: there the pipeline runs through kfp.local, in that pod.
+# Set in a step's pod on a Kubeflow Pipelines backend (argocompiler/common.go). A notebook's pod lacks them; there the
+# pipeline runs through kfp.local, in that pod.
 _IN_A_STEPS_POD = ("KFP_POD_NAME", "KUBERNETES_SERVICE_HOST")
 
 
@@ -18,10 +18,10 @@ class Launcher(Protocol):
     """
 
     def precache(self) -> Output:
-        """Put dataset and model onto every worker's volume. Outputs the dataset's held-out part."""
+        """Put dataset and model onto every worker's volume. Outputs the dataset's held-out shard."""
 
     def train(self) -> Output:
-        """Train until the run is complete. Outputs what export needs, and the run's metrics."""
+        """Train until the run is complete. Outputs the inputs of export, and the run's metrics."""
 
     def export(self, checkpoint: Any) -> Output:
         """Write the model. Outputs the directory that `from_pretrained` loads."""
@@ -30,7 +30,7 @@ class Launcher(Protocol):
         """Score the model on held-out data. Outputs the scores as metrics, and `report.html` and `summary.md`."""
 
     def clean_up(self) -> None:
-        """Stop what is still running of the run, and delete what only that needed. Uses only the configured names."""
+        """Stop whatever is still running and delete the objects that only it needed. Finds them by configured names."""
 
 
 def _in_a_steps_pod() -> bool:
@@ -38,13 +38,13 @@ def _in_a_steps_pod() -> bool:
 
 
 def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
-    """In a step's pod, replace `launcher=auto` and an empty namespace by what the pod's own cluster has.
+    """In a step's pod, replace `launcher=auto` and an empty namespace by those of the pod's own cluster.
 
-    Elsewhere they stay: `TrainingConfig.resolved` chooses this machine. A launcher that was given holds for sites in
-    other clusters, too, unless they have their own; after `auto`, these clusters are asked (`resolve_sites`).
+    Elsewhere they stay, and `TrainingConfig.resolved` chooses this machine. A given launcher also applies to sites in
+    other clusters, unless they have their own; with `auto`, these clusters are queried (`resolve_sites`).
 
     Raises:
-        TrainingError: The cluster has no kind of training jobs, or cannot be asked.
+        TrainingError: The cluster supports no kind of training jobs, or cannot be queried.
     """
     auto = config.launcher == "auto" and _in_a_steps_pod()
     if (auto or config.on_cluster) and not config.deployment_namespace:
@@ -68,11 +68,11 @@ def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
 
 
 def resolve_sites(config: TrainingConfig) -> TrainingConfig:
-    """Choose the launcher of each site that is in another cluster, and thereby check that it can be used.
+    """Choose the launcher of each site in another cluster. This also checks that the cluster is usable.
 
     Raises:
         ConfigError: A cluster's Secret is missing, or has no usable kubeconfig.
-        TrainingError: A cluster serves no training jobs, or cannot be asked.
+        TrainingError: A cluster supports no kind of training jobs, or cannot be queried.
     """
     if not config.on_cluster or not any(site.cluster for site in config.sites):
         return config
@@ -82,7 +82,7 @@ def resolve_sites(config: TrainingConfig) -> TrainingConfig:
 
 
 def create_launcher(config: TrainingConfig) -> Launcher:
-    """The launcher that a resolved configuration asks for."""
+    """The launcher for a resolved configuration."""
     if config.on_cluster:
         from components.cluster import ClusterLauncher
 

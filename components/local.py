@@ -1,7 +1,7 @@
 """The steps on this machine: workers are processes, and their volumes are directories below the run's directory.
 
-In the pod of a backend's step its files are not where the reader of its output is: there each path that it names is
-said in other words (`trainer.places`).
+In the pod of a backend's step, paths mean nothing to the reader of its output, so messages describe them instead
+(`trainer.places`).
 """
 
 import os
@@ -31,7 +31,7 @@ class LocalLauncher:
 
     def __init__(self, config: TrainingConfig, *, in_a_pod: bool = False) -> None:
         self._in_a_pod, self._artifacts = in_a_pod, dict[str, Place]()
-        # A relative path could not be recognised as one
+        # `_in_words` only recognises absolute paths
         self._config = config.with_values(run_dir=str(Path(config.run_dir).absolute())) if in_a_pod else config
 
     def precache(self) -> Output:
@@ -41,7 +41,7 @@ class LocalLauncher:
 
         with self._errors_in_words():
             manifest = data.precache_all(self._config, self._log)
-        # All workers' copies are equal: the artifact is the first one's, without the training data
+        # All workers' copies are equal: the artifact is the first worker's, without the training data
         worker = worker_configs(self._config)[0]
         directory = data.directory(worker, Volume.of(worker).datasets)
         names = (MANIFEST, *(name for name in manifest.files if not name.startswith("train-")))
@@ -57,7 +57,7 @@ class LocalLauncher:
             trained = TrainedRun.find(self._config).checkpoint
         place = {"path": self._in_words(trained.path), "round": trained.round, "step": trained.step}
         files, run_dir = {"global.safetensors": trained.path / "global.safetensors"}, Path(self._config.run_dir)
-        if self._in_a_pod:  # as on a cluster: the directory may end with the pod
+        if self._in_a_pod:  # the directory may be deleted with the pod
             kept = (*run_dir.glob("worker-*/**/metrics.jsonl"), *run_dir.glob("logs/worker-*.log"))
             files |= {path.relative_to(run_dir).as_posix(): path for path in kept}
         return training_output(run_dir, files, {"run_id": self._config.run_id} | place)
@@ -78,11 +78,11 @@ class LocalLauncher:
         return evaluation_output(Path(self._config.run_dir), scores, places=self._places)
 
     def clean_up(self) -> None:
-        """Nothing to do: a step's processes have died with it."""
+        """Nothing to do: a step's processes ended with it."""
 
     @cached_property
     def _places(self) -> Places:
-        """What the reader of this step's output knows its directories by."""
+        """How this step's output describes its directories."""
         if not self._in_a_pod:
             return Places()
         from trainer.kubernetes.steps.workflow import own_places

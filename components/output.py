@@ -1,4 +1,4 @@
-"""The results of a step, and how they become KFP artifacts."""
+"""The results of a step, and their conversion to KFP artifacts."""
 
 import math
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.data.manifest import Manifest
 
 CHECKPOINT = "the train step's artifact checkpoint"
-METRICS, DIGITS = 10, 5  # of a step in the UI; of a metric that is no count
+METRICS, DIGITS = 10, 5  # metrics of a step in the UI; digits of a metric that is not a count
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Output:
     """A step's results."""
 
     files: Mapping[str, Path]  # files and directories, by their names in the step's artifact
-    metadata: Mapping[str, Any]  # of the artifact, which leaves out values that are None, NaN or infinite
+    metadata: Mapping[str, Any]  # of the artifact, which omits values that are None, NaN or infinite
     metrics: Mapping[str, Any] = field(default_factory=dict)  # measured values, numbers and others
     summary: str = ""  # Markdown for the UI
 
@@ -42,14 +42,14 @@ class Output:
 
 
 def log_metrics(metrics: "dsl.Metrics", values: Mapping[str, Any]) -> None:
-    """Log those values that are finite numbers, rounded: the UI prints all digits, and ten rows a page."""
+    """Log the values that are finite numbers, rounded: the UI prints every digit, and ten rows per page."""
     numbers = {n: v for n, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     for name, value in [(name, value) for name, value in numbers.items() if math.isfinite(value)][:METRICS]:
         metrics.log_metric(name, float(value if isinstance(value, int) else f"{value:.{DIGITS}g}"))
 
 
 def link_or_copy(source: Path, artifact: str | Path) -> None:
-    """Put a file, or a whole directory, where KFP expects an artifact: as hard links where possible, else as copies."""
+    """Put a file or directory where KFP expects an artifact: as hard links where possible, else as copies."""
     destination = Path(artifact)
     if source.is_dir():
         shutil.copytree(source, destination, copy_function=_link_or_copy_file, dirs_exist_ok=True)
@@ -67,7 +67,7 @@ def _link_or_copy_file(source: str, destination: str) -> None:
 
 
 def dataset_metadata(manifest: "Manifest") -> dict[str, Any]:
-    """A dataset's origin and its counts per split, for its artifact."""
+    """A dataset's origin and counts per split, for its artifact."""
     known = manifest.model_dump(include={"dataset", "revision", "tokenizer", "vocabulary_size", "hash"})
     counts = {"train": manifest.train, "validation": manifest.validation}
     return known | {f"{split}_{name}": value for split, count in counts.items() for name, value in count}
@@ -76,7 +76,7 @@ def dataset_metadata(manifest: "Manifest") -> dict[str, Any]:
 def training_output(run_dir: Path, files: Mapping[str, Path], metadata: Mapping[str, Any], command: str = "") -> Output:
     """The output of the train step: these files and metadata, and the run's summaries from its workers' events.
 
-    `command` shows the run's objects on a cluster; the summary ends with it.
+    `command` shows the run's objects on a cluster. It becomes the last line of the summary.
     """
     from trainer.monitor.report import read_run, summary
 
@@ -88,9 +88,9 @@ def training_output(run_dir: Path, files: Mapping[str, Path], metadata: Mapping[
 
 
 def exported_output(directory: Path, **location: Any) -> Output:
-    """The output of the export step: a Hugging Face directory. Prints which model it is and where it is from.
+    """The output of the export step: a Hugging Face directory. Prints which model it is and where it came from.
 
-    `location` is where later steps find the model, for its artifact's metadata.
+    `location` tells later steps where the model is; it becomes metadata of the artifact.
     """
     from trainer.export.export import FACTS
 
@@ -106,7 +106,7 @@ def evaluation_output(
 ) -> Output:
     """The output of the evaluate step: the scores, and `report.html` and `summary.md`, which this writes.
 
-    `command` is as for `training_output`; `places` are what the report calls directories by.
+    `command` is as for `training_output`; `places` maps directories to their descriptions in the report.
     """
     from trainer.monitor.report import write_report
 

@@ -1,7 +1,7 @@
 """The pipeline's parameters: a field of the Kubeflow UI's form for each common one, and `advanced` for all the others.
 
-The form is one alphabetical column of fields without descriptions: with a field for every parameter, those that
-people set would be lost in it.
+The form is one alphabetical column of fields without descriptions. With a field for every parameter, the common ones
+would be hard to find.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,12 +18,12 @@ ADVANCED_DESCRIPTION = (
 
 
 def common() -> list[Parameter]:
-    """The parameters with a field of their own, in the order of the configuration."""
+    """The parameters with their own field, in the configuration's order."""
     return [parameter for parameter in TrainingConfig.parameters() if "common" in parameter.scopes]
 
 
 def folded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline's arguments for parameters by flat name; those that are not common go into `advanced`."""
+    """Turn parameters by flat name into the pipeline's arguments; those that are not common go into `advanced`."""
     names = {parameter.name for parameter in common()}
     arguments = {name: value for name, value in values.items() if name in names}
     others = {name: value for name, value in values.items() if name not in names}
@@ -31,7 +31,7 @@ def folded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unfolded(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters by flat name, from the pipeline's arguments.
+    """Turn the pipeline's arguments into parameters by flat name.
 
     In `advanced`, `elastic_min_nodes`, `elastic.min_nodes` and `{"elastic": {"min_nodes": 2}}` are the same.
 
@@ -41,7 +41,7 @@ def unfolded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in arguments.items() if name != ADVANCED}
     for name, value in _flat(arguments.get(ADVANCED) or {}):
         if name in values:
-            raise ConfigError(f"{ADVANCED}.{name}", value, "has a field of its own: set it there")
+            raise ConfigError(f"{ADVANCED}.{name}", value, "has its own field: set it there")
         values[name] = value
     return values
 

@@ -1,9 +1,9 @@
-"""Writes each component's README.md, from its signature, its docstring, its metadata and its example.
+"""Generates each component's README.md from its signature, docstring, metadata and example.
 
     python -m components.readme
 
-The pages are as kubeflow/pipelines-components generates its own (scripts/generate_readme), so that a component's folder
-fits there as it stands. That generator reads no component whose source is itself generated, as precache's is.
+The pages have the format of kubeflow/pipelines-components (scripts/generate_readme), so that a component's folder fits
+there unchanged. That project's generator cannot read a component whose source is itself generated, such as precache.
 """
 
 import ast
@@ -91,7 +91,7 @@ def _value(value: Any, depth: int = 0) -> str:
 
 
 def main() -> None:
-    """Write all of them."""
+    """Write the README.md of every component."""
     for name in names():
         path = Path(__file__).parent / name / "README.md"
         path.write_text(readme(name), encoding="utf-8")

@@ -14,7 +14,7 @@ from trainer.errors import ConfigError, Interrupted, TrainingError, raise_on_sig
 from trainer.library_logs import libraries_quiet
 from trainer.version import DEFAULT_IMAGE
 
-# Contains the project and kfp. kfp warns about an image without "python" in its name.
+# Contains the project and kfp. kfp warns if an image's name does not contain "python".
 IMAGE = os.environ.get("PIPELINE_IMAGE", DEFAULT_IMAGE)
 RUNNER_PID = "PIPELINES_RUNNER_PID"  # set by `python -m pipelines run`: the steps end when this process does
 # The first line that a step itself prints. Everything before it comes from kfp.
@@ -23,16 +23,16 @@ STARTED = re.compile(r"step (?P<name>\w+) started \(pid (?P<pid>\d+)\)")
 
 @contextmanager
 def step_process(name: str) -> Iterator[None]:
-    """Surround a step's body: expected errors end the process with one line, `error: <reason>`, and status 1.
+    """Wrap a step's body: expected errors end the process with one line, `error: <reason>`, and status 1.
 
-    Any other exception keeps its traceback. SIGTERM raises `Interrupted` in the body, and leads to status 143.
+    Any other exception keeps its traceback. SIGTERM raises `Interrupted` in the body and leads to status 143.
     """
     before = signal.getsignal(signal.SIGTERM)
     raise_on_sigterm()
     if runner := os.environ.get(RUNNER_PID):
-        os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the runner alone, which forwards it once
+        os.setpgid(0, 0)  # Ctrl-C in a terminal reaches only the runner, which forwards it once
         threading.Thread(target=_end_with, args=(int(runner),), daemon=True).start()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a step's output is no terminal
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a step's output is not a terminal
     print(f"step {name} started (pid {os.getpid()})", flush=True)
     try:
         with _plain_logging():
@@ -44,13 +44,13 @@ def step_process(name: str) -> Iterator[None]:
     except Interrupted:
         sys.exit(143)
     finally:
-        with suppress(BrokenPipeError):  # KFP's launcher may have died of the SIGTERM first
+        with suppress(BrokenPipeError):  # SIGTERM may have ended KFP's launcher first
             sys.stdout.flush()
         signal.signal(signal.SIGTERM, before)
 
 
 def _end_with(runner: int) -> None:
-    """Send SIGTERM to this process when the runner has ended, even by SIGKILL."""
+    """Send SIGTERM to this process when the runner ends, even if by SIGKILL."""
     with suppress(ProcessLookupError):
         select.select([os.pidfd_open(runner)], [], [])
     os.kill(os.getpid(), signal.SIGTERM)
@@ -58,7 +58,7 @@ def _end_with(runner: int) -> None:
 
 @contextmanager
 def _plain_logging() -> Iterator[None]:
-    """Log our own lines without the prefix of kfp's executor, and the libraries' only from WARNING on."""
+    """Log our own lines without the prefix of kfp's executor, and those of libraries only from WARNING on."""
     before = [(handler, handler.formatter) for handler in logging.getLogger().handlers]
     for handler, _ in before:
         handler.setFormatter(None)

@@ -1,7 +1,7 @@
-"""What the components do. Each function is a component's whole body and runs in the step's own process.
+"""The components' implementation. Each function is a component's whole body and runs in the step's own process.
 
 A component's README describes its inputs and outputs. `config` is the resolved configuration by flat name; `values`
-are the pipeline's arguments, not checked yet; `job_id` is explained at `resolve`.
+are the pipeline's arguments, before validation; `resolve` explains `job_id`.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from components.runtime import step_process
 from trainer.config import TrainingConfig
 from trainer.files import write_json, write_text
 
-# Parameters that say which run it is, and where, and that have no field of their own in the pipeline's form
+# Parameters that identify a run and its place, and have no field in the pipeline's form
 _WHERE = ("elastic_etcd_run_id", "deployment_namespace", "sites", "port_range")
 
 
 def precache(precached: dsl.Dataset, config_path: str, job_id: str, values: Mapping[str, Any]) -> None:
-    """Check all parameters, precache for every worker, and output the held-out shard and the resolved configuration."""
+    """Check all parameters, precache for every worker, and output the held-out shard and resolved configuration."""
     from trainer import data
 
     with step_process("precache"):
@@ -60,7 +60,7 @@ def evaluate(
     """Score the exported model on the held-out shard, and output the scores and the run's report.
 
     There is no ClassificationMetrics output: a language model would leave it empty, and the newest backends fail a
-    step for an empty artifact after its work is done. The summary and the report contain the confusion matrix.
+    finished step because of an empty artifact. The summary and the report contain the confusion matrix.
     """
     with step_process("evaluate"):
         output = create_launcher(TrainingConfig.from_flat(config)).evaluate(checkpoint, model, precached)
@@ -72,8 +72,8 @@ def evaluate(
 def clean_up(job_id: str, values: Mapping[str, Any]) -> None:
     """Stop everything of the run that is still running.
 
-    Of `advanced` only what names the run, and where it is, is used: the rest may fit other parameters only, which this
-    step does not get.
+    Only the values in `advanced` that identify the run and its place are used. The others may be valid only together
+    with parameters that this step does not get.
     """
     with step_process("clean_up"):
         named = {name: value for name, value in unfolded(values).items() if name in values or name in _WHERE}
@@ -83,8 +83,8 @@ def clean_up(job_id: str, values: Mapping[str, Any]) -> None:
 def resolve(values: Mapping[str, Any], job_id: str = "") -> TrainingConfig:
     """Validate the parameters, name the run, and choose where it trains.
 
-    An empty string means the default if the parameter must not be empty: the Kubeflow UI sends it for a text field that
-    was cleared. `job_id` names the run unless a parameter does, so that a retried step continues the same run.
+    An empty string means the default if the parameter must not be empty: the Kubeflow UI sends it for a cleared text
+    field. `job_id` names the run unless a parameter does, so that a retried step continues the same run.
 
     Raises:
         ConfigError: A bad value.
@@ -95,5 +95,5 @@ def resolve(values: Mapping[str, Any], job_id: str = "") -> TrainingConfig:
     config = TrainingConfig.from_flat(
         {n: value for n, value in unfolded(values).items() if value != "" or n not in full}
     )
-    models.check(config)  # else only a pod of the cluster would notice an unknown model
+    models.check(config)  # otherwise an unknown model would only fail in a pod
     return resolve_launcher(config if config.run_id or not job_id else config.with_values(run_id=job_id)).resolved()

@@ -1,8 +1,8 @@
-"""Any torchrun script, with its rendezvous in etcd v3. Nothing of this project is imported here.
+"""Any torchrun script, with its rendezvous in etcd v3. It imports nothing from this project.
 
     torchrun --rdzv-backend etcd3 --rdzv-endpoint host:2379 --rdzv-id mine --nnodes 1:4 examples/foreign_torchrun.py
 
-torchrun restarts every worker when a node comes or goes, so the script saves and resumes as torchrun's users do.
+torchrun restarts every worker when a node comes or goes, so the script saves and resumes like any torchrun script.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def save(path: Path, content: dict[str, object]) -> None:
-    """Write whole or not at all."""
+    """Write the file atomically."""
     temporary = path.with_suffix(f".{os.getpid()}")
     torch.save(content, temporary)
     temporary.replace(path)

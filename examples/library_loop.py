@@ -1,7 +1,7 @@
-"""A training loop of your own becomes a DiLoCo worker. Run it: `python examples/library_loop.py`.
+"""A custom training loop as a DiLoCo worker. Run it: `python examples/library_loop.py`.
 
-The loop below is plain PyTorch. The lines that make it a worker are marked (1) to (3). Alone, as here, the worker is
-its own quorum: its pseudo-gradient is the mean. docs/guide/library.md explains how it joins others.
+The loop below is plain PyTorch. The lines that make it a worker are marked (1) to (3). A single worker, as here, is its
+own quorum, and its pseudo-gradient is the mean. docs/guide/library.md explains how it joins others.
 """
 
 import argparse
@@ -21,10 +21,10 @@ def samples(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fit a sine wave with DiLoCo.")
     parser.add_argument("--steps", type=int, default=600, help="inner steps [600]")
-    parser.add_argument("--sync-every", type=int, default=50, help="inner steps of a round [50]")
+    parser.add_argument("--sync-every", type=int, default=50, help="inner steps per round [50]")
     arguments = parser.parse_args()
 
-    # All workers start from the same parameters, and each draws samples of its own.
+    # All workers start from the same parameters, and each draws different samples.
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

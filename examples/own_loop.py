@@ -1,4 +1,4 @@
-"""A training loop of one's own as a worker of a run: two lines join it. Start it twice, kill one, start it again.
+"""A custom training loop that joins a run with two lines. Start it twice, kill one worker, start it again.
 
 python examples/own_loop.py etcd://localhost:2379/sine
 """

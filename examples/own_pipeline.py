@@ -1,10 +1,10 @@
-"""A pipeline of your own that trains with DiLoCo between its own steps.
+"""A custom pipeline that trains with DiLoCo between its own steps.
 
     python examples/own_pipeline.py                  writes build/own.yaml, for the UI or `kfp run create`
     python examples/own_pipeline.py --here runs/own  runs it on this machine
 
-The steps of this project are KFP components like any others. Only `precache` takes the training's parameters: the
-common ones by name, all others in `advanced`. It checks them, and passes them on as `config`.
+The steps of this project are ordinary KFP components. Only `precache` takes the training's parameters: the common
+ones by name, all others in `advanced`. It checks them and outputs them as `config`.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from components.train import train
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)  # that image has kfp
 def plan(budget: int, batch_size: int) -> int:
-    """A step before: how many inner steps the budget of samples allows."""
+    """A step before the training: the number of inner steps for this budget of samples."""
     return budget // batch_size
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def announce(model: dsl.Input[dsl.Model], note: dsl.Output[dsl.Markdown]) -> None:
-    """A step after: what becomes of the model."""
+    """A step after the training: a note about the model."""
     from pathlib import Path
 
     size = sum(path.stat().st_size for path in Path(model.path).rglob("*"))
@@ -60,7 +60,7 @@ def pipeline(dataset: str = "stdlib", budget: int = 800, run_id: str = "", advan
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile or run a pipeline that has train among its steps.")
+    parser = argparse.ArgumentParser(description="Compile or run a pipeline with the step `train`.")
     parser.add_argument("--here", type=Path, help="run it on this machine, in this directory")
     here = parser.parse_args().here
     if here is None:

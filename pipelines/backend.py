@@ -21,12 +21,12 @@ from trainer.timeouts import PipelineTimeouts
 from trainer.version import VERSION
 
 PIPELINES_NAMESPACE = "kubeflow"  # of the steps' pods on a single-user installation
-# The fields of a cron expression, with the smallest and the largest number of each.
+# The fields of a cron expression, with the smallest and the largest number of each
 _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 6)}
 
 
 def arguments_of(config: TrainingConfig) -> dict[str, Any]:
-    """The pipeline's arguments: only parameters that differ from their defaults."""
+    """The pipeline's arguments: only the parameters that differ from their defaults."""
     values = config.to_flat()
     return folded({p.name: values[p.name] for p in config.parameters() if values[p.name] != p.default})
 
@@ -42,16 +42,16 @@ def run_name(config: TrainingConfig) -> str:
 
 @dataclass(frozen=True)
 class Package:
-    """What a backend is to run."""
+    """A compiled pipeline for a backend."""
 
     text: str  # the compiled pipeline
     description: str  # of the pipeline
-    pipeline_name: str = ""  # upload it under this name; empty: send it along with each run
+    pipeline_name: str = ""  # upload it under this name; empty: send it with each run
     service_account: str = ""  # of the steps' pods; empty: the backend's default
 
     @property
     def version(self) -> str:
-        """The name of the pipeline's version with this content."""
+        """The name of the pipeline version with this content."""
         return f"{VERSION}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
     @contextmanager
@@ -78,17 +78,17 @@ class PipelineBackend:
         self._timeouts = timeouts or PipelineTimeouts()
         with warnings.catch_warnings(), _readable_errors():
             warnings.simplefilter("ignore")
-            self._client = Client(host=host or None)  # its `namespace` is where KFP itself runs, not the user's
+            self._client = Client(host=host or None)  # its `namespace` argument is KFP's own, not the user's
 
     def submit(self, package: "Package", config: TrainingConfig, experiment: str, name: str = "") -> str:
-        """Start a run in an experiment, which is created if missing; print the UI's link to it, and return its id.
+        """Start a run in an experiment, which is created if missing. Prints a link to the UI; returns the run's id.
 
-        `name` is the run's in the UI; empty: `run_name`.
+        `name` is the run's name in the UI; empty: `run_name`.
         """
         import kfp_server_api
 
         with _readable_errors():
-            run = kfp_server_api.V2beta1Run(  # kfp's own `run_pipeline` gives a run no description
+            run = kfp_server_api.V2beta1Run(  # kfp's own `run_pipeline` cannot set a description
                 display_name=name or run_name(config),
                 description=config.experiment_description,
                 experiment_id=self._experiment(experiment),
@@ -112,11 +112,11 @@ class PipelineBackend:
             self._client.terminate_run(run_id)
 
     def show(self, run_id: str) -> str:
-        """Print a run's state and its steps', and what a step waits for or why it failed. Returns the run's state."""
+        """Print the state of a run and its steps, and why a step waits or failed. Returns the run's state."""
         return self._follower(run_id).show()
 
     def logs(self, run_id: str, step: str = "") -> None:
-        """Print what the run's steps, or one of them, have printed.
+        """Print the output of the run's steps, or of one of them.
 
         Raises:
             ConfigError: The run has no such step yet.
@@ -124,7 +124,7 @@ class PipelineBackend:
         self._follower(run_id).print_logs(step)
 
     def wait(self, run_id: str) -> None:
-        """Return when the run has succeeded, else raise TrainingError with the reason. Print its steps' states."""
+        """Print the steps' states until the run has succeeded. Raises TrainingError with the reason if it fails."""
         self._follower(run_id).follow()
 
     def _follower(self, run_id: str) -> Follower:
@@ -135,9 +135,9 @@ class PipelineBackend:
         return str(self._client.create_experiment(name, namespace=self._namespace).experiment_id)
 
     def _upload(self, package: "Package") -> tuple[str, str]:
-        """The ids of the pipeline named in the package, and of its version with this content; uploads what is missing.
+        """The ids of the package's pipeline and of its version with this content. Uploads them if missing.
 
-        "Create run" in the UI takes the newest version of a pipeline, and so do schedules that are made there.
+        "Create run" in the UI, and schedules created there, use a pipeline's newest version.
         """
         import kfp_server_api
 
@@ -162,7 +162,7 @@ class PipelineBackend:
         return pipeline.pipeline_id, uploaded.pipeline_version_id
 
     def _run(self, run_id: str) -> dict[str, Any]:
-        """A run as the backend returns it: kfp's client (2.17) lacks the newest backend's `view` and `tasks`."""
+        """A run as JSON, because kfp's client (2.17) lacks the newest backend's `view` and `tasks`."""
         from kfp_server_api import ApiException
 
         path = f"/apis/v2beta1/runs/{run_id}"
@@ -172,10 +172,10 @@ class PipelineBackend:
             except ApiException as error:
                 if error.status != 400:
                     raise
-                return dict(self._get(path, {}))  # an older backend, without views
+                return dict(self._get(path, {}))  # an older backend without views
 
     def _text(self, path: str, query: Mapping[str, str]) -> str:
-        """The text at a path; "" if there is none, or the backend does not answer."""
+        """The text at a path; "" if there is none or the backend does not answer."""
         try:
             with _readable_errors():
                 found = self._get(path, query)
@@ -184,9 +184,9 @@ class PipelineBackend:
         return found if isinstance(found, str) else ""  # JSON is an error, despite status 200
 
     def _get(self, path: str, query: Mapping[str, str]) -> Any:
-        """GET a path of the client's own host, with its credentials. Returns JSON as an object, anything else as text.
+        """GET a path of the client's host, with its credentials. Returns JSON as an object, anything else as text.
 
-        The generated API classes offer no such request: this uses the transport below them.
+        The generated API classes offer no such request, so this uses the transport below them.
         """
         return self._client._run_api.api_client.call_api(
             path,
@@ -200,7 +200,7 @@ class PipelineBackend:
         )
 
     def schedule(self, package: "Package", config: TrainingConfig, experiment: str, name: str, cron: str) -> str:
-        """Start runs, one at a time, whenever KFP's six-field cron expression is due. Returns the schedule's id."""
+        """Schedule runs by KFP's six-field cron expression, one at a time. Returns the schedule's id."""
         with _readable_errors(), package.file() as path:
             source: dict[str, Any] = {"pipeline_package_path": path}
             if package.pipeline_name:
@@ -231,7 +231,7 @@ class PipelineBackend:
         """`pause`, `resume` or `delete` the schedule with this name or id.
 
         Raises:
-            ConfigError: There is no such schedule, or there are several.
+            ConfigError: There is no such schedule, or more than one.
         """
         found = [one for one in self.schedules() if name in (one.display_name, one.recurring_run_id)]
         if len(found) != 1:
@@ -257,7 +257,7 @@ def six_fields(cron: str) -> str:
     for field, (name, (low, high)) in zip(fields, _CRON.items(), strict=True):
         numbers = [int(number) for number in re.findall(r"(?<![/\d])\d+", field)]
         if not re.fullmatch(r"[\dA-Za-z*?,/-]+", field) or not all(low <= number <= high for number in numbers):
-            raise ConfigError("--cron", cron, f"its {name} {field!r} must consist of {low} to {high}, * , - and /")
+            raise ConfigError("--cron", cron, f"its {name} {field!r} may contain only {low} to {high}, * , - and /")
     return " ".join(["0", *fields])
 
 
@@ -276,7 +276,7 @@ def _readable_errors() -> Iterator[None]:
         yield
     except ApiException as error:
         message = error.reason
-        with suppress(TypeError, ValueError, AttributeError):  # the body is JSON if the API server itself sent it
+        with suppress(TypeError, ValueError, AttributeError):  # the body is JSON only if the API server sent it
             body = json.loads(error.body)
             message = body.get("message") or body.get("error") or message
         hint = ": it is older than 2.16 and needs --no-literals" if "literals" in str(message) else ""

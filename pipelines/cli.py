@@ -1,4 +1,4 @@
-"""The commands of `python -m pipelines`. Each command imports its heavy dependencies itself, so that help is quick."""
+"""The commands of `python -m pipelines`. Each imports its heavy dependencies when it runs, so that `--help` is fast."""
 
 import argparse
 import os
@@ -20,14 +20,14 @@ _COMMAND = "diloco-pipelines"  # the installed console script
 
 
 def main(arguments: Sequence[str] | None = None, *, timeouts: PipelineTimeouts | None = None) -> int:
-    """Run one command and return the process's exit status. Raises ConfigError for bad input, else TrainingError."""
+    """Run one command and return the exit status. Raises ConfigError for bad input, TrainingError for failures."""
     options = _parser().parse_args(arguments)
     options.timeouts = timeouts or PipelineTimeouts()
     return int(options.command(options))
 
 
 class _Parser(argparse.ArgumentParser):
-    """Accepts no abbreviated flags: a new parameter could change the meaning of one."""
+    """Accepts no abbreviated flags, because a new parameter could change their meaning."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     running = commands.add_parser(
         "run",
         help="run the pipeline from this machine, without a Kubeflow Pipelines backend",
-        description="Run the pipeline on this machine. With `--launcher trainjob` or `pytorchjob`, its workers are on "
-        "the cluster of this pod, or of KUBECONFIG if this machine can connect to pods. The run id of an unfinished "
-        "run resumes it.",
+        description="Run the pipeline on this machine. With `--launcher trainjob` or `pytorchjob`, its workers run on "
+        "the cluster of this pod, or on KUBECONFIG's if this machine can connect to pods. `--run-id` with the id of an "
+        "unfinished run resumes it.",
     )
     add_config_flags(running)
     running.set_defaults(command=_run)
@@ -64,34 +64,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_backend_flags(submitting, starts_runs=True)
     submitting.add_argument("--run-name", default="", metavar="NAME", help="name of the run in the UI")
-    submitting.add_argument("--wait", action="store_true", help="follow the run to its end; exit 1 unless it succeeds")
+    submitting.add_argument(
+        "--wait", action="store_true", help="follow the run until it ends; exit 1 unless it succeeds"
+    )
     add_config_flags(submitting)
     submitting.set_defaults(command=_submit)
 
     _add_schedule_commands(commands.add_parser("schedule", help="run the pipeline repeatedly on a backend"))
 
     for command, help, function in (
-        ("status", "show a submitted run: its steps, what they wait for, why one has failed", _status),
-        ("logs", "show what the steps of a submitted run have printed", _logs),
-        ("cancel", "terminate a submitted run; its claims stay, and its run id resumes it", _cancel),
+        ("status", "show a submitted run: its steps, what they wait for, and why one failed", _status),
+        ("logs", "show the output of a submitted run's steps", _logs),
+        ("cancel", "terminate a submitted run; its volumes stay, and its run id resumes it", _cancel),
     ):
         watching = commands.add_parser(command, help=help, description=f"{help[0].upper()}{help[1:]}.")
         _add_backend_flags(watching)
-        watching.add_argument("run", metavar="RUN", help="the run's id, which `submit` prints")
+        watching.add_argument("run", metavar="RUN", help="the run's id, as printed by `submit`")
         watching.set_defaults(command=function)
         if command == "logs":
-            watching.add_argument("--step", default="", help="one step: precache, train, export, evaluate or clean-up")
+            watching.add_argument(
+                "--step", default="", help="only this step: precache, train, export, evaluate or clean-up"
+            )
     return parser
 
 
 def _program() -> str:
-    """What was typed to start this program."""
+    """The command that started this program."""
     return _COMMAND if Path(sys.argv[0]).name == _COMMAND else "python -m pipelines"
 
 
 def _add_schedule_commands(schedule: argparse.ArgumentParser) -> None:
     commands = schedule.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    creating = commands.add_parser("create", help="create a schedule; each of its runs gets its own run id")
+    creating = commands.add_parser("create", help="create a schedule; each of its runs gets its own id")
     _add_backend_flags(creating, starts_runs=True)
     creating.add_argument("name", help="name of the schedule")
     creating.add_argument("--cron", required=True, metavar="EXPRESSION", help="minute hour day month weekday")
@@ -109,20 +113,20 @@ def _add_schedule_commands(schedule: argparse.ArgumentParser) -> None:
 
 
 def _add_backend_flags(parser: argparse.ArgumentParser, *, starts_runs: bool = False) -> None:
-    text = "the backend's API [KF_PIPELINES_ENDPOINT, or the current cluster's]"
+    text = "URL of the backend's API [KF_PIPELINES_ENDPOINT, or the current cluster's]"
     parser.add_argument("--host", default="", metavar="URL", help=text)
-    parser.add_argument("--namespace", default="", help="your namespace, on a multi-user installation")
+    parser.add_argument("--namespace", default="", help="your namespace on a multi-user installation")
     if starts_runs:
         parser.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment of the runs [diloco]")
-        text = "service account of the steps' pods: see manifests/ [the backend's default]"
+        text = "service account of the steps' pods, see manifests/ [the backend's default]"
         parser.add_argument("--steps-service-account", default="", metavar="NAME", help=text)
-        text = "upload the pipeline under this name, for the UI's runs and schedules; a change becomes a version"
+        text = "also upload the pipeline under this name, for the UI; a changed pipeline becomes a new version"
         parser.add_argument("--pipeline-name", default="", metavar="NAME", help=text)
         _add_literals_flag(parser)
 
 
 def _add_literals_flag(parser: argparse.ArgumentParser) -> None:
-    text = "leave out the allowed values of choices (the UI's drop-downs), which backends before 2.16 refuse"
+    text = "leave out the allowed values of parameters (the UI's drop-downs), which backends before 2.16 reject"
     parser.add_argument("--no-literals", action="store_true", help=text)
 
 
@@ -189,13 +193,13 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _same_backend(options: argparse.Namespace) -> str:
-    """The flags that name the backend, as they were given."""
+    """The flags that name the backend, as given."""
     given = {"--host": options.host, "--namespace": options.namespace}
     return "".join(f" {flag} {value}" for flag, value in given.items() if value)
 
 
 def _package(options: argparse.Namespace) -> "Package":
-    """The pipeline, compiled as the flags ask for it."""
+    """The pipeline, compiled according to the flags."""
     from pipelines.backend import Package
     from pipelines.pipeline import DESCRIPTION, compiled
 
@@ -213,7 +217,7 @@ def _cluster_config(options: argparse.Namespace) -> TrainingConfig:
     """The configuration of a run on a cluster.
 
     Raises:
-        ConfigError: No machine could precache the dataset, or a site's cluster has no usable kubeconfig.
+        ConfigError: The dataset's parameters are wrong, or a site's cluster has no usable kubeconfig.
     """
     from pipelines.backend import PIPELINES_NAMESPACE
     from trainer.kubernetes.steps.served import check_kubeconfigs
@@ -221,7 +225,7 @@ def _cluster_config(options: argparse.Namespace) -> TrainingConfig:
     config = config_from_arguments(options)
     _check_for_cluster(config)
     if not (options.host or os.environ.get("KF_PIPELINES_ENDPOINT")):  # the backend is on the current cluster
-        with suppress(TrainingError):  # only the steps may read its Secrets, perhaps: they check the same
+        with suppress(TrainingError):  # perhaps only the steps may read its Secrets; they check again
             check_kubeconfigs(config, config.deployment_namespace or options.namespace or PIPELINES_NAMESPACE)
     return config
 
@@ -258,7 +262,7 @@ def _change_schedule(options: argparse.Namespace) -> int:
 
 
 def outcome(config: TrainingConfig) -> str:
-    """The last lines of a finished run: its headline score, and where the results are."""
+    """The last lines of a finished run: its headline score and the paths of its results."""
     run_dir = Path(config.run_dir)
     scores = read_json(run_dir / "evaluation.json")
     return (

@@ -1,8 +1,8 @@
-"""Follow a run on a Kubeflow Pipelines backend: its steps' states, what they are waiting for, and why one has failed.
+"""Follow a run on a Kubeflow Pipelines backend: its steps' states, what they are waiting for, and why one failed.
 
-Two backends answer differently: the released one (2.17) lists an Argo workflow's nodes in `run_details`, the one after
-kubeflow/pipelines#13986 has `tasks`. Neither reports why a step has failed or is waiting. The step's own output does;
-it comes from the backend, or from Kubernetes if that can be reached from here.
+Backends differ: the released one (2.17) lists an Argo workflow's nodes in `run_details`, the one after
+kubeflow/pipelines#13986 has `tasks`. Neither reports why a step failed or is waiting. The step's own output does; it
+comes from the backend, or from Kubernetes if that is reachable.
 """
 
 import re
@@ -20,11 +20,11 @@ from trainer.kubernetes.api.kinds import EVENT, POD, WORKFLOW, Object
 from trainer.retry import retrying
 from trainer.timeouts import PipelineTimeouts
 
-STEPS = ("precache", "train", "export", "evaluate", "clean-up")  # their names in the graph, in order
+STEPS = ("precache", "train", "export", "evaluate", "clean-up")  # names in the graph, in order
 FINAL = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}  # states in which a run has ended
-LAST_LINES = 20  # printed of a failed step
+LAST_LINES = 20  # number of lines printed of a failed step's output
 
-# A line of KFP's or Argo's.
+# A line printed by KFP or Argo
 _LAUNCHER = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] |time=\S+ level=")
 _EXECUTOR = "[KFP Executor"
 _WAITS = " waits: "  # in a step's own line: "worker 0 waits: it cannot be scheduled"
@@ -41,9 +41,9 @@ class Step:
     """A task of the run."""
 
     name: str
-    state: str  # as the backend names it
-    pods: tuple[str, ...] = ()  # their names, oldest first, if the backend lists them
-    message: str = ""  # why it has failed, if the backend gives a reason
+    state: str  # the backend's word
+    pods: tuple[str, ...] = ()  # names, oldest first, if the backend lists them
+    message: str = ""  # why it failed, if the backend gives a reason
     log: str = ""  # URI of the artifact with its output
 
     @property
@@ -52,7 +52,7 @@ class Step:
 
 
 def tasks(run: Mapping[str, Any]) -> list[Step]:
-    """The tasks of a run as either backend lists them, including drivers and graphs."""
+    """The tasks of a run from either kind of backend, including drivers and graphs."""
     if run.get("tasks"):
         return [_step(task) for task in run["tasks"]]
     details = (run.get("run_details") or {}).get("task_details") or []
@@ -70,8 +70,8 @@ def _step(task: Mapping[str, Any]) -> Step:
 class Follower:
     """Prints a run's progress.
 
-    `get_run` raises TrainingError if the backend does not answer; `get_text` returns a log or an artifact from it;
-    `namespace` is that of the steps' pods.
+    `get_run` raises TrainingError if the backend does not answer; `get_text` fetches a log or an artifact from it;
+    `namespace` is the steps' pods' namespace.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Follower:
         self._terminated = False
 
     def follow(self) -> None:
-        """Print what changes until the run has ended. Returns if it has succeeded.
+        """Print changes until the run has succeeded.
 
         Raises:
-            TrainingError: It ended in any other way, with the reason; or the backend stayed away too long.
+            TrainingError: It ended in any other way (with the reason), or the backend was unreachable for too long.
         """
         poll, patience = self._timeouts.poll, self._timeouts.outage
         while True:
@@ -103,7 +103,7 @@ class Follower:
             raise TrainingError(self._failure(run))
 
     def show(self) -> str:
-        """Print the run's present state, as `follow` does, and why it failed if it did. Returns its state."""
+        """Print the run's current state, as `follow` does, and why it failed if it did. Returns the state."""
         run = self._get_run(self._run_id)
         state = run.get("state") or "PENDING"
         self._print(f"run {self._run_id}: {state.lower()}")
@@ -113,14 +113,14 @@ class Follower:
         return str(state)
 
     def print_logs(self, name: str = "") -> None:
-        """Print what each step, or the step `name`, has printed so far, without the lines of KFP's launcher.
+        """Print the output so far of each step, or of the step `name`, without the lines of KFP's launcher.
 
         Raises:
-            ConfigError: No such step has begun.
+            ConfigError: No such step has started.
         """
         found = [step for step in tasks(self._get_run(self._run_id)) if step.name in ((name,) if name else STEPS)]
         if not found:
-            raise ConfigError("step", name, f"has not begun in run {self._run_id}: one of {', '.join(STEPS)}")
+            raise ConfigError("step", name, f"has not started in run {self._run_id}: one of {', '.join(STEPS)}")
         for step in sorted(found, key=lambda one: STEPS.index(one.name)):
             lines = self._lines(step) or ["(no output can be read from here)"]
             self._print("\n".join(f"{step.name} | {line}" for line in lines))
@@ -140,14 +140,14 @@ class Follower:
                     self._show_why_it_waits(step)
 
     def _failure(self, run: Mapping[str, Any]) -> str:
-        """Why a run has not succeeded, in one line. Prints the last lines of the failed step first."""
+        """Why a run did not succeed, in one line. First prints the last lines of the failed step."""
         found = tasks(run)
         steps = sorted((one for one in found if one.name in STEPS), key=lambda one: STEPS.index(one.name))
         if self._terminated or run["state"] == "CANCELED":
             during = "".join(f" during {one.name}" for one in steps if one.is_active or one.state == "FAILED")
             return f"run {self._run_id} was terminated{during}"
         ended = f"run {self._run_id} ended as {run['state'].lower()}"
-        # The first step that has failed is the cause; without one, a driver
+        # The first step that failed is the cause; without one, a driver
         drivers = [one for one in found if one.name.endswith("-driver")]
         failed = next((one for one in (*steps, *drivers) if one.state == "FAILED"), None)
         if failed is None:
@@ -159,14 +159,14 @@ class Follower:
         lines = self._lines(step)
         for line in lines[-LAST_LINES:]:
             self._print(f"{step.name} | {line}")
-        # A step that ends with an exit status prints the reason itself. Any other message is a driver's or launcher's.
+        # A step that ends with an exit status prints the reason itself; any other message is a driver's or launcher's
         message = "" if "exit status" in step.message else step.message
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         found = (message, *errors[-1:], *lines[-1:], step.message)
-        return next(filter(None, found), "its log cannot be read from here: see the link above")
+        return next(filter(None, found), "its log cannot be read from here; see the link above")
 
     def _why_a_driver_failed(self) -> str:
-        """The reason of a failed driver's pod: the newest backend does not list the driver of a graph."""
+        """The error of a failed driver's pod, because the newest backend does not list the drivers of graphs."""
         for pod in self._pods.all():
             name = _task_of(pod)
             if name.endswith("-driver") and (pod.get("status") or {}).get("phase") == "Failed":
@@ -180,14 +180,14 @@ class Follower:
         self._waits[step.name] = why
 
     def _wait_in_its_output(self, step: Step) -> str:
-        """The last line of a running step, if it names what the step waits for. Between two reads: the last result."""
+        """The last line of a running step if it says what the step waits for. Cached between two reads."""
         now = time.monotonic()
         due, interval = self._next_read.get(step.name, (now, self._timeouts.read_log))
         if now < due:
             return self._waits.get(step.name, "")
         last = (self._lines(step) or [""])[-1]
         why = last if _WAITS in last else ""
-        # Each read fetches the whole log, so read less and less often while the step makes progress
+        # Each read fetches the whole log, so back off while the step makes progress
         self._next_read[step.name] = now + interval, self._timeouts.read_log if why else 2 * interval
         return why
 
@@ -198,7 +198,7 @@ class Follower:
         for pod in pods:
             if found := own_lines(self._get_text(f"/apis/v1alpha1/runs/{self._run_id}/nodes/{pod}/log", {})):
                 return found
-        # The log artifact, through the UI: the API server has no such path
+        # The log artifact, through the UI because the API server does not serve artifacts
         if step.log:
             uri = urlsplit(step.log)
             query = {"source": uri.scheme, "bucket": uri.netloc, "key": uri.path.lstrip("/")}
@@ -212,7 +212,7 @@ class Follower:
 
 
 def own_lines(text: str) -> list[str]:
-    """The lines that a step itself has printed, without those of KFP's launcher around them.
+    """The lines that a step itself printed, without those of KFP's launcher.
 
     >>> own_lines("I1128 20:00:00.000001 1 launcher_v2.go:151] launcher info:\\nstep train started (pid 7)\\nround 1")
     ['round 1']
@@ -234,7 +234,7 @@ def _driver_error(line: str) -> str:
 
 
 def why_no_pod(workflow: Object, step: str) -> str:
-    """Why Argo cannot create a step's pod, for example the namespace's quota; "" if it can. Argo keeps trying."""
+    """Why Argo cannot create a step's pod, for example a quota, while it keeps trying; "" if it can."""
     nodes = ((workflow.get("status") or {}).get("nodes") or {}).values()
     waiting = [one for one in nodes if one.get("type") == "Pod" and one.get("phase") == "Pending"]
     return next((one["message"] for one in waiting if one.get("message") and _task_at(one["name"]) == step), "")
@@ -256,7 +256,7 @@ def _task_at(node: str) -> str:
 
 
 class _Pods:
-    """The run's pods; empty if Kubernetes cannot be reached from here. It is asked again after `retry` seconds."""
+    """The run's pods; empty while Kubernetes is unreachable, which is retried after `retry` seconds."""
 
     def __init__(self, run_id: str, namespace: str, retry: float) -> None:
         self._run_id, self._namespace, self._retry = run_id, namespace, retry
@@ -277,7 +277,7 @@ class _Pods:
         return [line.partition(" ")[2] for line in lines or []]  # without the timestamps
 
     def why_it_waits(self, step: str) -> str:
-        """Why a step's newest pod does not start; "" if it has started, or the reason is unknown."""
+        """Why a step's newest pod does not start; "" if it has started or the reason is unknown."""
         pods = [pod for pod in self.all() if _task_of(pod) == step]
         if not pods:
             flows = self._ask(lambda client: client.list(WORKFLOW, f"{_RUN_LABEL}={self._run_id}")[0]) or []
@@ -289,7 +289,7 @@ class _Pods:
         return why_pending(pods[-1], sorted(events, key=lambda one: str(one.get("lastTimestamp"))), {})
 
     def _ask(self, request: Callable[[Client], Any]) -> Any:
-        """Kubernetes's answer; None if it does not answer: it need not be reachable from here."""
+        """Kubernetes' answer; None if it is unreachable, which is allowed."""
         if time.monotonic() < self._next_try:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Run the pipeline from this machine, through `kfp.local`: its workers are here, or on a cluster."""
+"""Run the pipeline from this machine through `kfp.local`, with workers here or on a cluster."""
 
 import io
 import os
@@ -23,10 +23,10 @@ _KFP_INDENT = "    "  # kfp.local indents each line of a step's output, and no o
 
 
 def run(config: TrainingConfig) -> None:
-    """Run the pipeline with a resolved configuration, as `run_pipeline` does.
+    """Run the pipeline with a resolved configuration; see `run_pipeline`.
 
-    At the end, what still runs of it on a cluster is stopped: kfp.local has no exit handlers. An interrupted step has
-    decided that itself.
+    Since kfp.local has no exit handlers, this then stops whatever still runs on a cluster, unless the pipeline was
+    interrupted: the interrupted step has already decided what to stop.
     """
     from components.launcher import create_launcher
     from pipelines.pipeline import training_pipeline
@@ -37,16 +37,16 @@ def run(config: TrainingConfig) -> None:
     except TrainingError:
         try:
             create_launcher(config).clean_up()
-        except TrainingError as error:  # the last line must be the step's own failure
-            print(f"warning: the run's objects are not cleaned up: {error}", file=sys.stderr)
+        except TrainingError as error:  # the last line must be the step's own error
+            print(f"warning: the run's objects were not cleaned up: {error}", file=sys.stderr)
         raise
     create_launcher(config).clean_up()
 
 
 def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run_dir: Path) -> Any:
-    """Run a KFP pipeline or component, and show its steps' output live.
+    """Run a KFP pipeline or component and show its steps' output live.
 
-    All output, kfp's included, is appended to `<run dir>/logs/pipeline.log`. Artifacts go to `<run dir>/pipeline/`.
+    All output, including kfp's, is appended to `<run dir>/logs/pipeline.log`. Artifacts go to `<run dir>/pipeline/`.
 
     Returns:
         The KFP task, with its outputs.
@@ -65,7 +65,7 @@ def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run
         with redirect_stdout(output), _forward_signals(output):
             try:
                 return pipeline(**arguments)
-            except RuntimeError as error:  # kfp's: it names the failed step, but no reason
+            except RuntimeError as error:  # kfp's, which names the failed step but not the reason
                 if output.stopped_by == signal.SIGINT:
                     raise KeyboardInterrupt from None
                 if output.stopped_by == signal.SIGTERM:
@@ -76,16 +76,16 @@ def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], run
 
 
 class StepOutput(io.TextIOBase):
-    """Receives kfp.local's standard output, and passes on the lines of the steps themselves, each with its step's name.
+    """A stand-in for standard output that filters kfp.local's.
 
-    `shown` receives the steps' lines, `log` every line.
+    It writes the steps' own lines to `shown`, each with its step's name, and every line to `log`.
     """
 
     def __init__(self, shown: TextIO, log: TextIO) -> None:
         self._shown, self._log = shown, log
         self._partial = ""
         self._step = ""
-        self._held = ""  # the latest line, if it is an error's: shown once another line follows it
+        self._held = ""  # the latest line if it is an error, shown only once another line follows
         self._tail: deque[str] = deque(maxlen=60)
         self.pid: int | None = None  # of the running step
         self.stopped_by: int | None = None  # the signal that was forwarded to it
@@ -126,9 +126,9 @@ class StepOutput(io.TextIOBase):
         self._shown.flush()
 
     def failure(self) -> str:
-        """Why the step failed: its last line, if that is an error's."""
+        """Why the step failed: its last line, if that is an error."""
         last = self._tail[-1] if self._tail else ""
-        if not self._step:  # it failed before our own code ran: Python's error is all the information there is
+        if not self._step:  # it failed before our own code ran, so there is only Python's error
             self._print("\n".join(self._tail))
             return last
         if last.startswith("error: ") or any(line.startswith("Traceback (") for line in self._tail):
@@ -138,20 +138,20 @@ class StepOutput(io.TextIOBase):
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Let the steps run in this process's Python environment, whose `bin` may not be on the caller's PATH."""
+    """Make the steps use this process's Python environment, whose `bin` may not be on the caller's PATH."""
     variables = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
         RUNNER_PID: str(os.getpid()),
     }
-    # kfp.local replaces "python3" by sys.executable, even inside parameter values such as files:/usr/lib/python3.
+    # kfp.local replaces "python3" by sys.executable, even inside parameter values such as files:/usr/lib/python3
     with mock.patch.dict(os.environ, variables), mock.patch.object(sys, "executable", "python3"):
         yield
 
 
 @contextmanager
 def _forward_signals(output: StepOutput) -> Iterator[None]:
-    """Forward SIGINT and SIGTERM to the running step, which saves its work; kfp.local would leave it running."""
+    """Forward SIGINT and SIGTERM to the running step, which then saves its work; kfp.local would leave it running."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         output.stopped_by = number

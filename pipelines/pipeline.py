@@ -3,12 +3,12 @@
     precache ──config──▶ train ──checkpoint──▶ export ──model──▶ evaluate ──▶ metrics, summary, report
         └──────────────── dataset, and train's checkpoint ──────────▲
 
-Its parameters are those of `TrainingConfig`, the only list of them: the common ones, and `advanced` for all the others.
-Only precache takes them: it checks them before anything else starts, and outputs the resolved configuration.
+Its parameters are derived from `TrainingConfig`: the common ones, and `advanced` for all the others. Only precache
+takes them. It checks them before anything else starts, and outputs the resolved configuration.
 
-On a backend, train, export and evaluate are inside an exit handler: clean-up follows, however they end. Precache is
-outside: an exit handler is a nested DAG, whose inputs would be all parameters instead of precache's two outputs. What
-precache creates belongs to the workflow, and precache itself cleans it up.
+On a backend, train, export and evaluate are inside an exit handler, so that clean-up runs however they end. Precache is
+outside: an exit handler is a nested DAG, and its inputs would be all parameters instead of precache's two outputs.
+The objects that precache creates belong to the workflow, and precache cleans them up itself.
 """
 
 import inspect
@@ -39,8 +39,8 @@ def training_pipeline(*, exit_handler: bool) -> Any:
     """The pipeline, with its parameters and their defaults.
 
     Args:
-        exit_handler: Clean up however the run ends. A backend needs it: there SIGTERM may not reach a step, or leave it
-            too little time. On one machine, processes die with their step.
+        exit_handler: Clean up however the run ends. A backend needs it because SIGTERM may not reach a step, or may
+            leave it too little time. On one machine, processes die with their step.
 
     Returns:
         A KFP GraphComponent named `diloco-training`.
@@ -79,7 +79,7 @@ def training_pipeline(*, exit_handler: bool) -> Any:
 
 
 def _uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """Switch caching off: the steps work on the workers' own volumes, which a cache key does not cover."""
+    """Disable caching, because the steps work on the workers' own volumes, which a cache key does not cover."""
     return task.set_caching_options(False)
 
 
@@ -95,12 +95,12 @@ def compiled(*, literals: bool = True) -> str:
     """The pipeline as YAML, for the Kubeflow UI, `kfp run create` and our own `submit`.
 
     Args:
-        literals: With the allowed values of choices and booleans, from which the UI (2.17) makes drop-downs
-            (kubeflow/pipelines KEP-11385). Backends before 2.16 do not read a pipeline that has them.
+        literals: Include the allowed values of choices and booleans, from which the UI (2.17) makes drop-downs
+            (kubeflow/pipelines KEP-11385). Backends before 2.16 cannot read a pipeline with them.
     """
     pipeline = training_pipeline(exit_handler=True)
     if literals:
-        # kfp 2.17 has the field in its specification, but cannot write it: its compiler refuses `typing.Literal`
+        # kfp 2.17 has the field in its specification, but its compiler rejects `typing.Literal`
         inputs = pipeline.pipeline_spec.root.input_definitions.parameters
         for parameter in common():
             for value in (True, False) if parameter.type is bool else parameter.choices or ():

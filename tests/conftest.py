@@ -1,9 +1,11 @@
 """Fixtures for all tests, and the setup of a session."""
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -11,9 +13,25 @@ JIT_CACHE = "JIT_CACHE_DIR"  # of trainer/diloco/jit.py, which is too slow to im
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let all processes of the session share the compiled kernels: xdist's workers and what tests start inherit it."""
+    """Let all processes of the session share compiled kernels and bytecode.
+
+    xdist's workers and what tests start, some hundred processes, inherit it.
+    """
     if not hasattr(config, "workerinput"):
         os.environ[JIT_CACHE] = tempfile.mkdtemp(prefix="jit-cache-")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        sys.dont_write_bytecode = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import everything without the garbage collector, which would look at all of it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

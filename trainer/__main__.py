@@ -14,7 +14,7 @@ from trainer.tasks import Generation
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, run the command, and return its exit status."""
+    """Parse the command line, run the command and return its exit status."""
     program = "diloco" if Path(sys.argv[0]).stem == "diloco" else "python -m trainer"
     parser = argparse.ArgumentParser(prog=program, description="Train models with DiLoCo, step by step.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -32,42 +32,46 @@ def main(arguments: list[str] | None = None) -> int:
     lookups = (commands.status, commands.dashboard, commands.scale, commands.token)
     added = {step.__name__: add(step) for step in (*steps, *lookups)}
     for name in ("precache", "launch", "status", "dashboard", "scale", "token"):
-        added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; the same as --etcd-endpoints")
+        added[name].add_argument("--etcd", metavar="HOST:PORT", help="an existing etcd; short for --etcd-endpoints")
     added["status"].add_argument("--watch", action="store_true", help="update until the run is over")
-    added["status"].add_argument("--json", action="store_true", help="print one JSON object a line")
-    added["dashboard"].add_argument("directory", type=Path, nargs="?", metavar="RUN", help="its directory")
+    added["status"].add_argument("--json", action="store_true", help="print JSON, one object per line")
+    added["dashboard"].add_argument("directory", type=Path, nargs="?", metavar="RUN", help="the run's directory")
     page = "127.0.0.1:8237"
-    text = f"show the run in the browser, served there [{page}]"
+    text = f"serve a live page of the run at this address [{page}]"
     added["launch"].add_argument("--dashboard", nargs="?", const=page, metavar="HOST:PORT", help=text)
-    listen = "where to serve it; other addresses than loopback get a random token [%(default)s]"
+    listen = "address to serve it at; a non-loopback address gets a random access token [%(default)s]"
     added["dashboard"].add_argument("--listen", metavar="HOST:PORT", default=page, help=listen)
     added["scale"].add_argument("count", metavar="N", help="the new number of nodes")
     added["join"] = add(commands.join)
     _add_flags_of_joining(added)
-    # A machine that joins gives what is its own; all else is the run's
+    # A joining machine sets only its local parameters; the run has the others
     own = {*TrainingConfig.names_in_scope("local"), *TrainingConfig.names_in_scope("place"), "run_dir"}
     own |= {"inner_parallel", "elastic_nproc_per_node", "etcd_cert", "etcd_key"}
     lookup = TrainingConfig.names_in_scope("lookup")
     names = {command.__name__: lookup for command in lookups} | {"join": own}
     for name, command in added.items():
         add_config_flags(command, names.get(name))
-    # The others
+    # Commands without parameters
     _add_generation_flags(add(commands.generate))
     report = add(commands.report)
-    report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run; several are compared")
+    report.add_argument(
+        "run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run's directory; several are compared"
+    )
     report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html; several: comparison.html]")
     verify = add(commands.verify)
-    verify.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run, or volumes of its workers")
-    verify.add_argument("--json", action="store_true", help="print one JSON object a run")
+    verify.add_argument(
+        "run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run's directory, or those of its workers' volumes"
+    )
+    verify.add_argument("--json", action="store_true", help="print one JSON object per run")
     pod = add(commands.pod)
     pod.add_argument("what", choices=("precache", "train", "held-out", "export", "evaluate"))
     pod.add_argument("--config", type=Path, required=True, metavar="FILE", help="the pod's configuration (YAML)")
     pod.add_argument("--slot", type=int, help="train: the preferred slot of this node")
-    pod.add_argument("--port", type=int, default=0, help="the port on which a result is served")
+    pod.add_argument("--port", type=int, default=0, help="the port to serve results on")
     add(commands.schema)
 
     parsed = parser.parse_args(arguments)
-    # Their output is all that these do: they end with it
+    # These commands only print, so they end when their output is closed
     if parsed.run not in (commands.status, commands.verify, commands.schema, commands.generate):
         outlive_output()
     set_up_logging()
@@ -76,16 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_generation_flags(command: argparse.ArgumentParser) -> None:
-    words = "the prompt [standard input]; audio files; pictures, or folders of them; numbers of nodes; classes to draw"
+    words = "a prompt [standard input], audio files, pictures or folders of them, node numbers, or classes to draw"
     command.add_argument("source", type=Path, help="a run's directory, an export, or a checkpoint")
     command.add_argument("inputs", nargs="*", metavar="input", help=words)
     for name, text in {
-        "temperature": "0: always the most likely token",
-        "top_k": "most tokens to choose from; 0: all",
-        "top_p": "probability of the tokens to choose from",
-        "max_tokens": "most tokens to write",
-        "seed": "another one gives another answer",
-        "output": "the file of a drawing",
+        "temperature": "sampling temperature; 0: always the most likely token",
+        "top_k": "sample from this many most likely tokens; 0: all",
+        "top_p": "sample from the most likely tokens with this total probability",
+        "max_tokens": "maximum number of tokens to generate",
+        "seed": "random seed",
+        "output": "file for a generated picture",
     }.items():
         default = getattr(Generation, name)
         kind = Path if name == "output" else type(default)
@@ -95,19 +99,21 @@ def _add_generation_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _add_flags_of_joining(parsers: dict[str, argparse.ArgumentParser]) -> None:
-    """The flags of `launch`, `join` and `token` that are no parameters."""
+    """Add the flags of `launch`, `join` and `token` that are not parameters."""
     parsers["launch"].add_argument(
         "--listen",
         default="",
         metavar="ADDRESS",
-        help="precache, and let other machines join: prints the line to type there. ADDRESS is this machine's, as they "
-        "reach it: host, host:port or [IPv6 address]:port; with --etcd without a port",
+        help="precache, then let other machines join; prints the command to run on them. ADDRESS is where they reach "
+        "this machine: host, host:port or [IPv6 address]:port; no port with --etcd",
     )
     parsers["token"].add_argument("action", choices=("create", "list", "revoke"))
     parsers["token"].add_argument("id", nargs="?", metavar="ID", help="revoke: the token, as list shows it")
     for name in ("launch", "token"):
-        parsers[name].add_argument("--ttl", default="24h", help="for how long a token lets machines join [24h]")
-    parsers["join"].add_argument("token", nargs="?", metavar="TOKEN", help='"-": read it from standard input')
+        parsers[name].add_argument("--ttl", default="24h", help="how long a token stays valid [24h]")
+    parsers["join"].add_argument(
+        "token", nargs="?", metavar="TOKEN", help='the token; "-" reads it from standard input'
+    )
     parsers["join"].add_argument(
         "--token-file", type=Path, metavar="FILE", help="a file with the token; or set JOIN_TOKEN"
     )

@@ -2,12 +2,12 @@
 
     round-000012-step-00000600/
         global.safetensors   the global state, equal in all workers: `model.<parameter>`, `outer.<state>.<parameter>`
-        worker.safetensors   the worker's own state: inner optimizer, RNG and, inside a round, its parameters
+        worker.safetensors   the worker's own state: inner optimizer, RNG and, within a round, its parameters
         state.json           everything except the tensors
         manifest.json        format; sha256 and size of each file; written last
 
-A directory with a missing or different manifest is torn or corrupt: readers skip it, with a warning that names it, and
-use the previous one.
+A directory whose manifest is missing or does not match is torn or corrupt. Readers skip it, with a warning that names
+it, and use the previous one.
 """
 
 import json
@@ -44,7 +44,7 @@ class Checkpoint:
 
     path: Path
     round: int  # committed rounds
-    step: int  # schedule position, in inner steps; beyond the round's start if it was saved inside a round
+    step: int  # schedule position, in inner steps; past the round's start if it was saved within a round
     state: dict[str, Any]  # the content of `state.json`
 
     @property
@@ -65,19 +65,19 @@ class Checkpoint:
         return {name: value for (kind, _, name), value in split if kind == "model"}
 
     def averaged_parameters(self) -> "dict[str, Tensor]":
-        """Their moving average by name, if the run keeps one (`trainer.diloco.Averaged`); else themselves."""
+        """The parameters' moving average, if the run keeps one (`trainer.diloco.Averaged`); else `parameters`."""
         lag = self.global_tensors
         return {name: value + lag.get(f"outer.lag.{name}", 0.0) for name, value in self.parameters().items()}
 
     def worker(self) -> dict[str, Any]:
-        """The worker's own state, as `save` received it."""
+        """The worker's own state, as passed to `save`."""
         from safetensors.torch import load_file
 
         return _join(self.state["worker_state"], load_file(self.path / "worker.safetensors"))
 
 
 class OtherFormat(TrainingError):
-    """A checkpoint of another version of this program: an older one cannot replace it."""
+    """The checkpoint was written by another version of this program. Readers do not fall back to an older one."""
 
 
 def read(path: Path) -> Checkpoint:
@@ -91,8 +91,8 @@ def read(path: Path) -> Checkpoint:
         manifest = read_json(path / "manifest.json")
         if manifest["format"] != FORMAT:
             raise OtherFormat(
-                f"checkpoint {path} has format {manifest['format']}; this version reads format {FORMAT} only: finish "
-                "the run with the version that began it, or start a new run (another run_id)"
+                f"checkpoint {path} has format {manifest['format']}, but this version only reads format {FORMAT}: "
+                "finish the run with the version that started it, or start a new run (another run_id)"
             )
         for name, entry in manifest["files"].items():
             file = path / name
@@ -137,7 +137,7 @@ def newest(directory: Path, warn: Callable[[str], None] = logger.warning) -> Che
 
 
 def newest_state(directory: Path) -> dict[str, Any]:
-    """`state.json` of the newest intact checkpoint in `directory`, or {}. Cheap: tensors are not read."""
+    """`state.json` of the newest intact checkpoint in `directory`, or {}. Cheap, because tensors are not read."""
     for path in paths(directory):
         try:
             files = read_json(path / "manifest.json")["files"]
@@ -149,17 +149,17 @@ def newest_state(directory: Path) -> dict[str, Any]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the newest intact checkpoint in `directory` is its run's final one. Cheap, too."""
+    """Whether the newest intact checkpoint in `directory` is its run's final one. Also cheap."""
     return bool(newest_state(directory).get("complete"))
 
 
 class Checkpointer:
     """Saves checkpoints in `directory` off the training thread, one at a time, and keeps the newest `keep`.
 
-    Calls `on_saved` (path, seconds, bytes), on its own thread, when a checkpoint is durable.
+    Calls `on_saved` (path, seconds, bytes) on its own thread when a checkpoint is durable.
 
     Args:
-        lasts: Whether a tensor of the worker's state does not change after `save`, so that it need not be copied.
+        lasts: Whether a tensor of the worker's state stays unchanged after `save`, so that it need not be copied.
     """
 
     def __init__(
@@ -182,15 +182,15 @@ class Checkpointer:
         complete: bool,
         release: Callable[[], object] = lambda: None,
     ) -> None:
-        """Copy the worker's state, and write all on another thread. Waits if the previous one is still being written.
+        """Copy the worker's state and write everything on another thread. Waits if a save is still in progress.
 
         Args:
-            tensors: The global state, for `global.safetensors`, on the host: not copied.
+            tensors: The global state for `global.safetensors`, on the host; not copied.
             worker: Nested dicts and lists of tensors and JSON values.
-            state: JSON values, with `round` and `step`.
-            release: Called when the tensors, and what `lasts`, may change.
+            state: JSON values, including `round` and `step`.
+            release: Called when the tensors that were not copied may change again.
         """
-        self.wait()  # raises TrainingError if that could not be written
+        self.wait()  # raises TrainingError if the previous one could not be written
         own: dict[str, Tensor] = {}
         document = {**state, "format": FORMAT, "complete": complete, "worker_state": _split(worker, own)}
         own = {name: tensor if self._lasts(tensor) else _copy(tensor) for name, tensor in own.items()}
@@ -202,7 +202,7 @@ class Checkpointer:
             raise TrainingError(f"a checkpoint could not be written to {self._directory}: {error}")
 
     def close(self) -> None:
-        """Wait for the last checkpoint, and end the thread."""
+        """Wait for the last checkpoint and end the thread."""
         self._thread.shutdown()
 
     def _write(
@@ -214,7 +214,7 @@ class Checkpointer:
     ) -> None:
         from safetensors.torch import save_file
 
-        # Write the files, and last their manifest
+        # Write the files, then their manifest
         started = time.perf_counter()
         path = self._directory / name_of(state["round"], state["step"])
         with whole_directory(path) as temporary:
@@ -223,7 +223,7 @@ class Checkpointer:
                 save_file(own, temporary / "worker.safetensors")
             finally:
                 release()
-                global_tensors.clear()  # they may be the last to hold the memory
+                global_tensors.clear()  # these may be the last references to the memory
                 own.clear()
             write_json(temporary / "state.json", state)
             sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
@@ -231,7 +231,7 @@ class Checkpointer:
             write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
         self._on_saved(path, time.perf_counter() - started, sum(sizes.values()))
 
-        # Remove old checkpoints, and newer ones if the run has gone back to an earlier round
+        # Remove old checkpoints, and newer ones if the run went back to an earlier round
         found = paths(self._directory)
         newer = found.index(path)
         for old in (*found[:newer], *found[newer + self._keep :]):
@@ -266,7 +266,7 @@ def _as_tensor(array: np.ndarray) -> "Tensor":
 
 
 def _split(value: Any, tensors: "dict[str, Tensor]", path: str = "") -> dict[str, Any]:
-    """The JSON of a tree, where a name stands for each tensor; these are added to `tensors`, by name."""
+    """The JSON of a tree, with names in place of the tensors, which are added to `tensors` by name."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
@@ -276,7 +276,7 @@ def _split(value: Any, tensors: "dict[str, Tensor]", path: str = "") -> dict[str
         tensors[path] = _as_tensor(value)
         return {"array": path}
     if isinstance(value, Mapping):
-        # Optimizers number their parameters, but JSON's keys are text: keep a list of the numbers.
+        # Optimizers number their parameters, but JSON keys are text: keep a list of the numbers
         numbers = [str(key) for key in value if isinstance(key, int)]
         parts = {str(key): _split(part, tensors, f"{path}/{key}") for key, part in value.items()}
         return {"map": parts, "numbers": numbers}
@@ -309,7 +309,7 @@ def seed_random_state(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of these generators; torch's on the CPU and on every GPU."""
+    """The state of the global generators, including torch's on the CPU and every GPU."""
     import torch
 
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
@@ -323,7 +323,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Restore `random_state`; with another number of GPUs, their generators are left alone."""
+    """Restore `random_state`. If the number of GPUs has changed, their generators are left alone."""
     import torch
 
     torch.random.set_rng_state(state["cpu"])

@@ -1,6 +1,6 @@
-"""The commands of `python -m trainer`, from parsed arguments to an exit status. The docstrings are the help texts.
+"""The commands of `python -m trainer`. Each takes the parsed arguments and returns an exit status.
 
-Each imports what it needs when it runs, so that `--help` answers at once.
+Their docstrings are the help texts. Each command imports its dependencies when it runs, so that `--help` is fast.
 """
 
 import json
@@ -19,7 +19,7 @@ from trainer.files import require_output, require_writable
 def _config(
     arguments: Namespace, *, run_required: bool = False, join: bool = False, defaults: Mapping[str, str] | None = None
 ) -> TrainingConfig:
-    """The resolved configuration; with `join`, completed by that of a run which has begun elsewhere."""
+    """The resolved configuration; with `join`, completed from a run that has already started elsewhere."""
     config = _unresolved(arguments, defaults)
     if join and config.etcd.endpoints and config.run_id:
         from trainer.elastic.keys import joined
@@ -41,7 +41,7 @@ def _unresolved(arguments: Namespace, defaults: Mapping[str, str] | None = None)
 
 
 def precache(arguments: Namespace) -> int:
-    """Put the dataset and the model onto each worker's volume."""
+    """Download and prepare the dataset and the model on each worker's volume."""
     config = _config(arguments, join=True)
     from trainer.data import precache_all
     from trainer.launch.preflight import check
@@ -64,18 +64,18 @@ def launch(arguments: Namespace) -> int:
         from trainer.monitor.web.server import require_address
 
         require_address(arguments.dashboard)
-    if arguments.listen:  # all is there before other machines are let in
+    if arguments.listen:  # precache before other machines are admitted
         from trainer.data import precache_all
         from trainer.launch.preflight import check
 
-        Listening.of(config, Path(config.run_dir), arguments.listen)  # refused before the long work
+        Listening.of(config, Path(config.run_dir), arguments.listen)  # a bad address fails before the long work
         check(config)
         precache_all(config)
     return local.launch(config, listen=arguments.listen, ttl=ttl, dashboard=arguments.dashboard)
 
 
 def join(arguments: Namespace) -> int:
-    """Take part in the training of another machine, by the token that its launch has printed."""
+    """Join the training of another machine with the token that its `launch --listen` printed."""
     from trainer.launch import token as tokens
 
     if arguments.token != "-" and arguments.token in sys.orig_argv:
@@ -90,7 +90,7 @@ def join(arguments: Namespace) -> int:
 
 
 def token(arguments: Namespace) -> int:
-    """Make, list or revoke the tokens by which machines join a run."""
+    """Create, list or revoke the tokens with which machines join a run."""
     config = _unresolved(arguments)
     from trainer.launch.admission import manage
     from trainer.launch.token import seconds_of
@@ -98,13 +98,13 @@ def token(arguments: Namespace) -> int:
 
     ttl = seconds_of(arguments.ttl)
     if (arguments.id is None) == (arguments.action == "revoke"):
-        raise ConfigError("ID", arguments.id or "", "must name the token with revoke, and is of no use otherwise")
+        raise ConfigError("ID", arguments.id or "", "must name a token with revoke, and must be left out otherwise")
     manage(arguments.action, find(config), None if config.etcd.endpoints else run_directory(config), arguments.id, ttl)
     return 0
 
 
 def train(arguments: Namespace) -> int:
-    """Train as one worker; a torchrun agent starts it."""
+    """Train as one worker (started by a torchrun agent)."""
     config = _config(arguments, run_required=True)
     from trainer.worker.preload import set_up_torch
 
@@ -115,7 +115,7 @@ def train(arguments: Namespace) -> int:
 
 
 def export(arguments: Namespace) -> int:
-    """Write the trained model as a Hugging Face directory."""
+    """Write the trained model in Hugging Face format."""
     config = _unresolved(arguments)
     from trainer.export import export as exporting
 
@@ -138,7 +138,7 @@ def evaluate(arguments: Namespace) -> int:
 
 
 def generate(arguments: Namespace) -> int:
-    """Talk to a trained model: continue a prompt, transcribe audio files, classify pictures or nodes, draw."""
+    """Use a trained model: continue a prompt, transcribe audio, classify pictures or nodes, or generate pictures."""
     from trainer.export.generate import generate as answering
 
     options = ("temperature", "top_k", "top_p", "max_tokens", "seed", "output")
@@ -199,7 +199,7 @@ def report(arguments: Namespace) -> int:
 
 
 def verify(arguments: Namespace) -> int:
-    """Prove or refute, from what its workers have left, that a run kept its promises."""
+    """Check from its workers' records that a run kept its guarantees."""
     from trainer.monitor.verify import show
     from trainer.monitor.verify import verify as judging
 
@@ -212,7 +212,7 @@ def verify(arguments: Namespace) -> int:
 
 
 def pod(arguments: Namespace) -> int:
-    """What the pods of a training on a cluster run."""
+    """Run one pod of a training on a cluster."""
     from trainer.kubernetes import pod_main
 
     return pod_main.run(arguments.what, arguments.config, slot=arguments.slot, port=arguments.port)

@@ -16,7 +16,7 @@ def device_of(config: TrainingConfig, local_rank: int = 0) -> "torch.device":
     if not config.device.startswith("cuda"):
         return torch.device(config.device)
     if not torch.cuda.is_available():
-        allowed = "there is no GPU here that torch can use; for a CPU, use --device cpu"
+        allowed = "torch finds no usable GPU on this machine; to train on the CPU, use --device cpu"
         raise ConfigError("device", config.device, allowed)
     device = torch.device(config.device if ":" in config.device else f"cuda:{local_rank}")
     if (device.index or 0) >= torch.cuda.device_count():

@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run failed for a reason that the user can act on. The process exits with status 1."""
+    """The run failed for a reason that the user can act on. The process exits with status 1."""
 
 
 class Interrupted(BaseException):
@@ -57,14 +57,14 @@ def out_of_memory(limit: str = "", *, in_pod: bool = True) -> str:
 
     `limit` is the memory it may use, for example "32Gi"; `in_pod`: whether `memory_gb` sets that limit.
     """
-    most = f" (it may take {limit})" if limit else ""
+    most = f" (its limit is {limit})" if limit else ""
     lower = "lower per_device_train_batch_size or sequence_length"
-    other = "take a smaller model, or raise memory_gb" if in_pod else "or take a smaller model"
+    other = "use a smaller model, or raise memory_gb" if in_pod else "or use a smaller model"
     return f"{OUT_OF_MEMORY}{most}: {lower}, {other}"
 
 
 def one_line(error: BaseException) -> str:
-    """The message of a library's exception, short enough for the end of a sentence."""
+    """A library exception's message on one line, short enough to end a sentence."""
     message = " ".join(str(error).split()) or type(error).__name__
     return message if len(message) <= 300 else f"{message[:299]}…"
 
@@ -75,9 +75,9 @@ def listed(names: list[str]) -> str:
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and exit with its status; after an expected failure, with one line and the failure's status.
+    """Call `main` and exit with its status. After an expected failure, print one line and exit with its status.
 
-    If the reader of its output has gone (`… | head`), the status is that of a process that SIGPIPE ends, 141, unless
+    If the reader of the output is gone (`… | head`), exit with 141, like a process ended by SIGPIPE, unless
     `outlive_output` was called.
     """
     _write_any_text()
@@ -100,14 +100,14 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 
 
 def _write_any_text() -> None:
-    """Let a path that the output's encoding lacks (`PYTHONIOENCODING=ascii`) be escaped instead of ending the work."""
+    """Escape characters that the output's encoding lacks (`PYTHONIOENCODING=ascii`) instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
 def outlive_output() -> None:
-    """Let the process's work go on when the reader of its output has gone; further output then goes nowhere."""
+    """Keep the process working when the reader of its output is gone; further output is discarded."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
@@ -119,9 +119,9 @@ def outlive_output() -> None:
 
 
 class _Lasting(io.FileIO):
-    """A descriptor whose failure ends nothing.
+    """A file descriptor whose failure does not end the process.
 
-    It is replaced by /dev/null when its reader has gone (a pipe's, or a terminal): for child processes, too.
+    When its reader is gone (a pipe's reader, or a terminal), it is replaced by /dev/null, also for child processes.
     """
 
     def write(self, data: "ReadableBuffer") -> int:
@@ -130,7 +130,7 @@ class _Lasting(io.FileIO):
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):
                 _to_nowhere(self.fileno())
-            elif error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk loses these lines only
+            elif error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk loses only these lines
                 raise
             return memoryview(data).nbytes
 

@@ -1,8 +1,8 @@
 """The events of a worker, `metrics.jsonl`: one writer (`EventLog`) and one reader (`EventReader`).
 
-Every other view of a run is made from this file: one JSON object a line, flushed as it happens. `event` is one of
-start, assignment, step, round, eval, checkpoint, membership, link, warning and end; `time` is in Unix seconds. NaN and
-infinities, which JSON does not have, are written as null.
+Every other view of a run is derived from this file, which has one JSON object per line, flushed at once. `event` is one
+of start, assignment, step, round, eval, checkpoint, membership, link, warning and end; `time` is in Unix seconds. NaN
+and infinities, which JSON does not have, are written as null.
 """
 
 import json
@@ -43,8 +43,8 @@ class EventLog:
         _end_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
         self.sinks: list[Sink] = []
-        self.links: dict[str, str] = {}  # where the trackers show this worker: their names and URLs
-        self._lock = threading.Lock()  # checkpoints and trackers have threads of their own
+        self.links: dict[str, str] = {}  # this worker's URLs by tracker
+        self._lock = threading.Lock()  # checkpoints and trackers have their own threads
         self._handler = _WarningHandler(lambda message: self.write("warning", message=message))
 
     def write(self, event: str, **fields: Any) -> None:
@@ -60,23 +60,23 @@ class EventLog:
                 except Exception as error:
                     self.sinks.remove(sink)
                     failures.append(f"{sink.name} is switched off: {one_line(error)}")
-        for failure in failures:  # outside of the lock: a warning is an event, too
+        for failure in failures:  # outside the lock, because a warning is also an event
             self.warn(failure)
 
     def warn(self, message: str) -> None:
-        """Log a warning, and record it as an event."""
+        """Log a warning and record it as an event."""
         logger.warning(message)
         self.write("warning", message=message)
 
     def link(self, name: str, url: str) -> None:
-        """Record where a tracker shows this worker. `start` has the links of then, a `link` event each later one."""
+        """Record a tracker's URL of this worker. `start` contains those known by then; later ones are `link` events."""
         self.links[name] = url
         self.write("link", links={name: url})
 
     def capture_warnings(self) -> None:
         """Record log messages marked with `extra={"event": True}` as `warning` events, until the log is closed.
 
-        Code below this floor reports to the event log this way, without having it handed in.
+        Lower-level code reports to the event log in this way, without a reference to it.
         """
         logging.getLogger("trainer").addHandler(self._handler)
 
@@ -109,8 +109,8 @@ class _WarningHandler(logging.Handler):
 class EventReader:
     """Reads events as they are appended. The file need not exist yet.
 
-    A last line without its newline is still being written: it is left for the next call. Other lines that are not
-    events (torn by a kill) are skipped. `last` begins that many bytes before the file's present end.
+    A last line without a newline is still being written and is left for the next call. Other lines that are not events
+    (torn by a kill) are skipped. `last` starts that many bytes before the file's current end.
     """
 
     def __init__(self, path: Path, last: int | None = None) -> None:
@@ -119,14 +119,14 @@ class EventReader:
         self._offset = 0 if last is None else max(0, size - last)
 
     def pieces(self) -> Iterator[list[Event]]:
-        """As `read`, in pieces that keep memory small however long the file is."""
+        """Like `read`, but in pieces, so that long files need little memory."""
         before = None
         while self._offset != before:
             before = self._offset
             yield self.read(_PIECE)
 
     def read(self, most: int = -1) -> list[Event]:
-        """The events since the last call, in the file's order; of about `most` bytes, unless that is negative."""
+        """The events since the last call, in the file's order; at most about `most` bytes, unless that is negative."""
         if not self._path.is_file():
             return []
         with self._path.open("rb") as file:
@@ -159,7 +159,7 @@ def _json_number(value: Any) -> Any:
 
 
 def _end_torn_line(path: Path) -> None:
-    """End the half line that a killed process may have left, so that the next event has a line of its own."""
+    """End an incomplete line of a killed process, so that the next event starts a new line."""
     if path.exists() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, os.SEEK_END)

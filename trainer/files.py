@@ -61,7 +61,7 @@ def sha256(path: Path) -> str:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether the file is what Git LFS leaves in place of a file that it has not downloaded."""
+    """Whether the file is a Git LFS pointer, the placeholder of a file that was not downloaded."""
     if path.stat().st_size >= _LONGEST_POINTER:
         return False
     with path.open("rb") as file:
@@ -69,7 +69,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def _fsync(path: Path) -> None:
-    """Make a file durable, or a directory's entries."""
+    """Make a file, or a directory's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,10 +79,10 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def whole_directory(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes `final` when the block ends, and is removed when it raises.
+    """Yield a temporary sibling that becomes `final` when the block ends, and is removed if the block raises.
 
     Every file is fsynced before the rename, so after a crash `final` is either complete or missing. An existing
-    `final` is replaced. Temporary directories that dead processes have left beside it are removed, too.
+    `final` is replaced. Temporary directories left by dead processes are also removed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     for stale in final.parent.glob(".*.*.tmp"):
@@ -100,7 +100,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
 
 
 def replace_directory(complete: Path, final: Path) -> None:
-    """Make a directory durable, and rename it to its sibling `final`, which it replaces."""
+    """Make a directory durable and rename it to its sibling `final`, replacing that."""
     for path in (*complete.rglob("*"), complete):
         _fsync(path)
     replaced = _temporary(final.with_name(f"{final.name}.old"))
@@ -121,7 +121,7 @@ def _host() -> str:
 
 
 def _is_written(temporary: Path) -> bool:
-    """Whether a process may still be writing a directory that `_temporary` has named."""
+    """Whether a process may still be writing a directory named by `_temporary`."""
     host, pid = ["", *temporary.name.split(".")][-3:-1]
     if not pid.isdigit():  # not named by `_temporary`
         return True
@@ -132,20 +132,20 @@ def _is_written(temporary: Path) -> bool:
             return False
     try:
         newest = max(path.stat().st_mtime for path in (temporary, *temporary.rglob("*")))
-    except OSError:  # it is changing right now
+    except OSError:  # it is being changed right now
         return True
     return time.time() - newest < _ABANDONED
 
 
 def require_writable(directory: Path, field: str, *, make: bool = True) -> None:
-    """Raise ConfigError unless files can be created in `directory`, which the parameter `field` names.
+    """Raise ConfigError unless files can be created in `directory`, the value of the parameter `field`.
 
     A missing directory is created if `make` is true; otherwise, its nearest existing parent is checked instead.
     """
     try:
         if make:
             directory.mkdir(parents=True, exist_ok=True)
-        # A random name: processes in two containers may share the directory and have equal pids.
+        # A random name, because processes in two containers may share the directory and have equal pids
         with tempfile.NamedTemporaryFile(dir=directory if make else _existing(directory), prefix=".probe.") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
@@ -154,7 +154,7 @@ def require_writable(directory: Path, field: str, *, make: bool = True) -> None:
 
 
 def require_output(path: Path, field: str) -> None:
-    """Raise ConfigError unless the file `path` can be written. Creates its directory if that is missing."""
+    """Raise ConfigError unless the file `path` can be written. Creates its directory if missing."""
     if path.is_dir():
         raise ConfigError(field, path, "is a directory")
     try:
@@ -168,14 +168,14 @@ def require_free_space(directory: Path, needed: int, field: str) -> None:
     free = shutil.disk_usage(_existing(directory)).free
     if free < needed:
         sizes = (_size(needed), _size(free))
-        if sizes[0] == sizes[1]:  # rounded, they would not show the difference
+        if sizes[0] == sizes[1]:  # equal after rounding: show exact numbers
             sizes = (f"{needed:,} bytes", f"{free:,} bytes")
         allowed = f"needs {sizes[0]}, but its disk has only {sizes[1]} free"
         raise ConfigError(field, directory, allowed)
 
 
 def _size(count: int) -> str:
-    """A number of bytes in the largest unit of which there is one."""
+    """A number of bytes in the largest suitable unit."""
     unit, factor = next((one for one in _UNITS if count >= one[1]), ("bytes", 1))
     return f"{count / factor:.4g} {unit}"
 

@@ -1,4 +1,4 @@
-"""Which log records a command prints: ours from INFO, libraries' from WARNING."""
+"""Log levels of a command: INFO for this project, WARNING for libraries."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ _LEVELS = {"": logging.WARNING} | dict.fromkeys(("trainer", "components", "pipel
 
 
 def set_up_logging() -> None:
-    """Configure logging of a process of its own: plain lines on standard error."""
+    """Configure this process's logging: plain lines on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name, level in _LEVELS.items():
         logging.getLogger(name).setLevel(level)
@@ -17,7 +17,7 @@ def set_up_logging() -> None:
 
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
-    """Apply the same levels temporarily, where another program (kfp's executor) has configured the root logger."""
+    """Apply the same levels temporarily where another program (kfp's executor) has configured the root logger."""
     before = {name: logging.getLogger(name).level for name in _LEVELS}
     try:
         for name, level in _LEVELS.items():

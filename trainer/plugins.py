@@ -11,10 +11,10 @@ from typing import Any
 
 
 def modules_of(package: str, *names: str) -> list[ModuleType]:
-    """Every module directly in a package, imported, by name.
+    """Import every module directly in a package, in order of name.
 
     With `names`, only the modules whose source assigns one of them at the top level. The others are helpers, which may
-    import torch: a process that only looks a plug-in up (a launch, a step of the pipeline) must not wait for that.
+    import torch; a process that only looks up a plug-in (a launch, a pipeline step) must not wait for that.
     """
     paths = importlib.import_module(package).__path__
     found = (f"{package}.{module.name}" for module in pkgutil.iter_modules(paths))
@@ -29,6 +29,6 @@ def _assigns(module: str, names: tuple[str, ...]) -> bool:
 
 @cache
 def named_classes(package: str) -> dict[str, type[Any]]:
-    """The classes that a package's modules define with a `name` of their own, by that name."""
+    """The classes in a package's modules that define their own `name`, by that name."""
     classes = [value for module in modules_of(package) for value in vars(module).values() if isinstance(value, type)]
     return {vars(found)["name"]: found for found in classes if isinstance(vars(found).get("name"), str)}

@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 _NICENESS = 5
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
-_CONGESTION = 13  # TCP_CONGESTION of Linux, which not every Python's `socket` names
+_CONGESTION = 13  # Linux's TCP_CONGESTION, which not every Python's `socket` defines
 
 # Runs in the child before the program. PR_SET_PDEATHSIG (1) survives exec; if the parent died before it was set, the
-# parent's pid differs. A `preexec_fn` would run after a fork of a process with gRPC's threads, which is unsafe.
+# parent's pid has changed. A `preexec_fn` would be unsafe: it runs after the fork of a process with gRPC's threads.
 _PRELUDE = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
     "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
@@ -30,7 +30,7 @@ _PRELUDE = (
 def dying_with_parent(command: list[str]) -> list[str]:
     """Wrap `command` so that the kernel kills it when this process ends, even by kill -9.
 
-    The kernel acts when the *thread* that started it ends: use a thread that lives as long as the child is needed.
+    The kernel acts when the *thread* that started the child ends: use a thread that lives as long as the child.
     """
     return [sys.executable, "-I", "-S", "-c", _PRELUDE, str(os.getpid()), *command]
 
@@ -38,16 +38,16 @@ def dying_with_parent(command: list[str]) -> list[str]:
 def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
     """A listening TCP socket on `port`, or on the first free port of `port_range` ("low-high"), or on any.
 
-    Of a name, the IPv4 address is preferred. If no interface of this machine has the address (it belongs to a NAT or a
-    service), or it is empty, the socket listens on all interfaces.
+    For a name, the IPv4 address is preferred. If the address is empty, or no interface of this machine has it (it
+    belongs to a NAT or a service), the socket listens on all interfaces.
 
     Raises:
-        ConfigError: The port, or every port of the range, is taken; or the address has no meaning here.
+        ConfigError: The port, or every port of the range, is taken, or the address is invalid.
     """
     try:
         own = address_of(address) if address else ""
     except OSError as error:
-        raise ConfigError("advertise_address", address, f"is no address: {error.strerror}") from None
+        raise ConfigError("advertise_address", address, f"is not an address: {error.strerror}") from None
     low, high = map(int, port_range.split("-")) if port_range and not port else (port, port)
     for candidate in range(low, high + 1):
         for host in dict.fromkeys((own, "")):
@@ -58,11 +58,11 @@ def listen(address: str, port_range: str = "", port: int = 0) -> socket.socket:
                     break
     if port_range and not port:
         raise ConfigError("port_range", port_range, "has no free port left")
-    raise ConfigError("port", port, "is taken by another process, or may not be used")
+    raise ConfigError("port", port, "is used by another process, or may not be used")
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that listens on an address; on all of IPv4 and IPv6 if it is empty."""
+    """A socket that listens on an address; if it is empty, on all IPv4 and IPv6 addresses."""
     both = not host and socket.has_dualstack_ipv6()
     listener = socket.socket(socket.AF_INET6 if both or ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -78,9 +78,9 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def return_freed_memory(least: int = 1 << 20) -> None:
-    """From now on, return blocks of `least` bytes or more to the kernel when they are freed (glibc; else no effect).
+    """From now on, return freed blocks of at least `least` bytes to the kernel. Only has an effect with glibc.
 
-    By default glibc raises its threshold to 32 MB as such blocks are freed, and keeps them in a heap, in pieces.
+    By default, glibc raises this threshold up to 32 MB as such blocks are freed, and keeps them in a fragmented heap.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -92,7 +92,7 @@ def number_from(variable: str) -> int:
     """The number in an environment variable that the agent sets for its workers; 0 if unset."""
     text = os.environ.get(variable, "0")
     if not (text.isascii() and text.isdecimal()):
-        raise ConfigError(variable, text, "must be a number: torchrun, or `launch`, sets it")
+        raise ConfigError(variable, text, "must be a number, as set by torchrun or `launch`")
     return int(text)
 
 
@@ -102,16 +102,16 @@ def endpoint_of(host: str, port: int) -> str:
 
 
 def address_of(host: str) -> str:
-    """The IP address of a name or an address, IPv4 rather than IPv6. Raises OSError if there is none."""
+    """The IP address of a name or an address; IPv4 is preferred. Raises OSError if there is none."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except UnicodeError:  # a part of the name is empty, or longer than 63 letters
-        raise socket.gaierror(socket.EAI_NONAME, "no name of a host") from None
+    except UnicodeError:  # a part of the name is empty or longer than 63 characters
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
 
 
 def loopback() -> str:
-    """This machine's loopback address: IPv6's if it has no IPv4."""
+    """This machine's loopback address; the IPv6 one only if it has no IPv4."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind(("127.0.0.1", 0))
@@ -121,7 +121,7 @@ def loopback() -> str:
 
 
 def is_own(address: str) -> bool:
-    """Whether an interface of this machine has an IP address, so that a socket can listen there."""
+    """Whether an IP address belongs to an interface of this machine, so that a socket can listen there."""
     try:
         _bound(address, 0).close()
     except OSError as error:
@@ -130,7 +130,7 @@ def is_own(address: str) -> bool:
 
 
 def is_loopback(endpoint: str) -> bool:
-    """Whether `endpoint` (host:port) names a loopback address, which is another machine on each machine."""
+    """Whether `endpoint` (host:port) is a loopback address, which is useless to other machines."""
     host = endpoint.rpartition(":")[0].strip("[]")
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
@@ -144,27 +144,27 @@ def connect(endpoint: str, timeout: float) -> socket.socket:
 
 
 def prefer_bbr(connection: socket.socket) -> None:
-    """Let BBR control a connection's congestion, where the kernel permits it and another machine is at the other end.
+    """Use BBR congestion control for a connection to another machine, where the kernel permits it.
 
-    cubic, the default of most hosts, takes each lost packet for congestion: over a long link that loses one in a
-    thousand it keeps to a hundredth of the bandwidth (docs/guide/slow-links.md).
+    cubic, the default of most hosts, takes every lost packet for congestion. Over a long link that loses one packet in
+    a thousand, it uses a hundredth of the bandwidth (docs/guide/slow-links.md).
     """
-    with suppress(OSError):  # the kernel lacks it, or reserves it; or the connection is closed already
+    with suppress(OSError):  # the kernel lacks or reserves BBR, or the connection is already closed
         if not ipaddress.ip_address(connection.getpeername()[0].partition("%")[0]).is_loopback:
             connection.setsockopt(socket.IPPROTO_TCP, _CONGESTION, b"bbr")
 
 
 def congestion(connection: socket.socket) -> str:
-    """What controls a connection's congestion; empty if the system does not say."""
+    """The name of a connection's congestion control; empty if unknown."""
     with suppress(OSError):
         return connection.getsockopt(socket.IPPROTO_TCP, _CONGESTION, 16).partition(b"\0")[0].decode()
     return ""
 
 
 def at_once(work: Callable[[T], None], items: Iterable[T]) -> None:
-    """Call `work` for all items, on a thread each, and return when all are done.
+    """Call `work` for all items, each on its own thread, and return when all are done.
 
-    Unlike an executor's, the threads do not hold up the end of the process.
+    Unlike an executor's, the threads do not delay the end of the process.
     """
     threads = [threading.Thread(target=work, args=(item,), daemon=True) for item in items]
     for thread in threads:
@@ -174,14 +174,14 @@ def at_once(work: Callable[[T], None], items: Iterable[T]) -> None:
 
 
 def lower_priority() -> None:
-    """Lower the priority of the calling thread: training comes first. Only Linux has priorities of threads."""
+    """Lower the priority of the calling thread below that of training. Only Linux has thread priorities."""
     if sys.platform.startswith("linux"):
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def refused(endpoint: str, timeout: float = 1.0) -> bool:
-    """Whether `endpoint` refuses connections: its machine is up, its process is not."""
+    """Whether `endpoint` refuses connections: its machine is up, but its process is not."""
     try:
         connect(endpoint, timeout).close()
     except OSError as error:

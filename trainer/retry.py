@@ -1,4 +1,4 @@
-"""The one retry policy: exponential back-off up to a limit, interruptible (tenacity)."""
+"""The project's only retry policy: interruptible exponential back-off up to a limit (tenacity)."""
 
 import math
 import sys
@@ -26,7 +26,7 @@ def retrying(
         worth_retrying: Whether an exception is transient. Any other one is raised at once.
         patience: Seconds from the first attempt after which the last exception is raised.
         attempts: Attempts after which the last exception is raised.
-        first_pause: Seconds before the second attempt; each further pause is twice as long as the previous one.
+        first_pause: Seconds before the second attempt; each further pause is twice as long as the one before.
         longest_pause: Maximum seconds between two attempts.
         stopping: Once set, no further attempt is made, and the last exception is raised.
         on_retry: Called with the exception before each pause, to log it. It may raise.

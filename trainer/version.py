@@ -1,4 +1,4 @@
-"""The project's version, which pyproject.toml alone states, and the container image built from it."""
+"""The project's version, from pyproject.toml, and the container image built from it."""
 
 from importlib.metadata import version
 

@@ -1,6 +1,6 @@
 """The directories of a run and its workers.
 
-`<run dir>/worker-<i>/` on this machine corresponds to `/data` in a pod: one worker's volume.
+A worker's volume is `<run dir>/worker-<i>/` on this machine, and `/data` in a pod.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from trainer.config import UNSET, TrainingConfig
 class Volume:
     """One worker's directories."""
 
-    root: Path  # of `metrics.jsonl` and `config.json`
+    root: Path  # contains `metrics.jsonl` and `config.json`
     models: Path  # precached
     datasets: Path  # precached
     checkpoints: Path  # of this run
@@ -25,9 +25,9 @@ class Volume:
 
     @classmethod
     def of(cls, config: TrainingConfig, local_rank: int = 0) -> "Volume":
-        """The volume that a worker's own configuration (from `worker_configs`, or a pod's) describes.
+        """The volume of a worker's own configuration (from `worker_configs`, or a pod's).
 
-        The workers of one node share its models and datasets. Those of local rank r > 0 write below `process-<r>/`.
+        The workers of one node share its models and datasets. Those with local rank r > 0 write below `process-<r>/`.
         """
         root, checkpoints = Path(config.run_dir), _checkpoint_directory(config)
         if local_rank > 0:
@@ -38,8 +38,8 @@ class Volume:
 def worker_configs(config: TrainingConfig) -> list[TrainingConfig]:
     """The configuration of each node of a run on this machine, with its own volume `<run dir>/worker-<i>` and ports.
 
-    If the user has chosen the model or dataset directory, all workers share it. Below a chosen `checkpoint_path`, each
-    worker has a directory of its own.
+    If the user has set the model or dataset directory, all workers share it. Below a given `checkpoint_path`, each
+    worker has its own directory.
     """
     configs = [_own_volume(config, Path(config.run_dir).absolute() / f"worker-{node}") for node in range(config.nodes)]
     if config.metrics_port == UNSET:
@@ -53,13 +53,13 @@ def _own_volume(config: TrainingConfig, root: Path) -> TrainingConfig:
     own = {"model_cache_dir": "models", "dataset_cache_dir": "datasets", "checkpoint_path": "checkpoints"}
     values = {"checkpoint_path": str(_checkpoint_directory(config) / root.name), "run_dir": str(root)}
     for name, folder in own.items():
-        if getattr(config, name) == TrainingConfig.model_fields[name].default:  # the user has not chosen it
+        if getattr(config, name) == TrainingConfig.model_fields[name].default:  # not set by the user
             values[name] = str(root / folder)
     return config.with_values(**values)
 
 
 def _checkpoint_directory(config: TrainingConfig) -> Path:
-    """`checkpoint_path` may name a `.pth` file, as in older configurations: its directory is used."""
+    """The directory in `checkpoint_path`. Older configurations name a `.pth` file; then it is the file's directory."""
     path = Path(config.checkpoint_path)
     return path.parent if path.suffix in (".pth", ".pt") else path
 

@@ -1,4 +1,4 @@
-"""Exit handler: nothing of a run keeps running after its pipeline has ended."""
+"""Exit handler: stop everything of a run when its pipeline ends."""
 
 from components.clean_up.component import clean_up
 

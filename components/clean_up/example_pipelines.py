@@ -9,7 +9,7 @@ from components.train import train
 
 @dsl.pipeline(name="clean-up-example")
 def example_pipeline(launcher: str = "auto", deployment_name: str = "mine") -> None:
-    """Train, and leave nothing running, however that ends."""
+    """Train, and leave nothing running, however the training ends."""
     where = {"nodes": 2, "etcd_endpoints": [], "advanced": {}}
     names = {"launcher": launcher, "run_id": "", "deployment_name": deployment_name, **where}
     job_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER

@@ -17,8 +17,8 @@ def evaluate(
 ) -> None:
     """Score the exported model on held-out data, and write the run's summary and report.
 
-    The held-out data must belong to the dataset that the model was trained on. On a cluster, a model that was scored
-    by the pod of its export is not scored again.
+    The held-out data must belong to the dataset that the model was trained on. On a cluster, the pod that exports the
+    model also scores it; a model that has been scored is not scored again.
 
     Args:
         config: The output `config` of precache.

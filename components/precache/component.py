@@ -1,4 +1,4 @@
-"""The precache component. It alone takes the parameters; later steps take the `config` that it outputs."""
+"""The precache component. It takes the parameters; later steps take the `config` that it outputs."""
 
 import linecache
 from typing import Any
@@ -9,7 +9,7 @@ from components.parameters import common
 from components.runtime import IMAGE
 
 # KFP ships a component's source and calls it with explicit arguments; a backend does not collect parameters into a
-# dict. So this source is generated from the configuration, the only list of parameters.
+# dict. So this source is generated from the configuration, the single list of parameters.
 _SOURCE = '''\
 def precache(
     precached: dsl.Output[dsl.Dataset],
@@ -18,18 +18,18 @@ def precache(
 {parameters}
     advanced: dict = {{}},
 ):
-    """Check all parameters, and put the model and the dataset onto each worker's volume.
+    """Check all parameters and put the model and the dataset onto each worker's volume.
 
-    On one machine, a volume is a subdirectory of the run's; on a cluster it is a persistent volume claim. A bad
-    parameter fails this step before anything is created. Only this component takes the training's parameters. It
+    On one machine, a volume is a subdirectory of the run's directory; on a cluster, it is a persistent volume claim. A
+    bad parameter fails this step before anything is created. Only this component takes the training's parameters. It
     validates and completes them, and outputs them as `config` for the later steps.
 
     Args:
-        precached: The held-out data with its manifest and tokenizer; the metadata has the dataset's counts.
-        config: All parameters with a run id, a run directory, a launcher and a namespace, by flat name.
+        precached: The held-out data with its manifest and tokenizer. Its metadata gives the dataset's counts.
+        config: All parameters by flat name, including the run id, run directory, launcher and namespace chosen here.
         job_id: Names the run if `run_id` is empty, so that a retried step continues the same run.
 {descriptions}
-        advanced: All parameters that have no input of their own, by name.
+        advanced: All parameters that have no input here, by name.
     """
     values = dict(locals())
     from components import steps

@@ -15,12 +15,11 @@ def train(
 ) -> None:
     """Train with DiLoCo until `total_steps`, with one worker per node. A run that has a checkpoint resumes from it.
 
-    The step starts the workers, as processes on one machine or as jobs on a cluster, follows them, and prints their
-    progress.
+    The step starts the workers (processes on one machine, jobs on a cluster), follows them and prints their progress.
 
     Args:
         config: The output `config` of precache.
-        precached: The output `precached` of precache: training starts after it.
+        precached: The output `precached` of precache; training starts after it.
         checkpoint: The final checkpoint's `global.safetensors`; on a cluster, the names of the claims that hold it.
         training_metrics: Final losses, rounds, steps, samples, bytes sent and received, goodput.
         training_summary: The run on one page, with links to its trackers and, on a cluster, the `kubectl` line.

@@ -1,15 +1,15 @@
-"""How much inner steps are slowed by synchronisations that go on beside them, in threads of the same process.
+"""The slowdown of inner steps by synchronisations that run at the same time, in threads of the same process.
 
     python tests/benchmarks/bench_beside.py [--parameters 30000000] [--blocks 5] [--methods fp32 int8 int4 ternary]
 
-Two workers, in a network namespace each, over a link of 1 Gbit/s. One makes inner steps of a small language model, on
-one thread, for as long as a number of synchronisations takes; it does so with them and without them in turn. `beside` /
-`alone` is the ratio of the medians of a step's time. What is in it: Python's lock, the memory's bandwidth, and, on a
-machine of two cores, that the other worker's synchronisation needs one as well. A GPU's steps wait for none of it but
-Python's lock, which the thread that launches their kernels needs. `whole`: of all steps' time together, so with the
-slow ones. Target: 1.02.
+Two workers, each in its own network namespace, have a link of 1 Gbit/s. One makes inner steps of a small language
+model on one thread for the duration of a number of synchronisations, alternately with and without them. `beside` /
+`alone` is the ratio of the median step times. It includes contention for Python's lock, for memory bandwidth and, on a
+machine with two cores, for the core that the other worker's synchronisation uses. A GPU's steps only contend for
+Python's lock, which the thread that launches their kernels needs. `whole` is the ratio of the total step times, so it
+includes slow steps. Target: 1.02.
 
-It needs root, iproute2, a quiet machine and some three minutes.
+It needs root, iproute2, an idle machine and about three minutes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.distributed import TCPStore
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for what tests share
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for shared test code
 
 from tests.benchmarks.bench_wire import SETTINGS, WORK, Crew, Links, serve, shapes_of
 from tests.benchmarks.mesh import Mesh
@@ -41,7 +41,7 @@ MBIT = 1000.0
 
 
 class Worker:
-    """One of two; the first makes inner steps."""
+    """One of two workers; the first makes inner steps."""
 
     def __init__(self, rank: int, size: int, address: str, store: str, parameters: int) -> None:
         host, _, port = store.rpartition(":")
@@ -58,7 +58,7 @@ class Worker:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
 
     def block(self, method: str, beside: bool, count: int) -> list[float]:
-        """Seconds of each inner step, while this number of synchronisations goes on, or as long as they took before."""
+        """Seconds of each inner step during `count` synchronisations, or for as long as they took before."""
         codec = codecs.make(method, **SETTINGS.get(method, {})).of(self.shapes)
         if not beside:
             until = time.perf_counter() + self.took
@@ -91,7 +91,7 @@ class Worker:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=30_000_000)
-    parser.add_argument("--blocks", type=int, default=5, help="of each kind")
+    parser.add_argument("--blocks", type=int, default=5, help="number of blocks of each kind")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores; {arguments.parameters / 1e6:.0f}M parameters over {MBIT:.0f} Mbit/s")

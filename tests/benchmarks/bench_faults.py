@@ -1,43 +1,44 @@
-"""What a fault costs those who survive it: ours, torchrun's restart-the-world, and torchft's DiLoCo, on the same work.
+"""The cost of a fault for the surviving workers: this project, a torchrun restart, and torchft's DiLoCo, on equal work.
 
     python tests/benchmarks/bench_faults.py [--repetitions 3] [--workers 3] [--local-steps 20]
         [--systems ours torchrun torchft] [--torchft DIRECTORY] [--defaults] [--directory DIRECTORY]
 
-torchft is no dependency of ours. To have it measured, install it elsewhere and name the place; else it is left out:
+torchft is not a dependency. To measure it, install it in a separate directory and pass that; otherwise it is skipped:
 
     pip install --no-deps --target DIRECTORY torchft==0.2.0     # it needs opentelemetry-exporter-otlp-proto-http too
 
-The work is the same for all: `gpt-neo-x:tiny` (0.9M parameters), its inner steps followed by a pause without work for
-the CPU (on a few cores a worker that starts would else wait for those that train, and what is measured would be that),
-AdamW inside, Nesterov momentum outside, fp32 over gloo, one process a worker, one thread a process.
+All systems do the same work: `gpt-neo-x:tiny` (0.9M parameters), inner steps with AdamW, each followed by an idle pause
+(without it, on a machine with few cores, a starting worker would compete with those that train, and the benchmark would
+measure that), outer steps with Nesterov momentum, fp32 over gloo, one process per worker, one thread per process.
 
 - ours: pods as in `tests/faults/harness.py`, the real worker, and a checkpoint every round.
-- torchrun: a plain torch.distributed script that checkpoints every round and resumes from it, one agent a worker, under
-  `torchrun --rdzv-backend etcd3` (ours, in place of the v2 ones: the restarts are torch's own).
-- torchft: `torchft.DiLoCo`, a lighthouse, and for each replica one worker under a torchrun agent, as its README has it.
+- torchrun: a plain torch.distributed script that checkpoints every round and resumes from it, one agent per worker,
+  with `torchrun --rdzv-backend etcd3` (this project's backend instead of the v2 ones; the restarts are torch's own).
+- torchft: `torchft.DiLoCo`, a lighthouse, and one worker per replica under a torchrun agent, as in its README.
 
-Timeouts are equal where there is such a thing in all of them: a dead node is taken for living for 5 s (`lease_ttl`;
-`keep_alive_interval` x `keep_alive_max_attempt`; the lighthouse's heartbeat timeout), and those who are late are waited
-for for 3 s (`grace_period`; `last_call_timeout`; `join_timeout_ms`). Everything else is the library's default: gloo's
-30 minutes and torchft's 60 s for an operation, torchrun's monitor interval of 0.1 s, torchft's heartbeats and ticks of
-0.1 s. A dead process closes its connections, which all three see at once; ours alone has a timeout inside a collective,
-of 2 s. With `--defaults` these are each one's defaults too (15 and 10, 15 and 30, 5 and 60 s).
+Timeouts that all systems have are equal: a dead node counts as alive for 5 s (`lease_ttl`; `keep_alive_interval` x
+`keep_alive_max_attempt`; the lighthouse's heartbeat timeout), and the others wait for late nodes for 3 s
+(`grace_period`; `last_call_timeout`; `join_timeout_ms`). Everything else has the library's default: gloo's 30 minutes
+and torchft's 60 s for an operation, torchrun's monitor interval of 0.1 s, torchft's heartbeats and ticks of 0.1 s. A
+dead process closes its connections, which all three systems see immediately; only this project also has a timeout
+inside a collective, of 2 s. With `--defaults` each system also has its own defaults for these timeouts (15 and 10, 15
+and 30, 5 and 60 s).
 
-The faults come in the middle of a round, one after the other in one run, of another worker in each repetition: first
-none (what a round costs anyway), kill -9 of a worker whose agent starts it again, kill -9 of a worker and its agent,
-and a new worker in its place. From the records that the survivors write (one line a step and an outer step):
+The faults happen in the middle of a round, one after the other in the same run, to another worker in each repetition:
+no fault (the normal cost of a round), kill -9 of a worker whose agent restarts it, kill -9 of a worker and its agent,
+and a new worker in its place. The columns come from the survivors' records (one line per step and outer step):
 
     next commit   seconds from the fault to the next outer step that a survivor committed
-    whole again   seconds from the fault to the first outer step of the worker that is new
-    exposed       seconds for which the inner loop of a survivor (the worst) stood still until then: what gaps of
-                  more than two usual steps have beyond one
-    a round       the same for each round of that time: compare with the first row, which is what is usual
-    longest       the longest such gap alone: what of it is noise of a busy machine is not summed up
-    lost steps    inner steps that survivors together have made again, or left out
+    whole again   seconds from the fault to the first outer step of the new worker
+    exposed       seconds until then in which the inner loop of a survivor (the worst) waited: the excess over a usual
+                  step, summed over gaps of more than two usual steps
+    a round       the same per round of that time; compare with the first row, which is normal
+    longest       the longest such gap; unlike a sum, it does not accumulate a busy machine's noise
+    lost steps    total of inner steps that survivors repeated or skipped
 
-It prints one table (median, and range), and writes build/faults-comparison.json. It needs a quiet machine (about ten
-minutes on two cores): other work on it delays starts first of all, and every one of them here imports torch. `load` is
-the machine's mean number of runnable processes while it ran; about 2 of them are its own.
+It prints one table (median and range), and writes build/faults-comparison.json. It needs an idle machine (about ten
+minutes on two cores): other load mainly delays process starts, each of which imports torch. `load` is the machine's
+mean number of runnable processes during the benchmark; about 2 of them belong to the benchmark.
 """
 
 import argparse
@@ -71,15 +72,15 @@ from trainer.files import read_json, write_json  # noqa: E402
 from trainer.process import dying_with_parent  # noqa: E402
 
 Event = dict[str, Any]
-WORK = "BENCH_FAULTS_WORK"  # environment of a worker: what it is to do, as JSON (`Work`)
-PATIENCE = 300.0  # seconds for what takes ten on a quiet machine
+WORK = "BENCH_FAULTS_WORK"  # environment variable of a worker: its `Work`, as JSON
+PATIENCE = 300.0  # seconds for operations that take ten on an idle machine
 FAULTS = ("no fault", "kill -9 of a worker", "kill -9 of its agent too", "a new worker joins")
-_pause = threading.Event()  # never set: what is polled here tells nobody of its changes
+_pause = threading.Event()  # never set: files are polled
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker does, whatever system it is part of."""
+    """The work of every worker, in all systems."""
 
     system: str
     model: str = ""  # the precached model's directory
@@ -95,7 +96,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds. `dead`: how long a node that says nothing is taken for living; `late`: how long others wait for one."""
+    """Seconds. `dead`: how long a silent node counts as alive; `late`: how long others wait for a late node."""
 
     collective: float
     late: float
@@ -104,14 +105,14 @@ class Timeouts:
 
 EQUAL = Timeouts(2.0, 3.0, 5.0)
 DEFAULTS = {"ours": Timeouts(5.0, 10.0, 15.0), "torchrun": Timeouts(1800.0, 30.0, 15.0)}
-DEFAULTS["torchft"] = Timeouts(60.0, 60.0, 5.0)  # of the command `torchft_lighthouse`
+DEFAULTS["torchft"] = Timeouts(60.0, 60.0, 5.0)  # defaults of the command `torchft_lighthouse`
 
 
 # The workers
 
 
 class Record:
-    """What a worker of the other two systems tells, in the form of our metrics.jsonl."""
+    """The events of a worker of the other two systems, in the format of our metrics.jsonl."""
 
     def __init__(self, directory: Path) -> None:
         self._file = (directory / "metrics.jsonl").open("a", buffering=1)
@@ -154,7 +155,7 @@ class Inner:
         time.sleep(self.work.pause)
         tokens = torch.randint(self.model.config.vocab_size, (self.work.batch, self.work.sequence))
         self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        self.optimizer.step()  # what hooks into it happens here: all of torchft
+        self.optimizer.step()  # its hooks contain all of torchft
         self.optimizer.zero_grad()
 
     def outer_optimizer(self, parameters: Any) -> Any:
@@ -164,7 +165,7 @@ class Inner:
 
 
 def work_under_torchrun(work: Work, directory: str) -> None:
-    """Anyone's DiLoCo in plain torch.distributed: all or nobody, and from the checkpoint again."""
+    """A plain torch.distributed DiLoCo: if one worker fails, all restart from the checkpoint."""
     import torch
     import torch.distributed as dist
     from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -201,7 +202,7 @@ def work_under_torchrun(work: Work, directory: str) -> None:
 
 
 def work_with_torchft(work: Work, directory: str) -> None:
-    """torchft's DiLoCo as its example has it: one replica, which hosts its own store."""
+    """torchft's DiLoCo as in its example: one replica, which hosts its own store."""
     from torch.distributed import TCPStore
 
     torchft: Any = importlib.import_module("torchft")
@@ -228,7 +229,7 @@ def work_with_torchft(work: Work, directory: str) -> None:
         hostname="127.0.0.1",
     )
     made = 0
-    # Before torchft's own hook, which synchronises.
+    # Before torchft's hook, which synchronises.
     inner.optimizer.register_step_post_hook(
         lambda *_: record.write("step", step=manager.current_step() * work.local_steps + made + 1)
     )
@@ -243,7 +244,7 @@ def work_with_torchft(work: Work, directory: str) -> None:
 
 
 def lighthouse(work: Work, path: str) -> None:
-    """torchft's coordinator; tells its address in a file. `work.lighthouse`: join and heartbeat timeout, in ms."""
+    """torchft's coordinator; writes its address to a file. `work.lighthouse`: join and heartbeat timeout, in ms."""
     join, heartbeat = map(int, work.lighthouse.split())
     coordination: Any = importlib.import_module("torchft.coordination")
     server = coordination.LighthouseServer(
@@ -265,11 +266,11 @@ ROLES: dict[str, Callable[[Work, str], None]] = {
 
 
 class System(ABC):
-    """A run of one system: workers by slot, and what they tell.
+    """A run of one system: workers by slot, and their events.
 
     Args:
-        directory: Of the run; `worker-<slot>` below it is a worker's.
-        torchft: Where torchft is installed, if not where everything is.
+        directory: The run's; each worker has `worker-<slot>` in it.
+        torchft: The directory of torchft, if it is installed separately.
     """
 
     name: ClassVar[str]
@@ -283,23 +284,23 @@ class System(ABC):
 
     @abstractmethod
     def start(self, slot: int) -> None:
-        """Start a worker, with what keeps it alive."""
+        """Start a worker, with the process that restarts it."""
 
     @abstractmethod
     def close(self) -> None:
         """End everything."""
 
     def kill_worker(self, slot: int) -> float:
-        """kill -9 of the worker alone, which is to be started again; returns when."""
+        """kill -9 of the worker alone, which is then restarted; returns the time."""
         os.kill([event["pid"] for event in self.events(slot) if event["event"] == "start"][-1], signal.SIGKILL)
         return time.time()
 
     def kill_node(self, slot: int) -> float:
-        """kill -9 of the worker and all that keeps it alive; returns when."""
+        """kill -9 of the worker and the processes that would restart it; returns the time."""
         return _kill(self.processes[slot])
 
     def events(self, slot: int) -> list[Event]:
-        """What the worker has told: `start`, `step`, and `round` when an outer step is committed."""
+        """The worker's events: `start`, `step`, and `round` for each committed outer step."""
         offset, events = self._read.get(slot, (0, []))
         path = self.directory / f"worker-{slot}" / "metrics.jsonl"
         if path.exists():
@@ -307,7 +308,7 @@ class System(ABC):
                 file.seek(offset)
                 for line in file:
                     if not line.endswith(b"\n"):
-                        break  # it is being written, or was when its process died
+                        break  # incomplete: being written, or cut off by a kill
                     offset += len(line)
                     with suppress(ValueError):
                         events.append(json.loads(line))
@@ -327,7 +328,7 @@ class System(ABC):
         return result
 
     def until_whole(self, slot: int, after: float) -> float:
-        """Wait for the first outer step in which this worker took part with all others; returns when it was."""
+        """Wait for the first outer step of this worker with all others; returns its time."""
 
         def whole() -> list[Event]:
             return [event for event in self.of("round", slot, after) if event["world_size"] == self.workers]
@@ -379,7 +380,7 @@ class Ours(System):
 
     def start(self, slot: int) -> None:
         os.environ[WORK] = json.dumps(asdict(self.work))
-        self._pods[slot] = self._run.start(slot)
+        self._pods[slot] = self._run.start(slot, worker=Path(__file__))
 
     def kill_node(self, slot: int) -> float:
         return self._pods[slot].kill()
@@ -444,7 +445,7 @@ SYSTEMS: dict[str, type[System]] = {system.name: system for system in (Ours, Tor
 
 
 def _kill(process: subprocess.Popen[bytes]) -> float:
-    """kill -9 of a process and its descendants; returns when."""
+    """kill -9 of a process and its descendants; returns the time."""
     family: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -458,7 +459,7 @@ def _kill(process: subprocess.Popen[bytes]) -> float:
 
 
 def _path(torchft: Path | None) -> str:
-    """PYTHONPATH: what is installed elsewhere comes last, so that torch is the same for all."""
+    """PYTHONPATH, with `torchft` last, so that all systems use the same torch."""
     return os.pathsep.join(map(str, [ROOT, *([torchft] if torchft else [])]))
 
 
@@ -466,7 +467,7 @@ def _path(torchft: Path | None) -> str:
 
 
 def measure(system: System, at: float, end: float, survivors: Collection[int]) -> dict[str, float]:
-    """What a fault at `at` has cost the survivors up to `end`; see the table's columns. Unix seconds."""
+    """The cost of a fault at `at` for the survivors, up to `end` (Unix seconds); see the table's columns."""
     exposed, longest, lost = [], [], 0
     for slot in survivors:
         system.until(lambda slot=slot: system.of("step", slot, end), "a step after it")  # type: ignore[misc]
@@ -490,17 +491,17 @@ def measure(system: System, at: float, end: float, survivors: Collection[int]) -
 
 
 def _gaps(times: list[float]) -> Iterator[tuple[float, float]]:
-    """(when it ended, seconds) between one and the next."""
+    """(end, seconds) of the gaps between neighbouring times."""
     return ((after, after - before) for before, after in itertools.pairwise(times))
 
 
 def faults(system: System, victim: int) -> Iterator[dict[str, Any]]:
-    """All the faults, one after the other, in one run."""
+    """All faults, one after the other, in one run."""
     slots = range(system.workers)
     survivors = [slot for slot in slots if slot != victim]
 
     def settle(rounds: int = 2) -> None:
-        """So many rounds of all, and then the middle of one."""
+        """Wait for this number of rounds with all workers, and then for the middle of a round."""
         for _ in range(rounds):
             now = time.time()
             for slot in slots:
@@ -523,7 +524,7 @@ def faults(system: System, victim: int) -> Iterator[dict[str, Any]]:
     at = system.kill_node(victim)
 
     def without() -> list[float]:
-        """When each survivor has committed the first round of the survivors alone."""
+        """The time at which each survivor committed the first round of the survivors alone."""
         told = [system.of("round", slot, at) for slot in survivors]
         own = [[event["time"] for event in events if event["world_size"] == len(survivors)] for events in told]
         return [times[0] for times in own] if all(own) else []
@@ -542,7 +543,7 @@ COLUMNS = {"next commit": "s", "whole again": "s", "exposed": "s", "a round": "s
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Median and range of each system and fault; then by how much ours is better."""
+    """Median and range of each system and fault; then the advantage of ours."""
     cells: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         for column in COLUMNS:
@@ -562,7 +563,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
                 for column, unit in COLUMNS.items()
                 if (fault, other, column) in medians
             ]
-            yield f"{other} against ours, {fault}: {', '.join(by)}"
+            yield f"{other} compared with ours, {fault}: {', '.join(by)}"
 
 
 def _shown(values: list[float], unit: str) -> str:
@@ -575,7 +576,7 @@ def _shown(values: list[float], unit: str) -> str:
 
 
 def why_not_torchft(torchft: Path | None) -> str | None:
-    """Why torchft cannot take part, if so."""
+    """The reason why torchft cannot be measured, or None."""
     environment = {**os.environ, "PYTHONPATH": _path(torchft)}
     code = "import torchft.coordination, torchft.local_sgd"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -583,10 +584,9 @@ def why_not_torchft(torchft: Path | None) -> str | None:
 
 
 def precache(directory: Path, work: Work) -> Path:
-    """The data and the model of all; returns the model's directory."""
+    """Precache the data and the model for all systems; returns the model's directory."""
     from tests.faults import harness
 
-    harness.WORKER = Path(__file__)
     harness.BASE |= {"model": "gpt-neo-x:tiny", "sequence_length": work.sequence, "local_steps": work.local_steps}
     harness.BASE |= {"batch_size": work.batch, "per_device_train_batch_size": work.batch}
     harness.precache(directory)
@@ -602,7 +602,7 @@ def watching_load() -> Iterator[list[float]]:
     def watch() -> None:
         while not over.wait(1.0):
             running = Path("/proc/loadavg").read_text().split()[3].partition("/")[0]
-            loads.append(float(running) - 1)  # without this one
+            loads.append(float(running) - 1)  # without this process
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -619,18 +619,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--local-steps", type=int, default=20, help="inner steps in a round")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--torchft", type=Path, help="where torchft is installed (`pip install --target`)")
-    parser.add_argument("--directory", type=Path, help="keep the runs and their records there; a new one")
-    parser.add_argument("--defaults", action="store_true", help="each with its own default timeouts, not equal ones")
+    parser.add_argument("--torchft", type=Path, help="directory in which torchft is installed (`pip install --target`)")
+    parser.add_argument("--directory", type=Path, help="keep the runs and their records in this new directory")
+    parser.add_argument("--defaults", action="store_true", help="default timeouts of each system, not equal ones")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all child processes end
     systems = [name for name in SYSTEMS if name in arguments.systems]
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     if "torchft" in systems and (reason := why_not_torchft(arguments.torchft)):
         skipped["torchft"] = reason
         systems.remove("torchft")
-        print(f"torchft is left out: {reason}", flush=True)
+        print(f"torchft is skipped: {reason}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.directory or Path(temporary)
         common = Work("", local_steps=arguments.local_steps)

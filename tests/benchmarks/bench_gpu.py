@@ -1,11 +1,11 @@
-"""What there is to know on a GPU, in one go and under eight minutes; needs no network, and no second GPU.
+"""All GPU measurements in under eight minutes; needs neither a network nor a second GPU.
 
     python tests/benchmarks/bench_gpu.py [--device cuda] [--models gpt-neo-x:160m …] [--codecs fp32 int8 …]
 
-First, the inner loop of islands over all GPUs beside a bare torch loop (`bench_islands.py`): ratio, MFU, and the peak
-memory of a process, in bytes a parameter; AdamW alone takes 16 in one process. Then two workers that share the first
-GPU: how long a synchronisation takes, and for how long the inner loop stands still for it, by codec, without and with
-`async_communication`. Without a GPU it says so and ends, unless `--device cpu` is given.
+First, the inner loop of islands over all GPUs, compared with a bare torch loop (`bench_islands.py`): ratio, MFU, and
+the peak memory of a process, in bytes per parameter; AdamW alone takes 16 in one process. Then two workers that share
+the first GPU: the duration of a synchronisation, and how long the inner loop waits for it, by codec, without and with
+`async_communication`. Without a GPU it prints a message and ends, unless `--device cpu` is given.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from trainer.volume import worker_roots
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_islands import measured
 
-LIMIT = 460.0  # seconds; what does not fit is left out, and named
-SHORTEST, LONGEST = 30.0, 150.0  # seconds of a row: with less it is not begun
+LIMIT = 460.0  # seconds; rows that do not fit are skipped and named
+SHORTEST, LONGEST = 30.0, 150.0  # seconds for a row; with less time, it is skipped
 COMMON = {
     "dataset": "stdlib", "tokenizer": "bytes", "nodes": "2", "eval-interval": "0", "wandb-logging": "false",
     "max-samples": "300", "total-steps": "24", "local-steps": "6", "checkpoint-interval": "1000", "warmup-steps": "2",
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["gpt-neo-x:160m", "gpt-neo-x:1b"])
     parser.add_argument("--codecs", nargs="+", default=["fp32", "int8", "int4"])
     parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=8, help="samples of a process in a step")
-    parser.add_argument("--turns", type=int, default=8, help="of each inner loop")
+    parser.add_argument("--batch", type=int, default=8, help="samples per process and step")
+    parser.add_argument("--turns", type=int, default=8, help="number of blocks of each inner loop")
     arguments = parser.parse_args()
     if arguments.device != "cpu" and not torch.cuda.is_available():
-        print("no GPU that torch can use: nothing is measured")
+        print("torch finds no GPU: nothing is measured")
         return
     with tempfile.TemporaryDirectory() as cache:
         os.environ["DILOCO_DATASET_CACHE_DIR"] = cache  # read once, for all rows
@@ -70,12 +70,12 @@ def measure(arguments: argparse.Namespace, deadline: float) -> None:
 
 
 def attempt(what: str, deadline: float, row: Callable[[float], str]) -> None:
-    """Print a row, from the seconds that are left. What fails, or takes too long, is named; the others go on."""
+    """Print a row, which gets the remaining seconds. A row that fails or takes too long is named and skipped."""
     left = min(LONGEST, deadline - time.monotonic())
     try:
-        print(row(left) if left > SHORTEST else f"{what}: left out, for want of time", flush=True)
+        print(row(left) if left > SHORTEST else f"{what}: skipped for lack of time", flush=True)
     except subprocess.TimeoutExpired:
-        print(f"{what}: left out, for want of time", flush=True)
+        print(f"{what}: skipped for lack of time", flush=True)
     except (subprocess.CalledProcessError, ConfigError, statistics.StatisticsError) as error:
         print(f"{what}: failed, see above: {error}", flush=True)
 

@@ -1,11 +1,11 @@
-"""What our inner loop costs over a bare PyTorch loop: the same model, batches and optimizer, in alternation in one run.
+"""The overhead of our inner loop over a bare PyTorch loop with the same model, batches and optimizer, in the same run.
 
     python tests/benchmarks/bench_inner_loop.py [--steps 200] [--blocks 5] [--no-wandb]
 
-The loops take turns step by step, and who goes first changes each turn, so that what else the machine does falls on
-both alike. Prints one table: median samples per second of both, and the median ratio of neighbours, block by block and
-over all. Ours does everything that it does in a run (reads its share, clips, checks for NaN, writes metrics.jsonl and
-Weights & Biases offline, asks the quorum); the bare loop has its batches in memory, and clips, and that is all.
+The loops alternate step by step, and the order changes each time, so that other load on the machine affects both
+equally. Prints one table: the median samples per second of both, and the median ratio of neighbouring steps, for each
+block and overall. Our loop does everything it does in a run (reads its assignment, clips, checks for NaN, writes
+metrics.jsonl and Weights & Biases logs offline, queries the quorum); the bare loop has its batches in memory and clips.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200, help="inner steps of each loop")
     parser.add_argument("--blocks", type=int, default=5, help="rows of the table")
-    parser.add_argument("--no-wandb", action="store_true", help="without Weights & Biases, to see what it costs")
+    parser.add_argument("--no-wandb", action="store_true", help="without Weights & Biases, to see its cost")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as resources:
@@ -92,7 +92,7 @@ def main() -> None:
             speeds = [config.batch_size / statistics.median(times) for times in (bare_seconds, our_seconds)]
             print(f"{block:>6}{speeds[0]:>20.1f}{speeds[1]:>20.1f}{statistics.median(found):>8.3f}", flush=True)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"median ratio {middle:.3f} of {len(ratios)} pairs (quartiles {low:.3f} to {high:.3f}); aim ≥ 0.98")
+        print(f"median ratio {middle:.3f} of {len(ratios)} pairs (quartiles {low:.3f} to {high:.3f}); target ≥ 0.98")
 
 
 if __name__ == "__main__":

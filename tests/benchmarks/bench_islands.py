@@ -1,11 +1,11 @@
-"""What an island's inner loop costs over a bare torch loop of as many processes (DDP, or FSDP2 a block each).
+"""The overhead of an island's inner loop over a bare torch loop (DDP, or FSDP2 per block) with as many processes.
 
     python tests/benchmarks/bench_islands.py [--processes 2] [--kinds ddp fsdp] [--model gpt-neo-x:tiny] [--device cpu]
 
-The same model, batches and optimizer, in alternation in one run: so many steps of one loop, then so many of the other,
-and who goes first changes. Prints, for each kind, the median samples per second of both, the median ratio of
-neighbours with its quartiles, model FLOP/s (MFU for known devices) and the peak memory of a process. Ours does all
-that it does in a run, but Weights & Biases; the bare loop has its batches on the device, and clips, and that is all.
+Both loops have the same model, batches and optimizer. They alternate in blocks of steps in the same run, and the order
+changes each time. Prints, for each kind, the median samples per second of both, the median ratio of neighbouring blocks
+with its quartiles, model FLOP/s (MFU for known devices) and the peak memory of a process. Our loop does everything it
+does in a run except Weights & Biases; the bare loop has its batches on the device and clips.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from trainer.worker.throughput import peak_flops, peak_memory
 from trainer.worker.worker import Worker
 
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "stdlib.yaml"
-STEPS = 5  # of one loop, before it is the other's turn
+STEPS = 5  # of one loop, before the loops alternate
 
 
 def main() -> None:
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--model", default="gpt-neo-x:tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4, help="samples of a process in a step")
-    parser.add_argument("--turns", type=int, default=20, help="of each loop")
+    parser.add_argument("--batch", type=int, default=4, help="samples per process and step")
+    parser.add_argument("--turns", type=int, default=20, help="number of blocks of each loop")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:
@@ -77,11 +77,11 @@ def row(kind: str, found: dict[str, Any]) -> str:
 
 
 def measured(arguments: argparse.Namespace, kind: str, directory: Path, timeout: float | None = None) -> dict[str, Any]:
-    """Start the processes, and return what their leader has measured.
+    """Start the processes and return their leader's measurements.
 
     Raises:
-        CalledProcessError: A process has failed, and has printed why.
-        TimeoutExpired: They have taken more than `timeout` seconds.
+        CalledProcessError: A process has failed and printed the reason.
+        TimeoutExpired: The processes took more than `timeout` seconds.
     """
     flags: dict[str, Any] = {
         "nodes": 1, "run_id": "bench", "run_dir": str(directory), "local_steps": 10**6, "total_steps": 10**6,
@@ -121,7 +121,7 @@ def measured(arguments: argparse.Namespace, kind: str, directory: Path, timeout:
 
 
 def process(config: TrainingConfig, turns: int) -> None:
-    """One of the processes; the leader prints what it has measured."""
+    """One of the processes; the leader prints its measurements."""
     with Island.form(config, device_of(config, int(os.environ["LOCAL_RANK"]))) as island:
         if not island.leads:
             follower = build_follower(config, island, print)
@@ -138,7 +138,7 @@ def process(config: TrainingConfig, turns: int) -> None:
 
 
 def bare(config: TrainingConfig, island: Island) -> Callable[[], None]:
-    """`STEPS` steps of a loop as one writes it with torch alone; its model is made at the first call."""
+    """`STEPS` steps of a plain torch loop; the first call builds its model."""
     made: list[Callable[[], None]] = []
 
     def step() -> None:
@@ -188,7 +188,7 @@ def compare(worker: Worker, island: Island, turns: int) -> dict[str, Any]:
 
     loops: dict[str, Callable[[], None]] = {"bare": lambda: island.run("bare"), "ours": ours}
     times: dict[str, list[float]] = {name: [] for name in loops}
-    ours()  # warm up; the bare loop's model is not there yet
+    ours()  # warm up; the bare loop's model does not exist yet
     memory = peak_memory(island.device)
     loops["bare"]()
     worker.throughput.end_round(1.0)

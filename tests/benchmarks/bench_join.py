@@ -1,11 +1,11 @@
-"""A worker joins a running training: how long until it trains, and how far the donor slows down.
+"""A worker joins a running training: the time until it trains, and the slowdown of the donor.
 
     python tests/benchmarks/bench_join.py [--model gpt-neo-x:160m] [--joins 3]
 
-A real run (`launch`, embedded etcd) of one worker, one thread a process; 160m with a byte tokenizer is 85M parameters.
-Again and again a second worker is added (`scale 2`), and removed when it has trained. Printed for each join: seconds
-from the start of the joiner's process until it holds the state and the moments, and until its first inner step is done;
-and the median and longest inner step of the donor before that, and meanwhile.
+A real run (`launch`, embedded etcd) with one worker, one thread per process; 160m with a byte tokenizer has 85M
+parameters. A second worker is repeatedly added (`scale 2`), and removed after it has trained. Printed for each join:
+seconds from the start of the joiner's process until it has the state and the moments, and until its first inner step is
+done; and the median and longest inner step of the donor before and during the join.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def join(launch: "subprocess.Popen[bytes]", run_dir: Path) -> str:
-    """Add a worker, and remove it again. A row of the table."""
+    """Add a worker and remove it again; returns a row of the table."""
     donor, joiner = run_dir / "worker-0", run_dir / "worker-1"
     starts, steps = len(events(joiner, "start")), len(events(donor, "step"))
     until(launch, lambda: len(events(donor, "step")) >= steps + 60)

@@ -1,14 +1,14 @@
-"""What one slow worker of four costs the others: waiting for it up to `grace_period`, or as long as it is worth it.
+"""The cost of one slow worker of four: the others wait up to `grace_period`, or as long as the wait is worthwhile.
 
     python tests/benchmarks/bench_late.py [--slow 2] [--seconds 150] [--local-steps 400]
 
-Four members of a run with a real etcd, a process each. Their inner steps are pauses of 20 ms, without work for the
-processor; those of the last member take `--slow` times as long. `fixed`: the round waits `grace_period` (10 s) for a
-late member. `worth`: the rule of docs/design/protocol.md. Each is measured waiting for a synchronisation, and with
-inner steps going on beside it (`overlaps`).
+Four members of a run with a real etcd, each a process. Their inner steps are pauses of 20 ms that use no CPU; those of
+the last member take `--slow` times as long. `fixed`: the round waits `grace_period` (10 s) for a late member. `worth`:
+the rule in docs/design/protocol.md. Each is measured with inner steps that wait for a synchronisation, and with inner
+steps that continue during it (`overlaps`).
 
-For each it prints the samples a second that commits contain, their ratio to what four members could do that never
-wait, the rounds, and how many of them the slow member took part in. It takes some ten minutes and little CPU.
+For each it prints the committed samples per second, their ratio to those of four members that never wait, the number
+of rounds, and the number of rounds with the slow member. It takes about ten minutes and little CPU.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from trainer.protocol.records import Cursor
 from trainer.timeouts import MemberTimeouts
 
 WORKERS, STEP_SECONDS = 4, 0.02
-BATCH, ROUND = 8, 1.0  # samples of a step; seconds that are less than a round and more than a synchronisation
+BATCH, ROUND = 8, 1.0  # samples per step; seconds, shorter than a round and longer than a synchronisation
 
 
 def member(slot: int, step: float, timeouts: MemberTimeouts, values: dict[str, Any], commits: Any) -> None:
-    """Take part in a run until this process is killed; `commits` receives (slot, when, own samples) of each round."""
+    """Take part in a run until this process is killed; `commits` receives (slot, time, own samples) of each round."""
     os.environ[SLOT_VARIABLE] = str(slot)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def member(slot: int, step: float, timeouts: MemberTimeouts, values: dict[str, A
 
 
 def measure(etcd: str, options: argparse.Namespace, rule: str, overlaps: bool) -> tuple[float, int, int]:
-    """Samples a second, rounds, and those of the slow member, of one run: between two commits of all the others."""
+    """Samples per second, rounds, and the slow member's rounds, between two commits of the other members."""
     values = {"etcd_endpoints": [etcd], "run_id": uuid.uuid4().hex[:8], "nodes": WORKERS, "batch_size": BATCH}
     values |= {"per_device_train_batch_size": BATCH, "local_steps": options.local_steps, "total_steps": 10**6}
     values |= {"async_communication": overlaps, "device": "cpu", "elastic_min_nodes": WORKERS - 1}
@@ -85,7 +85,7 @@ def measure(etcd: str, options: argparse.Namespace, rule: str, overlaps: bool) -
     for one in members:
         one.kill()
         one.join()
-    # From the first commit to the last one, of the first member; those of the others are a moment before or after it
+    # From the first member's first commit to its last; the others commit at nearly the same times
     first, last = (find(when for slot, when, _ in found if slot == 0) for find in (min, max))
     inside = [(slot, own) for slot, when, own in found if first + ROUND / 2 < when < last + ROUND / 2]
     rounds = [sum(1 for slot, _ in inside if slot == which) for which in (0, WORKERS - 1)]
@@ -104,8 +104,8 @@ def rows(options: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slow", type=float, default=2.0, help="the slow member's step, by that of the others")
-    parser.add_argument("--seconds", type=float, default=150.0, help="of each run")
+    parser.add_argument("--slow", type=float, default=2.0, help="the slow member's step time, relative to the others'")
+    parser.add_argument("--seconds", type=float, default=150.0, help="duration of each run")
     parser.add_argument("--local-steps", type=int, default=400)
     options = parser.parse_args()
     print(f"{'':16}{'samples/s':>10}{'of all':>9}{'rounds':>8}{'slow in':>9}", flush=True)

@@ -1,7 +1,7 @@
-"""How much of an inner step is spent waiting for data: `python tests/benchmarks/bench_loader.py [recipe.yaml …]`.
+"""The fraction of an inner step spent waiting for data: `python tests/benchmarks/bench_loader.py [recipe.yaml …]`.
 
-Prints a line of JSON for each recipe (all of them by default, but those whose data is not here); the share should stay
-below 2 %.
+Prints a line of JSON for each recipe (by default all whose data is available locally); the fraction should stay below
+2 %.
 """
 
 import json

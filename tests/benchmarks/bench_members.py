@@ -1,12 +1,13 @@
-"""What the protocol costs with many members: simulated ones, without tensors, on one real etcd.
+"""The cost of the protocol with many members: simulated members without tensors, on one real etcd.
 
     python tests/benchmarks/bench_members.py [--members 1000] [--rounds 10] [--churn 0.01]
 
-Each simulated member runs the shipped `MemberMachine`, has keys and a lease of its own, and makes the same etcd
-requests as a real one; a real `Coordinator` decides. All members of a process share a connection and one watch of the
-record, because one machine has to play them all. In each round, `churn` of the members die (their leases are revoked,
-as an agent does) and as many join. Printed: the seconds from the opening of a round until its quorum is decided and
-until it is committed, and the etcd requests of a member in a round, which must not grow with the number of members.
+Each simulated member runs the shipped `MemberMachine`, has its own keys and lease, and makes the same etcd requests as
+a real one; a real `Coordinator` decides. All members in a process share a connection and one watch of the record,
+because one machine has to simulate them all. In each round, a fraction `churn` of the members die (their leases are
+revoked, as an agent does) and the same number join. Printed: the seconds from the opening of a round until its quorum
+is decided and until it is committed, and the etcd requests per member and round, which must not grow with the number of
+members.
 """
 
 import argparse
@@ -53,7 +54,7 @@ class SimulatedMember:
     def live(self) -> Machine[None]:
         """Join without catching up (there is no state), then synchronise round after round."""
         yield from self.machine.register(self.me, 0)
-        record: RoundState = yield AwaitRound("the run to begin")
+        record: RoundState = yield AwaitRound("the run to start")
         self.machine.term, self.machine.base = record.term, record.base
         while True:
             yield from self.machine.assign((0, 0))
@@ -63,7 +64,7 @@ class SimulatedMember:
             yield Announce(self.machine.base)
 
     def react(self, record: RoundState) -> None:
-        """Perform effects, until the member waits for another record."""
+        """Perform effects until the member waits for another record."""
         self.record, fresh = record, True
         while True:
             result: Any = None
@@ -103,7 +104,7 @@ def _hash(base: State) -> str:
 def host(
     endpoint: str, rules: Rules, address: str, first: int, count: int, churn: float, ended: Any, results: Any
 ) -> None:
-    """A process that plays `count` members."""
+    """A process that simulates `count` members."""
     client = EtcdClient([endpoint], PREFIX)
     members = {number: SimulatedMember(client, rules, address, number) for number in range(first, first + count)}
     changed = threading.Event()
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
-        "--churn", type=float, default=0.01, help="fraction of the members that die, and join, each round"
+        "--churn", type=float, default=0.01, help="fraction of the members that die and join each round"
     )
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
@@ -187,7 +188,7 @@ def main() -> None:
 
 
 def follow(client: EtcdClient, rounds: int) -> list[dict[str, float]]:
-    """For each round, how long it gathered and how long it reduced."""
+    """For each round, the seconds of its gather and of its reduce."""
     seen: dict[tuple[int, str], float] = {}
     sizes: dict[int, int] = {}
     changed = threading.Event()

@@ -1,23 +1,23 @@
-"""What each method costs in held-out loss, and how many bytes it sends.
+"""The cost of each method in held-out loss, and the bytes it sends.
 
     python tests/benchmarks/bench_quality.py [--workers 2 4 8] [--rounds 128] [--local-steps 8] [--hidden-size 32]
         [--inner-lr 0.03] [--seeds 3] [--first-seed 1] [--quick] [--methods fp32 ternary "int2 merge=sqrt lr=1.2" ...]
 
-A method is one of METHODS, or a codec with settings of its own, as there. The first is what others are compared with.
+A method is a name in METHODS, or a codec with its own settings, as there. The others are compared with the first.
 
-Workers are processes, one thread each, which are started once and do all runs, one after the other, with the product's
-own parts: `DiLoCo`, the codecs, the collective over the transport (TCP on loopback), the inner optimizer and its
-schedule, the precached dataset, the model family. Only the quorum is simpler: the members are fixed. The model is a
-small GPT-NeoX, the text Python's standard library, and the held-out documents are never trained on. With the same seed
-and as many workers, all methods start from the same initialisation and see the same samples.
+Workers are processes with one thread each. They are started once and make all runs, one after the other, with the
+product's own parts: `DiLoCo`, the codecs, the collective over the transport (TCP on loopback), the inner optimizer and
+its schedule, the precached dataset, the model family. Only the quorum is simpler: its members are fixed. The model is a
+small GPT-NeoX, the text is Python's standard library, and the held-out documents are never trained on. With the same
+seed and number of workers, all methods start from the same initialisation and see the same samples.
 
-Seed 0 is what the settings below were tuned on, fp32's too, so it does not judge them. (A coarse search: inner and
-outer learning rate, momentum and feedback of each method, in no full grid.)
+The settings below, including those of fp32, were tuned on seed 0, so that seed is not used to compare methods. (The
+search over inner and outer learning rate, momentum and feedback of each method was coarse, not a full grid.)
 
-It prints one table for each number of workers: the mean held-out loss, how far it is above that of the first method,
-seed by seed (the mean, from, to), and the MB that a worker has sent in the run, as the kernel counted them, with the
-factor to the first method's. It writes build/quality.json. It takes about an hour on 2 cores that nobody else uses;
-with --quick a few minutes, for a look at whether all of it works: its losses say nothing.
+It prints one table for each number of workers: the mean held-out loss, its excess over the first method's loss with the
+same seed (mean, minimum, maximum), and the MB that a worker sent in the run, as counted by the kernel, with the ratio
+to the first method's. It writes build/quality.json. It takes about an hour on 2 idle cores; --quick takes a few minutes
+and only checks that everything works: its losses mean nothing.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # for what benchmarks share
+sys.path.insert(0, str(ROOT))  # for the benchmarks' shared code
 
 from tests.benchmarks.mesh import Members, Mesh, Plain  # noqa: E402
 from trainer import data, models  # noqa: E402
@@ -61,11 +61,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Method:
-    """What a run does at the end of a round, and how often: see `DiLoCo`.
+    """The synchronisation of a run, and its interval: see `DiLoCo`.
 
     Attributes:
-        rounds: How many rounds' worth of steps are between two synchronisations.
-        inner_lr: The highest learning rate of the inner optimizer; 0: that of all methods.
+        rounds: The interval between two synchronisations, in rounds.
+        inner_lr: The peak learning rate of the inner optimizer; 0: the common one.
         merge: See `DiLoCo`.
     """
 
@@ -82,7 +82,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is: the same for all methods."""
+    """The length of a run, equal for all methods."""
 
     steps: int
     local_steps: int
@@ -90,7 +90,7 @@ class Plan:
 
 
 def method(name: str = "fp32", **settings: Any) -> Method:
-    """A method by its codec's name; `settings` are those of the codec and of `Method`."""
+    """A method with a codec by name; `settings` are those of the codec and of `Method`."""
     of_method = {key: settings.pop(key) for key in list(settings) if key in Method.__dataclass_fields__}
     return Method(codecs.make(name, **settings), **of_method)
 
@@ -141,7 +141,7 @@ RECOMMENDED = ["fp32", "int4", "sparse", "sparse, RDA"]
 
 
 class Worker:
-    """One of `size` workers. What one is asked, all are, at the same time."""
+    """One of `size` workers. All workers get the same requests at the same time."""
 
     def __init__(self, config: TrainingConfig, directory: Path, rank: int, size: int, port: int) -> None:
         torch.set_num_threads(1)
@@ -155,7 +155,7 @@ class Worker:
         self.dataset = data.open_dataset(data.directory(config, Volume.of(config).datasets))
 
     def train(self, chosen: Method, plan: Plan, seed: int) -> Row:
-        """One run; returns the sums of the scores on this worker's share of the held-out samples, and bytes sent."""
+        """Make one run; returns the score sums on this worker's part of the held-out samples, and bytes sent."""
         steps, lr = plan.steps, chosen.inner_lr or plan.inner_lr
         config = self.config.with_values(total_steps=steps, warmup_steps=steps // 10, lr=lr, seed=seed)
         torch.manual_seed(seed)
@@ -193,7 +193,7 @@ class Worker:
         return {"sent": sent, "hash": diloco.state.hash(), **self._score(model)}
 
     def _average(self, gradients: list[Tensor]) -> None:
-        """Average the gradients over the workers, as data parallelism does."""
+        """Average the gradients over the workers, as in data parallelism."""
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         self.plain.sum(flat)
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
@@ -217,17 +217,17 @@ class Worker:
 
 
 def serve(questions: Connection, *arguments: Any) -> None:
-    """Be a worker, and do what comes in."""
+    """Run a worker that executes the incoming requests."""
     worker = Worker(*arguments)
     while (asked := questions.recv()) is not None:
         questions.send(worker.train(*asked))
 
 
-# Who asks them
+# The main process
 
 
 class Crew:
-    """So many workers. They end with this process."""
+    """`size` workers, which end with this process."""
 
     def __init__(self, config: TrainingConfig, directory: Path, size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -247,11 +247,11 @@ class Crew:
 
     def __exit__(self, *exception: object) -> None:
         for pipe in self._pipes:
-            with suppress(OSError):  # it has ended: what it said is on stderr
+            with suppress(OSError):  # it has ended, with a message on stderr
                 pipe.send(None)
 
     def train(self, chosen: Method, plan: Plan, seed: int) -> Row:
-        """One run: its held-out `loss`, the `mb` that a worker has sent, and the `seconds` it took."""
+        """Make one run; returns its held-out `loss`, the `mb` that a worker sent, and its `seconds`."""
         started = time.perf_counter()
         for pipe in self._pipes:
             pipe.send((chosen, plan, seed))
@@ -264,7 +264,7 @@ class Crew:
 
 
 def prepare(directory: Path, hidden_size: int) -> tuple[TrainingConfig, Path]:
-    """Precache the text and the model below `directory`; returns the configuration and the model's directory."""
+    """Precache the text and the model in `directory`; returns the configuration and the model's directory."""
     places = {"dataset_cache_dir": str(directory / "datasets"), "model_cache_dir": str(directory / "models")}
     config = TrainingConfig.from_flat(
         {
@@ -289,7 +289,7 @@ def prepare(directory: Path, hidden_size: int) -> tuple[TrainingConfig, Path]:
 
 
 def table(rows: dict[str, list[Row]]) -> str:
-    """Of the runs of each method, seed by seed, compared with the first."""
+    """A table of each method's runs, compared seed by seed with the first method's."""
     width = max(len(name) for name in rows)
     base = next(iter(rows.values()))
     lines = [
@@ -307,19 +307,19 @@ def table(rows: dict[str, list[Row]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8], help="how many; one table each")
-    parser.add_argument("--methods", nargs="+", default=RECOMMENDED, metavar="METHOD", help="the first is the base")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8], help="worker counts; one table each")
+    parser.add_argument("--methods", nargs="+", default=RECOMMENDED, metavar="METHOD", help="compared with the first")
     parser.add_argument("--rounds", type=int, default=128)
-    parser.add_argument("--local-steps", type=int, default=8, help="inner steps of each round")
-    parser.add_argument("--hidden-size", type=int, default=32, help="of the model")
-    parser.add_argument("--inner-lr", type=float, default=0.03, help="of methods that set none")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
-    parser.add_argument("--first-seed", type=int, default=1, help="the seed of the first of them")
-    parser.add_argument("--quick", action="store_true", help="one short run of each")
+    parser.add_argument("--local-steps", type=int, default=8, help="inner steps per round")
+    parser.add_argument("--hidden-size", type=int, default=32, help="hidden size of the model")
+    parser.add_argument("--inner-lr", type=float, default=0.03, help="for methods that set none")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, and so of runs of each method")
+    parser.add_argument("--first-seed", type=int, default=1, help="the first seed")
+    parser.add_argument("--quick", action="store_true", help="one short run of each method")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.seeds = 4, 1
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers'
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers
     chosen = {name: parsed(name) for name in arguments.methods}
     plan = Plan(arguments.rounds * arguments.local_steps, arguments.local_steps, arguments.inner_lr)
     results: dict[str, dict[str, list[Row]]] = {}

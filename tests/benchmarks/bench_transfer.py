@@ -1,12 +1,12 @@
-"""State transfer on loopback: how fast, and what it costs a donor's training thread.
+"""State transfer on loopback: its speed, and its cost for a donor's training thread.
 
     python tests/benchmarks/bench_transfer.py [--parameters 100000000] [--repeats 5] [--tls]
 
-Donor processes serve a global state as DiLoCo has it: parameters and outer momentum, float32. Each trains meanwhile: a
-loop of small matrix products on its main thread. Windows without and with a transfer alternate, and their steps are
-compared. The last row is a control: its donor does not train, and the steps are those of a bystander, a process that
-serves nobody. What it loses too is lost to the processors' being busy, with the fetcher among others, which in a real
-run is another machine; only what a donor loses beyond that is the price of serving.
+Donor processes serve a global state like DiLoCo's: parameters and outer momentum, float32. Each trains at the same
+time, in a loop of small matrix products on its main thread. Windows with and without a transfer alternate, and their
+steps are compared. The last row is a control: its donor does not train, and the steps are those of a bystander, a
+process without a state to serve. The bystander's slowdown comes from busy cores, which also run the fetcher. In a real
+run, that is on another machine. Only a donor's additional slowdown is the cost of serving.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from trainer.transport.fetch import fetch
 from trainer.transport.transport import Transport
 
 SECRET = b"a secret of this benchmark alone"
-WINDOW = 1.0  # seconds without a transfer, before each
+WINDOW = 1.0  # seconds without a transfer, before each transfer
 
 
 def membership(tls: bool) -> Credentials:
@@ -34,7 +34,7 @@ def membership(tls: bool) -> Credentials:
 
 
 def worker(parent: Connection, parameters: int, tls: bool, id: str, serves: bool, trains: bool) -> None:
-    """Serve or train until told to stop; then report (start, duration) of every step, on the system's clock."""
+    """Serve or train until a stop message; then report (start, duration) of every step, on the system's clock."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.rand(parameters if serves else 0, generator=generator) for name in ("parameters", "momentum")}
@@ -57,7 +57,7 @@ Role = tuple[bool, bool]  # serves, trains
 def measure(
     roles: list[Role], parameters: int, repeats: int, tls: bool
 ) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of each transfer, and of each step without and with one."""
+    """Seconds of each transfer, and of each step without and with a transfer."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in roles]
     processes = [
@@ -67,14 +67,14 @@ def measure(
     for process in processes:
         process.start()
     donors = dict(donor for ours, _ in pipes if (donor := ours.recv()))
-    target = {name: torch.zeros(parameters) for name in ("parameters", "momentum")}  # its pages are there already
+    target = {name: torch.zeros(parameters) for name in ("parameters", "momentum")}  # its pages are already allocated
 
     def into(meta: object, layout: object) -> dict[str, Tensor]:
         return target
 
     idle, busy = [], []
     with Transport("joiner", ["127.0.0.1"], membership(tls)) as transport:
-        fetch(transport, "state/1", donors, into=into, timeout=120)  # caches and buffers are warm from here on
+        fetch(transport, "state/1", donors, into=into, timeout=120)  # warms caches and buffers
         for _ in range(repeats):
             started = time.monotonic()
             time.sleep(WINDOW)
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tls", action="store_true", help="encrypt")
-    parser.add_argument("--quick", action="store_true", help="everything once, and small")
+    parser.add_argument("--quick", action="store_true", help="a single small measurement of everything")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.parameters, arguments.repeats = 4_000_000, 1

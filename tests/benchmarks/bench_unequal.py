@@ -1,21 +1,22 @@
-"""What unequal workers cost, with and without `heterogeneous`: idle time, throughput, loss after as many samples.
+"""Unequal workers with and without `heterogeneous`: idle time, throughput, and loss after the same number of samples.
 
     python tests/benchmarks/bench_unequal.py [--shares 1 0.5 0.25] [--rounds 6] [--local-steps 60]
         [--directory DIRECTORY]
 
-The recipe `stdlib` (0.9M parameters, batches of 8 x 64 tokens, one thread a worker) by `trainer launch`, each worker's
-CPU limited to its share of a core by a control group, its profiling included. Needs the right to make control groups,
-and as many cores as the shares add up to; takes some ten minutes. One after the other:
+The recipe `stdlib` (0.9M parameters, batches of 8 x 64 tokens, one thread per worker) is run with `trainer launch`. A
+control group limits each worker's CPU to its share of a core, also during profiling. This needs permission to create
+control groups, and as many cores as the sum of the shares; it takes about ten minutes. Runs, in this order:
 
-    alone     each worker by itself: the samples a second of its inner steps. Their sum is what they could do together
+    alone     each worker by itself: samples per second of its inner steps. Their sum is what the workers could reach
     equal     as many workers without limits, `heterogeneous` off: the loss to compare with
-    off       the limited workers, `heterogeneous` off: everybody waits for the slowest
-    on        the same, on
+    off       the limited workers, `heterogeneous` off: all wait for the slowest
+    on        the same, `heterogeneous` on
 
-For the last three it prints a row: the share of the rounds' time that workers waited for others (how much longer their
-synchronisations took than the shortest one's, of the round's last to arrive; without the first two rounds, in which
-speeds are not known yet), samples a second over the same rounds and their ratio to the sum of those alone, all samples,
-and the held-out loss and its ratio to that of equal workers. JSON goes to build/unequal.json.
+For each of the last three it prints a row: the fraction of the rounds' time that workers waited for others (the excess
+of their synchronisation times over the shortest one in the round, which is that of the last worker to arrive; without
+the first two rounds, in which speeds are not known yet), samples per second over the same rounds and their ratio to the
+sum of those alone, all samples, and the held-out loss and its ratio to that of equal workers. JSON goes to
+build/unequal.json.
 """
 
 import argparse
@@ -42,15 +43,15 @@ from trainer.process import dying_with_parent
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "unequal.json"
 GROUPS = Path("/sys/fs/cgroup")
-PERIOD = 20_000  # microseconds: short beside an inner step
+PERIOD = 20_000  # microseconds: much shorter than an inner step
 KNOWN = 2  # rounds after which speeds are known
 PATIENCE = 1800.0  # seconds
-_pause = threading.Event()  # never set: what is polled here tells nobody of its changes
+_pause = threading.Event()  # never set: files are polled
 
 
 @contextmanager
 def limited(share: float) -> Iterator[Callable[[int], None]]:
-    """A control group whose processes have this share of a core; gives what puts a process into it."""
+    """A control group whose processes share this part of a core; yields a function that adds a process to it."""
     name = f"unequal-{os.getpid()}-{share}"
     own, quota = (GROUPS / "cpu" / name, True) if (GROUPS / "cpu").is_dir() else (GROUPS / name, False)
     own.mkdir()
@@ -68,7 +69,7 @@ def limited(share: float) -> Iterator[Callable[[int], None]]:
 
 
 def launched(directory: Path, shares: Sequence[float], **values: Any) -> RunHistory:
-    """One run, to its end; the workers have these shares of a core, 0 standing for no limit."""
+    """A complete run whose workers have these shares of a core; 0 means no limit."""
     settings = {
         "config": ROOT / "trainer" / "recipes" / "stdlib.yaml",
         "run-dir": directory,
@@ -79,13 +80,13 @@ def launched(directory: Path, shares: Sequence[float], **values: Any) -> RunHist
         "sequence-length": 64,
         "batch-size": 8,
         "per-device-train-batch-size": 8,
-        "eval-interval": 1000,  # at the end
+        "eval-interval": 1000,  # only at the end
         "eval-samples": 1024,
         "checkpoint-interval": 100_000,
         "grace-period": 200,
         "lease-ttl": 250,
         "wandb-logging": "false",
-        "standby": "false",  # an agent is put into its group before it imports anything
+        "standby": "false",  # an agent must be in its group before it imports anything
         **values,
     }
     arguments = [f"--{name}={value}" for name, value in settings.items()]
@@ -107,12 +108,12 @@ def launched(directory: Path, shares: Sequence[float], **values: Any) -> RunHist
                     if group := waiting.pop(slot, None):
                         group(pid)  # before it starts its worker, which inherits it
                 _pause.wait(0.05 if waiting else 0.5)
-            assert process.returncode == 0, f"trainer {command} has failed: see {log.name}"
+            assert process.returncode == 0, f"trainer {command} failed: see {log.name}"
     return read_run(directory)
 
 
 def agents(launcher: int) -> Iterator[tuple[int, int]]:
-    """Slot and process of each agent that has been started."""
+    """Slot and process id of each started agent."""
     try:
         children = psutil.Process(launcher).children()
         for child in children:
@@ -130,13 +131,13 @@ def speed_alone(run: RunHistory) -> float:
 
 
 def row(run: RunHistory, alone: float, loss: float) -> dict[str, float]:
-    """What the table shows of a run."""
+    """The table's values for a run."""
     _, waited = run.over_rounds("sync_seconds")
     _, seconds = run.over_rounds("seconds")
     _, samples = run.over_rounds("samples")
     known = slice(KNOWN, None)
     idle = (waited - np.nanmin(waited, axis=0))[:, known]
-    # Workers are together at each commit: a round lasts as long for all, but for what they do after it.
+    # All workers commit at the same time, so a round takes equally long for all, except for their work after it.
     speed = float(np.nansum(samples[:, known]) / np.nansum(np.nanmean(seconds, axis=0)[known]))
     own = last_finite(run.held_out_losses[1])
     return {
@@ -154,7 +155,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--local-steps", type=int, default=60)
-    parser.add_argument("--directory", type=Path, help="where the runs stay; by default they are removed")
+    parser.add_argument("--directory", type=Path, help="keep the runs in this directory; by default they are removed")
     options = parser.parse_args()
     with ExitStack() as stack:
         root = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))

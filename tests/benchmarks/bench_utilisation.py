@@ -1,18 +1,18 @@
-"""How much of their time workers compute, over slow links: real members, a real etcd, steps as long as a GPU's.
+"""The fraction of time that workers compute over slow links: real members, a real etcd, steps as long as a GPU's.
 
     python tests/benchmarks/bench_utilisation.py [--parameters 30000000] [--rounds 3] [--mbit 50 200 1000]
         [--methods fp32 int8 int4 ternary]
 
-Two workers, in a network namespace each, whose links `tc tbf` limits. Each is a member of a run (`ElasticQuorum`), over
-TLS, with the product's `DiLoCo` around a model of about so many parameters. Its inner steps are pauses of 20 ms, 128 a
-round: as long as a GPU would take for them, without work for the processor, which two workers share here with all
-that a synchronisation computes. `waits`: the synchronisation follows the inner steps; `overlaps`: it goes on beside the
-next round's (`async_communication`). `computes` is the share of the time, from the first commit to the last but
-one, that inner steps take; the worse of the two workers. `limit`: what a link of that rate permits, if a
-synchronisation took nothing but its bytes' time. Published for fp32 DiLoCo without overlap, of such a model and H, is
-11.6, 36 and 71.5 % at 50, 200 and 1000 Mbit/s.
+Two workers, each in its own network namespace, have links limited by `tc tbf`. Each is a member of a run
+(`ElasticQuorum`), over TLS, with the product's `DiLoCo` around a model of about the given number of parameters. Its
+inner steps are pauses of 20 ms, 128 per round: as long as on a GPU, but without load on the CPU, which the two workers
+need for their synchronisations. `waits`: the synchronisation follows the inner steps; `overlaps`: it runs during the
+next round's inner steps (`async_communication`). `computes` is the fraction of the time from the first commit to the
+last but one that inner steps take, of the worse of the two workers. `limit`: the fraction that the link permits if a
+synchronisation takes only the time to send its bytes. For comparison, published values for fp32 DiLoCo without overlap,
+with such a model and H, are 11.6, 36 and 71.5 % at 50, 200 and 1000 Mbit/s.
 
-It needs root, iproute2, and some seven minutes.
+It needs root, iproute2, and about seven minutes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for what tests share
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for shared test code
 
 from tests.benchmarks.bench_wire import SETTINGS, WORK, Crew, Links, serve, shapes_of
 from trainer.config import TrainingConfig
@@ -44,7 +44,7 @@ METHODS = ["fp32", "int8", "int4", "ternary"]
 
 
 class Worker:
-    """One of two members; each run of `train` is a run of its own."""
+    """One of two members; each call of `train` is a new run."""
 
     def __init__(self, rank: int, size: int, address: str, parameters: int, etcd: str) -> None:
         os.environ[SLOT_VARIABLE] = str(rank)
@@ -53,7 +53,7 @@ class Worker:
         self.parameters = sum(parameter.numel() for parameter in self.model)
 
     def train(self, run: str, method: str, overlaps: bool, rounds: int) -> tuple[float, float]:
-        """The share of the time that inner steps take, and bytes sent in a round."""
+        """The fraction of time that inner steps take, and bytes sent per round."""
         steps = LOCAL_STEPS * (rounds + 2)
         values = {"etcd_endpoints": [self.etcd], "run_id": run, "nodes": self.size, "total_steps": steps}
         values |= {"elastic_min_nodes": self.size, "local_steps": LOCAL_STEPS, "warmup_steps": 0}
@@ -73,7 +73,7 @@ class Worker:
             diloco.accept(quorum.join(diloco.state, Cursor()).assignment)
             diloco.begin_round()
             taken, sent = 0, []
-            marks: list[tuple[float, int]] = []  # when rounds were committed, and inner steps taken before
+            marks: list[tuple[float, int]] = []  # for each commit: its time, and the inner steps before it
             while not diloco.complete:
                 time.sleep(STEP_SECONDS)
                 taken += 1
@@ -81,14 +81,14 @@ class Worker:
                     marks.append((time.perf_counter(), taken))
                     sent.append(commit.bytes_sent or 0)
             quorum.finish("succeeded")
-            (began, first), (ended, last) = marks[0], marks[-2]  # nothing is left that could overlap with the last one
+            (began, first), (ended, last) = marks[0], marks[-2]  # the last synchronisation has nothing to overlap with
             return (last - first) * STEP_SECONDS / (ended - began), sum(sent) / len(sent)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=30_000_000)
-    parser.add_argument("--rounds", type=int, default=3, help="after the first")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds after the first")
     parser.add_argument("--mbit", type=float, nargs="+", default=[50, 200, 1000])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     arguments = parser.parse_args()

@@ -1,27 +1,27 @@
-"""How much of a long, lossy link a synchronisation and a joiner's state transfer use.
+"""The share of a long, lossy link that a synchronisation and a joiner's state transfer use.
 
     python tests/benchmarks/bench_wan.py [--parameters 15000000] [--rounds 3] [--loss 0 0.0001 0.001] [--kinds ...]
 
-Two workers, in a network namespace each, whose congestion control is cubic, as most hosts have it. Between them lies an
-emulated link (tests/network/long_link.c) of 500 Mbit/s and 100 ms round trip, which loses packets at random. A
+Two workers, each in its own network namespace with cubic congestion control, the default of most hosts. An emulated
+link (tests/network/long_link.c) of 500 Mbit/s with a round trip of 100 ms connects them and loses packets at random. A
 synchronisation is the product's collective in fp32: each sends the other all numbers, both at the same time. Seconds
-are the slower worker's, from the call to the return, so that half a round trip is in them. Kinds:
+are the slower worker's, from the call to the return, so they include half a round trip. Kinds:
 
-ours            as the product is by default: TLS, as many streams as it chooses, BBR
+ours            the product's defaults: TLS, as many streams as it chooses, BBR
 ours-N          with N streams
 plain           as `ours`, but without TLS
-cubic, cubic-N  as `ours`, but where the kernel does not permit BBR
-sockets-N       what the link permits: N plain sockets with BBR, both of whose directions are used, and that is all
+cubic, cubic-N  as `ours`, but the kernel does not permit BBR
+sockets-N       the link's limit: N plain sockets with BBR, used in both directions, and nothing else
 sockets-cubic-N the same with cubic
-gloo            gloo's all-reduce of the same numbers, over its one connection; with loss, where it takes minutes, of a
-                part of them, once, and extrapolated
-state           a joiner's transfer of as many bytes from a donor, one way, by default; the first makes the connections
+gloo            gloo's all-reduce of the same numbers, over its single connection; with loss, where it takes minutes, a
+                part of them is reduced once, and the time is extrapolated
+state           a joiner's transfer of as many bytes from a donor, one way, with defaults; the first opens connections
 state-cubic     the same without BBR
 
-`cold` is the first over new connections, which are made before; `warm` are the later ones. All are medians, and from
-least to most. `of the link` has a target for each rate of loss: 80 % without, 70 % with 0.01 %, 50 % with 0.1 %. The
-link's rate is of IP packets, whose headers take 3.5 %, and half a round trip passes before the last byte is there:
-with 60 MB, 91 % is all that could be had.
+`cold` is the first transfer over new connections, which are opened before it; `warm` are the later ones. All are
+medians, minima and maxima. `of the link` has a target for each loss rate: 80 % without loss, 70 % with 0.01 %, 50 %
+with 0.1 %. The link's rate is that of IP packets, whose headers take 3.5 %, and the last byte takes half a round trip
+to arrive, so at most 91 % is possible with 60 MB.
 
 It needs root, /dev/net/tun, iproute2 and a C compiler, and some minutes.
 """
@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store, TCPStore
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for what tests share
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for shared test code
 
 from tests.benchmarks.bench_wire import WORK, Crew, serve
 from tests.benchmarks.mesh import Mesh, Plain
@@ -59,13 +59,13 @@ from trainer.transport.link import BULK
 MBIT, ROUND_TRIP = 500.0, 0.1
 TARGETS = {0.0: 0.8, 0.0001: 0.7, 0.001: 0.5}
 KINDS = ["ours", "plain", "ours-1", "ours-8", "ours-16", "cubic", "cubic-16", "sockets-4", "gloo", "state"]
-FEWER = {0.0001: 0.3, 0.001: 0.1}  # of the numbers, that gloo sends where it takes minutes
+FEWER = {0.0001: 0.3, 0.001: 0.1}  # by loss: the fraction of the numbers that gloo sends
 PIECE = 256 << 10
 
 
 @contextmanager
 def bbr(permitted: bool) -> Iterator[None]:
-    """A kernel that permits BBR, or does not, to sockets that are made within."""
+    """Permit or forbid BBR for sockets that are created inside this context."""
     if permitted:
         yield
     else:
@@ -90,7 +90,7 @@ class Ours:
 
 
 class State:
-    """A joiner (the second worker) fetches from a donor."""
+    """A joiner (the second worker) that fetches from a donor."""
 
     def __init__(self, store: Store, name: str, rank: int, address: str, values: Tensor) -> None:
         half = len(values) // 2
@@ -106,7 +106,7 @@ class State:
 
 
 class Sockets:
-    """Pieces over plain sockets; whichever is ready takes the next one."""
+    """Pieces over plain sockets; each socket that is ready takes the next piece."""
 
     def __init__(
         self, store: Store, name: str, rank: int, address: str, values: Tensor, number: int, fast: bool
@@ -172,7 +172,7 @@ def store_of(store: Store, name: str) -> Store:
 
 
 class Worker:
-    """One of two, with connections of one kind at a time."""
+    """One of two workers, with connections of one kind at a time."""
 
     def __init__(self, rank: int, size: int, address: str, store: str, parameters: int) -> None:
         host, _, port = store.rpartition(":")
@@ -181,7 +181,7 @@ class Worker:
         self._open: Ours | State | Sockets | Gloo | None = None
 
     def open(self, kind: str, name: str, share: float) -> None:
-        """Make new connections of a kind, for so large a share of the numbers."""
+        """Open new connections of a kind, for a fraction `share` of the numbers."""
         values = self._values[: int(share * len(self._values))]
         common = self._store, name, self._rank, self._address, values
         what, _, rest = kind.partition("-")
@@ -215,7 +215,7 @@ class Worker:
 def measure(
     crew: Crew, kind: str, loss: float, times: int, rounds: int, wait: float
 ) -> tuple[list[float], list[float], int]:
-    """Seconds of cold and of warm transfers of all the numbers, and the number of streams."""
+    """Seconds of cold and of warm transfers of all numbers, and the number of streams."""
     cold: list[float] = []
     warm: list[float] = []
     share = FEWER.get(loss, 1.0) if kind == "gloo" else 1.0
@@ -239,12 +239,12 @@ def spread(values: list[float], form: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=15_000_000)
-    parser.add_argument("--rounds", type=int, default=3, help="after each first one")
-    parser.add_argument("--times", type=int, default=2, help="that connections are made anew")
-    parser.add_argument("--wait", type=float, default=1.0, help="seconds of silence before each round but the first")
-    parser.add_argument("--loss", type=float, nargs="+", default=[0.0, 0.0001, 0.001], help="of packets, each way")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds after each first one")
+    parser.add_argument("--times", type=int, default=2, help="how many times connections are opened")
+    parser.add_argument("--wait", type=float, default=1.0, help="seconds of pause before each round except the first")
+    parser.add_argument("--loss", type=float, nargs="+", default=[0.0, 0.0001, 0.001], help="lost fraction of packets")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
-    parser.add_argument("--quick", action="store_true", help="everything once, and small")
+    parser.add_argument("--quick", action="store_true", help="a single small measurement of everything")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.parameters, arguments.times, arguments.rounds = 1_000_000, 1, 1

@@ -1,42 +1,44 @@
-"""What a synchronisation costs: bytes on the wire, seconds over slow links, CPU seconds, memory.
+"""The cost of a synchronisation: bytes on the wire, seconds over slow links, CPU seconds, memory.
 
     python tests/benchmarks/bench_wire.py [--sections bytes time overlap cpu threads memory] [--methods fp32 int8 ...]
         [--parameters 10000000] [--repetitions 5] [--torchft DIRECTORY] [--quick]
 
-Workers are processes, one thread each, in a network namespace each, with an `eth0` that leads to a bridge. (This needs
-root. Where it is not allowed they are on loopback, and what needs an interface or a limited link is left out.) A
-synchronisation is what the product does once the others are there: the collective over the transport, with the codec
-and, piece by piece, the outer step and the hash of the vote. What it agrees on with etcd is not in here. `gloo` is the
-yardstick: one plain all-reduce of the same float32 numbers by torch's gloo, over connections of its own. Codecs are set
-as the configuration has them by default; `demo` sends 32 coefficients a tile in 4 bits.
+Workers are processes with one thread each. Each is in its own network namespace, with an `eth0` that leads to a bridge.
+(This needs root. Without it, workers use loopback, and measurements that need an interface or a limited link are
+skipped.) A synchronisation is what the product does once all members have arrived: the collective over the transport,
+with the codec and, piece by piece, the outer step and the hash for the vote. The agreement through etcd is excluded.
+`gloo` is the reference: one plain all-reduce of the same float32 numbers by torch's gloo, over its own connections.
+Codecs have the configuration's defaults; `demo` sends 32 coefficients per tile in 4 bits.
 
-bytes   What a worker sends in a round, for 2, 4 and 8 workers. The parameters are those of a GPT-NeoX with 124M of them
-        (12 layers of 768, tied embedding, 50257 tokens), or fewer (see the column) where the machine could not hold
-        them or would take long: `MB/round` is then scaled up to all of them (too much, what every message has whatever
-        its size: gloo's own headers, 20 % of `sparse` among 8). `meter` is what the product reports: TCP payload, from
-        the kernel's `tcp_info`. `eth0` is what the interface has counted meanwhile, less 66 bytes of Ethernet, IP and
-        TCP headers for each of its packets. They must agree within 3 % or 256 KB. `/fp32`: how much less than DiLoCo
-        in fp32; `/DDP`: than averaging gradients by `gloo` in each of 128 inner steps.
-time    Seconds, 2 (or --workers) workers, over links that `tc tbf` limits at both ends, and over one that nothing
-        limits: medians of the slowest worker, the methods alternating, after a first round that is not counted; without
-        TLS, and with it (`tls`, and its ratio `x-tls` to the seconds without). `limit` is bytes sent / bandwidth,
-        payload alone; headers take 4.6 % more, and acknowledgements of what comes the other way 2.2 %, so that 1.07 is
-        TCP's best. Targets: `x-limit` 1.10 for dense codecs; unlimited, `x-gloo` 1.5 for fp32. `whole` includes what is
-        done with the model, from its parameters to the pseudo-gradient, and back. With --torchft, its DiLoCo does the
-        same, quorum and vote included (bench_faults.py says how to install it).
-overlap The same over the limited links while inner steps go on (of 20 ms that need no CPU): `exposed` is how long they
-        stood still for it, median of the slower worker. Target: 5 % of `limit`.
+bytes   The bytes that a worker sends in a round, for 2, 4 and 8 workers. The parameters are those of a GPT-NeoX with
+        124M parameters (12 layers of 768, tied embedding, 50257 tokens). If the machine lacks memory for them, or they
+        take too long, there are fewer (see the column), and `MB/round` is scaled up to 124M; this also scales what
+        each message has regardless of size (gloo's headers; 20 % of `sparse` with 8 workers). `meter` is the product's
+        number: TCP payload, from the kernel's `tcp_info`. `eth0` is the interface's count for the same time, less 66
+        bytes of Ethernet, IP and TCP headers for each of its packets. The two must agree within 3 % or 256 KB. `/fp32`:
+        the reduction compared with DiLoCo in fp32; `/DDP`: compared with averaging gradients by `gloo` in each of 128
+        inner steps.
+time    Seconds, for 2 (or --workers) workers, over links limited by `tc tbf` at both ends, and over an unlimited one:
+        medians of the slowest worker, with alternating methods, after a first round that is not counted; without TLS,
+        and with it (`tls`, and its ratio `x-tls` to the seconds without). `limit` is bytes sent / bandwidth, for the
+        payload alone; headers take 4.6 % more, and acknowledgements for the other direction 2.2 %, so TCP reaches 1.07
+        at best. Targets: `x-limit` 1.10 for dense codecs; without a limit, `x-gloo` 1.5 for fp32. `whole` includes the
+        work on the model, from its parameters to the pseudo-gradient and back. With --torchft, torchft's DiLoCo does
+        the same, including its quorum and vote (bench_faults.py explains how to install it).
+overlap The same over the limited links during inner steps (of 20 ms that use no CPU): `exposed` is how long they wait
+        for the synchronisation, median of the slower worker. Target: 5 % of `limit`.
 cpu     CPU seconds to encode and to decode 100M numbers, on one thread.
-threads Seconds to encode, sum two members' messages and take the outer step for 200M parameters, on 1 and on 2 threads
-        in turn (least of the repetitions: what else the machine does only adds). Target: `gain` 1.7. 1B and 7B: the
-        same on paper, on 16 cores of this kind, if the gain goes on as from 1 to 2.
-memory  Bytes a parameter on the host, beside the model, from what the kernel says of the process: what stays between
-        synchronisations (4 each for the global parameters, the momentum, both again for the next outer step, scratch;
-        with error feedback, the residual and the error), and what one of 2 workers takes beyond that at its peak.
-        `coded`: a mean as it is kept, for those who are late, of the last rounds; counted once, in the peak.
+threads Seconds to encode, sum two members' messages and take the outer step for 200M parameters, alternately on 1 and
+        on 2 threads (minimum of the repetitions, since other load can only add time). Target: `gain` 1.7. 1B and 7B:
+        an estimate for 16 cores of this kind, if the gain continues as from 1 to 2.
+memory  Bytes per parameter on the host, without the model, from the kernel's numbers for the process: what stays
+        allocated between synchronisations (4 each for the global parameters, the momentum, both again for the next
+        outer step, scratch; with error feedback, the residual and the error), and what one of 2 workers needs beyond
+        that at its peak. `coded`: an encoded mean as kept for late members, one for each of the last rounds; the peak
+        includes it once.
 
-It prints a table for each, and writes build/wire.json. It needs a quiet machine with 2 cores, and 10 minutes;
-with --quick everything is small, and it takes about one.
+It prints a table for each section, and writes build/wire.json. It needs an idle machine with 2 cores, and 10 minutes;
+with --quick everything is small, and it takes about one minute.
 """
 
 import argparse
@@ -65,7 +67,7 @@ from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "wire.json"
-sys.path.insert(0, str(ROOT))  # for what tests share
+sys.path.insert(0, str(ROOT))  # for shared test code
 
 from tests.benchmarks.mesh import Members, Mesh, Plain  # noqa: E402
 from tests.network.namespaces import Namespaces, Network  # noqa: E402
@@ -85,8 +87,8 @@ from trainer.files import write_json  # noqa: E402
 from trainer.process import dying_with_parent, listen  # noqa: E402
 
 Row = dict[str, Any]
-INSIDE = "BENCH_WIRE_INSIDE" in os.environ  # whether this is a worker with a namespace of its own
-WORK = "BENCH_WIRE_WORK"  # environment of a worker: its role and that role's arguments, as JSON
+INSIDE = "BENCH_WIRE_INSIDE" in os.environ  # whether this is a worker in its own namespace
+WORK = "BENCH_WIRE_WORK"  # environment variable of a worker: its role and arguments, as JSON
 RAW, TORCHFT = "gloo", "torchft"
 DENSE = ["fp32", "bf16", "int8", "int4", "ternary", "sign"]
 METHODS = [*DENSE, "sparse", "demo"]
@@ -98,11 +100,11 @@ LOCAL_STEPS = 128
 STEP_SECONDS = 0.02
 HEADERS = 66  # bytes: Ethernet 14, IP 20, TCP 20 and its timestamps 12
 TIMEOUT = timedelta(seconds=60)
-HELD = 48  # bytes a parameter that a worker holds at its peak, about
+HELD = 48  # approximate peak memory of a worker, in bytes per parameter
 
 
 def shapes_of(parameters: int) -> list[Size]:
-    """Shapes of a GPT-NeoX of about so many parameters: fewer layers and tokens than FULL, and narrower at the end."""
+    """Shapes of a GPT-NeoX of about this size, with fewer layers and tokens than FULL; the smallest are narrower."""
     hidden = HIDDEN if parameters >= FULL // 16 else HIDDEN // 8
     layer = [[hidden]] * 4 + [[3 * hidden, hidden], [3 * hidden], [hidden, hidden], [hidden]]
     layer += [[4 * hidden, hidden], [4 * hidden], [hidden, 4 * hidden], [hidden]]
@@ -119,7 +121,7 @@ def codec_of(method: str, shapes: list[Size]) -> Codec:
 
 
 class Worker:
-    """One of ours, with a model of about so many parameters. What these are asked, all do at the same time."""
+    """A worker of this project, with about `parameters` parameters. All get the same requests at the same time."""
 
     def __init__(self, rank: int, size: int, address: str, store: str, parameters: int) -> None:
         host, _, port = store.rpartition(":")
@@ -144,7 +146,7 @@ class Worker:
         return self.layout.size
 
     def synchronise(self, method: str, tls: bool = False) -> Row:
-        """Seconds of a synchronisation, without and with what is done to the model, and bytes sent."""
+        """Seconds of a synchronisation, without and with the work on the model, and bytes sent."""
         if method not in self.codecs and method != RAW:
             self.codecs[method] = codec_of(method, self.shapes)
         theta = self.state.parameters
@@ -171,10 +173,10 @@ class Worker:
         return {"seconds": marks[2] - marks[1], "whole": marks[3] - marks[0], "sent": self.sent() - before}
 
     def overlap(self, method: str, seconds: float, rounds: int) -> Row:
-        """How long inner steps stand still for a synchronisation that goes on beside them, and bytes sent by each.
+        """The seconds for which inner steps wait for a synchronisation that runs during them, and bytes sent by each.
 
         Args:
-            seconds: Of a round's inner steps.
+            seconds: Duration of a round's inner steps.
         """
         model = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in self.shapes])
         steps = max(1, round(seconds / STEP_SECONDS))
@@ -201,20 +203,20 @@ class Worker:
         return self.plain.sent() + sum(mesh.sent() for mesh in self.meshes.values())
 
     def counters(self) -> tuple[int, int]:
-        """Bytes sent so far, as the meter has it, and as the interface has it, less headers (0 on loopback)."""
-        time.sleep(0.1)  # what the kernel still had to send is gone
+        """Bytes sent so far: the meter's count, and the interface's without headers (0 on loopback)."""
+        time.sleep(0.1)  # lets the kernel send its remaining data
         counters = Path("/sys/class/net/eth0/statistics")
         sent, packets = (int((counters / f"tx_{unit}").read_text()) if INSIDE else 0 for unit in ("bytes", "packets"))
         return self.sent(), sent - HEADERS * packets
 
     def memory(self, method: str) -> tuple[float, float, float]:
-        """Bytes a parameter: that stay, that a synchronisation takes beyond that at its peak, and of the coded mean."""
+        """Bytes per parameter: permanent, at a synchronisation's peak beyond that, and of the encoded mean."""
         self.residuals.clear()
         self.workspace = Workspace()
         for _ in range(2):
             self.synchronise(method)
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         stays = _status("VmRSS")
         self.synchronise(method)
         numbers = self.layout.size
@@ -222,13 +224,13 @@ class Worker:
 
 
 def _status(field: str) -> int:
-    """Bytes, from this process's status."""
+    """A field of this process's status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 class TorchftWorker:
-    """A replica of torchft's DiLoCo, whose rounds are one inner step that is next to nothing."""
+    """A replica of torchft's DiLoCo whose rounds have one inner step of negligible duration."""
 
     def __init__(self, rank: int, size: int, address: str, parameters: int, lighthouse: str) -> None:
         torchft: Any = importlib.import_module("torchft")
@@ -242,7 +244,7 @@ class TorchftWorker:
             state_dict=lambda: {"model": self.model.state_dict()},
             min_replica_size=size,
             use_async_quorum=False,
-            init_sync=False,  # all begin alike
+            init_sync=False,  # all start with the same values
             rank=0,
             world_size=1,
             store_addr=address,
@@ -252,20 +254,20 @@ class TorchftWorker:
             hostname=address,
         )
         outer = torch.optim.SGD(self.model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-        self.optimizer.register_step_post_hook(self._begins)  # before torchft's own, which synchronises
+        self.optimizer.register_step_post_hook(self._begins)  # before torchft's hook, which synchronises
         local_sgd.DiLoCo(self.manager, [self.model], self.optimizer, outer, sync_every=1).__enter__()
 
     def _begins(self, *arguments: Any) -> None:
         self.began = time.perf_counter()
 
     def synchronise(self, method: str) -> Row:
-        for parameter in self.model.parameters():  # torchft throws them away
+        for parameter in self.model.parameters():  # torchft discards them
             parameter.grad = torch.ones_like(parameter)
         before = self.manager.current_step()
         self.optimizer.step()
         seconds = time.perf_counter() - self.began
         if (self.manager.current_step(), self.manager.num_participants()) != (before + 1, self.size):
-            raise RuntimeError("torchft has not committed, or not with all")
+            raise RuntimeError("torchft did not commit, or not with all workers")
         return {"seconds": seconds, "whole": seconds}
 
 
@@ -284,26 +286,26 @@ ROLES: dict[str, type] = {"ours": Worker, TORCHFT: TorchftWorker, "lighthouse": 
 
 
 def serve(roles: dict[str, type]) -> None:
-    """Do what comes in, a line of JSON each, and answer likewise."""
+    """Execute requests, each a line of JSON, and answer in the same form."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # gloo prints
+    os.dup2(2, 1)  # gloo prints to stdout
     torch.set_num_threads(1)
     work = json.loads(os.environ[WORK])
     worker = roles[work["role"]](**work["arguments"])
     for line in sys.stdin:
         what, arguments = json.loads(line)
         answers.write(json.dumps(getattr(worker, what)(*arguments)) + "\n")
-    os._exit(0)  # torchft's threads would take their time
+    os._exit(0)  # without waiting for torchft's threads
 
 
-# Those who ask them
+# The main process
 
 
 class Links(Network):
-    """The workers' networks, with limits."""
+    """The workers' networks, with rate limits."""
 
     def limit(self, count: int, bandwidth: float | None) -> None:
-        """Let each of the first `count` send so many bits a second at most."""
+        """Limit each of the first `count` workers to `bandwidth` bits per second; None: no limit."""
         bucket = f"tbf rate {bandwidth:.0f}bit burst 256kb latency 400ms" if bandwidth else "noqueue"
         for number in range(count):
             command = [*self.inside(number), *f"tc qdisc replace dev eth0 root {bucket}".split()]
@@ -311,13 +313,13 @@ class Links(Network):
 
 
 class Crew:
-    """Processes of one role, which are asked together.
+    """Processes of one role, which get the same requests.
 
     Args:
-        network: In whose namespaces they are; None: where everything is.
-        torchft: Where it is installed.
-        program: What they run: this, or what calls `serve` with roles of its own.
-        arguments: Of the role, beyond rank, size and address.
+        network: The network whose namespaces they use; None: this process's.
+        torchft: The directory in which it is installed.
+        program: The program they run: this one, or one that calls `serve` with its own roles.
+        arguments: Arguments of the role after rank, size and address.
     """
 
     def __init__(
@@ -333,7 +335,7 @@ class Crew:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._processes: list[subprocess.Popen[bytes]] = []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as the product's workers have it
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as in the product's workers
         environment |= {"BENCH_WIRE_INSIDE": "1", "GLOO_SOCKET_IFNAME": "eth0"} if network else {}
         environment |= {"PYTHONPATH": str(torchft)} if torchft else {}
         addresses = [network.address_of(rank) if network else "127.0.0.1" for rank in range(size)]
@@ -357,7 +359,7 @@ class Crew:
         self._log.close()
 
     def ask(self, what: str, *arguments: Any) -> list[Any]:
-        """All their answers to `what(*arguments)`."""
+        """The results of `what(*arguments)` in all processes."""
         question = (json.dumps([what, arguments]) + "\n").encode()
         with suppress(BrokenPipeError):
             for process in self._processes:
@@ -373,10 +375,10 @@ class Crew:
         for other in self._processes:
             other.kill()
         self._log.seek(0)
-        raise RuntimeError(f"a worker ({self.role}) has ended at {what}\n{self._log.read().decode(errors='replace')}")
+        raise RuntimeError(f"a worker ({self.role}) ended during {what}\n{self._log.read().decode(errors='replace')}")
 
 
-# What is measured
+# The measurements
 
 
 def measure_bytes(arguments: argparse.Namespace, network: Links | None) -> Iterator[Row]:
@@ -433,7 +435,7 @@ def _times(arguments: argparse.Namespace, network: Links | None, size: int) -> I
                         row["x-tls"] = row["tls"] / row["seconds"]
                         row["all-tls"] = [each["seconds"] for each in encrypted]
                     if bandwidth:
-                        sent = row.get("sent", plain["sent"])  # torchft sends as much as gloo
+                        sent = row.get("sent", plain["sent"])  # torchft sends as many bytes as gloo
                         row["limit"] = 8 * sent / bandwidth
                         row["x-limit"] = row["seconds"] / row["limit"]
                         row["target"] = row["x-limit"] <= 1.1 if method in DENSE else None
@@ -474,7 +476,7 @@ def measure_cpu(arguments: argparse.Namespace, network: Links | None) -> Iterato
         out = torch.empty_like(codec.arrange(values)[0])
         for _ in range(arguments.repetitions + 1):
             marks = [time.process_time()]
-            blocks = codec.arrange(values)[0].split(max(1, SLICE // codec.block))  # as the product has them
+            blocks = codec.arrange(values)[0].split(max(1, SLICE // codec.block))  # as in the product
             rows = [codec.encode(part) for part in blocks]
             marks.append(time.process_time())
             for coded, part in zip(rows, out.split(len(blocks[0])), strict=True):
@@ -499,12 +501,12 @@ def measure_threads(arguments: argparse.Namespace, network: Links | None) -> Ite
             for count in (1, 2) if repetition % 2 else (2, 1):
                 times[count].append(work.seconds(workspaces[count]) * 200e6 / size)
         one, two = min(times[1]), min(times[2])
-        many = one / (one / two) ** 4  # 16 is 2 to the 4
+        many = one / (one / two) ** 4  # 16 is 2 to the power of 4
         yield {"method": method, "1-thread": one, "2-threads": two, "gain": one / two, "1B": 5 * many, "7B": 35 * many}
 
 
 class Arithmetic:
-    """What a synchronisation of two members computes, without sending: encode, sum, outer step."""
+    """The arithmetic of a synchronisation of two members, without sending: encode, sum, outer step."""
 
     def __init__(self, codec: Codec, values: Tensor, plain: bool) -> None:
         self.codec, self.plain, self.blocks = codec, plain, codec.arrange(values)[0]
@@ -538,7 +540,7 @@ def measure_memory(arguments: argparse.Namespace, network: Links | None) -> Iter
             yield {"method": method, "stays": stays, "peak": peak, "together": stays + peak, "coded": coded}
 
 
-# What is told
+# The output
 
 COLUMNS = {
     "bytes": "workers:d method:s parameters:,d meter:,.0f eth0:,.0f agree:ok MB/round:,.2f /fp32:.1f /DDP:,.0f",
@@ -554,10 +556,10 @@ COLUMNS = {
 NOTES = {
     "bytes": f"bytes a worker sends in a synchronisation; MB/round: scaled up to {FULL:,} parameters",
     "time": "seconds of a synchronisation with {parameters:,} parameters; sent: bytes",
-    "overlap": "seconds for which inner steps stand still, with {parameters:,} parameters; share: of the limit",
-    "cpu": "CPU seconds for 100M numbers, on one thread (measured with {parameters:,}); bytes: of each number, coded",
+    "overlap": "seconds for which inner steps wait, with {parameters:,} parameters; share: relative to the limit",
+    "cpu": "CPU seconds for 100M numbers, on one thread (measured with {parameters:,}); bytes: encoded size per number",
     "threads": "seconds to encode, sum and step 200M parameters (measured with {parameters:,}); 1B, 7B: on 16 cores",
-    "memory": "bytes a parameter on the host, of {parameters:,}",
+    "memory": "bytes per parameter on the host, measured with {parameters:,}",
 }
 
 
@@ -568,7 +570,7 @@ def shown(value: Any, form: str) -> str:
 
 
 def report(section: str, parameters: int, rows: Iterator[Row]) -> list[Row]:
-    """Print a section's rows as they come; returns them."""
+    """Print a section's rows as they arrive; returns them."""
     columns = dict(column.split(":") for column in COLUMNS[section].split())
     print(f"\n{section}: {NOTES[section].format(parameters=parameters)}")
     print("".join(f"{name:>12}" for name in columns), flush=True)
@@ -589,12 +591,12 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[2], help="for time")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS), help="for time")
-    parser.add_argument("--torchft", type=Path, help="where torchft is installed (`pip install --target`)")
-    parser.add_argument("--quick", action="store_true", help="everything once, and small")
+    parser.add_argument("--torchft", type=Path, help="directory in which torchft is installed (`pip install --target`)")
+    parser.add_argument("--quick", action="store_true", help="a single small measurement of everything")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.parameters, arguments.repetitions = min(arguments.parameters, 1_000_000), 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all child processes end
     torch.set_num_threads(1)
     results: dict[str, list[Row]] = {}
     load = os.getloadavg()[0]
@@ -604,7 +606,7 @@ def main() -> None:
         try:
             network = resources.enter_context(Links(8))
         except PermissionError as error:
-            print(f"no namespaces here, all is on loopback: {error}")
+            print(f"no network namespaces, using loopback: {error}")
         for section in arguments.sections:
             results[section] = report(section, arguments.parameters, measures[section](arguments, network))
     facts = {"cores": os.cpu_count(), "load": load, "torch": torch.__version__, "parameters": arguments.parameters}

@@ -1,4 +1,4 @@
-"""What benchmarks' workers share: the product's links to all other workers, and a plain gloo group to compare with."""
+"""Shared code of the benchmarks' workers: the product's links to all other workers, and a plain gloo group."""
 
 import json
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ TIMEOUT = timedelta(seconds=300)
 
 
 class Mesh:
-    """A worker's links to all others, which the first call of each kind of transfer makes.
+    """A worker's links to all others. The first transfer of each kind opens them.
 
     Args:
-        store: Where they tell each other their endpoints.
-        name: Of this mesh, in the store.
-        tls: Whether bytes are encrypted, on loopback too.
+        store: The store through which workers exchange their endpoints.
+        name: The name of this mesh in the store.
+        tls: Whether to encrypt, even on loopback.
         streams: See the parameter.
-        offers: What this worker serves, by name.
+        offers: The contents that this worker serves, by name.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Mesh:
         self.transport.close()
 
     def connect(self, lane: str = ROUNDS) -> None:
-        """Make the links that are missing. Raises ConnectionError: One cannot be made."""
+        """Open the missing links. Raises ConnectionError: A link cannot be opened."""
         if missing := self.transport.connect(self._at, 30.0, lane):
             raise ConnectionError(f"no links to {missing}")
 
@@ -78,7 +78,7 @@ class Mesh:
         workspace: Workspace | None = None,
         merge: Merge = MEAN,
     ) -> Reduced:
-        """The collective of a round's attempt, as the product runs it."""
+        """The collective of a round's attempt, as in the product."""
         self._round += 1
         attempt = 1, self._round, 1
         group = self.transport.group(self.ids, attempt)
@@ -105,7 +105,7 @@ class Mesh:
 
 
 class Members(LocalQuorum):
-    """A quorum whose members are those of a mesh, all of them, always."""
+    """A quorum that always consists of all members of a mesh."""
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Members(LocalQuorum):
 
 
 class Plain:
-    """A gloo group, as torch makes it: one connection a pair, with the hosts' congestion control."""
+    """A gloo group with torch's defaults: one connection per pair, with the hosts' congestion control."""
 
     def __init__(self, store: Store, rank: int, size: int, address: str) -> None:
         gloo: Any = ProcessGroupGloo  # its stubs are incomplete
@@ -136,5 +136,5 @@ class Plain:
     def sent(self) -> int:
         """Bytes sent so far."""
         wire = self._meter.read()
-        assert wire, "this system does not tell what goes over a connection"
+        assert wire, "this system does not count the bytes of a connection"
         return wire[0]

@@ -124,7 +124,7 @@ def test_joining_ends_with_the_sentence_where_the_run_is_complete(
     token = place.token()
     place.finish()
     assert join(decode(token.line), HERE) == 0
-    assert "run mine is complete already" in capsys.readouterr().out
+    assert "run mine is already complete" in capsys.readouterr().out
     kept = Path("runs/mine/secrets")
     assert stat.S_IMODE(kept.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir()} == {0o600}
@@ -187,7 +187,7 @@ def test_tokens_come_and_go_while_members_swap(place: Place) -> None:
 
 def test_a_run_that_has_failed_or_not_begun_is_not_joined(place: Place) -> None:
     token = place.token()
-    with pytest.raises(ConfigError, match="run mine has not begun within 0 s"):
+    with pytest.raises(ConfigError, match="run mine did not start within 0 s"):
         join(token, HERE, LaunchTimeouts(begin=0.3))
     place.finish("failed", "the moon is full")
     with pytest.raises(ConfigError, match="the run has failed: the moon is full"):
@@ -279,7 +279,7 @@ def test_an_etcd_without_users_admits_everybody_and_says_so(tmp_path: Path, caps
         assert join(decode(shown.out), HERE) == 0
         with pytest.raises(ConfigError, match="has no users, and so no tokens"):
             manage("list", config, None, None, 3600)
-        with pytest.raises(ConfigError, match="its etcd listens on this machine alone: begin it again with --listen"):
+        with pytest.raises(ConfigError, match="its etcd listens only on this machine: start it again with --listen"):
             manage("create", config, tmp_path, None, 3600)  # as `launch` without --listen starts it
 
 
@@ -313,7 +313,7 @@ def test_a_run_that_is_over_keeps_its_etcd_until_the_others_have_ended(
         keys.finish(client, "succeeded")
         last = threading.Thread(target=outlast_others, args=(client, config), daemon=True)
         last.start()
-        assert said.get(timeout=60) == "keeping etcd until the other nodes of the run have ended: 1"
+        assert said.get(timeout=60) == "keeping etcd until the run's other nodes have ended: 1"
         assert last.is_alive()
         client.delete("slots/1")
         last.join()
@@ -337,7 +337,7 @@ def test_only_one_etcd_has_the_port(place: Place, tmp_path: Path) -> None:
     config = TrainingConfig.from_flat({"run_id": "other", "device": "cpu", "nodes": 1})
     listening = Listening.of(config, tmp_path / "second", endpoint_of(host.strip("[]"), int(port)))
     assert listening is not None
-    with pytest.raises(ConfigError, match="is taken by another process"):
+    with pytest.raises(ConfigError, match="is used by another process"):
         listening.etcd(config, tmp_path / "second").__enter__()
     connect(place.config.etcd.endpoints[0], 5).close()
 

@@ -200,7 +200,7 @@ def test_a_worker_out_of_memory_is_told_so_and_what_to_lower(place: Place, tmp_p
     place.on_line = lambda line: place.story.released.set() if "restarts it" in line else None
     train(place.context(), tmp_path / "run")
     line = place.wait_for(
-        "worker 1 has ended: it was killed because it needs more memory than it has (it may take 32Gi)"
+        "worker 1 has ended: it was killed because it needs more memory than it has (its limit is 32Gi)"
     )
     assert "lower per_device_train_batch_size" in line
     assert "raise memory_gb" in line
@@ -232,7 +232,7 @@ def test_a_worker_that_is_out_of_memory_a_second_time_is_given_up(
     ("reason", "words", "last"),
     [
         # containerd's reason of a container whose process was killed, and which has failed then
-        ("OOMKilled", "", r"worker 1: it was killed because it needs more memory than it has \(it may take 32Gi\): "),
+        ("OOMKilled", "", r"worker 1: it was killed because it needs more memory than it has \(its limit is 32Gi\): "),
         ("Error", "error: CUDA has gone", "worker 1: CUDA has gone"),
         ("Error", "", "the worker of node 1 was killed by SIGKILL"),
     ],

@@ -105,7 +105,7 @@ def test_another_address_than_loopback_needs_the_token(tmp_path: Path) -> None:
 def test_only_what_changes_is_sent_and_a_slow_start_is_shown(tmp_path: Path) -> None:
     with LivePage(DirectoryView(tmp_path / "later"), "127.0.0.1:0", QUICK) as page, stream(page.url) as parts:
         first = dict(next(parts) for _ in range(6))
-        assert "Not begun" in first["head"]
+        assert "Not started" in first["head"]
         train(tmp_path / "later", rounds=2, end=None)
         found: dict[str, str] = {}
         while "chart-0" not in found or ">2<" not in found.get("workers", ""):
@@ -143,7 +143,7 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
         (tmp_path / "runs", "127.0.0.1:0", "name one of mine"),
         (tmp_path, "nowhere", "dashboard = 'nowhere': must be host:port"),
         (tmp_path, "192.0.2.1:1", "dashboard = '192.0.2.1:1': cannot be served there: Cannot assign requested address"),
-        (tmp_path, "no..name:1", "dashboard = 'no..name:1': cannot be served there: no name of a host"),
+        (tmp_path, "no..name:1", "dashboard = 'no..name:1': cannot be served there: not a host name"),
     ):
         with pytest.raises(ConfigError, match=re.escape(error)):
             dashboard(TrainingConfig(), directory, address)

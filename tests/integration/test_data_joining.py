@@ -93,7 +93,7 @@ def test_a_wrong_dataset_from_the_run_is_refused(
 ) -> None:
     shutil.rmtree(root / "source")
     run.hash = "of the run"
-    with pytest.raises(TrainingError, match="what has been fetched is not what the run trains on"):
+    with pytest.raises(TrainingError, match="the fetched dataset is not the run's"):
         here(run)
 
 

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +16,12 @@ from trainer.etcd.client import EtcdClient
 from trainer.files import write_json
 from trainer.launch.agent import is_vague
 
-AGENT = """
-import sys
+# Imports torch once, and starts an agent in a process of its own for each directory that it reads
+AGENTS = """
+import gc, os, sys
 from pathlib import Path
+import torch.distributed.elastic.agent.server.local_elastic_agent, torch.distributed.elastic.rendezvous.registry
+import trainer.launch.etcd3_diloco_rendezvous
 from trainer.config import TrainingConfig
 from trainer.launch.agent import run_agent
 from trainer.launch.memory_cgroup import MemoryCgroup
@@ -24,12 +29,19 @@ from trainer.launch.standby import Standby
 from trainer.errors import run_main
 from trainer.files import read_json
 
-place = Path(sys.argv[1])
-config = TrainingConfig.from_tree(read_json(place / "config.json"))
-memory = MemoryCgroup(place / "cgroup", place / "membership")
-(place / "worker.py").write_text(sys.argv[2])
-standby = Standby.fork(lambda: None) if config.standby else None
-run_main(lambda: run_agent(config, [sys.executable, str(place / "worker.py"), str(place)], 0, memory, standby=standby))
+gc.freeze()
+for line in sys.stdin:
+    place = Path(line.rstrip())
+    if agent := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1]), flush=True)
+        continue
+    for descriptor in (1, 2):
+        os.dup2(os.open(place / "errors", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    config = TrainingConfig.from_tree(read_json(place / "config.json"))
+    memory = MemoryCgroup(place / "cgroup", place / "membership")
+    standby = Standby.fork(lambda: None) if config.standby else None
+    command = [sys.executable, str(place / "worker.py"), str(place)]
+    run_main(lambda: run_agent(config, command, 0, memory, standby=standby))
 """
 WORKER = """
 import os, signal, sys
@@ -53,14 +65,32 @@ if life < 3:
     os.kill(os.getpid() if life == 1 else os.getppid(), signal.SIGKILL)
     signal.pause()
 """
-ADVICE = "lower per_device_train_batch_size or sequence_length, take a smaller model, or raise memory_gb"
+ADVICE = "lower per_device_train_batch_size or sequence_length, use a smaller model, or raise memory_gb"
 
-Run = Callable[..., "tuple[subprocess.CompletedProcess[str], int, Verdict]"]
+
+@dataclass(frozen=True)
+class Ended:
+    """How an agent has ended."""
+
+    returncode: int
+    stderr: str
+
+
+Run = Callable[..., tuple[Ended, int, Verdict]]
+
+
+@pytest.fixture(scope="module")
+def agents() -> Iterator["subprocess.Popen[str]"]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", AGENTS], env=environment, **pipes) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture
-def run(etcd: str, tmp_path: Path) -> Run:
-    def run(worker: str, **values: object) -> tuple[subprocess.CompletedProcess[str], int, Verdict]:
+def run(etcd: str, tmp_path: Path, agents: "subprocess.Popen[str]") -> Run:
+    def run(worker: str, **values: object) -> tuple[Ended, int, Verdict]:
         """Returns how the agent has ended, how many lives its worker had, and the run's verdict."""
         flat = {
             "launcher": "pytorchjob",
@@ -72,9 +102,10 @@ def run(etcd: str, tmp_path: Path) -> Run:
         }
         config = TrainingConfig.from_flat({**flat, **values, "etcd_endpoints": [etcd], "run_dir": str(tmp_path)})
         write_json(tmp_path / "config.json", config.model_dump(mode="json"))
-        command = [sys.executable, "-c", AGENT, str(tmp_path), WORKER + worker]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        agent = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        (tmp_path / "worker.py").write_text(WORKER + worker)
+        assert agents.stdin and agents.stdout
+        print(tmp_path, file=agents.stdin, flush=True)
+        agent = Ended(int(agents.stdout.readline()), (tmp_path / "errors").read_text())
         with EtcdClient.of(config) as client:
             return agent, (tmp_path / "lives").stat().st_size, verdict(client)
 
@@ -88,11 +119,13 @@ def run(etcd: str, tmp_path: Path) -> Run:
 def test_a_worker_that_needs_more_memory_than_there_is_is_restarted_once(run: Run) -> None:
     agent, lives, found = run(OUT_OF_MEMORY.replace("KILLED", "bool"), elastic_max_restarts=9)
     assert lives == 2
-    reason = "the worker of node 0 was killed because it needs more memory than it has (it may take 1.5 GiB): " + ADVICE
+    reason = (
+        "the worker of node 0 was killed because it needs more memory than it has (its limit is 1.5 GiB): " + ADVICE
+    )
     assert (found.status, found.reason, found.slot) == ("failed", reason, 0)
     assert agent.returncode == 1
     assert agent.stderr.splitlines()[-1] == f"error: {reason}"
-    assert agent.stderr.count("it is restarted once") == 1
+    assert agent.stderr.count("restarting it once") == 1
     assert not is_vague(reason)
 
 
@@ -115,7 +148,7 @@ def test_where_the_kernel_does_not_say_it_is_a_guess(run: Run, tmp_path: Path) -
 def test_on_a_machine_of_one_s_own_there_is_no_pod_to_give_more_memory(run: Run) -> None:
     _, lives, found = run(OUT_OF_MEMORY.replace("KILLED", "bool"), launcher="local")
     assert lives == 2
-    assert found.reason.endswith("sequence_length, or take a smaller model")
+    assert found.reason.endswith("sequence_length, or use a smaller model")
 
 
 def test_a_killed_worker_starts_from_the_standby_and_without_it_when_that_is_killed(run: Run, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_the_check_for_corruption_is_asked_for_by_the_name_that_a_version_knows(
 def test_etcd_binary_names_the_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ETCD_BINARY", sys.executable)
     assert etcd_binary() == Path(sys.executable)
-    with pytest.raises(ConfigError, match="is no etcd"), EmbeddedEtcd(tmp_path):
+    with pytest.raises(ConfigError, match="is not an etcd"), EmbeddedEtcd(tmp_path):
         pass
     monkeypatch.setenv("ETCD_BINARY", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="ETCD_BINARY"):

@@ -331,11 +331,11 @@ def tls(tmp_path: Path) -> Iterator[Tls]:
 def test_tls_and_none_do_not_understand_each_other(server: EmbeddedEtcd, tls: Tls) -> None:
     ca = tls.certificate
     # A connection that is closed at once may be an etcd that just dies, too: one goes on trying, but with a hint.
-    assert kind_of([server.endpoint], ca=ca) == ("unreachable", "it speaks no TLS, but etcd.ca is set")
+    assert kind_of([server.endpoint], ca=ca) == ("unreachable", "it does not use TLS, but etcd.ca is set")
     with EtcdClient([tls.endpoint], ca=ca, cert=ca, key=tls.key) as client:
         assert client.wait_for(lambda: client.list("") == {}, 60)
     assert kind_of([tls.endpoint], ca=ca) == ("certificate", "")  # it wants a client certificate
-    assert kind_of([tls.endpoint]) == ("unreachable", "it wants TLS, but no etcd.ca is set")
+    assert kind_of([tls.endpoint]) == ("unreachable", "it requires TLS, but no etcd.ca is set")
 
 
 @pytest.mark.faults

@@ -15,15 +15,25 @@ import pytest
 
 from trainer.etcd.client import EtcdClient
 
+# Agents of a run of several start from a process that has imported torch, as `launch` does it by default
 LAUNCH = """
 import json, sys
 from trainer.config import TrainingConfig
-from trainer.launch.local import launch
+from trainer.launch import local
+from trainer.launch.standby import Standby
 from trainer.errors import run_main
+
+def prepare():
+    import torch.distributed.elastic.agent.server.local_elastic_agent
+    import trainer.launch.etcd3_diloco_rendezvous
+
 config = TrainingConfig.from_flat({"run_id": "r", "run_dir": sys.argv[1], "device": "cpu", "elastic_max_restarts": 1,
                                    "total_steps": 2, "warmup_steps": 0, "standby": False,
                                    **json.loads(sys.argv[2])})
-run_main(lambda: launch(config, [sys.executable, *sys.argv[3:]]))
+if max(config.nodes, config.elastic.max_nodes) > 1:
+    standby, AgentProcess = Standby.fork(prepare), local.AgentProcess
+    local.AgentProcess = lambda *arguments: AgentProcess(*arguments[:-1], standby)
+run_main(lambda: local.launch(config, [sys.executable, *sys.argv[3:]]))
 """
 
 # Announces itself to the test, runs its `act`, and ends when the test asks for it.
@@ -156,7 +166,7 @@ def test_unless_all_must_be_there_the_others_go_on(start: Start, tmp_path: Path)
     launch = start('if slot == "1": raise ValueError("the moon is full")')
     assert launch.stdout is not None
     shown: list[str] = []
-    while "worker 1: ValueError: the moon is full: the others go on" not in "".join(shown):
+    while "worker 1: ValueError: the moon is full: the others continue" not in "".join(shown):
         shown.append(launch.stdout.readline())
         assert shown[-1], shown
     (tmp_path / "go").touch()
@@ -176,17 +186,17 @@ def test_bad_configuration_is_not_tried_again(start: Start, tmp_path: Path) -> N
     assert summary_of(tmp_path)["status"] != "complete"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_path: Path) -> None:
-    launch = start()
-    until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
+@pytest.mark.parametrize(("number", "status", "nodes"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1)])
+def test_told_to_stop(number: signal.Signals, status: int, nodes: int, start: Start, tmp_path: Path) -> None:
+    launch = start(nodes=nodes)
+    until(lambda: all(workers_here(tmp_path, slot) for slot in range(nodes)), launch)
     processes = family(launch)
     launch.send_signal(number)
     output, errors = launch.communicate()
     assert launch.returncode == status
     assert "Traceback" not in output + errors
     assert "--run-id r resumes it" in output
-    for slot in (0, 1):
+    for slot in range(nodes):
         assert "asked to leave" in (tmp_path / f"worker-{slot}" / "metrics.jsonl").read_text()
     assert_gone(processes)
     assert summary_of(tmp_path)["status"] == "stopped"
@@ -194,8 +204,8 @@ def test_told_to_stop(number: signal.Signals, status: int, start: Start, tmp_pat
 
 
 def test_nothing_outlives_a_killed_launch(start: Start, tmp_path: Path) -> None:
-    launch = start()
-    until(lambda: workers_here(tmp_path, 0) and workers_here(tmp_path, 1), launch)
+    launch = start(nodes=1)
+    until(lambda: workers_here(tmp_path, 0), launch)
     processes = family(launch)
     assert any("etcd" in process.name() for process in processes)
     launch.kill()
@@ -217,7 +227,7 @@ def test_a_launch_that_is_refused_does_not_end_the_run_of_others(
         second = start(act, run=tmp_path / "other", elastic_min_nodes=1, **common)
         _, errors = second.communicate()
         assert second.returncode == 1
-        assert "local_steps = 5: worker 1 does not fit the run; the run goes on elsewhere" in errors.splitlines()[-1]
+        assert "local_steps = 5: worker 1 does not fit the run; the run continues elsewhere" in errors.splitlines()[-1]
         assert client.get("run").value["status"] == "open"  # type: ignore[union-attr]
         if min_nodes == 1:
             until(lambda: workers_here(healthy, 0), first)

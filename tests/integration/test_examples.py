@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,13 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_a_loop_of_ones_own_becomes_a_worker() -> None:
-    printed = run(str(EXAMPLES / "library_loop.py"), "--steps", "300", "--sync-every", "50")
-    rounds = re.findall(r"^round (\d+): loss ([\d.]+)$", printed, re.MULTILINE)
+def test_a_loop_of_ones_own_becomes_a_worker(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["library_loop.py", "--steps", "300", "--sync-every", "50"])
+    with torch.random.fork_rng():
+        runpy.run_path(str(EXAMPLES / "library_loop.py"), run_name="__main__")
+    rounds = re.findall(r"^round (\d+): loss ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
     assert [int(number) for number, _ in rounds] == [1, 2, 3, 4, 5, 6]
     assert float(rounds[-1][1]) < float(rounds[0][1]) / 2
 

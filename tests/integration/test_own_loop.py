@@ -141,7 +141,7 @@ def test_a_run_ends_at_its_last_step_and_is_over(join: Callable[..., LoopMember]
             step()
     assert sorted(set(seen)) == sorted(seen) and len(seen) == 10
     assert diloco.complete and diloco.round == 3
-    with pytest.raises(TrainingError, match=r"is over .the run has succeeded.: name another one"):
+    with pytest.raises(TrainingError, match=r"is over .the run has succeeded.: choose another run"):
         join()
 
 
@@ -221,9 +221,9 @@ def test_a_loop_that_takes_more_batches_than_it_makes_steps_is_told(join: Callab
 def test_a_quorum_is_used_in_its_context(join: Callable[..., LoopMember]) -> None:
     member = join()
     diloco, _ = loop_of(member)
-    with pytest.raises(ValueError, match="the worker is no member yet"):
+    with pytest.raises(ValueError, match="the worker is not a member yet"):
         diloco.after_inner_step()
-    with pytest.raises(ValueError, match="the worker is no member yet"):
+    with pytest.raises(ValueError, match="the worker is not a member yet"):
         next(member.samples(10))
     with diloco:
         pass

@@ -205,7 +205,7 @@ def test_the_steps_among_those_of_somebody_else_s_pipeline(run: Run, tmp_path: P
     (note,) = tmp_path.glob("pipeline/*/announce/note")
     assert note.read_text().startswith("gpt-neo-x:tiny, 20 steps, ")
     log = (tmp_path / "logs" / "pipeline.log").read_text()
-    assert "is complete already" in log
+    assert "is already complete" in log
 
 
 def test_train_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +218,7 @@ def test_train_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
         training_metrics=metrics,
         training_summary=summary,
     )
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     assert model.metadata["step"] == 20
     assert metrics.metadata == run.artifact("train", "training_metrics")["metadata"]
     assert "| Inner steps | 20 |" in Path(summary.path).read_text()

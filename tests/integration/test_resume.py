@@ -15,6 +15,7 @@ import pytest
 
 from tests.integration.test_dashboard import ask, stream
 from trainer import checkpoint
+from trainer.__main__ import main
 from trainer.process import refused
 
 FLAGS = {
@@ -89,7 +90,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     directory = tmp_path_factory.mktemp("whole")
     shared, run_dir = directory / "shared", directory / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command("precache", run_dir, shared), check=True, env=environment, capture_output=True)
+    assert main(command("precache", run_dir, shared)[3:]) == 0
     launch = subprocess.Popen(
         [*command("launch", run_dir, shared), "--dashboard", "127.0.0.1:0", "--lease-ttl", "60"],
         env=environment,
@@ -165,5 +166,5 @@ def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(wh
 
     # Starting a finished run reports that, and exits 0.
     finished = subprocess.run(command("launch", broken, shared), check=True, env=environment, capture_output=True)
-    assert b"complete already" in finished.stdout
+    assert b"already complete" in finished.stdout
     assert len(events(broken, "start")) == 3

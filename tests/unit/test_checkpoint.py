@@ -95,7 +95,7 @@ def test_one_of_another_format_is_refused_and_not_passed_over(tmp_path: Path) ->
     save(tmp_path, range(1, 3))
     manifest = tmp_path / "round-000002-step-00000010" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
-    with pytest.raises(checkpoint.OtherFormat, match="round-000002-step-00000010 has format 1; this version reads"):
+    with pytest.raises(checkpoint.OtherFormat, match="step-00000010 has format 1, but this version only reads"):
         checkpoint.newest(tmp_path, pytest.fail)
 
 

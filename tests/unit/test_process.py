@@ -33,7 +33,7 @@ def test_a_name_is_resolved_and_an_unknown_one_is_refused() -> None:
     assert address_of("localhost") in ("127.0.0.1", "::1")
     with listen("localhost"):
         pass
-    with pytest.raises(ConfigError, match="advertise_address = 'no such host': is no address"):
+    with pytest.raises(ConfigError, match="advertise_address = 'no such host': is not an address"):
         listen("no such host")
 
 

@@ -1,9 +1,9 @@
-"""`TrainingConfig`: every parameter of a training, once.
+"""`TrainingConfig`: the single list of a training's parameters.
 
 The command line, the environment, YAML files, the pipeline's signature, the JSON schema and the help texts are derived
 from its fields. Precedence: flag > `DILOCO_*` variable > YAML file (`--config`) > default. A parameter has a *path*
 (`elastic.min_nodes`, as in YAML) and a *flat name* (`elastic_min_nodes`, as in the pipeline,
-`DILOCO_ELASTIC_MIN_NODES` and `--elastic-min-nodes`). No value is null: a number that is not given is -1 (`UNSET`).
+`DILOCO_ELASTIC_MIN_NODES` and `--elastic-min-nodes`). No value is null; a number that is not given is -1 (`UNSET`).
 
 Secrets (`WANDB_API_KEY`, `HF_TOKEN`, `ETCD_PASSWORD`) are not parameters: they come from the environment only.
 """

@@ -34,14 +34,14 @@ class StorageConfig(Group):
 
 
 class NcclConfig(Group):
-    """NCCL's settings; they have an effect with optim_method=ddp on GPUs only."""
+    """NCCL settings. They take effect only with optim_method=ddp on GPUs."""
 
     debug: Literal["VERSION", "WARN", "INFO", "TRACE"] = parameter("INFO", "NCCL_DEBUG (optim_method=ddp).")
     async_error_handling: Annotated[int, Field(ge=0, le=3)] = parameter(
         1, "TORCH_NCCL_ASYNC_ERROR_HANDLING (optim_method=ddp)."
     )
     timeout: Positive = parameter(
-        1800, "Seconds after which torch's watchdog ends a worker whose NCCL hangs (optim_method=ddp)."
+        1800, "Seconds after which torch's watchdog ends a worker that hangs in NCCL (optim_method=ddp)."
     )
     ib_timeout: Annotated[int, Field(ge=1, le=31)] = parameter(22, "NCCL_IB_TIMEOUT (optim_method=ddp).")
     nsocks_per_thread: Annotated[int, Field(ge=1, le=16)] = parameter(8, "NCCL_NSOCKS_PERTHREAD (optim_method=ddp).")
@@ -51,7 +51,7 @@ class NcclConfig(Group):
 
 class ElasticEtcdConfig(Group):
     external_endpoint: Annotated[str, IDENTITY] = parameter(
-        "", "host:port of an existing etcd; short form of `etcd.endpoints` for a single one."
+        "", "host:port of an existing etcd; short form of `etcd.endpoints` with one entry."
     )
     prefix: Annotated[str, LOOKUP] = parameter("/torchelastic", "Prefix of every key in etcd.", pattern=r"^/[\w./-]*$")
     protocol: Annotated[Literal["http", "https"], LOOKUP] = parameter(
@@ -70,7 +70,7 @@ class ElasticConfig(Group):
         UNSET, "Maximum number of nodes that train together; others wait as spares. -1: `nodes`."
     )
     nproc_per_node: Positive = parameter(
-        1, "Processes on each node, usually one per GPU: that many workers, or, with inner_parallel, one worker."
+        1, "Processes on each node, usually one per GPU. Each is a worker; with inner_parallel, all are one worker."
     )
     max_restarts: NonNegative = parameter(3, "Maximum number of times that a node restarts its workers.")
     rdzv_timeout: Seconds = parameter(1800.0, "Maximum time to wait for `min_nodes` nodes, in seconds.")
@@ -82,7 +82,9 @@ class ElasticConfig(Group):
 
 
 class EtcdConfig(Group):
-    enabled: bool = parameter(True, "Use our own etcd when no endpoint is given; false requires one.")
+    enabled: bool = parameter(
+        True, "When no endpoint is given, use an embedded etcd or the cluster's own; false: an endpoint is required."
+    )
     endpoints: Annotated[list[str], LOOKUP, IDENTITY, COMMON] = parameter(
         [], "host:port of each member of an existing etcd. Empty: an embedded one, or the cluster's own."
     )
@@ -125,7 +127,7 @@ class GpuConfig(Group):
 
 
 class Toleration(Group):
-    """A toleration of a pod; fields and words are those of the Kubernetes API."""
+    """A pod's toleration, with the fields and values of the Kubernetes API."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
 
@@ -137,7 +139,7 @@ class Toleration(Group):
 
 
 class SiteConfig(Group):
-    """A pool of equal nodes that takes part in the training. Keys may also be in Kubernetes' case (`nodeSelector`)."""
+    """A pool of equal nodes that takes part in the training. Keys may also be camel case, as in `nodeSelector`."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
 
@@ -151,15 +153,15 @@ class SiteConfig(Group):
     runtime_class_name: str = parameter("", "Runtime class of its pods. Empty: the GPU vendor's.")
     storage_class_name: str = parameter("", "Storage class of its claims. Empty: `storage.storage_class_name`.")
     cluster: str = parameter(
-        "", "Secret with the kubeconfig of its cluster. Empty: the cluster of the steps.", pattern=OPTIONAL_SECRET
+        "", "Secret with its cluster's kubeconfig. Empty: the cluster that runs the steps.", pattern=OPTIONAL_SECRET
     )
     launcher: Literal["auto", "pytorchjob", "trainjob"] = parameter(
         "auto",
-        "Kind of its jobs, in another cluster. auto: as `launcher`, or, if that is auto, what is served there.",
+        "Kind of its jobs, in another cluster. auto: as `launcher`, or, if that is auto, whatever the cluster has.",
     )
     etcd_endpoints: list[str] = parameter(
-        [], "host:port of each member of etcd, as its pods see them. Empty: `etcd.endpoints`."
+        [], "host:port of each etcd member, as seen by its pods. Empty: `etcd.endpoints`."
     )
     advertise_address: str = parameter(
-        "", "Addresses, besides a pod's own, at which workers elsewhere reach its worker, separated by commas."
+        "", "Comma-separated addresses, besides the pod's own, at which workers elsewhere reach its worker."
     )

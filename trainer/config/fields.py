@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic_core import CoreSchema, core_schema
 
 _PACKAGE = Path(__file__).parents[1]
-UNSET = -1  # a number that is not given; its description names the value that is used instead
+UNSET = -1  # a number that is not given; the parameter's description gives the value that applies instead
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -30,9 +30,9 @@ DEVICE = r"^(cpu|cuda(:\d+)?)$"
 LABEL = r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"  # DNS-1035
 NAMESPACE = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$"  # DNS-1123
 IN_WORDS = {
-    RUN_ID: "must be at most 63 letters, digits and . _ -, the first of them a letter or a digit",
-    WANDB_PROJECT: "must be at most 128 characters, none of them / \\ # ? % :",
-    WANDB_RUN_ID: "must be at most 120 characters, none of them a space or : ; , # ? / '",
+    RUN_ID: "must be at most 63 letters, digits and . _ -, and begin with a letter or a digit",
+    WANDB_PROJECT: "must be at most 128 characters, without / \\ # ? % :",
+    WANDB_RUN_ID: "must be at most 120 characters, without spaces and : ; , # ? / '",
     PORT_RANGE: "must be low-high, for example 7000-7099",
     DEVICE: "must be cpu, cuda or cuda:<index>",
     LABEL: "must be lower-case letters, digits and -, begin with a letter and not end with -",
@@ -51,20 +51,20 @@ class Scope:
     name: ScopeName
 
 
-COMMON = Scope("common")  # people often set it: the pipeline's form has a field for it, and the help lists it first
+COMMON = Scope("common")  # often set: it has a field in the pipeline's form, and the help lists it first
 FINGERPRINT = Scope("fingerprint")  # all workers of a run must have the same value; etcd keeps it
 FIXED = Scope("fixed")  # the part of the fingerprint that a run keeps even if its etcd has lost its data
 CARD = Scope("card")  # a model card shows it
 COMMAND = Scope("command")  # it belongs to the command at hand (export, evaluate), not to the run that was trained
 PLACE = Scope("place")  # a directory on a worker's volume
 LOOKUP = Scope("lookup")  # `status` and `scale` find a run by it
-LOCAL = Scope("local")  # it belongs to a machine: a joiner does not take it over from the run
+LOCAL = Scope("local")  # it belongs to a machine: a joiner does not copy it from the run
 IDENTITY = Scope("identity")  # it names a run; runs that differ only in it are configured alike
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Marks text that must be one of `names`: a `Literal` whose values are found at run time."""
+    """Marks text that must be one of `names`: a `Literal` whose values are known only at run time."""
 
     names: tuple[str, ...]
 
@@ -76,7 +76,7 @@ class Choices:
 class AllowUnset:
     """Marks a number that may be `UNSET`, whatever its own limits; null and empty text mean the same.
 
-    Null itself is no value: the driver of Kubeflow Pipelines passes no null into a nested DAG
+    Null itself is not a value: the driver of Kubeflow Pipelines passes no null into a nested DAG
     (kubeflow/pipelines#11667), and the Kubeflow UI does not start a run while a parameter lacks a default (#11331).
     """
 
@@ -118,10 +118,10 @@ class Group(BaseModel):
 def declared(folder: str) -> Mapping[str, Mapping[str, Any]]:
     """The literals of everything with a `name` in the modules of a folder of `trainer`, by name.
 
-    One file adds a codec, an outer optimizer, a model or a dataset: a class with literal attributes (`name = "int8"`),
-    or a call in `FAMILY = …` or `FAMILIES = …` with literal keywords. The configuration needs them for its choices, its
-    rules and `--help`, but importing such a file takes seconds (torch, numba). So the literals are read from the syntax
-    tree, as setuptools reads a version (`attr:`).
+    A single file adds a codec, an outer optimizer, a model or a dataset. It has a class with literal attributes
+    (`name = "int8"`), or a call in `FAMILY = …` or `FAMILIES = …` with literal keywords. The configuration needs these
+    for its choices, its rules and `--help`, but importing such a file takes seconds (torch, numba). So the literals are
+    read from the syntax tree, as setuptools reads a version (`attr:`).
     """
     found: dict[str, Mapping[str, Any]] = {}
     for path in sorted((_PACKAGE / folder).glob("*.py")):

@@ -30,12 +30,12 @@ def load_config(
     Args:
         flags: Values by flat name; text as typed on a command line is fine.
         environ: The environment; `os.environ` by default.
-        defaults: Values by flat name for parameters that are given nowhere, in place of the schema's defaults.
+        defaults: Values by flat name that replace the schema's defaults.
 
     Raises:
         ConfigError: An unknown key or a bad value, naming the field, the value and what is allowed.
     """
-    # The file; then the environment over it; then the flags over both.
+    # The file first; the environment overrides it, and flags override both
     tree = _read_yaml(config_file) if config_file else {}
     known = {parameter.name: parameter for parameter in TrainingConfig.parameters()}
     environment = os.environ if environ is None else environ
@@ -44,7 +44,7 @@ def load_config(
             name = variable.removeprefix(ENV_PREFIX).lower()
             if name in known:
                 put(tree, known[name].path, _parse(text, known[name]))
-            elif is_secret(name) or _looks_misspelt(name, known):  # others are not ours, as Kubernetes' service links
+            elif is_secret(name) or _looks_misspelt(name, known):  # others are not ours, e.g. Kubernetes' service links
                 shown = "…" if is_secret(name) else text
                 raise ConfigError(variable, shown, unknown(name, known, lambda near: ENV_PREFIX + near.upper()))
     for name, value in (flags or {}).items():
@@ -56,12 +56,12 @@ def load_config(
 
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Give the parser `--config FILE` and a flag for each parameter (or for those in `names`, by flat name)."""
+    """Add `--config FILE` and a flag for each parameter to the parser; with `names`, only for those (flat names)."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with parameters")
-    common = parser.add_argument_group("parameters", "also as DILOCO_<NAME> in the environment, and in the YAML file")
+    common = parser.add_argument_group("parameters", "also read from DILOCO_<NAME> variables and the YAML file")
     others = common
     if names is None:
-        parser.usage = "%(prog)s [options] [--PARAMETER VALUE ...]"  # else it names all of them before the help begins
+        parser.usage = "%(prog)s [options] [--PARAMETER VALUE ...]"  # by default, it would list every flag
         others = parser.add_argument_group("further parameters")
     for parameter in TrainingConfig.parameters():
         if names is not None and parameter.name not in names:
@@ -69,7 +69,7 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] | N
         group = common if "common" in parameter.scopes else others
         flag = "--" + parameter.name.replace("_", "-")
         text = parameter.description
-        if parameter.default not in ("", UNSET):  # otherwise the description names the value that is used
+        if parameter.default not in ("", UNSET):  # otherwise the description gives the value
             text += f" [{parameter.default}]"
         options: dict[str, Any] = {"dest": f"parameter:{parameter.name}", "help": text.replace("%", "%%")}
         if parameter.type is bool:
@@ -87,12 +87,12 @@ def config_from_arguments(arguments: argparse.Namespace, defaults: Mapping[str, 
 
 
 def _looks_misspelt(name: str, known: Collection[str]) -> bool:
-    """Whether a name is so close to a parameter's that a typing error is likely."""
+    """Whether a name is so close to a parameter's that it is probably a typo."""
     return bool(difflib.get_close_matches(name, known, n=1, cutoff=0.8))
 
 
 def _parse(text: str, parameter: Parameter) -> Any:
-    """A value from text. Text stays text, pydantic reads numbers; lists and maps are YAML (or `a,b`)."""
+    """A value from text. Numbers stay text, for pydantic to read; lists and maps are YAML (or `a,b`)."""
     if parameter.type not in (list, dict):
         return text
     loader = _Loader(text, ".".join(parameter.path))
@@ -125,11 +125,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads parameters as they are written.
+    """Reads parameters without YAML's own types.
 
-    Scalars become text, which pydantic reads by the parameter's type, as it reads a flag's: YAML 1.1 would take `no`
-    for false, `2024-01-01` for a date, `0123` for 83 and `1e-3` for text. Only inside `sites`, whose values have types
-    of their own, are they resolved, by YAML 1.2's core schema. Keys that are given twice, or are no words, are refused.
+    Scalars become text, which pydantic parses by the parameter's type, as it does for a flag: YAML 1.1 would take `no`
+    for false, `2024-01-01` for a date, `0123` for 83 and `1e-3` for text. Only scalars inside `sites` are resolved, by
+    YAML 1.2's core schema. Duplicate keys, and keys that are not text, are refused.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]

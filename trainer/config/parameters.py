@@ -59,7 +59,7 @@ def _admits_empty(metadata: list[Any], choices: tuple[str, ...] | None) -> bool:
 
 
 def find(tree: Any, path: tuple[str, ...]) -> Any:
-    """The value at a path of a tree of parameters; None if it is not given."""
+    """The value at a path in a tree of parameters; None if it is not given."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
@@ -80,12 +80,12 @@ def first_error(error: ValidationError, parameters: list[Parameter]) -> ConfigEr
     details = error.errors()[0]
     if isinstance(cause := details.get("ctx", {}).get("error"), ConfigError):
         return cause
-    # The location of a list's element, or of one branch of a union, is longer than the field's path.
+    # The location of a list element, or of one branch of a union, is longer than the field's path
     location = ".".join(str(part) for part in details["loc"])
     field = next((name for name in known if location == name or location.startswith(name + ".")), location)
     if field == "sites":  # its elements have fields of their own
         field = location
-    # Unknown names, choices and patterns have sentences of their own; the rest is pydantic's message.
+    # Unknown names, choices and patterns have messages of our own; the rest is pydantic's
     parameter = known.get(field)
     if details["type"] == "extra_forbidden":
         return ConfigError(location, "…" if is_secret(location) else details["input"], unknown(location, known))
@@ -99,7 +99,7 @@ def first_error(error: ValidationError, parameters: list[Parameter]) -> ConfigEr
 
 
 def unknown(name: str, known: Mapping[str, object], shown: Callable[[str], str] = str) -> str:
-    """The refusal of a name that is not among the `known` ones; `shown` formats a suggested name."""
+    """The error message for a name that is not in `known`; `shown` formats a suggested name."""
     if is_secret(name):
         return "is a secret, not a parameter: set WANDB_API_KEY, HF_TOKEN or ETCD_PASSWORD in the environment"
     near = difflib.get_close_matches(name, known, n=1)
@@ -107,5 +107,5 @@ def unknown(name: str, known: Mapping[str, object], shown: Callable[[str], str] 
 
 
 def is_secret(name: str) -> bool:
-    """Whether an unknown name asks for a secret, whose value must not be shown."""
+    """Whether an unknown name looks like that of a secret, whose value must not be shown."""
     return any(word in name.lower().replace("_", "") for word in ("key", "token", "password", "secret"))

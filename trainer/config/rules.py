@@ -12,7 +12,7 @@ from trainer.config.schema import CODECS, Schema
 from trainer.errors import ConfigError
 
 _ENDPOINT = re.compile(r"(?:[^\s/@:\[\]]+|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):([0-9]{1,5})")
-_SHORTEST_ROUND = 8  # inner steps; below it, whole steps cannot be divided by speed
+_SHORTEST_ROUND = 8  # inner steps; a shorter round cannot be divided by speed into whole steps
 _FEWEST_PORTS = 256  # of a pod: each of a node's workers connects to up to 63 others
 _TRUE = ("true", "t", "yes", "y", "on", "1")  # as pydantic reads a bool
 _WITHOUT_DDP = ("codec", "fragments", "async_communication", "overlap_tau")
@@ -23,9 +23,9 @@ Rules = Iterator[tuple[object, str, str]]
 
 
 def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the tree of parameters in which the reference's three aliases have set the parameters they stand for.
+    """A copy of the tree of parameters with the reference's three aliases applied.
 
-    A parameter that is given as well stays; `check` refuses the two if they disagree.
+    A parameter that is also given itself keeps its value; `check` rejects the two if they disagree.
     """
     # quantization stands for codec=int8.
     tree = dict(tree)
@@ -33,7 +33,7 @@ def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
         tree["codec"] = "int8"
     # elastic.etcd.run_id stands for run_id.
     run_id = find(tree, ("elastic", "etcd", "run_id"))
-    if isinstance(run_id, str) and re.match(RUN_ID, run_id):  # else it is refused under its own name
+    if isinstance(run_id, str) and re.match(RUN_ID, run_id):  # otherwise it is rejected under its own name
         tree["run_id"] = tree.get("run_id") or run_id
     # elastic.etcd.external_endpoint stands for a single one of etcd.endpoints.
     external, etcd = find(tree, ("elastic", "etcd", "external_endpoint")), tree.get("etcd", {})
@@ -43,7 +43,7 @@ def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Schema) -> None:
-    """Refuse parameters that do not go together. Raises ConfigError."""
+    """Check that the parameters are consistent. Raises ConfigError."""
     groups = (_aliases, _synchronisation, _method, _islands, _batches, _nodes, _timeouts, _ports, _etcd, _cluster)
     for holds, field, allowed in itertools.chain.from_iterable(rules(config) for rules in groups):
         if not holds:
@@ -66,7 +66,7 @@ def _synchronisation(config: Schema) -> Rules:
     allowed = f"must be less than local_steps / fragments ({config.round_steps})"
     yield config.overlap_tau < config.round_steps, "overlap_tau", allowed
     if config.heterogeneous:
-        allowed = f"needs at least {_SHORTEST_ROUND} inner steps a round (local_steps / fragments) to divide by speed"
+        allowed = f"needs rounds of at least {_SHORTEST_ROUND} inner steps (local_steps / fragments) to divide by speed"
         yield config.round_steps >= _SHORTEST_ROUND, "heterogeneous", allowed
 
 
@@ -97,7 +97,7 @@ def _islands(config: Schema) -> Rules:
     how = f"inner_parallel = {config.inner_parallel!r}"
     allowed = "cannot be combined with optim_method = 'ddp', whose workers are the processes of all nodes"
     yield config.optim_method != "ddp", "inner_parallel", allowed
-    allowed = f"must be cuda, without an index, or cpu with {how}: each process has a GPU of its own"
+    allowed = f"must be cuda without an index, or cpu, with {how}: each process has its own GPU"
     yield ":" not in config.device or config.island == 1, "device", allowed
     if config.inner_parallel == "fsdp":
         yield (
@@ -156,7 +156,7 @@ def _ports(config: Schema) -> Rules:
         return
     low, high = map(int, config.port_range.split("-"))
     yield 0 < low <= high < 65536, "port_range", "must be low-high with 1 ≤ low ≤ high ≤ 65535"
-    # In a pod it becomes `net.ipv4.ip_local_port_range`, so outgoing connections use it as well.
+    # In a pod it becomes `net.ipv4.ip_local_port_range`, so outgoing connections also use it
     allowed = f"must be at least {_FEWEST_PORTS} ports from 1024 on, with launcher = {config.launcher!r}"
     enough = low >= 1024 and high - low >= _FEWEST_PORTS - 1
     yield not config.on_cluster or enough, "port_range", allowed
@@ -202,7 +202,7 @@ def _cluster(config: Schema) -> Rules:
 
 
 def _check_other_clusters(config: Schema) -> None:
-    """Sites outside of the cluster of the steps."""
+    """Rules for sites outside the steps' cluster."""
     if any(site.cluster for site in config.sites) and not config.port_range:
         allowed = "must be set with sites in several clusters: their firewalls and network policies admit these ports"
         raise ConfigError("port_range", "", allowed)

@@ -42,7 +42,7 @@ OUTER_OPTIMIZERS = declared("diloco/outer")
 
 
 class Schema(Group):
-    """Every parameter, and what follows from its value. `TrainingConfig` adds the rules and the ways to build one."""
+    """Every parameter, and the values derived from it. `TrainingConfig` adds the rules and the ways to build one."""
 
     # Model and data
     model: Annotated[str, COMMON] = parameter(
@@ -62,7 +62,7 @@ class Schema(Group):
     )
     sequence_length: Annotated[int, COMMON] = parameter(1024, "Tokens in a training sequence (one sample).", ge=2)
     image_size: OrUnset[Annotated[int, Field(ge=8, le=1024)]] = parameter(
-        UNSET, "Height and width in pixels to which pictures are resized. -1: the dataset's own."
+        UNSET, "Height and width to which pictures are resized, in pixels. -1: the dataset's own."
     )
     max_samples: Annotated[OrUnset[Positive], COMMON] = parameter(
         UNSET, "Maximum number of documents, pictures or clips to read from the dataset. -1: all."
@@ -92,7 +92,7 @@ class Schema(Group):
         1000, "Inner steps of linear warm-up; a cosine decay to zero follows."
     )
     inner_optimizer: Annotated[Literal["adamw", "muon"], CARD] = parameter(
-        "adamw", "Inner optimizer. muon updates hidden matrices, and adamw everything else."
+        "adamw", "Inner optimizer. muon updates the hidden matrices and leaves everything else to adamw."
     )
     optim_method: Annotated[Literal["sgd", "demo", "ddp"], FINGERPRINT, FIXED, CARD, COMMON] = parameter(
         "sgd",
@@ -103,40 +103,42 @@ class Schema(Group):
         "nesterov", "Outer optimizer: how the mean pseudo-gradient moves the global parameters."
     )
     outer_lr: Annotated[OrUnset[Annotated[float, Field(gt=0)]], FINGERPRINT, CARD] = parameter(
-        float(UNSET), "Learning rate of the outer optimizer. -1: 0.7; with merge=sqrt 1.2, with rda 1."
+        float(UNSET), "Learning rate of the outer optimizer. -1: 0.7, or 1.2 with merge=sqrt, or 1 with merge=rda."
     )
     outer_momentum: Annotated[OrUnset[Annotated[float, Field(ge=0, lt=1)]], FINGERPRINT, CARD] = parameter(
         float(UNSET),
-        "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, 0.5 with error feedback, or 0 with merge=sqrt or rda.",
+        "Momentum of the outer optimizer; 0: plain SGD. -1: 0.9, or 0.5 with error feedback, or 0 with merge=sqrt or "
+        "rda.",
     )
     merge: Annotated[Literal["auto", "mean", "sqrt", "rda"], FINGERPRINT, CARD] = parameter(
         "auto",
-        "mean: the workers' pseudo-gradients are averaged. sqrt: their mean times the square root of their number, so "
-        "that outer_lr does not depend on it. rda: for each tensor, their norms and their directions are averaged "
-        "(radial-directional averaging). auto: sqrt with codec=sparse, else mean.",
+        "How the workers' pseudo-gradients are merged. mean: their average. sqrt: their average times the square root "
+        "of the number of workers, so that outer_lr need not change with that number. rda: their norms and their "
+        "directions are averaged separately for each tensor (radial-directional averaging). auto: sqrt with "
+        "codec=sparse, otherwise mean.",
     )
     clip_members: Annotated[Literal["none", "median"], FINGERPRINT, CARD] = parameter(
         "none",
-        "median: the norm of a worker's pseudo-gradient counts as twice the workers' median at most, so that a worker "
-        "that diverges does no harm.",
+        "median: limit the norm of each worker's pseudo-gradient to twice the workers' median, so that a diverging "
+        "worker does no harm.",
     )
     inner_parallel: Annotated[Literal["none", "ddp", "fsdp"], COMMON] = parameter(
         "none",
-        "none: each process is a worker. ddp, fsdp: a node's elastic.nproc_per_node processes are one worker (an "
-        "island), with a copy of the model each (ddp) or a part of it each (fsdp).",
+        "none: each process is a worker. ddp, fsdp: the elastic.nproc_per_node processes of a node form one worker (an "
+        "island). Each process holds a copy of the model (ddp) or a shard of it (fsdp).",
     )
     activation_checkpointing: Annotated[Literal["none", "block"], LOCAL] = parameter(
         "none",
-        "block: keep only the inputs of a transformer's blocks for the backward pass, and compute the rest again: less "
-        "memory, and about a third more work.",
+        "block: keep only the input of each transformer block for the backward pass and recompute the rest. This saves "
+        "memory and costs about a third more compute.",
     )
     max_skipped_steps: NonNegative = parameter(
-        10, "Maximum number of consecutive inner steps skipped because loss or gradient is not finite."
+        10, "Maximum number of consecutive inner steps skipped because the loss or a gradient is not finite."
     )
 
     # On the wire
     codec: Annotated[str, Choices((*CODECS,)), FINGERPRINT, CARD, COMMON] = parameter(
-        "fp32", "Encoding of a pseudo-gradient (with demo: of its DCT coefficients) on the wire."
+        "fp32", "Encoding of pseudo-gradients on the wire (with optim_method=demo, of their DCT coefficients)."
     )
     quantization: bool = parameter(False, "Short form of codec=int8.")
     async_communication: Annotated[bool, FINGERPRINT, COMMON] = parameter(
@@ -146,7 +148,7 @@ class Schema(Group):
         1, "Number of parameter fragments that synchronise at different times (Streaming DiLoCo)."
     )
     overlap_tau: NonNegative = parameter(
-        0, "Inner steps by which an outer step is delayed. 0: none, or, with async_communication, as few as possible."
+        0, "Inner steps by which an outer step is delayed. 0: none, or as few as possible with async_communication."
     )
     overlap_alpha: Fraction = parameter(0.5, "Weight of the local parameters when mixing in a delayed outer step.")
     compression_decay: Fraction = parameter(0.9, "Decay of the decoupled momentum (optim_method=demo).")
@@ -155,19 +157,19 @@ class Schema(Group):
     )
     sparse_topk: Annotated[NonNegative, Field(le=4096, multiple_of=4), FINGERPRINT] = parameter(
         0,
-        "Values sent for each block of 4096 (codec=sparse). 0: by the number of workers, from 512 for two to 192 for "
-        "six and more.",
+        "Values sent for each block of 4096 (codec=sparse). 0: depends on the number of workers, from 512 for two down "
+        "to 192 for six or more.",
     )
     error_feedback: OrUnset[Fraction] = parameter(
         float(UNSET), "Error-feedback decay for lossy codecs; 0 disables it. -1: the codec's default."
     )
     sync_threads: NonNegative = parameter(
-        0, "Threads for the arithmetic of a synchronisation. 0: as many as torch uses (OMP_NUM_THREADS), 16 at most."
+        0, "Threads for the arithmetic of a synchronisation. 0: as many as torch uses (OMP_NUM_THREADS), at most 16."
     )
 
     # The run
     run_id: Annotated[str, LOOKUP, IDENTITY, COMMON] = parameter(
-        "", "Name of the run. An unfinished run of that name resumes. Empty: generated.", pattern=RUN_ID
+        "", "Name of the run. An unfinished run of that name is resumed. Empty: generated.", pattern=RUN_ID
     )
     run_dir: Annotated[str, COMMAND, LOOKUP, IDENTITY] = parameter(
         "", "Directory that the run writes to. Empty: runs/<run_id>."
@@ -180,7 +182,7 @@ class Schema(Group):
     launcher: Annotated[Literal["auto", "local", "pytorchjob", "trainjob"], COMMON, LOCAL] = parameter(
         "auto",
         "How the pipeline's steps start workers: as local processes, or as one PyTorchJob or TrainJob each. "
-        "auto: inside a Kubeflow Pipelines step TrainJobs, or PyTorchJobs if the cluster has only them; otherwise "
+        "auto: in a Kubeflow Pipelines step, TrainJobs, or PyTorchJobs if the cluster has no TrainJobs; elsewhere, "
         "local processes.",
     )
     device: Annotated[str, COMMAND, COMMON, LOCAL] = parameter(
@@ -194,7 +196,7 @@ class Schema(Group):
     )
     checkpoint_path: Annotated[str, PLACE] = parameter(
         "/data/checkpoints/checkpoint.pth",
-        "Directory for checkpoints on a worker's volume; the parent if it ends in .pth or .pt.",
+        "Directory for checkpoints on a worker's volume. If it ends in .pth or .pt, its parent is used.",
         min_length=1,
     )
     checkpoint_interval: Positive = parameter(512, "Inner steps between checkpoints, written at the end of a round.")
@@ -216,7 +218,7 @@ class Schema(Group):
     min_batch_size: Annotated[Positive, LOCAL] = parameter(16, "Smallest per-device batch size to try (heterogeneous).")
     max_batch_size: Annotated[Positive, LOCAL] = parameter(512, "Largest per-device batch size to try (heterogeneous).")
     group_perc_variance: Annotated[Fraction, FINGERPRINT] = parameter(
-        0.15, "Workers whose speeds differ by less than this fraction share one setting (heterogeneous)."
+        0.15, "Workers whose speeds differ by less than this fraction get the same settings (heterogeneous)."
     )
 
     # Membership
@@ -230,7 +232,7 @@ class Schema(Group):
     )
     lost_state: Literal["continue", "stop"] = parameter(
         "continue",
-        "If no node comes back with the newest saved state: continue from the newest one that is there, or stop.",
+        "What to do if no node returns with the newest saved state: continue from the newest available one, or stop.",
     )
     lost_state_wait: Seconds = parameter(
         300.0, "How long to wait for the newest saved state, in seconds; at most half of `elastic.rdzv_timeout`."
@@ -240,13 +242,15 @@ class Schema(Group):
     )
     standby: Annotated[bool, LOCAL] = parameter(
         True,
-        "Keep a process beside each agent that has imported and compiled everything, from which a worker is started "
-        "again within a second or two. Its memory is shared with the agent and the workers.",
+        "Keep a standby process next to each agent, with everything imported and compiled, so that a worker restarts "
+        "within a second or two. It shares its memory with the agent and the workers.",
     )
-    catch_up_rounds: Positive = parameter(8, "Number of committed means kept for members that catch up.")
+    catch_up_rounds: Positive = parameter(
+        8, "Number of recent rounds whose means are kept for members that have to catch up."
+    )
     advertise_address: Annotated[str, LOCAL] = parameter(
         "",
-        "Addresses at which other workers may reach this one, separated by commas: the first that answers is used. "
+        "Comma-separated addresses at which other workers can reach this one. The first that answers is used. "
         "Empty: detected.",
     )
     network_interface: Annotated[str, LOCAL] = parameter(
@@ -256,7 +260,7 @@ class Schema(Group):
         "", "Ports to listen on, `low-high`. Empty: ephemeral.", pattern=PORT_RANGE
     )
     streams: NonNegative = parameter(
-        0, "TCP connections between two workers in each direction. 0: as many as their round trip needs; 1 nearby."
+        0, "TCP connections between two workers in each direction. 0: depends on the round-trip time; 1 if it is short."
     )
     transport_security: Annotated[Literal["tls", "none"], FINGERPRINT] = parameter(
         "tls", "Encryption between workers on different machines: TLS 1.3, or none."
@@ -276,10 +280,10 @@ class Schema(Group):
         True, "Log to Weights & Biases; offline when WANDB_API_KEY is not set."
     )
     wandb_project_name: str = parameter(
-        "diloco", "Weights & Biases project; trackio's, and MLflow's experiment, too.", pattern=WANDB_PROJECT
+        "diloco", "Weights & Biases project; also trackio's project and MLflow's experiment.", pattern=WANDB_PROJECT
     )
     tracker: Literal["none", "trackio"] = parameter(
-        "none", "Log to trackio, too. MLflow needs no parameter: MLFLOW_TRACKING_URI or MLFLOW_RUN_ID asks for it."
+        "none", "Also log to trackio. MLflow needs no parameter: MLFLOW_TRACKING_URI or MLFLOW_RUN_ID switches it on."
     )
     wandb_group: str = parameter("diloco-gptneo-c4", "Weights & Biases group for the run's workers.")
     wandb_run_id: str = parameter(
@@ -308,7 +312,7 @@ class Schema(Group):
     # Cluster
     deployment_name: Annotated[str, COMMON] = parameter(
         "diloco-training-job",
-        "Name of the training's objects. Runs with the same name share volumes and must run one at a time.",
+        "Name of the training's objects. Runs with the same name share volumes, so only one may run at a time.",
         pattern=LABEL,
         max_length=40,
     )
@@ -320,21 +324,21 @@ class Schema(Group):
     )
     image_pull_secrets: list[str] = parameter([], "Secrets that nodes use to pull the images.")
     service_account: str = parameter(
-        "", "Service account of the training's pods, which need no rights. Empty: the namespace's default."
+        "", "Service account of the training's pods; it needs no permissions. Empty: the namespace's default."
     )
     kueue_queue: str = parameter(
         "",
-        "Kueue's LocalQueue for the training's jobs: each worker starts when the queue has quota for it. Empty: none.",
+        "Kueue LocalQueue for the training's jobs. Each worker starts when the queue has quota for it. Empty: none.",
         pattern=NAMESPACE,
     )
     kueue_priority_class: str = parameter(
-        "", "Kueue's WorkloadPriorityClass of the training's jobs. Empty: that of their pods.", pattern=NAMESPACE
+        "", "Kueue WorkloadPriorityClass of the training's jobs. Empty: their pods' priority.", pattern=NAMESPACE
     )
     priority_class: str = parameter(
         "", "PriorityClass of the training's pods. Empty: the cluster's default.", pattern=NAMESPACE
     )
     managed_by: Literal["", "kueue.x-k8s.io/multikueue"] = parameter(
-        "", "Who runs the training's jobs: MultiKueue, in one of its clusters. Empty: this cluster's own controller."
+        "", "Controller of the training's jobs. MultiKueue runs them in one of its clusters. Empty: this cluster's own."
     )
     cpu_cores: Annotated[Positive, COMMON] = parameter(16, "CPU limit of a worker's pod, in cores; it requests one.")
     memory_gb: Annotated[Positive, COMMON] = parameter(32, "Memory of a worker's pod, in GB, requested in full.")
@@ -346,8 +350,8 @@ class Schema(Group):
     sites: list[SiteConfig] = parameter(
         [],
         "Pools of nodes: name, replicas, node_selector, tolerations, image, gpu_resource, gpu_count, "
-        "runtime_class_name, storage_class_name, and, in another cluster, cluster, launcher, etcd_endpoints, "
-        "advertise_address. Replicas must add up to `nodes`. Empty: one pool for each GPU vendor.",
+        "runtime_class_name, storage_class_name and, for another cluster, cluster, launcher, etcd_endpoints, "
+        "advertise_address. The replicas must add up to `nodes`. Empty: one pool for each GPU vendor.",
     )
     active_deadline: Positive = parameter(1_209_600, "Maximum lifetime of a job on the cluster, in seconds.")
     finished_ttl: Positive = parameter(86_400, "Seconds for which a finished job and its logs are kept.")
@@ -368,7 +372,8 @@ class Schema(Group):
     def outer_rate(self) -> float:
         """The outer optimizer's learning rate: `outer_lr`, or a default that depends on the merge.
 
-        The others keep the norm that a mean of nearly orthogonal pseudo-gradients loses, and momentum makes up for.
+        A mean of nearly orthogonal pseudo-gradients is shorter than each of them; momentum makes up for that. The other
+        merges keep the norm.
         """
         return {"mean": 0.7, "sqrt": 1.2, "rda": 1.0}[self.merged_by] if self.outer_lr == UNSET else self.outer_lr
 
@@ -376,7 +381,8 @@ class Schema(Group):
     def momentum(self) -> float:
         """The outer optimizer's momentum: `outer_momentum`, or a default that depends on merge and error feedback.
 
-        Error feedback sends later what momentum has in part sent already; with both near 1 it would count twice.
+        Error feedback sends a codec's error in a later round, when momentum has already applied part of it. With both
+        near 1 it would count twice.
         """
         if self.outer_momentum == UNSET:
             return 0.0 if self.merged_by != "mean" else 0.5 if self.feedback else 0.9
@@ -403,7 +409,7 @@ class Schema(Group):
 
     @property
     def island(self) -> int:
-        """Processes of a worker; 0: each process is one (`inner_parallel` none)."""
+        """Number of processes in a worker that is an island; 0: each process is a worker (`inner_parallel` none)."""
         return 0 if self.inner_parallel == "none" else self.elastic.nproc_per_node
 
     @property

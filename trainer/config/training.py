@@ -49,7 +49,7 @@ class TrainingConfig(Schema):
         return f"{self.nodes} nodes; training continues while at least {least} available {minimum}{more}"
 
     def resolved(self) -> Self:
-        """This configuration with its open ends filled in: run id, run directory, launcher and namespace.
+        """A copy with the run id, the run directory, the launcher and the namespace filled in.
 
         On a cluster, a step has already chosen the last two (`components.launcher`).
         """
@@ -62,12 +62,12 @@ class TrainingConfig(Schema):
         )
 
     def given(self) -> dict[str, Any]:
-        """The parameters that were given explicitly, by flat name, as `to_flat` has them."""
+        """The parameters that were given explicitly, by flat name, in the form of `to_flat`."""
         values = self.to_flat()
         return {parameter.name: values[parameter.name] for parameter in _parameters() if _is_set(self, parameter.path)}
 
     def of_the_run(self) -> dict[str, Any]:
-        """The parameters that belong to the run and not to a machine, by flat name: what a joiner takes over."""
+        """The parameters that belong to the run rather than to a machine, by flat name. A joiner copies them."""
         values = {**self.to_flat(), "elastic_min_nodes": self.min_nodes, "elastic_max_nodes": self.max_nodes}
         own = {"command", "place", "lookup", "identity", "local"}
         shared = (p for p in _parameters() if not p.scopes & own and p.path[0] not in ("storage", "gpu", "etcd"))
@@ -88,8 +88,10 @@ class TrainingConfig(Schema):
         return tuple(parameter.name for parameter in _parameters() if scope in parameter.scopes)
 
     def in_scope(self, scope: ScopeName) -> dict[str, Any]:
-        """The scope's parameters by flat name, as JSON values. Where another value follows from a parameter
-        (`outer_momentum` -1, `async_communication` with `overlap_tau`), that one."""
+        """The scope's parameters by flat name, as JSON values.
+
+        Derived values replace the given ones, for example that of `outer_momentum` -1.
+        """
         effective = {
             "outer_lr": self.outer_rate,
             "outer_momentum": self.momentum,
@@ -105,7 +107,7 @@ class TrainingConfig(Schema):
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Self:
-        """Build from flat names, as the pipeline has them; None takes the default. Raises ConfigError."""
+        """Build from flat names, as used by the pipeline; None means the default. Raises ConfigError."""
         known = {parameter.name: parameter for parameter in _parameters()}
         tree: dict[str, Any] = {}
         for name, value in values.items():
@@ -117,12 +119,12 @@ class TrainingConfig(Schema):
 
     @classmethod
     def from_tree(cls, tree: Any) -> Self:
-        """Build from the tree of parameters, as `model_dump` and YAML files have it. Raises ConfigError."""
+        """Build from a tree of parameters, as in `model_dump` and YAML files. Raises ConfigError."""
         if not isinstance(tree, dict):
             raise ConfigError("configuration", type(tree).__name__, "must be a mapping of parameters")
         for parameter in _parameters():
             value = find(tree, parameter.path)
-            if isinstance(value, bool) and parameter.type in (int, float):  # Python takes a bool for 0 or 1
+            if isinstance(value, bool) and parameter.type in (int, float):  # a bool would pass as 0 or 1
                 raise ConfigError(".".join(parameter.path), value, "must be a number")
         try:
             return cls(**tree)
@@ -130,13 +132,13 @@ class TrainingConfig(Schema):
             raise first_error(error, cls.parameters()) from None
 
     def to_flat(self) -> dict[str, Any]:
-        """Every parameter's value by flat name, as JSON has it."""
+        """Every parameter's value by flat name, as JSON values."""
         tree = self.model_dump(mode="json", exclude_none=True)
         return {parameter.name: find(tree, parameter.path) for parameter in _parameters()}
 
 
 def _is_set(group: BaseModel, path: tuple[str, ...]) -> bool:
-    """Whether the field at a path was given, and not left to its default."""
+    """Whether the field at a path was given rather than left to its default."""
     key, *rest = path
     return key in group.model_fields_set and (not rest or _is_set(getattr(group, key), tuple(rest)))
 

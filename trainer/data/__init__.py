@@ -1,8 +1,8 @@
-"""Datasets: one file a family. A family is a `DatasetFamily` named `FAMILY` in a module of `families/`.
+"""Datasets: one file per family. A family is a `DatasetFamily` named `FAMILY` in a module of `families/`.
 
-`precache` reads a dataset once, at its source, and writes it to a worker's volume in the form that training reads
-fastest; training never contacts the hub. Every worker's volume holds the complete dataset. `SampleOrder` is the one
-order in which all workers go through it, so disjoint ranges of positions are disjoint samples.
+`precache` reads a dataset once from its source, and writes it to a worker's volume in the form that training reads
+fastest; training never contacts the hub. Every worker's volume contains the complete dataset. All workers traverse it
+in the same order, `SampleOrder`, so disjoint ranges of positions are disjoint samples.
 """
 
 from trainer.data.dataset import Dataset, Split, open_dataset, require_dataset

@@ -30,7 +30,7 @@ class ArrayDataset(DatasetFamily):
     Samples whose content hash is below `validation_fraction` are held out, so equal samples are in the same split.
     """
 
-    group: ClassVar[int] = 1  # samples of similar length that are read together; 1 if all have the same shape
+    group: ClassVar[int] = 1  # number of samples of similar length that are read together; 1 if all have the same shape
 
     @abstractmethod
     def columns(self) -> dict[str, Column]:
@@ -46,7 +46,7 @@ class ArrayDataset(DatasetFamily):
 
     @abstractmethod
     def for_model(self) -> dict[str, Any]:
-        """The samples' properties that a model depends on. Called after all samples have been read."""
+        """The samples' properties on which a model depends. Called after all samples have been read."""
 
     def content(self, sample: Sample) -> bytes:
         """The content whose hash decides whether a sample is held out; by default, its first column."""
@@ -57,19 +57,19 @@ class ArrayDataset(DatasetFamily):
         return {}
 
     def augmentation(self) -> Augmentation | None:
-        """How training samples are augmented; None: not at all."""
+        """How training samples are augmented; None if they are not."""
         return None
 
     def observe(self, sample: Sample) -> None:
         """Called with each training sample."""
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the training samples, for a baseline or a person. Called after all have been read."""
+        """Facts about the training samples, for a baseline or the user. Called after all have been read."""
         return {}
 
     @cached_property
     def left_out(self) -> Counter[str]:
-        """Numbers of samples that `samples` has left out, by reason."""
+        """The numbers of samples that `samples` skipped, by reason."""
         return Counter()
 
     def inputs(self) -> dict[str, object]:
@@ -84,7 +84,7 @@ class ArrayDataset(DatasetFamily):
         return min(self.count(), given(self.config.max_samples) or self.count())
 
     def prepare(self, directory: Path, revision: str, log: Log) -> ArrayManifest:
-        # Split the samples by their content's hash.
+        # Split the samples by a hash of their content
         config, columns = self.config, self.columns()
         with (
             ArrayWriter(directory, "train", columns, self.group) as train,
@@ -108,7 +108,7 @@ class ArrayDataset(DatasetFamily):
         if not apart.samples:
             problem = f"holds out none of {counts.samples} samples: raise it, or give more samples"
             raise ConfigError("validation_fraction", config.validation_fraction, problem)
-        # The hash covers everything that a model sees: samples, shared arrays, and the data's properties.
+        # The hash covers everything that a model sees: samples, shared arrays, and the data's properties
         shared = self.shared()
         splits = (train.hash.hexdigest(), held_out.hash.hexdigest())
         digest = hashlib.sha256(repr((columns, self.for_model(), *splits)).encode())

@@ -60,11 +60,11 @@ class ArraySplit:
         return {**columns, "image": augment(columns["image"], positions, seed, self._manifest.augmentation)}
 
     def _padded(self, column: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # Where each sample begins and how long it is.
+        # The offset and length of each sample
         ends, form, stored = self._ends[column], self._manifest.columns[column], self._columns[column]
         starts = np.where(indices > 0, ends[indices - 1], 0)
         lengths = ends[indices] - starts
-        # Pad to a common length: few different ones, so that compiled models see few shapes.
+        # Pad to one of a few common lengths, so that compiled models see few shapes
         longest = int(lengths.max(initial=1))
         longest += -longest % form.multiple
         padded = np.zeros((len(indices), longest, *form.shape), dtype=form.dtype)

@@ -22,14 +22,14 @@ class Samples(Protocol):
         """The columns of these samples, in this order, as new arrays, (n, …) each."""
 
     def augmented(self, columns: dict[str, np.ndarray], positions: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The same samples, augmented. The result depends on the seed and the positions in the data order only."""
+        """The same samples, augmented. The result depends only on the seed and the positions in the data order."""
 
 
 class Split:
     """Sequences of tokens in memory-mapped Arrow files.
 
     `split[indices]` gives the samples' columns as new arrays: `input_ids`, int64 (n, sequence_length), and in the
-    held-out split `bytes`, int64 (n,): the UTF-8 bytes of the tokens that a model is scored on, all but the first.
+    held-out split `bytes`, int64 (n,): the number of UTF-8 bytes of the scored tokens (all except the first).
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -38,7 +38,7 @@ class Split:
         self._chunks: list[dict[str, np.ndarray]] = []
         sizes = []
         for path in files:
-            # The arrays are views into the map, and keep it alive.
+            # The arrays are views into the map and keep it alive
             for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
                 self._chunks.append({name: _view(batch.column(name)) for name in batch.schema.names})
                 sizes.append(batch.num_rows)
@@ -100,7 +100,7 @@ def require_dataset(directory: Path) -> Manifest:
 
 
 def open_split(directory: Path, manifest: Manifest, name: str) -> Samples:
-    """One split. The files of other splits may be missing."""
+    """Open one split. The files of other splits may be missing."""
     if isinstance(manifest, ArrayManifest):
         return ArraySplit(directory, name, manifest)
     return Split(directory / file for file in sorted(manifest.files) if file.startswith(f"{name}-"))

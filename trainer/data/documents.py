@@ -1,4 +1,4 @@
-"""Documents in files: plain text, JSON, CSV, Parquet and Arrow tables, of which all but the last two may be compressed.
+"""Documents in files: plain text, JSON and CSV, which may be compressed, and Parquet and Arrow tables.
 
 The libraries' own loaders treat a path as a pattern and keep a cache; these readers do neither.
 """
@@ -25,10 +25,10 @@ FORMATS = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _RATIO = 4  # of compressed text, approximately
-_ARROW_FILE = b"ARROW1"  # how a file begins, in contrast to a stream
+_ARROW_FILE = b"ARROW1"  # start of a file, as opposed to a stream
 _PIECE = 32 * 2**10  # characters; longer plain texts are divided, so that part of a single one can be held out
 _LONGEST_FIELD = 2**30  # characters in a field of a CSV file
-_MARKS = {  # byte-order marks, the longer ones first; UTF-8's is dropped by its codec
+_MARKS = {  # byte-order marks, longer ones first; the codec drops UTF-8's
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
@@ -37,7 +37,7 @@ _MARKS = {  # byte-order marks, the longer ones first; UTF-8's is dropped by its
 
 
 def format_of(path: Path) -> str | None:
-    """The format that a file's name stands for, a key of `FORMATS`; None if it is none of them."""
+    """The format indicated by a file's name, a key of `FORMATS`; None if it is none of them."""
     name, compressed = _name(path)
     found = (kind for kind, endings in FORMATS.items() if name.endswith(endings))
     return next((kind for kind in found if not (compressed and kind in ("Parquet", "Arrow"))), None)
@@ -49,12 +49,12 @@ def text_size(path: Path) -> int:
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents in a file: pieces of a plain text, or the column `text` of each row; rows without it are skipped.
+    """The documents in a file: pieces of a plain text, or the column `text` of each row. Rows without it are skipped.
 
     A plain text of more than 32768 characters becomes several documents, divided at line ends.
 
     Raises:
-        ValueError: The content is not of the format that the name stands for, with the reason.
+        ValueError: The content does not have the format indicated by the name, with the reason.
         OSError: The file cannot be read.
     """
     kind = format_of(path)
@@ -76,13 +76,13 @@ def documents(path: Path) -> Iterator[str]:
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise ValueError(f"is not a complete {_name(path)[1]} file: {error}") from None
     except OSError as error:
-        if error.errno is not None:  # the disk's fault, not the content's
+        if error.errno is not None:  # a problem of the disk, not of the content
             raise
         raise ValueError(f"is not a complete {_name(path)[1] or kind} file: {error}") from None
 
 
 def _name(path: Path) -> tuple[str, str]:
-    """A file's name in lower case without the ending of a compression, and that ending."""
+    """A file's name in lower case without its compression suffix, and that suffix."""
     name = path.name.lower()
     ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
     return name.removesuffix(ending), ending
@@ -100,7 +100,7 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 class _ArrowStream(io.RawIOBase):
-    """A stream of pyarrow's as one of Python's."""
+    """A pyarrow stream as a Python stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -115,7 +115,7 @@ class _ArrowStream(io.RawIOBase):
 
 
 def _pieces(file: IO[str], _: Path) -> Iterator[str]:
-    """A plain text in pieces that end with a line, if lines are shorter than a piece. Line ends are kept."""
+    """A plain text in pieces that end at line ends, if lines are shorter than a piece. Line ends are kept."""
     while piece := file.read(_PIECE) + file.readline(_PIECE):
         if "\0" in piece:
             raise ValueError("is not text: it has bytes of value 0")
@@ -123,7 +123,7 @@ def _pieces(file: IO[str], _: Path) -> Iterator[str]:
 
 
 def _json_rows(file: IO[str], path: Path) -> Iterator[str]:
-    """A row a line; `.json` may also be one list of rows, or one row on several lines."""
+    """One row per line; a `.json` file may also be one list of rows, or one row on several lines."""
     whole = ""
     for number, line in enumerate(file, 1):
         if not line.strip():
@@ -142,7 +142,7 @@ def _json_rows(file: IO[str], path: Path) -> Iterator[str]:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError if it is none, or has the field `text` twice in an object."""
+    """The value of a JSON text. Raises ValueError if it is invalid, or an object has the field `text` twice."""
     try:
         value = json.loads(text)
         if text.count('"text"') > 1:  # Python keeps the last one silently
@@ -167,7 +167,7 @@ def _csv_rows(file: IO[str], path: Path) -> Iterator[str]:
         if (rows.fieldnames or ()) and list(rows.fieldnames or ()).count("text") > 1:
             raise ValueError("has the column `text` twice")
         for row in rows:
-            if None in row:  # the reader's key for what is beyond the header: text with a bare comma would be cut
+            if None in row:  # the reader's key for excess fields: text with an unquoted comma would be cut off
                 fields = len(rows.fieldnames or ()) + len(row[None])
                 problem = f"has {fields} fields in line {rows.line_num}, more than its header"
                 raise ValueError(f"{problem}: text that contains the separator must be quoted")

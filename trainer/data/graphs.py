@@ -47,7 +47,7 @@ class GraphDataset(LabelledDataset):
             yield {"node": np.array(node), "label": np.array(label)}
 
     def content(self, sample: Sample) -> bytes:
-        """A node's features and its number of edges."""
+        """A node's features and number of edges."""
         node = int(sample["node"])
         return self._graph.features[node].tobytes() + int(self._degrees[node]).to_bytes(8, "little")
 
@@ -60,7 +60,7 @@ class GraphDataset(LabelledDataset):
 
     def shared(self) -> dict[str, np.ndarray]:
         """`features`, and `edges` in both directions, without duplicates and self-loops."""
-        # An edge as one number, so that `unique` removes duplicates.
+        # Each edge as one number, so that `unique` removes duplicates
         source, target = self._graph.edges
         nodes = len(self._graph.labels)
         codes = np.unique(np.concatenate([source * nodes + target, target * nodes + source]))

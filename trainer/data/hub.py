@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: rows of its datasets, and one clear sentence for each of its errors."""
+"""The Hugging Face Hub: rows of its datasets, and a clear message for each of its errors."""
 
 import errno
 import hashlib
@@ -25,13 +25,13 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 
 @contextmanager
 def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
-    """Turn an exception of the hub's libraries in this block into an error that a person can act on.
+    """Turn an exception of the hub's libraries in this block into an error that the user can act on.
 
     `field` is the parameter that names something on the hub, `name` its value, and `instead` an alternative for the
     user, as the rest of a sentence.
 
     Raises:
-        ConfigError: Nothing of that name exists, or the user has no access.
+        ConfigError: Nothing with that name exists, or the user has no access.
         TrainingError: The hub cannot be reached, or failed.
     """
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
@@ -42,7 +42,7 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
         yield
     except (ConfigError, TrainingError):
         raise
-    # The user can change the name or the token.
+    # The user can change the name or the token
     except GatedRepoError:
         problem = f"is gated: accept its terms on the hub and set HF_TOKEN in the environment{also}"
         raise ConfigError(field, name, problem) from None
@@ -53,7 +53,7 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
         raise ConfigError(field, name, problem) from None
     except DataFilesNotFoundError as error:
         raise ConfigError(field, name, f"does not have the expected layout: {_first_line(error)}") from None
-    # The hub or the network failed.
+    # The hub or the network failed
     except HfHubHTTPError as error:
         raise TrainingError(f"{field} {name}: the hub answered with an error: {_first_line(error)}") from error
     except Exception as error:
@@ -65,7 +65,7 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
 
 
 def _of_the_cache(error: BaseException | None) -> OSError | None:
-    """The error of a file that could not be written, in a chain of exceptions; None if there is none."""
+    """The error of a file that could not be written in a chain of exceptions; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
             return error
@@ -88,7 +88,7 @@ class HubDataset(DatasetFamily):
     repository: ClassVar[str]  # on the hub, unless the argument names one
     shards: ClassVar[str]  # glob of the files to read
     loader: ClassVar[str] = "parquet"  # format of the files: a loader of `datasets`
-    raw: ClassVar[str] = ""  # the column of pictures or audio, which stays undecoded: the bytes of its files
+    raw: ClassVar[str] = ""  # the column of pictures or audio, which is kept as the undecoded bytes of its files
 
     def __init__(self, argument: str, config: TrainingConfig) -> None:
         super().__init__(argument, config)
@@ -109,8 +109,10 @@ class HubDataset(DatasetFamily):
         return f"{self.name}:{self._folder.absolute()}" if self._is_local else self.spec
 
     def revision(self) -> str:
-        """The commit on the hub. For a folder, a hash of its files' names, sizes and ends, where Parquet keeps its
-        statistics and gzip a checksum."""
+        """The commit on the hub; for a folder, a hash of its files' names, sizes and ends.
+
+        At a file's end, Parquet has its statistics and gzip a checksum.
+        """
         if self._is_local:
             digest = hashlib.sha256()
             for path in self._local_shards():
@@ -128,13 +130,13 @@ class HubDataset(DatasetFamily):
         return sum(path.stat().st_size for path in self._local_shards()) if self._is_local else 0
 
     def row_count(self, usual: int) -> int:
-        """Number of rows: for a folder of Parquet as its files state, otherwise `usual`."""
+        """Number of rows: for a folder of Parquet files, from their metadata; otherwise `usual`."""
         if not self._is_local:
             return usual
         return sum(self._read(path, lambda table: int(table.metadata.num_rows)) for path in self._local_shards())
 
     def features(self) -> Mapping[str, Any]:
-        """The columns' types, if the files state them."""
+        """The columns' types, if the files contain them."""
         from datasets import Features
 
         if not self._is_local:
@@ -161,7 +163,7 @@ class HubDataset(DatasetFamily):
         return load_dataset(self._repository, data_files=shards, split="train", streaming=True, revision=revision)
 
     def _local_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of a folder's files. `load_dataset` would take the letters `*?[]` of its path for a pattern."""
+        """The rows of a folder's files. `load_dataset` would treat the characters `*?[]` in its path as a pattern."""
         import pyarrow.parquet as pq
 
         for path in self._local_shards():
@@ -176,7 +178,7 @@ class HubDataset(DatasetFamily):
                 raise ConfigError("dataset", self.spec, f"{path} cannot be read: {one_line(error)}") from None
 
     def _read(self, path: Path, read: Callable[["ParquetFile"], T]) -> T:
-        """The result of `read` for a Parquet file of the folder. Raises ConfigError if it is none."""
+        """The result of `read` for a Parquet file of the folder. Raises ConfigError if it is not one."""
         import pyarrow.parquet as pq
 
         try:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-_LONGEST_SIDE = 16  # times the shorter one; more of it is cut off before the picture is resized
+_LONGEST_SIDE = 16  # times the shorter one; the rest is cut off before the picture is resized
 
 
 def decode(content: bytes, size: int, channels: int) -> np.ndarray:
@@ -32,20 +32,20 @@ def decode(content: bytes, size: int, channels: int) -> np.ndarray:
 def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
     """A picture's pixels as a viewer shows it: uint8 (size, size, channels); 1 channel is grey, 3 are RGB.
 
-    It is turned as its EXIF orientation demands, transparent parts are white, and 16 bits a pixel become 8.
+    It is rotated according to its EXIF orientation, transparent parts become white, and 16 bits per pixel become 8.
     """
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
     longest = _LONGEST_SIDE * min(picture.size)
-    if max(picture.size) > longest:  # resized whole, it would fill the memory
+    if max(picture.size) > longest:  # resizing all of it could exhaust memory
         picture = ImageOps.fit(picture, (min(picture.width, longest), min(picture.height, longest)))
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         picture = _in_8_bits(picture)
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    # Resize the shorter side (bicubic, antialiased), then cut out the centre.
+    # Resize the shorter side (bicubic, antialiased), then crop the centre
     picture = picture.convert("L" if channels == 1 else "RGB")
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
@@ -55,7 +55,7 @@ def pixels(picture: "Image", size: int, channels: int) -> np.ndarray:
 
 
 def _in_8_bits(picture: "Image") -> "Image":
-    """A grey picture with 8 bits a pixel instead of 16 (or floating-point numbers): Pillow would cut it off at 255."""
+    """A grey picture with 8 bits per pixel instead of 16 (or floats), which Pillow would clip at 255."""
     from PIL import Image
 
     values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
@@ -69,7 +69,7 @@ def _in_8_bits(picture: "Image") -> "Image":
 def augment(images: np.ndarray, positions: np.ndarray, seed: int, how: Augmentation) -> np.ndarray:
     """Crop, resize back, rotate and mirror: Inception's random crops (arXiv 1409.4842, §6).
 
-    The random numbers depend only on the seed and the picture's position in the data order. So the result is the same
+    The random numbers depend only on the seed and the picture's position in the data order, so the result is the same
     in a resumed run, in another worker and with another batch size.
 
     Args:
@@ -82,7 +82,7 @@ def augment(images: np.ndarray, positions: np.ndarray, seed: int, how: Augmentat
     import torch
     import torch.nn.functional as F
 
-    # Draw area, aspect ratio, position, angle and mirroring of each crop.
+    # Draw area, aspect ratio, position, angle and mirroring of each crop
     numbers = torch.from_numpy(uniform(positions, seed, 6))
     low, high = how.scale
     area = low + (high - low) * numbers[:, 0]
@@ -93,7 +93,7 @@ def augment(images: np.ndarray, positions: np.ndarray, seed: int, how: Augmentat
     x, y = (1 - width) * (2 * numbers[:, 2] - 1), (1 - height) * (2 * numbers[:, 3] - 1)
     angle = math.radians(how.rotation) * (2 * numbers[:, 4] - 1)
     mirror = torch.where((numbers[:, 5] < 0.5) & how.flip, -1.0, 1.0)
-    # Resample each picture along the affine map from its new pixels to its old ones.
+    # Resample each picture along the affine map from its new pixels to its old ones
     rows = (
         torch.stack([mirror * width * angle.cos(), -height * angle.sin(), x], dim=1),
         torch.stack([mirror * width * angle.sin(), height * angle.cos(), y], dim=1),

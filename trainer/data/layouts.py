@@ -1,18 +1,18 @@
-"""What the files of a user's folder are: data, metadata, or another split than the training one."""
+"""Classifying the files in a user's folder: training data, metadata, or another split."""
 
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-# By lower-case name. The first kind is metadata anywhere; the second only beside tables, as in a dataset on the hub.
+# By lower-case name. The first kind is always metadata; the second only next to tables, as in a dataset on the hub.
 _METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json"}
 _CARDS = {"readme.md", "license", "license.md", "license.txt", "citation.md", "changelog.md"}
 _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
-# Names of splits, as `datasets` finds them in the names of files and folders.
+# Names of splits in the names of files and folders, as recognised by `datasets`
 _TRAINING = {"train", "training"}
 _OTHERS = {"test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev"}
 
@@ -22,7 +22,7 @@ def files_below(root: Path) -> list[Path]:
     found, seen = [], set()
     for folder, folders, names in os.walk(root, followlinks=True):
         status = Path(folder).stat()
-        if (place := (status.st_dev, status.st_ino)) in seen:  # a link back to a folder above, or a second one
+        if (place := (status.st_dev, status.st_ino)) in seen:  # a link to a parent folder, or a second link
             folders.clear()
             continue
         seen.add(place)
@@ -32,7 +32,7 @@ def files_below(root: Path) -> list[Path]:
 
 
 def without_metadata(root: Path, paths: Sequence[Path]) -> list[Path]:
-    """The files without those that describe a dataset: its card, its licence, the records of `datasets`."""
+    """The files except those that describe a dataset: its card, its licence, the records of `datasets`."""
     of_tables = any(_is_table(path) and path.name.lower() not in _METADATA for path in paths)
 
     def describes(path: Path) -> bool:
@@ -47,11 +47,11 @@ def without_metadata(root: Path, paths: Sequence[Path]) -> list[Path]:
 def training_split(root: Path, paths: Sequence[Path]) -> tuple[list[Path], list[Path], Path]:
     """Divide files into those to train on and those of a test or validation split.
 
-    A folder has splits if it (or its folder `data`) holds `train/` beside `test/`, `validation/` and the like, or
-    no folder but `train/`; or if it holds tables below folders or with names `train…` beside `test…`, as on the hub.
+    A folder has splits if it (or its folder `data`) contains `train/` next to `test/`, `validation/` and the like, or
+    only the folder `train/`; or if it contains tables whose folders or names are `train…` and `test…`, as on the hub.
 
     Returns:
-        The files to train on, those of other splits, and the folder that the former are in.
+        The files to train on, those of other splits, and the folder of the former.
     """
     for base in (root / "data", root) if root.is_dir() else ():
         names = {path: path.relative_to(base).parts for path in paths if path.is_relative_to(base)}
@@ -75,7 +75,7 @@ def training_folder(base: Path, training: Iterable[Path]) -> Path:
 
 
 def passed_over(paths: Iterable[Path], used: Collection[Path]) -> str:
-    """Files that are not used, counted by ending, for a log: "4 files: .docx 3, .bin 1"; "" if there are none."""
+    """Unused files, counted by suffix, for a log: "4 files: .docx 3, .bin 1"; "" if there are none."""
     rest = [path for path in paths if path not in used]
     endings = Counter(os.fsencode(path.suffix.lower() or path.name).decode("utf-8", "replace") for path in rest)
     listed = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(6))
@@ -94,7 +94,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _is_card(path: Path) -> bool:
-    """Whether a file begins as the card of a dataset on the hub does, or lies in a clone beside `.gitattributes`."""
+    """Whether a file begins like a dataset's card on the hub, or is in a clone next to `.gitattributes`."""
     if path.suffix.lower() != ".md":
         return (path.parent / ".gitattributes").exists()
     with path.open("rb") as file:
@@ -102,9 +102,9 @@ def _is_card(path: Path) -> bool:
 
 
 def _split(parts: Sequence[str]) -> str:
-    """The split that a file's path below the root names: train, other, or "".
+    """The split named by a file's path below the root: train, other, or "".
 
-    In a file's name it is the first word (`train.csv`, `test-00000-of-00001.parquet`), otherwise a folder's name.
+    It is the first word of the file's name (`train.csv`, `test-00000-of-00001.parquet`), or a folder's name.
     """
     first = parts[-1].lower().replace("_", "-").replace(".", "-").partition("-")[0]
     for word in (first, *(part.lower() for part in reversed(parts[:-1]))):

@@ -41,7 +41,7 @@ class StoredFile(_Frozen):
 class Column(_Frozen):
     """One array of each sample."""
 
-    dtype: str  # numpy's name of it
+    dtype: str  # numpy's name
     shape: tuple[int, ...] = ()  # of one sample's array; if ragged, without the first dimension
     ragged: bool = False  # whether samples differ in the length of the first dimension
     multiple: int = 1  # a batch of ragged arrays is padded with zeros to a multiple of this length
@@ -59,9 +59,9 @@ class Augmentation(_Frozen):
 class _Manifest(_Frozen):
     dataset: str  # as the user writes it
     revision: str  # of its source
-    inputs: dict[str, object]  # the parameters that it depends on
-    hash: str  # of the content: equal on all workers that train on the same samples
-    versions: dict[str, str]  # of the libraries that made it
+    inputs: dict[str, object]  # the parameters on which it depends
+    hash: str  # of the content; equal on all workers that train on the same samples
+    versions: dict[str, str]  # of the libraries that created it
     files: dict[str, StoredFile] = {}  # every other file below the directory, by relative path
 
 
@@ -79,7 +79,7 @@ class TextManifest(_Manifest):
 
     @property
     def for_model(self) -> dict[str, Any]:
-        """The data's properties that a model depends on (`trainer.models.ModelFamily.write`)."""
+        """The data's properties on which a model depends (`trainer.models.ModelFamily.write`)."""
         names = ("vocabulary_size", "sequence_length", "eos_token_id")
         return {name: getattr(self, name) for name in names}
 
@@ -103,8 +103,8 @@ class ArrayManifest(_Manifest):
     kind: Literal["arrays"] = "arrays"
     columns: dict[str, Column]  # the arrays of a sample, by name
     shared: dict[str, Column] = {}  # arrays that all samples share (a graph's features and edges), by name
-    for_model: dict[str, Any]  # the data's properties that a model depends on (`trainer.models.ModelFamily.write`)
-    facts: dict[str, Any]  # about the training split, for a baseline or a person
+    for_model: dict[str, Any]  # the data's properties on which a model depends (`trainer.models.ModelFamily.write`)
+    facts: dict[str, Any]  # about the training split, for a baseline or the user
     augmentation: Augmentation | None = None  # of training pictures
     group: int = 1  # number of consecutive samples that are read together because they have similar lengths
     train: SampleCounts
@@ -125,7 +125,7 @@ def parse_manifest(value: object) -> Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a completely written dataset; None if `directory` does not hold one."""
+    """The manifest of a completely written dataset; None if `directory` does not contain one."""
     try:
         return parse_manifest(read_json(directory / MANIFEST)) if (directory / READY).exists() else None
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """Precaching: from a dataset's source to a directory that training reads, atomically.
 
-`<datasets>/<name>-<fingerprint>/` holds the splits, `tokenizer/`, `manifest.json`, and `READY`, which is written last
-and holds the manifest's sha256.
+`<datasets>/<name>-<fingerprint>/` contains the splits, `tokenizer/`, `manifest.json`, and `READY`, which is written
+last and contains the manifest's sha256.
 """
 
 import errno
@@ -28,18 +28,18 @@ _CHEAP_BYTES = 2**30  # up to this size, every byte is verified each time; beyon
 
 
 class Run(Protocol):
-    """A run that has begun on other machines, and what this one needs to train in it."""
+    """A run that has started on other machines, and the data that this machine needs from it."""
 
     @property
     def hash(self) -> str:
-        """Of the dataset's content."""
+        """The hash of the dataset's content."""
 
     @property
     def revision(self) -> str:
-        """Of the dataset's source."""
+        """The revision of the dataset's source."""
 
     def fetch(self, what: Literal["dataset", "model"], path: Path) -> None:
-        """Fetch it from a machine of the run, so that it is at `path`. Raises ConfigError or TrainingError."""
+        """Fetch the dataset or the model from a machine of the run to `path`. Raises ConfigError or TrainingError."""
 
 
 def check(config: TrainingConfig) -> None:
@@ -72,20 +72,20 @@ def precache(
     Args:
         source: Another volume's datasets directory, from which an intact copy is linked or copied instead.
         verify: Verify every byte, whatever the size.
-        run: The run that this machine joins: dataset and model must be that run's, and come from one of its machines
-            if they cannot be had here.
+        run: The run that this machine joins. Dataset and model must be the run's, and are fetched from one of its
+            machines if they are not available here.
 
     Raises:
-        ConfigError: The configuration cannot work, or the disk lacks space.
+        ConfigError: The configuration cannot work, or there is not enough disk space.
         TrainingError: The source cannot be read, or the disk has filled up.
     """
-    # Refuse what cannot work before anything is written.
+    # Check the configuration before anything is written
     if run is None:
         check(config)
     dataset, path = resolve(config), directory(config, volume.datasets)
     require_writable(volume.datasets, "dataset_cache_dir")
     require_writable(volume.models, "model_cache_dir")
-    # The dataset: verified, copied from another volume, or built from its source.
+    # The dataset: verified, copied from another volume, or built from its source
     with _disk_errors(volume.datasets), _locked(path, log):
         manifest = _usable(path, dataset, log, verify, run)
         if manifest:
@@ -94,7 +94,7 @@ def precache(
             manifest = _copied(path, dataset, source, log, run)
             manifest = manifest or (_as_in(run, path, dataset, log) if run else _built(path, dataset, log))
             log(f"dataset {dataset.spec}: {manifest.contents}, in {path}")
-    # The model, which depends on the dataset (its vocabulary, its classes).
+    # The model, which depends on the dataset (its vocabulary, its classes)
     path = models.directory(config, manifest.for_model, volume.models)
     with _disk_errors(volume.models), _locked(path, log):
         try:
@@ -110,7 +110,7 @@ def precache(
 
 
 def precache_all(config: TrainingConfig, log: Log = print, run: Run | None = None) -> Manifest:
-    """`precache` for every worker of a run on this machine: built for the first, copied to the others."""
+    """`precache` for every worker of a run on this machine: built for the first, and copied to the others."""
     first, *others = worker_configs(config)
     manifest = precache(first, Volume.of(first), log, run=run)
     for own in others:
@@ -148,7 +148,7 @@ def _usable(path: Path, dataset: DatasetFamily, log: Log, verify: bool, run: Run
         log(f"repairing {path}: {problem}")
         return None
     manifest = read_manifest(path)
-    assert manifest is not None  # nothing is damaged
+    assert manifest is not None  # because nothing is damaged
     if not _current(manifest, dataset, run):
         log(f"rebuilding {path}: {'the run has another one' if run else 'its source has changed'}")
         return None
@@ -156,14 +156,14 @@ def _usable(path: Path, dataset: DatasetFamily, log: Log, verify: bool, run: Run
 
 
 def _current(manifest: Manifest, dataset: DatasetFamily, run: Run | None) -> bool:
-    """Whether an intact dataset is the run's or, without one, what its source holds."""
+    """Whether an intact dataset matches the run's or, without a run, its source."""
     if run is not None:
         return manifest.hash == run.hash
     return not dataset.local or manifest.revision == dataset.revision()
 
 
 def _copied(path: Path, dataset: DatasetFamily, source: Path | None, log: Log, run: Run | None) -> Manifest | None:
-    """Copy the same dataset from another volume, if it is intact there."""
+    """Copy the same dataset from another volume if it is intact there."""
     if source is None or (other := source / path.name).resolve() == path.resolve() or damage(other):
         return None
     manifest = read_manifest(other)
@@ -182,7 +182,7 @@ def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
         log(f"dataset {dataset.spec}: {note}")
     with whole_directory(path) as temporary:
         manifest = dataset.prepare(temporary, revision, log)
-        # Record every file's hash; READY, written last, vouches for the manifest.
+        # Record every file's hash; READY, written last, confirms the manifest
         files = {
             file.relative_to(temporary).as_posix(): StoredFile(bytes=file.stat().st_size, sha256=sha256(file))
             for file in sorted(temporary.rglob("*"))
@@ -195,27 +195,27 @@ def _built(path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
 
 
 def _as_in(run: Run, path: Path, dataset: DatasetFamily, log: Log) -> Manifest:
-    """Build the dataset that a run trains on, if the same source is here, or else fetch it from the run."""
+    """Build a run's dataset if the same source is available here, or else fetch it from the run."""
     try:
         dataset.check()
         if dataset.revision() == run.revision:
             manifest = _built(path, dataset, log)
             if manifest.hash == run.hash:
                 return manifest
-            log(f"dataset {dataset.spec}: other versions of libraries have made another one for the run: fetching that")
+            log(f"dataset {dataset.spec}: the run's dataset was built with other library versions: fetching it")
         else:
-            log(f"dataset {dataset.spec}: the run has another revision: fetching that")
+            log(f"dataset {dataset.spec}: the run has another revision: fetching it")
     except (ConfigError, TrainingError) as error:
         log(f"{error}: fetching the dataset from the run")
     run.fetch("dataset", path)
     fetched = read_manifest(path)
     if fetched is None or fetched.hash != run.hash or damage(path, thorough=False):  # each byte was verified
-        raise TrainingError(f"dataset {dataset.spec}: what has been fetched is not what the run trains on")
+        raise TrainingError(f"dataset {dataset.spec}: the fetched dataset is not the run's")
     return fetched
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system allows it, so that the page cache holds one copy."""
+    """Create a hard link where possible, so that the page cache needs only one copy; else copy."""
     try:
         os.link(source, target)
     except OSError:
@@ -231,7 +231,7 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
         except BlockingIOError:
             log(f"waiting for another process that is precaching {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        # The holder of the lock is the only writer, so these were left by processes that died.
+        # The holder of the lock is the only writer, so these were left by processes that died
         for torn in path.parent.glob(f".{path.name}.*.tmp"):
             shutil.rmtree(torn, ignore_errors=True)
         yield

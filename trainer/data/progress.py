@@ -16,7 +16,7 @@ class Progress:
     Args:
         label: The step's action.
         total: The approximate amount to read; 0: unknown.
-        log: Prints a line, where there is no terminal.
+        log: Prints a line if there is no terminal.
         unit: "bytes", or another noun in the plural.
     """
 

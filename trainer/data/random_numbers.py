@@ -1,4 +1,4 @@
-"""Random numbers that are computed and not drawn: the same on every machine, in every process."""
+"""Random numbers that are computed rather than drawn, and so the same on every machine and in every process."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def content_hash(content: bytes) -> float:
-    """A number from [0, 1) that depends on the content alone. A sample below `validation_fraction` is held out."""
+    """A number in [0, 1) that depends only on the content. A sample below `validation_fraction` is held out."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
 
 
@@ -22,7 +22,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def uniform(positions: np.ndarray, seed: int, count: int) -> np.ndarray:
-    """`count` uniform numbers from [0, 1) for each position: float64 (n, count)."""
+    """`count` uniform numbers in [0, 1) for each position: float64 (n, count)."""
     own = mix(mix(np.array(seed % 2**64, dtype=np.uint64)) ^ np.asarray(positions, dtype=np.int64).astype(np.uint64))
     keys = mix(own[:, None] ^ mix(np.arange(1, count + 1, dtype=np.uint64)))
     return (keys >> np.uint64(11)).astype(np.float64) / 2**53

@@ -1,4 +1,4 @@
-"""Dataset families, and how one is found by name."""
+"""Dataset families, and finding one by name."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ class DatasetFamily(ABC):
     """
 
     name: ClassVar[str]  # the part before the colon
-    tasks: ClassVar[tuple[str, ...]]  # names of the tasks in `trainer.tasks` that its samples are for
+    tasks: ClassVar[tuple[str, ...]]  # names of the tasks in `trainer.tasks` that can use its samples
     takes_argument: ClassVar[bool] = False  # whether an argument may follow the name
     local: ClassVar[bool] = True  # whether `revision` needs no network, so that precaching can detect a changed source
 
@@ -35,33 +35,33 @@ class DatasetFamily(ABC):
 
     @property
     def spec(self) -> str:
-        """The dataset as a user writes it."""
+        """The dataset's name as given by the user."""
         return f"{self.name}:{self.argument}" if self.argument else self.name
 
     def identity(self) -> str:
-        """Identity of the source, known without reading it; part of the precached directory's name."""
+        """Identity of the source, known without reading it. It is part of the precached directory's name."""
         return self.spec
 
     def check_parameters(self) -> None:
-        """Raise ConfigError for parameters that cannot work on any machine; also called where the data is absent."""
+        """Raise ConfigError for parameters that cannot work on any machine. Also called where the data is absent."""
         if self.argument and not self.takes_argument:
             raise ConfigError("dataset", self.spec, f"takes no argument: just {self.name}")
 
     def check(self) -> None:
-        """Raise ConfigError for what cannot work on this machine. Cheap; needs no network."""
+        """Raise ConfigError if the dataset cannot work on this machine. Cheap; needs no network."""
         self.check_parameters()
 
     def inputs(self) -> dict[str, object]:
-        """The parameters, besides the source, that the precached dataset depends on."""
+        """The parameters, besides the source, on which the precached dataset depends."""
         return {}
 
     def notes(self) -> list[str]:
-        """What a person should know of how the source was understood, for the log."""
+        """Notes for the log on how the source was interpreted."""
         return []
 
     @abstractmethod
     def revision(self) -> str:
-        """The current revision of the source: equal on two machines if the content is."""
+        """The current revision of the source, which is equal on two machines if the content is."""
 
     @abstractmethod
     def estimated_size(self) -> int:
@@ -73,7 +73,7 @@ class DatasetFamily(ABC):
 
 
 class PathDataset(DatasetFamily):
-    """A dataset in the file or folder that its argument names. A mixin: it comes before the class for the samples."""
+    """A dataset in the file or folder named by its argument. A mixin: it comes before the class for the samples."""
 
     takes_argument = True
 
@@ -100,13 +100,13 @@ class PathDataset(DatasetFamily):
         return [*filter(None, [left, over and f"passed over {over}"])]
 
     def used(self) -> Collection[Path]:
-        """The files that are read, if they are chosen from all that are there."""
+        """The files that are read, if not all files are."""
         return ()
 
     def require_content(self) -> None:
-        """Raise ConfigError if a file that is read is only a pointer to its content."""
+        """Raise ConfigError if a file that is read is only a Git LFS pointer."""
         if pointer := next(filter(is_lfs_pointer, self.used()), None):
-            raise ConfigError("dataset", self.spec, f"{pointer} is a pointer of Git LFS: run `git lfs pull` there")
+            raise ConfigError("dataset", self.spec, f"{pointer} is a Git LFS pointer: run `git lfs pull` there")
 
     def require_folder(self) -> None:
         if not self.argument:
@@ -116,7 +116,7 @@ class PathDataset(DatasetFamily):
 
 
 def digest(contents: Iterable[str]) -> str:
-    """A revision: the sha256 of these texts, one after the other."""
+    """A revision: the sha256 of these concatenated texts."""
     return f"sha256 {hashlib.sha256(''.join(contents).encode()).hexdigest()}"
 
 
@@ -130,7 +130,7 @@ def dataset_families() -> dict[str, tuple[type[DatasetFamily], ...]]:
 
 
 def resolve(config: TrainingConfig) -> DatasetFamily:
-    """The dataset family that `config` selects, by name and the model's task. Raises ConfigError if there is none."""
+    """The dataset family selected by `config`: by name and the model's task. Raises ConfigError if there is none."""
     name, _, argument = config.dataset.partition(":")
     families = dataset_families()
     if name not in families:

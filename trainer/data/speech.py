@@ -15,16 +15,16 @@ from trainer.data.array_dataset import ArrayDataset, Sample
 from trainer.data.manifest import Column
 from trainer.errors import ConfigError, TrainingError
 
-RATE = 16_000  # samples a second, as wav2vec 2.0 expects
-# Characters of wav2vec 2.0's published models, by number; `|` is the space between two words.
+RATE = 16_000  # samples per second, as expected by wav2vec 2.0
+# Characters of wav2vec 2.0's published models, by number; `|` is the space between words
 VOCABULARY = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 _NUMBERS = {character: number for number, character in enumerate(VOCABULARY)}
 SHORTEST, LONGEST = 0.4, 20.0  # seconds; other clips are dropped
 _RATES = (1_000, 768_000)  # Hz, of files
-_UNKNOWN_SIZE = 0x7FFF_0000  # from here on, a WAV file that was written into a pipe does not state its size
-_SLACK = 64  # bytes by which writers get the size wrong
-_LEAST_PART = 0.95  # of the samples that a file declares; the length of an MP3 may be an estimate
-_SPOKEN = ("Sc", "Sm", "So")  # categories of Unicode: signs of currencies, of mathematics, and others
+_UNKNOWN_SIZE = 0x7FFF_0000  # a WAV file with at least this size was written to a pipe, and its size is unknown
+_SLACK = 64  # tolerance in bytes for wrong sizes in headers
+_LEAST_PART = 0.95  # of the declared samples; the length of an MP3 may be an estimate
+_SPOKEN = ("Sc", "Sm", "So")  # Unicode categories: currency, mathematical and other symbols
 MOST_TRANSCRIPTS = 200  # kept in the manifest, for baselines
 
 
@@ -92,7 +92,7 @@ class SpeechDataset(ArrayDataset):
 
 
 def decode(content: bytes) -> np.ndarray:
-    """An audio file's samples: int16 (n,), mono, at `RATE`; a little more than `LONGEST` seconds at most.
+    """An audio file's samples: int16 (n,), mono, at `RATE`; at most a little more than `LONGEST` seconds.
 
     Raises:
         ValueError: The content is not audio, or is cut off.
@@ -102,7 +102,7 @@ def decode(content: bytes) -> np.ndarray:
     declared = int.from_bytes(content[4:8], "little") + 8
     if (
         content[:4] == b"RIFF" and len(content) + _SLACK < declared < _UNKNOWN_SIZE
-    ):  # the library would read what is there
+    ):  # the library would read the truncated file
         raise ValueError(f"it is cut off: {len(content)} of {declared} bytes")
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
@@ -115,12 +115,12 @@ def decode(content: bytes) -> np.ndarray:
         raise ValueError(error.error_string.rstrip(".")) from None
     if len(samples) < expected * _LEAST_PART:
         raise ValueError(f"it is cut off: {len(samples) / rate:.1f} of {file.frames / rate:.1f} s")
-    samples = np.nan_to_num(samples, posinf=1.0, neginf=-1.0)  # files of floating-point numbers may hold anything
+    samples = np.nan_to_num(samples, posinf=1.0, neginf=-1.0)  # floating-point files may contain anything
     return np.round(resampled(samples.mean(axis=1), rate) * 32767).clip(-32768, 32767).astype(np.int16)
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (n,) resampled from `rate` to `RATE`, by a polyphase filter against aliasing."""
+    """Samples (n,) resampled from `rate` to `RATE` with an antialiasing polyphase filter."""
     from scipy.signal import resample_poly
 
     shared = gcd(rate, RATE)
@@ -128,10 +128,10 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def spelled(text: str) -> np.ndarray | None:
-    """A transcript as numbers of the vocabulary, int16 (n,); None if it has none, or needs more than its letters.
+    """A transcript as numbers of the vocabulary, int16 (n,); None if it is empty or needs other characters.
 
-    Those are other letters, digits, and signs that are spoken, such as & and $. The rest is normalised as LibriSpeech's
-    transcripts are: capitals, single spaces, no punctuation except apostrophes.
+    Other characters are other letters, digits, and spoken symbols such as & and $. The rest is normalised like
+    LibriSpeech's transcripts: capitals, single spaces, no punctuation except apostrophes.
     """
     plain = unicodedata.normalize("NFKC", text.replace("’", "'"))
     others = re.sub("[A-Za-z]", "", plain)

@@ -23,7 +23,7 @@ from trainer.errors import ConfigError
 if TYPE_CHECKING:
     from datasets.arrow_writer import ArrowWriter
 
-_CHUNK_BYTES = 16 * 2**20  # of one Arrow record batch, which is held in memory
+_CHUNK_BYTES = 16 * 2**20  # of one Arrow record batch, which is kept in memory
 _SHARD_BYTES = 512 * 2**20  # of one Arrow file
 _BATCH_CHARACTERS = 2 * 2**20  # tokenised together
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
@@ -59,7 +59,7 @@ class TextDataset(DatasetFamily):
         }
 
     def estimated_size(self) -> int:
-        # A token takes 2 bytes (4 from a vocabulary of 65536), and stands for 1 byte of text, or for at least 3.
+        # A token takes 2 bytes (4 from a vocabulary of 65536 on) and represents 1 byte of text, or at least 3
         bytes_each = 2 if tokenizers.resolve(self.config) == "bytes" else 4 / 3
         return int(self.text_size() * bytes_each) + 16 * 2**20
 
@@ -71,13 +71,13 @@ class TextDataset(DatasetFamily):
             for text in itertools.islice(self.documents(revision), given(config.max_samples)):
                 yield _LONE_SURROGATES.sub("\ufffd", text)  # JSON can contain them
 
-        # The tokenizer, trained without the held-out documents.
+        # The tokenizer, trained without the held-out documents
         if spec.startswith("bpe:"):
             log(f"training tokenizer {spec}")
         training_text = (text for text in documents() if content_hash(text.encode()) >= fraction)
         tokenizer = tokenizers.load(spec, training_text)
         tokenizer.save_pretrained(directory / "tokenizer")
-        # Tokenise, split and pack the documents.
+        # Tokenise, split and pack the documents
         sizes = tokenizers.token_bytes(tokenizer)
         dtype = np.dtype(np.uint16 if len(sizes) <= 2**16 else np.int32)
         end = tokenizer.eos_token_id
@@ -98,10 +98,10 @@ class TextDataset(DatasetFamily):
                     damaged += "\ufffd" in text
         counts, held_out = train.close(), validation.close()
         if damaged:
-            problem = "hold the character U+FFFD, which stands for text that was lost when they were decoded"
+            problem = "contain the character U+FFFD, which replaces text that was lost when they were decoded"
             log(f"dataset {self.spec}: {damaged} documents {problem}")
         self._refuse_empty(counts, held_out, smallest_hash)
-        # The hash covers everything that a model sees: the tokens, and what they mean.
+        # The hash covers everything that a model sees: the tokens and their meaning
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
         content = (self.tasks[0], length, end, vocabulary, train.hash.hexdigest(), validation.hash.hexdigest())
         return TextManifest(
@@ -121,7 +121,7 @@ class TextDataset(DatasetFamily):
         )
 
     def _refuse_empty(self, counts: SplitCounts, held_out: SplitCounts, smallest_hash: float) -> None:
-        """Raise ConfigError if a split has no sequence, with what would help."""
+        """Raise ConfigError, with advice, if a split has no sequence."""
         problem = f"do not fill a sequence of {self.config.sequence_length} tokens"
         if not counts.sequences:
             little = f"has too little text: {counts.documents} training documents {problem}"
@@ -136,8 +136,8 @@ class TextDataset(DatasetFamily):
 class _Packer:
     """Packs the documents of one split into sequences and writes them to Arrow files, in bounded memory.
 
-    The files are `<name>-<number>.arrow`. If the bytes of each token are given (`sizes`), a column `bytes` holds the
-    bytes of each sequence's tokens but the first.
+    The files are `<name>-<number>.arrow`. If the number of bytes of each token is given (`sizes`), a column `bytes` has
+    the number of bytes of each sequence's tokens except the first.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class _Packer:
         self.hash = hashlib.sha256()  # of the tokens, independent of how they are divided into files
 
     def add(self, tokens: np.ndarray, end: int, size: int) -> None:
-        """Append a document of `size` bytes and the token that ends it."""
+        """Append a document of `size` bytes and its end token."""
         self._waiting += [tokens.astype(self._dtype), np.array([end], dtype=self._dtype)]
         self._waiting_tokens += len(tokens) + 1
         self._documents += 1
@@ -178,15 +178,15 @@ class _Packer:
 
         if not rows:
             return
-        # Cut full sequences off the stream; the rest waits for the next documents.
+        # Cut full sequences off the stream; the rest waits for the next documents
         tokens = np.concatenate(self._waiting)
         packed, rest = tokens[: rows * self._length], tokens[rows * self._length :]
         self._waiting, self._waiting_tokens = [rest.copy()], len(rest)
         if self._writer is None:
             path = self._directory / f"{self._name}-{self._sequences // self._shard_rows:05}.arrow"
-            # A stream of its own: the writer would take `::` in a path for a chain of file systems.
+            # Open the file here, because the writer would take `::` in a path for a chain of file systems
             self._writer = ArrowWriter(stream=pa.OSFile(str(path), "wb"), features=self._features)
-        # One Arrow record batch per call, without a copy of the tokens.
+        # One Arrow record batch per call, without copying the tokens
         columns = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(packed), self._length)}
         if self._sizes is not None:
             scored = packed.reshape(rows, self._length)[:, 1:]

@@ -26,10 +26,10 @@ _TRAINING_CHARACTERS = 256 * 2**20  # enough for any vocabulary; takes about a m
 
 
 def resolve(config: TrainingConfig) -> str:
-    """The tokenizer that `config` names, or the model's default. Raises ConfigError if there is neither."""
+    """The tokenizer named by `config`, or the model's default. Raises ConfigError if there is neither."""
     spec = config.tokenizer or models.resolve(config.model).default_tokenizer
     if not spec:
-        problem = f"{config.model} has no tokenizer of its own: name one, for example bytes or bpe:4096"
+        problem = f"{config.model} has no tokenizer: name one, for example bytes or bpe:4096"
         raise ConfigError("tokenizer", "", problem)
     return spec
 
@@ -66,23 +66,23 @@ def load(spec: str, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
         ConfigError: There is no such tokenizer, or it cannot be used here.
         TrainingError: The hub cannot be reached.
     """
-    # Our own kinds.
+    # Our own kinds
     if spec == "bytes":
         return _wrap(_byte_level())
     if spec.startswith("bpe:"):
         return _wrap(_trained(_bpe_size(spec), texts))
-    # A directory's or the hub's.
+    # A directory's or the hub's
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if _is_path(spec):
         try:
             tokenizer = AutoTokenizer.from_pretrained(Path(spec).expanduser(), local_files_only=True)
-        except Exception as error:  # the libraries raise errors of many kinds
+        except Exception as error:  # the libraries raise many kinds of errors
             raise ConfigError("tokenizer", spec, f"cannot be loaded: {one_line(error)}") from None
     else:
         with hub_errors("tokenizer", spec, "or give a directory, bytes or bpe:<vocabulary size>"):
             tokenizer = _from_hub(spec)
-    # Encoding needs a fast tokenizer, and packing a separator.
+    # Encoding needs a fast tokenizer, and packing needs a separator
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError("tokenizer", spec, "is a slow tokenizer: a fast one (tokenizer.json) is needed")
     if tokenizer.eos_token_id is None:
@@ -97,7 +97,7 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.ndarray]:
-    """The tokens of each text. Nothing is added, and text that looks like a special token stays text."""
+    """The tokens of each text. Nothing is added, and text that looks like a special token is treated as text."""
     if _is_bytes(tokenizer):  # the same result, a hundred times faster
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
     backend = tokenizer.backend_tokenizer
@@ -109,7 +109,7 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.nd
 def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
     """The UTF-8 bytes of text that each token represents, by token id. Special tokens represent none.
 
-    Exact for byte-level tokenizers, and for SentencePiece except for the space that some prepend to a text.
+    This is exact for byte-level tokenizers, and for SentencePiece except for the space that some prepend to a text.
     """
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
     byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
@@ -121,7 +121,7 @@ def token_contents(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
             return bytes([int(token[3:5], 16)])
         return token.removeprefix("##").replace("▁", " ").encode()
 
-    # Added tokens are stored as plain text, all others in the decoder's alphabet.
+    # Added tokens are stored as plain text, all others in the decoder's alphabet
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids)
     contents = [b""] * vocabulary_size(tokenizer)
@@ -139,7 +139,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
 
 def _forget_last_use(tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Switch off what a saved tokenizer keeps of its last use, and what would change the data."""
+    """Reset the settings of a saved tokenizer's last use, and disable those that would change the data."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -153,13 +153,13 @@ def _from_hub(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        # A single request first: without a network, the loaders below retry for a minute.
+        # Try a single request first, because without a network the loaders below retry for a minute
         revision = HfApi().model_info(name).sha
     except Exception:
         try:
             return AutoTokenizer.from_pretrained(name, local_files_only=True)
         except Exception:
-            pass  # not cached either: the hub's own error is the helpful one
+            pass  # not cached either: the hub's own error is more helpful
         raise
     return AutoTokenizer.from_pretrained(name, revision=revision)
 
@@ -170,14 +170,14 @@ def _is_path(spec: str) -> bool:
 
 def _bpe_size(spec: str) -> int:
     number = spec.removeprefix("bpe").removeprefix(":")
-    # The 256 bytes and the end-of-text token are always included.
+    # The 256 bytes and the end-of-text token are always included
     if not number.isdecimal() or not 257 <= int(number) <= 1_000_000:
         raise ConfigError("tokenizer", spec, "must be bpe:<vocabulary size>, from 257 to 1000000, for example bpe:4096")
     return int(number)
 
 
 def _byte_characters() -> list[str]:
-    """The characters that represent the 256 bytes in byte-level tokenizers: visible bytes are themselves (GPT-2)."""
+    """The characters for the 256 bytes in byte-level tokenizers (GPT-2). Visible bytes represent themselves."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = (chr(number) for number in range(256, 512))
     return [chr(byte) if byte in visible else next(hidden) for byte in range(256)]
@@ -189,7 +189,7 @@ def _is_bytes(tokenizer: "PreTrainedTokenizerFast") -> bool:
 
 
 def _byte_level() -> "Tokenizer":
-    """A tokenizer in which every byte is a token, with its value as the id."""
+    """A tokenizer in which every byte is a token whose id is the byte's value."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 

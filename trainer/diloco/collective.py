@@ -1,20 +1,20 @@
 """The collective of a synchronisation: the weighted mean over a group of members, in pieces, several in flight.
 
-A piece of the vector is cut into n equal parts, and each of the n members owns one: (1) every member sends each owner
-its part, encoded (a reduce-scatter); (2) the owner computes the mean in float32, encodes it again, and (3) sends that
-to all members (an all-gather). So a member sends (n − 1) / n times the encoded vector and the encoded mean, as with a
-ring, and all members, including the owner, decode the same bytes.
+A piece of the vector is cut into n equal parts, and each of the n members owns one: (1) every member encodes the parts
+and sends each to its owner (a reduce-scatter); (2) the owner computes the mean in float32, re-encodes it, and (3) sends
+it to all members (an all-gather). So a member sends (n − 1) / n times the encoded vector and the encoded mean, as with
+a ring, and all members, including the owner, decode the same bytes.
 
-Where that takes no more bytes (`all_to_all`: two members, or a few with a sparse codec whose mean is finer), each
-sends all others everything instead, and nothing is encoded twice.
+If it takes no more bytes (`all_to_all`: two members, or a few with a sparse codec whose mean is finer), each member
+instead sends everything to all others, and nothing is encoded twice.
 
-While a piece is in flight, later pieces are encoded, and earlier ones decoded and added to the outer step: on a slow
-link the arithmetic costs almost no extra time. Members exchange rows directly between the buffers where these stay.
-The members' weights travel beside the first pieces, so that no round trip precedes them. Instead of the mean, members
-may merge their values by RDA, or clip their norms: see trainer/diloco/merge.py.
+While a piece is in flight, later pieces are encoded, and earlier ones are decoded and added to the outer step, so on a
+slow link the arithmetic takes almost no extra time. Rows are sent from, and received into, the buffers where they stay.
+The members' weights are sent along with the first pieces, which saves a round trip. Instead of a plain
+mean, members may merge by RDA, or clip norms: see trainer/diloco/merge.py.
 
-*Error feedback* (`Codec.feedback`): each member keeps the part that its own message lacks; the owner also keeps the
-part that the encoded mean lacks. It keeps W / w times that, because it will count w / W, its scale.
+*Error feedback* (`Codec.feedback`): each member keeps the error of its own message; the owner also keeps the error of
+the encoded mean. It multiplies that by W / w, because its contribution will be scaled by w / W.
 """
 
 from abc import ABC, abstractmethod
@@ -38,13 +38,13 @@ from trainer.diloco.quorum import Coded, OnChunk, Reduced
 from trainer.diloco.state import GlobalState
 from trainer.diloco.threads import Workspace
 
-CHUNK_BYTES = 1 << 20  # of a piece, at most: twice as many on a slow link cost 5 %, eight times 15 %
-IN_FLIGHT = 32  # pieces: a link of 500 Mbit/s and 100 ms holds six, its queue some, and slower streams come late
-EXPECTED = IN_FLIGHT  # pieces that receives are posted for before they are sent: others may be ahead by that number
-PIECES = 16  # at least, unless they are tiny: the encoding of one piece cannot overlap
+CHUNK_BYTES = 1 << 20  # maximum size of a piece; on a slow link, twice this costs 5 %, and eight times 15 %
+IN_FLIGHT = 32  # pieces; a link of 500 Mbit/s and 100 ms holds six, its queue holds more, and some streams are slower
+EXPECTED = IN_FLIGHT  # pieces for which receives are posted in advance: other members may be that far ahead
+PIECES = 16  # minimum number of pieces unless they are tiny, because encoding the first one overlaps with nothing
 SMALLEST = 1 << 18  # numbers
 _WEIGHTS = 1 << 31  # the tag of the members' weights and norms
-SLICE = 1 << 17  # numbers that are encoded or summed at once: they stay in the cache
+SLICE = 1 << 17  # numbers that are encoded or summed at once, so that they stay in the cache
 
 
 def weighted_mean(
@@ -56,13 +56,13 @@ def weighted_mean(
     workspace: Workspace | None = None,
     merge: Merge = MEAN,
 ) -> Reduced:
-    """The mean of the members' `values`, or what `merge` makes of them instead: `Prepared` and `reduce` at once."""
+    """The weighted mean of the members' `values`, or the result of another `merge`: `Prepared`, then `reduce`."""
     workspace = workspace or Workspace()
     return reduce(group, Prepared(values, weight, codec, workspace, merge), on_chunk, workspace)
 
 
 def reduce(group: Group, own: Prepared, on_chunk: OnChunk, workspace: Workspace) -> Reduced:
-    """The mean, weighted by their weights, of what the members have prepared.
+    """The weighted mean of the values that the members have prepared, or the result of another merge.
 
     Args:
         on_chunk: Receives the mean. Not called if all weights are 0.
@@ -80,7 +80,7 @@ def reduce(group: Group, own: Prepared, on_chunk: OnChunk, workspace: Workspace)
 
 
 def all_to_all(codec: Codec, members: int) -> bool:
-    """Whether each member sends the others everything: where owners would send as many bytes, or more."""
+    """Whether each member sends everything to all others, because that takes no more bytes than owners would."""
     return members > 1 and members * codec.row <= codec.row + codec.mean.row
 
 
@@ -94,8 +94,8 @@ class _Piece:
 
     number: int
     blocks: Tensor
-    start: int  # of their rows in the encoded vector
-    came: list[Tensor] = field(default_factory=list)  # the rows that this member sums up, by the rank of the sender
+    start: int  # of its rows in the encoded vector
+    came: list[Tensor] = field(default_factory=list)  # the rows that this member sums, by the sender's rank
     wanted: list[list[Any]] = field(default_factory=lambda: [[], []])  # receives in flight, in each of two stages
     sent: list[Any] = field(default_factory=list)  # sends in flight
 
@@ -114,14 +114,14 @@ class _Exchange(ABC):
         self.plain, self.digest = isinstance(codec, Fp32), xxhash.xxh3_128()
 
     def run(self) -> Reduced:
-        # Exchange weights and norms: they are needed when the first pieces have come
+        # Exchange weights and norms, which are needed once the first pieces have arrived
         own, codec, self.n = self.own, self.codec, self.own.values.numel()
         self.weights = list(torch.zeros(self.size, 2, dtype=torch.float64))
         self.weights[self.rank][0], self.weights[self.rank][1] = own.weight, own.norm
         self.coming = [self.group.receive(rank, _WEIGHTS, self.weights[rank]) for rank in self.others]
         self.coming += [self.group.send(rank, _WEIGHTS, self.weights[self.rank]) for rank in self.others]
 
-        # Merged by RDA, the norms are no part of what is encoded
+        # With RDA, norms are not encoded
         give, self.radial = self.on_chunk, None
         if own.directions:
             merged = self.workspace.empty("merged", 1, self.n)[0]
@@ -137,7 +137,7 @@ class _Exchange(ABC):
         codec_of_mean, messages = self.means()
         self.coded = [torch.empty(count, codec_of_mean.row, dtype=torch.uint8) for _ in range(messages)]
 
-        # Pass the pieces through the stages, each stage some pieces behind the one before
+        # Pass the pieces through the stages, each of which is some pieces behind the previous one
         stages = [self.expect, *self.stages()]
         starts = [0, *(EXPECTED + number * IN_FLIGHT for number in range(len(stages) - 1))]
         for turn in range(len(pieces) + starts[-1]):
@@ -145,7 +145,7 @@ class _Exchange(ABC):
                 if 0 <= turn - start < len(pieces):
                     stage(pieces[turn - start])
 
-        # In the order of the vector
+        # Return results in the order of the vector
         if self.mean is not None:
             self.on_chunk(0, codec.restore(self.mean, self.n))
         coded = [self.coded[0].view(-1).view(torch.float32)[: self.n]] if self.plain else self.coded
@@ -166,7 +166,7 @@ class _Exchange(ABC):
 
     @cached_property
     def total(self) -> float:
-        """The sum of all members' weights, which are waited for. Raises _NothingToDo: It is 0."""
+        """Wait for all members' weights and return their sum. Raises _NothingToDo if it is 0."""
         for pending in self.coming:
             self.group.wait(pending)
         total = sum(float(weight) for weight, _ in self.weights)  # in the order of ranks: the same bits everywhere
@@ -181,17 +181,17 @@ class _Exchange(ABC):
 
     @cached_property
     def scales(self) -> list[float]:
-        """By what the members' messages count, by rank. By RDA they are directions, which count by their shares."""
+        """The factors of the members' messages, by rank. With RDA, the messages are directions, scaled by shares."""
         shares = self.shares
         return shares if self.radial else self.merge.scales(shares, [float(norm) for _, norm in self.weights])
 
     @abstractmethod
     def means(self) -> tuple[Codec, int]:
-        """The mean is kept as a sum of messages: their codec, and their number."""
+        """The mean is kept as a sum of messages. Returns their codec and their number."""
 
     @abstractmethod
     def expect(self, piece: _Piece) -> None:
-        """Post the receives of the others' messages about the piece."""
+        """Post the receives of the others' messages for the piece."""
 
     @abstractmethod
     def stages(self) -> list[Callable[[_Piece], None]]:
@@ -206,7 +206,7 @@ class _Exchange(ABC):
             start += len(blocks)
 
     def _encode(self, piece: _Piece, rows: Tensor) -> Tensor:
-        """Encode a piece into `rows` (fp32 is passed through uncopied), and keep the error."""
+        """Encode a piece into `rows` (fp32 is passed through uncopied) and keep the error."""
         if self.plain:
             self._encoded(piece)
             return self.codec.encode(piece.blocks)
@@ -239,13 +239,13 @@ class _Exchange(ABC):
         piece.wanted[stage], piece.sent = [], []
 
     def _hash(self, *kept: Tensor) -> None:
-        """Hash the rows that stand for a piece of the mean, slice by slice: the order is the same in all members."""
+        """Hash the rows that encode a piece of the mean, slice by slice, in the same order in all members."""
         for now in _slices(self.codec, kept[0]):
             for rows in kept:
                 self.digest.update(cast(bytes, rows[now].numpy().data))
 
     def _give(self, start: int, mean: Tensor) -> None:
-        """Pass on blocks of the mean, from block `start` on."""
+        """Pass blocks of the mean, from block `start` on, to `on_chunk`."""
         if self.mean is None:
             start *= self.codec.block
             self.on_chunk(start, mean.view(-1)[: self.n - start])
@@ -254,7 +254,7 @@ class _Exchange(ABC):
 
 
 class _AllToAll(_Exchange):
-    """Each sends all others everything. Of fp32 (two members), the mean itself is kept."""
+    """Each member sends everything to all others. With fp32 (two members), the mean itself is kept."""
 
     def means(self) -> tuple[Codec, int]:
         return self.codec, 1 if self.plain else self.size
@@ -263,7 +263,7 @@ class _AllToAll(_Exchange):
         return [self._swap, self._join]
 
     def expect(self, piece: _Piece) -> None:
-        """The others' rows arrive where they stay; those of fp32, where the mean will be."""
+        """The others' rows are received where they stay; with fp32, where the mean will be."""
         piece.came = [self.coded[0 if self.plain else rank][piece.rows] for rank in range(self.size)]
         self._receive(piece, 0, dict(enumerate(piece.came)))
 
@@ -272,7 +272,7 @@ class _AllToAll(_Exchange):
         self._send(piece, 0, dict.fromkeys(self.others, rows))
 
     def _join(self, piece: _Piece) -> None:
-        """Compute the mean of all members' rows: in the order of ranks, or of fp32, into the other's."""
+        """Compute the mean of all members' rows, in rank order; with fp32, in place in the other's rows."""
         self._wait(piece, 0)
         order, scales = [*self.others, self.rank] if self.plain else range(self.size), self.scales
 
@@ -286,7 +286,7 @@ class _AllToAll(_Exchange):
 
 
 class _ByOwners(_Exchange):
-    """Each member sends every owner its part, and the mean of its own part to all members."""
+    """Each member sends every owner its part, and sends the mean of its own part to all members."""
 
     def means(self) -> tuple[Codec, int]:
         return self.codec.mean, 1
@@ -295,14 +295,14 @@ class _ByOwners(_Exchange):
         return [self._scatter, self._reduce, self._gather]
 
     def expect(self, piece: _Piece) -> None:
-        """The others' rows of this member's part, and the means of their parts."""
+        """Post receives for the others' rows of this member's part, and for the means of their parts."""
         kept = self.coded[0][piece.rows].tensor_split(self.size)
         piece.came = list(torch.empty(self.size, len(kept[self.rank]), self.codec.row, dtype=torch.uint8))
         self._receive(piece, 0, dict(enumerate(piece.came)))
         self._receive(piece, 1, dict(enumerate(kept)))
 
     def _scatter(self, piece: _Piece) -> None:
-        """Encode the piece, and send each owner its part."""
+        """Encode the piece and send each owner its part."""
         rows = self._encode(piece, torch.empty(len(piece.blocks), self.codec.row, dtype=torch.uint8))
         parts = rows.tensor_split(self.size)
         piece.came[self.rank] = parts[self.rank]
@@ -313,7 +313,7 @@ class _ByOwners(_Exchange):
         self._wait(piece, 0)
         codec, rows = self.codec.mean, self.coded[0][piece.rows].tensor_split(self.size)[self.rank]
         scales = self.scales
-        error = None if self.radial or self.merge.root else self.error  # it would count with another norm
+        error = None if self.radial or self.merge.root else self.error  # otherwise its norm would be wrong
 
         def reduce(now: slice) -> None:
             messages = [(scale, came[now]) for scale, came in zip(scales, piece.came, strict=True)]
@@ -340,10 +340,10 @@ class _ByOwners(_Exchange):
 
 
 def decoded(coded: Coded, codec: Codec, size: int) -> Tensor:
-    """The mean, float32 (`size`,), that `Reduced.coded` encodes: the same bits as in the collective.
+    """Decode the mean in `Reduced.coded`, float32 (`size`,), to the same bits as in the collective.
 
     Raises:
-        ValueError, RuntimeError: Another codec has encoded it.
+        ValueError, RuntimeError: It was encoded by another codec.
     """
     if coded[0][1].dtype == torch.float32:
         return coded[0][1]
@@ -363,7 +363,7 @@ def weighted_sum(
     """The sum of encoded rows, each times its scale. The sum of two has the same bits in either order.
 
     Args:
-        out: Memory for the sum; by default the workspace's "sum". It may hold the first message's numbers.
+        out: Memory for the sum; by default, the workspace's "sum". It may contain the first message's numbers.
     """
     (scale, rows), *others = messages
     shape = len(rows), codec.block
@@ -380,7 +380,7 @@ def weighted_sum(
 
 @compiled
 def _add(total: Floats, values: Floats, scale: np.float32, other: np.float32) -> None:
-    """In place, because the compiler would otherwise check at run time whether the arrays overlap."""
+    """Add in place; otherwise the compiler would check at run time whether the arrays overlap."""
     for row in range(len(total)):
         for i in range(total.shape[1]):
             total[row, i] = scale * total[row, i] + other * values[row, i]
@@ -393,7 +393,7 @@ def _slices(codec: Codec, rows: Tensor) -> Iterator[slice]:
 
 
 def warm_up(codec: Codec, outer: OuterOptimizer) -> None:
-    """Run a synchronisation's arithmetic once, so that the first real one does not wait for the compiler."""
+    """Run a synchronisation's arithmetic once, so that the first real one need not wait for the compiler."""
     rows = codec.encode(torch.zeros(2, codec.block))
     mean = weighted_sum(codec, [(0.5, rows), (0.5, rows)], Workspace())
     codec.mean.decode(codec.mean.encode(mean), mean)

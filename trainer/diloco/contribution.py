@@ -1,4 +1,4 @@
-"""A worker's contribution to a synchronisation: its pseudo-gradient, and the samples that it stands for."""
+"""A worker's contribution to a synchronisation: its pseudo-gradient and the samples behind it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from trainer.diloco.state import Fragment, GlobalState
 
 @dataclass(frozen=True)
 class Closed:
-    """The part of a contribution that a synchronisation takes along. The last four are as in `Contribution`."""
+    """The part of a contribution that is being synchronised. The last four fields are as in `Contribution`."""
 
-    weight: float  # the samples that the pseudo-gradient stands for
-    scales: list[tuple[slice, float]]  # where the displacement has to be scaled down, and by what factor
+    weight: float  # samples behind the pseudo-gradient
+    scales: list[tuple[slice, float]]  # ranges of the displacement that are scaled down, and their factors
     samples: list[float]
     steps: list[int]
     steps_per_round: list[int]
@@ -26,12 +26,12 @@ class Contribution:
     """A worker's inner steps since its last synchronisation, fragment by fragment.
 
     Attributes:
-        samples: Samples that each fragment's next pseudo-gradient stands for so far, carried-over ones included.
-        steps: Inner steps that it stands for, carried-over ones included, skipped ones excluded.
-        steps_per_round: Inner steps between two synchronisations of the fragment; the maximum seen since the last one.
+        samples: By fragment, the samples behind its next pseudo-gradient so far, including carried-over ones.
+        steps: By fragment, the inner steps behind it, including carried-over ones and excluding skipped ones.
+        steps_per_round: By fragment, the inner steps between two synchronisations; the maximum since the last one.
         carried_over: The pseudo-gradient of steps that came too late for their round, unscaled, float32 (n,).
-        residual: The accumulated part that this worker's messages lack (error feedback), float32 (n,).
-        offset: How far from θ this worker began (`Overlap.mixing`), float32 (n,). None stands for zeros.
+        residual: The accumulated coding errors of this worker's messages (error feedback), float32 (n,).
+        offset: How far from θ this worker began (`Overlap.mixing`), float32 (n,). None means zeros.
     """
 
     def __init__(self, state: GlobalState) -> None:
@@ -51,7 +51,7 @@ class Contribution:
             self.steps_per_round[index] = max(self.steps_per_round[index], steps_per_round)
 
     def close(self, fragment: Fragment, steps_per_round: int) -> Closed:
-        """Take out a fragment's part, to synchronise it: its next contribution begins at zero."""
+        """Remove and return a fragment's part for synchronisation. The next contribution starts at zero."""
         chosen = self._indices(fragment)
 
         def part(values: list[Any]) -> list[Any]:
@@ -63,20 +63,20 @@ class Contribution:
             part(self.samples),
             part(self.steps),
             part(self.steps_per_round),
-            # Clearing a part of it must not change what is being sent.
+            # Clearing a part must not change what is being sent
             None if self.carried_over is None else self.carried_over.clone(),
         )
         self.clear(fragment)
         return closed
 
     def reopen(self, closed: Closed) -> None:
-        """Undo `close`: the synchronisation has failed."""
+        """Undo `close` after a failed synchronisation."""
         self.samples, self.steps = _sums(self.samples, closed.samples), _sums(self.steps, closed.steps)
         self.steps_per_round = list(map(max, self.steps_per_round, closed.steps_per_round))
         self.carried_over = closed.carried_over
 
     def clear(self, fragment: Fragment) -> None:
-        """Begin the fragment's contribution anew, except for the residual."""
+        """Reset the fragment's contribution, except for the residual."""
         for index in self._indices(fragment):
             self.samples[index], self.steps[index], self.steps_per_round[index] = 0.0, 0, 0
         if fragment is self._state.full_model:
@@ -96,7 +96,7 @@ class Contribution:
         return out
 
     def pseudo_gradient(self, fragment: Fragment, local: Tensor, closed: Closed, out: Tensor) -> Tensor:
-        """This worker's message for the fragment, float32 (n,): see `displacement` for the arguments."""
+        """This worker's message for the fragment, float32 (n,). See `displacement` for the arguments."""
         self.displacement(fragment, local, closed.carried_over, out)
         for part, scale in closed.scales:
             out[part].mul_(scale)
@@ -110,12 +110,12 @@ class Contribution:
         return self.fragments == 1 and not closed.scales and all(tensor is None for tensor in added)
 
     def keep(self, fragment: Fragment, residual: Tensor | None, offset: Tensor | None) -> None:
-        """Keep a fragment's new residual and offset; they are taken over, not copied."""
+        """Keep a fragment's new residual and offset, without copying them."""
         self.residual = self._replaced(self.residual, fragment, residual)
         self.offset = self._replaced(self.offset, fragment, offset)
 
     def state(self, closed: Closed | None) -> dict[str, Any]:
-        """The state for a checkpoint; a pending synchronisation counts as not begun."""
+        """The state for a checkpoint. A pending synchronisation counts as not started."""
         carried_over = closed.carried_over if closed else self.carried_over
         tensors = {"carried_over": carried_over, "residual": self.residual, "offset": self.offset}
         return {
@@ -130,13 +130,13 @@ class Contribution:
         self.carried_over, self.residual, self.offset = map(state.get, ("carried_over", "residual", "offset"))
 
     def _indices(self, fragment: Fragment) -> range:
-        """The fragments that this one consists of: itself, or all of them."""
+        """The indices of the fragments that this one consists of: its own, or all of them."""
         if fragment is self._state.full_model:
             return range(self.fragments)
         return range(fragment.index, fragment.index + 1)
 
     def _scales(self, fragment: Fragment, steps_per_round: int) -> list[tuple[slice, float]]:
-        """Factors that scale a displacement of more than a round's steps down to one round's."""
+        """Factors that scale a displacement of more than one round's steps down to one round."""
         scales = []
         for index in self._indices(fragment):
             most = max(self.steps_per_round[index], steps_per_round)

@@ -29,7 +29,7 @@ NO_REPORT = RoundReport()
 
 
 class Stateful(Protocol):
-    """What `DiLoCo` needs of an inner optimizer."""
+    """The interface that `DiLoCo` needs of an inner optimizer."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
@@ -39,52 +39,52 @@ class DiLoCo(OwnLoop):
     """Turns a training loop into a DiLoCo worker.
 
     The global parameters θ and the outer optimizer's state are float32 on the host (pinned, if the model is on a GPU);
-    the device holds the model alone. A round is `sync_every` inner steps and then
+    the device holds only the model. A round is `sync_every` inner steps followed by
 
         Δᵢ = θ − θᵢ,   Δ = Σ wᵢ Δᵢ / Σ wᵢ,   θ ← outer(θ, Δ),   θᵢ ← θ,
 
     where wᵢ counts the samples that worker i consumed in the round.
 
-    *Fragments* (Streaming DiLoCo, arXiv 2501.18512): P fragments are synchronised one after the other, each every
-    `sync_every` inner steps. A round is then `sync_every` / P inner steps; the last one synchronises all fragments.
+    *Fragments* (Streaming DiLoCo, arXiv 2501.18512): P fragments are synchronised in turn, each every `sync_every`
+    inner steps. A round is then `sync_every` / P inner steps; the last round synchronises all fragments.
 
     *Error feedback*: the part of a worker's pseudo-gradient that a lossy codec drops (times `Codec.feedback`) is added
     to its next message.
 
-    *Late workers*: a worker that misses the commit of a round takes over the new θ at its next inner step, and carries
-    its pseudo-gradient over, with the weight of all samples in it. If it had not finished the round, its inner steps
-    count towards the round that it goes on with. If it had, a whole round follows, and it sends the mean of both.
+    *Late workers*: a worker that misses the commit of a round adopts the new θ at its next inner step and carries its
+    pseudo-gradient over, weighted by all samples in it. If it had not finished the round, its inner steps count towards
+    the next one. If it had, another whole round follows, and it sends the mean of both.
 
     Example:
         with DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum):
             for batch in loader:
                 loss = step(model, batch); inner_optimizer.step(); inner_optimizer.zero_grad()
 
-    Without the context, the loop calls `after_inner_step`; one with other work while a synchronisation blocks it calls
-    `count_step`, and, if `schedule.due`, `start`, `wait` and `finish`.
+    Without the context, the loop calls `after_inner_step`. A loop that has other work to do while it is blocked calls
+    `count_step` instead and, if `schedule.due`, `start`, `wait` and `finish`.
 
     Args:
         model: Its trainable parameters are synchronised. All workers must start from the same ones.
         inner_optimizer: Saved and restored with the worker's state; the caller steps it.
-        outer: By default DiLoCo's Nesterov.
+        outer: By default, DiLoCo's Nesterov.
         codec: Encodes pseudo-gradients for the wire; by default fp32.
         sync_every: Inner steps between two synchronisations of a parameter (H); a multiple of `fragments`.
-        quorum: The members to synchronise with; by default none.
+        quorum: The members to synchronise with; by default, none.
         total_steps: The last round is shortened to end at this step.
         late_policy: Whether a late worker carries its pseudo-gradient over ("carry") or drops it ("drop").
-        merge: How the workers' pseudo-gradients become one: by their mean, or by radial-directional averaging.
+        merge: How the workers' pseudo-gradients are merged, for example by their mean.
         clip_members: Whether a pseudo-gradient's norm is clipped to a multiple of the workers' median.
         fragments: P. A model that cannot be cut into P parts has fewer.
-        overlap: How inner steps go on during a synchronisation. None: they wait.
-        layout: Copies the parameters from and to the host; by default that of a model in this process.
+        overlap: How inner steps continue during a synchronisation. None: they wait.
+        layout: Copies the parameters from and to the host; by default, for a model in this process.
 
     Raises:
         ValueError: An argument is not as above; a parameter cannot be synchronised (complex, sparse, without values,
-            sharded, on a second GPU), or none is trainable; in `start`: the model has got further parameters.
+            sharded, on a second GPU), or none is trainable; in `start`: parameters were added to the model.
 
     Attributes:
-        assignment: The samples that the quorum has assigned to this worker last; None: none yet.
-        exposed_seconds: How long the inner loop stood still for the last synchronisation.
+        assignment: The samples that the quorum last assigned to this worker; None: none yet.
+        exposed_seconds: How long the last synchronisation blocked the inner loop.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class DiLoCo(OwnLoop):
         self.assignment: Assignment | None = None
         self.exposed_seconds = 0.0
 
-        # Cut the flat vector of the parameters into fragments; the last one is the full model.
+        # Cut the flat vector of the parameters into fragments; the last one is the full model
         codec, outer = codec or Fp32(), outer or Nesterov()
         warm_up(codec, outer)
         self._layout = layout or FlatLayout(model)
@@ -142,12 +142,12 @@ class DiLoCo(OwnLoop):
 
     @property
     def open_round(self) -> int:
-        """The round that inner steps are made for."""
+        """The round in which inner steps currently count."""
         return self.state.round + 1 + (self._pending is not None)
 
     @property
     def pending(self) -> bool:
-        """Whether a synchronisation has been started and not finished."""
+        """Whether a synchronisation was started and has not been finished."""
         return self._pending is not None
 
     @property
@@ -162,15 +162,15 @@ class DiLoCo(OwnLoop):
         return self._pending is not None and self._pending.blocks(self.schedule, delay)
 
     def after_inner_step(self, samples: float = 1.0, report: RoundReport = NO_REPORT) -> Commit | None:
-        """Count an inner step; synchronise if it was the round's last; catch up if the others have gone on.
+        """Count an inner step. Synchronise if it ends the round; catch up if the others have moved on.
 
         Args:
             samples: Samples that the step consumed: the weight that it adds to this worker's pseudo-gradient. 0 for a
-                step that was skipped.
+                skipped step.
             report: For the quorum, if the round ends here.
 
         Returns:
-            A round's commit, if there was one. Raises as `finish`.
+            A round's commit, if there was one. Raises the same errors as `finish`.
         """
         self.count_step(samples)
         commit = None
@@ -191,23 +191,23 @@ class DiLoCo(OwnLoop):
         self.contribution.count(samples, self.schedule.steps_per_cycle(self.contribution.fragments))
 
     def synchronise(self, report: RoundReport = NO_REPORT) -> Commit | None:
-        """End the round here: exchange pseudo-gradients and take the outer step; with `overlap`, start to.
+        """End the round here: exchange pseudo-gradients and take the outer step, or with `overlap`, start doing so.
 
         Returns:
-            The commit; None: it is pending, or the round was committed without this worker, which has caught up.
+            The commit; None if it is pending, or if the round was committed without this worker, which has caught up.
         """
         commit = self.finish() if self.pending else None
         return commit if self.start(report) else self.finish()
 
     def start(self, report: RoundReport = NO_REPORT) -> bool:
-        """End the round here, and start to exchange pseudo-gradients on another thread; whether inner steps go on."""
+        """End the round and start the exchange on another thread. Returns whether inner steps may continue."""
         self._layout.check_unchanged()
         started, schedule, fragment = time.perf_counter(), self.schedule, self.state.full_model
         if not schedule.is_last:
             fragment = self.state.fragments[(self.open_round - 1) % self.contribution.fragments]
         overlaps = self.overlap is not None and not schedule.is_last
 
-        # On a GPU, the copy runs on its own stream: `_exchange` waits for it.
+        # On a GPU, the copy runs on its own stream, and `_exchange` waits for it
         self.state.prepare()
         buffer = self._ended if overlaps else self._scratch
         ended = self._layout.gather(buffer[: fragment.stop - fragment.start], self._section(fragment), wait=False)
@@ -219,19 +219,19 @@ class DiLoCo(OwnLoop):
         return overlaps
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the pending synchronisation; whether `finish` will not block."""
+        """Wait for the pending synchronisation. Returns whether `finish` can now return without blocking."""
         assert self._pending is not None
         self._blocked_since = self._blocked_since or time.perf_counter()
         return bool(wait_for([self._pending.outcome], seconds).done)
 
     def finish(self) -> Commit | None:
-        """Wait for the pending synchronisation, and take the outer step.
+        """Wait for the pending synchronisation and take the outer step.
 
         Returns:
             The commit; None if the round was committed without this worker, which has caught up.
 
         Raises:
-            TrainingError, Interrupted: From the quorum. The worker goes on as if the round had not ended.
+            TrainingError, Interrupted: From the quorum. The round then counts as not ended.
         """
         started = self._blocked_since or time.perf_counter()
         self._blocked_since = None
@@ -240,7 +240,7 @@ class DiLoCo(OwnLoop):
         try:
             outcome = pending.outcome.result()
         except BaseException as error:
-            # The round is still open, and includes the inner steps made since
+            # The round is still open and includes the inner steps made since
             self._pending = None
             self.schedule.start_round(self.state.step, self.schedule.inner_steps + pending.inner_steps)
             self.contribution.reopen(pending.closed)
@@ -254,12 +254,12 @@ class DiLoCo(OwnLoop):
         if outcome.outer_step is None:
             self.state.skip(pending.length)
         else:
-            if outcome.exact:  # θ − (θ − θᵢ) is θᵢ but for rounding; copied, it is exact
+            if outcome.exact:  # θ − (θ − θᵢ) is θᵢ except for rounding; a copy is exact
                 self._layout.gather(outcome.outer_step.after["model"])
             self.state.commit(outcome.outer_step, pending.length)
             self.contribution.keep(pending.fragment, outcome.residual, outcome.offset)
 
-        # Bring the local parameters to it
+        # Update the local parameters
         section = self._section(pending.fragment)
         if outcome.shift is not None and (self.schedule.inner_steps or outcome.offset is not None):
             self._layout.add(outcome.shift, section)
@@ -271,12 +271,12 @@ class DiLoCo(OwnLoop):
         return outcome.commit
 
     def catch_up(self, arrived: bool = False) -> None:
-        """Take over the last committed global state, and carry this worker's pseudo-gradient over.
+        """Adopt the last committed global state, and carry this worker's pseudo-gradient over.
 
         Args:
-            arrived: This worker was about to synchronise.
+            arrived: Whether this worker had finished its round.
         """
-        # Keep the unsent work, in memory of its own
+        # Keep the unsent work in separate memory
         own, full = self.contribution, self.state.full_model
         local = self._layout.gather(self._scratch)
         displacement = own.displacement(full, local, own.carried_over, out=local).clone()
@@ -289,8 +289,9 @@ class DiLoCo(OwnLoop):
         if not caught_up.counts:
             return
         own.residual = residual
-        # The steps count towards the open round even if they are dropped: the worker keeps step with the others. But
-        # another whole round follows one that came too late, unless it is still open (only its state was taken anew).
+        # The steps count towards the open round even if they are dropped, so that the worker keeps pace with the
+        # others. But a round that was finished too late is followed by a whole one, unless it is still open (only its
+        # state was replaced).
         again = arrived and due and self.round != round
         self.schedule.inner_steps = 0 if again else min(steps, self.schedule.own_steps)
         if self.late_policy == "carry" and any(kept[1]):
@@ -298,23 +299,23 @@ class DiLoCo(OwnLoop):
             own.samples, own.steps, own.steps_per_round = kept
 
     def begin_round(self) -> None:
-        """Begin a round from the global state, and give up the inner steps of an open one."""
+        """Start a round from the global state, discarding the inner steps of an open one."""
         self._layout.scatter(self.state.parameters)
         self.contribution.clear(self.state.full_model)
         self.contribution.keep(self.state.full_model, None, None)
         self.schedule.start_round(self.state.step)
 
     def accept(self, assignment: Assignment | None) -> None:
-        """Go on with an assignment and its step multiplier; None: no change."""
+        """Adopt an assignment and its step multiplier; None: no change."""
         if assignment is not None:
             self.assignment = assignment
             self.schedule.step_multiplier = assignment.step_multiplier
 
     @contextmanager
     def global_parameters(self) -> Iterator[None]:
-        """In this context, the model has the global parameters θ."""
+        """Put the global parameters θ into the model for the duration of the block."""
         if not self.schedule.inner_steps and not self.pending and self.contribution.fragments == 1:
-            yield  # it has them already
+            yield  # it already has them
             return
         local = self._layout.gather(self._layout.empty())
         self._layout.scatter(self.state.parameters)
@@ -333,7 +334,7 @@ class DiLoCo(OwnLoop):
         return self._layout.parts(self.state.tensors)
 
     def load_global(self, tensors: Mapping[str, Tensor], round: int, step: int) -> None:
-        """Begin a round from saved `global_tensors`; ValueError if they are of another model or outer optimizer."""
+        """Start a round from saved `global_tensors`. ValueError if they belong to another model or outer optimizer."""
         own, given = ({(n, t.shape) for n, t in of.items()} for of in (self.global_tensors(), tensors))
         if own != given:
             raise ValueError(f"global state differs in {sorted({name for name, _ in own ^ given})[:3]}")
@@ -341,9 +342,9 @@ class DiLoCo(OwnLoop):
         self.begin_round()
 
     def worker_state(self) -> dict[str, Any]:
-        """This worker's own state: inner optimizer, the open round's progress and, inside a round, its parameters.
+        """This worker's own state: inner optimizer, the open round's progress and, within a round, its parameters.
 
-        A pending synchronisation counts as not started: its round is then the open one. The tensors are not copies.
+        A pending synchronisation counts as not started, so its round is the open one. The tensors are not copies.
         """
         pending = self._pending
         state: dict[str, Any] = {
@@ -356,7 +357,7 @@ class DiLoCo(OwnLoop):
         return state
 
     def load_worker_state(self, state: Mapping[str, Any]) -> None:
-        """Restore `worker_state`; load the global state that it belongs to before."""
+        """Restore `worker_state`. Load the corresponding global state first."""
         self.inner_optimizer.load_state_dict(state["inner_optimizer"])
         self.schedule.inner_steps = state["inner_steps"]
         self.contribution.load(state)
@@ -369,7 +370,7 @@ class DiLoCo(OwnLoop):
     def _exchange(
         self, fragment: Fragment, ended: Tensor, closed: Closed, report: RoundReport, overlaps: bool
     ) -> Outcome:
-        """Exchange pseudo-gradients, on the sender's thread, and compute the outer step; change nothing else.
+        """Exchange pseudo-gradients and compute the outer step, on the sender's thread. Changes nothing else.
 
         Args:
             ended: The local parameters when the round ended, float32 (n,); overwritten.
@@ -380,7 +381,7 @@ class DiLoCo(OwnLoop):
         outer_step = self.state.begin(fragment)
         commit = self.quorum.synchronise(pseudo_gradient, closed.weight, report, fragment, outer_step.add)
 
-        # The delay correction: move to the new base, and keep the steps made meanwhile
+        # The delay correction: move to the new base and keep the steps made meanwhile
         reduced, shift, offset = commit.reduced, None, None
         moved = reduced.weight > 0
         if overlaps:

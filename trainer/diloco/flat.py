@@ -13,31 +13,31 @@ CUT = 64  # rows: matrices are cut at multiples of this, so that a codec's tiles
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the flat vector, which may begin and end inside of a matrix."""
+    """A part of the flat vector. It may begin and end inside a matrix."""
 
     start: int  # of its range in the vector
     stop: int
     rows: tuple[tuple[int, int, int | None], ...]  # by parameter: index, first row, end row (None: all rows)
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The section's parts of tensors with the parameters' shapes: views."""
+        """Views of the section's parts of tensors with the parameters' shapes."""
         return [tensors[index] if stop is None else tensors[index][start:stop] for index, start, stop in self.rows]
 
 
 class FlatLayout:
-    """Where each trainable parameter of a model lies in a flat vector.
+    """The positions of a model's trainable parameters in a flat vector.
 
-    Tied parameters appear once. The order is that of `model.named_parameters()`, the same in every worker.
+    Tied parameters appear once. The order is that of `model.named_parameters()`, which is the same in every worker.
 
     Args:
         sharded: Whether parameters may be DTensors, for a subclass that copies them.
 
     Raises:
-        ValueError: A parameter does not fit into the vector, or there is none; names the first one.
+        ValueError: A parameter does not fit into the vector (the message names the first one), or there is none.
 
     Attributes:
         parameters: In the order of the vector.
-        size: Numbers in the vector.
+        size: Number of elements in the vector.
     """
 
     def __init__(self, model: nn.Module, *, sharded: bool = False) -> None:
@@ -49,7 +49,7 @@ class FlatLayout:
         self._stream = torch.cuda.Stream(devices.pop()) if devices else None  # type: ignore[no-untyped-call]
 
     def check_unchanged(self) -> None:
-        """Raise ValueError if the model has trainable parameters that this layout does not: they would be left out."""
+        """Raise ValueError if the model has trainable parameters that are missing from this layout."""
         known = dict(zip(self._names, self.parameters, strict=True))
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and known.get(name) is not parameter:
@@ -60,7 +60,7 @@ class FlatLayout:
         return torch.empty(self.size, dtype=torch.float32, pin_memory=self._stream is not None)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Memory for another vector as `tensor`; its numbers are arbitrary."""
+        """Uninitialised memory for a vector like `tensor`."""
         return torch.empty_like(tensor, pin_memory=tensor.is_pinned())
 
     def shapes(self, section: Section) -> list[torch.Size]:
@@ -69,12 +69,12 @@ class FlatLayout:
         return [part.shape for part in section.of(whole)]
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """The vector's parts by parameter name, in the parameters' shapes: views, not copies."""
+        """Views of the vector's parts in the parameters' shapes, by parameter name."""
         views = (view for view, _ in self._pairs(flat, self.parameters))
         return dict(zip(self._names, views, strict=True))
 
     def parts(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts of named vectors, as `<vector>.<parameter>`: views, not copies."""
+        """Views of the parts of named vectors, as `<vector>.<parameter>`."""
         return {
             f"{name}.{parameter}": view
             for name, flat in vectors.items()
@@ -82,7 +82,7 @@ class FlatLayout:
         }
 
     def fill(self, flat: Tensor, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Set a vector from its parts, `<prefix>.<parameter>`."""
+        """Fill a vector from its parts, `<prefix>.<parameter>`."""
         for name, view in self.named(flat).items():
             view.copy_(tensors[f"{prefix}.{name}"])
 
@@ -90,8 +90,8 @@ class FlatLayout:
         """Copy the parameters, or a section of them, into `flat`, and return it.
 
         Args:
-            wait: False: a GPU's numbers have arrived after `wait_for_copies`. Changes of the parameters after this
-                call, on the current stream, do not affect the copy.
+            wait: If false, a copy from a GPU is complete only after `wait_for_copies`. It is not affected by changes to
+                the parameters after this call on the current stream.
         """
         with self._beside():
             for view, tensor in self._pairs(flat, self._own(section)):
@@ -108,28 +108,28 @@ class FlatLayout:
         self.wait_for_copies()
 
     def add(self, flat: Tensor, section: Section | None = None) -> None:
-        """Add `flat` to the parameters, or to a section of them. It must not change before `wait_for_copies`."""
+        """Add `flat` to the parameters, or to a section of them. It must not change until `wait_for_copies`."""
         with self._beside():
             for view, tensor in self._pairs(flat, self._own(section)):
                 tensor.add_(view.to(tensor.device, non_blocking=True))
 
     def saved(self) -> list[Tensor]:
-        """The parameters, each whole, for a checkpoint: not necessarily copies."""
+        """The whole parameters for a checkpoint; not necessarily copies."""
         return [parameter.detach() for parameter in self.parameters]
 
     def restore(self, saved: Sequence[Tensor]) -> None:
-        """Set the parameters to what `saved` returned."""
+        """Restore the parameters from the result of `saved`."""
         with torch.no_grad():
             for parameter, tensor in zip(self.parameters, saved, strict=True):
                 parameter.copy_(tensor)
 
     def wait_for_copies(self) -> None:
-        """Return when all copies from and to a GPU are done."""
+        """Wait until all copies from and to a GPU are done."""
         if self._stream is not None:
             self._stream.synchronize()
 
     def sections(self, count: int) -> list[Section]:
-        """Cut the vector, between parameters or rows of matrices, into `count` sections of similar size, or fewer."""
+        """Cut the vector between parameters or matrix rows into at most `count` sections of similar size."""
         cuts: list[tuple[int, int, int]] = []  # position, parameter, row
         position = 0
         for index, parameter in enumerate(self.parameters):
@@ -144,7 +144,7 @@ class FlatLayout:
         return [self._section(first, last) for first, last in pairwise(chosen)]
 
     def _section(self, first: tuple[int, int, int], last: tuple[int, int, int]) -> Section:
-        """Between two cuts."""
+        """The section between two cuts."""
         (start, index, row), (stop, last_index, last_row) = first, last
         rows: list[tuple[int, int, int | None]] = []
         while (index, row) < (last_index, last_row):
@@ -157,7 +157,7 @@ class FlatLayout:
         return self.parameters if section is None else section.of(self.parameters)
 
     def _pairs(self, flat: Tensor, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The vector's part for each tensor, in its shape, and the tensor."""
+        """Pairs of the vector's part for a tensor, in its shape, and the tensor."""
         position = 0
         for tensor in tensors:
             yield flat[position : position + tensor.numel()].view(tensor.shape), tensor.detach()
@@ -177,10 +177,10 @@ class FlatLayout:
 
 
 def _check(named: Mapping[str, nn.Parameter], sharded: bool) -> None:
-    """Refuse parameters that float32 numbers on the host cannot represent. Raises ValueError."""
+    """Raise ValueError for parameters that float32 numbers on the host cannot represent."""
     for name, parameter in named.items():
         if isinstance(parameter, nn.UninitializedParameter):
-            reason = "is not initialised yet: run the lazy module once before"
+            reason = "is not initialised yet: run the lazy module once first"
         elif parameter.is_complex():
             reason = f"is {parameter.dtype}, which cannot be synchronised: store torch.view_as_real of it"
         elif parameter.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""What `DiLoCo` offers to a loop that does not call it: a context that counts steps, a state to save."""
+"""The part of `DiLoCo` for loops that do not call it: a context that counts steps, and a state to save."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class OwnLoop:
-    """In the context, each `step()` of the inner optimizer is an inner step; the last one of a round synchronises.
+    """A context in which each `step()` of the inner optimizer is an inner step; the last step of a round synchronises.
 
-    A `LoopQuorum` is joined at the beginning of the context, and left at its end.
+    A `LoopQuorum` is joined when the context is entered, and left when it is exited.
     """
 
     inner_optimizer: Any
@@ -25,11 +25,11 @@ class OwnLoop:
     _hook: RemovableHandle | None = None
 
     def __enter__(self) -> Self:
-        """Begin to count steps.
+        """Start counting steps.
 
         Raises:
-            ValueError: The inner optimizer is not one of torch's; the context has been entered already.
-            ConfigError, TrainingError: The quorum does not take this worker.
+            ValueError: The inner optimizer is not one of torch's, or the context has already been entered.
+            ConfigError, TrainingError: The quorum does not accept this worker.
         """
         optimizer = self.inner_optimizer
         while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's and Lightning's
@@ -38,7 +38,7 @@ class OwnLoop:
             kind = type(optimizer).__name__
             raise ValueError(f"the inner optimizer is a {kind}, not torch's: call after_inner_step after each step")
         if self._hook is not None:
-            raise ValueError("the context of this DiLoCo has been entered already")
+            raise ValueError("the context of this DiLoCo has already been entered")
         stepped: Callable[[], object] = self._diloco.after_inner_step
         if isinstance(self.quorum, LoopQuorum):
             self.quorum.enter(self._diloco)
@@ -53,7 +53,7 @@ class OwnLoop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop counting steps, and leave the run; at `total_steps`, when its members have agreed on the last state."""
+        """Stop counting steps and leave the run; at `total_steps`, only once its members agree on the last state."""
         if self._hook is None:
             return
         self._hook.remove()
@@ -62,9 +62,9 @@ class OwnLoop:
             self.quorum.exit(self._diloco, error)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a worker needs to go on from here, for `torch.save`. The tensors are not copies.
+        """The state from which a worker can continue, for `torch.save`. The tensors are not copies.
 
-        The model's buffers are not in it: save them with the model, if it has any.
+        It does not contain the model's buffers: save them with the model, if it has any.
         """
         own, state = self._diloco, self._diloco.state
         quorum = self.quorum.state_dict() if isinstance(self.quorum, LoopQuorum) else {}
@@ -72,10 +72,10 @@ class OwnLoop:
         return {**position, "global": own.global_tensors(), "worker": own.worker_state(), "quorum": quorum}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; before the context is entered. Members of a run make the open round's steps again.
+        """Restore a `state_dict`, before the context is entered. Members of a run repeat the open round's steps.
 
         Raises:
-            ValueError: It is of another model or outer optimizer.
+            ValueError: It belongs to another model or outer optimizer.
         """
         self._diloco.load_global(state["global"], state["round"], state["step"])
         self._diloco.load_worker_state(state["worker"])

@@ -1,24 +1,24 @@
-"""How members' pseudo-gradients are merged: by their mean, or so that the norm of what they have in common is kept.
+"""Merging members' pseudo-gradients: by their mean, or so that the norm is preserved.
 
-The mean of n pseudo-gradients that are nearly orthogonal is √n times shorter than each of them, so that the best outer
-learning rate depends on the number of members.
+The mean of n nearly orthogonal pseudo-gradients is √n times shorter than each of them, so the best outer learning rate
+depends on the number of members.
 
-*Square-root scaling* multiplies the mean by √n, where unequal weights count as n = (Σ wᵢ)² / Σ wᵢ² equal ones. Of
-orthogonal pseudo-gradients of one norm, the result has that norm; where members agree, it is longer.
+*Square-root scaling* multiplies the mean by √n; unequal weights count as n = (Σ wᵢ)² / Σ wᵢ² equal ones. For orthogonal
+pseudo-gradients of equal norm, the result has the same norm; where members agree, it is longer.
 
-*Radial-directional averaging* (RDA) merges norms and directions apart. With zᵢ a tensor of member i's message, as
-decoded, and wᵢ the member's weight,
+*Radial-directional averaging* (RDA) merges norms and directions separately. With zᵢ a tensor of member i's decoded
+message, and wᵢ the member's weight,
 
     u = Σ wᵢ zᵢ / ‖zᵢ‖,   g = (Σ wᵢ ‖zᵢ‖ / Σ wᵢ) · u / ‖u‖.
 
-So g is as long as the members' tensors are on average, whether they agree or not.
+So g has the average norm of the members' tensors, whether they agree or not.
 
-Members divide by their norms before they encode, xᵢ / ‖xᵢ‖, so that the collective is the same as for a mean; the norms
-of what the coding has left follow when the last piece is encoded. Coding shortens all members' messages by about the
-same factor, and u / ‖u‖ does not depend on it.
+Members divide by their norms before encoding, xᵢ / ‖xᵢ‖, so that the collective is the same as for a mean. The norms of
+the encoded messages follow after the last piece. Coding shortens all members' messages by about the same factor, which
+cancels in u / ‖u‖.
 
-*Clipping* (Covenant-72B, arXiv 2603.08163): the norm of a member's message counts as at most `CLIP` times the members'
-median, so that one that diverges, or sends a thousand times too much, does not carry the others along.
+*Clipping* (Covenant-72B, arXiv 2603.08163): the norm of a member's message is limited to `CLIP` times the members'
+median, so that a diverging member does not carry the others along.
 """
 
 import math
@@ -37,17 +37,17 @@ from trainer.diloco.jit import Floats, compiled
 MERGES = ("mean", "sqrt", "rda")
 CLIP = 2.0  # times the median
 NORMS = (1 << 31) + 1  # the tag of the norms
-_TINY = 1e-30  # norms below: the tensor counts as zero
+_TINY = 1e-30  # a tensor with a smaller norm counts as zero
 
 Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Merge:
-    """How pseudo-gradients of some parameters are merged.
+    """How the pseudo-gradients of some parameters are merged.
 
     Attributes:
-        tensors: The number of elements of each parameter, in order: merge them by RDA. Empty: by the mean.
+        tensors: For RDA, the number of elements of each parameter, in order. Empty: merge by the mean.
         clip: Whether norms are clipped.
         root: Whether the mean is scaled by the square root of the number of members.
     """
@@ -58,30 +58,30 @@ class Merge:
 
     @classmethod
     def of(cls, kind: str, clip: bool, shapes: Sequence[Size]) -> "Merge":
-        """The merge of a kind, one of MERGES, for parameters of these shapes. ValueError: There is no such kind."""
+        """The merge of a kind, one of MERGES, for parameters of these shapes. ValueError if there is no such kind."""
         if kind not in MERGES:
             raise ValueError(f"merge = {kind!r}: must be one of {', '.join(MERGES)}")
         return cls(tuple(shape.numel() for shape in shapes) if kind == "rda" else (), clip, kind == "sqrt")
 
     def scales(self, shares: Sequence[float], norms: Sequence[float]) -> list[float]:
-        """By what the members' messages count in their sum, by rank; not for RDA.
+        """The factors of the members' messages in their sum, by rank; not for RDA.
 
         Args:
             shares: The members' fractions of the total weight.
-            norms: Of the members' values; only used if they are clipped.
+            norms: The norms of the members' values; only used for clipping.
         """
         clips = clipping(norms, shares) if self.clip else [1.0] * len(shares)
         root = 1 / math.sqrt(sum(share * share for share in shares)) if self.root else 1.0  # in the order of ranks
         return [share * clip * root for share, clip in zip(shares, clips, strict=True)]
 
     def scaled(self, values: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
-        """`values`, float32 (n,), with each tensor times its factor, float32 (t,): the same bits everywhere."""
+        """`values`, float32 (n,), with each tensor times its factor, float32 (t,); bitwise reproducible."""
         out = torch.empty_like(values) if out is None else out
         _scale(values.numpy(), self._ends(), factors.numpy(), out.numpy())
         return out
 
     def norms(self, values: Tensor) -> Tensor:
-        """The norm of each tensor, float64 (t,), of `values`, float32 (n,): the same bits everywhere."""
+        """The norm of each tensor, float64 (t,), of `values`, float32 (n,); bitwise reproducible."""
         squares = np.zeros(len(self.tensors))
         _squares(values.numpy(), self._ends(), squares)
         return torch.from_numpy(np.sqrt(squares))
@@ -95,12 +95,12 @@ MEAN = Merge()
 
 @dataclass
 class Directions:
-    """A vector whose tensors are divided by their norms: what the collective of a merge by RDA is run for.
+    """A vector with each tensor divided by its norm: the input of the collective of a merge by RDA.
 
     Attributes:
-        norms: Of the tensors, float64 (t,).
+        norms: The norms of the tensors, float64 (t,).
         values: float32 (n,); a tensor whose norm is 0 stays 0.
-        spent: Whether `values` has become something else, since a collective has sent all of it.
+        spent: Whether a collective has overwritten `values` after sending them.
     """
 
     norms: Tensor
@@ -109,7 +109,7 @@ class Directions:
 
     @classmethod
     def of(cls, values: Tensor, merge: Merge, out: Tensor) -> "Directions":
-        """Those of finite `values`, float32 (n,), in the memory of `out`."""
+        """The directions of finite `values`, float32 (n,), written to `out`."""
         norms = merge.norms(values)
         reciprocals = torch.where(norms > _TINY, 1 / norms, 0.0).float()
         return cls(norms, merge.scaled(values, reciprocals, out))
@@ -119,8 +119,8 @@ class Radial:
     """A member's part in a merge by RDA.
 
     Args:
-        group: Of the collective.
-        merge: With `tensors`.
+        group: The collective's members.
+        merge: A merge with `tensors`.
         own: The directions of this member's pseudo-gradient.
         weight: Its weight.
         merged: Memory for their mean, float32 (n,).
@@ -134,20 +134,20 @@ class Radial:
         self._pending = [group.receive(rank, NORMS, self._all[rank]) for rank in others]
 
     def collect(self, start: int, piece: Tensor) -> None:
-        """Take a piece of the directions' mean."""
+        """Receive a piece of the directions' mean."""
         self._mean[start : start + len(piece)] = piece
 
     def send_norms(self, error: Tensor | None) -> None:
-        """Send the norms of this member's message, when all of it is encoded.
+        """Send the norms of this member's message, once all of it is encoded.
 
         Args:
-            error: What it lacks of the directions, float32 (n,); None: nothing.
+            error: The coding error of the directions, float32 (n,); None: zero.
         """
         own = self._all[self._group.rank]
         if self._weight > 0:
             own += self._own.norms
         if error is not None:
-            self._own.spent = True  # there is no memory for another vector
+            self._own.spent = True  # in place, to save the memory of another vector
             torch.sub(self._own.values, error, out=self._own.values)
             own *= self._merge.norms(self._own.values)
         others = [rank for rank in range(self._group.size) if rank != self._group.rank]
@@ -157,7 +157,7 @@ class Radial:
         """Wait for the norms.
 
         Args:
-            weights: The members', by rank.
+            weights: The members' weights, by rank.
 
         Returns:
             The factors of the tensors of the directions' mean, float32 (t,), and the product, float32 (n,).
@@ -167,7 +167,7 @@ class Radial:
         norms = [np.where(np.isfinite(own.numpy()), own.numpy(), 0.0) for own in self._all]
         clips = clipping([float(np.sqrt((own**2).sum())) for own in norms], weights) if self._merge.clip else None
 
-        # In the order of ranks: the same bits everywhere
+        # In rank order, so that all members get the same bits
         length, weight = np.zeros(len(norms[0])), np.zeros(len(norms[0]))
         for rank, own in enumerate(norms):
             length += weights[rank] * (clips[rank] if clips else 1.0) * own
@@ -178,7 +178,7 @@ class Radial:
         return as_floats, self._merge.scaled(self._mean, as_floats, self._mean)
 
     def restored(self, error: Tensor) -> Tensor:
-        """An error of the directions, float32 (n,), as one of the values; in place."""
+        """Convert an error of the directions, float32 (n,), to one of the values, in place."""
         return self._merge.scaled(error, self._own.norms.float(), error)
 
 
@@ -188,9 +188,9 @@ def norm(values: Tensor) -> float:
 
 
 def clipping(norms: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """By what each member's message is scaled down: its norm counts as `CLIP` times the median at most.
+    """The factors that scale each member's message down to a norm of at most `CLIP` times the median.
 
-    Members without weight have no part in the median; of two in the middle, the smaller one is it.
+    Members without weight do not count for the median. With an even number of members, it is the lower of the two.
     """
     counted = sorted(norm for norm, weight in zip(norms, weights, strict=True) if weight > 0)
     most = CLIP * counted[(len(counted) - 1) // 2] if counted else 0.0
@@ -199,7 +199,7 @@ def clipping(norms: Sequence[float], weights: Sequence[float]) -> list[float]:
 
 @compiled
 def _squares(values: Floats, ends: NDArray[np.int64], squares: Doubles) -> None:
-    """Sums of squares, in four interleaved parts: one alone would wait for each addition."""
+    """Sums of squares, in four interleaved partial sums, so that additions need not wait for each other."""
     start = 0
     for tensor in range(len(ends)):
         a = b = c = d = 0.0

@@ -1,4 +1,4 @@
-"""A member's part in a round's collectives, ready to be sent: what takes long is done before a group waits for it."""
+"""A member's input to the collectives of a round: all computation that precedes the first message."""
 
 from torch import Tensor, zeros_like
 
@@ -9,23 +9,23 @@ from trainer.diloco.threads import Workspace
 
 
 class Prepared:
-    """The values that a member sends, whoever the others are.
+    """The values that a member sends, whoever the other members are.
 
-    A member that passes over all its values is silent meanwhile, which a group takes for dead if the others are ready
-    much sooner. So all that precedes the first message is done here, once for all attempts at a round.
+    While a member processes all its values it sends nothing, and members that are ready much sooner time out. So
+    everything before the first message is computed here, once for all attempts at a round.
 
     Args:
-        values: float32 (n,), on the host, contiguous. Values that are not finite count as zeros with weight 0, since
-            0 × NaN is NaN. They must not change as long as this is used.
+        values: float32 (n,), on the host, contiguous. They must not change while this is in use. Values that are not
+            finite are sent as zeros with weight 0, since 0 × NaN is NaN.
         weight: At least 0.
-        codec: Of their parameters.
-        workspace: Memory for the directions, if they are merged by RDA. By default fresh memory, which is slower.
-        merge: By default the mean.
+        codec: The codec of these parameters.
+        workspace: Memory for the directions (RDA). By default, new memory is allocated, which is slower.
+        merge: By default, the mean.
 
     Attributes:
-        norm: Of the values, if norms are clipped.
-        directions: Of the values, if they are merged by RDA: these are sent in their place.
-        blocks: What is sent, as `Codec.arrange` returns it.
+        norm: The norm of the values, if norms are clipped.
+        directions: The directions of the values, which are sent instead (RDA).
+        blocks: The blocks to send: see `Codec.arrange`.
     """
 
     def __init__(
@@ -43,5 +43,5 @@ class Prepared:
 
     @property
     def spent(self) -> bool:
-        """Whether a collective has used it up, so that the next attempt needs a new one."""
+        """Whether a collective has overwritten it, so that the next attempt needs a new one."""
         return self.directions is not None and self.directions.spent

@@ -1,6 +1,6 @@
-"""The contract between `DiLoCo` and its quorum: a report goes in, a commit comes out, and nothing calls back up.
+"""The interface between `DiLoCo` and its quorum: a report goes in, a commit comes out, and there are no callbacks.
 
-`LocalQuorum` is the quorum of a single worker; `trainer.elastic` has the one over the network.
+`LocalQuorum` is the quorum of a single worker; `trainer.elastic` has the networked one.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 Coded = tuple[tuple[float, Tensor], ...]
 OnChunk = Callable[[int, Tensor], None]
-"""Receives the mean chunk by chunk: the chunk's offset, and its numbers, float32 (k,), valid during the call only."""
+"""Receives the mean chunk by chunk: the chunk's offset and its values, float32 (k,), valid only during the call."""
 
 
 @dataclass(frozen=True)
 class RoundReport:
-    """A worker's report when its inner steps of a round are done. It stays the same for all attempts at the round."""
+    """A worker's report at the end of a round's inner steps. It is the same for all attempts at the round."""
 
     unused: tuple[Range, ...] = ()  # the sample positions of its assignment that it has not consumed
-    speed: float = 0.0  # samples a second of its inner steps; 0: not known yet
-    progress: Mapping[str, Any] = field(default_factory=dict)  # JSON values that `status` shows of this worker
+    speed: float = 0.0  # samples per second of its inner steps; 0: not known yet
+    progress: Mapping[str, Any] = field(default_factory=dict)  # JSON values that `status` shows for this worker
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Reduced:
         weight: The sum of the members' weights. 0: no pseudo-gradient was finite; there is neither mean nor outer step.
         coded: The mean as the sum of coded messages, each a scale and rows, uint8 (b, row); without a codec, the mean
             itself, float32 (n,). Meaningless if `weight` is 0.
-        hash: Of these rows, in the order of arrival: equal in all members that received the same.
+        hash: Hash of these rows, in piece order; equal in all members that received the same rows.
         error: The part of this member's pseudo-gradient that the mean lacks, float32 (n,), if its codec has feedback.
-        factors: Merged by RDA: by which each tensor of that mean is multiplied, float32 (t,).
-        lone: Whether the mean is this member's own pseudo-gradient, bit for bit.
+        factors: With RDA, the factor of each tensor of that mean, float32 (t,).
+        lone: Whether the mean is bitwise this member's own pseudo-gradient.
     """
 
     weight: float
@@ -54,7 +54,7 @@ class Reduced:
 
     @classmethod
     def alone(cls, values: Tensor, weight: float, on_chunk: OnChunk) -> "Reduced":
-        """The collective of one member, which codes and sends nothing."""
+        """The result of a collective with a single member, which encodes and sends nothing."""
         if not is_finite(values):
             return cls.nothing(values)
         on_chunk(0, values)
@@ -72,16 +72,16 @@ class Commit:
     """A committed round, on which all members of its quorum agree."""
 
     round: int  # counted from 1
-    attempt: int  # the one that committed, counted from 1
+    attempt: int  # the successful one, counted from 1
     members: tuple[str, ...]  # of the attempt, in rank order
     fragment: Fragment  # the part of the parameters that was synchronised
     reduced: Reduced
-    bytes_sent: int | None  # for collectives since the last commit, as the kernel counts; None: it does not
+    bytes_sent: int | None  # for collectives since the last commit, as counted by the kernel; None: it does not count
     bytes_received: int | None
     seconds: float  # of the synchronisation, including the wait for other members
     assignment: Assignment | None = None  # the samples that this member trains on next; None: unchanged
     term: int = 1
-    base_hash: str = ""  # of the state that the round began from; "" if the quorum does not hash it
+    base_hash: str = ""  # of the state at the round's start; "" if the quorum does not hash it
     own_weight: float = 0.0  # of this member's pseudo-gradient
     cursor: Cursor = field(default=Cursor())  # the position in the samples at the round's end
 
@@ -90,12 +90,12 @@ class Commit:
 class CatchUp:
     """The result of bringing a worker to the last committed round."""
 
-    counts: bool  # whether its unsent inner steps can still be counted: it may then carry them over
+    counts: bool  # whether its unsent inner steps may still be carried over
     assignment: Assignment | None = None  # the samples that it trains on next; None: unchanged
 
 
 class Superseded(Exception):
-    """The round was committed without this member: it has to catch up."""
+    """The round was committed without this member, which has to catch up."""
 
 
 class Quorum(Protocol):
@@ -104,14 +104,14 @@ class Quorum(Protocol):
     def synchronise(
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
     ) -> Commit:
-        """Agree with the other members on the weighted mean: the same bits in every member.
+        """Agree with the other members on the weighted mean, which is bitwise equal in all members.
 
         Args:
             pseudo_gradient: The fragment's, float32 (n,), on the host, contiguous. It is not changed, so that a failed
                 attempt can be repeated.
-            weight: The samples that the pseudo-gradient stands for.
-            on_chunk: Receives the mean, in any order, unless all weights are 0. An attempt that fails may have called
-                it with other numbers; those of the last attempt count.
+            weight: The number of samples behind the pseudo-gradient.
+            on_chunk: Receives the mean, in any order, unless all weights are 0. A failed attempt may have called it
+                with other values; those of the last attempt count.
 
         Raises:
             Superseded: The round was committed without this member; call `catch_up` next.
@@ -126,32 +126,32 @@ class Quorum(Protocol):
         """Bring the global state to the last committed round."""
 
     def announce(self, commit: Commit, state: GlobalState) -> None:
-        """Announce that this member has taken the outer step of `commit`, and holds `state` now."""
+        """Announce that this member has taken the outer step of `commit` and now holds `state`."""
 
 
 @runtime_checkable
 class LoopQuorum(Quorum, Protocol):
-    """A quorum that attends a loop of one's own, in the context of `DiLoCo`."""
+    """A quorum for a user's own training loop, in the context of `DiLoCo`."""
 
     def enter(self, diloco: "DiLoCo") -> None:
-        """Join the run, and bring `diloco` to its open round. The context begins."""
+        """Called when the context is entered: join the run, and bring `diloco` to its open round."""
 
     def stepped(self, diloco: "DiLoCo") -> None:
-        """The optimizer has made a step: count it in `diloco`, and do what is due.
+        """Called after a step of the optimizer: count it in `diloco`, and do what is due.
 
         Raises:
-            SystemExit: This process has been asked to end (SIGTERM).
-            TrainingError: The run cannot go on.
+            SystemExit: This process was asked to end (SIGTERM).
+            TrainingError: The run cannot continue.
         """
 
     def exit(self, diloco: "DiLoCo", error: BaseException | None) -> None:
-        """Leave the run. The context ends, with this error if there is one."""
+        """Called when the context is exited, perhaps with an error: leave the run."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs of the quorum: JSON values."""
+        """The quorum's state for a checkpoint, as JSON values."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next `enter` goes on from a checkpoint with this `state_dict`."""
+        """Make the next `enter` continue from a checkpoint with this `state_dict`."""
 
 
 class LocalQuorum:
@@ -177,5 +177,5 @@ class LocalQuorum:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether all numbers are finite, in one pass and without a temporary: NaN is its own minimum and maximum."""
+    """Whether all values are finite, in one pass without temporaries: min and max propagate NaN."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())

@@ -1,4 +1,4 @@
-"""The schedule: a worker's position in the training, and its inner steps in a round."""
+"""The schedule: a worker's position in the training and its inner steps in a round."""
 
 import math
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from trainer.protocol.samples import steps_in
 class Schedule:
     """The training as a sequence of rounds, and a worker's position in it.
 
-    With a step multiplier other than 1, a worker makes more or fewer inner steps than the schedule has: each of them
-    then advances the schedule by less or more than 1.
+    With a step multiplier other than 1, a worker makes more or fewer inner steps than the schedule has, and each of
+    them advances the schedule by less or more than 1.
     """
 
     round_steps: int  # steps of the schedule in a round
     total_steps: int | None = None  # the last round is shortened to end there; None: no end
     step_multiplier: float = 1.0  # this worker's inner steps for each step of the schedule
     begin: int = 0  # the position at which the open round began
-    inner_steps: int = 0  # of this worker towards the open round, so far
+    inner_steps: int = 0  # this worker's in the open round so far
 
     @property
     def length(self) -> int:
@@ -44,7 +44,7 @@ class Schedule:
 
     @property
     def step(self) -> int:
-        """The position, in whole steps since the training began."""
+        """The position in whole steps since the training began."""
         return math.floor(self.position())
 
     def position(self, more: int = 0) -> float:
@@ -53,16 +53,16 @@ class Schedule:
         return self.begin + (done if own == length else done * length / own)
 
     def steps_per_cycle(self, fragments: int) -> int:
-        """This worker's inner steps between two synchronisations of a parameter, one of `fragments` each round."""
+        """This worker's inner steps between two synchronisations of the same one of `fragments` fragments."""
         return self.own_steps if fragments == 1 else steps_in(self.round_steps, self.step_multiplier) * fragments
 
     def start_round(self, begin: int, inner_steps: int = 0) -> None:
-        """Make the round that begins at step `begin` the open one."""
+        """Open the round that begins at step `begin`."""
         self.begin, self.inner_steps = begin, inner_steps
 
 
 def check_counts(**arguments: int) -> None:
-    """Refuse numbers of steps, rounds or parts that are none. Raises ValueError, which names the argument."""
+    """Check that numbers of steps, rounds or parts are positive integers. Raises ValueError, naming the argument."""
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} = {value!r}: must be a whole number, at least 1")

@@ -13,12 +13,12 @@ from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.merge import MEAN, Merge
 from trainer.diloco.outer import OuterOptimizer, Tensors
 
-SLICE = 1 << 18  # numbers in a slice of an outer step: it stays in the cache
+SLICE = 1 << 18  # numbers in a slice of an outer step, so that it stays in the cache
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A part of the parameters that is synchronised as one."""
+    """A part of the parameters that is synchronised as a unit."""
 
     index: int  # in `GlobalState.fragments`
     start: int  # of its range in the flat vector
@@ -27,7 +27,7 @@ class Fragment:
     merge: Merge = MEAN  # of the members' pseudo-gradients
 
     def of(self, flat: Tensor) -> Tensor:
-        """The fragment's part of a flat vector: a view."""
+        """A view of the fragment's part of a flat vector."""
         return flat[self.start : self.stop]
 
 
@@ -35,15 +35,15 @@ class GlobalState:
     """The global parameters θ and the outer optimizer's state, flat, float32, on the host.
 
     It changes only in `commit`, `apply`, `skip`, `load` and `replace`. An outer step is computed in separate memory, so
-    that it is taken at once or not at all. Other threads (donors to joiners) may `borrow` the state, or `hold` it while
-    they read it: its tensors do not change, because the state gives up, or copies, their memory before its next change.
+    that it is taken atomically. Other threads (donors to joiners) may `borrow` the state, or `hold` it while they read
+    it. The tensors that they see do not change: before its next change, the state copies or releases their memory.
 
     Args:
-        parameters: θ, float32 (n,); taken over, not copied.
-        fragments: The parts that an outer step may apply to; the last one is the full model. By default that alone,
-            uncoded.
-        like: Allocates memory for a vector as the given one. It is used for all vectors but `parameters`; by default,
-            for those that replace others.
+        parameters: θ, float32 (n,); not copied.
+        fragments: The parts that an outer step may apply to; the last one is the full model. By default, only the full
+            model, uncoded.
+        like: Allocates memory for a vector like the given one. It is used for all vectors except `parameters`; by
+            default, for those that replace others.
 
     Attributes:
         round: Committed rounds.
@@ -65,7 +65,7 @@ class GlobalState:
             self._tensors[f"outer.{name}"] = like(initial).copy_(initial) if like else initial
         self._spare: dict[str, Tensor] = {}
         self._begun: OuterStep | None = None
-        self._readers = set[object]()  # of the present tensors
+        self._readers = set[object]()  # of the current tensors
         self._lock = threading.Lock()
 
     @property
@@ -84,34 +84,34 @@ class GlobalState:
         return dict(self._tensors)
 
     def borrow(self) -> tuple[int, int, dict[str, Tensor]]:
-        """Round, step, and the tensors: these never change."""
+        """The round, the step, and the tensors, which never change."""
         with self._lock:
             self._readers.add(object())
             return self.round, self.step, dict(self._tensors)
 
     def hold(self) -> Callable[[], None]:
-        """Let the present tensors not change until the result is called, in any thread."""
+        """Keep the current tensors unchanged until the returned function is called, in any thread."""
         reader = object()
         with self._lock:
             self._readers.add(reader)
         return lambda: self._readers.discard(reader)
 
     def prepare(self) -> None:
-        """Allocate the memory for an outer step, if there is none, in this thread instead of that of `begin`."""
+        """Allocate the memory for an outer step if necessary, so that the thread that calls `begin` need not."""
         self._spare = self._spare or {name: self._like(own) for name, own in self._tensors.items()}
 
     def begin(self, fragment: Fragment) -> "OuterStep":
-        """Begin to compute an outer step. There is memory for one: an unfinished one is given up."""
+        """Start computing an outer step. An unfinished one is abandoned, because there is memory for only one."""
         self.prepare()
         before, after = ({n: fragment.of(t) for n, t in of.items()} for of in (self._tensors, self._spare))
         self._begun = OuterStep(self.outer, fragment, before, after)
         return self._begun
 
     def commit(self, outer_step: "OuterStep", steps: int) -> None:
-        """Take the outer step that was begun last (ValueError if not). It ends a round of `steps` inner steps."""
+        """Take the outer step that was begun last (else ValueError). It ends a round of `steps` inner steps."""
         with self._lock:
             if outer_step is not self._begun:
-                raise ValueError("this outer step has been given up")
+                raise ValueError("this outer step was abandoned")
             self._begun = None
             if outer_step.fragment is self.full_model:
                 self._tensors, self._spare = self._spare, {} if self._readers else self._tensors
@@ -140,7 +140,7 @@ class GlobalState:
             self.round, self.step = self.round + 1, self.step + steps
 
     def load(self, round: int, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a global state into this one; ValueError if it belongs to another model or outer optimizer."""
+        """Copy a global state into this one. ValueError if it belongs to another model or outer optimizer."""
         if tensors.keys() != self._tensors.keys():
             raise ValueError(f"global state differs in {sorted(tensors.keys() ^ self._tensors.keys())}")
         for name, own in self._tensors.items():
@@ -149,9 +149,9 @@ class GlobalState:
         self.replace(round, step, lambda name, own: own.copy_(tensors[name]))
 
     def replace(self, round: int, step: int, fill: Callable[[str, Tensor], object]) -> None:
-        """Change the state to another one: `fill` is called with each tensor's name, and the tensor to write to."""
+        """Replace the state: `fill` is called with each tensor's name and the tensor to write to."""
         with self._lock:
-            if self._readers:  # leave this memory to them
+            if self._readers:  # leave the memory to them
                 self._tensors = {name: self._like(own) for name, own in self._tensors.items()}
                 self._readers.clear()
             for name, own in self._tensors.items():
@@ -159,18 +159,18 @@ class GlobalState:
             self.round, self.step = round, step
 
     def hash(self) -> str:
-        """Hash (xxh3, 128 bits) of the tensors' bytes: equal in all workers after every commit."""
+        """Hash (xxh3, 128 bits) of the tensors' bytes; equal in all workers after every commit."""
         return hash_of(*self._tensors.values())
 
     def _keep_lent(self) -> None:
-        """Leave memory that others read to them, and go on with a copy."""
+        """Leave memory that is being read to its readers, and continue with a copy."""
         if self._readers:
             self._tensors = {name: self._like(own).copy_(own) for name, own in self._tensors.items()}
             self._readers.clear()
 
 
 class OuterStep:
-    """An outer step on a fragment, computed beside the global state, chunk by chunk, as the mean arrives.
+    """An outer step on a fragment, computed in separate memory, chunk by chunk, as the mean arrives.
 
     Attributes:
         after: The fragment's tensors after the step, float32 (n,).

@@ -24,19 +24,19 @@ from trainer.transport.transport import Transport
 
 log = logging.getLogger(__name__)
 
-QUICK_ATTEMPTS = 5  # at a round; a pause precedes each later one, because etcd keeps the history of all keys
+QUICK_ATTEMPTS = 5  # at a round; later ones follow a pause, because etcd keeps the history of all keys
 
 
 @dataclass
 class Exchange:
-    """A member's contribution to a round, the same in all attempts, and the result."""
+    """A member's contribution to a round, which is the same in all attempts, and the result."""
 
     pseudo_gradient: Tensor
     weight: float
     fragment: Fragment
     on_chunk: OnChunk
-    prepared: Prepared | None = None  # for the next collective, which others may wait for
-    reduced: Reduced | None = None  # by the last collective that did not fail
+    prepared: Prepared | None = None  # for the next collective
+    reduced: Reduced | None = None  # the result of the last successful collective
     failing_since: float | None = None  # when the first attempt failed, on the monotonic clock
 
 
@@ -48,22 +48,22 @@ class Attempts:
         self._client, self._config, self._timeouts = watch.client, watch.config, watch.timeouts
         self._workspace = Workspace(Threads(usable(self._config.sync_threads), lower_priority))
         self._lock = threading.Lock()
-        self._unreachable: dict[str, str] = {}  # the reasons, by id; replaced, never changed
+        self._unreachable: dict[str, str] = {}  # reasons by id; replaced, never modified
         self._warned: set[str] = set()
-        self._connecting = threading.Thread()  # in the background; the end of the process does not wait for it
+        self._connecting = threading.Thread()  # a daemon: the process does not wait for it to end
 
     def prepare(self, exchange: Exchange) -> Prepared:
-        """Do what takes long before the first message, unless it has been done: a silent member is given up."""
+        """Do all computation that precedes the first message, unless it is done: others time out on a silent member."""
         if exchange.prepared is None or exchange.prepared.spent:
             values, fragment = exchange.pseudo_gradient, exchange.fragment
             exchange.prepared = Prepared(values, exchange.weight, fragment.codec, self._workspace, fragment.merge)
         return exchange.prepared
 
     def reduce(self, record: RoundState, exchange: Exchange) -> Vote | None:
-        """Run the collective of an attempt; None: it failed.
+        """Run the collective of an attempt. Returns None if it failed.
 
         Raises:
-            TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`; etcd refuses a request.
+            TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`, or etcd denies a request.
         """
         # Run it, and vote for its result
         try:
@@ -71,7 +71,7 @@ class Attempts:
         except (RuntimeError, OSError) as error:
             self._transport.finish(record.members, record.attempt_id, failed=True)
             if isinstance(error, TrainingError) and getattr(error, "kind", "") != "lease":
-                raise  # etcd was away for too long, or refuses the request
+                raise  # etcd was down for too long, or denies the request
             reason = str(error).partition("\n")[0] or type(error).__name__
         else:
             self._transport.finish(record.members, record.attempt_id)
@@ -90,12 +90,12 @@ class Attempts:
         return None
 
     def suspects(self, probe: Iterable[str]) -> tuple[str, ...]:
-        """Connect to members again, if their links are broken; returns all members that cannot be reached."""
+        """Reconnect to members whose links are broken. Returns all members that cannot be reached."""
         self._connect(probe, self._timeouts.probe)
         return tuple(sorted(self._unreachable))
 
     def connect_new(self) -> None:
-        """Make the links with members of the open round that are missing or worn, in the background, on any thread."""
+        """Establish missing or worn links to the members of the open round, in the background. Thread-safe."""
         if (record := self._watch.record) is not None:
             members = {*record.expected, *record.assignments}
             with self._lock:
@@ -106,11 +106,11 @@ class Attempts:
                 self._connecting.start()
 
     def relayed(self) -> dict[str, list[int]]:
-        """Workers that are reached through others, with these, for `status`."""
+        """Workers that are reached through relays, with the relaying workers, for `status`."""
         return {f"{_worker(id)}": [_worker(relay) for relay in via] for id, via in self._transport.relayed().items()}
 
     def _collective(self, record: RoundState, exchange: Exchange) -> Reduced:
-        """Connect to the attempt's members, and reduce. Raises OSError if one is gone or silent."""
+        """Connect to the attempt's members and reduce. Raises OSError if one is gone or silent."""
         if len(record.members) == 1:
             return Reduced.alone(exchange.pseudo_gradient, exchange.weight, exchange.on_chunk)
         prepared = self.prepare(exchange)
@@ -121,7 +121,7 @@ class Attempts:
         return reduce(group, prepared, exchange.on_chunk, self._workspace)
 
     def _connect(self, ids: Iterable[str], timeout: float) -> dict[str, str]:
-        """Make the links that are missing or worn. Returns the members that cannot be reached, with the reasons."""
+        """Establish missing or worn links. Returns the unreachable members with the reasons."""
         ids = set(ids)
         missing: dict[str, str] = {}
         if lacking := self._transport.lacking(ids):
@@ -130,14 +130,14 @@ class Attempts:
             except EtcdError as error:
                 if error.kind != "unreachable":
                     raise
-                return {}  # nothing has been learnt
+                return {}  # nothing new is known
         with self._lock:
             kept = {id: why for id, why in self._unreachable.items() if id not in ids}
             self._unreachable = {**kept, **missing}
         return missing
 
     def _connect_patiently(self, ids: Iterable[str]) -> None:
-        """Connect, and warn once of each live member that cannot be reached in any way."""
+        """Connect, and warn once about each live member that cannot be reached at all."""
         with suppress(EtcdError):
             missing = self._connect(ids, TransportTimeouts().in_any_way)
             for id in self._endpoints(missing):

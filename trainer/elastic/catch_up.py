@@ -1,4 +1,4 @@
-"""The transfer of the global state: what this member serves to others, and what it fetches to catch up."""
+"""The transfer of the global state: serving it to other members, and fetching it to catch up."""
 
 import logging
 import time
@@ -28,17 +28,17 @@ log = logging.getLogger(__name__)
 class Replica:
     """This member's copy of the global state, its hash, and the coded means of the last commits.
 
-    `find` serves them to other members, from a donor's threads:
+    `find` serves them to other members, on a donor's threads:
 
         state/<term>.<round>   the global state after that round
-        mean/<term>.<round>    the mean of its outer step, as it was coded
+        mean/<term>.<round>    the coded mean of its outer step
         <name>                 the worker's tensors in `offers`
 
     Args:
-        state: Is brought to the open round in place.
-        machine: Its term is the state's.
+        state: Brought to the open round in place.
+        machine: Its term is that of the state.
         executor: Runs the hashing.
-        transport: Over which it fetches.
+        transport: Used for fetching.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Replica:
     ) -> None:
         self.state = state
         self._watch, self._machine, self._executor, self._transport = watch, machine, executor, transport
-        self._hash: Future[str] | None = None  # of the present state
+        self._hash: Future[str] | None = None  # of the current state
         self._deadline = 0.0  # for catching up, on the monotonic clock
         self._means: deque[tuple[str, Offer]] = deque()
         self.offers: dict[str, Mapping[str, Tensor]] = {}  # may change while they are served
@@ -60,13 +60,13 @@ class Replica:
     def changed(self) -> None:
         """Forget the hash: the state has changed, or is about to."""
         if self._hash is not None:
-            self._hash.result()  # it reads the state
+            self._hash.result()  # wait, because it reads the state
         self._hash = None
 
     # Serving
 
     def find(self, name: str) -> Offer | None:
-        """The offer under a name, if this member has it; called on the donor's threads."""
+        """The offer with a name, if this member has it. Called on the donor's threads."""
         kind, _, version = name.partition("/")
         if kind == "mean":
             return next((offer for known, offer in list(self._means) if known == version), None)
@@ -79,7 +79,7 @@ class Replica:
         return Offer({"round": round, "step": step}, state) if version == f"{self._machine.term}.{round}" else None
 
     def keep_mean(self, round: int, reduced: Reduced, steps: int, fragment: Fragment) -> None:
-        """Keep the mean of a committed round, as it was coded, for members that lack it."""
+        """Keep the coded mean of a committed round for members that missed it."""
         buffers = {str(index): rows for index, (_, rows) in enumerate(reduced.coded)}
         scales = {name: scale for name, (scale, _) in zip(buffers, reduced.coded, strict=True)}
         meta = {"weight": reduced.weight, "steps": steps, "fragment": fragment.index, "coded": scales}
@@ -90,7 +90,7 @@ class Replica:
             self._means.popleft()
 
     def _kept_rounds(self) -> int:
-        """`catch_up_rounds`, as long as that number of means is cheaper to send than the state itself."""
+        """The number of means to keep: `catch_up_rounds`, but only while they are cheaper to send than the state."""
         fragment = self.state.fragments[0]
         codec = fragment.codec
         row = codec.row if isinstance(codec, Fp32) else codec.row + codec.mean.row  # at most: see `all_to_all`
@@ -106,11 +106,11 @@ class Replica:
     # Catching up
 
     def start_catching_up(self) -> None:
-        """Begin the time for catching up, `elastic.rdzv_timeout`."""
+        """Start the time limit for catching up, `elastic.rdzv_timeout`."""
         self._deadline = time.monotonic() + self._watch.config.elastic.rdzv_timeout
 
     def replay(self, record: RoundState, first: int) -> int:
-        """Perform `effects.ReplayMeans`. Raises TrainingError if the time for catching up is over."""
+        """Perform `effects.ReplayMeans`. Raises TrainingError if catching up takes too long."""
         self._check_deadline(record)
         if record.base.round - self.state.round > self._kept_rounds():
             return self.state.round
@@ -121,7 +121,7 @@ class Replica:
                 meta, buffers = self._fetch(f"mean/{record.term}.{round}", donors, record)
             except (TransferError, _TooLate):
                 break
-            # Take the step as the members of the round did
+            # Take the same step as the members of the round
             fragment = self.state.fragments[meta["fragment"]]
             coded = tuple((scale, buffers[name]) for name, scale in meta["coded"].items())
             factors = buffers.get("factors")
@@ -137,7 +137,7 @@ class Replica:
         return self.state.round
 
     def fetch_state(self, record: RoundState) -> bool:
-        """Perform `effects.FetchState`. Raises TrainingError if the run, or the time for catching up, is over."""
+        """Perform `effects.FetchState`. Raises TrainingError if the run is over or catching up takes too long."""
         self._check_deadline(record)
         try:
             name = f"state/{record.term}.{record.base.round}"
@@ -145,7 +145,7 @@ class Replica:
         except _TooLate:
             return False  # a newer state is available
         except TransferError as error:
-            self._watch.check_verdict()  # the donors may have completed the run, and left
+            self._watch.check_verdict()  # the donors may have completed the run and left
             log.info("round %d is not available yet: %s", record.base.round, error)
             self._watch.pause(self._watch.timeouts.poll)
             return False
@@ -155,7 +155,7 @@ class Replica:
         return True
 
     def fetch_offer(self, name: str) -> dict[str, Tensor] | None:
-        """Another member's offer under this name; None if no member has one."""
+        """Another member's offer with this name; None if no member has one."""
         for id, endpoints in self._donors().items():
             with suppress(TransferError):
                 return self._fetch(name, {id: endpoints})[1]
@@ -169,7 +169,7 @@ class Replica:
         Raises:
             TransferError: No donor has it.
             _TooLate: The rounds since the base of `record` can no longer be replayed.
-            Interrupted: This process is to end.
+            Interrupted: This process has to end.
         """
         watch = self._watch
 

@@ -1,4 +1,4 @@
-"""The coordinator: one member at a time, which decides the transitions of the round's record."""
+"""The coordinator: one member at a time decides the transitions of the round's record."""
 
 import logging
 import threading
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """A thread that stands for election, and coordinates while it is elected.
+    """A thread that stands for election and coordinates while it is elected.
 
-    The role has a short lease of its own: a holder that stands still loses it long before it stops being a member. Two
-    processes that both assume the role do no harm. The `client` is the thread's own, which closes it.
+    The role has its own short lease: a stalled holder loses it long before its membership. Two processes that both
+    assume the role do no harm. The thread owns the `client` and closes it.
 
     Args:
         is_dead: Whether the process of a member with these endpoints is known to be gone.
@@ -49,7 +49,7 @@ class Coordinator:
         self._thread.start()
 
     def close(self) -> None:
-        """Resign, and end the thread."""
+        """Resign and end the thread."""
         self._ended.set()
         self._changed.set()
         self._thread.join()
@@ -71,12 +71,12 @@ class Coordinator:
         self._client.close()
 
     def _elected(self) -> bool:
-        """Wait until this member has the role (True), or is to end (False)."""
+        """Wait until this member has the role (True) or has to end (False)."""
         with self._client.watch("coordinator", self._changed.set):
             while not self._ended.is_set():
                 self._changed.clear()
                 entry = self._client.get("coordinator")
-                # Keep the role, if etcd was only away; take it, if it is free; else check whether its holder is dead
+                # Keep the role if etcd was only away; take it if it is free; otherwise check whether its holder is dead
                 if self._role is not None:
                     if entry is not None and entry.lease == self._role.id:
                         return True
@@ -96,7 +96,7 @@ class Coordinator:
             self._role = None
 
     def _coordinate(self) -> None:
-        """Perform the coordinator's effects, until another member has the role."""
+        """Perform the coordinator's effects until another member has the role."""
         machine, result = coordinate(self._id, self._rules), None
         with suppress(StopIteration):
             while not self._ended.is_set():
@@ -129,9 +129,9 @@ class Coordinator:
                 self._reap(id)
 
     def _reap(self, id: str) -> bool:
-        """Revoke the lease of a member whose process is gone; whether it is.
+        """Revoke the lease of a member whose process is gone. Returns whether it is gone.
 
-        Its agent does the same, unless it died too. A member that is alive registers again.
+        The member's agent does the same unless it also died. A member that is still alive registers again.
         """
         member = self._client.get(f"members/{id}")
         dead = member is None or self._is_dead(id, member.value["endpoints"])

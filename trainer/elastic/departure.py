@@ -1,4 +1,4 @@
-"""Leaving without taking the run's newest state along: another node's volume has to hold it, too."""
+"""Leaving without losing the run's newest state: another node's volume must also hold it."""
 
 import logging
 import threading
@@ -13,18 +13,18 @@ from trainer.timeouts import MemberTimeouts
 
 log = logging.getLogger(__name__)
 
-_pause = threading.Event()  # never set: etcd is asked again and again
+_pause = threading.Event()  # never set; used to pause between two requests to etcd
 
 
 def departing(record: RoundState | None) -> frozenset[str]:
-    """The members of the last quorum that have returned their samples: the record takes their assignments away."""
+    """The members of the last quorum that have returned their samples; the record then has no assignment for them."""
     if record is None or record.committed is None or record.length == 0:
         return frozenset()
     return frozenset(record.committed.members) - record.assignments.keys()
 
 
 def all_have(final: int, entries: Mapping[str, Entry], saved: bool) -> bool:
-    """Whether all members hold the state of round `final`, the run's last; `saved`: on their disks."""
+    """Whether all members hold the state of round `final`, the run's last; with `saved`, on their disks."""
     view = view_of(entries)
     held = {record.member for record in view.saved.values() if record.round >= final}
     if not saved:
@@ -33,10 +33,10 @@ def all_have(final: int, entries: Mapping[str, Entry], saved: bool) -> bool:
 
 
 def wait_for_a_copy(client: EtcdClient, me: Member, saved: Durable, timeouts: MemberTimeouts) -> None:
-    """Wait until another node has saved the state that this one has saved last, or a later one.
+    """Wait until another node has saved this node's last saved state, or a later one.
 
-    The others save as soon as they see that a member is leaving. This does not wait if no other node is there, or if
-    all of them are leaving, and not for longer than `timeouts.copy`.
+    The others save as soon as they see that a member is leaving. This waits for at most `timeouts.copy`, and not at all
+    if there is no other node or all of them are leaving.
     """
     deadline = time.monotonic() + timeouts.copy
     while time.monotonic() < deadline:

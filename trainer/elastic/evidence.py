@@ -1,4 +1,4 @@
-"""The fields of a worker's events: `python -m trainer verify` judges a run by them (`trainer.protocol.history`)."""
+"""The fields of a worker's events with which `python -m trainer verify` judges a run (`trainer.protocol.history`)."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from trainer.protocol.samples import SampleLedger
 
 
 class Place(Protocol):
-    """What tells where a worker is: a member, or the world of the `ddp` baseline."""
+    """The source of a worker's position in the run: a member, or the world of the `ddp` baseline."""
 
     worker: int
     id: str
@@ -28,7 +28,7 @@ class Place(Protocol):
 
 
 def process_of(run_id: str, place: Place, diloco: DiLoCo) -> dict[str, Any]:
-    """This process, and what it trains, at its start."""
+    """Fields about this process and its training, at its start."""
     return {
         "run_id": run_id,
         "worker": place.worker,
@@ -42,7 +42,7 @@ def process_of(run_id: str, place: Place, diloco: DiLoCo) -> dict[str, Any]:
 
 
 def round_of(diloco: DiLoCo, commit: Commit, losses: Sequence[float], batch_size: int) -> dict[str, Any]:
-    """A round that a worker has taken part in; `losses` are those of its inner steps."""
+    """Fields about a round in which the worker took part; `losses` are those of its inner steps."""
     return {
         "round": diloco.round,
         "attempt": commit.attempt,
@@ -60,7 +60,7 @@ def round_of(diloco: DiLoCo, commit: Commit, losses: Sequence[float], batch_size
 
 
 def end_of(diloco: DiLoCo, progress: Progress) -> dict[str, Any]:
-    """Where a worker ends."""
+    """Fields about a worker's final position."""
     return {
         "round": diloco.round,
         "step": diloco.schedule.step,
@@ -71,7 +71,7 @@ def end_of(diloco: DiLoCo, progress: Progress) -> dict[str, Any]:
 
 
 def held(place: Place, diloco: DiLoCo) -> dict[str, Any]:
-    """The state that a worker goes on from, and what it has done towards the open round already."""
+    """Fields about the state from which a worker continues, and its progress in the open round."""
     return {
         "term": place.term,
         "cursor": asdict(place.base.cursor),
@@ -82,7 +82,7 @@ def held(place: Place, diloco: DiLoCo) -> dict[str, Any]:
 
 
 def assignment(ledger: SampleLedger, diloco: DiLoCo) -> dict[str, Any]:
-    """The samples that a worker goes on with."""
+    """Fields about the samples with which a worker continues."""
     current = ledger.assignment
     return {
         "term": current.term,
@@ -94,7 +94,7 @@ def assignment(ledger: SampleLedger, diloco: DiLoCo) -> dict[str, Any]:
 
 
 def agreed(commit: Commit, unused: Sequence[Range]) -> dict[str, Any]:
-    """What the members of a round have agreed on, and this one's part; `unused` is what it had left when it ended."""
+    """Fields about a round's commit and this member's part; `unused` are its unused positions at the end."""
     return {
         "term": commit.term,
         "base_hash": commit.base_hash,
@@ -107,6 +107,6 @@ def agreed(commit: Commit, unused: Sequence[Range]) -> dict[str, Any]:
 
 
 def left(place: Place, ledger: SampleLedger) -> dict[str, Any]:
-    """What a worker returns when it leaves."""
+    """Fields about the samples that a leaving worker returns."""
     rest = ledger.rest()
     return {"term": place.term, "unused": rest.ranges if rest.term == place.term else ()}

@@ -1,4 +1,4 @@
-"""What a process needs to become a member: the protocol's parameters, addresses, and a number of its own."""
+"""Prerequisites of a membership: the protocol's parameters, addresses, and a unique worker number."""
 
 import logging
 import math
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 def claim_number(watch: RoundWatch, lease: Lease, slot: int, worker: int) -> None:
-    """Refuse to be the same worker as another process: with one set of samples, neither would ever be needed.
+    """Claim this process's worker number, so that no two processes are the same worker.
 
-    An agent holds its node's slot, so its workers need no claim. The key of a process that was killed expires.
+    An agent holds its node's slot, so its workers need no claim. The key of a killed process expires.
 
     Raises:
-        ConfigError: A live process is this worker already.
+        ConfigError: A live process already is this worker.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -39,10 +39,10 @@ def claim_number(watch: RoundWatch, lease: Lease, slot: int, worker: int) -> Non
         holder = watch.patiently(lambda: watch.client.get(key))
         if holder is None:
             continue
-        who = f"worker {worker} of the run is process {holder.value['pid']} on {holder.value['host']} already"
+        who = f"worker {worker} of the run is already process {holder.value['pid']} on {holder.value['host']}"
         alive = holder.value["host"] == host and holder.value["pid"] != pid and pid_exists(holder.value["pid"])
         if alive or time.monotonic() > (deadline or math.inf):
-            raise ConfigError(SLOT_VARIABLE, slot, f"{who}: each worker needs a number of its own")
+            raise ConfigError(SLOT_VARIABLE, slot, f"{who}: each worker needs its own number")
         if deadline is None:
             deadline = time.monotonic() + watch.config.lease_ttl + 2
             log.warning("%s: waiting for its lease to end (%s = %d)", who, SLOT_VARIABLE, slot)
@@ -52,7 +52,7 @@ def claim_number(watch: RoundWatch, lease: Lease, slot: int, worker: int) -> Non
 
 
 def addresses_of(config: "TrainingConfig") -> list[str]:
-    """The addresses at which other members may dial this process.
+    """The addresses at which other members can dial this process.
 
     Raises:
         ConfigError: The machine has no `network_interface` with an address.
@@ -70,7 +70,7 @@ def addresses_of(config: "TrainingConfig") -> list[str]:
 
 def rules_of(config: "TrainingConfig", timeouts: MemberTimeouts) -> Rules:
     """The protocol's parameters, from a run's configuration."""
-    wait = min(config.lost_state_wait, config.elastic.rdzv_timeout / 2)  # before the members give up
+    wait = min(config.lost_state_wait, config.elastic.rdzv_timeout / 2)  # shorter than the members' patience
     return Rules(
         min_nodes=config.min_nodes,
         max_members=config.max_nodes * config.workers_per_node,

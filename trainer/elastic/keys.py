@@ -1,4 +1,4 @@
-"""The keys of a run in etcd that its processes share (docs/design/protocol.md lists all), and the run's verdict."""
+"""A run's shared keys in etcd (docs/design/protocol.md lists all), and its verdict."""
 
 import json
 import secrets
@@ -22,7 +22,7 @@ Status = Literal["open", "succeeded", "failed"]
 LIVING = (
     *("nodes/", "slots/", "started", "members/", "numbers/"),
     *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "calls/"),
-    *("wanted/", "sources/"),  # of machines that join, and of those that serve them files
+    *("wanted/", "sources/"),  # of joining machines, and of those that serve them files
     *("rendezvous", "store/"),  # torchrun's, of the `ddp` baseline
 )
 
@@ -44,7 +44,7 @@ class Verdict:
 
 
 def verdict(client: EtcdClient) -> Verdict:
-    """The run's verdict; "open" if none is written."""
+    """The run's verdict; "open" if there is none."""
     entry = client.get("run")
     return Verdict(**entry.value) if entry else Verdict("open")
 
@@ -60,7 +60,7 @@ def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> N
     """Check that a worker fits the run: it must have the first worker's fingerprint.
 
     Raises:
-        ConfigError: It does not; names the field that differs.
+        ConfigError: It does not. The message names the field that differs.
     """
     mine = json.loads(json.dumps(dict(fingerprint)))
     _, entry = client.swap("fingerprint", mine, None)
@@ -71,14 +71,14 @@ def agree(client: EtcdClient, worker: str, fingerprint: Mapping[str, Json]) -> N
 
 
 def run_secret(client: EtcdClient) -> bytes:
-    """The run's secret, by which its processes know each other. The first one to ask makes it."""
+    """The run's secret, with which its processes authenticate each other. The first one that asks creates it."""
     _, entry = client.swap("secret", {"hex": secrets.token_hex(32)}, None)
     assert entry is not None
     return bytes.fromhex(entry.value["hex"])
 
 
 def record_config(client: EtcdClient, config: TrainingConfig) -> None:
-    """Keep the run's parameters for those who join with an endpoint and a run id alone. The first node's stand."""
+    """Store the first node's parameters for nodes that join with only an endpoint and a run id."""
     client.swap("config", config.of_the_run(), None)
 
 
@@ -89,16 +89,16 @@ def joined(client: EtcdClient, config: TrainingConfig) -> TrainingConfig:
         ConfigError: A parameter that all workers must share is given, and differs from the run's.
     """
     if (entry := client.get("config")) is None:
-        return config  # the run begins here
+        return config  # the run starts here
     run, own = entry.value, config.given()
     for name in ("model", "dataset", *TrainingConfig.names_in_scope("fingerprint")):
         if name in own and name in run and own[name] != run[name]:
             raise ConfigError(name, own[name], f"run {config.run_id} has {run[name]!r}: leave it out to join that run")
     taken = {name: value for name, value in run.items() if name in _KNOWN}
-    if "inner_parallel" in own:  # a machine that says what its processes are has its own number of them
+    if "inner_parallel" in own:  # a machine that sets this also has its own number of processes
         taken.pop("elastic_nproc_per_node", None)
-    nodes = min(config.nodes, run["elastic_max_nodes"])  # unless given: as many as there may be
-    # What a machine computes at once is its own, but the run's batch must be a multiple of it.
+    nodes = min(config.nodes, run["elastic_max_nodes"])  # `nodes`, or its default as far as the run admits
+    # The per-device batch size is the machine's own, but the run's batch size must be a multiple of it
     at_once = range(1, config.per_device_train_batch_size + 1)
     joiner = {"inner_parallel": "none", "elastic_nproc_per_node": 1, **taken, **own}
     processes = 1 if joiner["inner_parallel"] == "none" else joiner["elastic_nproc_per_node"]
@@ -108,14 +108,14 @@ def joined(client: EtcdClient, config: TrainingConfig) -> TrainingConfig:
 
 
 def reopen(client: EtcdClient) -> None:
-    """Withdraw the verdict to start an incomplete run again. Without a live node, the start waits for all nodes."""
+    """Withdraw the verdict to restart an incomplete run. Without a live node, the start waits for all nodes."""
     if not client.list("slots/"):
         client.delete("started")
     client.put("run", asdict(Verdict("open")))
 
 
 def forget_processes(client: EtcdClient) -> None:
-    """Delete what belongs to the dead processes of a run that begins again; its terms go on being counted."""
+    """Delete the keys of a restarted run's dead processes. The count of its terms continues."""
     if record := client.get("round"):
         client.put("term", asdict(LastTerm(record.value["term"])))
     for prefix in LIVING:
@@ -123,14 +123,14 @@ def forget_processes(client: EtcdClient) -> None:
 
 
 def free_slot(client: EtcdClient, slot: int) -> None:
-    """Revoke at once the leases of a dead agent: its node, its slot, its members."""
+    """Revoke the leases of a dead agent immediately: its node, its slot, its members."""
     if entry := client.get(f"slots/{slot}"):
         client.revoke(entry.lease)
     revoke_members(client, slot)
 
 
 def free_dead_slots(client: EtcdClient) -> None:
-    """`free_slot` for each whose agent was on this machine, and is dead."""
+    """Call `free_slot` for each slot whose agent was on this machine and is dead."""
     for key, entry in client.list("slots/").items():
         if entry.value["host"] == socket.gethostname() and not pid_exists(entry.value["pid"]):
             free_slot(client, int(key.removeprefix("slots/")))
@@ -147,5 +147,5 @@ def revoke_members(client: EtcdClient, slot: int) -> None:
 
 
 def records_of(client: EtcdClient) -> dict[str, Entry]:
-    """All entries of the run, by key; the protocol's with their records as values."""
+    """All entries of the run by key. Those of the protocol have records as values."""
     return {key: replace(entry, value=decoded(key, entry.value)) for key, entry in client.list("").items()}

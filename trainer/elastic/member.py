@@ -46,15 +46,15 @@ T = TypeVar("T")
 
 
 class ElasticQuorum:
-    """This process's membership of a run: performs what `MemberMachine` decides. Implements `Quorum`.
+    """This process's membership of a run, which performs the decisions of `MemberMachine`. Implements `Quorum`.
 
-    Constructing it does no I/O; `join` does. A context manager that leaves at its end.
+    Constructing it does no I/O; `join` does. A context manager that leaves the run at its end.
 
     Args:
-        fingerprint: Values that all members must have in common, by name.
-        stopping: Set when this process is to end: every wait then raises `Interrupted`.
-        slot: This process's, if it is a node of its own. None: slot and local rank come from the agent's environment.
-        rules: By default those of the configuration.
+        fingerprint: Values that must be equal in all members, by name.
+        stopping: Set when this process has to end: every wait then raises `Interrupted`.
+        slot: This process's slot, if it is its own node. None: slot and local rank come from the agent's environment.
+        rules: By default, those of the configuration.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ElasticQuorum:
         self._watch = RoundWatch(config, self._rules, lambda: stopping.is_set() or self._left.is_set(), timeouts)
         self._report = RoundReport()
         self._steps = 0  # inner steps of the last committed round
-        self._unsaved_durable: Durable | None = None  # what etcd does not know of yet
+        self._unsaved_durable: Durable | None = None  # not written to etcd yet
         self._saved: Durable | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="announce")
         self._resources = ExitStack()
@@ -94,27 +94,27 @@ class ElasticQuorum:
     # Joining and leaving
 
     def join(self, state: GlobalState, cursor: Cursor, term: int = 0, report: RoundReport | None = None) -> CatchUp:
-        """Register, wait until the run begins or has begun, and bring `state` to the open round.
+        """Register, wait until the run starts, and bring `state` to the open round.
 
         Args:
             state: A checkpoint's, or the initialisation. It is served to other members from now on.
-            cursor: The position in the samples at the end of the state.
+            cursor: The position in the samples that belongs to the state.
             report: Its speed and progress are announced.
 
         Raises:
-            TrainingError: The run does not begin within `elastic.rdzv_timeout`, or has ended; etcd cannot be used.
-            ConfigError: The fingerprint differs from the run's; no port of `port_range` is free; another process is
-                this worker already.
+            TrainingError: The run does not start within `elastic.rdzv_timeout`, or has ended; etcd cannot be used.
+            ConfigError: The fingerprint differs from the run's; no port of `port_range` is free; another process
+                already is this worker.
         """
         config, resources, watch, client = self._config, self._resources, self._watch, self._watch.client
 
-        # Check that this worker fits the run, and get the secret that donors and fetchers share
+        # Check that this worker fits the run, and get the members' shared secret
         resources.callback(client.close)
         watch.patiently(lambda: agree(client, f"worker {self.worker}", self._fingerprint))
         secret = watch.patiently(lambda: run_secret(client))
         watch.check_verdict()
 
-        # Be reachable, and serve the state to others
+        # Become reachable, and serve the state to others
         resources.callback(self._background.shutdown)
         self._transport = transport = Transport(
             self.id,
@@ -178,7 +178,7 @@ class ElasticQuorum:
 
     @property
     def base(self) -> State:
-        """The committed state that the open round begins from."""
+        """The committed state from which the open round starts."""
         return self._machine.base
 
     @property
@@ -188,22 +188,22 @@ class ElasticQuorum:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The members of the last quorum, in rank order; before the first one, those it is expected to have."""
+        """The members of the last quorum, in rank order; before the first one, its expected members."""
         record = self._watch.record
         return () if record is None else record.committed.members if record.committed else record.expected
 
     @property
     def departing(self) -> frozenset[str]:
-        """Members of the last quorum that are about to leave: what they have saved should be elsewhere, too."""
+        """Members of the last quorum that are about to leave, so that others should save what they have saved."""
         return departing(self._watch.record)
 
     @property
     def shortage(self) -> bool:
-        """Whether this member waits, and the run lacks nodes: it is time to save."""
+        """Whether this member waits because the run lacks nodes, which is a good time to save."""
         return self._watch.shortage
 
     def assign(self, after: tuple[int, int]) -> Assignment:
-        """Wait for samples that were assigned after `after`, the round id of an older assignment.
+        """Wait for an assignment that is newer than `after`, the round id of an older one.
 
         Raises:
             Superseded: The round was committed meanwhile.
@@ -214,16 +214,16 @@ class ElasticQuorum:
         return self._machine.assignment
 
     def reconcile(self, state: GlobalState) -> None:
-        """At the end of the run: check that this member's final state is the one that most members hold.
+        """At the end of the run, check that this member's final state is the one that most members hold.
 
         Raises:
-            Superseded: It is not, or the run went back to an older state: `catch_up` is next.
+            Superseded: It is not, or the run went back to an older state; call `catch_up` next.
         """
         if not self._perform(self._machine.reconcile()):
             raise Superseded
 
     def wait_for_others(self, saving: bool = True) -> None:
-        """At the end of the run: give members up to `grace_period` to save the final state (else: to take it)."""
+        """At the end of the run, give members up to `grace_period` to save (or, without `saving`, reach) its state."""
         final, deadline = self.base.round, time.monotonic() + self._rules.grace_period
         while time.monotonic() < deadline and not self._watch.ended():
             self._write_durable()
@@ -238,17 +238,17 @@ class ElasticQuorum:
     def durable(self, round: int, term: int = 0) -> None:
         """Announce that a checkpoint of `round` is on this worker's disk: the run must not continue from an older one.
 
-        Never waits: if etcd is away, or this process has not joined yet, the announcement is made later.
+        Never waits: if etcd is unreachable, or this process has not joined yet, the announcement is made later.
         """
         self._unsaved_durable = self._saved = Durable(round, self.id, term)
         self._write_durable()
 
     def offer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Serve tensors to other members under a name. They may change while they are served."""
+        """Serve tensors to other members under a name. They may change while they are being served."""
         self._replica.offers[name] = tensors
 
     def fetch_moments(self) -> dict[str, Tensor] | None:
-        """Another member's inner optimizer state, which it offers as "moments"; None if no member does."""
+        """Another member's inner optimizer state (its offer "moments"); None if no member offers it."""
         return self._replica.fetch_offer("moments")
 
     # For DiLoCo (trainer.diloco.quorum.Quorum)
@@ -262,21 +262,21 @@ class ElasticQuorum:
         """See `trainer.diloco.quorum.Quorum`.
 
         Raises:
-            TrainingError: Too few nodes for `elastic.rdzv_timeout`; etcd was away for longer than `etcd_outage_limit`,
-                or has lost the record.
+            TrainingError: There were too few nodes for `elastic.rdzv_timeout`; etcd was down for longer than
+                `etcd_outage_limit`, or has lost the record.
         """
-        # Take part, until the round is committed
+        # Take part until the round is committed
         started, before = time.monotonic(), self.base
         self._report = report
         self._exchange = exchange = Exchange(pseudo_gradient, weight, fragment, on_chunk)
-        if len(self.members) > 1:  # before it reports: then others may wait
+        if len(self.members) > 1:  # before the report: afterwards, others wait for this member
             self._attempts.prepare(exchange)
         outcome = self._perform(self._machine.synchronise(report.unused, report.speed))
-        exchange.prepared = None  # its memory is wanted
+        exchange.prepared = None  # free its memory
         if outcome is None:
             raise Superseded
 
-        # The result, which is this member's too
+        # Return the result, to which this member contributed
         assert exchange.reduced is not None
         self._steps = outcome.base.step - before.step
         (sent, received), seconds = self._bytes(), time.monotonic() - started
@@ -285,7 +285,7 @@ class ElasticQuorum:
         return Commit(*commit, sent, received, seconds, self._machine.current, *state)
 
     def _bytes(self) -> tuple[int | None, int | None]:
-        """Bytes sent and received since the last commit's collective: the others may have begun before this member."""
+        """Bytes sent and received since the last commit's collective, because other members may start early."""
         before, self._counted = self._counted, self._read
         now = self._counted
         return (now[0] - before[0], now[1] - before[1]) if before and now else (None, None)
@@ -299,7 +299,7 @@ class ElasticQuorum:
         """See `trainer.diloco.quorum.Quorum`.
 
         Raises:
-            TrainingError: No donor provides the state within `elastic.rdzv_timeout`; it is wrong for the second time.
+            TrainingError: No donor provides the state within `elastic.rdzv_timeout`, or it is wrong a second time.
         """
         self._replica.start_catching_up()
         return CatchUp(self._perform(self._machine.catch_up()), self._machine.current)
@@ -307,7 +307,7 @@ class ElasticQuorum:
     # Effects
 
     def _perform(self, machine: Machine[T]) -> T:
-        """Run a machine: perform its effects, and send it their results."""
+        """Run a machine: perform its effects and send it their results."""
         wait, result = Wait(), None
         while True:
             try:
@@ -335,7 +335,7 @@ class ElasticQuorum:
                 return self._attempts.suspects(probe)
             case effects.Reduce(record):
                 vote = self._attempts.reduce(record, self._exchange)
-                self._read = self._transport.bytes()  # before the vote: after it, others may send their next round
+                self._read = self._transport.bytes()  # before the vote; after it, others may send their next round
                 return vote
             case effects.ReplayMeans(record, first):
                 return self._replica.replay(record, first)
@@ -357,12 +357,12 @@ class ElasticQuorum:
                 write()
 
     def _refresh(self) -> None:
-        """Take in a change of the record; called on the watch's thread."""
+        """Process a change of the record. Called on the watch's thread."""
         self._watch.refresh()
         self._attempts.connect_new()
 
     def _call(self, lane: str) -> None:
-        """Ask the others to dial this member, which cannot dial one of them."""
+        """Ask the others to dial this member, because it cannot dial one of them."""
         if self._lease is not None and not self._left.is_set():
             call = {"endpoints": self._transport.endpoints, "lane": lane}
             self._write(f"calls/{self.id}", call, leased=True, required=False)
@@ -374,14 +374,14 @@ class ElasticQuorum:
                     self._transport.prepare({id: tuple(entry.value["endpoints"])}, entry.value["lane"])
 
     def _announce(self, base: State) -> None:
-        """Hash the state, and write that this member holds it, in the background, while the next inner steps run."""
+        """Hash the state and announce that this member holds it, in the background, during the next inner steps."""
         hashing = self._replica.hashing()
         progress = {**self._report.progress, "round": base.round, "relayed": self._attempts.relayed()}
         me = replace(self._me, speed=self._report.speed, progress=progress, term=self._machine.term)
 
         def write() -> None:
             self._me = replace(me, holds=replace(base, hash=hashing.result()))
-            with suppress(EtcdError):  # the next announcement repairs it
+            with suppress(EtcdError):  # the next announcement makes up for it
                 assert self._lease is not None
                 self._lease.put(f"members/{self.id}", encoded(self._me))
             self._write_durable()

@@ -1,4 +1,4 @@
-"""A member's inner optimizer state, served to joiners and taken over by them."""
+"""A member's inner optimizer state, served to joiners and adopted by them."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,9 @@ from trainer.diloco.diloco import Stateful
 
 
 class Moments(Mapping[str, Tensor]):
-    """The inner optimizer's state by name, flat, for a joiner. A tensor is copied to the host when it is read.
+    """The inner optimizer's state by flat name, for a joiner. A tensor is copied to the host when it is read.
 
-    The state may change while it is sent, which does no harm: the moments of a few steps later are as good.
+    The state may change while it is being sent. This does no harm: the moments of a few steps later are as good.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -35,10 +35,10 @@ class Moments(Mapping[str, Tensor]):
 
 
 class ShardedMoments(Mapping[str, Tensor]):
-    """As `Moments`, of an optimizer whose state is spread over processes: a copy, made when a joiner has asked for it.
+    """Like `Moments`, for an optimizer whose state is sharded over processes: a copy, made when a joiner requests it.
 
-    A joiner asks again for a few seconds. Its first request is noted here, on a donor's thread; the training thread
-    makes the copy at the next `refresh`, and gives it up after `most` further ones.
+    A joiner repeats its request for a few seconds. The first request is noted here on a donor's thread; the training
+    thread makes the copy at the next `refresh`, and drops it after `most` further ones.
     """
 
     def __init__(self, optimizer: Stateful, most: int) -> None:
@@ -58,7 +58,7 @@ class ShardedMoments(Mapping[str, Tensor]):
         return self._copy[name]
 
     def refresh(self) -> None:
-        """Between two inner steps, or while the inner loop waits."""
+        """Make or drop the copy. Called between two inner steps, or while the inner loop waits."""
         self._age += 1
         if self._copy and self._age > self._most:
             self._copy = {}
@@ -74,10 +74,10 @@ class ShardedMoments(Mapping[str, Tensor]):
 
 
 def with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str, object]:
-    """The state dict of `optimizer` with the moments of another member (`Moments`).
+    """The state dict of `optimizer` with another member's moments (`Moments`).
 
     Raises:
-        LookupError, RuntimeError: They are of another optimizer.
+        LookupError, RuntimeError: They belong to another optimizer.
     """
     state: dict[int, dict[str, Tensor]] = {}
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
@@ -89,9 +89,9 @@ def with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str,
 
 
 class Handover(Mapping[str, Tensor]):
-    """What a joiner takes over from a member besides the global state: inner optimizer, and the model's buffers.
+    """What a joiner adopts from a member besides the global state: the inner optimizer and the model's buffers.
 
-    Flat, and copied to the host when it is read, as `Moments`. It is never empty, so that a joiner finds it at once.
+    Flat, and copied to the host when read, like `Moments`. It is never empty, so that a joiner finds it at once.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
@@ -113,10 +113,10 @@ class Handover(Mapping[str, Tensor]):
 
 
 def take_over(found: Mapping[str, Tensor], optimizer: Optimizer, model: nn.Module) -> None:
-    """Go on with another member's `Handover`.
+    """Adopt another member's `Handover`.
 
     Raises:
-        LookupError, RuntimeError: It is of another optimizer or model.
+        LookupError, RuntimeError: It belongs to another optimizer or model.
     """
     by_kind: dict[str, dict[str, Tensor]] = {"optimizer": {}, "buffer": {}, "here": {}}
     for name, tensor in found.items():

@@ -1,4 +1,4 @@
-"""What a loop of one's own states about its run: the address, parameters, and what all workers have in common."""
+"""The configuration of a user's own loop: the address, the parameters, and the run's fingerprint."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ PARAMETERS = (
     *("transport_security", "transport_certificates"),
     *("etcd_ca", "etcd_cert", "etcd_key", "etcd_user", "elastic_etcd_prefix", "elastic_etcd_protocol"),
 )
-"""The parameters of a membership, by flat name: those that have an effect on a loop of one's own."""
+"""The parameters of a membership by flat name: those that affect a user's own loop."""
 
 _ARGUMENTS = {
     **dict.fromkeys(("codec", "error_feedback", "compression_topk", "sparse_topk", "quantization"), "codec"),
@@ -34,7 +34,7 @@ _ARGUMENTS = {
 }
 """The parameters that are arguments of `DiLoCo`, by flat name."""
 
-_NO_RULE = {"per_device_train_batch_size": 1, "warmup_steps": 0}  # else rules would tie them to a loop's own numbers
+_NO_RULE = {"per_device_train_batch_size": 1, "warmup_steps": 0}  # values that satisfy every rule; they have no effect
 _SHAPE = "must be etcd://host:port/run, for example etcd://localhost:2379/mine"
 
 
@@ -44,7 +44,7 @@ def config_of(address: str, config: TrainingConfig | None, parameters: Mapping[s
     found = re.fullmatch(r"etcd://([^/?#]+)/([^/?#]+)/?", address)
     if "@" in address:
         hidden = re.sub(r"//.*@", "//…@", address)
-        raise ConfigError("address", hidden, "must hold no credentials: give etcd_user, and set ETCD_PASSWORD")
+        raise ConfigError("address", hidden, "must not contain credentials: pass etcd_user, and set ETCD_PASSWORD")
     if found is None:
         raise ConfigError("address", address, _SHAPE)
 
@@ -58,7 +58,7 @@ def config_of(address: str, config: TrainingConfig | None, parameters: Mapping[s
         if name not in known:
             raise ConfigError(name, "…", unknown(name, dict.fromkeys(PARAMETERS)))
         if name not in PARAMETERS:
-            raise ConfigError(name, value, f"has no effect on a loop of one's own; what has: {', '.join(PARAMETERS)}")
+            raise ConfigError(name, value, f"has no effect on your own loop; these have: {', '.join(PARAMETERS)}")
     others = (config or load_config()).to_flat()
     values = {name: others[name] for name in PARAMETERS}
     if SLOT_VARIABLE in os.environ:  # the agent numbers the workers of its node
@@ -68,7 +68,7 @@ def config_of(address: str, config: TrainingConfig | None, parameters: Mapping[s
 
 
 def recorded(config: TrainingConfig, diloco: "DiLoCo") -> dict[str, Any]:
-    """The tree of the parameters that have an effect, with the loop's schedule, for the event log."""
+    """The tree of the effective parameters, with the loop's schedule, for the event log."""
     flat, tree = config.to_flat(), dict[str, Any]()
     for parameter in TrainingConfig.parameters():
         if parameter.name in ("run_id", "etcd_endpoints", *_NO_RULE, *PARAMETERS):
@@ -79,7 +79,7 @@ def recorded(config: TrainingConfig, diloco: "DiLoCo") -> dict[str, Any]:
 
 
 def fingerprint_of(config: TrainingConfig, diloco: "DiLoCo") -> dict[str, Json]:
-    """What all workers of a run must have in common, by name: parameters' shapes, schedule, codec, outer optimizer."""
+    """Values that must be equal in all workers, by name: parameter shapes, schedule, codec, outer optimizer."""
     shapes = [tuple(one.shape) for name, one in diloco.global_tensors().items() if name.startswith("model.")]
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
     codec, outer, schedule = diloco.state.full_model.codec, diloco.state.outer, diloco.schedule

@@ -1,4 +1,4 @@
-"""A training loop of one's own as a worker of a run: `trainer.elastic.join` returns its quorum."""
+"""A user's own training loop as a worker of a run. `trainer.elastic.join` returns its quorum."""
 
 import atexit
 import logging
@@ -42,15 +42,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_WORKERS = 64  # of a run, as `nodes` limits them
+MOST_WORKERS = 64  # of a run; also the limit of `nodes`
 ASKED_TO_END = 128 + signal.SIGTERM  # the exit status
 
 
 class LoopMember:
-    """The quorum of a loop of one's own, which attends it as a `LoopQuorum`. See `trainer.elastic.join`.
+    """The quorum (`LoopQuorum`) of a user's own loop. See `trainer.elastic.join`.
 
-    SIGTERM ends the process at its next inner step, or in its wait for others, by SystemExit with status 143, unless it
-    has a handler already. Whatever ends the context, the worker leaves at once and returns its unused samples.
+    On SIGTERM, the process raises SystemExit with status 143 at its next inner step or while it waits for others,
+    unless it already has a handler. However the context ends, the worker leaves at once and returns its unused samples.
 
     Attributes:
         config: The membership's parameters.
@@ -67,10 +67,10 @@ class LoopMember:
         self._end: dict[str, str] = {"status": "stopped", "reason": "asked to leave"}
         self._progress, self._loss = Progress(), math.nan
         self._samples = TakenSamples(config.batch_size)
-        self._unused: Positions = ()  # when the last round ended
-        self._before: int | None = None  # the round from which the worker has caught up, until that is recorded
+        self._unused: Positions = ()  # at the end of the last round
+        self._before: int | None = None  # the round from which the worker caught up, until that is recorded
         self._round_began = self._step_began = time.perf_counter()
-        self._cursor, self._term, self._resumed = Cursor(), 0, False  # of a checkpoint
+        self._cursor, self._term, self._resumed = Cursor(), 0, False  # from a checkpoint
 
     @classmethod
     def join(cls, address: str, config: "TrainingConfig | None", parameters: Mapping[str, Any]) -> Self:
@@ -79,16 +79,16 @@ class LoopMember:
         with ExitStack() as resources:
             client = resources.enter_context(EtcdClient.of(config))
             if (result := verdict(client)).terminal:
-                raise TrainingError(f"run {config.run_id} is over ({result}): name another one in {address}")
+                raise TrainingError(f"run {config.run_id} is over ({result}): choose another run in {address}")
             slot = None
-            if SLOT_VARIABLE not in os.environ:  # else the agent holds it
+            if SLOT_VARIABLE not in os.environ:  # otherwise the agent holds it
                 lease, node = client.lease(config.lease_ttl), uuid.uuid4().hex
                 resources.callback(lease.revoke)
                 if (slot := take_slot(client, lease, node, range(MOST_WORKERS))) is None:
-                    raise TrainingError(f"run {config.run_id} has {MOST_WORKERS} workers already")
+                    raise TrainingError(f"run {config.run_id} already has {MOST_WORKERS} workers")
                 register_node(lease, node, slot)
             joined = cls(config, slot, resources.pop_all())
-        atexit.register(joined.leave)  # for loops that leave no context, such as a callback's after an error
+        atexit.register(joined.leave)  # for loops that never exit the context, such as a callback's after an error
         return joined
 
     # For the loop
@@ -99,18 +99,18 @@ class LoopMember:
         return self._member.members
 
     def report(self, loss: float) -> None:
-        """Record the loss of the inner step at hand: `status` and the event log show it."""
+        """Record the current inner step's loss, for `status` and the event log."""
         self._loss = loss
 
     def samples(self, n: int) -> Iterator[list[int]]:
         """Batches of `batch_size` indices below `n`, in a random order that all workers share, epoch after epoch.
 
-        No index is used twice in an epoch, no matter which workers join, leave or die. A batch is one inner step's: a
-        loop that accumulates gradients divides it. The batches end with the run. As `batch_sampler` of a `DataLoader`
-        they may be read ahead, by less than `sync_every` batches.
+        No index is used twice in an epoch, no matter which workers join, leave or die. A batch is for one inner step; a
+        loop that accumulates gradients splits it. The batches end with the run. As the `batch_sampler` of a
+        `DataLoader`, they may be read ahead by fewer than `sync_every` batches.
 
         Raises:
-            ConfigError: There is no sample.
+            ConfigError: `n` is less than 1.
             TrainingError: The loop takes more batches than it makes steps.
         """
         if n < 1:
@@ -125,7 +125,7 @@ class LoopMember:
         return batches()
 
     def leave(self) -> None:
-        """Leave the run, if this worker has not left it. The end of the context, and of the process, does so."""
+        """Leave the run, unless already done. The end of the context or of the process also does this."""
         atexit.unregister(self.leave)
         self._resources.close()
 
@@ -133,10 +133,10 @@ class LoopMember:
 
     def enter(self, diloco: "DiLoCo") -> None:
         if self._diloco is not None:
-            raise ValueError("a quorum serves one context: call trainer.elastic.join again for another one")
+            raise ValueError("a quorum serves one context: call trainer.elastic.join again for another context")
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             world = dist.get_world_size()
-            allowed = "the processes of a process group cannot be workers of their own: start one process per worker"
+            allowed = "the processes of a process group cannot be separate workers: start one process per worker"
             raise ConfigError("WORLD_SIZE", world, allowed)
         self._diloco = diloco
         try:
@@ -147,7 +147,7 @@ class LoopMember:
             raise
 
     def _enter(self, diloco: "DiLoCo") -> None:
-        # Prepare what ends with the membership
+        # Prepare resources that are released with the membership
         schedule, resources = diloco.schedule, self._resources
         self._catch_sigterm()
         if self.config.run_dir:
@@ -155,7 +155,7 @@ class LoopMember:
             self._events = resources.enter_context(EventLog(path))
             self._events.capture_warnings()
 
-        # Become a member. A round's samples are dealt one round ahead: a data loader may read them ahead
+        # Become a member. Samples are assigned one round ahead, because a data loader may read ahead
         rules = replace(
             rules_of(self.config, MemberTimeouts()), local_steps=schedule.round_steps, total_steps=schedule.total_steps
         )
@@ -169,7 +169,7 @@ class LoopMember:
         diloco.begin_round()
         diloco.accept(caught_up.assignment)
 
-        # Go on with what another member has, unless this worker has its own
+        # Adopt another member's optimizer state and buffers, unless this worker has its own
         handover = Handover(diloco.inner_optimizer, diloco.model)
         took = diloco.round > 0 and not self._resumed and self._take_over(diloco)
         member.offer("moments", handover)
@@ -189,7 +189,7 @@ class LoopMember:
             self._count_step(diloco)
             commit = diloco.after_inner_step(self.config.batch_size)
             self._synchronised(diloco, commit)
-            if diloco.schedule.due and not diloco.pending:  # it has caught up, with all its steps made
+            if diloco.schedule.due and not diloco.pending:  # it has caught up, and the round's steps are done
                 self._synchronised(diloco, diloco.synchronise())
             self._step_began = time.perf_counter()
 
@@ -199,7 +199,7 @@ class LoopMember:
                 with _asked_to_end():
                     self._finish(diloco)
             elif error is None:
-                self._end["reason"] = "the loop has ended"
+                self._end["reason"] = "the loop ended"
             elif isinstance(error, Exception):
                 self._end = {"status": "failed", "reason": one_line(error)}
         finally:
@@ -218,7 +218,7 @@ class LoopMember:
     def synchronise(
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
     ) -> Commit:
-        """See `trainer.diloco.quorum.Quorum`; the report is made here."""
+        """See `trainer.diloco.quorum.Quorum`. This method makes the report."""
         diloco, self._unused = self._attended(), self._samples.close_round()
         progress = {**self._progress.for_status(diloco), "round": diloco.round + 1}
         return self._member.synchronise(
@@ -240,11 +240,11 @@ class LoopMember:
 
     def _attended(self) -> "DiLoCo":
         if self._diloco is None:
-            raise ValueError("the worker is no member yet: `with DiLoCo(…, quorum=quorum):` makes it one")
+            raise ValueError("the worker is not a member yet: `with DiLoCo(…, quorum=quorum):` makes it one")
         return self._diloco
 
     def _take_over(self, diloco: "DiLoCo") -> bool:
-        """Take over another member's inner optimizer and buffers; whether one has them."""
+        """Adopt another member's inner optimizer and buffers. Returns whether a member offers them."""
         if (found := self._member.fetch_moments()) is None:
             return False
         try:
@@ -255,7 +255,7 @@ class LoopMember:
         return True
 
     def _take(self) -> Positions:
-        """The positions of the next batch; (): the run is complete, or will be after the batches that are taken."""
+        """The positions of the next batch; () if the run is complete, or will be after the batches already taken."""
         diloco = self._attended()
         with _asked_to_end():
             while not diloco.complete:
@@ -268,7 +268,7 @@ class LoopMember:
         return ()
 
     def _await_samples(self, diloco: "DiLoCo") -> None:
-        """Wait until the assignment has changed."""
+        """Wait until the assignment changes."""
         member, after = self._member, self._samples.ledger.assignment.round_id
         if diloco.pending:
             self._synchronised(diloco, diloco.finish())
@@ -285,7 +285,7 @@ class LoopMember:
         self._synchronised(diloco, None)
 
     def _count_step(self, diloco: "DiLoCo") -> None:
-        """Record an inner step that the optimizer has made; `diloco` counts it next."""
+        """Record an inner step of the optimizer; `diloco` counts it next."""
         loss, self._loss = self._loss, math.nan
         self._progress.count_step(loss, True, self.config.batch_size)
         positions = self._samples.consume()
@@ -303,7 +303,7 @@ class LoopMember:
             )
 
     def _synchronised(self, diloco: "DiLoCo", commit: Commit | None) -> None:
-        """Record what has changed with a synchronisation, or without one."""
+        """Record changes after a synchronisation, or after none."""
         if self._before is not None:
             before, self._before = self._before, None
             missed, held = max(0, diloco.round - before), evidence.held(self._member, diloco)
@@ -313,12 +313,12 @@ class LoopMember:
             self._write_round(diloco, commit)
 
     def _follow(self, diloco: "DiLoCo") -> None:
-        """Go on with the samples that were assigned last."""
+        """Adopt the last assignment."""
         if self._samples.follow(diloco.assignment, self._member.term):
             self._write("assignment", **evidence.assignment(self._samples.ledger, diloco))
 
     def _finish(self, diloco: "DiLoCo") -> None:
-        """At the end of the run: agree on the final state with the other members."""
+        """At the end of the run, agree on the final state with the other members."""
         while diloco.complete:
             try:
                 self._member.reconcile(diloco.state)
@@ -330,10 +330,10 @@ class LoopMember:
                 self._member.finish("succeeded")
                 self._end = {"status": "complete", "reason": ""}
                 return
-        log.warning("the run has gone back to step %d: this worker leaves before its end", diloco.schedule.step)
+        log.warning("the run went back to step %d: this worker leaves before the end", diloco.schedule.step)
 
     def _catch_sigterm(self) -> None:
-        """Make SIGTERM end the loop between two steps; the loop may have a handler of its own."""
+        """Make SIGTERM end the loop between two steps, unless the loop has its own handler."""
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, lambda *_: self._stopping.set())
@@ -357,7 +357,7 @@ class LoopMember:
         )
 
     def _write_round(self, diloco: "DiLoCo", commit: Commit) -> None:
-        """Record a round that this worker has taken part in."""
+        """Record a round in which this worker took part."""
         progress, now = self._progress, time.perf_counter()
         if commit.members != progress.members:
             self._write("membership", change="quorum", members=commit.members, round=diloco.round)
@@ -384,7 +384,7 @@ class LoopMember:
 
 @contextmanager
 def _asked_to_end() -> Iterator[None]:
-    """End the process, with the exit status of SIGTERM, if it was asked to."""
+    """End the process with the exit status of SIGTERM if it was asked to end."""
     try:
         yield
     except Interrupted:

@@ -1,4 +1,4 @@
-"""The samples of a loop of one's own: what it has taken of its assignment, and what its inner steps have consumed."""
+"""The samples of a user's own loop: which of its assignment were taken, and which its inner steps have consumed."""
 
 import threading
 from collections import deque
@@ -11,16 +11,16 @@ Positions = tuple[Range, ...]
 
 
 class TakenSamples:
-    """A ledger for a loop that takes its batches before its inner steps: a data loader may read ahead.
+    """A ledger for a loop that takes batches ahead of its inner steps, because a data loader may read ahead.
 
-    A batch that is taken counts as consumed when the inner step is made. Until then it is the next one of the
-    assignment, or of the one that follows, which begins with what is unused (`Rules.prefetch` is 2).
+    A batch counts as consumed only when its inner step is made. Until then, its positions are the next ones of the
+    assignment, or of the following one, which begins with the unused positions (`Rules.prefetch` is 2).
 
     Args:
         batch_size: Samples in an inner step.
 
     Attributes:
-        ahead: Batches that are taken, and not consumed.
+        ahead: Number of batches that were taken and not consumed.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -38,7 +38,7 @@ class TakenSamples:
         return len(self._taken)
 
     def take(self) -> Positions:
-        """The next batch; (): the assignment has none left."""
+        """The next batch; () if the assignment has none left."""
         with self._lock:
             rest = unused(self._ledger.unused(), sum(map(count, self._taken)))
             ranges = _first(rest, self._batch_size)
@@ -47,18 +47,18 @@ class TakenSamples:
             return ranges
 
     def consume(self) -> Positions:
-        """Count an inner step; the positions that it has trained on, as far as they are known."""
+        """Count an inner step. Returns the positions on which it trained, if known."""
         with self._lock:
             ranges = self._taken.popleft() if self._taken else ()
             return self._ledger.consume(count(ranges))
 
     def close_round(self) -> Positions:
-        """End the round here: the positions that are unused now."""
+        """End the round here. Returns the positions that are unused now."""
         with self._lock:
             return self._ledger.close_round()
 
     def follow(self, assignment: Assignment | None, term: int) -> bool:
-        """As `SampleLedger.follow`. Batches that are taken, and that another assignment lacks, are not counted."""
+        """As `SampleLedger.follow`. Batches that were taken, but are not in a new assignment, do not count."""
         with self._lock:
             changed = self._ledger.follow(assignment, term)
             own = joined(part for ranges in self._taken for part in ranges)
@@ -68,5 +68,5 @@ class TakenSamples:
 
 
 def _first(ranges: Positions, samples: int) -> Positions:
-    """The first positions, as many as `samples`; (): there are fewer."""
+    """The first `samples` positions; () if there are fewer."""
     return allocate(Cursor(returned=ranges), samples)[1] if count(ranges) >= samples else ()

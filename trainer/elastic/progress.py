@@ -1,4 +1,4 @@
-"""What a worker counts about its own training."""
+"""Counters of a worker's own training."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from trainer.diloco import DiLoCo
 
 @dataclass
 class Progress:
-    """Counters of a worker. All but the skipped steps begin at zero in each process."""
+    """Counters of a worker. All except the skipped steps start at zero in each process."""
 
     skipped: int = 0  # inner steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
@@ -19,10 +19,10 @@ class Progress:
     bytes: int = 0  # sent and received
     losses: list[float] = field(default_factory=list)  # of the open round's inner steps
     last_loss: float = math.nan
-    held_out: float | None = None  # loss of this worker's part of the held-out samples
+    held_out: float | None = None  # loss on this worker's part of the held-out samples
     ramp: int = 1  # inner steps over which the learning rate rises, while the moments of a joiner build up
     members: tuple[str, ...] = ()  # the last quorum
-    rank: int = 0  # this worker's place among them; before it is a member, that of a lone worker
+    rank: int = 0  # this worker's rank among them; before it is a member, that of a lone worker
     world_size: int = 1
     _reported: tuple[int, float] = field(default_factory=lambda: (0, time.time()))  # samples, and when
 
@@ -39,13 +39,13 @@ class Progress:
             self.skipped_in_a_row += 1
 
     def enter(self, members: tuple[str, ...], id: str) -> None:
-        """Take over the members of the quorum; `id` is this worker's among them."""
+        """Record the members of the quorum; `id` is this worker's."""
         self.members = members
         if id in members:
             self.rank, self.world_size = members.index(id), len(members)
 
     def for_status(self, diloco: DiLoCo) -> dict[str, Any]:
-        """What `status` shows of this worker, at the end of a round. The speed is an average since the last call."""
+        """Values that `status` shows for this worker after a round. The speed is averaged since the last call."""
         (before, since), now = self._reported, time.time()
         self._reported = self.samples, now
         return {

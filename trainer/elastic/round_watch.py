@@ -1,4 +1,4 @@
-"""A member's view of the run: the open round's record, waits for it to change, and patience with etcd."""
+"""A member's view of the run: the open round's record, waiting for changes, and retries during etcd outages."""
 
 import logging
 import threading
@@ -30,9 +30,9 @@ T = TypeVar("T")
 class Wait:
     """One thread's wait for the record. Times are on the monotonic clock."""
 
-    since: float = field(default_factory=time.monotonic)  # when it began, or the run had all it needs
-    logged: float = field(default_factory=time.monotonic)  # when it was logged last
-    revision: int = 0  # the record's, which the thread has seen
+    since: float = field(default_factory=time.monotonic)  # when it began, or when the run last lacked nothing
+    logged: float = field(default_factory=time.monotonic)  # when it was last logged
+    revision: int = 0  # of the record that the thread has seen
     warned: bool = False  # whether a shortage has been reported
 
 
@@ -40,9 +40,9 @@ class RoundWatch:
     """Follows the key `round`, and waits for etcd and for the other members.
 
     Attributes:
-        ended: Whether this process is to end: every wait then raises `Interrupted`.
-        record: The open round's record as it was last read.
-        shortage: Whether this member waits, and the run lacks nodes or a state.
+        ended: Whether this process has to end: every wait then raises `Interrupted`.
+        record: The open round's record, as last read.
+        shortage: Whether this member waits because the run lacks nodes or a state.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class RoundWatch:
     ) -> None:
         self.config, self.ended, self.timeouts, self._rules = config, ended, timeouts, rules
         self._condition = threading.Condition()
-        self._heard = self._read = time.monotonic()  # the last answer of etcd, and the last one about the record
+        self._heard = self._read = time.monotonic()  # etcd's last answer, and its last answer about the record
         self._revision = 0  # -1: the record is gone
         self.record: RoundState | None = None
         self.shortage = False
 
     @cached_property
     def client(self) -> EtcdClient:
-        """The member's; made when it joins."""
+        """The member's etcd client, created when it joins."""
         return EtcdClient.of(self.config)
 
     def refresh(self) -> None:
-        """Read the record; called on the watch's thread, and periodically while a thread waits."""
+        """Read the record. Called on the watch's thread, and periodically while a thread waits."""
         entry = self.client.get("round")
         with self._condition:
             self._heard = self._read = time.monotonic()
@@ -76,18 +76,18 @@ class RoundWatch:
         return self.patiently(lambda: records_of(self.client))
 
     def await_round(self, effect: AwaitRound, wait: Wait) -> RoundState:
-        """Perform the effect. `wait` is the thread's; unless `effect.again`, it starts over.
+        """Perform the effect. `wait` is the thread's; it is reset unless `effect.again`.
 
         Raises:
-            Interrupted: This process is to end.
-            TrainingError: The run has ended; etcd has lost the record or is away for too long; a shortage lasts.
+            Interrupted: This process has to end.
+            TrainingError: The run has ended; etcd lost the record or is down for too long; a shortage lasts too long.
         """
         if not effect.again:
             wait.since = wait.logged = time.monotonic()
             wait.warned = self.shortage = False
         waited = not effect.again
         while True:
-            # Return the record, if there is news
+            # Return the record if it has changed
             with self._condition:
                 if self._revision < 0:
                     raise TrainingError("etcd has lost the run's record: start the run again, and it resumes")
@@ -97,7 +97,7 @@ class RoundWatch:
                 self._condition.wait(self.timeouts.poll)
             waited = True
 
-            # Between two checks: end, read the record in case the watch is silent, and log the wait
+            # Between two checks, end if asked to, read the record in case the watch is silent, and log the wait
             if self.ended():
                 raise Interrupted
             if time.monotonic() - self._read > self.timeouts.refresh:
@@ -106,7 +106,7 @@ class RoundWatch:
                 self._report(effect, wait)
 
     def pause(self, seconds: float) -> None:
-        """Wait for a change of the record, or for this long."""
+        """Wait for a change of the record, or for at most this long."""
         with self._condition:
             self._condition.wait(seconds)
 
@@ -120,8 +120,8 @@ class RoundWatch:
         """Perform an operation on etcd. While etcd is unreachable, retry for up to `etcd_outage_limit`.
 
         Raises:
-            Interrupted: This process is to end.
-            TrainingError: etcd refuses the operation, or is away for too long.
+            Interrupted: This process has to end.
+            TrainingError: etcd denies the operation, or is down for too long.
         """
         began = time.monotonic()
 
@@ -130,7 +130,7 @@ class RoundWatch:
                 raise Interrupted from None
             away = time.monotonic() - max(began, self._heard)  # inner steps send no requests
             if away > self.config.etcd_outage_limit:
-                raise TrainingError(f"etcd was away for {away:.0f} s (etcd_outage_limit): {error}") from None
+                raise TrainingError(f"etcd was down for {away:.0f} s (etcd_outage_limit): {error}") from None
             log.warning("waiting for etcd: %s", error)
 
         def unreachable(error: BaseException) -> bool:
@@ -142,7 +142,7 @@ class RoundWatch:
         return result
 
     def _report(self, effect: AwaitRound, wait: Wait) -> None:
-        """Log the wait, and limit it if the run lacks nodes or a state."""
+        """Log the wait, and enforce its limit if the run lacks nodes or a state."""
         wait.logged = now = time.monotonic()
         self.check_verdict()
         lack = shortage(self.record, view_of(self.entries()), self._rules) if effect.needs_nodes else ""

@@ -1,4 +1,4 @@
-"""Slots: each node of a run has a number of its own, which it holds under its lease."""
+"""Slots: each node of a run has a unique number, which it holds under its lease."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from trainer.etcd.lease import Lease
 
 
 def take_slot(client: EtcdClient, lease: Lease, node: str, slots: Iterable[int]) -> int | None:
-    """Take the first of `slots` that is free, under the lease of `node`; None: all are taken."""
+    """Take the first free one of `slots` under the lease of `node`; None if all are taken."""
     taken = client.list("slots/")
     holder = {"node": node, "host": socket.gethostname(), "pid": os.getpid()}
     free = (number for number in slots if f"slots/{number}" not in taken)
@@ -17,5 +17,5 @@ def take_slot(client: EtcdClient, lease: Lease, node: str, slots: Iterable[int])
 
 
 def register_node(lease: Lease, node: str, slot: int | None) -> None:
-    """Announce a node with its slot; None: it is a spare."""
+    """Announce a node with its slot; None for a spare."""
     lease.put(f"nodes/{node}", {"host": socket.gethostname(), "pid": os.getpid(), "slot": slot})

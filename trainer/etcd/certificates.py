@@ -1,4 +1,4 @@
-"""Certificates of the embedded etcd where it listens for other machines: see `Tls`."""
+"""Certificates of an embedded etcd that listens for other machines: see `Tls`."""
 
 import datetime
 import hashlib
@@ -20,24 +20,24 @@ from trainer.files import write_text
 DOOR_BYTES = 16
 _CURVE = ec.SECP256R1()  # gRPC's TLS does not accept Ed25519
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-# Fixed, so that a machine whose clock is wrong can take part. The keys live as long as their run.
+# Fixed, so that a machine with a wrong clock can take part. The keys live as long as their run.
 _VALID = datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1)
 
 
 @dataclass(frozen=True)
 class Tls:
-    """Files (PEM) of an etcd, or of its client, in one directory that only the user may read.
+    """PEM files of an etcd, or of its client, in a directory that only the user may read.
 
-    The server's certificate signs itself: clients pin it by its fingerprint. The clients' key is derived from a few
-    random bytes, the *door*, which all tokens of the run hold: who has none cannot even send a request, and so reaches
-    none of those that etcd answers without a user.
+    The server's certificate is self-signed, and clients pin it by its fingerprint. The clients' key is derived from a
+    few random bytes, the *door*, which are in all tokens of the run. A machine without a token cannot even send a
+    request, including those that etcd answers without a user.
     """
 
     directory: Path
 
     @property
     def server(self) -> Path:
-        """The server's certificate, which is its authority, too."""
+        """The server's certificate, which is also its authority."""
         return self.directory / "server.crt"
 
     @property
@@ -46,7 +46,7 @@ class Tls:
 
     @property
     def client(self) -> Path:
-        """The clients' certificate, which is their authority, too."""
+        """The clients' certificate, which is also their authority."""
         return self.directory / "client.crt"
 
     @property
@@ -59,7 +59,7 @@ class Tls:
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.server.read_text(encoding="ascii"))).digest()
 
     def make_server(self, hosts: Iterable[str]) -> None:
-        """Make the server's certificate for these names and addresses, unless it has one that covers them."""
+        """Create the server's certificate for these names and addresses, unless there is one that covers them."""
         names = [_name(host) for host in sorted({*hosts, "localhost", "127.0.0.1", "::1"})]
         if self.server_key.exists() and self.server.exists():
             made = x509.load_pem_x509_certificate(self.server.read_bytes())
@@ -75,11 +75,11 @@ class Tls:
         self._write(ec.derive_private_key(number, _CURVE), self.client, self.client_key, [])
 
     def take_server(self, endpoint: str, connection: socket.socket, fingerprint: bytes) -> None:
-        """Take the certificate of the server at the other end of a connection, which is closed, if it is the right one.
+        """Save the server's certificate from a connection, if it has the right fingerprint. Closes the connection.
 
         Raises:
             ValueError: It has another fingerprint.
-            OSError: The other end speaks no TLS.
+            OSError: The other end does not speak TLS.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the fingerprint decides

@@ -30,7 +30,7 @@ class EtcdClient(EtcdValues):
         """A client of the run's keys, below `{elastic.etcd.prefix}/{run_id}/`."""
         if not config.etcd.endpoints:
             raise ConfigError("etcd.endpoints", "[]", "must name an etcd; `python -m trainer launch` starts one")
-        # A member that has lost its leader holds requests for 7 s; by then the others would have gone on without us.
+        # A member that has lost its leader holds requests for 7 s; by then, the others would have moved on without us
         call = min(timeouts.call, max(1.0, config.grace_period / 2))
         security = config.etcd.model_dump(include={"ca", "cert", "key", "user"})
         prefix = run_prefix(config.elastic.etcd.prefix, config.run_id)
@@ -54,11 +54,11 @@ class EtcdClient(EtcdValues):
         """Wait until `predicate()` is neither None nor False, and return its result; None after `timeout` seconds.
 
         Args:
-            predicate: Evaluated after every change below `prefix`, and each `timeouts.poll` seconds in any case. May
-                raise EtcdError: an unreachable etcd counts as "not yet", until the time is over.
+            predicate: Evaluated after every change below `prefix`, and at least every `timeouts.poll` seconds. May
+                raise EtcdError: an unreachable etcd counts as "not yet", until time is up.
             timeout: Seconds to wait.
-            prefix: The keys that the predicate depends on.
-            on_wait: Called each `timeouts.log` seconds, to log what is being waited for; it may raise.
+            prefix: The keys on which the predicate depends.
+            on_wait: Called every `timeouts.log` seconds, to log what is being waited for; it may raise.
         """
         deadline, logged = time.monotonic() + timeout, time.monotonic()
         changed = threading.Event()
@@ -87,9 +87,9 @@ def run_prefix(prefix: str, run_id: str) -> str:
 
 
 def local_address(endpoint: str) -> str:
-    """This machine's address on the route to `endpoint` (host:port). Raises EtcdError if there is no route.
+    """This machine's address on the route to `endpoint` (host:port), which other machines can most likely reach.
 
-    Other machines can most likely reach it.
+    Raises EtcdError if there is no route.
     """
     host, _, port = endpoint.rpartition(":")
     failure: OSError | None = None
@@ -102,7 +102,7 @@ def local_address(endpoint: str) -> str:
             with socket.socket(family, kind) as probe:  # connecting a UDP socket sends nothing
                 probe.connect(address)
                 return str(probe.getsockname()[0])
-        except OSError as error:  # a name may have addresses of both families, and this machine one of them
+        except OSError as error:  # a name may have addresses of both families, and this machine only one
             failure = failure or error
     reason = failure.strerror or failure if failure else "it has no address"
     raise EtcdError(f"cannot reach etcd at {endpoint}: {reason}", "unreachable")

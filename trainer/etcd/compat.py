@@ -1,6 +1,6 @@
-"""Imports `etcd3` 0.12.0 under current protobuf, for which the generated modules of that release are too old.
+"""Importing `etcd3` 0.12.0 with current protobuf, for which that release's generated modules are too old.
 
-They are rebuilt here from the serialized descriptors that their sources contain.
+They are rebuilt from the serialized descriptors in their sources.
 """
 
 import ast
@@ -20,7 +20,7 @@ def import_etcd3() -> types.ModuleType:
     """Import `etcd3`, with its message modules rebuilt. Thread-safe; works in either import order with protobuf.
 
     Raises:
-        TrainingError: The package is missing, or is not release 0.12.0.
+        TrainingError: The package is missing or is not release 0.12.0.
     """
     with _import_lock:
         if "etcd3" not in sys.modules:

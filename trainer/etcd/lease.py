@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Lease:
     """Keys that live as long as this process: a thread keeps their lease alive.
 
-    If the lease expires anyway (this process or etcd stood still for longer than the TTL), the keys are registered
+    If the lease expires anyway (this process or etcd was stalled for longer than the TTL), the keys are registered
     again under a new one. An exclusive key that another process has created meanwhile stays with that process, and
     `lost` is set. etcd deletes the keys `ttl` seconds after the last refresh. Close the client after the lease.
     """
@@ -56,7 +56,7 @@ class Lease:
             self._thread.join()
 
     def _under_lease(self, operation: Callable[[], T]) -> T:
-        """Run `operation`, again with a new lease if this one has expired without its thread noticing."""
+        """Run `operation`; repeat it with a new lease if this one has expired without its thread noticing."""
         try:
             return operation()
         except EtcdError as error:
@@ -70,7 +70,7 @@ class Lease:
             try:
                 if not self._client.refresh(self.id) or not self._complete:
                     self._register_again()
-            except EtcdError as error:  # unreachable: the next turn tries again
+            except EtcdError as error:  # unreachable: try again next time
                 log.debug("lease: %s", error)
             except Exception:
                 log.exception("keeping a lease alive failed; trying again")

@@ -1,4 +1,4 @@
-"""Creates etcd's users and enables authentication: `python -m trainer.etcd.users`, the Job of manifests/overlays/prod.
+"""Creating etcd's users and enabling authentication: `python -m trainer.etcd.users`, a Job in manifests/overlays/prod.
 
 The user `etcd.user` may read and write below `elastic.etcd.prefix` and nowhere else. Passwords come from the
 environment: ETCD_ROOT_PASSWORD for root, ETCD_PASSWORD for the user. The command can be repeated: existing users and
@@ -18,11 +18,11 @@ from trainer.etcd.values import EtcdValues
 from trainer.timeouts import EtcdTimeouts
 
 ROOT = "root"  # etcd's name for the administrator, and for its role
-MEMBER = "member:"  # how the names of users begin that the machines of a run have got by a token
+MEMBER = "member:"  # prefix of the users that a run's machines have received with a token
 
 
 def main() -> int:
-    """Read the parameters from the environment; returns the exit status."""
+    """Read the parameters from the environment and create the users. Returns the exit status."""
     config = load_config()
     root_password, password = (os.environ.get(name, "") for name in ("ETCD_ROOT_PASSWORD", "ETCD_PASSWORD"))
     for field, given, allowed in (
@@ -41,10 +41,10 @@ def main() -> int:
 def enable_users(
     config: TrainingConfig, root_password: str, password: str, timeouts: EtcdTimeouts = EtcdTimeouts()
 ) -> None:
-    """Create root and the user `etcd.user`, with their passwords, and enable authentication.
+    """Create root and the user `etcd.user` with their passwords, and enable authentication.
 
     Raises:
-        TrainingError: No endpoint answers, or etcd refuses.
+        TrainingError: No endpoint answers, or etcd rejects a request.
     """
     import grpc
 
@@ -77,7 +77,7 @@ class _Users:
     def enable(self, config: TrainingConfig, root_password: str, password: str) -> None:
         import grpc
 
-        # Log in as root, if authentication is enabled already
+        # Log in as root if authentication is already enabled
         try:
             self._token = (("token", self._call("Authenticate", name=ROOT, password=root_password).token),)
         except grpc.RpcError as error:
@@ -103,26 +103,26 @@ class _Users:
 
 
 class Root(EtcdValues):
-    """A client as etcd's administrator, who also makes and removes users and their roles."""
+    """A client with root's rights, which also creates and removes users and their roles."""
 
     def users(self) -> list[str]:
         """The names of all users, sorted."""
         return sorted(self._auth("UserList").users)
 
     def add(self, user: str, password: str, role: str) -> None:
-        """Make a user with a role, which `allow` has made."""
+        """Create a user with a role that `allow` has created."""
         self._auth("UserAdd", name=user, password=password)
         self._auth("UserGrantRole", user=user, role=role)
 
     def allow(self, role: str, key: str, *, below: bool = False, write: bool = True) -> None:
-        """Let a role, made if it is missing, read (and write) a key, or all keys that begin with it: `below`."""
+        """Let a role, created if missing, read (and write) a key or, with `below`, all keys that begin with it."""
         if role not in self._auth("RoleList").roles:
             self._auth("RoleAdd", name=role)
         kind = "READWRITE" if write else "READ"
         self._auth("RoleGrantPermission", name=role, perm=_permission(kind, key, below))
 
     def remove(self, user: str) -> None:
-        """Delete a user, who is logged out at once, and the role of the same name, if there are such."""
+        """Delete a user, who is logged out at once, and the role of the same name, if they exist."""
         if user in self._auth("UserList").users:
             self._auth("UserDelete", name=user)
         if user in self._auth("RoleList").roles:
@@ -144,7 +144,7 @@ def _request(method: str, fields: dict[str, Any]) -> Any:
 
 
 def _permission(kind: str, key: str, below: bool) -> dict[str, Any]:
-    """The right to a key, or to all keys that begin with it."""
+    """The permission for a key, or for all keys that begin with it."""
     end = key[:-1] + chr(ord(key[-1]) + 1) if below else ""
     return {"permType": kind, "key": key.encode(), "range_end": end.encode()}
 

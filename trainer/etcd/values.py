@@ -1,7 +1,7 @@
-"""The connection to etcd v3, and what one request does: JSON values below a prefix, over several endpoints.
+"""The connection to etcd v3, and individual requests: JSON values below a prefix, over several endpoints.
 
-`etcd3` knows one endpoint, fetches its token once, and its watcher spins when the server is away. Failover, a new token
-and watching are therefore implemented here, by building a new connection.
+`etcd3` supports one endpoint, fetches its token once, and its watcher spins when the server is unreachable. Failover,
+token renewal and watching are therefore implemented here, by building new connections.
 """
 
 import json
@@ -25,7 +25,7 @@ Json = Any
 
 _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # a web proxy does not forward to etcd
-    ("grpc.use_local_subchannel_pool", 1),  # else a new connection inherits the back-off of the old one
+    ("grpc.use_local_subchannel_pool", 1),  # otherwise a new connection inherits the old one's back-off
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -39,7 +39,7 @@ class Entry:
     key: str  # below the client's prefix
     value: Json
     revision: int  # mod_revision, the token of a compare-and-swap
-    lease: int  # id of the lease it lives under; 0 for none
+    lease: int  # id of the key's lease; 0 for none
 
 
 class EtcdValues:
@@ -49,10 +49,10 @@ class EtcdValues:
 
     Args:
         endpoints: `host:port` of each etcd member. If one does not answer, the next is tried.
-        prefix: Prepended to every key; "/" is appended if it is missing.
+        prefix: Prepended to every key; "/" is appended if missing.
         ca: File with the certificate authority (PEM). If given, connections use TLS.
-        cert: File with the client certificate (PEM); `key` has its private key.
-        password: Of `user`; by default ETCD_PASSWORD from the environment.
+        cert: File with the client certificate (PEM); `key` is the file with its private key.
+        password: The password of `user`; by default, ETCD_PASSWORD from the environment.
 
     Raises:
         ConfigError: An endpoint is not `host:port`; a client certificate has no key or no authority.
@@ -97,7 +97,7 @@ class EtcdValues:
         self.close()
 
     def close(self) -> None:
-        """Close the connection. Leases stay, until they are revoked or expire."""
+        """Close the connection. Leases stay until they are revoked or expire."""
         with self._lock:
             self._drop(self._connection)
 
@@ -118,7 +118,7 @@ class EtcdValues:
         self._call(lambda etcd: etcd.put(self.prefix + key, text, lease or None))
 
     def delete(self, key: str, token: int | None = None) -> bool:
-        """Delete the key, if its `revision` is `token` where one is given. Returns whether it was deleted."""
+        """Delete the key; if `token` is given, only if it is the key's `revision`. Returns whether it was deleted."""
 
         def transaction(etcd: Any) -> bool:
             path, parts = self.prefix + key, etcd.transactions
@@ -138,11 +138,11 @@ class EtcdValues:
         Args:
             key: The key.
             value: Its new value.
-            token: The `revision` of the entry that was read; None to create the key only.
-            lease: Id of the lease to put it under; 0 for none.
+            token: The `revision` of the entry that was read; None: only create the key.
+            lease: Id of the key's lease; 0 for none.
 
         Returns:
-            Whether it was put, and the resulting entry (None: the key has been deleted).
+            Whether it was put, and the resulting entry (None if the key was deleted).
         """
         path, text = self.prefix + key, _encode(value)
 
@@ -161,8 +161,8 @@ class EtcdValues:
         except EtcdError as error:
             if not error.stale_connection:
                 raise
-        # The connection broke before the outcome was known, or its token was of no use any more: read the key, over a
-        # new one, to decide whether the transaction ran
+        # The connection broke before the outcome was known, or its token was no longer valid: read the key over a new
+        # connection to find out whether the transaction ran
         entry = self.get(key)
         if (entry.revision if entry else 0) == (token or 0):
             return self._call(transaction)
@@ -173,7 +173,7 @@ class EtcdValues:
         return int(self._call(lambda etcd: etcd.lease(max(1, round(ttl)))).id)
 
     def revoke(self, lease: int) -> None:
-        """End a lease now and delete its keys. A lease that has ended already is no error."""
+        """End a lease now and delete its keys. It is not an error if the lease has already ended."""
         try:
             self._call(lambda etcd: etcd.revoke_lease(lease))
         except EtcdError as error:
@@ -193,12 +193,12 @@ class EtcdValues:
                 host, _, port = self.endpoints[self._next % len(self.endpoints)].rpartition(":")
                 options = {"timeout": self.timeouts.call, "grpc_options": _CHANNEL_OPTIONS, **self._security}
                 self._connection = etcd3.client(host, int(port), **options)
-                # The token is in every request's metadata; gRPC refuses to send it as a credential without TLS.
+                # Put the token into every request's metadata, because gRPC refuses credentials without TLS
                 self._connection.call_credentials = None
             return self._connection
 
     def report_failure(self, connection: Any, exception: Exception) -> EtcdError | None:
-        """Translate an exception, and close the connection if a new one may help. None: it is not from etcd."""
+        """Translate an exception, and close the connection if a new one may help. None if it is not from etcd."""
         if not is_etcd_failure(exception):
             return None
         error = self._translate(exception, answered=self._answered)
@@ -208,10 +208,11 @@ class EtcdValues:
         return error
 
     def _call(self, operation: Callable[[Any], T], failover: bool = True) -> T:
-        """Run `operation` on a connection; on the next endpoint, or with a new token, if this one fails.
+        """Run `operation` on a connection. If that fails, use the next endpoint or a new token.
 
-        While the members elect a leader, each drops proposals at once, so trying one after the other would finish
-        before the election does: these are repeated on the same connection, for at most `timeouts.call` seconds.
+        While the members elect a leader, they drop proposals at once, and trying one member after the other would end
+        before the election. Therefore dropped proposals are repeated on the same connection, for at most
+        `timeouts.call` seconds.
         """
         if os.getpid() != self._pid:
             raise EtcdError("an etcd client was used after a fork, which gRPC does not survive", "request")
@@ -239,7 +240,7 @@ class EtcdValues:
         return retrying(is_stale, attempts=len(self.endpoints) + 1, first_pause=0.0)(attempt)
 
     def _drop(self, connection: Any) -> None:
-        """Close the connection, unless another thread has replaced it. The next one goes to the next endpoint."""
+        """Close the connection, unless another thread has replaced it. The next one uses the next endpoint."""
         if connection is self._connection:
             self._next += 1
             self._connection = None

@@ -1,4 +1,4 @@
-"""A watch that survives the loss of its connection."""
+"""A watch that survives connection losses."""
 
 import logging
 import threading
@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Calls `notify`, on a thread, after changes below a prefix and whenever some may have been missed.
+    """Calls `notify`, on a thread, after changes below a prefix and whenever changes may have been missed.
 
-    `notify` gets no event: it reads the current values. A new watch replaces one that lost its connection, its etcd
-    member or that member's leader. Each starts at the present revision, so compaction cannot break it.
+    `notify` gets no event and reads the current values. When a watch loses its connection, its etcd member or that
+    member's leader, a new one replaces it. Each starts at the current revision, so compaction cannot break it.
     """
 
     def __init__(self, client: EtcdValues, prefix: str, notify: Callable[[], None]) -> None:
@@ -43,7 +43,7 @@ class Watch:
                 connection = self._client.connection()
                 self._follow(connection)
             except Exception as exception:
-                if not self._ended.is_set():  # `close` causes an exception, too
+                if not self._ended.is_set():  # `close` also causes an exception
                     self._client.report_failure(connection, exception)
             self._call_notify()
             self._ended.wait(self._client.timeouts.poll)
@@ -51,7 +51,7 @@ class Watch:
     def _call_notify(self) -> None:
         try:
             self._notify()
-        except Exception as error:  # it may ask an etcd that is unreachable, which must not end the watch
+        except Exception as error:  # `notify` may fail while etcd is unreachable, which must not end the watch
             log.debug("after a change below %s: %s", self._prefix, error)
 
     def _follow(self, connection: Any) -> None:
@@ -65,15 +65,15 @@ class Watch:
             yield request
             stream_ended.wait()  # the server ends the watch when the requests end
 
-        # Without `hasleader`, a member that is cut off from the others keeps the watch open and silent.
+        # Without `hasleader`, a member that is cut off from the others keeps the watch open but silent
         metadata = (*(connection.metadata or ()), ("hasleader", "true"))
         self._stream = stream = rpc.WatchStub(connection.channel).Watch(requests(), metadata=metadata)
         stream.add_callback(stream_ended.set)
         if self._ended.is_set():
             stream.cancel()
-        # The first response confirms that the watch is active; earlier changes have to be read.
+        # The first response confirms that the watch is active; earlier changes have to be read
         for response in stream:
-            if response.canceled:  # the right to read was refused or withdrawn; the stream itself would stay open
+            if response.canceled:  # permission to read was denied or withdrawn; the stream itself would stay open
                 stream.cancel()
                 return
             self._call_notify()

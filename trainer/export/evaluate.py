@@ -1,4 +1,4 @@
-"""Evaluation: scores of the export, loaded as others load it, on held-out data that training never sees."""
+"""Evaluation: scores of the export, loaded the way users load it, on held-out data that training never sees."""
 
 import math
 import time
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.data.manifest import Manifest
     from trainer.tasks import Task
 
-SHOWN = 32  # samples of which the report shows the model's output
+SHOWN = 32  # samples for which the report shows the model's output
 
 
 def evaluate(
@@ -29,16 +29,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a run's export on at most `eval_samples` held-out samples, spread evenly over the split.
 
-    Writes `<run_dir>/evaluation.json`, and adds the scores to the model card. On CUDA it computes in bf16 autocast.
+    Writes `<run_dir>/evaluation.json` and adds the scores to the model card. Uses bf16 autocast on CUDA.
 
     Args:
-        config: Names the run by `run_dir` or `run_id`.
-        directory: The export; `<run_dir>/export` by default.
-        dataset: The precached dataset; its held-out files suffice. The run's own by default.
+        config: Identifies the run by `run_dir` or `run_id`.
+        directory: The export; by default, `<run_dir>/export`.
+        dataset: The precached dataset, of which the held-out files suffice; by default, the run's own.
 
     Returns:
         The content of `evaluation.json`: the scores of the task and of its baseline, `headline`, `tokens_per_second`,
-        `sequences` (samples), every sum of `Task.score` that is a number, `sample` (example output), `confusion` (of a
+        `sequences` (samples), every numeric sum of `Task.score`, `sample` (example output), `confusion` (for a
         classification), and the circumstances.
 
     Raises:
@@ -47,7 +47,7 @@ def evaluate(
     from trainer.monitor.report.summary import finite
     from trainer.tasks import tasks
 
-    # Find the export, and score it.
+    # Find the export and score it
     run = TrainedRun.find(config)
     directory = Path(directory) if directory else run.directory / "export"
     if not (directory / FACTS).is_file():
@@ -60,7 +60,7 @@ def evaluate(
     size = config.per_device_train_batch_size
     scores, about = _score(run.config, task, directory, dataset, data["hash"], size)
 
-    # Keep the scores: for the report, on the model card, and on the hub.
+    # Keep the scores for the report, on the model card, and on the hub
     evaluation = {
         **about,
         **scores,
@@ -80,7 +80,7 @@ def evaluate(
 def _score(
     config: TrainingConfig, task: "Task", export: Path, dataset: Path, content: str, size: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The scores of an exported model and its baseline; and sums, speed, examples and circumstances."""
+    """The scores of an exported model and its baseline, with sums, speed, examples and circumstances."""
     import numpy as np
     import torch
 
@@ -89,14 +89,14 @@ def _score(
     from trainer.device import device_of
     from trainer.tasks import scoring
 
-    # Load the model and the held-out data.
+    # Load the model and the held-out data
     manifest, held_out = _held_out(dataset, content)
     device = device_of(config)
     model = task.load(export).to(device)
     shared = scoring.shared_tensors(read_shared(dataset, manifest), device)
     chosen = evenly(len(held_out), config.eval_samples)
 
-    # Score the model and its baseline, and let the model show its output.
+    # Score the model and its baseline, and get example output
     baseline = task.baseline(dataset)
     sums: dict[str, Any] = {}
     seconds, tokens = 0.0, 0
@@ -126,7 +126,7 @@ def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":
     """The dataset's manifest and held-out samples. Its other files may be missing from `directory`.
 
     Raises:
-        ConfigError: The samples are missing or torn, or belong to other data than the model was trained on.
+        ConfigError: The samples are missing or torn, or are not from the data on which the model was trained.
     """
     from trainer.data.dataset import open_split
     from trainer.data.manifest import MANIFEST, parse_manifest
@@ -140,5 +140,5 @@ def _held_out(directory: Path, content: str) -> "tuple[Manifest, Samples]":
     for name, record in manifest.files.items():
         path = directory / name
         if not name.startswith("train-") and (not path.is_file() or path.stat().st_size != record.bytes):
-            raise ConfigError("dataset", directory, f"is not whole: {path.name} is missing or torn")
+            raise ConfigError("dataset", directory, f"is incomplete: {path.name} is missing or torn")
     return manifest, open_split(directory, manifest, "validation")

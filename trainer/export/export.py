@@ -1,7 +1,7 @@
-"""Export: the committed global parameters of a run, as a directory that others can load.
+"""Export: the committed global parameters of a run as a directory that others can load.
 
-`<run_dir>/export/` holds the files of the task (for language models those of `save_pretrained`, and the tokenizer), the
-model card `README.md`, and `training.json`, the facts on the card.
+`<run_dir>/export/` contains the task's files (for language models, those of `save_pretrained` and the tokenizer), the
+model card `README.md`, and `training.json`, the data on the card.
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ __all__ = ["FACTS", "TrainedRun", "export"]
 
 
 def export(config: TrainingConfig, output: Path | str | None = None) -> Path:
-    """Write the newest committed global parameters as a directory, whole or not at all.
+    """Write the newest committed global parameters as a directory, atomically.
 
-    A run that has not finished can be exported too; its card states it. With `hf_upload` the directory is then pushed.
+    An unfinished run can also be exported; its card says so. With `hf_upload`, the directory is then pushed.
 
     `output` is `<run_dir>/export` by default; an existing directory is replaced.
 
     Raises:
-        ConfigError: There is no run, or it has no checkpoint; or HF_TOKEN is missing.
-        TrainingError: The hub has refused.
+        ConfigError: There is no run, it has no checkpoint, or HF_TOKEN is missing.
+        TrainingError: The hub rejects the upload.
     """
     from trainer import models
     from trainer.tasks import tasks
@@ -38,7 +38,7 @@ def export(config: TrainingConfig, output: Path | str | None = None) -> Path:
         facts = facts_of(run, sum(parameter.numel() for parameter in model.parameters()))
         write_json(temporary / FACTS, facts)
         write_text(temporary / "README.md", model_card(facts))
-        for path in temporary.rglob("*"):  # safetensors makes its files readable for the owner only
+        for path in temporary.rglob("*"):  # safetensors makes its files readable only by the owner
             path.chmod(path.stat().st_mode | 0o444)
     push(run.config, directory)
     return directory

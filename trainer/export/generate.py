@@ -1,4 +1,4 @@
-"""Talking to a trained model: `python -m trainer generate SOURCE [INPUT ...]`."""
+"""Using a trained model: `python -m trainer generate SOURCE [INPUT ...]`."""
 
 import sys
 import tempfile
@@ -17,14 +17,14 @@ from trainer.tasks import Generation, Task, tasks
 
 
 def generate(source: Path, inputs: Sequence[str], **options: Any) -> None:
-    """Print what a trained model makes of the inputs; text as it is written. On a GPU if there is one.
+    """Print a trained model's output for the inputs; text as it is generated. Uses a GPU if there is one.
 
     Args:
         source: A run's directory, an export, or a checkpoint of a run.
-        options: The further fields of `Generation`.
+        options: The other fields of `Generation`.
 
     Raises:
-        ConfigError: The source is none of these; an input or an option does not fit.
+        ConfigError: The source is none of these, or an input or option is invalid.
     """
     asked = Generation(tuple(inputs), _print, **options)
     _check(asked)
@@ -43,7 +43,7 @@ def generate(source: Path, inputs: Sequence[str], **options: Any) -> None:
 
 @contextmanager
 def _exported(source: Path) -> Iterator[tuple[Path, Task, Path | None]]:
-    """The export of the source's model, its task, and its dataset if that is on this machine."""
+    """The export of the source's model, its task, and its dataset if available on this machine."""
     if not source.is_dir():
         raise ConfigError("SOURCE", source, "no such directory: name a run's, an export or a checkpoint")
 
@@ -62,7 +62,7 @@ def _exported(source: Path) -> Iterator[tuple[Path, Task, Path | None]]:
             yield directory, _task_of(directory), run.dataset
             return
 
-    # A run or a checkpoint without
+    # A run, or a checkpoint, without one
     from trainer import models
 
     task, model = tasks()[models.resolve(run.config.model).family.task], run.build()
@@ -72,16 +72,16 @@ def _exported(source: Path) -> Iterator[tuple[Path, Task, Path | None]]:
 
 
 def _run_of(source: Path) -> TrainedRun:
-    """The run in a directory; or the run that a checkpoint below its directory is of."""
+    """The run in a directory, or the run to which a checkpoint below its directory belongs."""
     if not (source / "state.json").is_file():
         return TrainedRun.find(TrainingConfig(run_dir=str(source)))
     path = source.resolve()
-    for above in path.parents[2:6]:  # of a pod: <volume>/checkpoints/<run id>/<checkpoint>
+    for above in path.parents[2:6]:  # in a pod: <volume>/checkpoints/<run id>/<checkpoint>
         with suppress(ConfigError):
             run = TrainedRun.find(TrainingConfig(run_dir=str(above)))
             if run.dataset.is_dir():
                 return replace(run, chosen=path)
-    raise ConfigError("SOURCE", source, "is a checkpoint without its run around it: name a run or an export")
+    raise ConfigError("SOURCE", source, "is a checkpoint outside its run's directory: name a run or an export")
 
 
 def _task_of(export: Path) -> Task:

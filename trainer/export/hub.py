@@ -8,19 +8,19 @@ from trainer.errors import ConfigError, TrainingError
 
 
 def check_upload(config: TrainingConfig) -> None:
-    """Raise ConfigError if `hf_upload` is set without HF_TOKEN: before training starts rather than after it."""
+    """Raise ConfigError if `hf_upload` is set without HF_TOKEN, before training starts rather than after it."""
     if config.hf_upload and not os.environ.get("HF_TOKEN"):
         raise ConfigError("hf_upload", config.hf_upload, "needs the environment variable HF_TOKEN")
 
 
 def push(config: TrainingConfig, directory: Path, only: str | None = None) -> None:
-    """Push an export, or `only` one file of it, to the Hugging Face Hub if `hf_upload` is set.
+    """Push an export, or `only` one of its files, to the Hugging Face Hub if `hf_upload` is set.
 
-    A new repository is private.
+    New repositories are private.
 
     Raises:
         ConfigError: HF_TOKEN is missing.
-        TrainingError: The hub refuses, or cannot be reached.
+        TrainingError: The hub rejects the upload or cannot be reached.
     """
     if not config.hf_upload:
         return
@@ -33,6 +33,6 @@ def push(config: TrainingConfig, directory: Path, only: str | None = None) -> No
         hub.create_repo(name, private=True, exist_ok=True)
         message = f"{config.run_id}: {only or 'trained with DiLoCo'}"
         hub.upload_folder(repo_id=name, folder_path=directory, allow_patterns=only, commit_message=message)
-    except Exception as error:  # of any kind: the export itself is intact
+    except Exception as error:  # any kind: the export itself is intact
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(f"the model is in {directory}, but could not be pushed to {name}: {reason}") from error

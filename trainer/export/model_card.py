@@ -1,4 +1,4 @@
-"""The model card: `README.md` of an export, written from the facts in `training.json`."""
+"""The model card: an export's `README.md`, written from the data in `training.json`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ FACTS = "training.json"
 
 
 def facts_of(run: TrainedRun, parameters: int) -> dict[str, Any]:
-    """The content of `training.json`, as JSON values. It names no path of this machine."""
+    """The content of `training.json` as JSON values. It contains no path of this machine."""
     from trainer import models
     from trainer.data.manifest import read_manifest
     from trainer.monitor.report import read_run, summary
@@ -61,7 +61,7 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
     data, scores = facts["data"], scores or {}
     task = tasks()[data["task"]]
 
-    # Metadata for the hub's search and leaderboards.
+    # Metadata for the hub's search and leaderboards
     head: dict[str, Any] = {"library_name": "transformers", "tags": list(dict.fromkeys(["diloco", *facts["tags"]]))}
     if scores:
         result = {
@@ -73,7 +73,7 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
     if task.pipeline_tag:
         head["pipeline_tag"] = task.pipeline_tag
 
-    # Text for people. Users' words go through `text`, so that they are not markup.
+    # Text for people. `text` escapes users' words, so that they are not markup
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, keep_trailing_newline=True
     )
@@ -87,5 +87,5 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
 
 
 def _text(value: object) -> str:
-    """A user's words inside Markdown: on one line, and no markup."""
+    """A user's words inside Markdown, on one line and without markup."""
     return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").replace("`", "'").split())

@@ -1,4 +1,4 @@
-"""A trained run as export and evaluation find it: configuration, checkpoint, dataset and model."""
+"""A trained run for export and evaluation: configuration, checkpoint, dataset and model."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run on this machine, and where its parts are."""
+    """A run on this machine, and the locations of its parts."""
 
     directory: Path
-    config: TrainingConfig  # as its workers recorded it, with the user's present values in the scope "command"
-    volumes: tuple[Volume, ...]  # the workers', in the order of the search
+    config: TrainingConfig  # as recorded by its workers, with the user's current values for the scope "command"
+    volumes: tuple[Volume, ...]  # the workers', in search order
     chosen: Path | None = None  # a checkpoint; None: the newest one
 
     @classmethod
@@ -46,7 +46,7 @@ class TrainedRun:
             except ConfigError as error:  # written by another version, or damaged
                 raise ConfigError("run_dir", directory, f"the recorded configuration cannot be used: {error}") from None
             config = _as_trained(trained, config)
-        # In a pod the run directory is a worker's own volume; on one machine it holds one for each worker.
+        # In a pod, the run directory is a worker's own volume; on one machine, it contains one for each worker
         volumes = tuple(map(Volume.of, (*worker_configs(config), config)))
         if not recorded and not any(checkpoint.paths(volume.checkpoints) for volume in volumes):
             raise no_run(directory)
@@ -68,7 +68,7 @@ class TrainedRun:
 
     @cached_property
     def dataset(self) -> Path:
-        """The directory of the dataset that the run was trained on. Raises ConfigError if it is missing."""
+        """The directory of the dataset on which the run was trained. Raises ConfigError if it is missing."""
         from trainer import data
         from trainer.data.manifest import READY
 
@@ -79,13 +79,13 @@ class TrainedRun:
         raise ConfigError("dataset", self.config.dataset, f"is not in {places[0].parent}: precache it again")
 
     def build(self) -> "torch.nn.Module":
-        """Build the model with the committed global parameters, or their average where the run keeps one.
+        """Build the model with the committed global parameters, or their average if the run keeps one.
 
         The model is on the CPU and in evaluation mode; its buffers are recomputed from the parameters.
 
         Raises:
             ConfigError: The dataset or a checkpoint is missing.
-            TrainingError: The checkpoint is of another model.
+            TrainingError: The checkpoint belongs to another model.
         """
         import torch
 
@@ -93,7 +93,7 @@ class TrainedRun:
         from trainer.data.manifest import read_manifest
         from trainer.tasks import scoring, tasks
 
-        # Build the model as it was before training: parameters that are not trained are in no checkpoint.
+        # Build the model as before training, because parameters that are not trained are in no checkpoint
         manifest = read_manifest(self.dataset)
         if manifest is None:
             raise ConfigError("dataset", self.dataset, "has no manifest: precache it again")
@@ -102,7 +102,7 @@ class TrainedRun:
         model = models.build(place, self.config.seed)
         parameters = self.checkpoint.averaged_parameters()
 
-        # Take over the trained parameters.
+        # Load the trained parameters
         own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if own.keys() != parameters.keys():
             different = sorted(own.keys() ^ parameters.keys())
@@ -111,7 +111,7 @@ class TrainedRun:
             for name, parameter in own.items():
                 parameter.copy_(parameters[name])
 
-        # Recompute buffers, such as the statistics of batch normalisation.
+        # Recompute buffers, such as the statistics of batch normalisation
         model.eval()
         cpu, size = torch.device("cpu"), self.config.per_device_train_batch_size
         with torch.random.fork_rng([]):
@@ -122,7 +122,7 @@ class TrainedRun:
 
 
 def _as_trained(recorded: TrainingConfig, now: TrainingConfig) -> TrainingConfig:
-    """The recorded configuration, with the user's parameters of this command and without the volume's old paths."""
+    """The recorded configuration, with the user's parameters for this command and without the volume's old paths."""
     then, given, default = recorded.to_flat(), now.to_flat(), TrainingConfig().to_flat()
     values = {name: given[name] for name in TrainingConfig.names_in_scope("command")}
     for name in TrainingConfig.names_in_scope("place"):
@@ -131,5 +131,5 @@ def _as_trained(recorded: TrainingConfig, now: TrainingConfig) -> TrainingConfig
         elif Path(then[name]).is_relative_to(then["run_dir"]):
             values[name] = default[name]
         elif name == "checkpoint_path" and Path(then[name]).name == Path(then["run_dir"]).name:
-            values[name] = str(Path(then[name]).parent)  # each worker has its own below the one that was chosen
+            values[name] = str(Path(then[name]).parent)  # each worker has its own below the chosen one
     return recorded.with_values(**values)

@@ -1,1 +1,1 @@
-"""Islands: one worker that consists of the processes of a node (docs/design/islands.md)."""
+"""Islands: a worker that consists of the processes of a node (docs/design/islands.md)."""

@@ -1,4 +1,4 @@
-"""The global state in a node's memory, for the island that follows one whose process has died."""
+"""The global state in a node's memory, for the island that replaces one in which a process died."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ FILE = "state.json"
 
 @dataclass(frozen=True)
 class Kept:
-    """A state that is as its hash says."""
+    """A state that matches its hash."""
 
     round: int
     step: int
@@ -30,10 +30,10 @@ class Kept:
 
 
 class KeptState:
-    """Says where in the node's memory the global state is. Close it, to end its thread.
+    """Records where the global state is in the node's memory. Close it to end its thread.
 
-    Vectors are used again, so a state may be overwritten after it was kept: `find` checks the hash. What an earlier
-    leader has left beside its state is removed at once, to make room.
+    Vectors are reused, so a state may be overwritten after it was recorded; `find` checks the hash. Other files of an
+    earlier leader are removed at once to make room.
     """
 
     def __init__(self, memory: NodeMemory) -> None:
@@ -42,14 +42,14 @@ class KeptState:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash the state")
 
     def keep(self, state: GlobalState, term: int, cursor: Mapping[str, Any]) -> None:
-        """Note the present state; it is hashed on another thread."""
+        """Record the current state. It is hashed on another thread."""
         tensors = state.tensors
         names = {name: self._memory.name_of(tensor)[0] for name, tensor in tensors.items()}
         place = {"round": state.round, "step": state.step, "term": term, "cursor": cursor, "vectors": names}
         self._thread.submit(self._write, place, tensors)
 
     def find(self) -> Kept | None:
-        """The newest state that an earlier leader has left, if it is intact."""
+        """The newest state of an earlier leader, if it is intact."""
         directory, size, found = self._memory.directory, self._memory.size * BYTES, self._found()
         with suppress(OSError, ValueError, KeyError, TypeError):
             paths = {name: directory / vector for name, vector in found["vectors"].items()}
@@ -61,18 +61,18 @@ class KeptState:
         return None
 
     def forget(self, state: GlobalState) -> None:
-        """Remove what earlier leaders have left, and reserve what the next outer step of `state` takes."""
+        """Remove earlier leaders' files, and reserve the memory for the next outer step of `state`."""
         self._memory.forget()
-        self._memory.reserve(len(state.tensors))  # at once: /dev/shm is large enough, or the run does not begin
+        self._memory.reserve(len(state.tensors))  # now, so that the run does not start if /dev/shm is too small
 
     def close(self, *, remove: bool) -> None:
-        """Args: remove: whether no island will follow this one in the run."""
+        """End the thread. `remove`: whether to delete the memory, because no island will follow in the run."""
         if remove:
             self._memory.close()
         self._thread.shutdown()
 
     def _found(self) -> dict[str, Any]:
-        """What an earlier leader has noted; {}: nothing."""
+        """An earlier leader's record; {} if there is none."""
         with suppress(OSError, ValueError):
             return dict(json.loads((self._memory.directory / FILE).read_text()))
         return {}

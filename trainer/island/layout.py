@@ -1,4 +1,4 @@
-"""The parameters of an island as one flat vector: each process copies its own part of it."""
+"""The parameters of an island as one flat vector, of which each process copies its own part."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from trainer.island.processes import Island
 
 
 class IslandLayout(FlatLayout):
-    """A `FlatLayout` in the node's shared memory, constructed by all processes; only the leader's is called.
+    """A `FlatLayout` in the node's shared memory. All processes construct it; only the leader's methods are called.
 
-    With replicas (ddp), the leader's parameters are what is copied out. With shards (fsdp, which cuts each parameter
-    into groups of rows), each process copies its rows out. All copy in. What is copied is complete at the return, so
+    With replicas (ddp), the leader copies its parameters out. With shards (fsdp, which cuts each parameter into groups
+    of rows), each process copies its rows out. All processes copy in. Copies are complete when a method returns, so
     there is nothing to wait for.
 
     Args:
-        model: Its parameters are replicas, or are sharded already.
+        model: Its parameters are replicas or already sharded.
     """
 
     def __init__(self, model: nn.Module, island: Island, memory: NodeMemory) -> None:
@@ -57,11 +57,12 @@ class IslandLayout(FlatLayout):
     def pairs(
         self, flat: Tensor, tensors: Sequence[Tensor | None], start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of a vector, and this process's tensors in their place.
+        """Pairs of a part of a vector and the corresponding part of this process's tensors.
 
         Args:
-            flat: The numbers from `start` to `stop` of the vector.
-            tensors: One for each parameter: it, or another one of its shape that is sharded as it is. None: left out.
+            flat: The elements from `start` to `stop` of the vector.
+            tensors: One for each parameter: the parameter itself, or another tensor with the same shape and sharding.
+                None: left out.
         """
         position, stop = 0, self.size if stop is None else stop
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
@@ -78,13 +79,13 @@ class IslandLayout(FlatLayout):
             position += parameter.numel()
 
     def _first_row(self, parameter: nn.Parameter) -> int:
-        """The first row that this process has of a parameter: sharding cuts it as `torch.chunk` does."""
+        """This process's first row of a parameter. Sharding cuts parameters like `torch.chunk`."""
         if not isinstance(parameter, DTensor):
             return 0
         rows, size = len(parameter), self._island.size
         return min(rows, self._island.rank * -(-rows // size))
 
-    # What the leader calls, and what all do
+    # Commands, which the leader calls and all processes run
 
     def _run(self, command: str, flat: Tensor, section: Section | None) -> None:
         start, stop = (section.start, section.stop) if section else (0, self.size)
@@ -116,11 +117,11 @@ class IslandLayout(FlatLayout):
         return self.pairs(flat, self.parameters, start, stop)
 
     def _together(self) -> None:
-        """Return when all processes have copied their part."""
+        """Wait until all processes have copied their part."""
         self.wait_for_copies()
         self._island.barrier()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor, or the whole if it is not sharded; detached."""
+    """This process's rows of a tensor, or the whole tensor if it is not sharded; detached."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,4 +1,4 @@
-"""Host memory that the processes of a node share: the global state lies in it once."""
+"""Host memory shared by the processes of a node, which contains the global state once."""
 
 import fcntl
 import hashlib
@@ -24,32 +24,32 @@ from trainer.volume import Volume
 
 ROOT = Path("/dev/shm")  # files in memory (tmpfs)
 BYTES = 4  # of a float32
-ABANDONED = 3600.0  # seconds after which a directory without a holder is removed by the next island that finds it
+ABANDONED = 3600.0  # seconds after which the next island removes a directory that no process holds
 
 
 def directory_of(config: TrainingConfig) -> Path:
-    """Where an island of this node, and all its successors in the run, keep their vectors."""
+    """The directory where an island of this node, and its successors in the run, keep their vectors."""
     named = f"{Volume.of(config).root.absolute()} {config.run_id}"
     return ROOT / f"diloco-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
 
 
 def remove(config: TrainingConfig) -> None:
-    """Remove what an island of this node has left, when none will follow it in the run."""
+    """Remove the files of this node's island, when no other will follow it in the run."""
     shutil.rmtree(directory_of(config), ignore_errors=True)
 
 
 class NodeMemory:
-    """Vectors of `size` float32 numbers that all processes of a node map. The leader takes them, by `new`.
+    """Vectors of `size` float32 numbers that all processes of a node map. The leader allocates them with `new`.
 
-    A vector whose last tensor is gone is used again. The files outlive a process that dies, in `directory`: the next
-    leader may read them (`trainer.island.kept`) until it calls `forget`.
+    A vector is reused once its last tensor is gone. The files in `directory` outlive a dead process: the next leader
+    may read them (`trainer.island.kept`) until it calls `forget`.
 
-    The kernel charges shared memory to the control group of the process that touches it first, so each process touches
-    an equal part of a vector when it is made.
+    The kernel charges shared memory to the control group of the process that first touches it, so each process touches
+    an equal part of a new vector.
 
     Args:
         directory: See `directory_of`.
-        island: The processes; None: this one alone.
+        island: The processes; None: only this one.
         pin: Whether to pin the memory, so that copies to and from a GPU do not block.
     """
 
@@ -57,9 +57,9 @@ class NodeMemory:
         self, directory: Path, size: int, *, leads: bool, island: Island | None = None, pin: bool = False
     ) -> None:
         self.directory, self.size, self._island, self._pin = directory, size, island, pin
-        self.life = f"life-{uuid.uuid4().hex[:12]}"  # the folder of this leader's vectors
+        self.life = f"life-{uuid.uuid4().hex[:12]}"  # folder of this leader's vectors
         self._maps: dict[str, np.ndarray] = {}  # by name
-        self._free: list[str] = []  # the leader's; other threads return some
+        self._free: list[str] = []  # in the leader; other threads may append
         self._numbers = itertools.count()
         if island:
             island.on(reserve=self._occupy)
@@ -70,7 +70,7 @@ class NodeMemory:
             _remove_abandoned(directory.parent)
 
     def require(self, vectors: int) -> None:
-        """Raise ConfigError unless there is room for so many vectors, besides what `forget` removes."""
+        """Raise ConfigError unless there is room for this many vectors, not counting what `forget` removes."""
         kept = sum(path.stat().st_size for path in self.directory.glob("life-*/*"))
         need, free = vectors * self._bytes, shutil.disk_usage(self.directory).free + kept
         if need > free:
@@ -80,28 +80,28 @@ class NodeMemory:
             )
 
     def reserve(self, vectors: int) -> None:
-        """Have memory for this number of calls of `new`. The leader calls it, in the thread of `Island.run`.
+        """Reserve memory for this number of calls of `new`. Called by the leader on the thread of `Island.run`.
 
         Raises:
-            TrainingError: There is no memory for them.
+            TrainingError: There is not enough memory.
         """
         if names := [f"{self.life}/{next(self._numbers)}" for _ in range(vectors - len(self._free))]:
             self._make(names)
 
     def new(self) -> Tensor:
-        """A vector of arbitrary numbers. Raises as `reserve`."""
+        """An uninitialised vector. Raises the same errors as `reserve`."""
         self.reserve(1)
         name = self._free.pop()
-        vector = self._map(name)[:]  # an object of its own, which lives as long as a tensor in it does
+        vector = self._map(name)[:]  # a new object, which lives as long as its tensors
         weakref.finalize(vector, self._free.append, name).atexit = False
         return torch.from_numpy(vector)
 
     def has_room(self, vectors: int) -> bool:
-        """Whether `reserve` would find memory for this number of calls."""
+        """Whether `reserve` would succeed for this number of calls."""
         return (vectors - len(self._free)) * self._bytes <= shutil.disk_usage(self.directory).free
 
     def name_of(self, tensor: Tensor) -> tuple[str, int]:
-        """The name of the vector that a tensor of the leader's lies in, and its offset there."""
+        """The name of the vector that contains a tensor of the leader, and the tensor's offset in it."""
         for name, vector in list(self._maps.items()):
             offset = (tensor.data_ptr() - vector.ctypes.data) // BYTES
             if 0 <= offset < self.size:
@@ -109,17 +109,17 @@ class NodeMemory:
         raise ValueError("the tensor is not in the node's shared memory")
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the node's shared memory."""
+        """Whether a tensor is in the node's shared memory."""
         with suppress(ValueError):
             return bool(self.name_of(tensor))
         return False
 
     def at(self, name: str) -> Tensor:
-        """The vector of that name, float32 (size,)."""
+        """The vector with this name, float32 (size,)."""
         return torch.from_numpy(self._map(name))
 
     def forget(self, but: Collection[str] = ()) -> None:
-        """Remove what earlier leaders have left; `but`: names of vectors to keep."""
+        """Remove earlier leaders' files, except the vectors named in `but`."""
         for path in self.directory.glob("life-*/*"):
             name = f"{path.parent.name}/{path.name}"
             if path.parent.name != self.life and name not in but:
@@ -128,17 +128,17 @@ class NodeMemory:
                     path.parent.rmdir()
 
     def close(self) -> None:
-        """Remove all files; what is mapped stays until its tensors are gone."""
+        """Remove all files. Mapped memory stays until its tensors are gone."""
         shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
 
     @property
     def _bytes(self) -> int:
-        """Of a vector."""
+        """Size of a vector in bytes."""
         return max(1, self.size) * BYTES
 
     def _make(self, names: list[str]) -> None:
-        """Make vectors, which are free then."""
+        """Create vectors, which are then free."""
         for name in names:
             with (self.directory / name).open("xb") as file:
                 file.truncate(self._bytes)
@@ -159,17 +159,17 @@ class NodeMemory:
         self._free += names
 
     def _occupy(self, names: list[str]) -> None:
-        """Reserve this process's part of vectors: each has an equal one."""
+        """Reserve this process's equal part of each vector."""
         rank, size = (self._island.rank, self._island.size) if self._island else (0, 1)
         start, stop = (self._bytes * number // size for number in (rank, rank + 1))
-        for name in names:  # without memory a later write would fail, by SIGBUS; the leader sees what is missing
+        for name in names:  # otherwise a later write could fail with SIGBUS; the leader detects missing memory
             with (self.directory / name).open("r+b") as file, suppress(OSError):
                 os.posix_fallocate(file.fileno(), start, stop - start)
         if self._island:
             self._island.barrier()
 
     def _map(self, name: str) -> np.ndarray:
-        """The vector, mapped until this process ends."""
+        """The vector, which stays mapped until this process ends."""
         if name not in self._maps:
             with (self.directory / name).open("r+b") as file:
                 vector = np.frombuffer(mmap.mmap(file.fileno(), self._bytes), dtype=np.float32)
@@ -180,7 +180,7 @@ class NodeMemory:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove the directories of islands whose processes were killed and have not come back."""
+    """Remove the directories of islands whose processes were killed and did not come back."""
     for directory in root.glob("diloco-*"):
         with suppress(OSError):
             if time.time() - directory.stat().st_mtime > ABANDONED:

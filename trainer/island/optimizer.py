@@ -1,4 +1,4 @@
-"""The inner optimizer of an island, as a checkpoint and a joiner know it: whole, whatever the layout."""
+"""The inner optimizer of an island in the form for checkpoints and joiners: unsharded, whatever the layout."""
 
 from typing import Any
 
@@ -13,20 +13,20 @@ from trainer.island.processes import Island
 
 
 class IslandOptimizer:
-    """Saves and restores the state of the processes' optimizers, constructed by all; only the leader's is called.
+    """Saves and restores the processes' optimizers. All processes construct it; only the leader's methods are called.
 
-    The state of a parameter is either a number or has its shape. What is sharded is put together in the node's
-    shared memory, so that no device ever holds all of it.
+    The state of a parameter consists of scalars and tensors of its shape. Sharded tensors are assembled in the node's
+    shared memory, so that no device ever holds all of them.
 
     Args:
-        optimizer: This process's; the same in all.
+        optimizer: This process's optimizer, which is of the same kind in all processes.
     """
 
     def __init__(self, optimizer: Optimizer, layout: IslandLayout, island: Island, memory: NodeMemory) -> None:
         self._optimizer, self._layout, self._island, self._memory = optimizer, layout, island, memory
         self._sharded = any(isinstance(parameter, DTensor) for parameter in layout.parameters)
         numbers = {id(parameter): index for index, parameter in enumerate(self._parameters())}
-        # By position in the vector: the number by which the optimizer's state knows the parameter
+        # By position in the vector: the parameter's number in the optimizer's state
         self._numbers = [numbers[id(parameter)] for parameter in layout.parameters]
         island.on(save_moments=self._save, load_moments=self._load)
 
@@ -35,7 +35,7 @@ class IslandOptimizer:
         return self._optimizer.param_groups
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with whole tensors on the host; those of replicas are the leader's own."""
+        """Like torch's, but with whole tensors on the host. For replicas, they are the leader's own tensors."""
         found = self._optimizer.state_dict()
         if not self._sharded:
             return found
@@ -49,7 +49,7 @@ class IslandOptimizer:
         return {**found, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, whatever layout it was saved with; settings stay this optimizer's own."""
+        """Load a state that was saved with any layout. This optimizer's settings stay."""
         state = state_dict["state"]
         vectors = self._vectors(state)
         for key, flat in vectors.items():
@@ -66,13 +66,13 @@ class IslandOptimizer:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     def _vectors(self, state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
-        """Memory for what has a parameter's shape, by its name in the state."""
+        """Memory for the state's tensors of parameter shape, by their name in the state."""
         keys = sorted({key for values in state.values() for key, value in values.items() if getattr(value, "ndim", 0)})
         self._memory.reserve(len(keys))
         return {key: self._memory.new() for key in keys}
 
     def _places(self, vectors: dict[str, Tensor]) -> dict[str, str]:
-        """By key, the name of the vector in the node's memory."""
+        """The names of the vectors in the node's memory, by key."""
         return {key: self._memory.name_of(vector)[0] for key, vector in vectors.items()}
 
     def _save(self, places: dict[str, str]) -> None:

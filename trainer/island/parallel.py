@@ -1,4 +1,4 @@
-"""How the processes of an island share a model: torch's DistributedDataParallel, or FSDP2, block by block."""
+"""Sharing a model among the processes of an island: torch's DistributedDataParallel, or FSDP2, block by block."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,16 +16,16 @@ from trainer.errors import ConfigError
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """A transformer's layers: the `ModuleList` with the most parameters; none if there is no such list."""
+    """A transformer's layers: the `ModuleList` with the most parameters; empty if there is no such list."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     return list(max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=()))
 
 
 def checkpoint_blocks(model: nn.Module, name: str) -> None:
-    """Let each block keep its inputs only, and compute the rest again in the backward pass.
+    """Make each block keep only its inputs and recompute the rest in the backward pass.
 
     Raises:
-        ConfigError: The model has no blocks; `name` is its.
+        ConfigError: The model has no blocks. `name` is the model's, for the message.
     """
     chosen = blocks(model)
     if not chosen:
@@ -43,13 +43,13 @@ def _checkpointed(forward: Callable[..., Any], *arguments: Any, **named: Any) ->
 def shard(model: nn.Module, device: torch.device, name: str, value: Callable[[Tensor], Tensor] | None = None) -> None:
     """Shard a model over the processes of the island, in place: each block by itself, then the rest.
 
-    The values are the leader's, which makes those on the meta device one tensor at a time. So no device, and no
-    process, ever holds more than its shards, a block, and what is outside of the blocks. Parameters stay float32; on
-    GPUs, blocks compute in bfloat16, and gradients are averaged in float32.
+    The values are the leader's, which creates those on the meta device one tensor at a time. So no device, and no
+    process, ever holds more than its shards, one block, and the parameters outside the blocks. Parameters stay float32;
+    on GPUs, blocks compute in bfloat16, and gradients are averaged in float32.
 
     Args:
-        name: The model's, for the error.
-        value: What a tensor of the leader's on the meta device contains.
+        name: The model's name, for the error message.
+        value: Returns the content of a tensor that is on the meta device in the leader.
 
     Raises:
         ConfigError: The model has no blocks.
@@ -69,7 +69,7 @@ def shard(model: nn.Module, device: torch.device, name: str, value: Callable[[Te
 
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """At the end, give up whole parameters that passes without a backward pass have left: a change makes them stale."""
+    """At the end, free the unsharded parameters that forward-only passes have left, because they may become stale."""
     try:
         yield
     finally:
@@ -79,15 +79,15 @@ def resharding(model: nn.Module) -> Iterator[None]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A result over sharded tensors, such as a norm, as a plain tensor; all processes call this."""
+    """A result over sharded tensors, such as a norm, as a plain tensor. All processes call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _share(module: nn.Module, device: torch.device, value: Callable[[Tensor], Tensor] | None) -> None:
-    """Set the parameters and buffers of a module that are not sharded yet to the leader's, on the device.
+    """Set a module's parameters and buffers that are not sharded yet to the leader's values, on the device.
 
     Args:
-        value: What a tensor on the meta device contains; None: the leader's is to come.
+        value: Returns the content of a tensor on the meta device; None: it comes from the leader.
     """
     made: dict[Tensor, Tensor] = {}  # tied parameters stay tied
     for part in module.modules():

@@ -1,4 +1,4 @@
-"""The processes of an island: who leads, and how the others follow."""
+"""The processes of an island: a leader and its followers."""
 
 import json
 import os
@@ -17,24 +17,24 @@ from trainer.errors import ConfigError, Interrupted, TrainingError, one_line
 from trainer.process import loopback, number_from
 
 END = "end"  # the last command; its value is the exit status
-INLINE = 1016  # bytes of a command that needs one message only
-LENGTH = 8  # bytes of its length
-FOREVER = timedelta(days=365)  # for which a follower waits for a command: the leader may wait for other workers
+INLINE = 1016  # bytes of a command that fits into one message
+LENGTH = 8  # bytes of its length field
+FOREVER = timedelta(days=365)  # a follower's wait for a command, because the leader may wait for other workers
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 T = TypeVar("T")
 
 
 class Island:
-    """The processes of a node that are one worker. Local rank 0 leads; the others do what it tells them.
+    """The processes of a node that form one worker. Local rank 0 leads; the others run its commands.
 
-    What all of them have to do together is registered under a name in each process, in any order (`on`). The leader
-    calls it by `run`, always from its main thread; the others are in `follow`.
+    Commands are registered by name in each process, in any order (`on`). The leader calls them with `run`, always from
+    its main thread; the followers are in `follow`.
 
     Attributes:
-        rank: This process's, from 0.
+        rank: This process's rank, from 0.
         size: Number of processes.
-        device: This process's.
+        device: This process's device.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
@@ -45,10 +45,10 @@ class Island:
     @classmethod
     @contextmanager
     def form(cls, config: TrainingConfig, device: torch.device) -> Iterator["Island"]:
-        """Connect the processes that this node's agent has started. At the end, the followers end with the leader.
+        """Connect the processes started by this node's agent. At the end, the followers end with the leader.
 
         Raises:
-            ConfigError: The agent has started another number of processes.
+            ConfigError: The agent started another number of processes.
             TrainingError: A process is gone.
         """
         rank, size = number_from("LOCAL_RANK"), number_from("LOCAL_WORLD_SIZE") or 1
@@ -83,7 +83,7 @@ class Island:
     def leads(self) -> bool:
         return self.rank == 0
 
-    # What all do together
+    # Commands
 
     def on(self, **handlers: Callable[..., Any]) -> None:
         """Register what this process does for each command."""
@@ -91,20 +91,20 @@ class Island:
         self._handlers |= handlers
 
     def run(self, command: str, **values: Any) -> Any:
-        """Let all processes run a command, at the same time; returns the leader's result.
+        """Run a command in all processes at the same time. Returns the leader's result.
 
         Args:
-            values: The handler's arguments, as JSON has them.
+            values: The handler's arguments: JSON values.
 
         Raises:
-            TrainingError: A process is gone. Else as the leader's handler.
+            TrainingError: A process is gone. Otherwise, whatever the leader's handler raises.
         """
         with lost_processes():
             self._share(json.dumps([command, values]).encode())
             return self._handlers[command](**values)
 
     def follow(self) -> int:
-        """Do what the leader says, until it ends; returns the leader's exit status."""
+        """Run the leader's commands until it ends. Returns the leader's exit status."""
         while True:
             with lost_processes():
                 command, values = json.loads(self._share(None))
@@ -113,12 +113,12 @@ class Island:
                 try:
                     self._handlers[command](**values)
                 except Interrupted:
-                    continue  # all of them were: the leader says what is next
+                    continue  # all of them were: wait for the leader's next command
 
-    # In a handler, called by all processes
+    # For handlers; all processes call these
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the processes, in place, of a tensor on their device."""
+        """Sum a tensor on the processes' device over the processes, in place."""
         dist.all_reduce(values)
         return values
 
@@ -127,11 +127,11 @@ class Island:
         return bool(self._broadcast(torch.tensor([value], dtype=torch.uint8)).item())
 
     def barrier(self) -> None:
-        """Return when all processes are here."""
+        """Wait until all processes have called this."""
         dist.all_reduce(torch.zeros(1), group=self._control)
 
     def collect(self, payload: bytes) -> list[bytes]:
-        """Each process's payload, by rank; empty for the followers."""
+        """Each process's payload, by rank, in the leader; empty in the followers."""
         own = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(payload)]), group=self._control)
@@ -143,16 +143,16 @@ class Island:
         return [] if found is None else [bytes(one.numpy())[: int(n)] for one, n in zip(found, sizes, strict=True)]
 
     def share(self, payload: bytes | None) -> bytes:
-        """The leader's payload, in all processes; the followers' argument is ignored."""
+        """The leader's payload, in all processes. The followers' argument is ignored."""
         return self._share(payload if self.leads else None)
 
     def share_tensors(self, tensors: list[Tensor]) -> None:
-        """Set tensors to the leader's, in place."""
+        """Set tensors to the leader's values, in place."""
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
     def _share(self, payload: bytes | None) -> bytes:
-        # One message for what is short, which is nearly everything
+        # Short payloads, which are nearly all, take one message
         head = torch.zeros(LENGTH + INLINE, dtype=torch.uint8)
         if payload is not None:
             short = payload[:INLINE]
@@ -172,13 +172,13 @@ class Island:
         return tensor
 
     def _end(self, status: int) -> None:
-        """Let the followers end as the leader does, and close all connections."""
-        # After a failure, the followers may be in the middle of something, and would not hear it: they see this process
-        # end. gloo sends nothing before the other end listens.
+        """End the followers with the leader's status, and close all connections."""
+        # After a failure, the followers may be busy and would not receive it, because gloo sends nothing before the
+        # other end listens. They notice that this process ends.
         if self.leads and status != 1:
             with suppress(RuntimeError):  # a follower is gone: the agent ends the others
                 self._share(json.dumps([END, {"status": status}]).encode())
-        if status in (0, 143) and dist.is_initialized():  # else a process may be gone, and nccl would wait for it
+        if status in (0, 143) and dist.is_initialized():  # otherwise a process may be gone, and nccl would wait for it
             dist.destroy_process_group()
 
 
@@ -196,7 +196,7 @@ def lost_processes() -> Iterator[None]:
 
 @contextmanager
 def _over_loopback() -> Iterator[None]:
-    """Let gloo connect through the loopback interface: an island is one machine."""
+    """Make gloo connect through the loopback interface, because an island is on one machine."""
     address, name = loopback(), "GLOO_SOCKET_IFNAME"
     found = (one for one, own in psutil.net_if_addrs().items() if any(a.address == address for a in own))
     before, interface = os.environ.get(name), next(found, None)

@@ -1,1 +1,1 @@
-"""The cluster side: builders of Kubernetes objects for a training, and the steps that apply and follow them."""
+"""Training on a cluster: builders of Kubernetes objects, and the steps that apply and follow them."""

@@ -1,10 +1,10 @@
 """The command of a training's pods: `python -m trainer pod <command> --config FILE`.
 
-A pod sends messages to its step through its log, each as a line with a word and JSON:
+A pod sends messages to its step through its log, each as a line with a keyword and JSON:
 
     metrics {"local_rank": 0, "event": "round", …}   an event of a worker's metrics.jsonl, as it happens
     precached {"hash": …, "train": …}                the dataset on this pod's claim
-    result {"port": 7001}                            the result can be fetched (`trainer.transport.handover`)
+    result {"port": 7001}                            the result is ready to be fetched (`trainer.transport.handover`)
 """
 
 import json
@@ -19,7 +19,7 @@ from trainer.errors import ConfigError, one_line, raise_on_sigterm
 from trainer.timeouts import KubernetesTimeouts
 from trainer.volume import Volume
 
-METRICS, PRECACHED, RESULT = "metrics", "precached", "result"  # the words
+METRICS, PRECACHED, RESULT = "metrics", "precached", "result"  # the keywords
 EVALUATION = "evaluation.json"  # the scores, among a result's files
 
 
@@ -28,18 +28,18 @@ def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0)
 
     Args:
         what: "precache", "train", "held-out", "export" or "evaluate".
-        slot: The slot that a node prefers.
-        port: The port that serves a result; 0: any free one.
+        slot: The node's preferred slot.
+        port: The port on which to serve a result; 0: any free one.
 
     Raises:
-        ConfigError, TrainingError: As the commands that do the same outside of a cluster.
+        ConfigError, TrainingError: Same as the corresponding commands outside a cluster.
         Interrupted: After SIGTERM. An agent (`train`) handles SIGTERM itself once it runs.
     """
     raise_on_sigterm()
     config = load_config(config_file)
 
-    # Divide the cores that the pod may use, and the node has, among its processes: a pod that may use 16 cores of a
-    # node with two would otherwise run 16 threads on these two. torch reads the variable when it is imported.
+    # Divide the usable cores among the pod's processes: on a node with two cores, a pod with a limit of 16 would
+    # otherwise run 16 threads. torch reads the variable when it is imported.
     processes = config.elastic.nproc_per_node if what == "train" else 1
     threads = max(1, min(config.cpu_cores, len(os.sched_getaffinity(0))) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -51,7 +51,7 @@ def run(what: str, config_file: Path, *, slot: int | None = None, port: int = 0)
 
 
 def parse(line: str) -> tuple[str, dict[str, Any]] | None:
-    """The message in a line of a pod's log: its word and content; None for any other line."""
+    """The message in a line of a pod's log: its keyword and content; None for any other line."""
     word, _, rest = line.partition(" ")
     if word not in (METRICS, PRECACHED, RESULT) or not rest.startswith("{"):
         return None
@@ -66,7 +66,7 @@ def _send(word: str, content: Mapping[str, Any]) -> None:
 
 
 def _train(config: TrainingConfig, slot: int | None) -> int:
-    """Run one node's agent, and send its workers' events to the step."""
+    """Run one node's agent and send its workers' events to the step."""
     from trainer.events import EventReader
     from trainer.files import write_json
     from trainer.launch.agent import run_agent, standby, worker_command
@@ -75,7 +75,7 @@ def _train(config: TrainingConfig, slot: int | None) -> int:
     own = Path(config.run_dir) / "config.json"
     write_json(own, config.model_dump(mode="json"))
     command = worker_command(own)
-    starting = standby(config, command)  # before there are threads
+    starting = standby(config, command)  # before any threads exist
     readers = {rank: EventReader(Volume.of(config, rank).metrics, last=0) for rank in range(config.workers_per_node)}
     ended = threading.Event()
     interval = KubernetesTimeouts().echo
@@ -107,7 +107,7 @@ def _precache(config: TrainingConfig) -> int:
 
 
 def _held_out(config: TrainingConfig) -> dict[str, Path]:
-    """The files of the dataset's held-out part, with its manifest and tokenizer, by name."""
+    """The files of the dataset's held-out shard, with its manifest and tokenizer, by name."""
     from trainer import data
     from trainer.data.manifest import MANIFEST, read_manifest
 
@@ -120,10 +120,10 @@ def _held_out(config: TrainingConfig) -> dict[str, Path]:
 
 
 def _export(config: TrainingConfig) -> dict[str, Path]:
-    """Export the model in the layout of `from_pretrained`, and evaluate it. Returns its files by name, and the scores.
+    """Export the model in the layout of `from_pretrained`, and evaluate it. Returns its files and the scores, by name.
 
-    One pod does both: to start another one, with torch in it, takes longer than to evaluate a small model. If the
-    evaluation fails, the result lacks the scores, and the step `evaluate` tries again.
+    One pod does both, because starting another one (with torch) takes longer than evaluating a small model. If the
+    evaluation fails, the result does not contain the scores, and the step `evaluate` tries again.
     """
     from trainer.export.export import TrainedRun, export
 
@@ -133,7 +133,7 @@ def _export(config: TrainingConfig) -> dict[str, Path]:
         raise ConfigError("run_id", config.run_id, allowed)
     directory = export(config)
     try:
-        scores = _evaluate(config)  # adds them to the model card, too
+        scores = _evaluate(config)  # also adds them to the model card
     except Exception as error:
         print(f"warning: the model is exported, but not evaluated: {one_line(error)}", flush=True)
         scores = {}
@@ -141,7 +141,7 @@ def _export(config: TrainingConfig) -> dict[str, Path]:
 
 
 def _evaluate(config: TrainingConfig) -> dict[str, Path]:
-    """Evaluate the model. Returns the scores; the model card with them stays on the claim, and is pushed from there."""
+    """Evaluate the model. Returns the scores. The model card with them stays on the claim and is pushed from there."""
     from trainer.export.evaluate import evaluate
 
     evaluate(config)

@@ -1,1 +1,1 @@
-"""Starts workers: the local launcher, the torchrun agent, its rendezvous backends, and checks before a start."""
+"""Starting workers: the local launcher, the torchrun agent, its rendezvous backends, and checks before a start."""

@@ -1,8 +1,9 @@
-"""Who may join a run: its tokens, and the users of its etcd that stand behind them.
+"""Admission to a run: its tokens, and the etcd users behind them.
 
-A token is a user of etcd that may read one key, until the token expires: the name and the password of another user,
-the *member*, which may read and write the run's keys and nothing else. So a token that has expired lets no further
-machine in, while those that have joined by it train on; revoking it deletes both users, and puts its machines out.
+Each token belongs to an etcd user that may read one key until the token expires. The key holds the name and password of
+a second user, the *member*, which may read and write the run's keys and nothing else. An expired token therefore admits
+no further machines, while those that have joined with it keep training. Revoking a token deletes both users, which also
+shuts out its machines.
 """
 
 import os
@@ -30,27 +31,27 @@ from trainer.process import is_loopback
 from trainer.protocol import PROTOCOL
 from trainer.timeouts import LaunchTimeouts
 
-JOIN_FILE = "join"  # in the run directory, where no terminal shows the line: what another machine types
+JOIN_FILE = "join"  # in the run directory: the command for another machine, if there is no terminal to print it on
 ROOT_PASSWORD = "ETCD_ROOT_PASSWORD"
-_OPEN = "warning: this etcd asks for no password: any machine that reaches it can join, with or without the line"
-GUESTS = "guests/"  # <token>/<host>: which machines have joined by which token
+_OPEN = "warning: this etcd requires no password: any machine that reaches it can join, with or without the command"
+GUESTS = "guests/"  # <token>/<host>: which machines have joined with which token
 
 
 @dataclass(frozen=True)
 class Issued:
-    """A token that has been made and not been revoked."""
+    """A token that has been created and not revoked."""
 
     id: str
-    expires: int | None  # Unix seconds; None: it has expired, and its machines may still be members
-    hosts: tuple[str, ...]  # that have joined by it, as they say
+    expires: int | None  # Unix seconds; None: it has expired, but its machines may still be members
+    hosts: tuple[str, ...]  # self-reported names of the machines that have joined with it
 
 
 class Admission:
-    """Makes, lists and revokes the tokens of a run. A context manager.
+    """Creates, lists and revokes the tokens of a run. A context manager.
 
     Args:
         template: A token of the run without id, expiry and password.
-        root: A client of the run's etcd as its administrator; None: that etcd has no users.
+        root: A client of the run's etcd with root's rights; None: that etcd has no users.
     """
 
     def __init__(self, template: Token, root: Root | None) -> None:
@@ -60,14 +61,14 @@ class Admission:
 
     @classmethod
     def of(cls, config: TrainingConfig, run_dir: Path | None) -> Self:
-        """The admission to a run, from what `launch --listen` has left in its directory, or for an etcd of its own.
+        """The admission to a run, from the files of `launch --listen` in its directory, or for an external etcd.
 
         Raises:
-            ConfigError: That etcd has users, and the environment lacks root's password.
+            ConfigError: The external etcd has users, and root's password is not in the environment.
         """
         listening = Listening.read(run_dir) if run_dir else None
         if listening and config.etcd.ca != str(listening.tls.server):
-            listening = None  # the run has moved to an etcd of its own since
+            listening = None  # the run has moved to an external etcd since
         authority = b""
         if listening is None and config.etcd.ca:
             authority = PEM_cert_to_DER_cert(Path(config.etcd.ca).read_text(encoding="ascii"))
@@ -89,7 +90,7 @@ class Admission:
             prefix = config.elastic.etcd.prefix
             return cls(template, Root(config.etcd.endpoints, prefix, **tls, user=ROOT, password=password))
         if config.etcd.user or _wants_a_user(config):
-            needed = "must be set in the environment: a token needs a user of etcd, which only root makes"
+            needed = "must be set in the environment: a token needs an etcd user, and only root can create one"
             raise ConfigError(ROOT_PASSWORD, "", needed)
         return cls(template, None)
 
@@ -102,11 +103,11 @@ class Admission:
 
     @property
     def is_enforced(self) -> bool:
-        """Whether etcd itself refuses who has no valid token."""
+        """Whether etcd itself rejects machines without a valid token."""
         return self._root is not None
 
     def create(self, ttl: int) -> Token:
-        """A new token, by which machines can join for `ttl` seconds."""
+        """A new token with which machines can join for `ttl` seconds."""
         fresh = replace(self._template, id=secrets.token_hex(4), expires=int(time.time()) + ttl)
         if self._root is None:
             return fresh
@@ -122,7 +123,7 @@ class Admission:
         return token
 
     def list(self) -> list[Issued]:
-        """The tokens, in the order of their ids."""
+        """The tokens, ordered by id."""
         if self._root is None:
             raise ConfigError("etcd.endpoints", ", ".join(self._template.endpoints), "has no users, and so no tokens")
         self.drop_expired()
@@ -133,7 +134,7 @@ class Admission:
         return [Issued(id, found[id], self._hosts(id)) for id in sorted(found)]
 
     def revoke(self, id: str) -> None:
-        """Delete a token's users: it lets no machine in any more, and those that have joined by it are put out.
+        """Delete a token's users: it admits no more machines, and those that have joined with it are shut out.
 
         Raises:
             ConfigError: There is no such token.
@@ -148,7 +149,7 @@ class Admission:
         self._root.remove(f"{self._member}{id}")
 
     def drop_expired(self) -> None:
-        """Delete the users of tokens that have expired; those of machines that have joined by them stay."""
+        """Delete the users of expired tokens; the member users of machines that have joined with them stay."""
         if self._root is None:
             return
         for token in self._issued(self._root.users()):
@@ -158,24 +159,24 @@ class Admission:
                     self._root.remove(f"{self._member}{token.id}")
 
     def _close(self, token: Token) -> None:
-        """Let a token admit no further machine."""
+        """Stop a token from admitting further machines."""
         assert self._root is not None
         self._root.remove(token.user)
         self._root.delete(admission_key(token))
 
     def _hosts(self, id: str) -> tuple[str, ...]:
-        """The machines that have joined by a token."""
+        """The machines that have joined with a token."""
         assert self._root is not None
         return tuple(key.rpartition("/")[2] for key in self._root.list(f"{self._template.run_id}/{GUESTS}{id}/"))
 
     @contextmanager
     def dropping_expired(self, interval: float = LaunchTimeouts.expiry) -> Iterator[None]:
-        """Do so, on a thread, for the duration of the block."""
+        """Call `drop_expired` regularly, on a thread, for the duration of the block."""
         over = threading.Event()
 
         def drop() -> None:
             while not over.wait(interval):
-                with suppress(EtcdError):  # away: the next turn tries again
+                with suppress(EtcdError):  # unreachable: try again next time
                     self.drop_expired()
 
         thread = threading.Thread(target=drop, name="tokens", daemon=True)
@@ -195,18 +196,18 @@ class Admission:
 
 
 def admission_key(token: Token) -> str:
-    """The key, below `elastic.etcd.prefix`, that a token's user may read: user and password of the member."""
-    return f".admissions/{token.run_id}/{token.id}"  # no run id begins with a dot
+    """The key below `elastic.etcd.prefix` that a token's user may read. It holds the member's name and password."""
+    return f".admissions/{token.run_id}/{token.id}"  # run ids never begin with a dot
 
 
 def manage(action: str, config: TrainingConfig, run_dir: Path | None, id: str | None, ttl: int) -> None:
     """Perform `diloco token`: create, list or revoke. Prints the result.
 
     Args:
-        run_dir: By which the run was found; None: by its etcd.
+        run_dir: The run's directory, if the run was found by it; None: it was found by its etcd.
     """
     if run_dir and Listening.read(run_dir) is None and all(map(is_loopback, config.etcd.endpoints)):
-        alone = "its etcd listens on this machine alone: begin it again with --listen ADDRESS"
+        alone = "its etcd listens only on this machine: start it again with --listen ADDRESS"
         raise ConfigError("run_dir", run_dir, alone)
     with Admission.of(config, run_dir) as admission:
         if action == "create":
@@ -218,7 +219,7 @@ def manage(action: str, config: TrainingConfig, run_dir: Path | None, id: str | 
         if action == "revoke":
             admission.revoke(str(id))
             hosts = next(one.hosts for one in issued if one.id == id)
-            print(f"token {id} is revoked" + (f"; {', '.join(hosts)} can train no longer" if hosts else ""), flush=True)
+            print(f"token {id} is revoked" + (f"; {', '.join(hosts)} can no longer train" if hosts else ""), flush=True)
             return
         for one in issued:
             state = f"until {in_words(one.expires)}" if one.expires else "expired"
@@ -227,11 +228,11 @@ def manage(action: str, config: TrainingConfig, run_dir: Path | None, id: str | 
 
 @contextmanager
 def admitting(config: TrainingConfig, run_dir: Path, ttl: int, log: Callable[[str], None] = say) -> Iterator[None]:
-    """Show how other machines join, and let tokens expire for the duration of the block."""
+    """Print how other machines join, and drop expired tokens for the duration of the block."""
     try:
         admission = Admission.of(config, run_dir)
     except ConfigError as error:
-        log(f"other machines join by `diloco token create`: {error}")
+        log(f"`diloco token create` makes the token with which other machines join: {error}")
         yield
         return
     with admission:
@@ -243,19 +244,19 @@ def admitting(config: TrainingConfig, run_dir: Path, ttl: int, log: Callable[[st
 
 
 def _announce(token: Token, run_dir: Path, log: Callable[[str], None], *, enforced: bool) -> None:
-    """Show the line by which another machine joins: on a terminal, or in a file that only the user may read."""
+    """Print the command with which another machine joins on a terminal, or else write it to a file of mode 0600."""
     until = f"until {in_words(token.expires)}"
     if sys.stdout.isatty():
-        log(f"any machine that reaches this one joins the run by this line, {until}:\n\n{token.line}\n")
+        log(f"any machine that reaches this one can join the run with this command, {until}:\n\n{token.line}\n")
     else:
         write_text(run_dir / JOIN_FILE, token.line + "\n", private=True)
-        log(f"the line by which another machine joins, {until}, is in {run_dir / JOIN_FILE} (only you can read it)")
+        log(f"the command with which other machines join, {until}, is in {run_dir / JOIN_FILE} (readable only by you)")
     if not enforced:
         log(_OPEN)
 
 
 def _wants_a_user(config: TrainingConfig) -> bool:
-    """Whether the etcd of a run refuses clients without a user."""
+    """Whether a run's etcd rejects clients without a user."""
     with EtcdClient.of(config) as client:
         try:
             client.get("run")

@@ -1,7 +1,7 @@
 """A torchrun agent that shuts down gracefully: `python -m trainer.launch.agent --config FILE [-- command …]`.
 
-It is torch's `LocalElasticAgent` with the rendezvous `etcd3-diloco`; docs/guide/elastic.md lists the differences to
-torchrun. Exit status: 0 only when the run has succeeded; else the failed worker's 2 or 143, or 1.
+It is torch's `LocalElasticAgent` with the rendezvous `etcd3-diloco`; docs/guide/elastic.md lists the differences from
+torchrun. The exit status is 0 only if the run has succeeded; otherwise it is the failed worker's 2 or 143, or 1.
 """
 
 import argparse
@@ -34,18 +34,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MEMORY_KILLS = 2  # out-of-memory kills after which a worker is not restarted
-_REFUSED = 2  # exit status of a worker whose configuration is refused
-_FINAL = (_REFUSED, 143)  # exit statuses of a worker that a restart does not change
+_REFUSED = 2  # exit status of a worker with an invalid configuration
+_FINAL = (_REFUSED, 143)  # exit statuses of workers for which a restart is pointless
 _KILLED = -signal.SIGKILL
 _VAGUE = re.compile(r"the worker of node \d+ (ended with status \d+|was killed by SIG\w+( \(out of memory\?\))?)")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run the agent; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.launch.agent", description="One node's torchrun agent.")
+    """Parse the command line and run the agent. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.launch.agent", description="Run one node's torchrun agent."
+    )
     parser.add_argument("--config", type=Path, required=True, help="the node's resolved configuration (JSON)")
     parser.add_argument("--slot", type=int, help="the preferred slot")
-    parser.add_argument("command", nargs="*", help="the worker; by default `python -m trainer train --config FILE`")
+    parser.add_argument("command", nargs="*", help="the worker's command [python -m trainer train --config FILE]")
     parsed = parser.parse_args(arguments)
     config = TrainingConfig.from_tree(read_json(parsed.config))
     command = parsed.command or worker_command(parsed.config)
@@ -53,12 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def worker_command(config: Path) -> list[str]:
-    """This package's worker, configured by a file."""
+    """The command of this package's worker with a configuration file."""
     return [sys.executable, "-u", "-m", "trainer", "train", "--config", str(config)]
 
 
 def standby(config: TrainingConfig, command: list[str]) -> Standby | None:
-    """A process from which this node's workers start, if there is to be one. Does not return in workers: see there."""
+    """The standby process from which this node's workers start, if enabled. Does not return in workers (`Standby`)."""
     if not config.standby or not can_start(command):
         return None
     _keep_torch_quiet()
@@ -68,7 +70,7 @@ def standby(config: TrainingConfig, command: list[str]) -> Standby | None:
 
 
 def is_vague(reason: str) -> bool:
-    """Whether a verdict that an agent has written states only that a worker ended, but not why."""
+    """Whether an agent's verdict states only that a worker ended, but not why."""
     return _VAGUE.fullmatch(reason) is not None
 
 
@@ -80,24 +82,24 @@ def run_agent(
     timeouts: LaunchTimeouts = LaunchTimeouts(),
     standby: Standby | None = None,
 ) -> int:
-    """Run this node's workers until they are done; returns the exit status. Needs the main thread (signals).
+    """Run this node's workers until they are done. Returns the exit status. Must run on the main thread (signals).
 
     Args:
-        config: The node's.
-        command: The worker.
-        slot: The preferred one.
+        config: The node's configuration.
+        command: The worker's command.
+        slot: The preferred slot.
         memory: The workers' cgroup; by default this process's.
-        standby: Starts the workers; closed at the end. Without one, each start is a new interpreter's.
+        standby: Starts the workers; closed at the end. Without it, each worker starts a new interpreter.
 
     Raises:
-        TrainingError: The workers need more memory than they may use; or the run cannot be joined.
+        TrainingError: The workers need more memory than they may use, or the run cannot be joined.
     """
     _keep_torch_quiet()
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     def stop(number: int, frame: types.FrameType | None) -> None:
-        # torch installs the same handler when it starts workers; this one serves until then.
+        # torch installs the same handler when it starts workers; this one covers the time before
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
     # Run the workers until they are done, or a signal arrives
@@ -125,8 +127,8 @@ def run_agent(
     finally:
         # Delete this node's keys
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; do not interrupt the clean-up
-        if config.optim_method != "ddp" or status < 128:  # torch's rendezvous closes for all nodes, which may go on
+            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop: do not interrupt the clean-up
+        if config.optim_method != "ddp" or status < 128:  # closing torch's rendezvous would stop the other nodes
             rendezvous.shutdown()
         logs.cleanup()
         if standby is not None:
@@ -139,20 +141,20 @@ def run_agent(
 
 
 def _keep_torch_quiet() -> None:
-    """torch logs at length when a peer is lost. It reads these when it is imported."""
+    """Silence torch's verbose logging about lost peers. torch reads these variables when it is imported."""
     for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):
         os.environ.setdefault(name, "ERROR")
 
 
 def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler":
-    """The rendezvous of the run's agents: elastic nodes or, for the `ddp` baseline, one world of all nodes."""
+    """The rendezvous of the run's agents: of elastic nodes or, for the `ddp` baseline, of one world with all nodes."""
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
     from trainer.launch import etcd3_diloco_rendezvous, etcd3_rendezvous
 
     world, etcd, timeout = config.optim_method == "ddp", config.etcd, config.elastic.rdzv_timeout
     own = {"timeout": timeout, "lease_ttl": config.lease_ttl, "nodes": config.nodes, "slot": slot}
-    # A world of one node needs no address: advertised ones may be a router's, which does not lead back here.
+    # A world of one node needs no advertised address, which may be a router's that does not lead back here
     address = (config.addresses or [local_address(etcd.endpoints[0])])[0] if world else None
     parameters = RendezvousParameters(
         etcd3_rendezvous.BACKEND if world else etcd3_diloco_rendezvous.BACKEND,
@@ -167,11 +169,11 @@ def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler"
     )
     if not world:
         return etcd3_diloco_rendezvous.NodeRendezvous(parameters)
-    os.environ[SLOT_VARIABLE] = str(slot or 0)  # torch numbers the nodes anew in each world
+    os.environ[SLOT_VARIABLE] = str(slot or 0)  # torch renumbers the nodes in each world
     with EtcdClient.of(config) as client:
         rendezvous, entry = etcd3_rendezvous.create(parameters), client.get("rendezvous")
         if entry is not None and not verdict(client).terminal and rendezvous.is_closed():
-            client.delete("rendezvous", entry.revision)  # an earlier attempt at this run has closed it
+            client.delete("rendezvous", entry.revision)  # an earlier attempt at this run closed it
     return rendezvous
 
 
@@ -195,7 +197,7 @@ def _agent(
             if codes:
                 kills.update(codes)
                 if kills.last and kills.count < MEMORY_KILLS and self._remaining_restarts:
-                    log.warning("a worker %s; it is restarted once", kills.reason())
+                    log.warning("a worker %s; restarting it once", kills.reason())
             if any(code in _FINAL for code in codes) or kills.count >= MEMORY_KILLS:
                 self._remaining_restarts = 0
             return result
@@ -214,9 +216,9 @@ def _agent(
 
 
 def _start_workers_from(standby: Standby, command: list[str]) -> None:
-    """Let torch's agent start workers from the standby, and as it always does when that is gone.
+    """Make torch's agent start workers from the standby, or in its usual way when the standby is gone.
 
-    torch has no seam for this: it looks up by this name what starts a process.
+    torch has no hook for this, so the function that it looks up by name is replaced.
     """
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -228,14 +230,14 @@ def _start_workers_from(standby: Standby, command: list[str]) -> None:
         def close(self, death_sig: signal.Signals | None = None) -> None:
             try:
                 super().close(death_sig)
-            except ProcessLookupError:  # it has ended already, or not become a group of its own yet
+            except ProcessLookupError:  # it has already ended, or does not lead its own process group yet
                 self.proc.send_signal(death_sig or signal.SIGTERM)
 
-    api.get_subprocess_handler = Handler  # type: ignore[assignment]  # which is called with all its arguments
+    api.get_subprocess_handler = Handler  # type: ignore[assignment]  # torch passes all arguments
 
 
 def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kills: "_MemoryKills") -> int:
-    """Write the verdict if the run cannot go on without this node's failed workers; returns the exit status."""
+    """Write the verdict if the run cannot continue without this node's failed workers. Returns the exit status."""
     codes = [failure.exitcode for failure in result.failures.values()]
     status = next((code for code in _FINAL if code in codes), 1)
     if status == 143:  # a worker that leaves does not decide about the run
@@ -251,8 +253,8 @@ def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kil
         end = f"ended with status {code}"
     reason = f"the worker of node {node} {end}"
     with EtcdClient.of(config) as client:
-        others = len(client.list("slots/").keys() - {f"slots/{node}"})  # its own may have expired
-        refused = status == _REFUSED and others > 0  # this node does not fit; the others may wait for one that does
+        others = len(client.list("slots/").keys() - {f"slots/{node}"})  # this node's own may have expired
+        refused = status == _REFUSED and others > 0  # this node does not fit, but the others may wait for one that does
         if others < config.min_nodes and not refused:
             finish(client, "failed", reason, node)
         if verdict(client).status == "succeeded":  # the others may have finished without this node
@@ -263,12 +265,12 @@ def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kil
 
 
 class _MemoryKills:
-    """Distinguishes workers that the kernel killed because memory was short from other failures."""
+    """Distinguishes workers that the kernel's out-of-memory killer ended from other failures."""
 
     def __init__(self, cgroup: MemoryCgroup, *, in_pod: bool) -> None:
         self._cgroup, self._in_pod, self._before = cgroup, in_pod, cgroup.kills()
         self.counted = self._before is not None  # whether the kernel counts its kills
-        self.count, self.last = 0, False  # the number of failures with such a kill; whether the last one was one
+        self.count, self.last = 0, False  # number of failures with such a kill; whether the last failure was one
 
     def update(self, exit_codes: list[int]) -> None:
         now = self._cgroup.kills()

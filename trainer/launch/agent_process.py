@@ -12,10 +12,10 @@ _ERROR = re.compile(r"(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)
 
 
 class AgentProcess:
-    """A torchrun agent, which runs `command`, or else this package's training, as configured by the file `config`.
+    """A torchrun agent that runs `command`, by default this package's training, with the configuration file `config`.
 
-    It dies with this process, and its workers with it. Its output is appended to the file `log`. It starts from the
-    standby, if there is one.
+    It dies with this process, and its workers die with it. Its output is appended to the file `log`. It is forked from
+    the standby, if there is one.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class AgentProcess:
         self.node, self.log, self._standby = node, log, standby
         self.restarts = 0  # after the agent was killed
         self.pids: set[int] = set()  # of this process and its predecessors
-        self.leaving = False  # it was asked to leave, so its end is no failure
+        self.leaving = False  # it was asked to leave, so its exit is not a failure
         self._command = [sys.executable, "-m", "trainer.launch.agent", "--config", str(config), "--slot", str(node)]
         if command:
             self._command += ["--", *command]
@@ -50,7 +50,7 @@ class AgentProcess:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it, again if it has ended."""
+        """Start the agent, or restart it if it has ended."""
         started = self._standby.start(self._command, self._environment, self.log) if self._standby else None
         self._process = started or self._spawned()
         self.pids.add(self._process.pid)
@@ -64,21 +64,21 @@ class AgentProcess:
                 stdout=log,
                 stderr=log,
                 env=self._environment,
-                start_new_session=True,  # Ctrl-C reaches `launch` only, which passes it on
+                start_new_session=True,  # Ctrl-C reaches only `launch`, which forwards it
             )
 
     def has_just_ended(self) -> bool:
-        """True once after each end."""
+        """Whether it has ended since the last call."""
         before, self._end_reported = self._end_reported, not self.running
         return self._end_reported and not before
 
     def terminate(self) -> None:
-        """Send SIGTERM if it runs."""
+        """Send SIGTERM if it is running."""
         if self._process is not None:
             self._process.terminate()
 
     def kill(self) -> None:
-        """Kill it if it runs, and wait for its end."""
+        """Kill it if it is running, and wait until it has ended."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

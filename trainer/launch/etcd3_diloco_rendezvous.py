@@ -1,8 +1,8 @@
 """The torchrun backend `etcd3-diloco`: a rendezvous of nodes instead of worlds.
 
-torchrun's elasticity forms one world of all nodes and restarts every worker when a node joins or leaves. Here an agent
-only holds a node lease and one of `max_nodes` slots. Its local workers form a world of their own, and the workers of
-different nodes synchronise through the quorum (`trainer.elastic.member`). Keys: docs/design/protocol.md; settings:
+torchrun forms one world of all nodes and restarts every worker when a node joins or leaves. Here an agent only holds a
+node lease and one of `max_nodes` slots. Its local workers form their own world, and the workers of different nodes
+synchronise through the quorum (`trainer.elastic.member`). Keys: docs/design/protocol.md; settings:
 docs/guide/elastic.md.
 """
 
@@ -39,7 +39,7 @@ BACKEND = "etcd3-diloco"
 
 
 def client_of(parameters: RendezvousParameters) -> EtcdClient:
-    """The client that torchrun's endpoint (`host:port`, several separated by commas) and `--rdzv-conf` describe."""
+    """The client for torchrun's endpoint (comma-separated `host:port`s) and `--rdzv-conf`."""
     return EtcdClient(
         parameters.endpoint.split(","),
         run_prefix(parameters.get("prefix", "/torchelastic"), parameters.run_id),
@@ -63,7 +63,7 @@ class NodeRendezvous(RendezvousHandler):
         self._node = uuid.uuid4().hex
         self._lease: Lease | None = None
         self._store: TCPStore | None = None
-        self.slot: int | None = None  # that this node holds
+        self.slot: int | None = None  # held by this node
 
     def get_backend(self) -> str:
         return BACKEND
@@ -77,13 +77,13 @@ class NodeRendezvous(RendezvousHandler):
 
         Raises:
             RendezvousClosedError: The run is over.
-            RendezvousTimeoutError: `min_nodes` nodes did not come in time.
-            RendezvousConnectionError: etcd is unreachable, or refuses access.
+            RendezvousTimeoutError: `min_nodes` nodes did not arrive in time.
+            RendezvousConnectionError: etcd is unreachable, or denies access.
         """
         try:
             if self.slot is None:
                 self._raise_if_closed()
-            else:  # a restart, which waits for an unreachable etcd
+            else:  # a restart, which waits while etcd is unreachable
                 self._client.wait_for(self._unless_closed(self._revoke_own_members), self._timeout)
             self._take_slot()
             self._wait_for_start()
@@ -113,7 +113,7 @@ class NodeRendezvous(RendezvousHandler):
         return self._run_id
 
     def shutdown(self) -> bool:
-        """Delete this node's keys, and no others."""
+        """Delete this node's keys only."""
         try:
             if self._lease is not None:
                 if self.slot is not None and not self._lease.lost.is_set():
@@ -127,14 +127,14 @@ class NodeRendezvous(RendezvousHandler):
         return True
 
     def _revoke_own_members(self) -> bool:
-        """This node's workers are dead: the others need not wait until their leases expire."""
+        """Revoke the leases of this node's dead workers, so that the others need not wait for them to expire."""
         assert self.slot is not None
         revoke_members(self._client, self.slot)
         return True
 
     def _take_slot(self) -> None:
         """Take one of the slots. If none is free, wait for one as a spare."""
-        if self._lease is not None and self._lease.lost.is_set():  # this process stood still; another has the slot
+        if self._lease is not None and self._lease.lost.is_set():  # this process was stalled and lost its slot
             self._lease.revoke()
             self._lease, self.slot = None, None
         if self.slot is not None:
@@ -155,8 +155,8 @@ class NodeRendezvous(RendezvousHandler):
     def _wait_for_start(self) -> None:
         """Return once the run has started: enough nodes have held a slot at the same time.
 
-        The desired number of nodes starts at once, `min_nodes` only after the last call or the timeout. So a run that
-        can train on one node still starts with all nodes that arrive at about the same time.
+        With the desired number of nodes, the run starts at once; with only `min_nodes`, after the last call or the
+        timeout. So a run that can train on one node still starts with all nodes that arrive at about the same time.
         """
         present, enough_since, deadline = 0, 0.0, time.monotonic() + self._timeout
 

@@ -1,14 +1,14 @@
 """The torchrun backend `etcd3`: torch's own dynamic rendezvous, for any torchrun script, on etcd's v3 API.
 
-All nodes form one world, and a node that joins, leaves or dies restarts every worker, as usual with torchrun; the
+All nodes form one world. As usual with torchrun, every worker restarts when a node joins, leaves or dies, and the
 workers of a killed agent end only with their container. Settings: docs/guide/elastic.md. Keys, below
-`{prefix}/{run id}/`, each under a lease of the agent that wrote it last:
+`{prefix}/{run id}/`, each under the lease of the agent that wrote it last:
 
 rendezvous           {state}          torch's `_RendezvousState`; every change is a compare-and-swap on its mod_revision
 store/<key>          {value, write}   messages between agents at the start and end of a round
 
-The state is torch's pickle, the only one that this project puts into etcd (as base64 in a JSON string): write access to
-its key lets a process run code in the agents.
+The state is torch's pickle, as base64 in a JSON string. It is the only pickle that this project puts into etcd: a
+process with write access to its key can run code in the agents.
 """
 
 import os
@@ -45,7 +45,7 @@ def create(parameters: RendezvousParameters) -> RendezvousHandler:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     etcd = _Etcd(parameters)
     if not parameters.local_addr:
-        # Other nodes often cannot resolve a container's name, but can reach the address that etcd sees.
+        # Other nodes often cannot resolve a container's name, but can reach its address as seen by etcd
         try:
             address = local_address(parameters.endpoint.partition(",")[0])
         except EtcdError as error:
@@ -56,7 +56,7 @@ def create(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 class EtcdBackend(RendezvousBackend):
-    """Holds the rendezvous state in one key. See `torch.distributed.elastic.rendezvous.dynamic_rendezvous`."""
+    """Keeps the rendezvous state in one key. See `torch.distributed.elastic.rendezvous.dynamic_rendezvous`."""
 
     def __init__(self, etcd: "_Etcd") -> None:
         self._etcd = etcd
@@ -70,10 +70,10 @@ class EtcdBackend(RendezvousBackend):
         return _state(self._etcd.ask(lambda client: client.get("rendezvous")))
 
     def set_state(self, state: bytes, token: int | None = None) -> tuple[bytes, int, bool] | None:
-        """Compare and swap; returns the resulting state, its token, and whether `state` was written."""
+        """Compare and swap. Returns the resulting state, its token, and whether `state` was written."""
         value = {"state": _encode(state)}
-        # After a lost answer, the second attempt may find the key changed by the first. It then fails, but returns our
-        # own state, from which torch continues.
+        # If the answer to the first attempt is lost, the second may find the key already changed by it. Then it fails,
+        # but returns our own state, with which torch continues.
         won, entry = self._etcd.ask(lambda client: client.swap("rendezvous", value, token, self._etcd.lease()))
         found = _state(entry)
         return (*found, won) if found else None
@@ -82,7 +82,7 @@ class EtcdBackend(RendezvousBackend):
 class EtcdStore(Store):
     """A c10d store in etcd, for messages between the agents of a round. Workers do not use it.
 
-    Every method may raise RendezvousConnectionError: etcd is unreachable, or refuses access.
+    Every method raises RendezvousConnectionError if etcd is unreachable or denies access.
     """
 
     def __init__(self, etcd: "_Etcd", timeout: timedelta) -> None:
@@ -95,15 +95,15 @@ class EtcdStore(Store):
         self._etcd.ask(lambda client: client.put(f"store/{key}", written, self._etcd.lease()))
 
     def get(self, key: str) -> bytes:
-        """Wait for a key and read it; raises DistStoreError if it does not arrive in time."""
+        """Wait for a key and read it. Raises DistStoreError if it does not arrive in time."""
         self.wait([key])
         entry = self._etcd.ask(lambda client: client.get(f"store/{key}"))
         if entry is None:
-            raise DistStoreError(f"{key} has been deleted")
+            raise DistStoreError(f"{key} was deleted")
         return b64decode(entry.value["value"])
 
     def add(self, key: str, value: int) -> int:
-        """Add to a counter, atomically; returns the sum."""
+        """Add to a counter atomically. Returns the sum."""
         while True:
             entry = self._etcd.ask(lambda client: client.get(f"store/{key}"))
             total = value + (int(b64decode(entry.value["value"])) if entry else 0)
@@ -120,14 +120,14 @@ class EtcdStore(Store):
         return self._etcd.ask(lambda client: _all_exist(client, keys))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Wait until all keys exist; raises DistStoreError if they do not in time."""
+        """Wait until all keys exist. Raises DistStoreError if they do not arrive in time."""
         limit = (timeout or self.timeout).total_seconds()  # type: ignore[attr-defined]
         if not self._etcd.ask(lambda client: client.wait_for(lambda: _all_exist(client, keys), limit, "store/")):
             raise DistStoreError(f"{', '.join(keys)} did not arrive within {limit:.0f} s")
 
 
 class _Etcd:
-    """The client, with torch's exceptions, retries during an outage, and this agent's lease."""
+    """The etcd client with torch's exceptions, retries during outages, and this agent's lease."""
 
     def __init__(self, parameters: RendezvousParameters, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
         self._client = client_of(parameters)
@@ -141,7 +141,7 @@ class _Etcd:
         self._lease, self._refreshed, self._reached = 0, 0.0, False
 
     def ask(self, operation: Callable[[EtcdClient], T]) -> T:
-        """Run an operation. An etcd that was reachable before is waited for."""
+        """Run an operation. Retries if etcd was reachable before."""
         try:
             result = self._retrying(operation, self._client)
         except EtcdError as error:
@@ -150,7 +150,7 @@ class _Etcd:
         return result
 
     def lease(self) -> int:
-        """This agent's lease. Agents write every few seconds, which keeps it alive until the last one ends."""
+        """This agent's lease. An agent writes every few seconds, which keeps the lease alive until it ends."""
         now = time.monotonic()
         if not self._lease or now - self._refreshed > self._ttl / 3:
             if not self._lease or not self._client.refresh(self._lease):
@@ -164,7 +164,7 @@ def _all_exist(client: EtcdClient, keys: list[str]) -> bool:
 
 
 def _written(value: bytes) -> dict[str, str]:
-    """A value of the store, with an id by which its writer recognises it."""
+    """A value of the store with an id by which its writer recognises it."""
     return {"value": _encode(value), "write": uuid.uuid4().hex}
 
 

@@ -1,7 +1,7 @@
 """torchrun's entry points (group `torchrun.handlers`): the backends `etcd3` and `etcd3-diloco`.
 
-torch loads them while it imports its own rendezvous package, which the backends import, too. A backend is therefore
-imported only when it is used; otherwise importing a backend first would leave it out of torch's registry.
+torch loads them while it imports its own rendezvous package, which the backends also import. A backend is therefore
+imported only when it is used; a backend that is imported first would be missing from torch's registry.
 """
 
 import importlib
@@ -15,12 +15,12 @@ Create = Callable[["RendezvousParameters"], "RendezvousHandler"]
 
 
 def etcd3() -> Create:
-    """torch's dynamic rendezvous with its state and store in etcd."""
+    """Create torch's dynamic rendezvous with its state and store in etcd."""
     return _lazy("etcd3_rendezvous", "create")
 
 
 def etcd3_diloco() -> Create:
-    """A rendezvous of nodes instead of worlds."""
+    """Create a rendezvous of nodes instead of worlds."""
     return _lazy("etcd3_diloco_rendezvous", "NodeRendezvous")
 
 

@@ -1,4 +1,4 @@
-"""`diloco join`: from a token to a machine that trains in the run."""
+"""`diloco join`: take part in a run with nothing but a token."""
 
 import os
 import socket
@@ -30,14 +30,14 @@ _ETCD = ("run_id", "elastic_etcd_prefix", "etcd_endpoints", "etcd_ca", "etcd_cer
 
 
 def join(token: Token, given: TrainingConfig, timeouts: LaunchTimeouts = LaunchTimeouts()) -> int:
-    """Take part in a run until it is complete; returns the exit status. Needs the main thread (signals).
+    """Take part in a run until it is complete. Returns the exit status. Must run on the main thread (signals).
 
     Args:
-        given: The parameters of this machine (`nodes`, `device`, addresses, …); all others are the run's.
+        given: This machine's own parameters (`nodes`, `device`, addresses, …); all others come from the run.
 
     Raises:
-        ConfigError: The token does not let this machine in, or a parameter does not fit the run.
-        TrainingError: Dataset or model cannot be had; the run has failed.
+        ConfigError: The token does not admit this machine, or a parameter does not fit the run.
+        TrainingError: The dataset or the model cannot be obtained, or the run has failed.
     """
     run_dir = Path(given.run_dir) if given.run_dir else directory_for(token)
     secrets = run_dir.absolute() / SECRETS
@@ -46,7 +46,7 @@ def join(token: Token, given: TrainingConfig, timeouts: LaunchTimeouts = LaunchT
         require_current(token, PROTOCOL)
     require_writable(run_dir, "run_dir")
 
-    # Become a member of the run's etcd
+    # Become a user of the run's etcd
     try:
         own = _connected(token, given, secrets, timeouts)
         user = user or _admitted(token, own, secrets)
@@ -56,13 +56,13 @@ def join(token: Token, given: TrainingConfig, timeouts: LaunchTimeouts = LaunchT
             # Take the configuration from the run
             result = keys.verdict(client)
             if result.status == "succeeded":
-                print(f"run {token.run_id} is complete already", flush=True)
+                print(f"run {token.run_id} is already complete", flush=True)
                 return 0
             if result.terminal:
                 raise ConfigError("token", "…", f"is for run {token.run_id}: {result}")
             limit = timeouts.begin
             if not client.wait_for(lambda: client.get("config") is not None, limit, "config"):
-                raise ConfigError("token", "…", f"run {token.run_id} has not begun within {limit:.0f} s")
+                raise ConfigError("token", "…", f"run {token.run_id} did not start within {limit:.0f} s")
             config = _configuration(client, given, own, user, run_dir)
             # Get the dataset and the model
             preflight.check(config, joins=True)
@@ -76,7 +76,7 @@ def join(token: Token, given: TrainingConfig, timeouts: LaunchTimeouts = LaunchT
 def _configuration(
     client: EtcdClient, given: TrainingConfig, own: TrainingConfig, user: str, run_dir: Path
 ) -> TrainingConfig:
-    """The run's configuration with what belongs to this machine."""
+    """The run's configuration with this machine's own parameters."""
     values = {"run_dir": str(run_dir.absolute()), "etcd_user": user}
     names = given.given()
     if "device" not in names:
@@ -85,13 +85,13 @@ def _configuration(
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if "nodes" not in names:
         values["nodes"] = "1"
-    # Only what was given counts as this machine's own
+    # Only given parameters count as this machine's own
     flat = {**names, **{name: own.to_flat()[name] for name in _ETCD}, **values}
     return keys.joined(client, TrainingConfig.from_flat(flat)).resolved()
 
 
 def directory_for(token: Token) -> Path:
-    """The run directory: `runs/<run id>`, unless another launch of the run uses that one (two machines on one disk)."""
+    """The run directory: `runs/<run id>`, or another one if a launch on a shared disk already uses that."""
     number = 1
     while True:
         directory = Path("runs") / (token.run_id if number == 1 else f"{token.run_id}-{number}")
@@ -102,7 +102,7 @@ def directory_for(token: Token) -> Path:
 
 
 def _is_locked(run_dir: Path) -> bool:
-    """Whether a launch uses the run directory."""
+    """Whether a launch is using the run directory."""
     try:
         with locked(run_dir):
             return False
@@ -113,7 +113,7 @@ def _is_locked(run_dir: Path) -> bool:
 
 
 def _known_user(secrets: Path, token: Token) -> str | None:
-    """The user that the token has given to this machine before."""
+    """The etcd user that this machine received from the token earlier, if any."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = read_json(secrets / _MEMBER)
         if kept["token"] == token.id:
@@ -122,7 +122,7 @@ def _known_user(secrets: Path, token: Token) -> str | None:
 
 
 def _connected(token: Token, given: TrainingConfig, secrets: Path, timeouts: LaunchTimeouts) -> TrainingConfig:
-    """The configuration with the address of etcd that answers, and the files to talk to it."""
+    """The configuration with an etcd address that answers, and the files for connecting to it."""
     answering, reasons = "", []
     for endpoint in token.endpoints:
         try:
@@ -134,7 +134,7 @@ def _connected(token: Token, given: TrainingConfig, secrets: Path, timeouts: Lau
         break
     else:
         tried = ", ".join(reasons)
-        advice = "is the run there still going on, and may this machine reach the port?"
+        advice = "is the run still running there, and can this machine reach the port?"
         raise ConfigError("token", "…", f"none of its addresses answers: {tried}: {advice}")
     secrets.mkdir(mode=0o700, parents=True, exist_ok=True)
     tls, files = Tls(secrets), {}
@@ -147,12 +147,12 @@ def _connected(token: Token, given: TrainingConfig, secrets: Path, timeouts: Lau
             write_text(tls.server, DER_cert_to_PEM_cert(token.authority), private=True)
             files = {"etcd_ca": tls.server}
     except OSError as error:
-        raise ConfigError("token", "…", f"what answers at {answering} is not the run's etcd: {error}") from None
+        raise ConfigError("token", "…", f"the server at {answering} is not the run's etcd: {error}") from None
     except ValueError as error:
-        raise ConfigError("token", "…", f"{error}: something between the machines may read along") from None
+        raise ConfigError("token", "…", f"{error}: the connection may be intercepted") from None
     finally:
         connection.close()
-    # All addresses of `launch --listen` lead to the same etcd; other etcds may have several members
+    # All addresses of `launch --listen` lead to one etcd member; an external etcd may have several
     endpoints = [answering] if token.fingerprint else sorted(token.endpoints, key=lambda one: one != answering)
     return given.with_values(
         etcd_endpoints=endpoints,
@@ -163,7 +163,7 @@ def _connected(token: Token, given: TrainingConfig, secrets: Path, timeouts: Lau
 
 
 def _admitted(token: Token, config: TrainingConfig, secrets: Path) -> str:
-    """Exchange the token for the user by which this machine is a member; its password is kept in a file."""
+    """Exchange the token for this machine's member user, whose password is kept in a file."""
     user, password = "", ""
     if token.password:
         tls = config.etcd.model_dump(include={"ca", "cert", "key"})
@@ -178,7 +178,7 @@ def _admitted(token: Token, config: TrainingConfig, secrets: Path) -> str:
 
 
 def _explained(error: EtcdError, token: Token) -> str:
-    """Why etcd does not let this machine in."""
+    """Why etcd does not admit this machine."""
     if error.kind in ("credentials", "permission"):
-        return f"has expired or was revoked: `diloco token create` makes a new one where run {token.run_id} began"
+        return f"has expired or was revoked: create a new one where run {token.run_id} started (`diloco token create`)"
     return str(error)

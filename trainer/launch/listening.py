@@ -1,6 +1,6 @@
 """The etcd of `launch --listen`: at an address that other machines reach, with TLS and users.
 
-What it needs is made once and kept in `<run dir>/secrets/`, which only the user may read, so that tokens and members
+Its secrets are created once and kept in `<run dir>/secrets/`, which only the user may read, so that tokens and members
 outlive a launch.
 """
 
@@ -28,7 +28,7 @@ from trainer.monitor.find_run import PASSWORD, SECRETS
 from trainer.process import address_of, endpoint_of, is_loopback, is_own
 
 _FILE = "listen.json"
-_OWNER = "launch"  # etcd's user of the workers on this machine, and of `status` and `scale`
+_OWNER = "launch"  # the etcd user of this machine's workers, and of `status` and `scale`
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Listening:
     """Where the etcd listens, and its secrets."""
 
     directory: Path
-    hosts: tuple[str, ...]  # as the user names them, and the address of a name
+    hosts: tuple[str, ...]  # as given by the user; a name is followed by its address
     port: int  # 0: any
     door: bytes
     root: str  # password of etcd's root
@@ -53,13 +53,13 @@ class Listening:
 
     @classmethod
     def of(cls, config: TrainingConfig, run_dir: Path, address: str) -> "Listening | None":
-        """For a launch: at `address`, or where an earlier one has listened; None: it starts no etcd that listens.
+        """Where a launch listens: at `address`, or where an earlier launch did; None if it does not listen.
 
         Raises:
-            ConfigError: No other machine can reach this one there, or the run cannot be joined.
+            ConfigError: Other machines cannot reach this one there, or the run cannot be joined.
         """
         if address and config.optim_method == "ddp":
-            allowed = "cannot be combined with optim_method = 'ddp': torch lets its nodes run code on each other"
+            allowed = "cannot be combined with optim_method = 'ddp', in which torch lets nodes run code on each other"
             raise ConfigError("--listen", address, allowed)
         if config.etcd.endpoints:
             if address:
@@ -69,7 +69,7 @@ class Listening:
 
     @classmethod
     def read(cls, run_dir: Path) -> "Listening | None":
-        """What an earlier launch has left; None if it did not listen."""
+        """The files of an earlier launch; None if it did not listen."""
         directory = run_dir.absolute() / SECRETS
         try:
             kept = read_json(directory / _FILE)
@@ -82,10 +82,10 @@ class Listening:
 
     @classmethod
     def _at(cls, run_dir: Path, address: str) -> "Listening":
-        """To listen at `address` (host, host:port), with the secrets of earlier launches if there are any.
+        """Listen at `address` (host, host:port), with the secrets of earlier launches if there are any.
 
         Raises:
-            ConfigError: No other machine can reach this one at the address.
+            ConfigError: Other machines cannot reach this one at the address.
         """
         hosts, port = _parsed(address)
         directory, before = run_dir.absolute() / SECRETS, cls.read(run_dir)
@@ -103,12 +103,12 @@ class Listening:
 
     @contextmanager
     def etcd(self, config: TrainingConfig, run_dir: Path) -> Iterator[tuple[EmbeddedEtcd, TrainingConfig]]:
-        """Run the etcd for the duration of the block; also yields the configuration of the run's nodes here.
+        """Run the etcd for the duration of the block. Also yields the configuration of the run's local nodes.
 
-        Child processes find the password of their user in the environment.
+        Child processes get their user's password from the environment.
 
         Raises:
-            ConfigError: The port is taken: the message of an error about `port`.
+            ConfigError: The port is taken.
         """
         self.save()
         self.tls.make_server(self.hosts)
@@ -130,22 +130,23 @@ class Listening:
 
 
 def outlast_others(client: EtcdClient, config: TrainingConfig) -> None:
-    """Keep etcd until the other machines of a run that is over have ended: a slow one evaluates its share for long."""
+    """Keep etcd running until the other machines of a finished run have ended: a slow one may still be evaluating."""
     with suppress(EtcdError):
         if keys.verdict(client).terminal and (others := client.list("slots/")):
-            print(f"keeping etcd until the other nodes of the run have ended: {len(others)}", flush=True)
+            print(f"keeping etcd until the run's other nodes have ended: {len(others)}", flush=True)
             client.wait_for(lambda: not client.list("slots/"), config.etcd_outage_limit, "slots/")
 
 
 def hosts_of(address: str) -> tuple[str, ...]:
-    """The names and addresses of this machine in `--listen`. Raises ConfigError if others could not reach it there."""
+    """The hosts in `--listen`. Raises ConfigError if other machines could not reach this one there."""
     return _parsed(address)[0]
 
 
 def advertised(hosts: Sequence[str]) -> str:
     """The `advertise_address` of a machine that others reach at these hosts.
 
-    If they are a NAT's, the machine's own address is added: that of workers for each other, as few NATs lead back.
+    If the hosts belong to a NAT, the machine's own address is added for its workers among themselves, because few NATs
+    route back.
     """
     own = []
     if not is_own(outside := address_of(hosts[-1])):
@@ -155,10 +156,10 @@ def advertised(hosts: Sequence[str]) -> str:
 
 
 def to_forward(config: TrainingConfig, etcd: str) -> str:
-    """What has to lead to this machine, as a sentence, if it lacks an address at which it is to be reached; else "".
+    """Which ports must be forwarded to this machine, as a sentence, if it lacks an advertised address; else "".
 
     Args:
-        etcd: host:port of the etcd here, as other machines reach it; empty: it is elsewhere.
+        etcd: host:port of the local etcd, as other machines reach it; empty: etcd runs elsewhere.
     """
     for host in config.addresses:
         with suppress(OSError):
@@ -167,25 +168,25 @@ def to_forward(config: TrainingConfig, etcd: str) -> str:
                 ports.append(
                     f"{config.port_range} (workers)" if config.port_range else "any (workers; see --port-range)"
                 )
-                has = f"{host} is no address of this machine: what has it (a router, a cloud) must pass on to here"
+                has = f"{host} is not an address of this machine: its router or cloud must forward to this machine"
                 return f"{has}, unchanged, the TCP ports {' and '.join(ports)}"
     return ""
 
 
 def _require_reachable(config: TrainingConfig, address: str) -> None:
-    """Raise ConfigError unless other machines reach an etcd of the run's own, and this machine at `address`."""
+    """Raise ConfigError unless other machines can reach the run's external etcd, and this machine at `address`."""
     hosts, port = _parsed(address)
     endpoints = ", ".join(config.etcd.endpoints)
     if port:
         raise ConfigError("--listen", address, f"must have no port: the etcd at {endpoints} has its own")
     here = any(is_loopback(endpoint_of(host, port)) for host in hosts)
     if not here and all(map(is_loopback, config.etcd.endpoints)):
-        meant = "means another machine on each machine: name the address at which the others reach that etcd"
+        meant = "refers to a different machine on each machine: give the address at which the others reach that etcd"
         raise ConfigError("etcd.endpoints", endpoints, meant)
 
 
 def _parsed(address: str) -> tuple[tuple[str, ...], int]:
-    """The hosts and the port (0: none is given) of `--listen`."""
+    """The hosts and the port of `--listen` (0: no port given)."""
 
     def refused(reason: str) -> ConfigError:
         return ConfigError("--listen", address, reason)
@@ -204,16 +205,16 @@ def _parsed(address: str) -> tuple[tuple[str, ...], int]:
         known = [one.address for ones in psutil.net_if_addrs().values() for one in ones if _reachable(one.address)]
         raise refused(f"must be the address at which other machines reach this one, such as {', '.join(known)}")
     if own.is_link_local and own.version == 6:
-        raise refused("must not be a link-local address, which means another machine on each machine")
+        raise refused("must not be a link-local address, which refers to a different machine on each machine")
     if _is_address(host):
         return (str(own),), int(text)
     if own.is_loopback and host != "localhost":
-        raise refused(f"is {own} here, which other machines do not reach: name an address")
+        raise refused(f"is {own} here, which other machines cannot reach: give an address")
     return (host, str(own)), int(text)
 
 
 def _reachable(text: str) -> bool:
-    """Whether text is an IP address that other machines may reach."""
+    """Whether text is an IP address that other machines may be able to reach."""
     return _is_address(text) and not (own := ipaddress.ip_address(text)).is_loopback and not own.is_link_local
 
 

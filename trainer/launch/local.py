@@ -1,4 +1,4 @@
-"""`python -m trainer launch`: a whole run on this machine: an etcd, one torchrun agent per node, a dashboard."""
+"""`python -m trainer launch`: a whole run on this machine: an etcd, one torchrun agent per node, and a dashboard."""
 
 import os
 import signal
@@ -48,19 +48,19 @@ def launch(
     dashboard: str | None = None,
     log: Callable[[str], None] = say,
 ) -> int:
-    """Run `config.nodes` nodes on this machine until the run is complete. Needs the main thread (signals).
+    """Run `config.nodes` nodes on this machine until the run is complete. Must run on the main thread (signals).
 
     On SIGTERM or Ctrl-C the workers save and leave; a second signal kills them.
 
     Args:
-        config: The run's. It resumes if its run id has checkpoints.
-        command: The worker; None for this package's training.
+        config: The run's configuration. The run resumes if its run id has checkpoints.
+        command: The worker's command; None for this package's training.
         listen: Address (host, host:port) at which other machines reach the run's etcd and workers; empty: that of an
-            earlier launch of the run, if there was one. With `etcd.endpoints`, only workers are there.
-        ttl: For how long the line that it prints lets other machines join, in seconds.
-        joins: The run has begun elsewhere, and this machine is one of several.
-        dashboard: Where to serve the run's live page, as host:port; None: nowhere.
-        log: Prints a line, unless standard output is a terminal.
+            earlier launch of the run, if there was one. With `etcd.endpoints`, it is for the workers only.
+        ttl: For how long the printed token is valid, in seconds.
+        joins: Whether the run started elsewhere, and this machine is one of several.
+        dashboard: host:port at which to serve the run's live page; None: do not serve it.
+        log: Prints a line if standard output is not a terminal.
 
     Returns:
         0: the run is complete.
@@ -81,7 +81,7 @@ def launch(
         preflight.check_network(config)
     elif any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in worker_configs(config)):
         # One worker's final checkpoint suffices: it is written only when all have reached the end
-        log(f"run {config.run_id} is complete already: {run_dir}")
+        log(f"run {config.run_id} is already complete: {run_dir}")
         return 0
     else:
         preflight.check(config, precached=True)
@@ -104,12 +104,12 @@ def launch(
             config = config.with_values(etcd_endpoints=[etcd.endpoint])
         client = resources.enter_context(EtcdClient.of(config))
         if etcd is None and keys.verdict(client).status == "succeeded":
-            log(f"run {config.run_id} is complete already, on other machines")
+            log(f"run {config.run_id} is already complete, on other machines")
             return 0
         if not joins:
             _reset(client, etcd, listening)
         write_json(run_dir / LAUNCHED, config.model_dump(mode="json"))  # `status` and `scale` find the run by it
-        # Let other machines in
+        # Admit other machines
         if command is None and (listening or etcd is None):
             keys.record_config(client, config)
             resources.enter_context(Sharing(client, config, lambda reason: log(f"warning: {reason}")))
@@ -125,7 +125,7 @@ def launch(
 
 
 def _resolved(config: TrainingConfig, listen: str) -> tuple[TrainingConfig, Listening | None]:
-    """The configuration without open ends, and where the launch listens. Raises ConfigError."""
+    """The completed configuration, and where the launch listens. Raises ConfigError."""
     config = config.resolved()
     run_dir = Path(config.run_dir).absolute()
     config = config.with_values(run_dir=str(run_dir))
@@ -139,12 +139,12 @@ def _resolved(config: TrainingConfig, listen: str) -> tuple[TrainingConfig, List
 
 
 def _reset(client: EtcdClient, etcd: EmbeddedEtcd | None, listening: Listening | None) -> None:
-    """Remove from etcd what a previous launch has left, and open the run."""
+    """Remove a previous launch's keys from etcd, and open the run."""
     if listening:
         keys.free_dead_slots(client)
     if etcd is not None and not (listening and client.list("slots/")):
-        keys.forget_processes(client)  # only this run uses it, so its live keys belong to dead processes
-    if not client.list("slots/"):  # else another launch of the run may be meant
+        keys.forget_processes(client)  # only this run uses this etcd, so its live keys belong to dead processes
+    if not client.list("slots/"):  # otherwise they may concern another launch of the run
         client.delete(DESIRED)
     keys.reopen(client)
 
@@ -169,10 +169,10 @@ class _Run:
         self._agents: list[AgentProcess] = []
         self._progress: list[WorkerProgress] = []
         self._dashboard = Dashboard(config.total_steps)
-        self._standby: Standby | None = None  # of the agents
-        self._lost: list[str] = []  # workers that have failed finally, while the others continued
+        self._standby: Standby | None = None  # for the agents
+        self._lost: list[str] = []  # workers that failed for good while the others continued
         self._add(config.nodes)
-        self.scale_requested = threading.Event()  # `scale` may have asked for another number of nodes
+        self.scale_requested = threading.Event()  # `scale` may have requested another number of nodes
         self._signals: list[int] = []  # received so far
         self._wake = threading.Event()
 
@@ -194,7 +194,7 @@ class _Run:
                 self._progress.append(WorkerProgress(node * own + rank, metrics))
 
     def follow(self) -> int:
-        """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
+        """Start the agents and show their progress until all have ended. Returns 0 if the run is complete."""
         with self._handling_signals(), view(self._dashboard, self._log) as shown:
             shown.show(f"run {self._config.run_id}: {self._config.attendance}")
             shown.show(f"logs in {self._run_dir / 'logs'}")
@@ -218,13 +218,13 @@ class _Run:
             raise TrainingError(f"{failure} (logs: {self._run_dir / 'logs'})")
         run_id = self._config.run_id
         if self._joins:
-            self._log(f"this machine has left run {run_id}; the same `diloco join` lets it take part again")
+            self._log(f"this machine has left run {run_id}; repeat the same `diloco join` to return")
         else:
             self._log(f"run {run_id} is stopped; starting it again with --run-id {run_id} resumes it")
         raise KeyboardInterrupt if self._signals[0] == signal.SIGINT else Interrupted
 
     def _watch(self, shown: View) -> str:
-        """Wait until all agents have ended. Returns why the run failed; empty if it did not, or was stopped."""
+        """Wait until all agents have ended. Returns why the run failed; empty if it succeeded or was stopped."""
         failure, handled = "", 0
         while any(agent.running for agent in self._agents):
             self._wake.wait(self._timeouts.poll)
@@ -232,7 +232,7 @@ class _Run:
             self._update(shown)
             if self._etcd is not None and self._etcd.restart_if_dead():
                 shown.show("etcd died and was restarted")
-            # Pass signals on
+            # Forward signals
             if len(self._signals) > handled:
                 handled += 1
                 if handled == 1:
@@ -241,7 +241,7 @@ class _Run:
                     agent.terminate() if handled == 1 else agent.kill()
             if self._signals or failure:
                 continue
-            # React to requests of `scale`, and to agents that have ended
+            # Handle `scale` requests, and agents that have ended
             if self.scale_requested.is_set():
                 self._scale(shown)
             for agent in self._agents:
@@ -250,7 +250,7 @@ class _Run:
         return failure
 
     def _replace(self, agent: AgentProcess, shown: View) -> str:
-        """Restart an agent that failed, or go on without it. Returns why the run fails if neither is possible."""
+        """Restart a failed agent, or continue without it. Returns why the run fails if neither is possible."""
         if agent.leaving:
             shown.show(f"worker {agent.node} has left")
             self._bring_back(agent)
@@ -258,22 +258,22 @@ class _Run:
         # Restart an agent that was killed
         if (agent.status or 0) < 0 and agent.restarts < self._config.elastic.max_restarts:
             shown.show(f"the agent of worker {agent.node} was killed: starting it again")
-            with suppress(EtcdError):  # if etcd is unreachable, the slot is free when its lease ends
+            with suppress(EtcdError):  # if etcd is unreachable, the slot becomes free when its lease expires
                 keys.free_slot(self._client, agent.node)
             agent.restarts += 1
             agent.start()
             return ""
-        # Go on without it, if enough nodes are left, here and elsewhere
+        # Continue without it if enough nodes are left, here and elsewhere
         here, elsewhere = sum(other.running for other in self._agents), self._nodes_elsewhere()
         if here and here + elsewhere >= self._config.min_nodes:
             agent.leaving = True
             self._lost.append(str(agent.node))
-            shown.show(f"{self._reason(agent)}: the others go on")
+            shown.show(f"{self._reason(agent)}: the others continue")
             return ""
         # End the run, or only this part of it
         failure = self._reason(agent)
         if elsewhere:
-            failure = f"{failure}; the run goes on elsewhere"
+            failure = f"{failure}; the run continues elsewhere"
         else:
             shown.show("the run has failed: stopping the other workers")
             with suppress(EtcdError):
@@ -283,7 +283,7 @@ class _Run:
         return failure
 
     def _nodes_elsewhere(self) -> int:
-        """Nodes of the run that are not this launch's: it may not speak for them."""
+        """The number of the run's nodes that belong to other launches, which this one may not decide for."""
         own = {(socket.gethostname(), pid) for agent in self._agents for pid in agent.pids}
         try:
             slots = self._client.list("slots/").values()
@@ -292,17 +292,17 @@ class _Run:
         return sum((entry.value["host"], entry.value["pid"]) not in own for entry in slots)
 
     def _scale(self, shown: View) -> None:
-        """Start further agents, or ask the last ones to leave, as `scale` has requested."""
+        """Start more agents, or ask the last ones to leave, as requested by `scale`."""
         self.scale_requested.clear()
         try:
             request = self._client.get(DESIRED)
             if request is None:
                 return
             if not self._client.delete(DESIRED, request.revision):  # deleting it acknowledges it
-                self.scale_requested.set()  # there is a newer one
+                self.scale_requested.set()  # there is a newer request
                 return
         except EtcdError:
-            self.scale_requested.set()  # the next turn tries again
+            self.scale_requested.set()  # try again next time
             return
         self._add(min(int(request.value["nodes"]), self._config.max_nodes))
         shown.show(f"scaling to {self._desired} nodes")
@@ -314,7 +314,7 @@ class _Run:
                 self._bring_back(agent)
 
     def _bring_back(self, agent: AgentProcess) -> None:
-        """Start an agent that is new, or has left, if its node is desired."""
+        """Start an agent that is new or has left, if its node is wanted."""
         if agent.node < self._desired and not agent.running and (agent.leaving or agent.status is None):
             agent.leaving = False
             agent.start()
@@ -323,7 +323,7 @@ class _Run:
                     worker.state = "joining"
 
     def _reason(self, agent: AgentProcess) -> str:
-        """Why the run failed, from the worker that failed first: the others only report that they lost it."""
+        """Why the run failed, from the worker that failed first. The others only report that they lost it."""
         try:
             result = keys.verdict(self._client)
         except EtcdError as error:
@@ -344,7 +344,7 @@ class _Run:
 
     def _update(self, shown: View) -> None:
         for worker in self._progress:
-            gone = worker.pid is not None and not psutil.pid_exists(worker.pid)  # before its last events are read
+            gone = worker.pid is not None and not psutil.pid_exists(worker.pid)  # check before reading its last events
             for event in worker.update():
                 if event["event"] == "warning":
                     shown.show(f"worker {worker.number}: {event['message']}")
@@ -361,7 +361,7 @@ class _Run:
             self._signals.append(number)
             self._wake.set()
 
-        # A hang-up that is ignored (nohup) stays ignored.
+        # An ignored SIGHUP (nohup) stays ignored
         numbers = [signal.SIGTERM, signal.SIGINT]
         numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         before = {number: signal.signal(number, handle) for number in numbers}
@@ -373,7 +373,7 @@ class _Run:
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """The agents' environment, without parameters, which their configuration file has, and without root's password."""
+    """The agents' environment, without root's password and parameters (which are in their configuration file)."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     others = (ENV_PREFIX, ROOT_PASSWORD)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}

@@ -1,4 +1,4 @@
-"""Counts the kernel's out-of-memory kills in this process's memory cgroup, version 1 or 2.
+"""The kernel's count of out-of-memory kills in this process's memory cgroup, version 1 or 2.
 
 Version 2: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files; version 1:
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html. In a container, the file system mounted at `ROOT` starts at
@@ -8,7 +8,7 @@ the container's own cgroup, although `/proc/self/cgroup` may give a longer path.
 from pathlib import Path
 
 ROOT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_NO_LIMIT = 1 << 60  # bytes: for "no limit", version 1 writes a number near 2^63
+_NO_LIMIT = 1 << 60  # bytes; version 1 expresses "no limit" by a number near 2^63
 
 
 class MemoryCgroup:
@@ -18,7 +18,7 @@ class MemoryCgroup:
         self._kills, self._limit = _files(root, membership)
 
     def kills(self) -> int | None:
-        """Processes of the group that the kernel has killed because memory was short; None if it does not count."""
+        """Number of the group's processes that the kernel killed for lack of memory; None if it does not count them."""
         try:
             lines = self._kills.read_text().splitlines() if self._kills else []
             return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
@@ -26,7 +26,7 @@ class MemoryCgroup:
             return None
 
     def limit(self) -> int | None:
-        """The group's limit in bytes; None if it has none of its own."""
+        """The group's own limit in bytes; None if it has none."""
         try:
             text = self._limit.read_text().strip() if self._limit else ""
         except OSError:
@@ -35,7 +35,7 @@ class MemoryCgroup:
 
 
 def _files(root: Path, membership: Path) -> tuple[Path | None, Path | None]:
-    """The files with the count of kills and with the limit."""
+    """The files that hold the count of kills and the limit."""
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Checks before anything starts, so that bad input is refused early and leaves nothing half-written."""
+"""Checks before anything starts, so that bad input fails early and leaves nothing half-written."""
 
 import os
 from contextlib import ExitStack, suppress
@@ -24,10 +24,10 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     """Check a resolved configuration against this machine. Writes nothing.
 
     Args:
-        config: The run's.
-        precached: Whether every worker's dataset must exist already; its source need not be here then.
+        config: The run's configuration.
+        precached: Whether every worker's dataset must already exist; its source is then not required.
         network: Whether workers will listen on this machine.
-        joins: Whether another machine of the run has what this one lacks.
+        joins: Whether missing data can be fetched from another machine of the run.
 
     Raises:
         ConfigError: Something is missing, taken, or contradicts the run's checkpoints.
@@ -37,7 +37,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
         data.resolve(config).check_parameters()
     else:
         data.check(config)
-    if config.device != "cpu":  # else torch need not be imported
+    if config.device != "cpu":  # otherwise torch need not be imported
         from trainer.device import device_of
 
         device_of(config, max(config.island, 1) - 1)  # an island's last process
@@ -59,7 +59,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
             for worker in worker_configs(config):
                 data.require_dataset(data.directory(worker, Volume.of(worker).datasets))
         except ConfigError:
-            data.check(config)  # what keeps it from being precached is the better reason
+            data.check(config)  # prefer the reason why it cannot be precached, if there is one
             raise
 
 
@@ -68,11 +68,11 @@ def check_network(config: TrainingConfig) -> None:
     interfaces = psutil.net_if_addrs()
     if config.network_interface and config.network_interface not in interfaces:
         raise ConfigError("network_interface", config.network_interface, f"must be one of {', '.join(interfaces)}")
-    for address in config.addresses:  # it need not be this machine's: a NAT may have it
+    for address in config.addresses:  # it may belong to a NAT rather than to this machine
         try:
             address_of(address)
         except OSError:
-            raise ConfigError("advertise_address", address, "is no address, and no name of one") from None
+            raise ConfigError("advertise_address", address, "is neither an address nor a resolvable name") from None
     if config.transport_certificates:
         from trainer.transport.credentials import credentials
 
@@ -80,7 +80,7 @@ def check_network(config: TrainingConfig) -> None:
     if not config.port_range:
         return
     workers, etcds = config.nodes * config.workers_per_node, int(not config.etcd.endpoints)
-    # Each worker listens for members that fetch its state; of the baseline's workers, only the first one listens.
+    # Each worker listens for members that fetch its state; of the baseline's workers, only the first one listens
     needed = etcds + (1 if config.optim_method == "ddp" else workers)
     low, high = map(int, config.port_range.split("-"))
     if high - low + 1 < needed:
@@ -92,11 +92,11 @@ def check_network(config: TrainingConfig) -> None:
             address = local_address(config.etcd.endpoints[0])
     free = 0
     with ExitStack() as listeners, suppress(ConfigError):
-        while free < needed:  # each stays open, so that the next one gets another port
+        while free < needed:  # each socket stays open, so that the next one gets another port
             listeners.enter_context(listen(address, config.port_range))
             free += 1
     if free < needed:
-        raise ConfigError("port_range", config.port_range, f"has {free} free ports of the {needed} that are needed")
+        raise ConfigError("port_range", config.port_range, f"has {free} free ports, but {needed} are needed")
 
 
 def _check_upload(config: TrainingConfig) -> None:
@@ -109,13 +109,13 @@ def _check_upload(config: TrainingConfig) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError("trained_model_hf_name", name, f"is no valid Hub repository: {one_line(error)}") from None
+        raise ConfigError("trained_model_hf_name", name, f"is not a valid Hub repository: {one_line(error)}") from None
     if not os.environ.get("HF_TOKEN"):
         raise ConfigError("hf_upload", True, "needs HF_TOKEN in the environment")
 
 
 def _check_resume(config: TrainingConfig) -> None:
-    """Refuse a configuration that differs from the run's checkpoints, or from the checkpoint to begin with."""
+    """Check the configuration against the run's checkpoints, and the checkpoint to start from. Raises ConfigError."""
     began_with = Path(config.resume).absolute() if config.resume not in ("auto", "never") else None
     if began_with:
         try:
@@ -131,16 +131,16 @@ def _check_resume(config: TrainingConfig) -> None:
                 where = f"run {config.run_id} has checkpoints in {volume.checkpoints}"
                 raise ConfigError("resume", "never", f"{where}; choose another run_id")
             if state := checkpoint.newest_state(volume.checkpoints):
-                # A run that began with that checkpoint and was interrupted resumes from its own checkpoints.
+                # A run that started from that checkpoint and was interrupted resumes from its own checkpoints
                 if began_with and Path(state["config"].get("resume", "")).absolute() != began_with:
-                    where = f"run {config.run_id} has checkpoints of its own in {volume.checkpoints}"
+                    where = f"run {config.run_id} has its own checkpoints in {volume.checkpoints}"
                     raise ConfigError("resume", config.resume, f"{where}: leave it out, or choose another run_id")
                 _check_same(worker, volume, state)
 
 
 def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -> None:
-    """Refuse to resume a run with a configuration that its newest checkpoint contradicts."""
-    then, advice = state["config"], "go on with that, or choose another run_id"
+    """Raise ConfigError if the run's newest checkpoint contradicts the configuration."""
+    then, advice = state["config"], "keep that, or choose another run_id"
     where = f"the checkpoints in {volume.checkpoints}"
     _check_fit("model", worker.model, worker, state)
     embedded = not worker.etcd.endpoints and (Path(worker.run_dir).parent / "etcd").exists()
@@ -148,7 +148,7 @@ def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -
     try:
         recorded = TrainingConfig.from_tree({**worker.model_dump(mode="json"), **then}).in_scope(scope)
     except ConfigError as error:
-        made = f"{where} were made by another version ({error}): choose another run_id"
+        made = f"{where} were written by another version ({error}): choose another run_id"
         raise ConfigError("run_id", worker.run_id, made) from None
     for name, value in worker.in_scope(scope).items():
         if recorded[name] != value:
@@ -160,7 +160,7 @@ def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -
 
 
 def _check_fit(field: str, value: str, config: TrainingConfig, state: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model, or beyond the end of the run."""
+    """Raise ConfigError if a checkpoint is of another model, or beyond the end of the run."""
     model = state["config"].get("model", "")
     try:
         same = models.resolve(model).name == models.resolve(config.model).name
@@ -169,4 +169,4 @@ def _check_fit(field: str, value: str, config: TrainingConfig, state: dict[str, 
     if not same:
         raise ConfigError(field, value, f"the checkpoint is of model {model!r}, this run's is {config.model!r}")
     if (step := state.get("step", 0)) > config.total_steps:
-        raise ConfigError("total_steps", config.total_steps, f"the checkpoint is at step {step} already")
+        raise ConfigError("total_steps", config.total_steps, f"the checkpoint is already at step {step}")

@@ -1,4 +1,4 @@
-"""A run's directory while it is launched: locked, and summed up in the end."""
+"""A run's directory during a launch: locked, and summarised at the end."""
 
 import fcntl
 import os
@@ -10,13 +10,13 @@ from trainer.errors import ConfigError
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush."""
     print(line, flush=True)
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Lock the run directory. The kernel releases the lock when this process ends, in whatever way."""
+    """Lock the run directory. The kernel releases the lock when this process ends, however it ends."""
     with (run_dir / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,7 +31,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def summarise(run_dir: Path, log: Callable[[str], None]) -> None:
-    """Judge the run, and write `summary.json`, however it has ended. No failure here may hide why the run ended."""
+    """Verify the run and write `summary.json`, however it ended. A failure here must not hide why the run ended."""
     from trainer.monitor.report import write_summary
     from trainer.monitor.verify import judged
 
@@ -39,7 +39,7 @@ def summarise(run_dir: Path, log: Callable[[str], None]) -> None:
     if judgement is not None:
         log(f"verified: {judgement.headline}")
         if judgement.refuted:
-            log(f"warning: `python -m trainer verify` shows what is refuted, by the files in {run_dir}")
+            log(f"warning: the run's records contradict a guarantee: see `python -m trainer verify {run_dir}`")
     try:
         write_summary(run_dir, judgement)
     except OSError as error:

@@ -15,12 +15,12 @@ DESIRED = "desired"  # {nodes}: the desired number of nodes; `launch` deletes th
 def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
     """Ask a running `launch` for `nodes` nodes.
 
-    The volumes of additional nodes are filled here, from the first node's. If the number shrinks, the nodes with the
+    The volumes of additional nodes are filled here, from the first node's. If the number decreases, the nodes with the
     highest numbers save and leave, and the others continue.
 
     Raises:
-        ConfigError: `nodes` is outside of the run's bounds.
-        TrainingError: The run is over or not running, or its `launch` does not answer.
+        ConfigError: `nodes` is outside the run's bounds.
+        TrainingError: The run is over or not running, or its `launch` does not respond.
     """
     from trainer.data import precache
 
@@ -43,7 +43,7 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
         limit = timeouts.scale_answer
         if not client.wait_for(lambda: client.get(DESIRED) is None, limit, DESIRED):
             client.delete(DESIRED)
-            raise TrainingError(f"run {config.run_id}: no `launch` answered within {limit:.0f} s")
+            raise TrainingError(f"run {config.run_id}: no `launch` responded within {limit:.0f} s")
     print(f"run {config.run_id}: {nodes} node{'s' if nodes > 1 else ''} from now on", flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Dataset and model for machines that cannot get them by themselves: from one of the run to one that joins it.
+"""Passing the dataset and the model to a joining machine that cannot obtain them itself.
 
-The joiner asks by a key in etcd. Only then do the machines of the run open a port and serve their files.
+The joiner writes a request to etcd. Only then do the run's machines open a port and serve their files.
 """
 
 import socket
@@ -26,16 +26,16 @@ from trainer.volume import Volume, worker_configs
 if TYPE_CHECKING:
     from trainer.transport.credentials import Credentials
 
-DATASET = "dataset"  # {hash, revision}: what the run trains on
-_WANTED = "wanted/"  # <id>: a machine that joins asks for files
+DATASET = "dataset"  # {hash, revision}: the run's dataset
+_WANTED = "wanted/"  # <id>: a joining machine requests files
 _SOURCES = "sources/"  # <id>: {endpoints} of a machine that serves them
 
 
 class Sharing:
-    """Serves this machine's dataset and model, from when a joiner asks until the end of the block.
+    """Serves this machine's dataset and model from a joiner's request until the end of the block.
 
     Args:
-        warn: Called, on a thread, with the reason if it cannot.
+        warn: Called on a thread with the reason if serving is impossible.
     """
 
     def __init__(self, client: EtcdClient, config: TrainingConfig, warn: Callable[[str], None]) -> None:
@@ -70,10 +70,10 @@ class Sharing:
             try:
                 self._serve()
             except (ConfigError, TrainingError, OSError) as error:  # EtcdError is a TrainingError
-                self._warn(f"a machine that joins needs the dataset, but this one cannot serve it: {error}")
+                self._warn(f"a joining machine needs the dataset, but this one cannot serve it: {error}")
 
     def _serve(self) -> None:
-        # Importing torch takes seconds, which a run without such joiners saves
+        # Importing torch takes seconds, so do it only when there is a request
         from trainer.elastic.joining import addresses_of
         from trainer.transport.donor import Donor
         from trainer.transport.files import SharedDirectories, SharedFile
@@ -106,7 +106,7 @@ class Sharing:
 
 @dataclass(frozen=True)
 class RunOnOtherMachines:
-    """What the run trains on, and where to fetch it: a `trainer.data.Run`."""
+    """The run's dataset and model on other machines: a `trainer.data.Run`."""
 
     client: EtcdClient
     config: TrainingConfig
@@ -117,7 +117,7 @@ class RunOnOtherMachines:
 
     @classmethod
     def of(cls, client: EtcdClient, config: TrainingConfig, log: Callable[[str], None] = print) -> "Self | None":
-        """None: none of the run's machines serves files (pods of a cluster, for example)."""
+        """None if none of the run's machines serves files (for example, pods of a cluster)."""
         entry = client.get(DATASET)
         return cls(client, config, entry.value["hash"], entry.value["revision"], log) if entry else None
 
@@ -125,8 +125,8 @@ class RunOnOtherMachines:
         """Fetch the dataset or the model from the machines that have it.
 
         Raises:
-            ConfigError: The disk lacks space.
-            TrainingError: No machine serves it, or the connections to all have failed.
+            ConfigError: There is not enough space on the disk.
+            TrainingError: No machine serves it, or the connections to all of them failed.
         """
         from trainer.transport.files import fetch_files, list_files, present_bytes
         from trainer.transport.transport import Transport

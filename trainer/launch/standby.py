@@ -1,12 +1,12 @@
-"""A process that has imported all that a worker needs, and from which agents and workers are forked.
+"""A standby process with all of a worker's imports done, from which agents and workers are forked.
 
 Nearly all of the ten CPU seconds between a worker's start and its first inner step are imports and compilation. An
-agent pays for them once: it prepares, and forks its standby before it has threads, a gRPC channel (which does not
-survive a fork) or a device. Each incarnation of a worker is then a fork of the standby, and shares its memory. `launch`
-has a standby, too, from which its agents are forked.
+agent pays for them once: it does this work and forks its standby before it has threads, a gRPC channel (which does not
+survive a fork) or a device. Each incarnation of a worker is then a fork of the standby and shares its memory. `launch`
+also has a standby, from which its agents are forked.
 
-The processes form a chain, in which each dies with the one before it, even by kill -9: launch, its standby, an agent,
-the agent's standby, a worker.
+The processes form a chain: launch, its standby, an agent, the agent's standby, a worker. Each dies with its
+predecessor, even if that is killed with -9.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ from trainer.process import dying_with_parent
 log = logging.getLogger(__name__)
 
 _NAME = 15  # PR_SET_NAME of prctl
-# A driver that has opened one of these does not survive a fork (NVML, which only looks for GPUs, opens others).
+# A driver that has opened one of these devices does not survive a fork (NVML, which only queries GPUs, opens others)
 _DEVICES = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/dxg")
 _LEFT_TO_OWNER = (signal.SIGTERM, signal.SIGINT)
 _KILLED = -signal.SIGKILL
@@ -44,27 +44,27 @@ def can_start(command: Sequence[str]) -> bool:
 
 
 class Standby:
-    """The end of the process that has the standby.
+    """The owner's handle to a standby process.
 
-    Close it when the programs have ended; it kills those that have not.
+    Close it when the programs have ended; this kills those that have not.
     """
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self._connection = pid, connection
-        self._changed = threading.Condition()  # of what follows
+        self._changed = threading.Condition()  # guards the fields below
         self._is_alive, self._is_ready = True, False
-        self._answer = 0  # the process that was started last, or -errno
+        self._answer = 0  # pid of the last started process, or -errno
         self._ended: dict[int, int] = {}  # exit codes by process
-        # A thread, because an agent's signal handlers raise: a message must not be lost, or read by half
+        # On a thread, because an agent's signal handlers raise: a message must not be lost or half read
         self._listener = threading.Thread(target=self._listen, name="standby", daemon=True)
         self._listener.start()
 
     @classmethod
     def fork(cls, prepare: Callable[[], None]) -> "Standby | None":
-        """Prepare, and fork a standby; None: a device is in use, which does not survive a fork.
+        """Prepare and fork a standby; None if a device is in use, which does not survive a fork.
 
-        Call it before this process has threads or connections. In a process that the standby starts it does not
-        return: there the program runs, and the process ends with it.
+        Call this before the process has threads or connections. It does not return in processes that the standby
+        starts: they run their program and end with it.
         """
         prepare()
         if not _can_be_forked():
@@ -79,7 +79,7 @@ class Standby:
 
     @classmethod
     def spawn(cls, config: Path, environment: Mapping[str, str]) -> "Standby":
-        """A new interpreter, which prepares for the workers of a configuration (JSON): for a process with threads."""
+        """Start a standby as a new interpreter, prepared for a configuration (JSON). For a process with threads."""
         own, other = Pipe()
         command = [sys.executable, "-m", __name__, str(config), str(other.fileno())]
         process = subprocess.Popen(
@@ -87,31 +87,31 @@ class Standby:
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # workers come upon whatever it could report
+            stderr=subprocess.DEVNULL,  # workers would encounter and report the same errors
             pass_fds=[other.fileno()],
-            start_new_session=True,  # Ctrl-C reaches `launch` only
+            start_new_session=True,  # Ctrl-C reaches only `launch`
         )
         process.returncode = 0  # `close` waits for it
         other.close()
         return cls(process.pid, own)
 
     def is_ready(self, timeout: float) -> bool:
-        """Whether it has prepared itself, or is gone: then `start` does not wait. Waits up to `timeout` seconds."""
+        """Whether it is prepared or gone, so that `start` does not wait. Waits up to `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._is_ready or not self._is_alive, timeout)
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], output: Path | None = None
     ) -> "Program | None":
-        """Start a program; None: the standby is gone. For one thread.
+        """Start a program; None if the standby is gone. Not thread-safe.
 
         Args:
             command: See `can_start`.
-            environment: All its environment variables.
-            output: A file to append its output to; by default it goes where the standby's goes.
+            environment: The program's complete environment.
+            output: A file to which its output is appended; by default, it shares the standby's output.
 
         Raises:
-            OSError: The system has no room for another process.
+            OSError: The system cannot create another process.
         """
         request = {"command": [*command], "environment": {**environment}, "output": output and str(output)}
         with self._changed:
@@ -126,7 +126,7 @@ class Standby:
             return Program(self, self._answer) if self._answer else None
 
     def exit_code(self, pid: int, timeout: float | None) -> int | None:
-        """The exit code of a program; None: it has not ended within `timeout` seconds."""
+        """The exit code of a program; None if it does not end within `timeout` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: pid in self._ended or not self._is_alive, timeout)
             return self._ended.get(pid, None if self._is_alive else _KILLED)  # programs die with it
@@ -139,7 +139,7 @@ class Standby:
         self._connection.close()
 
     def _listen(self) -> None:
-        """Take the standby's messages in, until it is gone."""
+        """Receive the standby's messages until it is gone."""
         with suppress(EOFError, OSError):
             while True:
                 message: dict[str, int] = json.loads(self._connection.recv_bytes())
@@ -156,7 +156,7 @@ class Standby:
 
 
 class Program:
-    """A process that the standby has started, with what is used of `subprocess.Popen`."""
+    """A process that the standby has started, with the methods of `subprocess.Popen` that are used."""
 
     def __init__(self, standby: Standby, pid: int) -> None:
         self._standby, self.pid = standby, pid
@@ -176,7 +176,7 @@ class Program:
 
     def send_signal(self, number: signal.Signals) -> None:
         if self.poll() is None:
-            with suppress(ProcessLookupError):  # its end is not reported yet
+            with suppress(ProcessLookupError):  # it has ended, but that is not reported yet
                 os.kill(self.pid, number)
 
     def terminate(self) -> None:
@@ -190,7 +190,7 @@ class Program:
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
-    """A standby of its own interpreter (`Standby.spawn`)."""
+    """The program of a standby with its own interpreter (`Standby.spawn`)."""
     from trainer.config import TrainingConfig
     from trainer.files import read_json
     from trainer.worker.preload import preload
@@ -204,25 +204,25 @@ def main(arguments: Sequence[str]) -> NoReturn:
 
 
 def _can_be_forked() -> bool:
-    """Prepare this process for forks; False: a device is in use."""
+    """Prepare this process for forks; False if a device is in use."""
     if any(file.startswith(_DEVICES) for file in _open_files()):
-        log.warning("no standby: what workers import uses a device already, which does not survive a fork")
+        log.warning("no standby: the workers' imports already use a device, which does not survive a fork")
         return False
     gc.collect()
-    gc.freeze()  # a collection in a fork would write to all objects, and so copy them
+    gc.freeze()  # a collection in a fork would write to, and so copy, all objects
     sys.stdout.flush()
     sys.stderr.flush()
     return True
 
 
 def _serve(owner: Connection, parent: int) -> tuple[list[str], dict[str, str]]:
-    """Start a process for each request, and report the end of each, until the owner is gone.
+    """Start a process for each request and report when each ends, until the owner is gone.
 
-    Returns in the processes that it starts only: their command and environment variables.
+    Returns only in the processes that it starts: their command and environment variables.
     """
     _die_with(parent)
     _show_as(["diloco-standby"])
-    signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_OWNER)  # one that reaches a program early waits in it
+    signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_OWNER)  # a signal that reaches a program early stays pending
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -247,7 +247,7 @@ def _serve(owner: Connection, parent: int) -> tuple[list[str], dict[str, str]]:
     except (EOFError, OSError):
         os._exit(0)
 
-    # In a process that was started
+    # From here on, in a started process
     _die_with(own)
     signal.set_wakeup_fd(-1)
     owner.close()
@@ -272,8 +272,8 @@ def _report_ended(owner: Connection) -> None:
 
 
 def _become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Run the command in this process, as if it had been started by itself, and end."""
-    os.setsid()  # as torch's own workers: the agent signals the whole group
+    """Run the command in this process as if it had been started directly, then exit."""
+    os.setsid()  # like torch's own workers: the agent signals the whole group
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -281,7 +281,7 @@ def _become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     os.environ.clear()
     os.environ.update(environment)
     if "torch" in sys.modules and (threads := environment.get("OMP_NUM_THREADS", "")).isdecimal():
-        sys.modules["torch"].set_num_threads(int(threads))  # it has read the standby's
+        sys.modules["torch"].set_num_threads(int(threads))  # torch has read the standby's variable
     _show_as(command)
 
     # What `python` does with its command line
@@ -300,14 +300,14 @@ def _become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
 
 
 def _die_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends (PR_SET_PDEATHSIG)."""
+    """Make the kernel kill this process when its parent ends (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _show_as(command: Sequence[str]) -> None:
-    """Let `ps` show this command, as far as there is room for it, instead of the agent's. Best effort."""
+    """Make `ps` show this command instead of the agent's, as far as there is room. Best effort."""
     with suppress(OSError, ValueError, IndexError):
         ctypes.CDLL(None).prctl(_NAME, Path(command[0]).name.encode())
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

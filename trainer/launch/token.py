@@ -1,8 +1,8 @@
-"""The token of `diloco join`: one printable line with all that a machine needs to become a node of a run.
+"""The token of `diloco join`: one printable line with everything that a machine needs to join a run.
 
     diloco-<base64url of: version (u8), fields (each a u16 length and its bytes), the first 4 bytes of their SHA-256>
 
-It carries secrets: it appears on the terminal that asked for it or in a file of mode 0600, and nowhere else.
+It contains secrets: it appears only on the terminal that requested it, or in a file of mode 0600.
 """
 
 import base64
@@ -26,23 +26,23 @@ DEFAULT_TTL = 24 * 3600  # seconds
 VERSION = 1
 _MARK = "diloco-"
 _CHECKSUM_BYTES = 4
-_LONGEST = 16 << 10  # bytes of a file that may be a token's
+_LONGEST = 16 << 10  # bytes; larger files cannot be a token's
 _COMMAND = "diloco join "
 
 
 @dataclass(frozen=True)
 class Token:
-    """What a token holds.
+    """The content of a token.
 
-    The etcd that `launch --listen` starts admits only TLS clients that have the key derived from `door`, and its
-    certificate is pinned by `fingerprint`. For any other etcd, `authority` is its certificate authority, if it has one.
+    The etcd of `launch --listen` admits only TLS clients with the key derived from `door`, and `fingerprint` pins its
+    certificate. For any other etcd, `authority` is its certificate authority, if it has one.
     """
 
-    endpoints: tuple[str, ...]  # of etcd, as other machines reach it: host:port
+    endpoints: tuple[str, ...]  # host:port of etcd, as other machines reach it
     prefix: str  # `elastic.etcd.prefix`
     run_id: str
-    protocol: int  # version of what members exchange
-    id: str  # hexadecimal; names it in lists and for revoking
+    protocol: int  # version of the members' protocol
+    id: str  # hexadecimal; for listing and revoking
     expires: int  # Unix seconds
     password: str = field(repr=False)  # of etcd's user `user`; empty: that etcd has no users
     door: bytes = field(default=b"", repr=False)
@@ -51,17 +51,17 @@ class Token:
 
     @property
     def user(self) -> str:
-        """etcd's user that may use the token until it expires. Its name says when, so no member can change that."""
+        """The token's etcd user. Its name contains the time of expiry, so that no member can change it."""
         return f"{users_of(self.prefix, self.run_id)}{self.id}:{self.expires}"
 
     @property
     def line(self) -> str:
-        """What a person types on another machine."""
+        """The command to type on another machine."""
         return _COMMAND + encode(self)
 
 
 def users_of(prefix: str, run_id: str) -> str:
-    """How the names of the users of a run's tokens begin."""
+    """The common prefix of the user names of a run's tokens."""
     return f"token:{run_prefix(prefix, run_id)}:"
 
 
@@ -75,23 +75,23 @@ def encode(token: Token) -> str:
 
 
 def decode(text: str) -> Token:
-    """Read a token, or the whole line that `launch` has printed. White space does not matter.
+    """Read a token, or the whole command that `launch` printed. White space is ignored.
 
     Raises:
-        ConfigError: It is malformed, or of another version. The message does not show it.
+        ConfigError: It is malformed or of another version. The message does not show the token.
     """
     encoded = "".join(text.partition(_MARK)[2].split())
     if not re.fullmatch(r"[\w-]+", encoded, re.ASCII):
-        raise _refused(f"must be the line that `diloco launch --listen` has printed; it begins with {_MARK}")
+        raise _refused(f"must be the one that `diloco launch --listen` printed; it begins with {_MARK}")
     try:
         content = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
     except binascii.Error:
         content = b""
     content, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
     if not content or _checksum(content) != checksum:
-        raise _refused("is incomplete, or has a typing error: copy the whole line")
+        raise _refused("is incomplete or has a typo: copy the whole line")
     if content[0] != VERSION:
-        raise _refused(f"is of version {content[0]}, but this release reads version {VERSION}: install the run's")
+        raise _refused(f"has version {content[0]}, but this release reads version {VERSION}: install the run's release")
     try:
         numbers, endpoints, prefix, run_id, id, password, door, fingerprint, authority = _fields(content[1:])
         protocol, expires = struct.unpack(">HQ", numbers)
@@ -104,12 +104,12 @@ def decode(text: str) -> Token:
 
 
 def read(argument: str | None, file: Path | None) -> str:
-    """The text of a token: the argument ("-": standard input), the file's content, or `JOIN_TOKEN`'s.
+    """The text of a token: the argument ("-": standard input), the file's content, or the value of `JOIN_TOKEN`.
 
-    The variable is removed from the environment, which child processes inherit.
+    The variable is removed from the environment, so that child processes do not inherit it.
 
     Raises:
-        ConfigError: There is none, or the file cannot be read.
+        ConfigError: There is no token, or the file cannot be read.
     """
     variable = os.environ.pop(VARIABLE, "")
     if argument == "-":
@@ -128,17 +128,17 @@ def read(argument: str | None, file: Path | None) -> str:
 
 
 def require_current(token: Token, protocol: int) -> None:
-    """Raise ConfigError if the token has expired, or is for another release."""
+    """Raise ConfigError if the token has expired or is for another release."""
     if token.protocol != protocol:
-        speaks = f"run {token.run_id} speaks protocol {token.protocol} and this release {protocol}"
-        raise _refused(f"{speaks}: install the release that runs there")
+        speaks = f"is for protocol {token.protocol} of run {token.run_id}, but this release has protocol {protocol}"
+        raise _refused(f"{speaks}: install the run's release")
     if token.expires < time.time():
         here = f"it is {in_words(time.time())} on this machine"
-        raise _refused(f"expired at {in_words(token.expires)} ({here}): `diloco token create` makes a new one there")
+        raise _refused(f"expired at {in_words(token.expires)} ({here}): create a new one there (`diloco token create`)")
 
 
 def in_words(moment: float) -> str:
-    """A time as a person reads it, in UTC."""
+    """A time in readable form, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
 
 

@@ -1,7 +1,7 @@
-"""Models: one file a family. A family is a `ModelFamily` named `FAMILY` (or several, `FAMILIES`) in a module here.
+"""Models: one file per family. A family is a `ModelFamily` named `FAMILY` (or several, `FAMILIES`) in a module here.
 
 A model is selected as `family` or `family:size`, or, to continue from a pretrained one, `family:<Hub id or directory>`.
-Precaching writes it to a directory on a worker's volume. `build` needs nothing else: training never contacts the hub.
+Precaching writes it to a directory on a worker's volume. `build` needs only that: training never contacts the hub.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 READY = "READY"
 LARGE = (
     1 << 12
-)  # elements from which on a tensor is deferred: smaller ones, of all layers, are little beside a large one
-_PATH = re.compile(r"[./~]")  # how a directory's name begins
+)  # tensors with at least this many elements are deferred; all smaller ones together are smaller than one of these
+_PATH = re.compile(r"[./~]")  # start of a directory's name
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -40,28 +40,28 @@ class ModelFamily:
 
     Attributes:
         write: `write(directory, size, data)` writes the files that `build` needs. `data` has the dataset's properties
-            that a model depends on (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
+            on which a model depends (for language: `vocabulary_size`, `sequence_length`, `eos_token_id`).
         build: `build(directory)` returns the module, with random weights from torch's global generator. A family with
-            blocks is also built in a context of `torch.device("meta")`: then it reads no weights; and in one of
-            `deferred.Deferred`: then it reads them when they are asked for.
+            blocks is also built in a context of `torch.device("meta")`, in which it reads no weights, and in one of
+            `deferred.Deferred`, in which it reads weights lazily.
         fetch: `fetch(directory, source, data)` is `write` for a pretrained model: a Hub id (`<id>@<revision>`) or a
             local directory. None: not supported.
     """
 
     name: str  # the part before the colon; a literal, so that the configuration can list it without an import
     task: str  # name of the task in `trainer.tasks` that trains it
-    sizes: Mapping[str, Mapping[str, Any]]  # named sizes, each with its settings (Hugging Face: fields of the config)
-    default_size: str  # the size of the bare name
+    sizes: Mapping[str, Mapping[str, Any]]  # named sizes with their settings (Hugging Face: fields of the config)
+    default_size: str  # the size for the family's bare name
     write: "Callable[[Path, Mapping[str, Any], Mapping[str, Any]], None]"
     build: "Callable[[Path], torch.nn.Module]"
     fetch: "Callable[[Path, str, Mapping[str, Any]], None] | None" = None
-    default_tokenizer: str = ""  # Hub id of the tokenizer that it is published with, if it has one
-    has_blocks: bool = False  # whether it is a transformer, whose layers fsdp and activation checkpointing need
+    default_tokenizer: str = ""  # Hub id of the tokenizer with which it is published, if any
+    has_blocks: bool = False  # whether it is a transformer with layers, as fsdp and activation checkpointing require
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A family with one of its sizes, or with a pretrained model."""
+    """A family with one of its sizes or a pretrained model."""
 
     family: ModelFamily
     size: str  # its name; "" for a pretrained model
@@ -78,7 +78,7 @@ class ModelSpec:
 
     @property
     def average_decay(self) -> float:
-        """Decay per inner step of the average of the global parameters that is exported; 0: no average."""
+        """Decay per inner step of the exported average of the global parameters; 0: no average."""
         return float(self.definition.get("average_decay", 0.0))
 
     @property
@@ -98,15 +98,15 @@ def families() -> dict[str, ModelFamily]:
 
 
 def resolve(spec: str) -> ModelSpec:
-    """The model that a user names. Raises ConfigError if there is no such family or size."""
-    # A family and one of its sizes.
+    """The model with a name. Raises ConfigError if there is no such family or size."""
+    # A family and one of its sizes
     name, _, size = spec.partition(":")
     if name not in families():
         raise ConfigError("model", spec, f"no such model; there are {', '.join(sorted(families()))}")
     family = families()[name]
     if size in family.sizes or (not size and family.default_size):
         return ModelSpec(family, size or family.default_size)
-    # A pretrained model: a Hub id, or a directory.
+    # A pretrained model: a Hub id or a directory
     if family.fetch is None or not (
         _PATH.match(size) or (_HUB_ID.fullmatch(size) and ("/" in size or not family.sizes))
     ):
@@ -118,20 +118,20 @@ def resolve(spec: str) -> ModelSpec:
 
 
 def with_absolute_model(config: TrainingConfig) -> TrainingConfig:
-    """A configuration whose model, if it is a directory, has the same name on each machine."""
+    """The configuration; if its model is a directory, with an absolute path."""
     spec = resolve(config.model)
     return config.with_values(model=spec.name) if Path(spec.source).is_absolute() else config
 
 
 def check(config: TrainingConfig) -> None:
-    """Raise ConfigError if the model is a directory that is not here. One that is precached need not be."""
+    """Raise ConfigError if the model is a directory that does not exist, unless it is already precached."""
     source = Path(resolve(config.model).source)
     if source.is_absolute() and not (source / "config.json").is_file():
         raise ConfigError("model", config.model, "is not a directory with a config.json")
 
 
 def check_blocks(config: TrainingConfig) -> None:
-    """Raise ConfigError if a parameter needs a model with blocks, and this one has none."""
+    """Raise ConfigError if a parameter needs a model with blocks and this one has none."""
     if resolve(config.model).family.has_blocks:
         return
     able = ", ".join(sorted(name for name, family in families().items() if family.has_blocks))
@@ -141,7 +141,7 @@ def check_blocks(config: TrainingConfig) -> None:
 
 
 def directory(config: TrainingConfig, data: Mapping[str, Any], models_root: Path) -> Path:
-    """The directory, below a volume's models directory, of the model for this data."""
+    """The directory of the model for this data, below a volume's models directory."""
     spec = resolve(config.model)
     named: dict[str, Any] = {"model": spec.name, "definition": spec.definition, "data": data}
     if spec.source:  # the parts that it lacks are random
@@ -155,13 +155,13 @@ def precache(config: TrainingConfig, data: Mapping[str, Any], models_root: Path)
     """Write the model for this data (`ModelFamily.write`) to its directory, atomically.
 
     Returns:
-        The directory, and whether it was written (False: it existed).
+        The directory, and whether it was written (False if it existed).
     """
     spec = resolve(config.model)
     path = directory(config, data, models_root)
     if (path / READY).exists():
         if _changed_since(path / READY, Path(spec.source)):
-            logger.warning("model %s has changed, but %s has been precached from it: remove that", spec.source, path)
+            logger.warning("model %s has changed since it was precached: remove %s", spec.source, path)
         return path, False
     check(config)
     with whole_directory(path) as temporary:
@@ -182,7 +182,7 @@ def build(path: Path, seed: int, device: str = "cpu") -> "torch.nn.Module":
     The caller's random number generator does not change.
 
     Args:
-        device: "cpu"; or "meta", of a model with blocks: without values.
+        device: "cpu", or, for a model with blocks, "meta": without values.
     """
     import torch
 
@@ -192,12 +192,12 @@ def build(path: Path, seed: int, device: str = "cpu") -> "torch.nn.Module":
 
 
 def build_deferred(path: Path, seed: int, large: int = LARGE) -> "tuple[torch.nn.Module, Deferred]":
-    """As `build`, of a model with blocks, but large tensors are on the meta device: `Deferred.value` has their values.
+    """Like `build`, for a model with blocks, but large tensors are on the meta device: `Deferred.value` computes them.
 
-    A model whose constructor reads the large tensors that it makes is built as a whole.
+    A model whose constructor reads its own large tensors is built as a whole.
 
     Args:
-        large: Number of elements from which on a tensor is deferred.
+        large: Minimum number of elements of a deferred tensor.
     """
     from trainer.models.deferred import Deferred
 
@@ -205,7 +205,7 @@ def build_deferred(path: Path, seed: int, large: int = LARGE) -> "tuple[torch.nn
     try:
         with _seeded(seed), Deferred(large) as values:
             return family.build(path), values
-    except (NotImplementedError, RuntimeError, TypeError) as error:  # what torch says of a missing value
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # torch's errors about missing values
         logger.warning("the model is built as a whole, in the memory of one process: %s", one_line(error))
         return build(path, seed), Deferred(large)
 

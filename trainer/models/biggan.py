@@ -15,7 +15,7 @@ from trainer.models import ModelFamily, plain
 
 
 def make(config: dict[str, Any]) -> Any:
-    """Generator and discriminator, with random weights.
+    """A generator and discriminator with random weights.
 
     Args:
         config: `image_size`, `channels`, `labels` (names of the classes); `width`, `stages` (factors of the width, from
@@ -23,7 +23,7 @@ def make(config: dict[str, Any]) -> Any:
 
     Returns:
         A module with `generator(noise, labels)`, pictures (n, channels, size, size) from -1 to 1, and
-        `discriminator(pictures, labels)`, a score for each, (n,): higher means more real.
+        `discriminator(pictures, labels)`, one score each, (n,): higher means more real.
     """
     from trainer.models.biggan_networks import BigGAN
 
@@ -50,7 +50,7 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
 FAMILY = ModelFamily(
     name="biggan",
     task="image_generation",
-    # Stages double the size from 4 × 4 pixels: appendix B's tables. There is one chunk of noise more than stages.
+    # Stages double the size from 4 × 4 pixels: appendix B's tables. There is one more chunk of noise than stages.
     sizes={
         "test": _size(4, (2, 1), 4, 8, 0.9),
         "tiny": _size(32, (2, 1), 16, 32, 0.985),

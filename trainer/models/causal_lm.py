@@ -14,24 +14,24 @@ AUTO = "AutoModelForCausalLM"
 
 
 def fetch(directory: Path, source: str, data: Mapping[str, Any]) -> None:
-    """A pretrained model with its vocabulary; a model without weights gets the data's vocabulary.
+    """Fetch a pretrained model with its vocabulary; a model without weights gets the data's vocabulary.
 
     Raises:
         ConfigError: The data's sequences or vocabulary do not fit the pretrained model.
     """
     from transformers import AutoConfig
 
-    # Positions limit the sequences, whether there are weights or not.
+    # Positions limit the sequence length, with or without weights
     huggingface.fetch(directory, source, AUTO, {})
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and data["sequence_length"] > positions:
         raise ConfigError("sequence_length", data["sequence_length"], f"{source} has {positions} positions")
-    # With weights, the vocabulary is the model's; without, it becomes the data's.
+    # With weights, the vocabulary is the model's; without, it becomes the data's
     if any(directory.glob("*.safetensors")):
         if data["vocabulary_size"] > text.vocab_size:
-            sizes = f"its tokenizer has {data['vocabulary_size']} tokens, the model {text.vocab_size}"
+            sizes = f"its tokenizer has {data['vocabulary_size']} tokens, but the model has {text.vocab_size}"
             raise ConfigError("tokenizer", source, f"{sizes}: use the model's own")
         return
     text.vocab_size = data["vocabulary_size"]
@@ -45,7 +45,7 @@ def build(directory: Path) -> "torch.nn.Module":
 
 
 def write(kind: str, directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """As `ModelFamily.write`, for a class of transformers such as "GPTNeoX"."""
+    """Like `ModelFamily.write`, for a class of transformers such as "GPTNeoX"."""
     import transformers
 
     end_of_text = data["eos_token_id"]

@@ -1,4 +1,4 @@
-"""Models whose large tensors get their values later, one at a time: no process ever has to hold all of them."""
+"""Models whose large tensors are computed later, one at a time, so that no process ever has to hold all of them."""
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
@@ -19,7 +19,7 @@ _current: ContextVar["Deferred | None"] = ContextVar("deferred", default=None)
 
 @dataclass(frozen=True, eq=False)
 class _Operation:
-    """One that has made, or changed, deferred tensors."""
+    """An operation that created or changed deferred tensors."""
 
     function: Any
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
@@ -30,19 +30,19 @@ class _Operation:
 
 
 class Deferred(TorchDispatchMode):
-    """In its context, large floating-point tensors are made on the meta device, and what is done to them is noted.
+    """A context in which large floating-point tensors are created on the meta device and their operations are recorded.
 
-    `value` then does it for one tensor, on the CPU, and with the same random numbers: torch's generator goes on as if
-    all had been done at once. So a model has the same bits as without this. The idea is torchdistx's `deferred_init`.
-    Unlike with `torch.device("meta")`, small tensors have values, and large ones look as if they had some: torch and
-    transformers would not initialise them otherwise.
+    `value` then replays the operations for one tensor, on the CPU and with the same random numbers; torch's generator
+    advances as if they had run at once. So a model is bitwise the same as without this. The idea is torchdistx's
+    `deferred_init`. Unlike with `torch.device("meta")`, small tensors have values, and large ones pretend to, because
+    torch and transformers would not initialise them otherwise.
 
     Args:
-        large: Number of elements from which on a tensor is deferred.
+        large: Minimum number of elements of a deferred tensor.
 
     Attributes:
-        draws: Whether random numbers count; False: all of them will be replaced by what is read, which saves time.
-        not_finite: Names of weights that were read and are not finite.
+        draws: Whether to draw random numbers; False if all of them will be replaced by stored weights, to save time.
+        not_finite: Names of stored weights that were read and are not finite.
     """
 
     def __init__(self, large: int) -> None:
@@ -68,16 +68,16 @@ class Deferred(TorchDispatchMode):
         _current.reset(self._token)
 
     def defers(self, tensor: Tensor) -> bool:
-        """Whether a tensor's values come later."""
+        """Whether a tensor is deferred."""
         with torch._C.DisableTorchFunction():
             return tensor.is_meta
 
     def read(self, tensor: Tensor, reader: Callable[[], Tensor]) -> None:
-        """From now on, `value` of a deferred tensor is what `reader` returns."""
+        """From now on, let `reader` return the value of a deferred tensor."""
         self._readers[self._key(tensor)] = reader
 
     def value(self, tensor: Tensor) -> Tensor:
-        """What a deferred tensor would contain, on the CPU: a new tensor."""
+        """Compute the content of a deferred tensor, as a new tensor on the CPU."""
         if reader := self._readers.get(self._key(tensor)):
             return reader()
         real: dict[int, torch.UntypedStorage] = {}
@@ -105,9 +105,9 @@ class Deferred(TorchDispatchMode):
     def _dispatch(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         given = _tensors((args, named))
         if func == torch.ops.aten._local_scalar_dense.default and given[0].is_meta:
-            self.draws = True  # else what is drawn until a condition holds would be the same every time
+            self.draws = True  # otherwise sampling until a condition holds would never end
             return self.value(given[0]).item()
-        if not given and "device" in named and named["device"] != _META:  # it makes a tensor
+        if not given and "device" in named and named["device"] != _META:  # it creates a tensor
             result = func(*args, **{**named, "device": _META})
             if not (isinstance(result, Tensor) and result.is_floating_point() and result.numel() >= self._large):
                 return func(*args, **named)
@@ -128,11 +128,11 @@ class Deferred(TorchDispatchMode):
         random = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             if any(isinstance(one, torch.Generator) for one in tree_leaves((args, named))):
-                raise NotImplementedError("the model has a random number generator of its own")
+                raise NotImplementedError("the model has its own random number generator")
             random = torch.get_rng_state()
             if self.draws:
                 func(*tree_map_only(Tensor, _like, args), **tree_map_only(Tensor, _like, named))
-        # What has values now may be changed before they are needed
+        # Copy tensors that have values, because they may change before the replay
         kept = tree_map_only(Tensor, lambda one: one.detach() if one.is_meta else one.detach().clone(), (args, named))
         target = args[0] if args and isinstance(args[0], Tensor) else None
         if target is not None and func.overloadpacket.__name__ in _SETTING and _is_all(target):
@@ -140,7 +140,7 @@ class Deferred(TorchDispatchMode):
         self._operations.append(_Operation(func, kept, result, frozenset(made | changed), frozenset(given), random))
 
     def _history(self, key: int) -> list[_Operation]:
-        """The operations on which the content of a storage depends, in their order."""
+        """The operations on which a storage's content depends, in order."""
         needed, found = {key}, []
         for one in reversed(self._operations):
             if needed & one.written:
@@ -156,7 +156,7 @@ class Deferred(TorchDispatchMode):
         return int(self._storages.setdefault(storage._cdata, storage)._cdata)
 
     def _real(self, tensor: Tensor, real: dict[int, torch.UntypedStorage]) -> Tensor:
-        """On the CPU: a view of what is there of the tensor's storage."""
+        """A CPU view of the real storage that corresponds to the tensor's."""
         if not tensor.is_meta:
             return tensor
         key = self._key(tensor)
@@ -167,7 +167,7 @@ class Deferred(TorchDispatchMode):
 
 
 class _Disguise(TorchFunctionMode):
-    """In its context, tensors on the meta device seem to be on the CPU."""
+    """A context in which tensors on the meta device pretend to be on the CPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -181,7 +181,7 @@ class _Disguise(TorchFunctionMode):
 
 
 def current() -> Deferred | None:
-    """The context in which the caller is, if any."""
+    """The active context, if any."""
     return _current.get()
 
 
@@ -199,10 +199,10 @@ def _changed(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> list
 
 
 def _is_all(tensor: Tensor) -> bool:
-    """Whether a tensor is all of its storage."""
+    """Whether a tensor covers its whole storage."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """A real tensor of the same layout, with arbitrary numbers."""
+    """An uninitialised real tensor with the same layout."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype) if tensor.is_meta else tensor

@@ -16,7 +16,7 @@ def make(config: dict[str, Any]) -> "nn.Module":
     """A network with random weights.
 
     Args:
-        config: `features` (their width), `labels` (names of the classes), `hidden`, `layers` and `dropout`.
+        config: `features` (their number), `labels` (names of the classes), `hidden`, `layers` and `dropout`.
 
     Returns:
         A module from features, float32 (nodes, width), and edges, int64 (2, edges), to logits, (nodes, classes).
@@ -52,14 +52,14 @@ def make(config: dict[str, Any]) -> "nn.Module":
 
 
 def load(directory: Path | str) -> "nn.Module":
-    """An exported network, in evaluation mode: `load(directory)(features, edges)`."""
+    """An exported network in evaluation mode: `load(directory)(features, edges)`."""
     return plain.load(Path(directory), make)
 
 
 FAMILY = ModelFamily(
     name="gcn",
     task="node_classification",
-    # `full` is the benchmark's for ogbn-arxiv.
+    # `full` is the benchmark's model for ogbn-arxiv
     sizes={
         "test": {"hidden": 8, "layers": 2, "dropout": 0.5},
         "tiny": {"hidden": 64, "layers": 2, "dropout": 0.5},

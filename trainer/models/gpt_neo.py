@@ -15,7 +15,7 @@ FAMILY = ModelFamily(
     name="gpt-neo",
     has_blocks=True,
     task="language_modelling",
-    # From 125m on: as published by EleutherAI. The two smallest are ours, for CPUs.
+    # From 125m on, as published by EleutherAI. The two smallest are ours, for CPUs.
     sizes={
         "test": _size(32, 2, 2),
         "tiny": _size(128, 4, 4),

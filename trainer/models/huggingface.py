@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
-# Weights in forms that are not read; a directory that has only these, or folders with weights, is not without weights.
+# Weights in unsupported formats. A directory that has only these, or folders with weights, does have weights.
 _OTHER_WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.npz", "*.onnx", "*.index.json")
-# Patterns, with replacements, of what DistributedDataParallel, torch.compile, FSDP and activation checkpointing add.
+# Prefixes added by DistributedDataParallel, torch.compile, FSDP and activation checkpointing: patterns and replacements
 _WRAPPERS = {
     r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": "",
     r"\.(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": ".",
 }
-_OFTEN_ABSENT = ("masked_spec_embed",)  # published models lack it if they were not pretrained with masks
+_OFTEN_ABSENT = ("masked_spec_embed",)  # absent from published models that were pretrained without masks
 
 
 def transformer_size(hidden: int, layers: int, heads: int) -> dict[str, Any]:
-    """A size of a transformer, in the names that most of transformers' configurations use."""
+    """A size of a transformer, with the field names of most configurations in transformers."""
     width = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
     return {**width, "num_hidden_layers": layers, "num_attention_heads": heads}
 
@@ -35,16 +35,16 @@ def transformer_size(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any]) -> None:
     """Write a pretrained model into `directory`, or only its configuration if the source has no weights.
 
-    What data parallelism and torch.compile put before the names of parameters is taken off.
+    Prefixes that data parallelism and torch.compile add to parameter names are removed.
 
     Args:
         source: Hub id (`<id>@<revision>`), or a local directory.
         auto: Class of transformers that loads it, such as `AutoModelForCausalLM`.
-        overrides: Fields of its configuration to change. Parts of the model whose shape changes, and a head that the
-            source lacks, get random weights from torch's global generator.
+        overrides: Fields of its configuration to change. Parts of the model whose shape changes, and a head that is not
+            in the source, get random weights from torch's global generator.
 
     Raises:
-        ConfigError: There is no such model, it is of another kind, or its weights are not those of its configuration.
+        ConfigError: There is no such model, it is of another kind, or its weights do not match its configuration.
         TrainingError: The hub cannot be reached.
     """
     import torch
@@ -56,7 +56,7 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
     kind: Any = getattr(transformers, auto)
     _no_bars_into_logs()
     try:
-        # The configuration, with the fields that depend on the data.
+        # The configuration, with the fields that depend on the data
         config = transformers.AutoConfig.from_pretrained(name, **options)
         if quantised := getattr(config, "quantization_config", None):
             method = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised.quant_method
@@ -66,7 +66,7 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
         for field, value in overrides.items():
             setattr(config, field, value)
         config.save_pretrained(directory)
-        # The weights.
+        # The weights
         if local and not _weights_in(Path(source)):
             _check_without_weights(Path(source), source)
             return
@@ -83,9 +83,9 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
         )
     except ConfigError:
         raise
-    except Exception as error:  # the libraries raise errors of many kinds
-        if "weights_only" in str(error):  # torch's advice is to run the code in the file
-            problem = "its weights cannot be read as tensors alone: save them as model.safetensors"
+    except Exception as error:  # the libraries raise many kinds of errors
+        if "weights_only" in str(error):  # torch advises to run the code in the file
+            problem = "its weights contain more than tensors: save them as model.safetensors"
             raise ConfigError("model", source, problem) from None
         if local or "is not a local folder and is not a valid model identifier" in str(error):
             raise ConfigError("model", source, f"cannot be loaded by {auto}: {one_line(error)}") from None
@@ -93,33 +93,33 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
             raise ConfigError("model", source, f"cannot be loaded by {auto}: {one_line(error)}") from None
         raise TrainingError(f"model {source} cannot be fetched from the hub: {one_line(error)}") from error
     _check_weights(source, model, found, lambda: kind.from_config(published))
-    model.save_pretrained(directory, save_original_format=False)  # it would put the source's wrappers back
+    model.save_pretrained(directory, save_original_format=False)  # else it restores the wrappers' prefixes
 
 
 def _weights_in(directory: Path) -> list[Path]:
-    """The files of weights that transformers reads; hidden files, which macOS leaves, are none."""
+    """The weight files that transformers reads, without hidden files, which macOS creates."""
     found = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
     return sorted(path for path in found if not path.name.startswith("."))
 
 
 def _check_without_weights(directory: Path, source: str) -> None:
-    """Raise ConfigError if a directory has weights where, or in a form in which, they are not read."""
+    """Raise ConfigError if a directory has weights in a place or format that is not read."""
     patterns = (*_OTHER_WEIGHTS, "*/*.safetensors", "*/*.bin")
     found = sorted(path for pattern in patterns for path in directory.glob(pattern) if not path.name.startswith("."))
     if found:
         names = listed([str(path.relative_to(directory)) for path in found])
         problem = f"its weights must be {WEIGHTS}, pytorch_model.bin, or all of their shards; it has only {names}"
         raise ConfigError("model", source, problem)
-    logger.warning("model %s has a configuration and no weights: it begins from scratch", source)
+    logger.warning("model %s has a configuration but no weights: training it from scratch", source)
 
 
 def _check_files(directory: Path, source: str) -> None:
-    """Raise ConfigError if a file of weights is a pointer of Git LFS, empty, cut off, or has a weight twice."""
+    """Raise ConfigError if a weight file is a Git LFS pointer, empty, truncated, or contains a weight twice."""
     from safetensors import SafetensorError, safe_open
 
     for path in _weights_in(directory):
         if is_lfs_pointer(path):
-            raise ConfigError("model", source, f"{path.name} is a pointer of Git LFS: run `git lfs pull` there")
+            raise ConfigError("model", source, f"{path.name} is a Git LFS pointer: run `git lfs pull` there")
         try:
             if not path.stat().st_size:
                 raise EOFError("it is empty")
@@ -134,16 +134,16 @@ def _check_files(directory: Path, source: str) -> None:
 
 
 def _unwrapped(key: str) -> str:
-    """The name of a parameter without what wrappers add."""
+    """The name of a parameter without wrappers' prefixes."""
     for pattern, replacement in _WRAPPERS.items():
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def _check_weights(source: str, model: Any, found: Mapping[str, Any], published: Callable[[], Any]) -> None:
-    """Raise ConfigError unless all weights but those of a task's head are the source's; name those that are new.
+    """Raise ConfigError unless all weights except a task's head are from the source. Log the names of new ones.
 
-    A shape that differs must be one that the data has changed, so the source's is that of its own configuration.
+    A shape may differ only if the data changes it; then the source's shape must be that of its own configuration.
     """
     import torch
 
@@ -172,7 +172,7 @@ def _check_weights(source: str, model: Any, found: Mapping[str, Any], published:
 def build(directory: Path, auto: str) -> "torch.nn.Module":
     """The model that `fetch`, or a family's `write`, put into `directory`, in float32.
 
-    On `meta` without weights; in a context of `Deferred`, they are read when they are asked for.
+    On `meta`, it has no weights; in a context of `Deferred`, they are read lazily.
     """
     import torch
     import transformers
@@ -201,7 +201,7 @@ def save(model: "torch.nn.Module", directory: Path) -> None:
 
 
 def load(directory: Path, auto: str) -> "torch.nn.Module":
-    """The model that `save` wrote, in float32 and evaluation mode. Raises ConfigError if it lacks weights."""
+    """The model that `save` wrote, in float32 and evaluation mode. Raises ConfigError if weights are missing."""
     import torch
     import transformers
 
@@ -215,7 +215,7 @@ def load(directory: Path, auto: str) -> "torch.nn.Module":
 
 
 def _no_bars_into_logs() -> None:
-    """Show transformers' progress bars on terminals only."""
+    """Show transformers' progress bars only on terminals."""
     from transformers.utils.logging import disable_progress_bar
 
     if not sys.stderr.isatty():

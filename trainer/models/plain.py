@@ -1,4 +1,4 @@
-"""Models outside transformers, as `config.json` and `model.safetensors`. Not a family itself."""
+"""Models that are not from transformers, as `config.json` and `model.safetensors`. Not a family itself."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def write_config(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """As `ModelFamily.write`: one mapping, the argument of `load`'s `make`."""
+    """Like `ModelFamily.write`: writes one mapping, the argument of `load`'s `make`."""
     write_json(directory / CONFIG, {**size, **data})
 
 
 def save(model: "torch.nn.Module", directory: Path) -> None:
-    """Write an export; `model.config` is the argument that the model was made from."""
+    """Write an export; `model.config` is the argument of the function that made the model."""
     from safetensors.torch import save_file
 
     write_json(directory / CONFIG, model.config)
@@ -26,7 +26,7 @@ def save(model: "torch.nn.Module", directory: Path) -> None:
 
 
 def load(directory: Path, make: "Callable[..., torch.nn.Module]") -> "torch.nn.Module":
-    """The exported model, on the CPU, in evaluation mode."""
+    """The exported model, on the CPU and in evaluation mode."""
     from safetensors.torch import load_file
 
     model = make(read_json(directory / CONFIG))

@@ -23,7 +23,7 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
 
 
 def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
-    """Table 1 of the paper. `tiny` has the full depth and at most a sixteenth of the width."""
+    """A model of table 1 of the paper. `tiny` has the full depth and at most a sixteenth of the width."""
     wide = 4 if kind == "bottleneck" else 1
 
     def size(width: int) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _family(name: str, depths: list[int], kind: str) -> ModelFamily:
         default_size="full",
         write=_write,
         build=lambda directory: huggingface.build(directory, AUTO),
-        # The last layer of a pretrained model is new if the classes differ.
+        # The last layer of a pretrained model is new if the classes differ
         fetch=lambda directory, source, data: huggingface.fetch(directory, source, AUTO, _fields(data)),
     )
 

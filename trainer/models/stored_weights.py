@@ -12,18 +12,17 @@ from trainer.models.deferred import Deferred
 
 
 def read_later(model: nn.Module, directory: Path, later: Deferred) -> None:
-    """Let a model have the weights in `directory`, which `save_pretrained` of its class has written.
+    """Give a model the weights in `directory`, as written by `save_pretrained` of its class.
 
-    Small tensors get them now, deferred ones when they are asked for; no file is mapped any longer than a weight of it
-    is read.
+    Small tensors are loaded now, deferred ones lazily. Files are mapped only while a weight is read.
 
     Raises:
-        ConfigError: A weight is missing, unknown, or of another shape than the model's. One that is not finite is
-            known when it is read: `later.not_finite`.
+        ConfigError: A weight is missing, unknown, or has another shape than the model's. Weights that are not finite
+            are detected when they are read (`later.not_finite`).
     """
     files, shapes = _stored(directory)
     tensors = model.state_dict(keep_vars=True)
-    names: dict[Tensor, str] = {}  # a tied one has several, and is stored by one of them
+    names: dict[Tensor, str] = {}  # a tied tensor has several names, and is stored under one of them
     for name, tensor in tensors.items():
         names[tensor] = name if name in shapes else names.get(tensor, name)
     known = shapes.keys() & tensors.keys()
@@ -45,7 +44,7 @@ def read_later(model: nn.Module, directory: Path, later: Deferred) -> None:
 
 
 def _stored(directory: Path) -> tuple[dict[str, Path], dict[str, torch.Size]]:
-    """By name of a weight: its file, and its shape. Raises ConfigError if a file is not complete."""
+    """By weight: its file, and its shape. Raises ConfigError if a file is incomplete."""
     files: dict[str, Path] = {}
     shapes: dict[str, torch.Size] = {}
     for path in sorted(directory.glob("*.safetensors")):
@@ -60,7 +59,7 @@ def _stored(directory: Path) -> tuple[dict[str, Path], dict[str, torch.Size]]:
 
 
 def _read(path: Path, name: str, later: Deferred) -> Tensor:
-    """A weight in float32: a copy, so that nothing of the file stays mapped."""
+    """A weight in float32, copied so that the file does not stay mapped."""
     with safe_open(path, "pt") as weights:
         tensor: Tensor = weights.get_tensor(name).to(torch.float32, copy=True)
     if not tensor.isfinite().all():

@@ -16,11 +16,11 @@ def _size(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     return {**huggingface.transformer_size(hidden, layers, heads), **more}
 
 
-# Pre-norm layer norm throughout: it trains from scratch, and allows clips of any length in a batch.
+# Pre-norm layer norm throughout, which trains from scratch and allows clips of any length in a batch
 _STABLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 _SMALL = {
     **_STABLE,
-    # Windows of 25 ms every 10 ms, as in classical features, replace five layers. 25 outputs a second instead of 50
+    # Windows of 25 ms every 10 ms, as in classical features, replace five layers. 25 outputs per second instead of 50
     # still exceed the rate of letters in speech, and minutes of audio are enough to learn from.
     "conv_dim": [64, 96, 96],
     "conv_kernel": [400, 5, 5],
@@ -39,7 +39,7 @@ def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
         "pad_token_id": data["vocabulary"].index("<pad>"),
         "bos_token_id": data["vocabulary"].index("<s>"),
         "eos_token_id": data["vocabulary"].index("</s>"),
-        # A dropped layer has no gradient, but data parallelism expects one.
+        # A dropped layer has no gradient, but data parallelism expects one
         "layerdrop": 0.0,
     }
 
@@ -51,7 +51,7 @@ def _write(directory: Path, size: Mapping[str, Any], data: Mapping[str, Any]) ->
 
 
 def _build(directory: Path) -> "torch.nn.Module":
-    """Freezes a pretrained model's convolutions, as the paper does in fine-tuning (§4.3)."""
+    """Build the model and freeze a pretrained one's convolutions, as the paper does for fine-tuning (§4.3)."""
     model = huggingface.build(directory, AUTO)
     if (directory / huggingface.WEIGHTS).exists():
         model.freeze_feature_encoder()  # type: ignore[operator]

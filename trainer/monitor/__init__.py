@@ -1,1 +1,1 @@
-"""Watching a run: its events, and everything that reads them."""
+"""Monitoring a run: everything that reads its workers' events."""

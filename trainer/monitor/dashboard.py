@@ -1,6 +1,7 @@
-"""The dashboard of a run while it trains: redrawn in place on a terminal, else plain lines.
+"""The dashboard of a running training: redrawn in place on a terminal, otherwise plain lines.
 
-`launch` and the train step on a cluster fill a `Dashboard` from the workers' `metrics.jsonl`, `status` from etcd.
+`launch` and the train step on a cluster fill a `Dashboard` from the workers' `metrics.jsonl`; `status` fills one from
+etcd.
 """
 
 import sys
@@ -24,16 +25,16 @@ from trainer.timeouts import MonitorTimeouts
 MOST_EVENTS = 6  # shown in the live view
 MOST_LOSSES = 40  # shown in the sparkline
 BARS = "▁▂▃▄▅▆▇█"
-NO_NEWS = "no news"  # the state of a worker whose events cannot be read at present
-AWAY = ("joining", "stopped", "failed", "died", NO_NEWS)  # states of workers whose step is not that of the run
+NO_NEWS = "no news"  # state of a worker whose events cannot currently be read
+AWAY = ("joining", "stopped", "failed", "died", NO_NEWS)  # states of workers whose step is not the run's
 
 
 @dataclass
 class WorkerRow:
-    """A worker as the views show it. None or "": not known."""
+    """A worker in the views. None or "" means unknown."""
 
     worker: int
-    state: str = "starting"  # what it is doing, in one or two words
+    state: str = "starting"  # its activity in one or two words
     step: int | None = None
     round: int | None = None
     loss: float | None = None  # of its last inner steps
@@ -42,12 +43,12 @@ class WorkerRow:
     bytes: int | None = None  # sent and received by its process
     samples: int | None = None  # consumed by its process
     at: float | None = None  # when it reached its step, in Unix seconds by its own clock
-    lag: int = 0  # committed rounds that it has yet to catch up with
+    lag: int = 0  # committed rounds by which it is behind
     member: str = ""  # its id as a member; "" before it has joined
     node: str = ""
     host: str = ""
     pid: int | None = None
-    silent: bool = False  # its events cannot be read at present: the other fields may be out of date
+    silent: bool = False  # whether its events cannot currently be read, so that the other fields may be outdated
 
     @property
     def shown_state(self) -> str:
@@ -88,32 +89,32 @@ class MembershipEvent:
 
 
 class Dashboard:
-    """The state of a run, as the views show it."""
+    """The state of a run for the views."""
 
     def __init__(self, total_steps: int | None = None, clock: Callable[[], float] = time.time) -> None:
         self.total_steps = total_steps
         self.heading: Sequence[str] = ()  # lines above the workers
         self.rows: Sequence[WorkerRow] = ()
-        self.step = self.round = 0  # the schedule position that the run has reached, and the committed rounds
-        self.elsewhere = 0  # members of the last round that are none of `rows`: on other machines
+        self.step = self.round = 0  # the run's schedule position and committed rounds
+        self.elsewhere = 0  # members of the last round that are not in `rows`, because they are on other machines
         self.losses: list[float] = []  # the workers' mean loss whenever a round was committed
         self.events: list[MembershipEvent] = []  # oldest first
-        self.silent_since: float | None = None  # since when no worker's events can be read, in Unix seconds
+        self.silent_since: float | None = None  # Unix time since which no worker's events can be read
         self._clock, self._window = clock, MonitorTimeouts().rate
         self._started = self._moved = clock()  # `_moved`: when we saw the newest step in `_reached`
         self._reached: deque[tuple[float, int]] = deque()  # when the run reached which step
-        # By worker: how far its clock is behind ours, plus the shortest delay of its news.
+        # By worker: how far its clock is behind ours, plus the shortest delay of its events
         self._behind: dict[int, float] = {}
 
     def fill(self, rows: Sequence[WorkerRow], *, step: int | None = None, round: int | None = None) -> None:
-        """Take in the workers' present state. By default, step and round are those of the slowest training worker."""
+        """Set the workers' current state. By default, step and round are those of the slowest training worker."""
         self.rows = rows
         for row in rows:
             if row.at is not None:
                 behind = self._clock() - row.at
                 self._behind[row.worker] = min(behind, self._behind.get(row.worker, behind))
 
-        # The run is where its slowest worker is.
+        # The run's position is that of its slowest worker
         training = [row for row in rows if row.shown_state not in AWAY] or rows
         before = self.round
         self.step = min((row.step or 0 for row in training), default=0) if step is None else step
@@ -121,12 +122,12 @@ class Dashboard:
         if self.round > before and self.loss is not None:
             self.losses.append(self.loss)
 
-        # Remember when it got there.
+        # Remember when the run got there
         if not self._reached or self.step != self._reached[-1][1]:
             if self._reached and self.step < self._reached[-1][1]:
                 self._reached.clear()  # the run resumes from a checkpoint
             self._moved = self._clock()
-            # By the workers' clocks, moved to ours: after an outage we hear at once what happened over minutes.
+            # By the workers' clocks, adjusted to ours, because after an outage the events of minutes arrive at once
             times = [row.at + self._behind[row.worker] for row in training if row.at and row.step == self.step]
             self._reached.append((max(times, default=self._moved), self.step))
         while len(self._reached) > 4 and self._reached[1][0] < self._reached[-1][0] - self._window:
@@ -134,15 +135,15 @@ class Dashboard:
 
     @property
     def loss(self) -> float | None:
-        """The workers' mean."""
+        """The workers' mean loss."""
         losses = [row.loss for row in self.rows if row.loss is not None]
         return sum(losses) / len(losses) if losses else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the run is complete at its present rate, waiting included; None while that is not known.
+        """Seconds until the run is complete at its current rate, including waits; None while unknown.
 
-        The first step seen is left out: it may have been reached long before we looked.
+        The first observed step is left out, because it may have been reached long before.
         """
         if self.total_steps is None or len(self._reached) < 3 or self.silent_since is not None:
             return None
@@ -151,7 +152,7 @@ class Dashboard:
             return None
         waiting = max(0.0, self._clock() - self._moved)
         usual = (last - first) / (len(self._reached) - 2)
-        overdue = max(0.0, waiting - 2 * usual)  # a run that stands still becomes slower
+        overdue = max(0.0, waiting - 2 * usual)  # a stalled run counts as slower
         seconds = (last - first + overdue) / max(1, to_step - from_step)
         return max(0.0, (self.total_steps - self.step) * seconds - waiting)
 
@@ -172,14 +173,14 @@ class Dashboard:
         return f"{self.elsewhere} worker{'s' if self.elsewhere > 1 else ''} elsewhere" if self.elsewhere else ""
 
     def _outlook(self) -> str:
-        """The time left, or why it is not known, or ""."""
+        """The remaining time, or why it is unknown, or ""."""
         if self.silent_since is not None:
             return f"no news since {_clock_time(self.silent_since)}"
         return "" if (left := self.seconds_left) is None else f"{_duration(left)} left"
 
     def draw(self) -> Group:
-        """The run as something that rich prints."""
-        # One row per worker: text on the left, numbers on the right.
+        """The run as a rich renderable."""
+        # One row per worker: text on the left, numbers on the right
         table = Table(box=None, pad_edge=False, header_style="dim")
         for column in self.rows[0].cells if self.rows else ():
             table.add_column(column, justify="left" if column in ("worker", "state", "") else "right")
@@ -190,7 +191,7 @@ class Dashboard:
             table.add_row(*cells.values())
         parts: list[Any] = [*map(Text, self.heading), table]
 
-        # The run: progress, loss, and what happened last.
+        # The run: progress, loss, and the latest events
         if self.total_steps:
             line = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=self.total_steps, completed=self.step, width=40)
@@ -238,7 +239,7 @@ class Plain:
             self.show(str(event))
         self._events = len(dashboard.events)
         silent = dashboard.silent_since is not None
-        repeated = silent and self._silent  # the line would only repeat itself
+        repeated = silent and self._silent  # the line would be the same as the last one
         if dashboard.round > self._round or (now - self._written >= self._interval and not repeated):
             self._round, self._written, self._silent = max(dashboard.round, self._round), now, silent
             self.show(dashboard.line())
@@ -278,12 +279,12 @@ View = Plain | Live
 def view(
     dashboard: Dashboard, write: Callable[[str], None] | None = None, timeouts: MonitorTimeouts | None = None
 ) -> View:
-    """A live view if standard output is a terminal, else plain lines, which `write` prints."""
+    """A live view if standard output is a terminal, otherwise plain lines printed by `write`."""
     return Live(dashboard) if sys.stdout.isatty() else Plain(dashboard, write, timeouts)
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Draw numbers as a line of bars.
+    """Numbers as a line of bars.
 
     >>> sparkline([3.0, 2.0, 1.0])
     '█▅▁'

@@ -1,4 +1,4 @@
-"""The workers' progress, followed in their `metrics.jsonl`."""
+"""The workers' progress according to their `metrics.jsonl`."""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ _SMOOTHING = 0.2  # weight of the newest step in the shown loss and speed
 class WorkerProgress(WorkerRow):
     """A worker's row, kept up to date from the events that it appends from now on.
 
-    `state` is one of starting, training, died, stopped, failed and complete; or, until its first step, joining: for a
-    worker that has died before, and, set by `launch`, for one that starts while others train. `speed` and `loss` are
+    `state` is one of starting, training, died, stopped, failed and complete; or, until its first step, joining, for a
+    worker that died before and (set by `launch`) for one that starts while others train. `speed` and `loss` are
     smoothed; the speed is 0 before the second step. `pid` is None while no process is known to run.
     """
 
@@ -22,17 +22,17 @@ class WorkerProgress(WorkerRow):
         super().__init__(number, step=0, round=0, bytes=0, speed=0.0)
         self.reason = ""  # why it ended
         self.changes: list[MembershipEvent] = []  # since they were last shown
-        self.own: set[str] = set()  # the members that its processes have been
+        self.own: set[str] = set()  # ids of its processes as members
         self.members: Sequence[str] = ()  # of its last round
         self._reader = EventReader(metrics, last=0)
-        self._last_step: float | None = None  # when its newest step of this life ended
+        self._last_step: float | None = None  # when this process's newest step ended
 
     @property
     def number(self) -> int:
         return self.worker
 
     def update(self) -> list[Event]:
-        """Take in the new events, and return them."""
+        """Process the new events and return them."""
         events = self._reader.read()
         for event in events:
             handle = getattr(self, f"_on_{event['event']}", None)
@@ -41,7 +41,7 @@ class WorkerProgress(WorkerRow):
         return events
 
     def lost(self, at: float) -> None:
-        """Its process has gone without an `end` event."""
+        """Record that its process is gone without an `end` event."""
         self.state, self.pid = "died", None
         self._changed(at, "died")
 
@@ -95,14 +95,14 @@ class WorkerProgress(WorkerRow):
 
 
 def fill(dashboard: Dashboard, workers: Sequence[WorkerProgress]) -> None:
-    """Show the workers' present state on the dashboard, and what has changed since the last call."""
+    """Show the workers' current state on the dashboard, and the changes since the last call."""
     for worker in workers:
         dashboard.events += worker.changes
         worker.changes.clear()
     newest = max(workers, key=lambda worker: worker.round or 0, default=None)
     if newest is not None:
         others = {*newest.members}.difference(*(worker.own for worker in workers))
-        unknown = sum(bool(worker.members) and not worker.own for worker in workers)  # began before we looked
+        unknown = sum(bool(worker.members) and not worker.own for worker in workers)  # they started before we looked
         dashboard.elsewhere = max(0, len(others) - unknown)
     dashboard.fill(workers)
 

@@ -1,7 +1,7 @@
 """A worker's metrics for Prometheus: `http://<worker>:<metrics_port>/metrics`.
 
-Names and types follow https://prometheus.io/docs/practices/naming/: base units, and counters that end in `_total`. The
-counters of a restarted worker begin at 0 again, as Prometheus expects.
+Names and types follow https://prometheus.io/docs/practices/naming/: base units, and counters that end in `_total`. A
+restarted worker's counters start at 0 again, as Prometheus expects.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,29 +11,29 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper bounds of a synchronisation's buckets
 _UPDATES = {Gauge: "set", Counter: "inc", Histogram: "observe"}
-# Kind, name and help of the metric that a field of an event feeds.
+# Kind, name and help of the metric for a field of an event
 _METRICS: dict[tuple[str, str], tuple[type[Gauge | Counter | Histogram], str, str]] = {
-    ("step", "step"): (Gauge, "step", "Schedule position: inner steps since the training began."),
+    ("step", "step"): (Gauge, "step", "Schedule position: inner steps since the start of the training."),
     ("step", "loss"): (Gauge, "loss", "Training loss of this worker's last inner step."),
     ("step", "gradient_norm"): (Gauge, "gradient_norm", "Norm of its gradient, before clipping."),
     ("step", "lr"): (Gauge, "learning_rate", "Learning rate of the inner optimizer."),
-    ("step", "samples_per_second"): (Gauge, "samples_per_second", "Samples of the last inner step, over its duration."),
+    ("step", "samples_per_second"): (Gauge, "samples_per_second", "Samples per second in the last inner step."),
     ("step", "samples"): (Counter, "samples", "Samples that this worker has trained on."),
     ("step", "tokens"): (Counter, "tokens", "Tokens (pixels, frames) in these samples."),
     ("round", "round"): (Gauge, "round", "Committed rounds."),
-    ("round", "world_size"): (Gauge, "members", "Members of the last round that this worker took part in."),
+    ("round", "world_size"): (Gauge, "members", "Members of this worker's last round."),
     ("round", "bytes_sent"): (Counter, "sent_bytes", "Bytes sent by synchronisations."),
     ("round", "bytes_received"): (Counter, "received_bytes", "Bytes received by synchronisations."),
     ("round", "sync_seconds"): (Histogram, "synchronisation_seconds", "Duration of a synchronisation."),
-    ("round", "exposed_seconds"): (Histogram, "exposed_seconds", "Time that inner steps stood still for one."),
-    ("round", "tokens_per_second"): (Gauge, "tokens_per_second", "Tokens of the last round, over its duration."),
+    ("round", "exposed_seconds"): (Histogram, "exposed_seconds", "Time a synchronisation blocked inner steps."),
+    ("round", "tokens_per_second"): (Gauge, "tokens_per_second", "Tokens per second in the last round."),
     ("round", "flops_per_second"): (
         Gauge,
         "model_flops_per_second",
-        "Model FLOPs of the last round, over its duration.",
+        "Model FLOPs per second in the last round.",
     ),
-    ("round", "mfu"): (Gauge, "mfu_ratio", "These, over the peak of the worker's devices."),
-    ("round", "peak_memory"): (Gauge, "peak_memory_bytes", "The most memory of a process on its device."),
+    ("round", "mfu"): (Gauge, "mfu_ratio", "Model FLOPs per second as a fraction of the devices' peak."),
+    ("round", "peak_memory"): (Gauge, "peak_memory_bytes", "Highest memory use of a process on its device."),
     ("eval", "loss"): (Gauge, "held_out_loss", "Loss on this worker's part of the held-out samples."),
     ("warning", "count"): (Counter, "warnings", "Warnings."),
 }

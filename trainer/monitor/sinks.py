@@ -1,4 +1,4 @@
-"""The sinks that a configuration and the environment ask for."""
+"""The sinks requested by a configuration and the environment."""
 
 from pathlib import Path
 
@@ -24,9 +24,9 @@ def sinks(
     """Set up every sink of the configuration. One that cannot be set up is left out, with a warning.
 
     Args:
-        directory: The worker's volume, where an offline run of Weights & Biases is kept.
-        log: Takes the reason why a sink is left out, or gives up later, and the trackers' links.
-        local_rank: The process of the node: each has a Prometheus port of its own.
+        directory: The worker's volume, for an offline run of Weights & Biases.
+        log: Receives the reason if a sink is left out or gives up later, and the trackers' links.
+        local_rank: The process's rank on its node; each has its own Prometheus port.
     """
     trackers: list[Tracker] = []
     if config.wandb_logging:

@@ -1,4 +1,4 @@
-"""`python -m trainer status`: a run as its etcd has it: verdict, open round, and what each member is doing."""
+"""`python -m trainer status`: a run's state in etcd: its verdict, the open round, and what each member is doing."""
 
 import json
 import sys
@@ -27,9 +27,9 @@ Json = Mapping[str, Any]
 class RunStatus:
     """A run at one moment.
 
-    `workers` are as they reported after their last commit, so at most one round old. A worker's `state` is one of
-    starting (its node is here), waiting (for the run to begin), catching up, training, arrived, reducing, voted and
-    complete.
+    `workers` have the values that they reported after their last commit, which are at most one round old. A worker's
+    `state` is one of starting (its node is present), waiting (for the run to start), catching up, training, arrived,
+    reducing, voted and complete.
     """
 
     run_id: str
@@ -38,16 +38,16 @@ class RunStatus:
     term: int
     round: int
     attempt: int
-    phase: str  # of the open round: "gather" or "reduce"; "" before the run has begun, and when it is complete
+    phase: str  # of the open round: "gather" or "reduce"; "" before the run has started and after it is complete
     step: int  # the schedule position of the last committed state
-    coordinator: int | None  # the worker that coordinates, if any does
+    coordinator: int | None  # the coordinating worker, if any
     committed: dict[str, Any] | None  # the last commit: round, attempt, members (workers) and weight (samples)
     durable: int | None  # the newest round that is in a checkpoint
     workers: list[WorkerRow]
     spares: list[str]  # hosts of nodes that wait for a slot
-    total_steps: int | None  # None before the first worker is here
-    gone: list[str]  # members that have left in an orderly way
-    relayed: dict[str, list[int]] = field(default_factory=dict)  # workers that pass the bytes of a pair ("0-2") on
+    total_steps: int | None  # None before the first worker is present
+    gone: list[str]  # members that left normally
+    relayed: dict[str, list[int]] = field(default_factory=dict)  # workers that relay the bytes of a pair ("0-2")
 
 
 def status(
@@ -56,8 +56,8 @@ def status(
     """Show a run, once or until it is over.
 
     Args:
-        config: Names the run, and its etcd or the directory in which `launch` keeps it.
-        watch: Keep showing it until it has its verdict, or until Ctrl-C.
+        config: Identifies the run, and its etcd or the directory in which `launch` keeps it.
+        watch: Keep updating until the run has a verdict, or until Ctrl-C.
         as_json: Print one JSON object per line instead of text.
 
     Returns:
@@ -80,7 +80,7 @@ def status(
             resources.callback(client.watch("", changed.set).close)
         try:
             while True:
-                # Look at the run.
+                # Read the run's state
                 changed.clear()
                 try:
                     run = look(client, config.run_id)
@@ -90,7 +90,7 @@ def status(
                     where = f"{', '.join(client.endpoints)}, below {client.prefix}"
                     raise TrainingError(f"etcd has no run {config.run_id} (at {where})")
 
-                # Show it.
+                # Show it
                 watcher.update(run)
                 if as_json:
                     print(json.dumps(asdict(run)), flush=True)
@@ -101,7 +101,7 @@ def status(
                 else:
                     print(*watcher.dashboard.heading, *watcher.dashboard.rows, sep="\n", flush=True)
 
-                # Wait until something changes, but do not look more often than the interval allows.
+                # Wait until something changes, but do not read more often than the interval allows
                 if not watch or run.verdict != "open":
                     return int(run.verdict == "failed")
                 time.sleep(interval / 2)
@@ -113,7 +113,7 @@ def status(
 
 
 def _without_etcd(client: EtcdClient, run_id: str, directory: Path | None, error: EtcdError) -> int:
-    """Report a run whose etcd does not answer; that of `launch` ends with the run in `directory`."""
+    """Report a run whose etcd does not answer. The etcd of `launch` ends with the run in `directory`."""
     if error.kind != "unreachable" or directory is None:
         raise error
     if has_completed(directory):
@@ -126,13 +126,13 @@ def _without_etcd(client: EtcdClient, run_id: str, directory: Path | None, error
 
 
 def look(client: EtcdClient, run_id: str) -> RunStatus | None:
-    """The run at this moment; None if etcd has no key of it."""
+    """The run's current status; None if etcd has no key of it."""
     return status_of(run_id, entries) if (entries := client.list("")) else None
 
 
 def status_of(run_id: str, entries: Mapping[str, Entry]) -> RunStatus:
-    """A run's status from all its keys. Their values are documented in `trainer.protocol`."""
-    # Sort the keys: "<kind>/<name>" by kind, and those that have no name.
+    """A run's status from all its keys. `trainer.protocol` documents their values."""
+    # Sort the keys: "<kind>/<name>" by kind, and keys without a name
     kinds: dict[str, dict[str, Any]] = {}
     for key, entry in entries.items():
         kind, _, name = key.partition("/")
@@ -140,7 +140,7 @@ def status_of(run_id: str, entries: Mapping[str, Entry]) -> RunStatus:
     single = {kind: values[""] for kind, values in kinds.items() if "" in values}
     run, round, members = single.get("run", {}), single.get("round"), kinds.get("members", {})
 
-    # Workers: the members, and nodes whose worker is not a member yet.
+    # Workers: the members, and nodes whose worker is not a member yet
     workers = [_worker(id, value, round, kinds) for id, value in members.items()]
     with_member = {str(value.get("slot")) for value in members.values()}
     for slot, value in kinds.get("slots", {}).items():
@@ -181,7 +181,7 @@ def _worker(id: str, value: Json, round: Json | None, kinds: Mapping[str, Json])
     progress = value.get("progress", {})
     lag = round["base"]["round"] - holds if round and holds is not None else 0
     if round and lag == 1 and round["committed"] and id in round["committed"]["members"]:
-        lag = 0  # it is taking the outer step, or has not announced it yet
+        lag = 0  # it is taking the outer step or has not announced it yet
     return WorkerRow(
         worker=_number_of(id),
         state="catching up" if lag > 0 else _state(id, round, kinds),
@@ -197,7 +197,7 @@ def _worker(id: str, value: Json, round: Json | None, kinds: Mapping[str, Json])
 
 
 def _relayed(members: Mapping[str, Json]) -> dict[str, list[int]]:
-    """Pairs of workers of which neither can dial the other, each with the workers at which they meet."""
+    """Pairs of workers that cannot dial each other, with the workers that relay between them."""
     pairs = {}
     for id, value in sorted(members.items()):
         for other, via in value.get("progress", {}).get("relayed", {}).items():
@@ -206,7 +206,7 @@ def _relayed(members: Mapping[str, Json]) -> dict[str, list[int]]:
 
 
 def _state(id: str, round: Json | None, kinds: Mapping[str, Json]) -> str:
-    """What a member that holds the last committed state is doing."""
+    """The activity of a member that holds the last committed state."""
     if round is None:
         return "waiting"
     if round["length"] == 0:
@@ -228,11 +228,11 @@ def _number_of(member: str) -> int:
 
 
 class Watcher:
-    """Shows successive looks at a run on a dashboard."""
+    """Shows successive statuses of a run on a dashboard."""
 
     def __init__(self) -> None:
         self.dashboard = Dashboard()
-        self._members: dict[str, int] | None = None  # workers' numbers by member, at the last look
+        self._members: dict[str, int] | None = None  # workers' numbers by member, at the last update
         self._known: set[str] = set()  # all members ever seen
         self._behind: set[str] = set()
 
@@ -243,7 +243,7 @@ class Watcher:
         if self._members is not None and run.verdict == "open":
             seen = self._members
             gone, new = seen.keys() - members.keys(), members.keys() - seen.keys()
-            changes = [(seen[id], "left" if id in run.gone else "died, or is cut off") for id in gone]
+            changes = [(seen[id], "left" if id in run.gone else "died, or is disconnected") for id in gone]
             changes += [(members[id], "is back" if id in self._known else "joined") for id in new]
             changes += [(members[id], "is late") for id in (behind & seen.keys()) - self._behind]
             dashboard.events += [MembershipEvent(now, number, what) for number, what in sorted(changes)]
@@ -272,7 +272,7 @@ def headline(run: RunStatus) -> list[str]:
         lines.append(f"newest checkpoint: round {run.durable}")
     for pair, via in run.relayed.items():
         one, other = pair.split("-")
-        lines.append(f"workers {one} and {other} talk through worker {', '.join(map(str, via))}")
+        lines.append(f"workers {one} and {other} communicate through worker {', '.join(map(str, via))}")
     if run.spares:
         lines.append(f"spare nodes: {', '.join(run.spares)}")
     return lines

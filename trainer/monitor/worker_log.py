@@ -1,4 +1,4 @@
-"""The workers' events as a pipeline step receives them, in files like the workers' own, for progress and reports."""
+"""The workers' events received by a pipeline step, in files like the workers' own, for progress and reports."""
 
 import json
 import threading
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class WorkerEvents:
-    """Writes received events to `<directory>/worker-<i>/metrics.jsonl`; `processes` is the number of workers a node."""
+    """Writes received events to `<directory>/worker-<i>/metrics.jsonl`. `processes` is the number of workers a node."""
 
     def __init__(self, directory: Path, processes: int) -> None:
         self._directory, self._processes = directory, processes
@@ -19,7 +19,7 @@ class WorkerEvents:
         return self._directory / f"worker-{number}" / "metrics.jsonl"
 
     def write(self, worker: int, received: Mapping[str, Any]) -> None:
-        """Keep an event of one of a node's workers; its `local_rank` identifies it."""
+        """Keep an event of one of a node's workers, which its `local_rank` identifies."""
         number = worker * self._processes + int(received.get("local_rank", 0))
         event = {name: value for name, value in received.items() if name != "local_rank"}
         with self._lock:

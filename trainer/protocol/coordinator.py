@@ -1,4 +1,4 @@
-"""The coordinator's loop, as a machine without I/O: it reads the run's keys, and decides the record's transitions."""
+"""The coordinator's loop as a machine without I/O: it reads the run's keys and decides the record's transitions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,18 +8,18 @@ from trainer.protocol.effects import Entry, Machine
 from trainer.protocol.records import Outcome, RoundState, Rules, outcome_key, view_of
 from trainer.protocol.rounds import decide, overdue, situation
 
-KEPT_OUTCOMES = 64  # `commits/<term>.<round>` that are kept for members that were away
-REAP_INTERVAL = 1.0  # seconds between two probes of a member that the others wait for
+KEPT_OUTCOMES = 64  # number of `commits/<term>.<round>` that are kept for members that were away
+REAP_INTERVAL = 1.0  # seconds between two probes of a member for which the others wait
 
 
 def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Machine[None]:
-    """Decide, until another member has the role of coordinator.
+    """Decide until another member has the role of coordinator.
 
-    Every transition is a compare-and-swap: several coordinators at once are harmless.
+    Every transition is a compare-and-swap, so several coordinators at once are harmless.
     """
     waiting_for: tuple[Any, ...] | None = None
     since = reaped = yield effects.Now()
-    recorded = (0, 0)  # round id of the outcome that this member has recorded last
+    recorded = (0, 0)  # round id of the last outcome that this member recorded
     while True:
         # Read the run's keys
         entries: Mapping[str, Entry] = yield effects.List()
@@ -30,7 +30,7 @@ def coordinate(id: str, rules: Rules, kept_outcomes: int = KEPT_OUTCOMES) -> Mac
         entry = entries.get("round")
         record: RoundState | None = entry.value if entry else None
         if record and record.committed and (record.term, record.committed.round) != recorded:
-            # Before the next transition: a member that missed this one must be able to look its outcome up
+            # Before the next transition, because a member that missed this one must be able to look up its outcome
             recorded = record.term, record.committed.round
             yield from _record_outcome(record, record.committed, entries, kept_outcomes)
         view = view_of(entries)
@@ -60,7 +60,7 @@ def _record_outcome(record: RoundState, last: Outcome, entries: Mapping[str, Ent
     for key, entry in entries.items():
         prefix, _, id = key.partition("/")
         if prefix in ("arrivals", "votes", "ready", "left"):
-            # A member may come back after its lease was lost: its keys of this round and of later ones stay.
+            # A member may come back after losing its lease, so its keys of this round and of later ones stay
             past = (entry.value.term, entry.value.round) < (record.term, record.base.round)
             if past and f"members/{id}" not in entries and id not in record.assignments:
                 stale.append(key)

@@ -1,8 +1,8 @@
-"""The effects that the protocol's machines ask for. A machine yields an effect, and is sent its result.
+"""The effects that the protocol's machines request. A machine yields an effect and is sent its result.
 
 The machines (`member`, `coordinator`) are generators without I/O. `trainer.elastic` performs their effects with etcd,
-gloo and the donors; `tests/unit/protocol/test_model.py` performs them in a simulation. Only
-members yield `AwaitRound` to `Log`; only coordinators yield `Swap`, `Delete`, and `Now` to `Pause`.
+the transport and the donors; `tests/unit/protocol/test_model.py` performs them in a simulation. Only members yield
+`AwaitRound` to `Log`; only coordinators yield `Swap`, `Delete`, and `Now` to `Pause`.
 """
 
 from collections.abc import Generator, Iterable
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Entry(Protocol):
-    """A key's record as etcd has it; `revision` is the token of a compare-and-swap."""
+    """A key's record in etcd; `revision` is the token for a compare-and-swap."""
 
     @property
     def value(self) -> Any: ...
@@ -24,7 +24,7 @@ class Entry(Protocol):
 
 
 class Effect:
-    """A request of a machine. Its result is None, unless its docstring names another one."""
+    """A request of a machine. Its result is None unless its docstring names another one."""
 
 
 Machine = Generator[Effect, Any, T]
@@ -71,8 +71,8 @@ class Delete(Effect):
 class AwaitRound(Effect):
     """Wait for the open round's record. Returns a `RoundState`."""
 
-    reason: str  # the object of the wait, for the log
-    again: bool = False  # False: return the known record at once, if any. True: after a change, or after a moment
+    reason: str  # what is being waited for, for the log
+    again: bool = False  # False: return a known record at once. True: only after a change, or after a moment
     needs_nodes: bool = False  # whether a shortage of nodes limits the wait
 
 
@@ -89,21 +89,21 @@ class Announce(Effect):
 
 @dataclass(frozen=True)
 class Suspects(Effect):
-    """Probe the members `probe`. Returns a tuple of all members that are known to be unreachable."""
+    """Probe the members `probe`. Returns a tuple of all members known to be unreachable."""
 
     probe: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reduce(Effect):
-    """Run the collective of the attempt. Returns this member's `Vote`; None: it failed."""
+    """Run the collective of the attempt. Returns this member's `Vote`, or None if it failed."""
 
     record: RoundState
 
 
 @dataclass(frozen=True)
 class ReplayMeans(Effect):
-    """Take the outer steps from round `first` on, while donors have their means. Returns the state's round then."""
+    """Take the outer steps from round `first` on, while donors have their means. Returns the state's new round."""
 
     record: RoundState
     first: int
@@ -118,7 +118,7 @@ class FetchState(Effect):
 
 @dataclass(frozen=True)
 class Finish(Effect):
-    """Write the run's verdict: failed, for this reason."""
+    """Write the run's verdict: failed, with this reason."""
 
     reason: str
 
@@ -136,13 +136,13 @@ class Now(Effect):
 
 @dataclass(frozen=True)
 class Reap(Effect):
-    """Check in the background whether these members, which delay the others, are dead, and revoke their leases then."""
+    """Check in the background whether these members, which delay the others, are dead, and revoke dead ones' leases."""
 
     ids: Iterable[str]
 
 
 @dataclass(frozen=True)
 class Pause(Effect):
-    """Wait for a change of any key, or for a moment: a long one if `idle`."""
+    """Wait for a change of any key, or for a moment; longer if `idle`."""
 
     idle: bool

@@ -1,7 +1,7 @@
-"""What the workers of a run have recorded, as values: the evidence that `trainer.protocol.proof` judges.
+"""The records of a run's workers as values: the evidence that `trainer.protocol.proof` judges.
 
-A `History` is read from files (`trainer.monitor.verify`), or told by the simulation of the tests. A field that is None
-was not recorded: what depends on it cannot be judged. `where` names the evidence for the user: a file and its line.
+A `History` is read from files (`trainer.monitor.verify`), or produced by the tests' simulation. A field that is None
+was not recorded, and what depends on it cannot be judged. `where` refers the user to the evidence: a file and its line.
 """
 
 import math
@@ -14,7 +14,7 @@ from trainer.protocol.records import Cursor, Range
 from trainer.protocol.samples import steps_in
 
 State = tuple[int, int]
-"""A committed global state, by the term and the round that led to it; a term's base has the term's number, too."""
+"""A committed global state, by the term and the round that led to it. A term's base also has the term's number."""
 
 E = TypeVar("E", bound="Happening")
 
@@ -24,10 +24,10 @@ class Plan:
     """The schedule that a process followed.
 
     Attributes:
-        round_steps, total_steps: As in `trainer.diloco.schedule`; no total: the run does not end.
-        lr, warmup_steps: The learning rate's peak, and its linear warm-up; None: it is not judged.
-        fragments: Parts of the parameters, each with synchronisations of its own.
-        offset: Steps by which the schedule is ahead of its rounds: the run began from another one's checkpoint.
+        round_steps, total_steps: As in `trainer.diloco.schedule`; without a total, the run does not end.
+        lr, warmup_steps: The learning rate's peak and its linear warm-up; None: it is not judged.
+        fragments: Number of parts of the parameters that are synchronised separately.
+        offset: Steps by which the schedule is ahead of its rounds, if the run started from another run's checkpoint.
     """
 
     round_steps: int
@@ -47,7 +47,7 @@ class Plan:
         return self.begin(round + 1) - self.begin(round)
 
     def own_steps(self, round: int, multiplier: float) -> int:
-        """Inner steps of a worker with this step multiplier in a round."""
+        """Inner steps in a round of a worker with this step multiplier."""
         return steps_in(self.length(round), multiplier)
 
     def fragments_of(self, round: int) -> range:
@@ -57,7 +57,7 @@ class Plan:
         return range((round - 1) % self.fragments, (round - 1) % self.fragments + 1)
 
     def learning_rate(self, position: float) -> float | None:
-        """Linear warm-up, then a cosine down to zero: a formula of its own, so that the trainer's is judged by it."""
+        """Linear warm-up, then a cosine down to zero: implemented separately, as a check of the trainer's formula."""
         if self.lr is None or self.total_steps is None:
             return None
         if position < self.warmup_steps:
@@ -68,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Happening:
-    """Something that a process has recorded, in the order of its file."""
+    """An event that a process has recorded, in the order of its file."""
 
     where: str
     term: int | None
@@ -77,12 +77,12 @@ class Happening:
 
 @dataclass(frozen=True, slots=True)
 class Began(Happening):
-    """A process goes on after `round`.
+    """A process starts, and continues after `round`.
 
     Attributes:
         plan: Its schedule.
-        inner_steps: Inner steps of the open round that its checkpoint holds.
-        carried: By fragment, the samples that its next pseudo-gradients stand for already.
+        inner_steps: Inner steps of the open round in its checkpoint.
+        carried: By fragment, the samples already in its next pseudo-gradients.
         cursor: The position in the samples at the end of `round`.
         ramp: Inner steps over which its learning rate rises.
     """
@@ -96,7 +96,7 @@ class Began(Happening):
 
 @dataclass(frozen=True, slots=True)
 class Dealt(Happening):
-    """A process goes on with an assignment, of which `used` positions have been consumed already."""
+    """A process continues with an assignment, of which `used` positions have already been consumed."""
 
     ranges: tuple[Range, ...]
     used: int = 0
@@ -105,7 +105,7 @@ class Dealt(Happening):
 
 @dataclass(frozen=True, slots=True)
 class Stepped(Happening):
-    """An inner step towards `round`, which led to the schedule's position `step`."""
+    """An inner step in `round`, which led to schedule position `step`."""
 
     step: float
     samples: float  # 0: it was skipped
@@ -116,16 +116,16 @@ class Stepped(Happening):
 
 @dataclass(frozen=True, slots=True)
 class Committed(Happening):
-    """A process has taken the outer step of `round`, as a member of its quorum.
+    """A process has taken the outer step of `round` as a member of its quorum.
 
     Attributes:
-        began: The hash of the state that the round began from.
-        hash, weight: Of the reduced buffer: those of the commit.
-        own_weight: The samples that this member's pseudo-gradient stood for.
+        began: The hash of the state from which the round started.
+        hash, weight: Of the reduced buffer, as committed.
+        own_weight: The samples behind this member's pseudo-gradient.
         cursor: The position in the samples at the round's end.
-        unused: What this member has returned (or keeps, if inner steps overlap with synchronisations).
+        unused: The positions that this member returned (or keeps, if inner steps overlap with synchronisations).
         sent, received: Bytes on the wire; `repeated` of those sent were retransmissions.
-        reported: What sums up the inner steps since the last commit: their number, samples, and mean loss.
+        reported: Summary of the inner steps since the last commit: their number, samples, and mean loss.
     """
 
     attempt: int | None
@@ -145,7 +145,7 @@ class Committed(Happening):
 
 @dataclass(frozen=True, slots=True)
 class CaughtUp(Happening):
-    """A process has taken over the state after `round`; the other fields are those of `Began`."""
+    """A process has adopted the state after `round`. The other fields are as in `Began`."""
 
     inner_steps: int | None = None
     carried: tuple[float, ...] | None = None
@@ -154,7 +154,7 @@ class CaughtUp(Happening):
 
 @dataclass(frozen=True, slots=True)
 class Ended(Happening):
-    """A process has ended in an orderly way, and returned the `unused` positions, unless the run is complete."""
+    """A process has ended normally, and returned the `unused` positions unless the run is complete."""
 
     status: str  # complete, stopped or failed
     step: float | None = None
@@ -164,7 +164,7 @@ class Ended(Happening):
 
 @dataclass(frozen=True)
 class Life:
-    """One process of a worker, from its start to its end or its death; without happenings, it died while it joined."""
+    """One process of a worker, from its start to its end or death. Without happenings, it died while joining."""
 
     worker: str
     member: str
@@ -176,13 +176,13 @@ class Life:
 
     @cached_property
     def end(self) -> Ended | None:
-        """None: it was killed, or still runs."""
+        """Its end; None if it was killed or is still running."""
         last = self.happenings[-1] if self.happenings else None
         return last if isinstance(last, Ended) else None
 
     @cached_property
     def disturbed(self) -> bool:
-        """Whether work or samples may be lost with it: it has no end, or failed, was late, or lines are missing."""
+        """Whether work or samples may be lost with it: it has no end, failed or was late, or lines are missing."""
         return self.end is None or self.end.status == "failed" or any(self.of(CaughtUp)) or bool(self.gaps)
 
 
@@ -191,8 +191,8 @@ class Saved:
     """A checkpoint on a volume, or another record of a committed state.
 
     Attributes:
-        state_step: The schedule position of the state, at the beginning of the open round.
-        problem: Why it cannot be what was written; "" if it can.
+        state_step: The schedule position of the state, at the start of the open round.
+        problem: Why it cannot have its original content; "" if it can.
     """
 
     where: str
@@ -220,7 +220,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A line that is no event. `torn`: the end of a process that was killed, or of a file that is being written."""
+    """A line that is not an event. `torn`: the last line of a killed process, or of a file that is being written."""
 
     where: str
     torn: bool
@@ -231,7 +231,7 @@ class History:
     """The evidence of one run.
 
     Attributes:
-        elastic: Whether workers are members; else (`optim_method=ddp`) torchrun restarts them together.
+        elastic: Whether workers are members; otherwise (`optim_method=ddp`) torchrun restarts them together.
     """
 
     lives: tuple[Life, ...]
@@ -241,17 +241,17 @@ class History:
     elastic: bool = True
 
     def of(self, kind: type[E]) -> Iterator[tuple[Life, E]]:
-        """All happenings of a kind, with the process that recorded each."""
+        """All happenings of a kind, each with the process that recorded it."""
         return ((life, one) for life in self.lives for one in life.of(kind))
 
     @cached_property
     def has_terms(self) -> bool:
-        """Whether every happening that matters tells its term: older versions have not written it."""
+        """Whether every relevant happening has a term, which older versions did not write."""
         return all(one.term is not None for _, one in self.of(Happening) if not isinstance(one, Ended))
 
     @cached_property
     def absent(self) -> tuple[str, ...]:
-        """Members that other members report, without records of their own here."""
+        """Members reported by other members that have no records here."""
         known = {life.member for life in self.lives}
         told = {member for _, one in self.of(Committed) for member in one.members}
         told |= {member for one in self.recorded for member in one.members}
@@ -263,7 +263,7 @@ class History:
 
     @cached_property
     def bases(self) -> dict[int, int]:
-        """By term: the round of the state that it was founded on, as far as it is known."""
+        """By term: the round of the state from which it started, if known."""
         found: dict[int, int] = {}
         for _, one in self.of(Happening):
             if one.term is not None and isinstance(one, Began | CaughtUp | Committed):
@@ -273,7 +273,7 @@ class History:
 
     @cached_property
     def rounds(self) -> dict[State, list[tuple[Life, Committed]]]:
-        """By term and round: what the members have recorded."""
+        """By term and round: the members' records."""
         found: dict[State, list[tuple[Life, Committed]]] = {}
         for life, one in self.of(Committed):
             if one.term is not None:
@@ -282,7 +282,7 @@ class History:
 
     @cached_property
     def hashes(self) -> dict[State, list[tuple[str, str]]]:
-        """By state: each hash that was recorded of it, and where."""
+        """By state: each recorded hash, and where it was recorded."""
         found: dict[State, list[tuple[str, str]]] = {}
         for _, one in self.of(Committed):
             if one.term is not None and one.began:
@@ -295,7 +295,7 @@ class History:
 
     @cached_property
     def cursors(self) -> dict[State, list[tuple[Cursor, str]]]:
-        """By state: each position in the samples that was recorded of it, and where."""
+        """By state: each recorded position in the samples, and where it was recorded."""
         found: dict[State, list[tuple[Cursor, str]]] = {}
         everything: list[Happening | Saved | Recorded] = [*(one for _, one in self.of(Happening))]
         for one in [*everything, *self.saved, *self.recorded]:
@@ -306,7 +306,7 @@ class History:
 
     @cached_property
     def contributions(self) -> dict[int, list[tuple[Stepped, int]]]:
-        """By term: the inner steps that were sent, and the round with which they were."""
+        """By term: the inner steps that were sent, and the round in which they were sent."""
         found: dict[int, list[tuple[Stepped, int]]] = {}
         for life in self.lives:
             waiting: list[Stepped] = []

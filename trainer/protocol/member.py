@@ -23,20 +23,20 @@ from trainer.protocol.records import (
 )
 from trainer.protocol.rounds import forgotten
 
-DISPUTES = 3  # attempts at one round with differing votes: then no result can be trusted
+DISPUTES = 3  # attempts at one round with differing votes, after which no result can be trusted
 
 Action = Literal["wait", "arrive", "reduce", "commit", "catch up", "start over"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a member is with synchronising a round."""
+    """A member's progress in synchronising a round."""
 
     term: int
     round: int
-    state: str  # hash of the global state that the round began from
-    arrived: int = 0  # the last attempt that it has arrived for; 0: none
-    voted: int = 0  # the last attempt that it has voted in; 0: none
+    state: str  # hash of the global state from which the round started
+    arrived: int = 0  # the last attempt for which it has arrived; 0: none
+    voted: int = 0  # the last attempt in which it has voted; 0: none
     unused: tuple[Range, ...] = ()  # as in `Arrival`
     speed: float = 0.0  # as in `Arrival`
 
@@ -44,11 +44,11 @@ class Progress:
 def action(id: str, progress: Progress, record: RoundState, outcome: Outcome | None) -> Action:
     """A member's next action.
 
-    "start over": catch up, and drop the work. It can no longer be counted, because another term assigns its samples
-    again; or the member has voted and the outcome is forgotten, so that the work may have been counted already.
+    "start over" means to catch up and drop the work. It can no longer be counted, because another term assigns its
+    samples again, or because the member has voted and the outcome is forgotten, so that it may already be counted.
 
     Args:
-        outcome: How the member's round was committed; None: it was not, or the outcome is forgotten.
+        outcome: How the member's round was committed; None if it was not, or if the outcome is forgotten.
     """
     # The record is of another round
     if record.term != progress.term:
@@ -58,13 +58,13 @@ def action(id: str, progress: Progress, record: RoundState, outcome: Outcome | N
             return "start over" if progress.voted else "catch up"
         return "commit" if id in outcome.members and outcome.attempt == progress.voted else "catch up"
     if record.round < progress.round:
-        return "wait"  # the record that it has read is older than its own progress
+        return "wait"  # the record is older than the member's own progress
 
     # The record is of the member's round
     if record.base.hash not in ("", progress.state):
         return "catch up"
     if progress.arrived < record.attempt:
-        return "arrive"  # even if it is too late: the next round waits for such members
+        return "arrive"  # even if it is late, because the next round waits for such members
     taking_part = record.phase == "reduce" and id in record.members and progress.arrived == record.attempt
     return "reduce" if taking_part and progress.voted < record.attempt else "wait"
 
@@ -73,8 +73,8 @@ class MemberMachine:
     """A member's decisions. Its generator methods yield effects (`trainer.protocol.effects`) and return results.
 
     Attributes:
-        id: The incarnation of the worker.
-        term, base: The committed state that this member's open round begins from.
+        id: The worker's incarnation.
+        term, base: The committed state from which this member's open round starts.
         round: The round of the global state that it holds.
         assignment: Its last assignment.
     """
@@ -88,27 +88,27 @@ class MemberMachine:
 
     @property
     def current(self) -> Assignment | None:
-        """The assignment, if it belongs to the present term: another term assigns the same samples again."""
+        """The assignment if it belongs to the current term: another term assigns the same samples again."""
         return self.assignment if self.assignment and self.assignment.term == self.term else None
 
     def superseded(self, record: RoundState | None) -> bool:
-        """Whether the open round is not this member's."""
+        """Whether the open round differs from this member's."""
         return record is not None and (record.term, record.base.round) != (self.term, self.base.round)
 
     # Joining and leaving
 
     def register(self, me: Member, term: int) -> Machine[None]:
-        """Become visible to the others, as a holder of the state `me.holds` of `term`."""
+        """Become visible to the others as a holder of the state `me.holds` of `term`."""
         self.term, self.base, self.round = term, me.holds, me.holds.round
         yield effects.Put(f"members/{self.id}", me, leased=True)
 
     def join(self) -> Machine[bool]:
-        """Wait until the run begins or has begun, and `catch_up` with it."""
+        """Wait until the run starts, and `catch_up` with it."""
         again = False
         while True:
             record: RoundState = yield effects.AwaitRound("the run to begin", again, needs_nodes=True)
             view = view_of((yield effects.List()))
-            # If no member holds the state of the open round, the run is about to be founded again.
+            # If no member holds the state of the open round, the run is about to start a new term
             if not forgotten(record, view):
                 return (yield from self.catch_up())
             again = True
@@ -122,7 +122,7 @@ class MemberMachine:
     # Samples
 
     def assign(self, after: tuple[int, int]) -> Machine[bool]:
-        """Wait for an assignment newer than `after`. False: the round is committed meanwhile; `catch_up` is next."""
+        """Wait for an assignment newer than `after`. False if the round was committed meanwhile; `catch_up` is next."""
         if self.assignment is not None and self.assignment.round_id > after:
             return True
         yield effects.Put(f"ready/{self.id}", Ready(self.term, self.base.round))
@@ -143,8 +143,8 @@ class MemberMachine:
         """Synchronise the round after `base`, and report `unused` and `speed` (see `Arrival`).
 
         Returns:
-            The outcome that this member voted for: the outer step is next. None: the round was committed without this
-            member; `catch_up` is next.
+            The outcome for which this member voted; the outer step is next. None if the round was committed without
+            this member; `catch_up` is next.
         """
         state: str = yield effects.HashState()
         progress = Progress(self.term, self.base.round + 1, state, unused=unused, speed=speed)
@@ -156,7 +156,7 @@ class MemberMachine:
                 case "reduce":
                     vote: Vote | None = yield effects.Reduce(record)
                     if vote is None:
-                        # Ask for another attempt, and report the members that cannot be reached
+                        # Request another attempt, and report unreachable members
                         progress = yield from self._arrive(progress, record.attempt + 1, probe=record.members)
                     else:
                         yield effects.Put(f"votes/{self.id}", vote)
@@ -167,14 +167,14 @@ class MemberMachine:
                     self._adopt(record, outcome.base)
                     self.round = outcome.round
                     if self.assignment and self.id not in record.assignments and self.rules.prefetch == 1:
-                        self.assignment = replace(self.assignment, ranges=())  # the commit has returned its rest
+                        self.assignment = replace(self.assignment, ranges=())  # the commit returned its rest
                     return outcome
                 case _:
                     self._in_doubt = what == "start over"
                     return None
 
     def reconcile(self) -> Machine[bool]:
-        """At the end of the run: agree on the final state. False: this member does not hold it; `catch_up` is next."""
+        """Agree on the run's final state. False if this member does not hold it; `catch_up` is next."""
         progress = Progress(self.term, self.base.round + 1, (yield effects.HashState()))
         while True:
             what, record, _ = yield from self._next(progress, "the others, at the end of the run", False)
@@ -185,7 +185,7 @@ class MemberMachine:
     def _next(
         self, progress: Progress, reason: str, needs_nodes: bool
     ) -> Machine[tuple[Action, RoundState, Outcome | None]]:
-        """Wait for the next action in this round; also returns the record that demands it, and the round's outcome.
+        """Wait for the next action in this round. Also returns the record that requires it and the round's outcome.
 
         After the last round, "commit" means that the members have agreed on the state.
 
@@ -195,7 +195,7 @@ class MemberMachine:
         again = False
         while True:
             record: RoundState = yield effects.AwaitRound(reason, again, needs_nodes)
-            # End the run's last gather, and a dispute without an end
+            # End the run's last gather, or a persistent dispute
             same = record.round_id == (progress.term, progress.round)
             if same and record.length == 0 and record.base.hash == progress.state:
                 return "commit", record, None
@@ -226,7 +226,7 @@ class MemberMachine:
         """Bring the global state to the base of the open round: replay the missing means, or fetch the full state.
 
         Returns:
-            Whether this member's unsent work can still be counted (see `action`).
+            Whether this member's unsent work can still count (see `action`).
 
         Raises:
             TrainingError: Its state differs from the others' for the second time.
@@ -237,11 +237,11 @@ class MemberMachine:
             if (yield from self._holds(record)):
                 break
 
-            # The record has moved on meanwhile: a term must not be founded on a state that this member no longer holds
+            # The record has moved on meanwhile: a term must not start from a state that this member no longer holds
             if moved:
                 yield effects.Announce(self.base)
 
-            # The round is the right one, hence the state is not
+            # The round is right, so the state is wrong
             if not healing and (record.term, record.base.round) == (term, self.round):
                 healing = True
                 yield effects.Log("this member's global state differs from the others': fetching theirs")
@@ -263,7 +263,7 @@ class MemberMachine:
         # Announce the state, and work on the open round
         if record.lost and record.term != term:
             yield effects.Log(
-                f"no worker came back with round {record.lost}, which was saved before: the run goes on from round "
+                f"no worker came back with round {record.lost}, which was saved before: the run continues from round "
                 f"{record.base.round} in term {record.term}"
             )
         self._adopt(record, record.base)
@@ -277,11 +277,11 @@ class MemberMachine:
             return False
         if record.base.hash:
             return bool((yield effects.HashState()) == record.base.hash)
-        # The members of the open round have not agreed on a hash yet: within a term there is one state per round.
+        # The members of the open round have not agreed on a hash yet, but within a term there is one state per round
         return record.term == self.term
 
     def _move(self, record: RoundState) -> Machine[bool]:
-        """Bring the global state to the record's base, or closer; whether that was possible."""
+        """Bring the global state to the record's base, or closer. Returns whether that was possible."""
         if record.term == self.term and self.round < record.base.round:
             self.round = yield effects.ReplayMeans(record, self.round + 1)
             if self.round == record.base.round:
@@ -292,7 +292,7 @@ class MemberMachine:
         return fetched
 
     def _outcome(self, record: RoundState, round: int) -> Machine[Outcome | None]:
-        """How `round` was committed; None if it was not, or if the outcome is forgotten."""
+        """The outcome of `round`; None if it was not committed or its outcome is forgotten."""
         if record.round <= round:
             return None
         if record.committed is not None and record.committed.round == round:
@@ -301,6 +301,6 @@ class MemberMachine:
         return found
 
     def _adopt(self, record: RoundState, base: State) -> None:
-        """Work on the round after `base` from now on: the open one, if the record has not moved on meanwhile."""
+        """Work on the round after `base` from now on, which is the open one unless the record has moved on."""
         self.term, self.base = record.term, base
         self.assignment = record.assignments.get(self.id, self.assignment)

@@ -69,7 +69,7 @@ def text(ranges: Iterable[Range], most: int = 3) -> str:
 
 
 def overlaps(tagged: Iterable[tuple[Range, Tag]]) -> Iterator[tuple[Range, Tag, Tag]]:
-    """The positions that occur twice, with the tags of two ranges that hold them."""
+    """The positions that occur twice, with the tags of two ranges that contain them."""
     open_until: list[tuple[int, int, Tag]] = []
     for number, ((start, stop), tag) in enumerate(sorted(tagged, key=lambda one: one[0])):
         while open_until and open_until[0][0] <= start:

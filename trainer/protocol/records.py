@@ -18,22 +18,22 @@ class Rules:
     """Parameters of the protocol. Periods are in seconds.
 
     Attributes:
-        min_nodes: Nodes that a quorum needs.
+        min_nodes: Minimum number of nodes in a quorum.
         max_members: A new run waits up to `grace_period` for this number of members.
-        grace_period: How long the members that have arrived wait for the others at most, once at least half have
-            arrived; they wait less if that costs more than it is worth.
-        least_grace: How long they wait, whatever it costs, for a member that is not known to be slow.
+        grace_period: Maximum time that arrived members wait for the others, once at least half have arrived. They wait
+            less if waiting costs more than it is worth.
+        least_grace: Minimum time that they wait for a member that is not known to be slow, whatever it costs.
         retry_period: The same in further attempts at a round.
-        forget_period: How long no member may hold the open round's state before the run goes back to an older one.
-        stall_limit: How long members that have arrived wait while more than half are missing.
+        forget_period: Time without any holder of the open round's state before the run goes back to an older one.
+        stall_limit: Maximum time that arrived members wait while more than half are missing.
         local_steps, total_steps: Inner steps of a round and of the run; None: the run does not end.
-        batch_size: Samples of an inner step.
+        batch_size: Samples in an inner step.
         prefetch: Rounds of samples that a member holds when a round opens: 1, or 2 if inner steps overlap with the
             synchronisation, because the next assignment is not known yet.
-        lost_state_wait: How long the run waits for a member that holds the newest durable state. After that it goes on
-            from the newest state that is there; None: never.
-        speed_tolerance: Members with speeds that differ by less than this fraction get the same step multiplier. None:
-            all multipliers are 1.
+        lost_state_wait: Time that the run waits for a member with the newest durable state before it continues from the
+            newest available one; None: it waits forever.
+        speed_tolerance: Members whose speeds differ by less than this fraction get the same step multiplier. None: all
+            multipliers are 1.
     """
 
     min_nodes: int
@@ -51,7 +51,7 @@ class Rules:
     least_grace: float = 0.0
 
     def length(self, step: int) -> int:
-        """Inner steps of a round that begins at schedule position `step`; 0: the training is complete."""
+        """Inner steps of a round that starts at schedule position `step`; 0 if the training is complete."""
         return self.local_steps if self.total_steps is None else min(self.local_steps, self.total_steps - step)
 
 
@@ -65,7 +65,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The sample positions that a member trains on, assigned when `round` opened or when the member joined it."""
+    """A member's sample positions, assigned when `round` opened or when the member joined it."""
 
     term: int
     round: int
@@ -84,27 +84,27 @@ class State:
     round: int = 0  # 0: the initialisation
     step: int = 0  # schedule position, in inner steps
     cursor: Cursor = Cursor()  # where the next round's samples begin
-    hash: str = ""  # of the tensors; "" until a quorum that begins from this state has agreed on it
+    hash: str = ""  # of the tensors; "" until a quorum that starts from this state has agreed on it
 
 
 @dataclass(frozen=True)
 class Member:
-    """A process that takes part: `members/<id>`. `host`, `pid` and `progress` are for `status` only."""
+    """`members/<id>`: a process that takes part. `host`, `pid` and `progress` are only for `status`."""
 
     node: str  # `min_nodes` counts distinct nodes
     slot: int  # ranks follow the slot, then the local rank
     local_rank: int
-    endpoints: tuple[str, ...]  # host:port, where other members may dial it
-    holds: State = State()  # the last committed state that it has announced
+    endpoints: tuple[str, ...]  # host:port at which other members can dial it
+    holds: State = State()  # the last committed state that it announced
     speed: float = 0.0  # samples per second of its inner steps; 0: not known yet
     host: str = ""
     pid: int = 0
     progress: Mapping[str, Any] = field(default_factory=dict)
-    term: int = 0  # of `holds`; 0: no term had begun
+    term: int = 0  # of `holds`; 0: before the first term
 
     @property
     def held(self) -> tuple[int, int]:
-        """Term and round of the state that it holds: a later term's supersedes what was rolled back before it."""
+        """Term and round of the state that it holds. A state of a later term supersedes what that rolled back."""
         return self.term, self.holds.round
 
     @property
@@ -114,12 +114,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Arrival:
-    """`arrivals/<id>`: a member has done its inner steps and asks to take part in an attempt."""
+    """`arrivals/<id>`: a member has done its inner steps and requests to take part in an attempt."""
 
     term: int
     round: int
     attempt: int
-    state: str  # hash of the global state that it began from
+    state: str  # hash of the global state from which it started
     unused: tuple[Range, ...] = ()  # of its assignment: returned, or (if `Rules.prefetch` is 2) kept
     suspects: tuple[str, ...] = ()  # members that it cannot reach
     speed: float = 0.0  # as `Member.speed`, including this round's inner steps
@@ -146,7 +146,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Left:
-    """`left/<id>`: a member leaves, and returns the unused part of the assignment of `round` (0: it had none)."""
+    """`left/<id>`: a member leaves and returns the unused part of the assignment of `round` (0: it had none)."""
 
     term: int
     round: int
@@ -164,14 +164,14 @@ class Durable:
 
 @dataclass(frozen=True)
 class LastTerm:
-    """`term`: the last term of a run whose record `launch` has deleted, to begin anew."""
+    """`term`: the last term of a run whose record `launch` deleted for a new start."""
 
     term: int
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`commits/<term>.<round>`: how a round was committed; `base` is the state that it has led to."""
+    """`commits/<term>.<round>`: how a round was committed; `base` is the resulting state."""
 
     term: int
     round: int
@@ -187,18 +187,18 @@ class RoundState:
     """`round`: the record of the open round.
 
     Attributes:
-        term, round, attempt: The attempt that gathers or reduces, all counted from 1. A new term begins when the run
-            goes back to a checkpoint.
+        term, round, attempt: The current attempt, all counted from 1. A new term begins when the run goes back to a
+            checkpoint.
         phase: gather: members arrive. reduce: `members` run the collective and vote.
-        expected: The members that a gather waits for.
+        expected: The members for which a gather waits.
         members: The members of the attempt, in rank order (reduce).
-        base: The committed state that the round begins from. Its hash is the one that most members arrived with; a
+        base: The committed state from which the round starts. Its hash is the one with which most members arrived; a
             member with another hash fetches the state again.
         cursor: Which samples have been assigned.
         length: Inner steps of the round; 0: the training is complete.
         committed: How the previous round was committed; None at the beginning of a term.
-        disputed: Attempts at the round in which the members got different results.
-        lost: The newest durable round, if the term has gone on from an older one because no node came back with it.
+        disputed: Number of attempts at the round in which the members got different results.
+        lost: The newest durable round, if the term continued from an older one because no node came back with it.
     """
 
     term: int
@@ -226,7 +226,7 @@ class RoundState:
 
 @dataclass(frozen=True)
 class View:
-    """Everything else that the coordinator sees: the other keys' records by member."""
+    """The rest of the coordinator's input: the other keys' records by member."""
 
     members: Mapping[str, Member] = field(default_factory=dict)
     arrivals: Mapping[str, Arrival] = field(default_factory=dict)
@@ -249,7 +249,7 @@ _TYPES |= {"ready": Ready, "round": RoundState, "term": LastTerm, "votes": Vote}
 
 
 def view_of(entries: Mapping[str, Any]) -> View:
-    """The view of a run's keys, each with a `value` as `decoded` returns it. Other keys are ignored."""
+    """The view of a run's keys, each with a `value` from `decoded`. Other keys are ignored."""
     found: dict[str, dict[str, Any]] = {prefix: {} for prefix in _TYPES}
     for key, entry in entries.items():
         prefix, _, id = key.partition("/")
@@ -263,7 +263,7 @@ def view_of(entries: Mapping[str, Any]) -> View:
 
 
 def outcome_key(term: int, round: int) -> str:
-    """The key of a round's outcome: keys sort in the order of commits."""
+    """The key of a round's outcome. These keys sort in the order of commits."""
     return f"commits/{term:04d}.{round:08d}"
 
 
@@ -274,7 +274,7 @@ def decoded(key: str, value: Any) -> Any:
 
 
 def encoded(record: Any) -> Any:
-    """The JSON of a record; JSON passes through unchanged."""
+    """The JSON of a record. JSON is returned unchanged."""
     return asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
 
 
@@ -282,7 +282,7 @@ def decode(kind: type[T], value: Any) -> T:
     """A record from its JSON. Unknown fields are ignored.
 
     Raises:
-        ValueError: The value is not of this kind; names the field.
+        ValueError: The value is not of this kind. The message names the field.
     """
     adapter: TypeAdapter[T] = _adapter(cast(Any, kind))
     return adapter.validate_python(value)

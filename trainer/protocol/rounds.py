@@ -12,9 +12,9 @@ from trainer.protocol.samples import Kept, multipliers, open_assignments, update
 
 
 def situation(record: RoundState | None, view: View, rules: Rules) -> tuple[Any, ...] | None:
-    """What the members wait for, as a value that is equal throughout one wait. None: nothing.
+    """What the members wait for, as a value that stays equal during one wait. None: nothing.
 
-    The coordinator measures how long a situation lasts, and passes that to `decide`.
+    The coordinator measures how long a situation lasts and passes that to `decide`.
     """
     if record is None or forgotten(record, view):
         term = record.term if record else 0
@@ -25,30 +25,30 @@ def situation(record: RoundState | None, view: View, rules: Rules) -> tuple[Any,
 
 
 def decide(record: RoundState | None, view: View, waited: float, rules: Rules) -> RoundState | None:
-    """The next record; None: no change. `waited`: seconds for which the present `situation` has lasted."""
+    """The next record; None: no change. `waited`: seconds for which the current `situation` has lasted."""
     # Found a term
     if record is None:
         return _found(1, view, waited, rules)
     if forgotten(record, view):
-        # The leases of the members that held the state may only have been lost: give them time to come back.
+        # The members that held the state may only have lost their leases: give them time to come back
         return _found(record.term + 1, view, waited, rules) if waited >= rules.forget_period else None
 
     # Continue the open round
     if record.length == 0:
         return _reconcile(record, view, waited, rules)
     step = _gather if record.phase == "gather" else _reduce
-    # The ledger first: a commit forgets the assignment of a member that has left.
+    # The ledger first, because a commit drops the assignment of a member that has left
     return update_ledger(record, view, rules) or step(record, view, waited, rules)
 
 
 def forgotten(record: RoundState, view: View) -> bool:
-    """Whether no live member holds the state that the open round begins from, or is about to hold it."""
+    """Whether no live member holds, or is about to hold, the state from which the open round starts."""
     base = record.base
-    arrived = [view.arrivals[id] for id in view.present if id in view.arrivals]  # for whichever attempt at the round
+    arrived = [view.arrivals[id] for id in view.present if id in view.arrivals]  # for any attempt at the round
     if any((one.term, one.round) == record.round_id and base.hash in ("", one.state) for one in arrived):
         return False
     if not base.hash and record.committed and view.present & set(record.committed.members):
-        return False  # they are taking the outer step that leads to it
+        return False  # they are taking the outer step that leads to the state
     return not any(
         held.round == base.round and base.hash in ("", held.hash)
         for held in (view.members[id].holds for id in view.present)
@@ -56,7 +56,7 @@ def forgotten(record: RoundState, view: View) -> bool:
 
 
 def overdue(record: RoundState, view: View) -> frozenset[str]:
-    """The members that the others, which are done, wait for."""
+    """The members for which the others, which are done, wait."""
     if record.phase == "gather":
         return _awaited(record, view) if _here(record, view) else frozenset()
     voted = _votes(record, view)
@@ -64,16 +64,16 @@ def overdue(record: RoundState, view: View) -> frozenset[str]:
 
 
 def shortage(record: RoundState | None, view: View, rules: Rules) -> str:
-    """What the run needs to continue and lacks, as text; "": nothing."""
+    """What the run lacks in order to continue, as text; "" if nothing."""
     nodes = _nodes(view.members, view)
     if nodes < rules.min_nodes:
         return f"only {nodes} of at least {rules.min_nodes} nodes"
     if record is None or forgotten(record, view):
         held = max(member.held for member in view.members.values())
         if held < view.durable:
-            known = f"round {view.durable[1]} was saved before, but the newest state of the workers here is of round"
+            known = f"round {view.durable[1]} was saved before, but the newest state of the present workers is of round"
             wait = rules.lost_state_wait
-            then = "" if wait is None else f"; after {wait:.0f} s the run goes on from that one (lost_state)"
+            then = "" if wait is None else f"; after {wait:.0f} s the run continues from that one (lost_state)"
             return f"{known} {held[1]}{then}"
     return ""
 
@@ -82,8 +82,11 @@ def shortage(record: RoundState | None, view: View, rules: Rules) -> str:
 
 
 def _found(term: int, view: View, waited: float, rules: Rules) -> RoundState | None:
-    """Begin a term from the newest state that a member holds; from one older than the newest durable one only after
-    `Rules.lost_state_wait`. The term is `term`, or a later one if members or checkpoints know of that already."""
+    """Begin a term from the newest state that a member holds.
+
+    It starts from a state older than the newest durable one only after `Rules.lost_state_wait`. The term is `term`, or
+    a later one if members or checkpoints already know of one.
+    """
     # Wait for enough members, and a state that is new enough
     ranked = _ranked(view.present, view)
     nodes = _nodes(ranked, view)
@@ -94,11 +97,11 @@ def _found(term: int, view: View, waited: float, rules: Rules) -> RoundState | N
     if is_lost and (rules.lost_state_wait is None or waited < rules.lost_state_wait):
         return None
 
-    # Of different states of that round, take the one that most members hold
+    # If the members hold different states of that round, take the most common one
     holding = [id for id in ranked if view.members[id].held == newest]
     common = _most_common(view.members[id].holds.hash for id in holding)
     expected = tuple(id for id in holding if view.members[id].holds.hash == common)
-    # etcd may have lost its record, or `launch` has begun anew: a term's number is never used twice.
+    # etcd may have lost its record, or `launch` may have started again: never use a term's number twice
     known = max(view.last_term, view.durable[0], *(member.term for member in view.members.values()))
     opened = _open(max(term, known + 1), expected, view.members[expected[0]].holds, None, {}, view, rules)
     return replace(opened, lost=view.durable[1]) if is_lost else opened
@@ -107,7 +110,7 @@ def _found(term: int, view: View, waited: float, rules: Rules) -> RoundState | N
 def _open(
     term: int, members: tuple[str, ...], base: State, committed: Outcome | None, kept: Kept, view: View, rules: Rules
 ) -> RoundState:
-    """The round after `base` at its beginning, with a new assignment for each of `members`."""
+    """The round after `base` at its start, with a new assignment for each of `members`."""
     round_id = term, base.round + 1
     speeds = multipliers(members, view, rules)
     cursor, assignments = open_assignments(base.cursor, round_id, base.step, speeds, kept, rules)
@@ -122,20 +125,20 @@ def _gather(record: RoundState, view: View, waited: float, rules: Rules) -> Roun
     here = _here(record, view)
     if _nodes(here, view) < rules.min_nodes or not _gathered(record, view, waited, rules):
         return None
-    # Agree on the state that the round begins from; members that hold another one cannot take part
+    # Agree on the state from which the round starts; members that hold another one cannot take part
     agreeing = _agree(record, view)
     same = {id for id in here if view.arrivals[id].state == agreeing.base.hash}
     if _nodes(same, view) < rules.min_nodes:  # too few without the others, which must fetch the agreed state first
         return agreeing if agreeing != record else None
     connected = _connected(same, view)
-    # A member that is suspected for the first time, but is here, is tried once more: the network may have healed.
+    # Retry once with a member that is present but suspected for the first time: the network may have recovered
     excluding = record.attempt != 2 and _nodes(connected, view) >= rules.min_nodes
     members = connected if excluding else same
     return replace(agreeing, phase="reduce", members=_ranked(members, view))
 
 
 def _reconcile(record: RoundState, view: View, waited: float, rules: Rules) -> RoundState | None:
-    """After the last round: agree on the final state's hash. There is nothing more to reduce."""
+    """After the last round, agree on the final state's hash. There is nothing more to reduce."""
     agreed = record.base.hash or not _here(record, view) or not _gathered(record, view, waited, rules)
     return None if agreed else _agree(record, view)
 
@@ -150,14 +153,15 @@ def _gathered(record: RoundState, view: View, waited: float, rules: Rules) -> bo
 
 
 def _grace(record: RoundState, view: View, awaited: frozenset[str], rules: Rules) -> float:
-    """How long the members that are here wait for the others, in seconds, `grace_period` at most.
+    """How long the arrived members wait for the others, in seconds; at most `grace_period`.
 
-    They wait while together they lose less time than the late ones have worked; if inner steps go on meanwhile, they
-    lose none for the length of a round. They do not wait for a member that, by its speed, would still be too late.
+    They wait while they lose less time in total than the late ones have worked. If inner steps continue meanwhile, they
+    lose nothing for the length of a round. They do not wait for a member that, judging by its speed, would still be
+    late.
     """
     here = _here(record, view)
     known = [seconds for id in here if (seconds := _round_seconds(record, view, id, rules))]
-    if not known or rules.speed_tolerance is not None:  # by speed, they will arrive together
+    if not known or rules.speed_tolerance is not None:  # work is divided by speed, so they arrive together
         return rules.grace_period
     worked = min(known)
     free = worked if rules.prefetch > 1 else 0.0
@@ -165,7 +169,7 @@ def _grace(record: RoundState, view: View, awaited: frozenset[str], rules: Rules
     def worth(count: int) -> float:
         return min(rules.grace_period, max(rules.least_grace, free + worked * count / len(here)))
 
-    # A member that was not in the last quorum has carried steps over, and needs less time than its speed says.
+    # A member that was not in the last quorum has carried steps over, and needs less time than its speed suggests
     started_now = set(record.committed.members) if record.committed else set()
     too_late = {id for id in awaited & started_now if _round_seconds(record, view, id, rules) - worked > worth(1)}
     in_time = len(awaited - too_late)
@@ -173,7 +177,7 @@ def _grace(record: RoundState, view: View, awaited: frozenset[str], rules: Rules
 
 
 def _round_seconds(record: RoundState, view: View, id: str, rules: Rules) -> float:
-    """How long a member needs for its inner steps of the round; 0: its speed is not known."""
+    """The time that a member needs for its inner steps of the round; 0 if its speed is unknown."""
     arrived = _arrived_for(record, view, id, record.attempt)
     speed = view.arrivals[id].speed if arrived else view.members[id].speed
     assignment = record.assignments.get(id)
@@ -182,15 +186,15 @@ def _round_seconds(record: RoundState, view: View, id: str, rules: Rules) -> flo
 
 
 def _agree(record: RoundState, view: View) -> RoundState:
-    """The record with the hash that most of the arrived members hold, unless one has been agreed on before."""
+    """The record with the hash that most arrived members hold, unless one has already been agreed on."""
     common = _most_common(view.arrivals[id].state for id in _ranked(_here(record, view), view))
     return replace(record, base=replace(record.base, hash=record.base.hash or common))
 
 
 def _connected(ids: Iterable[str], view: View) -> set[str]:
-    """A subset of `ids`, which have all arrived, in which no member suspects another.
+    """A subset of the arrived members `ids` in which no member suspects another.
 
-    The member in most suspicions is left out first; of several, the last in rank.
+    The member that is in the most suspicions is left out first; of several, the lowest-ranked.
     """
     left = list(_ranked(ids, view))
     while True:
@@ -202,12 +206,12 @@ def _connected(ids: Iterable[str], view: View) -> set[str]:
 
 
 def _awaited(record: RoundState, view: View) -> frozenset[str]:
-    """The members that the gather waits for: not those that most members, or one that ranks before them, suspect.
+    """The members for which the gather waits. A member is left out if most members, or a higher-ranked one, suspect it.
 
-    Hence, of two members that suspect each other, the lower-ranked one is left out (as in `_connected`), regardless of
-    the order in which they arrive.
+    So if two members suspect each other, the lower-ranked one is left out (as in `_connected`), regardless of their
+    order of arrival.
     """
-    # Collect the suspicions of the members that are here
+    # Collect the suspicions of the members that have arrived
     here = _here(record, view)
     by: dict[str, list[str]] = defaultdict(list)
     for id in _ranked(here, view):
@@ -222,9 +226,9 @@ def _awaited(record: RoundState, view: View) -> frozenset[str]:
 
 
 def _most_are_here(record: RoundState, view: View) -> bool:
-    """Whether at least half of the members have arrived: only then are the others late.
+    """Whether at least half of the members have arrived, because only then are the others late.
 
-    Otherwise one early member, which carried over steps, for example, would end the round without the others.
+    Otherwise a single early member, for example one that carried steps over, would end the round without the others.
     """
     here = _here(record, view)
     return bool(here) and len(here) >= len(_awaited(record, view))
@@ -266,7 +270,7 @@ def _reduce(record: RoundState, view: View, waited: float, rules: Rules) -> Roun
 
 def _commit(record: RoundState, view: View, vote: Vote, rules: Rules) -> RoundState:
     """The record of the next round, after all members of the attempt have cast this vote."""
-    # Take unused samples back; those of a leaving member were returned when it left
+    # Take back unused samples; those of a leaving member were returned when it left
     unused = {id: view.arrivals[id].unused for id in record.members if id not in view.left}
     returned = (*record.cursor.returned, *itertools.chain.from_iterable(unused.values()))
     base = State(record.round, record.base.step + record.length, replace(record.cursor, returned=returned))
@@ -277,7 +281,7 @@ def _commit(record: RoundState, view: View, vote: Vote, rules: Rules) -> RoundSt
     opened = _open(record.term, present, base, outcome, unused if rules.prefetch > 1 else {}, view, rules)
     others = view.present - {*record.members}
     stragglers = {id: assignment for id, assignment in record.assignments.items() if id in others}
-    # A member that arrived too late begins the next round a little later than the others, and would be late again.
+    # A member that arrived too late starts the next round a little later than the others, and would be late again
     late = {id for id in others if _arrived_for(record, view, id, record.attempt)}
     expected = (*present, *_ranked(late, view))
     return replace(opened, expected=expected, assignments={**stragglers, **opened.assignments})
@@ -289,7 +293,7 @@ def _votes(record: RoundState, view: View) -> dict[str, Vote]:
 
 
 def _most_common(hashes: Iterable[str]) -> str:
-    counted = Counter(hashes).most_common(1)  # of equal counts, the first one
+    counted = Counter(hashes).most_common(1)  # ties go to the first one
     return counted[0][0] if counted else ""
 
 

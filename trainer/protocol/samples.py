@@ -1,7 +1,7 @@
 """Sample accounting: which member trains on which sample positions, so that no sample is used twice in an epoch.
 
-The coordinator assigns ranges of positions, and takes unused ones back (`update_ledger`). A worker's `SampleLedger`
-counts what it has consumed of its assignment. docs/design/protocol.md explains why no sample is used twice.
+The coordinator assigns ranges of positions and takes back unused ones (`update_ledger`). A worker's `SampleLedger`
+tracks how much of its assignment it has consumed. docs/design/protocol.md explains why no sample is used twice.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,19 +11,19 @@ from trainer.protocol.records import Assignment, Cursor, Range, RoundState, Rule
 
 Kept = Mapping[str, tuple[Range, ...]]
 """By member: the unused positions that it keeps when a round opens; its next assignment begins with them. (Only if
-`Rules.prefetch` is 2.) They are in `Cursor.returned` too, from where another term would assign them again."""
+`Rules.prefetch` is 2.) They are also in `Cursor.returned`, from which another term would assign them again."""
 
 
 @dataclass
 class SampleLedger:
-    """The worker's side of the accounting: which positions of its assignment it has consumed."""
+    """The worker's side of the accounting: the consumed positions of its assignment."""
 
     assignment: Assignment = field(default=Assignment(0, 0, ()))  # round 0: none yet
     used: int = 0  # positions that have been consumed
     _used_at_close: int = 0
 
     def consume(self, samples: int) -> tuple[Range, ...]:
-        """The positions of the next `samples` samples (fewer at the end), which count as consumed from now on."""
+        """Consume the next `samples` samples (fewer at the end). Returns their positions."""
         rest = self.unused()
         _, ranges = allocate(Cursor(returned=rest), min(samples, count(rest)))
         self.used += count(ranges)
@@ -34,22 +34,22 @@ class SampleLedger:
         return unused(self.assignment.ranges, self.used)
 
     def rest(self) -> Assignment:
-        """The assignment, reduced to its unused positions: what a leaving worker returns."""
+        """The assignment, reduced to its unused positions, which a leaving worker returns."""
         return replace(self.assignment, ranges=self.unused())
 
     def close_round(self) -> tuple[Range, ...]:
-        """End the round here: return the positions that are unused now, which the worker's report names."""
+        """End the round here. Returns the unused positions, for the worker's report."""
         self._used_at_close = self.used
         return self.unused()
 
     def accept(self, assignment: Assignment | None) -> None:
         """Continue with this assignment, unless it is the current one (without positions, it ends the current one).
 
-        An assignment may begin with the positions that the last report called unused; those that have been consumed
+        An assignment may begin with the positions that the last report listed as unused; those that have been consumed
         since are skipped.
 
         Args:
-            assignment: None: the current one is void, because the run went back to a checkpoint, for example.
+            assignment: None if the current one is void, for example because the run went back to a checkpoint.
         """
         current, used = self.assignment, 0
         if assignment is None:
@@ -57,7 +57,7 @@ class SampleLedger:
         elif assignment.round_id > current.round_id or (
             assignment.round_id == current.round_id and not assignment.ranges
         ):
-            # Skip what has been consumed since the report
+            # Skip the positions that have been consumed since the report
             kept = unused(current.ranges, self._used_at_close) if current.term == assignment.term else ()
             if kept and assignment.ranges[: len(kept)] == kept:
                 used = self.used - self._used_at_close
@@ -66,7 +66,7 @@ class SampleLedger:
         self.assignment, self.used, self._used_at_close = assignment, used, 0
 
     def follow(self, assignment: Assignment | None, term: int) -> bool:
-        """Continue with the run's last assignment; one of another term is void. Returns whether it is another one."""
+        """Continue with the run's last assignment, unless it is of another term. Returns whether it has changed."""
         before = self.assignment
         if assignment is not None:
             self.accept(assignment)
@@ -117,8 +117,8 @@ def step_multipliers(speeds: Mapping[str, float], tolerance: float) -> dict[str,
     """The multipliers with which all members finish a round at the same time. Their mean is 1.
 
     Args:
-        speeds: By member, in samples per second. 0: unknown, and assumed to be the average.
-        tolerance: Members with speeds within this fraction of the fastest one's get the same multiplier.
+        speeds: By member, in samples per second. 0 means unknown; it is assumed to be average.
+        tolerance: Members whose speeds are within this fraction of the fastest get the same multiplier.
     """
     known = [speed for speed in speeds.values() if speed > 0]
     average = sum(known) / len(known) if known else 1.0
@@ -141,7 +141,7 @@ def step_multipliers(speeds: Mapping[str, float], tolerance: float) -> dict[str,
 
 
 def multipliers(ids: Iterable[str], view: View, rules: Rules) -> dict[str, float]:
-    """The step multipliers of members, from the speeds that they reported last."""
+    """The members' step multipliers, from their last reported speeds."""
     if rules.speed_tolerance is None:
         return dict.fromkeys(ids, 1.0)
     arrived = view.arrivals
@@ -152,8 +152,8 @@ def multipliers(ids: Iterable[str], view: View, rules: Rules) -> dict[str, float
 def open_assignments(
     cursor: Cursor, round_id: tuple[int, int], step: int, multipliers: Mapping[str, float], kept: Kept, rules: Rules
 ) -> tuple[Cursor, dict[str, Assignment]]:
-    """Assign samples for a round that opens at schedule position `step`, to each member of `multipliers`."""
-    # What a member keeps is not assigned to another
+    """Assign samples to each member of `multipliers`, for a round that opens at schedule position `step`."""
+    # Positions that a member keeps are not assigned to others
     all_kept = {part for ranges in kept.values() for part in ranges}
     cursor = replace(cursor, returned=tuple(part for part in cursor.returned if part not in all_kept))
 
@@ -167,15 +167,15 @@ def open_assignments(
 
 
 def update_ledger(record: RoundState, view: View, rules: Rules) -> RoundState | None:
-    """Take back what leaving members have not used, and supply members that are ready. None: no change."""
+    """Take back the unused positions of leaving members, and supply members that are ready. None: no change."""
     # Take back the samples of members that leave
     assignments, cursor = dict(record.assignments), record.cursor
     for id, left in sorted(view.left.items()):
         if assignment := assignments.pop(id, None):
             back = left.unused
             if assignment.round_id != (left.term, left.round):
-                # The member has not seen this assignment. The older one, which `left` is about, was returned before; or
-                # this one begins with the positions that the arrival called unused.
+                # The member has not seen this assignment. The older one in `left` was already returned, or this one
+                # begins with the positions that the arrival listed as unused.
                 arrival = view.arrivals.get(id) if rules.prefetch > 1 else None
                 kept = arrival.unused if arrival and arrival.term == assignment.term else ()
                 continues = kept and assignment.ranges[: len(kept)] == kept

@@ -1,4 +1,4 @@
-"""Tasks: the meaning of a batch. One file a task; a task is a `Task` named `TASK` in a module of this package.
+"""Tasks: the meaning of a batch. One file per task; a task is a `Task` named `TASK` in a module of this package.
 
 The worker, DiLoCo, checkpoints, evaluation and the report know a task only through the interface below.
 """
@@ -23,28 +23,28 @@ Sums = Mapping[str, Any]  # numbers and numpy arrays
 
 @dataclass(frozen=True)
 class ReportRow:
-    """A score in the report: the model's value beside the baseline's."""
+    """A score in the report: the model's value next to the baseline's."""
 
     label: str  # the row's heading
     score: str  # name of the score among those of an evaluation (`Task.metrics`)
     baseline: str = ""  # name of the baseline's score, if it has one
     form: str = "{:.4f}"  # format of a value, for `str.format`
     better: Literal["lower", "higher", ""] = ""  # which values are better, if comparisons of runs show the score
-    scale: float = 1.0  # factor from the score to the value shown
+    scale: float = 1.0  # factor from the score to the displayed value
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a person asks of a trained model (`Task.generate`).
+    """A user's request to a trained model (`Task.generate`).
 
     Attributes:
-        inputs: A prompt, or the names of files; what else depends on the task.
-        temperature: 0: always the most likely token.
-        top_k: Tokens to choose from; 0: all.
-        top_p: Probability of the tokens to choose from; 1: all.
-        max_tokens: Most tokens to write.
-        output: The file for a result that is no text.
-        data: The directory of the dataset, if it is on this machine.
+        inputs: A prompt, the names of files, or others, depending on the task.
+        temperature: Sampling temperature; 0: always the most likely token.
+        top_k: Sample from this many most likely tokens; 0: all.
+        top_p: Sample from the most likely tokens with this total probability; 1: all.
+        max_tokens: Maximum number of tokens to generate.
+        output: The file for a result that is not text.
+        data: The dataset's directory, if it is on this machine.
         write: Receives the text, piece by piece.
     """
 
@@ -60,13 +60,13 @@ class Generation:
 
 
 class Task(ABC):
-    """How batches become losses, scores, an exported model and rows of the report.
+    """The rules by which batches become losses, scores, an exported model and rows of the report.
 
     A batch has the dataset's columns, (samples, …) each, and the arrays that all samples share.
     """
 
-    name: ClassVar[str]  # by which model and dataset families refer to it
-    unit: ClassVar[str]  # that `tokens` counts, in the plural
+    name: ClassVar[str]  # used by model and dataset families to refer to it
+    unit: ClassVar[str]  # the unit counted by `tokens`, in the plural
     loss_unit: ClassVar[str] = ""  # unit of the loss, if it has one
     baseline_label: ClassVar[str]  # the heading of the baseline's column
     rows: ClassVar[tuple[ReportRow, ...]] = ()  # the task's own scores, in the order of the report
@@ -75,27 +75,27 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
-        """The training loss of a batch, a scalar: the mean over the units that the task counts."""
+        """The training loss of a batch, a scalar: the mean over the task's units."""
 
     @abstractmethod
     def tokens(self, batch: Batch) -> int:
         """Number of `unit` that the batch trains on."""
 
     def flops(self, model: "nn.Module", batch: Batch) -> float:
-        """FLOPs that the model needs for the batch, forward and backward; 0: not known."""
+        """FLOPs required by the model for the batch, forward and backward; 0: unknown."""
         return 0.0
 
     @abstractmethod
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
-        """Sums over a held-out batch, numbers or numpy arrays; sums of several batches, or workers, can be added."""
+        """Sums over a held-out batch: numbers or numpy arrays. Sums of several batches, or workers, can be added."""
 
     @abstractmethod
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Scores from sums. One is `loss`, in the unit of the training loss."""
+        """Scores from sums. One of them is `loss`, in the unit of the training loss."""
 
     @abstractmethod
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
-        """Write the model in the format that its users load; `data` is the directory of its dataset."""
+        """Write the model in the format for its users. `data` is the directory of its dataset."""
 
     @abstractmethod
     def load(self, directory: Path) -> "nn.Module":
@@ -103,34 +103,34 @@ class Task(ABC):
 
     @abstractmethod
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """The simplest model of the training data, for comparison: its sums over a held-out batch, for `metrics`.
+        """The simplest model of the training data, for comparison. Returns a function for its sums over a batch.
 
         `data` is the directory of the dataset, with its manifest and held-out split.
         """
 
     @abstractmethod
     def headline(self, scores: Mapping[str, Any]) -> str:
-        """The most important score, beside the baseline's, in a few words."""
+        """The most important score and the baseline's, in a few words."""
 
     @abstractmethod
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
-        """Example output on a held-out batch, for a person to look at. JSON values; `directory` is the export."""
+        """Example output on a held-out batch, for the report. JSON values; `directory` is the export."""
 
     def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
-        """Answer a person: write text, transcribe, classify, draw. `model` is what `load` read from `directory`.
+        """Serve a request: write text, transcribe, classify or draw. `model` was loaded from `directory`.
 
         Raises:
-            ConfigError: An input is not as the task needs it; or the task has no answer.
+            ConfigError: An input is invalid for the task, or the task does not support this.
         """
         raise ConfigError("task", self.name, "has nothing to generate")
 
     def report_rows(self) -> tuple[ReportRow, ...]:
-        """The rows of the report's table of scores; a row whose score an evaluation lacks is left out."""
+        """The rows of the report's table of scores. A row is left out if an evaluation does not have its score."""
         loss = f"Loss ({self.loss_unit})" if self.loss_unit else "Loss"
         return (
             *self.rows,
             ReportRow(loss, "loss", "constant_loss"),
-            ReportRow(f"{self.unit.capitalize()} a second", "tokens_per_second", form="{:,.0f}"),
+            ReportRow(f"{self.unit.capitalize()} per second", "tokens_per_second", form="{:,.0f}"),
         )
 
     def confusion(self, sums: Sums, data: Path) -> dict[str, Any] | None:
@@ -138,7 +138,7 @@ class Task(ABC):
         return None
 
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]] | None:
-        """AdamW's parameter groups; None: the usual ones. A group's `lr_scale` multiplies its learning rate."""
+        """AdamW's parameter groups; None: the default ones. A group's `lr_scale` multiplies its learning rate."""
         return None
 
     def modules_to_compile(self, model: "nn.Module") -> "list[nn.Module]":
@@ -148,11 +148,11 @@ class Task(ABC):
     def recompute_buffers(self, model: "nn.Module", batches: Iterable[Batch]) -> None:
         """Make the buffers a function of the parameters, so that the exports of all replicas are equal.
 
-        During training, buffers are each worker's own. Before global parameters are scored or exported, batch-norm
+        During training, each worker has its own buffers. Before global parameters are scored or exported, batch-norm
         statistics are recomputed over a fixed part of the training data. This is better than a running average (arXiv
-        2105.07576, §3), and necessary for an average of models (arXiv 1803.05407, §3.3). A module with buffers of
-        another kind defines `recompute_buffers()`, which sets them from its parameters. The model is in evaluation
-        mode, and the batches are always the same.
+        2105.07576, §3), and necessary for an average of models (arXiv 1803.05407, §3.3). A module with another kind of
+        buffers defines `recompute_buffers()`, which sets them from its parameters. The model is in evaluation mode, and
+        the batches are always the same.
         """
         import torch
         from torch.nn.modules.batchnorm import _BatchNorm
@@ -160,7 +160,7 @@ class Task(ABC):
         for module in model.modules():
             if callable(own := getattr(module, "recompute_buffers", None)):
                 own()
-        # A plain mean over all batches instead of a running one.
+        # A plain mean over all batches instead of a running one
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if not norms:
             return
@@ -178,7 +178,7 @@ class Task(ABC):
 
 
 def files_of(asked: Generation, what: str) -> list[Path]:
-    """The files that the inputs name, those in folders included. Raises ConfigError if there are none."""
+    """The files named by the inputs, including those in folders. Raises ConfigError if there are none."""
     if not asked.inputs:
         raise ConfigError("INPUT", "", f"name {what}, or folders of them")
     found: list[Path] = []

@@ -1,4 +1,4 @@
-"""Base class of classification tasks, of pictures or of nodes. Not a task itself."""
+"""Base class of classification tasks for pictures or nodes. Not a task itself."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BEST = 5  # guesses that count for top-5 accuracy
-SHOWN = 3  # guesses that a person sees
+SHOWN = 3  # guesses that are printed
 
 
 class Classification(Task):
-    """Batches hold `label`, int64 (samples,), and whatever `logits` needs."""
+    """Batches contain `label`, int64 (samples,), and the inputs of `logits`."""
 
     baseline_label = "Most frequent class"
 
@@ -26,7 +26,7 @@ class Classification(Task):
         """The model's output for the batch, (samples, classes)."""
 
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
-        """Mean cross-entropy, in nats a sample."""
+        """Mean cross-entropy, in nats per sample."""
         import torch.nn.functional as F
 
         return F.cross_entropy(self.logits(model, batch).float(), batch["label"])
@@ -53,7 +53,7 @@ class Classification(Task):
         }
 
     def fractions(self, sums: Sums, **names: str) -> dict[str, float]:
-        """`loss` in nats a sample, and the named sums (score=sum) as fractions of the samples."""
+        """`loss` in nats per sample, and the named sums (score=sum) as fractions of the samples."""
         scores = {"loss": sums["nats"] / sums["samples"]}
         return scores | {score: sums[name] / sums["samples"] for score, name in names.items() if name in sums}
 
@@ -64,7 +64,7 @@ class Classification(Task):
         return f"{correct}; the most frequent class alone gives {majority:.1%}"
 
     def guesses(self, logits: "Tensor", names: Sequence[str]) -> str:
-        """One sample's most likely classes, of logits (classes,), with their probabilities."""
+        """The most likely classes for a sample's logits, (classes,), with their probabilities."""
         best = logits.float().softmax(dim=0).topk(min(SHOWN, len(names)))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return ", ".join(f"{names[index]} ({share:.1%})" for index, share in found)

@@ -1,4 +1,4 @@
-"""The Fréchet distance between sets of pictures (arXiv 1706.08500), from sums that add up. Not a task itself."""
+"""The Fréchet distance between sets of pictures (arXiv 1706.08500), from additive sums. Not a task itself."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -49,7 +49,7 @@ def sums(pictures: "Tensor", prefix: str) -> dict[str, Any]:
 def distance(found: Mapping[str, Any], one: str, other: str) -> float:
     """The distance between the two sets whose sums have these prefixes."""
     (mean, covariance), (mean2, covariance2) = (_moments(found, prefix) for prefix in (one, other))
-    # The square root of the first covariance, which is symmetric and positive semi-definite.
+    # The square root of the first covariance, which is symmetric and positive semi-definite
     values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     both = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance2 @ root), 0, None)).sum()

@@ -17,14 +17,14 @@ SHOWN = 24  # pictures
 
 
 class ImageClassification(Classification):
-    """Batches hold `image`, uint8 (samples, height, width, channels), and `label`, int64 (samples,)."""
+    """Batches contain `image`, uint8 (samples, height, width, channels), and `label`, int64 (samples,)."""
 
     name = "image_classification"
     unit = "pictures"
-    loss_unit = "nats a picture"
+    loss_unit = "nats per picture"
     rows = (
-        ReportRow("Right (top 1)", "top1", "majority_top1", "{:.1%}", better="higher"),
-        ReportRow("Right among five (top 5)", "top5", form="{:.1%}"),
+        ReportRow("Accuracy (top 1)", "top1", "majority_top1", "{:.1%}", better="higher"),
+        ReportRow("Accuracy (top 5)", "top5", form="{:.1%}"),
     )
     pipeline_tag = "image-classification"
     how_to_load = """\
@@ -34,7 +34,7 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
 """
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """`loss` in nats a picture; `top1` and `top5` accuracy, and top-1 accuracy of the majority class."""
+        """`loss` in nats per picture; `top1` and `top5` accuracy, and top-1 accuracy of the majority class."""
         return self.fractions(sums, top1="top1", top5="top5", majority_top1="majority")
 
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
@@ -42,7 +42,7 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
         huggingface.save(model, directory)
         about = manifest_of(data)["for_model"]
         mean, deviation = statistics(about["channels"])
-        # Resize and normalise as in training; leave grey pictures grey.
+        # Resize and normalise as in training; leave grey pictures grey
         write_json(
             directory / "preprocessor_config.json",
             {
@@ -62,7 +62,7 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
         return huggingface.load(directory, "AutoModelForImageClassification")
 
     def sample(self, model: "nn.Module", directory: Path, batch: Batch, seed: int) -> dict[str, Any]:
-        """`pictures`: each as a data URI, with its `label` and the `predicted` class."""
+        """`pictures`, each as a data URI with its `label` and the `predicted` class."""
         names = read_json(directory / "config.json")["id2label"]
         predicted = self.logits(model, batch).argmax(dim=1).tolist()
         uris = [data_uri(image, shown_scale(len(image))) for image in batch["image"][:SHOWN].cpu().numpy()]
@@ -71,7 +71,7 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
         return {"pictures": pictures}
 
     def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
-        """A line for each picture: its most likely classes."""
+        """Write a line for each picture with its most likely classes."""
         import torch
 
         from trainer.data.images import decode
@@ -84,7 +84,7 @@ model, processor = AutoModelForImageClassification.from_pretrained("."), AutoIma
             try:
                 image = decode(path.read_bytes(), size, channels)
             except ValueError as error:
-                raise ConfigError("INPUT", path, f"is no picture: {error}") from None
+                raise ConfigError("INPUT", path, f"is not a picture: {error}") from None
             (logits,) = self.logits(model, {"image": torch.tensor(image[None], device=device)})
             asked.write(f"{path}: {self.guesses(logits, names)}\n")
 

@@ -21,10 +21,10 @@ BETAS = (0.0, 0.999)
 
 
 class ImageGeneration(Task):
-    """Batches hold `image`, uint8 (samples, height, width, channels), and `label`, int64 (samples,).
+    """Batches contain `image`, uint8 (samples, height, width, channels), and `label`, int64 (samples,).
 
     Both networks are updated in every inner step: the loss is the sum of their losses, and each network's gradient
-    comes from its own loss only. So DiLoCo synchronises both, as the parameters of any model.
+    comes only from its own loss. So DiLoCo synchronises both like the parameters of any model.
     """
 
     name = "image_generation"
@@ -42,12 +42,12 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
         """The hinge loss (arXiv 1705.02894): the discriminator's plus the generator's."""
         networks: Any = model
-        # The discriminator's loss: real pictures above 1, generated ones below −1.
+        # The discriminator's loss: real pictures above 1, generated ones below −1
         labels, critic = batch["label"], networks.discriminator
         real = batch["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
         fake = networks.generator(networks.noise(len(labels)), labels)
         seen = (1 - critic(real, labels)).relu().mean() + (1 + critic(fake.detach(), labels)).relu().mean()
-        # The generator's loss: the discriminator's score of what it generates.
+        # The generator's loss: the discriminator's score of generated pictures
         critic.requires_grad_(False)  # the generator's loss must not train it
         deceived = -critic(fake, labels).mean()
         critic.requires_grad_(True)
@@ -83,7 +83,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         return model
 
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """Held-out pictures with each pixel position shuffled among them: the marginal distributions are exact."""
+        """Held-out pictures with each pixel position shuffled among them, so that marginal distributions are exact."""
         import torch
 
         def shuffled(batch: Batch) -> dict[str, Any]:
@@ -108,7 +108,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         return {"grid": data_uri(picture, max(1, shown_scale(len(picture) // len(names)) // 2)), "how": how}
 
     def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
-        """A picture file: a row for each class that is named; without any, as `sample`."""
+        """Write a picture file with a row for each named class; without any, like `sample`."""
         known = _labels(model)
         for name in asked.inputs:
             if name not in known:
@@ -117,7 +117,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         names = list(asked.inputs) or known[:ROWS]
         picture = _grid(model, names, asked.seed)
         write_bytes(asked.output, png(picture, max(1, shown_scale(len(picture) // len(names)) // 2)))
-        asked.write(f"{asked.output}: a row each of {', '.join(names)}\n")
+        asked.write(f"{asked.output}: one row each of {', '.join(names)}\n")
 
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]]:
         """As in BigGAN: Adam without momentum or weight decay, and a lower learning rate for the generator."""

@@ -12,21 +12,24 @@ from trainer.tasks import Batch, Generation, ReportRow, Task, manifest_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Longest prompt and continuation that an evaluation shows, in tokens.
+# Longest prompt and continuation shown by an evaluation, in tokens
 MOST_PROMPT, MOST_NEW = 128, 256
 TEMPERATURE, TOP_P = 0.8, 0.95
 
 
 class LanguageModelling(Task):
-    """Batches hold `input_ids`, int64 (samples, tokens); held-out ones also `bytes`, int64 (samples,): the UTF-8 bytes
-    of all tokens of a sequence but the first, which is context only."""
+    """Batches contain `input_ids`, int64 (samples, tokens).
+
+    Held-out batches also contain `bytes`, int64 (samples,): the number of UTF-8 bytes of a sequence's tokens, except
+    the first, which is only context.
+    """
 
     name = "language_modelling"
     unit = "tokens"
-    loss_unit = "nats a token"
+    loss_unit = "nats per token"
     baseline_label = "Unigram byte model"
     rows = (
-        ReportRow("Bits a byte", "bits_per_byte", "unigram_bits_per_byte", better="lower"),
+        ReportRow("Bits per byte", "bits_per_byte", "unigram_bits_per_byte", better="lower"),
         ReportRow("Compressed to", "bits_per_byte", "unigram_bits_per_byte", "{:.1%}", scale=1 / 8),
         ReportRow("Perplexity", "perplexity", form="{:,.2f}"),
     )
@@ -38,7 +41,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 """
 
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
-        """Mean cross-entropy, in nats a token."""
+        """Mean cross-entropy, in nats per token."""
         import torch.nn.functional as F
 
         tokens = batch["input_ids"]
@@ -49,9 +52,12 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         return batch["input_ids"].numel()
 
     def flops(self, model: "nn.Module", batch: Batch) -> float:
-        """6N + 12LHQT a token (PaLM, arXiv 2204.02311, appendix B): N parameters of matrices that tokens are multiplied
-        with, so without embeddings but with the output layer; L layers, H heads of Q numbers, T tokens a sequence. As
-        there, attention counts in full although it is causal."""
+        """6N + 12LHQT per token (PaLM, arXiv 2204.02311, appendix B).
+
+        N counts the parameters of matrices with which tokens are multiplied: without embeddings, but with the output
+        layer. There are L layers, H heads of Q numbers, and T tokens per sequence. As in PaLM, attention counts in full
+        although it is causal.
+        """
         networks: Any = model
         config, samples, length = networks.config.get_text_config(), *batch["input_ids"].shape
         embeddings = {id(part.weight): part.weight for part in _embeddings(model)}
@@ -69,7 +75,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         return {"nats": nats, "tokens": float(predicted), "bytes": float(batch["bytes"].sum())}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """`loss` in nats a token, `perplexity`, and `bits_per_byte`, which is comparable across tokenizers."""
+        """`loss` in nats per token, `perplexity`, and `bits_per_byte`, which is comparable across tokenizers."""
         loss = sums["nats"] / sums["tokens"]
         scores = {
             "loss": loss,
@@ -93,8 +99,10 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         return huggingface.load(directory, "AutoModelForCausalLM")
 
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, float]]:
-        """The unigram byte model: byte frequencies of the training text, with add-one smoothing. It is scored on the
-        same bytes as the model; the ends of texts cost it nothing."""
+        """The unigram byte model: byte frequencies of the training text, with add-one smoothing.
+
+        It is scored on the same bytes as the model, but not on the ends of texts.
+        """
         import numpy as np
         import torch
         from transformers import AutoTokenizer
@@ -117,14 +125,14 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         import torch
         from transformers import AutoTokenizer
 
-        # The prompt: at most half of the sequence, within the model's positions.
+        # The prompt: at most half of the sequence, within the model's positions
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         writer: Any = model  # a transformers model, so that it can generate
         tokens = batch["input_ids"][:1]
         prompt = tokens[:, : min(MOST_PROMPT, tokens.shape[1] // 2)]
         most = getattr(writer.config.get_text_config(), "max_position_embeddings", MOST_PROMPT + MOST_NEW)
         new = min(MOST_NEW, most - prompt.shape[1])
-        # Sample a continuation, reproducibly.
+        # Sample a continuation, reproducibly
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             options: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
@@ -137,7 +145,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         return {"prompt": before, "continuation": whole.removeprefix(before), "how": how}
 
     def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
-        """The prompt, and its continuation."""
+        """Write the prompt and its continuation."""
         import torch
         from transformers import AutoTokenizer
 
@@ -148,7 +156,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
         tokens = torch.tensor([tokenizer(prompt)["input_ids"] or first], device=next(model.parameters()).device)
         most = getattr(writer.config.get_text_config(), "max_position_embeddings", tokens.shape[1] + asked.max_tokens)
         if tokens.shape[1] >= most:
-            raise ConfigError("PROMPT", f"{prompt[:30]}…", f"has {tokens.shape[1]} tokens: must have less than {most}")
+            raise ConfigError("PROMPT", f"{prompt[:30]}…", f"has {tokens.shape[1]} tokens: must have fewer than {most}")
         options: dict[str, Any] = {"do_sample": False}
         if asked.temperature > 0:
             options = {"do_sample": True, "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
@@ -163,7 +171,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 
 
 def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
-    """Passes on text as far as it is certain: not half a character, nor half a word."""
+    """Passes on text once it is certain: no partial characters or words."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 
 
 class NodeClassification(Classification):
-    """Batches hold `node` and `label`, int64 (samples,), and the whole graph: `features`, float32 (nodes, width), and
-    `edges`, int64 (2, edges). The loss covers the batch's nodes only, never held-out ones."""
+    """Batches contain `node` and `label`, int64 (samples,), and the whole graph.
+
+    The graph consists of `features`, float32 (nodes, width), and `edges`, int64 (2, edges). The loss covers only the
+    batch's nodes, never held-out ones.
+    """
 
     name = "node_classification"
     unit = "nodes"
-    loss_unit = "nats a node"
-    rows = (ReportRow("Nodes right", "accuracy", "majority_accuracy", "{:.1%}", better="higher"),)
+    loss_unit = "nats per node"
+    rows = (ReportRow("Accuracy", "accuracy", "majority_accuracy", "{:.1%}", better="higher"),)
     how_to_load = """\
 from trainer.models.gcn import load
 
@@ -30,7 +33,7 @@ logits = load(".")(features, edges)  # float32 (nodes, width), int64 (2, edges)
 """
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """`loss` in nats a node; `accuracy`, and the accuracy of the majority class."""
+        """`loss` in nats per node; `accuracy`, and the accuracy of the majority class."""
         return self.fractions(sums, accuracy="top1", majority_accuracy="majority")
 
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
@@ -49,7 +52,7 @@ logits = load(".")(features, edges)  # float32 (nodes, width), int64 (2, edges)
         return {"title": "Held-out nodes", "head": ["Node", "Class", "Taken for"], "rows": rows}
 
     def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
-        """A line for each node that is named by its number; without any, for those that were held out."""
+        """Write a line for each node given by its number; without any, for the held-out nodes."""
         import torch
 
         from trainer.data.dataset import open_dataset

@@ -1,4 +1,4 @@
-"""Pictures for models and for people. Not a task itself."""
+"""Converting pictures for models and for display. Not a task itself."""
 
 import base64
 import io
@@ -9,12 +9,12 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-# As ImageNet's published classifiers expect; grey pictures are scaled to -1 … 1.
+# As expected by ImageNet's published classifiers; grey pictures are scaled to -1 … 1
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation with which pixels from 0 to 1 are normalised."""
+    """Mean and standard deviation for normalising pixels from 0 to 1."""
     return (MEAN, DEVIATION) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
 
 
@@ -43,5 +43,5 @@ def png(image: np.ndarray, scale: int = 1) -> bytes:
 
 
 def shown_scale(size: int) -> int:
-    """Factor by which a picture is enlarged for display."""
+    """The factor by which a picture is enlarged for display."""
     return max(1, 96 // size)

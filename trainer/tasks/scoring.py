@@ -12,7 +12,7 @@ from trainer.data import Dataset, evenly
 from trainer.data.dataset import Samples
 from trainer.tasks import Task
 
-BUFFER_SAMPLES = 1024  # training samples from which buffers are recomputed
+BUFFER_SAMPLES = 1024  # number of training samples from which buffers are recomputed
 
 
 def shared_tensors(shared: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def shared_tensors(shared: Mapping[str, np.ndarray], device: torch.device) -> di
 
 
 def on_device(batch: Mapping[str, Tensor], shared: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A batch as models take it: its columns on the device, and the tensors that all samples share."""
+    """A batch for models: its columns on the device, and the tensors that all samples share."""
     return {**{name: column.to(device, non_blocking=True) for name, column in batch.items()}, **shared}
 
 
@@ -36,7 +36,7 @@ def batches(
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Evaluation mode with its own random numbers; restores buffers and training mode afterwards."""
+    """Evaluation mode with its own RNG state. Restores buffers and training mode afterwards."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast(device):
@@ -77,5 +77,5 @@ def total(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16, on CUDA only."""
+    """Autocast to bfloat16, only on CUDA."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

@@ -22,12 +22,14 @@ FRAMES = (320, 640)  # candidate samples per frame of the best constant output
 
 
 class SpeechRecognition(Task):
-    """Batches hold `audio`, int16 (samples, time), `text`, int16 (samples, characters), and the length of each:
-    `audio_length` and `text_length`, int64 (samples,)."""
+    """Batches contain `audio`, int16 (samples, time), and `text`, int16 (samples, characters).
+
+    They also contain the lengths, `audio_length` and `text_length`, int64 (samples,).
+    """
 
     name = "speech_recognition"
     unit = "seconds of sound"
-    loss_unit = "nats a character"
+    loss_unit = "nats per character"
     baseline_label = "Best constant output"
     rows = (
         ReportRow("Character error rate", "cer", "constant_cer", "{:.1%}", better="lower"),
@@ -41,21 +43,23 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
 """
 
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
-        """The CTC loss, in nats a character."""
+        """The CTC loss, in nats per character."""
         return self._nats(*self._logits(model, batch), batch) / batch["text_length"].sum()
 
     def tokens(self, batch: Batch) -> int:
         return int(batch["audio_length"].sum()) // RATE
 
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
-        """`nats`, `chars` and `words`, and how many of these are wrong."""
+        """`nats`, `chars` and `words`, and the numbers of wrong characters and words."""
         logits, lengths = self._logits(model, batch)
         nats = self._nats(logits, lengths, batch).item()
         return {"nats": nats, **_errors(zip(_decoded(logits, lengths), _transcripts(batch), strict=True))}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """`loss` in nats a character; character and word error rates, `cer` and `wer`; and the same of the best
-        `constant` output."""
+        """`loss` in nats per character, character and word error rates (`cer`, `wer`).
+
+        The same scores of the best `constant` output are included.
+        """
         scores = {
             "loss": sums["nats"] / sums["chars"],
             "cer": sums["char_errors"] / sums["chars"],
@@ -84,11 +88,13 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         return huggingface.load(directory, "AutoModelForCTC")
 
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """The best constant output: the transcript closest to all training transcripts. For the loss: the letters'
-        frequencies at every frame, with the best probability of a blank."""
+        """The best constant output: the transcript closest to all training transcripts.
+
+        For the loss, it is the letters' frequencies at every frame, with the best probability of a blank.
+        """
         import torch
 
-        # One transcript for all clips, and letter frequencies for the loss.
+        # One transcript for all clips, and letter frequencies for the loss
         manifest = manifest_of(data)
         texts, vocabulary = manifest["facts"]["transcripts"], manifest["for_model"]["vocabulary"]
         constant = best_constant(texts[:FEW])
@@ -111,7 +117,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
 
     def headline(self, scores: Mapping[str, Any]) -> str:
         return (
-            f"{scores['cer']:.1%} of the characters are wrong, at {scores['loss']:.2f} nats a character; "
+            f"{scores['cer']:.1%} of the characters are wrong, at {scores['loss']:.2f} nats per character; "
             f"the best constant output gives {scores['constant_cer']:.1%} and {scores['constant_loss']:.2f}"
         )
 
@@ -122,7 +128,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         return {"title": "Transcripts", "head": ["Transcript", "Recognised"], "rows": rows[:SHOWN]}
 
     def generate(self, model: "nn.Module", directory: Path, asked: Generation) -> None:
-        """A line for each audio file: what was said."""
+        """Write a line with the transcript of each audio file."""
         import torch
 
         from trainer.data.speech import LONGEST, SHORTEST, decode
@@ -132,9 +138,9 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
             try:
                 audio = decode(path.read_bytes())
             except ValueError as error:
-                raise ConfigError("INPUT", path, f"is no audio: {error}") from None
+                raise ConfigError("INPUT", path, f"is not audio: {error}") from None
             if not SHORTEST <= len(audio) / RATE <= LONGEST:
-                allowed = f"must have from {SHORTEST} to {LONGEST:.0f} seconds, as the clips of the training"
+                allowed = f"must be from {SHORTEST} to {LONGEST:.0f} seconds long, like the training clips"
                 raise ConfigError("INPUT", path, allowed)
             batch = {"audio": torch.tensor(audio[None]), "audio_length": torch.tensor([len(audio)])}
             (text,) = _decoded(*self._logits(model, {name: column.to(device) for name, column in batch.items()}))
@@ -144,13 +150,13 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
         """Logits, (samples, frames, vocabulary), and the number of valid frames of each, int64 (samples,)."""
         import torch
 
-        # Normalise each clip to zero mean and unit variance, ignoring the padding.
+        # Normalise each clip to zero mean and unit variance, ignoring the padding
         audio, lengths = batch["audio"].float() / 32768, batch["audio_length"]
         inside = torch.arange(audio.shape[1], device=audio.device) < lengths[:, None]
         mean = (audio * inside).sum(dim=1, keepdim=True) / lengths[:, None]
         centred = (audio - mean) * inside
         scaled = centred / (centred.square().sum(dim=1, keepdim=True) / lengths[:, None] + 1e-7).sqrt()
-        # Models without an attention mask see the padding, as in their training.
+        # Models without an attention mask see the padding, as in their training
         recogniser: Any = model
         mask = inside.long() if _takes_mask(model) else None
         frames = recogniser._get_feat_extract_output_lengths(lengths)
@@ -210,9 +216,9 @@ def edit_distance(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def best_constant(texts: Sequence[str], longest: int = 10, letters: int = 12) -> str:
-    """The one output with the fewest character errors over all texts, found greedily.
+    """The constant output with the fewest character errors over all texts, found greedily.
 
-    It has at most `longest` characters, from the `letters` most frequent ones.
+    It has at most `longest` characters, out of the `letters` most frequent ones.
     """
     frequent = [letter for letter, _ in Counter("".join(texts)).most_common(letters)]
     best, errors = "", sum(map(len, texts))

@@ -1,13 +1,13 @@
-"""Who belongs to a run: both ends of a connection prove that they hold the run's secret.
+"""Authentication within a run: both ends of a connection prove that they hold the run's secret.
 
-With TLS 1.3, the proof is a certificate, and all that follows is encrypted. The run's secret *is* its certificate
-authority: the key (Ed25519) is derived from it, and its certificate has the same bytes wherever it is made. So what
-etcd must hold is a few random bytes, and who may read the run's keys belongs to the run. Certificates of another
-authority (a directory with `ca.crt`, `tls.crt` and `tls.key`, as cert-manager and Kubernetes' TLS secrets have them)
-take their place if they are given.
+With TLS 1.3, the proof is a certificate, and everything after it is encrypted. The run's secret *is* its certificate
+authority: the authority's key (Ed25519) is derived from it, and its certificate is the same, byte for byte, wherever it
+is made. So etcd only has to hold a few random bytes, and every process that may read the run's keys belongs to the run.
+Certificates of another authority can be given instead: a directory with `ca.crt`, `tls.crt` and `tls.key`, as written
+by cert-manager and found in Kubernetes' TLS secrets.
 
-Whether or not a connection is encrypted, each end also answers the other one's challenge with the secret: see `proof`.
-Certificates of another authority prove less than membership of this run.
+Whether or not a connection is encrypted, each end also answers a challenge of the other with the secret: see `proof`.
+So a certificate of another authority is not enough.
 """
 
 import datetime
@@ -31,19 +31,19 @@ from trainer.errors import ConfigError
 MIN_SECRET_BYTES = 16
 FILES = ("ca.crt", "tls.crt", "tls.key")
 DIALLER, ACCEPTOR = b"dialler", b"acceptor"  # roles
-# Fixed, so that a machine whose clock is wrong can take part. A secret lives as long as its run.
+# Fixed, so that a machine with a wrong clock can take part. A secret lives as long as its run.
 _VALID = datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1)
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """What this process proves with that it belongs to a run. `server` and `client` are None without TLS."""
+    """This process's proof that it belongs to a run. `server` and `client` are None without TLS."""
 
     secret: bytes
     server: ssl.SSLContext | None = None
     client: ssl.SSLContext | None = None
-    certificate: bytes = b""  # this process's, in DER
-    loopback: bool = False  # whether what does not leave this machine is encrypted, too
+    certificate: bytes = b""  # this process's certificate, in DER
+    loopback: bool = False  # whether connections within this machine are also encrypted
 
     def encrypts(self, connection: socket.socket) -> bool:
         """Whether TLS is used on a connection."""
@@ -52,13 +52,13 @@ class Credentials:
         return self.server is not None and (self.loopback or not local)
 
     def channel(self, connection: socket.socket, dialled: bool) -> bytes:
-        """What both ends know of a connection, and what differs on the two sides of somebody in between.
+        """What both ends of a connection know about it. A man in the middle has two connections, where it differs.
 
         Args:
-            dialled: Whether this end has dialled.
+            dialled: Whether this end is the dialler.
 
         Returns:
-            The SHA-256 of the dialler's certificate, and that of the acceptor's; zeros without TLS.
+            The SHA-256 of the dialler's certificate and that of the acceptor's; zeros without TLS.
         """
         if not isinstance(connection, ssl.SSLSocket):
             return bytes(2 * hashlib.sha256().digest_size)
@@ -66,11 +66,11 @@ class Credentials:
         return b"".join(hashlib.sha256(end).digest() for end in (ends if dialled else reversed(ends)))
 
     def proof(self, role: bytes, context: bytes, message: bytes) -> bytes:
-        """HMAC-SHA256 by which an end in this role proves that it has the secret, and what it has received and sent.
+        """HMAC-SHA256 with which one end proves that it has the secret.
 
         Args:
-            role: `DIALLER` or `ACCEPTOR`, so that the proof of one is none of the other.
-            context: Of fixed length: the channel, and a fresh challenge.
+            role: `DIALLER` or `ACCEPTOR`: the proof of one is invalid for the other.
+            context: The channel and a new challenge, of fixed length.
         """
         return hmac.digest(self.secret, role + context + message, "sha256")
 
@@ -81,16 +81,16 @@ def credentials(secret: bytes, security: str = "tls", directory: str = "") -> Cr
     Args:
         secret: The run's; at least `MIN_SECRET_BYTES`.
         security: "tls" or "none".
-        directory: Holds `FILES`, in PEM. Empty: the certificate is derived from the secret.
+        directory: Contains `FILES` in PEM. Empty: the certificate is derived from the secret.
 
     Raises:
-        ConfigError: A file of the directory is missing, or is no certificate or key.
+        ConfigError: A file of the directory is missing, or is not a certificate or key.
     """
     if len(secret) < MIN_SECRET_BYTES:
         raise ValueError(f"the secret is shorter than {MIN_SECRET_BYTES} bytes")
     if security == "none":
         return Credentials(secret)
-    with tempfile.TemporaryDirectory() as made:  # `ssl` reads keys from files alone
+    with tempfile.TemporaryDirectory() as made:  # `ssl` reads keys only from files
         if not directory:
             _write(secret, Path(made))
         where = Path(directory or made)
@@ -102,13 +102,13 @@ def _context(side: int, directory: Path) -> ssl.SSLContext:
     authority, certificate, key = (directory / name for name in FILES)
     context = ssl.SSLContext(side)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # members have addresses that no certificate knows; the authority is the run's own
+    context.check_hostname = False  # certificates do not contain the members' addresses; the authority is the run's own
     context.verify_mode = ssl.CERT_REQUIRED
     if side == ssl.PROTOCOL_TLS_SERVER:
-        context.num_tickets = 0  # nobody resumes a session, and a stream's receiver must not send
+        context.num_tickets = 0  # sessions are not resumed, and a stream's receiver must not send
     try:
         context.load_verify_locations(authority)
-        context.load_cert_chain(certificate, key, password=str)  # of a key that has one: OpenSSL must not ask for it
+        context.load_cert_chain(certificate, key, password=str)  # "": OpenSSL must not prompt for one
     except OSError as error:  # SSLError is one
         allowed = f"must hold {', '.join(FILES)} in PEM: {error.strerror or error}"
         raise ConfigError("transport_certificates", directory, allowed) from None
@@ -116,7 +116,7 @@ def _context(side: int, directory: Path) -> ssl.SSLContext:
 
 
 def _first(file: Path) -> bytes:
-    """The first certificate of a file that OpenSSL has loaded, which is the one it shows, in DER."""
+    """The first certificate of a file, in DER. OpenSSL, which has loaded the file, presents this one."""
     pem = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_text("latin-1"), re.DOTALL)
     if pem is None:
         raise ConfigError("transport_certificates", file.parent, f"must hold {', '.join(FILES)} in PEM")
@@ -124,7 +124,7 @@ def _first(file: Path) -> bytes:
 
 
 def _write(secret: bytes, directory: Path) -> None:
-    """Write `FILES`: the authority, which is its members' certificate, too."""
+    """Write `FILES`. The authority's certificate is also that of its members."""
     key = Ed25519PrivateKey.from_private_bytes(HKDF(hashes.SHA256(), 32, None, b"diloco authority").derive(secret))
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "diloco")])
     certificate = (

@@ -1,4 +1,4 @@
-"""A donor: serves buffers to other members, over the bulk lane. See docs/design/transport.md."""
+"""A donor, which serves buffers to other members over the bulk lane. See docs/design/transport.md."""
 
 import logging
 import threading
@@ -15,17 +15,17 @@ from trainer.transport.stream import Buffer, Key, as_bytes
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 4 << 20
-BYTES = "torch.uint8"  # the dtype of memory that is no tensor
+BYTES = "torch.uint8"  # the dtype of memory that is not a tensor
 
 Json = Any
-Layout = dict[str, tuple[str, int]]  # of each buffer: name of its dtype ("torch.float32"), and number of elements
+Layout = dict[str, tuple[str, int]]  # by buffer: the name of its dtype ("torch.float32"), and its number of elements
 
 
 @dataclass(frozen=True, eq=False)
 class Offer:
     """Buffers that a donor serves.
 
-    They must not change while on offer, unless the reader can use a mixture of old and new chunks.
+    They must not change while on offer, unless the reader can handle a mixture of old and new chunks.
     """
 
     meta: Json  # small; describes the content: donors with equal metas have equal content
@@ -37,17 +37,17 @@ class Offer:
 
 @dataclass
 class _Held:
-    """An offer that fetchers read."""
+    """An offer that fetchers are reading."""
 
     offer: Offer
     used: float = field(default_factory=time.monotonic)
 
 
 class Donor:
-    """Answers the requests of fetchers, as a `Transport`'s `handle`: on the links' receiving threads.
+    """Answers the requests of fetchers as the `handle` of a `Transport`, on the links' receiving threads.
 
     Args:
-        find: Returns the offer of a name ("state/12"), or None. Called on several threads; must not take long.
+        find: Returns the offer with a name ("state/12"), or None. Called on several threads; must return quickly.
     """
 
     def __init__(self, find: Callable[[str], Offer | None], timeouts: TransportTimeouts = TransportTimeouts()) -> None:
@@ -66,7 +66,7 @@ class Donor:
             link.reply(key, tag, {"error": f"{type(error).__name__} at the donor"})
 
     def _look_up(self, name: str) -> dict[str, Any]:
-        """Find an offer, and hold it so that its chunks can be read although `find` may return a newer one."""
+        """Find an offer and hold it, so that its chunks can be read even if `find` then returns a newer one."""
         offer = self._find(name)
         with self._lock:
             limit = time.monotonic() - self._timeouts.hold
@@ -92,7 +92,7 @@ class Donor:
 
 
 def layout_of(buffers: Mapping[str, Buffer]) -> Layout:
-    """What a fetcher has to know of buffers. Raises ValueError unless all are contiguous, and on the host."""
+    """The layout of buffers, for a fetcher. Raises ValueError unless all are contiguous and on the host."""
     layout: Layout = {}
     for name, buffer in buffers.items():
         if isinstance(buffer, memoryview):

@@ -1,4 +1,4 @@
-"""Fetches buffers from several donors at a time: see docs/design/transport.md, "State"."""
+"""Fetching buffers from several donors at a time: see docs/design/transport.md, "State"."""
 
 import itertools
 import logging
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SLOWEST = 256 << 10  # bytes a second: a donor slower than this over a whole chunk counts as stalled
-FAILURES = 3  # after which a donor is dropped
-FORGIVEN = 0.1  # failures that each good chunk cancels: a long transfer survives occasional broken connections
-DONORS = 8  # that are read from at the same time
-REQUESTED = 8  # chunks requested ahead of a donor: 32 MB; a link of 500 Mbit/s and 100 ms holds 6, and its queue 4
+SLOWEST = 256 << 10  # bytes per second; a donor that is slower over a whole chunk counts as stalled
+FAILURES = 3  # number of failures after which a donor is dropped
+FORGIVEN = 0.1  # failures that each good chunk cancels, so that long transfers survive occasional broken connections
+DONORS = 8  # maximum number of donors that are read at the same time
+REQUESTED = 8  # chunks requested ahead (32 MB); a link of 500 Mbit/s and 100 ms holds 6, and its queue 4
 
 _numbers = itertools.count(1)  # of transfers
 
@@ -33,7 +33,7 @@ Into = Callable[[Json, Layout], dict[str, Any]]  # returns buffers
 
 
 class TransferError(TrainingError):
-    """No donor is left, or the time is over. The message has each donor's reason."""
+    """No donor is left, or time is up. The message gives each donor's reason."""
 
 
 class _Failure(Exception):
@@ -66,20 +66,20 @@ def fetch(
     """Fetch an offer from several donors at a time.
 
     Args:
-        name: The offer's name, as the donors' `find` knows it. A donor without it is asked again.
-        donors: Their endpoints, by id.
-        into: Called once, on this thread, with the offer's meta and layout. Returns the buffers to receive into:
-            contiguous, on the host, of that dtype and size, fresh. By default, new tensors.
-        stopping: Whether this process is to end.
-        timeout: Seconds to find a donor that has the offer. The transfer may then take as long as data arrives.
+        name: The offer's name, for the donors' `find`. A donor that does not have it is asked again.
+        donors: The donors' endpoints, by id.
+        into: Called once, on this thread, with the offer's meta and layout. Returns the buffers to receive into: new,
+            contiguous, on the host, with that dtype and size. By default, new tensors.
+        stopping: Whether this process has to end.
+        timeout: Seconds to find a donor that has the offer. The transfer may then continue as long as data arrives.
         chunk_bytes: Size of a request, at most `CHUNK_BYTES`.
-        level: At which the transfer is logged.
+        level: The log level for the transfer.
 
     Returns:
         The offer's meta and the buffers of `into`.
 
     Raises:
-        TransferError: All donors were dropped, or the time is over. The buffers of `into` may hold anything.
+        TransferError: All donors were dropped, or time is up. The buffers of `into` may then contain anything.
         Interrupted: `stopping()` is true.
     """
     started = time.monotonic()
@@ -100,7 +100,7 @@ class _Chunk:
 
 @dataclass
 class _Peer:
-    """A donor as the fetcher sees it."""
+    """The fetcher's view of a donor."""
 
     id: str
     endpoints: Sequence[str]
@@ -116,7 +116,7 @@ class _Peer:
 
 
 class _Transfer:
-    """One `fetch`. A thread reads from a donor until that fails, then turns to the one that has waited longest."""
+    """One `fetch`. Each thread reads from a donor until that fails, then from the one that has waited longest."""
 
     def __init__(
         self,
@@ -129,8 +129,8 @@ class _Transfer:
         self._transport, self._name, self._chunk_bytes, self._timeouts = transport, name, chunk_bytes, timeouts
         self._key: Key = 0, 0, next(_numbers)
         self._peers = [_Peer(id, endpoints) for id, endpoints in donors.items()]
-        self._changed = threading.Condition()  # guards all of the following
-        self._content: tuple[Json, Layout] | None = None  # of the first donor to answer; the others must agree
+        self._changed = threading.Condition()  # guards the fields below
+        self._content: tuple[Json, Layout] | None = None  # from the first donor to answer; the others must agree
         self._pending: deque[_Chunk] = deque()
         self._missing: int | None = None  # chunks that have not arrived; None: not known yet
         self._over = False
@@ -205,7 +205,7 @@ class _Transfer:
                 self._changed.notify_all()
 
     def _next_peer(self) -> _Peer | None:
-        """The next donor to read from, once one is ready and chunks are pending; None at the end."""
+        """Wait until a donor is ready and chunks are pending, and return the donor; None at the end."""
         with self._changed:
             while not self._over:
                 now = time.monotonic()
@@ -275,7 +275,7 @@ class _Transfer:
 
     def _receive(self, peer: _Peer, pending: Pending) -> None:
         if self._answer(pending).get("missing"):
-            peer.offer = None  # the donor was restarted, or has released the offer: look it up again
+            peer.offer = None  # the donor was restarted or has released the offer: look it up again
             raise _Failure("no longer has it", cost=0)
         with self._changed:
             assert self._missing is not None
@@ -287,12 +287,12 @@ class _Transfer:
 
 
 def _dtype(name: str) -> str:
-    """The name of a dtype, which this is. Raises TypeError or AttributeError: It is something else."""
+    """Check that this is the name of a dtype, and return it. Raises TypeError or AttributeError otherwise."""
     if name != BYTES:
         import torch
 
         if not isinstance(getattr(torch, _own_name(name)), torch.dtype):
-            raise TypeError(f"{name} is no dtype")
+            raise TypeError(f"{name} is not a dtype")
     return name
 
 

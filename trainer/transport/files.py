@@ -1,6 +1,6 @@
-"""Directories of files over the bulk lane: served piece by piece, and fetched so that they land whole or not at all.
+"""Directories of files over the bulk lane: served piece by piece, and fetched atomically.
 
-An offer `<name>` has no tensors, but lists the files, and an offer `<name>/<start>-<stop>/<file>` has these bytes.
+An offer `<name>` has no tensors but lists the files; an offer `<name>/<start>-<stop>/<file>` contains these bytes.
 """
 
 import logging
@@ -17,12 +17,12 @@ from trainer.transport.fetch import TransferError, fetch
 from trainer.transport.stream import as_bytes
 from trainer.transport.transport import Transport
 
-PIECE_BYTES = 64 << 20  # fetched at a time; after an interruption, a fetch goes on with the piece that was open
+PIECE_BYTES = 64 << 20  # fetched at a time; after an interruption, a fetch continues with the unfinished piece
 
 
 @dataclass(frozen=True)
 class SharedFile:
-    """A file that is offered."""
+    """An offered file."""
 
     bytes: int
     sha256: str
@@ -32,13 +32,13 @@ Files = Mapping[str, SharedFile]  # by path within their directory
 
 
 class SharedDirectories:
-    """Offers directories, by name, to a `Donor`. Their files must not change meanwhile."""
+    """Offers directories by name, for a `Donor`. Their files must not change meanwhile."""
 
     def __init__(self, directories: Mapping[str, tuple[Path, Files]]) -> None:
         self._directories = dict(directories)
 
     def find(self, name: str) -> Offer | None:
-        """The offer of that name; None if there is none."""
+        """The offer with a name; None if there is none."""
         directory, _, piece = name.partition("/")
         if directory not in self._directories:
             return None
@@ -53,7 +53,7 @@ class SharedDirectories:
 
 
 def list_files(transport: Transport, name: str, donors: Mapping[str, Sequence[str]], patience: float) -> Files:
-    """The files of a directory that donors offer. Raises TransferError after `patience` seconds."""
+    """The files of a directory that donors offer. Raises TransferError if none answers within `patience` seconds."""
     listed, _ = fetch(transport, name, donors, timeout=patience, level=logging.DEBUG)
     return {file: SharedFile(int(size), str(hash)) for file, (size, hash) in listed.items()}
 
@@ -67,17 +67,17 @@ def fetch_files(
     on_bytes: Callable[[int], None] = lambda count: None,
     patience: float = 60.0,
 ) -> None:
-    """Fetch a directory. What has arrived before an interruption, of this process too, is not fetched again.
+    """Fetch a directory. Data from before an interruption, even of an earlier process, is not fetched again.
 
     Args:
-        files: As `list_files` has returned them.
-        final: The directory, which is complete when it appears. Until then its content is in `.<name>.partial` beside.
-        on_bytes: Called with the number of bytes that have arrived, or were there.
+        files: The result of `list_files`.
+        final: The directory, which is complete when it appears. Until then, its content is in `.<name>.partial`.
+        on_bytes: Called with the number of bytes that have arrived or already existed.
         patience: Seconds for which donors may be silent.
 
     Raises:
         TransferError: No donor sends it.
-        TrainingError: A file is not what was announced, or would lie outside of the directory.
+        TrainingError: A file is not as announced, or would be outside the directory.
     """
     partial = final.with_name(f".{final.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def fetch_files(
     for file, record in files.items():
         path = inside(partial, file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):  # what was there may be of another content
+        for _ in range(2):  # an earlier partial file may have other content
             with path.open("ab") as output:
                 if output.tell() > record.bytes:
                     output.truncate(0)
@@ -107,18 +107,18 @@ def fetch_files(
             path.unlink()
             on_bytes(-record.bytes)
         else:
-            raise TransferError(f"fetching {name}: {file} arrived with another content than announced, twice")
+            raise TransferError(f"fetching {name}: {file} arrived twice with content other than announced")
     replace_directory(partial, final)
 
 
 def present_bytes(final: Path) -> int:
-    """How much of a directory earlier fetches have left."""
+    """The number of bytes of a directory that earlier fetches have left."""
     partial = final.with_name(f".{final.name}.partial")
     return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
 
 
 def mapped(path: Path) -> memoryview:
-    """A file's bytes, read as they are needed."""
+    """A file's bytes, memory-mapped."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
             return memoryview(b"")
@@ -126,8 +126,8 @@ def mapped(path: Path) -> memoryview:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The path of a file that another process has named. Raises TrainingError if it is outside of the directory."""
+    """The path of a file named by another process. Raises TrainingError if it is outside the directory."""
     path = directory / name
     if not path.resolve().is_relative_to(directory.resolve()):
-        raise TrainingError(f"the other end offers a file outside of the directory: {name}")
+        raise TrainingError(f"the other end offers a file outside the directory: {name}")
     return path

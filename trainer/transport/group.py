@@ -1,4 +1,4 @@
-"""The members of an attempt's collective, connected. Implements `trainer.diloco.collective.Group`."""
+"""The connected members of an attempt's collective. Implements `trainer.diloco.group.Group`."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ class Group:
     """The links of an attempt. `Transport.finish` ends it.
 
     Args:
-        links: By rank; None for this member.
+        links: Links by rank; None for this member.
         silence: See `Pending.wait`.
     """
 
@@ -19,15 +19,15 @@ class Group:
         self._links, self._attempt, self._silence = links, attempt, silence
 
     def send(self, to: int, tag: int, message: Buffer) -> Pending:
-        """Send a message; `tag` is unique between two members. It must not change until it has left."""
+        """Send a message, which must not change until it has been sent. `tag` is unique between two members."""
         return self._link(to).send(self._attempt, tag, message)
 
     def receive(self, source: int, tag: int, into: Buffer) -> Pending:
-        """Post fresh memory for a message of this size."""
+        """Post new memory for a message of this size."""
         return self._link(source).receive(self._attempt, tag, into)
 
     def wait(self, pending: Pending) -> None:
-        """Return when a message has arrived, or left. Raises ConnectionError: It will not."""
+        """Wait until a message has been sent or received. Raises ConnectionError if it never will be."""
         pending.wait(self._silence)
 
     def _link(self, rank: int) -> Link:

@@ -1,4 +1,4 @@
-"""Hands a result over from a pod to the pipeline's step: files, over a transport whose secret is a token of both."""
+"""Transfer of a result (files) from a pod to the pipeline's step, over a transport with a shared token as secret."""
 
 import mmap
 import os
@@ -23,15 +23,15 @@ from trainer.transport.transport import Transport
 
 TOKEN_VARIABLE = "RESULT_TOKEN"  # in the environment of a pod that serves a result
 PATIENCE = 120.0  # seconds for which a fetch retries a server that does not answer
-_RESULT, _DONE = "result", "done"  # what is fetched, and then confirmed
+_RESULT, _DONE = "result", "done"  # requests: fetch the result, and confirm that it has arrived
 _POD, _STEP = "the pod", "the step"  # ids
 _NO_KEY: Key = (0, 0, 0)
 
 
 class ResultServer:
-    """Serves files, by their names in the result, to a client that has the token, until it confirms that all arrived.
+    """Serves files, by their names in the result, to a client with the token, until it confirms that all arrived.
 
-    It listens on `port` of all interfaces; 0 takes any. A context manager.
+    It listens on `port` of all interfaces; 0 means any port. A context manager.
     """
 
     def __init__(self, files: Mapping[str, Path], token: str, port: int) -> None:
@@ -57,7 +57,7 @@ class ResultServer:
         """Serve until a client confirms that it has everything.
 
         Raises:
-            TrainingError: No client has started or continued to fetch it for `seconds`.
+            TrainingError: No client started or continued to fetch it for `seconds`.
         """
         self._active = time.monotonic()
         while not self._delivered.wait(0.2):
@@ -74,7 +74,7 @@ class ResultServer:
 
 
 def fetch(host: str, port: int, token: str, directory: Path, patience: float = PATIENCE) -> None:
-    """Fetch all files of a `ResultServer` into a directory, atomically, and confirm it. Broken connections resume.
+    """Fetch all files of a `ResultServer` into a directory, atomically, and confirm. Resumes broken connections.
 
     Raises:
         TrainingError: The server does not answer, or has another token.
@@ -83,19 +83,19 @@ def fetch(host: str, port: int, token: str, directory: Path, patience: float = P
     with Transport(_STEP, [], credentials(token.encode())) as transport, whole_directory(directory) as temporary:
 
         def files(meta: Json, layout: Layout) -> dict[str, memoryview]:
-            """Create the files, to receive into."""
+            """Create the files to receive into."""
             return {index: _created(inside(temporary, name), layout[index][1]) for index, name in meta.items()}
 
         try:
             fetch_buffers(transport, _RESULT, pod, into=files, timeout=patience)
         except TransferError as error:
             raise TrainingError(f"the result cannot be fetched from {host}: {error}") from None
-        with suppress(LinkError, KeyError):  # everything has arrived, whether or not the pod learns of it
+        with suppress(LinkError, KeyError):  # everything has arrived, even if the confirmation is lost
             transport.prepare(pod, BULK)[_POD].ask(_NO_KEY, 0, {"find": _DONE}).wait(transport.silence)
 
 
 def _created(path: Path, size: int) -> memoryview:
-    """The memory of a new file. Raises OSError: The disk is full."""
+    """The memory of a new file. Raises OSError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x+b") as file:
         if not size:

@@ -1,16 +1,16 @@
-"""How a connection begins: TLS, a challenge, the dialler's proof and what it wants, and the acceptor's proof.
+"""The start of a connection: TLS, a challenge, the dialler's proof and request, and the acceptor's proof.
 
     dialler   one byte, if there is no TLS: on loopback, or with `transport_security=none`
     acceptor  challenge: 16 random bytes
-    dialler   length (u16), and JSON: {"proof": …, "hello": the JSON of a `Hello` and of a challenge of its own}
+    dialler   length (u16), and JSON: {"proof": …, "hello": the JSON of a `Hello` and a challenge}
     acceptor  proof: 32 bytes, with which it consents
 
-A proof is an HMAC with the run's secret of the role, both ends' certificates, the challenge, and the hello, which the
-other challenge is part of. So neither can be used again, nor on another connection, even one that somebody passes on
-who has a certificate of the same authority.
+A proof is an HMAC, with the run's secret, of the role, both ends' certificates, the acceptor's challenge, and the hello
+with the dialler's challenge. So no proof can be replayed, or used by a man in the middle with a certificate of the same
+authority.
 
-The acceptor does all this on one thread without ever waiting for a stranger: whoever does not prove in `handshake`
-seconds that it belongs to the run is dropped, and of more than `PENDING` strangers the oldest.
+The acceptor does all this on one thread without ever waiting for a stranger. A connection that is not authenticated
+within `handshake` seconds is dropped; if there are more than `PENDING`, the oldest is dropped.
 """
 
 import json
@@ -36,28 +36,28 @@ from trainer.transport.stream import prepare
 
 log = logging.getLogger(__name__)
 
-PENDING = 128  # strangers at the door
+PENDING = 128  # maximum number of strangers
 HELLO_BYTES = 2048
 _CHALLENGE_BYTES = 16
 _LENGTH = struct.Struct("!H")
 _PLAIN, _TLS = b"\x00", b"\x16"  # a client's first byte in TLS (RFC 8446, 5.1)
 
 Consent = Callable[[], None]
-"""Lets a dialler begin: proves to it that this process belongs to the run. Raises OSError: It is gone."""
+"""Tells a dialler to begin, with the proof that this process belongs to the run. Raises OSError if it is gone."""
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What a dialler wants: a stream of the link between two members.
+    """A dialler's request: a stream of the link between two members.
 
     Attributes:
         by, to: Ids of the members.
         lane: Links of different lanes do not disturb each other.
-        sends: Whether the dialler sends on this stream; else it receives.
-        link: Of the dialler's end of the link: it changes when the link is made anew.
-        relayed: Whether another member than `to` is dialled, to pass bytes on to it.
+        sends: Whether the dialler sends on this stream; otherwise it receives.
+        link: Id of the dialler's end of the link. It changes when the link is re-established.
+        relayed: Whether the dialled member is not `to`, but has to relay the bytes to it.
         at: The endpoints at which the dialler can be dialled.
-        pair: Of the other end of the link, if the dialler knows it.
+        pair: Id of the other end of the link, if the dialler knows it.
     """
 
     by: str
@@ -78,10 +78,10 @@ class Hello:
 
     @classmethod
     def decode(cls, body: bytes, credentials: Credentials, context: bytes) -> tuple[Self, bytes]:
-        """The hello, and the proof to consent with.
+        """Decode and authenticate. Returns the hello, and the proof to consent with.
 
         Raises:
-            ValueError: It is no hello, or the sender does not have the secret.
+            ValueError: It is not a hello, or the sender does not have the secret.
         """
         try:
             message = json.loads(body)
@@ -90,7 +90,7 @@ class Hello:
                 raise ValueError("does not have this run's secret")
             fields = json.loads(content)
             fields = {**fields, "at": tuple(fields["at"])}
-            del fields["challenge"]  # it has done its part: the answer depends on it
+            del fields["challenge"]  # only the proofs depend on it
             hello = cls(**fields)
             if not all(
                 isinstance(text, str) for text in (hello.by, hello.to, hello.lane, hello.link, hello.pair, *hello.at)
@@ -114,14 +114,14 @@ class Dialler:
     silence: float
 
     def dial(self, endpoints: Sequence[str], hello: Hello, patience: float = 0.0) -> tuple[socket.socket, str]:
-        """A connection that the other end has consented to, and the endpoint that was the first to answer.
+        """Connect, and return the connection and the endpoint that was first to answer.
 
         Args:
-            endpoints: Of one member; tried at the same time.
-            patience: Seconds until the other end consents; 0: as long as a handshake takes.
+            endpoints: One member's endpoints, which are tried at the same time.
+            patience: Maximum seconds until the other end consents; 0: the time limit of a handshake.
 
         Raises:
-            OSError: None answers, or none consents with a proof; there is no endpoint.
+            OSError: No endpoint answers or consents with a proof, or there is none.
         """
         if not endpoints:
             raise OSError("no address is known")
@@ -142,7 +142,7 @@ class Dialler:
             threading.Thread(target=reach, args=(endpoint,), name="dial", daemon=True).start()
         error = OSError("no address answers")
         try:
-            for _ in endpoints:  # only the first one hears what is wanted: the others must carry nothing
+            for _ in endpoints:  # send the hello only on the first connection; the others must not be used
                 endpoint, connection, challenge = results.get()
                 if isinstance(connection, OSError):
                     error = connection
@@ -159,7 +159,7 @@ class Dialler:
             _close_all(results)
 
     def _reach(self, endpoint: str) -> tuple[socket.socket, bytes]:
-        """A connection, encrypted if it is to be, and the challenge."""
+        """A connection, encrypted if required, and the challenge."""
         try:
             connection = connect(endpoint, self.timeouts.connect)
         except ValueError as error:
@@ -195,7 +195,7 @@ def _explained(error: BaseException) -> BaseException:
 
 
 def _close_all(results: "queue.Queue[tuple[str, socket.socket | OSError, bytes]]") -> None:
-    """Close the connections that came too late."""
+    """Close the connections that were established too late."""
     with suppress(queue.Empty):
         while True:
             _, connection, _ = results.get_nowait()
@@ -214,14 +214,14 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 @dataclass(eq=False)
 class _Stranger:
-    """A connection that has not proved anything yet."""
+    """A connection that is not authenticated yet."""
 
     connection: socket.socket
     host: str
     challenge: bytes = field(default_factory=lambda: secrets.token_bytes(_CHALLENGE_BYTES))
     since: float = field(default_factory=time.monotonic)
-    met: bool = False  # it is known whether it speaks TLS
-    shaken: bool = False  # TLS's handshake is over, if there is one, and the challenge is sent
+    met: bool = False  # whether it is known if it speaks TLS
+    shaken: bool = False  # whether the TLS handshake, if any, is done and the challenge has been sent
     received: bytes = b""
 
 
@@ -229,7 +229,7 @@ class Listener:
     """Accepts connections, and passes on those whose dialler belongs to the run.
 
     Args:
-        accept: Is called on the listener's thread with each, and must not block: the hello, and how to consent to it.
+        accept: Called with each such connection, its hello and its consent, on the listener's thread; must not block.
 
     Raises:
         ConfigError: No port is free.
@@ -271,26 +271,26 @@ class Listener:
             while not self._closing.is_set():
                 try:
                     self._look()
-                except Exception:  # no more threads, for example: that may pass
-                    log.exception("the listener has failed, and goes on")
+                except Exception:  # possibly temporary, for example a lack of threads
+                    log.exception("the listener failed, and continues")
                     self._closing.wait(1.0)
 
     def _look(self) -> None:
-        """Take what has come within a second."""
+        """Process what arrives within a second."""
         for key, _ in self._selector.select(1.0):
             if key.fileobj is self._socket:
                 self._greet()
-            elif key.data in self._strangers:  # else it has just been dropped, for one of too many
+            elif key.data in self._strangers:  # else `_greet` has just dropped it
                 self._advance(key.data)
         limit = time.monotonic() - self._timeouts.handshake
         for stranger in [one for one in self._strangers if one.since < limit]:
-            self._drop(stranger, "said nothing")
+            self._drop(stranger, "sent nothing")
 
     def _greet(self) -> None:
         """Accept a connection."""
         try:
             connection, (host, *_) = self._socket.accept()
-        except OSError:  # it is gone already; or out of descriptors, which may pass
+        except OSError:  # it is already gone, or descriptors are (temporarily) exhausted
             self._closing.wait(0.01)
             return
         if len(self._strangers) >= PENDING:
@@ -302,7 +302,7 @@ class Listener:
         self._selector.register(connection, selectors.EVENT_READ, stranger)
 
     def _advance(self, stranger: _Stranger) -> None:
-        """Take what has come from a stranger, as far as that goes without waiting."""
+        """Process what has arrived from a stranger, without waiting."""
         try:
             if not stranger.met:
                 self._meet(stranger)
@@ -323,7 +323,7 @@ class Listener:
         except ssl.SSLWantWriteError:
             self._selector.modify(stranger.connection, selectors.EVENT_WRITE, stranger)
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            self._drop(stranger)  # it only wanted to know whether somebody listens
+            self._drop(stranger)  # it only probed the port
         except ssl.SSLError as error:
             self._drop(stranger, f"does not belong to this run, or has another transport_security: {error.reason}")
         except OSError:
@@ -337,7 +337,7 @@ class Listener:
             self._accept(connection, hello, partial(connection.sendall, proof))
 
     def _meet(self, stranger: _Stranger) -> None:
-        """Find out whether a stranger speaks TLS. Raises ValueError: It does not, and must."""
+        """Find out whether a stranger speaks TLS. Raises ValueError if it must and does not."""
         plain, context = stranger.connection, self._credentials.server
         first = plain.recv(1, socket.MSG_PEEK)
         if first == _TLS and context:
@@ -354,7 +354,7 @@ class Listener:
 
     @staticmethod
     def _missing(stranger: _Stranger) -> int:
-        """Bytes that the hello lacks. Raises ValueError: It is too long."""
+        """Number of bytes still missing from the hello. Raises ValueError if it is too long."""
         if len(stranger.received) < _LENGTH.size:
             return _LENGTH.size - len(stranger.received)
         (length,) = _LENGTH.unpack_from(stranger.received)
@@ -363,10 +363,10 @@ class Listener:
         return _LENGTH.size + length - len(stranger.received)
 
     def _drop(self, stranger: _Stranger, reason: str = "") -> None:
-        with suppress(KeyError, ValueError):  # it is not registered, or closed already
+        with suppress(KeyError, ValueError):  # it is not registered, or already closed
             self._selector.unregister(stranger.connection)
         del self._strangers[stranger]
         stranger.connection.close()
         if reason and stranger.host not in self._warned and len(self._warned) < PENDING:
-            self._warned.add(stranger.host)  # once: port scanners come again and again
+            self._warned.add(stranger.host)  # warn once, because port scanners keep coming back
             log.warning("refused a connection from %s, which %s", stranger.host, reason)

@@ -1,9 +1,9 @@
-"""A link: the streams between this member and another one, and the messages on their way.
+"""A link: the streams between this member and another one, and the messages in transit.
 
-A message is cut into frames, which whatever stream is ready takes: over a long, lossy path some are slower than others.
-It lands in memory that was posted for it. A frame that came before that waits in the kernel, and holds its sender back;
-one whose key is over is read and thrown away. Memory that was posted must be fresh, not used again: a late frame of a
-failed attempt may still be written to it.
+A message is cut into frames. Each is sent on whichever stream is ready, because on a long, lossy path some streams are
+slower than others. Messages are received into memory that was posted for them. A frame that arrives before that waits
+in the kernel, which slows its sender down; a frame whose key is over is read and discarded. Posted memory must be new
+rather than reused, because a late frame of a failed attempt may still be written to it.
 """
 
 import json
@@ -34,27 +34,27 @@ from trainer.transport.stream import (
 log = logging.getLogger(__name__)
 
 ROUNDS, BULK = "rounds", "bulk"  # lanes
-FRAME_BYTES = 256 << 10  # of a body, if there are several streams
+FRAME_BYTES = 256 << 10  # maximum size of a frame's body if there are several streams
 # Of a stream: AES-GCM should not encrypt more than some 390 GB with a key (RFC 8446, 5.5), and OpenSSL keeps to one
 WORN_BYTES = 256 << 30
-FAREWELL = 1.0  # seconds in which the other streams of a link end after the first one has
-QUEUED_BYTES = 32 << 20  # of answers to requests: then no further request is read
+FAREWELL = 1.0  # seconds for a link's other streams to end after the first one
+QUEUED_BYTES = 32 << 20  # of queued answers, above which no further request is read
 NEVER: Key = (0, 0, 0)
 Handler = Callable[["Link", Key, int, dict[str, Any]], None]
 
 
 class LinkError(ConnectionError):
-    """The link broke, the other member was silent, or it has given the attempt up."""
+    """The link broke, or the other member was silent or gave up the attempt."""
 
 
 class Pending:
-    """A message on its way, in or out."""
+    """A message in transit, in either direction."""
 
     def __init__(self, link: "Link", view: memoryview, key: Key, tag: int) -> None:
         self.key, self.tag, self.view = key, tag, view
         self.missing = len(view)  # bytes
         self.error = ""
-        self.reply: dict[str, Any] | None = None  # what came instead
+        self.reply: dict[str, Any] | None = None  # the reply, if one came instead
         self._link, self._done, self._since = link, threading.Event(), time.monotonic()
 
     @property
@@ -62,7 +62,7 @@ class Pending:
         return self._done.is_set()
 
     def moved(self, count: int) -> None:
-        """Some bytes have arrived or left. Called with the link's lock."""
+        """Note that bytes were sent or received. Called with the link's lock held."""
         self.missing -= count
         if self.missing == 0:
             self._done.set()
@@ -72,14 +72,14 @@ class Pending:
         self._done.set()
 
     def wait(self, silence: float, limit: float = math.inf) -> None:
-        """Return when the whole message has arrived, or has left.
+        """Wait until the whole message has been sent or received.
 
         Args:
             silence: Seconds without a byte in either direction after which the other member counts as gone.
-            limit: Seconds in all.
+            limit: Maximum total seconds.
 
         Raises:
-            LinkError: It will not; the reason names the member.
+            LinkError: It never will be. The message names the member.
         """
         while not self._done.wait(min(silence, 1.0)):
             now = time.monotonic()
@@ -92,13 +92,13 @@ class Pending:
 
 
 class Link:
-    """One lifetime of the streams with another member: once broken, it is replaced by a new one.
+    """The streams with another member. A broken link is replaced by a new one.
 
     Args:
         peer: The other member's id.
         lane: See `Hello`.
-        id: Of this end, random.
-        handle: Answers requests, on a receiving thread. None: they are refused.
+        id: A random id of this end.
+        handle: Answers requests, on a receiving thread. None: they are rejected.
         on_fail: Called once, when the link has failed.
     """
 
@@ -108,39 +108,39 @@ class Link:
         self.peer, self.lane, self.id = peer, lane, id
         self.name = f"worker {int(peer.partition('-')[0])}" if peer[:3].isdecimal() else peer
         self.peer_link = ""  # the id of its other end, once known
-        self.via: tuple[str, ...] = ()  # members that relay it
+        self.via: tuple[str, ...] = ()  # relaying members
         self.reason = ""  # why it failed
         self.trouble = ""  # why the other member cannot be dialled
         self._handle, self._on_fail = handle, on_fail
-        lock = threading.RLock()  # guards all of the following
+        lock = threading.RLock()  # guards the fields below
         self._changed = threading.Condition(lock)
         self._filled = threading.Condition(lock)  # the queue has frames, or the link has failed
         self._out: list[Stream] = []
         self._into: list[Stream] = []
         self._queue: deque[tuple[Header, memoryview | bytes, Pending | None]] = deque()
-        self._queued = 0  # bytes in it
+        self._queued = 0  # bytes in the queue
         self._posted: dict[tuple[Key, int], Pending] = {}
         self._over = NEVER  # all keys up to this one are over
         self._aborted = NEVER  # by the other member
         self._threads: list[threading.Thread] = []
-        self._gone: tuple[int, int] | None = (0, 0)  # bytes of the streams that have ended
-        self._moved = 0, time.monotonic()  # what `heard` found last, and when that was new
+        self._gone: tuple[int, int] | None = (0, 0)  # bytes of ended streams
+        self._moved = 0, time.monotonic()  # the last count in `heard`, and when it last changed
 
-    # Its streams
+    # Streams
 
     @property
     def up(self) -> bool:
-        """Whether messages can pass in both directions."""
+        """Whether messages can flow in both directions."""
         return bool(self._out and self._into and not self.reason)
 
     @property
     def worn(self) -> bool:
-        """Whether a stream has carried so much that the link should be made anew."""
+        """Whether a stream has carried so many bytes that the link should be re-established."""
         with self._changed:
             return any(sum(stream.bytes() or ()) > WORN_BYTES for stream in (*self._out, *self._into))
 
     def add(self, stream: Stream, sends: bool) -> None:
-        """Let a stream carry frames, on a thread of its own, which owns it from now on."""
+        """Let a stream carry frames on its own thread, which owns it from now on."""
         with self._changed:
             if not self.reason:
                 (self._out if sends else self._into).append(stream)
@@ -153,7 +153,7 @@ class Link:
         stream.close()
 
     def wait_for(self, ready: Callable[[], bool], seconds: float) -> bool:
-        """Whether a condition on the link becomes true within a time; False at once if the link has failed."""
+        """Wait for a condition on the link. Returns whether it became true; False at once if the link has failed."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self.reason) or ready(), seconds)
             return ready() and not self.reason
@@ -167,7 +167,7 @@ class Link:
             return added([self._gone, *(stream.bytes() for stream in (*self._out, *self._into))])
 
     def heard(self) -> float:
-        """When the other end last acknowledged or sent anything, on the monotonic clock, as far as this was asked."""
+        """When the other end last acknowledged or sent anything (monotonic clock), as of the calls of this method."""
         with self._changed:
             moved = sum(stream.heard() for stream in (*self._out, *self._into))
             if moved != self._moved[0]:
@@ -175,7 +175,7 @@ class Link:
             return self._moved[1]
 
     def fail(self, reason: str) -> None:
-        """End the link, and all that is on its way. The first reason stands."""
+        """End the link and all messages in transit. The first reason stands."""
         with self._changed:
             if self.reason:
                 return
@@ -192,7 +192,7 @@ class Link:
         self._on_fail(self)
 
     def join(self, seconds: float) -> None:
-        """Wait until the threads of a link that has failed have ended."""
+        """Wait until the threads of a failed link have ended."""
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -201,24 +201,24 @@ class Link:
     # Messages
 
     def send(self, key: Key, tag: int, body: Buffer, kind: int = DATA) -> Pending:
-        """Send a contiguous host tensor, which must not change until it has left."""
+        """Send a contiguous host tensor, which must not change until it has been sent."""
         return self._enqueue(key, tag, as_bytes(body), kind)
 
     def receive(self, key: Key, tag: int, into: Buffer) -> Pending:
-        """Post fresh, contiguous host memory for a message of this size."""
+        """Post new, contiguous host memory for a message of this size."""
         pending = Pending(self, as_bytes(into), key, tag)
         with self._changed:
             if not pending.view:
                 pending.end()
             elif self._unwanted(key) and self.lane != BULK:
-                pending.end(self.reason or "has given the attempt up")
+                pending.end(self.reason or "has aborted the attempt")
             else:
                 self._posted[key, tag] = pending
                 self._changed.notify_all()
         return pending
 
     def ask(self, key: Key, tag: int, request: dict[str, Any], into: "Buffer | None" = None) -> Pending:
-        """Send a request. Its answer is a message that fills `into`, or comes as `Pending.reply`."""
+        """Send a request. The answer either fills `into` or becomes `Pending.reply`."""
         pending = Pending(self, as_bytes(into) if into is not None else memoryview(bytearray(1)), key, tag)
         with self._changed:
             if self.reason:
@@ -232,26 +232,26 @@ class Link:
         self._enqueue(key, tag, memoryview(json.dumps(reply).encode()), REPLY)
 
     def finish(self, key: Key, failed: bool = False) -> None:
-        """Whatever has a key up to this one is over; if it failed, the other member learns of it."""
+        """End all messages with keys up to this one. If the attempt failed, tell the other member."""
         with self._changed:
             self._over = max(self._over, key)
             for one in [one for one in self._posted.values() if one.key <= key]:
-                self._posted.pop((one.key, one.tag)).end("is not waited for any more")
+                self._posted.pop((one.key, one.tag)).end("is no longer awaited")
             if failed and not self.reason:
                 kept = [item for item in self._queue if item[0].key > key]
                 for header, _, sent in self._queue:
                     if header.key <= key and sent:
-                        sent.end("is not waited for any more")
+                        sent.end("is no longer awaited")
                 self._queue = deque([(Header(ABORT, key, 0, 0, 0), b"", None), *kept])
                 self._queued = sum(len(body) for _, body, _ in kept)
                 self._filled.notify()
             self._changed.notify_all()
 
     def forget(self, key: Key) -> None:
-        """Do not wait for messages with this key any more."""
+        """Stop waiting for messages with this key."""
         with self._changed:
             for one in [one for one in self._posted.values() if one.key == key]:
-                self._posted.pop((one.key, one.tag)).end("is not waited for any more")
+                self._posted.pop((one.key, one.tag)).end("is no longer awaited")
 
     def _enqueue(self, key: Key, tag: int, view: memoryview, kind: int) -> Pending:
         pending = Pending(self, view, key, tag)
@@ -287,8 +287,8 @@ class Link:
                         pending.moved(len(body))
                     self._changed.notify_all()
         except OSError as error:
-            self.fail(f"cannot be reached any more ({error.strerror or error})")
-            if pending:  # it was in no queue any more
+            self.fail(f"can no longer be reached ({error.strerror or error})")
+            if pending:  # it was no longer in a queue
                 pending.end(self.reason)
         finally:
             self._ended(stream, self._out)
@@ -303,22 +303,22 @@ class Link:
         except OSError as error:
             self.fail(f"is gone ({error.strerror or error})")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            self.fail(f"sent what makes no sense ({error})")
+            self.fail(f"sent invalid data ({error})")
         finally:
-            # A member closes all its streams together, and what it had sent on the others still arrives. If others stay
+            # A member closes all its streams together, and what it sent on the others still arrives. If others stay
             # open, something in between has closed this one, and frames may be lost.
             if self._ended(stream, self._into) or not self.wait_for(lambda: not self._into, FAREWELL):
                 self.fail("has closed the connection")
 
     def _take(self, stream: Stream, frame: Header) -> None:
-        """Receive a frame's body, where it is wanted."""
+        """Receive a frame's body into the memory posted for it."""
         if frame.kind == DATA:
             self._take_data(stream, frame)
         elif frame.kind == ABORT:
             with self._changed:
                 self._aborted = max(self._aborted, frame.key)
                 for one in [one for one in self._posted.values() if one.key <= frame.key]:
-                    self._posted.pop((one.key, one.tag)).end("has given the attempt up")
+                    self._posted.pop((one.key, one.tag)).end("has aborted the attempt")
                 self._changed.notify_all()
         elif frame.length > MESSAGE_BYTES:
             raise ValueError("a message is too long")
@@ -347,7 +347,7 @@ class Link:
 
     def _take_message(self, frame: Header, message: dict[str, Any]) -> None:
         if not isinstance(message, dict):
-            raise ValueError("a message is no object")
+            raise ValueError("a message is not an object")
         if frame.kind == REPLY:
             with self._changed:
                 if asked := self._posted.pop((frame.key, frame.tag), None):
@@ -361,11 +361,11 @@ class Link:
             raise ValueError(f"frame of kind {frame.kind}")
 
     def _unwanted(self, key: Key) -> bool:
-        """Whether memory for a message will never be posted. What is asked for is posted before; rounds begin late."""
+        """Whether memory for a message will never be posted. Requests post it in advance; rounds may start late."""
         return self.lane == BULK or key <= max(self._over, self._aborted) or bool(self.reason)
 
     def _ended(self, stream: Stream, kept: list[Stream]) -> bool:
-        """Close a stream; returns whether none of its kind is left."""
+        """Close a stream. Returns whether none of its kind is left."""
         with self._changed:
             kept.remove(stream)
             self._gone = added([self._gone, stream.bytes()])

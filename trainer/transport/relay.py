@@ -1,7 +1,7 @@
-"""Passes the bytes of two other members on, of which neither can dial the other.
+"""Relaying bytes between two other members that cannot dial each other.
 
-Both dial this member: one to send, the other to receive. They are trusted with the run's state anyway, and so is this
-one: what they send is encrypted on either leg, not from end to end.
+Both dial this member: one to send, the other to receive. The bytes are encrypted on each leg, not from end to end,
+since every member is trusted with the run's state anyway.
 """
 
 import logging
@@ -16,7 +16,7 @@ from trainer.transport.handshake import Consent, Hello
 log = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 256 << 10
-_MOST = 64  # connections that wait for their counterpart
+_MOST = 64  # maximum number of connections that wait for their counterparts
 
 Way = tuple[str, str, str]  # the sender, the receiver, the lane
 End = tuple[socket.socket, Consent]
@@ -26,7 +26,7 @@ class Relay:
     """Pairs connections of members that cannot dial each other.
 
     Args:
-        patience: Seconds for which one waits for its counterpart.
+        patience: Seconds for which a connection waits for its counterpart.
     """
 
     def __init__(self, patience: float) -> None:
@@ -36,7 +36,7 @@ class Relay:
         self._passing: set[socket.socket] = set()
 
     def take(self, connection: socket.socket, hello: Hello, consent: Consent) -> None:
-        """Take a connection, and consent to it once its counterpart is here. Does not block."""
+        """Accept a connection, and consent to it once its counterpart has arrived. Does not block."""
         ends = (hello.by, hello.to) if hello.sends else (hello.to, hello.by)
         way, end = (*ends, hello.lane), (connection, consent)
         with self._lock:
@@ -67,11 +67,11 @@ class Relay:
                 parked.pop(0)[1][0].close()
 
     def _pass(self, sender: End, receiver: End, way: Way) -> None:
-        """Pass bytes on until one of the two connections ends; then end the other, too."""
+        """Relay bytes until one of the two connections ends; then end the other one."""
         source, target = sender[0], receiver[0]
         ends = {source, target}
         try:
-            for end, consent in (receiver, sender):  # when the sender begins, all is ready
+            for end, consent in (receiver, sender):  # so that the receiver is ready when the sender begins
                 end.settimeout(None)
                 consent()
             with self._lock:
@@ -81,7 +81,7 @@ class Relay:
             while count := source.recv_into(buffer):
                 target.sendall(buffer[:count])
         except OSError:
-            pass  # they notice, and meet again if they want
+            pass  # the members notice, and reconnect if necessary
         finally:
             with self._lock:
                 self._passing -= ends

@@ -1,9 +1,10 @@
 """A stream: one direction of a TCP connection, encrypted or not, and the frames that it carries.
 
-After the handshake, bytes go one way only: OpenSSL does not let one thread read a connection while another writes it.
+After the handshake, bytes flow in one direction only, because OpenSSL does not allow one thread to read a connection
+while another writes to it.
 
-A frame is a header (`HEADER`) and a body. Nothing from the network is unpickled; a body goes into memory that this
-process has prepared for it, or is JSON of at most `MESSAGE_BYTES`.
+A frame is a header (`HEADER`) and a body. Nothing from the network is unpickled: a body is received into memory
+prepared by this process, or is JSON of at most `MESSAGE_BYTES`.
 """
 
 import socket
@@ -17,30 +18,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from trainer.process import congestion, prefer_bbr
 
-if TYPE_CHECKING:  # a step that only fetches a result has no need of torch
+if TYPE_CHECKING:  # a step that only fetches a result does not need torch
     from torch import Tensor
 
 Buffer: TypeAlias = "Tensor | memoryview"
-"""What is sent, or received into: contiguous, on the host."""
+"""Contiguous host memory to send from or receive into."""
 
 Key = tuple[int, int, int]
-"""What a frame is about: (term, round, attempt); of a bulk transfer, (0, 0, its number)."""
+"""What a frame belongs to: (term, round, attempt), or for a bulk transfer (0, 0, its number)."""
 
 DATA, ABORT, REQUEST, REPLY = range(4)  # kinds of frames
 MESSAGE_BYTES = 1 << 20  # of a request or a reply
 HEADER = struct.Struct("!BIIIIQI")
 
-# Options of sockets that not every Python's `socket` names (Linux)
+# Linux's socket options that not every Python's `socket` defines
 _USER_TIMEOUT, _NOTSENT_LOWAT = 18, 25
-_SEND_BUFFER = 4 << 20  # the kernel's limit by default, and twice that in fact: 500 Mbit/s over 100 ms needs 6 MB
-_UNSENT = 256 << 10  # the kernel takes no more than it sends soon: a slow stream must not hoard frames
+_SEND_BUFFER = 4 << 20  # the kernel's default limit, and effectively twice that; 500 Mbit/s over 100 ms needs 6 MB
+_UNSENT = 256 << 10  # limit of unsent bytes in the kernel, so that a slow stream does not hoard frames
 _IDLE, _INTERVAL, _PROBES = 20, 5, 3  # seconds and number of keepalive probes: NATs forget silent connections
-# Offsets into Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (2.6 to 4.19)
+# Offsets in Linux's `struct tcp_info` (include/uapi/linux/tcp.h), stable since they were added (2.6 to 4.19)
 _RTT, _BYTES_ACKED, _BYTES_RECEIVED, _NOT_SENT_BYTES, _BYTES_SENT, _INFO = 68, 120, 128, 144, 200, 208
 
 
 class Header(NamedTuple):
-    """`offset` and `length`, in bytes, say which part of the message with this key and tag the body is."""
+    """A frame's header. `offset` and `length`, in bytes, locate the body in the message with this key and tag."""
 
     kind: int
     key: Key
@@ -62,7 +63,7 @@ class Stream:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(None)
-        # MSG_WAITALL makes a frame one system call, without the GIL. OpenSSL has no such thing.
+        # MSG_WAITALL receives a frame in one system call, without the GIL. OpenSSL has no equivalent.
         self._flags = 0 if isinstance(connection, ssl.SSLSocket) else socket.MSG_WAITALL
         self._connection = connection
 
@@ -78,10 +79,10 @@ class Stream:
             self._connection.sendall(body)
 
     def read(self, view: memoryview) -> bool:
-        """Receive into `view` until it is full; False if the stream has ended before the first byte.
+        """Receive into `view` until it is full. Returns False if the stream ended before the first byte.
 
         Raises:
-            OSError: The connection broke, or ended within.
+            OSError: The connection broke, or ended before `view` was full.
         """
         size = len(view)
         while view:
@@ -94,12 +95,12 @@ class Stream:
         return True
 
     def round_trip(self) -> float:
-        """Seconds, as the kernel has measured it; 0 if it does not say."""
+        """The round-trip time measured by the kernel, in seconds; 0 if unknown."""
         info = tcp_info(self._connection)
         return struct.unpack_from("=I", info, _RTT)[0] / 1e6 if info else 0.0
 
     def has_bbr(self) -> bool:
-        """Whether BBR controls its congestion, and not the hosts' default."""
+        """Whether it uses BBR congestion control rather than the host's default."""
         return congestion(self._connection) == "bbr"
 
     def bytes(self) -> tuple[int, int] | None:
@@ -107,13 +108,13 @@ class Stream:
         return counted(self._connection)
 
     def heard(self) -> int:
-        """Bytes that the other end has acknowledged or sent; what is sent again and again counts once, as it does."""
+        """Bytes that the other end has acknowledged or sent. Retransmissions do not count."""
         info = tcp_info(self._connection)
         return sum(struct.unpack_from("=QQ", info, _BYTES_ACKED)) if info else 0
 
     def abort(self) -> None:
-        """End the stream: the thread that uses it gets an error."""
-        with suppress(OSError):  # it has ended already
+        """End the stream. The thread that uses it gets an error."""
+        with suppress(OSError):  # it has already ended
             socket.socket.shutdown(self._connection, socket.SHUT_RDWR)  # SSLSocket's own would drop the encryption
 
     def close(self) -> None:
@@ -124,7 +125,7 @@ def prepare(connection: socket.socket, silence: float) -> None:
     """Set a connection's options, before or after it is established.
 
     Args:
-        silence: Seconds after which bytes that the other end does not acknowledge break the connection.
+        silence: Seconds after which unacknowledged bytes break the connection.
     """
     options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if sys.platform.startswith("linux"):
@@ -144,8 +145,11 @@ def prepare(connection: socket.socket, silence: float) -> None:
 
 @cache
 def _grants_buffers() -> bool:
-    """Whether the kernel lets a socket have `_SEND_BUFFER`. A smaller one of one's own would not grow any more, while
-    the kernel's own grows to 4 MB (`tcp_wmem`); the limit of the former was 0.2 MB for long (`wmem_max`)."""
+    """Whether the kernel grants a socket `_SEND_BUFFER`.
+
+    A smaller explicit buffer would no longer grow, while the kernel's own grows to 4 MB (`tcp_wmem`). The limit of
+    explicit buffers (`wmem_max`) was 0.2 MB for a long time.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         return probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= _SEND_BUFFER
@@ -163,23 +167,23 @@ def tcp_info(connection: socket.socket) -> bytes:
 
 
 def counted(connection: socket.socket) -> tuple[int, int] | None:
-    """Payload bytes of a TCP connection, sent (with retransmissions) and received; None if the kernel does not say."""
+    """Payload bytes sent (with retransmissions) and received on a TCP connection; None if the kernel does not count."""
     info: Any = tcp_info(connection)
     if not info:
         return None
-    # A collective ends when the kernel has its last bytes, so those in the send queue count as sent.
+    # A collective ends when the kernel has its last bytes, so those in the send queue count as sent
     sent = struct.unpack_from("=Q", info, _BYTES_SENT)[0] + struct.unpack_from("=I", info, _NOT_SENT_BYTES)[0]
     return sent, struct.unpack_from("=Q", info, _BYTES_RECEIVED)[0]
 
 
 def added(counts: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
-    """The sums of pairs; None if one of them is."""
+    """The sums of pairs; None if any of them is None."""
     known = list(counts)
     return None if None in known else (sum(one[0] for one in known if one), sum(one[1] for one in known if one))
 
 
 def as_bytes(buffer: Buffer) -> memoryview:
-    """The memory of a buffer, as bytes."""
+    """A buffer's memory as bytes."""
     if isinstance(buffer, memoryview):
         return buffer.cast("B")
     import torch

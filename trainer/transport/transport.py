@@ -1,8 +1,8 @@
-"""The transport: this member's links with all others, made and made anew as they are needed.
+"""The transport: this member's links with all others, established and re-established as needed.
 
-Each member dials the others for what it sends. If the other end cannot dial back, since a NAT or a firewall is in
-between, the one that can dials for both directions. A pair of which neither can dial the other meets at other members,
-which both can dial, and which pass its bytes on (trainer/transport/relay.py).
+Each member dials the others to send. If one end of a pair cannot dial, because of a NAT or a firewall, the other end
+dials for both directions. If neither can, the pair is relayed by other members that both can dial
+(trainer/transport/relay.py).
 """
 
 import atexit
@@ -27,29 +27,29 @@ from trainer.transport.stream import Key, Stream, added
 
 log = logging.getLogger(__name__)
 
-# Streams of a link in each direction, of their own accord: a further one for each so many seconds of a round trip, and
-# the most. A lost packet halves a cubic stream; BBR's streams push each other's packets out of the queue.
+# Default number of a link's streams in each direction: one more for each of these seconds of round-trip time, and the
+# maximum. A lost packet halves a cubic stream, whereas BBR streams push each other's packets out of the queue.
 CUBIC, BBR = (0.0125, 8), (0.025, 4)
-ALL_STREAMS = 512  # of a process, about: each has a thread
-RELAYS = 3  # members that pass a pair's bytes on, at most
-_PAUSE = 0.05  # seconds at most, until a link that has failed at once is made anew
+ALL_STREAMS = 512  # approximate maximum per process, because each stream has a thread
+RELAYS = 3  # maximum number of members that relay a pair's bytes
+_PAUSE = 0.05  # maximum seconds until a link that failed at once is re-established
 Endpoints = Sequence[str]
 
 
 class Transport:
-    """A context manager; `close` ends all links.
+    """This member's links with all others. A context manager; `close` ends all links.
 
     Args:
-        id: This member's, unique.
-        addresses: Under which others may dial this process: IPv4, IPv6 or names. With one that is this machine's, it
-            listens there alone, else on all interfaces.
+        id: This member's unique id.
+        addresses: Addresses at which others can dial this process: IPv4, IPv6 or names. It listens only on a single
+            address that belongs to this machine, otherwise on all interfaces.
         credentials: The run's.
         port_range: "low-high" to listen on; empty: any port.
-        port: To listen on; 0: see `port_range`.
-        streams: Of a link in each direction; 0: as many as its round trip needs.
-        silence: Seconds without a byte after which a member that owes some counts as gone.
+        port: The port to listen on; 0: see `port_range`.
+        streams: Number of a link's streams in each direction; 0: depends on its round-trip time.
+        silence: Seconds without a byte after which a member that should send counts as gone.
         handle: Answers requests on the bulk lane.
-        call: Called, on any thread, when a member cannot be dialled: asks all others to `prepare` a link of this lane.
+        call: Called, on any thread, when a member cannot be dialled; asks all others to `prepare` a link of this lane.
 
     Raises:
         ConfigError: No port is free.
@@ -72,23 +72,23 @@ class Transport:
         self.id, self.silence = id, silence
         self._streams, self._handle, self._call, self._timeouts = streams, handle, call, timeouts
         self._dialler = Dialler(credentials, timeouts, 3 * silence)
-        self._lock = threading.Lock()  # guards all of the following
+        self._lock = threading.Lock()  # guards the fields below
         self._links: dict[tuple[str, str], Link] = {}  # by member and lane
         self._known: dict[str, Endpoints] = {}
         self._gone: dict[str, tuple[int, int] | None] = dict.fromkeys((ROUNDS, BULK), (0, 0))  # bytes of ended links
         self._ended: list[Link] = []  # links whose streams have not all ended
         self._dialled: set[str] = set()  # members that could be dialled from here
         self._cannot_dial: set[str] = set()  # members that could not dial this one
-        self._past: dict[tuple[str, str], str] = {}  # the other end of the last link that has failed
-        self._over = NEVER  # this member's last attempt that is over
+        self._past: dict[tuple[str, str], str] = {}  # the other end of the last failed link
+        self._over = NEVER  # this member's last finished attempt
         self._closing = False
         self._relay = Relay(timeouts.relay)
         own = addresses[0] if len(addresses) == 1 else ""
         self._listener = Listener(own, port_range, port, credentials, self._accept, timeouts, 3 * silence)
         self.port = self._listener.port
         self.endpoints = tuple(endpoint_of(address, self.port) for address in addresses)
-        # A thread that still runs while the interpreter is torn down can abort the process (C++ code cannot be unwound
-        # by it), which would turn exit status 0 into 134.
+        # A thread that still runs while the interpreter is torn down can abort the process, because it cannot unwind
+        # C++ frames. That would turn exit status 0 into 134.
         atexit.register(self.close)
 
     def __enter__(self) -> Self:
@@ -105,7 +105,7 @@ class Transport:
         self._listener.close()
         self._relay.close()
         for link in links:
-            link.fail("has been closed here")
+            link.fail("was closed here")
         deadline = time.monotonic() + self._timeouts.stall
         for link in links:
             link.join(max(0.0, deadline - time.monotonic()))
@@ -113,7 +113,7 @@ class Transport:
     # Links
 
     def connect(self, members: Mapping[str, Endpoints], timeout: float, lane: str = ROUNDS) -> dict[str, str]:
-        """Make the links that are missing or worn, all at the same time.
+        """Establish missing or worn links, all at the same time.
 
         Args:
             members: Endpoints by id; this member's own are ignored.
@@ -131,17 +131,17 @@ class Transport:
                 if not link.reason or (link.trouble and not link.peer_link) or time.monotonic() > deadline:
                     missing[id] = link.reason or link.trouble or "does not answer"
                     break
-                time.sleep(random.uniform(0, _PAUSE))  # both ends have begun anew at the same time
+                time.sleep(random.uniform(0, _PAUSE))  # both ends tried at the same time
             else:
                 missing[id] = "this member is leaving"
         return missing
 
     def prepare(self, members: Mapping[str, Endpoints], lane: str = ROUNDS) -> dict[str, Link]:
-        """Begin to make the links that are missing or worn, in the background; returns all links to these members."""
+        """Start to establish missing or worn links in the background. Returns all links to these members."""
         with self._lock:
             worn = [link for id in members if (link := self._links.get((id, lane))) and link.worn]
         for link in worn:
-            link.fail("is made anew")
+            link.fail("is being re-established")
         with self._lock:
             self._known.update(members)
             links = {}
@@ -157,7 +157,7 @@ class Transport:
         """The members of an attempt, in rank order, for its collective.
 
         Raises:
-            LinkError: One has no link.
+            LinkError: A member has no link.
         """
         links = [self._links.get((id, ROUNDS)) for id in members]
         for id, link in zip(members, links, strict=True):
@@ -168,13 +168,13 @@ class Transport:
         )
 
     def without_link(self, members: Iterable[str]) -> set[str]:
-        """Those members with which no messages can be exchanged at present."""
+        """The members with which messages cannot currently be exchanged."""
         with self._lock:
             up = {id for (id, lane), link in self._links.items() if lane == ROUNDS and link.up}
         return {id for id in members if id != self.id} - up
 
     def lacking(self, members: Iterable[str]) -> set[str]:
-        """Those members that a link is to be made with: they are without one, or theirs is worn. See `prepare`."""
+        """The members with which a link must be established: there is none, or it is worn. See `prepare`."""
         members = set(members)
         with self._lock:
             worn = {id for (id, lane), link in self._links.items() if lane == ROUNDS and id in members and link.worn}
@@ -187,7 +187,7 @@ class Transport:
         return all(refused(endpoint) for endpoint in endpoints)
 
     def finish(self, members: Iterable[str], attempt: Key, failed: bool = False) -> None:
-        """Nothing of an attempt, or of an older one, is waited for any more. If it failed, the others learn of it."""
+        """Stop waiting for anything of this attempt and older ones. If it failed, tell the others."""
         with self._lock:
             self._over = max(self._over, attempt)
             links = [link for (id, lane), link in self._links.items() if id in members and lane == ROUNDS]
@@ -195,14 +195,14 @@ class Transport:
             link.finish(attempt, failed)
 
     def bytes(self, lane: str = ROUNDS) -> tuple[int, int] | None:
-        """Bytes sent and received so far, as the kernel counts them: payload, framing, TLS, retransmissions."""
+        """Bytes sent and received so far, as counted by the kernel: payload, framing, TLS, retransmissions."""
         with self._lock:
             self._ended = [link for link in self._ended if not self._settled(link)]
             links = [link for link in (*self._links.values(), *self._ended) if link.lane == lane]
             return added([self._gone[lane], *(link.bytes() for link in links)])
 
     def relayed(self) -> dict[str, tuple[str, ...]]:
-        """Members that cannot be reached directly, each with those that relay its link."""
+        """Members that cannot be reached directly, each with the relays of its link."""
         with self._lock:
             return {id: link.via for (id, _), link in sorted(self._links.items()) if link.via}
 
@@ -213,12 +213,12 @@ class Transport:
         return True
 
     def _begin(self, id: str, lane: str, endpoints: Endpoints, peer_link: str = "") -> Link:
-        """A new link, which is established in the background. Called with the lock."""
+        """Create a link, which is established in the background. Called with the lock held."""
         handle = self._handle if lane == BULK else None
         link = self._links[id, lane] = Link(id, lane, secrets.token_hex(8), handle, self._forget)
         link.peer_link = peer_link
         if lane == ROUNDS and self._over > NEVER:
-            link.finish(self._over, failed=True)  # the other one may still be in that attempt, or only begin it
+            link.finish(self._over, failed=True)  # the other member may still be in that attempt, or just starting it
         threading.Thread(target=self._establish, args=(link, endpoints), name=f"dial-{id}", daemon=True).start()
         return link
 
@@ -234,7 +234,7 @@ class Transport:
     # Dialling
 
     def _establish(self, link: Link, endpoints: Endpoints) -> None:
-        """Dial the other member, let it dial, or meet it at others."""
+        """Dial the other member, let it dial, or connect through relays."""
         peer, timeouts = link.peer, self._timeouts
         try:
             self._dial(link, endpoints, sends=True)
@@ -245,7 +245,7 @@ class Transport:
                 self._call(link.lane)
             if link.wait_for(lambda: link.streams(False) > 0, 0.0 if known else 2 * timeouts.dial_back):
                 self._wait_for_both(link)
-            elif known:  # it could be dialled: it is dead, or the network is cut
+            elif known:  # it could be dialled before, so it is dead or the network is cut
                 link.fail(link.trouble)
         else:
             self._dialled.add(peer)
@@ -261,7 +261,7 @@ class Transport:
             self._meet(link)
 
     def _wait_for_both(self, link: Link) -> bool:
-        """Once the other member has dialled, it dials for both directions when it has waited in vain to be dialled."""
+        """Wait for both directions: after dialling, the other member opens both if it is not dialled back in time."""
         timeouts = self._timeouts
         return link.wait_for(lambda: link.up, timeouts.dial_back + timeouts.connect + timeouts.handshake)
 
@@ -287,13 +287,13 @@ class Transport:
         return min(self._streams or min(max(1, round(first.round_trip() / trip)), many), most)
 
     def _meet(self, link: Link) -> None:
-        """Meet the other member at others: it does the same now."""
+        """Connect to the other member through relays; it does the same now."""
         with self._lock:
             linked = {id for (id, _), other in self._links.items() if other.up}
             others = {id: at for id, at in self._known.items() if id not in (self.id, link.peer)}
         nearest = sorted(others, key=lambda id: (id not in linked, id))[
             :RELAYS
-        ]  # members that have left are known, too
+        ]  # `known` also contains members that have left
         candidates = [(id, sends) for id in nearest for sends in (True, False)]
 
         def meet(candidate: tuple[str, bool]) -> None:
@@ -311,7 +311,7 @@ class Transport:
     # Being dialled
 
     def _accept(self, connection: socket.socket, hello: Hello, consent: Consent) -> None:
-        """Take a connection in; called on the listener's thread."""
+        """Take over an accepted connection. Called on the listener's thread."""
         try:
             if hello.relayed and hello.to != self.id:
                 self._relay.take(connection, hello, consent)
@@ -326,22 +326,22 @@ class Transport:
             connection.close()
 
     def _adopt(self, hello: Hello) -> Link | None:
-        """The link that a dialler's stream belongs to; None if there is none."""
+        """The link to which a dialler's stream belongs; None if there is none."""
         if hello.to != self.id or hello.lane not in self._gone:
             return None
         key, stale = (hello.by, hello.lane), None
         with self._lock:
             link = self._links.get(key)
             if self._past.get(key) == hello.link or (hello.pair and (link is None or hello.pair != link.id)):
-                return None  # of a link that has failed here, which the dialler has not noticed yet
+                return None  # the link has failed here, which the dialler has not noticed yet
             if link is None or link.peer_link not in ("", hello.link):
                 link, stale = None, link
-                if not hello.pair and not self._closing:  # else both would make it anew for ever
+                if not hello.pair and not self._closing:  # otherwise both would re-establish it forever
                     link = self._begin(hello.by, hello.lane, hello.at, hello.link)
             if link is not None:
                 link.peer_link = hello.link
             if hello.at:
                 self._known[hello.by] = hello.at
         if stale is not None:
-            stale.fail("has made the connection anew")
+            stale.fail("has re-established the connection")
         return link

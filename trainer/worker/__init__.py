@@ -1,1 +1,1 @@
-"""One worker: the inner loop and all that it needs."""
+"""One worker: the inner loop and its parts."""

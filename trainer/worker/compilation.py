@@ -1,4 +1,4 @@
-"""torch.compile, with a fallback; and passes of a model that leave no trace."""
+"""torch.compile with a fallback, and trial passes without side effects."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ def compile_model(
 ) -> None:
     """Compile modules of the model in place, and try it on one batch.
 
-    If compilation fails, `warn` is called with the reason, and the model stays as it was.
+    If compilation fails, `warn` is called with the reason, and the model stays uncompiled.
     """
     for module in modules:
         module.compile(backend=config.compile_backend, mode=config.compile_mode)
@@ -48,7 +48,7 @@ def compile_model(
 
 @contextmanager
 def trial_passes(task: Task, model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[Callable[[], None]]:
-    """A function that runs the batch forward and backward; buffers, gradients and random numbers are restored."""
+    """Yield a function that runs the batch forward and backward. Buffers, gradients and RNG state are restored."""
     device = next(model.parameters()).device
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 

@@ -1,8 +1,9 @@
-"""The baseline, `optim_method=ddp`: torch's own DistributedDataParallel, in the world that torchrun has formed.
+"""The baseline, `optim_method=ddp`: torch's own DistributedDataParallel, in the world formed by torchrun.
 
-All ranks take every inner step together, on averaged gradients, so that their parameters stay equal. A round is only
+All ranks take every inner step together, with averaged gradients, so that their parameters stay equal. A round is only
 the unit of reports and checkpoints: its outer step replaces the global parameters by the local ones. When a rank dies,
-torchrun (with the rendezvous `trainer.launch.etcd3_rendezvous`) restarts all ranks from the newest checkpoint of any.
+torchrun (with the rendezvous `trainer.launch.etcd3_rendezvous`) restarts all ranks from the newest checkpoint of any
+rank.
 """
 
 import logging
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class PeerLeft(TrainingError):
-    """Another rank has to leave: this one is healthy, and starts again with it."""
+    """Another rank has to leave. This one is healthy and restarts with it."""
 
 
 class Loss(nn.Module):
@@ -56,7 +57,7 @@ class Loss(nn.Module):
 class World(LocalQuorum):
     """All ranks of torchrun's world, as a quorum with the interface of `trainer.elastic.member.ElasticQuorum`."""
 
-    shortage, departing = False, frozenset[str]()  # without all of them, there is no world
+    shortage, departing = False, frozenset[str]()  # there is no world without all ranks
 
     def __init__(self, config: TrainingConfig, fingerprint: Mapping[str, Any], stopping: threading.Event) -> None:
         super().__init__()
@@ -73,13 +74,13 @@ class World(LocalQuorum):
         self._cuda = config.device.startswith("cuda")
 
     def connect(self, directory: Path, found: Checkpoint | None) -> Checkpoint | None:
-        """Join torchrun's world, and return the newest checkpoint of any rank: ranks that lack it receive its files.
+        """Join torchrun's world and return the newest checkpoint of any rank. Ranks without it receive its files.
 
         `found` is the newest one in this rank's `directory`.
 
         Raises:
             ConfigError: This rank does not fit the run.
-            TrainingError: The run has its verdict already; a rank is gone.
+            TrainingError: The run already has a verdict, or a rank is gone.
         """
         self._client = EtcdClient.of(self._config)
         if (result := verdict(self._client)).terminal:
@@ -89,7 +90,7 @@ class World(LocalQuorum):
         if self._config.network_interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", self._config.network_interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", self._config.network_interface)
-        # torch chooses between the two backends by a tensor's device.
+        # torch chooses between the two backends by a tensor's device
         with self.lost_ranks(), WireMeter.watching() as self._meter:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self._cuda else "gloo",
@@ -102,7 +103,7 @@ class World(LocalQuorum):
             return self._newest(directory, found)
 
     def mean_loss(self, loss: Tensor) -> Tensor:
-        """The mean over all ranks: they skip the same inner steps. They also learn whether a rank has to end."""
+        """The mean over all ranks, so that they skip the same inner steps. It also shares whether a rank has to end."""
         stopping = torch.full_like(loss, float(self._stopping.is_set()))
         both = torch.stack([loss / self.world_size, stopping])
         dist.all_reduce(both)
@@ -127,7 +128,7 @@ class World(LocalQuorum):
     def synchronise(
         self, pseudo_gradient: Tensor, weight: float, report: RoundReport, fragment: Fragment, on_chunk: OnChunk
     ) -> Commit:
-        """End a round: all ranks have the same parameters already."""
+        """End a round. All ranks already have the same parameters."""
         commit = super().synchronise(pseudo_gradient, weight * self.world_size, report, fragment, on_chunk)
         (_, end), (sent, received) = self._assignment().ranges[0], self._bytes()
         self.base = State(self.base.round + 1, self.base.step + self._length(), Cursor(end))
@@ -135,7 +136,7 @@ class World(LocalQuorum):
         return replace(commit, bytes_sent=sent, bytes_received=received, own_weight=weight, cursor=self.base.cursor)
 
     def join(self, state: GlobalState, cursor: Cursor, term: int = 0, report: RoundReport | None = None) -> CatchUp:
-        """Begin from rank 0's global state: without a checkpoint, different CPUs may initialise different last bits."""
+        """Start from rank 0's global state, because different CPUs may initialise different last bits."""
         with self.lost_ranks():
             for flat in state.tensors.values():
                 dist.broadcast(flat, 0)
@@ -147,12 +148,12 @@ class World(LocalQuorum):
         return self._assignment()
 
     def reconcile(self, state: GlobalState) -> None:
-        """Warn at the end of the run if the ranks' states differ."""
+        """At the end of the run, warn if the ranks' states differ."""
         if len(set(self._gathered(int(state.hash()[:15], 16)))) > 1:
             log.warning("the workers' final states differ", extra={"event": True})
 
     def wait_for_others(self) -> None:
-        """Return when all final checkpoints are durable."""
+        """Wait until all final checkpoints are durable."""
         with self.lost_ranks():
             dist.barrier()
 
@@ -177,7 +178,7 @@ class World(LocalQuorum):
         return min(self._config.local_steps, max(0, self._config.total_steps - self.base.step))
 
     def _assignment(self) -> Assignment:
-        """The samples of all ranks in the open round: `Samples` picks this rank's part of each inner step."""
+        """The samples of all ranks in the open round. `Samples` picks this rank's part of each inner step."""
         begin = self.base.cursor.position
         samples = self._length() * self._config.batch_size * self.world_size
         return Assignment(self.term, self.base.round + 1, ((begin, begin + samples),))
@@ -189,7 +190,7 @@ class World(LocalQuorum):
         if set(held) == {newest}:
             return found
 
-        # One rank that has it sends its files; the others take part, and keep them if they lack it.
+        # One rank that has it broadcasts its files; ranks that lack it keep them
         lacks, source, path = own != newest, held.index(newest), directory / checkpoint.name_of(*newest)
         with whole_directory(path) if lacks or found is None else nullcontext(found.path) as folder:
             for name in checkpoint.FILES:
@@ -201,14 +202,14 @@ class World(LocalQuorum):
         return checkpoint.read(path) if lacks else found
 
     def _gathered(self, own: int) -> list[int]:
-        """Every rank's number, by rank. Objects would be pickled, which trusts the network."""
+        """Every rank's number, by rank. Gathering objects would use pickle, which trusts the network."""
         found = list(torch.empty(self.world_size, 1, dtype=torch.int64))
         with self.lost_ranks():
             dist.all_gather(found, torch.tensor([own]))
         return [int(number) for number in found]
 
     def _bytes(self) -> tuple[int | None, int | None]:
-        """Bytes sent and received since the last call; None for what nccl moves."""
+        """Bytes sent and received since the last call; None with nccl, which is not counted."""
         before, self._read = self._read, None if self._cuda else self._meter.read()
         if before is None or self._read is None:
             return None, None

@@ -1,4 +1,4 @@
-"""The other processes of an island: they do what the leader tells them."""
+"""The followers of an island: they run the leader's commands."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def follow(config: TrainingConfig, island: Island, stopping: threading.Event) -> int:
-    """Train as another process of an island, until its leader ends; returns the leader's exit status.
+    """Train as a follower of an island until its leader ends. Returns the leader's exit status.
 
     Raises:
         ConfigError: This process cannot take part with this configuration.

@@ -12,17 +12,17 @@ from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 
 BETAS = (0.9, 0.95)
-WEIGHT_DECAY = 0.1  # of matrices, not of biases and norms
+WEIGHT_DECAY = 0.1  # for matrices, but not for biases and norms
 
 
 def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[str, Any]] | None = None) -> Optimizer:
-    """AdamW as in DiLoCo's and Chinchilla's settings; or Muon with it, as in MuLoCo (arXiv 2505.23725).
+    """AdamW with the settings of DiLoCo and Chinchilla, or combined with Muon, as in MuLoCo (arXiv 2505.23725).
 
     Args:
         groups: AdamW's parameter groups, if the task has its own (`Task.parameter_groups`).
 
     Raises:
-        ConfigError: The task has groups of its own, which are for AdamW only.
+        ConfigError: Muon, although the task has its own groups, which are only for AdamW.
     """
     if groups is not None:
         if config.inner_optimizer != "adamw":
@@ -37,7 +37,7 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
 def learning_rate(step: float, config: TrainingConfig) -> float:
     """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`.
 
-    `step` is the position in the schedule, from 0: the same for all workers, not a worker's own count.
+    `step` is the position in the schedule, from 0, which is the same for all workers (not a worker's own count).
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -47,7 +47,7 @@ def learning_rate(step: float, config: TrainingConfig) -> float:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that Muon is meant for: trainable matrices except embeddings and the output layer."""
+    """The parameters for Muon: trainable matrices except embeddings and the output layer."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     outer |= {id(output.weight)} if output is not None else set()
@@ -88,7 +88,7 @@ class MuonWithAdamW(Optimizer):
         self._link()
 
     def _link(self) -> None:
-        """Let both optimizers work on this one's groups and state."""
+        """Make both optimizers use this one's groups and state."""
         groups = iter(self.param_groups)
         for part in self._parts:
             part.param_groups = [next(groups) for _ in part.param_groups]

@@ -1,4 +1,4 @@
-"""What is each process's own beside the parameters: random numbers, and the model's buffers."""
+"""A process's own state besides the parameters: the RNG state and the model's buffers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from trainer.tasks import scoring
 
 
 class OwnState:
-    """Saves and restores it. An island has the leader's buffers, and each process's random numbers."""
+    """Saves and restores this state. For an island, that is the leader's buffers and each process's RNG state."""
 
     def __init__(self, model: nn.Module, island: Island | None) -> None:
         self._model, self._island = model, island
@@ -20,7 +20,7 @@ class OwnState:
             island.on(random_states=self._random_states, restore=self._restore)
 
     def save(self) -> dict[str, Any]:
-        """For a checkpoint: nested mappings and lists of tensors and JSON values."""
+        """The state for a checkpoint: nested mappings and lists of tensors and JSON values."""
         own = {"random": checkpoint.random_state(), "buffers": dict(self._model.named_buffers())}
         if self._island is None:
             return own
@@ -28,10 +28,10 @@ class OwnState:
         return {**own, "followers": [checkpoint.unpack(one) for one in packed[1:]]}
 
     def restore(self, saved: Mapping[str, Any], *, random: bool) -> None:
-        """Restore it; if the island has more processes than the one that saved, the others keep what they have.
+        """Restore the state. If the island has more processes than when it was saved, the additional ones keep theirs.
 
         Args:
-            random: Whether to restore random numbers, too: not those of another worker.
+            random: Whether to restore the RNG state as well; not if it is another worker's.
         """
         scoring.restore(self._model, saved["buffers"])
         if random:

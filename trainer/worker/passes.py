@@ -1,4 +1,4 @@
-"""Forward and backward passes: inner steps, and scores of held-out samples, the same in all processes of a worker."""
+"""Forward and backward passes: inner steps, and scoring of held-out samples, together in all processes of a worker."""
 
 import math
 import threading
@@ -24,21 +24,21 @@ CLIP_NORM = 1.0
 
 @dataclass(frozen=True)
 class Step:
-    """What an inner step has come to, over all processes of the worker."""
+    """The result of an inner step over all processes of the worker."""
 
-    loss: float  # the mean of its batches
+    loss: float  # mean over its batches
     gradient_norm: float  # before clipping
-    finite: bool  # else it was skipped
+    finite: bool  # otherwise it was skipped
     tokens: int
-    flops: float  # that the model needs for it; 0: not known
+    flops: float  # required by the model; 0: unknown
 
 
 class Passes:
-    """This process's passes. Of an island's processes, the leader's is called.
+    """This process's passes. In an island, only the leader's methods are called.
 
     Args:
         world: The quorum of the `ddp` baseline.
-        stopping: Set when this process is to end.
+        stopping: Set when this process has to end.
     """
 
     def __init__(self, process: Process, stopping: threading.Event, world: World | None = None) -> None:
@@ -48,7 +48,7 @@ class Passes:
             process.island.on(step=self._step, score=self._score)
 
     def step(self, lr: float) -> Step:
-        """Make one inner step, over as many batches as `batch_size` takes."""
+        """Make one inner step, over as many batches as make up `batch_size`."""
         island = self._process.island
         if island is None:
             return self._step(lr)
@@ -56,10 +56,10 @@ class Passes:
         return step
 
     def score(self, rank: int, world_size: int) -> tuple[dict[str, Any], int]:
-        """Score the model on this worker's part of the held-out samples: sums (`Task.score`), and how many samples.
+        """Score the model on this worker's part of the held-out samples. Returns sums (`Task.score`) and sample count.
 
         Args:
-            rank: This worker's, among `world_size`.
+            rank: This worker's rank among `world_size`.
 
         Raises:
             Interrupted: The process has to end.
@@ -71,14 +71,14 @@ class Passes:
         return sums
 
     def _step(self, lr: float, ranges: list[Range] | None = None) -> Step:
-        """Args: ranges: where the samples of an island's followers begin to be read, if that has changed."""
+        """Make an inner step in this process. `ranges`: new positions for an island's followers to read, if any."""
         process, optimizer = self._process, self._process.optimizer
         if ranges is not None and process.island and not process.island.leads:
             process.samples.read(tuple((start, stop) for start, stop in ranges))
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
-        # Forward and backward; on a GPU, reading the loss and the norm waits once for both.
+        # Forward and backward; on a GPU, reading the loss and the norm waits only once for both
         total, tokens, flops = self._accumulate_gradients()
         norm = whole(nn.utils.clip_grad_norm_(process.parameters, CLIP_NORM))
         if process.island:
@@ -92,14 +92,14 @@ class Passes:
         return Step(loss, gradient_norm, finite, tokens, flops)
 
     def _accumulate_gradients(self) -> tuple[Tensor, int, float]:
-        """Run the batches of an inner step forward and backward: mean loss, a scalar; tokens; FLOPs."""
+        """Run an inner step's batches forward and backward. Returns the mean loss (a scalar), tokens and FLOPs."""
         process, loss_of, world, tokens, flops = self._process, self._process.loss, self._world, 0, 0.0
         batches = process.config.process_batch_size // process.samples.per_device
         total = torch.zeros((), device=process.device)
         with world.lost_ranks() if world else nullcontext():
             for number in range(batches):
                 batch = scoring.on_device(process.samples.next_batch(), process.shared, process.device)
-                # Data parallelism averages the gradients in the last backward pass.
+                # Data parallelism averages the gradients in the last backward pass
                 waits = isinstance(loss_of, DistributedDataParallel) and number < batches - 1
                 with loss_of.no_sync() if waits else nullcontext():  # type: ignore[operator]
                     with scoring.autocast(process.device):
@@ -119,7 +119,7 @@ class Passes:
         return self._flops[shapes]
 
     def _over_island(self, loss: Tensor, norm: Tensor, tokens: int, flops: float) -> tuple[float, float, int, float]:
-        """Mean loss, gradient norm, all tokens and FLOPs. All learn if one of them has to end, and end together."""
+        """Mean loss, gradient norm, total tokens and FLOPs. If one process has to end, all end together."""
         island = self._process.island
         assert island is not None
         counts = torch.tensor([self._stopping.is_set(), tokens, flops], dtype=torch.float64, device=loss.device)
@@ -136,7 +136,7 @@ class Passes:
         chosen = of_worker[island.rank :: island.size] if island else of_worker
         size = min(process.config.per_device_train_batch_size, samples.per_device)
         passes = math.ceil(math.ceil(len(of_worker) / (island.size if island else 1)) / size)
-        # FSDP reuses memory between passes, so it cannot be in inference mode.
+        # FSDP reuses memory between passes, so inference mode is not possible
         quietly = torch.no_grad() if process.is_sharded else torch.inference_mode()
         sums: dict[str, Any] = {}
         with scoring.evaluating(model, process.device, process.config.seed), resharding(model):
@@ -147,7 +147,7 @@ class Passes:
                     self._raise_if_stopping()
                     if (batch := next(batches, None)) is not None:
                         scoring.add(sums, task.score(model, batch))
-                    elif process.is_sharded:  # the other processes need this one for their pass
+                    elif process.is_sharded:  # the other processes need this one for their passes
                         filler = scoring.batches(split, of_worker[:1], 1, process.shared, process.device)
                         task.score(model, next(filler))
         if island:

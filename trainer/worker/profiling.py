@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 MARGIN = 0.1  # fraction of the free memory that a batch must leave
 GAIN = 0.05  # a larger batch must be faster by this fraction to be worth its memory
-TIMED = 3  # timed passes, after an untimed one
+TIMED = 3  # number of timed passes, after an untimed one
 GRADIENT_BYTES = 4  # per parameter
-STATE_BYTES = 8  # per parameter, of Adam's moments, which do not exist before the first step
-# A container's limit, its usage, and the cached files therein; in both versions of control groups.
+STATE_BYTES = 8  # per parameter, for Adam's moments, which do not exist before the first step
+# A container's limit, its usage, and the cached files in it, in both versions of control groups
 _CONTAINERS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -42,7 +42,7 @@ Measure = Callable[[int], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Profile:
-    """The best batch size of a device, in samples, and its speed in samples a second, forward and backward."""
+    """The best batch size of a device, in samples, and its forward and backward speed in samples per second."""
 
     batch_size: int
     speed: float
@@ -57,20 +57,19 @@ def profile(
     data: str,
     together: Measure | None = None,
 ) -> Profile:
-    """Find the largest per-device batch size that fits and still gains throughput, among the divisors of `batch_size`.
+    """Find the largest divisor of `batch_size` that fits as a per-device batch size and still gains throughput.
 
-    Model, optimizer, random numbers and the position in the data stay unchanged. A size that is too large for the free
-    memory, extrapolated from smaller ones, is not tried; the search ends at a size that runs out of memory.
+    Model, optimizer, RNG state and the position in the data stay unchanged. A size that, extrapolated from smaller
+    ones, is too large for the free memory is not tried. The search ends at the first size that runs out of memory.
 
     Args:
-        batch: Returns training samples, on the model's device.
-        cache: File on the worker's volume that keeps the result: it is measured once for each model, dataset, device
-            and set of versions.
+        batch: Returns training samples on the model's device.
+        cache: File on the worker's volume that caches the result for each model, dataset, device and set of versions.
         data: The dataset's hash.
-        together: `measure` for all processes of an island at once, by size: they are equal, and share a CPU's memory.
+        together: `measure` for all processes of an island at once, by size, because they share a CPU's memory.
 
     Raises:
-        TrainingError: Not even `min_batch_size` samples fit; or `together` raises it.
+        TrainingError: Not even `min_batch_size` samples fit, or `together` raises it.
     """
     device = next(model.parameters()).device
     sharing = max(1, config.island) if device.type == "cpu" else 1
@@ -105,11 +104,11 @@ def profile(
         finally:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        logger.info("%d samples: %.1f a second", size, speed)
+        logger.info("%d samples: %.1f per second", size, speed)
         if best and speed < best.speed * (1 + GAIN):
             break
         best, per_sample = Profile(size, speed), max(0.0, used - fixed) / size
-        if together:  # which may end this process: the next one takes this size
+        if together:  # it may end this process, and the next one then uses this size
             write_json(cache, {**of, "profile": asdict(best)})
     assert best is not None
     write_json(cache, {**of, "profile": asdict(best)})
@@ -117,8 +116,10 @@ def profile(
 
 
 def sizes(config: TrainingConfig) -> list[int]:
-    """The per-device batch sizes to try: divisors of a process's part of `batch_size`, each at least twice the one
-    before."""
+    """The per-device batch sizes to try.
+
+    They are divisors of a process's part of `batch_size`, each at least twice the previous one.
+    """
     chosen: list[int] = []
     for size in range(config.min_batch_size, min(config.max_batch_size, config.process_batch_size) + 1):
         if config.process_batch_size % size == 0 and (not chosen or size >= 2 * chosen[-1]):
@@ -127,13 +128,13 @@ def sizes(config: TrainingConfig) -> list[int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has an exception for CUDA; libraries and CPUs have messages only."""
+    """Whether memory ran out. torch has an exception for CUDA; for libraries and CPUs there are only messages."""
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def measure(task: Task, model: nn.Module, batch: dict[str, Tensor], size: int) -> tuple[float, float]:
-    """Samples per second, forward and backward, and the peak memory of the passes in bytes."""
+    """Samples per second (forward and backward), and the peak memory of the passes in bytes."""
     device, seconds = next(model.parameters()).device, []
     with _peak(device) as taken, trial_passes(task, model, batch) as trial:
         for _ in range(1 + TIMED):
@@ -147,27 +148,27 @@ def measure(task: Task, model: nn.Module, batch: dict[str, Tensor], size: int) -
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Measure the peak memory of the block, in bytes above the usage before; call the result afterwards."""
+    """Measure the block's peak memory in bytes above the usage before. Call the yielded function afterwards."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5)); else it is the peak of the process
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak (proc(5)); otherwise it is the process's
     rss = psutil.Process().memory_info().rss
     yield lambda: max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - rss)
 
 
 def _free(device: torch.device) -> float:
-    """Bytes that this process may still take."""
+    """Bytes that this process may still allocate."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = psutil.virtual_memory().available
     for place, limit, taken, cached in _CONTAINERS:
         group = Path(place)
-        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file; or "max", which is no limit
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or "max" (no limit)
             counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             used = int((group / taken).read_text()) - int(counted[cached])
             free = min(free, int((group / limit).read_text()) - used)

@@ -1,4 +1,4 @@
-"""Where a worker goes on: with its own checkpoint, with what the other members hold, or at the beginning."""
+"""Where a worker resumes: from its own checkpoint, from the other members' state, or from the start."""
 
 import time
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from trainer.worker.setup import Parts
 
 
 def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[str]:
-    """Become a member of the run, and bring the worker to where the run is.
+    """Become a member of the run and bring the worker to the run's state.
 
-    `progress` receives the counters of the checkpoint; `warn` is called for each corrupt one.
+    `progress` receives the checkpoint's counters; `warn` is called for each corrupt checkpoint.
 
     Returns:
-        What is unusual, for the event "membership": "took moments" (another member's), "took kept state" (which this
-        node's memory still had).
+        Notable changes for the event "membership": "took moments" (another member's), "took kept state" (from this
+        node's memory).
 
     Raises:
         ConfigError: The checkpoint was written by another version of this program.
-        TrainingError: The run does not take this worker, or does not begin.
+        TrainingError: The run does not accept this worker, or does not start.
         Interrupted: The process has to end.
     """
     process, quorum, diloco = parts.process, parts.quorum, parts.diloco
     config, directory = process.config, process.volume.checkpoints
 
-    # Find this run's newest intact checkpoint on the worker's volume; else the one that `resume` names
+    # Find this run's newest intact checkpoint on the worker's volume, or else the one named by `resume`
     try:
         found = checkpoint.newest(directory, warn)
     except OtherFormat as error:
@@ -42,10 +42,10 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
         found = parts.world.connect(directory, found)
     is_own = found is not None and found.state["worker"] == quorum.worker
     if checkpoint.paths(directory) and (found is None or is_own):
-        # An earlier life may have announced a newer checkpoint, which is corrupt now: the run must not wait for it.
+        # An earlier process may have announced a newer checkpoint that is now corrupt: the run must not wait for it
         quorum.durable(found.round if found else 0, found.state["term"] if found else 0)
 
-    # Load the global state of the checkpoint, and join with it. The quorum replaces it if the run is further.
+    # Load the checkpoint's global state and join with it. The quorum replaces it if the run is ahead
     cursor, term, changes = Cursor(), 0, list[str]()
     if found is not None:
         diloco.load_global(found.global_tensors, found.round, found.state["base_step"])
@@ -65,7 +65,7 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
     diloco.accept(caught_up.assignment)
     process.samples.accept(caught_up.assignment, quorum.term)
 
-    # Restore the worker's own state, or take over another member's moments, or build them up anew.
+    # Restore the worker's own state, or adopt another member's moments, or build up new ones
     if found is not None and (is_own or parts.world is not None):
         progress.skipped, progress.skipped_in_a_row = found.state["skipped"]
         _restore(parts, found, is_own)
@@ -78,14 +78,14 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
 
 
 def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
-    """Restore the inner optimizer and, if the checkpoint belongs to the open round, the progress towards that."""
+    """Restore the inner optimizer and, if the checkpoint belongs to the open round, the progress in it."""
     state, saved = found.worker(), found.state
     parts.process.own_state.restore(state, random=is_own)
     assignment, ranges = parts.diloco.assignment, tuple((start, stop) for start, stop in saved["assignment"])
     if found.round == parts.diloco.round and assignment is not None and assignment.ranges == ranges:
         parts.diloco.load_worker_state(state["diloco"])
         parts.process.samples.resume(assignment, saved["used"])
-    else:  # the samples of the open round were assigned anew: its steps are made again
+    else:  # the open round's samples were reassigned, so its steps are repeated
         parts.diloco.inner_optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
 
 

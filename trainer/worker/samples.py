@@ -1,4 +1,4 @@
-"""The worker's samples: which ones it trains on, in which order, and how fast."""
+"""A worker's samples: which ones it trains on, in which order, and how fast."""
 
 import time
 from collections.abc import Generator, Iterator
@@ -11,16 +11,16 @@ from torch import Tensor
 from trainer import data
 from trainer.protocol.samples import Assignment, Range, SampleLedger
 
-DAMPING = 0.5  # weight of the last round's speed against the earlier ones
+DAMPING = 0.5  # weight of the last round's speed relative to earlier ones
 
 
 class Samples:
-    """The samples that a worker is assigned, batch by batch, with the ledger of those that it has consumed.
+    """The samples assigned to a worker, batch by batch, with the ledger of consumed ones.
 
     Args:
-        seed: Of the order in which all workers go through the training split.
+        seed: Seed of the order in which all workers traverse the training split.
         batch_size: This worker's samples in an inner step; a multiple of `per_device`, the samples in a batch.
-        device: A GPU gets its batches from pinned memory.
+        device: For a GPU, batches are in pinned memory.
         rank, world_size: In data parallelism, all ranks have the same assignment: an inner step takes `world_size`
             times `batch_size` samples of it, and this rank trains on its part.
         is_island: Whether these ranks are one worker.
@@ -47,11 +47,11 @@ class Samples:
 
     @property
     def exhausted(self) -> bool:
-        """Whether all of the assignment has been consumed."""
+        """Whether the whole assignment has been consumed."""
         return not self.ledger.unused()
 
     def next_batch(self) -> dict[str, Tensor]:
-        """The next batch of the open inner step. Batches are read ahead on a thread."""
+        """The next batch of the current inner step. Batches are read ahead on a thread."""
         if self._batches is None:
             self._batches = data.batches(
                 self._split, self._order, self._own(self.ledger.unused()), self.per_device, pin_memory=self._pin_memory
@@ -59,14 +59,14 @@ class Samples:
         return next(self._batches)
 
     def consume(self) -> list[Range]:
-        """Count the samples of an inner step as consumed; this worker's positions among them."""
+        """Count the samples of an inner step as consumed. Returns this worker's positions among them."""
         ranges = self.ledger.consume(self.batch_size * self._world_size)
         positions = _positions(ranges) if self._is_island else self._own(ranges)
         breaks = np.flatnonzero(np.diff(positions) != 1) + 1
         return [(int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks)]
 
     def accept(self, assignment: Assignment | None, term: int) -> bool:
-        """Go on with the quorum's last assignment; one of another term is void. Returns whether it is another one."""
+        """Adopt the quorum's last assignment, unless it is of another term. Returns whether it has changed."""
         changed = self.ledger.follow(assignment, term)
         if changed:
             self.close()
@@ -74,15 +74,15 @@ class Samples:
 
     @property
     def to_read(self) -> tuple[Range, ...] | None:
-        """What the next batch begins to read, for the other processes of an island; None: it goes on."""
+        """New positions that the next batch starts to read, for an island's followers; None: continue."""
         return self.ledger.unused() if self._batches is None else None
 
     def read(self, ranges: tuple[Range, ...]) -> None:
-        """In a follower of an island: begin to read these positions."""
+        """In a follower of an island, start reading these positions."""
         self.resume(Assignment(0, 0, ranges), 0)
 
     def resume(self, assignment: Assignment, used: int) -> None:
-        """Go on inside an assignment of a checkpoint."""
+        """Continue within a checkpoint's assignment."""
         self.ledger = SampleLedger(assignment, used)
         self.close()
 
@@ -93,7 +93,7 @@ class Samples:
             self._batches = None
 
     def _own(self, ranges: tuple[Range, ...]) -> np.ndarray:
-        """This rank's positions in ranges that hold whole inner steps of all ranks, int64 (n,)."""
+        """This rank's positions in ranges that contain whole inner steps of all ranks, int64 (n,)."""
         positions = _positions(ranges)
         if self._world_size == 1:
             return positions
@@ -106,11 +106,11 @@ def _positions(ranges: tuple[Range, ...]) -> np.ndarray:
 
 
 class Speed:
-    """Samples per second of this worker's inner steps, as a moving average over rounds; it begins at `known`, or 0."""
+    """Samples per second of this worker's inner steps, as a moving average over rounds that starts at `known`."""
 
     def __init__(self, samples: int, known: float) -> None:
         self.value, self._samples = known, samples
-        self._steps, self._seconds = -1, 0.0  # the first step is slow, and does not count
+        self._steps, self._seconds = -1, 0.0  # the first step is slow and does not count
         self._measured = False
 
     @contextmanager

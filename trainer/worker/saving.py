@@ -1,4 +1,4 @@
-"""A worker's checkpoints: what they hold, and when they are written."""
+"""A worker's checkpoints: what they contain, and when they are written."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from trainer.worker.setup import Parts, versions
 
 
 class Saving:
-    """Saves a worker's checkpoints. Close it, to end its thread."""
+    """Saves a worker's checkpoints. Close it to end its thread."""
 
     def __init__(self, parts: Parts, progress: Progress, metrics: EventLog) -> None:
         self._parts, self._progress, self._metrics = parts, progress, metrics
@@ -23,23 +23,23 @@ class Saving:
             lasts=parts.memory.holds if parts.memory else lambda tensor: False,
         )
         self._last: tuple[int, float] | None = None  # round and position of the last checkpoint
-        self.last_step = 0  # the schedule position that `checkpoint_interval` counts from
+        self.last_step = 0  # the schedule position from which `checkpoint_interval` counts
 
     def save(self, *, complete: bool = False, wait: bool = False) -> None:
-        """Save a checkpoint, on another thread, unless nothing has changed since the last one.
+        """Save a checkpoint on another thread, unless nothing has changed since the last one.
 
         Args:
-            complete: It is the run's final one.
-            wait: Return when all checkpoints are durable.
+            complete: Whether it is the run's final one.
+            wait: Whether to wait until all checkpoints are durable.
 
         Raises:
             TrainingError: A checkpoint could not be written.
         """
         parts, diloco, base = self._parts, self._parts.diloco, self._parts.quorum.base
         version = diloco.round, diloco.schedule.position()
-        # A worker that was interrupted while it caught up holds an older state, which is on the disk.
+        # A worker that was interrupted while catching up holds an older state, which is already on the disk
         if complete or (version != self._last and base.round == diloco.round):
-            self._checkpointer.wait()  # for the memory of the previous one
+            self._checkpointer.wait()  # until the previous one's memory is free
             self._last, self.last_step = version, diloco.schedule.step
             worker = {
                 "diloco": diloco.worker_state(),
@@ -68,7 +68,7 @@ class Saving:
             self._checkpointer.wait()
 
     def make_room(self) -> None:
-        """Wait for the checkpoint that is being written, if an island has no memory for another state beside it."""
+        """Wait for the checkpoint that is being written if an island has no memory for another state."""
         memory = self._parts.memory
         if memory and not memory.has_room(len(self._parts.diloco.state.tensors)):
             self._checkpointer.wait()

@@ -1,4 +1,4 @@
-"""The parts of a worker. Building it reads its volume only: it does not yet talk to other workers."""
+"""The parts of a worker. Building them only reads its volume, and does not contact other workers yet."""
 
 import importlib.metadata
 import platform
@@ -42,13 +42,13 @@ from trainer.worker.profiling import Profile, is_out_of_memory, measure, profile
 from trainer.worker.samples import Samples, Speed
 from trainer.worker.throughput import peak_memories
 
-FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
-CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
+FOLLOWERS = 1_000_003  # distance between the seeds of an island's processes; larger than the number of workers
+CHECKPOINT_BYTES = 20  # per parameter: global copy, outer momentum, two Adam moments and, within a round, local copy
 
 
 @dataclass
 class Process:
-    """What each process of a worker has; a worker is one process, or an island of several."""
+    """The parts of each process of a worker, which is one process, or an island of several."""
 
     config: TrainingConfig
     volume: Volume
@@ -75,7 +75,7 @@ class Process:
 
 @dataclass
 class Parts:
-    """The parts of a worker; of an island, in the process that leads."""
+    """The parts of a worker; for an island, in the leading process."""
 
     process: Process
     quorum: ElasticQuorum | World  # the other workers: elastic members, or the world of the `ddp` baseline
@@ -85,7 +85,7 @@ class Parts:
     kept: KeptState | None
 
     def keep_state(self) -> None:
-        """Note where in the node's memory the global state is, unless it is about to be replaced."""
+        """Record where the global state is in the node's memory, unless it is about to be replaced."""
         base = self.quorum.base
         if self.kept and base.round == self.diloco.round:
             self.kept.keep(self.diloco.state, self.quorum.term, asdict(base.cursor))
@@ -99,7 +99,7 @@ class Parts:
 def build(
     config: TrainingConfig, stopping: threading.Event, warn: Callable[[str], None], island: Island | None = None
 ) -> Parts:
-    """Build a worker whose data and model are precached; `warn` is called with warnings for the user.
+    """Build a worker whose data and model are precached. `warn` is called with warnings for the user.
 
     Raises:
         ConfigError: This worker cannot take part with this configuration.
@@ -108,24 +108,24 @@ def build(
     process, spec = _process(config, island, warn), models.resolve(config.model)
     manifest, volume = process.dataset.manifest, process.volume
 
-    # Room for the checkpoints that are still to be written
+    # Check that there is disk space for the checkpoints
     size = sum(parameter.numel() for parameter in process.parameters)
     missing = max(1, config.keep_checkpoints + 1 - len(checkpoint.paths(volume.checkpoints)))
     require_free_space(volume.checkpoints, size * CHECKPOINT_BYTES * missing, "checkpoint_path")
 
     # The other workers, and the algorithm
     kind: type[ElasticQuorum | World] = World if config.optim_method == "ddp" else ElasticQuorum
-    # A worker that differs in one of these is refused
+    # A worker that differs in one of these is rejected
     fingerprint = {"protocol": PROTOCOL, "model": spec.name, "dataset": manifest.hash}
-    fingerprint |= {"workers_per_node": config.workers_per_node}  # by which workers are numbered
+    fingerprint |= {"workers_per_node": config.workers_per_node}  # determines the workers' numbers
     quorum = kind(config, fingerprint | config.in_scope("fingerprint"), stopping)
     memory, layout, saved = _shared(process)
     kept = KeptState(memory) if memory else None
     if memory:
-        # Parameters, momentum and perhaps an average, and as many in an outer step; the pseudo-gradient
+        # Parameters, momentum and perhaps an average; the same again for an outer step; the pseudo-gradient
         state, others = 2 + (spec.average_decay > 0), 1 + config.overlaps
         memory.require(2 * state + others)
-        memory.reserve(state + others)  # the rest when an earlier leader's state is gone
+        memory.reserve(state + others)  # the rest once an earlier leader's state is gone
     diloco = _diloco(config, process.model, saved, quorum, layout)
 
     # The batch size
@@ -143,7 +143,7 @@ def build(
 
 
 def build_follower(config: TrainingConfig, island: Island, warn: Callable[[str], None]) -> Process:
-    """Build another process of an island. Raises as `build`."""
+    """Build a follower of an island. Raises the same errors as `build`."""
     process = _process(config, island, warn)
     _shared(process)
     return process
@@ -153,7 +153,7 @@ def _process(config: TrainingConfig, island: Island | None, warn: Callable[[str]
     # Device, data, model
     local_rank = number_from("LOCAL_RANK")
     if config.inner_parallel == "fsdp":
-        return_freed_memory()  # blocks come and go: the heap would keep several times the shards
+        return_freed_memory()  # blocks are allocated and freed: the heap would keep several times the shards' size
     volume, device = Volume.of(config, 0 if island else local_rank), device_of(config, local_rank)
     spec = models.resolve(config.model)
     task = tasks()[spec.family.task]
@@ -182,7 +182,7 @@ def _model(config: TrainingConfig, path: Path, device: torch.device, island: Isl
     """The precached model; with `fsdp`, this process's shards of it.
 
     Raises:
-        ConfigError: There is none, or its weights are not those of its configuration.
+        ConfigError: There is none, or its weights do not match its configuration.
     """
     sharded, deferred = config.inner_parallel == "fsdp", None
     if island and sharded:
@@ -193,13 +193,13 @@ def _model(config: TrainingConfig, path: Path, device: torch.device, island: Isl
         checkpoint_blocks(model, config.model)
     if sharded:
         shard(model, device, config.model, deferred.value if deferred else None)
-    if deferred and deferred.not_finite:  # an error before would leave the others waiting for values
+    if deferred and deferred.not_finite:  # raised only now, because the others would have waited for values
         raise ConfigError("model", path, f"has weights that are not finite: {listed(sorted(deferred.not_finite))}")
     return model
 
 
 def _deferred_model(config: TrainingConfig, path: Path, island: Island) -> tuple[nn.Module, Deferred | None]:
-    """The model, without large values in any process: the leader makes or reads them when it shares them out."""
+    """The model without large values in any process. The leader makes or reads them when it shards the model."""
     model, deferred, problem = None, None, ConfigError("model", config.model, "cannot be built by the leader")
     try:
         if island.leads:
@@ -214,7 +214,7 @@ def _deferred_model(config: TrainingConfig, path: Path, island: Island) -> tuple
 
 
 def _shared(process: Process) -> tuple[NodeMemory | None, IslandLayout | None, Stateful]:
-    """The memory that the processes of an island share, and what they have there; nothing for a single process."""
+    """The memory that an island's processes share, and its contents; nothing for a single process."""
     island, config = process.island, process.config
     if island is None:
         return None, None, process.optimizer
@@ -226,7 +226,7 @@ def _shared(process: Process) -> tuple[NodeMemory | None, IslandLayout | None, S
 
 
 def _ready(process: Process, warn: Callable[[str], None], per_device: int) -> None:
-    """Make the last preparations, with the batch size that was chosen."""
+    """Make the last preparations with the chosen batch size."""
     config, island = process.config, process.island
     process.samples.per_device = per_device
     if config.compile_model:
@@ -234,14 +234,14 @@ def _ready(process: Process, warn: Callable[[str], None], per_device: int) -> No
         compile_model(config, process.task, process.model, parts, _some(process, per_device), warn)
     if island and not process.is_sharded:
         process.loss = DistributedDataParallel(process.loss)  # buffers are the leader's, as in one process
-    # Each process has its own random numbers; trials have used some
+    # Seed each process's RNG, from which the trials have drawn
     worker = number_from(SLOT_VARIABLE) * config.workers_per_node
     worker += island.rank * FOLLOWERS if island else number_from("LOCAL_RANK")
     checkpoint.seed_random_state(config.seed + 1 + worker)
 
 
 def _measure(process: Process, island: Island, size: int) -> tuple[float, float]:
-    """Try a batch in all processes of an island at once: the slowest one's speed, and the most memory that one takes.
+    """Try a batch in all processes of an island at once. Returns the lowest speed and the highest memory use.
 
     Raises:
         MemoryError: It does not fit.
@@ -253,8 +253,8 @@ def _measure(process: Process, island: Island, size: int) -> tuple[float, float]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if process.is_sharded:  # the next start takes the largest size that did
-            raise TrainingError(f"{size} samples a process do not fit into its memory") from None
+        if process.is_sharded:  # the next start uses the largest size that did fit
+            raise TrainingError(f"{size} samples per process do not fit into its memory") from None
         problem = one_line(error)
     found = [checkpoint.unpack(one) for one in island.collect(checkpoint.pack([speed, used, problem]))]
     if problems := [problem for *_, problem in found if problem]:
@@ -263,20 +263,20 @@ def _measure(process: Process, island: Island, size: int) -> tuple[float, float]
 
 
 def _some(process: Process, size: int) -> dict[str, Tensor]:
-    """A batch of training samples, on the device."""
+    """A batch of training samples on the device."""
     train = process.dataset.train
     return next(scoring.batches(train, np.arange(size) % len(train), size, process.shared, process.device))
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that the run's numbers depend on."""
+    """Versions of the software on which the run's numbers depend."""
     packages = ("torch", "transformers", "datasets", "numpy", "diloco-pipelines")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def algorithm(config: TrainingConfig) -> tuple[codecs.Codec, outer.OuterOptimizer]:
-    """The codec and the outer optimizer that the configuration names."""
-    # With data parallelism, all workers have the same parameters: these become the global ones.
+    """The configured codec and outer optimizer."""
+    # With data parallelism, all workers have the same parameters, which become the global ones
     is_world = config.optim_method == "ddp"
     chosen = Nesterov(1.0, 0.0) if is_world else outer.make(config.outer_optimizer, config.outer_rate, config.momentum)
     if config.optim_method == "demo":

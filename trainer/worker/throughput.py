@@ -1,7 +1,7 @@
-"""How fast a worker computes: tokens and model FLOPs a second, model FLOPs utilisation, and the memory it takes.
+"""A worker's throughput: tokens and model FLOPs per second, model FLOPs utilisation, and memory use.
 
-Model FLOPs are those that the model needs, as PaLM's appendix B counts them (`Task.flops`), not those that are done:
-activation checkpointing computes some twice, which does not count. MFU is their share of the devices' peak.
+Model FLOPs are those required by the model, counted as in PaLM's appendix B (`Task.flops`). Recomputation by activation
+checkpointing does not count. MFU is their share of the devices' peak.
 """
 
 import resource
@@ -11,7 +11,7 @@ import torch
 
 from trainer.island.processes import Island
 
-# Dense bfloat16 FLOP/s of a device, by a part of its name (the vendors' data sheets); the first that fits counts.
+# Dense bfloat16 FLOP/s of devices by a part of their name (from data sheets); the first match counts
 PEAKS = {
     "B200": 2.25e15,
     "H200": 989e12,
@@ -31,7 +31,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bfloat16 FLOP/s; None: not known."""
+    """The device's dense bfloat16 FLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -39,20 +39,20 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had on its device; on a CPU, in memory."""
+    """This process's peak memory in bytes: on its device or, on a CPU, in main memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_memories(device: torch.device, island: Island | None) -> list[int]:
-    """Of all processes of a worker, by local rank, in the one that leads; of an island, all call this."""
+    """The peak memory of a worker's processes, by local rank, in the leader. All processes of an island call this."""
     own = peak_memory(device)
     return [own] if island is None else [int(one) for one in island.collect(str(own).encode())]
 
 
 class Throughput:
-    """What a worker of `processes` equal devices computes in a round."""
+    """The throughput of a worker with `processes` equal devices, round by round."""
 
     def __init__(self, device: torch.device, processes: int) -> None:
         self._processes, self._peak = processes, peak_flops(device)
@@ -64,7 +64,7 @@ class Throughput:
         self._flops += flops
 
     def end_round(self, seconds: float) -> dict[str, Any]:
-        """For the event "round", which took `seconds`, the synchronisation included. None: not known."""
+        """Fields for the event "round", for a round of `seconds`, including the synchronisation. None: unknown."""
         tokens, flops = self._tokens / seconds, self._flops / seconds
         self._tokens, self._flops = 0, 0.0
         peak = self._peak and self._peak * self._processes

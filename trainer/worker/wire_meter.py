@@ -1,4 +1,4 @@
-"""Measures what `ddp` sends by the kernel's counters of its process group's TCP connections."""
+"""Measures the traffic of `ddp` by the kernel's counters of its process group's TCP connections."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ class WireMeter:
         yield meter
         for descriptor, *_ in _connections() - before:
             with suppress(OSError):  # another thread has closed it since it was listed
-                # A duplicate: closing it leaves the original open, and it stays readable after the original is closed.
+                # A duplicate: closing it leaves the original open, and it stays readable after the original is closed
                 meter._sockets.append(socket.socket(fileno=os.dup(descriptor)))
 
     def read(self) -> tuple[int, int] | None:

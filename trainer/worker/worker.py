@@ -1,4 +1,4 @@
-"""The inner loop: what one worker does from its start to the run's final checkpoint."""
+"""The inner loop: a worker's training from its start to the run's final checkpoint."""
 
 import math
 import signal
@@ -38,15 +38,15 @@ T = TypeVar("T")
 
 
 def train(config: TrainingConfig) -> int:
-    """Train as a worker, or a process of one, under a torchrun agent, to the end of the run; returns the exit status.
+    """Train as a worker, or one process of it, under a torchrun agent until the run ends. Returns the exit status.
 
     Args:
-        config: The worker's own (see `trainer.volume.worker_configs`); the data and the model are precached.
+        config: The worker's own (see `trainer.volume.worker_configs`). The data and the model are precached.
 
     Raises:
         ConfigError: This worker cannot take part with this configuration.
-        TrainingError: The run failed, or this worker has to be started again.
-        Interrupted: The process has to end (SIGTERM, SIGINT), and everything is saved.
+        TrainingError: The run failed, or this worker has to be restarted.
+        Interrupted: The process has to end (SIGTERM, SIGINT); everything is saved.
     """
     stopping = threading.Event()
     with _island(config) as island:
@@ -60,7 +60,7 @@ def train(config: TrainingConfig) -> int:
 
 @contextmanager
 def _island(config: TrainingConfig) -> Iterator[Island | None]:
-    """The processes that are this worker, if it is more than this one."""
+    """The island that is this worker; None if the worker is this process alone."""
     if not config.island:
         yield None
         return
@@ -69,7 +69,7 @@ def _island(config: TrainingConfig) -> Iterator[Island | None]:
 
 
 class Worker:
-    """One worker of a run. `open` builds it; `run` is the whole story."""
+    """One worker of a run. `open` builds it; `run` trains to the end."""
 
     def __init__(
         self, parts: Parts, metrics: EventLog, stopping: threading.Event, timeouts: WorkerTimeouts = WorkerTimeouts()
@@ -82,7 +82,7 @@ class Worker:
         self.passes = Passes(self.process, stopping, self.world)
         self.throughput = Throughput(self.process.device, max(1, self.config.island))
         self._saved_for: tuple[bool, frozenset[str]] = False, frozenset()
-        self._round_began, self._unused = time.perf_counter(), tuple[Range, ...]()  # of the open synchronisation
+        self._round_began, self._unused = time.perf_counter(), tuple[Range, ...]()  # for the open synchronisation
         self._asking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ask the quorum")
 
     @classmethod
@@ -90,7 +90,7 @@ class Worker:
     def open(
         cls, config: TrainingConfig, stopping: threading.Event, island: Island | None = None
     ) -> Iterator["Worker"]:
-        """Build a worker, in the process that leads; at the end, leave the run and close everything."""
+        """Build a worker, in its leading process. At the end, leave the run and close everything."""
         local_rank = number_from("LOCAL_RANK")
         with EventLog(Volume.of(config, local_rank).metrics) as metrics:
             metrics.capture_warnings()
@@ -109,11 +109,11 @@ class Worker:
             finally:
                 samples.close()
                 parts.quorum.leave(samples.ledger.rest())
-                if parts.kept:  # after a failure, the agent may start this worker again
+                if parts.kept:  # after a failure, the agent may restart this worker
                     parts.kept.close(remove=not failed)
 
     def run(self) -> int:
-        """Join the run, train to its end, and return the exit status. Raises as `train`."""
+        """Join the run, train to its end, and return the exit status. Raises the same errors as `train`."""
         self._join()
         try:
             # Train, round by round
@@ -122,12 +122,12 @@ class Worker:
             while not self.diloco.complete or not self._final_state_is_agreed():
                 self._train_round()
 
-            # The run has succeeded when the final checkpoint is durable
+            # The run has succeeded once the final checkpoint is durable
             self.saving.save(complete=True, wait=True)
             self.quorum.wait_for_others()
             self.quorum.finish("succeeded")
         except (Interrupted, PeerLeft):
-            # Save the progress; a synchronisation that fails now counts as not started
+            # Save the progress. A synchronisation that fails now counts as not started
             if self.diloco.pending:
                 with suppress(Interrupted, TrainingError):
                     self._write_round(self._take_result())
@@ -141,7 +141,7 @@ class Worker:
         return 0
 
     def _join(self) -> None:
-        """Become a member of the run, and go on where the run is."""
+        """Become a member of the run, and continue from the run's state."""
         self.metrics.write("membership", change="joining", run_id=self.config.run_id, member=self.quorum.id)
         changes = join(self.parts, self.progress, self.metrics.warn)
         self.progress.enter(self.quorum.members, self.quorum.id)
@@ -171,17 +171,17 @@ class Worker:
         self.metrics.write("membership", change="joined", members=self.quorum.members, round=self.diloco.round)
 
     def _train_round(self) -> None:
-        """Make the inner steps of a round, synchronise, and do what is due afterwards."""
+        """Make a round's inner steps, synchronise, and then validate and save if due."""
         diloco, self._round_began = self.diloco, time.perf_counter()
         self.progress.losses.clear()
         commit = None
-        while commit is None and not diloco.complete:  # do the next thing that can be done
+        while commit is None and not diloco.complete:  # do whatever can be done next
             if diloco.blocked or (diloco.pending and self.samples.exhausted):
                 commit = self._finish_synchronisation()
             elif not diloco.pending and self.quorum.superseded():
                 self._catch_up()
             elif diloco.schedule.due:
-                # The round ends here: report what the other members have to know
+                # The round ends here: report to the other members
                 unused, speed = self.samples.ledger.close_round(), self.parts.speed.end_round()
                 self._unused = unused
                 self.saving.make_room()
@@ -207,16 +207,16 @@ class Worker:
             self.saving.save()
 
     def _inner_step(self) -> None:
-        """Make one inner step, over as many batches as `batch_size` takes."""
+        """Make one inner step, over as many batches as make up `batch_size`."""
         started, diloco = time.perf_counter(), self.diloco
         round, step = diloco.open_round, diloco.schedule.position(1)
 
-        # The learning rate is a function of the schedule; a joiner's rises while its moments build up.
+        # The learning rate follows the schedule; a joiner's ramps up while its moments build up
         ramp = min(1.0, (self.progress.steps + 1) / self.progress.ramp)
         lr = learning_rate(diloco.schedule.position(), self.config) * ramp
         made = self.passes.step(lr)
 
-        # Account for the step, and report it.
+        # Account for the step and report it
         samples = self.config.batch_size if made.finite else 0
         positions = self.samples.consume()
         self.progress.count_step(made.loss, made.finite, samples)
@@ -239,7 +239,7 @@ class Worker:
         diloco.count_step(samples)
 
     def _on_skipped(self, step: float) -> None:
-        """Warn of a step that was skipped; end the run if there were too many in a row."""
+        """Warn about a skipped step; end the run if there were too many in a row."""
         self.metrics.warn(f"step {step:g} is skipped: its loss or gradient is not finite")
         in_a_row, limit = self.progress.skipped_in_a_row, self.config.max_skipped_steps
         if in_a_row > limit:
@@ -247,14 +247,14 @@ class Worker:
                 f"{in_a_row} inner steps in a row had a loss or gradient that is not finite "
                 f"(max_skipped_steps = {limit}): try a lower lr or a longer warm-up"
             )
-            if self.world is not None or len(self.quorum.members) <= 1:  # else the others' losses may well be finite
-                self.quorum.finish("failed", reason)  # another start would end the same way
+            if self.world is not None or len(self.quorum.members) <= 1:  # otherwise the others' losses may be finite
+                self.quorum.finish("failed", reason)  # a restart would end the same way
             raise TrainingError(reason)
 
     # Rounds
 
     def _finish_synchronisation(self) -> Commit | None:
-        """Wait for the pending synchronisation, and go on from its outer step."""
+        """Wait for the pending synchronisation, and continue after its outer step."""
         while not self.diloco.wait(self._timeouts.poll):
             self._attend()
         commit = self._take_result()
@@ -262,7 +262,7 @@ class Worker:
         return commit
 
     def _take_result(self) -> Commit | None:
-        """Take the outer step of the synchronisation that is done; None: it has caught up instead."""
+        """Take the outer step of the finished synchronisation; None if the worker caught up instead."""
         before = self.diloco.round
         self.saving.make_room()
         commit = self.diloco.finish()
@@ -271,7 +271,7 @@ class Worker:
         return commit
 
     def _catch_up(self) -> None:
-        """Go on from the round that was committed without this worker."""
+        """Continue after a round that was committed without this worker."""
         before = self.diloco.round
         self.saving.make_room()
         self.diloco.catch_up()
@@ -279,7 +279,7 @@ class Worker:
         self._accept()
 
     def _accept(self) -> None:
-        """Go on with the samples that the quorum has assigned last."""
+        """Adopt the quorum's last assignment."""
         if self.samples.accept(self.diloco.assignment, self.quorum.term):
             self.metrics.write("assignment", **evidence.assignment(self.samples.ledger, self.diloco))
 
@@ -293,7 +293,7 @@ class Worker:
             self._accept()
 
     def _final_state_is_agreed(self) -> bool:
-        """Whether this worker's final state is the one that most members hold; if not, it has caught up."""
+        """Whether most members hold the same final state as this worker; if not, this worker has now caught up."""
         try:
             self._ask(self.quorum.reconcile, self.diloco.state)
         except Superseded:
@@ -302,15 +302,18 @@ class Worker:
         return True
 
     def _ask(self, request: Callable[..., T], argument: Any) -> T:
-        """Ask the quorum on another thread: on this one, save if the answer waits for members that are missing."""
+        """Ask the quorum on another thread, and meanwhile save if the answer has to wait for missing members."""
         answer = self._asking.submit(request, argument)
         while not wait_for([answer], self._timeouts.poll).done:
             self._attend()
         return answer.result()
 
     def _attend(self) -> None:
-        """Between two steps, and while it waits: serve joiners; save once when too few workers are left to go on, or
-        when some leave: the run may end before the next save, or those who leave may take the newest state along."""
+        """Serve joiners, and save if workers leave. Called between two steps and while waiting.
+
+        Save once when too few workers are left to continue, because the run may end before the next save; and when some
+        leave, because they may hold the only copy of the newest state.
+        """
         self.moments.refresh()
         reasons = self.quorum.shortage, self.quorum.departing
         if (reasons[0] and not self._saved_for[0]) or reasons[1] - self._saved_for[1]:
@@ -331,23 +334,23 @@ class Worker:
     # Events
 
     def _write_caught_up(self, before: int) -> None:
-        """Report that this worker has taken over the state of the others; `before` is the round of its own."""
+        """Report that this worker has adopted the others' state; `before` is the round of its previous one."""
         self.parts.keep_state()
         missed = max(0, self.diloco.round - before)
         held = evidence.held(self.quorum, self.diloco)
         self.metrics.write("membership", change="caught up", round=self.diloco.round, missed=missed, **held)
 
     def _write_round(self, commit: Commit | None) -> None:
-        """Report a round that this worker has taken part in, if it has."""
+        """Report a round, if this worker took part in it."""
         if commit is None:
             return
         self.parts.keep_state()
         progress, round, seconds = self.progress, self.diloco.round, time.perf_counter() - self._round_began
         if commit.reduced.weight == 0:
-            self.metrics.warn(f"round {round} moved nothing: no worker's pseudo-gradient was finite")
+            self.metrics.warn(f"round {round} changed nothing: no worker's pseudo-gradient was finite")
         if commit.members != progress.members:
             if set(progress.members) - set(commit.members):
-                # A member that is gone may have held the newest checkpoint: make one due
+                # A member that is gone may have had the newest checkpoint, so make one due
                 self.saving.last_step = -self.config.checkpoint_interval
             self.metrics.write("membership", change="quorum", members=commit.members, round=round)
         progress.bytes += (commit.bytes_sent or 0) + (commit.bytes_received or 0)

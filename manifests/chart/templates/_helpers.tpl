@@ -1,4 +1,4 @@
-{{/* The beginning of all names: the release's, as a DNS-1035 label that leaves room for endings. */}}
+{{/* The prefix of all names: the release's name, as a DNS-1035 label that leaves room for suffixes. */}}
 {{- define "diloco.name" -}}
 {{- $name := .Release.Name | replace "." "-" | trunc 40 | trimSuffix "-" -}}
 {{- if regexMatch "^[a-z]" $name }}{{ $name }}{{ else }}training-{{ $name }}{{ end }}
@@ -20,13 +20,13 @@
 {{ dig "deploymentName" .Values.deploymentName (.Values.global | default dict) }}
 {{- end }}
 
-{{/* The workers' kind of jobs: that of the values, or else what the cluster serves. */}}
+{{/* The kind of the workers' jobs: the one in the values, or else one that the cluster supports. */}}
 {{- define "diloco.launcher" -}}
 {{- $served := ternary "trainjob" "pytorchjob" (.Capabilities.APIVersions.Has "trainer.kubeflow.org/v1alpha1") }}
 {{- ternary $served .Values.diloco.launcher (eq .Values.diloco.launcher "auto") }}
 {{- end }}
 
-{{/* C4 as a whole (365 million documents) is refused by the pipeline: of it, a million unless a value says how many. */}}
+{{/* The pipeline rejects the whole of C4 (365 million documents), so a million unless a value sets the number. */}}
 {{- define "diloco.maxSamples" -}}
 {{- ternary 1000000 .Values.diloco.maxSamples (and (eq .Values.diloco.dataset "c4") (eq (int .Values.diloco.maxSamples) -1)) | int64 }}
 {{- end }}
@@ -49,12 +49,12 @@ app.kubernetes.io/part-of: diloco-pipelines
 {{ include "diloco.name" . }}-etcd
 {{- end }}
 
-{{/* Whether the release has an etcd of its own: "true", or nothing. */}}
+{{/* Whether the release has its own etcd: "true", or nothing. */}}
 {{- define "diloco.etcd.installed" -}}
 {{- if not (or .Values.etcd.endpoints .Values.elastic.etcd.externalEndpoint) }}
 {{- if not .Values.etcd.enabled }}{{ fail "etcd.endpoints must name an etcd when etcd.enabled is false" }}{{ end }}
 {{- if eq .Values.elastic.etcd.protocol "https" }}
-{{- fail "elastic.etcd.protocol=https needs an etcd of yours (etcd.endpoints), such as manifests/overlays/prod: the chart's own has no TLS" }}
+{{- fail "elastic.etcd.protocol=https needs your own etcd (etcd.endpoints), such as manifests/overlays/prod: the chart's etcd has no TLS" }}
 {{- end }}
 {{- print "true" }}
 {{- end }}
@@ -70,7 +70,7 @@ SCHEME: http
 ETCD_INITIAL_CLUSTER: {{ join "," $members }}
 {{- end }}
 
-{{/* The name of a ConfigMap of etcd, which follows from its content: members start anew when it changes. */}}
+{{/* The name of etcd's ConfigMap, derived from its content, so that members restart when it changes. */}}
 {{- define "diloco.etcd.config" -}}
 {{- $root := index . 0 }}{{ $what := index . 1 -}}
 {{ include "diloco.etcd" $root }}-{{ $what }}-{{ include (printf "diloco.etcd.%s" $what) $root | sha256sum | trunc 8 }}
@@ -86,7 +86,7 @@ ETCD_INITIAL_CLUSTER: {{ join "," $members }}
 {{ include "diloco.name" . }}-tokens
 {{- end }}
 
-{{/* The configuration: the values by the parameters' names, as JSON. Tokens are not part of it. */}}
+{{/* The configuration: the values under the parameters' names, as JSON, without tokens. */}}
 
 {{- define "diloco.snake" -}}
 {{- $tree := dict }}
@@ -120,7 +120,7 @@ ETCD_INITIAL_CLUSTER: {{ join "," $members }}
 {{- toPrettyJson $config }}
 {{- end }}
 
-{{/* The pipeline's Job: a Job cannot be changed, so that other values mean another one. */}}
+{{/* The name of the pipeline's Job. A Job cannot be changed, so other values need another one. */}}
 {{- define "diloco.job" -}}
 {{- $content := print (include "diloco.config" .) (toJson .Values.pipeline) .Chart.Version }}
 {{- include "diloco.name" . }}-{{ $content | sha256sum | trunc 8 }}

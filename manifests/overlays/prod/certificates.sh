@@ -5,7 +5,7 @@
 #   certificates.sh <namespace>                applies the Secrets
 #   certificates.sh <namespace> <directory>    writes files instead (to keep them elsewhere, or to inspect them)
 #
-# ETCD_NAMES=DNS:etcd.example.org,IP:192.0.2.1 adds names by which other clusters reach etcd.
+# ETCD_NAMES=DNS:etcd.example.org,IP:192.0.2.1 adds names with which other clusters reach etcd.
 set -euo pipefail
 namespace=${1:?usage: certificates.sh <namespace> [directory]}
 directory=${2:-$(mktemp -d)}

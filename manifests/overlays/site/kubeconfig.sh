@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prints the kubeconfig by which the steps use the cluster of kubectl's current context: with its address and its
-# authority, and a token of the service account diloco-site. It is for a Secret in the steps' cluster, and complete in
-# itself.
+# Prints a kubeconfig with which the steps use the cluster of kubectl's current context. It contains the cluster's address
+# and certificate authority, and a token of the service account diloco-site, and refers to no other files. Put it into a
+# Secret in the steps' cluster.
 #
 #   kubeconfig.sh [namespace] [lifetime of the token]    by default diloco-site and 720h
 set -euo pipefail

@@ -48,7 +48,7 @@ def test_advanced_takes_flat_names_dots_and_groups(advanced: dict[str, Any]) -> 
     [
         ({"lease_tll": 30}, "lease_tll = 30: no such parameter; did you mean lease_ttl?"),
         ({"elastic": {"min_node": 2}}, "did you mean elastic_min_nodes?"),
-        ({"lr": 0.2}, "advanced.lr = 0.2: has a field of its own"),
+        ({"lr": 0.2}, "advanced.lr = 0.2: has its own field"),
         ({"lease_ttl": "soon"}, "lease_ttl = 'soon'"),
         (["lease_ttl"], "must be a map of parameters"),
         ({"wandb_api_key": "hidden"}, "is a secret, not a parameter"),

@@ -50,7 +50,7 @@ REFUSED = {
     ),
     "unequal, rounds": (
         {"heterogeneous": True, "local_steps": 16, "fragments": 4},
-        "heterogeneous = True: needs at least 8 inner steps a round (local_steps / fragments) to divide by speed",
+        "heterogeneous = True: needs rounds of at least 8 inner steps (local_steps / fragments) to divide by speed",
     ),
     "unequal, bounds": (
         {"heterogeneous": True, "min_batch_size": 64, "max_batch_size": 32},
@@ -147,7 +147,7 @@ REFUSED = {
     ),
     "island on one GPU": (
         {"inner_parallel": "fsdp", "elastic_nproc_per_node": 2, "device": "cuda:1"},
-        "device = 'cuda:1': must be cuda, without an index, or cpu with inner_parallel = 'fsdp'",
+        "device = 'cuda:1': must be cuda without an index, or cpu, with inner_parallel = 'fsdp'",
     ),
     "batch that an island cannot share": (
         {"inner_parallel": "ddp", "elastic_nproc_per_node": 3},

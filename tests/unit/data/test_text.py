@@ -359,4 +359,4 @@ def test_characters_that_stand_for_lost_text_are_counted(memory: type[Memory], t
     memory.contents = [*CORPUS, "\ud83d broken", "lost \ufffd before"]
     lines: list[str] = []
     resolve(config()).prepare(tmp_path, "1", lines.append)
-    assert any("2 documents hold the character U+FFFD" in line for line in lines)
+    assert any("2 documents contain the character U+FFFD" in line for line in lines)

@@ -176,7 +176,7 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path, model: str, name: str) 
     for other in ("a.txt", "b.txt", "y/a.png"):
         written(tmp_path / other, b"text")
     written(tmp_path / name, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ConfigError, match=f"{name} is a pointer of Git LFS: run `git lfs pull` there"):
+    with pytest.raises(ConfigError, match=f"{name} is a Git LFS pointer: run `git lfs pull` there"):
         resolve(config(f"files:{tmp_path}", model=model)).check()
 
 

@@ -168,7 +168,7 @@ def test_a_member_that_is_not_finite_counts_nothing(name: str) -> None:
 def test_what_is_prepared_serves_all_attempts_and_no_pass_over_the_values_follows(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a pass a member is silent: a group whose members begin it at different times would fail in each attempt."""
+    """A member is silent during such a pass. If some take much longer for it, each attempt would fail."""
     codec, how = codec_of(name), Merge.of(kind, True, SHAPES)
     prepared = [Prepared(own, 1.0, codec, merge=how) for own in values_of(2)]
 
@@ -188,7 +188,7 @@ def test_what_is_prepared_serves_all_attempts_and_no_pass_over_the_values_follow
 
     with connected(2) as transports, ThreadPoolExecutor(2) as pool:
         first = list(pool.map(attempt, transports, prepared, [1, 1]))
-        spent = kind == "rda" and name != "fp32"  # what a message lacks has been subtracted in place
+        spent = kind == "rda" and name != "fp32"  # the message's error has been subtracted in place
         assert [own.spent for own in prepared] == [spent, spent]
         again = first if spent else list(pool.map(attempt, transports, prepared, [2, 2]))
     for one, other in zip(first, again, strict=True):

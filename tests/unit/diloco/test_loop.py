@@ -68,7 +68,7 @@ def test_a_context_is_left_after_an_error_and_can_be_entered_again() -> None:
     diloco = DiLoCo(model, optimizer, sync_every=2)
     with pytest.raises(KeyError), diloco:
         raise KeyError
-    with diloco, pytest.raises(ValueError, match="has been entered already"):
+    with diloco, pytest.raises(ValueError, match="has already been entered"):
         diloco.__enter__()
 
 

@@ -1,4 +1,4 @@
-"""Links that have carried much are made anew between two attempts, as members learn of a new round."""
+"""Links that have carried much are replaced between two attempts, when members learn of a new round."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from trainer.transport.transport import Transport
 
 
 def attempts(here: Transport, there: Transport) -> Attempts:
-    """Those of a member that sees another one in etcd, and in the record of the open round."""
+    """The attempts of a member that finds another one in etcd and in the record of the open round."""
     entries = {f"members/{there.id}": SimpleNamespace(value={"endpoints": there.endpoints})}
     watch: Any = SimpleNamespace(
         client=SimpleNamespace(list=lambda prefix: entries),
@@ -32,6 +32,6 @@ def test_a_worn_link_is_made_anew_when_the_record_changes(monkeypatch: pytest.Mo
         monkeypatch.setattr("trainer.transport.link.WORN_BYTES", 100_000)
         own.connect_new()
         wait_for(lambda: bool(first.reason) and not one.lacking([other.id]) and not other.without_link([one.id]))
-        assert first.reason == "is made anew"
+        assert first.reason == "is being re-established"
         monkeypatch.undo()
         reduce([one, other], (1, 2, 1))

@@ -299,7 +299,7 @@ def test_the_held_out_files_and_the_export_are_enough_and_others_are_refused(run
         evaluate(config, dataset=part)
     (part / "manifest.json").write_text(json.dumps(manifest))
     next(part.glob("validation-*")).write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"is not whole: validation-.* is missing or torn"):
+    with pytest.raises(ConfigError, match=r"is incomplete: validation-.* is missing or torn"):
         evaluate(config, dataset=part)
     with pytest.raises(ConfigError, match="precache it again"):
         evaluate(config)
@@ -348,6 +348,6 @@ def test_a_run_that_was_never_trained_is_named(command: list[str], tmp_path: Pat
     for name in ("one", "two"):
         with EventLog(tmp_path / name / "worker-0" / "metrics.jsonl"):
             pass
-    with pytest.raises(ConfigError, match=r"run_dir = .*: holds runs, but is none itself: name one of one, two$"):
+    with pytest.raises(ConfigError, match=r"run_dir = .*contains runs, but is not a run itself: name one of one, two$"):
         main([*command, str(tmp_path)])
     assert not (tmp_path / "report.html").exists()

@@ -81,7 +81,7 @@ def test_pictures_are_classified(run_of: Run, generate: Callable[..., str], tmp_
     assert [line.partition(": ")[0] for line in lines] == [str(folder / "a.png"), str(folder / "b.jpg")]
     assert all(line.count("%") == 3 for line in lines)
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ConfigError, match=r"INPUT = '.*text.png': is no picture: its format is unknown"):
+    with pytest.raises(ConfigError, match=r"INPUT = '.*text.png': is not a picture: its format is unknown"):
         generate(run_of("resnet50"), tmp_path / "text.png")
 
 
@@ -95,7 +95,7 @@ def test_clips_are_transcribed(run_of: Run, generate: Callable[..., str]) -> Non
 
 def test_a_grid_is_drawn(run_of: Run, generate: Callable[..., str], tmp_path: Path) -> None:
     grid = tmp_path / "grid.png"
-    assert generate(run_of("biggan"), "3", "5", "--output", grid) == f"{grid}: a row each of 3, 5\n"
+    assert generate(run_of("biggan"), "3", "5", "--output", grid) == f"{grid}: one row each of 3, 5\n"
     with Image.open(grid) as picture:
         assert picture.width == 4 * picture.height
     with pytest.raises(ConfigError, match="INPUT = 'cat': must be a class: one of 0, 1"):

@@ -25,7 +25,8 @@ from trainer.worker import setup
 TEXT = {"vocabulary_size": 257, "sequence_length": 32, "eos_token_id": 256}
 SPEECH = {"vocabulary": ["<pad>", "<s>", "</s>", "A"]}
 MODELS = {"gpt-neo:test": TEXT, "gpt-neo-x:test": TEXT, "wav2vec2:test": SPEECH}
-
+# What each process imports: once for all of them, which are forked
+IMPORTED = [__name__, *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt_neo", "gpt_neox", "wav2vec2"))]
 
 CONFIG = TrainingConfig.from_flat({"inner_parallel": "fsdp", "elastic_nproc_per_node": 2, "batch_size": 64, "seed": 7})
 
@@ -108,4 +109,5 @@ def test_weights_that_do_not_fit_end_all_processes(problem: str, tmp_path: Path)
 def in_two_processes(call: Callable[..., None], *arguments: Any) -> None:
     with listen("127.0.0.1") as probe:
         port = probe.getsockname()[1]
-    multiprocessing.spawn(call, (port, *arguments), nprocs=2)  # type: ignore[no-untyped-call]
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    multiprocessing.start_processes(call, (port, *arguments), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]

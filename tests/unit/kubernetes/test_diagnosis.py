@@ -77,7 +77,7 @@ def test_waiting(pod: Object, events: list[Object], claims: dict[str, str], word
     ("pod", "words"),
     [
         (ended(0, "Completed"), ""),
-        (ended(137, "OOMKilled"), "it needs more memory than it has (it may take 32Gi): lower per_device_train_batch"),
+        (ended(137, "OOMKilled"), "it needs more memory than it has (its limit is 32Gi): lower per_device_train_batch"),
         (ended(1, "OOMKilled"), "it was killed because it needs more memory than it has"),
         (ended(143, "OOMKilled"), "it was terminated"),  # one of its processes was, long ago
         (ended(137), "it was killed (status 137)"),

@@ -311,7 +311,7 @@ def test_the_configuration_names_no_file_of_this_machine() -> None:
 
 
 REFUSED = {
-    "no vendor": ({"gpu_nvidia_enabled": False}, "gpu.nvidia.enabled = False: leaves no vendor's GPUs to train on"),
+    "no vendor": ({"gpu_nvidia_enabled": False}, "gpu.nvidia.enabled = False: leaves no GPUs to train on"),
     "vendors want more": (
         {"gpu_nvidia_min_nodes": 3},
         "nodes = 2: must be at least gpu.nvidia.min_nodes (3)",

@@ -57,7 +57,7 @@ def test_addresses(address: str, hosts: tuple[str, ...], port: int, tmp_path: Pa
         ("192.0.2.7:99999", "must have a port from 1 to 65535"),
         ("192.0.2.7:x", "must be an address of this machine, or its name"),
         ("http://192.0.2.7:1", "must be an address of this machine, or its name"),
-        ("wrong.example", "is 127.0.1.1 here, which other machines do not reach"),
+        ("wrong.example", "is 127.0.1.1 here, which other machines cannot reach"),
         ("fe80::1", "must not be a link-local address"),
     ],
 )
@@ -80,7 +80,7 @@ def test_with_an_etcd_of_its_own_others_must_reach_that_one_too(tmp_path: Path) 
     here = config.with_values(etcd_endpoints=["127.0.0.1:1", "localhost:2"])
     assert Listening.of(here, tmp_path, "localhost") is None
     with pytest.raises(
-        ConfigError, match=r"etcd\.endpoints = '127.0.0.1:1, localhost:2': means another machine on each"
+        ConfigError, match=r"etcd\.endpoints = '127.0.0.1:1, localhost:2': refers to a different machine on each"
     ):
         Listening.of(here, tmp_path, "192.0.2.7")
     with pytest.raises(ConfigError, match=r"--listen = '192.0.2.7:3': must have no port: .* 192.0.2.9:1 has its own"):
@@ -96,8 +96,8 @@ def test_at_an_address_of_a_router_the_own_one_is_told_too_and_the_ports_are_nam
     assert advertised(["node.example", "192.0.2.7"]) == "node.example,192.0.2.7,here to 192.0.2.7:1"
     config = TrainingConfig.from_flat({"advertise_address": "127.0.0.1,192.0.2.7", "port_range": "20-29"})
     ports = to_forward(config, "node.example:7")
-    assert ports.startswith("192.0.2.7 is no address of this machine")
-    assert "must pass on to here, unchanged, the TCP ports 7 (etcd) and 20-29 (workers)" in ports
+    assert ports.startswith("192.0.2.7 is not an address of this machine")
+    assert "must forward to this machine, unchanged, the TCP ports 7 (etcd) and 20-29 (workers)" in ports
     assert "the TCP ports any (workers; see --port-range)" in to_forward(config.with_values(port_range=""), "")
 
 

@@ -53,7 +53,7 @@ def test_what_can_go_on_is_not_refused(tmp_path: Path) -> None:
     preflight.check(config(tmp_path, total_steps=200))
     (tmp_path / "run" / "etcd").mkdir()
     assert re.match(
-        r"total_steps = 200: the checkpoints in .* have 100: go on", refusal(config(tmp_path, total_steps=200))
+        r"total_steps = 200: the checkpoints in .* have 100: keep that", refusal(config(tmp_path, total_steps=200))
     )
     assert re.match(r"outer_momentum = 0.5: the checkpoints .* have 0.9", refusal(config(tmp_path, outer_momentum=0.5)))
 
@@ -62,11 +62,11 @@ def test_what_can_go_on_is_not_refused(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"model": "gpt-neo-x:tiny"}, "model = 'gpt-neo-x:tiny': the checkpoint is of model 'gpt-neo-x:test'"),
-        ({"local_steps": 6}, "local_steps = 6: the checkpoints in {own} have 5: go on with that, or choose another"),
+        ({"local_steps": 6}, "local_steps = 6: the checkpoints in {own} have 5: keep that, or choose another"),
         ({"batch_size": 1024}, "batch_size = 1024: the checkpoints in {own} have 512"),
         ({"optim_method": "ddp"}, "optim_method = 'ddp': the checkpoints in {own} have sgd"),
         ({"seed": 1}, "seed = 1: the checkpoints in {own} have 42"),
-        ({"total_steps": 49}, "total_steps = 49: the checkpoint is at step 50 already"),
+        ({"total_steps": 49}, "total_steps = 49: the checkpoint is already at step 50"),
         ({"resume": "never"}, "resume = 'never': run r has checkpoints in {own}; choose another run_id"),
     ],
 )
@@ -97,7 +97,7 @@ def test_the_checkpoint_to_begin_with(tmp_path: Path) -> None:
     path = save(tmp_path / "other", config(tmp_path, seed=1))
     begun = config(tmp_path, resume=str(path))
     preflight.check(begun)
-    assert "total_steps = 49: the checkpoint is at step 50" in refusal(
+    assert "total_steps = 49: the checkpoint is already at step 50" in refusal(
         config(tmp_path, resume=str(path), total_steps=49)
     )
     other = refusal(config(tmp_path, resume=str(path), model="gpt-neo-x:tiny"))
@@ -105,7 +105,7 @@ def test_the_checkpoint_to_begin_with(tmp_path: Path) -> None:
     save(own(begun), begun)
     preflight.check(begun)  # interrupted, and tried again
     save(own(begun), config(tmp_path))
-    assert refusal(begun).startswith(f"resume = '{path}': run r has checkpoints of its own in {own(begun)}")
+    assert refusal(begun).startswith(f"resume = '{path}': run r has its own checkpoints in {own(begun)}")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, name: str, content: str | Non
         ({"network_interface": "nope0"}, "network_interface = 'nope0': must be one of "),
         (
             {"advertise_address": "10.0.0.1,no such host"},
-            "advertise_address = 'no such host': is no address, and no name",
+            "advertise_address = 'no such host': is neither an address nor a resolvable name",
         ),
         ({"port_range": "{taken}-{taken}"}, "must hold 3 ports: 2 workers and an etcd listen here"),
         ({"port_range": "7000-7003", "etcd_endpoints": ["h:1"], "elastic_nproc_per_node": 3}, "must hold 6 ports"),
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, name: str, content: str | Non
         ),
         (
             {"hf_upload": True, "trained_model_hf_name": "a/b/c"},
-            "trained_model_hf_name = 'a/b/c': is no valid Hub repository",
+            "trained_model_hf_name = 'a/b/c': is not a valid Hub repository",
         ),
         ({"resume": "nowhere"}, "resume = 'nowhere': must be auto, never, or the directory of a checkpoint"),
     ],

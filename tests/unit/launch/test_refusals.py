@@ -69,8 +69,12 @@ def test_worker_whose_agent_tells_it_no_number(variable: str, monkeypatch: pytes
     ("field", "value", "message"),
     [
         ("network_interface", "nope0", r"must be one of .*\blo\b"),
-        ("advertise_address", "nowhere.invalid", "is no address, and no name of one"),
-        ("advertise_address", "127.0.0.1, nowhere.invalid", "'nowhere.invalid'.*is no address, and no name of one"),
+        ("advertise_address", "nowhere.invalid", "is neither an address nor a resolvable name"),
+        (
+            "advertise_address",
+            "127.0.0.1, nowhere.invalid",
+            "'nowhere.invalid'.*is neither an address nor a resolvable name",
+        ),
         ("transport_certificates", "/nowhere", "must hold ca.crt, tls.crt, tls.key in PEM: No such file"),
     ],
 )
@@ -92,7 +96,7 @@ def test_port_range_passes_over_taken_ports(taken: int) -> None:
 
 
 def test_embedded_etcd_on_a_taken_port(tmp_path: Path, taken: int) -> None:
-    with pytest.raises(ConfigError, match=f"port = {taken}: is taken"), EmbeddedEtcd(tmp_path, port=taken):
+    with pytest.raises(ConfigError, match=f"port = {taken}: is used"), EmbeddedEtcd(tmp_path, port=taken):
         pass
 
 

@@ -50,19 +50,19 @@ def test_a_typing_error_is_noticed(position: int, letter: str) -> None:
     text = encode(TOKEN)
     changed = text[:position] + letter + text[position + 1 :]
     if changed != text:
-        with pytest.raises(ConfigError, match="incomplete, or has a typing error"):
+        with pytest.raises(ConfigError, match="incomplete or has a typo"):
             decode(changed)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 60, 150])
 def test_a_part_of_it_is_refused(cut: int) -> None:
-    with pytest.raises(ConfigError, match="incomplete, or has a typing error"):
+    with pytest.raises(ConfigError, match="incomplete or has a typo"):
         decode(encode(TOKEN)[:-cut])
 
 
 @pytest.mark.parametrize("text", ["", "diloco-", "AbCd", "diloco join", "diloco-ä", "http://host:1/"])
 def test_what_is_no_token_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"token = '…': must be the line that `diloco launch --listen` has printed"):
+    with pytest.raises(ConfigError, match=r"token = '…': must be the one that `diloco launch --listen` printed"):
         decode(text)
 
 
@@ -70,7 +70,7 @@ def test_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "VERSION", 9)
     text = encode(TOKEN)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="is of version 9, but this release reads version 1"):
+    with pytest.raises(ConfigError, match="has version 9, but this release reads version 1"):
         decode(text)
 
 
@@ -98,7 +98,7 @@ def test_an_expired_one_says_when() -> None:
 
 
 def test_another_protocol_is_named() -> None:
-    with pytest.raises(ConfigError, match="run mine speaks protocol 4 and this release 5: install"):
+    with pytest.raises(ConfigError, match="is for protocol 4 of run mine, but this release has protocol 5: install"):
         require_current(TOKEN, protocol=5)
 
 

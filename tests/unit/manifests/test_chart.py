@@ -148,7 +148,7 @@ MISTAKES = {
     "sites[0].nodeselector.a=b": "at '/sites/0': additional properties 'nodeselector' not allowed",
     "diloco.runDir=/mine": "at '/diloco': additional properties 'runDir' not allowed",
     "etcd.enabled=false": "etcd.endpoints must name an etcd when etcd.enabled is false",
-    "elastic.etcd.protocol=https": "elastic.etcd.protocol=https needs an etcd of yours",
+    "elastic.etcd.protocol=https": "elastic.etcd.protocol=https needs your own etcd",
 }
 
 

@@ -105,7 +105,7 @@ def test_weights_of_another_shape_are_named(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS: run"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer: run"),
         (None, "model.safetensors is not complete: "),  # cut off
         (b"", "model.safetensors is not complete: it is empty"),
         (b"no weights", "model.safetensors is not complete: "),
@@ -126,7 +126,7 @@ def test_weights_that_are_not_read_are_no_missing_weights(copied: Path, name: st
 
 def test_a_pickle_that_is_no_checkpoint_is_named(copied: Path) -> None:
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
-    assert "cannot be read as tensors alone: save them as model.safetensors" in refusal(copied)
+    assert "contain more than tensors: save them as model.safetensors" in refusal(copied)
 
 
 def test_hidden_files_are_no_weights(copied: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_model_that_changes_after_precaching_is_named(
     (ready,) = (tmp_path / "models").glob("*/READY")
     os.utime(copied / "model.safetensors", (ready.stat().st_mtime + 1,) * 2)
     built(f"hf:{copied}", TEXT, tmp_path / "models")
-    assert f"model {copied} has changed, but {ready.parent} has been precached from it" in caplog.text
+    assert f"model {copied} has changed since it was precached: remove {ready.parent}" in caplog.text
 
 
 def test_weights_in_pickles_that_are_cut_off_are_refused(copied: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_configuration_alone_begins_from_scratch(tmp_path: Path) -> None:
 
 def test_another_tokenizer_than_a_pretrained_models_is_refused(tmp_path: Path) -> None:
     built("gpt-neo:test", TEXT, tmp_path / "m").save_pretrained(tmp_path / "trained")  # type: ignore[operator]
-    with pytest.raises(ConfigError, match="its tokenizer has 300 tokens, the model 257"):
+    with pytest.raises(ConfigError, match="its tokenizer has 300 tokens, but the model has 257"):
         built(f"hf:{tmp_path / 'trained'}", {**TEXT, "vocabulary_size": 300}, tmp_path / "m")
 
 

@@ -120,7 +120,7 @@ def test_what_workers_computed_and_the_memory_that_it_took(tmp_path: Path) -> No
     text = write_report(tmp_path).read_text()
     assert "200T" in text
     assert "40.0% of the devices" in text
-    assert "16 bytes a parameter" in text
+    assert "16 bytes per parameter" in text
 
 
 def test_each_process_of_an_island_has_its_memory_in_the_report(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_each_process_of_an_island_has_its_memory_in_the_report(tmp_path: Path) 
     assert worker.peak_memories == tuple(memories)
     assert summary(run)["workers"][worker.name]["peak_memories"] == memories
     text = write_report(tmp_path).read_text()
-    assert "16 bytes a parameter; the processes of worker-0: 16, 12, 8" in text
+    assert "16 bytes per parameter; the processes of worker-0: 16, 12, 8" in text
 
 
 def test_held_out_loss_is_the_samples_weighted_mean_of_the_shares(run_dir: Path) -> None:
@@ -334,7 +334,7 @@ def test_report_is_one_whole_self_contained_page(run_dir: Path) -> None:
     assert {"training", "evaluation", "rounds", "history", "configuration"} <= found.ids
     assert found.count["figure"] == 8 and found.count["svg"] == 16, "each chart for a wide page and for a phone"
     for words in ("gpt-neo-x:tiny on stdlib", "Complete", "2.337", "4.861", "52 % less", "inner step",
-                  "loss (nats a token)", "sent (MB)", "exposed (s)", "share (%)", "samples a second",
+                  "loss (nats per token)", "sent (MB)", "exposed (s)", "share (%)", "samples per second",
                   "parser = argparse", "each of 2 workers", "held out", "elastic.max_restarts", "2.13.0+cpu",
                   "ended with the same global state"):  # fmt: skip
         assert words in found.words, words
@@ -433,9 +433,9 @@ def test_a_run_on_a_page_of_markdown(run_dir: Path) -> None:
     facts = dict(rows_of(text, "Run"))
     assert facts["Run"] == "a-run" and facts["Model"] == "gpt-neo-x:tiny (1.23M parameters)"
     assert (facts["Rounds"], facts["Inner steps"], facts["Samples"]) == ("6", "60", "3,840")
-    assert facts["Bytes sent"] == "59.3 MB (29.6 MB a worker)" and facts["Goodput"] == "85.7 % of wall time"
-    assert re.fullmatch(r"\d\.\d{3} nats a token", facts["Held-out loss"])
-    assert ["Bits a byte", "**2.3370**", "4.8610"] in rows_of(text, "Score")
+    assert facts["Bytes sent"] == "59.3 MB (29.6 MB per worker)" and facts["Goodput"] == "85.7 % of wall time"
+    assert re.fullmatch(r"\d\.\d{3} nats per token", facts["Held-out loss"])
+    assert ["Bits per byte", "**2.3370**", "4.8610"] in rows_of(text, "Score")
     assert "Class" not in text, "a language model has no confusion matrix"
 
 

@@ -141,10 +141,10 @@ def test_a_watch_says_what_changes() -> None:
     assert look(**now) == []
     later = {"round": encoded(record(round=8, base=State(7, 56), committed=None))}
     assert look(**later, **{f"members/{A}": member(0, 7), f"members/{B}": member(1, 4)}) == ["1 is late"]
-    assert look(**later, **{f"members/{A}": member(0, 7)}) == ["1 died, or is cut off"]
+    assert look(**later, **{f"members/{A}": member(0, 7)}) == ["1 died, or is disconnected"]
     assert look(**later, **{f"members/{A}": member(0, 7), f"members/{B}": member(1, 7)}) == ["1 is back"]
     assert look(**later, **{f"members/{A}": member(0, 7), f"members/{C}": member(2, 7)}) == [
-        "1 died, or is cut off",
+        "1 died, or is disconnected",
         "2 joined",
     ]
     leaver = {f"left/{C}": {"term": 1, "round": 8, "ranges": []}}

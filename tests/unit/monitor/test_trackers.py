@@ -68,7 +68,7 @@ def test_a_server_that_is_away_is_reported_once_and_gets_everything_later(tmp_pa
         log.write("end", status="complete")
     assert (service.kept, service.ended) == ([0, 1, 2], ["complete"])
     assert log.links == {"the service": "http://service/run"}
-    assert warnings(tmp_path) == ["the service is tried again and again: http://service refuses"]
+    assert warnings(tmp_path) == ["the service is retried repeatedly: http://service refuses"]
 
 
 def test_a_server_that_stays_away_costs_a_bounded_queue_and_no_end(
@@ -82,7 +82,7 @@ def test_a_server_that_stays_away_costs_a_bounded_queue_and_no_end(
         for step in range(100):
             log.write("step", step=step)
     again, off = warnings(tmp_path)
-    assert again.startswith("the service is tried again and again")
+    assert again.startswith("the service is retried repeatedly")
     assert off == "the service is switched off, without the last 4 events: http://service refuses"
 
 

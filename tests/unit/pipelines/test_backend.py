@@ -180,7 +180,7 @@ def test_logs_are_the_steps_own_lines(backend: Played, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines() == ["precache | precache goes on", "train | train goes on"]
     assert main(["logs", "run-0", "--step", "train", "--host", backend.url]) == 0
     assert capsys.readouterr().out.splitlines() == ["train | train goes on"]
-    with pytest.raises(ConfigError, match="step = 'export': has not begun"):
+    with pytest.raises(ConfigError, match="step = 'export': has not started"):
         main(["logs", "run-0", "--step", "export", "--host", backend.url])
 
 

@@ -683,7 +683,7 @@ def test_a_view_of_a_runs_keys() -> None:
 def test_shortage() -> None:
     assert shortage(None, View(members("a")), TWO) == "only 1 of at least 2 nodes"
     assert shortage(founded("ab", TWO), View(members("ab")), TWO) == ""
-    lack = "round 5 was saved before, but the newest state of the workers here is of round 0"
+    lack = "round 5 was saved before, but the newest state of the present workers is of round 0"
     assert lack in shortage(None, View(members("a"), durable=(0, 5)), RULES)
 
 

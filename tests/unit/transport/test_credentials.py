@@ -102,7 +102,7 @@ def test_a_certificate_is_not_enough_without_the_secret(tmp_path: Path) -> None:
 
 @contextmanager
 def between(target: str, stranger: Credentials) -> Iterator[str]:
-    """Where somebody is dialled who dials `target`, and passes on what both say as they begin."""
+    """The endpoint of a man in the middle, who relays the handshake with `target`."""
     over = threading.Event()
     with socket.create_server((LOCAL, 0)) as server:
 
@@ -114,7 +114,7 @@ def between(target: str, stranger: Credentials) -> Iterator[str]:
                     if not (message := source.recv(4096)):
                         return
                     sink.sendall(message)
-                over.wait(PATIENCE)  # it has a stream of their link
+                over.wait(PATIENCE)  # keep the stream open
 
         threading.Thread(target=serve, daemon=True).start()
         yield f"{LOCAL}:{server.getsockname()[1]}"
@@ -124,7 +124,7 @@ def between(target: str, stranger: Credentials) -> Iterator[str]:
 def test_one_with_a_certificate_cannot_pass_on_what_members_prove_to_each_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without the secret it would have a link with both, and could read and change all that it passes on."""
+    """Otherwise it could read and change all traffic without having the secret."""
     authority = Authority()
     one, other, stranger = (of(authority.write(tmp_path / name)) for name in ("one", "other", "stranger"))
     with ExitStack() as stack:

@@ -100,7 +100,7 @@ def test_a_token_must_not_be_trivial(files: dict[str, Path], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "tokenizer/../../escaped"])
 def test_a_name_that_leads_out_of_the_result_is_refused(name: str, files: dict[str, Path], tmp_path: Path) -> None:
-    offers = pytest.raises(TrainingError, match="offers a file outside of the directory")
+    offers = pytest.raises(TrainingError, match="offers a file outside the directory")
     with serving({name: files["config.json"]}) as server, offers:
         fetch(LOCAL, server.port, TOKEN, tmp_path / "result")
     assert not (tmp_path / "escaped").exists() and not (tmp_path / "result").exists()

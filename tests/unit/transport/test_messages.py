@@ -206,7 +206,7 @@ def test_frames_that_make_no_sense_end_the_link_and_touch_no_memory(pair: list[T
     beside = torch.zeros(300, dtype=torch.uint8)
     pending = there.receive(FIRST, 1, beside[100:200])
     frame(here, header)
-    with pytest.raises(LinkError, match="worker 0 sent what makes no sense"):
+    with pytest.raises(LinkError, match="worker 0 sent invalid data"):
         pending.wait(PATIENCE)
     assert not beside.any()
     wait_for(lambda: bool(here.reason))
@@ -265,7 +265,7 @@ def test_an_answer_that_nobody_waits_for_any_more_is_thrown_away() -> None:
         waiting = end.ask((0, 0, 1), 1, {}, given_up)
         assert begun.wait(PATIENCE)
         end.forget((0, 0, 1))
-        with pytest.raises(LinkError, match="is not waited for any more"):
+        with pytest.raises(LinkError, match="is no longer awaited"):
             waiting.wait(PATIENCE)
         later = end.ask((0, 0, 2), 1, {}, into)
         go_on.set()

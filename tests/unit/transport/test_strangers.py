@@ -62,20 +62,20 @@ def ended(connection: socket.socket) -> bool:
 
 
 def challenged(endpoint: str) -> tuple[socket.socket, bytes]:
-    """A connection without TLS, and what proofs on it depend on, but for the hello."""
+    """A connection without TLS, and the context of its proofs."""
     connection = dial(endpoint, PATIENCE)
     connection.sendall(b"\x00")
     return connection, NO_TLS + connection.recv(16, socket.MSG_WAITALL)
 
 
 def introduction(context: bytes) -> bytes:
-    """What a dialler says that belongs to the run."""
+    """The message of a dialler that belongs to the run."""
     return HELLO.encode(PLAIN, context)[0]
 
 
 @contextmanager
 def acceptor(answer: Callable[[bytes], bytes], dialled: int = 1) -> Iterator[str]:
-    """Where somebody listens, always with the same challenge, and answers a hello by what `answer` makes of it."""
+    """An endpoint that always sends the same challenge, and answers a hello with `answer(hello)`."""
     with socket.create_server((LOCAL, 0)) as server:
 
         def serve() -> None:
@@ -200,7 +200,7 @@ def reflected(hello: bytes) -> bytes:
 
 @pytest.mark.parametrize("answer", [reflected, lambda _: bytes(32)], ids=["the dialler's own proof", "anything"])
 def test_one_that_consents_without_the_secret_gains_no_link(answer: Callable[[bytes], bytes]) -> None:
-    """A stranger that has got a member's port, say."""
+    """A stranger that listens on a member's former port, for example."""
     with acceptor(answer) as endpoint, pytest.raises(ConnectionError, match="does not have this run's secret"):
         Dialler(PLAIN, SHORT, 20.0).dial([endpoint], HELLO)
 
@@ -261,7 +261,7 @@ def test_one_that_says_nothing_more_is_dropped(said: bytes, caplog: pytest.LogCa
     with run(TLS if said != b"\x00" else PLAIN) as (_, victim), dial(victim.endpoints[0], PATIENCE) as connection:
         connection.sendall(said)
         assert ended(connection)
-    assert "which said nothing" in caplog.text
+    assert "which sent nothing" in caplog.text
 
 
 def test_one_that_drips_is_dropped_too() -> None:
@@ -306,7 +306,7 @@ def test_five_hundred_silent_connections_hold_no_thread_and_the_run_goes_on(capl
 def test_one_that_speaks_while_it_is_dropped_stops_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The listener finds two things at one look: one too many comes, and the oldest, which goes for it, has spoken."""
+    """In one look, the listener finds a connection too many, and data of the oldest, which it drops for that."""
     looking, go_on = threading.Event(), threading.Event()
 
     def accept(connection: socket.socket, hello: Hello, consent: Consent) -> None:

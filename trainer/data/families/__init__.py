@@ -1,1 +1,1 @@
-"""One file a dataset family: each module defines a `DatasetFamily` named `FAMILY`."""
+"""One file per dataset family: each module defines a `DatasetFamily` named `FAMILY`."""

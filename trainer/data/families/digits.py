@@ -50,7 +50,7 @@ class Digits(PictureDataset):
             yield self.sample(pixels(picture, self.size, self.channels), int(label))
 
     def augmentation(self) -> Augmentation | None:
-        """No mirroring: a mirrored digit is not a digit. No augmentation at all when training a generator."""
+        """No mirroring, because a mirrored digit is not a digit; no augmentation at all when training a generator."""
         from trainer import models
 
         if models.resolve(self.config.model).family.task == "image_generation":

@@ -20,7 +20,7 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 class PictureFolders(PathDataset, PictureDataset):
     """`files:<folder>`, with one subfolder of pictures per class, named after the class.
 
-    The classes may lie in `train/`, beside a test or validation split, which is left out (`trainer.data.layouts`).
+    The classes may be in `train/`, next to a test or validation split, which is left out (`trainer.data.layouts`).
     """
 
     name = "files"
@@ -50,7 +50,7 @@ class PictureFolders(PathDataset, PictureDataset):
         def shuffled(path: Path) -> bytes:
             return hashlib.sha256(os.fsencode(path.relative_to(self.root))).digest()
 
-        # Shuffled by hash, so that max_samples takes some pictures of each class.
+        # Shuffled by hash, so that max_samples takes some pictures of each class
         for path in sorted(self._files, key=shuffled):
             try:
                 yield self.sample(decode(path.read_bytes(), self.size, self.channels), labels.index(self._label(path)))

@@ -13,14 +13,14 @@ from trainer.data.text import TextDataset
 from trainer.errors import ConfigError
 from trainer.files import sha256
 
-# Third-party packages, and tests, which not every distribution ships and which are larger than the library itself.
+# Third-party packages, and tests, which not every distribution ships and which are larger than the library itself
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-# Generated when Python was built: they differ between machines.
+# Generated when Python was built, so they differ between machines
 _SKIPPED_NAMES = ("_sysconfigdata", "python-config", "_sysconfig_vars")
 
 
 class Stdlib(TextDataset):
-    """A document is a module; modules come in the order of their paths."""
+    """A document is a module. Modules are ordered by path."""
 
     name = "stdlib"
 
@@ -47,12 +47,12 @@ class Stdlib(TextDataset):
 
 
 def library() -> Path:
-    """Directory of this Python's standard library."""
+    """The directory of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def modules(root: Path) -> list[Path]:
-    """The sources of the library itself, in the order of their paths."""
+    """The sources of the library itself, ordered by path."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - _SKIPPED_FOLDERS

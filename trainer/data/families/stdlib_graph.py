@@ -1,7 +1,7 @@
 """References between functions of Python's standard library: a real graph on every machine.
 
-It resembles a citation graph: a node is a function (a paper), an edge means that one names the other (a citation),
-features are the identifiers in it (words of the abstract), and its class is its package (the subject area).
+It resembles a citation graph: a node is a function (a paper), an edge means that one names the other (a citation), a
+node's features are its identifiers (words of the abstract), and its class is its package (the subject area).
 """
 
 import ast
@@ -41,7 +41,7 @@ class StdlibGraph(GraphDataset):
         return 15_000, 60_000
 
     def load(self) -> Graph:
-        # Nodes: the functions of the largest packages.
+        # Nodes: the functions of the largest packages
         found = list(_functions())
         sizes = Counter(package for package, _, _ in found)
         classes = sorted(package for package, _ in sizes.most_common(CLASSES))
@@ -49,7 +49,7 @@ class StdlibGraph(GraphDataset):
         places: dict[str, list[int]] = defaultdict(list)
         for node, (_, name, _) in enumerate(kept):
             places[name].append(node)
-        # Features: hashed identifiers. Edges: to the functions that an identifier names.
+        # Features: hashed identifiers. Edges: to the functions named by an identifier
         features = np.zeros((len(kept), WIDTH), dtype=np.float32)
         edges: set[tuple[int, int]] = set()
         for node, (_, _, words) in enumerate(kept):

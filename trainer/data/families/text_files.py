@@ -17,14 +17,14 @@ from trainer.files import sha256
 class Files(PathDataset, TextDataset):
     """`files:<path>`. A document is a file of plain text, or the column `text` of a row (`trainer.data.documents`).
 
-    Files come in the order of their formats, then of their paths. A dataset's card and records, hidden files, and a
-    test or validation split are left out (`trainer.data.layouts`).
+    Files are ordered by format, then by path. A dataset's card and records, hidden files, and a test or validation
+    split are left out (`trainer.data.layouts`).
     """
 
     name = "files"
 
     def check(self) -> None:
-        # Does the path exist, and hold files of a supported kind?
+        # The path must exist and contain files of a supported kind
         if not self.argument:
             raise ConfigError("dataset", self.spec, "must name a file or a folder: files:<path>")
         if not self.root.exists():
@@ -39,7 +39,7 @@ class Files(PathDataset, TextDataset):
         if unreadable := [path for path in self._files if not os.access(path, os.R_OK)]:
             raise ConfigError("dataset", self.spec, f"{unreadable[0]} is not readable")
         self.require_content()
-        # Does the first file of each format begin as it should? The others are checked while they are read.
+        # The first file of each format must begin correctly; the others are checked while they are read
         super().check()
         first = {format_of(path): path for path in reversed(self._files) if path.stat().st_size}
         for path in first.values():

@@ -1,6 +1,6 @@
-"""Codecs: how a pseudo-gradient is encoded on the wire. One file a family; each states its error bound.
+"""Codecs: how a pseudo-gradient is encoded on the wire. One file per family; each states its error bound.
 
-A codec is a `Codec` in a module of this package with a literal `name`, a choice of `codec` in the configuration.
+A codec is a `Codec` class in a module of this package. Its literal `name` is a choice of `codec` in the configuration.
 """
 
 from trainer.diloco.codecs.codec import Codec
@@ -18,8 +18,8 @@ def make(name: str, *, feedback: float = 0.0, topk: int = 0, values: str = "fp32
     Args:
         name: A choice of `codec`, or "demo".
         feedback: Error-feedback decay.
-        topk: For "sparse": values sent of each 4096, 0: by the number of members; for "demo": coefficients sent of each
-            64 x 64.
+        topk: For "sparse", the number of values sent of each 4096, where 0 means by the number of members; for "demo",
+            the number of coefficients sent of each 64 x 64.
         values: For "demo": the codec of the coefficients.
     """
     if name == "demo":

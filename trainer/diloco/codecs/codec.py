@@ -10,12 +10,12 @@ from torch import Size, Tensor
 class Codec(ABC):
     """An encoding of a pseudo-gradient on the wire.
 
-    A vector is arranged into blocks of `block` numbers. Each block becomes a row of `row` bytes, which can be decoded
-    alone. So a coded vector can be cut between any two rows and joined again, and several owners' rows are the same as
-    those of a single owner.
+    A vector is arranged into blocks of `block` numbers. Each block becomes a row of `row` bytes that can be decoded
+    independently. So an encoded vector can be cut between any two rows, and several owners produce the same rows as a
+    single one.
 
     Attributes:
-        block: Numbers that are coded together.
+        block: Number of values that are coded together.
         row: Bytes of a coded block.
         feedback: β, the fraction of a worker's last coding error that is added to its next message (error feedback,
             arXiv 1901.09847). 0: no error is kept.
@@ -23,9 +23,9 @@ class Codec(ABC):
 
     # Literals: the configuration reads them without importing the module (`trainer.config.fields.declared`).
     name: ClassVar[str] = ""  # the choice of `codec` in the configuration
-    default_feedback: ClassVar[float] = 0.0  # `feedback` if the configuration gives none (`error_feedback` -1)
-    default_merge: ClassVar[str] = "mean"  # `merge` if the configuration gives none ("auto")
-    per_byte: ClassVar[int] = 1  # numbers that share a byte; a block's numbers are a multiple of it
+    default_feedback: ClassVar[float] = 0.0  # `feedback` if the configuration does not set it (`error_feedback` -1)
+    default_merge: ClassVar[str] = "mean"  # `merge` if the configuration does not set it ("auto")
+    per_byte: ClassVar[int] = 1  # numbers that share a byte; a block's size is a multiple of it
     sparse: ClassVar[bool] = False  # whether only some numbers of a block are sent
     in_order: ClassVar[bool] = True  # whether `arrange` keeps the order, so that any rows are a range of the vector
     block: int
@@ -37,30 +37,31 @@ class Codec(ABC):
 
     @classmethod
     def configured(cls, feedback: float, topk: int) -> Self:
-        """The codec as a run uses it; `topk` is the parameter `sparse_topk`, 0: by the number of members."""
+        """The codec for a run; `topk` is the parameter `sparse_topk` (0: by the number of members)."""
         return cls(feedback=feedback)  # type: ignore[call-arg]  # a subclass chooses its block and row
 
     @property
     def mean(self) -> "Codec":
-        """The codec, with the same block, of the mean of three or more workers' values.
+        """The codec for the mean of three or more workers' values, with the same block.
 
-        A finer one is worth its bytes: the errors of the workers' own messages average out, that of the mean does not.
+        A finer one is worth its bytes, because the errors of the workers' messages average out, but that of the mean
+        does not.
         """
         return self if self._mean is None else self._mean
 
     def among(self, members: int) -> "Codec":
-        """This codec for the messages of a number of members, with the same blocks.
+        """This codec, adapted to the number of members that exchange messages, with the same blocks.
 
-        Where members send one another everything, there may be one for each number; all others have the same mean.
+        Where members send everything to one another, it may differ for each number; all variants have the same mean.
         """
         return self
 
     def of(self, shapes: Sequence[Size]) -> Self:
-        """This codec for vectors that are parameters of these shapes, one after the other."""
+        """This codec for vectors of concatenated parameters with these shapes."""
         return self
 
     def arrange(self, values: Tensor) -> list[Tensor]:
-        """float32 (n,) as blocks, float32 (b, `block`), in parts: a view of full blocks; the rest, padded with 0."""
+        """Arrange float32 (n,) into blocks, float32 (b, `block`): a view of the full ones and the zero-padded rest."""
         full = values.numel() // self.block * self.block
         parts = [values[:full].view(-1, self.block)]
         if full < values.numel():
@@ -69,19 +70,19 @@ class Codec(ABC):
         return parts
 
     def restore(self, blocks: Tensor, size: int) -> Tensor:
-        """The inverse of `arrange`, for all its blocks together: float32 (`size`,)."""
+        """The inverse of `arrange` for all its concatenated blocks: float32 (`size`,)."""
         return blocks.view(-1)[:size]
 
     @abstractmethod
     def encode(self, blocks: Tensor) -> Tensor:
-        """Rows, uint8 (b, `row`), for blocks, float32 (b, `block`), all of them finite and contiguous.
+        """Encode blocks, float32 (b, `block`), finite and contiguous, into rows, uint8 (b, `row`).
 
-        `blocks` is not changed; rows may be its memory.
+        `blocks` is not changed; the rows may share its memory.
         """
 
     @abstractmethod
     def decode(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Blocks, float32 (b, `block`), for rows, uint8 (b, `row`), contiguous: in `out`, or in the rows' own memory.
+        """Decode contiguous rows, uint8 (b, `row`), into blocks, float32 (b, `block`), in `out` or in the rows' memory.
 
-        The same bits for the same rows, everywhere.
+        The same rows give the same bits on every machine.
         """

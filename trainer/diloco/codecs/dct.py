@@ -22,10 +22,10 @@ _TILE = _SIDE * _SIDE
 _NARROW = 32  # a matrix with a shorter side than this would leave more than half of its tiles empty
 _AT_ONCE = 16  # tiles that are transformed at a time: they and their copies stay in a core's cache
 
-# All of the transform's arithmetic is on integers that float64 has exactly, so that its result depends neither on the
+# The transform computes only with integers that float64 represents exactly, so its result depends neither on the
 # machine nor on the order of the sums. The sum of the magnitudes in a row or column of the matrix is at most √64, so
-# each of the two products makes numbers 2³ times larger: 24 + 23 + 6 = 53 bits.
-_MATRIX_BITS = 24  # of the matrix, after the point
+# each of the two products makes numbers up to 2³ times larger: 24 + 23 + 6 = 53 bits.
+_MATRIX_BITS = 24  # fractional bits of the matrix
 _NUMBER_BITS = 23  # of a tile's largest number
 _SMALLEST = -70  # exponent of the smallest tile that is distinguished from 0: no denormal ever arises
 
@@ -33,17 +33,17 @@ _SMALLEST = -70  # exponent of the smallest tile that is distinguished from 0: n
 class Dct(Codec):
     """Decoupled momentum (DeMo, arXiv 2411.19870; for DiLoCo, arXiv 2510.03371): fast components go on the wire.
 
-    Matrices are cut into tiles of 64 x 64 numbers, and the numbers of a tile are transformed by the orthonormal DCT-II
-    along both axes; `inner` codes the 4096 coefficients. The tiles at a matrix's lower and right edge are filled up
-    with zeros, and dropped by decoding. Parameters with a side below 32 as a matrix (the first dimension by the
-    product of the others), such as biases and norms, fill shared tiles row by row, one after the other.
+    Matrices are cut into tiles of 64 x 64 numbers, each tile is transformed by the orthonormal DCT-II along both axes,
+    and `inner` codes the 4096 coefficients. The tiles at a matrix's lower and right edges are padded with zeros, which
+    decoding drops. Parameters that as a matrix (the first dimension by the product of the others) have a side below
+    32, such as biases and norms, fill shared tiles row by row, one after the other.
 
     The momentum that DeMo keeps in each worker is error feedback with a decay: m ← β m + Δ; q, the largest of m's
     coefficients, is sent; m ← m − the inverse transform of q. So `feedback` is its β (`compression_decay` in its code,
     bloc97/DeMo). The mean of all workers' q is the outer gradient; there is no other momentum. (DeMo itself then takes
     the mean's sign.)
 
-    Encoding and decoding give the same bits everywhere: see `transform`.
+    Encoding and decoding give the same bits on every machine: see `transform`.
     """
 
     in_order = False
@@ -53,8 +53,8 @@ class Dct(Codec):
     ) -> None:
         """
         Args:
-            inner: Codes a tile's 4096 coefficients. None: the 512 largest, of two bits each.
-            shapes: Shapes of the parameters, in their order.
+            inner: Codes a tile's 4096 coefficients. None: the 512 largest, with two bits each.
+            shapes: Shapes of the parameters, in order.
             mean: Codes the mean's tiles (not their coefficients). None: this codec.
         """
         inner = TopK(block=_TILE) if inner is None else inner
@@ -98,12 +98,12 @@ class Dct(Codec):
         return transform(self.inner.decode(rows, out), out, inverse=True)
 
     def _parts(self, blocks: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of views, of the blocks and of the values, of the same shape: they hold the same numbers."""
+        """Pairs of views of the same shape into the blocks and the values, which hold the same numbers."""
         for start, first, rows, columns in self._matrices:
             matrix = values[start : start + rows * columns].view(rows, columns)
             down, across = -(-rows // _SIDE), -(-columns // _SIDE)
             tiles = blocks[first : first + down * across].view(down, across, _SIDE, _SIDE).transpose(1, 2)
-            # The full tiles, the strip below them, the strip to their right, the corner.
+            # The full tiles, the strip below them, the strip to their right, and the corner
             for down_part, row_part in _cuts(rows):
                 for across_part, column_part in _cuts(columns):
                     part = matrix[row_part, column_part]
@@ -118,11 +118,11 @@ class Dct(Codec):
             position += size
 
 
-_Matrix = tuple[int, int, int, int]  # where it starts in the vector, its first tile, its rows, its columns
+_Matrix = tuple[int, int, int, int]  # offset in the vector, first tile, rows, columns
 
 
 def _cuts(size: int) -> list[tuple[slice, slice]]:
-    """The part of an axis that fills tiles, and the rest, unless empty: (slice of tiles, slice of numbers) each."""
+    """The part of an axis that fills whole tiles, and the rest unless empty: (slice of tiles, slice of numbers)."""
     full = size // _SIDE
     cuts = [(slice(0, full), slice(0, full * _SIDE)), (slice(full, full + 1), slice(full * _SIDE, size))]
     return [cut for cut in cuts if cut[1].start < cut[1].stop]
@@ -131,12 +131,12 @@ def _cuts(size: int) -> list[tuple[slice, slice]]:
 def transform(tiles: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
     """The two-dimensional orthonormal DCT-II of 64 x 64 tiles, or its inverse, with the same result on every machine.
 
-    A tile's numbers are rounded to 2⁻²³ of the power of two above the largest of them, the matrix to 2⁻²⁴, and both
-    products are exact: about as near to the true result as float32 arithmetic comes.
+    A tile's numbers are rounded to 2⁻²³ of the power of two above the largest, the matrix to 2⁻²⁴, and both products
+    are exact. The result is about as accurate as with float32 arithmetic.
 
     Args:
-        tiles: float32 (b, 4096), rows of a tile one after the other.
-        out: float32 (b, 4096), to put the result into; may be `tiles`.
+        tiles: float32 (b, 4096), each tile in row-major order.
+        out: float32 (b, 4096), memory for the result; may be `tiles`.
 
     Returns:
         `out`.
@@ -157,12 +157,12 @@ def transform(tiles: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
 
 @compiled
 def _to_integers(tiles: Floats, integers: Doubles, units: Floats) -> None:
-    """A tile's numbers, counted in 2⁻²³ of the power of two above the largest, and what 2⁻²⁴ of that is."""
+    """Convert a tile's numbers to multiples of 2⁻²³ of the power of two above the largest, and compute 2⁻²⁴ of that."""
     for number in range(len(tiles)):
         tile, largest = tiles[number], u4(0)
         for i in range(_TILE):
             largest = max(largest, u4(f4(tile[i]).view(u4) & MAGNITUDE))
-        exponent = max(i8(largest >> u4(23)) - 126, i8(_SMALLEST))  # largest < 2 to the power of it
+        exponent = max(i8(largest >> u4(23)) - 126, i8(_SMALLEST))  # largest < 2 ** exponent
         factor = _power_of_two(_NUMBER_BITS - exponent)
         units[number] = _power_of_two(exponent - _NUMBER_BITS - _MATRIX_BITS)
         for i in range(_TILE):
@@ -171,7 +171,7 @@ def _to_integers(tiles: Floats, integers: Doubles, units: Floats) -> None:
 
 @compiled
 def _drop_bits(integers: Doubles) -> None:
-    """Those that the matrix has after the point, in place."""
+    """Drop the matrix's fractional bits, in place."""
     for number in range(len(integers)):
         for i in range(_TILE):
             integers[number, i] = np.rint(integers[number, i] * 2.0**-_MATRIX_BITS)
@@ -179,7 +179,7 @@ def _drop_bits(integers: Doubles) -> None:
 
 @compiled
 def _from_integers(integers: Doubles, units: Floats, tiles: Floats) -> None:
-    """A tile's integers times its unit."""
+    """Multiply a tile's integers by its unit."""
     for number in range(len(tiles)):
         for i in range(_TILE):
             tiles[number, i] = f4(integers[number, i]) * units[number]
@@ -187,15 +187,15 @@ def _from_integers(integers: Doubles, units: Floats, tiles: Floats) -> None:
 
 @njit(inline="always")
 def _power_of_two(exponent: np.int64) -> np.float32:
-    """2 to the power of an integer from −126 to 127: put together from its bits."""
+    """2 to the power of an integer from −126 to 127, assembled from its bits."""
     return u4((exponent + 127) << 23).view(f4)
 
 
 @cache
 def _dct_matrices() -> tuple[Tensor, Tensor]:
-    """The DCT-II's matrix, times 2²⁴ and rounded, and its transpose: float64 (64, 64) each.
+    """The matrix of the DCT-II, times 2²⁴ and rounded, and its transpose: float64 (64, 64) each.
 
-    Row u has √(2 / 64) cos(π u (2 x + 1) / 128) in column x; row 0, √(1 / 64).
+    Row u has √(2 / 64) cos(π u (2 x + 1) / 128) in column x; row 0 has √(1 / 64).
     """
     scale = 2**_MATRIX_BITS * math.sqrt(2 / _SIDE)
     rows = [[scale * math.cos(math.pi * u * (2 * x + 1) / (2 * _SIDE)) for x in range(_SIDE)] for u in range(_SIDE)]

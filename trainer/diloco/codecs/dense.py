@@ -1,4 +1,4 @@
-"""Codecs that send something for every number: fp32, bf16, int8, int4, int2, ternary, sign.
+"""Dense codecs, which send every number: fp32, bf16, int8, int4, int2, ternary, sign.
 
 The error bounds below hold for one coding of a block x; x̂ is the decoded block, s its scale. Scales are bfloat16.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 from trainer.diloco.codecs import kernels
 from trainer.diloco.codecs.codec import Codec
 
-_ROUND_UP = 1 + 2**-8  # a bfloat16 keeps 8 significant bits: times this, it is not below the number it was made from
+_ROUND_UP = 1 + 2**-8  # a bfloat16 keeps 8 significant bits: times this, it is not below the original number
 
 
 class Fp32(Codec):
-    """Unchanged: 4 bytes a number and no error; rows and blocks share memory."""
+    """No coding: 4 bytes per number and no error; rows and blocks share memory."""
 
     name = "fp32"
 
@@ -35,7 +35,7 @@ class Fp32(Codec):
 
 
 class Bf16(Codec):
-    """bfloat16, 2 bytes a number: |x − x̂| ≤ 2⁻⁸ |x|."""
+    """bfloat16, 2 bytes per number: |x − x̂| ≤ 2⁻⁸ |x|."""
 
     name = "bf16"
 
@@ -50,7 +50,7 @@ class Bf16(Codec):
 
 
 class _Scaled(Codec):
-    """A scale, and small integers that count it: `x ≈ scale · (level − zero)`, with `per_byte` levels in a byte."""
+    """A scale and small integer levels: `x ≈ scale · (level − zero)`, with `per_byte` levels in a byte."""
 
     def __init__(self, block: int, per_byte: int, feedback: float, mean: Codec | None) -> None:
         if block % per_byte:
@@ -65,8 +65,8 @@ class _Scaled(Codec):
 class Integer(_Scaled):
     """Integers of 8, 4 or 2 bits, evenly spaced: |x − x̂| ≤ s / 2, s = max |x| / L (1 + 2⁻⁷ at most).
 
-    L is 127 or 7, and the levels are −L … L. Of 2 bits there are four levels, −3/2, −1/2, 1/2 and 3/2, and L is 2: they
-    are meant for the values of a sparse codec, none of which is near zero.
+    L is 127 or 7, and the levels are −L … L. With 2 bits, there are four levels, −3/2, −1/2, 1/2 and 3/2, and L is 2;
+    these are meant for the values of a sparse codec, none of which is near zero.
     """
 
     def __init__(self, bits: int, block: int = 256, feedback: float = 0.0, mean: Codec | None = None) -> None:
@@ -86,10 +86,10 @@ class Integer(_Scaled):
 
 
 class Bins(Codec):
-    """2 bits a number: its sign, and which of two magnitudes; these are the means of their bins, 4 bytes a block.
+    """2 bits per number: its sign and one of two magnitudes, which are the means of their bins (4 bytes per block).
 
-    A bin's mean is nearest to its n magnitudes in the least squares: ‖x − x̂‖² = ‖x‖² − Σ n m² (1 − δ²) over both bins,
-    where m is the mean and |δ| ≤ 2⁻⁹ its rounding. So x̂ is never farther from x than 0 is, however heavy the tails.
+    A bin's mean is the least-squares fit to its n magnitudes: ‖x − x̂‖² = ‖x‖² − Σ n m² (1 − δ²) over both bins, where m
+    is the mean and |δ| ≤ 2⁻⁹ its rounding. So x̂ is never farther from x than 0 is, however heavy the tails.
     """
 
     def __init__(self, block: int = 256, feedback: float = 0.0, mean: Codec | None = None) -> None:
@@ -108,7 +108,7 @@ class Bins(Codec):
 
 
 class Int8(Integer):
-    """1 byte a number, and 2 a block: |x − x̂| ≤ max |x| / 253."""
+    """1 byte per number and 2 per block: |x − x̂| ≤ max |x| / 253."""
 
     name = "int8"
 
@@ -117,7 +117,7 @@ class Int8(Integer):
 
 
 class Int4(Integer):
-    """4 bits a number, and 2 bytes a block: |x − x̂| ≤ max |x| / 13.8."""
+    """4 bits per number and 2 bytes per block: |x − x̂| ≤ max |x| / 13.8."""
 
     name = "int4"
     per_byte = 2
@@ -127,7 +127,7 @@ class Int4(Integer):
 
 
 class Int2(Bins):
-    """2 bits a number, and 4 bytes a block: see `Bins`; ‖x − x̂‖ is 0.34 ‖x‖ for Gaussian x."""
+    """2 bits per number and 4 bytes per block: see `Bins`. ‖x − x̂‖ is 0.34 ‖x‖ for Gaussian x."""
 
     name = "int2"
     default_feedback = 0.5
@@ -139,10 +139,10 @@ class Int2(Bins):
 
 
 class Ternary(_Scaled):
-    """−s, 0 or s, five numbers a byte, and 2 bytes a block; after Ternary Weight Networks (arXiv 1605.04711, §2.2).
+    """−s, 0 or s: five numbers per byte and 2 bytes per block; after Ternary Weight Networks (arXiv 1605.04711, §2.2).
 
-    Numbers below 0.7 mean |x| become 0; s is the mean of the other magnitudes, which is nearest to them in the least
-    squares. So ‖x − x̂‖ ≤ ‖x‖ (but for the rounding of s), and 0.44 ‖x‖ for Gaussian x.
+    Numbers below 0.7 mean |x| become 0; s is the mean of the other magnitudes, which is their least-squares fit. So
+    ‖x − x̂‖ ≤ ‖x‖ (except for the rounding of s), and 0.44 ‖x‖ for Gaussian x.
     """
 
     name = "ternary"
@@ -167,10 +167,10 @@ class Ternary(_Scaled):
 
 
 class Sign(_Scaled):
-    """−s or s, eight numbers a byte, and 2 bytes a block (signSGD with a scale, arXiv 1901.09847, §4).
+    """−s or s: eight numbers per byte and 2 bytes per block (signSGD with a scale, arXiv 1901.09847, §4).
 
-    s is mean |x|, which is nearest to the magnitudes in the least squares: ‖x − x̂‖² = ‖x‖² − m s², so that x̂ is never
-    farther from x than 0 is, and 0.60 ‖x‖ for Gaussian x. It needs error feedback.
+    s is mean |x|, the least-squares fit to the magnitudes: ‖x − x̂‖² = ‖x‖² − m s². So x̂ is never farther from x than 0
+    is, and ‖x − x̂‖ is 0.60 ‖x‖ for Gaussian x. This codec needs error feedback.
     """
 
     name = "sign"

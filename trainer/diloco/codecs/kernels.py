@@ -1,11 +1,11 @@
-"""The loops over the numbers of a block that torch would need many passes for, compiled by numba.
+"""Loops over the numbers of a block for which torch would need many passes, compiled by numba.
 
-Rows are uint8 (b, 2 + w): the bits of a bfloat16 scale, lowest byte first, and w bytes of levels. A byte's levels are
-taken from equal parts of the block, the first part's level in the lowest digit, so that every loop covers whole
-vectors.
+Rows are uint8 (b, 2 + w): the bits of a bfloat16 scale, lowest byte first, and w bytes of levels. The levels in a byte
+come from equal parts of the block, with the first part's level in the lowest digit, so that every loop can be
+vectorised.
 
-Decoding gives the same bits on every machine, as its arithmetic is not reordered. Encoding may sum in any order: all
-members decode the same coded bytes.
+Decoding gives the same bits on every machine, because its arithmetic is not reordered. Encoding may sum in any order,
+because all members decode the same bytes.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from numba import njit
 from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, Kernel, compiled, f4, i4, u1, u4
 
 SCALE_BYTES = 2
-TINY = np.finfo(np.float32).tiny  # scales below count as 0
+TINY = np.finfo(np.float32).tiny  # smaller scales count as 0
 ROUND = np.float32(2**23)  # adding it rounds a number to an integer, which is then in the lowest bits
 
 
@@ -46,7 +46,7 @@ def _mean_magnitude(block: Floats) -> np.float32:
 
 @_encoder
 def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: np.float32, least: np.float32) -> None:
-    """Levels of 8, 4 or 2 bits, evenly spaced: `zero` + x / scale to the nearest, from `least` to 2^`bits` − 1.
+    """Evenly spaced levels of 8, 4 or 2 bits: `zero` + x / scale, rounded to nearest, from `least` to 2^`bits` − 1.
 
     Args:
         up: The scale is the block's largest magnitude times this.
@@ -73,10 +73,10 @@ def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: 
 
 @_encoder
 def encode_bins(blocks: Floats, rows: Bytes, start: np.float64) -> None:
-    """The sign of each number, and whether its magnitude is above a threshold; the scales are the means of both bins.
+    """Encode each number's sign, and whether its magnitude exceeds a threshold. The scales are the means of both bins.
 
-    The threshold begins at `start` times the mean magnitude, and is twice set to the midpoint of the bins' means, as in
-    Lloyd's algorithm.
+    The threshold starts at `start` times the mean magnitude and is twice moved to the midpoint of the bins' means, as
+    in Lloyd's algorithm.
     """
     width = rows.shape[1] - 2 * SCALE_BYTES
     packed = np.empty(width, i4)
@@ -110,7 +110,7 @@ def encode_bins(blocks: Floats, rows: Bytes, start: np.float64) -> None:
 
 @compiled
 def decode_bins(rows: Bytes, out: Floats) -> None:
-    """Minus or plus one of the two scales."""
+    """Decode to plus or minus one of the two scales."""
     width = rows.shape[1] - 2 * SCALE_BYTES
     for number in range(len(rows)):
         row, block = rows[number], out[number]
@@ -125,7 +125,7 @@ def decode_bins(rows: Bytes, out: Floats) -> None:
 
 @compiled
 def decode_levels(rows: Bytes, out: Floats, bits: int, zero: np.float32) -> None:
-    """(level − `zero`) times the scale, for levels of 8, 4, 2 or 1 bits."""
+    """Decode levels of 8, 4, 2 or 1 bits to (level − `zero`) times the scale."""
     width = rows.shape[1] - SCALE_BYTES
     mask = i4((1 << bits) - 1)
     for number in range(len(rows)):
@@ -140,8 +140,10 @@ def decode_levels(rows: Bytes, out: Floats, bits: int, zero: np.float32) -> None
 
 @_encoder
 def encode_ternary(blocks: Floats, rows: Bytes, least: np.float32) -> None:
-    """Whether numbers are below, within or above ± `least` times the mean magnitude. The scale is the mean magnitude of
-    those that are not within."""
+    """Encode whether numbers are below, within or above ± `least` times the mean magnitude.
+
+    The scale is the mean magnitude of the numbers outside.
+    """
     width = rows.shape[1] - SCALE_BYTES
     packed = np.empty(width, i4)
     for number in range(len(blocks)):
@@ -164,7 +166,7 @@ def encode_ternary(blocks: Floats, rows: Bytes, least: np.float32) -> None:
 
 @compiled
 def decode_ternary(rows: Bytes, out: Floats) -> None:
-    """The scale times −1, 0 or 1."""
+    """Decode to the scale times −1, 0 or 1."""
     width = rows.shape[1] - SCALE_BYTES
     rest = np.empty(width, i4)
     for number in range(len(rows)):
@@ -181,7 +183,7 @@ def decode_ternary(rows: Bytes, out: Floats) -> None:
 
 @_encoder
 def encode_signs(blocks: Floats, rows: Bytes) -> None:
-    """Whether numbers are above 0. The scale is twice the mean magnitude: how far the two levels are apart."""
+    """Encode whether numbers are above 0. The scale is twice the mean magnitude: the distance of the two levels."""
     width = rows.shape[1] - SCALE_BYTES
     packed = np.empty(width, i4)
     for number in range(len(blocks)):

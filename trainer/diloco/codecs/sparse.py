@@ -1,4 +1,4 @@
-"""Sparse codecs: only the numbers of largest magnitude of every block are sent, with their positions."""
+"""Sparse codecs, which send only the largest-magnitude numbers of each block, with their positions."""
 
 from typing import Self
 
@@ -11,30 +11,29 @@ from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.dense import Bins
 from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, compiled, i8, u1, u4, u8
 
-AMONG_FEW = {2: 512, 3: 344, 4: 248, 5: 176}  # numbers of 4096 that each member sends all others, by their number
+AMONG_FEW = {2: 512, 3: 344, 4: 248, 5: 176}  # members -> numbers of 4096 that each sends to all others
 TO_OWNERS, OF_MEAN = (
     192,
     1152,
-)  # of more members: numbers that each sends to the owners, and that these send of the mean
+)  # with more members: numbers that each sends to the owners, and numbers of the mean that owners send
 
-Places = NDArray[np.int64]  # where numbers stand in their block, ascending: (b, k)
+Places = NDArray[np.int64]  # ascending positions in a block: (b, k)
 
 
 class TopK(Codec):
-    """The k numbers of largest magnitude of every block; the others become 0.
+    """The k largest-magnitude numbers of each block; the others become 0.
 
-    ‖x − x̂‖² ≤ (1 − k / block) ‖x‖², but for what `values` leaves out of the k, and ≤ ‖x‖² with its default. Needs error
-    feedback.
+    ‖x − x̂‖² ≤ (1 − k / block) ‖x‖², apart from the error of `values`; ≤ ‖x‖² with its default. Needs error feedback.
 
-    A row has the k positions in ascending order, then the row that `values` makes of the numbers there. The positions
-    take a fixed number of bytes, by the code of Elias and Fano: about 2 + log₂(block / k) bits each instead of
-    log₂(block) (64 of 4096: 64 bytes instead of 96), and a bitmap of the block if that is smaller.
+    A row has the k positions in ascending order, then the numbers there, encoded by `values`. The positions take a
+    fixed number of bytes in Elias–Fano coding: about 2 + log₂(block / k) bits each instead of log₂(block) (for 64 of
+    4096, 64 bytes instead of 96), or a bitmap of the block if that is smaller.
 
-    Magnitudes are compared as integers, and of equal ones the first come first: the same numbers give the same
-    positions on every machine.
+    Magnitudes are compared as integers, and ties go to the lower position, so the same numbers give the same positions
+    on every machine.
 
-    With 64 of 4096 and error feedback of 0.95 this is SparseLoCo's codec (arXiv 2508.15706), where the feedback takes
-    the place of the outer momentum. In few rounds more numbers and less feedback are far better (`bench_quality.py`).
+    With 64 of 4096 and an error feedback of 0.95, this is SparseLoCo's codec (arXiv 2508.15706), where the feedback
+    replaces the outer momentum. In short runs, more numbers and less feedback are far better (`bench_quality.py`).
     """
 
     name = "sparse"
@@ -52,9 +51,9 @@ class TopK(Codec):
     ) -> None:
         """
         Args:
-            k: Numbers of a block that are sent.
+            k: How many numbers of a block are sent.
             values: Codes the numbers that are sent; its block is k. None: two bits each, and two scales.
-            mean: Codes the mean, with the same block. None: this codec, so that the mean's k largest are sent.
+            mean: Codes the mean, with the same block. None: this codec, so that only the mean's k largest are sent.
         """
         if not 0 < k <= block:
             raise ValueError(f"cannot take {k} numbers of a block of {block}")
@@ -98,13 +97,13 @@ class TopK(Codec):
 
 
 class _Positions:
-    """k of n positions in a fixed number of bytes, by the code of Elias and Fano.
+    """k of n positions in a fixed number of bytes: Elias–Fano coding.
 
-    With the i-th position (of ascending ones) p, p − i does not descend, and is n − k at most. Its `low` lowest bits
-    are sent as they are; the rest, h, as a bitmap of all h + i. Where `low` is 0, that is the positions' own bitmap.
+    If the i-th position in ascending order is p, then p − i is non-decreasing and at most n − k. Its `low` lowest bits
+    are sent directly; the rest, h, as a bitmap of all h + i. If `low` is 0, that is the bitmap of the positions.
 
     Attributes:
-        row: Bytes for a block's positions: those of the bitmap, then those of the low bits.
+        row: Bytes for a block's positions: first the bitmap, then the low bits.
     """
 
     def __init__(self, k: int, n: int) -> None:
@@ -117,13 +116,13 @@ class _Positions:
         self.row = self._bitmap + low_bytes
 
     def encode(self, positions: Places) -> Bytes:
-        """uint8 (b, `row`) for ascending positions, (b, k)."""
+        """Encode ascending positions, (b, k), as uint8 (b, `row`)."""
         rows = np.zeros((len(positions), self.row), dtype=np.uint8)
         _pack(positions, rows, self._bitmap, self.low)
         return rows
 
     def decode(self, rows: Bytes) -> Places:
-        """Ascending positions, (b, k), for uint8 (b, `row` and more). ValueError if rows do not begin as `encode`'s."""
+        """Decode uint8 (b, `row` or more) to ascending positions, (b, k). ValueError if `encode` did not make them."""
         positions = np.empty((len(rows), self.k), dtype=np.int64)
         if not _unpack(rows, positions, self._bitmap, self.low, self.n):
             raise ValueError("not a sparse block: it does not have the positions it should have")
@@ -134,8 +133,8 @@ class _Positions:
 def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
     """The positions of the k largest magnitudes of each block.
 
-    Most numbers are excluded early: a bound is estimated from a quarter of the block, and only the numbers above it are
-    candidates. The k-th largest of these is found digit by digit, the highest 11 of its 31 bits first.
+    Most numbers are excluded early: a bound is estimated from a quarter of the block, and only numbers above it are
+    candidates. The k-th largest of them is found digit by digit, starting with the highest 11 of its 31 bits.
 
     Args:
         blocks: The numbers' bits, (b, n).
@@ -175,7 +174,7 @@ def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
             least |= u4(digit) << shift
             known |= digits << shift
 
-        # All that are larger than the least of the k, and the first `missing` of those that are equal to it.
+        # All that are larger than the smallest of the k, and the first `missing` of those equal to it
         taken = u8(0)
         for i in range(count):
             magnitude = magnitudes[u8(i)]
@@ -188,10 +187,10 @@ def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
 
 @compiled
 def _pack(positions: Places, rows: Bytes, bitmap: int, low: int) -> None:
-    """The code of `_Positions`, lowest bits first, into zeros; `bitmap` is the number of its bytes in a row."""
+    """Write the code of `_Positions`, lowest bits first, into zeros; `bitmap` is the bytes of a row's bitmap."""
     for number in range(len(positions)):
         row, at = rows[number], bitmap
-        bits, filled = i8(0), 0  # the low bits that are not in the row yet, and their number
+        bits, filled = i8(0), 0  # low bits that are not in the row yet, and their number
         for i in range(positions.shape[1]):
             rest = positions[number, i] - i
             high = (rest >> low) + i
@@ -209,7 +208,7 @@ def _pack(positions: Places, rows: Bytes, bitmap: int, low: int) -> None:
 
 @compiled
 def _unpack(rows: Bytes, positions: Places, bitmap: int, low: int, n: int) -> bool:
-    """Decode the rows that `_pack` made of k of n positions; False if they are not such rows."""
+    """Decode `_pack`'s rows of k of n positions; False if the rows are invalid."""
     k, most = positions.shape[1], 8 * bitmap
     high = np.empty(most, i8)
     for number in range(len(rows)):

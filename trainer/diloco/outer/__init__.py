@@ -1,7 +1,7 @@
-"""Outer optimizers: how the mean pseudo-gradient moves the global parameters. One file each.
+"""Outer optimizers, which move the global parameters by the mean pseudo-gradient. One file each.
 
-An outer optimizer is a class in a module of this package with a literal `name`, a choice of `outer_optimizer` in the
-configuration. It is an `OuterOptimizer`, constructed as `Class(lr, momentum)`.
+An outer optimizer is an `OuterOptimizer` class in a module of this package, constructed as `Class(lr, momentum)`. Its
+literal `name` is a choice of `outer_optimizer` in the configuration.
 """
 
 from trainer.diloco.outer.average import Averaged
@@ -13,7 +13,7 @@ __all__ = ["Averaged", "Nesterov", "OuterOptimizer", "Tensors", "make"]
 
 
 def make(name: str, lr: float, momentum: float) -> OuterOptimizer:
-    """The outer optimizer of that name.
+    """The outer optimizer with a name.
 
     Args:
         name: A choice of `outer_optimizer`.

@@ -9,9 +9,9 @@ from trainer.diloco.outer.optimizer import OuterOptimizer, Tensors
 class Averaged:
     """An outer optimizer that also keeps an average of the parameters: ā ← d ā + (1 − d) θ after each step.
 
-    It keeps `lag`, ā − θ, which depends on the steps alone. As part of the global state, the average is identical in
-    all workers, reaches joiners, and is in every checkpoint. GANs are sampled from such an average (arXiv 1809.11096,
-    §3).
+    It stores `lag`, ā − θ, which depends only on the steps. As part of the global state, the average is identical in
+    all workers, is sent to joiners, and is in every checkpoint. GANs are sampled from such an average (arXiv
+    1809.11096, §3).
 
     Args:
         outer: Takes the steps.
@@ -25,7 +25,7 @@ class Averaged:
 
     @classmethod
     def of(cls, outer: OuterOptimizer, decay: float) -> OuterOptimizer:
-        """`outer` itself if there is nothing to average."""
+        """`outer` with averaging, or `outer` itself if there is nothing to average."""
         return cls(outer, decay) if decay else outer
 
     @property

@@ -1,4 +1,4 @@
-"""SGD with Nesterov momentum, or without any."""
+"""SGD with Nesterov momentum, or without momentum."""
 
 import numpy as np
 import torch

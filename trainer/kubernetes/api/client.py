@@ -1,7 +1,7 @@
-"""The Kubernetes API, with plain dicts as objects: the official dynamic client, with readable errors.
+"""The Kubernetes API with plain dicts as objects: the official dynamic client with readable errors.
 
-The dynamic client's discovery is not used. It needs requests before the first useful one, rights that no Role of
-manifests/ grants, and a cache file, one for all clusters behind the same address. `kinds` lists the few kinds needed.
+The dynamic client's discovery is not used: it needs extra requests, rights that no Role of manifests/ grants, and a
+cache file that all clusters behind the same address would share. `kinds` lists the few kinds that are needed.
 """
 
 import json
@@ -22,20 +22,20 @@ logger = logging.getLogger(__name__)
 PAGE = 500  # objects in one page of a list
 BROKEN, TIMED_OUT = "Broken", "TimedOut"  # reasons: the connection broke; nothing arrived for too long
 EXPIRED = "CredentialsExpired"  # reason: another cluster rejects the credentials in its Secret, which may be renewed
-RUNTIME_UNSEEN = "RuntimeUnseen"  # reason: Trainer's webhook knows no runtime of this name, at least not yet
+RUNTIME_UNSEEN = "RuntimeUnseen"  # reason: Trainer's webhook does not know a runtime with this name (yet)
 _TRANSIENT = {0, 429, 500, 502, 503, 504}  # HTTP statuses of a server in trouble; 0: no answer
-_METHODS = {"list": "get", "watch": "get", "deletecollection": "delete"}  # by RBAC verb; others have the verb's name
+_METHODS = {"list": "get", "watch": "get", "deletecollection": "delete"}  # by RBAC verb; other verbs are HTTP methods
 _IN_BACKGROUND = {"propagationPolicy": "Background"}
 
 QUOTA_ADVICE = "Ask for a larger quota, or request less: nodes, gpu_count, cpu_cores, memory_gb, storage.size_gb"
 
 
 class ApiError(TrainingError):
-    """The API server has refused a request, or cannot be reached.
+    """The API server rejected a request, or cannot be reached.
 
     Attributes:
         status: The HTTP status; 0 if there was no answer.
-        reason: The API's (`NotFound`, `AlreadyExists`, ...); `BROKEN` or `TIMED_OUT` if a stream was interrupted.
+        reason: The API's reason (`NotFound`, `AlreadyExists`, ...); `BROKEN` or `TIMED_OUT` for an interrupted stream.
     """
 
     def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
@@ -44,7 +44,7 @@ class ApiError(TrainingError):
 
     @property
     def is_outage(self) -> bool:
-        """Whether the API server is in trouble, or away."""
+        """Whether the API server is failing or unreachable."""
         return self.status in _TRANSIENT
 
     @property
@@ -60,7 +60,7 @@ class Client:
     `OtherClient` is for other clusters.
 
     Attributes:
-        cluster: What another cluster than that is called; "" for that.
+        cluster: The name of another cluster; "" for this one.
         patience: Seconds for which a request is retried while the API server does not answer; `timeouts.outage`.
 
     Raises:
@@ -82,7 +82,7 @@ class Client:
 
         configuration = client.Configuration()
         self._configure(configuration)
-        configuration.retries = False  # `retrying` does it
+        configuration.retries = False  # `retrying` does this
         configuration.connection_pool_maxsize = 256  # each followed log and watch holds a connection
         self._configuration = configuration
         self._dynamic = DynamicClient(client.ApiClient(configuration), discoverer=lambda client, cache_file: None)
@@ -103,21 +103,21 @@ class Client:
             ) from None
 
     def _renewed(self, used: Any) -> bool:
-        """Whether there are newer credentials than those of the dynamic client that was `used`."""
+        """Whether there are newer credentials than those of the dynamic client `used`."""
         return False
 
     @property
     def called(self) -> str:
-        """The API server, in messages."""
+        """The API server's name in messages."""
         return f"the API server of cluster {self.cluster}" if self.cluster else "the API server"
 
     def why_silent(self, error: ApiError) -> str:
-        """Why no news arrives, after a request that has failed."""
+        """Why no news arrives, after a failed request."""
         return f"{self.called} does not answer" if error.is_outage else str(error)
 
     @contextmanager
     def reached(self, pod: Object, port: int) -> Iterator[tuple[str, int]]:
-        """Host and port that lead to a port of a pod."""
+        """Host and port at which a port of a pod can be reached."""
         yield pod["status"]["podIP"], port
 
     def get(self, kind: Kind, name: str, *, timeout: float | None = None) -> Object | None:
@@ -147,11 +147,11 @@ class Client:
         return self._json("patch", kind, name, body=change, content_type="application/merge-patch+json")
 
     def delete(self, kind: Kind, name: str) -> bool:
-        """Delete an object, and in the background what it owns. False if it does not exist."""
+        """Delete an object and, in the background, the objects that it owns. False if it does not exist."""
         return self._existing("delete", kind, name, body=_IN_BACKGROUND) is not None
 
     def delete_all(self, kind: Kind, labels: str) -> None:
-        """Delete all objects that match the selector by one request, and in the background what they own."""
+        """Delete all objects that match the selector in one request and, in the background, those that they own."""
         self._json("deletecollection", kind, label_selector=labels, body=_IN_BACKGROUND)
 
     def watch(
@@ -159,8 +159,8 @@ class Client:
     ) -> Iterator[Object]:
         """Changes since `version` as they happen: `{type: ADDED | MODIFIED | DELETED | BOOKMARK, object}`.
 
-        The iterator ends after `timeouts.watch`, or with the connection. (`kubernetes.watch.Watch` makes a client for
-        each watch, and fails on an error that has no reason.)
+        The iterator ends after `timeouts.watch`, or with the connection. (`kubernetes.watch.Watch` creates a client for
+        each watch, and fails on errors without a reason.)
 
         Args:
             begun: Called when the API server has accepted the request.
@@ -184,7 +184,7 @@ class Client:
             yield event
 
     def log(self, pod: str, container: str, since: str = "", *, follow: bool = True) -> Iterator[str]:
-        """The lines of a container's log, each prefixed with the time at which it was written (RFC 3339) and a space.
+        """The lines of a container's log, each prefixed with its time (RFC 3339) and a space.
 
         Args:
             since: RFC 3339 time from which to read; the API ignores fractions of a second.
@@ -220,11 +220,11 @@ class Client:
     def _send(
         self, verb: str, kind: Kind, name: str = "", *, limits: tuple[float, float], stream: bool = False, **more: Any
     ) -> Any:
-        """One attempt at a request, by the dynamic client. Returns the response.
+        """One attempt at a request with the dynamic client. Returns the response.
 
         Args:
-            limits: Seconds to connect, and without data.
-            stream: Leave the response's data to the caller.
+            limits: Seconds to connect, and seconds without data.
+            stream: Whether to leave the response's data to the caller.
         """
         from kubernetes.client import ApiException
         from kubernetes.dynamic import Resource
@@ -242,7 +242,7 @@ class Client:
             else:
                 response = getattr(dynamic, _METHODS.get(verb, verb))(resource, **where, **options)
             if not stream:
-                _ = response.data  # a connection that breaks here is a failure of the request
+                _ = response.data  # if the connection breaks here, the request has failed
             return response
         except ApiException as error:
             if error.status == 401 and self._renewed(dynamic):
@@ -259,7 +259,7 @@ class Client:
         return f"in namespace {self.namespace}" + (f" of cluster {self.cluster}" if self.cluster else "")
 
     def _refusal(self, verb: str, kind: Kind, name: str, status: int, answer: Mapping[str, Any]) -> ApiError:
-        """The server's refusal, as a readable sentence."""
+        """The server's rejection as a readable sentence."""
         what = f"{kind.name} {name}".strip() + f" {self._where}"
         message, reason = str(answer.get("message") or ""), str(answer.get("reason") or "")
         details = answer.get("details") or {}
@@ -295,7 +295,7 @@ class Client:
 
 
 def _lines(response: Any) -> Iterator[str]:
-    """The complete lines of a response as they arrive; at the end its connection is closed."""
+    """The complete lines of a response as they arrive. Closes the connection at the end."""
     from kubernetes.watch.watch import iter_resp_lines
     from urllib3.exceptions import HTTPError, ReadTimeoutError
 
@@ -318,7 +318,7 @@ def quota(message: str) -> str:
 
 
 def _answer(error: Any) -> dict[str, Any]:
-    """The `Status` object in an error's body; the text of any other body as its message."""
+    """The `Status` object in an error's body; for any other body, one with its text as the message."""
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
     try:
         status = json.loads(body)

@@ -1,4 +1,4 @@
-"""Why a pod waits, or has ended, in readable sentences: the content of `kubectl describe`, with advice.
+"""Why a pod is waiting or has ended, in readable sentences: the content of `kubectl describe`, with advice.
 
 Pure functions of the API's objects. Pod conditions and container reasons:
 https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/
@@ -37,11 +37,11 @@ _LOST = {
 
 
 def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]) -> str:
-    """Why a pod does not start; "" if it has started, or no reason is known.
+    """Why a pod does not start; "" if it has started or no reason is known.
 
     Args:
         events: Events about the pod, oldest first.
-        claims: Why claims of the pod wait, by name.
+        claims: Why the pod's claims are waiting, by name.
     """
     status = pod.get("status") or {}
     for container in _containers(status):
@@ -70,7 +70,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
 
 
 def why_claim_waits(claim: Object, events: Iterable[Object]) -> str:
-    """Why a claim has no volume; "" if it has one, or no reason is known."""
+    """Why a claim has no volume; "" if it has one or no reason is known."""
     status = (claim.get("status") or {}).get("phase", "Pending")
     if status == "Bound":
         return ""
@@ -100,7 +100,7 @@ def why_no_pod(events: Iterable[Object]) -> str:
 
 
 def why_ended(pod: Object, container: str, memory: str = "") -> str:
-    """Why a pod's container, with a limit of `memory`, has failed; "" if it has not."""
+    """Why a pod's container, with a limit of `memory`, failed; "" if it did not."""
     if lost := why_lost(pod):
         return lost
     code = exit_status(pod, container)
@@ -112,7 +112,7 @@ def why_ended(pod: Object, container: str, memory: str = "") -> str:
 
 
 def is_vague(why: str) -> bool:
-    """Whether a result of `why_ended` only states that a container has ended, and not why."""
+    """Whether a result of `why_ended` states only that a container ended, but not why."""
     return why in (_WAS_KILLED, _HAS_LEFT) or why.startswith(_ENDED_WITH)
 
 
@@ -128,13 +128,13 @@ def why_lost(pod: Object) -> str:
 
 
 def is_disrupted(pod: Object) -> bool:
-    """Whether the cluster ends a pod (a drain, an eviction, a lost node), and not its own failure."""
+    """Whether a pod was ended by the cluster (a drain, an eviction, a lost node) rather than by its own failure."""
     conditions = (pod.get("status") or {}).get("conditions") or []
     return any(one["type"] == "DisruptionTarget" and one.get("status") == "True" for one in conditions)
 
 
 def is_out_of_memory(pod: Object, container: str) -> bool:
-    """Whether a pod's container, or a process of a container that then failed, was killed for using too much memory.
+    """Whether a container, or one process in a container that then failed, was killed for using too much memory.
 
     (After the kill of a single process, containerd keeps the reason until the container ends.)
     """
@@ -163,7 +163,7 @@ def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _sentence(message: str) -> str:
-    """A message of Kubernetes as a sentence that another one can follow.
+    """A message from Kubernetes as a sentence, so that another one can follow.
 
     >>> _sentence("0/2 nodes are available. preemption: not helpful for scheduling.. ")
     '0/2 nodes are available. preemption: not helpful for scheduling.'
@@ -172,7 +172,7 @@ def _sentence(message: str) -> str:
 
 
 def _advice(message: str) -> str:
-    """What may help, by the scheduler's message."""
+    """Advice that matches the scheduler's message."""
     advice = {
         "nvidia.com/gpu": "gpu_count or nodes exceed the free GPUs",
         "amd.com/gpu": "gpu_count or nodes exceed the free GPUs",

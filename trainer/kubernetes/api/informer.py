@@ -1,8 +1,8 @@
 """A local copy of some of the API's objects that follows their changes, like client-go's informers.
 
-It lists the objects, then watches them from the list's version on. A watch ends after a minute, breaks, or is refused
-because its version is too old (410): the informer then resumes from the last version, or lists again. Objects that the
-new list lacks have been deleted, so no deletion is missed, however long the watch was down.
+It lists the objects, then watches them from the list's version on. When a watch ends (after a minute), breaks, or is
+rejected because its version is too old (410), the informer resumes from the last version, or lists again. Objects that
+are missing from the new list were deleted, so no deletion is missed, however long the watch was down.
 """
 
 import logging
@@ -35,7 +35,7 @@ class Informer:
     ) -> None:
         self._client, self._kind, self._labels, self._changed = client, kind, labels, changed
         self._patience, self._heard = patience, time.monotonic()
-        self.silence: Silence | None = None  # since when, and why, the objects' state is unknown
+        self.silence: Silence | None = None  # since when and why the objects' state is unknown
         self._objects: dict[str, Object] = {}
         self._departed: list[Object] = []
         self._version = ""
@@ -45,27 +45,27 @@ class Informer:
 
     def __enter__(self) -> Self:
         try:
-            self._list()  # in the caller's thread, which gets a refusal as an exception
+            self._list()  # in the caller's thread, so that a rejection raises there
         except ApiError as error:
             if not (
                 self._client.cluster and error.is_transient and self._may_pass(error)
-            ):  # another cluster may be away
+            ):  # another cluster may be unreachable
                 raise
         threading.Thread(target=self._run, name=f"watch-{self._kind.plural}", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._closed.set()  # the thread ends with its connection; there is no need to wait for it
+        self._closed.set()  # the thread ends with its connection and need not be joined
 
     def objects(self) -> dict[str, Object]:
-        """The current objects by name. Raises ApiError if they cannot be followed any more."""
+        """The current objects by name. Raises ApiError if they can no longer be followed."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
             return dict(self._objects)
 
     def departed(self) -> list[Object]:
-        """The objects that were deleted since the last call, in their last known state."""
+        """The objects deleted since the last call, in their last known state."""
         with self._lock:
             found, self._departed = self._departed, []
             return found
@@ -82,7 +82,7 @@ class Informer:
         try:
             while not self._closed.is_set():
                 policy(self._follow)
-        except Exception as error:  # the reader, which waits for news, gets it as an exception
+        except Exception as error:  # re-raised in the reader, which waits for news
             unknown = f"{self._kind.plural} cannot be followed: {error!r}"
             with self._lock:
                 self._failure = error if isinstance(error, ApiError) else TrainingError(unknown)
@@ -113,8 +113,8 @@ class Informer:
             self._note_news()
         if error.reason in (BROKEN, TIMED_OUT):
             return True
-        # A server that has just started may refuse everything until it has loaded its roles. That of another cluster
-        # may do so for long, and its workers train on.
+        # A server that has just started may reject everything until it has loaded its roles. Another cluster's server
+        # may do so for long, while its workers keep training.
         starting = (self.silence is not None or self._client.cluster) and error.status in (401, 403)
         if not (error.is_transient or starting) or time.monotonic() - self._heard > self._patience:
             return False

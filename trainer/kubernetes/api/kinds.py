@@ -1,6 +1,6 @@
-"""The kinds of objects that a training consists of, and how to read the state of those that are jobs.
+"""The kinds of objects that make up a training, and how to read the state of jobs.
 
-What differs between the kinds of training jobs is a field of `JobKind`, or a line of their builders
+Differences between the kinds of training jobs are fields of `JobKind`, or are in their builders
 (`objects/pytorchjob.py`, `objects/trainjob.py`).
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Object = dict[str, Any]  # in the form that the Kubernetes API takes and returns
+Object = dict[str, Any]  # an object of the Kubernetes API
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class JobKind(Kind):
-    """A kind of jobs, each of which runs pods, and what its controller does with them."""
+    """A kind of jobs, which run pods, and the behaviour of its controller."""
 
-    succeeded: str = "Complete"  # type of the condition of a job that has succeeded; failure is always `Failed`
+    succeeded: str = "Complete"  # condition type of a job that has succeeded; failure is always `Failed`
     controller: str = ""  # what to check if nothing acts on a job; "": its controller is part of Kubernetes
-    acts: tuple[str, ...] = ("conditions",)  # fields of the status, of which its controller sets one at once
+    acts: tuple[str, ...] = ("conditions",)  # status fields; its controller sets one of them at once
     suspend: tuple[str, ...] = ("spec", "suspend")  # path of the field that suspends a job
     job_label: str = ""  # label of a pod with its job's name; "": the job is the pod's owner
-    child: str = ""  # what is added to a job's name for that of the object whose events tell why it has no pod
-    name_limit: int = 53  # characters of a job's name: that of a pod, with `-worker-63`, is a DNS label
-    retries_disrupted: bool = False  # a pod that was evicted is made anew, whatever its exit status
-    before: Kind | None = None  # an object of the same name that must exist before a job, and go after it
+    child: str = ""  # suffix of a job's name for the object whose events explain why it has no pod
+    name_limit: int = 53  # characters of a job's name, so that a pod's, with `-worker-63`, is a DNS label
+    retries_disrupted: bool = False  # whether an evicted pod is recreated, whatever its exit status
+    before: Kind | None = None  # an object of the same name that must be created before, and deleted after, a job
 
     def job_of(self, pod: Object) -> str:
         """The name of a pod's job; "" if it has none."""
@@ -43,9 +43,10 @@ class JobKind(Kind):
         return str(self._owner_of(pod).get("name", ""))
 
     def owns(self, uid: str, pod: Object) -> bool:
-        """Whether a pod of a job of this name is one of this job, and not of an earlier one.
+        """Whether a pod of a job with this name belongs to this job rather than to an earlier one.
 
-        Pods that do not refer to their job count as its own: none of an earlier one exists any more when it is created.
+        Pods that do not refer to their job count as its own, because a job is only created once no pod of an earlier
+        one exists.
         """
         return bool(self.job_label) or self._owner_of(pod).get("uid") == uid
 
@@ -59,18 +60,18 @@ class JobKind(Kind):
         return self.has_succeeded(job) or self.has_failed(job)
 
     def is_suspended(self, job: Object) -> bool:
-        """Whether a job is to have no pods at the moment."""
+        """Whether a job is suspended, and so should have no pods."""
         value: Any = job
         for key in self.suspend:
             value = (value or {}).get(key)
         return bool(value) and not self.has_ended(job)
 
     def has_stopped(self, job: Object) -> bool:
-        """Whether its controller makes no pods any more: it has ended, or its suspension is confirmed."""
+        """Whether its controller creates no more pods: it has ended, or its suspension is confirmed."""
         return self.has_ended(job) or (self.is_suspended(job) and _condition(job, "Suspended") is not None)
 
     def suspension(self) -> Object:
-        """The change that suspends a job."""
+        """The patch that suspends a job."""
         change: Any = True
         for key in reversed(self.suspend):
             change = {key: change}
@@ -124,8 +125,8 @@ TRAIN_JOB = JobKind(
     "trainjobs",
     _TRAINER,
     controller="is Kubeflow Trainer installed, with JobSet, and are both running?",
-    acts=("conditions", "jobsStatus"),  # it has no condition while it runs
-    job_label="jobset.sigs.k8s.io/jobset-name",  # its pods belong to a Job of a JobSet, which is named like it
+    acts=("conditions", "jobsStatus"),  # a running TrainJob has no condition
+    job_label="jobset.sigs.k8s.io/jobset-name",  # its pods belong to a Job of a JobSet with the same name
     child="-node-0",  # that Job
     name_limit=48,  # its pods are called <name>-node-0-0-xxxxx
     retries_disrupted=True,
@@ -139,7 +140,7 @@ KINDS = {
 
 
 def training_kind(launcher: str) -> JobKind:
-    """The kind of jobs that a value of `launcher` means on a cluster."""
+    """The kind of jobs for a value of `launcher` on a cluster."""
     return TRAINING_KINDS.get(launcher, TRAIN_JOB)
 
 

@@ -19,13 +19,13 @@ _MOMENT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\
 
 
 class LogFollower:
-    """Delivers each line of a container's log once, from a thread of its own, as long as the pod exists.
+    """Delivers each line of a container's log once, from its own thread, as long as the pod exists.
 
-    Kubernetes prefixes each line with a time. After a broken connection the follower requests the lines from the last
-    line's second on, and skips those that are not newer.
+    Kubernetes prefixes each line with a time. After a broken connection, the follower requests the lines from the last
+    line's second on and skips those that are not newer.
 
-    A silent connection does not show whether the kubelet is still alive. After `log_silence` the follower therefore
-    closes it, and reads the log without following, which a kubelet answers at once.
+    A silent connection does not show whether the kubelet is still alive. Therefore, after `log_silence`, the follower
+    closes it and reads the log without following, which a live kubelet answers at once.
     """
 
     def __init__(self, client: Client, pod: Object, container: str, on_line: Callable[[str], None]) -> None:
@@ -35,16 +35,16 @@ class LogFollower:
         self._last = ""  # time of the last line
         self._heard = time.monotonic()
         self._ended, self._closed = threading.Event(), threading.Event()
-        self.silence: Silence | None = None  # why no line can arrive at the moment
-        self.done = threading.Event()  # set when no further line will come
+        self.silence: Silence | None = None  # why no line can currently arrive
+        self.done = threading.Event()  # set when no more lines will arrive
         threading.Thread(target=self._run, name=f"log-{self._pod}", daemon=True).start()
 
     def end(self) -> None:
-        """Note that the container has ended. `done` is set once its remaining lines have been read."""
+        """Record that the container has ended. `done` is set once its remaining lines have been read."""
         self._ended.set()
 
     def close(self) -> None:
-        """Stop. The thread ends with its connection, without being waited for."""
+        """Stop. The thread ends with its connection and is not joined."""
         self._closed.set()
         self._ended.set()
 
@@ -53,7 +53,7 @@ class LogFollower:
         try:
             while not self._closed.is_set():
                 ended = self._ended.is_set()
-                # The end of the container interrupts a pause, so that its last lines arrive at once.
+                # The end of the container interrupts a pause, so that its last lines arrive at once
                 interrupt = self._closed if ended else self._ended
                 policy = retrying(
                     lambda error: isinstance(error, ApiError),
@@ -73,9 +73,9 @@ class LogFollower:
             self.done.set()
 
     def _read_all(self, ended: bool) -> bool:
-        """Read the existing lines, then follow, unless the container has `ended`. Returns whether no line can follow.
+        """Read the existing lines, then follow unless the container has `ended`. Returns whether the log is complete.
 
-        Raises ApiError if reading may succeed later; `silence` is set.
+        Raises ApiError if reading may succeed later; then `silence` is set.
         """
         try:
             if not self._pod_exists():
@@ -90,13 +90,13 @@ class LogFollower:
             return True
         try:
             self._read(follow=True)
-        except ApiError as error:  # broken, or silent for long: the next read without following shows which
+        except ApiError as error:  # broken, or silent for long: the next read, without following, shows which
             self._heard = time.monotonic() if error.reason == BROKEN else self._heard
             logger.debug("the log of %s is followed again: %s", self._pod, error)
         return False
 
     def _is_over(self, error: ApiError, ended: bool) -> bool:
-        """Whether no line can follow this error; otherwise note which process does not answer."""
+        """Whether no line can follow after this error. Otherwise records which process does not answer."""
         if error.reason == "NotFound" or (ended and error.status == 400):  # the pod, or its container's log, is gone
             return True
         try:
@@ -118,7 +118,7 @@ class LogFollower:
         return pod is not None and pod["metadata"]["uid"] == self._uid
 
     def _read(self, follow: bool) -> None:
-        """Deliver the lines that are new."""
+        """Deliver the new lines."""
         known = self._last
         for text in self._client.log(self._pod, self._container, f"{known[:19]}Z" if known else "", follow=follow):
             if self._closed.is_set():
@@ -126,7 +126,7 @@ class LogFollower:
             self._heard = time.monotonic()
             moment, _, line = text.partition(" ")
             if not (written := _sortable(moment)):
-                continue  # a message of the kubelet about a log that it cannot read
+                continue  # a kubelet's message about a log that it cannot read
             self._last = max(self._last, written)
             if written > known:
                 self._on_line(line)
@@ -137,7 +137,7 @@ class LogFollower:
 def _sortable(moment: str) -> str:
     """An RFC 3339 time in UTC, in a form that sorts by time; "" if it is not a time.
 
-    The container runtime writes times in its node's zone, and Go omits trailing zeros of a fraction.
+    The container runtime writes times in its node's time zone, and Go omits trailing zeros of fractions.
 
     >>> _sortable("2026-11-21T18:00:00.5+08:00")
     '2026-11-21T10:00:00.500000000'

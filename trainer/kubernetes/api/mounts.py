@@ -1,11 +1,11 @@
-"""What a pod's directories are for those who are not in it."""
+"""Descriptions of a pod's directories for readers outside the pod."""
 
 from trainer.kubernetes.api.kinds import Object
 from trainer.places import OWN_DISK, Place, Places
 
 
 def places_of(pod: Object, container: str) -> Places:
-    """The volumes that a pod's container has mounted, by where: claims, Secrets, ConfigMaps, and the pod's own."""
+    """The volumes mounted by a pod's container, by mount path: claims, Secrets, ConfigMaps, and the pod's own."""
     metadata, spec = pod["metadata"], pod["spec"]
     volumes = {volume["name"]: _name(volume) for volume in spec.get("volumes") or []}
     mounts = (it for one in spec["containers"] if one["name"] == container for it in one.get("volumeMounts") or [])
@@ -29,5 +29,5 @@ def _name(volume: Object) -> str:
 
 
 def _inside(mount: Object, pod: str) -> str:
-    """The directory of the volume that is mounted. Our templates name it after the pod, or not at all."""
+    """The mounted directory of the volume. Our templates name it after the pod, or mount the root."""
     return str(mount.get("subPath") or mount.get("subPathExpr", "").replace("$(POD_NAME)", pod))

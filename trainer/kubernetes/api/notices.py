@@ -1,4 +1,4 @@
-"""Notices about a run's pods that do not flood a log: which cannot be observed, and why others wait."""
+"""Notices about a run's pods, without flooding the log: which cannot be observed, and why others are waiting."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from trainer.timeouts import KubernetesTimeouts
 
 Show = Callable[[str], None]  # prints a line
 
-_NAMED = 4  # pods that a notice names; it counts the others
+_NAMED = 4  # number of pods that a notice names; it counts the others
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class Silence:
 class SilenceNotices:
     """Prints which pods are silent and why, and when they respond again.
 
-    A notice is repeated whenever the silence has become twice as long, at least every `longest_silence` seconds.
+    A notice is repeated whenever the silence has doubled, at least every `longest_silence` seconds.
     """
 
     def __init__(self, show: Show, timeouts: KubernetesTimeouts) -> None:
         self._show, self._timeouts = show, timeouts
-        self._printed: dict[tuple[str, str], None] = {}  # pod and reason, in the order in which they were printed
+        self._printed: dict[tuple[str, str], None] = {}  # pod and reason, in the order of printing
         self._last, self._next = -math.inf, -math.inf  # when the last notice was printed, and when the next one is due
 
     def update(self, silences: Mapping[str, Silence]) -> None:
-        """Print the notices that are due about these silences, by display name of the pod."""
+        """Print the notices that are due for these silences, by the pods' display names."""
         now = time.monotonic()
 
         # Pods that respond again
@@ -44,7 +44,7 @@ class SilenceNotices:
             self._show(f"{_list(again)} {'is' if len(again) == 1 else 'are'} responding again")
         self._printed = {one: None for one in self._printed if one[0] in silences}
 
-        # Pods that have been silent for long: a new one, or the same ones once more
+        # Pods that have been silent for long: new ones, or the same ones once more
         long = {name: one for name, one in silences.items() if now - one.since >= self._timeouts.silence}
         new = any((name, one.why) not in self._printed for name, one in long.items())
         if not long or now < (self._last + self._timeouts.silence if new else self._next):
@@ -69,14 +69,14 @@ class WaitReasons:
 
     def __init__(self, client: Client, show: Show) -> None:
         self._client, self._timeouts, self._show = client, client.timeouts, show
-        self._since: dict[str, float] = {}  # by name; shifted by the time in which the API server did not answer
+        self._since: dict[str, float] = {}  # by name; shifted by the API server's outages
         self._asked: dict[str, float] = {}  # when the reason was looked up
         self._why: dict[str, str] = {}  # the reason
         self._lines: dict[str, str] = {}  # the last line about a pod or a job
         self._observed = time.monotonic()
 
     def observe(self, *, api_is_silent: bool) -> None:
-        """Begin an observation. Time in which the API server does not answer does not count as waiting."""
+        """Start an observation. Outages of the API server do not count as waiting."""
         before, self._observed = self._observed, time.monotonic()
         if api_is_silent:
             self._since = {name: since + self._observed - before for name, since in self._since.items()}
@@ -86,7 +86,7 @@ class WaitReasons:
         return time.monotonic() - self._since.setdefault(name, time.monotonic())
 
     def forget(self, name: str) -> None:
-        """Note that it no longer waits."""
+        """Record that this name no longer waits."""
         self._since.pop(name, None)
         self._why.pop(name, None)
 
@@ -111,7 +111,7 @@ class WaitReasons:
         """Print why a job has no pod, if it has waited for `explain_after`.
 
         Args:
-            children: Names of objects that the job consists of, and that events are about, too.
+            children: Names of the job's child objects, whose events are also considered.
         """
         self._explain(
             name,
@@ -136,7 +136,7 @@ class WaitReasons:
             self.show_once(name, f"{called} waits: {found}")
 
     def _waiting_claims(self, pod: Object) -> dict[str, str]:
-        """Those of a pod's claims that have no volume, and why."""
+        """The pod's claims that have no volume, and why."""
         found = {}
         for volume in pod["spec"].get("volumes") or []:
             if "persistentVolumeClaim" not in volume:

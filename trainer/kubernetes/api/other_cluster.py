@@ -1,6 +1,6 @@
-"""Clusters other than that of the steps. A Secret there holds the kubeconfig of each, as Kueue's MultiKueue has it.
+"""Clusters other than the steps' own. A Secret in the steps' cluster holds the kubeconfig of each, as in MultiKueue.
 
-Nothing that the kubeconfig contains appears in a message, not even the address: people know the cluster by its Secret.
+No content of a kubeconfig appears in messages, not even the address: they name the cluster by its Secret.
 """
 
 import base64
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 KEY = "kubeconfig"  # in the Secret
 _FIELD = "sites[].cluster"
-_ALONE = "kubectl config view --minify --flatten --raw"  # prints a kubeconfig that needs nothing else
-# Fields of a kubeconfig that name a file, or a program to run, both of another machine
+_ALONE = "kubectl config view --minify --flatten --raw"  # prints a self-contained kubeconfig
+# Fields of a kubeconfig that name a file or a program, which would be on another machine
 _ELSEWHERE = ("certificate-authority", "client-certificate", "client-key", "tokenFile", "exec", "auth-provider")
 
 
@@ -34,18 +34,18 @@ class Kubeconfig:
     """The kubeconfig of another cluster."""
 
     content: Mapping[str, Any]
-    namespace: str  # of its current context; as for kubectl, "default" if that has none
+    namespace: str  # of its current context; "default" if that has none, as for kubectl
 
 
 def read_kubeconfig(home: Client, secret: str, *, timeout: float | None = None) -> Kubeconfig:
     """Read another cluster's kubeconfig from its Secret.
 
     Args:
-        home: Of the namespace that has the Secret.
+        home: A client of the Secret's namespace.
         timeout: As for `Client.get`.
 
     Raises:
-        ConfigError: There is no such Secret, or it has no kubeconfig that is complete in itself.
+        ConfigError: There is no such Secret, or it has no self-contained kubeconfig.
         ApiError: It cannot be read.
     """
 
@@ -75,8 +75,8 @@ def read_kubeconfig(home: Client, secret: str, *, timeout: float | None = None) 
     except KeyError as error:
         missing = f"no key {KEY}" if error.args == (KEY,) else "no kubeconfig with a current context, cluster and user"
         raise refuse(f"the Secret has {missing}") from None
-    except (TypeError, StopIteration, binascii.Error, yaml.YAMLError):  # whose messages may quote the content
-        raise refuse(f"what the Secret has under the key {KEY} is no kubeconfig") from None
+    except (TypeError, StopIteration, binascii.Error, yaml.YAMLError):  # their messages may quote the content
+        raise refuse(f"the value of the Secret's key {KEY} is not a kubeconfig") from None
     if not server.startswith(("http://", "https://")):
         raise refuse("the server in its kubeconfig must be an http or https URL")
     if elsewhere:
@@ -87,16 +87,16 @@ def read_kubeconfig(home: Client, secret: str, *, timeout: float | None = None) 
 
 
 class OtherClient(Client):
-    """The objects of the namespace of another cluster that its kubeconfig names.
+    """The objects of another cluster, in the namespace named by its kubeconfig.
 
-    If the cluster rejects the credentials, they are read again: somebody may have renewed them.
+    If the cluster rejects the credentials, they are read again, because they may have been renewed.
 
     Args:
-        home: Of the namespace that has the Secret.
-        cluster: The Secret.
+        home: A client of the Secret's namespace.
+        cluster: The Secret's name.
 
     Raises:
-        ConfigError, ApiError: As `read_kubeconfig`.
+        ConfigError, ApiError: Same as `read_kubeconfig`.
     """
 
     def __init__(self, home: Client, cluster: str) -> None:
@@ -145,9 +145,9 @@ class OtherClient(Client):
 
     @contextmanager
     def reached(self, pod: Object, port: int) -> Iterator[tuple[str, int]]:
-        """A port of this machine whose connections the API server forwards: the pod's address may mean nothing here.
+        """A local port whose connections the API server forwards, because the pod's address may be unreachable.
 
-        A connection that cannot be forwarded is closed; the log says why.
+        A connection that cannot be forwarded is closed, with the reason in the log.
         """
         name = pod["metadata"]["name"]
         with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as connections:
@@ -170,12 +170,12 @@ class OtherClient(Client):
                 listener.shutdown(socket.SHUT_RDWR)
 
     def _forward(self, connection: socket.socket, pod: str, port: int) -> None:
-        """Forward a connection to a pod's port, by a WebSocket to the API server and two threads."""
+        """Forward a connection to a pod's port, with a WebSocket to the API server and two threads."""
         from kubernetes import client
         from kubernetes.client import ApiException
         from kubernetes.stream import portforward
 
-        # A client of its own: `portforward` replaces a method of the one that it is given
+        # A separate client, because `portforward` replaces one of its methods
         api = client.CoreV1Api(client.ApiClient(self._configuration))
         try:
             forwarded = portforward(api.connect_get_namespaced_pod_portforward, pod, self.namespace, ports=str(port))
@@ -188,7 +188,7 @@ class OtherClient(Client):
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
-    """Copy what arrives, until one of the two is closed; then close both."""
+    """Copy data until one of the two is closed; then close both."""
     with suppress(OSError):
         while data := source.recv(1 << 20):
             target.sendall(data)

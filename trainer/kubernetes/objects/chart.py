@@ -1,7 +1,7 @@
 """The rendered files of the Helm chart, manifests/chart/: values with their schema, and the objects of manifests/base.
 
-The values are the parameters by the reference's names, in Kubernetes' case: those of the cluster at the top, the groups
-as they are, and all others below `diloco`. The chart's own templates make a configuration of them again.
+The values are the parameters under the reference's names, in camel case: the cluster's at the top level, the groups
+unchanged, and all others below `diloco`. The chart's own templates turn them back into a configuration.
 """
 
 import json
@@ -16,7 +16,7 @@ from pydantic.alias_generators import to_camel
 
 from trainer.config import UNSET, Parameter, TrainingConfig
 
-# Parameter, by flat name, and the variable that etcd reads (https://etcd.io/docs/v3.5/op-guide/configuration/).
+# Flat parameter name -> environment variable of etcd (https://etcd.io/docs/v3.5/op-guide/configuration/)
 ETCD_SETTINGS = {
     "etcd_heartbeat_interval": "ETCD_HEARTBEAT_INTERVAL",
     "etcd_election_timeout": "ETCD_ELECTION_TIMEOUT",
@@ -25,21 +25,21 @@ ETCD_SETTINGS = {
     "etcd_auto_compaction_retention": "ETCD_AUTO_COMPACTION_RETENTION",
 }
 
-# Parameters of pods and nodes: the reference's values have them at the top
+# Parameters of pods and nodes, which the reference's values have at the top level
 _TOP = (
     "deployment_name", "deployment_namespace", "deployment_image", "image_pull_secrets", "service_account", "nodes",
     "sites", "cpu_cores", "memory_gb", "ephemeral_storage_gb", "gpu_count", "gpu_vendor", "gpu_type", "gpu_memory",
     "active_deadline", "finished_ttl",
 )  # fmt: skip
 _NO_VALUES = ("run_dir",)  # it is on the release's own claim
-_DIFFERENT = {  # where the chart has another default, as its templates say it
-    "launcher": "The workers' kind of jobs. auto: TrainJobs, or PyTorchJobs if the cluster has only them.",
+_DIFFERENT = {  # parameters with another default in the chart's templates
+    "launcher": "Kind of the workers' jobs. auto: TrainJobs, or PyTorchJobs if the cluster has no TrainJobs.",
     "max_samples": "Maximum number of documents, pictures or clips to read from the dataset. -1: all; a million of C4.",
-    "run_id": "Name of the run. An unfinished run of that name resumes. Empty: the release's name.",
+    "run_id": "Name of the run. An unfinished run of that name is resumed. Empty: the release's name.",
     "deployment_namespace": "Namespace of all objects. Empty: the release's.",
-    "deployment_image": "Image of all pods. Empty: diloco-pipelines-python, in the chart's version.",
+    "deployment_image": "Image of all pods. Empty: diloco-pipelines-python at the chart's version.",
     "etcd_enabled": "Install an etcd, unless `etcd.endpoints` or `elastic.etcd.externalEndpoint` names one.",
-    "etcd_replica_count": "Members of the release's etcd; not to be changed by an upgrade.",
+    "etcd_replica_count": "Members of the release's etcd. An upgrade must not change it.",
 }
 _WIDTH = 120
 _SNAKE = re.compile(r"\b[a-z]+(_[a-z]+)+\b")  # a parameter's name in a description
@@ -54,24 +54,24 @@ _USERS = """\
 
 Tree = dict[str, Any]
 _TEXT: Tree = {"type": "string"}
-_SECRET = "It becomes a Secret. Helm keeps values, too: a Secret of yours is better, named by"
+_SECRET = "It becomes a Secret, but Helm also stores it with the release: better name your own Secret in"
 _RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "4Gi"}}
-# Values that are no parameters: default, description and schema
+# Values that are not parameters: default, description and schema
 _OWN: dict[tuple[str, ...], tuple[Any, str, Tree]] = {
     ("diloco", "huggingfaceToken"): ("", f"Hugging Face token. {_SECRET} `diloco.huggingfaceSecret`.", _TEXT),
     ("diloco", "wandbApiKey"): ("", f"Weights & Biases key. {_SECRET} `diloco.wandbSecret`.", _TEXT),
-    ("diloco", "wandbUserKey"): ("", "The reference's name of `diloco.wandbApiKey`.", _TEXT),
+    ("diloco", "wandbUserKey"): ("", "The reference's name for `diloco.wandbApiKey`.", _TEXT),
     ("pipeline", "nodeSelector"): (
-        {}, "Labels of the nodes for the pod that runs the pipeline; `sites` has the workers'.",
+        {}, "Node labels for the pod that runs the pipeline; `sites` sets those of the workers.",
         {"type": "object", "additionalProperties": _TEXT},
     ),
     ("pipeline", "tolerations"): ([], "Tolerations of that pod.", {"type": "array", "items": {"type": "object"}}),
-    ("pipeline", "resources"): (_RESOURCES, "Resources of that pod, which trains nothing.", {"type": "object"}),
+    ("pipeline", "resources"): (_RESOURCES, "Resources of that pod, which does not train.", {"type": "object"}),
 }  # fmt: skip
 
 
 def value_path(parameter: Parameter) -> tuple[str, ...] | None:
-    """Where the chart's values have a parameter; None if they do not."""
+    """The path of a parameter in the chart's values; None if they do not contain it."""
     if parameter.name in _NO_VALUES:
         return None
     below = () if parameter.name in _TOP or len(parameter.path) > 1 else ("diloco",)
@@ -112,7 +112,7 @@ def _leaves() -> Iterator[tuple[tuple[str, ...], Any, str, Tree]]:
 def _values() -> str:
     lines = [
         "# Rendered by `make manifests` from the parameters (trainer/config/).",
-        "# Text that looks like a number: `--set-string`. A default of -1 means `not set`.",
+        "# Set text that looks like a number with `--set-string`. A default of -1 means `not set`.",
         "",
     ]
     above: tuple[str, ...] = ()
@@ -127,9 +127,12 @@ def _values() -> str:
 
 
 def _schema() -> Tree:
-    """The values' JSON Schema. Misspelt values are refused."""
+    """The JSON Schema of the values. It rejects unknown names."""
     root = _group()
-    root["properties"]["global"] = {"type": "object", "description": "Helm's own; `deploymentName` may be in it."}
+    root["properties"]["global"] = {
+        "type": "object",
+        "description": "Helm's global values; may contain `deploymentName`.",
+    }
     for path, default, description, schema in _leaves():
         group = root
         for key in path[:-1]:
@@ -159,7 +162,7 @@ def _inlined(schema: Tree) -> Tree:
             return inline(definitions[name.rpartition("/")[2]])
         named = isinstance(node.get("properties"), dict)
         inlined = {key: inline(value) for key, value in node.items() if key not in ("title", "$defs")}
-        if named:  # a field may be called title
+        if named:  # a field may itself be called `title`
             inlined["properties"] = {key: inline(value) for key, value in node["properties"].items()}
         return inlined
 
@@ -167,7 +170,7 @@ def _inlined(schema: Tree) -> Tree:
 
 
 def _narrowed(schema: Tree) -> Tree:
-    """The schema without what a chart cannot have: integers that Helm would round, and workers without pods."""
+    """The schema without what a chart does not support: integers that Helm would round, and workers without pods."""
     if schema.get("type") == "integer" and schema.get("exclusiveMaximum", 0) > _EXACT:
         return {key: value for key, value in schema.items() if key != "exclusiveMaximum"} | {"maximum": _EXACT}
     if "local" in schema.get("enum", ()):
@@ -185,7 +188,7 @@ def _etcd(documents: list[str]) -> str:
     for name, variable in ETCD_SETTINGS.items():
         path, kind = value_path(types[name]), types[name].type
         assert path is not None
-        value = f".Values.{'.'.join(path)}"  # as an integer, a large number is not written with an exponent
+        value = f".Values.{'.'.join(path)}"  # `int64` keeps large numbers from being printed with an exponent
         settings.append(f"{variable}: {{{{ {f'int64 {value}' if kind is int else value} | quote }}}}")
     head = [
         "{{/* Rendered by `make manifests` from manifests/base/ and overlays/prod/network.yaml. */}}",
@@ -205,7 +208,7 @@ def _etcd(documents: list[str]) -> str:
 
 
 def _rbac(text: str) -> str:
-    """Account and Role of manifests/base, and a binding of that account alone."""
+    """The ServiceAccount and Role of manifests/base, and a binding for that account alone."""
     name = '{{ include "diloco.name" . }}'
     text = re.sub(r"(?m)^#.*\n", "", text)
     text, _, _ = text.partition("subjects:")
@@ -215,7 +218,7 @@ def _rbac(text: str) -> str:
 
 
 def _in_release(text: str) -> str:
-    """Objects in the release's namespace, with the labels that kustomize gives those of manifests/."""
+    """Put objects into the release's namespace, with the labels that kustomize adds in manifests/."""
     text = re.sub(r"(?m)^metadata:\n", 'metadata:\n  namespace: {{ include "diloco.namespace" . }}\n', text)
     own = r"\1labels:\n\1  app.kubernetes.io/part-of: diloco-pipelines\n"
     return re.sub(r"(?m)^( +)labels:\n", own, text)

@@ -1,7 +1,7 @@
-"""Objects of built-in kinds: claims and the Jobs that work on them, configuration, secret, and network policy.
+"""Objects of built-in kinds: claims and the Jobs that use them, configuration, secret, and network policy.
 
-Precaching fills a claim, and results are fetched from it. A claim may be bound to a node, and is known only when the
-pipeline runs, while the pod of a KFP step is fixed when the pipeline is compiled. Therefore a Job on the claim's site
+Precaching fills a claim, and results are fetched from it. A claim may be bound to a node and is only known when the
+pipeline runs, whereas the pod of a KFP step is fixed when the pipeline is compiled. Therefore a Job at the claim's site
 does the work, and the step follows it.
 """
 
@@ -17,9 +17,9 @@ STEP_LABELS = {"pipelines.kubeflow.org/v2_component": "true"}
 
 
 def claim(plan: Plan, worker: WorkerPlan) -> Object:
-    """The PersistentVolumeClaim of a worker; with ReadWriteMany that of its site, `size_gb` for each worker.
+    """The PersistentVolumeClaim of a worker; with ReadWriteMany, that of its site, with `size_gb` for each worker.
 
-    Claims outlive a run: they belong to the deployment, and to no workflow.
+    Claims outlive a run: they belong to the deployment rather than to a workflow.
     """
     storage, site = plan.config.storage, worker.site
     labels = names.deployment_labels(plan.config, "data") | {names.SITE_LABEL: site.name}
@@ -28,21 +28,21 @@ def claim(plan: Plan, worker: WorkerPlan) -> Object:
         "accessModes": [storage.access_mode],
         "resources": {"requests": {"storage": f"{storage.size_gb * workers}Gi"}},
     }
-    if site.storage_class:  # otherwise the key is left out: "" would mean "no class"
+    if site.storage_class:  # otherwise omit the key, because "" would mean "no class"
         spec["storageClassName"] = site.storage_class
     metadata = {"name": worker.claim, "namespace": plan.namespace, "labels": labels}
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 
 
 def config_map(plan: Plan) -> Object:
-    """The ConfigMap that every pod of the run mounts: the file that `--config` reads. No parameter is a secret."""
+    """The ConfigMap that every pod of the run mounts: the file for `--config`. No parameter is a secret."""
     text = yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     metadata = plan.metadata(names.name(plan.name, "config"), "config")
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {pod_template.CONFIG_NAME: text}}
 
 
 def run_secret(plan: Plan, token: str) -> Object:
-    """The Secret with the token that entitles to a result: a new one for each step that fetches one."""
+    """The Secret with the token that authorises fetching a result; each step that fetches one makes a new token."""
     metadata = plan.metadata(names.name(plan.name, "run"), "config")
     data = {pod_template.TOKEN_KEY: token}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "stringData": data}
@@ -52,8 +52,8 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
     """The Job of a step on a worker's claim.
 
     Args:
-        step: "precache": put model and dataset onto the claim, for each of `plan.claimants`. A result ("held-out",
-            "export", which evaluates, too, "evaluate"): serve it to a client with the run's token.
+        step: "precache" puts model and dataset onto the claim, for each of `plan.claimants`. "held-out", "export"
+            (which also evaluates) and "evaluate" serve a result to a client with the run's token.
     """
     port = ("--port", str(pod_template.RESULT_PORT)) if step in pod_template.RESULTS else ()
     template = pod_template.template(plan, step, worker, port)
@@ -64,7 +64,7 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
         "kind": "Job",
         "metadata": plan.metadata(name, step, worker),
         "spec": {
-            "backoffLimit": 0,  # the step retries, and prints why
+            "backoffLimit": 0,  # the step retries, and reports why
             "activeDeadlineSeconds": plan.config.active_deadline,
             "ttlSecondsAfterFinished": plan.config.finished_ttl,
             "template": template,
@@ -73,11 +73,11 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
 
 
 def network_policy(plan: Plan) -> Object:
-    """The NetworkPolicy for connections to the run's pods; those from them (hubs, etcd, ...) are not restricted.
+    """The NetworkPolicy for connections to the run's pods. Connections from them (hubs, etcd, ...) are not restricted.
 
-    The pods connect to each other on `port_range` (empty: on any port), and with sites in several clusters, whose pods
-    no selector knows, everybody may: members prove that they belong. The pipeline's steps connect to pods that serve
-    results, and any pod of the cluster may scrape metrics.
+    The pods may connect to each other on `port_range` (if empty, on any port). With sites in several clusters, whose
+    pods no selector matches, anyone may connect to these ports; members authenticate each other. The pipeline's steps
+    may connect to pods that serve results, and any pod of the cluster may scrape metrics.
     """
     among: Object = {"from": [{"podSelector": {"matchLabels": plan.own_labels}}]}
     if len(cluster_names(plan.config)) > 1:

@@ -1,7 +1,7 @@
-"""Names and labels of a training's objects. They are deterministic: a step that is retried finds its objects.
+"""Names and labels of a training's objects. They are deterministic, so that a retried step finds its objects.
 
 - A name is a DNS-1035 label (RFC 1035: lower case, begins with a letter, at most 63 characters), because the training
-  operator names a Service after each pod, and a Service's name must be one.
+  operator creates a Service named after each pod, and a Service's name must be such a label.
 - Labels are the recommended `app.kubernetes.io/*`
   (https://kubernetes.io/docs/concepts/overview/working-with-objects/common-labels/), and our own below `PREFIX`.
 """
@@ -18,12 +18,12 @@ RUN_LABEL = f"{PREFIX}/run"
 DEPLOYMENT_LABEL = f"{PREFIX}/deployment"
 SITE_LABEL = f"{PREFIX}/site"
 WORKER_LABEL = f"{PREFIX}/worker"
-RUN_ID = f"{PREFIX}/run-id"  # annotation: the run id as it was given
-WORKFLOW = f"{PREFIX}/workflow"  # annotation: kind, name and uid of a workflow in another cluster, apart by "/"
+RUN_ID = f"{PREFIX}/run-id"  # annotation: the unabridged run id
+WORKFLOW = f"{PREFIX}/workflow"  # annotation: kind, name and uid of a workflow in another cluster, separated by "/"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"  # of jobs, not of pods
 
-ETCD_SECRET = "diloco-etcd-client"  # a Secret that a namespace may have (manifests/): a step reads it, pods mount it
+ETCD_SECRET = "diloco-etcd-client"  # an optional Secret (manifests/): steps read it, pods mount it
 ETCD_SERVICE = "diloco-etcd"  # headless; also the name of its StatefulSet
 
 _HASH = 8  # hex digits
@@ -31,7 +31,7 @@ _UUID4 = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[
 
 
 def label_safe(text: str, limit: int = LIMIT) -> str:
-    """`text` as a DNS-1123 label; with a hash if it is not one already, so that two texts never give the same label."""
+    """`text` as a DNS-1123 label. If it is not one already, a hash keeps different texts apart."""
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if slug == text and len(slug) <= limit:
         return slug
@@ -39,7 +39,7 @@ def label_safe(text: str, limit: int = LIMIT) -> str:
 
 
 def name(*parts: str, limit: int = LIMIT) -> str:
-    """The parts, each a label, joined by "-". If the name is too long, the first part is cut, with a hash."""
+    """The parts, each a label, joined by "-". If the name is too long, its first part is shortened and hashed."""
     whole = "-".join(parts)
     if len(whole) <= limit:
         return whole
@@ -48,18 +48,18 @@ def name(*parts: str, limit: int = LIMIT) -> str:
 
 
 def training(config: TrainingConfig) -> str:
-    """A training's name: deployment and run id. The names of the run's objects begin with it, unless they are cut."""
+    """A training's name: deployment and run id. It begins the names of the run's objects, unless they are shortened."""
     return job(config)
 
 
 def job(config: TrainingConfig, *parts: str) -> str:
-    """The name of a training job, from which its controller makes the names of pods: `<training>-<site>-w<worker>`."""
+    """The name of a training job, from which its controller derives pod names: `<training>-<site>-w<worker>`."""
     head = f"{config.deployment_name}-{_run_part(config.run_id)}"
     return name(head, *parts, limit=training_kind(config.launcher).name_limit)
 
 
 def _run_part(run_id: str) -> str:
-    """A run's part of a name. The first digits of a random UUID, such as KFP's ids, tell runs apart as a hash does."""
+    """The run id's part of a name. The first digits of a random UUID (KFP's ids) are as distinctive as a hash."""
     uuid = _UUID4.fullmatch(run_id)
     return uuid[1] if uuid else label_safe(run_id)
 
@@ -83,7 +83,7 @@ def training_labels(config: TrainingConfig, component: str) -> dict[str, str]:
 
 
 def selector(labels: dict[str, str]) -> str:
-    """A label selector, as the API's `labelSelector` and `kubectl -l` take it."""
+    """A label selector for the API's `labelSelector` and `kubectl -l`."""
     return ",".join(f"{key}={value}" for key, value in labels.items())
 
 

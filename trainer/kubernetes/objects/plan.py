@@ -1,8 +1,8 @@
 """A training on a cluster before anything is created: its names, its sites and its workers.
 
-The same builders make all layouts. A training job has no volumeClaimTemplates, and a pod template's `claimName` cannot
-vary by replica. Therefore, with ReadWriteOnce each worker is a job with a claim of its own. With ReadWriteMany a site's
-workers share the site's claim; they are the replicas of one PyTorchJob, or a TrainJob each.
+The same builders serve all layouts. A training job has no volumeClaimTemplates, and a pod template's `claimName` cannot
+vary by replica. So with ReadWriteOnce, each worker is a separate job with its own claim. With ReadWriteMany, a site's
+workers share the site's claim; they are the replicas of one PyTorchJob, or one TrainJob each.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from trainer.kubernetes.objects import names
 from trainer.kubernetes.objects.sites import Site, sites_of
 from trainer.places import Place, Places
 
-Object = dict[str, Any]  # in the form that the Kubernetes API takes
+Object = dict[str, Any]  # an object of the Kubernetes API
 
 DATA = "/data"  # a worker's volume in its pod
 ETCD_CREDENTIALS = "/etc/diloco-etcd"  # mount point of the Secret with etcd's certificates
@@ -30,13 +30,13 @@ class WorkerPlan:
     site: Site
     replica: int  # its number in its site
     job: str
-    folder: str  # of a shared claim; a PyTorchJob's pod of several is named like it
-    claim: str  # with ReadWriteMany its site's
+    folder: str  # in a shared claim; if a PyTorchJob has several pods, the pod has the same name
+    claim: str  # with ReadWriteMany, its site's
 
 
 @dataclass(frozen=True)
 class JobObjects:
-    """A job as the API takes it, with what it needs."""
+    """A job and the objects that it depends on."""
 
     body: Object
     template: Object  # of its pods
@@ -48,7 +48,7 @@ class JobObjects:
 
     @property
     def all(self) -> list[Object]:
-        """In the order in which they are created."""
+        """All objects, in the order of creation."""
         return [self.body] if self.before is None else [self.before, self.body]
 
 
@@ -56,17 +56,17 @@ class JobObjects:
 class Plan:
     """A training on a cluster, or a cluster's part of a training on several."""
 
-    config: TrainingConfig  # as the pods read it
+    config: TrainingConfig  # for the pods
     namespace: str  # of all objects
-    owner: Object | None  # reference to the workflow with which all objects but the claims end
+    owner: Object | None  # reference to the owning workflow: all objects except the claims are deleted with it
     sites: tuple[Site, ...]  # in this cluster
     workers: tuple[WorkerPlan, ...]  # at these sites, by index
-    workflow: str = ""  # the workflow's kind, name and uid, where no owner reference can name it: in other clusters
-    tracking: Mapping[str, str] = field(default_factory=dict)  # variables that tell workers where to log
+    workflow: str = ""  # kind, name and uid of a workflow in another cluster, which owner references cannot name
+    tracking: Mapping[str, str] = field(default_factory=dict)  # the experiment trackers' environment variables
 
     @property
     def name(self) -> str:
-        """The training's name, which all names of its objects begin with."""
+        """The training's name, with which the names of all its objects begin."""
         return names.training(self.config)
 
     @property
@@ -75,12 +75,12 @@ class Plan:
         return names.selector(self.own_labels)
 
     def component(self, name: str) -> str:
-        """The label selector of the run's objects that are part of a component: "train" or another step's name."""
+        """The label selector of the run's objects of one component ("train" or another step's name)."""
         return names.selector(self.own_labels | {names.COMPONENT_LABEL: name})
 
     @property
     def own_labels(self) -> dict[str, str]:
-        """The labels that only the run's objects have. Two deployments may have runs of the same name."""
+        """The labels that identify the run's objects. Two deployments may have runs of the same name."""
         labels = names.training_labels(self.config, "")
         return {label: labels[label] for label in (names.DEPLOYMENT_LABEL, names.RUN_LABEL)}
 
@@ -91,16 +91,16 @@ class Plan:
 
     @property
     def a_claim_a_worker(self) -> bool:
-        """Whether each worker has a claim of its own, and does not share its site's."""
+        """Whether each worker has its own claim rather than sharing its site's."""
         return self.config.storage.access_mode == "ReadWriteOnce"
 
     @property
     def a_job_a_worker(self) -> bool:
-        """Whether each worker has a job of its own."""
+        """Whether each worker has its own job."""
         return self.a_claim_a_worker or self.kind is not PYTORCH_JOB
 
     def places(self, worker: WorkerPlan) -> Places:
-        """What a worker's directory is for those who are not in its pod."""
+        """How to describe a worker's directory outside its pod."""
         return Places({DATA: Place(f"claim {worker.claim}", "" if self.a_claim_a_worker else worker.folder)})
 
     @property
@@ -115,11 +115,11 @@ class Plan:
         return tuple(reversed(first.values()))
 
     def processes(self, site: Site) -> int:
-        """Processes of a worker's pod: an island has one for each of its site's GPUs."""
+        """Number of processes in a worker's pod: an island has one for each of its GPUs."""
         return site.gpu_count if self.config.island and site.gpu_count else self.config.elastic.nproc_per_node
 
     def metadata(self, name: str, component: str, worker: WorkerPlan | None = None) -> Object:
-        """`metadata` of an object that belongs to the run and ends with the workflow."""
+        """`metadata` of an object that belongs to the run and is deleted with the workflow."""
         labels = self.labels(component, worker)
         metadata: Object = {"name": name, "namespace": self.namespace, "labels": labels, **self.ownership}
         metadata["annotations"] = {names.RUN_ID: self.config.run_id, **metadata.get("annotations", {})}
@@ -127,7 +127,7 @@ class Plan:
 
     @property
     def ownership(self) -> Object:
-        """The part of `metadata` that says which workflow an object belongs to."""
+        """The part of `metadata` that names the owning workflow."""
         if self.owner:
             return {"ownerReferences": [self.owner]}
         return {"annotations": {names.WORKFLOW: self.workflow}} if self.workflow else {}
@@ -144,7 +144,7 @@ class Plan:
         labels = names.training_labels(self.config, component)
         if worker:
             labels[names.SITE_LABEL] = worker.site.name
-            if component != "train" or self.a_job_a_worker:  # else the pods of several workers have one template
+            if component != "train" or self.a_job_a_worker:  # otherwise several workers' pods share one template
                 labels[names.WORKER_LABEL] = str(worker.index)
         return labels
 
@@ -170,12 +170,12 @@ def plan(
 
     Args:
         config: Resolved: it has a run id.
-        image: The project's image, where neither site nor vendor nor deployment has another.
-        owner: The pipeline run's workflow as an owner reference, if it is in this namespace: the garbage collector
-            deletes objects whose owner is in another one. Not as the controller, which would manage it.
-        cluster: The Secret with the kubeconfig of the cluster; "": that of the steps.
+        image: The project's image, used where neither site nor vendor nor deployment names one.
+        owner: An owner reference to the pipeline run's workflow, if that is in this namespace: the garbage collector
+            deletes objects whose owner is in another one. It must not be marked as the controller.
+        cluster: The Secret with the cluster's kubeconfig; "": the steps' own cluster.
         workflow: As `Plan.workflow`.
-        tracking: Environment variables that tell workers where to log. They are in plain sight: no credentials.
+        tracking: Environment variables of the experiment trackers. They are not secret and hold no credentials.
 
     Raises:
         ConfigError: No run id; `nodes` cannot be split over the GPU vendors, or an island's batch over its GPUs.
@@ -191,12 +191,12 @@ def plan(
     sites = tuple(site for site in sites if site.cluster == cluster)
     made = Plan(config, namespace, owner, sites, workers, workflow, dict(tracking or {}))
     for site in sites:
-        config.with_values(elastic_nproc_per_node=made.processes(site))  # refuses a batch that its GPUs cannot share
+        config.with_values(elastic_nproc_per_node=made.processes(site))  # raises if its GPUs cannot share the batch
     return made
 
 
 def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> WorkerPlan:
-    # A claim's name lacks the run id: later runs find the claim filled
+    # A claim's name does not contain the run id, so that later runs reuse its contents
     own = config.storage.access_mode == "ReadWriteOnce"
     claim_parts = ["worker", str(replica), "data"] if own else ["data"]
     several = config.launcher == "pytorchjob" and not own  # workers are replicas of one job
@@ -207,7 +207,7 @@ def _worker(config: TrainingConfig, index: int, site: Site, replica: int) -> Wor
 
 
 def _in_pods(config: TrainingConfig, namespace: str) -> TrainingConfig:
-    """The configuration for the pods: with their volume, and with etcd's members and certificates."""
+    """The configuration for the pods, with the paths of their volume and etcd's members and certificates."""
     changes: dict[str, Any] = {"run_dir": DATA}
     if not config.etcd.endpoints:
         changes["etcd_endpoints"] = [

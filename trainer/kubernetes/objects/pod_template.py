@@ -23,12 +23,12 @@ RESULTS: tuple[Result, ...] = get_args(Result)
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
 CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
 RESULT_PORT = 7001  # of a pod that serves a result
-TOKEN_KEY = "token"  # in the run's Secret: the token that entitles to a result
-CONTAINERS = {PYTORCH_JOB: "pytorch", TRAIN_JOB: "node"}  # what the controllers call a training pod's main container
+TOKEN_KEY = "token"  # in the run's Secret: the token that authorises fetching a result
+CONTAINERS = {PYTORCH_JOB: "pytorch", TRAIN_JOB: "node"}  # the controllers' names of a training pod's main container
 
 _LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # smallest requests: cores, GiB, GiB
 
-GRACE_PERIOD = LaunchTimeouts().shutdown + 30  # seconds: in the first part of it the agent lets its workers save
+GRACE_PERIOD = LaunchTimeouts().shutdown + 30  # seconds; workers may save until the agent's shutdown timeout
 _USER = 1000  # the image's user; not root
 
 
@@ -37,7 +37,7 @@ def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, .
 
     Args:
         step: The pod's command: `python -m trainer pod <step>`.
-        worker: The worker that owns the pod or its claim; for the training pods of a site's job any of its workers.
+        worker: The worker that owns the pod or its claim; for the training pods of a site's job, any of its workers.
         arguments: Further arguments of the command.
     """
     site = worker.site
@@ -59,7 +59,7 @@ def template(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str, .
         "imagePullSecrets": [{"name": name} for name in plan.config.image_pull_secrets],
     }
     spec |= {key: value for key, value in optional.items() if value}
-    # Kubeflow's namespaces inject Istio's sidecar, which would outlive the work, and intercept workers' connections.
+    # Kubeflow injects Istio's sidecar into pods. It would outlive the work and intercept workers' connections.
     no_sidecar = {"sidecar.istio.io/inject": "false"}
     labels, annotations = plan.labels(step, worker) | no_sidecar, dict(no_sidecar)
     if step == "train" and (port := given(plan.config.metrics_port)):
@@ -80,7 +80,7 @@ def _container(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str,
         "resources": _resources(plan, site, step),
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": _mounts(plan, worker, step),
-        "terminationMessagePolicy": "FallbackToLogsOnError",  # its status holds the last lines of its log
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # put the last lines of the log into the status
     }
     if step in RESULTS:
         container["ports"] = [{"name": "result", "containerPort": RESULT_PORT, "protocol": "TCP"}]
@@ -90,15 +90,15 @@ def _container(plan: Plan, step: Step, worker: WorkerPlan, arguments: tuple[str,
 
 
 def _resources(plan: Plan, site: Site, step: Step) -> Object:
-    """The container's requests, which the scheduler reserves, and its limits, which are the parameters.
+    """The container's requests, which the scheduler reserves, and its limits, which come from the parameters.
 
-    One core is requested, whatever `cpu_cores` allows: a busy node only slows a process down, while a pod waits
-    indefinitely if no node can meet its request. A worker's memory is requested in full, because it will be used: a
-    node short of memory first evicts pods (of the QoS class Burstable, like these) that use more than their request.
+    Only one core is requested, whatever `cpu_cores` allows: a busy node merely slows a process down, but a pod waits
+    indefinitely if no node can meet its request. A worker's memory is requested in full because it will be used: when
+    a node runs short of memory, it first evicts Burstable pods (like these) that exceed their request.
     """
     config = plan.config
     gpus = {site.gpu_resource: str(site.gpu_count)} if _has_gpus(site, step) else {}
-    # Precaching processes data in pieces. Export and evaluation hold the model, and a checkpoint while it is loaded; a
+    # Precaching processes data in pieces. Export and evaluation hold the model, and a checkpoint while loading it. A
     # worker holds at least six copies: parameters, gradients, two moments, the committed state and the outer momentum.
     third = -(-config.memory_gb // 3)
     needed = {"train": config.memory_gb, "export": third, "evaluate": third}.get(step, 0)
@@ -112,9 +112,9 @@ def _resources(plan: Plan, site: Site, step: Step) -> Object:
 
 
 def _has_gpus(site: Site, step: Step) -> bool:
-    """Whether the pod requests GPUs: training and evaluation use them, and precaching binds the claim to their node.
+    """Whether the pod requests GPUs: training and evaluation use them, and precaching binds the claim to a GPU node.
 
-    The pod that serves the held-out data uses a claim that is bound already, and would wait for a GPU without using it.
+    The pod that serves the held-out data would only wait for a GPU: its claim is already bound.
     """
     return bool(site.gpu_resource) and step != "held-out"
 
@@ -122,10 +122,10 @@ def _has_gpus(site: Site, step: Step) -> bool:
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     config = plan.config
     values: dict[str, object] = {"HOME": "/tmp"}  # other images may have no writable home
-    if step != "train" or plan.kind is not PYTORCH_JOB:  # there the training operator sets it
+    if step != "train" or plan.kind is not PYTORCH_JOB:  # for those pods, the training operator sets it
         values["PYTHONUNBUFFERED"] = 1
     if site.vendor == "nvidia" and not _has_gpus(site, step):
-        values["NVIDIA_VISIBLE_DEVICES"] = "void"  # else NVIDIA's runtime class shows all GPUs to the pod
+        values["NVIDIA_VISIBLE_DEVICES"] = "void"  # otherwise NVIDIA's runtime class exposes all GPUs to the pod
     if site.device == "cpu" and config.device != "cpu":
         values["DILOCO_DEVICE"] = "cpu"
     if step == "train" and (processes := plan.processes(site)) != config.elastic.nproc_per_node:
@@ -143,7 +143,7 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         fields["DILOCO_ADVERTISE_ADDRESS"] = "status.podIP"
     environment: list[Object] = [{"name": name, "value": str(value)} for name, value in values.items()]
     environment += [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
-    if "POD_IP" in fields:  # a variable can refer to those before it
+    if "POD_IP" in fields:  # a variable can refer to earlier ones
         environment.append({"name": "DILOCO_ADVERTISE_ADDRESS", "value": f"$(POD_IP),{site.advertise_address}"})
     if step == "train":
         if config.wandb_logging:
@@ -158,7 +158,7 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
 
 
 def _nccl(config: TrainingConfig) -> dict[str, object]:
-    """NCCL's variables, which RCCL reads, too: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html"""
+    """NCCL's variables, also read by RCCL: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html"""
     nccl = config.elastic.nccl
     return {
         "NCCL_DEBUG": nccl.debug,
@@ -177,13 +177,13 @@ def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> 
 
 
 def _volumes(plan: Plan, worker: WorkerPlan) -> list[Object]:
-    # It counts as the pod's memory. An island has the global state in it, and what a synchronisation needs.
+    # Shared memory counts as the pod's memory. An island keeps the global state and its synchronisation buffers there.
     part = 2 if plan.config.island else 4
     shared_memory = f"{max(1, plan.config.memory_gb // part)}Gi"
     volumes: list[Object] = [
         {"name": "data", "persistentVolumeClaim": {"claimName": worker.claim}},
         {"name": "config", "configMap": {"name": names.name(plan.name, "config")}},
-        # Data loaders and NCCL pass tensors through it; a container's default has 64 MB.
+        # Data loaders and NCCL pass tensors through it; a container's default is 64 MB
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}},
         {"name": "temporary", "emptyDir": {}},
     ]
@@ -208,12 +208,12 @@ def _mounts(plan: Plan, worker: WorkerPlan, step: Step) -> list[Object]:
 def _data_mounts(plan: Plan, worker: WorkerPlan, step: Step) -> list[Object]:
     """The mounts of the claim.
 
-    A worker's own claim is mounted at `/data`. Of a shared claim, `/data` is the worker's folder, and models and
-    datasets are one folder for all workers. Directories outside of `/data` are folders of the claim, too.
+    A worker's own claim is mounted at `/data`. With a shared claim, `/data` is the worker's folder in it, while all
+    workers share the folders of models and datasets. Directories outside `/data` are also folders of the claim.
     """
     volume = Volume.of(plan.config)
     folders = {"models": volume.models, "datasets": volume.datasets, "checkpoints": volume.checkpoints.parent}
-    several = step == "train" and not plan.a_job_a_worker  # pods of one template, each named like its worker's folder
+    several = step == "train" and not plan.a_job_a_worker  # pods share a template; each is named like its folder
     own = {"subPathExpr": "$(POD_NAME)"} if several else {"subPath": worker.folder}
     if plan.a_claim_a_worker:
         own = {}
@@ -245,14 +245,14 @@ def _security(plan: Plan, step: Step) -> Object:
         "seccompProfile": {"type": "RuntimeDefault"},
     }
     if plan.config.port_range and step == "train":
-        # gloo listens on ports that the kernel chooses: with this safe sysctl from the range that a firewall admits
+        # gloo listens on ephemeral ports; this safe sysctl confines them to the range that a firewall admits
         low, high = plan.config.port_range.split("-")
         context["sysctls"] = [{"name": "net.ipv4.ip_local_port_range", "value": f"{low} {high}"}]
     return context
 
 
 def _tolerations(site: Site) -> list[Object]:
-    """The site's own tolerations, and that of the taint that reserves GPU nodes; it is named like the resource."""
+    """The site's own tolerations, and one for the taint that reserves GPU nodes, which is named like the resource."""
     reserved = {"key": GPU_RESOURCES.get(site.vendor), "operator": "Exists", "effect": "NoSchedule"}
     return [*map(dict, site.tolerations), *([reserved] if site.vendor in GPU_RESOURCES else [])]
 
@@ -260,7 +260,7 @@ def _tolerations(site: Site) -> list[Object]:
 def _affinity(plan: Plan, site: Site, step: Step) -> Object:
     """The pod's preferred nodes: with the wanted kind of GPU, and without another worker or its precaching.
 
-    The request of a single core would let many workers share a node.
+    Since each pod requests a single core, many workers could otherwise share a node.
     """
     preferred = "preferredDuringSchedulingIgnoredDuringExecution"
     affinity: Object = {}
@@ -274,8 +274,8 @@ def _affinity(plan: Plan, site: Site, step: Step) -> Object:
 
 
 def _gpu_preference(config: TrainingConfig, vendor: Vendor) -> list[Object]:
-    """By labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes."""
-    if vendor == "nvidia":  # memory in MiB, and a little less than its nominal size
+    """Preferences by the node labels of NVIDIA's GPU feature discovery and AMD's node labeller."""
+    if vendor == "nvidia":  # memory in MiB, a little less than the nominal size
         least = config.gpu_memory * 1024 * 9 // 10
         wanted = [("nvidia.com/gpu.product", "In", config.gpu_type), ("nvidia.com/gpu.memory", "Gt", str(least))]
     else:

@@ -10,17 +10,17 @@ from trainer.kubernetes.objects.plan import JobObjects, Object, Plan, WorkerPlan
 def job(plan: Plan, first: WorkerPlan) -> JobObjects:
     """The PyTorchJob of a worker, or of all workers of its site."""
     config = plan.config
-    # A worker with a volume of its own takes the slot of that volume; one of several pods of a job takes any free slot.
+    # A worker with its own volume takes that volume's slot; one of a job's several pods takes any free slot
     slot = ("--slot", str(first.index)) if plan.a_job_a_worker else ()
     template = pod_template.template(plan, "train", first, slot)
     replicas = 1 if plan.a_job_a_worker else first.site.replicas
-    # A gang scheduler must place these pods at once for `min_nodes`, if all others run. The operator's default, all
-    # replicas, would make an elastic start impossible.
+    # The pods that a gang scheduler must place together to reach `min_nodes` if all others run. The operator's default,
+    # all replicas, would prevent an elastic start.
     fewest = max(1, config.min_nodes - (config.nodes - replicas))
     run_policy: Object = {
         "activeDeadlineSeconds": config.active_deadline,
         "ttlSecondsAfterFinished": config.finished_ttl,
-        # The first worker to end makes the job "Succeeded", while the others still save and must not be killed.
+        # The job is "Succeeded" once its first worker ends, while others may still be saving and must not be killed
         "cleanPodPolicy": "None",
         "schedulingPolicy": {"minAvailable": fewest},
         **({"managedBy": config.managed_by} if config.managed_by else {}),
@@ -36,7 +36,7 @@ def job(plan: Plan, first: WorkerPlan) -> JobObjects:
             "pytorchReplicaSpecs": {
                 "Worker": {
                     "replicas": replicas,
-                    # Exit statuses from 128 on (SIGTERM, out of memory) lead to a new pod; smaller ones are failures.
+                    # Exit statuses from 128 on (SIGTERM, out of memory) restart the pod; smaller ones are failures
                     "restartPolicy": "ExitCode",
                     "template": template,
                 }
@@ -47,9 +47,9 @@ def job(plan: Plan, first: WorkerPlan) -> JobObjects:
 
 
 def _elastic_policy(plan: Plan) -> Object:
-    """The operator's settings for torchrun (PET_*). Our agent reads the same ones from the configuration.
+    """The operator's settings for torchrun (PET_*). Our agent reads the same settings from the configuration.
 
-    `minReplicas` and `maxReplicas` are those of the training, even in a job of one worker: they only set `--nnodes`.
+    `minReplicas` and `maxReplicas` are the training's, even in a job with one worker: they only set `--nnodes`.
     """
     config = plan.config
     host, _, port = config.etcd.endpoints[0].rpartition(":")

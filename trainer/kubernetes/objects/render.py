@@ -1,9 +1,9 @@
 """The objects of a training as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
 
-With `--config FILE` (and the flags of all parameters) it prints the objects; the jobs are
-TrainJobs, unless `launcher` says otherwise.
-`make manifests` renders `manifests/`: `examples/<name>/objects.yaml` from `examples/<name>/config.yaml`, etcd's
-settings, `base/etcd.env`, from `etcd.…`, and the Helm chart's values and objects (`trainer.kubernetes.objects.chart`).
+It prints the objects for `--config FILE` and the flags of all parameters. The jobs are TrainJobs unless `launcher` says
+otherwise. `make manifests` updates `manifests/`: `examples/<name>/objects.yaml` from `examples/<name>/config.yaml`,
+etcd's settings `base/etcd.env` from `etcd.…`, and the Helm chart's values and objects
+(`trainer.kubernetes.objects.chart`).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from trainer.version import DEFAULT_IMAGE
 
 
 class _Readable(yaml.SafeDumper):
-    """Writes multi-line texts as blocks, not as one line with escapes, and lists of numbers in one line."""
+    """Writes multi-line text as blocks rather than with escapes, and lists of numbers on one line."""
 
 
 _Readable.add_representer(
@@ -41,7 +41,7 @@ _Readable.add_representer(
 
 
 def objects(plan: Plan) -> Iterator[Object]:
-    """All objects that the steps would make, in their order, with results of the first worker's claim."""
+    """All objects that the steps would create, in order, with results from the first worker's claim."""
     yield from (claim(plan, worker) for worker in plan.claimants)
     yield config_map(plan)
     yield run_secret(plan, "made by each step that needs one")
@@ -57,7 +57,7 @@ def render(config: TrainingConfig) -> str:
     resolved, texts = config.resolved(), []
     for cluster in cluster_names(resolved):
         part = plan(resolved, namespace=config.deployment_namespace, image=DEFAULT_IMAGE, cluster=cluster)
-        head = f"# On cluster {cluster}, in the namespace that its kubeconfig names\n" if cluster else ""
+        head = f"# On cluster {cluster}, in the namespace of its kubeconfig\n" if cluster else ""
         for obj in objects(part) if part.workers else ():
             texts.append(head + yaml.dump(obj, Dumper=_Readable, sort_keys=False, allow_unicode=True))
     return "---\n".join(texts)
@@ -69,7 +69,7 @@ def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
     lines = [f"{variable}={values[name]}\n" for name, variable in ETCD_SETTINGS.items()]
     written = {root / "base" / "etcd.env": "".join(lines)}
     for file in sorted(root.glob("examples/*/config.yaml")):
-        head = f"# Rendered from {file.name} by `make manifests`: the objects that the pipeline's steps would make.\n"
+        head = f"# Rendered from {file.name} by `make manifests`: the objects that the pipeline's steps would create.\n"
         written[file.with_name("objects.yaml")] = head + render(load_config(file, environ={}))
     if (root / "chart").is_dir():
         written |= chart_files(root)
@@ -79,10 +79,12 @@ def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, and render. Returns the exit status."""
-    description = "Print the objects of a training on a cluster."
+    """Parse the command line and render. Returns the exit status."""
+    description = "Print the Kubernetes objects of a training."
     parser = argparse.ArgumentParser(prog="python -m trainer.kubernetes.objects.render", description=description)
-    parser.add_argument("--manifests", type=Path, metavar="FOLDER", help="render this folder instead: manifests")
+    parser.add_argument(
+        "--manifests", type=Path, metavar="FOLDER", help="update the rendered files in this folder (manifests/)"
+    )
     add_config_flags(parser)
     parsed = parser.parse_args(arguments)
     config = config_from_arguments(parsed)

@@ -1,6 +1,6 @@
 """Sites: pools of equal nodes, near or far, that take part in one training. They may mix NVIDIA, AMD and CPU nodes.
 
-The parameter `sites` lists them. Without it, `nodes` is split over the GPU vendors that take part, by
+The parameter `sites` lists them. If it is empty, `nodes` is split over the GPU vendors that take part, according to
 `elastic.gpu_distribution` and the vendors' `min_nodes` and `max_nodes`. Without GPUs, there is one CPU site.
 """
 
@@ -17,7 +17,7 @@ GPU_RESOURCES: dict[Vendor, str] = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/
 
 @dataclass(frozen=True)
 class Site:
-    """A pool of nodes on which workers are alike."""
+    """A pool of equal nodes."""
 
     name: str  # a DNS label
     replicas: int  # workers' nodes
@@ -30,7 +30,7 @@ class Site:
     runtime_class: str  # "": the nodes' default
     storage_class: str  # "": the cluster's default
     cluster: str  # the Secret with its cluster's kubeconfig; "": the cluster of the steps
-    etcd_endpoints: tuple[str, ...]  # of etcd, as its pods see them; empty: `etcd.endpoints`
+    etcd_endpoints: tuple[str, ...]  # as seen by its pods; empty: `etcd.endpoints`
     advertise_address: str  # of its one worker, besides the pod's own; "": none
 
     @property
@@ -40,7 +40,7 @@ class Site:
 
 
 def cluster_names(config: TrainingConfig) -> tuple[str, ...]:
-    """The clusters of a training: "" for that of the steps, which comes first, and the others' Secrets."""
+    """The clusters of a training: first "" for the steps' own, then the other clusters' Secrets."""
     return tuple(dict.fromkeys(["", *(pool.cluster for pool in config.sites)]))
 
 
@@ -48,7 +48,7 @@ def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
     """The sites of a training. Raises ConfigError if `nodes` cannot be split over the GPU vendors.
 
     Args:
-        image: The project's image, where neither site nor vendor nor deployment has another.
+        image: The project's image, used where neither site nor vendor nor deployment names one.
     """
     pools = config.sites
     if not pools and (config.device == "cpu" or config.gpu_count == 0):
@@ -60,7 +60,7 @@ def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
 
 
 def _site(config: TrainingConfig, pool: SiteConfig, image: str) -> Site:
-    # The vendor of the GPUs: by their resource (`amd.com/gpu`, `nvidia.com/mig-1g.10gb`), else by `gpu_vendor`
+    # The GPU vendor, from the resource's name (`amd.com/gpu`, `nvidia.com/mig-1g.10gb`), else `gpu_vendor`
     count = config.gpu_count if pool.gpu_count == UNSET else pool.gpu_count
     vendor = _own_vendor(config)
     if pool.gpu_resource:
@@ -98,7 +98,7 @@ def vendor_nodes(config: TrainingConfig) -> dict[Vendor, int]:
     up to each vendor's `max_nodes`.
 
     Raises:
-        ConfigError: No vendor takes part, or they admit fewer or demand more nodes than `nodes`.
+        ConfigError: No vendor takes part, or their limits admit fewer or require more nodes than `nodes`.
     """
     # The vendors that take part, with their limits
     vendors: dict[Vendor, VendorConfig] = {"nvidia": config.gpu.nvidia, "amd": config.gpu.amd}
@@ -109,7 +109,7 @@ def vendor_nodes(config: TrainingConfig) -> dict[Vendor, int]:
             limits[vendor] = given(settings.min_nodes) or 0, config.nodes if high is None else high
     if not limits:
         enabled = "gpu.nvidia.enabled" if _own_vendor(config) == "nvidia" else "gpu.amd.enabled"
-        raise ConfigError(enabled, False, "leaves no vendor's GPUs to train on: enable one, and give it an image")
+        raise ConfigError(enabled, False, "leaves no GPUs to train on: enable a vendor and give it an image")
     split = {vendor: low for vendor, (low, _) in limits.items()}
     if sum(split.values()) > config.nodes:
         demanded = " + ".join(f"gpu.{vendor}.min_nodes ({low})" for vendor, (low, _) in limits.items() if low)
@@ -122,7 +122,7 @@ def vendor_nodes(config: TrainingConfig) -> dict[Vendor, int]:
         if not open_:
             allowed = " + ".join(f"gpu.{vendor}.max_nodes ({high})" for vendor, (_, high) in limits.items())
             raise ConfigError("nodes", config.nodes, f"must be at most {allowed}")
-        # The preferred vendor, or the one with fewest nodes; among equals NVIDIA, which is listed first.
+        # The preferred vendor, or the one with the fewest nodes; if equal, NVIDIA, which is listed first
         chosen = min(open_, key=lambda vendor: (vendor != preferred) if preferred in limits else split[vendor])
         split[chosen] += 1
     return split

@@ -1,4 +1,4 @@
-"""The training jobs of a plan, of the kind that `launcher` names."""
+"""The training jobs of a plan, of the kind named by `launcher`."""
 
 from trainer.kubernetes.api.kinds import PYTORCH_JOB, TRAIN_JOB
 from trainer.kubernetes.objects import pytorchjob, trainjob

@@ -3,21 +3,21 @@ that API).
 
 https://www.kubeflow.org/docs/components/trainer/
 
-A TrainJob runs what its TrainingRuntime says. Each has a runtime of its own, because what a runtime may not leave to a
-TrainJob (restart policy, runtime class, ports) differs between sites and runs, and versions of Trainer differ in what a
-TrainJob may override.
+A TrainJob runs a TrainingRuntime. Each TrainJob gets its own, because some settings can only be made in the runtime
+(restart policy, runtime class, ports) and differ between sites and runs, and because versions of Trainer differ in what
+a TrainJob may override.
 """
 
 from trainer.kubernetes.objects import pod_template
 from trainer.kubernetes.objects.plan import JobObjects, Object, Plan, WorkerPlan
 
 GROUP, VERSION = "trainer.kubeflow.org", "v1alpha1"
-REPLICATED_JOB = "node"  # of the JobSet; part of the names of its Jobs and pods
-_PERMANENT = list(range(1, 128))  # exit statuses of failures; from 128 on (SIGTERM, out of memory) there is a new pod
+REPLICATED_JOB = "node"  # in the JobSet; part of the names of its Jobs and pods
+_PERMANENT = list(range(1, 128))  # exit statuses of failures; from 128 on (SIGTERM, out of memory), the pod is replaced
 
 
 def job(plan: Plan, worker: WorkerPlan) -> JobObjects:
-    """The TrainJob of a worker, and its runtime."""
+    """The TrainJob of a worker and its runtime."""
     template = pod_template.template(plan, "train", worker, ("--slot", str(worker.index)))
     template["spec"]["restartPolicy"] = "Never"
     runtime: Object = {
@@ -25,7 +25,7 @@ def job(plan: Plan, worker: WorkerPlan) -> JobObjects:
         "kind": "TrainingRuntime",
         "metadata": plan.metadata(worker.job, "train", worker),
         "spec": {
-            # Without a policy for torch, which would set torchrun's variables (PET_*): our agent has its configuration.
+            # No policy for torch: it would set torchrun's variables (PET_*), but our agent has its own configuration
             "mlPolicy": {"numNodes": 1},
             "template": {"metadata": {"labels": plan.labels("train", worker)}, "spec": _job_set(plan, template)},
         },
@@ -44,9 +44,10 @@ def job(plan: Plan, worker: WorkerPlan) -> JobObjects:
 
 
 def _job_set(plan: Plan, template: Object) -> Object:
-    """The specification of the JobSet: a Job of one pod.
+    """The specification of the JobSet: a Job with one pod.
 
-    The JobSet makes a new Job for a pod that was evicted or killed. A Job would do it by itself, but later each time.
+    The JobSet replaces the Job of an evicted or killed pod. A Job could replace its pod itself, but would wait longer
+    each time.
     """
     policy = [
         {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # must be the first

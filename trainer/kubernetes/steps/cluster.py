@@ -1,4 +1,4 @@
-"""A cluster on which a part of the training runs: its API server, its namespace, its kind of jobs, and that part."""
+"""A cluster that runs a part of the training: its API server, its namespace, its kind of jobs, and that part."""
 
 import secrets
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from trainer.kubernetes.steps.other_runs import other_run
 class Cluster:
     """One of the training's clusters.
 
-    Client and plan are made when they are first needed: one reads the cluster's Secret, the other may ask the cluster
-    which kind of jobs it serves, and cleaning up the other clusters must not fail with that.
+    The client and the plan are created when first needed: the former reads the cluster's Secret, and the latter may
+    query the cluster for its kinds of jobs. A failure there must not prevent cleaning up the other clusters.
 
     Args:
-        name: The Secret with its kubeconfig; "": it is the cluster of the steps.
-        connect: Makes the client, of the namespace that the training has there.
-        make_plan: Makes the plan of the training's part.
+        name: The Secret with its kubeconfig; "": the steps' own cluster.
+        connect: Creates the client for the training's namespace there.
+        make_plan: Creates the plan of the training's part.
     """
 
     def __init__(
@@ -34,19 +34,19 @@ class Cluster:
 
     @cached_property
     def client(self) -> Client:
-        """Raises ConfigError if its kubeconfig cannot be used."""
+        """The client. Raises ConfigError if the kubeconfig cannot be used."""
         return self._connect()
 
     @cached_property
     def plan(self) -> Plan:
-        """Raises TrainingError if the cluster serves no training jobs, or cannot be asked."""
+        """The plan. Raises TrainingError if the cluster supports no training jobs or cannot be queried."""
         return self._make_plan(self.client)
 
     def __str__(self) -> str:
         return f"cluster {self.name}" if self.name else "the cluster"
 
     def kubectl(self, verb: str, plurals: str, selector: str) -> str:
-        """A command that a person can give."""
+        """A kubectl command for the user."""
         where = f"  # {self}" if self.name else ""
         return f"kubectl {verb} {plurals} -n {self.client.namespace} -l {selector}{where}"
 
@@ -61,7 +61,7 @@ class Cluster:
                 self.client.patch(KINDS[body["kind"]], body["metadata"]["name"], body)
 
     def new_token(self) -> str:
-        """Put a new token, which entitles to a result, into the run's Secret."""
+        """Put a new token, which authorises fetching a result, into the run's Secret."""
         token = secrets.token_urlsafe(32)
         body = run_secret(self.plan, token)
         self.client.delete(SECRET, body["metadata"]["name"])
@@ -69,9 +69,9 @@ class Cluster:
         return token
 
     def refuse_claims_in_use(self, *, later: bool = False) -> None:
-        """Raise ConfigError if another run of the same deployment has the claims, or this one by other jobs.
+        """Raise ConfigError if another run of the same deployment, or other jobs of this one, use the claims.
 
-        `later`: also if one that began after this one is to have them.
+        `later`: also consider runs that started after this one.
         """
         deployment = self.plan.config.deployment_name
         for kind in TRAINING_KINDS.values():
@@ -91,13 +91,13 @@ class Cluster:
         labels = names.selector({names.DEPLOYMENT_LABEL: self.plan.config.deployment_name})
         try:
             return self.client.list(kind, labels)[0]
-        except ApiError as error:  # of the other kind there may be none, and no right to see them
+        except ApiError as error:  # the other kind may not exist here, or may not be listed
             if kind is self.plan.kind or (error.reason != "KindNotFound" and error.status != 403):
                 raise
             return []
 
     def adopt(self, kind: JobKind, existing: Object) -> None:
-        """Make a job of the run that another workflow owns end with this step's workflow."""
+        """Make this step's workflow the owner of a job of the run that another workflow owns."""
         if self._other_owner(existing):
             change = {"metadata": self.plan.ownership}
             for one in (kind.before, kind) if kind.before else (kind,):
@@ -106,8 +106,8 @@ class Cluster:
     # The end
 
     def clean_up(self, *, finished: bool, training: bool, claims: bool) -> None:
-        """Delete the run's objects on this cluster: as `StepContext.clean_up`."""
-        # Do nothing to a run that another workflow continues
+        """Delete the run's objects on this cluster; see `StepContext.clean_up`."""
+        # Leave a run alone that another workflow continues
         kind = self.plan.kind
         kinds = (kind, JOB) if training else (JOB,)
         running = {} if finished else {one: self._running(one) for one in kinds}
@@ -122,7 +122,7 @@ class Cluster:
                 self._show(f"warning: the claims are kept: {error}")
                 claims = False
 
-        # Jobs first, by one request if possible: a cancelled step may have a second
+        # Jobs first, in one request if possible, because a cancelled step may have only a second
         deletions = [self._begin_deletion(one, None if finished or claims else running[one]) for one in kinds]
         if training or not self._running(kind):
             for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
@@ -134,11 +134,11 @@ class Cluster:
         for deletion in filter(None, deletions):
             self._show("waiting for the workers to save and leave")
             deletion.finish(self.plan.selector)
-        if training and kind.before and not self._jobs_of(kind):  # a step may have died before it made a job
+        if training and kind.before and not self._jobs_of(kind):  # a step may have died before it created a job
             self.client.delete_all(kind.before, self.plan.selector)
 
     def _begin_deletion(self, kind: JobKind, jobs: list[Object] | None) -> JobDeletion:
-        """Begin to delete jobs of the run; None: all of a kind."""
+        """Start deleting jobs of the run; None: all jobs of a kind."""
         deletion = JobDeletion(self.client, kind)
         if jobs is None and kind.before is None:
             self.client.delete_all(kind, self.plan.selector)
@@ -155,7 +155,7 @@ class Cluster:
         return [job for job in self._jobs_of(kind) if not kind.has_ended(job)]
 
     def _other_owner(self, one: Object) -> str:
-        """The name of the workflow that an object belongs to, if it is not this step's; else ""."""
+        """The name of an object's workflow if it is not this step's; else ""."""
         own, owners = self.plan.owner, one["metadata"].get("ownerReferences") or []
         others = (it["name"] for it in owners if own and it["kind"] == own["kind"] and it["uid"] != own["uid"])
         mark = (one["metadata"].get("annotations") or {}).get(names.WORKFLOW, "")
@@ -165,9 +165,9 @@ class Cluster:
 
 
 def refuse_foreign(wanted: Object, existing: Object) -> None:
-    """Raise ConfigError if an object that has a wanted name belongs to another deployment or another run.
+    """Raise ConfigError if an existing object with a wanted name belongs to another deployment or run.
 
-    Names can collide: those of deployment `llm` at a site `eu-west`, and of deployment `llm-eu` at a site `west`.
+    Names can collide, for example of deployment `llm` at a site `eu-west` and deployment `llm-eu` at a site `west`.
     """
     ours, theirs = (one["metadata"].get("labels") or {} for one in (wanted, existing))
     labels = {names.DEPLOYMENT_LABEL: "deployment", names.RUN_LABEL: "run"}

@@ -1,4 +1,4 @@
-"""The training jobs of one cluster: which there are to be, which there are, and what the log calls them."""
+"""The training jobs of one cluster: the wanted ones, the existing ones, and their display names."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class ClusterJobs:
 
     Attributes:
         follower: Observes them.
-        begun: Whether they were created, or found. Otherwise the cluster's API server has not answered yet.
+        begun: Whether they were created or found. If not, the cluster's API server has not answered yet.
     """
 
     def __init__(self, context: StepContext, cluster: Cluster, show: Show, wake: threading.Event) -> None:
@@ -36,7 +36,7 @@ class ClusterJobs:
             {self._called(name): job for name, job in self.wanted.items()},
             self.plan.component("train"),
             show,
-            patience=self.plan.config.active_deadline,  # workers need no API server to train
+            patience=self.plan.config.active_deadline,  # workers train without the API server
             wake=wake,
             pod_name=self._pod_name,
         )
@@ -45,7 +45,7 @@ class ClusterJobs:
         return _list(self.plan.workers) + f" on {self.cluster}"
 
     def find(self) -> None:
-        """Find the run's jobs. Raises ConfigError if another run's have their names."""
+        """Find the run's jobs. Raises ConfigError if jobs of another run have their names."""
         part_of = names.selector({"app.kubernetes.io/part-of": names.PREFIX})
         jobs = self.cluster.client.list(self.plan.kind, part_of)[0]
         self._existing = {job["metadata"]["name"]: job for job in jobs if job["metadata"]["name"] in self.wanted}
@@ -54,11 +54,11 @@ class ClusterJobs:
 
     @property
     def are_under_way(self) -> bool:
-        """Whether jobs were found that have not failed."""
+        """Whether existing jobs were found that have not failed."""
         return any(not self.plan.kind.has_failed(job) for job in self._existing.values())
 
     def create(self, *, anew: bool) -> None:
-        """Create the jobs that are missing, and keep those that exist; but `anew`, replace those that have ended."""
+        """Create missing jobs and keep existing ones. With `anew`, replace those that have ended."""
         self.cluster.prepare()
         kind = self.plan.kind
         for name in self.wanted:
@@ -71,7 +71,7 @@ class ClusterJobs:
         self.begun = True
 
     def delete_living(self) -> None:
-        """Delete the jobs that have not ended, or whose pods have not: a failed job's may still run."""
+        """Delete the jobs that, or whose pods, have not ended: pods of a failed job may still run."""
         self.follower.delete(*(name for name in self.wanted if self._is_alive(name)))
 
     def _is_alive(self, name: str) -> bool:
@@ -85,7 +85,7 @@ class ClusterJobs:
         return self.follower.why_not_started(worker.job, seconds, pods)
 
     def _called(self, job: str) -> str:
-        """A job's display name: that of its workers."""
+        """A job's display name, from its workers."""
         members = [worker for worker in self.plan.workers if worker.job == job]
         return self._worker_name(members[0]) if len(members) == 1 else _list(members)
 

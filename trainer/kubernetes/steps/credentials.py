@@ -1,4 +1,4 @@
-"""A step's client of etcd. Pods have etcd's credentials mounted; a step reads them from their Secret by the API."""
+"""A step's etcd client. Pods mount etcd's credentials; a step reads them from their Secret through the API."""
 
 import base64
 import os
@@ -21,14 +21,14 @@ from trainer.retry import retrying
 def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
     """A client of the run's keys in etcd, once etcd has answered.
 
-    An etcd that was created together with the run may need some minutes: it is waited for during `etcd_outage_limit`.
+    An etcd that was created together with the run may need some minutes, so this waits for up to `etcd_outage_limit`.
 
     Raises:
         TrainingError: It cannot be used.
     """
     config = context.plan.config
     with tempfile.TemporaryDirectory() as directory:
-        # Copy the certificates that pods have mounted to temporary files, for as long as the client lives
+        # Copy the certificates that pods mount to temporary files for the lifetime of the client
         paths = {name: getattr(config.etcd, name) for name in ("ca", "cert", "key")}
         mounted = {name: Path(path) for name, path in paths.items() if Path(path).parent == Path(ETCD_CREDENTIALS)}
         password = os.environ.get("ETCD_PASSWORD", "")
@@ -62,7 +62,7 @@ def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
 
 
 def _first_answer(context: StepContext, etcd: EtcdClient) -> None:
-    """Return once etcd has answered. Raises EtcdError if it has not in `etcd_outage_limit`."""
+    """Wait until etcd answers. Raises EtcdError if it does not within `etcd_outage_limit`."""
     patience, said = context.plan.config.etcd_outage_limit, False
 
     def say(error: BaseException) -> None:

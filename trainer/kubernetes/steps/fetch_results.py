@@ -1,4 +1,4 @@
-"""Results that lie on a worker's claim: a Job serves them beside the claim, and the step fetches them from its pod."""
+"""Results on a worker's claim: a Job that mounts the claim serves them, and the step fetches them from its pod."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -20,11 +20,11 @@ def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: Resu
     """Fetch a result from the first claim that can provide it. Returns the worker of that claim.
 
     Args:
-        workers: Their claims may have it, the likeliest first.
-        directory: Takes the files; replaced if it exists.
+        workers: Workers whose claims may have it, likeliest first.
+        directory: Where to put the files; replaced if it exists.
 
     Raises:
-        TrainingError: No claim can provide it, with the first one's reason; or it arrived damaged.
+        TrainingError: No claim can provide it (with the first one's reason), or it arrived damaged.
     """
     refused: list[str] = []
     for worker in workers:
@@ -41,7 +41,7 @@ def fetch_result(context: StepContext, workers: Sequence[WorkerPlan], what: Resu
 
 def _fetch_from(context: StepContext, worker: WorkerPlan, what: Result, directory: Path) -> None:
     cluster = context.cluster_of(worker)
-    cluster.prepare()  # the end of the run, after which this step may be retried, deletes these objects
+    cluster.prepare()  # the end of a run deletes these objects, and this step may be retried after it
     token = cluster.new_token()
     body = step_job(cluster.plan, worker, what)
     bodies = {cluster: {f"{what} on worker {worker.index}'s claim": body}}

@@ -1,4 +1,4 @@
-"""Creates a job with what it needs, or finds it."""
+"""Creating a job with the objects that it needs, or finding it."""
 
 import time
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from trainer.kubernetes.steps.job_deletion import JobDeletion
 def create_job(
     client: Client, kind: JobKind, wanted: JobObjects, labels: str, replace: Callable[[Object], bool]
 ) -> tuple[Object, bool]:
-    """Create a job, unless it exists. Returns it, and whether it existed.
+    """Create a job unless it exists. Returns it, and whether it existed.
 
     Args:
-        labels: Selects the job and its pods, perhaps among others.
-        replace: Whether to delete a job that exists, and to create it anew.
+        labels: Selector that matches the job and its pods, and perhaps others.
+        replace: Whether to delete an existing job and create it again.
 
     Raises:
         ConfigError: The name is taken by a job of another run.
@@ -52,7 +52,7 @@ def create_job(
 
 
 def _has_pods(client: Client, kind: JobKind, name: str, labels: str) -> bool:
-    """Whether an earlier job of this name has left pods, which the new one's could not be told from."""
+    """Whether pods of an earlier job of this name exist, which could be mistaken for the new one's."""
     return kind.before is not None and any(kind.job_of(pod) == name for pod in client.list(POD, labels)[0])
 
 
@@ -64,11 +64,11 @@ def _create(client: Client, wanted: JobObjects) -> Object:
     except ApiError as error:
         if error.reason != "AlreadyExists":
             raise
-        # A step has left it that died before it could create the job, or after it had deleted that
+        # It was left by a step that died before it could create the job, or after it deleted the job
         client.delete(KINDS[wanted.before["kind"]], wanted.name)
         raise
-    # The webhook that checks a TrainJob may not have heard of its runtime yet
-    refused: float | None = None  # when it refused for the first time
+    # The webhook that checks a TrainJob may not know its runtime yet
+    refused: float | None = None  # time of the first rejection
     while True:
         try:
             return client.create(wanted.body)

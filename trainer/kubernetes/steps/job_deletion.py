@@ -1,4 +1,4 @@
-"""Deletes jobs so that none of their pods comes back, and none is left on a claim."""
+"""Deleting jobs so that none of their pods comes back or keeps using a claim."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,34 +14,34 @@ _AT_ONCE = 16  # requests
 class JobDeletion:
     """Jobs of one kind that are being deleted.
 
-    A job's controller makes its pods again as long as it has not noticed the deletion, and a job of the same name gets
-    a pod while the old one still saves. Therefore a TrainJob is suspended first, deleted when its pods are gone, and
-    its runtime, without which the API server accepts no change of it, is deleted last. Kinds without such an object
-    (`JobKind.before`) are deleted at once: their pods belong to the job itself, and are named after it.
+    A job's controller recreates its pods until it notices the deletion, and a new job of the same name would get a pod
+    while the old one is still saving. Therefore a TrainJob is first suspended, then deleted once its pods are gone. Its
+    runtime is deleted last, because the API server accepts no change of a TrainJob without it. Kinds without such an
+    object (`JobKind.before`) are deleted at once: their pods belong to the job itself and are named after it.
 
-    Nothing waits here, except for `finish`: `advance` takes the next step of each job, if it is time.
+    Only `finish` waits. `advance` takes the next step for each job, if it is due.
     """
 
     def __init__(self, client: Client, kind: JobKind) -> None:
         self._client, self._kind, self._timeouts = client, kind, client.timeouts
-        self._leaving: dict[str, float] = {}  # jobs that are not deleted yet, by name: since when
+        self._leaving: dict[str, float] = {}  # jobs that are not deleted yet, by name: start time
         self._deleted: set[str] = set()  # jobs whose deletion was requested
 
     def __bool__(self) -> bool:
-        """Whether something is left to do."""
+        """Whether anything is left to do."""
         return bool(self._leaving)
 
     def __contains__(self, name: str) -> bool:
-        """Whether a job of this name is being deleted, or was."""
+        """Whether a job of this name is being, or has been, deleted."""
         return name in self._leaving or name in self._deleted
 
     def forget(self, name: str) -> None:
-        """A job of this name is to be created again."""
+        """Forget a job, because one of this name will be created again."""
         self._leaving.pop(name, None)
         self._deleted.discard(name)
 
     def begin(self, jobs: Sequence[Object]) -> None:
-        """Delete these jobs, or suspend those with pods, all at once: a step that was cancelled may have a second."""
+        """Delete these jobs, or suspend those with pods, all at once: a cancelled step may have only a second."""
         if not jobs:
             return
         with ThreadPoolExecutor(min(_AT_ONCE, len(jobs))) as pool:
@@ -61,11 +61,11 @@ class JobDeletion:
             self._leaving.setdefault(name, time.monotonic())
 
     def advance(self, jobs: Mapping[str, Object], pods: Iterable[Object]) -> None:
-        """Take the next step with each job.
+        """Take the next step for each job.
 
         Args:
-            jobs: The existing ones by name.
-            pods: All of these jobs.
+            jobs: The existing jobs by name.
+            pods: All pods of these jobs.
         """
         if not self._leaving:
             return
@@ -81,10 +81,10 @@ class JobDeletion:
                 self._delete(name)
 
     def finish(self, labels: str) -> None:
-        """Wait until all is done. Raises TrainingError if a job stays.
+        """Wait until all jobs are gone. Raises TrainingError if one stays.
 
         Args:
-            labels: Selects the jobs and their pods.
+            labels: Selector of the jobs and their pods.
         """
         deadline = time.monotonic() + 2 * self._timeouts.deleted
         while self._leaving:
@@ -97,7 +97,7 @@ class JobDeletion:
                 time.sleep(self._timeouts.poll)
 
     def _may_go(self, job: Object, has_pods: bool) -> bool:
-        """Whether no pod of a job is left, and none will be made; or it is no use to wait for that."""
+        """Whether no pod of a job is left or will be created, or waiting for that is pointless."""
         waited = time.monotonic() - self._leaving[job["metadata"]["name"]]
         if self._kind.has_ended(job) or waited > self._timeouts.deleted:
             return True

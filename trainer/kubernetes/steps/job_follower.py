@@ -1,6 +1,7 @@
-"""The one follower of jobs: it creates them, and observes them, their pods and the pods' logs.
+"""The follower of jobs: it creates them, and observes them, their pods and the pods' logs.
 
-It serves Jobs (`job_runner`) and training jobs (`training`); `JobKind` holds everything that depends on the kind.
+It is used for Jobs (`job_runner`) and training jobs (`training`); `JobKind` contains everything that depends on the
+kind.
 """
 
 import queue
@@ -26,8 +27,8 @@ from trainer.kubernetes.objects.plan import JobObjects
 from trainer.kubernetes.steps.job_creation import create_job
 from trainer.kubernetes.steps.job_deletion import JobDeletion
 
-_TAIL = 200  # lines of a pod that are kept
-_ERROR = "error: "  # begins the last line of a command that fails (`errors.run_main`)
+_TAIL = 200  # number of lines kept per pod
+_ERROR = "error: "  # start of the last line of a failed command (`errors.run_main`)
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,17 @@ class Message:
 
 
 class JobFollower:
-    """Jobs of one kind and their pods, as last observed. As a context manager it begins to observe them.
+    """Jobs of one kind and their pods, as last observed. A context manager that observes them.
 
     Everything is printed in the caller's thread, by `observations` and the methods.
 
     Args:
-        client: Of the jobs' cluster.
-        jobs: Each job by display name. All run the same container.
-        labels: Selects these jobs and their pods, and no others.
+        client: A client of the jobs' cluster.
+        jobs: The jobs by display name. All run the same container.
+        labels: Selector of exactly these jobs and their pods.
         patience: Seconds for which the API server may fail to answer.
         wake: Set when something has changed; several followers may share it.
-        pod_name: A pod's display name, or ""; by default those of their jobs.
+        pod_name: Returns a pod's display name, or ""; by default, that of its job.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class JobFollower:
         self._waits = WaitReasons(client, show)
         self._notices = SilenceNotices(show, self._timeouts)
 
-        self._uids: dict[str, str] = {}  # of the jobs that were created, or found, by name
+        self._uids: dict[str, str] = {}  # of created or found jobs, by name
         self._tails: dict[str, tuple[str, deque[str]]] = {}  # a pod's display name and its last lines, by uid
-        self._last_errors: dict[str, str] = {}  # the last error that a pod has printed, by uid
+        self._last_errors: dict[str, str] = {}  # the last error printed by a pod, by uid
         self._jobs: dict[str, Object] = {}
         self.pods: dict[str, Object] = {}  # by name
         self.departed: list[Object] = []  # pods deleted between the last two observations, in their last known state
@@ -102,10 +103,10 @@ class JobFollower:
     # Creating and deleting
 
     def create(self, name: str, *, replace: Callable[[Object], bool] = lambda job: False) -> Object | None:
-        """Create a job, unless it exists. Returns the job that exists already; None if it was created.
+        """Create a job unless it exists. Returns the existing job; None if it was created.
 
         Args:
-            replace: Whether to delete a job that exists, and to create it anew.
+            replace: Whether to delete an existing job and create it again.
 
         Raises:
             ConfigError: The name is taken by a job of another run.
@@ -117,7 +118,7 @@ class JobFollower:
         return job if found else None
 
     def delete(self, *which: str) -> None:
-        """Delete jobs, or begin to: `observe` continues, also when an API server answers again."""
+        """Start deleting jobs. `observe` continues this, also after an outage of the API server."""
         self._doomed.update(which)
         self._continue_deletion()
 
@@ -134,11 +135,11 @@ class JobFollower:
 
     @property
     def is_deleting(self) -> bool:
-        """Whether jobs that are to be deleted still exist."""
+        """Whether jobs that are being deleted still exist."""
         return bool(self._deletion or self._doomed)
 
     def restarts(self, name: str) -> bool:
-        """Whether a job gets a new pod, should its pod end. Its suspension may not have been observed yet."""
+        """Whether a job gets a new pod if its pod ends. Its suspension may not have been observed yet."""
         job = self.job(name)
         with suppress(ApiError):
             job = self._client.get(self.kind, name, timeout=self._timeouts.answer)
@@ -153,14 +154,14 @@ class JobFollower:
         return bool(self._job_informer.silence or self._pod_informer.silence)
 
     def observe(self) -> list[Message]:
-        """Read the current state: print what has changed and why pods wait. Returns the pods' new messages."""
+        """Read the current state; print changes and why pods are waiting. Returns the pods' new messages."""
         api_is_silent = self.is_silent
         self._waits.observe(api_is_silent=api_is_silent)
         self._jobs, self.pods = self._job_informer.objects(), self._pod_informer.objects()
         self.departed = self._pod_informer.departed()
         self._continue_deletion()
 
-        # Pods that are lost, run, or wait
+        # Pods that are lost, running, or waiting
         for name, pod in self.pods.items():
             self._follow_log(pod)
             uid = pod["metadata"]["uid"]  # of this pod, while the next one may have its name
@@ -185,7 +186,7 @@ class JobFollower:
         job, called = self.job(name), self._names[name]
         if job is None or name in self._deletion or self.kind.has_ended(job) or self.pods_of(name):
             return
-        if self.kind.is_suspended(job):  # for as long as somebody wants
+        if self.kind.is_suspended(job):  # for an unlimited time
             self._waits.forget(name)
             queue = (job["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
             why = f" for quota in queue {queue}" if queue else f": {self.kind.name} {name} is suspended"
@@ -198,12 +199,12 @@ class JobFollower:
             self._waits.show_once(name, f"{what}: {self.kind.controller}")
 
     def job(self, name: str) -> Object | None:
-        """A job; None if it has not been seen yet, or was deleted."""
+        """A job; None if it has not been seen yet or was deleted."""
         job = self._jobs.get(name)
         return job if job and self._uids.get(name) in (None, job["metadata"]["uid"]) else None
 
     def was_deleted(self, name: str) -> bool:
-        """Whether a job does not exist, though there was time to see it."""
+        """Whether a job does not exist although there was enough time to see it."""
         return self.job(name) is None and self.waited(f"job {name} {self._uids.get(name)}") > self._timeouts.seen
 
     def pods_of(self, name: str) -> list[Object]:
@@ -222,31 +223,31 @@ class JobFollower:
         return diagnosis.has_started(pod, self.container) and self.exit_status(pod) is None
 
     def why_ended(self, pod: Object) -> str:
-        """Why a pod's container has failed: its own last error, unless it was ended from outside."""
+        """Why a pod's container failed: its own last error, unless it was ended from outside."""
         killed = self.exit_status(pod) in (diagnosis.KILLED, diagnosis.TERMINATED)
         own = "" if killed or diagnosis.why_lost(pod) else self._last_errors.get(pod["metadata"]["uid"], "")
         return own or places_of(pod, self.container).in_words(diagnosis.why_ended(pod, self.container, self._memory))
 
     def waited(self, name: str) -> float:
-        """Seconds since the first call for this name, without the time in which the API server did not answer."""
+        """Seconds since the first call for this name, not counting outages of the API server."""
         return self._waits.waited(name)
 
     def why_not_started(self, job: str, seconds: float, pods: Iterable[Object] | None = None) -> str:
-        """Why a job has waited for longer than `seconds` for a pod, or one of its `pods` to start; "" if none has."""
+        """Why a job has waited for more than `seconds` for a pod, or for one of `pods` to start; "" if it has not."""
         pod_names = [pod["metadata"]["name"] for pod in (self.pods_of(job) if pods is None else pods)]
         why = next((why for name in (*pod_names, job) if (why := self._waits.why(name, seconds))), "")
         seen = self.job(job)
         return self.kind.controller if why and seen and self.kind.is_ignored(seen) else why
 
     def silent(self) -> dict[str, float]:
-        """The running pods from which no line can arrive, by name: since when, in Unix seconds."""
+        """The running pods from which no line can arrive, by name, with the start in Unix seconds."""
         offset = time.time() - time.monotonic()
         return {
             pod["metadata"]["name"]: offset + silence.since for pod, silence in self._log_silences(self.pods.values())
         }
 
     def finish_reading(self, pods: Sequence[Object]) -> list[Message]:
-        """Wait for the last lines of those pods that have ended. Returns the new messages of all pods."""
+        """Wait for the last lines of ended pods. Returns the new messages of all pods."""
         deadline = time.monotonic() + self._timeouts.read_logs
         existing = {pod["metadata"]["uid"] for pod in self.pods.values()}  # the logs of others are gone
         for pod in pods:
@@ -257,13 +258,13 @@ class JobFollower:
         return self._read_lines()
 
     def _is_own(self, pod: Object) -> bool:
-        """Whether a pod belongs to one of the jobs, and not to an earlier job of the same name."""
+        """Whether a pod belongs to one of the jobs rather than to an earlier job of the same name."""
         name = self.kind.job_of(pod)
         uid = self._uids.get(name)
         return name in self._wanted and (uid is None or self.kind.owns(uid, pod))
 
     def _follow_log(self, pod: Object) -> None:
-        """Follow the log of a pod once it has started, and end with it."""
+        """Follow the log of a pod from its start to its end."""
         uid = pod["metadata"]["uid"]
         if uid not in self._logs and diagnosis.has_started(pod, self.container):
             self._logs[uid] = LogFollower(self._client, pod, self.container, lambda line: self._lines.put((pod, line)))
@@ -271,7 +272,7 @@ class JobFollower:
             self._logs[uid].end()
 
     def _read_lines(self) -> list[Message]:
-        """Print the lines that have arrived; returns those that are messages."""
+        """Print the lines that have arrived. Returns those that are messages."""
         messages = []
         while not self._lines.empty():
             pod, line = self._lines.get()
@@ -289,7 +290,7 @@ class JobFollower:
         return messages
 
     def write_tails(self, directory: Path) -> None:
-        """Write the last lines of each pod, which its log loses with it, to `directory`, in a file of its own."""
+        """Write the last lines of each pod to its own file in `directory`, because logs are deleted with pods."""
         directory.mkdir(parents=True, exist_ok=True)
         seen: Counter[str] = Counter()
         for name, lines in self._tails.values():
@@ -298,7 +299,7 @@ class JobFollower:
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def _silences(self) -> dict[str, Silence]:
-        """All silences, by display name: that of the API server by the followed pods, if any exist."""
+        """All silences by display name. The API server's is listed under the followed pods, if any exist."""
         followed = self._log_silences([*self.departed, *self.pods.values()])
         found = {self.called(pod): silence for pod, silence in followed}
         given = {silence.why for silence in found.values()}
@@ -313,10 +314,10 @@ class JobFollower:
 
 
 def observations(followers: Sequence[JobFollower], wake: threading.Event, look: float) -> Iterator[list[Message]]:
-    """Observe whenever something has changed, at least every `look` seconds; yields the new messages of all pods.
+    """Observe whenever something has changed, at least every `look` seconds. Yields the new messages of all pods.
 
     Args:
-        wake: That of all the followers.
+        wake: The followers' shared event.
     """
     while True:
         wake.clear()

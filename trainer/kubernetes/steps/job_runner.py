@@ -1,4 +1,4 @@
-"""Runs Jobs side by side, on one cluster or on several, until all have succeeded, and retries those that fail."""
+"""Running Jobs in parallel, on one or several clusters, until all have succeeded, with retries."""
 
 import threading
 from collections import Counter
@@ -13,28 +13,28 @@ from trainer.kubernetes.steps.cluster import Cluster
 from trainer.kubernetes.steps.job_follower import JobFollower, Message, observations
 from trainer.kubernetes.steps.step_context import StepContext
 
-ATTEMPTS = 3  # of a Job
+ATTEMPTS = 3  # per Job
 
 
 class JobFailed(TrainingError):
-    """A Job has failed, and would fail again."""
+    """A Job failed, and would fail again."""
 
 
 def run_jobs(
     context: StepContext, bodies: Mapping[Cluster, Mapping[str, Object]], component: str, *, fresh: bool = False
 ) -> Generator[list[Message], None, None]:
-    """Run Jobs until all have succeeded; yields their pods' messages as they arrive.
+    """Run Jobs until all have succeeded. Yields their pods' messages as they arrive.
 
-    A Job that is under way is followed. One that has ended is run again, and finds that its work is done.
+    A running Job is followed. A Job that has ended is run again, and finds that its work is already done.
 
     Args:
-        bodies: Each Job as the API takes it, by display name, for each cluster.
-        component: What all of them are part of: see `Plan.component`.
-        fresh: Also replace Jobs that are under way.
+        bodies: The Jobs' objects by display name, for each cluster.
+        component: Their component; see `Plan.component`.
+        fresh: Whether to replace running Jobs as well.
 
     Raises:
-        JobFailed: One has failed `ATTEMPTS` times, or rejects its configuration; with its own error.
-        TrainingError: One does not start, with the reason, or was deleted.
+        JobFailed: A Job failed `ATTEMPTS` times, or rejects its configuration; with its own error.
+        TrainingError: A Job does not start (with the reason), or was deleted.
     """
     deadline = float(context.plan.config.active_deadline)  # of each Job
     wake = threading.Event()
@@ -62,7 +62,7 @@ def run_jobs(
                     del pending[called]
                     continue
 
-                # Try it again, unless it would fail again
+                # Retry, unless it would fail again
                 pods = jobs.pods_of(name)
                 why = next((why for pod in pods if (why := jobs.why_ended(pod))), "")
                 why = why or (job and JOB.why_failed(job)) or "it ended without giving a reason"
@@ -79,7 +79,7 @@ def run_jobs(
 
 
 def _has_ended(context: StepContext, jobs: JobFollower, called: str, name: str) -> bool:
-    """Whether a Job has ended. Raises TrainingError if it was deleted, or does not start."""
+    """Whether a Job has ended. Raises TrainingError if it was deleted or does not start."""
     job = jobs.job(name)
     if job is None:
         if jobs.was_deleted(name):
@@ -90,7 +90,7 @@ def _has_ended(context: StepContext, jobs: JobFollower, called: str, name: str) 
         raise TrainingError(f"{called} has not started in {timeout:.0f} s: {why}")
     if not JOB.has_ended(job):
         return False
-    # The end of a Job may arrive before that of its pod
+    # The end of a Job may be observed before that of its pod
     pods = jobs.pods_of(name)
     pods_ended = bool(pods) and all(jobs.exit_status(pod) is not None for pod in pods)
     return pods_ended or jobs.waited(f"end of {job['metadata']['uid']}") > context.timeouts.seen

@@ -1,8 +1,8 @@
-"""Other runs of a deployment, which have the same claims: one must be over before the next one begins.
+"""Other runs of a deployment, which use the same claims: a run must be over before the next one starts.
 
-A run is under way from its first step, which creates its ConfigMap, until its workflow ends: between two steps it has
-no job by which it could be recognised. Of two that begin at the same time, as a schedule starts those that it has
-missed, the one whose ConfigMap is older goes on. A run without a workflow in the namespace is recognised by its jobs.
+A run is under way from its first step, which creates its ConfigMap, until its workflow ends; between two steps, it has
+no job by which it could be recognised. If two start at the same time, for example missed runs of a schedule, the one
+with the older ConfigMap continues. A run without a workflow in the namespace is recognised by its jobs.
 """
 
 from trainer.errors import TrainingError
@@ -17,7 +17,7 @@ def other_run(client: Client, plan: Plan, *, later: bool = False) -> str:
     """The id of another run of the plan's deployment that is under way; "" if there is none.
 
     Args:
-        later: Also one that began after this one.
+        later: Whether to consider runs that started after this one.
     """
     labels = {names.DEPLOYMENT_LABEL: plan.config.deployment_name, names.COMPONENT_LABEL: "config"}
     found = sorted(client.list(CONFIG_MAP, names.selector(labels))[0], key=_age)
@@ -28,12 +28,12 @@ def other_run(client: Client, plan: Plan, *, later: bool = False) -> str:
 
 
 def _age(one: Object) -> tuple[str, str]:
-    """Orders objects by age, always in the same way."""
+    """A sort key that orders objects by age, deterministically."""
     return one["metadata"]["creationTimestamp"], one["metadata"]["uid"]
 
 
 def _is_own(plan: Plan, one: Object) -> bool:
-    """Whether a ConfigMap is of this run, or of another one of the same workflow."""
+    """Whether a ConfigMap belongs to this run, or to another one of the same workflow."""
     metadata, label = one["metadata"], names.RUN_LABEL
     owners = [owner["uid"] for owner in metadata.get("ownerReferences") or []]
     return metadata["labels"].get(label) == plan.own_labels[label] or bool(plan.owner and plan.owner["uid"] in owners)
@@ -44,6 +44,6 @@ def _is_under_way(client: Client, one: Object) -> bool:
         if kind := KINDS.get(owner["kind"]):
             try:
                 return not Workflow(client.namespace, owner["name"], owner["uid"], kind).has_ended(client)
-            except TrainingError:  # its jobs tell
+            except TrainingError:  # decide by its jobs
                 return False
     return False

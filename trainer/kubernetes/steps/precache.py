@@ -1,7 +1,6 @@
-"""The precache step: a claim for each worker, filled by a Job that runs where the worker will.
+"""The precache step: a claim for each worker, filled by a Job that runs where the worker will run.
 
-Claims outlive the run. A later run finds them, and its Jobs, which compare a claim's content with the wanted one, take
-seconds.
+Claims outlive the run. A later run finds them, and its Jobs take only seconds to check their content.
 """
 
 import time
@@ -20,22 +19,22 @@ from trainer.kubernetes.steps.fetch_results import fetch_result
 from trainer.kubernetes.steps.job_runner import run_jobs
 from trainer.kubernetes.steps.step_context import StepContext
 
-Manifests = dict[str, dict[str, Any]]  # of the dataset on each claim, by the claim's name, without the list of files
+Manifests = dict[str, dict[str, Any]]  # the manifest of the dataset on each claim, by claim, without the list of files
 
 
 def precache(context: StepContext, held_out: Path) -> Manifests:
-    """Create or find the workers' claims, put dataset and model onto each, and fetch the held-out part.
+    """Create or find the workers' claims, put dataset and model onto each, and fetch the held-out shard.
 
-    The pipeline's exit handler covers only the steps that follow; this step cleans up after itself. If it fails, or its
-    workflow was terminated, it deletes the Jobs that still run, and the objects that only they need. Claims stay; after
-    a failure also Jobs that have ended, for their logs. If only the step's pod stops, the next one follows the Jobs.
+    The pipeline's exit handler covers only the following steps, so this step cleans up after itself. If it fails, or
+    its workflow is terminated, it deletes the Jobs that still run and the objects that only they need. Claims stay, as
+    do ended Jobs after a failure, for their logs. If only the step's pod stops, the next one follows the Jobs.
 
     Args:
-        held_out: Directory for the held-out part of the dataset, with its manifest and tokenizer.
+        held_out: Directory for the held-out shard of the dataset, with its manifest and tokenizer.
 
     Raises:
-        ConfigError: The claims are in use by another run.
-        TrainingError: A claim cannot be filled, with the reason; or two claims hold different data.
+        ConfigError: The claims are used by another run.
+        TrainingError: A claim cannot be filled (with the reason), or two claims contain different data.
     """
     for cluster in context.clusters:
         cluster.refuse_claims_in_use()
@@ -46,7 +45,7 @@ def precache(context: StepContext, held_out: Path) -> Manifests:
         return _precache(context, held_out)
     except (Interrupted, KeyboardInterrupt):
         if context.workflow_has_ended:
-            context.clean_up(training=False)  # before anything else: there may be less than a second
+            context.clean_up(training=False)  # first, because there may be less than a second
             context.show("cancelled: the precaching jobs are deleted")
         else:
             context.show("this step's pod is stopped, and its jobs continue: the step's next pod follows them")
@@ -54,7 +53,7 @@ def precache(context: StepContext, held_out: Path) -> Manifests:
     except Exception:
         try:
             context.clean_up(finished=False, training=False)
-        except TrainingError as error:  # the last line must be the step's own failure
+        except TrainingError as error:  # the last line must be the step's own error
             context.show(f"warning: the step's objects are not cleaned up: {error}")
         raise
 
@@ -86,17 +85,17 @@ def _precache(context: StepContext, held_out: Path) -> Manifests:
             f"the claims hold different data, so the source has changed in the meantime ({different}): precache again"
         )
     context.show(f"{len(found)} claims are precached: {', '.join(found)}")
-    first = next(iter(context.clusters))  # all claims hold the same
+    first = next(iter(context.clusters))  # all claims contain the same data
     fetch_result(context, first.plan.claimants[:1], "held-out", held_out)
     return found
 
 
 def _ensure_claim(cluster: Cluster, worker: WorkerPlan, show: Show) -> None:
-    """Create a worker's claim, or find it, once an earlier claim that is being deleted is gone."""
+    """Create or find a worker's claim. If an earlier claim is being deleted, wait until it is gone."""
     body, timeouts = jobs.claim(cluster.plan, worker), cluster.client.timeouts
     deadline, waits = time.monotonic() + timeouts.deleted, False
     while True:
-        # Create it, unless it exists
+        # Create it unless it exists
         try:
             cluster.client.create(body)
             show(f"claim {worker.claim} created")
@@ -124,7 +123,7 @@ def _ensure_claim(cluster: Cluster, worker: WorkerPlan, show: Show) -> None:
 
 
 def _differences(wanted: Object, existing: Object) -> str:
-    """How an existing claim differs from the wanted one. It is used unchanged, with a note."""
+    """A note on how an existing claim, which is used unchanged, differs from the wanted one."""
     spec, current = wanted["spec"], existing["spec"]
     pairs = {
         "access mode": (spec["accessModes"], current.get("accessModes")),

@@ -1,4 +1,4 @@
-"""Which kinds of training jobs a cluster serves."""
+"""Which kinds of training jobs a cluster supports."""
 
 from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
@@ -14,13 +14,13 @@ _INSTALL = (
 
 
 def served_launcher(client: Client) -> str:
-    """The value of `launcher` for the preferred kind of training jobs that a cluster serves.
+    """The value of `launcher` for the preferred kind of training jobs that a cluster supports.
 
-    A list of the namespace's jobs tells, which the Role allows; what it allows is checked before what is served, so a
-    kind that may not be listed is not chosen if there is another one.
+    This is tested by listing the namespace's jobs, which the Role permits. Permissions are checked before existence, so
+    a kind that may not be listed is not chosen if there is another one.
 
     Raises:
-        TrainingError: It serves none, with what to install; or it cannot be asked.
+        TrainingError: The cluster supports none (the message names what to install), or cannot be queried.
     """
     refusal: ApiError | None = None
     for launcher, kind in TRAINING_KINDS.items():
@@ -36,17 +36,17 @@ def served_launcher(client: Client) -> str:
 
 
 def launcher_of(client: Client, config: TrainingConfig) -> str:
-    """The value of `launcher` for another cluster of a training: that of its sites, or what it serves."""
+    """The value of `launcher` for another cluster of a training: from its sites, or the kind that it supports."""
     chosen = next(site.launcher for site in config.sites if site.cluster == client.cluster)
     return served_launcher(client) if chosen == "auto" else chosen
 
 
 def check_kubeconfigs(config: TrainingConfig, namespace: str) -> None:
-    """Check that each other cluster's Secret is in the steps' namespace, and has a kubeconfig. It may be out of date.
+    """Check that the Secret of each other cluster is in the steps' namespace and has a kubeconfig, perhaps outdated.
 
     Raises:
         ConfigError: A Secret is missing, or has no usable kubeconfig.
-        TrainingError: The cluster of the steps cannot be asked from here.
+        TrainingError: The steps' cluster cannot be queried from here.
     """
     others = cluster_names(config)[1:]
     if not others:
@@ -57,11 +57,11 @@ def check_kubeconfigs(config: TrainingConfig, namespace: str) -> None:
 
 
 def with_launchers(config: TrainingConfig) -> TrainingConfig:
-    """The configuration with the launcher of each site that is in another cluster, so that no later step has to ask.
+    """The configuration with the launcher of each site in another cluster, so that later steps need not query it.
 
     Raises:
         ConfigError: A site's cluster has no usable kubeconfig.
-        TrainingError: A cluster serves no training jobs, or cannot be asked.
+        TrainingError: A cluster supports no training jobs, or cannot be queried.
     """
     home = Client(config.deployment_namespace)
     found = {name: launcher_of(OtherClient(home, name), config) for name in cluster_names(config) if name}

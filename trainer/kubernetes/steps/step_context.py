@@ -1,4 +1,4 @@
-"""What all steps of the pipeline on a cluster share: the training's clusters, the workflow, and cleaning up."""
+"""The shared parts of the pipeline's steps on a cluster: the training's clusters, the workflow, and cleaning up."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,37 +22,37 @@ from trainer.kubernetes.steps.workflow import Workflow, own_pod
 from trainer.monitor.trackers import mlflow
 from trainer.timeouts import KubernetesTimeouts
 
-# What people look for if a cluster stays away
+# Kinds of objects that may be left on an unreachable cluster
 _LEFT = "trainjobs, pytorchjobs, jobs, trainingruntimes, configmaps, secrets, networkpolicies"
 
 
 def show(line: str) -> None:
-    """Print a line at once."""
-    with suppress(BrokenPipeError):  # SIGTERM ends KFP's launcher, which reads it, before the step, which cleans up
+    """Print a line and flush."""
+    with suppress(BrokenPipeError):  # SIGTERM ends KFP's launcher, which reads the output, before the step is done
         print(line, flush=True)
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step works with."""
+    """The context of a step."""
 
-    home: Cluster  # that of the steps; it has no workers if all sites are in others
+    home: Cluster  # the steps' own; it has no workers if all sites are in others
     show: Show
-    workflow: Workflow | None = None  # None: a person runs the step, in a pod or not
+    workflow: Workflow | None = None  # None: a user runs the step, in a pod or elsewhere
     others: Sequence[Cluster] = ()
 
     @classmethod
     def open(
         cls, config: TrainingConfig, image: str, show: Show = show, timeouts: KubernetesTimeouts | None = None
     ) -> Self:
-        """Find the clusters, the step's own pod and thereby its workflow, and plan the training.
+        """Find the clusters and the step's own pod and workflow, and plan the training.
 
         Args:
-            image: The project's image, where neither the configuration nor the step's own pod has one.
+            image: The project's image, if neither the configuration nor the step's own pod has one.
 
         Raises:
             ConfigError: The configuration does not fit a cluster.
-            TrainingError: There is no cluster, or it refuses the credentials.
+            TrainingError: There is no cluster, or it rejects the credentials.
         """
         client = Client(config.deployment_namespace, timeouts)
         owner, workflow, own_image = own_pod(client.namespace, show, client.timeouts)
@@ -68,7 +68,7 @@ class StepContext:
         owner: Object | None = None,
         workflow: Workflow | None = None,
     ) -> Self:
-        """As `open`, with what that has found: the steps' cluster, and the workflow that owns the objects there."""
+        """Like `open`, but for a given cluster of the steps and a given workflow that owns the objects there."""
         tracking = mlflow.handed_on()
         made = plan(config, namespace=client.namespace, image=image, owner=owner, tracking=tracking)
         mark = workflow.mark if workflow else ""
@@ -101,12 +101,12 @@ class StepContext:
 
     @property
     def client(self) -> Client:
-        """Of the steps' own cluster."""
+        """The client of the steps' own cluster."""
         return self.home.client
 
     @property
     def plan(self) -> Plan:
-        """Of the steps' own cluster."""
+        """The plan for the steps' own cluster."""
         return self.home.plan
 
     @property
@@ -121,13 +121,13 @@ class StepContext:
 
     # The end
 
-    @cached_property  # asked once: there may be no time for more
+    @cached_property  # read only once, because there may be no time for more
     def workflow_has_ended(self) -> bool:
-        """Whether the step's workflow was terminated, or is over: then an interrupted step deletes its work.
+        """Whether the step's workflow was terminated or is over, so that an interrupted step deletes its work.
 
         Otherwise only its pod stops (a drain, an eviction), and the step's next pod continues. A step without a
-        workflow was ended by the person at its terminal. If the workflow cannot be read, the answer is no, with a
-        warning: the exit handler and the owner references clean up after a workflow that is over.
+        workflow was ended by the user at its terminal. If the workflow cannot be read, the answer is no, with a
+        warning: the exit handler and the owner references clean up after a finished workflow.
         """
         own, unknown = self.workflow, "warning: cannot find out whether"
         if own is None:
@@ -142,21 +142,22 @@ class StepContext:
             return False
 
     def clean_up(self, *, finished: bool = True, training: bool = True, claims: bool = False) -> None:
-        """Delete the run's objects, on all clusters at once; workers that still train save and leave.
+        """Delete the run's objects on all clusters at once. Workers that still train save and leave.
 
         Args:
-            finished: Also delete jobs that have ended, with their pods and logs. Otherwise they stay for
-                `finished_ttl`, and nothing is deleted if another workflow continues the run.
-            training: Also delete training jobs. Otherwise the settings stay, too, while a training is under way.
-            claims: Also delete the run's claims with all their data, unless another run uses them; and jobs that have
-                ended, because a claim stays as long as a pod exists that has mounted it.
+            finished: Also delete ended jobs with their pods and logs. Otherwise they stay for `finished_ttl`, and
+                nothing is deleted if another workflow continues the run.
+            training: Also delete training jobs. Otherwise the settings also stay while a training is under way.
+            claims: Also delete the run's claims with all their data, unless another run uses them; and ended jobs,
+                because a claim stays as long as a pod that has mounted it exists.
 
         Raises:
-            TrainingError: A cluster refuses it, or stays away for `timeouts.outage`: with what may be left there.
+            TrainingError: A cluster rejects this, or is unreachable for `timeouts.outage`. The message names what may
+                be left there.
         """
 
         def clean_up(cluster: Cluster) -> str:
-            """Returns why something may be left, or ""."""
+            """Clean up one cluster. Returns why something may be left, or ""."""
             try:
                 cluster.client.patience = max(cluster.client.patience, self.timeouts.outage)
                 cluster.clean_up(finished=finished, training=training, claims=claims)

@@ -1,7 +1,8 @@
-"""The train step: creates the training jobs, or finds them, and follows the training until it has ended.
+"""The train step: creates or finds the training jobs, and follows the training until it ends.
 
-The training ends by its workers' verdict in etcd (`trainer.elastic.keys`), or when a worker ends with status 0: its
-final checkpoint is committed. While enough workers are left, the failure of a pod, a job or a node is only logged.
+The training ends with the workers' verdict in etcd (`trainer.elastic.keys`), or when a worker ends with status 0, which
+means that its final checkpoint is committed. While enough workers are left, failures of pods, jobs or nodes are only
+logged.
 """
 
 import threading
@@ -28,23 +29,23 @@ from trainer.monitor.dashboard import Dashboard, view
 
 
 def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
-    """Train on the cluster until the run is complete. Returns the workers with the newest checkpoints first.
+    """Train on the cluster until the run is complete. Returns the workers, those with the newest checkpoints first.
 
-    A training of this run that is under way is followed, and not started again. If the step is interrupted because its
-    workflow was terminated (`StepContext.workflow_has_ended`), it deletes everything, and the workers save and leave.
-    Otherwise it leaves the training to the step's next pod.
+    If a training of this run is under way, it is followed rather than started again. If the step is interrupted because
+    its workflow was terminated (`StepContext.workflow_has_ended`), it deletes everything, and the workers save and
+    leave. Otherwise it leaves the training to the step's next pod.
 
     Args:
-        directory: Takes the workers' events as they arrive (`worker-<i>/metrics.jsonl`), and at the end the last lines
-            of each of their pods (`logs/worker-<i>.<incarnation>.log`).
+        directory: Receives the workers' events as they arrive (`worker-<i>/metrics.jsonl`), and at the end the last
+            lines of each of their pods (`logs/worker-<i>.<incarnation>.log`).
 
     Raises:
-        TrainingError: The training has failed, or cannot continue, with the reason.
+        TrainingError: The training failed or cannot continue, with the reason.
     """
     dashboard = Dashboard(context.plan.config.total_steps)
     with reachable_etcd(context) as etcd, view(dashboard, context.show) as shown:
         run_view = TrainingView(context, directory, dashboard, shown)
-        for cluster in context.others:  # what one does not answer is asked later, and the others are followed meanwhile
+        for cluster in context.others:  # one that does not answer is retried later, while the others are followed
             cluster.client.patience = 0.0
         training = _Training(context, etcd, run_view, directory / "logs", shown.show)
         try:
@@ -53,7 +54,7 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
             return training.follow()
         except (Interrupted, KeyboardInterrupt):
             if context.workflow_has_ended:
-                context.clean_up()  # before anything else: there may be less than a second
+                context.clean_up()  # first, because there may be less than a second
                 context.show("cancelled: the training's jobs are deleted, their workers save and leave")
             else:
                 context.show("this step's pod is stopped, and the training continues: the step's next pod follows it")
@@ -73,16 +74,16 @@ class _Training:
         self._asked_etcd, self._etcd_is_away = 0.0, False
 
     def begin(self) -> None:
-        """Create the jobs that are missing, and keep those that exist: the step may have been restarted."""
-        # Find the run's jobs, and its verdict
+        """Create missing jobs and keep existing ones, because the step may have been restarted."""
+        # Find the run's jobs and its verdict
         parts = [part for part in self._parts if self._reaches(part, part.find)]
         self._verdict = keys.verdict(self._etcd)
         if self._verdict.status == "succeeded":
             for part in parts:
-                part.begun = True  # `follow` reads the logs of its jobs, if any exist, once more
+                part.begun = True  # `follow` reads the logs of existing jobs once more
             return
 
-        # Begin, or begin again after a failure of all jobs
+        # Start, or restart after a failure of all jobs
         self._anew = not any(part.are_under_way for part in parts)
         parts = [part for part in parts if self._reaches(part, part.cluster.refuse_claims_in_use)]
         if self._anew:
@@ -92,18 +93,18 @@ class _Training:
             self._reaches(part, partial(part.create, anew=self._anew))
 
     def _reaches(self, part: ClusterJobs, action: Callable[[], None]) -> bool:
-        """Do something on a cluster. Returns False if it is another one than the steps', and does not answer."""
+        """Do something on a cluster. Returns False if it is not the steps' own and does not answer."""
         try:
             action()
             return True
         except ApiError as error:
             if not (part.cluster.name and error.is_transient):
                 raise
-            self._show(f"{part} waits: {error}: followed once it answers")
+            self._show(f"{part} waits: {error}; it is followed once it answers")
             return False
 
     def _begin_late(self, part: ClusterJobs) -> None:
-        """Begin on a cluster that answers again, while the others train."""
+        """Start on a cluster that answers again, while the others train."""
         try:
             if self._reaches(part, part.find) and self._reaches(part, part.cluster.refuse_claims_in_use):
                 self._reaches(part, partial(part.create, anew=self._anew))
@@ -112,7 +113,7 @@ class _Training:
             self._ends.lose(part.plan.workers, str(error))
 
     def follow(self) -> list[WorkerPlan]:
-        """Follow the training until it has ended. Raises TrainingError if it has failed."""
+        """Follow the training until it ends. Raises TrainingError if it fails."""
         run = f"run {self._config.run_id}"
         with ExitStack() as resources:
             for part in self._parts:
@@ -142,7 +143,7 @@ class _Training:
         return observations([part.follower for part in self._parts], self._wake, self._context.timeouts.look)
 
     def _update(self) -> None:
-        """Read the state of pods, jobs and etcd, and show it."""
+        """Read and show the state of pods, jobs and etcd."""
         for part in self._parts:
             if part.begun:
                 self._update_part(part)
@@ -182,7 +183,7 @@ class _Training:
         """End a training that has too few workers left, or never had enough."""
         least = self._config.min_nodes
         if self._ends.left < least:
-            # If the run ends because an agent gives up, the agent writes why into etcd
+            # If the run ends because an agent gives up, the agent writes the reason to etcd
             self._ask_etcd()
             if not self._verdict.terminal:
                 why = next(iter(self._ends.lost.values()))
@@ -196,7 +197,7 @@ class _Training:
             self._fail(f"too few workers have started in {timeout:.0f} s: {waiting[0]}")
 
     def _fail(self, reason: str) -> None:
-        """Write the run's verdict to etcd; the workers that are left then save and leave."""
+        """Write the run's verdict to etcd. The remaining workers then save and leave."""
         self._verdict = keys.Verdict("failed", reason)
         try:
             keys.finish(self._etcd, "failed", reason)
@@ -216,7 +217,7 @@ class _Training:
                 self._show(f"etcd does not answer, the workers continue without it: {error}")
 
     def _wind_up(self) -> None:
-        """Wait until the workers have saved and left: by themselves if they are done, otherwise with their jobs."""
+        """Wait until the workers have saved and left: on their own if they are done, otherwise with their jobs."""
         followers = [part.follower for part in self._parts]
         if self._verdict.status == "failed":
             for part in self._parts:

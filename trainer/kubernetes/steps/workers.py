@@ -1,4 +1,4 @@
-"""The workers of a training on a cluster: their progress, how they end, which are lost, and why."""
+"""The workers of a training on a cluster: their progress, how they ended, and which are lost and why."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -17,11 +17,11 @@ from trainer.monitor.dashboard import Dashboard, View
 from trainer.monitor.progress import WorkerProgress, fill
 from trainer.monitor.worker_log import WorkerEvents
 
-_FRUITLESS = 6  # pods in a row that end before they have trained a step: the next ones would, too
+_FRUITLESS = 6  # consecutive pods that ended before they trained a step; the next ones would do the same
 
 
 class TrainingView:
-    """Writes the workers' events to `directory` (`worker-<i>/metrics.jsonl`), and shows the run's progress."""
+    """Writes the workers' events to `directory` (`worker-<i>/metrics.jsonl`) and shows the run's progress."""
 
     def __init__(self, context: StepContext, directory: Path, dashboard: Dashboard, shown: View) -> None:
         self._workers, self._dashboard, self._shown = context.workers, dashboard, shown
@@ -47,11 +47,11 @@ class TrainingView:
         return pod["metadata"]["uid"] in self._trained
 
     def refresh(self, silent: Mapping[int, float], running: Collection[int]) -> None:
-        """Show the run's progress, by the workers that are not silent: the state of the others is outdated.
+        """Show the run's progress by the workers that are not silent; the state of the others is outdated.
 
         Args:
-            silent: Workers, by index, from which no news arrives, though they may run: since when, in Unix seconds.
-            running: Those whose pods run.
+            silent: Workers (by index) from which no news arrives although they may run, with the start in Unix seconds.
+            running: Workers whose pods are running.
         """
         for worker in self._workers:
             for progress in self._progress_of(worker):
@@ -68,7 +68,7 @@ class TrainingView:
         self._shown.refresh()
 
     def by_checkpoint(self) -> list[WorkerPlan]:
-        """The workers, those with the newest checkpoints first."""
+        """The workers in order of checkpoints, newest first."""
         newest = self._events.newest_checkpoints()
 
         def version(worker: WorkerPlan) -> tuple[int, int]:
@@ -81,19 +81,19 @@ class TrainingView:
 
 
 class WorkerEnds:
-    """The pods that have ended, and the workers that are lost permanently.
+    """The pods that have ended, and the workers that are permanently lost.
 
-    `jobs` follows the cluster that a pod or a job belongs to.
+    `jobs` is the follower of the cluster to which a pod or a job belongs.
     """
 
     def __init__(self, context: StepContext, view: TrainingView, show: Show) -> None:
         self._workers, self._plan, self._config = context.workers, context.plan, context.plan.config
         self._view, self._show = view, show
-        self._ended: dict[str, str] = {}  # pods that have ended, by uid: why
-        self._why: dict[int, str] = {}  # why a worker's last pod has ended
+        self._ended: dict[str, str] = {}  # why pods have ended, by uid
+        self._why: dict[int, str] = {}  # why a worker's last pod ended
         self._out_of_memory: Counter[int] = Counter()  # how often a worker ran out of memory
-        self._fruitless: Counter[int] = Counter()  # pods of a worker in a row that have ended before they trained
-        self.complete = False  # whether a worker that had completed the run has ended
+        self._fruitless: Counter[int] = Counter()  # consecutive pods of a worker that ended before they trained
+        self.complete = False  # whether a worker has ended after completing the run
         self.lost: dict[int, str] = {}  # why workers have failed permanently, by index
 
     @property
@@ -102,11 +102,11 @@ class WorkerEnds:
         return len(self._workers) - len(self.lost)
 
     def has_ended(self, pod: Object) -> bool:
-        """Whether a pod's end has been noted already."""
+        """Whether a pod's end has already been recorded."""
         return pod["metadata"]["uid"] in self._ended
 
     def note_pod(self, jobs: JobFollower, pod: Object) -> None:
-        """Note how a pod has ended. Its log has been read to its end."""
+        """Record how a pod ended. Its log has been read to the end."""
         uid, code = pod["metadata"]["uid"], jobs.exit_status(pod)
         if code == 0:  # the worker has completed the run
             self._ended[uid] = "it is done"
@@ -127,7 +127,7 @@ class WorkerEnds:
             self.lose(self.members(worker.job), why)
 
     def _is_exhausted(self, jobs: JobFollower, worker: WorkerPlan, pod: Object) -> bool:
-        """Count how often a worker has ended in vain. Returns whether its next pods would do the same."""
+        """Count a worker's fruitless pods. Returns whether its next pods would also be fruitless."""
         if diagnosis.is_out_of_memory(pod, jobs.container):
             self._out_of_memory[worker.index] += 1
         if self._view.has_trained(pod):
@@ -138,14 +138,14 @@ class WorkerEnds:
         return self._out_of_memory[worker.index] >= most or self._fruitless[worker.index] >= _FRUITLESS
 
     def note_departed(self, jobs: JobFollower, pod: Object) -> None:
-        """Note that a pod was deleted, unless its end has been noted."""
+        """Record that a pod was deleted, unless its end has already been recorded."""
         if self.has_ended(pod):
             return
         why = self._ended[pod["metadata"]["uid"]] = diagnosis.why_lost(pod) or "it was deleted"
         self._show(f"the pod of {jobs.called(pod)} is gone: {why}")
 
     def note_job(self, jobs: JobFollower, name: str) -> None:
-        """Note which workers are lost with their job, or by its failure, and whether it has succeeded."""
+        """Record which workers are lost with a job or by its failure, and whether it has succeeded."""
         job, members = jobs.job(name), self.members(name)
         if job is None:
             if jobs.was_deleted(name):
@@ -156,7 +156,7 @@ class WorkerEnds:
         self.complete |= jobs.kind.has_succeeded(job)
 
     def lose(self, workers: Sequence[WorkerPlan], why: str) -> None:
-        """Note that workers have failed permanently, unless it is known already."""
+        """Record that workers have failed permanently, unless already known."""
         new = [worker for worker in workers if worker.index not in self.lost]
         if not new:
             return
@@ -170,7 +170,7 @@ class WorkerEnds:
         return [worker for worker in self._workers if worker.job == job]
 
     def explain(self, verdict: Verdict) -> str:
-        """Why the run has failed: the verdict's reason, unless an observation here is more specific."""
+        """Why the run failed: the verdict's reason, unless an observation here is more specific."""
         if verdict.reason and not is_vague(verdict.reason):
             worker = next((worker for worker in self._workers if worker.index == verdict.slot), None)
             return self._plan.places(worker).in_words(verdict.reason) if worker else verdict.reason
@@ -182,9 +182,9 @@ class WorkerEnds:
         return verdict.reason or "the run has failed"
 
     def _note_worker(self, jobs: JobFollower, worker: WorkerPlan, job: Object) -> None:
-        """Note whether a worker is lost: its pod has failed; or it has no pod, and its failed job creates none.
+        """Record whether a worker is lost: its pod has failed, or it has no pod and its failed job creates none.
 
-        The training operator fails a job with the first of its pods that fails, and leaves the others running.
+        The training operator fails a job when its first pod fails, and leaves the others running.
         """
         kind = jobs.kind
         pods = [pod for pod in jobs.pods_of(worker.job) if worker_of(pod, self._workers) == worker]
@@ -197,7 +197,7 @@ class WorkerEnds:
 
 
 def _has_failed(jobs: JobFollower, pod: Object) -> bool:
-    """Whether a pod has ended by a failure for which its job makes no other one."""
+    """Whether a pod has failed in a way for which its job does not replace it."""
     code = jobs.exit_status(pod)
     disrupted = jobs.kind.retries_disrupted and diagnosis.is_disrupted(pod)
     return code is not None and 0 < code < 128 and not disrupted

@@ -1,4 +1,4 @@
-"""The step's own pod, and what it belongs to: an Argo workflow, or a Job that runs the whole pipeline in one pod."""
+"""The step's own pod and its owner: an Argo workflow, or a Job that runs the whole pipeline in one pod."""
 
 import os
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from trainer.places import Places
 from trainer.timeouts import KubernetesTimeouts
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_STEP_CONTAINER = "main"  # Argo's name of it
+_STEP_CONTAINER = "main"  # Argo's name for a step's container
 KINDS = {kind.name: kind for kind in (WORKFLOW, JOB)}
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """The Argo workflow of a step, or the Job. Its namespace may differ from that of the training."""
+    """A step's Argo workflow, or its Job. Its namespace may differ from the training's."""
 
     namespace: str
-    name: str  # like `uid` empty if the step's pod, which refers to the workflow, cannot be read
+    name: str  # empty, like `uid`, if the step's pod, which refers to the workflow, cannot be read
     uid: str
     kind: Kind = WORKFLOW
 
@@ -32,10 +32,10 @@ class Workflow:
         return f"{self.kind.name}/{self.name}/{self.uid}" if self.name else ""
 
     def has_ended(self, client: Client) -> bool:
-        """Whether it was terminated, or is over. Raises TrainingError if it cannot be read.
+        """Whether it was terminated or is over. Raises TrainingError if it cannot be read.
 
-        KFP terminates a workflow by `spec.activeDeadlineSeconds: 0`, and sets it before the step gets its SIGTERM. A
-        Job is terminated by its deletion, `helm uninstall` for example.
+        KFP terminates a workflow with `spec.activeDeadlineSeconds: 0`, which is set before the step gets its SIGTERM. A
+        Job is terminated by deleting it, for example with `helm uninstall`.
         """
         if self.namespace != client.namespace:
             client = Client(self.namespace, client.timeouts)
@@ -55,7 +55,7 @@ class Workflow:
 
 
 def own_namespace() -> str:
-    """The namespace of the pod that this process runs in; "" elsewhere."""
+    """The namespace of this process's pod; "" outside a pod."""
     if "KFP_POD_NAME" in os.environ and (given := os.environ.get("NAMESPACE")):  # the newest backends set it
         return given
     try:
@@ -69,7 +69,7 @@ def _own_name() -> str:
 
 
 def own_places() -> Places:
-    """The volumes of the step's own pod; none if the cluster does not show it."""
+    """The volumes of the step's own pod; none if the pod cannot be read."""
     try:
         pod = Client(own_namespace()).get(POD, _own_name())
     except TrainingError:
@@ -78,7 +78,7 @@ def own_places() -> Places:
 
 
 def own_pod(namespace: str, show: Show, timeouts: KubernetesTimeouts) -> tuple[Object | None, Workflow | None, str]:
-    """The step's workflow as an owner, if it is in the training's `namespace`; the workflow; its pod's image, or ""."""
+    """An owner reference to the step's workflow if it is in `namespace`, the workflow, and its pod's image (or "")."""
     own, name = own_namespace(), _own_name()
     if not own:
         return None, None, ""
@@ -87,7 +87,7 @@ def own_pod(namespace: str, show: Show, timeouts: KubernetesTimeouts) -> tuple[O
     except ApiError as error:
         show(f"warning: the objects of this step do not end with its workflow: {error}")
         pod = None
-    if pod is None:  # a step that KFP has started still has a workflow
+    if pod is None:  # a step started by KFP still has a workflow
         return None, Workflow(own, "", "") if "KFP_POD_NAME" in os.environ else None, ""
     containers = {container["name"]: container["image"] for container in pod["spec"]["containers"]}
     image = containers.get(_STEP_CONTAINER) or next(iter(containers.values()))

@@ -1,4 +1,4 @@
-"""Runs, read back and shown: `read_run`, `markdown_summary`, `write_summary`, `write_report`, `write_comparison`."""
+"""Reading and presenting runs: `read_run`, `markdown_summary`, `write_summary`, `write_report`, `write_comparison`."""
 
 from trainer.monitor.report.comparison import write_comparison
 from trainer.monitor.report.html import write_report

@@ -18,11 +18,11 @@ from trainer.monitor.report.words import BYTES, COUNTS, TIMES, Units, byte_count
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_ROWS = 40  # workers of the membership chart
-MOST_TICKS = 400  # of the membership chart: more rounds are drawn as bars
+MOST_ROWS = 40  # maximum number of workers in the membership chart
+MOST_TICKS = 400  # maximum number of ticks in the membership chart; more rounds are drawn as bars
 BAR: Any = {"color": drawing.FIRST, "linewidth": 5, "alpha": 0.3, "solid_capstyle": "butt"}
 TICK: Any = {"color": drawing.FIRST, "linestyle": "", "marker": "|", "markersize": 11, "markeredgewidth": 1.6}
-MARKS: dict[str, Any] = {  # what happens to a worker
+MARKS: dict[str, Any] = {  # events of a worker
     "joined": {"color": drawing.SECOND, "marker": ">", "markersize": 7},
     "late": {"color": drawing.SECOND, "marker": "D", "markersize": 6},
     "died": {"color": drawing.INK, "marker": "X", "markersize": 8},
@@ -32,14 +32,14 @@ MARKS: dict[str, Any] = {  # what happens to a worker
 
 @dataclass(frozen=True)
 class Axis:
-    """A quantity that grows as a run goes on, for the x axis of losses."""
+    """A quantity that grows during a run, for the x axis of losses."""
 
     name: str
     units: Units
     at: Callable[[RunHistory], Points]  # steps of the schedule, and the quantity at their ends
 
     def along(self, run: RunHistory, steps: FloatArray) -> FloatArray:
-        """The quantity at some steps."""
+        """The quantity at the given steps."""
         known, values = self.at(run)
         return np.interp(steps, np.append(0, known), np.append(0, values))
 
@@ -54,7 +54,7 @@ SENT = Axis("sent by a worker", BYTES, lambda run: (run.round_ends, run.bytes_at
 
 
 def _losses(axis: Axis, caption: str, held_out: bool, size: tuple[int, int], run: RunHistory) -> Chart | None:
-    """The workers' training losses, faint, their mean, and the held-out loss."""
+    """The workers' training losses (faint), their mean, and the held-out loss."""
     steps, mean = run.step_losses
     if not np.isfinite(mean).any():
         return None
@@ -92,7 +92,7 @@ def _losses(axis: Axis, caption: str, held_out: bool, size: tuple[int, int], run
 
 
 def losses_over_rounds(run: RunHistory) -> Chart | None:
-    """The mean training loss of each round, and the held-out loss where it was scored."""
+    """The mean training loss of each round, and the held-out loss where measured."""
     rounds, losses = run.round_losses
     scored, scores = _finite(*run.held_out_losses)
     trained = np.isfinite(losses).any()
@@ -126,17 +126,17 @@ def bits_over_rounds(run: RunHistory) -> Chart | None:
         end = drawing.line(axes, scored, mean, 1, "held out")
         drawing.robust_limits(axes, mean)
         drawing.label(axes, (end, "{}"))
-        drawing.over_rounds(axes, scored, "bits a byte")
+        drawing.over_rounds(axes, scored, "bits per byte")
 
-    caption = "Held-out text, scored with the global parameters after the round: the bits that a byte of it takes."
-    return drawing.chart("Bits a byte", caption, draw, name="bits-over-rounds")
+    caption = "Held-out text, scored with the global parameters after the round: the bits needed for each byte."
+    return drawing.chart("Bits per byte", caption, draw, name="bits-over-rounds")
 
 
 # Rounds of one run
 
 
 def bytes_over_rounds(run: RunHistory) -> Chart | None:
-    """What the synchronisations sent, as the network counted it."""
+    """Bytes sent by synchronisations, as counted on the network."""
     rounds, sent = run.over_rounds("bytes_sent")
     if not np.nansum(sent) > 0:
         return None
@@ -155,7 +155,7 @@ def bytes_over_rounds(run: RunHistory) -> Chart | None:
 
 
 def exposed_over_rounds(run: RunHistory) -> Chart | None:
-    """How long inner loops stood still for each synchronisation, and the share of the round that this was."""
+    """How long each synchronisation blocked the inner loops, in seconds and as a share of the round."""
     rounds, exposed = run.over_rounds("exposed_seconds")
     kept = np.isfinite(exposed).any(axis=0)
     if not kept.any():
@@ -177,8 +177,8 @@ def exposed_over_rounds(run: RunHistory) -> Chart | None:
         drawing.over_rounds(axes, rounds, "share (%)")
 
     caption = (
-        "Exposed seconds: how long a worker's inner loop stood still for the round's synchronisation, waiting for the "
-        "others included; mean over the workers. Below: the share of the round that this was."
+        "Exposed seconds: how long the round's synchronisation blocked a worker's inner loop, including waiting for "
+        "the others; mean over the workers. Below: the same as a share of the round."
     )
     return drawing.chart("Exposed seconds in each round", caption, draw_seconds, draw_share, name="exposed-over-rounds")
 
@@ -194,9 +194,9 @@ def throughput_over_rounds(run: RunHistory) -> Chart | None:
         end = drawing.line(axes, x, shown)
         drawing.from_zero(axes, shown)
         drawing.label(axes, (end, "{}"))
-        drawing.over_rounds(axes, rounds, "samples a second")
+        drawing.over_rounds(axes, rounds, "samples per second")
 
-    caption = "Samples that all workers together trained on, over the time of the round with its synchronisation."
+    caption = "Samples of all workers together, divided by the time of the round including its synchronisation."
     return drawing.chart("Throughput", caption, draw, name="throughput-over-rounds")
 
 
@@ -218,7 +218,7 @@ def steps_of_unequal_workers(run: RunHistory) -> Chart | None:
         drawing.label(axes, *ends)
         drawing.over_rounds(axes, rounds, "inner steps")
 
-    caption = "Inner steps of each worker in a round: in proportion to its speed, so that all finish at the same time."
+    caption = "Inner steps of each worker in a round, in proportion to its speed, so that all finish at the same time."
     return drawing.chart("Unequal workers", caption, draw, name="steps-of-unequal-workers")
 
 
@@ -242,7 +242,7 @@ def membership_over_time(run: RunHistory) -> Chart | None:
         for row, worker in enumerate(workers):
             for life in worker.lives:
                 axes.plot(at((life.start, life.last)), (row, row), color=drawing.MUTED, linewidth=1, label="_")
-            # A bar for each stretch of rounds without a gap.
+            # A bar for each stretch of rounds without a gap
             times = worker.rounds["time"]
             gaps = np.flatnonzero(np.diff(worker.rounds["round"]) > 1) + 1
             for stretch in np.split(times, gaps) if len(times) else ():
@@ -261,7 +261,7 @@ def membership_over_time(run: RunHistory) -> Chart | None:
         axes.set_ylabel("worker")
 
     caption = (
-        "A worker's thin line lasts while its process lives, the thick one while it is in every quorum; a tick is a "
+        "A worker's thin line shows when its process is alive, the thick one when it is in every quorum; a tick is a "
         "round that was committed with it. Late: it caught up with rounds that the others had committed without it."
     )
     size = (drawing.WHOLE[0], 90 + 26 * len(workers))
@@ -269,7 +269,7 @@ def membership_over_time(run: RunHistory) -> Chart | None:
 
 
 def _changes(run: RunHistory, worker: Worker) -> dict[str, list[float]]:
-    """When a worker joined the running run, was late, died and left, in Unix seconds; by the names of MARKS."""
+    """When a worker joined the running run, was late, died and left, in Unix seconds, by the names in MARKS."""
     ends = [event for event in worker.events if event["event"] == "end" and event.get("status") != "complete"]
     begun = min((one.rounds["time"][0] for one in run.workers if len(one.rounds)), default=math.inf)
     late = [event for event in worker.events if event.get("change") == "caught up"]
@@ -303,7 +303,7 @@ def _overlaid(axis: Axis, held_out: bool, size: tuple[int, int], runs: Sequence[
                 x, (y,) = drawing.thin(x / scale, losses[None])
                 ends.append((drawing.line(axes, x, y, place, letter(place), equal=True), f"{letter(place)} {{}}"))
         axes.set_xlim(0, longest / scale)
-        # Leave out the steep start: the end shows how runs differ.
+        # Leave out the steep start, because the end shows how runs differ
         shown = [losses for _, losses in lines if len(losses)]
         low = min(float(one.min()) for one in shown)
         high = max(float(one[len(one) // 5 :].max()) for one in shown)
@@ -318,7 +318,7 @@ def _overlaid(axis: Axis, held_out: bool, size: tuple[int, int], runs: Sequence[
         if held_out
         else "The samples-weighted mean of the workers' losses in each round."
     )
-    sent = " Bytes: what a worker sent, on average." if axis is SENT else ""
+    sent = " Bytes: sent per worker, on average." if axis is SENT else ""
     name = f"{'Held-out' if held_out else 'Training'} loss over {'bytes' if axis is SENT else axis.name}"
     return drawing.chart(name, f"{caption}{sent} The steep start is cut off.", draw, size=size)
 
@@ -330,7 +330,7 @@ def letter(place: int) -> str:
 
 
 def common_unit(runs: Sequence[RunHistory]) -> str:
-    """The unit of all runs' losses; "" if they have none, or not the same."""
+    """The unit of all runs' losses; "" if they have none or different ones."""
     units = {run.loss_unit for run in runs}
     return units.pop() if len(units) == 1 else ""
 
@@ -340,7 +340,7 @@ def _finite(x: FloatArray, y: FloatArray) -> Points:
     return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
-OVER_TIME = "Over the wall time at which the last worker had made the step. Pauses after an orderly stop are left out."
+OVER_TIME = "Over the wall time at which the last worker finished the step. Pauses after a normal stop are excluded."
 OF_ONE: Sequence[Callable[[RunHistory], Chart | None]] = (
     partial(_losses, STEPS, "The training loss of each inner step.", False, drawing.WHOLE),
     partial(_losses, SAMPLES, "Over the samples that all workers together had consumed.", True, drawing.HALF),
@@ -363,6 +363,6 @@ OF_SEVERAL: Sequence[Callable[[Sequence[RunHistory]], Chart | None]] = (
 
 
 def charts(runs: Sequence[RunHistory]) -> list[Chart]:
-    """Every chart that there is data for: of a run, or of several over each other."""
+    """Every chart for which there is data: of one run, or of several runs overlaid."""
     drawings = [chart(runs[0]) for chart in OF_ONE] if len(runs) == 1 else [chart(runs) for chart in OF_SEVERAL]
     return [chart for chart in drawings if chart is not None]

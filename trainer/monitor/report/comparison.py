@@ -1,4 +1,4 @@
-"""Several runs in one report: their curves over each other, their numbers side by side, and what differs."""
+"""Several runs in one report: overlaid curves, numbers side by side, and differing parameters."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from trainer.monitor.report.words import byte_count, seconds
 
 
 def write_comparison(run_dirs: Sequence[Path | str], output: Path | str) -> Path:
-    """Write a report that compares runs, whole or not at all, and return its path."""
+    """Write a report that compares runs, atomically, and return its path."""
     from trainer.monitor.report.charts import charts, common_unit, letter
 
     runs = [read_run(run_dir) for run_dir in run_dirs]
@@ -30,10 +30,10 @@ def write_comparison(run_dirs: Sequence[Path | str], output: Path | str) -> Path
 
 
 def differences(runs: Sequence[RunHistory]) -> list[tuple[str, list[str]]]:
-    """Each parameter in which the runs differ, with every run's value; "" where a run has not recorded it."""
+    """Each parameter in which the runs differ, with every run's value; "" if a run has not recorded it."""
 
     def texts(run: RunHistory) -> dict[str, str]:
-        # A path in the run's own directory is the same for all runs.
+        # Paths in the run's own directory count as equal for all runs
         own = str(run.config.get("run_dir") or "\0")
         return {name: value_text(name, value).replace(own, "…") for name, value in leaves(run.config)}
 
@@ -54,7 +54,7 @@ def _results(runs: Sequence[RunHistory]) -> tuple[list[str], list[list[dict[str,
         return run.samples / run.wall_seconds if run.wall_seconds else math.nan
 
     rows = dict.fromkeys(row for run in runs if run.task for row in run.task.report_rows() if row.better)
-    # Name, value, form, and which value is best: the lowest (min), the highest (max), none (None).
+    # Name, value, format, and which value is best: the lowest (min), the highest (max), or none (None)
     columns: list[tuple[str, Callable[[RunHistory], float], Callable[[float], str], Any]] = [
         ("Held-out loss", lambda run: last_finite(run.held_out_losses[1]), "{:.4f}".format, min),
         ("Training loss", lambda run: last_finite(run.round_losses[1]), "{:.4f}".format, None),

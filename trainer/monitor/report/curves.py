@@ -12,12 +12,12 @@ from trainer.events import Event
 
 FloatArray = NDArray[np.float64]
 Points = tuple[FloatArray, FloatArray]  # x and y, both of shape (points,)
-SUMMED = ("samples", "tokens", "seconds")  # columns of which several inner steps together have the sum
+SUMMED = ("samples", "tokens", "seconds")  # columns that are summed when inner steps are combined
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers, with a name for each column; a missing value is NaN. Steps read a run by it, without pandas."""
+    """Rows of numbers with named columns; missing values are NaN. It replaces pandas, which is slow to import."""
 
     columns: Sequence[str]
     content: FloatArray  # (rows, columns)
@@ -36,11 +36,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Life:
-    """One process of a worker, from its `start` to the last event that shows it at work; both in Unix seconds."""
+    """One process of a worker, from its `start` to the last event that shows it working, in Unix seconds."""
 
     start: float
     last: float
-    ended: bool  # by an `end`: otherwise it goes on, or has died
+    ended: bool  # whether it has an `end`; otherwise it is running or has died
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Worker:
 
     Attributes:
         steps: `seconds` is the duration of the step, `wall` the worker's wall time at its end.
-        rounds: `seconds` is the duration with the synchronisation.
+        rounds: `seconds` is the duration including the synchronisation.
         events: start, membership, link, warning and end, in the file's order.
-        peak_memories: Of its processes, by local rank, in the newest round: the most bytes on their devices.
-        wall_seconds: While the worker was meant to run: the time between an `end` and the next `start` does not count.
+        peak_memories: Peak bytes on the devices of its processes, by local rank, in the newest round.
+        wall_seconds: The worker's wall time, without the time between an `end` and the next `start`.
     """
 
     name: str
@@ -71,45 +71,45 @@ class Worker:
 
     @property
     def end(self) -> Event | None:
-        """The `end` event of the worker's last life; None if it goes on, or has died."""
+        """The `end` event of the worker's last process; None if it is running or has died."""
         last = next((event for event in reversed(self.events) if event["event"] in ("start", "end")), None)
         return last if last is not None and last["event"] == "end" else None
 
     @property
     def status(self) -> str:
-        """complete, stopped, failed; or unfinished, without an `end`."""
+        """complete, stopped or failed; or, without an `end`, unfinished."""
         return str(self.end.get("status", "stopped")) if self.end else "unfinished"
 
     @property
     def skipped(self) -> NDArray[np.bool_]:
-        """Steps that were skipped because their loss or gradient was not finite: they consumed no samples."""
+        """Steps that were skipped because their loss or gradient was not finite. They consumed no samples."""
         return np.isnan(self.steps["loss"]) | (self.steps["samples"] == 0)
 
     @property
     def useful_seconds(self) -> float:
-        """Seconds in inner steps that were kept, and were not skipped."""
+        """Seconds in inner steps that were neither repeated nor skipped."""
         return float(np.nansum(self.steps["seconds"][~self.skipped]))
 
     @property
     def goodput(self) -> float:
-        """The fraction of the wall time spent in inner steps that were kept, 0 to 1; NaN before the first step.
+        """The fraction of the wall time spent in useful inner steps, 0 to 1; NaN before the first step.
 
-        Start-up, waiting, synchronisation, evaluation, checkpoints that block, and steps that were repeated or skipped
-        count as wall time only.
+        Start-up, waiting, synchronisation, evaluation, blocking checkpoints, and steps that were repeated or skipped
+        count only as wall time.
         """
         return self.useful_seconds / self.wall_seconds if len(self.steps) and self.wall_seconds > 0 else math.nan
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Series over the steps and rounds of a run. Arrays of several workers are (workers, steps or rounds)."""
+    """Series over the steps and rounds of a run. Arrays for several workers are (workers, steps or rounds)."""
 
     workers: tuple[Worker, ...]
 
     def over_steps(self, column: str) -> tuple[FloatArray, FloatArray]:
-        """The schedule's steps, (steps,), and a column at them, (workers, steps), NaN where a worker has none.
+        """The schedule's steps, (steps,), and a column at them, (workers, steps), NaN where a worker has no value.
 
-        Unequal workers make more or fewer inner steps than the schedule: those that lead to one step are combined.
+        Unequal workers make more or fewer inner steps than the schedule; those that lead to the same step are combined.
         """
         series = [(np.ceil(worker.steps["step"]), worker.steps[column]) for worker in self.workers]
         return _aligned(series, add=column in SUMMED)
@@ -126,7 +126,7 @@ class Curves:
 
     @cached_property
     def seconds_at_steps(self) -> FloatArray:
-        """Wall time at which the last worker ended each step of `step_losses`; (steps,)."""
+        """Wall time at which the last worker finished each step of `step_losses`; (steps,)."""
         wall = np.nan_to_num(self.over_steps("wall")[1])
         return np.maximum.accumulate(np.max(wall, axis=0, initial=0.0))
 
@@ -147,7 +147,7 @@ class Curves:
 
     @cached_property
     def held_out_bits(self) -> Points:
-        """Rounds after which held-out text was scored, and the workers' samples-weighted mean of the bits a byte."""
+        """Rounds after which held-out text was scored, and the workers' samples-weighted mean of the bits per byte."""
         rounds, bits = self.over_rounds("bits_per_byte", "evals")
         return rounds, weighted_mean(bits, self.over_rounds("samples", "evals")[1])
 
@@ -169,7 +169,7 @@ class Curves:
 
     @cached_property
     def exposed_shares(self) -> Points:
-        """Rounds, and the fraction of each that inner loops stood still for its synchronisation."""
+        """Rounds, and the fraction of each for which its synchronisation blocked the inner loops."""
         rounds, exposed = self.over_rounds("exposed_seconds")
         seconds = self.over_rounds("seconds")[1]
         return rounds, np.clip(_ratio(np.nansum(exposed, axis=0), np.nansum(seconds, axis=0)), 0, 1)
@@ -206,7 +206,7 @@ def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
 
 
 def extent(lines: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The lowest and the highest of the lines, (lines, points), at each point; NaN where there is none."""
+    """The minimum and the maximum of the lines, (lines, points), at each point; NaN where there is none."""
     known = np.isfinite(lines)
     lowest = np.min(np.where(known, lines, np.inf), axis=0, initial=np.inf)
     highest = np.max(np.where(known, lines, -np.inf), axis=0, initial=-np.inf)
@@ -215,7 +215,7 @@ def extent(lines: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def _aligned(series: Sequence[Points], add: bool = False) -> tuple[FloatArray, FloatArray]:
-    """All keys in order, (keys,), and the values at them, (series, keys). Values of the same key: their mean or sum."""
+    """All keys in order, (keys,), and the values at them, (series, keys): the mean or sum for repeated keys."""
     if not series:
         return np.empty(0), np.empty((0, 0))
     keys = np.unique(np.concatenate([own for own, _ in series]))

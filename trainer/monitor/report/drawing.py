@@ -1,8 +1,8 @@
-"""How the report draws: panels into SVG that a page can hold.
+"""The report's drawings: panels as SVG that can be embedded in a page.
 
-Each chart is drawn twice, for a wide page and for a phone, so that its text stays legible; the style sheet shows one.
-Colours are roles: matplotlib draws in sentinel colours, which become `var(--…)` of the page, so that light and dark
-mode both work. Lines also differ in style and carry labels, so that colour is never needed to tell them apart.
+Each chart is drawn twice, for a wide page and for a phone, so that its text stays legible; the style sheet shows one of
+them. matplotlib draws in sentinel colours, which become the page's `var(--…)`, so that light and dark mode both work.
+Lines also differ in style and have labels, so that they can be told apart without colour.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ from trainer.monitor.report.words import digits
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Sentinel colour → the page's variable. Charts use no other colour.
+# Sentinel colour → the page's variable. Charts use no other colours.
 ROLES = ("ink", "muted", "grid", "first", "second", "surface", "third", "fourth")
 VARIABLES = {"#" + 3 * f"{place:02d}": role for place, role in enumerate(ROLES, 1)}
 INK, MUTED, GRID, FIRST, SECOND, SURFACE, THIRD, FOURTH = VARIABLES
 
-# Width and height in the page's pixels: over the whole page; two in a row; on a phone.
+# Width and height in the page's pixels: over the whole page; two in a row; on a phone
 WHOLE, HALF, NARROW = (1045, 330), (490, 270), (330, 240)
-MOST_POINTS = 3000  # in a chart, over all its lines: keeps a report small however long the run was
-MOST_LINES = 12  # more workers than this are drawn as the band from the lowest to the highest
+MOST_POINTS = 3000  # per chart, over all its lines, so that reports of long runs stay small
+MOST_LINES = 12  # more workers than this are drawn as a band from the lowest to the highest
 MOST_BARS = 80
-MOST_MARKED = 30  # points of a line that are all marked, so that even a single one is visible
+MOST_MARKED = 30  # lines with at most this many points have markers, so that even a single point is visible
 LABEL_SIZE = (60.0, 13.0)  # of a label at a line's end, in points
-# Colour, dashes and marker of lines: any one of them tells a line from its neighbours.
+# Colour, dashes and marker of lines: each of them alone distinguishes a line from its neighbours
 STYLES: Sequence[tuple[str, Any, str]] = (
     (FIRST, "-", "o"),
     (SECOND, (0, (4, 2)), "D"),
@@ -43,7 +43,7 @@ STYLES: Sequence[tuple[str, Any, str]] = (
     (MUTED, (0, (4, 2)), "X"),
 )
 
-# Our matplotlib settings.
+# Our matplotlib settings
 # fmt: off
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 11.5,
@@ -62,7 +62,7 @@ Panel = Callable[["Axes"], None]
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: the words around it, and SVG text of both widths, each drawn when it is asked for."""
+    """A chart: its texts, and the SVGs for both widths, which are drawn lazily."""
 
     name: str
     title: str
@@ -89,10 +89,10 @@ class Chart:
 def chart(
     title: str, caption: str, *panels: Panel, name: str = "", size: tuple[int, int] = HALF, rows: bool = False
 ) -> Chart:
-    """A chart of panels below each other over one x axis.
+    """A chart of panels below each other with a common x axis.
 
-    `name` is the chart's id on the page, by default made from the title; `size` is for a wide page. `rows`: the y axis
-    has names, set by the panels, instead of numbers, and needs its height on a phone, too.
+    `name` is the chart's id on the page, by default derived from the title; `size` is for a wide page. `rows`: whether
+    the y axis has names (set by the panels) instead of numbers, and so needs its full height on a phone.
     """
     return Chart(name or title.lower().replace(" ", "-"), title, caption, panels, size, rows)
 
@@ -105,7 +105,7 @@ def _svg(name: str, title: str, panels: Sequence[Panel], size: tuple[int, int], 
 
     narrow = size[0] == NARROW[0]
     name = f"{name}-{'narrow' if narrow else 'wide'}"
-    # The salt makes ids reproducible, and different between charts.
+    # The salt makes ids reproducible and unique to each chart
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         width, height = size[0] / 72, size[1] / 72 * (1 + 0.25 * (len(panels) - 1))  # an SVG has 72 units an inch
         layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.03, hspace=0.04)
@@ -128,7 +128,7 @@ def _svg(name: str, title: str, panels: Sequence[Panel], size: tuple[int, int], 
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    """Turn matplotlib's SVG file into an element of a page: no metadata, ids of its own, colours as variables."""
+    """Turn matplotlib's SVG file into an element of a page: no metadata, unique ids, colours as variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
@@ -149,14 +149,14 @@ def _inline(svg: str, name: str, title: str) -> str:
 
 
 def thin(x: FloatArray, lines: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Reduce lines, (lines, points), to about MOST_POINTS points in all, each the mean of equally many neighbours.
+    """Reduce lines, (lines, points), to about MOST_POINTS points in total, each the mean of equally many neighbours.
 
     Values that are not finite are ignored.
     """
     size = -(-x.size // max(50, min(600, MOST_POINTS // min(len(lines), MOST_LINES))))
     if size <= 1:
         return x, np.where(np.isfinite(lines), lines, np.nan)
-    # The last bin may be smaller: what it lacks is NaN
+    # The last bin may be smaller; it is padded with NaN
     missing = -x.size % size
     filled = np.pad(np.vstack([x, lines]), ((0, 0), (0, missing)), constant_values=np.nan)
     means = weighted_mean(np.moveaxis(filled.reshape(len(lines) + 1, -1, size), -1, 0), np.ones(1))
@@ -164,7 +164,7 @@ def thin(x: FloatArray, lines: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def bars(axes: "Axes", x: FloatArray, heights: FloatArray, color: str) -> None:
-    """Draw bars; or a filled line where they would be too many."""
+    """Draw bars, or a filled line if there are too many."""
     if len(x) <= MOST_BARS:
         axes.bar(x, heights, width=0.72, color=color, alpha=0.85, linewidth=0)
         if len(x) < 4:  # a single bar would fill the whole chart
@@ -178,7 +178,7 @@ def bars(axes: "Axes", x: FloatArray, heights: FloatArray, color: str) -> None:
 def line(
     axes: "Axes", x: FloatArray, y: FloatArray, style: int = 0, label: str = "_", *, equal: bool = False
 ) -> tuple[float, float, str] | None:
-    """Draw a line in one of the styles; `equal` marks one of several alike, which markers then distinguish.
+    """Draw a line in one of the styles. `equal` marks one of several similar lines, which markers then distinguish.
 
     Returns:
         x, y and colour of its last finite point; None if there is none.
@@ -196,7 +196,7 @@ def line(
 
 
 def label(axes: "Axes", *ends: tuple[tuple[float, float, str] | None, str]) -> None:
-    """Write texts beside the ends of lines, none over another. Call it when the limits of the axes are set.
+    """Write labels next to the ends of lines, without overlaps. Call this after setting the limits of the axes.
 
     Each of `ends` is the return value of `line`, and a text in which {} stands for the last value.
     """
@@ -223,13 +223,13 @@ def robust_limits(axes: "Axes", *lines: FloatArray) -> None:
 
 
 def from_zero(axes: "Axes", *lines: FloatArray) -> None:
-    """Let the y axis begin at 0, with room for a label above the highest value of the lines."""
+    """Start the y axis at 0, with room for a label above the highest value of the lines."""
     values = np.concatenate([one[np.isfinite(one)] for one in lines])
     axes.set_ylim(bottom=0, top=1.15 * float(values.max()) if len(values) and values.max() > 0 else 1)
 
 
 def over_rounds(axes: "Axes", rounds: FloatArray, y_label: str) -> None:
-    """Name the axes of a chart over rounds."""
+    """Label the axes of a chart over rounds."""
     from matplotlib.ticker import MaxNLocator
 
     if len(rounds) <= 8:

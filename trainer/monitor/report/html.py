@@ -1,7 +1,7 @@
-"""The report: one self-contained HTML file about a run. It fetches nothing, and works without scripts.
+"""The report: one self-contained HTML file about a run. It loads nothing and works without scripts.
 
-To extend it: a key number is a `Tile`, a picture a chart in `charts.py`, a table a function in `tables.py`, anything
-else a block of `template.html`.
+To extend it, add a key number as a `Tile`, a picture as a chart in `charts.py`, a table as a function in `tables.py`,
+or anything else as a block in `template.html`.
 """
 
 import datetime
@@ -41,11 +41,11 @@ Tile = namedtuple("Tile", "label value unit note")  # a key number at the top of
 
 
 def write_report(run_dir: Path | str, output: Path | str | None = None, places: Places | None = None) -> Path:
-    """Write a run's report, whole or not at all, and bring its `summary.json` up to date.
+    """Write a run's report, atomically, and update its `summary.json`.
 
     Args:
-        output: `<run_dir>/report.html` by default.
-        places: What its readers, if they are elsewhere, know the run's directories by.
+        output: By default, `<run_dir>/report.html`.
+        places: Descriptions of the run's directories for readers elsewhere.
 
     Returns:
         The report's path.
@@ -88,14 +88,14 @@ def write_report(run_dir: Path | str, output: Path | str | None = None, places: 
 
 
 def page(template: str, **values: Any) -> str:
-    """Render a template of this folder as a whole page; `runs` are those that it is made from, at their `places`."""
+    """Render a template of this folder as a page about `runs`, whose directories `places` describes."""
     style, written = (FOLDER / "style.css").read_text(encoding="utf-8"), _moment(datetime.datetime.now().timestamp())
     return templates().get_template(template).render({"style": style, "written": written, "places": Places(), **values})
 
 
 @cache
 def templates(*folders: Path) -> "jinja2.Environment":
-    """The templates of `folders` and of this one. Whatever they are given is escaped."""
+    """The templates of `folders` and of this one. Their input is escaped."""
     import jinja2
 
     loader = jinja2.FileSystemLoader((*folders, FOLDER))
@@ -105,12 +105,12 @@ def templates(*folders: Path) -> "jinja2.Environment":
 
 
 def title(run: RunHistory) -> str:
-    """What was trained on what; "Training" while nothing is known."""
+    """The model and dataset; "Training" while unknown."""
     return " on ".join(str(run.config[name]) for name in ("model", "dataset") if run.config.get(name)) or "Training"
 
 
 def facts(run: RunHistory) -> list[str]:
-    """What one wants to know of a run beside its result."""
+    """Facts about a run besides its result."""
     workers = len(run.workers)
     found = [f"{workers} worker{'s' if workers != 1 else ''}" if workers else ""]
     found.append(f"{short(run.parameters)} parameters" if run.parameters else "")
@@ -125,10 +125,10 @@ def _moment(time: float) -> str:
 
 
 def _memory_note(run: RunHistory) -> str:
-    """The most that a process has had, in bytes a parameter; for islands, also what each of their processes has had."""
+    """The peak memory of a process in bytes per parameter; for islands, also that of each of their processes."""
     if not run.parameters:
         return ""
-    note = f"{short(run.peak_memory / run.parameters)} bytes a parameter"
+    note = f"{short(run.peak_memory / run.parameters)} bytes per parameter"
     for worker in run.workers:
         if len(worker.peak_memories) > 1:
             each = ", ".join(short(memory / run.parameters) for memory in worker.peak_memories)
@@ -137,7 +137,7 @@ def _memory_note(run: RunHistory) -> str:
 
 
 def _comparison(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The evaluated model beside the unigram byte model, as two bars."""
+    """The evaluated model next to the unigram byte model, as two bars."""
     bits, baseline = (number(evaluation.get(name)) for name in ("bits_per_byte", "unigram_bits_per_byte"))
     if not (math.isfinite(bits) and baseline > 0):
         return None
@@ -157,7 +157,7 @@ def tiles(run: RunHistory) -> list[Tile]:
     rounds, losses = run.round_losses
     found = []
 
-    # What was reached.
+    # Results
     final = losses[np.isfinite(losses)]
     if len(final):
         note = f"from {final[0]:.3f} in round {rounds[np.isfinite(losses)][0]:.0f}" if len(final) > 1 else "one round"
@@ -172,7 +172,7 @@ def tiles(run: RunHistory) -> list[Tile]:
             )
         )
     if run.evaluation is None and math.isfinite(bits := last_finite(run.held_out_bits[1])):
-        found.append(Tile("Bits a byte", f"{bits:.3f}", "held out", "scored while it trained"))
+        found.append(Tile("Bits per byte", f"{bits:.3f}", "held out", "scored while it trained"))
     if len(rounds):
         steps = len(run.step_losses[0])
         note = f"{count(steps)} inner steps, {count(run.samples)} samples"
@@ -182,17 +182,17 @@ def tiles(run: RunHistory) -> list[Tile]:
         note = f"{byte_count(sent)} by {workers} workers" if workers > 1 else "one worker"
         found.append(Tile("Bytes sent", value, f"{unit} a worker", note))
 
-    # What it took.
+    # Costs
     if math.isfinite(run.exposed_share):
-        note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} a worker, waiting for synchronisations"
+        note = f"{seconds(run.total('exposed_seconds') / max(1, workers))} per worker, waiting for synchronisations"
         found.append(Tile("Exposed", f"{100 * run.exposed_share:.1f}", "% of the rounds", note))
     if run.samples and wall > 0:
         rate, unit = (run.tokens, run.unit) if run.tokens else (run.samples, "samples")
-        found.append(Tile("Throughput", short(rate / wall), f"{unit} a second", f"over {seconds(wall)} of wall time"))
+        found.append(Tile("Throughput", short(rate / wall), f"{unit} per second", f"over {seconds(wall)} of wall time"))
     if math.isfinite(rate := run.typical("flops_per_second")):
         mfu = run.typical("mfu")
         note = f"{mfu:.1%} of the devices' peak (MFU)" if math.isfinite(mfu) else "median of the rounds"
-        found.append(Tile("Model FLOPs", short(rate), "a second and worker", note))
+        found.append(Tile("Model FLOPs", short(rate), "per second and worker", note))
     if math.isfinite(run.peak_memory):
         value, unit = byte_count(run.peak_memory).split(" ")
         found.append(Tile("Peak memory", value, f"{unit} a process", _memory_note(run)))

@@ -1,4 +1,4 @@
-"""A run on one page of Markdown, for the Kubeflow UI, whose own tables cut numbers off."""
+"""A run on one page of Markdown, for the Kubeflow UI, whose own tables truncate numbers."""
 
 import math
 import re
@@ -12,17 +12,17 @@ from trainer.monitor.report.html import VERDICTS, title
 from trainer.monitor.report.run import RunHistory, read_run
 from trainer.monitor.report.words import byte_count, count, seconds, short
 
-# Punctuation that Markdown, or a table of it, reads as markup.
+# Punctuation that is markup in Markdown or its tables
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&])")
-# An absolute path, or one in a home directory; not the part of a URL that follows its scheme.
+# An absolute path, or one in a home directory, but not the path in a URL
 _PATH = re.compile(r"(?<![^\s,;:='\"(\[])~?/(?!/)[^\s,;:'\")\]]*")
 
 
 def markdown_summary(run_dir: Path | str) -> str:
-    """A run in numbers, links to its trackers, its scores beside the baseline's, and a confusion matrix.
+    """A run in numbers, links to its trackers, its scores next to the baseline's, and a confusion matrix.
 
-    It needs only `evaluation.json` and the workers' `metrics.jsonl`, at any moment of the run's life. It names no
-    directory of the machine: only the last part of an absolute path is shown. The text is GitHub's flavour, no HTML.
+    It needs only `evaluation.json` and the workers' `metrics.jsonl`, at any time during the run. It names no directory
+    of the machine: only the last part of an absolute path is shown. The text is GitHub Flavored Markdown without HTML.
     """
     run = read_run(run_dir)
     evaluation = run.evaluation or {}
@@ -50,7 +50,7 @@ def markdown_summary(run_dir: Path | str) -> str:
             line[place] = f"**{line[place]}**"
             line.insert(0, classes[place])
         blocks += ["### Confusion matrix", _table(("Class", *classes), counts)]
-        blocks.append("A row is a class, a column the class that the model assigned.")
+        blocks.append("Rows are true classes, columns are predicted classes.")
     if rows := tables.confusions(evaluation):
         confusions = [
             (_text(row["label"]), _text(row["taken_for"]), count(row["count"]), f"{row['share']} %") for row in rows
@@ -61,7 +61,7 @@ def markdown_summary(run_dir: Path | str) -> str:
 
 
 def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
-    """Rows of the run's table: a name, and the value with its unit. Unknown values have no row."""
+    """Rows of the run's table: a name, and the value with its unit. Unknown values are left out."""
     workers, skipped = len(run.workers), run.skipped_steps
     rounds, steps = run.round_losses[0], run.step_losses[0]
     sent = run.total("bytes_sent")
@@ -75,7 +75,7 @@ def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
     for name, losses in (("Training loss", run.round_losses[1]), ("Held-out loss", run.held_out_losses[1])):
         if math.isfinite(loss := last_finite(losses)):
             yield name, f"{loss:.3f} {run.loss_unit}".rstrip()
-    yield "Bytes sent", byte_count(sent) + (f" ({byte_count(sent / workers)} a worker)" if workers > 1 else "")
+    yield "Bytes sent", byte_count(sent) + (f" ({byte_count(sent / workers)} per worker)" if workers > 1 else "")
     if math.isfinite(run.goodput):
         yield "Goodput", f"{100 * run.goodput:.1f} % of wall time"
     if run.wall_seconds:
@@ -83,7 +83,7 @@ def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
 
 
 def _link(name: str, url: str) -> str:
-    """A link to a page, without a user and password that its URL may have; "" if it is none."""
+    """A link to a page, without user and password in its URL; "" if it is not a web address."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         return ""
@@ -92,13 +92,13 @@ def _link(name: str, url: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """A table whose first `texts` columns are text, and whose others are numbers."""
+    """A table whose first `texts` columns are text and whose others are numbers."""
     alignment = ["---"] * texts + ["---:"] * (len(head) - texts)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, alignment, *rows))
 
 
 def _text(value: object) -> str:
-    """A value as one line of text without markup, and only the last part of absolute paths."""
+    """A value as one line of text without markup, with only the last part of absolute paths."""
     line = " ".join(str(value).split())
     line = _PATH.sub(lambda found: f"…/{PurePosixPath(found[0]).name}".rstrip("/"), line)
     return _MARKUP.sub(r"\\\1", line)

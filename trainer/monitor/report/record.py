@@ -1,4 +1,4 @@
-"""A worker's events, taken in as they come, and kept as the tables that count in the end."""
+"""A worker's events, processed as they arrive and kept as tables of those that remain valid."""
 
 import math
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ COLUMNS = {
     "samples time seconds flops_per_second mfu peak_memory",
     "eval": "round step loss samples bits_per_byte",
 }
-_OTHERS = ("start", "membership", "link", "warning", "end")  # kinds of events that are kept as they are
-_BLOCK = 4096  # rows that are kept as Python's numbers, at most
+_OTHERS = ("start", "membership", "link", "warning", "end")  # kinds of events that are kept unchanged
+_BLOCK = 4096  # maximum number of rows kept as Python numbers
 
 
 class WorkerRecord:
-    """The events that count, of the newest run in a worker's file: a volume can hold several runs after each other.
+    """The valid events of the newest run in a worker's file; a volume can contain several runs, one after the other.
 
-    A process that resumes from a checkpoint repeats steps, so the last line of a step wins; what its predecessor did
-    beyond that checkpoint is void. Steps, rounds and evaluations without a position are left out. Memory: 8 bytes for
-    each number of the tables.
+    A process that resumes from a checkpoint repeats steps, so the last line of a step wins, and its predecessor's work
+    after that checkpoint is void. Steps, rounds and evaluations without a position are left out. Memory: 8 bytes for
+    each number in the tables.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class WorkerRecord:
         self._others: list[Event] = []
         self._number: object = None  # the worker's, if an event names it
         self._memories: tuple[float, ...] = ()
-        self._resumed = False  # no step has come since the last `start`
+        self._resumed = False  # whether no step has followed the last `start`
         self._previous, self._wall = math.nan, 0.0
 
     def take(self, events: Sequence[Event]) -> int:
-        """Take in the next events, and return how many they are."""
+        """Process the next events. Returns their number."""
         for event in events:
             kind, time = event["event"], number(event.get("time"))
             if kind == "start":
@@ -57,7 +57,7 @@ class WorkerRecord:
         return len(events)
 
     def _live(self, kind: str, time: float) -> None:
-        """Wall time and lives come from all events: work that was repeated took its time, too."""
+        """Update wall time and lives, for which all events count, because repeated work also took time."""
         pause = self._lives and self._lives[-1].ended
         if time > self._previous and not pause:
             self._wall += time - self._previous
@@ -66,7 +66,7 @@ class WorkerRecord:
             self._resumed = True
             self._lives.append(Life(time, time, False))
         elif self._lives and math.isfinite(time) and kind in (*POSITIONS, "checkpoint", "end"):
-            # Not membership: a successor joins before its own `start`.
+            # Not membership, because a successor joins before its own `start`
             last = self._lives[-1]
             self._lives[-1] = Life(last.start, time, last.ended or kind == "end")
 
@@ -80,7 +80,7 @@ class WorkerRecord:
                 table.forget_from(position)
         if isinstance(found := event.get("peak_memories"), list):
             self._memories = tuple(map(number, found))
-        event["wall"] = self._wall  # of no use to others: it is spared a copy
+        event["wall"] = self._wall  # in place, to save a copy: nothing else uses the event
         self._tables[kind].append(event)
 
     def number(self, otherwise: str) -> str:
@@ -88,7 +88,7 @@ class WorkerRecord:
         return otherwise if self._number is None else str(self._number)
 
     def worker(self, name: str) -> Worker:
-        """The worker as it is now."""
+        """The worker's current state."""
         tables = {f"{kind}s": table.table() for kind, table in self._tables.items()}
         others = tuple(self._others)
         return Worker(
@@ -97,7 +97,7 @@ class WorkerRecord:
 
 
 class _Rows:
-    """Rows of numbers, of which the last one at a position counts."""
+    """Rows of numbers; the last one at each position counts."""
 
     def __init__(self, columns: list[str], key: str) -> None:
         self._columns, self._key = columns, columns.index(key)
@@ -117,7 +117,7 @@ class _Rows:
             self._rows = []
 
     def forget_from(self, step: float) -> None:
-        """Drop what was done at this step and beyond it."""
+        """Drop the rows from this step on."""
         self._close_block()
         self._blocks = [block[~(block[:, self._step] >= step)] for block in self._blocks]
 

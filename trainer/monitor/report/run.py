@@ -1,7 +1,7 @@
-"""What a run has left behind, read back from its files.
+"""A run's history, read from its files.
 
 `read_run` turns every worker's `metrics.jsonl` (docs/design/files.md) into tables. It accepts a run directory at any
-moment: while the run goes on, after it died, after it ended.
+time: during the run, after it died, or after it ended.
 """
 
 import math
@@ -59,7 +59,7 @@ class RunHistory(Curves):
 
     @property
     def links(self) -> dict[str, str]:
-        """Where trackers show the run: the URL by the tracker's name, with the worker's if each has one of its own."""
+        """The trackers' URLs of the run, by tracker, and by worker if each has its own."""
         found: dict[str, dict[str, str]] = {}
         for worker in self.workers:
             for event in worker.events:
@@ -87,14 +87,14 @@ class RunHistory(Curves):
 
     @property
     def unit(self) -> str:
-        """What the tokens are, in the plural."""
+        """The name of the tokens, in the plural."""
         return self.task.unit if self.task else "tokens"
 
-    # How it went
+    # Its course
 
     @cached_property
     def status(self) -> str:
-        """complete if any worker ended so (the final checkpoint is committed), else the worst of the others'."""
+        """complete if any worker ended with it (the final checkpoint is committed), else the workers' worst status."""
         found = {worker.status for worker in self.workers if worker.events or len(worker.steps)}
         ranked = ("complete", "failed", "unfinished", "stopped")
         return next((status for status in ranked if status in found), "not started")
@@ -122,7 +122,7 @@ class RunHistory(Curves):
         return max((worker.wall_seconds for worker in self.workers), default=0.0)
 
     def died(self, worker: Worker, life: Life) -> bool:
-        """Whether a life stopped without an `end`: another life followed, or the run went on and has ended."""
+        """Whether a process stopped without an `end`: another one followed, or the run continued and has ended."""
         return not life.ended and (life is not worker.lives[-1] or self.status in ("complete", "failed"))
 
     def of_kind(self, kind: str) -> list[tuple[Worker, Event]]:
@@ -132,7 +132,7 @@ class RunHistory(Curves):
 
     @property
     def global_hashes(self) -> dict[str, str]:
-        """Each worker's hash of the global state at its end. All must agree."""
+        """Each worker's hash of its final global state. All must be equal."""
         return {w.name: str(w.end["global_hash"]) for w in self.workers if w.end and w.end.get("global_hash")}
 
     # Totals
@@ -155,19 +155,19 @@ class RunHistory(Curves):
 
     @property
     def goodput(self) -> float:
-        """As `Worker.goodput`, over all workers' time together."""
+        """Like `Worker.goodput`, over the total time of all workers."""
         wall = sum(worker.wall_seconds for worker in self.workers)
         steps = sum(len(worker.steps) for worker in self.workers)
         return sum(worker.useful_seconds for worker in self.workers) / wall if steps and wall > 0 else math.nan
 
     def typical(self, column: str) -> float:
-        """The median of a column over all workers' rounds (`flops_per_second`, a worker's; `mfu`); NaN: not known."""
+        """The median of a column (`flops_per_second`, `mfu`) over all workers' rounds; NaN if unknown."""
         values = self._of_rounds(column)
         return float(np.median(values)) if len(values) else math.nan
 
     @property
     def peak_memory(self) -> float:
-        """The most bytes of a process on its device; NaN: not known."""
+        """The peak memory of a process on its device, in bytes; NaN if unknown."""
         values = self._of_rounds("peak_memory")
         return float(np.max(values)) if len(values) else math.nan
 
@@ -178,7 +178,7 @@ class RunHistory(Curves):
 
     @property
     def exposed_share(self) -> float:
-        """The fraction of the rounds' time that inner loops stood still for synchronisations."""
+        """The fraction of the rounds' time during which synchronisations blocked the inner loops."""
         seconds = self.total("seconds")
         return min(self.total("exposed_seconds") / seconds, 1.0) if seconds > 0 else math.nan
 
@@ -186,21 +186,21 @@ class RunHistory(Curves):
 def read_run(run_dir: Path | str) -> RunHistory:
     """Read a run directory, or one worker's own directory (in a pod they are the same).
 
-    Torn lines are skipped, and a missing or broken file counts as absent: no run directory makes this raise.
+    Torn lines are skipped, and a missing or broken file counts as absent, so this never raises.
     """
     return RunReader(Path(run_dir)).read()
 
 
 class RunReader:
-    """Follows a run directory: each `read` takes in what has been written since the last one."""
+    """Follows a run directory: each `read` processes what was written since the last one."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[Path, tuple[EventReader, WorkerRecord]] = {}
-        self._workers: dict[Path, Worker] = {}  # as they were at the last look
+        self._workers: dict[Path, Worker] = {}  # as of the last `read`
 
     def read(self) -> RunHistory:
-        """The run as it is now. See `read_run`."""
+        """The run's current history. See `read_run`."""
         directory = self.directory
         paths = sorted(directory.glob("worker-*/**/metrics.jsonl"), key=_natural)
         if (directory / "metrics.jsonl").is_file():
@@ -222,5 +222,5 @@ class RunReader:
 
 
 def _natural(path: Path) -> list[Any]:
-    """Sorts worker-10 behind worker-9."""
+    """A sort key that puts worker-10 after worker-9."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]

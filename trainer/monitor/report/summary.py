@@ -12,9 +12,9 @@ from trainer.monitor.verify import Judgement, judged
 
 
 def write_summary(run_dir: Path | str, judgement: Judgement | None = None) -> Path:
-    """Write `<run_dir>/summary.json`, whole or not at all, and return its path. Unknown values are null.
+    """Write `<run_dir>/summary.json`, atomically, and return its path. Unknown values are null.
 
-    `judgement` is what `verify` says of the run; None: it is asked.
+    `judgement` is the result of `verify`; None: call it.
     """
     run = read_run(run_dir)
     judgement = judgement or judged(run.directory)
@@ -62,7 +62,7 @@ def summary(run: RunHistory, judgement: Judgement | None = None) -> dict[str, An
 
 
 def finite(value: Any) -> Any:
-    """The JSON value with null for every number that is not finite, and whole floats as integers."""
+    """The JSON value with null for every number that is not finite, and integers for whole floats."""
     if isinstance(value, float):
         return None if not math.isfinite(value) else int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, Mapping):

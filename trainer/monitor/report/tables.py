@@ -1,4 +1,4 @@
-"""The report's tables, as text in rows. `html.py` and `markdown.py` lay them out."""
+"""The report's tables as rows of text. `html.py` and `markdown.py` lay them out."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,9 +15,9 @@ from trainer.monitor.report.words import byte_count, plain, seconds
 from trainer.tasks import Task, tasks
 
 MOST_ROWS = 200  # of the table of rounds, and of the history
-MOST_CLASSES = 20  # of a confusion matrix that is shown; of a larger one the most frequent confusions are
+MOST_CLASSES = 20  # of a displayed confusion matrix; for a larger one, only the most frequent confusions are shown
 MOST_CONFUSIONS = 20
-# Changes of the membership, in words.
+# Changes of the membership, in words
 CHANGES = {
     "joined": "joined workers",
     "quorum": "new quorum of workers",
@@ -29,12 +29,12 @@ Row = dict[str, Any]
 
 
 def task_of(evaluation: Mapping[str, Any]) -> Task:
-    """The task that was evaluated. Evaluations of old runs are of language models and do not name it."""
+    """The task that was evaluated. Evaluations of old runs do not name it; they are of language models."""
     return tasks()[str(evaluation.get("task", "language_modelling"))]
 
 
 def scores(evaluation: Mapping[str, Any]) -> list[Row]:
-    """Scores: `name`, and the values of the `model` and of the `baseline` ("" if it has none)."""
+    """Scores: `name`, and the values of the `model` and of the `baseline` ("" if there is none)."""
     found = []
     for row in task_of(evaluation).report_rows():
         model, baseline = (row.scale * number(evaluation.get(name)) for name in (row.score, row.baseline))
@@ -46,7 +46,7 @@ def scores(evaluation: Mapping[str, Any]) -> list[Row]:
 def confusion(evaluation: Mapping[str, Any]) -> list[Row]:
     """The confusion matrix: `label`, and `cells` with each count and its percentage of the row.
 
-    Empty if there is no matrix, or one of more than MOST_CLASSES classes.
+    Empty if there is no matrix, or if it has more than MOST_CLASSES classes.
     """
     labels, matrix = _matrix(evaluation)
     if len(labels) > MOST_CLASSES:
@@ -58,9 +58,10 @@ def confusion(evaluation: Mapping[str, Any]) -> list[Row]:
 
 
 def confusions(evaluation: Mapping[str, Any]) -> list[Row]:
-    """The most frequent confusions of a matrix that is too large to be shown, the most frequent first.
+    """The most frequent confusions of a matrix that is too large to show, most frequent first.
 
-    `label`, `taken_for`, `count`, and the `share` of the label's samples in percent; empty for a smaller matrix.
+    Each has `label`, `taken_for`, `count`, and its `share` of the label's samples in percent. Empty for a smaller
+    matrix.
     """
     labels, matrix = _matrix(evaluation)
     if len(labels) <= MOST_CLASSES:
@@ -75,13 +76,13 @@ def confusions(evaluation: Mapping[str, Any]) -> list[Row]:
 
 
 def _matrix(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
-    """The labels, and how often each (row) was taken for each (column); empty if the task classifies nothing."""
+    """The labels, and how often each (row) was predicted as each (column); empty if the task has no classes."""
     found = evaluation.get("confusion") or {}
     return found.get("labels", []), found.get("matrix", [])
 
 
 def rounds(run: RunHistory) -> list[Row]:
-    """Rounds, thinned evenly to MOST_ROWS; the first and the last are always among them."""
+    """Rounds, thinned evenly to MOST_ROWS, always with the first and the last."""
     numbers, losses = run.round_losses
     if not len(numbers):
         return []
@@ -112,15 +113,15 @@ def rounds(run: RunHistory) -> list[Row]:
 
 
 def history(run: RunHistory, newest: int | None = None) -> list[Row]:
-    """Starts, membership, warnings, deaths and ends, oldest first; equal ones of several workers are one row.
+    """Starts, membership, warnings, deaths and ends, oldest first. Equal events of several workers are one row.
 
-    With `newest`, the newest ones, newest first.
+    With `newest`, only that many of the newest ones, newest first.
     """
     # Collect the events. The same text of the same kind is one row, at the time of the first.
     found: dict[tuple[str, str], Row] = {}
     for kind in ("start", "membership", "warning", "end"):
         for worker, event in run.of_kind(kind):
-            if event.get("change") == "joining":  # `start` tells more
+            if event.get("change") == "joining":  # `start` contains more
                 continue
             text = _in_words(event)
             row = found.setdefault((kind, text), {"time": number(event.get("time")), "workers": []})
@@ -131,7 +132,7 @@ def history(run: RunHistory, newest: int | None = None) -> list[Row]:
         rows += [{"kind": "death", "text": "died", "time": time, "workers": [worker.name]} for time in deaths]
     rows.sort(key=lambda row: row["time"])
 
-    # Lay them out.
+    # Lay them out
     lines = []
     shown = rows[:MOST_ROWS] if newest is None else rows[: -newest - 1 : -1]
     for row in shown:
@@ -185,7 +186,7 @@ def settings(config: Mapping[str, Any]) -> list[Row]:
 
 @cache
 def parameters() -> Mapping[str, Parameter]:
-    """All parameters by their path (`elastic.min_nodes`)."""
+    """All parameters by path (`elastic.min_nodes`)."""
     return {".".join(parameter.path): parameter for parameter in TrainingConfig.parameters()}
 
 
@@ -199,7 +200,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, A
 
 
 def value_text(name: str, value: object) -> str:
-    """A parameter's value as text. Old runs have recorded null for a number that was not given."""
+    """A parameter's value as text. Old runs recorded null for a number that was not given."""
     if value is None or (value == UNSET and name in parameters() and parameters()[name].may_be_unset):
         return "not set"
     if value == "":

@@ -1,8 +1,8 @@
-"""Numbers as a reader of the report wants them."""
+"""Human-readable numbers for the report."""
 
 import math
 
-Units = tuple[tuple[float, str], ...]  # scales with their units, the largest first
+Units = tuple[tuple[float, str], ...]  # scales with their units, largest first
 BYTES: Units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 COUNTS: Units = ((1e6, "millions"), (1e3, "thousands"), (1.0, ""))
 TIMES: Units = ((7200.0, "h"), (120.0, "min"), (1.0, "s"))
@@ -14,7 +14,7 @@ def unit_of(largest: float, units: Units) -> tuple[float, str]:
 
 
 def labelled(name: str, unit: str) -> str:
-    """An axis label: `loss (nats a token)`."""
+    """An axis label: `loss (nats per token)`."""
     return f"{name} ({unit})" if unit else name
 
 
@@ -36,7 +36,7 @@ def seconds(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """A number in three digits: `812`, `12.3k`, `4.56M`."""
+    """A number with three digits: `812`, `12.3k`, `4.56M`."""
     for scale, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * scale:
             return f"{value / scale:.3g}{letter}"
@@ -48,7 +48,7 @@ def count(value: float) -> str:
 
 
 def digits(value: float) -> str:
-    """A number in about three digits: `1.59`, `12.3`, `1,358`."""
+    """A number with about three digits: `1.59`, `12.3`, `1,358`."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 

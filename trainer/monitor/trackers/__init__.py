@@ -1,1 +1,1 @@
-"""Experiment trackers, each behind a thread and a bounded queue: Weights & Biases, MLflow, trackio."""
+"""Experiment trackers, each with its own thread and a bounded queue: Weights & Biases, MLflow, trackio."""

@@ -1,4 +1,4 @@
-"""MLflow, as its environment variables name it: https://mlflow.org/docs/latest/tracking/"""
+"""MLflow, configured by its environment variables: https://mlflow.org/docs/latest/tracking/"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,27 +10,27 @@ from trainer.monitor.trackers.sink import numbers, step_of, without_login
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI")  # either asks for MLflow
-_MOST_METRICS, _MOST_PARAMS, _LONGEST = 1000, 100, 6000  # of one request; characters of a parameter's value
+VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI")  # either one enables MLflow
+_MOST_METRICS, _MOST_PARAMS, _LONGEST = 1000, 100, 6000  # limits of a request; characters of a parameter's value
 _STATUS = {"complete": "FINISHED", "stopped": "KILLED", "": "KILLED", "failed": "FAILED"}
 
 
 def asked_for() -> bool:
-    """Whether MLflow's variables are set; Kubeflow Pipelines' plugin sets them in every step."""
+    """Whether MLflow's variables are set. Kubeflow Pipelines' plugin sets them in every step."""
     return any(os.environ.get(name) for name in VARIABLES)
 
 
 def handed_on() -> dict[str, str]:
-    """MLflow's variables that a pipeline step hands on to its workers' pods: where to log, but no credentials."""
+    """MLflow's variables that a pipeline step passes to its workers' pods: where to log, but no credentials."""
     names = (*VARIABLES, "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH")
     return {name: without_login(value) for name in names if asked_for() and (value := os.environ.get(name))}
 
 
 class MlflowTracker:
-    """One MLflow run for a worker: a child of MLFLOW_RUN_ID's, if that is set. A resumed worker continues its run.
+    """One MLflow run per worker, as a child of MLFLOW_RUN_ID if that is set. A resumed worker continues its run.
 
-    The experiment is MLFLOW_EXPERIMENT_ID's or MLFLOW_EXPERIMENT_NAME's, else that of the parent run, else the one with
-    the project's name. x axes are steps of the schedule. The other variables, credentials among them, are MLflow's own.
+    The experiment is that of MLFLOW_EXPERIMENT_ID or MLFLOW_EXPERIMENT_NAME, else the parent run's, else the one with
+    the project's name. x axes are steps of the schedule. MLflow itself reads its other variables, such as credentials.
     """
 
     name = "MLflow"
@@ -41,7 +41,7 @@ class MlflowTracker:
         self._parent = os.environ.get("MLFLOW_RUN_ID", "")
 
     def begin(self) -> str:
-        # Its client would repeat a request for minutes. We do that, and the worker may end meanwhile.
+        # MLflow's client would retry a request for minutes. We retry instead, so that the worker can end meanwhile
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import MlflowClient, get_tracking_uri
@@ -75,7 +75,7 @@ class MlflowTracker:
             if found := client.get_experiment_by_name(name):
                 return str(found.experiment_id)
             return str(client.create_experiment(name))
-        except MlflowException:  # another worker has just made it
+        except MlflowException:  # another worker has just created it
             if found := client.get_experiment_by_name(name):
                 return str(found.experiment_id)
             raise

@@ -1,4 +1,4 @@
-"""What all trackers have in common: a thread of their own, a bounded queue, and patience with a server that is away."""
+"""The common part of all trackers: a thread, a bounded queue, and retries while a server is unreachable."""
 
 import logging
 import os
@@ -16,37 +16,37 @@ from trainer.timeouts import MonitorTimeouts
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MOST_WAITING = 20_000  # events, some 10 MB: what a worker keeps for a server that is away
+MOST_WAITING = 20_000  # events, some 10 MB, that a worker keeps for an unreachable server
 MOST_AT_ONCE = 200  # events that a tracker gets in one call
 _SECRETS = re.compile("KEY|TOKEN|PASSWORD|SECRET")  # in the names of environment variables
 _LOGIN = re.compile(r"(\w+://)[^/\s@]+@")  # the user and password of a URL
 
 
 class Tracker(Protocol):
-    """A service that keeps metrics. It is only ever called by one thread.
+    """A service that stores metrics. It is only ever called by one thread.
 
     Attributes:
-        retried: Whether a call that has failed is worth repeating; not if the service's own client does that.
+        retried: Whether to retry a failed call, which the service's own client may already do.
     """
 
     name: str
     retried: bool
 
     def begin(self) -> str:
-        """Begin the worker's run, or go on with it; returns the URL that shows it, or ""."""
+        """Start or continue the worker's run. Returns its URL, or ""."""
 
     def log(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the numbers of step, round and eval events."""
+        """Store the numbers of step, round and eval events."""
 
     def finish(self, status: str) -> None:
-        """End the run; `status` is that of the worker's `end` event, or "" if there is none."""
+        """End the run. `status` is that of the worker's `end` event, or "" if there is none."""
 
 
 class TrackerSink:
-    """Hands a worker's events to a tracker, from a thread of its own.
+    """Passes a worker's events to a tracker, on its own thread.
 
-    Training never waits for it. A server that does not answer is reported once and tried again; the newest
-    MOST_WAITING events are kept for it.
+    Training never waits for it. A server that does not answer is reported once and retried; the newest MOST_WAITING
+    events are kept for it.
     """
 
     def __init__(self, tracker: Tracker, log: EventLog, timeouts: MonitorTimeouts | None = None) -> None:
@@ -86,23 +86,23 @@ class TrackerSink:
                 self._patiently(self._tracker.log, events)
             self._patiently(self._tracker.finish, self._status)
             if self._lost:
-                self._warn(f"{self.name} was away for long: it lacks {self._lost} events")
+                self._warn(f"{self.name} was unreachable for a long time: {self._lost} events are missing there")
         except Exception as error:
             left = f", without the last {len(self._waiting)} events" if self._waiting else ""
             self._warn(f"{self.name} is switched off{left}: {without_secrets(one_line(error))}")
 
     def _next(self) -> list[Mapping[str, Any]]:
-        """The next events; none once the log is closed and there are no more."""
+        """The next events; empty once the log is closed and there are no more."""
         with self._news:
             self._news.wait_for(lambda: self._waiting or self._closing.is_set())
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), MOST_AT_ONCE))]
 
     def _patiently(self, call: Callable[..., T], *arguments: object) -> T:
-        """Make a call, again and again until the log is closed."""
+        """Make a call, with retries until the log is closed."""
 
         def complain(error: BaseException) -> None:
             if not self._away:
-                self._warn(f"{self.name} is tried again and again: {without_secrets(one_line(error))}")
+                self._warn(f"{self.name} is retried repeatedly: {without_secrets(one_line(error))}")
             self._away = True
 
         policy = retrying(
@@ -119,18 +119,18 @@ class TrackerSink:
 
 
 def numbers(event: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of an event as trackers name them: `step/loss`, `round/bytes_sent`."""
+    """The numbers of an event by their names in trackers: `step/loss`, `round/bytes_sent`."""
     kind = event["event"]
     return {f"{kind}/{key}": value for key, value in event.items() if type(value) in (int, float)}
 
 
 def step_of(event: Event | Mapping[str, Any]) -> int:
-    """The schedule's step at which it happened."""
+    """The schedule's step of an event."""
     return int(event.get("step") or 0)
 
 
 def without_secrets(text: str) -> str:
-    """The text without the logins of its URLs, and without the values of secret environment variables."""
+    """The text without logins in URLs, and without the values of secret environment variables."""
     for name, value in os.environ.items():
         if len(value) >= 6 and _SECRETS.search(name):
             text = text.replace(value, "…")
@@ -138,5 +138,5 @@ def without_secrets(text: str) -> str:
 
 
 def without_login(url: str) -> str:
-    """The URL, or the text with URLs, without user and password."""
+    """The URL, or a text with URLs, without user and password."""
     return _LOGIN.sub(r"\1", url)

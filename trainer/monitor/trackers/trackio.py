@@ -9,9 +9,9 @@ from trainer.monitor.trackers.sink import numbers, step_of
 
 
 class TrackioTracker:
-    """One trackio run for a worker, in the group of the training's. A resumed worker continues its run.
+    """One trackio run per worker, in the training's group. A resumed worker continues its run.
 
-    It is kept on this machine (`trackio show` shows it), or on the Space of TRACKIO_SPACE_ID or the server of
+    It is stored on this machine (see `trackio show`), on the Space of TRACKIO_SPACE_ID or the server of
     TRACKIO_SERVER_URL. x axes are steps of the schedule.
     """
 
@@ -36,7 +36,7 @@ class TrackioTracker:
         )
         if space := os.environ.get("TRACKIO_SPACE_ID"):
             return f"https://huggingface.co/spaces/{space}"
-        return os.environ.get("TRACKIO_SERVER_URL", "").partition("?")[0]  # what follows is its write token
+        return os.environ.get("TRACKIO_SERVER_URL", "").partition("?")[0]  # the query is its write token
 
     def log(self, events: Sequence[Mapping[str, Any]]) -> None:
         for event in events:

@@ -14,15 +14,15 @@ Mode = Literal["online", "offline", "disabled"]
 
 
 class WandbTracker:
-    """One Weights & Biases run for a worker, in a group with the other workers'. A resumed worker continues its run.
+    """One Weights & Biases run per worker, in a group with the other workers' runs. A resumed worker continues its run.
 
     Without WANDB_API_KEY, or with WANDB_MODE=offline, the run is offline: nothing is sent, and `wandb sync` uploads it
-    later. With WANDB_MODE=disabled nothing is kept. If the server does not let the run begin in time, the run is kept
+    later. With WANDB_MODE=disabled, nothing is stored. If the server does not start the run in time, it is kept
     offline.
     """
 
     name = "Weights & Biases"
-    retried = False  # its client does that, and keeps everything on disk
+    retried = False  # its client retries, and keeps everything on disk
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class WandbTracker:
         self._timeouts = timeouts or MonitorTimeouts()
 
     def begin(self) -> str:
-        """Begin the run: online if there is a key and the server answers, else offline."""
+        """Start the run: online if there is a key and the server answers, else offline."""
         self._run = self._begin()
         for unit in ("step", "round"):
             self._run.define_metric(f"{unit}/*", step_metric=f"{unit}/{unit}")
@@ -51,12 +51,12 @@ class WandbTracker:
             self._run.finish(exit_code=int(status == "failed"))
         except TimeoutError:
             directory = Path(self._run.dir).parent
-            self._warn(f"{self.name} did not take everything: `wandb sync {directory}` uploads the rest")
+            self._warn(f"{self.name} did not receive everything: `wandb sync {directory}` uploads the rest")
 
     def _begin(self) -> Any:
-        # wandb reports its own errors to the same server, which would keep a finished process from ending.
+        # wandb also reports its own errors to a server, which could keep a finished process from ending
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        # The service of the process that started this one: it is not ours to end if its server hangs.
+        # Do not use the parent process's service, which we could not end if its server hangs
         os.environ.pop("WANDB_SERVICE", None)
         import wandb
 
@@ -64,7 +64,7 @@ class WandbTracker:
         limits: dict[str, Any] = {"init_timeout": limit, "finish_timeout": limit, "finish_timeout_raises": True}
         settings = wandb.Settings(silent=True, console="off", **limits)
 
-        def begin(mode: Mode | None) -> Any:  # None: as wandb's own settings say
+        def begin(mode: Mode | None) -> Any:  # None: by wandb's own settings
             return wandb.init(
                 project=config.wandb_project_name,
                 group=config.wandb_group,
@@ -85,7 +85,7 @@ class WandbTracker:
         try:
             return begin(None)  # not "online": it would override `wandb offline` and wandb's settings files
         except Exception as error:
-            wandb.teardown()  # it would refuse a second run with the same id
+            wandb.teardown()  # otherwise it would reject a second run with the same id
             run = begin("offline")
             reason = without_secrets(one_line(error))
             self._warn(f"{self.name} is kept offline, in {Path(run.dir).parent}: {reason}")
@@ -93,7 +93,7 @@ class WandbTracker:
 
 
 def _users_mode() -> Mode | None:
-    """The mode that wandb's own environment variables demand; None if they do not."""
+    """The mode set by wandb's own environment variables; None if they set none."""
     mode = os.environ.get("WANDB_MODE", "").lower()
     off = any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in ("WANDB_DISABLED", "WANDB_OFFLINE"))
     if mode in ("disabled", "dryrun", "offline"):

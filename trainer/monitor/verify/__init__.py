@@ -1,4 +1,4 @@
-"""`python -m trainer verify`: proves or refutes what a run promises, from what its workers have left."""
+"""`python -m trainer verify`: proof or refutation of a run's guarantees from its workers' records."""
 
 from trainer.monitor.verify.judgement import Judgement, judged, show, verify
 

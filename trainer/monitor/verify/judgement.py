@@ -1,4 +1,4 @@
-"""A run's history from its files, and the judgement of it."""
+"""A run's history from its files, and its judgement."""
 
 import json
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from trainer.protocol.proof import Claim, Verdict, judge, refuted
 
 @dataclass(frozen=True)
 class Judgement:
-    """What is proved and refuted of a run."""
+    """The claims about a run that hold, are refuted, or are unknown."""
 
     run_id: str
     workers: int
     processes: int
-    rounds: int  # the last one that was committed
+    rounds: int  # the last committed one
     terms: int
     claims: tuple[Claim, ...]
     without: str  # why etcd's record is not among the evidence; "" if it is
@@ -73,15 +73,15 @@ def _details(claim: Claim) -> list[str]:
 
 
 def verify(run_dirs: Sequence[Path | str], *, deep: bool = True) -> list[Judgement]:
-    """Judge the runs whose workers' files lie below these directories: of each directory, the newest run.
+    """Judge the newest run in each of these directories.
 
-    Workers of one run may lie in several directories, as they do in pods.
+    The workers of a run may be in several directories, as in pods.
 
     Args:
-        deep: Hash the checkpoints' large files, too.
+        deep: Also hash the checkpoints' large files.
 
     Raises:
-        ConfigError: A directory holds no run.
+        ConfigError: A directory contains no run.
     """
     files: list[WorkerFile] = []
     run_ids: dict[str, Path] = {}
@@ -96,7 +96,7 @@ def verify(run_dirs: Sequence[Path | str], *, deep: bool = True) -> list[Judgeme
 
 
 def judged(run_dir: Path | str) -> Judgement | None:
-    """The judgement of one run directory, without reading checkpoints through; None if it holds nothing to judge."""
+    """The judgement of one run directory, without reading whole checkpoints; None if there is nothing to judge."""
     try:
         return verify([run_dir], deep=False)[0]
     except (ConfigError, OSError):
@@ -120,7 +120,7 @@ def _judge(run_id: str, run_dir: Path, files: Sequence[WorkerFile], deep: bool) 
     recorded, without = commits_in_etcd(run_dir, run_id, config)
     saved = list(still_wrong(saved))
 
-    # Data parallelism: a restart goes back to a checkpoint, and there are no terms to tell the repetition
+    # With data parallelism, a restart goes back to a checkpoint, and no terms distinguish the repetition
     elastic = config.get("optim_method") != "ddp"
     terms = elastic or all(len(found) <= 1 for _, found in by_file)
     lives = [one.life(str(path.parent), terms) for path, found in by_file for one in found]
@@ -138,6 +138,6 @@ def _config(processes: Sequence[Process]) -> dict[str, Any]:
 
 
 def show(judgements: Sequence[Judgement], as_json: bool) -> None:
-    """Print judgements: as text, or one JSON object a line."""
+    """Print judgements as text, or as one JSON object per line."""
     for judgement in judgements:
         print(json.dumps(judgement.as_json()) if as_json else judgement, flush=True)

@@ -1,4 +1,4 @@
-"""One worker's `metrics.jsonl` as the happenings of its processes, each with its line."""
+"""A worker's `metrics.jsonl` as the happenings of its processes, each with its line."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ Event = Mapping[str, Any]
 
 @dataclass
 class Process:
-    """What a process has written so far."""
+    """The records of a process so far."""
 
     member: str
     run_id: str
@@ -35,7 +35,7 @@ class Process:
     gaps: list[int] = field(default_factory=list)
 
     def life(self, worker: str, terms: bool) -> Life:
-        """The process as evidence; without `terms`, these are left out."""
+        """The process as evidence, with or without its `terms`."""
         told = self.happenings if terms else [replace(one, term=None) for one in self.happenings]
         return Life(worker, self.member, tuple(told), tuple(self.gaps))
 
@@ -50,15 +50,15 @@ class WorkerFile:
 
     @property
     def run_id(self) -> str:
-        """The newest run in the file: a volume can hold several after each other."""
+        """The newest run in the file. A volume can contain several, one after the other."""
         return self.processes[-1].run_id if self.processes else ""
 
 
 def read_lines(path: Path) -> WorkerFile:
-    """Read a file, whatever is in it. A line that is no event is evidence, too."""
+    """Read a file with any content. A line that is not an event is also evidence."""
     processes: list[Process] = []
     unreadable: list[tuple[str, Unreadable]] = []
-    waiting: list[str] = []  # lines that are no events, since the last one that is
+    waiting: list[str] = []  # lines since the last event that are not events
 
     def judge_waiting(torn: bool) -> None:
         run_id = processes[-1].run_id if processes else ""
@@ -75,7 +75,7 @@ def read_lines(path: Path) -> WorkerFile:
                 waiting.append(where)
                 continue
             kind = event["event"]
-            if kind == "warning":  # they may come before a process's first event
+            if kind == "warning":  # warnings may precede a process's first event
                 continue
             joining = kind == "membership" and event.get("change") == "joining"
             judge_waiting(torn=joining or kind == "start")
@@ -95,7 +95,7 @@ def read_lines(path: Path) -> WorkerFile:
 
 
 def _event(line: bytes) -> Event | None:
-    """The event in a line; None: it is none, or it is still being written."""
+    """The event in a line; None if it is not an event or is still being written."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -106,7 +106,7 @@ def _event(line: bytes) -> Event | None:
 
 
 def _begin(processes: list[Process], event: Event, joining: bool) -> None:
-    """Begin a process, unless it has told already that it was joining."""
+    """Add a process, unless it has already recorded that it was joining."""
     member, run_id = str(event.get("member", "")), str(event.get("run_id", ""))
     last = processes[-1] if processes else None
     if joining or last is None or last.start or last.member != member:
@@ -116,10 +116,10 @@ def _begin(processes: list[Process], event: Event, joining: bool) -> None:
 
 
 def _happening(event: Event, where: str, process: Process) -> Happening | None:
-    """An event as evidence; None if it is not.
+    """An event as evidence; None if it is not evidence.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError: It is not as a worker writes it.
+        ValueError, LookupError, TypeError, AttributeError: No worker writes such an event.
     """
     kind, term = event["event"], event.get("term")
     if term is not None and not isinstance(term, int):
@@ -183,10 +183,10 @@ _READERS: Mapping[str, Callable[[Event, str, int | None], Happening]] = {
 
 
 def _plan(config: Mapping[str, Any], fragments: int | None) -> Plan | None:
-    """The schedule in a process's configuration; `fragments` are those that its model could be cut into."""
+    """The schedule in a process's configuration; `fragments` is the number into which its model could be cut."""
     try:
         steps, total, cut = int(config["local_steps"]), _integer(config["total_steps"]), int(config.get("fragments", 1))
-        lr, warmup = _number(config.get("lr")), int(config.get("warmup_steps", 0))  # a loop of one's own has neither
+        lr, warmup = _number(config.get("lr")), int(config.get("warmup_steps", 0))  # a user's own loop has neither
     except (LookupError, TypeError, ValueError):
         return None
     return Plan(steps // cut, total, lr, warmup, fragments or cut)

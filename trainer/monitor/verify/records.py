@@ -1,4 +1,4 @@
-"""A run's other records: checkpoints on its volumes, and commits in its etcd, if that is still there."""
+"""A run's other records: checkpoints on its volumes, and commits in its etcd, if that still runs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -18,15 +18,15 @@ from trainer.protocol.history import Recorded, Saved
 from trainer.protocol.records import Cursor, Outcome, RoundState, decode
 from trainer.timeouts import MonitorTimeouts
 
-SMALL = 1 << 20  # bytes of a file whose hash is always checked
+SMALL = 1 << 20  # bytes; the hashes of smaller files are always checked
 
 
 def checkpoints_of(root: Path, run_id: str, config: Mapping[str, Any], deep: bool) -> Iterator[Saved]:
     """The checkpoints of the worker whose `metrics.jsonl` is in `root`.
 
     Args:
-        config: The worker's, which may name another place.
-        deep: Compare the hash of every file with the manifest, not only the sizes of the large ones.
+        config: The worker's configuration, which may name another directory.
+        deep: Compare the hashes of all files with the manifest; otherwise, only the sizes of large files.
     """
     process = [root.name] if root.name.startswith("process-") else []
     volume = root.parent if process else root
@@ -39,7 +39,7 @@ def checkpoints_of(root: Path, run_id: str, config: Mapping[str, Any], deep: boo
 
 
 def still_wrong(saved: Iterable[Saved]) -> Iterator[Saved]:
-    """The same checkpoints, less those that a running worker was just removing."""
+    """The same checkpoints, without those that a running worker was just removing."""
     for one in saved:
         if not one.problem:
             yield one
@@ -69,13 +69,13 @@ def _saved(path: Path, deep: bool) -> Saved:
 
 
 def commits_in_etcd(run_dir: Path, run_id: str, config: Mapping[str, Any]) -> tuple[tuple[Recorded, ...], str]:
-    """What etcd has of the run's commits, and, if that is nothing, why. Never waits for long, and never raises."""
+    """The run's commits in etcd and, if there are none, why. Never waits for long, and never raises."""
     resolved: TrainingConfig | None = None
     with suppress(OSError, ValueError):
         tree = read_json(run_dir / LAUNCHED) if (run_dir / LAUNCHED).exists() else dict(config)
         resolved = TrainingConfig.from_tree(tree)
     if resolved is None or resolved.run_id != run_id or not resolved.etcd.endpoints:
-        return (), "nothing names the run's etcd"
+        return (), "no record names the run's etcd"
     if not any(map(_answers, resolved.etcd.endpoints)):
         return (), f"its etcd does not answer at {', '.join(resolved.etcd.endpoints)}"
     try:
@@ -98,7 +98,7 @@ def _recorded(where: str, outcome: Outcome) -> Recorded:
 
 
 def _answers(endpoint: str) -> bool:
-    """Whether something listens there: the etcd of `launch` ends with the run, and its client would wait."""
+    """Whether anything listens there. The etcd of `launch` ends with the run, and a client would wait for it."""
     try:
         with connect(endpoint, MonitorTimeouts().look):
             return True

@@ -14,8 +14,8 @@ def dashboard(config: TrainingConfig, run_dir: Path | None, address: str) -> int
     """Serve the live page of a run until Ctrl-C.
 
     Args:
-        config: Names the run, and its etcd if there is no directory.
-        run_dir: The run's directory; it need not exist yet. None: as `config` has it.
+        config: Identifies the run, and its etcd if there is no directory.
+        run_dir: The run's directory, which need not exist yet. None: from `config`.
         address: Where to listen, as host:port.
 
     Raises:

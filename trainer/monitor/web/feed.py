@@ -1,4 +1,4 @@
-"""The newest parts of a live page, kept up to date by a thread while anyone watches."""
+"""The newest parts of a live page, kept up to date by a thread while there are viewers."""
 
 import logging
 import threading
@@ -13,19 +13,19 @@ from trainer.timeouts import MonitorTimeouts
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[str, str]  # a part's id, and the width that it is for; "" for both
+Key = tuple[str, str]  # a part's id, and its width ("" for both widths)
 
 
 class Feed:
-    """The newest version of each part; memory does not grow with time, nor with the number of viewers.
+    """The newest version of each part. Memory does not grow with time or with the number of viewers.
 
-    A thread looks at the run and draws its charts, one at a time and only those that have changed, in the widths that
-    are watched. It takes a tenth of a core at most, except for the first drawing and the last one.
+    A thread reads the run and draws its charts, one at a time and only those that have changed, in the widths that are
+    being watched. It uses at most a tenth of a core, except for the first and the last drawing.
 
     Attributes:
-        revision: Grows with each change.
-        closed: No part changes any more.
-        over: And none will: the run has ended.
+        revision: Increases with each change.
+        closed: Whether parts no longer change.
+        over: Whether, in addition, the run has ended.
     """
 
     def __init__(self, view: View, timeouts: MonitorTimeouts | None = None) -> None:
@@ -34,8 +34,8 @@ class Feed:
         self._parts: dict[Key, tuple[int, str]] = {}  # each with the revision of its last change
         self.revision, self.closed, self.over = 0, False, False
         self._viewers: Counter[str] = Counter()  # by width
-        self._drawn: dict[tuple[int, str], object] = {}  # by chart and width: the state of the run that it shows
-        self._asked = -float("inf")  # when the page itself was last asked for, on the monotonic clock
+        self._drawn: dict[tuple[int, str], object] = {}  # the displayed state of the run, by chart and width
+        self._asked = -float("inf")  # when the page itself was last requested, on the monotonic clock
         self._wake, self._closing = threading.Event(), threading.Event()
         self._complaint = ""
         self._thread = threading.Thread(target=self._work, name="live page", daemon=True)
@@ -46,7 +46,7 @@ class Feed:
         return self._view.name
 
     def parts(self) -> dict[str, str]:
-        """The newest parts but the charts, by id; waits a moment for the first ones."""
+        """The newest parts except the charts, by id. Waits a moment for the first ones."""
         self._asked = time.monotonic()
         self._wake.set()
         with self._changed:
@@ -66,7 +66,7 @@ class Feed:
                 self._viewers[width] -= 1
 
     def newer(self, revision: int, width: str) -> tuple[int, Mapping[str, str]]:
-        """The parts that have changed after a revision, and the present one; waits for a change, but not for ever."""
+        """The current revision, and the parts changed since a given one. Waits for a change, but only for a while."""
         with self._changed:
             self._changed.wait_for(lambda: self.revision > revision or self.closed, self._timeouts.heartbeat)
             found = {
@@ -77,7 +77,7 @@ class Feed:
             return self.revision, found
 
     def close(self, over: bool) -> None:
-        """Take a last look, if anyone watches; if the run is over, draw every chart of it once more."""
+        """Update for the last time if there are viewers. If the run is over, draw every chart once more."""
         self.over = over
         self._closing.set()
         self._wake.set()
@@ -99,7 +99,7 @@ class Feed:
                 continue
             began = time.thread_time()
             behind = self._update()
-            if not behind:  # else somebody waits for a first chart
+            if not behind:  # otherwise a viewer is waiting for a first chart
                 pause = max(self._timeouts.look, 9 * (time.thread_time() - began))
                 self._closing.wait(pause)
         if self._is_watched():
@@ -115,7 +115,7 @@ class Feed:
         return viewers > 0 or time.monotonic() < self._asked + self._timeouts.heartbeat
 
     def _update(self, last: bool = False) -> bool:
-        """Take one look and draw one chart. Returns whether another one should be drawn at once."""
+        """Read the run once and draw one chart. Returns whether another one should be drawn at once."""
         from trainer.monitor.web.parts import text_parts
 
         try:
@@ -123,10 +123,10 @@ class Feed:
             for name, html in text_parts(look).items():
                 self._put(name, "", html)
             return self._draw(look, last)
-        except Exception as error:  # a page must not end because of an unforeseen line
+        except Exception as error:  # an unexpected line must not end the page
             if (complaint := one_line(error)) != self._complaint:
                 self._complaint = complaint
-                logger.warning(f"the live page cannot be brought up to date: {complaint}")
+                logger.warning(f"the live page cannot be updated: {complaint}")
             return False
 
     def _draw(self, look: Look, last: bool) -> bool:
@@ -143,7 +143,7 @@ class Feed:
         new = [one for one in due if one not in self._drawn]
         if not due:
             return False
-        # First those that have never been drawn, then each in its turn.
+        # First those that have never been drawn, then each in turn
         chosen = new[0] if new else min(due, key=list(self._drawn).index)
         self._put(f"chart-{chosen[0]}", chosen[1], chart_part(look, *chosen))
         self._drawn.pop(chosen, None)

@@ -22,8 +22,8 @@ function connect() {
   source.addEventListener("clock", event => { ahead = Number(event.data) - Date.now() / 1000; ages(); });
   source.addEventListener("over", () => { over = true; });
   source.addEventListener("error", () => {
-    show(over ? "The run has ended, and this page with it: it shows the last state." : "The connection is lost: trying again …");
-    if (source.readyState === EventSource.CLOSED) again = setTimeout(connect, 2000); // else the browser does it
+    show(over ? "The run has ended. This page shows its last state." : "Connection lost, trying again …");
+    if (source.readyState === EventSource.CLOSED) again = setTimeout(connect, 2000); // otherwise the browser reconnects
   });
 }
 

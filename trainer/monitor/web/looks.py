@@ -1,4 +1,4 @@
-"""Successive looks at a run, for a live page: from its directory, or from its etcd alone."""
+"""Successive snapshots of a run for a live page, from its directory or only from its etcd."""
 
 import math
 import platform
@@ -24,26 +24,26 @@ from trainer.monitor.report.tables import Row
 from trainer.monitor.status import RunStatus, Watcher, look
 from trainer.monitor.verify import Judgement, judged
 
-NEWEST = 60  # rows of the history that a page shows
+NEWEST = 60  # rows of the history shown on a page
 RECENT = 20  # steps over which a worker's loss and speed are averaged
-OVER = ("complete", "failed", "stopped")  # statuses of a run in which no worker trains
+OVER = ("complete", "failed", "stopped")  # statuses of a run without training workers
 
 
 @dataclass(frozen=True)
 class Look:
-    """A run at one moment, as a live page shows it."""
+    """A snapshot of a run for a live page."""
 
     run: RunHistory
-    board: Dashboard  # the workers' rows, and how far the run is
+    board: Dashboard  # the workers' rows and the run's progress
     history: list[Row]
     notice: str = ""  # why there is nothing new
-    judgement: Judgement | None = None  # what `verify` says of a run that is over
+    judgement: Judgement | None = None  # the result of `verify` for a finished run
 
 
 class View(Protocol):
-    """Where looks come from."""
+    """A source of snapshots."""
 
-    name: str  # of what is watched
+    name: str  # of the watched run
 
     def look(self) -> Look: ...
 
@@ -51,18 +51,18 @@ class View(Protocol):
 
 
 class DirectoryView:
-    """Looks at a run directory, which need not exist yet."""
+    """Snapshots of a run directory, which need not exist yet."""
 
     def __init__(self, directory: Path) -> None:
         self.name = str(directory)
         self._reader, self._board = RunReader(directory), Dashboard()
-        self._judged: tuple[float, Judgement | None] | None = None  # when the run ended, and what was judged then
+        self._judged: tuple[float, Judgement | None] | None = None  # when the run ended, and its judgement
 
     def look(self) -> Look:
         before = {row.pid for row in self._board.rows if row.pid is not None and not psutil.pid_exists(row.pid)}
         run = self._reader.read()
         rows = [row_of(worker, place) for place, worker in enumerate(run.workers)]
-        for row in rows:  # whose process had gone before its last events were read
+        for row in rows:  # mark workers whose process was gone before its last events were read
             if row.pid in before and row.host == platform.node() and row.state in ("training", "joining"):
                 row.state = "died"
         self._board.total_steps = run.config.get("total_steps")
@@ -71,7 +71,7 @@ class DirectoryView:
         return Look(run, self._board, tables.history(run, NEWEST), notice, self._judgement(run))
 
     def _judgement(self, run: RunHistory) -> Judgement | None:
-        """`verify` reads everything: once at the end."""
+        """The judgement at the end of the run. It is made only once, because `verify` reads everything."""
         if run.status not in OVER or any(not worker.end for worker in run.workers if worker.lives):
             self._judged = None
         elif self._judged is None or self._judged[0] != run.last:
@@ -82,7 +82,7 @@ class DirectoryView:
 
 
 def row_of(worker: Worker, place: int) -> WorkerRow:
-    """A worker's row, from its file. Loss and speed are those of its last steps."""
+    """A worker's row, from its file. Loss and speed are averages over its last steps."""
     start, steps, rounds = worker.start, worker.steps.last(RECENT), worker.rounds
     state = worker.status
     if not worker.end:
@@ -110,14 +110,14 @@ def row_of(worker: Worker, place: int) -> WorkerRow:
 
 
 class EtcdView:
-    """Looks at a run in its etcd, which knows losses round by round only, and only from now on."""
+    """Snapshots of a run in its etcd, which has losses only by round, and only from now on."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self.name = config.run_id
         self._client = EtcdClient.of(config)
         self._watcher = Watcher()
         self._records: dict[int, WorkerRecord] = {}
-        self._seen: dict[int, WorkerRow] = {}  # at the last look
+        self._seen: dict[int, WorkerRow] = {}  # in the last snapshot
         self._over = False
 
     def look(self) -> Look:
@@ -138,7 +138,7 @@ class EtcdView:
         return Look(RunHistory(workers, Path(self.name), None), board, history, notice)
 
     def _record(self, status: RunStatus) -> None:
-        """Keep what the run's members report as events, in which all views of a run are made."""
+        """Store the members' reports as events, from which all views of a run are made."""
         for row in status.workers:
             if not row.member:
                 continue

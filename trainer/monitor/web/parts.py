@@ -1,4 +1,4 @@
-"""A look at a run as the parts of a live page: HTML by the id of the element that it fills."""
+"""A snapshot of a run as the parts of a live page: HTML by the id of the element that it fills."""
 
 import math
 import time
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 WIDTHS = ("wide", "narrow")
 CHARTS = len(OF_ONE)
 _FOLDER = Path(__file__).parent
-_LIVE = {  # instead of what a report says of a run that has no end
+_LIVE = {  # replaces the report's texts for an unfinished run
     "unfinished": ("good", "●", "Training"),
-    "not started": ("pause", "…", "Not begun: waiting for workers"),
+    "not started": ("pause", "…", "Not started: waiting for workers"),
 }
-_LOST = ("pause", "…", "No worker runs here: it can be resumed")
+_LOST = ("pause", "…", "No worker is running here: the run can be resumed")
 
 
 def text_parts(look: Look) -> dict[str, str]:
-    """All parts but the charts."""
+    """All parts except the charts."""
     run, board, over = look.run, look.board, look.run.status in OVER
     verdict = (VERDICTS | _LIVE)[run.status]
     if run.status == "unfinished" and board.rows and all(row.state in ("died", *OVER) for row in board.rows):
@@ -47,18 +47,18 @@ def text_parts(look: Look) -> dict[str, str]:
 
 
 def chart_part(look: Look, place: int, width: str) -> str:
-    """One of the report's charts, drawn; "" if there are no data for it."""
+    """One of the report's charts as HTML; "" if there is no data for it."""
     chart = OF_ONE[place](look.run)
     return "" if chart is None else str(_module().chart(chart, width)).strip()  # type: ignore[attr-defined]
 
 
 def page(name: str, parts: dict[str, str]) -> str:
-    """The page, with the parts as far as there are any yet."""
+    """The page with the parts that exist so far."""
     return _templates().get_template("page.html").render(name=name, fragments=parts, charts=CHARTS)
 
 
 def files() -> Iterator[tuple[str, str, bytes]]:
-    """What the page loads: name, content type, content."""
+    """The files that the page loads: name, content type, content."""
     style = (_FOLDER.parent / "report" / "style.css").read_bytes() + (_FOLDER / "live.css").read_bytes()
     yield "style.css", "text/css; charset=utf-8", style
     yield "live.js", "text/javascript; charset=utf-8", (_FOLDER / "live.js").read_bytes()

@@ -1,8 +1,8 @@
-"""The server of a live page: `GET /`, what the page loads, and `GET /events`, a stream of server-sent events.
+"""The server of a live page: `GET /`, the files that it loads, and `GET /events`, a stream of server-sent events.
 
-Only the loopback address can be reached without a secret. Anywhere else, every path begins with a random token. A page
-of another site cannot read anything: there are no CORS headers, and without a token the Host header has to name this
-machine's loopback, so that a foreign name that resolves to it (DNS rebinding) is refused.
+Only the loopback address is accessible without a secret. On other addresses, every path begins with a random token. A
+page of another site cannot read anything: there are no CORS headers, and without a token the Host header must name this
+machine's loopback, so that a foreign name that resolves to it (DNS rebinding) is rejected.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class LivePage:
         """Bind the address (host:port).
 
         Raises:
-            ConfigError: It is no address of this machine, or is taken.
+            ConfigError: It is not an address of this machine, or is in use.
         """
         self._timeouts = timeouts or MonitorTimeouts()
         self._server = _Server(*host_and_port(address))
@@ -55,12 +55,12 @@ class LivePage:
 
     @property
     def url(self) -> str:
-        """Of the page, with its token, if it has one."""
+        """The page's URL, with its token if it has one."""
         host, port = self._server.server_address[:2]
         return f"http://{endpoint_of(str(host), int(port))}/{self._server.token + '/' if self._server.token else ''}"
 
     def close(self, over: bool = True) -> None:
-        """End; if the run is over, those who watch keep its last state."""
+        """Stop serving. If the run is over, viewers keep its last state."""
         self._feed.close(over)
         self._server.drained.wait(self._timeouts.drain)
         self._server.shutdown()
@@ -71,7 +71,7 @@ class LivePage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(over=kind is None or issubclass(kind, Exception))  # else it was interrupted, and may go on
+        self.close(over=kind is None or issubclass(kind, Exception))  # otherwise it was interrupted, and may continue
 
 
 def require_address(address: str) -> None:
@@ -80,7 +80,7 @@ def require_address(address: str) -> None:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """`host:port`, `[host]:port` or `port`, taken apart. Port 0 is any free one."""
+    """Split `host:port`, `[host]:port` or `port`. Port 0 means any free one."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not port.isascii() or not port.isdigit() or int(port) > 65535:
@@ -100,13 +100,13 @@ class _Server(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6 if ":" in own else socket.AF_INET
             super().__init__((own, port), _Handler)
         except OSError as error:
-            taken = "the port is taken by another process: name another one, or 0 for any"
+            taken = "the port is used by another process: choose another one, or 0 for any"
             reason = taken if error.errno == errno.EADDRINUSE else f"cannot be served there: {error.strerror}"
             raise ConfigError("dashboard", endpoint_of(host, port), reason) from None
         self.token = "" if ipaddress.ip_address(own).is_loopback else secrets.token_urlsafe(24)
         self._connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._streams, self._lock = 0, threading.Lock()
-        self.drained = threading.Event()  # no stream is open
+        self.drained = threading.Event()  # set while no stream is open
         self.drained.set()
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:  # type: ignore[override]
@@ -137,7 +137,7 @@ class _Server(ThreadingHTTPServer):
                     self.drained.set()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A viewer that has gone is no error."""
+        """Ignore errors, because a viewer may disconnect at any time."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD\n", headers={"Allow": ", ".join(_METHODS)})
 
     def _within(self, path: str) -> str | None:
-        """The path behind the token; None if it is not there."""
+        """The path after the token; None if the token is missing."""
         token = self.server.token
         if not token:
             return path.removeprefix("/") if path.startswith("/") else None
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         return name if right and slash else None
 
     def _host_is_ours(self) -> bool:
-        """Whether the browser means this machine's loopback; with a token it may use any name."""
+        """Whether the Host header names this machine's loopback; with a token, any name is allowed."""
         if self.server.token:
             return True
         host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
@@ -218,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _stream(self, width: str) -> None:
-        """Send the parts, and then whatever changes, until the viewer goes."""
+        """Send the parts and then their changes, until the viewer disconnects."""
         self._head(HTTPStatus.OK, {"Content-Type": "text/event-stream"})
         feed, revision = self.server.feed, 0
         with self.server.streaming(), feed.watched(width):
@@ -228,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
                 revision, parts = feed.newer(revision, width)
                 for name, html in parts.items():
                     self._event("part", json.dumps({"id": name, "html": html}))
-                self._event("clock", f"{time.time():.1f}")  # which also finds out whether the viewer is still there
+                self._event("clock", f"{time.time():.1f}")  # also detects whether the viewer is still connected
                 if closed:
                     if feed.over:
                         self._event("over", "")
@@ -238,4 +238,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"event: {kind}\ndata: {data}\n\n".encode())
 
     def log_message(self, *_: object) -> None:
-        """No log: paths hold the token."""
+        """Do not log, because paths contain the token."""

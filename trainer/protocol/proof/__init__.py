@@ -1,8 +1,8 @@
-"""Proves or refutes what a run promises, from what it has recorded: pure functions of a `History`.
+"""Proof or refutation of a run's guarantees from its records, by pure functions of a `History`.
 
-A check is a function of a history that writes to its `Notes`; its docstring is the claim, as users read it. To add one,
-write it and name it in `CHECKS`. The same checks judge the files of real runs (`python -m trainer verify`) and the
-histories of the protocol's simulation (`tests/unit/protocol/test_model.py`).
+A check is a function of a history that writes to its `Notes`. Its docstring is the claim that users read. To add a
+check, write it and list it in `CHECKS`. The same checks judge the files of real runs (`python -m trainer verify`) and
+the histories of the protocol's simulation (`tests/unit/protocol/test_model.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ Check = Callable[[History, Notes], None]
 
 
 def files(history: History, notes: Notes) -> None:
-    """Every line is an event, and every checkpoint is what was written."""
+    """Every line is an event, and every checkpoint is as it was written."""
     notes.judged += sum(len(life.happenings) for life in history.lives) + len(history.saved)
     for line in history.unreadable:
         if line.torn:
-            notes.remarks.append(f"{line.where} is torn: a process was killed while it wrote it")
+            notes.remarks.append(f"{line.where} is torn: a process was killed while writing it")
         else:
-            notes.refute("a line that is no event, in the middle of a process's", line.where)
+            notes.refute("a line that is not an event, in the middle of a process's lines", line.where)
     problems: list[Saved] = [one for one in history.saved if one.problem]
     for one in problems:
         notes.refute(one.problem, one.where)
@@ -54,7 +54,7 @@ CHECKS: Sequence[Check] = (
 
 @dataclass(frozen=True)
 class Claim:
-    """A promise, and whether a history keeps it."""
+    """A guarantee, and whether a history keeps it."""
 
     name: str
     sentence: str

@@ -1,17 +1,17 @@
-"""Claims about rounds: what was committed, by which members, and which states they led to."""
+"""Claims about rounds: what was committed, by which members, and the resulting states."""
 
 from trainer.protocol.history import Began, CaughtUp, Committed, Ended, Happening, History, Life, State
 from trainer.protocol.proof.notes import Notes
 
-NO_TERMS = "events without a term, which older versions have not written"
+NO_TERMS = "events without a term, which older versions did not write"
 
 
 def commits(history: History, notes: Notes) -> None:
-    """Each round of a term was committed once: by one attempt, with one member list, one hash and one weight."""
+    """Each round of a term was committed once: in one attempt, with one member list, one hash and one weight."""
     if not history.has_terms:
         notes.cannot(NO_TERMS)
     if history.absent:
-        notes.cannot(f"what {', '.join(history.absent)} recorded: their files are not here")
+        notes.cannot(f"the records of {', '.join(history.absent)}: their files are not here")
     recorded = {(one.term, one.round): one for one in history.recorded}
     for (term, round), told in history.rounds.items():
         place = f"round {round} of term {term} has several"
@@ -24,11 +24,11 @@ def commits(history: History, notes: Notes) -> None:
         weights = [(one.weight, one.where) for _, one in told]
         notes.same(f"{place} weights", [*weights, *([(etcd.weight, etcd.where)] if etcd else [])])
 
-        # Who tells of it has taken part, and tells once
+        # Each record of the round is by one of its members, and each member has only one
         by: dict[str, str] = {}
         for life, one in told:
             if one.members and life.member and life.member not in one.members:
-                notes.refute(f"{life.member} tells of round {round}, but is none of its members", one.where)
+                notes.refute(f"{life.member} recorded round {round}, but is not one of its members", one.where)
             if life.member in by:
                 notes.refute(f"{life.member} committed round {round} of term {term} twice", by[life.member], one.where)
             by[life.member] = one.where
@@ -44,21 +44,21 @@ def members(history: History, notes: Notes) -> None:
             if member in telling or (life := lives.get(member)) is None:
                 continue
             again = next((one for one in life.of(CaughtUp) if one.term == term and one.round >= round), None)
-            # A member that has voted, and cannot learn the outcome, drops its work.
+            # A member that has voted and cannot learn the outcome drops its work
             if again is not None and any(again.carried or ()):
-                text = f"{member} is a member of round {round} of term {term}, but has kept its work for a later one"
+                text = f"{member} is a member of round {round} of term {term}, but kept its work for a later round"
                 notes.refute(text, told[0][1].where, again.where)
             elif again is None and (later := _went_on(history, life, term, round)):
                 if life.gaps:
-                    notes.cannot(f"what {member} told in lines that are lost")
+                    notes.cannot(f"the lost lines of {member}")
                     continue
-                text = f"{member} is a member of round {round} of term {term}, and went on, but does not tell of it"
+                text = f"{member} is a member of round {round} of term {term} and continued, but did not record it"
                 last = [one.where for one in life.happenings[-1:]]
                 notes.refute(text, told[0][1].where, later, *last)
 
 
 def _went_on(history: History, life: Life, term: int, round: int) -> str:
-    """Where it is told that a process took part in a later round of the term, or completed the run; "" if nowhere."""
+    """The record of a process's part in a later round of the term, or of its completing the run; "" if none."""
     following = history.rounds.get((term, round + 1), [])
     told = [one.where for _, one in following if life.member in one.members]
     told += [one.where for one in life.of(Committed) if one.term == term and one.round > round]
@@ -68,7 +68,7 @@ def _went_on(history: History, life: Life, term: int, round: int) -> str:
 
 
 def states(history: History, notes: Notes) -> None:
-    """All that held the state of a round held the same one: members, checkpoints and the run's end."""
+    """Members, checkpoints and the end of the run all have the same state for the same round."""
     if not history.has_terms:
         notes.cannot(NO_TERMS)
     for (term, round), told in history.hashes.items():
@@ -82,7 +82,7 @@ def states(history: History, notes: Notes) -> None:
 
 
 def _judge_order(happenings: tuple[Happening, ...], notes: Notes) -> None:
-    """A process never goes back, except with a new term, and takes part in every round unless it says otherwise."""
+    """A process never goes back, except with a new term, and takes part in every round unless it records otherwise."""
     before: Happening | None = None
     for one in happenings:
         if not isinstance(one, Began | Committed | CaughtUp) or one.term is None:
@@ -95,12 +95,12 @@ def _judge_order(happenings: tuple[Happening, ...], notes: Notes) -> None:
                 notes.refute(f"a process went back from round {before.round} to {one.round}", before.where, one.where)
             elif isinstance(one, Committed) and (one.term, one.round) != (before.term, before.round + 1):
                 text = f"a process committed round {one.round} of term {one.term} after round {before.round} of term"
-                notes.refute(f"{text} {before.term}, without having caught up", before.where, one.where)
+                notes.refute(f"{text} {before.term}, without catching up", before.where, one.where)
         before = one
 
 
 def terms(history: History, notes: Notes) -> None:
-    """A term began from a state that the run has had; what was rolled back before it is in no later base."""
+    """Each term began from a state that the run had; no later base contains a state that was rolled back."""
     if not history.has_terms:
         notes.cannot(NO_TERMS)
     rolled_back: dict[State, int] = {}  # states that a later term gave up, and that term
@@ -121,7 +121,7 @@ def terms(history: History, notes: Notes) -> None:
 
 
 def _parent(history: History, term: int, base: int, notes: Notes) -> State | None:
-    """The state that a term was founded on: the last one of an earlier term with its round and hash, if known."""
+    """The state from which a term began: the last state of an earlier term with its round and hash, if known."""
     candidates = [
         (earlier, base)
         for earlier in reversed(history.terms)
@@ -138,11 +138,11 @@ def _parent(history: History, term: int, base: int, notes: Notes) -> State | Non
         return None
     if not candidates:
         if base > 0:
-            notes.cannot(f"what term {term} began from, round {base}, is in no file")
+            notes.cannot(f"the state from which term {term} began, round {base}: it is in no file")
         return None
     notes.judged += 1
     if not held or not known:
-        notes.cannot(f"the hash of the state that term {term} began from")
+        notes.cannot(f"the hash of the state from which term {term} began")
     return (matching or candidates)[0]
 
 

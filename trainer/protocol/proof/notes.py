@@ -1,4 +1,4 @@
-"""What a check has found: how much it could judge, what is wrong, and what cannot be judged."""
+"""The results of a check: how much it could judge, what is wrong, and what cannot be judged."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from typing import Literal
 
 Verdict = Literal["holds", "refuted", "unknown"]
 
-MOST_FINDINGS = 50  # of one claim; a broken run breaks it at every line
+MOST_FINDINGS = 50  # per claim, because a broken run may break it at every line
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A contradiction, and the lines (`file:line`) that make it."""
+    """A contradiction, and the lines (`file:line`) that prove it."""
 
     text: str
     where: tuple[str, ...] = ()
@@ -22,10 +22,10 @@ class Notes:
     """The result of one check.
 
     Attributes:
-        judged: How many facts it has compared.
-        findings: What refutes the claim, the first MOST_FINDINGS; `more` is the number of the others.
-        unknown: Why something could not be judged.
-        remarks: What is worth knowing although it refutes nothing.
+        judged: Number of facts that were compared.
+        findings: The first MOST_FINDINGS contradictions; `more` is the number of the others.
+        unknown: What could not be judged, and why.
+        remarks: Remarkable facts that do not refute the claim.
     """
 
     judged: int = 0
@@ -41,12 +41,12 @@ class Notes:
             self.more += 1
 
     def cannot(self, reason: str) -> None:
-        """Say once why something cannot be judged."""
+        """Record, once, what cannot be judged and why."""
         if reason not in self.unknown:
             self.unknown.append(reason)
 
     def same(self, what: str, values: Iterable[tuple[object, str]]) -> None:
-        """Judge whether all values are equal; each comes with its line, and None is no value."""
+        """Judge whether all values are equal. Each comes with its line, and None is ignored."""
         first: dict[object, str] = {}
         for value, where in values:
             if value is not None:

@@ -1,4 +1,4 @@
-"""Claims about samples: which positions were trained on, by which worker, and what became of the others."""
+"""Claims about samples: which positions were trained on, by which worker, and what happened to the others."""
 
 import bisect
 from collections import defaultdict
@@ -11,11 +11,11 @@ from trainer.protocol.ranges import common, joined, minus, overlaps, text, union
 from trainer.protocol.records import Cursor, Range
 from trainer.protocol.samples import SampleLedger, allocate, count
 
-NO_DEALS = "which positions were dealt, which older versions have not written"
+NO_DEALS = "the assigned positions, which older versions did not write"
 
 
 def samples_once(history: History, notes: Notes) -> None:
-    """Every sample position was trained on at most once an epoch and term."""
+    """Every sample position was trained on at most once per epoch and term."""
     if not history.has_terms:
         notes.cannot(NO_TERMS)
     by_term: dict[int, list[tuple[Range, str]]] = defaultdict(list)
@@ -29,16 +29,16 @@ def samples_once(history: History, notes: Notes) -> None:
 
 
 def samples_in_base(history: History, notes: Notes) -> None:
-    """No term trained again on a sample that the state it began from contains."""
+    """No term trained again on a sample that was already in the state from which it began."""
     if not history.elastic:
-        notes.cannot("data parallelism, whose restarts begin no term")
+        notes.cannot("data parallelism, which has no terms")
         return
     for term, base in history.bases.items():
         cursors = history.cursors.get((term, base), [])
         if not cursors and base == 0:
             cursors = [(Cursor(), "")]
         if not cursors:
-            notes.cannot(f"the samples' cursor at the beginning of term {term}")
+            notes.cannot(f"the samples' cursor at the start of term {term}")
             continue
         cursor, told = cursors[0]
         for _, deal in history.of(Dealt):
@@ -47,7 +47,7 @@ def samples_in_base(history: History, notes: Notes) -> None:
                 again = minus(common(deal.ranges, [(0, cursor.position)]), cursor.returned)
                 if again:
                     notes.refute(
-                        f"position {text(again)} was dealt in term {term}, whose base contains it", deal.where, told
+                        f"position {text(again)} was assigned in term {term}, whose base contains it", deal.where, told
                     )
     sent = {term: _Sent(history, term) for term in history.terms}
     for (term, round), cursors in history.cursors.items():
@@ -55,13 +55,11 @@ def samples_in_base(history: History, notes: Notes) -> None:
         notes.judged += 1
         if found := term in sent and sent[term].counted(cursor.returned, round):
             part, where = found
-            notes.refute(
-                f"position {text([part])} is counted in round {round}, and called unused after it", told, where
-            )
+            notes.refute(f"position {text([part])} counts in round {round}, but is unused after it", told, where)
 
 
 class _Sent:
-    """The positions of a term that its members have sent, each with its round, in the order of positions."""
+    """The positions of a term whose work was sent, each with its round, in the order of positions."""
 
     def __init__(self, history: History, term: int) -> None:
         found = [
@@ -70,7 +68,7 @@ class _Sent:
         self._found = sorted(found)
 
     def counted(self, ranges: Iterable[Range], round: int) -> tuple[Range, str] | None:
-        """One of the positions that was sent with this round or an earlier one, and where it was trained on."""
+        """One of the positions that was sent in this round or an earlier one, and where it was trained on."""
         for start, stop in ranges:
             index = max(0, bisect.bisect_left(self._found, start, key=lambda one: one[0][0]) - 1)
             while index < len(self._found) and self._found[index][0][0] < stop:
@@ -82,7 +80,7 @@ class _Sent:
 
 
 def samples_in_order(history: History, notes: Notes) -> None:
-    """Each worker trained on the positions that it was dealt, in their order, and returned exactly the others."""
+    """Each worker trained on the positions assigned to it, in order, and returned exactly the others."""
     if not history.elastic:
         notes.cannot("data parallelism, whose ranks share an assignment")
         return
@@ -94,10 +92,10 @@ def samples_in_order(history: History, notes: Notes) -> None:
 
 
 def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
-    """Follow a process's ledger; `earlier` are the positions that its worker has consumed before, and is extended."""
+    """Replay a process's ledger. `earlier` are the positions that its worker has consumed before; it is extended."""
     ledger: SampleLedger | None = None
     dealt = ""
-    recent: list[Range] = []  # what it has consumed since the assignment before the last one, and since the last one
+    recent: list[Range] = []  # consumed since the assignment before the last one, and since the last one
     since = 0
     at_close: dict[int, tuple[Range, ...]] = {}  # by round: the positions that were unused after its last step
     for index, one in enumerate(life.happenings):
@@ -109,7 +107,7 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
             recent = recent[since:]
             since = len(recent)
             if begun and not life.gaps and (begun := minus(begun, earlier)):
-                notes.refute(f"position {text(begun)} counts as trained on, but no step tells of it", one.where)
+                notes.refute(f"position {text(begun)} counts as trained on, but no step recorded it", one.where)
             ledger, dealt = SampleLedger(used=one.used), one.where
             ledger.assignment = type(ledger.assignment)(one.term or 0, one.round, one.ranges)
             at_close[one.round] = ledger.unused()
@@ -131,7 +129,7 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
             notes.judged += 1
             if union(one.unused) != union(at_close[one.round]):
                 differing = [*minus(one.unused, at_close[one.round]), *minus(at_close[one.round], one.unused)]
-                notes.refute(f"what it returned is not what it had left: position {text(differing)}", one.where, dealt)
+                notes.refute(f"it returned positions other than those it had left: {text(differing)}", one.where, dealt)
         elif isinstance(one, Ended) and one.unused is not None and ledger is not None:
             notes.judged += 1
             if extra := minus(one.unused, ledger.unused()):
@@ -143,7 +141,7 @@ def _first(ranges: tuple[Range, ...], number: int) -> tuple[Range, ...]:
 
 
 def samples_fate(history: History, notes: Notes) -> None:
-    """Every position that was dealt was used, or returned, or was lost with a worker."""
+    """Every assigned position was used, or returned, or lost with a worker."""
     if not history.elastic or not any(history.of(Dealt)):
         notes.cannot(NO_DEALS if history.elastic else "data parallelism, whose ranks share an assignment")
         return
@@ -152,8 +150,8 @@ def samples_fate(history: History, notes: Notes) -> None:
 
 
 def _judge_fates(history: History, term: int, notes: Notes) -> None:
-    """The positions that were dealt in a term, less those with a fate."""
-    # What was dealt: to those who tell of it, and up to where the cursor has moved
+    """Judge the positions that were assigned in a term: each must have a fate."""
+    # The assigned positions: those recorded by processes, and those up to the cursor
     deals = [(life, deal) for life, deal in history.of(Dealt) if deal.term == term]
     base = history.bases.get(term)
     begin = _cursor(history, term, base) if base is not None else None
@@ -166,7 +164,7 @@ def _judge_fates(history: History, term: int, notes: Notes) -> None:
     elif deals:
         notes.cannot(f"the samples' cursor of term {term}")
 
-    # Their fates: used, returned to the run, or still with somebody
+    # Their fates: used, returned to the run, or still with a process
     returned: list[Range] = [*(final.returned if final else ())]
     fates = [part for _, one in history.of(Stepped) if one.term == term for part in one.positions]
     fates = union([*fates, *(part for _, deal in deals for part in _first(deal.ranges, deal.used))])
@@ -195,8 +193,8 @@ def _judge_missing(
     returned: list[Range],
     notes: Notes,
 ) -> None:
-    """Positions without a fate: lost with a worker that was killed or late; else they are unaccounted for."""
-    # Those with a last owner
+    """Judge positions without a fate: they must be lost with a worker that was killed or late."""
+    # Positions with a known last owner
     owned, unowned = minus(missing, returned), common(missing, returned)
     for life, deal in deals:
         if mine := common(owned, deal.ranges):
@@ -204,14 +202,14 @@ def _judge_missing(
             if life.disturbed:
                 notes.remarks.append(f"term {term}: {count(mine)} positions were lost with {life.member}")
             else:
-                text_of = f"position {text(mine)}, dealt to {life.member}, was neither used nor returned"
+                text_of = f"position {text(mine)}, assigned to {life.member}, was neither used nor returned"
                 notes.refute(text_of, deal.where)
 
-    # Those whose owner is not reported
+    # Positions whose owner is not recorded
     if unowned := [*unowned, *owned]:
         suspects = sorted({life.member for life in history.lives if _may_have_lost(life, term, history.bases[term])})
         suspects += history.absent
-        # The lines that are lost at such a place may have dealt them, or be those of a later process
+        # The lost lines there may have recorded the assignment, or belong to a later process
         suspects += [f"a process at {line.where}" for line in history.unreadable if line.torn]
         if suspects:
             named = ", ".join(suspects)
@@ -219,7 +217,7 @@ def _judge_missing(
         else:
             told = [told[0] for (number, _), told in sorted(history.cursors.items()) if number == term]
             lines = [where for cursor, where in told if cursor.position > unowned[0][0]][:1]
-            words = f"position {text(unowned)} was dealt in term {term}, but no worker has used or returned it"
+            words = f"position {text(unowned)} was assigned in term {term}, but no worker used or returned it"
             notes.refute(words, *lines)
 
 
@@ -235,9 +233,9 @@ def _last_deal(life: Life, term: int) -> tuple[Range, ...]:
 
 
 def _may_have_lost(life: Life, term: int, base: int) -> bool:
-    """Whether a process may have been dealt positions in a term that it does not tell of.
+    """Whether a process may have been assigned positions in a term without recording it.
 
-    It was killed, while it joined, for example; or it joined, or came back, when the others had gone on.
+    For example, it was killed while it joined; or it joined or came back after the others had moved on.
     """
     if not any(life.of(Began)):
         return True

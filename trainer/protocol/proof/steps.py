@@ -1,4 +1,4 @@
-"""Claims about one process at a time: its inner steps, its place in the schedule, and what it sent."""
+"""Claims about individual processes: inner steps, positions in the schedule, and what they sent."""
 
 import math
 from collections import defaultdict
@@ -18,11 +18,11 @@ from trainer.protocol.history import (
 from trainer.protocol.proof.notes import Notes
 from trainer.protocol.samples import count
 
-SMALL = 1e-6  # relative: how far numbers may differ by rounding
+SMALL = 1e-6  # relative difference attributed to rounding
 
 
 def inner_steps(history: History, notes: Notes) -> None:
-    """No process lost or repeated an inner step, unless it says that it was late."""
+    """No process lost or repeated an inner step, unless it recorded that it was late."""
     for life in history.lives:
         plan, counter = _plan(life), _Counter()
         if plan is None:
@@ -46,13 +46,13 @@ def inner_steps(history: History, notes: Notes) -> None:
 
 
 class _Counter:
-    """Counts the inner steps of a process by round, and knows the position that each has to lead to.
+    """Counts the inner steps of a process by round, and the position to which each must lead.
 
     Attributes:
-        expected: The position of the last step; None: a gap or an old version's file does not tell.
-        before: The position from which it was expected, and where that is told.
-        made, due: By round, the inner steps so far, and those that it takes.
-        term: The present one, and where it was entered.
+        expected: The expected position of the last step; None if unknown, after a gap or in an old version's file.
+        before: The position before it.
+        made, due: By round, the inner steps so far, and those that the round takes.
+        term: The current term.
     """
 
     def __init__(self) -> None:
@@ -62,8 +62,8 @@ class _Counter:
         self.before, self.where_before = 0.0, ""
         self.made: dict[int, int] = {}
         self.due: dict[int, int] = {}
-        self._open, self._held = 1, 0  # the open round, and the inner steps that it holds already
-        self._known = True  # whether it is known how many
+        self._open, self._held = 1, 0  # the open round, and its inner steps at the start
+        self._known = True  # whether that number is known
         self._multiplier, self._last, self._where = 1.0, 0.0, ""
 
     def follow(self, one: Happening, plan: Plan, lost: bool) -> None:
@@ -88,7 +88,7 @@ class _Counter:
         self._open, self._held, self._known = round, inner_steps or 0, inner_steps is not None
 
     def _position(self, step: Stepped, plan: Plan) -> float | None:
-        """Count the step; the position that it leads to."""
+        """Count the step. Returns the position to which it must lead."""
         begin, length = plan.begin(step.round), plan.length(step.round)
         due = plan.own_steps(step.round, self._multiplier)
         if length == 0:
@@ -96,7 +96,7 @@ class _Counter:
         known = self._known
         if step.round not in self.made:
             self.made[step.round] = self._held if step.round == self._open else 0
-            if not known:  # this step tells it
+            if not known:  # this step's own position determines it
                 self.made[step.round] = round((step.step - begin) * due / length) - 1
                 self._known = True
         self.made[step.round] += 1
@@ -129,10 +129,10 @@ def schedule(history: History, notes: Notes) -> None:
 
 
 def learning_rates(history: History, notes: Notes) -> None:
-    """The learning rate of every inner step is the schedule's."""
+    """Every inner step had the learning rate of the schedule."""
     for life in history.lives:
         plan, multiplier, made, ramp = _plan(life), 1.0, 0, 1.0
-        known = True  # whether the multiplier and the ramp are
+        known = True  # whether the multiplier and the ramp are known
         for index, one in enumerate(life.happenings):
             known &= index not in life.gaps
             if isinstance(one, Began):
@@ -155,9 +155,9 @@ def learning_rates(history: History, notes: Notes) -> None:
 
 
 def reports(history: History, notes: Notes) -> None:
-    """The report of each round sums up its inner steps: their number, their samples, and their mean loss."""
+    """Each round's report matches its inner steps: their number, their samples, and their mean loss."""
     for life in history.lives:
-        made: list[Stepped] | None = []  # since the last commit, without those that were skipped; None: unknown
+        made: list[Stepped] | None = []  # since the last commit, without skipped ones; None: unknown
         for index, one in enumerate(life.happenings):
             if index in life.gaps:
                 made = None
@@ -177,15 +177,15 @@ def _judge_report(commit: Committed, steps: list[Stepped], notes: Notes) -> None
         if told is not None and counted is not None:
             notes.judged += 1
             if not _close(told, counted):
-                text = f"round {commit.round} reports {told:g} {name}, its inner steps have {counted:g}"
+                text = f"round {commit.round} reports {told:g} {name}, but its inner steps have {counted:g}"
                 notes.refute(text, commit.where, *(step.where for step in steps[:: max(1, len(steps) - 1)]))
 
 
 def weights(history: History, notes: Notes) -> None:
-    """A member's weight in a round is the samples that it has trained on since its last one; a round's is their sum."""
+    """A member's weight in a round is the number of samples since its last round; a round's weight is their sum."""
     for _, step in history.of(Stepped):
         if step.positions and step.samples not in (0, count(step.positions)):
-            notes.refute(f"a step counts {step.samples:g} samples, and trained on {count(step.positions)}", step.where)
+            notes.refute(f"a step counts {step.samples:g} samples, but trained on {count(step.positions)}", step.where)
     for life in history.lives:
         _judge_own_weights(life, notes)
     for (term, round), told in history.rounds.items():
@@ -196,12 +196,12 @@ def weights(history: History, notes: Notes) -> None:
         notes.judged += 1
         if not _is_sum(weight, list(own.values())):
             parts = " + ".join(f"{value:g}" for value in own.values())
-            text = f"round {round} of term {term} has the weight {weight:g}, its members' are {parts}"
+            text = f"round {round} of term {term} has the weight {weight:g}, but its members' are {parts}"
             notes.refute(text, *(one.where for _, one in told[:4]))
 
 
 def _is_sum(weight: float, own: list[float]) -> bool:
-    """Whether `weight` is the sum, but for members whose pseudo-gradients were not finite: these count for nothing."""
+    """Whether `weight` is the sum, except for members whose pseudo-gradients were not finite, which count as zero."""
     if _close(weight, sum(own)):
         return True
     sums = {0.0}
@@ -211,7 +211,7 @@ def _is_sum(weight: float, own: list[float]) -> bool:
 
 
 def _judge_own_weights(life: Life, notes: Notes) -> None:
-    """Follow what a process has trained on and not sent yet, by fragment and by the round that it was made for."""
+    """Track a process's samples that were not sent yet, by fragment and by the round of their steps."""
     plan = _plan(life)
     unsent: list[dict[int, float]] | None = None  # None: unknown
     for index, one in enumerate(life.happenings):
@@ -234,7 +234,7 @@ def _judge_own_weights(life: Life, notes: Notes) -> None:
                 continue
             notes.judged += 1
             if not _close(one.own_weight, sum(sent) / len(sent)):
-                text = f"the weight of {life.member} in round {one.round} is {one.own_weight:g}, its samples are"
+                text = f"the weight of {life.member} in round {one.round} is {one.own_weight:g}, but its samples are"
                 notes.refute(f"{text} {sum(sent) / len(sent):g}", one.where)
 
 
