@@ -10,12 +10,11 @@ instead sends everything to all others, and nothing is encoded twice.
 
 While a piece is in flight, later pieces are encoded, and earlier ones are decoded and added to the outer step, so on a
 slow link the arithmetic takes almost no extra time. Rows are sent from, and received into, the buffers where they stay.
-The members' weights are sent along with the first pieces, which saves a round trip.
+The members' weights are sent along with the first pieces, which saves a round trip. Instead of a plain
+mean, members may merge by RDA, or clip norms: see trainer/diloco/merge.py.
 
 *Error feedback* (`Codec.feedback`): each member keeps the error of its own message; the owner also keeps the error of
 the encoded mean. It multiplies that by W / w, because its contribution will be scaled by w / W.
-
-Instead of a plain mean, members may merge by RDA, or clip norms: see trainer/diloco/merge.py.
 """
 
 from abc import ABC, abstractmethod
@@ -32,9 +31,10 @@ from torch import Tensor
 from trainer.diloco.codecs import Codec, Fp32
 from trainer.diloco.group import Group
 from trainer.diloco.jit import Floats, compiled
-from trainer.diloco.merge import MEAN, Merge, Radial, norm
+from trainer.diloco.merge import MEAN, Merge, Radial
 from trainer.diloco.outer import OuterOptimizer
-from trainer.diloco.quorum import Coded, OnChunk, Reduced, is_finite
+from trainer.diloco.prepared import Prepared
+from trainer.diloco.quorum import Coded, OnChunk, Reduced
 from trainer.diloco.state import GlobalState
 from trainer.diloco.threads import Workspace
 
@@ -56,28 +56,27 @@ def weighted_mean(
     workspace: Workspace | None = None,
     merge: Merge = MEAN,
 ) -> Reduced:
-    """The weighted mean of the members' `values`, or the result of another `merge`.
+    """The weighted mean of the members' `values`, or the result of another `merge`: `Prepared`, then `reduce`."""
+    workspace = workspace or Workspace()
+    return reduce(group, Prepared(values, weight, codec, workspace, merge), on_chunk, workspace)
 
-    Values that are not finite are sent as zeros with weight 0, since 0 × NaN is NaN.
+
+def reduce(group: Group, own: Prepared, on_chunk: OnChunk, workspace: Workspace) -> Reduced:
+    """The weighted mean of the values that the members have prepared, or the result of another merge.
 
     Args:
-        values: float32 (n,), on the host, contiguous. They are not changed, so that a failed attempt can be repeated.
-        weight: At least 0.
         on_chunk: Receives the mean. Not called if all weights are 0.
-        workspace: Memory for `Reduced.error`. By default, new memory is allocated, which is slower.
-        merge: By default, the mean.
+        workspace: Memory for `Reduced.error`.
 
     Raises:
         OSError: A member is gone, or a message took too long.
     """
-    if not is_finite(values):
-        weight = 0.0
-    codec = codec.among(group.size)
+    codec = own.codec.among(group.size)
     exchange = _AllToAll if all_to_all(codec, group.size) else _ByOwners
     try:
-        return exchange(group, codec, weight, on_chunk, workspace or Workspace(), merge).run(values)
+        return exchange(group, codec, own, on_chunk, workspace).run()
     except _NothingToDo:
-        return Reduced.nothing(values)
+        return Reduced.nothing(own.values)
 
 
 def all_to_all(codec: Codec, members: int) -> bool:
@@ -108,38 +107,31 @@ class _Piece:
 class _Exchange(ABC):
     """One member's part in one collective."""
 
-    def __init__(
-        self, group: Group, codec: Codec, weight: float, on_chunk: OnChunk, workspace: Workspace, merge: Merge
-    ) -> None:
-        self.group, self.codec, self.weight, self.on_chunk, self.merge = group, codec, weight, on_chunk, merge
-        self.size, self.rank = group.size, group.rank
+    def __init__(self, group: Group, codec: Codec, own: Prepared, on_chunk: OnChunk, workspace: Workspace) -> None:
+        self.group, self.codec, self.own, self.on_chunk, self.merge = group, codec, own, on_chunk, own.merge
+        self.size, self.rank, self.workspace = group.size, group.rank, workspace
         self.others = [rank for rank in range(self.size) if rank != self.rank]
-        self.plain = isinstance(codec, Fp32)
-        self.workspace = workspace
-        self.digest = xxhash.xxh3_128()
+        self.plain, self.digest = isinstance(codec, Fp32), xxhash.xxh3_128()
 
-    def run(self, values: Tensor) -> Reduced:
+    def run(self) -> Reduced:
         # Exchange weights and norms, which are needed once the first pieces have arrived
-        values = values if self.weight else torch.zeros_like(values)  # 0 × NaN is NaN
+        own, codec, self.n = self.own, self.codec, self.own.values.numel()
         self.weights = list(torch.zeros(self.size, 2, dtype=torch.float64))
-        self.weights[self.rank][0] = self.weight
-        self.weights[self.rank][1] = norm(values) if self.merge.clip else 0.0
+        self.weights[self.rank][0], self.weights[self.rank][1] = own.weight, own.norm
         self.coming = [self.group.receive(rank, _WEIGHTS, self.weights[rank]) for rank in self.others]
         self.coming += [self.group.send(rank, _WEIGHTS, self.weights[self.rank]) for rank in self.others]
 
         # With RDA, norms are not encoded
-        codec, self.n = self.codec, values.numel()
         give, self.radial = self.on_chunk, None
-        if self.merge.tensors:
-            own, merged = (self.workspace.empty(name, 1, self.n)[0] for name in ("directions", "merged"))
-            self.radial = Radial(self.group, self.merge, values, self.weight, own, merged)
-            values, self.on_chunk = self.radial.directions, self.radial.collect
+        if own.directions:
+            merged = self.workspace.empty("merged", 1, self.n)[0]
+            self.radial = Radial(self.group, self.merge, own.directions, own.weight, merged)
+            self.on_chunk = self.radial.collect
 
-        # Arrange the values in blocks, and allocate memory
-        parts = codec.arrange(values)
-        pieces, count = list(self._pieces(parts)), sum(map(len, parts))
+        # Allocate memory
+        pieces, count = list(self._pieces(own.blocks)), sum(map(len, own.blocks))
         self.last = pieces[-1].number
-        keep = (codec.feedback > 0 or (self.radial is not None and not self.plain)) and self.weight > 0
+        keep = (codec.feedback > 0 or (self.radial is not None and not self.plain)) and own.weight > 0
         self.error = self.workspace.empty("error", count, codec.block) if keep else None
         self.mean = None if codec.in_order else self.workspace.empty("mean", count, codec.block)
         codec_of_mean, messages = self.means()
@@ -220,8 +212,7 @@ class _Exchange(ABC):
             return self.codec.encode(piece.blocks)
 
         def encode(now: slice) -> None:
-            blocks, coded = piece.blocks[now], rows[now]
-            coded.copy_(self.codec.encode(blocks))
+            blocks, coded = piece.blocks[now], rows[now].copy_(self.codec.encode(piece.blocks[now]))
             if self.error is not None:
                 left = self.error[piece.rows][now]
                 torch.sub(blocks, self.codec.decode(coded, left), out=left)

@@ -93,26 +93,41 @@ class Merge:
 MEAN = Merge()
 
 
+@dataclass
+class Directions:
+    """A vector with each tensor divided by its norm: the input of the collective of a merge by RDA.
+
+    Attributes:
+        norms: The norms of the tensors, float64 (t,).
+        values: float32 (n,); a tensor whose norm is 0 stays 0.
+        spent: Whether a collective has overwritten `values` after sending them.
+    """
+
+    norms: Tensor
+    values: Tensor
+    spent: bool = False
+
+    @classmethod
+    def of(cls, values: Tensor, merge: Merge, out: Tensor) -> "Directions":
+        """The directions of finite `values`, float32 (n,), written to `out`."""
+        norms = merge.norms(values)
+        reciprocals = torch.where(norms > _TINY, 1 / norms, 0.0).float()
+        return cls(norms, merge.scaled(values, reciprocals, out))
+
+
 class Radial:
     """A member's part in a merge by RDA.
 
     Args:
         group: The collective's members.
         merge: A merge with `tensors`.
-        values: This member's pseudo-gradient, float32 (n,), finite.
+        own: The directions of this member's pseudo-gradient.
         weight: Its weight.
-        own: Memory for its directions, float32 (n,).
         merged: Memory for their mean, float32 (n,).
-
-    Attributes:
-        directions: The directions of the values, the input of the collective, float32 (n,).
     """
 
-    def __init__(self, group: Group, merge: Merge, values: Tensor, weight: float, own: Tensor, merged: Tensor) -> None:
-        self._group, self._merge, self._weight = group, merge, weight
-        self._norms = merge.norms(values)
-        reciprocals = torch.where(self._norms > _TINY, 1 / self._norms, 0.0).float()
-        self.directions = merge.scaled(values, reciprocals, own)
+    def __init__(self, group: Group, merge: Merge, own: Directions, weight: float, merged: Tensor) -> None:
+        self._group, self._merge, self._own, self._weight = group, merge, own, weight
         self._mean = merged
         self._all = [torch.zeros(len(merge.tensors), dtype=torch.float64) for _ in range(group.size)]
         others = [rank for rank in range(group.size) if rank != group.rank]
@@ -130,10 +145,11 @@ class Radial:
         """
         own = self._all[self._group.rank]
         if self._weight > 0:
-            own += self._norms
+            own += self._own.norms
         if error is not None:
-            torch.sub(self.directions, error, out=self.directions)
-            own *= self._merge.norms(self.directions)
+            self._own.spent = True  # in place, to save the memory of another vector
+            torch.sub(self._own.values, error, out=self._own.values)
+            own *= self._merge.norms(self._own.values)
         others = [rank for rank in range(self._group.size) if rank != self._group.rank]
         self._pending += [self._group.send(rank, NORMS, own) for rank in others]
 
@@ -163,7 +179,7 @@ class Radial:
 
     def restored(self, error: Tensor) -> Tensor:
         """Convert an error of the directions, float32 (n,), to one of the values, in place."""
-        return self._merge.scaled(error, self._norms.float(), error)
+        return self._merge.scaled(error, self._own.norms.float(), error)
 
 
 def norm(values: Tensor) -> float:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.diloco.collective import weighted_mean
+from trainer.diloco.collective import reduce
+from trainer.diloco.prepared import Prepared
 from trainer.diloco.quorum import OnChunk, Reduced
 from trainer.diloco.state import Fragment
 from trainer.diloco.threads import Threads, Workspace, usable
@@ -34,6 +35,7 @@ class Exchange:
     weight: float
     fragment: Fragment
     on_chunk: OnChunk
+    prepared: Prepared | None = None  # for the next collective
     reduced: Reduced | None = None  # the result of the last successful collective
     failing_since: float | None = None  # when the first attempt failed, on the monotonic clock
 
@@ -49,6 +51,13 @@ class Attempts:
         self._unreachable: dict[str, str] = {}  # reasons by id; replaced, never modified
         self._warned: set[str] = set()
         self._connecting = threading.Thread()  # a daemon: the process does not wait for it to end
+
+    def prepare(self, exchange: Exchange) -> Prepared:
+        """Do all computation that precedes the first message, unless it is done: others time out on a silent member."""
+        if exchange.prepared is None or exchange.prepared.spent:
+            values, fragment = exchange.pseudo_gradient, exchange.fragment
+            exchange.prepared = Prepared(values, exchange.weight, fragment.codec, self._workspace, fragment.merge)
+        return exchange.prepared
 
     def reduce(self, record: RoundState, exchange: Exchange) -> Vote | None:
         """Run the collective of an attempt. Returns None if it failed.
@@ -90,13 +99,13 @@ class Attempts:
         return tuple(sorted(self._unreachable))
 
     def connect_new(self) -> None:
-        """Connect in the background to the members of the open round that have no link yet. Thread-safe."""
+        """Establish missing or worn links to the members of the open round, in the background. Thread-safe."""
         if (record := self._watch.record) is not None:
             members = {*record.expected, *record.assignments}
             with self._lock:
                 self._unreachable = {id: why for id, why in self._unreachable.items() if id in members}
                 self._warned &= members
-            if not self._connecting.is_alive() and self._transport.without_link(members):
+            if not self._connecting.is_alive() and self._transport.lacking(members):
                 self._connecting = threading.Thread(target=self._connect_patiently, args=(members,), daemon=True)
                 self._connecting.start()
 
@@ -106,21 +115,20 @@ class Attempts:
 
     def _collective(self, record: RoundState, exchange: Exchange) -> Reduced:
         """Connect to the attempt's members and reduce. Raises OSError if one is gone or silent."""
-        values, weight, on_chunk = exchange.pseudo_gradient, exchange.weight, exchange.on_chunk
         if len(record.members) == 1:
-            return Reduced.alone(values, weight, on_chunk)
+            return Reduced.alone(exchange.pseudo_gradient, exchange.weight, exchange.on_chunk)
+        prepared = self.prepare(exchange)
         self._connect(record.members, self._config.collective_timeout)
         if missing := [f"{_worker(id)} ({why})" for id, why in self._unreachable.items() if id in record.members]:
             raise ConnectionError(f"worker {', '.join(missing)} cannot be reached")
         group = self._transport.group(record.members, record.attempt_id, self._watch.ended)
-        fragment = exchange.fragment
-        return weighted_mean(group, values, weight, fragment.codec, on_chunk, self._workspace, fragment.merge)
+        return reduce(group, prepared, exchange.on_chunk, self._workspace)
 
     def _connect(self, ids: Iterable[str], timeout: float) -> dict[str, str]:
-        """Establish missing links. Returns the unreachable members with the reasons."""
+        """Establish missing or worn links. Returns the unreachable members with the reasons."""
         ids = set(ids)
         missing: dict[str, str] = {}
-        if lacking := self._transport.without_link(ids):
+        if lacking := self._transport.lacking(ids):
             try:
                 missing = self._transport.connect(self._endpoints(lacking), timeout)
             except EtcdError as error:

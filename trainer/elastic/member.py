@@ -271,7 +271,10 @@ class ElasticQuorum:
         started, before = time.monotonic(), self.base
         self._report = report
         self._exchange = exchange = Exchange(pseudo_gradient, weight, fragment, on_chunk)
+        if len(self.members) > 1:  # before the report: afterwards, others wait for this member
+            self._attempts.prepare(exchange)
         outcome = self._perform(self._machine.synchronise(report.unused, report.speed))
+        exchange.prepared = None  # free its memory
         if outcome is None:
             raise Superseded
 

@@ -6,12 +6,15 @@ is made. So etcd only has to hold a few random bytes, and every process that may
 Certificates of another authority can be given instead: a directory with `ca.crt`, `tls.crt` and `tls.key`, as written
 by cert-manager and found in Kubernetes' TLS secrets.
 
-Whether or not a connection is encrypted, the dialling end also answers a challenge with the secret: see `proof`.
+Whether or not a connection is encrypted, each end also answers a challenge of the other with the secret: see `proof`.
+So a certificate of another authority is not enough.
 """
 
 import datetime
+import hashlib
 import hmac
 import ipaddress
+import re
 import socket
 import ssl
 import tempfile
@@ -27,6 +30,7 @@ from trainer.errors import ConfigError
 
 MIN_SECRET_BYTES = 16
 FILES = ("ca.crt", "tls.crt", "tls.key")
+DIALLER, ACCEPTOR = b"dialler", b"acceptor"  # roles
 # Fixed, so that a machine with a wrong clock can take part. A secret lives as long as its run.
 _VALID = datetime.datetime(2000, 1, 1), datetime.datetime(2100, 1, 1)
 
@@ -38,6 +42,7 @@ class Credentials:
     secret: bytes
     server: ssl.SSLContext | None = None
     client: ssl.SSLContext | None = None
+    certificate: bytes = b""  # this process's certificate, in DER
     loopback: bool = False  # whether connections within this machine are also encrypted
 
     def encrypts(self, connection: socket.socket) -> bool:
@@ -46,9 +51,28 @@ class Credentials:
         local = (getattr(address, "ipv4_mapped", None) or address).is_loopback
         return self.server is not None and (self.loopback or not local)
 
-    def proof(self, challenge: bytes, message: bytes) -> str:
-        """HMAC-SHA256 of a message and the other end's new challenge, in hexadecimal."""
-        return hmac.digest(self.secret, challenge + message, "sha256").hex()
+    def channel(self, connection: socket.socket, dialled: bool) -> bytes:
+        """What both ends of a connection know about it. A man in the middle has two connections, where it differs.
+
+        Args:
+            dialled: Whether this end is the dialler.
+
+        Returns:
+            The SHA-256 of the dialler's certificate and that of the acceptor's; zeros without TLS.
+        """
+        if not isinstance(connection, ssl.SSLSocket):
+            return bytes(2 * hashlib.sha256().digest_size)
+        ends = [self.certificate, connection.getpeercert(binary_form=True) or b""]
+        return b"".join(hashlib.sha256(end).digest() for end in (ends if dialled else reversed(ends)))
+
+    def proof(self, role: bytes, context: bytes, message: bytes) -> bytes:
+        """HMAC-SHA256 with which one end proves that it has the secret.
+
+        Args:
+            role: `DIALLER` or `ACCEPTOR`: the proof of one is invalid for the other.
+            context: The channel and a new challenge, of fixed length.
+        """
+        return hmac.digest(self.secret, role + context + message, "sha256")
 
 
 def credentials(secret: bytes, security: str = "tls", directory: str = "") -> Credentials:
@@ -71,7 +95,7 @@ def credentials(secret: bytes, security: str = "tls", directory: str = "") -> Cr
             _write(secret, Path(made))
         where = Path(directory or made)
         server, client = (_context(side, where) for side in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT))
-    return Credentials(secret, server, client)
+        return Credentials(secret, server, client, _first(where / FILES[1]))
 
 
 def _context(side: int, directory: Path) -> ssl.SSLContext:
@@ -89,6 +113,14 @@ def _context(side: int, directory: Path) -> ssl.SSLContext:
         allowed = f"must hold {', '.join(FILES)} in PEM: {error.strerror or error}"
         raise ConfigError("transport_certificates", directory, allowed) from None
     return context
+
+
+def _first(file: Path) -> bytes:
+    """The first certificate of a file, in DER. OpenSSL, which has loaded the file, presents this one."""
+    pem = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_text("latin-1"), re.DOTALL)
+    if pem is None:
+        raise ConfigError("transport_certificates", file.parent, f"must hold {', '.join(FILES)} in PEM")
+    return ssl.PEM_cert_to_DER_cert(pem[0])
 
 
 def _write(secret: bytes, directory: Path) -> None:

@@ -1,9 +1,13 @@
-"""The start of a connection: TLS, a challenge, the dialler's proof and request, and the acceptor's consent.
+"""The start of a connection: TLS, a challenge, the dialler's proof and request, and the acceptor's proof.
 
     dialler   one byte, if there is no TLS: on loopback, or with `transport_security=none`
     acceptor  challenge: 16 random bytes
-    dialler   length (u16), and JSON: {"proof": …, "hello": the JSON of a `Hello`}
-    acceptor  one byte
+    dialler   length (u16), and JSON: {"proof": …, "hello": the JSON of a `Hello` and a challenge}
+    acceptor  proof: 32 bytes, with which it consents
+
+A proof is an HMAC, with the run's secret, of the role, both ends' certificates, the acceptor's challenge, and the hello
+with the dialler's challenge. So no proof can be replayed, or used by a man in the middle with a certificate of the same
+authority.
 
 The acceptor does all this on one thread without ever waiting for a stranger. A connection that is not authenticated
 within `handshake` seconds is dropped; if there are more than `PENDING`, the oldest is dropped.
@@ -22,11 +26,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Self
 
 from trainer.process import connect, listen
 from trainer.timeouts import TransportTimeouts
-from trainer.transport.credentials import Credentials
+from trainer.transport.credentials import ACCEPTOR, DIALLER, Credentials
 from trainer.transport.stream import prepare
 
 log = logging.getLogger(__name__)
@@ -35,7 +40,10 @@ PENDING = 128  # maximum number of strangers
 HELLO_BYTES = 2048
 _CHALLENGE_BYTES = 16
 _LENGTH = struct.Struct("!H")
-_PLAIN, _TLS, _CONSENT = b"\x00", b"\x16", b"\x01"  # a client's first byte in TLS (RFC 8446, 5.1)
+_PLAIN, _TLS = b"\x00", b"\x16"  # a client's first byte in TLS (RFC 8446, 5.1)
+
+Consent = Callable[[], None]
+"""Tells a dialler to begin, with the proof that this process belongs to the run. Raises OSError if it is gone."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +69,36 @@ class Hello:
     at: tuple[str, ...] = ()
     pair: str = ""
 
-    def encode(self, credentials: Credentials, challenge: bytes) -> bytes:
-        content = json.dumps(asdict(self))
-        proof = credentials.proof(challenge, content.encode())
+    def encode(self, credentials: Credentials, context: bytes) -> tuple[bytes, bytes]:
+        """The message, and the proof with which the acceptor consents to it."""
+        content = json.dumps({**asdict(self), "challenge": secrets.token_hex(_CHALLENGE_BYTES)})
+        proof = credentials.proof(DIALLER, context, content.encode()).hex()
         body = json.dumps({"proof": proof, "hello": content}).encode()
-        return _LENGTH.pack(len(body)) + body
+        return _LENGTH.pack(len(body)) + body, credentials.proof(ACCEPTOR, context, content.encode())
 
     @classmethod
-    def decode(cls, body: bytes, credentials: Credentials, challenge: bytes) -> Self:
-        """Decode and authenticate. Raises ValueError if it is not a hello, or the sender does not have the secret."""
+    def decode(cls, body: bytes, credentials: Credentials, context: bytes) -> tuple[Self, bytes]:
+        """Decode and authenticate. Returns the hello, and the proof to consent with.
+
+        Raises:
+            ValueError: It is not a hello, or the sender does not have the secret.
+        """
         try:
             message = json.loads(body)
             proof, content = str(message["proof"]), str(message["hello"])
-            if not secrets.compare_digest(proof, credentials.proof(challenge, content.encode())):
+            if not secrets.compare_digest(proof, credentials.proof(DIALLER, context, content.encode()).hex()):
                 raise ValueError("does not have this run's secret")
             fields = json.loads(content)
-            hello = cls(**{**fields, "at": tuple(fields["at"])})
+            fields = {**fields, "at": tuple(fields["at"])}
+            del fields["challenge"]  # only the proofs depend on it
+            hello = cls(**fields)
             if not all(
                 isinstance(text, str) for text in (hello.by, hello.to, hello.lane, hello.link, hello.pair, *hello.at)
             ):
                 raise ValueError("sent no hello")
         except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
             raise ValueError("speaks another protocol") from None
-        return hello
+        return hello, credentials.proof(ACCEPTOR, context, content.encode())
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,7 @@ class Dialler:
             patience: Maximum seconds until the other end consents; 0: the time limit of a handshake.
 
         Raises:
-            OSError: No endpoint answers or consents, or there is none.
+            OSError: No endpoint answers or consents with a proof, or there is none.
         """
         if not endpoints:
             raise OSError("no address is known")
@@ -163,9 +178,11 @@ class Dialler:
 
     def _introduce(self, connection: socket.socket, challenge: bytes, hello: Hello, patience: float) -> None:
         try:
-            connection.sendall(hello.encode(self.credentials, challenge))
+            message, proof = hello.encode(self.credentials, self.credentials.channel(connection, True) + challenge)
+            connection.sendall(message)
             connection.settimeout(patience or self.timeouts.handshake)
-            _receive(connection, len(_CONSENT))
+            if not secrets.compare_digest(_receive(connection, len(proof)), proof):
+                raise ConnectionError("does not have this run's secret")
         except BaseException as error:
             connection.close()
             raise _explained(error) from None
@@ -184,11 +201,6 @@ def _close_all(results: "queue.Queue[tuple[str, socket.socket | OSError, bytes]]
             _, connection, _ = results.get_nowait()
             if isinstance(connection, socket.socket):
                 connection.close()
-
-
-def consent(connection: socket.socket) -> None:
-    """Tell the dialler to begin. Raises OSError if it is gone."""
-    connection.sendall(_CONSENT)
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
@@ -217,7 +229,7 @@ class Listener:
     """Accepts connections, and passes on those whose dialler belongs to the run.
 
     Args:
-        accept: Called with each such connection, on the listener's thread; must not block.
+        accept: Called with each such connection, its hello and its consent, on the listener's thread; must not block.
 
     Raises:
         ConfigError: No port is free.
@@ -229,7 +241,7 @@ class Listener:
         port_range: str,
         port: int,
         credentials: Credentials,
-        accept: Callable[[socket.socket, Hello], None],
+        accept: Callable[[socket.socket, Hello, Consent], None],
         timeouts: TransportTimeouts,
         silence: float,
     ) -> None:
@@ -266,10 +278,10 @@ class Listener:
     def _look(self) -> None:
         """Process what arrives within a second."""
         for key, _ in self._selector.select(1.0):
-            if key.data is not None:
-                self._advance(key.data)
-            elif key.fileobj is self._socket:
+            if key.fileobj is self._socket:
                 self._greet()
+            elif key.data in self._strangers:  # else `_greet` has just dropped it
+                self._advance(key.data)
         limit = time.monotonic() - self._timeouts.handshake
         for stranger in [one for one in self._strangers if one.since < limit]:
             self._drop(stranger, "sent nothing")
@@ -304,7 +316,8 @@ class Listener:
                 if not (more := connection.recv(missing)):
                     raise ConnectionResetError
                 stranger.received += more
-            hello = Hello.decode(stranger.received[_LENGTH.size :], self._credentials, stranger.challenge)
+            context = self._credentials.channel(connection, False) + stranger.challenge
+            hello, proof = Hello.decode(stranger.received[_LENGTH.size :], self._credentials, context)
         except (ssl.SSLWantReadError, BlockingIOError):
             self._selector.modify(stranger.connection, selectors.EVENT_READ, stranger)
         except ssl.SSLWantWriteError:
@@ -321,7 +334,7 @@ class Listener:
             self._selector.unregister(connection)
             del self._strangers[stranger]
             connection.setblocking(True)
-            self._accept(connection, hello)
+            self._accept(connection, hello, partial(connection.sendall, proof))
 
     def _meet(self, stranger: _Stranger) -> None:
         """Find out whether a stranger speaks TLS. Raises ValueError if it must and does not."""

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from contextlib import suppress
 
-from trainer.transport.handshake import Hello, consent
+from trainer.transport.handshake import Consent, Hello
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +19,7 @@ _BUFFER_BYTES = 256 << 10
 _MOST = 64  # maximum number of connections that wait for their counterparts
 
 Way = tuple[str, str, str]  # the sender, the receiver, the lane
+End = tuple[socket.socket, Consent]
 
 
 class Relay:
@@ -31,21 +32,21 @@ class Relay:
     def __init__(self, patience: float) -> None:
         self._patience = patience
         self._lock = threading.Lock()
-        self._waiting: dict[tuple[Way, bool], list[tuple[float, socket.socket]]] = defaultdict(list)  # True: to send
+        self._waiting: dict[tuple[Way, bool], list[tuple[float, End]]] = defaultdict(list)  # True: to send
         self._passing: set[socket.socket] = set()
 
-    def take(self, connection: socket.socket, hello: Hello) -> None:
+    def take(self, connection: socket.socket, hello: Hello, consent: Consent) -> None:
         """Accept a connection, and consent to it once its counterpart has arrived. Does not block."""
         ends = (hello.by, hello.to) if hello.sends else (hello.to, hello.by)
-        way = (*ends, hello.lane)
+        way, end = (*ends, hello.lane), (connection, consent)
         with self._lock:
             self._drop_old()
             others = self._waiting[way, not hello.sends]
             other = others.pop(0)[1] if others else None
             if other is None:
-                self._waiting[way, hello.sends].append((time.monotonic(), connection))
+                self._waiting[way, hello.sends].append((time.monotonic(), end))
                 return
-        source, target = (connection, other) if hello.sends else (other, connection)
+        source, target = (end, other) if hello.sends else (other, end)
         threading.Thread(target=self._pass, args=(source, target, way), name="relay", daemon=True).start()
 
     def close(self) -> None:
@@ -53,7 +54,7 @@ class Relay:
             waiting = [one for parked in self._waiting.values() for _, one in parked]
             self._waiting.clear()
             passing = list(self._passing)
-        for connection in waiting:
+        for connection, _ in waiting:
             connection.close()
         for connection in passing:
             with suppress(OSError):
@@ -63,15 +64,16 @@ class Relay:
         limit = time.monotonic() - self._patience
         for parked in self._waiting.values():
             while parked and (parked[0][0] < limit or sum(map(len, self._waiting.values())) > _MOST):
-                parked.pop(0)[1].close()
+                parked.pop(0)[1][0].close()
 
-    def _pass(self, source: socket.socket, target: socket.socket, way: Way) -> None:
+    def _pass(self, sender: End, receiver: End, way: Way) -> None:
         """Relay bytes until one of the two connections ends; then end the other one."""
+        source, target = sender[0], receiver[0]
         ends = {source, target}
         try:
-            for end in (target, source):  # the receiver first, so that it is ready when the sender begins
+            for end, consent in (receiver, sender):  # so that the receiver is ready when the sender begins
                 end.settimeout(None)
-                consent(end)
+                consent()
             with self._lock:
                 self._passing |= ends
             log.info("relaying from member %s to member %s (%s)", *way)

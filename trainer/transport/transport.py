@@ -20,7 +20,7 @@ from trainer.process import at_once, endpoint_of, refused
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import Credentials
 from trainer.transport.group import Group
-from trainer.transport.handshake import Dialler, Hello, Listener, consent
+from trainer.transport.handshake import Consent, Dialler, Hello, Listener
 from trainer.transport.link import BULK, NEVER, ROUNDS, Handler, Link, LinkError
 from trainer.transport.relay import Relay
 from trainer.transport.stream import Key, Stream, added
@@ -113,7 +113,7 @@ class Transport:
     # Links
 
     def connect(self, members: Mapping[str, Endpoints], timeout: float, lane: str = ROUNDS) -> dict[str, str]:
-        """Establish missing links, all at the same time.
+        """Establish missing or worn links, all at the same time.
 
         Args:
             members: Endpoints by id; this member's own are ignored.
@@ -171,6 +171,13 @@ class Transport:
         with self._lock:
             up = {id for (id, lane), link in self._links.items() if lane == ROUNDS and link.up}
         return {id for id in members if id != self.id} - up
+
+    def lacking(self, members: Iterable[str]) -> set[str]:
+        """The members with which a link must be established: there is none, or it is worn. See `prepare`."""
+        members = set(members)
+        with self._lock:
+            worn = {id for (id, lane), link in self._links.items() if lane == ROUNDS and id in members and link.worn}
+        return self.without_link(members) | worn
 
     def is_dead(self, id: str, endpoints: Endpoints) -> bool:
         """Whether a member's process is gone: its machine refuses connections that it accepted before."""
@@ -302,17 +309,17 @@ class Transport:
 
     # Being dialled
 
-    def _accept(self, connection: socket.socket, hello: Hello) -> None:
+    def _accept(self, connection: socket.socket, hello: Hello, consent: Consent) -> None:
         """Take over an accepted connection. Called on the listener's thread."""
         try:
             if hello.relayed and hello.to != self.id:
-                self._relay.take(connection, hello)
+                self._relay.take(connection, hello, consent)
                 return
             link = self._adopt(hello)
             if link is None:
                 connection.close()
                 return
-            consent(connection)
+            consent()
             link.add(Stream(connection), sends=not hello.sends)
         except OSError:
             connection.close()

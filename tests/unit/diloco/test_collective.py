@@ -12,7 +12,9 @@ from tests.members import connected, groups, names
 from trainer.diloco import Fragment, GlobalState, Nesterov, codecs, collective
 from trainer.diloco.codecs import Codec, dct, kernels, sparse
 from trainer.diloco.collective import all_to_all, decoded, warm_up, weighted_mean
+from trainer.diloco.merge import Directions, Merge
 from trainer.diloco.outer import nesterov
+from trainer.diloco.prepared import Prepared
 from trainer.diloco.quorum import OnChunk, Reduced
 from trainer.diloco.threads import Threads, Workspace
 from trainer.transport.group import Group
@@ -159,6 +161,38 @@ def test_a_member_that_is_not_finite_counts_nothing(name: str) -> None:
     for result in nothing:
         assert result.reduced.weight == 0 and not result.reduced.coded[0][1].any()
         assert result.mean.isnan().all(), "there is no mean, but it was given one"
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "demo"])
+@pytest.mark.parametrize("kind", ["mean", "rda"])
+def test_what_is_prepared_serves_all_attempts_and_no_pass_over_the_values_follows(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member is silent during such a pass. If some take much longer for it, each attempt would fail."""
+    codec, how = codec_of(name), Merge.of(kind, True, SHAPES)
+    prepared = [Prepared(own, 1.0, codec, merge=how) for own in values_of(2)]
+
+    def silent(*_: object) -> None:
+        raise AssertionError("a pass while others wait")
+
+    for place in ("norm", "is_finite"):
+        monkeypatch.setattr(f"trainer.diloco.prepared.{place}", silent)
+    monkeypatch.setattr(Directions, "of", silent)
+    monkeypatch.setattr(codec, "arrange", silent)
+
+    def attempt(transport: Transport, own: Prepared, number: int) -> Result:
+        result, key = Result(), (1, 1, number)
+        result.reduced = collective.reduce(transport.group(names(2), key), own, result.on_chunk, Workspace())
+        transport.finish(names(2), key)
+        return result
+
+    with connected(2) as transports, ThreadPoolExecutor(2) as pool:
+        first = list(pool.map(attempt, transports, prepared, [1, 1]))
+        spent = kind == "rda" and name != "fp32"  # the message's error has been subtracted in place
+        assert [own.spent for own in prepared] == [spent, spent]
+        again = first if spent else list(pool.map(attempt, transports, prepared, [2, 2]))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.mean, other.mean) and one.reduced.hash == other.reduced.hash == first[0].reduced.hash
 
 
 @pytest.mark.parametrize("dies", [True, False])

@@ -47,7 +47,7 @@ def test_shards_carry_numbers_too() -> None:
     own = model()
     donor, joiner = Counting(own), Counting(model())
     donor.step()
-    offered = ShardedMoments(donor, 1)
+    offered = ShardedMoments(donor, 1, lambda: True)
     assert not len(offered)  # asks for them
     offered.refresh()
     joiner.load_state_dict(with_moments(joiner, offered))

@@ -2,12 +2,13 @@
 
 import datetime
 import os
+import socket
 import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.members import PATIENCE, SECRET, connect, member, reduce
+from tests.members import LOCAL, PATIENCE, SECRET, connect, member, reduce
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.launch import preflight
+from trainer.process import connect as dial
 from trainer.timeouts import TransportTimeouts
 from trainer.transport.credentials import FILES, MIN_SECRET_BYTES, Credentials, credentials
 
@@ -96,6 +98,43 @@ def test_a_certificate_of_another_authority_is_refused_even_with_the_secret(tmp_
 def test_a_certificate_is_not_enough_without_the_secret(tmp_path: Path) -> None:
     directory = Authority().write(tmp_path / "ours")
     assert refused(of(directory), of(directory, b"the secret of another run"))
+
+
+@contextmanager
+def between(target: str, stranger: Credentials) -> Iterator[str]:
+    """The endpoint of a man in the middle, who relays the handshake with `target`."""
+    over = threading.Event()
+    with socket.create_server((LOCAL, 0)) as server:
+
+        def serve() -> None:
+            assert stranger.server and stranger.client
+            near = stranger.server.wrap_socket(server.accept()[0], server_side=True)
+            with suppress(OSError), near, stranger.client.wrap_socket(dial(target, PATIENCE)) as far:
+                for source, sink in ((far, near), (near, far), (far, near)):
+                    if not (message := source.recv(4096)):
+                        return
+                    sink.sendall(message)
+                over.wait(PATIENCE)  # keep the stream open
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"{LOCAL}:{server.getsockname()[1]}"
+        over.set()
+
+
+def test_one_with_a_certificate_cannot_pass_on_what_members_prove_to_each_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise it could read and change all traffic without having the secret."""
+    authority = Authority()
+    one, other, stranger = (of(authority.write(tmp_path / name)) for name in ("one", "other", "stranger"))
+    with ExitStack() as stack:
+        here = stack.enter_context(member(0, of=one, timeouts=SHORT))
+        there = stack.enter_context(member(1, of=other, timeouts=SHORT))
+        endpoint = stack.enter_context(between(there.endpoints[0], stranger))
+        assert here.connect({there.id: (endpoint,)}, PATIENCE).keys() == {there.id}
+        assert not there._links
+        assert "which does not have this run's secret" in caplog.text
+        connect([here, there])  # without anybody in between
 
 
 def test_a_certificate_that_has_expired_is_refused(tmp_path: Path) -> None:

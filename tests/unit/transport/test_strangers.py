@@ -6,7 +6,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -16,8 +16,8 @@ import torch
 from tests.members import LOCAL, PATIENCE, SECRET, connect, link, member, names, reduce, wait_for
 from trainer.process import connect as dial
 from trainer.timeouts import TransportTimeouts
-from trainer.transport.credentials import Credentials, credentials
-from trainer.transport.handshake import HELLO_BYTES, PENDING, Hello
+from trainer.transport.credentials import DIALLER, Credentials, credentials
+from trainer.transport.handshake import HELLO_BYTES, PENDING, Consent, Dialler, Hello, Listener
 from trainer.transport.link import BULK, ROUNDS
 from trainer.transport.transport import Transport
 
@@ -25,6 +25,7 @@ SHORT = TransportTimeouts(handshake=1.0, dial_back=0.2, relay=0.5)
 PLAIN = credentials(SECRET, "none")
 TLS = replace(credentials(SECRET), loopback=True)
 OTHER = b"the secret of another run"
+NO_TLS = bytes(64)  # in place of two certificates
 HELLO = Hello(names(1)[0], names(2)[1], ROUNDS, True, "0123")
 
 
@@ -61,10 +62,34 @@ def ended(connection: socket.socket) -> bool:
 
 
 def challenged(endpoint: str) -> tuple[socket.socket, bytes]:
-    """A connection without TLS, and its challenge."""
+    """A connection without TLS, and the context of its proofs."""
     connection = dial(endpoint, PATIENCE)
     connection.sendall(b"\x00")
-    return connection, connection.recv(16, socket.MSG_WAITALL)
+    return connection, NO_TLS + connection.recv(16, socket.MSG_WAITALL)
+
+
+def introduction(context: bytes) -> bytes:
+    """The message of a dialler that belongs to the run."""
+    return HELLO.encode(PLAIN, context)[0]
+
+
+@contextmanager
+def acceptor(answer: Callable[[bytes], bytes], dialled: int = 1) -> Iterator[str]:
+    """An endpoint that always sends the same challenge, and answers a hello with `answer(hello)`."""
+    with socket.create_server((LOCAL, 0)) as server:
+
+        def serve() -> None:
+            for _ in range(dialled):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(1)
+                    connection.sendall(bytes(16))
+                    connection.sendall(answer(connection.recv(HELLO_BYTES)))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"{LOCAL}:{server.getsockname()[1]}"
+        thread.join()
 
 
 @pytest.mark.parametrize("of", [PLAIN, TLS], ids=["plain", "tls"])
@@ -125,25 +150,28 @@ def test_garbage_ends_and_hurts_nobody(of: Credentials) -> None:
                 assert ended(connection)
 
 
-def bodies(challenge: bytes) -> Iterator[bytes]:
+def bodies(context: bytes) -> Iterator[bytes]:
     """What somebody says who knows the protocol, and not the secret; or the secret, and not the protocol."""
     for text in ("", "{}", "[]", "null", '{"proof": 1}', "[" * HELLO_BYTES, '{"proof": "é", "hello": "\\ud800"}'):
         yield text.encode()
     yield b"\xff\xfe"
-    good = json.loads(HELLO.encode(PLAIN, challenge)[2:])
+    good = json.loads(introduction(context)[2:])
     yield json.dumps({**good, "proof": "0" * 64}).encode()
     yield json.dumps({**good, "hello": good["hello"].replace(HELLO.by, "me")}).encode()
-    for content in ("[]", "{}", "[" * 900, '{"at": 7}', good["hello"].replace('"0123"', "7"), good["hello"][:-1]):
-        yield json.dumps({"proof": PLAIN.proof(challenge, content.encode()), "hello": content}).encode()
+    hello = good["hello"]
+    broken = hello.replace('"0123"', "7"), hello.replace("challenge", "c"), hello[:-1]
+    for content in ("[]", "7", "{}", "[" * 900, '{"at": 7}', *broken):
+        proof = PLAIN.proof(DIALLER, context, content.encode()).hex()
+        yield json.dumps({"proof": proof, "hello": content}).encode()
 
 
 def test_no_hello_that_is_none_hurts() -> None:
     with run(PLAIN) as (_, victim):
-        count = len(list(bodies(bytes(16))))
+        count = len(list(bodies(NO_TLS + bytes(16))))
         for number in range(count):
-            connection, challenge = challenged(victim.endpoints[0])
+            connection, context = challenged(victim.endpoints[0])
             with connection:
-                body = list(bodies(challenge))[number]
+                body = list(bodies(context))[number]
                 connection.sendall(struct.pack("!H", len(body)) + body)
                 assert ended(connection), body
         assert victim._listener._thread.is_alive()
@@ -159,23 +187,51 @@ def test_a_length_that_is_too_long_is_refused_before_anything_comes() -> None:
 
 def test_a_proof_is_worth_nothing_on_another_connection() -> None:
     with run(PLAIN) as (_, victim):
-        (one, challenge), (other, another) = (challenged(victim.endpoints[0]) for _ in range(2))
+        (one, context), (other, another) = (challenged(victim.endpoints[0]) for _ in range(2))
         with one, other:
-            assert challenge != another
-            other.sendall(HELLO.encode(PLAIN, challenge))
+            assert context != another
+            other.sendall(introduction(context))
             assert ended(other)
+
+
+def reflected(hello: bytes) -> bytes:
+    return bytes.fromhex(json.loads(hello[2:])["proof"])
+
+
+@pytest.mark.parametrize("answer", [reflected, lambda _: bytes(32)], ids=["the dialler's own proof", "anything"])
+def test_one_that_consents_without_the_secret_gains_no_link(answer: Callable[[bytes], bytes]) -> None:
+    """A stranger that listens on a member's former port, for example."""
+    with acceptor(answer) as endpoint, pytest.raises(ConnectionError, match="does not have this run's secret"):
+        Dialler(PLAIN, SHORT, 20.0).dial([endpoint], HELLO)
+
+
+def test_a_consent_is_worth_nothing_on_another_connection() -> None:
+    """Even if the hello and the acceptor's challenge are the same."""
+    consents: list[bytes] = []
+
+    def answer(message: bytes) -> bytes:
+        consents.append(Hello.decode(message[2:], PLAIN, NO_TLS + bytes(16))[1])
+        return consents[0]
+
+    dialler = Dialler(PLAIN, SHORT, 20.0)
+    with acceptor(answer, dialled=2) as endpoint:
+        dialler.dial([endpoint], HELLO)[0].close()
+        with pytest.raises(ConnectionError, match="does not have this run's secret"):
+            dialler.dial([endpoint], HELLO)
+    assert consents[0] != consents[1]
 
 
 @pytest.mark.parametrize("lane", [ROUNDS, BULK, "another"])
 def test_one_with_the_secret_that_then_breaks_the_protocol_loses_its_link(lane: str) -> None:
     with run(PLAIN) as (_, victim):
-        connection, challenge = challenged(victim.endpoints[0])
+        connection, context = challenged(victim.endpoints[0])
+        message, proof = replace(HELLO, by="intruder", lane=lane).encode(PLAIN, context)
         with connection:
-            connection.sendall(replace(HELLO, by="intruder", lane=lane).encode(PLAIN, challenge))
+            connection.sendall(message)
             if lane == "another":
                 assert ended(connection)
                 return
-            assert connection.recv(1) == b"\x01"
+            assert connection.recv(len(proof), socket.MSG_WAITALL) == proof
             connection.sendall(b"\x03" + bytes(24) + b"\x7f\xff\xff\xff")  # a reply of 2 GB
             assert ended(connection)
         wait_for(lambda: ("intruder", lane) not in victim._links)
@@ -211,12 +267,12 @@ def test_one_that_says_nothing_more_is_dropped(said: bytes, caplog: pytest.LogCa
 def test_one_that_drips_is_dropped_too() -> None:
     """A byte at a time does not buy more time."""
     with run(PLAIN) as (_, victim):
-        connection, challenge = challenged(victim.endpoints[0])
+        connection, context = challenged(victim.endpoints[0])
         with connection:
             over = threading.Event()
 
             def drip() -> None:
-                for byte in HELLO.encode(PLAIN, challenge):
+                for byte in introduction(context):
                     if over.wait(0.1):
                         return
                     try:
@@ -245,3 +301,34 @@ def test_five_hundred_silent_connections_hold_no_thread_and_the_run_goes_on(capl
             assert not late.connect({victim.id: victim.endpoints}, PATIENCE)
             assert threading.active_count() <= threads + 20
         assert len([record for record in caplog.records if "refused a connection" in record.message]) <= 1
+
+
+def test_one_that_speaks_while_it_is_dropped_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one look, the listener finds a connection too many, and data of the oldest, which it drops for that."""
+    looking, go_on = threading.Event(), threading.Event()
+
+    def accept(connection: socket.socket, hello: Hello, consent: Consent) -> None:
+        looking.set()
+        go_on.wait(PATIENCE)
+        connection.close()
+
+    listener = Listener(LOCAL, "", 0, PLAIN, accept, SHORT, 20.0)
+    endpoint = f"{LOCAL}:{listener.port}"
+    with ExitStack() as stack:
+        stack.callback(listener.close)
+        stack.callback(go_on.set)
+        oldest, _ = challenged(endpoint)
+        other, context = challenged(endpoint)
+        stack.enter_context(oldest)
+        stack.enter_context(other).sendall(introduction(context))
+        assert looking.wait(PATIENCE)
+        monkeypatch.setattr("trainer.transport.handshake.PENDING", 1)
+        late = stack.enter_context(dial(endpoint, PATIENCE))
+        late.sendall(b"\x00")
+        oldest.sendall(b"\x00")
+        go_on.set()
+        assert ended(oldest)
+        assert len(late.recv(16, socket.MSG_WAITALL)) == 16
+    assert "the listener has failed" not in caplog.text
