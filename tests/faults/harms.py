@@ -151,6 +151,7 @@ def kill_etcd(scene: Scene, harm: Harm) -> Repair | None:
 
     def restart() -> None:
         scene.etcd.restart_if_dead()
+        scene.etcd.wait_until_healthy()
         scene.etcd_hurt = False
 
     return restart

@@ -82,6 +82,7 @@ def test_etcd_away_for_a_minute(server: EmbeddedEtcd, begin: Callable[..., Run],
     assert all(pod.alive and pod.agent.poll() is None for pod in pods), run.story()
     back = time.time()
     assert server.restart_if_dead()
+    server.wait_until_healthy()
     row = run.report("etcd away for 60 s, back with its data", killed, pods)
     table.append({**row, "after_its_return": row["seconds"] - (back - killed)})
     run.finish(pods)

@@ -1,6 +1,7 @@
 """A node's agent with a real etcd, and a worker that the kernel kills for its memory: in a cgroup of the test's own."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from trainer.config import TrainingConfig
 from trainer.elastic.keys import Verdict, verdict
 from trainer.etcd.client import EtcdClient
 from trainer.files import write_json
+from trainer.launch import agent as agent_module
 from trainer.launch.agent import is_vague
 
 # Imports torch once, and starts an agent in a process of its own for each directory that it reads
@@ -44,7 +46,7 @@ for line in sys.stdin:
     run_main(lambda: run_agent(config, command, 0, memory, standby=standby))
 """
 WORKER = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 
 place = Path(sys.argv[1])
@@ -65,7 +67,17 @@ if life < 3:
     os.kill(os.getpid() if life == 1 else os.getppid(), signal.SIGKILL)
     signal.pause()
 """
-ADVICE = "lower per_device_train_batch_size or sequence_length, use a smaller model, or raise memory_gb"
+PAIR = """
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    ready = place / "ready"
+    if os.environ["LOCAL_RANK"] == "1":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        ready.touch()
+    while os.environ["LOCAL_RANK"] == "1" or not ready.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+ADVICE = "lower per_device_train_batch_size or sequence_length, take a smaller model, or raise memory_gb"
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,29 @@ def test_on_a_machine_of_one_s_own_there_is_no_pod_to_give_more_memory(run: Run)
     _, lives, found = run(OUT_OF_MEMORY.replace("KILLED", "bool"), launcher="local")
     assert lives == 2
     assert found.reason.endswith("sequence_length, or use a smaller model")
+
+
+def test_one_of_two_workers_is_killed_and_torch_tells_the_other_to_leave(run: Run) -> None:
+    agent, lives, found = run(PAIR, elastic_nproc_per_node=2, elastic_max_restarts=1)
+    assert (agent.returncode, lives, found.status) == (0, 4, "open"), agent.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"), [([-9, 143], 1), ([143, 1], 1), ([143, 143], 143), ([143, 2], 2), ([-9, 2], 2), ([-15], 1)]
+)
+def test_status_of_a_node_whose_workers_end(codes: list[int], status: int) -> None:
+    assert agent_module._status(codes) == status
+
+
+def test_a_signal_while_the_agent_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"run_id": "r", "run_dir": str(tmp_path), "device": "cpu", "etcd_endpoints": ["127.0.0.1:1"]}
+    monkeypatch.setattr(agent_module, "_rendezvous", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert agent_module.run_agent(TrainingConfig.from_flat(values), ["true"]) == 143
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_killed_worker_starts_from_the_standby_and_without_it_when_that_is_killed(run: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -218,8 +219,20 @@ def test_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             client.put("a", 1)
             _kill(server)
             assert server.restart_if_dead() and not server.restart_if_dead()
+            server.wait_until_healthy()
             entry = client.get("a")
             assert entry and entry.value == 1
+
+
+def test_an_etcd_that_cannot_be_started_again_yet_is_tried_again(tmp_path: Path) -> None:
+    with EmbeddedEtcd(tmp_path, timeouts=EtcdTimeouts(restart=0.05)) as server:
+        _kill(server)
+        with socket.create_server(("127.0.0.1", server.port)):
+            assert server.restart_if_dead()  # it does not wait: the caller has signals to pass on
+            assert server._process and server._process.wait(300) != 0
+        while not server.restart_if_dead():
+            threading.Event().wait(0.01)
+        server.wait_until_healthy()
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")

@@ -193,6 +193,7 @@ def test_watch_resumes_after_reconnection_and_compaction(server: EmbeddedEtcd) -
             server._process.kill()
             server._process.wait()
             server.restart_if_dead()
+            server.wait_until_healthy()
             head = other.swap("w/b", 0, None)[1]
             assert head
             other._call(lambda etcd: etcd.compact(head.revision))

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from trainer.elastic.slots import take_slot
 from trainer.etcd.client import EtcdClient
 
 # Agents of a run of several start from a process that has imported torch, as `launch` does it by default
@@ -237,3 +238,31 @@ def test_a_launch_that_is_refused_does_not_end_the_run_of_others(
             assert first.wait() == 0
         else:
             assert first.poll() is None
+
+
+def test_a_second_launch_frees_the_slot_of_its_killed_agent_and_knows_its_failures(
+    start: Start, tmp_path: Path, etcd: str
+) -> None:
+    """Its first agent has the slot 1, as another machine has the slot 0."""
+    act = 'if (run / "fail").exists(): raise ValueError("the moon is full")'
+    with EtcdClient([etcd], "/torchelastic/second") as client:
+        other = client.lease(60)
+        assert take_slot(client, other, "elsewhere", [0]) == 0
+        client.put("members/theirs", {"slot": 0}, other.id)
+        values = {"nodes": 1, "elastic_min_nodes": 2, "elastic_max_nodes": 2, "lease_ttl": 60}
+        launch = start(act, run_id="second", etcd_endpoints=[etcd], **values)
+        until(lambda: workers_here(tmp_path, 0), launch)
+        first = client.get("slots/1")
+        agent = psutil.Process(workers_here(tmp_path, 0)[0]).parent()
+        assert agent
+        agent.kill()
+        until(lambda: len(workers_here(tmp_path, 0)) == 2, launch)
+        second, theirs = client.get("slots/1"), client.get("slots/0")
+        assert first and second and first.value["node"] != second.value["node"]
+        assert theirs and theirs.value["node"] == "elsewhere" and client.get("members/theirs")
+
+        (tmp_path / "fail").touch()
+        os.kill(workers_here(tmp_path, 0)[1], signal.SIGKILL)
+        _, errors = launch.communicate()
+        assert "error: worker 0: ValueError: the moon is full; the run goes on elsewhere" in errors.splitlines()[-1]
+        other.revoke()

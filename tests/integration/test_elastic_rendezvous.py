@@ -17,8 +17,9 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from trainer.elastic.keys import SLOT_VARIABLE, finish, free_slot, reopen
+from trainer.elastic.keys import SLOT_VARIABLE, finish, free_slots, reopen
 from trainer.etcd.client import EtcdClient
+from trainer.etcd.errors import EtcdError
 from trainer.launch.etcd3_diloco_rendezvous import BACKEND, NodeRendezvous
 
 MakeNode = Callable[..., NodeRendezvous]
@@ -153,10 +154,43 @@ def test_slot_of_a_killed_agent_is_freed(node, client: EtcdClient) -> None:  # t
     one.next_rendezvous()
     assert one._lease
     one._lease._ended.set()  # as after kill -9: the lease is not kept alive
-    free_slot(client, 0)
+    free_slots(client, {one._node})
     two = node("1:1")
     two.next_rendezvous()
     assert two.slot == 0
+    free_slots(client, {one._node})
+    assert nodes_are(client, 0), "the slot is another node's now"
+
+
+def test_members_of_a_node_that_has_taken_the_slot_over_are_left_alone(node, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]
+    one = node("1:2", slot=0)
+    one.next_rendezvous()
+    assert one._lease
+    with one._lease._lock:  # it stood still, and has not noticed yet that its lease is gone
+        client.revoke(one._lease.id)
+        client.put("slots/0", {"node": "another", "host": "elsewhere", "pid": 1}, client.grant(60))
+    client.put("members/0000", {"slot": 0}, client.grant(60))
+    one.next_rendezvous()
+    assert one.slot == 1
+    one.shutdown()
+    assert list(client.list("slots/")) == ["slots/0"] and list(client.list("members/")) == ["members/0000"]
+
+
+def test_a_spare_does_not_wait_for_ever_for_an_etcd_that_is_gone(node, start, client: EtcdClient, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    node("1:1").next_rendezvous()
+    spare = node("1:1", outage_limit=0.1)
+    future = start(spare)
+    assert nodes_are(client, 0, None)
+
+    def gone(prefix: str) -> None:
+        raise EtcdError("cannot reach etcd", "unreachable")
+
+    monkeypatch.setattr(spare._client, "list", gone)
+    try:
+        with pytest.raises(RendezvousConnectionError, match="cannot reach etcd"):
+            future.result(60)
+    finally:
+        finish(client, "failed")  # ends it in any case
 
 
 def test_verdict_closes(node, start, client: EtcdClient) -> None:  # type: ignore[no-untyped-def]

@@ -3,7 +3,7 @@
 import json
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -22,7 +22,8 @@ Status = Literal["open", "succeeded", "failed"]
 LIVING = (
     *("nodes/", "slots/", "started", "members/", "numbers/"),
     *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "calls/"),
-    *("wanted/", "sources/"),  # of joining machines, and of those that serve them files
+    *("wanted/", "sources/"),  # of machines that join, and of those that serve them files
+    "desired/",  # requests of `scale`, for a launch that runs
     *("rendezvous", "store/"),  # torchrun's, of the `ddp` baseline
 )
 
@@ -122,18 +123,18 @@ def forget_processes(client: EtcdClient) -> None:
         client.delete_prefix(prefix)
 
 
-def free_slot(client: EtcdClient, slot: int) -> None:
-    """Revoke the leases of a dead agent immediately: its node, its slot, its members."""
-    if entry := client.get(f"slots/{slot}"):
-        client.revoke(entry.lease)
-    revoke_members(client, slot)
+def free_slots(client: EtcdClient, nodes: Container[str]) -> None:
+    """Revoke at once the leases of nodes, by their ids, whose agents are dead: the node, its slot, its members."""
+    for key, entry in client.list("slots/").items():
+        if entry.value["node"] in nodes:
+            client.revoke(entry.lease)
+            revoke_members(client, int(key.removeprefix("slots/")))
 
 
 def free_dead_slots(client: EtcdClient) -> None:
-    """Call `free_slot` for each slot whose agent was on this machine and is dead."""
-    for key, entry in client.list("slots/").items():
-        if entry.value["host"] == socket.gethostname() and not pid_exists(entry.value["pid"]):
-            free_slot(client, int(key.removeprefix("slots/")))
+    """`free_slots` for the nodes whose agent was on this machine, and is dead."""
+    here = (entry.value for entry in client.list("slots/").values() if entry.value["host"] == socket.gethostname())
+    free_slots(client, {holder["node"] for holder in here if not pid_exists(holder["pid"])})
 
 
 def revoke_members(client: EtcdClient, slot: int) -> None:

@@ -2,11 +2,13 @@
 
 import functools
 import importlib.util
+import logging
 import os
 import re
 import signal
 import ssl
 import subprocess
+import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,8 @@ from trainer.etcd.certificates import Tls
 from trainer.process import dying_with_parent, endpoint_of, listen, loopback
 from trainer.retry import retrying
 from trainer.timeouts import EtcdTimeouts
+
+log = logging.getLogger(__name__)
 
 
 class EmbeddedEtcd:
@@ -50,6 +54,7 @@ class EmbeddedEtcd:
         self._bound = address  # listening address
         self._tls, self._binary, self._timeouts = tls, binary, timeouts
         self._process: subprocess.Popen[bytes] | None = None
+        self._next_start = 0.0  # when it may be restarted
 
     @property
     def endpoint(self) -> str:
@@ -68,6 +73,11 @@ class EmbeddedEtcd:
         if self._bound in ("::", "0.0.0.0"):
             self._address = loopback()
         self._start()
+        try:
+            self.wait_until_healthy()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -79,18 +89,28 @@ class EmbeddedEtcd:
         self._process = None
 
     def restart_if_dead(self) -> bool:
-        """If it has died, restart it on the same port with the same data. Returns whether it had died."""
-        if self._process is None or self._process.poll() is None:
+        """Restart it if it has died, on the same port with the same data. Returns whether it did.
+
+        It does not wait until etcd is healthy. If it cannot be started, or dies again, a later call tries again: its
+        port may be taken, or the disk full, for a while.
+        """
+        if self._process is None or self._process.poll() is None or time.monotonic() < self._next_start:
             return False
-        self._start()
+        self._next_start = time.monotonic() + self._timeouts.restart
+        try:
+            self._start()
+        except (ConfigError, OSError) as error:
+            log.warning("etcd has died and cannot be started now: %s", error)
+            return False
         return True
+
+    def _url(self, endpoint: str) -> str:
+        return f"{'https' if self._tls else 'http'}://{endpoint}"
 
     def _start(self) -> None:
         with listen(local := "::1" if ":" in self._address else "127.0.0.1") as peer:
             peer_url = f"http://{endpoint_of(local, peer.getsockname()[1])}"
-        protocol, tls = ("https", self._tls) if self._tls else ("http", None)
-        client_url = f"{protocol}://{self.endpoint}"
-        listened = f"{protocol}://{endpoint_of(self._bound, self.port)}"
+        tls, client_url, listened = self._tls, self._url(self.endpoint), self._url(endpoint_of(self._bound, self.port))
         binary = self._binary or etcd_binary()
         command = [
             *(str(binary), "--name", "embedded", "--data-dir", str(self.directory / "data")),
@@ -115,13 +135,11 @@ class EmbeddedEtcd:
                 env=environment,
                 start_new_session=True,  # on Ctrl-C the workers stop first, then this process, then etcd
             )
-        try:
-            self._wait_until_healthy(self._process, f"{client_url}/health")
-        except BaseException:
-            self.__exit__()
-            raise
 
-    def _wait_until_healthy(self, process: "subprocess.Popen[bytes]", url: str) -> None:
+    def wait_until_healthy(self) -> None:
+        """Wait until it serves its clients. Raises ConfigError or TrainingError if it does not: see the class."""
+        process = self._process
+        assert process is not None
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
         if self._tls:
             context = ssl.create_default_context(cafile=self._tls.server)
@@ -130,7 +148,7 @@ class EmbeddedEtcd:
         direct = urllib.request.build_opener(*handlers)
 
         def check() -> None:
-            with direct.open(url, timeout=self._timeouts.health) as response:
+            with direct.open(self._url(self.endpoint) + "/health", timeout=self._timeouts.health) as response:
                 if b'"true"' not in response.read():
                     raise OSError
 

@@ -12,6 +12,8 @@ import signal
 import sys
 import tempfile
 import types
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MEMORY_KILLS = 2  # out-of-memory kills after which a worker is not restarted
-_REFUSED = 2  # exit status of a worker with an invalid configuration
-_FINAL = (_REFUSED, 143)  # exit statuses of workers for which a restart is pointless
+_REFUSED = 2  # exit status of a worker whose configuration is refused
+_LEFT = 143  # exit status of a worker that has left, after SIGTERM
 _KILLED = -signal.SIGKILL
 _VAGUE = re.compile(r"the worker of node \d+ (ended with status \d+|was killed by SIG\w+( \(out of memory\?\))?)")
 
@@ -47,11 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="the node's resolved configuration (JSON)")
     parser.add_argument("--slot", type=int, help="the preferred slot")
-    parser.add_argument("command", nargs="*", help="the worker's command [python -m trainer train --config FILE]")
+    parser.add_argument("--node", default="", help="the node's id, by which `launch` knows it; by default a new one")
+    parser.add_argument("command", nargs="*", help="the worker; by default `python -m trainer train --config FILE`")
     parsed = parser.parse_args(arguments)
     config = TrainingConfig.from_tree(read_json(parsed.config))
     command = parsed.command or worker_command(parsed.config)
-    return run_agent(config, command, parsed.slot, standby=standby(config, command))
+    return run_agent(config, command, parsed.slot, standby=standby(config, command), node=parsed.node)
 
 
 def worker_command(config: Path) -> list[str]:
@@ -81,6 +84,7 @@ def run_agent(
     memory: MemoryCgroup | None = None,
     timeouts: LaunchTimeouts = LaunchTimeouts(),
     standby: Standby | None = None,
+    node: str = "",
 ) -> int:
     """Run this node's workers until they are done. Returns the exit status. Must run on the main thread (signals).
 
@@ -89,55 +93,79 @@ def run_agent(
         command: The worker's command.
         slot: The preferred slot.
         memory: The workers' cgroup; by default this process's.
-        standby: Starts the workers; closed at the end. Without it, each worker starts a new interpreter.
+        standby: Starts the workers; closed at the end. Without one, each start is a new interpreter's.
+        node: The node's id; by default a new one.
 
     Raises:
         TrainingError: The workers need more memory than they may use, or the run cannot be joined.
     """
     _keep_torch_quiet()
     from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         # torch installs the same handler when it starts workers; this one covers the time before
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
-    # Run the workers until they are done, or a signal arrives
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    kills = _MemoryKills(memory or MemoryCgroup(), in_pod=config.launcher != "local")
-    rendezvous = _rendezvous(config, slot)
-    if standby is not None:
-        _start_workers_from(standby, command)
-    logs = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)  # torch does not remove it
-    status = 0
+    def leave() -> None:
+        if config.optim_method != "ddp" or status < 128:  # torch's rendezvous closes for all nodes, which may go on
+            rendezvous.shutdown()
+
+    status, clean_up = 0, ExitStack()
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        # Prepare what has to be cleaned up
+        if config.island:
+            from trainer.island.memory import remove
+
+            clean_up.callback(remove, config)
+        if standby is not None:
+            clean_up.callback(standby.close)
+            _start_workers_from(standby, command)
+        logs = clean_up.enter_context(_log_directory())
+        rendezvous = _rendezvous(config, slot, node)
+        clean_up.callback(leave)
+        # Run the workers until they are done, or a signal arrives
+        kills = _MemoryKills(memory or MemoryCgroup(), in_pod=config.launcher != "local")
+        status = _train(config, command, slot, rendezvous, kills, logs, timeouts)
+    except SignalException as error:
+        status = 128 + error.sigval
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop; do not interrupt the clean-up
+        clean_up.close()  # first this node's keys
+    return status
+
+
+def _train(
+    config: TrainingConfig,
+    command: list[str],
+    slot: int | None,
+    rendezvous: "RendezvousHandler",
+    kills: "_MemoryKills",
+    logs: str,
+    timeouts: LaunchTimeouts,
+) -> int:
+    """Run the workers, and conclude from how they end; returns the exit status."""
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+
     try:
         with EtcdClient.of(config) as client:
             record_config(client, config)
-        result = _agent(config, command, rendezvous, kills, logs.name, timeouts).run()
-        status = _conclude(config, getattr(rendezvous, "slot", slot), result, kills) if result.is_failed() else 0
-    except SignalException as error:
-        status = 128 + error.sigval
+        result = _agent(config, command, rendezvous, kills, logs, timeouts).run()
+        return _conclude(config, getattr(rendezvous, "slot", slot), result, kills) if result.is_failed() else 0
     except RendezvousClosedError as error:
         with EtcdClient.of(config) as client:
             if verdict(client).status != "succeeded":
                 raise TrainingError(str(error)) from None
+        return 0
     except (RendezvousError, EtcdError) as error:
         raise TrainingError(str(error)) from None
-    finally:
-        # Delete this node's keys
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop: do not interrupt the clean-up
-        if config.optim_method != "ddp" or status < 128:  # closing torch's rendezvous would stop the other nodes
-            rendezvous.shutdown()
-        logs.cleanup()
-        if standby is not None:
-            standby.close()
-        if config.island:
-            from trainer.island.memory import remove
 
-            remove(config)
-    return status
+
+def _log_directory() -> "tempfile.TemporaryDirectory[str]":
+    """For torch's logs, which torch does not remove."""
+    return tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)
 
 
 def _keep_torch_quiet() -> None:
@@ -146,15 +174,16 @@ def _keep_torch_quiet() -> None:
         os.environ.setdefault(name, "ERROR")
 
 
-def _rendezvous(config: TrainingConfig, slot: int | None) -> "RendezvousHandler":
-    """The rendezvous of the run's agents: of elastic nodes or, for the `ddp` baseline, of one world with all nodes."""
+def _rendezvous(config: TrainingConfig, slot: int | None, node: str) -> "RendezvousHandler":
+    """The rendezvous of the run's agents: elastic nodes or, for the `ddp` baseline, one world of all nodes."""
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
     from trainer.launch import etcd3_diloco_rendezvous, etcd3_rendezvous
 
     world, etcd, timeout = config.optim_method == "ddp", config.etcd, config.elastic.rdzv_timeout
-    own = {"timeout": timeout, "lease_ttl": config.lease_ttl, "nodes": config.nodes, "slot": slot}
-    # A world of one node needs no advertised address, which may be a router's that does not lead back here
+    own: dict[str, Any] = {"timeout": timeout, "nodes": config.nodes, "slot": slot, "node": node}
+    own |= {"lease_ttl": config.lease_ttl, "outage_limit": config.etcd_outage_limit}
+    # A world of one node needs no address: advertised ones may be a router's, which does not lead back here.
     address = (config.addresses or [local_address(etcd.endpoints[0])])[0] if world else None
     parameters = RendezvousParameters(
         etcd3_rendezvous.BACKEND if world else etcd3_diloco_rendezvous.BACKEND,
@@ -197,9 +226,9 @@ def _agent(
             if codes:
                 kills.update(codes)
                 if kills.last and kills.count < MEMORY_KILLS and self._remaining_restarts:
-                    log.warning("a worker %s; restarting it once", kills.reason())
-            if any(code in _FINAL for code in codes) or kills.count >= MEMORY_KILLS:
-                self._remaining_restarts = 0
+                    log.warning("a worker %s; it is restarted once", kills.reason())
+                if _status(codes) != 1 or kills.count >= MEMORY_KILLS:
+                    self._remaining_restarts = 0
             return result
 
     executable, *rest = dying_with_parent(command)
@@ -236,14 +265,24 @@ def _start_workers_from(standby: Standby, command: list[str]) -> None:
     api.get_subprocess_handler = Handler  # type: ignore[assignment]  # torch passes all arguments
 
 
+def _status(codes: Collection[int]) -> int:
+    """The exit status of a node whose workers failed with these: 2 or 143, which a restart does not change, else 1.
+
+    When one fails, torch sends SIGTERM to the others: 143 counts only if no worker has ended otherwise.
+    """
+    if _REFUSED in codes:
+        return _REFUSED
+    return _LEFT if all(code == _LEFT for code in codes) else 1
+
+
 def _conclude(config: TrainingConfig, node: int | None, result: "RunResult", kills: "_MemoryKills") -> int:
     """Write the verdict if the run cannot continue without this node's failed workers. Returns the exit status."""
     codes = [failure.exitcode for failure in result.failures.values()]
-    status = next((code for code in _FINAL if code in codes), 1)
-    if status == 143:  # a worker that leaves does not decide about the run
+    status = _status(codes)
+    if status == _LEFT:  # a worker that leaves does not decide about the run
         return status
     # Describe how the worker ended; a negative exit code is the signal that killed it
-    code = next(code for code in codes if code)
+    code = _REFUSED if status == _REFUSED else next(code for code in codes if code != _LEFT)
     if kills.last:
         end = kills.reason()
     elif code < 0:

@@ -1,13 +1,17 @@
 """One node's torchrun agent as a child process of `launch`, and the last error in its log."""
 
+import errno
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
+from trainer.errors import TrainingError
 from trainer.launch.standby import Program, Standby
 from trainer.process import dying_with_parent
 
+_NO_ROOM = (errno.EAGAIN, errno.ENOMEM)  # why the system may refuse another process for a while
 _ERROR = re.compile(r"(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*))")
 
 
@@ -29,13 +33,14 @@ class AgentProcess:
     ) -> None:
         self.node, self.log, self._standby = node, log, standby
         self.restarts = 0  # after the agent was killed
-        self.pids: set[int] = set()  # of this process and its predecessors
-        self.leaving = False  # it was asked to leave, so its exit is not a failure
-        self._command = [sys.executable, "-m", "trainer.launch.agent", "--config", str(config), "--slot", str(node)]
-        if command:
-            self._command += ["--", *command]
+        self.ids: set[str] = set()  # of the node in the run: of this process and its predecessors
+        self.leaving = False  # it was asked to leave, so its end is no failure
+        self._agent = [sys.executable, "-m", "trainer.launch.agent", "--config", str(config), "--slot", str(node)]
+        self._worker = ["--", *command] if command else []
         self._environment = environment
         self._process: subprocess.Popen[bytes] | Program | None = None
+        self._due = False  # it is to be started, once there is room
+        self._terminated = False
         self._end_reported = True
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log_start = log.stat().st_size if log.exists() else 0
@@ -47,19 +52,44 @@ class AgentProcess:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        """Whether it runs, or is to."""
+        return self._due or (self._process is not None and self._process.poll() is None)
 
-    def start(self) -> None:
-        """Start the agent, or restart it if it has ended."""
-        started = self._standby.start(self._command, self._environment, self.log) if self._standby else None
-        self._process = started or self._spawned()
-        self.pids.add(self._process.pid)
-        self._end_reported = False
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to say about it: it was not started, or `has_just_ended` has reported its end."""
+        return self._end_reported
 
-    def _spawned(self) -> "subprocess.Popen[bytes]":
+    def start(self) -> bool:
+        """Start it, again if it has ended. False: the system has no room for it now; `start_if_due` tries again.
+
+        Raises:
+            TrainingError: It cannot be started.
+        """
+        self._process, self._due, self._terminated, self._end_reported = None, True, False, False
+        return self.start_if_due()
+
+    def start_if_due(self) -> bool:
+        """Start it if it is to run, and does not yet. Returns and raises as `start`."""
+        if not self._due:
+            return True
+        id = uuid.uuid4().hex
+        self.ids.add(id)
+        command = [*self._agent, "--node", id, *self._worker]
+        try:
+            started = self._standby.start(command, self._environment, self.log) if self._standby else None
+            self._process = started or self._spawned(command)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                return False
+            raise TrainingError(f"the agent of worker {self.node} cannot be started: {error}") from None
+        self._due = False
+        return True
+
+    def _spawned(self, command: list[str]) -> "subprocess.Popen[bytes]":
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                dying_with_parent(self._command),
+                dying_with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -73,12 +103,15 @@ class AgentProcess:
         return self._end_reported and not before
 
     def terminate(self) -> None:
-        """Send SIGTERM if it is running."""
-        if self._process is not None:
+        """Send SIGTERM if it runs, but only once: a second one would keep its workers from saving."""
+        self._due = False
+        if self._process is not None and not self._terminated:
+            self._terminated = True
             self._process.terminate()
 
     def kill(self) -> None:
-        """Kill it if it is running, and wait until it has ended."""
+        """Kill it if it runs, and wait for its end."""
+        self._due = False
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -57,10 +57,11 @@ class NodeRendezvous(RendezvousHandler):
         self._timeout = float(parameters.get("timeout", 1800))
         self._last_call = float(parameters.get("last_call_timeout", timeouts.last_call))
         self._ttl = float(parameters.get("lease_ttl", 15))
+        self._outage_limit = float(parameters.get("outage_limit", 300))
         self._preferred = parameters.get_as_int("slot")
         self._address = parameters.local_addr or loopback()
         self._client = client_of(parameters)
-        self._node = uuid.uuid4().hex
+        self._node = parameters.get("node") or uuid.uuid4().hex
         self._lease: Lease | None = None
         self._store: TCPStore | None = None
         self.slot: int | None = None  # held by this node
@@ -83,9 +84,10 @@ class NodeRendezvous(RendezvousHandler):
         try:
             if self.slot is None:
                 self._raise_if_closed()
-            else:  # a restart, which waits while etcd is unreachable
-                self._client.wait_for(self._unless_closed(self._revoke_own_members), self._timeout)
-            self._take_slot()
+            else:  # a restart, which waits for an unreachable etcd
+                self._client.wait_for(self._unless_closed(self._clear_slot), self._timeout)
+            if self.slot is None:
+                self._take_slot()
             self._wait_for_start()
         except EtcdError as error:
             raise RendezvousConnectionError(str(error)) from error
@@ -116,7 +118,7 @@ class NodeRendezvous(RendezvousHandler):
         """Delete this node's keys only."""
         try:
             if self._lease is not None:
-                if self.slot is not None and not self._lease.lost.is_set():
+                if self.slot is not None and self._holds_slot():
                     revoke_members(self._client, self.slot)
                 self._lease.revoke()
         except EtcdError as error:
@@ -126,24 +128,32 @@ class NodeRendezvous(RendezvousHandler):
             self._client.close()
         return True
 
-    def _revoke_own_members(self) -> bool:
-        """Revoke the leases of this node's dead workers, so that the others need not wait for them to expire."""
-        assert self.slot is not None
-        revoke_members(self._client, self.slot)
+    def _clear_slot(self) -> bool:
+        """This node's workers are dead: the others need not wait until their leases expire.
+
+        If this process stood still, another node may have the slot, and the slot's members are that node's.
+        """
+        assert self._lease is not None and self.slot is not None
+        if self._holds_slot():
+            revoke_members(self._client, self.slot)
+        else:
+            self._lease.revoke()
+            self._lease, self.slot = None, None
         return True
+
+    def _holds_slot(self) -> bool:
+        """Whether no other node has taken the slot."""
+        assert self._lease is not None
+        entry = self._client.get(f"slots/{self.slot}")
+        return not self._lease.lost.is_set() and (entry is None or entry.value["node"] == self._node)
 
     def _take_slot(self) -> None:
         """Take one of the slots. If none is free, wait for one as a spare."""
-        if self._lease is not None and self._lease.lost.is_set():  # this process was stalled and lost its slot
-            self._lease.revoke()
-            self._lease, self.slot = None, None
-        if self.slot is not None:
-            return
         self._lease = self._client.lease(self._ttl)
         if not self._try_slots():
             register_node(self._lease, self._node, None)
             log.warning("all %d slots are taken: this node waits as a spare", self._max_nodes)
-            self._client.wait_for(self._unless_closed(self._try_slots), math.inf)
+            self._client.wait_for(self._within_outage_limit(self._unless_closed(self._try_slots)), math.inf)
         register_node(self._lease, self._node, self.slot)
 
     def _try_slots(self) -> bool:
@@ -194,6 +204,23 @@ class NodeRendezvous(RendezvousHandler):
         def check() -> bool | None:
             self._raise_if_closed()
             return predicate()
+
+        return check
+
+    def _within_outage_limit(self, predicate: Callable[[], bool | None]) -> Callable[[], bool | None]:
+        """The predicate, which raises RendezvousConnectionError once etcd has been unreachable for the limit."""
+        reached = time.monotonic()
+
+        def check() -> bool | None:
+            nonlocal reached
+            try:
+                result = predicate()
+            except EtcdError as error:
+                if time.monotonic() - reached > self._outage_limit:
+                    raise RendezvousConnectionError(str(error)) from error
+                raise
+            reached = time.monotonic()
+            return result
 
         return check
 

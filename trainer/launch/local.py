@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 import time
 import types
@@ -22,8 +21,9 @@ from trainer.files import require_writable, write_json
 from trainer.launch.admission import ROOT_PASSWORD, admitting
 from trainer.launch.agent_process import AgentProcess, last_error
 from trainer.launch.listening import Listening, outlast_others
+from trainer.launch.own_nodes import OwnNodes
 from trainer.launch.run_directory import locked, say, summarise
-from trainer.launch.scale import DESIRED, with_nodes
+from trainer.launch.scale import request_key, with_nodes
 from trainer.launch.sharing import Sharing
 from trainer.launch.standby import Standby
 from trainer.launch.token import DEFAULT_TTL
@@ -116,12 +116,12 @@ def launch(
             if not joins and config.max_nodes > config.nodes:
                 resources.enter_context(admitting(config, run_dir, ttl, log))
         # Run the agents
+        client.delete(request_key(run_dir))  # left for an earlier launch whose process had the same number
         run = _Run(config, client, etcd, command, timeouts, joins=joins, log=log)
         resources.callback(summarise, run_dir, log)
         if listening:
             resources.callback(outlast_others, client, config)
-        with client.watch(DESIRED, run.scale_requested.set):
-            return run.follow()
+        return run.follow()
 
 
 def _resolved(config: TrainingConfig, listen: str) -> tuple[TrainingConfig, Listening | None]:
@@ -143,9 +143,7 @@ def _reset(client: EtcdClient, etcd: EmbeddedEtcd | None, listening: Listening |
     if listening:
         keys.free_dead_slots(client)
     if etcd is not None and not (listening and client.list("slots/")):
-        keys.forget_processes(client)  # only this run uses this etcd, so its live keys belong to dead processes
-    if not client.list("slots/"):  # otherwise they may concern another launch of the run
-        client.delete(DESIRED)
+        keys.forget_processes(client)  # only this run uses it, so its live keys belong to dead processes
     keys.reopen(client)
 
 
@@ -167,18 +165,20 @@ class _Run:
         self._config, self._client, self._etcd, self._command = config, client, etcd, command
         self._timeouts, self._run_dir = timeouts, Path(config.run_dir)
         self._agents: list[AgentProcess] = []
+        all_here = config.nodes >= config.max_nodes
+        self._nodes = OwnNodes(client, self._agents, numbered=config.optim_method == "ddp" and all_here)
         self._progress: list[WorkerProgress] = []
         self._dashboard = Dashboard(config.total_steps)
         self._standby: Standby | None = None  # for the agents
         self._lost: list[str] = []  # workers that failed for good while the others continued
         self._add(config.nodes)
-        self.scale_requested = threading.Event()  # `scale` may have requested another number of nodes
+        self._request = request_key(self._run_dir)  # of `scale`, for another number of nodes
+        self._scale_requested = threading.Event()  # there may be one
         self._signals: list[int] = []  # received so far
         self._wake = threading.Event()
 
     def _add(self, nodes: int) -> None:
         """Prepare agents for `nodes` nodes."""
-        self._desired = nodes
         own = self._config.workers_per_node
         environment = _environment(nodes * self._config.elastic.nproc_per_node)
         workers = worker_configs(with_nodes(self._config, nodes))
@@ -192,25 +192,29 @@ class _Run:
             for rank in range(own):
                 metrics = Volume.of(workers[node], rank).metrics
                 self._progress.append(WorkerProgress(node * own + rank, metrics))
+        self._desired = nodes
 
     def follow(self) -> int:
-        """Start the agents and show their progress until all have ended. Returns 0 if the run is complete."""
-        with self._handling_signals(), view(self._dashboard, self._log) as shown:
+        """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
+        with (
+            self._handling_signals(),
+            view(self._dashboard, self._log) as shown,
+            self._client.watch(self._request, self._scale_requested.set),
+            self._client.watch("slots/", self._nodes.look),
+        ):
             shown.show(f"run {self._config.run_id}: {self._config.attendance}")
             shown.show(f"logs in {self._run_dir / 'logs'}")
             try:
                 while self._standby and not self._standby.is_ready(self._timeouts.poll) and not self._signals:
                     shown.refresh()
                 for agent in self._agents if not self._signals else ():
-                    agent.start()
+                    self._start(agent, shown)
                 failure = self._watch(shown)
             finally:
-                for agent in self._agents:
-                    agent.kill()
-                if self._standby:
-                    self._standby.close()
+                self._end(shown)
             self._update(shown)
-        if all(agent.status == 0 for agent in self._agents if not agent.leaving):
+        staying = [agent for agent in self._agents if not agent.leaving]
+        if staying and all(agent.status == 0 for agent in staying):
             without = f", without worker {', '.join(self._lost)}" if self._lost else ""
             self._log(f"run {self._config.run_id} is complete{without}: {self._run_dir}")
             return 0
@@ -226,7 +230,7 @@ class _Run:
     def _watch(self, shown: View) -> str:
         """Wait until all agents have ended. Returns why the run failed; empty if it succeeded or was stopped."""
         failure, handled = "", 0
-        while any(agent.running for agent in self._agents):
+        while not all(agent.settled for agent in self._agents):
             self._wake.wait(self._timeouts.poll)
             self._wake.clear()
             self._update(shown)
@@ -239,33 +243,53 @@ class _Run:
                     shown.show("stopping: the workers save and leave; a second signal kills them")
                 for agent in self._agents:
                     agent.terminate() if handled == 1 else agent.kill()
-            if self._signals or failure:
-                continue
-            # Handle `scale` requests, and agents that have ended
-            if self.scale_requested.is_set():
+            # React to requests of `scale`, and to agents that have ended, or could not start
+            if self._scale_requested.is_set() and not (self._signals or failure):
                 self._scale(shown)
             for agent in self._agents:
-                if not failure and agent.has_just_ended() and agent.status != 0:
+                if agent.has_just_ended() and agent.status != 0 and not (self._signals or failure):
                     failure = self._replace(agent, shown)
+                agent.start_if_due()
         return failure
+
+    def _end(self, shown: View) -> None:
+        """End the agents. If something here has failed while they run, their workers save first."""
+        if any(agent.running for agent in self._agents):
+            for agent in self._agents:
+                agent.terminate()
+            with suppress(OSError):
+                shown.show("stopping, since `launch` itself has failed: the workers save and leave")
+        while any(agent.running for agent in self._agents) and len(self._signals) < 2:
+            self._wake.wait(self._timeouts.poll)
+            self._wake.clear()
+        for agent in self._agents:
+            agent.kill()
+        if self._standby:
+            self._standby.close()
+
+    def _start(self, agent: AgentProcess, shown: View) -> None:
+        if not agent.start():
+            shown.show(f"the system has no room for the agent of worker {agent.node}: trying again")
 
     def _replace(self, agent: AgentProcess, shown: View) -> str:
         """Restart a failed agent, or continue without it. Returns why the run fails if neither is possible."""
         if agent.leaving:
             shown.show(f"worker {agent.node} has left")
-            self._bring_back(agent)
+            self._bring_back(agent, shown)
             return ""
         # Restart an agent that was killed
         if (agent.status or 0) < 0 and agent.restarts < self._config.elastic.max_restarts:
             shown.show(f"the agent of worker {agent.node} was killed: starting it again")
-            with suppress(EtcdError):  # if etcd is unreachable, the slot becomes free when its lease expires
-                keys.free_slot(self._client, agent.node)
+            with suppress(EtcdError):  # if etcd is unreachable, the slot is free when its lease ends
+                self._nodes.free(agent)
             agent.restarts += 1
-            agent.start()
+            self._start(agent, shown)
             return ""
-        # Continue without it if enough nodes are left, here and elsewhere
-        here, elsewhere = sum(other.running for other in self._agents), self._nodes_elsewhere()
-        if here and here + elsewhere >= self._config.min_nodes:
+        # Go on without it, if enough nodes stay, here and elsewhere
+        staying, elsewhere = sum(other.running and not other.leaving for other in self._agents), 0
+        with suppress(EtcdError):
+            elsewhere = self._nodes.elsewhere()
+        if staying and staying + elsewhere >= self._config.min_nodes:
             agent.leaving = True
             self._lost.append(str(agent.node))
             shown.show(f"{self._reason(agent)}: the others continue")
@@ -282,42 +306,38 @@ class _Run:
             other.terminate()
         return failure
 
-    def _nodes_elsewhere(self) -> int:
-        """The number of the run's nodes that belong to other launches, which this one may not decide for."""
-        own = {(socket.gethostname(), pid) for agent in self._agents for pid in agent.pids}
-        try:
-            slots = self._client.list("slots/").values()
-        except EtcdError:
-            return 0
-        return sum((entry.value["host"], entry.value["pid"]) not in own for entry in slots)
-
     def _scale(self, shown: View) -> None:
-        """Start more agents, or ask the last ones to leave, as requested by `scale`."""
-        self.scale_requested.clear()
+        """Start further agents, or ask the last ones to leave, as `scale` has requested."""
+        self._scale_requested.clear()
         try:
-            request = self._client.get(DESIRED)
+            request = self._client.get(self._request)
             if request is None:
                 return
-            if not self._client.delete(DESIRED, request.revision):  # deleting it acknowledges it
-                self.scale_requested.set()  # there is a newer request
+            if not self._client.delete(self._request, request.revision):  # deleting it acknowledges it
+                self._scale_requested.set()  # there is a newer one
                 return
         except EtcdError:
-            self.scale_requested.set()  # try again next time
+            self._scale_requested.set()  # the next turn tries again
             return
-        self._add(min(int(request.value["nodes"]), self._config.max_nodes))
+        nodes = min(int(request.value["nodes"]), self._config.max_nodes)
+        try:
+            self._add(nodes)
+        except OSError as error:  # a full disk
+            shown.show(f"cannot scale to {nodes} nodes: {error}")
+            return
         shown.show(f"scaling to {self._desired} nodes")
         for agent in self._agents:
             if agent.node >= self._desired and agent.running:
                 agent.leaving = True
                 agent.terminate()
             elif agent.node < self._desired:
-                self._bring_back(agent)
+                self._bring_back(agent, shown)
 
-    def _bring_back(self, agent: AgentProcess) -> None:
-        """Start an agent that is new or has left, if its node is wanted."""
+    def _bring_back(self, agent: AgentProcess, shown: View) -> None:
+        """Start an agent that is new, or has left, if its node is desired."""
         if agent.node < self._desired and not agent.running and (agent.leaving or agent.status is None):
             agent.leaving = False
-            agent.start()
+            self._start(agent, shown)
             for worker in self._progress:
                 if worker.number // self._config.workers_per_node == agent.node:
                     worker.state = "joining"
@@ -328,11 +348,10 @@ class _Run:
             result = keys.verdict(self._client)
         except EtcdError as error:
             return str(error)
-        if result.terminal and (
-            result.slot is None or result.slot >= len(self._agents)
-        ):  # not about a node of this launch
+        first = None if result.slot is None else self._nodes.at(result.slot)
+        if result.terminal and first is None:  # not about a node of this launch
             return result.reason
-        first = agent if result.slot is None else self._agents[result.slot]
+        first = first or agent
         error_line = last_error(first.log, first.log_start)
         if error_line and "killed" not in result.reason:
             return f"worker {first.node}: {error_line}"

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +22,20 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = holder_of(run_dir) or "unknown"
             raise ConfigError("run_dir", run_dir, f"is in use by another launch (process {holder})") from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()}@{socket.gethostname()}")
         file.flush()
         yield
+
+
+def holder_of(run_dir: Path) -> str:
+    """The launch that has the run directory, or had it last, as <process>@<host>; empty: none has had it."""
+    try:
+        return (run_dir / "lock").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
 
 
 def summarise(run_dir: Path, log: Callable[[str], None]) -> None:

@@ -1,30 +1,36 @@
 """Changes the number of nodes of a running `launch`."""
 
+from pathlib import Path
+
 from trainer.config import TrainingConfig
 from trainer.elastic.keys import verdict
 from trainer.errors import ConfigError, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.errors import EtcdError
-from trainer.monitor.find_run import find
+from trainer.launch.run_directory import holder_of
+from trainer.monitor.find_run import find, run_directory
 from trainer.timeouts import LaunchTimeouts
 from trainer.volume import Volume, worker_configs
 
-DESIRED = "desired"  # {nodes}: the desired number of nodes; `launch` deletes the key to acknowledge it
+_DESIRED = "desired/"  # <launch>: {nodes}: the desired number of nodes; that launch deletes the key to acknowledge it
 
 
 def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
-    """Ask a running `launch` for `nodes` nodes.
+    """Ask the `launch` that runs in a run directory for `nodes` nodes; other launches of the run keep theirs.
 
     The volumes of additional nodes are filled here, from the first node's. If the number decreases, the nodes with the
     highest numbers save and leave, and the others continue.
 
     Raises:
-        ConfigError: `nodes` is outside the run's bounds.
-        TrainingError: The run is over or not running, or its `launch` does not respond.
+        ConfigError: `nodes` is outside of the run's bounds; or no `launch` has run in the directory.
+        TrainingError: The run is over or not running, or its `launch` does not answer.
     """
     from trainer.data import precache
 
-    config = find(config)
+    directory, config = run_directory(config), find(config)
+    if directory is None or not holder_of(directory):
+        raise ConfigError("run_dir", directory or "", "must be the directory of a running `launch`")
+    config = config.with_values(run_dir=str(directory.absolute()))
     low, high = config.min_nodes, config.max_nodes
     if not low <= nodes <= high:
         allowed = f"must be from elastic.min_nodes ({low}) to elastic.max_nodes ({high}), the run's bounds"
@@ -39,12 +45,17 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
         workers = worker_configs(with_nodes(config, nodes))
         for own in workers[config.nodes :]:
             precache(own, Volume.of(own), source=Volume.of(workers[0]).datasets)
-        client.put(DESIRED, {"nodes": nodes})
-        limit = timeouts.scale_answer
-        if not client.wait_for(lambda: client.get(DESIRED) is None, limit, DESIRED):
-            client.delete(DESIRED)
-            raise TrainingError(f"run {config.run_id}: no `launch` responded within {limit:.0f} s")
+        key, limit = request_key(directory), timeouts.scale_answer
+        client.put(key, {"nodes": nodes})
+        if not client.wait_for(lambda: client.get(key) is None, limit, key):
+            client.delete(key)
+            raise TrainingError(f"run {config.run_id}: no `launch` answered within {limit:.0f} s")
     print(f"run {config.run_id}: {nodes} node{'s' if nodes > 1 else ''} from now on", flush=True)
+
+
+def request_key(run_dir: Path) -> str:
+    """The key of requests for the launch that has a run directory."""
+    return f"{_DESIRED}{holder_of(run_dir)}"
 
 
 def with_nodes(config: TrainingConfig, nodes: int) -> TrainingConfig:

@@ -7,7 +7,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -20,6 +20,7 @@ from trainer.elastic import keys
 from trainer.errors import ConfigError, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.files import require_free_space, sha256
+from trainer.retry import retrying
 from trainer.timeouts import LaunchTimeouts
 from trainer.volume import Volume, worker_configs
 
@@ -38,8 +39,15 @@ class Sharing:
         warn: Called on a thread with the reason if serving is impossible.
     """
 
-    def __init__(self, client: EtcdClient, config: TrainingConfig, warn: Callable[[str], None]) -> None:
-        self._client, self._config, self._warn = client, config, warn
+    def __init__(
+        self,
+        client: EtcdClient,
+        config: TrainingConfig,
+        warn: Callable[[str], None],
+        timeouts: LaunchTimeouts = LaunchTimeouts(),
+    ) -> None:
+        self._client, self._config, self._warn, self._timeouts = client, config, warn, timeouts
+        self._reason = ""  # of the last attempt that failed
         self._first = worker_configs(config)[0]
         self._volume = Volume.of(self._first)
         self._dataset = data.directory(self._first, self._volume.datasets)
@@ -66,11 +74,22 @@ class Sharing:
 
     def _run(self) -> None:
         self._asked.wait()
+        attempt = retrying(
+            lambda error: isinstance(error, ConfigError | TrainingError | OSError),  # EtcdError is a TrainingError
+            first_pause=self._timeouts.share_retry,
+            longest_pause=self._timeouts.longest_share_retry,
+            stopping=self._over,
+            on_retry=self._report,
+        )
         if not self._over.is_set():
-            try:
-                self._serve()
-            except (ConfigError, TrainingError, OSError) as error:  # EtcdError is a TrainingError
-                self._warn(f"a joining machine needs the dataset, but this one cannot serve it: {error}")
+            with suppress(ConfigError, TrainingError, OSError):  # it is over
+                attempt(self._serve)
+
+    def _report(self, error: BaseException) -> None:
+        """Warn of a failed attempt, unless the one before it has failed for the same reason."""
+        if self._reason != str(error):
+            self._reason = str(error)
+            self._warn(f"a machine that joins needs the dataset, but this one cannot serve it: {error}; trying again")
 
     def _serve(self) -> None:
         # Importing torch takes seconds, so do it only when there is a request
@@ -91,17 +110,19 @@ class Sharing:
         }
         shared = SharedDirectories({"dataset": (self._dataset, files), "model": (model, parts)})
         id = f"files-{uuid.uuid4().hex[:8]}"
-        transport = Transport(
-            id,
-            addresses_of(self._config),
-            _credentials(self._client, self._config),
-            port_range=self._config.port_range,
-            handle=Donor(shared.find),
-        )
-        self._resources.callback(transport.close)
-        lease = self._client.lease(self._config.lease_ttl)
-        self._resources.callback(lease.revoke)
-        lease.put(f"{_SOURCES}{id}", {"host": socket.gethostname(), "endpoints": transport.endpoints})
+        with ExitStack() as resources:
+            transport = Transport(
+                id,
+                addresses_of(self._config),
+                _credentials(self._client, self._config),
+                port_range=self._config.port_range,
+                handle=Donor(shared.find),
+            )
+            resources.callback(transport.close)
+            lease = self._client.lease(self._config.lease_ttl)
+            resources.callback(lease.revoke)
+            lease.put(f"{_SOURCES}{id}", {"host": socket.gethostname(), "endpoints": transport.endpoints})
+            self._resources.enter_context(resources.pop_all())
 
 
 @dataclass(frozen=True)

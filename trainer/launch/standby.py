@@ -53,9 +53,9 @@ class Standby:
         self.pid, self._connection = pid, connection
         self._changed = threading.Condition()  # guards the fields below
         self._is_alive, self._is_ready = True, False
-        self._answer = 0  # pid of the last started process, or -errno
-        self._ended: dict[int, int] = {}  # exit codes by process
-        # On a thread, because an agent's signal handlers raise: a message must not be lost or half read
+        self._answer: Program | int = 0  # the program that was started last, or -errno
+        self._running: dict[int, Program] = {}  # by process
+        # A thread, because an agent's signal handlers raise: a message must not be lost, or read by half
         self._listener = threading.Thread(target=self._listen, name="standby", daemon=True)
         self._listener.start()
 
@@ -121,20 +121,24 @@ class Standby:
             except OSError:
                 return None
             self._changed.wait_for(lambda: self._answer or not self._is_alive)
-            if self._answer < 0:
+            if isinstance(self._answer, Program):
+                return self._answer
+            if self._answer:
                 raise OSError(-self._answer, os.strerror(-self._answer))
-            return Program(self, self._answer) if self._answer else None
+            return None
 
-    def exit_code(self, pid: int, timeout: float | None) -> int | None:
-        """The exit code of a program; None if it does not end within `timeout` seconds."""
+    def wait_for_end(self, program: "Program", timeout: float | None) -> None:
+        """Wait up to `timeout` seconds for a program to end; then it has its exit code."""
         with self._changed:
-            self._changed.wait_for(lambda: pid in self._ended or not self._is_alive, timeout)
-            return self._ended.get(pid, None if self._is_alive else _KILLED)  # programs die with it
+            self._changed.wait_for(lambda: program.returncode is not None or not self._is_alive, timeout)
 
     def close(self) -> None:
         with suppress(ProcessLookupError, ChildProcessError):
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
+        # A signal handler that raises may have left `_changed` locked: waiting unlocks it, so that the listener ends
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_alive)
         self._listener.join()
         self._connection.close()
 
@@ -145,13 +149,19 @@ class Standby:
                 message: dict[str, int] = json.loads(self._connection.recv_bytes())
                 with self._changed:
                     self._is_ready = True
+                    pid = message.get("pid", 0)
                     if "code" in message:
-                        self._ended[message["pid"]] = message["code"]
-                    elif "pid" in message:
-                        self._answer = message["pid"]
+                        if program := self._running.pop(pid, None):
+                            program.returncode = message["code"]
+                    elif pid > 0:
+                        self._answer = self._running[pid] = Program(self, pid)
+                    else:
+                        self._answer = pid
                     self._changed.notify_all()
         with self._changed:
             self._is_alive = False
+            for program in self._running.values():  # they die with it
+                program.returncode = _KILLED
             self._changed.notify_all()
 
 
@@ -169,7 +179,7 @@ class Program:
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            self.returncode = self._standby.exit_code(self.pid, timeout)
+            self._standby.wait_for_end(self, timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
         return self.returncode

@@ -25,7 +25,7 @@ def taken() -> Iterator[int]:
 
 def test_second_launch_is_refused_and_names_the_first(tmp_path: Path) -> None:
     config = TrainingConfig.from_flat({"run_id": "r", "run_dir": str(tmp_path), "device": "cpu"})
-    with locked(tmp_path), pytest.raises(ConfigError, match=r"in use by another launch \(process \d+\)"):
+    with locked(tmp_path), pytest.raises(ConfigError, match=r"in use by another launch \(process \d+@.+\)"):
         launch(config, command=["true"])
     with locked(tmp_path):
         pass  # the first has given it back

@@ -8,13 +8,14 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from trainer.launch.standby import can_start
+from trainer.launch.standby import Standby, can_start
 
 AGENT = """
 import json, os, signal, subprocess, sys
@@ -209,6 +210,40 @@ def test_a_worker_of_a_prepared_standby_computes_with_all_its_threads(run: Run, 
         OMP_NUM_THREADS="4",
     )
     assert told(agent)[-1] == {"code": 0}
+
+
+@pytest.mark.timeout(60)
+def test_a_process_id_that_is_used_again_is_another_program() -> None:
+    own, other = Pipe()
+
+    def serve() -> None:
+        for messages in ([{"pid": 7}, {"pid": 7, "code": 0}], [{"pid": 7}]):
+            other.recv_bytes()
+            for message in messages:
+                other.send_bytes(json.dumps(message).encode())
+
+    server = threading.Thread(target=serve)
+    server.start()
+    with subprocess.Popen(["sleep", "600"]) as process:
+        standby = Standby(process.pid, own)
+        first, second = standby.start(["python"], {}), standby.start(["python"], {})
+        assert first and second
+        assert (first.wait(), second.poll()) == (0, None)
+        server.join()
+        other.close()
+        standby.close()
+        assert second.wait() == -9
+
+
+@pytest.mark.timeout(60)
+def test_closing_does_not_hang_on_a_lock_that_a_raising_signal_handler_has_left() -> None:
+    own, other = Pipe()
+    with subprocess.Popen(["sleep", "600"]) as process:
+        standby = Standby(process.pid, own)
+        standby._changed.acquire()
+        other.close()
+        standby.close()
+    assert not standby._listener.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""What `launch` does about its agents, which are played here, with a real etcd."""
+
+import errno
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import TrainingConfig
+from trainer.errors import ConfigError, TrainingError
+from trainer.etcd.client import EtcdClient
+from trainer.etcd.errors import EtcdError
+from trainer.files import write_json
+from trainer.launch import agent_process
+from trainer.launch.agent_process import AgentProcess
+from trainer.launch.local import _Run
+from trainer.launch.run_directory import holder_of
+from trainer.launch.scale import request_key, scale
+from trainer.launch.sharing import Sharing
+from trainer.monitor.find_run import LAUNCHED
+from trainer.timeouts import LaunchTimeouts
+
+
+@pytest.fixture
+def config(etcd: str, tmp_path: Path) -> TrainingConfig:
+    (tmp_path / "lock").write_text("1@here")
+    values = {"run_id": tmp_path.name, "run_dir": str(tmp_path), "device": "cpu", "etcd_endpoints": [etcd]}
+    return TrainingConfig.from_flat({**values, "elastic_min_nodes": 1, "elastic_max_nodes": 3, "nodes": 2})
+
+
+@pytest.fixture
+def client(config: TrainingConfig) -> Iterator[EtcdClient]:
+    with EtcdClient.of(config) as client:
+        yield client
+
+
+class Played(AgentProcess):
+    """An agent without a process. What it has been asked for is in `asked`."""
+
+    ending: int | None = None  # its exit status, once it has ended
+    on_start: Callable[[], None] = staticmethod(lambda: None)
+    on_terminate: Callable[[], None] = staticmethod(lambda: None)
+
+    def start(self) -> bool:
+        self.asked = [*getattr(self, "asked", []), "start"]
+        self.ending, self._due, self._end_reported = None, False, False
+        self.on_start()
+        return True
+
+    @property
+    def status(self) -> int | None:
+        return self.ending
+
+    @property
+    def running(self) -> bool:
+        return not self._end_reported and self.ending is None
+
+    def terminate(self) -> None:
+        self.asked.append("terminate")
+        self.on_terminate()
+
+    def kill(self) -> None:
+        self.asked.append("kill" if self.running else "kill ended")
+
+
+@pytest.fixture
+def run(config: TrainingConfig, client: EtcdClient, monkeypatch: pytest.MonkeyPatch) -> _Run:
+    monkeypatch.setattr("trainer.launch.local.AgentProcess", Played)
+    timeouts = LaunchTimeouts(poll=0.01)
+    return _Run(config, client, None, ["true"], timeouts, joins=False, log=lambda line: None)
+
+
+def played(run: _Run) -> list[Any]:
+    return [*run._agents]
+
+
+def test_a_run_whose_last_node_fails_while_another_leaves_is_not_complete(run: _Run) -> None:
+    first, second = played(run)
+
+    def leave(line: str) -> None:  # as `scale` has asked it to; it saves until then
+        if line.endswith(("the others go on", "stopping the other workers")):
+            second.ending = 143
+
+    run._log = leave
+    second.on_start = lambda: setattr(second, "leaving", True)
+    first.on_start = lambda: setattr(first, "ending", 1)
+    with pytest.raises(TrainingError, match="the agent of worker 0 ended with status 1"):
+        run.follow()
+
+
+def test_an_agent_that_ends_while_another_one_is_replaced_is_not_overlooked(run: _Run) -> None:
+    first, second = played(run)
+
+    def again() -> None:
+        second.on_start = both_end
+        second.ending = -9
+
+    def both_end() -> None:
+        first.ending, second.ending = 1, 0
+
+    second.on_start = again
+    with pytest.raises(TrainingError, match="the agent of worker 0 ended with status 1"):
+        run.follow()
+    assert second.asked[:2] == ["start", "start"]
+
+
+def test_when_launch_itself_fails_the_workers_save(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(shown: object) -> None:
+        raise OSError(errno.EIO, "a broken disk")
+
+    monkeypatch.setattr(run, "_update", fail)
+    for agent in played(run):
+        agent.on_terminate = lambda agent=agent: threading.Timer(0.05, setattr, (agent, "ending", 143)).start()
+    with pytest.raises(OSError, match="a broken disk"):
+        run.follow()
+    assert [agent.asked for agent in played(run)] == [["start", "terminate", "kill ended"]] * 2
+
+
+def test_an_agent_for_which_there_is_no_room_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = AgentProcess(0, tmp_path / "config.json", tmp_path / "log", None, {})
+    failures: list[OSError] = [BlockingIOError(errno.EAGAIN, "no room")]
+
+    def spawn(self: AgentProcess, command: list[str]) -> "subprocess.Popen[bytes]":
+        if failures:
+            raise failures.pop()
+        return subprocess.Popen(["sleep", "600"])
+
+    monkeypatch.setattr(agent_process.AgentProcess, "_spawned", spawn)
+    assert not agent.start()
+    assert agent.running and agent.status is None and not agent.has_just_ended()
+    assert agent.start_if_due() and agent.running
+    agent.terminate()
+    assert agent._process and agent._process.wait() == -signal.SIGTERM
+    assert not agent.running and agent.has_just_ended() and agent.settled
+
+    failures.append(PermissionError(errno.EACCES, "not allowed"))
+    with pytest.raises(TrainingError, match=r"the agent of worker 0 cannot be started: .*not allowed"):
+        agent.start()
+    agent.kill()
+
+
+def test_an_agent_is_told_to_leave_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = AgentProcess(0, tmp_path / "config.json", tmp_path / "log", None, {})
+    told: list[int] = []
+
+    class Process(subprocess.Popen):  # type: ignore[type-arg]
+        def terminate(self) -> None:
+            told.append(self.pid)
+
+    monkeypatch.setattr(agent_process.AgentProcess, "_spawned", lambda self, command: Process(["sleep", "600"]))
+    assert agent.start()
+    agent.terminate()
+    agent.terminate()
+    assert len(told) == 1
+    agent.kill()
+
+
+def test_a_request_to_scale_is_answered_by_the_launch_that_it_is_for(
+    run: _Run, config: TrainingConfig, client: EtcdClient, tmp_path: Path
+) -> None:
+    shown: list[str] = []
+
+    class Shown:
+        def show(self, line: str) -> None:
+            shown.append(line)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    write_json(other / LAUNCHED, config.with_values(run_dir=str(other)).model_dump(mode="json"))
+    given = TrainingConfig.from_flat({"run_dir": str(other)})
+    with pytest.raises(ConfigError, match="must be the directory of a running `launch`"):
+        scale(given, 2)
+    (other / "lock").write_text("2@elsewhere")
+    assert holder_of(other) == "2@elsewhere"
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(scale, given, 2)
+        assert client.wait_for(lambda: client.get(request_key(other)), 30, "desired/")
+        run._scale(Shown())  # type: ignore[arg-type]
+        assert client.delete(request_key(other)), "it was left for the other launch"
+        done.result(60)
+    assert run._desired == 2 and shown == []
+
+    client.put(request_key(tmp_path), {"nodes": 3})
+    run._scale(Shown())  # type: ignore[arg-type]
+    assert shown == ["scaling to 3 nodes"] and client.list("desired/") == {}
+    assert [getattr(agent, "asked", []) for agent in played(run)][2] == ["start"]
+
+
+def test_a_machine_that_could_not_serve_its_files_tries_again(
+    config: TrainingConfig, client: EtcdClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, warned, served = [EtcdError("away", "unreachable")] * 3, [], threading.Event()
+
+    def serve(self: Sharing) -> None:
+        if failures:
+            raise failures.pop()
+        served.set()
+
+    monkeypatch.setattr(Sharing, "_serve", serve)
+    given = config.with_values(dataset="stdlib", tokenizer="bytes")
+    sharing = Sharing(client, given, warned.append, LaunchTimeouts(share_retry=0.01))
+    sharing._thread.start()
+    sharing._asked.set()
+    assert served.wait(60)
+    sharing.__exit__()
+    assert len(warned) == 1 and warned[0].endswith("cannot serve it: away; trying again")
