@@ -77,7 +77,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-ADVICE = "lower per_device_train_batch_size or sequence_length, take a smaller model, or raise memory_gb"
+ADVICE = "lower per_device_train_batch_size or sequence_length, use a smaller model, or raise memory_gb"
 
 
 @dataclass(frozen=True)
