@@ -226,7 +226,7 @@ def _agent(
             if codes:
                 kills.update(codes)
                 if kills.last and kills.count < MEMORY_KILLS and self._remaining_restarts:
-                    log.warning("a worker %s; it is restarted once", kills.reason())
+                    log.warning("a worker %s; restarting it once", kills.reason())
                 if _status(codes) != 1 or kills.count >= MEMORY_KILLS:
                     self._remaining_restarts = 0
             return result

@@ -49,7 +49,7 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
         client.put(key, {"nodes": nodes})
         if not client.wait_for(lambda: client.get(key) is None, limit, key):
             client.delete(key)
-            raise TrainingError(f"run {config.run_id}: no `launch` answered within {limit:.0f} s")
+            raise TrainingError(f"run {config.run_id}: no `launch` responded within {limit:.0f} s")
     print(f"run {config.run_id}: {nodes} node{'s' if nodes > 1 else ''} from now on", flush=True)
 
 
