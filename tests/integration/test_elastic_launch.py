@@ -264,5 +264,5 @@ def test_a_second_launch_frees_the_slot_of_its_killed_agent_and_knows_its_failur
         (tmp_path / "fail").touch()
         os.kill(workers_here(tmp_path, 0)[1], signal.SIGKILL)
         _, errors = launch.communicate()
-        assert "error: worker 0: ValueError: the moon is full; the run goes on elsewhere" in errors.splitlines()[-1]
+        assert "error: worker 0: ValueError: the moon is full; the run continues elsewhere" in errors.splitlines()[-1]
         other.revoke()

@@ -350,7 +350,7 @@ def test_a_worker_that_is_refused_leaves_although_it_has_saved(
     client.put("numbers/000", {"host": socket.gethostname(), "pid": os.getppid()})
     worker = start(0)
     worker.quorum.durable(3)
-    with pytest.raises(ConfigError, match="worker 0 of the run is process"):
+    with pytest.raises(ConfigError, match="worker 0 of the run is already process"):
         worker.join()
     worker.quorum.leave(Assignment(0, 0, ()))
     assert client.list("left/") == {} and "etcd-lease" not in [thread.name for thread in threading.enumerate()]

@@ -46,7 +46,7 @@ with EmbeddedEtcd(Path(sys.argv[1]), loopback()) as etcd:
         "per_device_train_batch_size": 1, "nodes": 2, "port_range": "20000-20300"})
     for address in ("", "::1"):
         preflight.check_network(config.with_values(advertise_address=address))
-    rendezvous = _rendezvous(config.with_values(nodes=1), 0)
+    rendezvous = _rendezvous(config.with_values(nodes=1), 0, "")
     rendezvous.next_rendezvous()  # torch's store, for the workers of a node
     rendezvous.shutdown()
     with ThreadPoolExecutor() as pool:
