@@ -48,7 +48,7 @@ class GlobalState:
     Attributes:
         round: Committed rounds.
         step: The schedule position, in inner steps.
-        room: Whether there is memory for so many vectors; by default always.
+        room: Whether there is memory for a number of vectors; by default always.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class GlobalState:
         return dict(self._tensors)
 
     def has_room(self, vectors: int = 0, *, lent: bool = False) -> bool:
-        """Whether there is memory for so many vectors beside the rounds to come; `lent`: if the state is lent now."""
+        """Whether a number of vectors fit beside those of later rounds; `lent`: if the state is lent now."""
         states = (not self._spare) + (lent or bool(self._readers))  # the next outer step's, and what replaces the lent
         return self.room(vectors + states * len(self._tensors))
 

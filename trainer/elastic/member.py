@@ -162,7 +162,7 @@ class ElasticQuorum:
         self._left.set()
         if self._coordinator is not None:
             self._coordinator.close()
-        if rest is not None and self._coordinator is not None:  # else `join` has failed, and nobody knows this member
+        if rest is not None and self._coordinator is not None:  # otherwise `join` failed, and it is not registered
             record = self._watch.record
             complete = record is not None and record.length == 0
             self._perform(self._machine.leave(rest, complete))

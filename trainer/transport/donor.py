@@ -46,8 +46,8 @@ class _Held:
 class Donor:
     """Answers the requests of fetchers as the `handle` of a `Transport`, on the links' receiving threads.
 
-    It holds what it has offered until nobody has read it for `TransportTimeouts.hold`: a thread, which lasts as long as
-    there is any, releases it then. `close` does so at once.
+    It holds an offer until it has not been read for `TransportTimeouts.hold`. A thread, which runs while there are
+    offers, then releases it; `close` does so at once.
 
     Args:
         find: Returns the offer with a name ("state/12"), or None. Called on several threads; must return quickly.

@@ -143,7 +143,7 @@ class Link:
 
     @property
     def worn(self) -> bool:
-        """Whether a stream has carried so many bytes that the link should be re-established."""
+        """Whether a stream has carried enough bytes (`WORN_BYTES`) that the link should be re-established."""
         with self._changed:
             return any(sum(stream.bytes() or ()) > WORN_BYTES for stream in (*self._out, *self._into))
 

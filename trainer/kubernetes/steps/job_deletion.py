@@ -26,8 +26,8 @@ class JobDeletion:
     object (`JobKind.before`) are deleted at once: their pods belong to the job itself and are named after it.
 
     Two steps may delete the same job: that of a workflow that was cancelled, and that of the next one, which needs its
-    name. An annotation says that it is leaving, a later job of its name is left alone, and its runtime is deleted by
-    the one that has deleted the job: by nobody else, as the next job's runtime has the same name.
+    name. An annotation says that it is leaving, a later job of its name is left alone, and its runtime is deleted only
+    by the step that deleted the job, because the next job's runtime has the same name.
 
     Nothing waits here, except for `finish`: `advance` takes the next step of each job, if it is time.
     """

@@ -49,7 +49,7 @@ class WorkerRecord:
         return len(events)
 
     def _begin(self, run_id: str) -> None:
-        """Go on with another run. Those that nobody asks for, and that cannot go on any more, are forgotten."""
+        """Continue with another run. Runs that are neither requested nor able to continue are dropped."""
         if not self._newest:
             self._runs[run_id] = self._runs.pop("")
         before = {name: run for name, run in self._runs.items() if name == self._wanted or not run.complete}
