@@ -1,6 +1,6 @@
 """Goodput under failures: how much useful work is left of a run when a worker or node is killed every minute or faster.
 
-    python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--kills 15] [--calm 60] [--workers 4] [--seed 0]
+    python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--kills 15] [--calm 120] [--workers 4] [--seed 0]
         [--systems ours torchrun torchft] [--torchft DIRECTORY] [--directory DIRECTORY]
 
 The systems, their timeouts and their work are those of bench_faults.py, which also describes how to install torchft:
@@ -8,19 +8,20 @@ ours, torchrun's restart of the world with our backend `etcd3` and a checkpoint 
 inner step is a short real one and a pause in place of a GPU's work: four workers on a few cores then leave most of the
 CPU to the processes that start, as machines of their own would.
 
-Each run is undisturbed for `--calm` seconds. Then a worker drawn at random is killed (SIGKILL) every `--every` seconds,
-`--kills` times: either alone, and its agent starts it again, or together with its agent, which the benchmark starts
-again at once, as a cluster would. The draws are the same for all systems.
+Each system first runs without kills, which gives its undisturbed step time. Then, in a run for each interval, a worker
+drawn at random is killed (SIGKILL) every `--every` seconds, `--kills` times: either alone, and its agent starts it
+again, or together with its agent, which the benchmark starts again at once, as a cluster would. The draws are the same
+for all systems. The last run is ours without kills again, with another seed: its row shows what the measure itself
+loses, and how far the held-out losses of two undisturbed runs are apart.
 
     goodput     useful inner steps x undisturbed step time / (wall time x workers). A step is useful if an outer step
-                that it contributed to was committed, and not rolled back; the undisturbed step time is that run's own
+                that it contributed to was committed, and not rolled back
     useful      the number of those steps
     kills       of workers alone + with their agents; if the drawn worker is not running, another one is killed
-    loss        ours: the last held-out loss that all workers took part in, divided by that of a run without kills
-                after as many samples. The others train on random tokens
+    loss        ours: the held-out loss divided by that of the first run without kills after as many samples; the mean
+                over all evaluations in the second half of the run. The others train on random tokens
 
-It prints a row for each run, and writes build/goodput.json. It needs a quiet machine: with the defaults, for an hour
-and three quarters.
+It prints a row for each run, and writes build/goodput.json. It needs a quiet machine: with the defaults, for two hours.
 """
 
 import argparse
@@ -61,6 +62,8 @@ from trainer.files import write_json  # noqa: E402
 PAUSE = 0.25  # seconds, of an inner step
 SEQUENCE = 16  # tokens
 EVALUATION = {"eval_interval": 10, "eval_samples": 256}
+SEEDS = 42, 43  # of initial weights and samples: of all runs, and of the last one
+Losses = tuple[list[float], list[float]]  # samples that the global state has seen, and held-out losses
 _pause = threading.Event()  # never set: it only waits
 
 
@@ -94,7 +97,7 @@ def committed(system: System, began: float, ended: float) -> float:
 
 
 def undisturbed_rate(system: System, began: float, ended: float) -> float:
-    """Useful inner steps a second, from commit to commit: the time is short."""
+    """Useful inner steps a second, from commit to commit."""
     commits = sorted(when for when, _ in useful_steps(system))
     begin, end = (max(when for when in commits if when <= limit) for limit in (began, ended))
     return committed(system, begin, end) / (end - begin)
@@ -128,7 +131,7 @@ def _runs(system: System, slot: int) -> bool:
     return False
 
 
-def held_out(system: System) -> tuple[list[float], list[float]]:
+def held_out(system: System) -> Losses:
     """Samples that the global state has seen, and its held-out loss, wherever all workers have scored their parts."""
     scores: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
     for slot in range(system.workers):
@@ -144,30 +147,34 @@ def held_out(system: System) -> tuple[list[float], list[float]]:
     return samples, losses
 
 
-def measure(system: System, every: float, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: undisturbed, then with kills; `every`: 0 for none."""
+def relative_loss(own: Losses, reference: Losses) -> float | None:
+    """Mean ratio of the held-out losses after as many samples, over the second half of the run's evaluations."""
+    half = [pair for pair in zip(*own, strict=True) if own[0][-1] / 2 <= pair[0] <= reference[0][-1]] if own[0] else []
+    ratios = [loss / float(np.interp(samples, *reference)) for samples, loss in half]
+    return statistics.mean(ratios) if ratios else None
+
+
+def measure(system: System, every: float, seconds: float, seed: int) -> dict[str, Any]:
+    """One run, from when all workers take part in it; `every`: seconds between two kills, 0 for none."""
     for slot in range(system.workers):
         system.start(slot)
     for _ in range(3):
         now = time.time()
         for slot in range(system.workers):
             system.until_whole(slot, now)
-    calm = time.time()
-    _pause.wait(options.calm)
     began = time.time()
-    seconds = options.kills * (every or max(options.every))
-    alone, nodes = disturb(system, every or float("inf"), seconds, options.seed)
+    alone, nodes = disturb(system, every or float("inf"), seconds, seed)
     ended = time.time()
-    undisturbed, useful = undisturbed_rate(system, calm, began), committed(system, began, ended)
-    row = {"goodput": useful / (ended - began) / undisturbed, "useful": useful, "kills": alone, "with_agent": nodes}
-    return {**row, "step_seconds": system.workers / undisturbed}
+    useful = committed(system, began, ended)
+    rate = useful / (ended - began) if every else undisturbed_rate(system, began, ended)
+    return {"useful": useful, "rate": rate, "kills": alone, "with_agent": nodes}
 
 
 def line(row: dict[str, Any]) -> str:
     every = f"{row['every']:g} s" if row["every"] else "never"
     loss = f"{row['loss']:>9.4f}" if row.get("loss") else f"{'-':>9}"
     kills = f"{row['kills']} + {row['with_agent']}"
-    numbers = f"{row['goodput']:>9.1%}{row['useful']:>9.0f}{row['step_seconds'] * 1000:>9.0f}{kills:>10}{loss}"
+    numbers = f"{row['goodput']:>9.1%}{row['useful']:>9.0f}{row['workers'] / row['rate'] * 1000:>9.0f}{kills:>10}{loss}"
     return f"{every:>7} {row['system']:<9}{numbers}{row['load']:>7.1f}"
 
 
@@ -176,28 +183,30 @@ def rows(options: argparse.Namespace, systems: list[str], directory: Path) -> It
     work = Work("", local_steps=options.local_steps, pause=PAUSE, sequence=SEQUENCE)
     work = replace(work, model=str(precache(directory, work)))
     harness.BASE |= EVALUATION
-    reference: tuple[list[float], list[float]] | None = None
-    plans = [(0.0, "ours")] if "ours" in systems else []
-    plans += [(every, name) for every in options.every for name in systems]
-    for every, name in plans:
-        own = directory / f"{name}-{every:g}"
+    reference: Losses | None = None
+    undisturbed: dict[str, float] = {}  # useful steps a second
+    plans = [(every, name) for every in (0.0, *options.every) for name in systems]
+    for number, (every, name) in enumerate([*plans, *[(0.0, "ours")] * ("ours" in systems)]):
+        own = directory / f"{number}-{name}-{every:g}"
         own.mkdir(parents=True)
+        seconds = options.kills * (every or max(options.every)) if every or name == "ours" else options.calm
+        harness.BASE["seed"] = SEEDS[number == len(plans)]
         with ExitStack() as resources:
             loads = resources.enter_context(watching_load())
             system = SYSTEMS[name](own, options.workers, replace(work, system=name), EQUAL, options.torchft)
             resources.callback(system.close)
             try:
-                found = measure(system, every, options)
+                found = measure(system, every, seconds, options.seed)
             except TimeoutError as error:  # the other runs go on: the table takes hours
                 print(f"{every:>5g} s {name:<9} {str(error).splitlines()[0]}", flush=True)
                 continue
-            row = {"every": every, "system": name, **found, "load": statistics.mean(loads)}
+            rate = undisturbed.setdefault(name, found["rate"])
+            row = {"every": every, "system": name, "workers": options.workers, **found, "goodput": found["rate"] / rate}
+            row["load"] = statistics.mean(loads)
             if name == "ours":
-                samples, losses = held_out(system)
-                reference = reference or (samples, losses)
-                if losses:
-                    row |= {"held_out": losses[-1], "samples": samples[-1]}
-                    row["loss"] = losses[-1] / float(np.interp(samples[-1], *reference))
+                losses = held_out(system)
+                reference = reference or losses
+                row |= {"losses": losses, "loss": relative_loss(losses, reference)}
         yield row
 
 
@@ -205,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=float, nargs="+", default=[60.0, 30.0, 20.0], help="seconds between two kills")
     parser.add_argument("--kills", type=int, default=15, help="in each run")
-    parser.add_argument("--calm", type=float, default=60.0, help="seconds of each run before the first kill")
+    parser.add_argument("--calm", type=float, default=120.0, help="seconds of the others' runs without kills")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--local-steps", type=int, default=10, help="inner steps in a round")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
@@ -228,7 +237,7 @@ def main() -> None:
             found.append(row)
             print(line(row), flush=True)
             OUTPUT.parent.mkdir(exist_ok=True)
-            settings = {"kills": options.kills, "workers": options.workers, "seed": options.seed}
+            settings = {"kills": options.kills, "seed": options.seed}
             write_json(OUTPUT, {**settings, "local_steps": options.local_steps, "rows": found})
 
 
