@@ -165,7 +165,7 @@ def test_a_cancelled_run_that_is_submitted_again_at_once_waits_for_its_workers_a
 
     def let_go(line: str) -> None:
         assert "following it" not in line, "a job that is on its way out"
-        if "waiting until the workers of a training that was ended have saved and left" in line:
+        if "waiting until the workers of the previous training have saved and left" in line:
             leaving.set()
         if "worker 1 runs on node" in line:
             place.story.released.set()
