@@ -1,26 +1,26 @@
-"""Goodput under failures: how much useful work is left of a run when a worker or node is killed every minute or faster.
+"""Goodput under failures: how much useful work a run does when a worker or node is killed every minute or more often.
 
     python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--kills 15] [--calm 60] [--workers 4] [--seed 0]
         [--systems ours torchrun torchft] [--torchft DIRECTORY] [--directory DIRECTORY]
 
 The systems, their timeouts and their work are those of bench_faults.py, which also describes how to install torchft:
 ours, torchrun's restart of the world with our backend `etcd3` and a checkpoint in each round, and torchft's DiLoCo. An
-inner step is a short real one and a pause in place of a GPU's work: four workers on a few cores then leave most of the
-CPU to the processes that start, as machines of their own would.
+inner step is a short real one and a pause in place of a GPU's work. So four workers on a few cores leave most of the
+CPU to the processes that start, as separate machines would.
 
 Each run is undisturbed for `--calm` seconds. Then a worker drawn at random is killed (SIGKILL) every `--every` seconds,
-`--kills` times: either alone, and its agent starts it again, or together with its agent, which the benchmark starts
-again at once, as a cluster would. The draws are the same for all systems.
+`--kills` times: either alone, so that its agent restarts it, or together with its agent, which the benchmark restarts
+immediately, as a cluster would. The draws are the same for all systems.
 
     goodput     useful inner steps x undisturbed step time / (wall time x workers). A step is useful if an outer step
                 that it contributed to was committed, and not rolled back; the undisturbed step time is that run's own
     useful      the number of those steps
     kills       of workers alone + with their agents; if the drawn worker is not running, another one is killed
     loss        ours: the last held-out loss that all workers took part in, divided by that of a run without kills
-                after as many samples. The others train on random tokens
+                after the same number of samples. The others train on random tokens
 
-It prints a row for each run, and writes build/goodput.json. It needs a quiet machine: with the defaults, for an hour
-and three quarters.
+It prints a row for each run, and writes build/goodput.json. It needs a quiet machine: with the defaults, for an
+hour and three quarters.
 """
 
 import argparse
