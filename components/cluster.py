@@ -66,7 +66,7 @@ class ClusterLauncher:
         # Record which claims hold the model, for export
         claims = [{"worker": worker.index, "claim": worker.claim, "site": worker.site.name} for worker in workers]
         write_json(directory / TRAINED, claims)
-        # What the logs of pods may have lost, and the logs of a run that had ended before do not tell at all
+        # Pods' logs may lack these, and there are no logs if the run had ended before
         write_json(directory / KNOWN, {"status": "complete", "config": self._config.model_dump(mode="json")})
         files = {path.name: path for path in directory.iterdir()}
         metadata = {"run_id": self._config.run_id, "claim": workers[0].claim}
@@ -86,7 +86,7 @@ class ClusterLauncher:
         # Without a backend, artifacts are not kept: put the results where those of a local run are
         here = RUNNER_PID in os.environ
         run_dir = Path(self._config.run_dir) if here else self._scratch / "run"
-        # The report needs the workers' events, too: of a run that was resumed, also those that are here already
+        # The report also needs the workers' events, of a resumed run including those that are already here
         trained = Path(checkpoint.path)
         for path in filter(Path.is_file, trained.rglob("*")):
             put = put_behind if path.name == "metrics.jsonl" else link_or_copy

@@ -68,9 +68,9 @@ def _link_or_copy_file(source: str, destination: str) -> None:
 
 
 def put_behind(source: Path, destination: Path) -> None:
-    """Put a worker's events behind those that `destination` has: of a resumed run, a step receives the new ones alone.
+    """Append a worker's events to those in `destination`. If a run was resumed, a step receives only the new ones.
 
-    Events that it has from an earlier call, from the first of `source` on, are replaced.
+    Events that an earlier call has appended, from the first line of `source` on, are replaced.
     """
     if not destination.is_file():
         link_or_copy(source, destination)
@@ -100,7 +100,7 @@ def training_output(run_dir: Path, files: Mapping[str, Path], metadata: Mapping[
     run = read_run(run_dir)
     content = summary(run)
     names = ("rounds", "steps", "skipped_steps", "samples", "bytes_sent", "bytes_received", "goodput")
-    if not run.workers:  # the run was complete before: these are unknown, and not 0
+    if not run.workers:  # the run was complete before: these are unknown, not 0
         content |= dict.fromkeys((*names, "tokens")) | {"steps": run.config.get("total_steps")}
     about = {name: content[name] for name in ("status", "parameters", "samples", "tokens")}
     metrics = content["final"] | {name: content[name] for name in names}

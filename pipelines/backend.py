@@ -25,8 +25,8 @@ PIPELINES_NAMESPACE = "kubeflow"  # of the steps' pods on a single-user installa
 _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 6)}
 
 _NO_API = (
-    "Kubeflow Pipelines answered with a page and not with JSON: the host must be that of its API, and a login in front "
-    "of it takes a cookie or a token (docs/guide/cluster.md)"
+    "Kubeflow Pipelines answered with a page instead of JSON: the host must be that of its API, and a login in front "
+    "of it requires a cookie or a token (docs/guide/cluster.md)"
 )
 
 
@@ -178,7 +178,7 @@ class PipelineBackend:
             except ApiException as error:
                 if error.status != 400:
                     raise
-                return self._get_object(path, {})  # an older backend, without views
+                return self._get_object(path, {})  # an older backend without views
 
     def _text(self, path: str, query: Mapping[str, str]) -> str:
         """The text at a path; "" if there is none or the backend does not answer."""
@@ -190,7 +190,7 @@ class PipelineBackend:
         return found if isinstance(found, str) else ""  # JSON is an error, despite status 200
 
     def _get_object(self, path: str, query: Mapping[str, str]) -> dict[str, Any]:
-        """GET a JSON object, as `_get`. Raises TrainingError if the answer is none."""
+        """Like `_get`, for a JSON object. Raises TrainingError if the answer is anything else."""
         found = self._get(path, query)
         if not isinstance(found, dict):
             raise TrainingError(_NO_API)
@@ -280,11 +280,11 @@ def _equals(key: str, value: str) -> str:
 
 
 def _client(host: str) -> Any:
-    """KFP's client. Its `namespace` is where KFP itself runs, not the user's."""
+    """KFP's client. Its argument `namespace` is KFP's own namespace, not the user's."""
     from kfp import Client
 
     class AskingOnce(Client):
-        """Asks whether the backend is healthy once: KFP tries five times, and logs a traceback each time."""
+        """Checks only once whether the backend is healthy. KFP tries five times, and logs a traceback each time."""
 
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
             return self._healthz_api.healthz_service_get_healthz()

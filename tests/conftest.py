@@ -15,7 +15,7 @@ JIT_CACHE = "JIT_CACHE_DIR"  # of trainer/diloco/jit.py, which is too slow to im
 def pytest_configure(config: pytest.Config) -> None:
     """Let all processes of the session share compiled kernels and bytecode.
 
-    xdist's workers and what tests start, some hundred processes, inherit it.
+    xdist's workers and the processes that tests start, about a hundred in all, inherit the setting.
     """
     if not hasattr(config, "workerinput"):
         os.environ[JIT_CACHE] = tempfile.mkdtemp(prefix="jit-cache-")

@@ -25,8 +25,8 @@ class EtcdTimeouts:
     poll: float = 1.0  # between two evaluations of `wait_for` without a change, and two connections of a watch
     log: float = 5.0  # between two calls of `on_wait`, which log what is being waited for
     admin_call: float = 10.0  # one request that creates users and roles
-    start: float = 60.0  # until the embedded etcd is healthy; a loaded machine with a slow disk needs some
-    restart: float = 5.0  # between two starts of an embedded etcd that dies again and again
+    start: float = 60.0  # until the embedded etcd is healthy; slow on a loaded machine with a slow disk
+    restart: float = 5.0  # between two starts of an embedded etcd that keeps dying
     health: float = 2.0  # one health check of the embedded etcd
     stop: float = 10.0  # until the embedded etcd has ended, before it is killed
 
@@ -82,10 +82,10 @@ class LaunchTimeouts:
     etcd_retry: float = 0.5  # between two attempts of the `etcd3` rendezvous to reach etcd
     expiry: float = 30.0  # between two checks for expired tokens
     connect: float = 5.0  # for an address in a token to answer
-    begin: float = 60.0  # for a run to say what it trains, from when a machine that joins asks
-    share: float = 120.0  # for a machine of the run to offer its dataset or model to one that joins
-    share_retry: float = 1.0  # before a machine that could not serve its files tries again; the first pause
-    longest_share_retry: float = 30.0  # the longest one
+    begin: float = 60.0  # for which a joining machine waits until the run has started
+    share: float = 120.0  # for a machine of the run to offer its dataset or model to a joining one
+    share_retry: float = 1.0  # first pause before a machine that could not serve its files tries again
+    longest_share_retry: float = 30.0  # longest such pause
 
 
 @dataclass(frozen=True)

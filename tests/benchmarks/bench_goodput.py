@@ -1,18 +1,18 @@
-"""Goodput under failures: how much useful work is left of a run when a worker or node is killed every minute or faster.
+"""Goodput under failures: how much useful work a run does when a worker or node is killed every minute or more often.
 
     python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--kills 15] [--calm 120] [--workers 4] [--seed 0]
         [--systems ours torchrun torchft] [--torchft DIRECTORY] [--directory DIRECTORY]
 
 The systems, their timeouts and their work are those of bench_faults.py, which also describes how to install torchft:
 ours, torchrun's restart of the world with our backend `etcd3` and a checkpoint in each round, and torchft's DiLoCo. An
-inner step is a short real one and a pause in place of a GPU's work: four workers on a few cores then leave most of the
-CPU to the processes that start, as machines of their own would.
+inner step is a short real one and a pause in place of a GPU's work. So four workers on a few cores leave most of the
+CPU to the processes that start, as separate machines would.
 
 Each system first runs without kills, which gives its undisturbed step time. Then, in a run for each interval, a worker
-drawn at random is killed (SIGKILL) every `--every` seconds, `--kills` times: either alone, and its agent starts it
-again, or together with its agent, which the benchmark starts again at once, as a cluster would. The draws are the same
-for all systems. The last run is ours without kills again, with another seed: its row shows what the measure itself
-loses, and how far the held-out losses of two undisturbed runs are apart.
+drawn at random is killed (SIGKILL) every `--every` seconds, `--kills` times: either alone, so that its agent restarts
+it, or together with its agent, which the benchmark restarts immediately, as a cluster would. The draws are the same for
+all systems. The last run is ours without kills again, with another seed: its row shows what the measure itself loses,
+and how far the held-out losses of two undisturbed runs are apart.
 
     goodput     useful inner steps x undisturbed step time / (wall time x workers). A step is useful if an outer step
                 that it contributed to was committed, and not rolled back

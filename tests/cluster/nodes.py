@@ -219,7 +219,7 @@ class Cluster:
         state = next(one for one in ("Succeeded", "Failed", "Restarting", "Running", "Created") if one in states)
         conditions = [{"type": "Created", "status": "True"}]
         conditions += [{"type": state, "status": "True", "message": f"{name} is {state}"}] if state != "Created" else []
-        started = status.get("startTime") or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")  # it looks at no deadline
+        started = status.get("startTime") or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")  # it checks no deadline
         status = {"conditions": conditions, "startTime": started}
         self.server.update("pytorchjobs", name, lambda one: one.update(status=status))
 

@@ -29,7 +29,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_launch_refuses(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, for speed: an unexpected exception is the test's."""
+    """It runs in this process, for speed. An unexpected exception fails the test."""
     flags, message = CASES[name]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("in the way")

@@ -121,7 +121,7 @@ def test_a_language_model_on_two_clusters(place: Place, far: ApiServer, etcd: st
     model = place.artifact("export", "exported_model")
     assert model["metadata"]["complete"]
     assert model["metadata"]["claim"] in names
-    facts = json.loads((model["path"] / "training.json").read_text())  # written where the file of one worker is
+    facts = json.loads((model["path"] / "training.json").read_text())  # written where there is only one worker's file
     samples = 2 * 20 * 4  # of two workers
     assert (facts["workers"], facts["samples"], facts["tokens"]) == (2, samples, 64 * samples)
     assert (metrics["samples"], model["metadata"]["samples"]) == (samples, samples)

@@ -137,7 +137,7 @@ def test_a_training_ends_with_the_workflow_that_follows_it(place: Place, tmp_pat
 def test_a_cancelled_run_that_is_submitted_again_at_once_waits_for_its_workers_and_gets_new_jobs(
     place: Place, tmp_path: Path, goes_on: bool
 ) -> None:
-    """Whether the exit handler of the first workflow goes on with the deletion, or has died like the step."""
+    """Whether the exit handler of the first workflow continues the deletion, or has died like the step."""
     leaving = threading.Event()
 
     def leave(cluster: Cluster, pod: Object, life: int) -> None:
@@ -165,7 +165,7 @@ def test_a_cancelled_run_that_is_submitted_again_at_once_waits_for_its_workers_a
 
     def let_go(line: str) -> None:
         assert "following it" not in line, "a job that is on its way out"
-        if "waiting until the workers of a training that was ended have saved and left" in line:
+        if "waiting until the workers of the previous training have saved and left" in line:
             leaving.set()
         if "worker 1 runs on node" in line:
             place.story.released.set()
@@ -196,7 +196,7 @@ def test_a_cancelled_run_that_is_submitted_again_at_once_waits_for_its_workers_a
 def test_a_workflow_that_is_cancelled_leaves_the_settings_to_the_one_that_has_begun(
     place: Place, tmp_path: Path, over: bool
 ) -> None:
-    """Not its jobs, which the other one has not found yet. If that is over, nobody needs anything."""
+    """Not its jobs, which the other one has not found yet. If the other one is over, nothing is needed any more."""
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):

@@ -16,7 +16,7 @@ import pytest
 from trainer.elastic.slots import take_slot
 from trainer.etcd.client import EtcdClient
 
-# Agents of a run of several start from a process that has imported torch, as `launch` does it by default
+# If a run has several agents, they start from a process that has imported torch, as with `launch` by default
 LAUNCH = """
 import json, sys
 from trainer.config import TrainingConfig
@@ -243,7 +243,7 @@ def test_a_launch_that_is_refused_does_not_end_the_run_of_others(
 def test_a_second_launch_frees_the_slot_of_its_killed_agent_and_knows_its_failures(
     start: Start, tmp_path: Path, etcd: str
 ) -> None:
-    """Its first agent has the slot 1, as another machine has the slot 0."""
+    """Its first agent has slot 1, because another machine has slot 0."""
     act = 'if (run / "fail").exists(): raise ValueError("the moon is full")'
     with EtcdClient([etcd], "/torchelastic/second") as client:
         other = client.lease(60)

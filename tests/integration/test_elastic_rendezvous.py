@@ -167,7 +167,7 @@ def test_members_of_a_node_that_has_taken_the_slot_over_are_left_alone(node, cli
     one = node("1:2", slot=0)
     one.next_rendezvous()
     assert one._lease
-    with one._lease._lock:  # it stood still, and has not noticed yet that its lease is gone
+    with one._lease._lock:  # it was stalled, and has not noticed yet that its lease is gone
         client.revoke(one._lease.id)
         client.put("slots/0", {"node": "another", "host": "elsewhere", "pid": 1}, client.grant(60))
     client.put("members/0000", {"slot": 0}, client.grant(60))

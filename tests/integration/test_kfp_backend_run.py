@@ -169,7 +169,7 @@ def test_a_run_with_nothing_set_succeeds(place: Place, evaluated: bool) -> None:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_reason_of_a_failing_step_is_read_at_the_laptop(place: Place) -> None:
-    """A path in a worker's pod is said as its claim."""
+    """A path in a worker's pod is shown as a path on its claim."""
     place.story.fail("precache", "the disk of /data/datasets is full", 2)
     place.submit()
     ended = place.wait()

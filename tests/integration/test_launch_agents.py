@@ -1,4 +1,4 @@
-"""What `launch` does about its agents, which are played here, with a real etcd."""
+"""How `launch` handles its agents, which are stand-ins here. etcd is real."""
 
 import errno
 import signal
@@ -40,7 +40,7 @@ def client(config: TrainingConfig) -> Iterator[EtcdClient]:
 
 
 class Played(AgentProcess):
-    """An agent without a process. What it has been asked for is in `asked`."""
+    """An agent without a process. `asked` lists what it has been asked to do."""
 
     ending: int | None = None  # its exit status, once it has ended
     on_start: Callable[[], None] = staticmethod(lambda: None)
@@ -83,7 +83,7 @@ def test_a_run_whose_last_node_fails_while_another_leaves_is_not_complete(run: _
     first, second = played(run)
 
     def leave(line: str) -> None:  # as `scale` has asked it to; it saves until then
-        if line.endswith(("the others go on", "stopping the other workers")):
+        if line.endswith(("the others continue", "stopping the other workers")):
             second.ending = 143
 
     run._log = leave

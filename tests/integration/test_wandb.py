@@ -92,7 +92,7 @@ def served(manner: str) -> Iterator[Server]:
 
 @dataclass
 class Trained:
-    """A training that has ended, or what stands for one.
+    """A training that has ended, or a program in its place.
 
     Attributes:
         volume: The worker's directory.
@@ -113,7 +113,7 @@ class Trained:
         return [event["message"] for event in self.events if event["event"] == "warning"]
 
 
-# What a worker tells a tracker, without the training
+# What a worker sends to a tracker, without the training
 WORKER = """
 import sys
 from pathlib import Path

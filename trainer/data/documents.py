@@ -25,7 +25,7 @@ FORMATS = {
     "Arrow": (".arrow",),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-BATCH_ROWS = 64  # of a Parquet file that are in memory at a time: a text may be a whole book
+BATCH_ROWS = 64  # rows of a Parquet file in memory at a time; a text may be a whole book
 _RATIO = 4  # of compressed text, approximately
 _ARROW_FILE = b"ARROW1"  # start of a file, as opposed to a stream
 _PIECE = 32 * 2**10  # characters; longer plain texts are divided, so that part of a single one can be held out

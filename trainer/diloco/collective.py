@@ -56,7 +56,7 @@ def weighted_mean(
     workspace: Workspace | None = None,
     merge: Merge = MEAN,
 ) -> Reduced:
-    """The weighted mean of the members' `values`, or the result of another `merge`: `Prepared`, then `reduce`."""
+    """The weighted mean of the members' `values`, or the result of another `merge`. Calls `Prepared` and `reduce`."""
     workspace = workspace or Workspace()
     return reduce(group, Prepared(values, weight, codec, workspace, merge), on_chunk, workspace)
 

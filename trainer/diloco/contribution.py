@@ -27,7 +27,7 @@ class Contribution:
     """A worker's inner steps since its last synchronisation, fragment by fragment.
 
     Args:
-        rounded: The low-precision parameters: see `FlatLayout.rounded`.
+        rounded: The low-precision parameters; see `FlatLayout.rounded`.
 
     Attributes:
         samples: By fragment, the samples behind its next pseudo-gradient so far, including carried-over ones.
@@ -89,10 +89,10 @@ class Contribution:
             fragment.of(self.carried_over).zero_()
 
     def displacement(self, fragment: Fragment, local: Tensor, carried_over: Tensor | None, out: Tensor) -> Tensor:
-        """How far this worker's inner steps have moved the fragment, to `local`, carried-over ones included.
+        """How far this worker's inner steps, carried-over ones included, have moved the fragment.
 
-        They started from θ, plus `offset`, rounded to the parameters' precision. All tensors are float32 (n,); `out` is
-        memory for the result, and may be `local`.
+        They started from θ plus `offset`, rounded to the parameters' precision, and ended at `local`. All tensors are
+        float32 (n,); `out` is memory for the result, and may be `local`.
         """
         torch.sub(fragment.of(self._state.parameters), local, out=out)
         for more in (carried_over, self.offset):
@@ -120,7 +120,7 @@ class Contribution:
         return residual if is_finite(residual) else None
 
     def is_plain(self, closed: Closed) -> bool:
-        """Whether the pseudo-gradient of the full model is θ minus this worker's parameters but for rounding."""
+        """Whether the pseudo-gradient of the full model is θ minus this worker's parameters, except for rounding."""
         added = (closed.carried_over, self.residual, self.offset)
         return self.fragments == 1 and not closed.scales and all(tensor is None for tensor in added)
 
@@ -151,7 +151,7 @@ class Contribution:
         return range(fragment.index, fragment.index + 1)
 
     def _add_rounding(self, fragment: Fragment, displacement: Tensor) -> None:
-        """Add the rounding error with which low-precision parameters started from θ, plus `offset`.
+        """Add the rounding error with which low-precision parameters started from θ plus `offset`.
 
         Otherwise every pseudo-gradient would contain it, with the same sign in all workers, and the outer step would
         undo progress below the parameters' precision.

@@ -389,7 +389,7 @@ class DiLoCo(OwnLoop):
         if overlaps:
             base = outer_step.after["model"] if moved else fragment.of(self.state.parameters)
             shift = torch.sub(base, ended, out=ended)
-            if not is_finite(shift):  # adding to it cannot help: θ replaces it
+            if not is_finite(shift):  # no shift can repair these parameters: θ replaces them
                 shift = None
             elif moved and self.overlap and self.overlap.mixing:
                 offset = shift * -self.overlap.mixing

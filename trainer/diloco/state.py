@@ -48,7 +48,7 @@ class GlobalState:
     Attributes:
         round: Committed rounds.
         step: The schedule position, in inner steps.
-        room: Whether there is memory for a number of vectors; by default always.
+        room: Returns whether there is memory for a number of vectors. By default, there always is.
     """
 
     def __init__(
@@ -86,13 +86,15 @@ class GlobalState:
         return dict(self._tensors)
 
     def has_room(self, vectors: int = 0, *, lent: bool = False) -> bool:
-        """Whether a number of vectors fit beside those of later rounds; `lent`: if the state is lent now."""
-        states = (not self._spare) + (lent or bool(self._readers))  # the next outer step's, and what replaces the lent
+        """Whether a number of vectors fits beside those of later rounds. `lent`: assume that the state is lent."""
+        states = (not self._spare) + (lent or bool(self._readers))  # for the next outer step, and to replace a lent one
         return self.room(vectors + states * len(self._tensors))
 
     def borrow(self, round: int) -> tuple[int, dict[str, Tensor]] | None:
-        """The step and the tensors after `round`, which never change. None: the state is another one, or there is no
-        memory to go on with meanwhile."""
+        """The step, and the tensors after `round`, which never change.
+
+        None if the state belongs to another round, or there is no memory to continue while it is lent.
+        """
         with self._lock:
             if round != self.round or not self.has_room(lent=True):
                 return None

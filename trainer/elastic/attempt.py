@@ -53,7 +53,7 @@ class Attempts:
         self._connecting = threading.Thread()  # a daemon: the process does not wait for it to end
 
     def prepare(self, exchange: Exchange) -> Prepared:
-        """Do all computation that precedes the first message, unless it is done: others time out on a silent member."""
+        """Do all computation that precedes the first message, once: other members time out on a silent one."""
         if exchange.prepared is None or exchange.prepared.spent:
             values, fragment = exchange.pseudo_gradient, exchange.fragment
             exchange.prepared = Prepared(values, exchange.weight, fragment.codec, self._workspace, fragment.merge)
@@ -63,8 +63,8 @@ class Attempts:
         """Run the collective of an attempt. Returns None if it failed.
 
         Raises:
-            TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`; etcd refuses a request.
-            Interrupted: This process is to end. The other members fail this attempt, too, and go on without it.
+            TrainingError: All attempts at the round have failed for `elastic.rdzv_timeout`, or etcd denies a request.
+            Interrupted: This process has to end. The other members also fail this attempt, and continue without it.
         """
         # Run it, and vote for its result
         try:

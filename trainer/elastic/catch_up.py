@@ -30,8 +30,8 @@ class Replica:
 
     `find` serves them to other members, on a donor's threads:
 
-        state/<term>.<round>   the global state after that round, if there is memory to go on with meanwhile
-        mean/<term>.<round>    the mean of its outer step, as it was coded
+        state/<term>.<round>   the global state after that round, if there is memory to continue meanwhile
+        mean/<term>.<round>    the coded mean of its outer step
         <name>                 the worker's tensors in `offers`
 
     Args:

@@ -22,8 +22,8 @@ Status = Literal["open", "succeeded", "failed"]
 LIVING = (
     *("nodes/", "slots/", "started", "members/", "numbers/"),
     *("round", "coordinator", "arrivals/", "votes/", "ready/", "left/", "commits/", "calls/"),
-    *("wanted/", "sources/"),  # of machines that join, and of those that serve them files
-    "desired/",  # requests of `scale`, for a launch that runs
+    *("wanted/", "sources/"),  # of joining machines, and of those that serve them files
+    "desired/",  # requests of `scale` to a running launch
     *("rendezvous", "store/"),  # torchrun's, of the `ddp` baseline
 )
 
@@ -124,7 +124,7 @@ def forget_processes(client: EtcdClient) -> None:
 
 
 def free_slots(client: EtcdClient, nodes: Container[str]) -> None:
-    """Revoke at once the leases of nodes, by their ids, whose agents are dead: the node, its slot, its members."""
+    """Immediately revoke the leases of nodes (ids) whose agents are dead: the node, its slot, its members."""
     for key, entry in client.list("slots/").items():
         if entry.value["node"] in nodes:
             client.revoke(entry.lease)
@@ -132,7 +132,7 @@ def free_slots(client: EtcdClient, nodes: Container[str]) -> None:
 
 
 def free_dead_slots(client: EtcdClient) -> None:
-    """`free_slots` for the nodes whose agent was on this machine, and is dead."""
+    """Call `free_slots` for the nodes whose agents were on this machine and are dead."""
     here = (entry.value for entry in client.list("slots/").values() if entry.value["host"] == socket.gethostname())
     free_slots(client, {holder["node"] for holder in here if not pid_exists(holder["pid"])})
 

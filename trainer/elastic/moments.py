@@ -43,8 +43,8 @@ class Moments(Mapping[str, Tensor]):
 class ShardedMoments(Mapping[str, Tensor]):
     """Like `Moments`, for an optimizer whose state is sharded over processes: a copy, made when a joiner requests it.
 
-    A joiner asks again for a few seconds. Its first request is noted here, on a donor's thread; the training thread
-    makes the copy at the next `refresh` that finds `room` for it, and gives it up after `most` further ones.
+    A joiner repeats its request for a few seconds. The first request is noted here on a donor's thread; the training
+    thread makes the copy at the next `refresh` that finds `room` for it, and drops it after `most` further ones.
     """
 
     def __init__(self, optimizer: Stateful, most: int, room: Callable[[], bool]) -> None:

@@ -89,10 +89,10 @@ class EmbeddedEtcd:
         self._process = None
 
     def restart_if_dead(self) -> bool:
-        """Restart it if it has died, on the same port with the same data. Returns whether it did.
+        """If it has died, restart it on the same port with the same data. Returns whether it was restarted.
 
-        It does not wait until etcd is healthy. If it cannot be started, or dies again, a later call tries again: its
-        port may be taken, or the disk full, for a while.
+        This does not wait until etcd is healthy. If etcd cannot be started, or dies again, a later call tries again,
+        because the port may be taken, or the disk full, for a while.
         """
         if self._process is None or self._process.poll() is None or time.monotonic() < self._next_start:
             return False
@@ -137,7 +137,7 @@ class EmbeddedEtcd:
             )
 
     def wait_until_healthy(self) -> None:
-        """Wait until it serves its clients. Raises ConfigError or TrainingError if it does not: see the class."""
+        """Wait until it serves its clients. Raises ConfigError or TrainingError if it does not; see the class."""
         process = self._process
         assert process is not None
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]

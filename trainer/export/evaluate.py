@@ -38,8 +38,8 @@ def evaluate(
 
     Returns:
         The content of `evaluation.json`: the scores of the task and of its baseline, `headline`, `tokens_per_second`,
-        `sequences` (samples), the circumstances, `sample` (example output), `confusion` (of a classification), and
-        every sum of `Task.score` that is a number and has no score's name.
+        `sequences` (samples), the circumstances, `sample` (example output), `confusion` (for a classification), and
+        every numeric sum of `Task.score`, except those with the name of a score.
 
     Raises:
         ConfigError: There is no such run, export, dataset or device.
@@ -64,7 +64,7 @@ def evaluate(
 
     # Keep the scores for the report, on the model card, and on the hub
     evaluation = {
-        **scores,  # first: of many numbers, a step shows the first ones
+        **scores,  # first, because a step shows only the first of many numbers
         **about,
         "headline": task.headline(scores),
         "task": task.name,
@@ -82,7 +82,7 @@ def evaluate(
 def _score(
     config: TrainingConfig, task: "Task", export: Path, dataset: Path, content: str, size: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The scores of an exported model and its baseline; and speed, circumstances, examples and sums."""
+    """The scores of an exported model and its baseline, and then speed, circumstances, examples and sums."""
     import numpy as np
     import torch
 

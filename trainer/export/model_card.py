@@ -23,7 +23,7 @@ def facts_of(run: TrainedRun, parameters: int) -> dict[str, Any]:
     assert manifest is not None  # `build` has read it
     history, checkpoint = read_run(run.directory, run.config.run_id), run.checkpoint
     content = summary(history)
-    is_whole = len(history.workers) == history.all_workers  # a pod has the file of one worker
+    is_whole = len(history.workers) == history.all_workers  # a pod has only one worker's file
     family, _, argument = run.config.dataset.partition(":")
     return {
         "run_id": run.config.run_id,

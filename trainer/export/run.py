@@ -36,7 +36,7 @@ class TrainedRun:
         directory = Path(config.run_dir or Path("runs") / config.run_id)
         if not directory.is_dir():
             raise ConfigError("run_dir", directory, "no such directory")
-        recorded = read_run(directory, config.run_id).config  # of several runs that have used the volume
+        recorded = read_run(directory, config.run_id).config  # several runs may have used the volume
         if recorded and config.run_id not in ("", recorded.get("run_id")):
             raise ConfigError("run_id", config.run_id, f"the run in {directory} is {recorded.get('run_id')}")
         config = config.with_values(run_dir=str(directory))

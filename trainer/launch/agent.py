@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MEMORY_KILLS = 2  # out-of-memory kills after which a worker is not restarted
-_REFUSED = 2  # exit status of a worker whose configuration is refused
-_LEFT = 143  # exit status of a worker that has left, after SIGTERM
+_REFUSED = 2  # exit status of a worker with an invalid configuration
+_LEFT = 143  # exit status of a worker that has left after SIGTERM
 _KILLED = -signal.SIGKILL
 _VAGUE = re.compile(r"the worker of node \d+ (ended with status \d+|was killed by SIG\w+( \(out of memory\?\))?)")
 
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="the node's resolved configuration (JSON)")
     parser.add_argument("--slot", type=int, help="the preferred slot")
-    parser.add_argument("--node", default="", help="the node's id, by which `launch` knows it; by default a new one")
-    parser.add_argument("command", nargs="*", help="the worker; by default `python -m trainer train --config FILE`")
+    parser.add_argument("--node", default="", help="the node's id, known to `launch`; by default a new one")
+    parser.add_argument("command", nargs="*", help="the worker's command [python -m trainer train --config FILE]")
     parsed = parser.parse_args(arguments)
     config = TrainingConfig.from_tree(read_json(parsed.config))
     command = parsed.command or worker_command(parsed.config)
@@ -93,7 +93,7 @@ def run_agent(
         command: The worker's command.
         slot: The preferred slot.
         memory: The workers' cgroup; by default this process's.
-        standby: Starts the workers; closed at the end. Without one, each start is a new interpreter's.
+        standby: Starts the workers; closed at the end. Without it, each worker starts a new interpreter.
         node: The node's id; by default a new one.
 
     Raises:
@@ -107,14 +107,14 @@ def run_agent(
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
     def leave() -> None:
-        if config.optim_method != "ddp" or status < 128:  # torch's rendezvous closes for all nodes, which may go on
+        if config.optim_method != "ddp" or status < 128:  # closing torch's rendezvous would stop the other nodes
             rendezvous.shutdown()
 
     status, clean_up = 0, ExitStack()
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        # Prepare what has to be cleaned up
+        # Create everything that has to be cleaned up
         if config.island:
             from trainer.island.memory import remove
 
@@ -146,7 +146,7 @@ def _train(
     logs: str,
     timeouts: LaunchTimeouts,
 ) -> int:
-    """Run the workers, and conclude from how they end; returns the exit status."""
+    """Run the workers, and write the verdict if they fail for good. Returns the exit status."""
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     try:
@@ -164,7 +164,7 @@ def _train(
 
 
 def _log_directory() -> "tempfile.TemporaryDirectory[str]":
-    """For torch's logs, which torch does not remove."""
+    """A directory for torch's logs, which torch does not remove."""
     return tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)
 
 
@@ -175,7 +175,7 @@ def _keep_torch_quiet() -> None:
 
 
 def _rendezvous(config: TrainingConfig, slot: int | None, node: str) -> "RendezvousHandler":
-    """The rendezvous of the run's agents: elastic nodes or, for the `ddp` baseline, one world of all nodes."""
+    """The rendezvous of the run's agents: of elastic nodes or, for the `ddp` baseline, of one world with all nodes."""
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
     from trainer.launch import etcd3_diloco_rendezvous, etcd3_rendezvous
@@ -183,7 +183,7 @@ def _rendezvous(config: TrainingConfig, slot: int | None, node: str) -> "Rendezv
     world, etcd, timeout = config.optim_method == "ddp", config.etcd, config.elastic.rdzv_timeout
     own: dict[str, Any] = {"timeout": timeout, "nodes": config.nodes, "slot": slot, "node": node}
     own |= {"lease_ttl": config.lease_ttl, "outage_limit": config.etcd_outage_limit}
-    # A world of one node needs no address: advertised ones may be a router's, which does not lead back here.
+    # A world of one node needs no advertised address, which may be a router's that does not lead back here
     address = (config.addresses or [local_address(etcd.endpoints[0])])[0] if world else None
     parameters = RendezvousParameters(
         etcd3_rendezvous.BACKEND if world else etcd3_diloco_rendezvous.BACKEND,
@@ -266,9 +266,9 @@ def _start_workers_from(standby: Standby, command: list[str]) -> None:
 
 
 def _status(codes: Collection[int]) -> int:
-    """The exit status of a node whose workers failed with these: 2 or 143, which a restart does not change, else 1.
+    """The exit status of a node whose workers failed with `codes`: 2 or 143, for which a restart is pointless, else 1.
 
-    When one fails, torch sends SIGTERM to the others: 143 counts only if no worker has ended otherwise.
+    When one worker fails, torch sends SIGTERM to the others, so 143 counts only if all have ended with it.
     """
     if _REFUSED in codes:
         return _REFUSED

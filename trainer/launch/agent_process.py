@@ -11,7 +11,7 @@ from trainer.errors import TrainingError
 from trainer.launch.standby import Program, Standby
 from trainer.process import dying_with_parent
 
-_NO_ROOM = (errno.EAGAIN, errno.ENOMEM)  # why the system may refuse another process for a while
+_NO_ROOM = (errno.EAGAIN, errno.ENOMEM)  # the system temporarily refuses another process
 _ERROR = re.compile(r"(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*))")
 
 
@@ -33,13 +33,13 @@ class AgentProcess:
     ) -> None:
         self.node, self.log, self._standby = node, log, standby
         self.restarts = 0  # after the agent was killed
-        self.ids: set[str] = set()  # of the node in the run: of this process and its predecessors
-        self.leaving = False  # it was asked to leave, so its end is no failure
+        self.ids: set[str] = set()  # the node's ids in the run, those of this process and its predecessors
+        self.leaving = False  # it was asked to leave, so its exit is not a failure
         self._agent = [sys.executable, "-m", "trainer.launch.agent", "--config", str(config), "--slot", str(node)]
         self._worker = ["--", *command] if command else []
         self._environment = environment
         self._process: subprocess.Popen[bytes] | Program | None = None
-        self._due = False  # it is to be started, once there is room
+        self._due = False  # it has to be started as soon as the system has room
         self._terminated = False
         self._end_reported = True
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,16 +52,16 @@ class AgentProcess:
 
     @property
     def running(self) -> bool:
-        """Whether it runs, or is to."""
+        """Whether it is running, or will be started as soon as the system has room."""
         return self._due or (self._process is not None and self._process.poll() is None)
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is left to say about it: it was not started, or `has_just_ended` has reported its end."""
+        """Whether nothing is left to report: it was not started, or `has_just_ended` has reported its end."""
         return self._end_reported
 
     def start(self) -> bool:
-        """Start it, again if it has ended. False: the system has no room for it now; `start_if_due` tries again.
+        """Start the agent, or restart it if it has ended. False if the system has no room; `start_if_due` tries again.
 
         Raises:
             TrainingError: It cannot be started.
@@ -70,7 +70,7 @@ class AgentProcess:
         return self.start_if_due()
 
     def start_if_due(self) -> bool:
-        """Start it if it is to run, and does not yet. Returns and raises as `start`."""
+        """Start the agent if that is due. Returns and raises like `start`."""
         if not self._due:
             return True
         id = uuid.uuid4().hex
@@ -103,14 +103,14 @@ class AgentProcess:
         return self._end_reported and not before
 
     def terminate(self) -> None:
-        """Send SIGTERM if it runs, but only once: a second one would keep its workers from saving."""
+        """Send SIGTERM if it is running, but only once: a second signal would keep its workers from saving."""
         self._due = False
         if self._process is not None and not self._terminated:
             self._terminated = True
             self._process.terminate()
 
     def kill(self) -> None:
-        """Kill it if it runs, and wait for its end."""
+        """Kill it if it is running, and wait until it has ended."""
         self._due = False
         if self._process is not None:
             self._process.kill()

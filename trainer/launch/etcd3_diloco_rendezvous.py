@@ -84,7 +84,7 @@ class NodeRendezvous(RendezvousHandler):
         try:
             if self.slot is None:
                 self._raise_if_closed()
-            else:  # a restart, which waits for an unreachable etcd
+            else:  # a restart, which waits while etcd is unreachable
                 self._client.wait_for(self._unless_closed(self._clear_slot), self._timeout)
             if self.slot is None:
                 self._take_slot()
@@ -129,9 +129,10 @@ class NodeRendezvous(RendezvousHandler):
         return True
 
     def _clear_slot(self) -> bool:
-        """This node's workers are dead: the others need not wait until their leases expire.
+        """Revoke the leases of this node's dead workers, so that the others need not wait for them to expire.
 
-        If this process stood still, another node may have the slot, and the slot's members are that node's.
+        If this process was stalled, another node may have taken the slot. Then the slot's members belong to that node,
+        and this node gives up the slot.
         """
         assert self._lease is not None and self.slot is not None
         if self._holds_slot():
@@ -208,7 +209,7 @@ class NodeRendezvous(RendezvousHandler):
         return check
 
     def _within_outage_limit(self, predicate: Callable[[], bool | None]) -> Callable[[], bool | None]:
-        """The predicate, which raises RendezvousConnectionError once etcd has been unreachable for the limit."""
+        """The predicate; it raises RendezvousConnectionError once etcd has been unreachable for `outage_limit`."""
         reached = time.monotonic()
 
         def check() -> bool | None:

@@ -116,7 +116,7 @@ def launch(
             if not joins and config.max_nodes > config.nodes:
                 resources.enter_context(admitting(config, run_dir, ttl, log))
         # Run the agents
-        client.delete(request_key(run_dir))  # left for an earlier launch whose process had the same number
+        client.delete(request_key(run_dir))  # left over from an earlier launch whose process had the same id
         run = _Run(config, client, etcd, command, timeouts, joins=joins, log=log)
         resources.callback(summarise, run_dir, log)
         if listening:
@@ -143,7 +143,7 @@ def _reset(client: EtcdClient, etcd: EmbeddedEtcd | None, listening: Listening |
     if listening:
         keys.free_dead_slots(client)
     if etcd is not None and not (listening and client.list("slots/")):
-        keys.forget_processes(client)  # only this run uses it, so its live keys belong to dead processes
+        keys.forget_processes(client)  # only this run uses this etcd, so its live keys belong to dead processes
     keys.reopen(client)
 
 
@@ -172,8 +172,8 @@ class _Run:
         self._standby: Standby | None = None  # for the agents
         self._lost: list[str] = []  # workers that failed for good while the others continued
         self._add(config.nodes)
-        self._request = request_key(self._run_dir)  # of `scale`, for another number of nodes
-        self._scale_requested = threading.Event()  # there may be one
+        self._request = request_key(self._run_dir)
+        self._scale_requested = threading.Event()  # `scale` may have requested another number of nodes
         self._signals: list[int] = []  # received so far
         self._wake = threading.Event()
 
@@ -195,7 +195,7 @@ class _Run:
         self._desired = nodes
 
     def follow(self) -> int:
-        """Start the agents and show their progress until all have ended; returns 0 if the run is complete."""
+        """Start the agents and show their progress until all have ended. Returns 0 if the run is complete."""
         with (
             self._handling_signals(),
             view(self._dashboard, self._log) as shown,
@@ -243,7 +243,7 @@ class _Run:
                     shown.show("stopping: the workers save and leave; a second signal kills them")
                 for agent in self._agents:
                     agent.terminate() if handled == 1 else agent.kill()
-            # React to requests of `scale`, and to agents that have ended, or could not start
+            # Handle `scale` requests, and agents that have ended or could not start
             if self._scale_requested.is_set() and not (self._signals or failure):
                 self._scale(shown)
             for agent in self._agents:
@@ -253,12 +253,12 @@ class _Run:
         return failure
 
     def _end(self, shown: View) -> None:
-        """End the agents. If something here has failed while they run, their workers save first."""
+        """End the agents. If some are still running because this process has failed, their workers save first."""
         if any(agent.running for agent in self._agents):
             for agent in self._agents:
                 agent.terminate()
             with suppress(OSError):
-                shown.show("stopping, since `launch` itself has failed: the workers save and leave")
+                shown.show("stopping because `launch` itself has failed: the workers save and leave")
         while any(agent.running for agent in self._agents) and len(self._signals) < 2:
             self._wake.wait(self._timeouts.poll)
             self._wake.clear()
@@ -280,12 +280,12 @@ class _Run:
         # Restart an agent that was killed
         if (agent.status or 0) < 0 and agent.restarts < self._config.elastic.max_restarts:
             shown.show(f"the agent of worker {agent.node} was killed: starting it again")
-            with suppress(EtcdError):  # if etcd is unreachable, the slot is free when its lease ends
+            with suppress(EtcdError):  # if etcd is unreachable, the slot becomes free when its lease expires
                 self._nodes.free(agent)
             agent.restarts += 1
             self._start(agent, shown)
             return ""
-        # Go on without it, if enough nodes stay, here and elsewhere
+        # Continue without it if enough nodes are left, here and elsewhere
         staying, elsewhere = sum(other.running and not other.leaving for other in self._agents), 0
         with suppress(EtcdError):
             elsewhere = self._nodes.elsewhere()
@@ -307,17 +307,17 @@ class _Run:
         return failure
 
     def _scale(self, shown: View) -> None:
-        """Start further agents, or ask the last ones to leave, as `scale` has requested."""
+        """Start more agents, or ask the last ones to leave, as requested by `scale`."""
         self._scale_requested.clear()
         try:
             request = self._client.get(self._request)
             if request is None:
                 return
             if not self._client.delete(self._request, request.revision):  # deleting it acknowledges it
-                self._scale_requested.set()  # there is a newer one
+                self._scale_requested.set()  # there is a newer request
                 return
         except EtcdError:
-            self._scale_requested.set()  # the next turn tries again
+            self._scale_requested.set()  # try again next time
             return
         nodes = min(int(request.value["nodes"]), self._config.max_nodes)
         try:
@@ -334,7 +334,7 @@ class _Run:
                 self._bring_back(agent, shown)
 
     def _bring_back(self, agent: AgentProcess, shown: View) -> None:
-        """Start an agent that is new, or has left, if its node is desired."""
+        """Start an agent that is new or has left, if its node is wanted."""
         if agent.node < self._desired and not agent.running and (agent.leaving or agent.status is None):
             agent.leaving = False
             self._start(agent, shown)

@@ -31,7 +31,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def holder_of(run_dir: Path) -> str:
-    """The launch that has the run directory, or had it last, as <process>@<host>; empty: none has had it."""
+    """The launch that uses the run directory, or was the last to use it, as <process>@<host>; "" if there is none."""
     try:
         return (run_dir / "lock").read_text(encoding="utf-8").strip()
     except FileNotFoundError:

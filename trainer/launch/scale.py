@@ -12,7 +12,7 @@ from trainer.monitor.find_run import find, run_directory
 from trainer.timeouts import LaunchTimeouts
 from trainer.volume import Volume, worker_configs
 
-_DESIRED = "desired/"  # <launch>: {nodes}: the desired number of nodes; that launch deletes the key to acknowledge it
+_DESIRED = "desired/"  # <launch>: {nodes}, the desired number of nodes; that launch deletes the key to acknowledge it
 
 
 def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchTimeouts()) -> None:
@@ -22,8 +22,8 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
     highest numbers save and leave, and the others continue.
 
     Raises:
-        ConfigError: `nodes` is outside of the run's bounds; or no `launch` has run in the directory.
-        TrainingError: The run is over or not running, or its `launch` does not answer.
+        ConfigError: `nodes` is outside the run's bounds, or no `launch` has run in the directory.
+        TrainingError: The run is over or not running, or its `launch` does not respond.
     """
     from trainer.data import precache
 
@@ -54,7 +54,7 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
 
 
 def request_key(run_dir: Path) -> str:
-    """The key of requests for the launch that has a run directory."""
+    """The key of requests to the launch that uses a run directory."""
     return f"{_DESIRED}{holder_of(run_dir)}"
 
 

@@ -86,10 +86,10 @@ class Sharing:
                 attempt(self._serve)
 
     def _report(self, error: BaseException) -> None:
-        """Warn of a failed attempt, unless the one before it has failed for the same reason."""
+        """Warn of a failed attempt, unless the previous one failed for the same reason."""
         if self._reason != str(error):
             self._reason = str(error)
-            self._warn(f"a machine that joins needs the dataset, but this one cannot serve it: {error}; trying again")
+            self._warn(f"a joining machine needs the dataset, but this one cannot serve it: {error}; trying again")
 
     def _serve(self) -> None:
         # Importing torch takes seconds, so do it only when there is a request

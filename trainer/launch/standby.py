@@ -53,9 +53,9 @@ class Standby:
         self.pid, self._connection = pid, connection
         self._changed = threading.Condition()  # guards the fields below
         self._is_alive, self._is_ready = True, False
-        self._answer: Program | int = 0  # the program that was started last, or -errno
+        self._answer: Program | int = 0  # the last started program, or -errno
         self._running: dict[int, Program] = {}  # by process
-        # A thread, because an agent's signal handlers raise: a message must not be lost, or read by half
+        # On a thread, because an agent's signal handlers raise: a message must not be lost or half read
         self._listener = threading.Thread(target=self._listen, name="standby", daemon=True)
         self._listener.start()
 
@@ -128,7 +128,7 @@ class Standby:
             return None
 
     def wait_for_end(self, program: "Program", timeout: float | None) -> None:
-        """Wait up to `timeout` seconds for a program to end; then it has its exit code."""
+        """Wait up to `timeout` seconds for a program to end. Its `returncode` is then set."""
         with self._changed:
             self._changed.wait_for(lambda: program.returncode is not None or not self._is_alive, timeout)
 

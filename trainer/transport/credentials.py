@@ -6,8 +6,8 @@ is made. So etcd only has to hold a few random bytes, and every process that may
 Certificates of another authority can be given instead: a directory with `ca.crt`, `tls.crt` and `tls.key`, as written
 by cert-manager and found in Kubernetes' TLS secrets.
 
-Whether or not a connection is encrypted, each end also answers a challenge of the other with the secret: see `proof`.
-So a certificate of another authority is not enough.
+Whether or not a connection is encrypted, each end also answers the other's challenge with the secret: see `proof`. So a
+certificate of another authority is not enough by itself.
 """
 
 import datetime
@@ -52,7 +52,7 @@ class Credentials:
         return self.server is not None and (self.loopback or not local)
 
     def channel(self, connection: socket.socket, dialled: bool) -> bytes:
-        """What both ends of a connection know about it. A man in the middle has two connections, where it differs.
+        """What both ends of a connection know about it. It differs between a man in the middle's two connections.
 
         Args:
             dialled: Whether this end is the dialler.
@@ -69,7 +69,7 @@ class Credentials:
         """HMAC-SHA256 with which one end proves that it has the secret.
 
         Args:
-            role: `DIALLER` or `ACCEPTOR`: the proof of one is invalid for the other.
+            role: `DIALLER` or `ACCEPTOR`. The proof of one is invalid for the other.
             context: The channel and a new challenge, of fixed length.
         """
         return hmac.digest(self.secret, role + context + message, "sha256")
@@ -116,7 +116,7 @@ def _context(side: int, directory: Path) -> ssl.SSLContext:
 
 
 def _first(file: Path) -> bytes:
-    """The first certificate of a file, in DER. OpenSSL, which has loaded the file, presents this one."""
+    """The first certificate in a file, in DER. This is the one that OpenSSL, which has loaded the file, presents."""
     pem = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_text("latin-1"), re.DOTALL)
     if pem is None:
         raise ConfigError("transport_certificates", file.parent, f"must hold {', '.join(FILES)} in PEM")

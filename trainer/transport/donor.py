@@ -46,8 +46,8 @@ class _Held:
 class Donor:
     """Answers the requests of fetchers as the `handle` of a `Transport`, on the links' receiving threads.
 
-    It holds an offer until it has not been read for `TransportTimeouts.hold`. A thread, which runs while there are
-    offers, then releases it; `close` does so at once.
+    It releases an offer that has not been read for `TransportTimeouts.hold` seconds, on a thread that runs only while
+    there are offers. `close` releases all offers at once.
 
     Args:
         find: Returns the offer with a name ("state/12"), or None. Called on several threads; must return quickly.
@@ -57,7 +57,7 @@ class Donor:
         self._find, self._timeouts = find, timeouts
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}  # by id
-        self._releases = False  # whether there is a thread that releases them
+        self._releases = False  # whether a thread is running that releases them
         self._closed = threading.Event()
 
     def __call__(self, link: Link, key: Key, tag: int, request: dict[str, Any]) -> None:
@@ -71,13 +71,13 @@ class Donor:
             link.reply(key, tag, {"error": f"{type(error).__name__} at the donor"})
 
     def close(self) -> None:
-        """Release all offers; there is nothing to find any more."""
+        """Release all offers. From now on, none can be found."""
         self._closed.set()
         with self._lock:
             self._held.clear()
 
     def _look_up(self, name: str) -> dict[str, Any]:
-        """Find an offer, and hold it so that its chunks can be read although `find` may return a newer one."""
+        """Find an offer and hold it, so that its chunks can be read even if `find` then returns a newer one."""
         if (offer := self._find(name)) is None:
             return {"missing": True}
         with self._lock:

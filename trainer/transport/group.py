@@ -10,7 +10,7 @@ class Group:
     """The links of an attempt. `Transport.finish` ends it.
 
     Args:
-        links: By rank; None for this member.
+        links: Links by rank; None for this member.
         silence, ended: See `Pending.wait`.
     """
 
@@ -29,7 +29,7 @@ class Group:
         return self._link(source).receive(self._attempt, tag, into)
 
     def wait(self, pending: Pending) -> None:
-        """Return when a message has arrived, or left. Raises as `Pending.wait`."""
+        """Wait until a message has been sent or received. Raises like `Pending.wait`."""
         pending.wait(self._silence, ended=self._ended)
 
     def _link(self, rank: int) -> Link:

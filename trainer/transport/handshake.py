@@ -43,7 +43,7 @@ _LENGTH = struct.Struct("!H")
 _PLAIN, _TLS = b"\x00", b"\x16"  # a client's first byte in TLS (RFC 8446, 5.1)
 
 Consent = Callable[[], None]
-"""Tells a dialler to begin, with the proof that this process belongs to the run. Raises OSError if it is gone."""
+"""Tells a dialler to begin, and proves that this process belongs to the run. Raises OSError if the dialler is gone."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Dialler:
             patience: Maximum seconds until the other end consents; 0: the time limit of a handshake.
 
         Raises:
-            OSError: No endpoint answers or consents with a proof, or there is none.
+            OSError: No endpoint answers and consents with a proof, or there is none.
         """
         if not endpoints:
             raise OSError("no address is known")
@@ -280,7 +280,7 @@ class Listener:
         for key, _ in self._selector.select(1.0):
             if key.fileobj is self._socket:
                 self._greet()
-            elif key.data in self._strangers:  # else `_greet` has just dropped it
+            elif key.data in self._strangers:  # otherwise `_greet` has just dropped it
                 self._advance(key.data)
         limit = time.monotonic() - self._timeouts.handshake
         for stranger in [one for one in self._strangers if one.since < limit]:

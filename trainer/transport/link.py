@@ -38,9 +38,9 @@ ROUNDS, BULK = "rounds", "bulk"  # lanes
 FRAME_BYTES = 256 << 10  # maximum size of a frame's body if there are several streams
 # Of a stream: AES-GCM should not encrypt more than some 390 GB with a key (RFC 8446, 5.5), and OpenSSL keeps to one
 WORN_BYTES = 256 << 30
-_LOOK = 1.0  # seconds between two looks of a wait at the clock
-FAREWELL = 1.0  # seconds in which the other streams of a link end after the first one has
-QUEUED_BYTES = 32 << 20  # of answers to requests: then no further request is read
+_LOOK = 1.0  # seconds after which a wait checks the clock again
+FAREWELL = 1.0  # seconds for a link's other streams to end after the first one
+QUEUED_BYTES = 32 << 20  # of queued answers, above which no further request is read
 NEVER: Key = (0, 0, 0)
 Handler = Callable[["Link", Key, int, dict[str, Any]], None]
 
@@ -74,16 +74,17 @@ class Pending:
         self._done.set()
 
     def wait(self, silence: float, limit: float = math.inf, ended: Callable[[], bool] = lambda: False) -> None:
-        """Return when the whole message has arrived, or has left.
+        """Wait until the whole message has been sent or received.
 
         Args:
             silence: Seconds without a byte in either direction after which the other member counts as gone.
-            limit: Seconds in all.
-            ended: Whether this process is to end; asked in every wait, because a long collective has only short ones.
+            limit: Maximum total seconds.
+            ended: Returns whether this process has to end. Called in every wait, because a long collective consists of
+                short ones.
 
         Raises:
-            LinkError: It will not; the reason names the member.
-            Interrupted: This process is to end.
+            LinkError: It never will be. The message names the member.
+            Interrupted: This process has to end.
         """
         while not ended():
             if self._done.wait(min(silence, _LOOK)):
@@ -143,7 +144,7 @@ class Link:
 
     @property
     def worn(self) -> bool:
-        """Whether a stream has carried enough bytes (`WORN_BYTES`) that the link should be re-established."""
+        """Whether a stream has carried more than `WORN_BYTES`, so that the link should be re-established."""
         with self._changed:
             return any(sum(stream.bytes() or ()) > WORN_BYTES for stream in (*self._out, *self._into))
 

@@ -71,7 +71,7 @@ class Relay:
         source, target = sender[0], receiver[0]
         ends = {source, target}
         try:
-            for end, consent in (receiver, sender):  # so that the receiver is ready when the sender begins
+            for end, consent in (receiver, sender):  # the receiver first, so that it is ready when the sender begins
                 end.settimeout(None)
                 consent()
             with self._lock:

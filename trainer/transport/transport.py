@@ -173,7 +173,7 @@ class Transport:
         return {id for id in members if id != self.id} - up
 
     def lacking(self, members: Iterable[str]) -> set[str]:
-        """The members with which a link must be established: there is none, or it is worn. See `prepare`."""
+        """The members to which a link must be established, because there is none or it is worn. See `prepare`."""
         members = set(members)
         with self._lock:
             worn = {id for (id, lane), link in self._links.items() if lane == ROUNDS and id in members and link.worn}

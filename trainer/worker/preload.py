@@ -20,7 +20,7 @@ def preload(config: TrainingConfig) -> None:
     set_up_torch()
     fork_safe, before = "PYTORCH_NVML_BASED_CUDA_CHECK", {**os.environ}  # for libraries that look for a GPU
     os.environ[fork_safe] = "1"
-    gc.disable()  # imports leave next to nothing to collect, and collections would take a sixth of their time
+    gc.disable()  # imports leave almost nothing to collect, and collections would take a sixth of their time
     try:
         import torch
 

@@ -90,7 +90,7 @@ def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
         return
     # The open round's samples were reassigned, so its steps are repeated
     parts.diloco.inner_optimizer.load_state_dict(state["diloco"]["inner_optimizer"])
-    if same_round and is_own:  # the residual stems from earlier rounds
+    if same_round and is_own:  # the residual comes from earlier rounds
         parts.diloco.contribution.keep(parts.diloco.state.full_model, state["diloco"].get("residual"), None)
 
 

@@ -23,11 +23,11 @@ class Saving:
             lasts=parts.memory.holds if parts.memory else lambda tensor: False,
         )
         self._last: tuple[int, int, float] | None = None  # term, round and position of the last checkpoint
-        self.last_step = 0  # the schedule position that `checkpoint_interval` counts from
+        self.last_step = 0  # the schedule position from which `checkpoint_interval` counts
 
     @property
     def due(self) -> bool:
-        """Whether `checkpoint_interval` is over since the last one, or the run has gone back to before it."""
+        """Whether `checkpoint_interval` steps have passed since the last one, or the run has gone back to before it."""
         passed = self._parts.diloco.schedule.step - self.last_step
         return passed < 0 or passed >= self._parts.process.config.checkpoint_interval
 
@@ -43,7 +43,7 @@ class Saving:
         """
         parts, diloco, base = self._parts, self._parts.diloco, self._parts.quorum.base
         version = parts.quorum.term, diloco.round, diloco.schedule.position()
-        # A worker that was interrupted while it caught up holds an older state, which is on the disk.
+        # A worker that was interrupted while catching up holds an older state, which is already on the disk
         if complete or (version != self._last and base.round == diloco.round):
             self._checkpointer.wait()  # until the previous one's memory is free
             self._last, self.last_step = version, diloco.schedule.step

@@ -42,9 +42,9 @@ from trainer.worker.profiling import Profile, is_out_of_memory, measure, profile
 from trainer.worker.samples import Samples, Speed
 from trainer.worker.throughput import peak_memories
 
-FOLLOWERS = 1_000_003  # between the seeds of an island's processes: more than there are workers
+FOLLOWERS = 1_000_003  # distance between the seeds of an island's processes; larger than the number of workers
 MOMENTS = 2  # vectors in an inner optimizer's state
-CHECKPOINT_BYTES = 20  # a parameter: global copy, outer momentum, two Adam moments, and inside a round the local copy
+CHECKPOINT_BYTES = 20  # per parameter: global copy, outer momentum, two Adam moments and, within a round, local copy
 
 
 @dataclass
@@ -122,12 +122,12 @@ def build(
     quorum = kind(config, fingerprint | config.in_scope("fingerprint"), stopping)
     memory, layout, saved = _shared(process)
     kept = KeptState(memory) if memory else None
-    # Of vectors: parameters, momentum and perhaps an average; the pseudo-gradient; what scores and checkpoints take
+    # Numbers of vectors: parameters, momentum and perhaps an average; pseudo-gradients; for scores and checkpoints
     state, others, passing = 2 + (spec.average_decay > 0), 1 + config.overlaps, 1 + MOMENTS * process.is_sharded
     if memory:
-        # The state, as many in an outer step, and what a joiner reads; a run of one node has no joiner
+        # The state; the same again for an outer step, and for what a joiner reads (a run of one node has no joiner)
         memory.require((2 + (config.max_nodes > 1)) * state + others + passing)
-        memory.reserve(state + others)  # the rest when an earlier leader's state is gone
+        memory.reserve(state + others)  # the rest once an earlier leader's state is gone
     diloco = _diloco(config, process.model, saved, quorum, layout)
     if memory:
         diloco.state.room = lambda vectors: memory.has_room(vectors + passing)

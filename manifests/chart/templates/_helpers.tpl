@@ -43,7 +43,7 @@ app.kubernetes.io/component: pipeline
 app.kubernetes.io/part-of: diloco-pipelines
 {{- end }}
 
-{{/* The security contexts of pods on the results' volume: the Pod Security Standard "restricted" admits them. */}}
+{{/* The security contexts of pods that mount the results' volume. The Pod Security Standard "restricted" admits them. */}}
 
 {{- define "diloco.podSecurity" -}}
 runAsNonRoot: true

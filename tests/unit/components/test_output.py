@@ -64,7 +64,7 @@ def test_events_of_a_resumed_run_are_put_behind_those_of_its_earlier_sessions(tm
 def test_a_run_that_was_complete_before_is_reported_as_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its pods are gone, and with them what they have told."""
+    """Its pods are gone, and their logs with them."""
     worker = SimpleNamespace(index=0, claim="a-claim", site=SimpleNamespace(name="here"))
     monkeypatch.delenv(RUNNER_PID, raising=False)
     monkeypatch.setattr("trainer.kubernetes.steps.training.train", lambda context, directory: [worker])

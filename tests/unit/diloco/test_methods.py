@@ -199,7 +199,7 @@ def test_a_round_that_went_on_without_it_while_it_was_on_its_way_is_carried() ->
 
 
 class Others(Slow):
-    """This worker's pseudo-gradients are no part of the mean, which is 1 everywhere."""
+    """This worker's pseudo-gradients are not part of the mean, which is 1 everywhere."""
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_a_worker_that_is_not_finite_goes_on_from_the_global_parameters(weight: 
 
 
 def test_what_a_worker_kept_of_its_own_position_counts_once() -> None:
-    """Also if nothing is committed in the next round, since no pseudo-gradient is finite."""
+    """Even if nothing is committed in the next round, because no pseudo-gradient is finite."""
     quorum, model = Others(), make_model()
     overlap = Overlap(delay=1, mixing=0.5)
     diloco = DiLoCo(model, adamw(model), outer=Nesterov(1.0, 0.0), sync_every=2, quorum=quorum, overlap=overlap)
@@ -257,7 +257,7 @@ def test_what_a_worker_kept_of_its_own_position_counts_once() -> None:
 
 
 def test_a_worker_that_mixes_is_not_at_the_global_parameters_when_a_round_begins() -> None:
-    """Scores are those of the global parameters, and a checkpoint has the worker's own."""
+    """Scores are those of the global parameters, and a checkpoint contains the worker's own."""
     quorum, model = Others(), make_model()
 
     def make(model: nn.Module) -> DiLoCo:
@@ -289,7 +289,7 @@ def test_a_worker_that_mixes_is_not_at_the_global_parameters_when_a_round_begins
 
 
 class Moving(Others):
-    """The others' means are not what bfloat16 can represent."""
+    """The others' means cannot be represented in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class Moving(Others):
 @pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("overlap", [None, Overlap(delay=1), Overlap(delay=1, mixing=0.5)])
 def test_a_low_precision_worker_that_changes_nothing_sends_nothing(overlap: Overlap | None, fragments: int) -> None:
-    """Least of all what rounding the global parameters to its own precision has changed."""
+    """In particular, it does not send the rounding of the global parameters to its own precision."""
     quorum, model = Moving(), make_model().bfloat16()
     diloco = DiLoCo(
         model, adamw(model), outer=Nesterov(0.7, 0.9), sync_every=4, quorum=quorum, overlap=overlap, fragments=fragments
@@ -326,7 +326,7 @@ def test_a_low_precision_worker_that_changes_nothing_sends_nothing(overlap: Over
 
 
 def test_a_low_precision_worker_sends_what_its_steps_have_changed() -> None:
-    """Those in a round that it has missed, too; not every parameter has that precision."""
+    """This includes its steps in a round that it missed. Not every parameter has low precision."""
     quorum, model = Moving(), make_model().bfloat16()
     model.get_submodule("2").float()
     diloco = DiLoCo(model, adamw(model), outer=Nesterov(0.7, 0.9), sync_every=4, quorum=quorum)
@@ -350,7 +350,7 @@ class Coding(Slow):
     ) -> Commit:
         self.sent.append((pseudo_gradient.clone(), weight))
         codec = fragment.codec
-        if not pseudo_gradient.isfinite().all():  # it counts nothing; the other's is 0
+        if not pseudo_gradient.isfinite().all():  # it does not count, and the other one's is 0
             nothing = torch.zeros_like(pseudo_gradient)
             on_chunk(0, nothing)
             reduced = Reduced(1.0, ((1.0, nothing),), "")
@@ -364,7 +364,7 @@ class Coding(Slow):
 
 
 def test_what_a_codec_leaves_out_is_sent_later() -> None:
-    """e ← Δ + β e − C(Δ + β e), across a restart too, and a round in which the worker counted nothing."""
+    """e ← Δ + β e − C(Δ + β e), also across a restart, and a round in which the worker did not count."""
 
     def make(quorum: Any, model: nn.Module) -> DiLoCo:
         return DiLoCo(

@@ -1,4 +1,4 @@
-"""A message that cannot be decoded costs an attempt, or the replay of a mean: never the worker."""
+"""A message that cannot be decoded fails an attempt, or the replay of a mean, but never the worker."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,7 +25,7 @@ from trainer.timeouts import MemberTimeouts
 from trainer.transport.transport import Transport
 
 SIZE = 64 * 64
-CONFIG = TrainingConfig.from_flat({"etcd_endpoints": ["127.0.0.1:1"]})  # nobody asks it
+CONFIG = TrainingConfig.from_flat({"etcd_endpoints": ["127.0.0.1:1"]})  # never contacted
 RULES = rules_of(CONFIG, MemberTimeouts())
 MEMBERS = tuple(names(2))
 RECORD = RoundState(

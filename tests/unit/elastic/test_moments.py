@@ -1,4 +1,4 @@
-"""What a joiner takes over of another member's inner optimizer."""
+"""What a joiner adopts from another member's inner optimizer."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_shards_carry_numbers_too() -> None:
     donor, joiner = Counting(own), Counting(model())
     donor.step()
     offered = ShardedMoments(donor, 1, lambda: True)
-    assert not len(offered)  # asks for them
+    assert not len(offered)  # this requests them
     offered.refresh()
     joiner.load_state_dict(with_moments(joiner, offered))
     joiner.step()
@@ -56,7 +56,7 @@ def test_shards_carry_numbers_too() -> None:
 
 
 def test_a_state_of_which_a_part_cannot_be_carried_is_not_offered() -> None:
-    """A joiner begins with a fresh one, and still takes the buffers."""
+    """A joiner begins with a fresh one, and still adopts the buffers."""
     one, other = model(), model()
     donor, joiner = SGD(one.parameters(), momentum=0.9), SGD(other.parameters(), momentum=0.9)
     for parameter in one.parameters():

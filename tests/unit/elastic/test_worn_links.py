@@ -1,4 +1,4 @@
-"""Links that have carried much are replaced between two attempts, when members learn of a new round."""
+"""Links that have carried a lot of data are replaced between two rounds, when members learn of the new one."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -146,7 +146,7 @@ def test_card_tells_data_training_and_versions(run_dir: Path) -> None:
 
 
 def in_a_pod(run_dir: Path, worker: int, **values: Any) -> TrainingConfig:
-    """As a pod finds the run: it has the volume of one worker."""
+    """The configuration of a pod, which has the volume of only one worker."""
     volume = run_dir / f"worker-{worker}"
     own = {"model_cache_dir": "models", "dataset_cache_dir": "datasets", "checkpoint_path": "checkpoints"}
     return of(volume, **{name: str(volume / folder) for name, folder in own.items()}, **values)

@@ -224,7 +224,7 @@ def test_the_newest_run_on_a_volume_is_meant(tmp_path: Path) -> None:
 
 
 def with_cursors(life: Iterator[dict[str, Any]], samples: int) -> Iterator[dict[str, Any]]:
-    """Rounds as members agree on them: each uses up so many samples of all workers, and ten more are lost at once."""
+    """Rounds as members agree on them: each uses up `samples` of all workers, and ten more are lost at the start."""
     for event in life:
         if event["event"] == "round":
             position = samples * event["round"] + 17
@@ -233,7 +233,7 @@ def with_cursors(life: Iterator[dict[str, Any]], samples: int) -> Iterator[dict[
 
 
 def test_the_file_of_one_worker_tells_the_samples_of_all(tmp_path: Path) -> None:
-    """A pod has no other; and a step that follows a resumed run receives only what comes from then on."""
+    """A pod has no other file, and a step that follows a resumed run receives only the new events."""
     whole, resumed = tmp_path / "worker-1", tmp_path / "resumed"
     write(whole, with_cursors(events(1, workers=3), 3 * 320))
     write(resumed / "worker-1", with_cursors(events(1, workers=3, first_round=5, rounds=2), 3 * 320))
@@ -249,7 +249,7 @@ def test_the_file_of_one_worker_tells_the_samples_of_all(tmp_path: Path) -> None
 
 
 def test_samples_are_those_of_the_history_that_counts(tmp_path: Path) -> None:
-    """A run went back to a checkpoint, from which another worker than this one went on."""
+    """A run went back to a checkpoint, from which a worker other than this one continued."""
     before = list(with_cursors(events(0, rounds=6, end=None), 640))
     state = {"cursor": {"position": 1280, "returned": []}, "resumed_round": 2, "term": 2}
     again = {"event": "start", "run_id": "a-run", "time": before[-1]["time"] + 60, **state}

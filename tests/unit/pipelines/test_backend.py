@@ -414,7 +414,7 @@ def test_kfps_own_command_takes_the_compiled_yaml(backend: Played, tmp_path: Pat
     [
         (401, "^Kubeflow Pipelines answered 401: "),
         (503, "^Kubeflow Pipelines answered 503: "),
-        (200, "^Kubeflow Pipelines answered with a page and not with JSON: .*takes a cookie or a token"),
+        (200, "^Kubeflow Pipelines answered with a page instead of JSON: .*requires a cookie or a token"),
     ],
 )
 def test_what_is_in_front_of_a_backend_is_an_error_of_one_line(

@@ -134,7 +134,7 @@ def test_one_with_a_certificate_cannot_pass_on_what_members_prove_to_each_other(
         assert here.connect({there.id: (endpoint,)}, PATIENCE).keys() == {there.id}
         assert not there._links
         assert "which does not have this run's secret" in caplog.text
-        connect([here, there])  # without anybody in between
+        connect([here, there])  # with no one in between
 
 
 def test_a_certificate_that_has_expired_is_refused(tmp_path: Path) -> None:

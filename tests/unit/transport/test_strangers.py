@@ -306,7 +306,7 @@ def test_five_hundred_silent_connections_hold_no_thread_and_the_run_goes_on(capl
 def test_one_that_speaks_while_it_is_dropped_stops_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In one look, the listener finds a connection too many, and data of the oldest, which it drops for that."""
+    """In one pass, the listener finds one connection too many, and data of the oldest one, which it drops for that."""
     looking, go_on = threading.Event(), threading.Event()
 
     def accept(connection: socket.socket, hello: Hello, consent: Consent) -> None:

@@ -270,7 +270,7 @@ def test_an_offer_that_is_no_longer_used_is_released() -> None:
     with donors(shelf.get, timeouts=replace(PATIENT, hold=1.0)) as (endpoint,):
         fetch("x", numbered(endpoint))
         shelf.clear()
-        wait_for(lambda: known() is None)  # nobody asks for anything
+        wait_for(lambda: known() is None)  # there are no more requests
 
         # So is the next one
         shelf["x"] = Offer({}, state(10))

@@ -1,4 +1,4 @@
-"""What a worker takes of its own checkpoint."""
+"""What a worker restores from its own checkpoint."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +17,7 @@ from trainer.worker.setup import Parts
 
 @pytest.mark.parametrize(("round", "is_own", "kept"), [(3, True, True), (2, True, False), (3, False, False)])
 def test_what_its_messages_lack_is_kept_if_other_samples_are_assigned(round: int, is_own: bool, kept: bool) -> None:
-    """With `demo` that is its momentum. The run must not have moved on."""
+    """With `demo`, that is its momentum. The run must not have moved on."""
     model = nn.Linear(3, 2)
     diloco = DiLoCo(model, torch.optim.SGD(model.parameters()), codec=Sign(feedback=0.9), sync_every=4)
     diloco.state.round = 3

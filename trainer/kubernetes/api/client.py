@@ -147,10 +147,10 @@ class Client:
         return self._json("patch", kind, name, body=change, content_type="application/merge-patch+json")
 
     def delete(self, kind: Kind, name: str, *, uid: str = "") -> bool:
-        """Delete an object, and in the background what it owns. False if it does not exist.
+        """Delete an object and, in the background, the objects that it owns. False if it does not exist.
 
         Args:
-            uid: Of the object; one of the same name that was made later is left alone. Empty: any.
+            uid: The object's uid. A later object of the same name is not deleted. If empty, any is.
         """
         body = {**_IN_BACKGROUND, "preconditions": {"uid": uid}} if uid else _IN_BACKGROUND
         try:

@@ -73,9 +73,9 @@ class JobKind(Kind):
         return self.has_ended(job) or (self.is_suspended(job) and _condition(job, "Suspended") is not None)
 
     def has_run(self, job: Object) -> float:
-        """Seconds since its controller has started or resumed it; 0.0 if it does not run, or no status says since when.
+        """Seconds since its controller started or resumed it; 0.0 if it is not running, or has no start time.
 
-        TrainJobs have no such status. Kubeflow Trainer ends them on time, while the training operator looks at the
+        TrainJobs have none. Kubeflow Trainer ends TrainJobs on time, but the training operator checks the
         deadline of a PyTorchJob only when something else about the job changes (kubeflow/trainer issue 3358).
         """
         started = (job.get("status") or {}).get("startTime")

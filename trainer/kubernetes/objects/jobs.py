@@ -72,9 +72,10 @@ def step_job(plan: Plan, worker: WorkerPlan, step: pod_template.Step) -> Object:
 def network_policy(plan: Plan) -> Object:
     """The NetworkPolicy for connections to the run's pods. Connections from them (hubs, etcd, ...) are not restricted.
 
-    The pods connect to each other on `port_range` (empty: on any port), and with sites in several clusters, whose pods
-    no selector knows, everybody may: members prove that they belong. Everybody may also connect to pods that serve
-    results, which the run's token protects: a step's pod may be a person's. Any pod of the cluster may scrape metrics.
+    The pods may connect to each other on `port_range` (if empty, on any port). With sites in several clusters, whose
+    pods no selector matches, anyone may connect to these ports; members authenticate each other. Anyone may also
+    connect to pods that serve results, which the run's token protects, because a step may run in a user's own pod. Any
+    pod of the cluster may scrape metrics.
     """
     among: Object = {"from": [{"podSelector": {"matchLabels": plan.own_labels}}]}
     if len(cluster_names(plan.config)) > 1:

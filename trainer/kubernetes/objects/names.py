@@ -18,9 +18,9 @@ RUN_LABEL = f"{PREFIX}/run"
 DEPLOYMENT_LABEL = f"{PREFIX}/deployment"
 SITE_LABEL = f"{PREFIX}/site"
 WORKER_LABEL = f"{PREFIX}/worker"
-RUN_ID = f"{PREFIX}/run-id"  # annotation: the run id as it was given
-WORKFLOW = f"{PREFIX}/workflow"  # annotation: kind, name and uid of a workflow in another cluster, apart by "/"
-LEAVING = f"{PREFIX}/leaving"  # annotation: the job is suspended only until its workers have saved, and deleted then
+RUN_ID = f"{PREFIX}/run-id"  # annotation: the unabridged run id
+WORKFLOW = f"{PREFIX}/workflow"  # annotation: kind, name and uid of a workflow in another cluster, separated by "/"
+LEAVING = f"{PREFIX}/leaving"  # annotation: the job is suspended until its workers have saved, and is then deleted
 COMPONENT_LABEL = "app.kubernetes.io/component"
 QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"  # of jobs, not of pods
 

@@ -31,7 +31,8 @@ _LEAST_CPU, _LEAST_MEMORY, _LEAST_STORAGE = 1, 2, 2  # smallest requests: cores,
 GRACE_PERIOD = LaunchTimeouts().shutdown + 30  # seconds; workers may save until the agent's shutdown timeout
 _USER = 1000  # the image's user; not root
 
-# A model on nodes' labels, which match as a whole. NVIDIA's are its driver's names, with the variants of A100 and H100.
+# A GPU model in nodes' product labels, which must match in full. NVIDIA's labels are the names in its driver, here with
+# the variants of A100 and H100.
 _PRODUCTS: dict[Vendor, tuple[str, ...]] = {
     "nvidia": (
         "NVIDIA-{}",
@@ -289,11 +290,11 @@ def _affinity(plan: Plan, site: Site, step: Step) -> Object:
 
 
 def _gpu_preference(config: TrainingConfig, vendor: Vendor) -> list[Object]:
-    """By labels that NVIDIA's GPU feature discovery and AMD's node labeller put on nodes."""
+    """Preferences by the node labels of NVIDIA's GPU feature discovery and AMD's node labeller."""
     products = [config.gpu_type]
-    if config.gpu_type.isalnum():  # a model, and no label in full
+    if config.gpu_type.isalnum():  # a model, not a full label
         products += [product.format(config.gpu_type) for product in _PRODUCTS[vendor]]
-    if vendor == "nvidia":  # memory in MiB, and a little less than its nominal size
+    if vendor == "nvidia":  # memory in MiB, a little less than the nominal size
         least = config.gpu_memory * 1024 * 9 // 10
         wanted = [("nvidia.com/gpu.product", "In", products), ("nvidia.com/gpu.memory", "Gt", [str(least)])]
     else:

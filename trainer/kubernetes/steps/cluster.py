@@ -106,8 +106,8 @@ class Cluster:
     # The end
 
     def clean_up(self, *, finished: bool, training: bool, claims: bool) -> None:
-        """Delete the run's objects on this cluster: as `StepContext.clean_up`."""
-        # Leave to other workflows that continue the run what they use: all settings and Jobs, and their training jobs
+        """Delete the run's objects on this cluster; see `StepContext.clean_up`."""
+        # Keep what other workflows that continue the run use: all settings and Jobs, and their own training jobs
         kind = self.plan.kind
         kinds = (kind, JOB) if training else (JOB,)
         found = {one: self._jobs_of(one) for one in kinds}
@@ -126,7 +126,7 @@ class Cluster:
         if others:
             due = {JOB: [], kind: [job for job in due.get(kind, []) if self._other_owner(job) not in others]}
 
-        # Jobs first, by one request if possible: a cancelled step may have a second
+        # Jobs first, in one request if possible, because a cancelled step may have only a second
         deletions = [self._begin_deletion(one, due[one], every=due is found) for one in kinds]
         if not others and (training or not self._running(kind)):
             for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
@@ -138,12 +138,12 @@ class Cluster:
         for deletion in filter(None, deletions):
             self._show("waiting for the workers to save and leave")
             deletion.finish(self.plan.selector)
-        # A step may have died before it made a job
+        # A step may have died before it created a job
         if training and kind.before and not (self._jobs_of(kind) or self._others()):
             self.client.delete_all(kind.before, self.plan.selector)
 
     def _begin_deletion(self, kind: JobKind, jobs: list[Object], *, every: bool) -> JobDeletion:
-        """Begin to delete jobs of the run; `every`: they are all of this kind."""
+        """Start deleting jobs of the run. `every`: they are all of the run's jobs of this kind."""
         deletion = JobDeletion(self.client, kind)
         if every and kind.before is None:
             self.client.delete_all(kind, self.plan.selector)
@@ -154,7 +154,7 @@ class Cluster:
     def _others(self, *jobs: Object) -> set[str]:
         """The names of other workflows that continue the run.
 
-        One has applied the run's settings, which its steps do before anything else, or it owns one of these jobs.
+        Such a workflow has applied the run's settings, as its steps do before anything else, or owns one of these jobs.
         """
         settings = self.client.list(CONFIG_MAP, self.plan.component("config"))[0]
         owned = {name: one for one in (*settings, *jobs) if (name := self._other_owner(one))}

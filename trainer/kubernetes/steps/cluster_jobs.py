@@ -55,16 +55,16 @@ class ClusterJobs:
 
     @property
     def are_under_way(self) -> bool:
-        """Whether jobs were found that have not failed, and stay."""
+        """Whether existing jobs were found that have not failed and will not be deleted."""
         jobs = self._existing.values()
         return any(not (self.plan.kind.has_failed(job) or is_leaving(job)) for job in jobs)
 
     def create(self, *, anew: bool) -> None:
-        """Create the jobs that are missing, and keep those that exist; `anew`: replace those that have ended."""
+        """Create missing jobs and keep existing ones. With `anew`, replace those that have ended."""
         self.cluster.prepare()
         kind = self.plan.kind
         if any(map(is_leaving, self._existing.values())):
-            self._show(f"{self}: waiting until the workers of a training that was ended have saved and left")
+            self._show(f"{self}: waiting until the workers of the previous training have saved and left")
         for name in self.wanted:
             found = self.follower.create(name, replace=lambda job: anew and kind.has_ended(job))
             if found is None:

@@ -14,7 +14,7 @@ from trainer.kubernetes.steps.job_deletion import JobDeletion, is_leaving
 def create_job(
     client: Client, kind: JobKind, wanted: JobObjects, labels: str, replace: Callable[[Object], bool]
 ) -> tuple[Object, bool]:
-    """Create a job, unless it exists and stays. Returns it, and whether it existed.
+    """Create a job unless it exists and will not be deleted. Returns it, and whether it existed.
 
     Args:
         labels: Selector that matches the job and its pods, and perhaps others.
@@ -25,7 +25,7 @@ def create_job(
         TrainingError: It cannot be created.
     """
     deadline = time.monotonic() + client.timeouts.deleted
-    taken: float | None = None  # when the name was found to be taken, though there is no job
+    taken: float | None = None  # when the name was first found to be taken, although there is no job
     while True:
         job = client.get(kind, wanted.name)
         if job is not None:
@@ -40,7 +40,7 @@ def create_job(
                     raise
                 taken = taken or time.monotonic()
                 if wanted.before is not None and time.monotonic() - taken > client.timeouts.seen:
-                    # The step that makes it, or that has deleted its job and would delete it next, has died
+                    # It was left by a step that died before it could create the job, or after it deleted the job
                     client.delete(KINDS[wanted.before["kind"]], wanted.name)
         elif job["metadata"].get("deletionTimestamp"):
             left = "it was deleted, and still exists"
@@ -65,8 +65,8 @@ def _create(client: Client, wanted: JobObjects) -> Object:
     if wanted.before is None:
         return client.create(wanted.body)
     client.create(wanted.before)
-    # The webhook that checks a TrainJob may not have heard of its runtime yet
-    refused: float | None = None  # when it refused for the first time
+    # The webhook that checks a TrainJob may not know its runtime yet
+    refused: float | None = None  # time of the first rejection
     while True:
         try:
             return client.create(wanted.body)

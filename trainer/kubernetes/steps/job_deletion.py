@@ -13,7 +13,7 @@ _AT_ONCE = 16  # requests
 
 
 def is_leaving(job: Object) -> bool:
-    """Whether a job was suspended only to be deleted when its pods are gone, perhaps by a step that has died."""
+    """Whether a job was suspended in order to delete it once its pods are gone, perhaps by a step that has died."""
     return names.LEAVING in (job["metadata"].get("annotations") or {})
 
 
@@ -25,16 +25,16 @@ class JobDeletion:
     runtime is deleted last, because the API server accepts no change of a TrainJob without it. Kinds without such an
     object (`JobKind.before`) are deleted at once: their pods belong to the job itself and are named after it.
 
-    Two steps may delete the same job: that of a workflow that was cancelled, and that of the next one, which needs its
-    name. An annotation says that it is leaving, a later job of its name is left alone, and its runtime is deleted only
-    by the step that deleted the job, because the next job's runtime has the same name.
+    Two steps may delete the same job: that of a cancelled workflow, and that of the next one, which needs the job's
+    name. So an annotation marks the job as leaving, and a later job of the same name is not deleted. The runtime is
+    deleted only by the step that deleted the job, because the next job's runtime has the same name.
 
-    Nothing waits here, except for `finish`: `advance` takes the next step of each job, if it is time.
+    Only `finish` waits. `advance` takes the next step for each job, if it is due.
     """
 
     def __init__(self, client: Client, kind: JobKind) -> None:
         self._client, self._kind, self._timeouts = client, kind, client.timeouts
-        self._leaving: dict[str, float] = {}  # jobs that are not deleted yet, by name: since when
+        self._leaving: dict[str, float] = {}  # jobs that are not deleted yet, by name: start time
         self._uids: dict[str, str] = {}  # of the jobs, by name
         self._deleted: dict[str, bool] = {}  # jobs whose deletion was requested, by name: whether they still existed
 

@@ -17,7 +17,7 @@ ATTEMPTS = 3  # per Job
 
 
 class JobFailed(TrainingError):
-    """A Job has failed, and would fail again; or it does not start."""
+    """A Job failed and would fail again, or it does not start."""
 
 
 def run_jobs(
@@ -33,8 +33,8 @@ def run_jobs(
         fresh: Whether to replace running Jobs as well.
 
     Raises:
-        JobFailed: One has failed `ATTEMPTS` times, rejects its configuration, or does not start, with the reason.
-        TrainingError: One was deleted.
+        JobFailed: A Job failed `ATTEMPTS` times, rejects its configuration, or does not start; with the reason.
+        TrainingError: A Job was deleted.
     """
     deadline = float(context.plan.config.active_deadline)  # of each Job
     wake = threading.Event()

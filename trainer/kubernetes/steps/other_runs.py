@@ -23,7 +23,7 @@ def other_run(client: Client, plan: Plan, *, later: bool = False) -> str:
     found = sorted(client.list(CONFIG_MAP, names.selector(labels))[0], key=_age)
     own = next((place for place, one in enumerate(found) if _is_own(plan, one)), len(found))
     others = [one for one in (found if later else found[:own]) if not _is_own(plan, one)]
-    # Of one whose workflow is not known, its jobs tell
+    # A run whose workflow is unknown is recognised by its jobs
     running = (one for one in others if is_under_way(client, one))
     return next((str(one["metadata"]["annotations"][names.RUN_ID]) for one in running), "")
 
@@ -32,7 +32,7 @@ def is_under_way(client: Client, one: Object, *, unknown: bool = False) -> bool:
     """Whether the workflow that an object belongs to is under way.
 
     Args:
-        unknown: The answer if it belongs to none of the client's cluster, or if that cannot be read.
+        unknown: The result if it belongs to no workflow of the client's cluster, or the workflow cannot be read.
     """
     for owner in one["metadata"].get("ownerReferences") or []:
         if kind := KINDS.get(owner["kind"]):

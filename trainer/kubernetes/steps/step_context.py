@@ -144,14 +144,13 @@ class StepContext:
     def clean_up(self, *, finished: bool = True, training: bool = True, claims: bool = False) -> None:
         """Delete the run's objects on all clusters at once. Workers that still train save and leave.
 
-        What another workflow uses that continues the run is left to it.
+        If another workflow continues the run, the objects that it uses are kept.
 
         Args:
-            finished: Also delete jobs that have ended, with their pods and logs. Otherwise they stay for
-                `finished_ttl`.
-            training: Also delete training jobs. Otherwise the settings stay, too, while a training is under way.
-            claims: Also delete the run's claims with all their data, unless another run uses them; and jobs that have
-                ended, because a claim stays as long as a pod exists that has mounted it.
+            finished: Also delete ended jobs with their pods and logs. Otherwise they stay for `finished_ttl`.
+            training: Also delete training jobs. Otherwise the settings also stay while a training is under way.
+            claims: Also delete the run's claims with all their data, unless another run uses them; and ended jobs,
+                because a claim stays as long as a pod that has mounted it exists.
 
         Raises:
             TrainingError: A cluster rejects this, or is unreachable for `timeouts.outage`. The message names what may

@@ -145,9 +145,9 @@ class WorkerEnds:
         self._show(f"the pod of {jobs.called(pod)} is gone: {why}")
 
     def note_job(self, jobs: JobFollower, name: str) -> None:
-        """Note which workers are lost with their job, or by its failure, and whether it has succeeded.
+        """Record which workers are lost with a job or by its failure, and whether it has succeeded.
 
-        One that has run for too long is ended.
+        A job that has run for longer than `active_deadline` is deleted.
         """
         job, members = jobs.job(name), self.members(name)
         if job is None:

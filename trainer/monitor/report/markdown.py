@@ -83,7 +83,7 @@ def _facts(run: RunHistory) -> Iterable[tuple[str, str]]:
     if run.wall_seconds:
         yield "Wall time", seconds(run.wall_seconds)
     if run.first_round > 1:
-        yield "Recorded here", f"from round {count(run.first_round)} on: bytes, goodput and wall time are of this part"
+        yield "Recorded here", f"from round {count(run.first_round)} on; bytes, goodput and wall time cover this part"
 
 
 def _link(name: str, url: str) -> str:

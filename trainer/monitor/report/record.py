@@ -21,7 +21,7 @@ _BLOCK = 4096  # maximum number of rows kept as Python numbers
 
 
 def samples_used(event: Event) -> float:
-    """The samples that a run has used up when it holds the state of an event with a `cursor`; NaN if it has none."""
+    """The samples that a run has used up to the state that an event's `cursor` describes; NaN without a cursor."""
     try:
         cursor = decode(Cursor, event.get("cursor"))
     except ValueError:
@@ -30,17 +30,17 @@ def samples_used(event: Event) -> float:
 
 
 class WorkerRecord:
-    """The events that count, of one run in a worker's file: a volume can hold several, one after the other.
+    """The valid events of one run in a worker's file; a volume can contain several runs, one after the other.
 
-    `run_id` names it; without it, or if the file does not have it, the newest one is meant.
+    The run is `run_id`, or the newest one if that is empty or not in the file.
     """
 
     def __init__(self, run_id: str = "") -> None:
         self._wanted, self._newest = run_id, ""
-        self._runs = {"": _Run()}  # "": before the first one's id is known
+        self._runs = {"": _Run()}  # "" until the first run's id is known
 
     def take(self, events: Sequence[Event]) -> int:
-        """Take in the next events, and return how many they are."""
+        """Process the next events. Returns their number."""
         for event in events:
             run_id = str(event.get("run_id") or self._newest)
             if run_id != self._newest:
@@ -64,12 +64,12 @@ class WorkerRecord:
         return otherwise if self._run.number is None else str(self._run.number)
 
     def worker(self, name: str) -> Worker:
-        """The worker as it is now."""
+        """The worker's current state."""
         return self._run.worker(name)
 
 
 class _Run:
-    """One run's events that count.
+    """The valid events of one run.
 
     A process that resumes from a checkpoint repeats steps, so the last line of a step wins, and its predecessor's work
     after that checkpoint is void. Steps, rounds and evaluations without a position are left out. Memory: 8 bytes for
@@ -87,7 +87,7 @@ class _Run:
         self.complete = False
 
     def take(self, event: Event) -> None:
-        """Take in the next event."""
+        """Process the next event."""
         kind = event["event"]
         self._live(kind, number(event.get("time")))
         self.number = event.get("worker", self.number)
@@ -98,7 +98,7 @@ class _Run:
             self._keep(kind, event)
 
     def worker(self, name: str) -> Worker:
-        """The worker as it is now."""
+        """The worker's current state."""
         tables = {f"{kind}s": table.table() for kind, table in self._tables.items()}
         others = tuple(self._others)
         return Worker(
@@ -129,7 +129,7 @@ class _Run:
                 table.forget_from(position)
         if isinstance(found := event.get("peak_memories"), list):
             self._memories = tuple(map(number, found))
-        event["wall"] = self._wall  # of no use to others: it is spared a copy
+        event["wall"] = self._wall  # in place, to save a copy: nothing else uses the event
         if kind == "round":
             event["used"] = samples_used(event)
         self._tables[kind].append(event)

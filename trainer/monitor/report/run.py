@@ -22,7 +22,7 @@ from trainer.monitor.report.record import WorkerRecord, samples_used
 from trainer.monitor.report.words import worker_of
 from trainer.tasks import Task, tasks
 
-KNOWN = "run.json"  # beside files that may lack the run's beginning, or be none: `status` and `config`
+KNOWN = "run.json"  # `status` and `config`, beside workers' files that may be missing or lack the run's beginning
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunHistory(Curves):
 
     directory: Path
     evaluation: dict[str, Any] | None
-    known: dict[str, Any] = field(default_factory=dict)  # what a train step wrote beside the workers' files (`KNOWN`)
+    known: dict[str, Any] = field(default_factory=dict)  # `KNOWN`, which a train step wrote beside the workers' files
 
     # What was trained, from the newest `start`
 
@@ -107,7 +107,7 @@ class RunHistory(Curves):
     def reason(self) -> str:
         """Why the run ended, from the first worker that ended with the run's status."""
         if self.known and not self.workers:
-            return "it had ended before, and what its workers recorded is not here"
+            return "it had ended before, and its workers' records are not here"
         ends = [worker.end for worker in self.workers if worker.end and worker.status == self.status]
         return next((str(end["reason"]) for end in ends if end.get("reason")), "")
 
@@ -141,7 +141,7 @@ class RunHistory(Curves):
         """Each worker's hash of its final global state. All must be equal."""
         return {w.name: str(w.end["global_hash"]) for w in self.workers if w.end and w.end.get("global_hash")}
 
-    # The whole run. Its members agree on these: a single worker's file tells them, even if its beginning is missing
+    # The whole run. Its members agree on these numbers: one worker's file is enough, even if its beginning is missing
 
     @cached_property
     def all_workers(self) -> int:
@@ -152,10 +152,10 @@ class RunHistory(Curves):
 
     @cached_property
     def all_samples(self) -> float:
-        """Samples of all workers up to the newest commit, those that a killed worker has lost included.
+        """Samples of all workers up to the newest commit, including those that a killed worker has lost.
 
-        Those of the steps that are here, if the run has not recorded them (older versions, loops with samples of their
-        own), or has not committed a round.
+        If the run has not recorded them (older versions, loops that choose their own samples), or has not committed a
+        round, this is the number of samples in the recorded steps.
         """
         states = [state for worker in self.workers if (state := _newest_state(worker))]
         used = max(states)[-1] if states else 0.0
@@ -163,15 +163,15 @@ class RunHistory(Curves):
 
     @property
     def all_tokens(self) -> float:
-        """Tokens of `all_samples`, if all samples have as many as those that are here."""
+        """Tokens of `all_samples`, assuming that all have as many per sample as the recorded ones."""
         return round(self.tokens * self.all_samples / self.samples) if self.samples else 0.0
 
     @property
     def first_round(self) -> int:
-        """The first round that is here. Those before it are missing if a step receives a resumed run's new events."""
+        """The first recorded round. Earlier ones are missing if a step has received only a resumed run's new events."""
         return int(min((worker.rounds["round"][0] for worker in self.workers if len(worker.rounds)), default=1))
 
-    # Totals of what is here
+    # Totals of the recorded part
 
     def total(self, column: str) -> float:
         """The sum of a column of the rounds (`bytes_sent`, `exposed_seconds`, …) over rounds and workers."""
@@ -220,11 +220,11 @@ class RunHistory(Curves):
 
 
 def _newest_state(worker: Worker) -> tuple[float, float, float] | None:
-    """The newest committed state of which a worker tells: its term, its round, and the samples that it has used up."""
+    """The newest committed state in a worker's events: its term, its round, and the samples used up to it."""
     states: list[tuple[float, float, float]] = []
     if len(rounds := worker.rounds):
         states.append((float(rounds["term"][-1]), float(rounds["round"][-1]), float(rounds["used"][-1])))
-    for event in worker.events:  # the states that it has taken over
+    for event in worker.events:  # the states that it has adopted
         if "cursor" in event:
             round = event.get("resumed_round") or event.get("round") or 0
             states.append((number(event.get("term")), number(round), samples_used(event)))
@@ -234,10 +234,10 @@ def _newest_state(worker: Worker) -> tuple[float, float, float] | None:
 def read_run(run_dir: Path | str, run_id: str = "") -> RunHistory:
     """Read a run directory, or one worker's own directory (in a pod they are the same).
 
-    Torn lines are skipped, and a missing or broken file counts as absent: no run directory makes this raise.
+    Torn lines are skipped, and a missing or broken file counts as absent, so this never raises.
 
     Args:
-        run_id: The run, of several that have used a volume; the newest one, if this one is not there.
+        run_id: Which run to read if several have used the volume. The newest one if empty or not there.
     """
     return RunReader(Path(run_dir), run_id).read()
 

@@ -1,4 +1,4 @@
-"""Numbers and names as a reader of the report wants them."""
+"""Human-readable numbers and names for the report."""
 
 import math
 
