@@ -127,6 +127,7 @@ def release(etcd: str, tmp_path: Path) -> Iterator[Release]:
         release.story.released.set()
 
 
+@pytest.mark.faults
 def test_its_job_runs_the_pipeline_keeps_the_results_and_leaves_the_claims(release: Release) -> None:
     release.story.released.clear()
     release.server.wait_until(release.trains)

@@ -151,6 +151,7 @@ def test_a_language_model_on_two_clusters(place: Place, far: ApiServer, etcd: st
         assert not any(secret.encode() in content for content in (*written_down, *asked))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("flavour", ["mlmd"])
 def test_a_classifier(place: Place, etcd: str) -> None:
     """By a PyTorchJob, where the cluster serves nothing else."""

@@ -136,6 +136,7 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_static(nodes: Nodes, etcd: str) -> None:
     with pytest.raises(urllib.error.HTTPError):  # the v2 API is off

@@ -97,6 +97,7 @@ def test_it_resumes_bit_for_bit_and_its_export_is_scored(
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
+@pytest.mark.faults
 def test_a_compiled_model_trains_as_an_uncompiled_one(configure: Callable[..., TrainingConfig]) -> None:
     how = {"compile_model": True, "compile_backend": "aot_eager"}
     plain = configure("plain", **TINY["resnet50"], eval_interval=0)

@@ -154,7 +154,7 @@ def assert_equal(found: Node, expected: Node) -> None:
             torch.testing.assert_close(tensor, other_moments[number][key], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("inner_parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("inner_parallel", [pytest.param("ddp", marks=pytest.mark.faults), "fsdp"])
 def test_an_island_of_two_is_one_worker_with_the_results_of_one_process(
     inner_parallel: str, start: Callable[..., Node], whole: Node
 ) -> None:

@@ -122,6 +122,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(shared, run_dir, url, step, parts, page, last, launch.returncode, errors)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(900)  # a launch takes a minute on a machine with other work
 def test_the_page_of_a_launch_shows_its_training_and_ends_with_it(whole: Whole) -> None:
     assert "gpt-neo-x:test on stdlib" in whole.parts["head"] and "Training" in whole.parts["head"]

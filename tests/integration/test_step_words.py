@@ -92,6 +92,7 @@ def place(tmp_path: Path) -> Any:
         yield Place(backend, tmp_path)
 
 
+@pytest.mark.faults
 def test_steps_in_pods_say_what_is_on_which_claim(place: Place) -> None:
     place.mount("training-data")
     assert place.run() == "SUCCEEDED", "\n".join(map(place.backend.log, STEPS))
