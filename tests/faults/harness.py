@@ -435,14 +435,14 @@ def check_quorums(records: list[tuple[str, Any]]) -> None:
 
 
 def check_states(history: list[tuple[str, Any]]) -> None:
-    """After every commit, all who say that they hold its state hold the same. Another term does rounds again."""
+    """All members that report the state of a round, of the same term, report the same hash.
+
+    The term is the member's own: one that starts reports its checkpoint, which may be from an earlier term.
+    """
     hashes: dict[tuple[int, int], set[str]] = defaultdict(set)
-    term = 0
     for key, value in history:
-        if key == "round":
-            term = value["term"]
-        elif key.startswith("members/"):
-            hashes[term, value["holds"]["round"]].add(value["holds"]["hash"])
+        if key.startswith("members/"):
+            hashes[value["term"], value["holds"]["round"]].add(value["holds"]["hash"])
     assert len(hashes) > 1
     assert {place: found for place, found in hashes.items() if len(found) > 1} == {}
 
