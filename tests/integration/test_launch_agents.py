@@ -173,7 +173,7 @@ def test_a_request_to_scale_is_answered_by_the_launch_that_it_is_for(
     other.mkdir()
     write_json(other / LAUNCHED, config.with_values(run_dir=str(other)).model_dump(mode="json"))
     given = TrainingConfig.from_flat({"run_dir": str(other)})
-    with pytest.raises(ConfigError, match="must be the directory of a running `launch`"):
+    with pytest.raises(ConfigError, match="must be the directory of a `launch`"):
         scale(given, 2)
     (other / "lock").write_text("2@elsewhere")
     assert holder_of(other) == "2@elsewhere"

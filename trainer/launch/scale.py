@@ -29,7 +29,7 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
 
     directory, config = run_directory(config), find(config)
     if directory is None or not holder_of(directory):
-        raise ConfigError("run_dir", directory or "", "must be the directory of a running `launch`")
+        raise ConfigError("run_dir", directory or "", "must be the directory of a `launch`")
     config = config.with_values(run_dir=str(directory.absolute()))
     low, high = config.min_nodes, config.max_nodes
     if not low <= nodes <= high:
