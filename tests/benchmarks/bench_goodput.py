@@ -59,8 +59,8 @@ from tests.benchmarks.bench_faults import (  # noqa: E402
 from tests.faults import harness  # noqa: E402
 from trainer.files import write_json  # noqa: E402
 
-PAUSE = 0.25  # seconds, of an inner step
-SEQUENCE = 16  # tokens
+# Of an inner step: sequences, tokens of each, seconds, and a rate at which the noise of small batches stays small
+WORK: dict[str, Any] = {"batch": 4, "sequence": 16, "pause": 0.25, "lr": 5e-4}
 EVALUATION = {"eval_interval": 10, "eval_samples": 256}
 SEEDS = 42, 43  # of initial weights and samples: of all runs, and of the last one
 Losses = tuple[list[float], list[float]]  # samples that the global state has seen, and held-out losses
@@ -180,7 +180,7 @@ def line(row: dict[str, Any]) -> str:
 
 def rows(options: argparse.Namespace, systems: list[str], directory: Path) -> Iterator[dict[str, Any]]:
     """All runs, one after the other."""
-    work = Work("", local_steps=options.local_steps, pause=PAUSE, sequence=SEQUENCE)
+    work = Work("", local_steps=options.local_steps, **WORK)
     work = replace(work, model=str(precache(directory, work)))
     harness.BASE |= EVALUATION
     reference: Losses | None = None
