@@ -257,8 +257,13 @@ class Run:
         assert result, f"waited {patience:.0f} s for {what}\n{self.story()}"
         return result
 
-    def until_quorum(self, pods: Collection[Pod], after: int | None = None) -> int:
-        """Wait until each of these workers has reported a round after `after` of exactly them; returns the last."""
+    def until_quorum(
+        self, pods: Collection[Pod], after: int | None = None, unless: Callable[[], bool] = lambda: False
+    ) -> int:
+        """Wait until each of these workers has reported a round after `after` of exactly them.
+
+        Returns the last of these rounds; 0 if `unless()` became true before.
+        """
         after = self.committed() if after is None else after
 
         def formed() -> int:
@@ -273,7 +278,10 @@ class Run:
             first = [next((int(round) for round in own if round > after), 0) for own in rounds]
             return max(first) if all(first) else 0
 
-        round = int(self.until(formed, f"a quorum of workers {[pod.slot for pod in pods]}"))
+        what = f"a quorum of workers {[pod.slot for pod in pods]}"
+        round = int(self.until(lambda: formed() or (unless() and -1), what))
+        if round < 0:
+            return 0
         self.joined = time.time()
         self.settled = self.settled or self.joined
         return round
