@@ -60,7 +60,7 @@ from tests.faults import harness  # noqa: E402
 from trainer.files import write_json  # noqa: E402
 
 # Of an inner step: sequences, tokens of each, seconds, and a rate at which the noise of small batches stays small
-WORK: dict[str, Any] = {"batch": 4, "sequence": 16, "pause": 0.25, "lr": 5e-4}
+WORK: dict[str, Any] = {"batch": 2, "sequence": 16, "pause": 0.25, "lr": 5e-4}
 EVALUATION = {"eval_interval": 10, "eval_samples": 256}
 SEEDS = 42, 43  # of initial weights and samples: of all runs, and of the last one
 Losses = tuple[list[float], list[float]]  # samples that the global state has seen, and held-out losses
