@@ -66,6 +66,7 @@ class Place:
     Attributes:
         kind: Of the training's jobs.
         timeouts: Of the steps.
+        apart: Whether the workflow is in another namespace, where no owner reference can name it.
         lines: What the steps have said.
         on_line: Called with each line, in the step's thread: what it raises happens to the step.
     """
@@ -74,6 +75,7 @@ class Place:
         self.server, self.story, self.run_id = server, Story(), run_id
         self.launcher, self.kind = launcher, TRAINING_KINDS[launcher]
         self.owner: Object | None = OWNER
+        self.apart = False
         for owner in (OWNER, ANOTHER_OWNER):
             metadata = {"name": owner["name"], "uid": owner["uid"]}
             server.put("workflows", {"metadata": metadata, "spec": {}, "status": {"phase": "Running"}})
@@ -99,7 +101,7 @@ class Place:
             kind = KINDS.get(self.owner["kind"], WORKFLOW)
             workflow = Workflow("default", self.owner["name"], self.owner["uid"], kind)
         client = Client(config.deployment_namespace, self.timeouts)
-        return StepContext.of(client, config, "python:1", self.say, self.owner, workflow)
+        return StepContext.of(client, config, "python:1", self.say, None if self.apart else self.owner, workflow)
 
     def jobs(self) -> dict[str, Object]:
         """The training's jobs, by name."""

@@ -80,7 +80,7 @@ def context(endpoint: str) -> StepContext:
     }
     config = TrainingConfig.from_flat(values).resolved()
     made = plan(config, namespace="default", image="python:1")
-    return StepContext(Cluster("", lambda: Client("default"), lambda _: made, print), print)
+    return StepContext(Cluster("", lambda: Client("default"), lambda _: made, print, lambda mark: False), print)
 
 
 def test_the_secret_s_certificates_open_etcd_and_are_gone_again(

@@ -192,11 +192,12 @@ def test_a_cancelled_run_that_is_submitted_again_at_once_waits_for_its_workers_a
 
 
 @both_kinds
-@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize(("over", "apart"), [(False, False), (True, False), (False, True), (True, True)])
 def test_a_workflow_that_is_cancelled_leaves_the_settings_to_the_one_that_has_begun(
-    place: Place, tmp_path: Path, over: bool
+    place: Place, tmp_path: Path, over: bool, apart: bool
 ) -> None:
     """Not its jobs, which the other one has not found yet. If the other one is over, nothing is needed any more."""
+    place.apart = apart
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
     with pytest.raises(Died):

@@ -49,6 +49,8 @@ def test_the_next_claim_is_asked_when_the_pod_of_one_finds_no_node(place: Place,
     here = place.context(elastic_rdzv_timeout=3.0)
     assert fetch_result(here, here.plan.workers, "export", tmp_path / "export").index == 1
     assert place.said("warning: export on worker 0's claim has not started in 3 s: ")
+    (left,) = place.server.all("jobs")  # the other one must not start, and export again, when there is room
+    assert "worker-0" not in left
 
 
 def test_a_step_that_was_started_again_takes_the_result_anew(place: Place, tmp_path: Path) -> None:

@@ -99,14 +99,18 @@ class Attempts:
         return tuple(sorted(self._unreachable))
 
     def connect_new(self) -> None:
-        """Establish missing or worn links to the members of the open round, in the background. Thread-safe."""
+        """Establish missing or worn links to the members of the open round, in the background. Thread-safe.
+
+        During a collective, worn links are in use, and stay.
+        """
         if (record := self._watch.record) is not None:
             members = {*record.expected, *record.assignments}
             with self._lock:
                 self._unreachable = {id: why for id, why in self._unreachable.items() if id in members}
                 self._warned &= members
-            if not self._connecting.is_alive() and self._transport.lacking(members):
-                self._connecting = threading.Thread(target=self._connect_patiently, args=(members,), daemon=True)
+            needed = self._needed(members, worn=(worn := record.phase != "reduce"))
+            if needed and not self._connecting.is_alive():
+                self._connecting = threading.Thread(target=self._connect_patiently, args=(members, worn), daemon=True)
                 self._connecting.start()
 
     def relayed(self) -> dict[str, list[int]]:
@@ -124,13 +128,17 @@ class Attempts:
         group = self._transport.group(record.members, record.attempt_id, self._watch.ended)
         return reduce(group, prepared, exchange.on_chunk, self._workspace)
 
-    def _connect(self, ids: Iterable[str], timeout: float) -> dict[str, str]:
-        """Establish missing or worn links. Returns the unreachable members with the reasons."""
+    def _needed(self, ids: Iterable[str], worn: bool) -> set[str]:
+        """The members to which a link must be established: those without one, and perhaps those with a worn one."""
+        return self._transport.lacking(ids) if worn else self._transport.without_link(ids)
+
+    def _connect(self, ids: Iterable[str], timeout: float, worn: bool = True) -> dict[str, str]:
+        """Establish missing links, and perhaps worn ones anew. Returns the unreachable members with the reasons."""
         ids = set(ids)
         missing: dict[str, str] = {}
-        if lacking := self._transport.lacking(ids):
+        if needed := self._needed(ids, worn):
             try:
-                missing = self._transport.connect(self._endpoints(lacking), timeout)
+                missing = self._transport.connect(self._endpoints(needed), timeout)
             except EtcdError as error:
                 if error.kind != "unreachable":
                     raise
@@ -140,10 +148,10 @@ class Attempts:
             self._unreachable = {**kept, **missing}
         return missing
 
-    def _connect_patiently(self, ids: Iterable[str]) -> None:
+    def _connect_patiently(self, ids: Iterable[str], worn: bool) -> None:
         """Connect, and warn once about each live member that cannot be reached at all."""
         with suppress(EtcdError):
-            missing = self._connect(ids, TransportTimeouts().in_any_way)
+            missing = self._connect(ids, TransportTimeouts().in_any_way, worn)
             for id in self._endpoints(missing):
                 if id not in self._warned:
                     self._warned.add(id)

@@ -80,7 +80,13 @@ class Replica:
         return Offer({"round": round, "step": step}, state)
 
     def keep_mean(self, round: int, reduced: Reduced, steps: int, fragment: Fragment) -> None:
-        """Keep the coded mean of a committed round for members that missed it."""
+        """Keep the coded mean of a committed round for members that missed it.
+
+        If the step of a single member replaced θ, its parameters were copied (`Outcome.exact`): a replay of the mean
+        would differ from them by rounding, so the others fetch the state.
+        """
+        if reduced.lone and self.state.outer.replaces:
+            return
         buffers = {str(index): rows for index, (_, rows) in enumerate(reduced.coded)}
         scales = {name: scale for name, (scale, _) in zip(buffers, reduced.coded, strict=True)}
         meta = {"weight": reduced.weight, "steps": steps, "fragment": fragment.index, "coded": scales}
@@ -129,7 +135,9 @@ class Replica:
             if meta["weight"] > 0:
                 try:
                     mean = decoded(coded, fragment.codec, fragment.stop - fragment.start)
-                except ValueError as error:  # the full state is fetched instead
+                    if len(mean) != fragment.stop - fragment.start:
+                        raise ValueError(f"it has {len(mean)} values")
+                except (ValueError, RuntimeError) as error:  # the full state is fetched instead
                     log.warning("the mean of round %d cannot be decoded: %s", round, error)
                     break
                 if factors is not None:

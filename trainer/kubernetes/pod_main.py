@@ -4,7 +4,7 @@ A pod sends messages to its step through its log, each as a line with a keyword 
 
     metrics {"local_rank": 0, "event": "round", …}   an event of a worker's metrics.jsonl, as it happens
     precached {"hash": …, "train": …}                the dataset on this pod's claim
-    result {"port": 7001}                            the result is ready to be fetched (`trainer.transport.handover`)
+    result {"port": 6901}                            the result is ready to be fetched (`trainer.transport.handover`)
 """
 
 import json

@@ -67,15 +67,15 @@ class AgentProcess:
             TrainingError: It cannot be started.
         """
         self._process, self._due, self._terminated, self._end_reported = None, True, False, False
+        self._id = uuid.uuid4().hex
+        self.ids.add(self._id)
         return self.start_if_due()
 
     def start_if_due(self) -> bool:
         """Start the agent if that is due. Returns and raises like `start`."""
         if not self._due:
             return True
-        id = uuid.uuid4().hex
-        self.ids.add(id)
-        command = [*self._agent, "--node", id, *self._worker]
+        command = [*self._agent, "--node", self._id, *self._worker]
         try:
             started = self._standby.start(command, self._environment, self.log) if self._standby else None
             self._process = started or self._spawned(command)

@@ -178,20 +178,23 @@ class _Run:
         self._wake = threading.Event()
 
     def _add(self, nodes: int) -> None:
-        """Prepare agents for `nodes` nodes."""
+        """Prepare agents for `nodes` nodes. Raises OSError, for example if the disk is full, and then adds none."""
         own = self._config.workers_per_node
         environment = _environment(nodes * self._config.elastic.nproc_per_node)
         workers = worker_configs(with_nodes(self._config, nodes))
+        agents, progress = list[AgentProcess](), list[WorkerProgress]()
         for node in range(len(self._agents), nodes):
             path = Path(workers[node].run_dir) / "config.json"
             write_json(path, workers[node].model_dump(mode="json"))
             if self._standby is None and self._config.standby and self._command is None:
                 self._standby = Standby.spawn(path, environment)
             log = self._run_dir / "logs" / f"worker-{node}.log"
-            self._agents.append(AgentProcess(node, path, log, self._command, environment, self._standby))
+            agents.append(AgentProcess(node, path, log, self._command, environment, self._standby))
             for rank in range(own):
                 metrics = Volume.of(workers[node], rank).metrics
-                self._progress.append(WorkerProgress(node * own + rank, metrics))
+                progress.append(WorkerProgress(node * own + rank, metrics))
+        self._agents += agents
+        self._progress += progress
         self._desired = nodes
 
     def follow(self) -> int:
@@ -337,6 +340,7 @@ class _Run:
         """Start an agent that is new or has left, if its node is wanted."""
         if agent.node < self._desired and not agent.running and (agent.leaving or agent.status is None):
             agent.leaving = False
+            self._lost = [node for node in self._lost if node != str(agent.node)]
             self._start(agent, shown)
             for worker in self._progress:
                 if worker.number // self._config.workers_per_node == agent.node:

@@ -36,7 +36,7 @@ class Sharing:
     """Serves this machine's dataset and model from a joiner's request until the end of the block.
 
     Args:
-        warn: Called on a thread with the reason if serving is impossible.
+        warn: Called on a thread with the reason if serving has failed and will be tried again.
     """
 
     def __init__(

@@ -86,8 +86,8 @@ class Donor:
             id = next((known for known, held in self._held.items() if held.offer is offer), uuid.uuid4().hex)
             self._held[id] = _Held(offer)
             if not self._releases:
-                self._releases = True
                 threading.Thread(target=self._release, name="release offers", daemon=True).start()
+                self._releases = True  # it waits for the lock
         return {"offer": id, "meta": offer.meta, "layout": layout_of(offer.buffers)}
 
     def _release(self) -> None:

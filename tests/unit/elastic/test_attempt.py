@@ -99,5 +99,19 @@ def test_a_mean_that_cannot_be_decoded_is_not_replayed(name: str) -> None:
         replica.start_catching_up()
         replica.rows = garbage(codec.mean, 1)
         assert replica.replay(record, 1) == 0 and state.hash() == before  # the full state is fetched next
+        replica.rows = codec.mean.encode(torch.ones(1, SIZE))[:, :-1].contiguous()
+        assert replica.replay(record, 1) == 0 and state.hash() == before
         replica.rows = codec.mean.encode(torch.ones(1, SIZE))
         assert replica.replay(record, 1) == 1 and state.hash() != before
+
+
+def test_a_mean_of_one_member_whose_parameters_replaced_the_state_is_not_kept() -> None:
+    """θ − (θ − θᵢ) is θᵢ except for rounding."""
+    codec = make("fp32", topk=0, values="int8").of([torch.Size((64, 64))])
+    reduced = Reduced(1.0, ((1.0, torch.ones(SIZE)),), "")
+    with member(0) as transport, ThreadPoolExecutor(1) as pool:
+        for lr, lone, kept in ((1.0, True, 0), (1.0, False, 1), (0.7, True, 1)):
+            state = GlobalState(torch.ones(SIZE), Nesterov(lr, 0.0), [Fragment(0, 0, SIZE, codec)])
+            replica = Replica(watch(), state, MemberMachine(transport.id, RULES), pool, transport)
+            replica.keep_mean(1, replace(reduced, lone=lone), 4, state.fragments[0])
+            assert len(replica._means) == kept

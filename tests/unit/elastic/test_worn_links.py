@@ -1,4 +1,4 @@
-"""Links that have carried a lot of data are replaced between two rounds, when members learn of the new one."""
+"""Links that have carried a lot of data are replaced when the record changes, but not during a collective."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ def attempts(here: Transport, there: Transport) -> Attempts:
         client=SimpleNamespace(list=lambda prefix: entries),
         config=SimpleNamespace(sync_threads=1, collective_timeout=PATIENCE),
         timeouts=None,
-        record=SimpleNamespace(expected=(here.id, there.id), assignments={}),
+        record=SimpleNamespace(expected=(here.id, there.id), assignments={}, phase="gather"),
     )
     return Attempts(watch, here)
 
@@ -30,6 +30,10 @@ def test_a_worn_link_is_made_anew_when_the_record_changes(monkeypatch: pytest.Mo
         own.connect_new()
         assert own._connecting.ident is None and first.up  # there is nothing to do
         monkeypatch.setattr("trainer.transport.link.WORN_BYTES", 100_000)
+        own._watch.record.phase = "reduce"
+        own.connect_new()
+        assert own._connecting.ident is None and first.up  # it is in use
+        own._watch.record.phase = "gather"
         own.connect_new()
         wait_for(lambda: bool(first.reason) and not one.lacking([other.id]) and not other.without_link([one.id]))
         assert first.reason == "is being re-established"

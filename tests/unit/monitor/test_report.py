@@ -270,6 +270,8 @@ def test_what_a_step_knows_replaces_what_its_workers_have_not_told(tmp_path: Pat
     write(tmp_path / "worker-0", list(events())[1:])  # the newest part of a log
     run = read_run(tmp_path)
     assert (run.status, run.config["model"]) == ("complete", "gpt-neo-x:tiny")
+    write(tmp_path / "worker-0", list(events())[:-1])  # the oldest part
+    assert read_run(tmp_path).status == "complete"
     write(tmp_path / "worker-0", events(end="failed"))
     assert (read_run(tmp_path).status, read_run(tmp_path).run_id) == ("failed", "a-run")
 

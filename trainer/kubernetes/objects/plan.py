@@ -61,7 +61,7 @@ class Plan:
     owner: Object | None  # reference to the owning workflow: all objects except the claims are deleted with it
     sites: tuple[Site, ...]  # in this cluster
     workers: tuple[WorkerPlan, ...]  # at these sites, by index
-    workflow: str = ""  # kind, name and uid of a workflow in another cluster, which owner references cannot name
+    workflow: str = ""  # `Workflow.mark` of one in another namespace or cluster, which no owner reference can name
     tracking: Mapping[str, str] = field(default_factory=dict)  # the experiment trackers' environment variables
 
     @property

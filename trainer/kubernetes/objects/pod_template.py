@@ -22,7 +22,7 @@ RESULTS: tuple[Result, ...] = get_args(Result)
 
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/diloco", "config.yaml"
 CONFIG_FILE = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
-RESULT_PORT = 7001  # of a pod that serves a result
+RESULT_PORT = 6901  # of a pod that serves a result: anyone may connect to it, so it is in no usual `port_range`
 TOKEN_KEY = "token"  # in the run's Secret: the token that authorises fetching a result
 CONTAINERS = {PYTORCH_JOB: "pytorch", TRAIN_JOB: "node"}  # the controllers' names of a training pod's main container
 

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable
 from functools import cached_property
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainingError
 from trainer.kubernetes.api.client import ApiError, Client
 from trainer.kubernetes.api.kinds import CLAIM, CONFIG_MAP, JOB, KINDS, SECRET, TRAINING_KINDS, JobKind, Object
 from trainer.kubernetes.api.notices import Show
@@ -25,12 +25,20 @@ class Cluster:
         name: The Secret with its kubeconfig; "": the steps' own cluster.
         connect: Creates the client for the training's namespace there.
         make_plan: Creates the plan of the training's part.
+        has_ended: Whether the workflow with a `Workflow.mark` was terminated or is over. Raises TrainingError if it
+            cannot be read.
     """
 
     def __init__(
-        self, name: str, connect: Callable[[], Client], make_plan: Callable[[Client], Plan], show: Show
+        self,
+        name: str,
+        connect: Callable[[], Client],
+        make_plan: Callable[[Client], Plan],
+        show: Show,
+        has_ended: Callable[[str], bool],
     ) -> None:
         self.name, self._connect, self._make_plan, self._show = name, connect, make_plan, show
+        self._has_ended = has_ended
 
     @cached_property
     def client(self) -> Client:
@@ -124,9 +132,18 @@ class Cluster:
                 claims = False
         due = found if finished or claims else running
         if others:
-            due = {JOB: [], kind: [job for job in due.get(kind, []) if self._other_owner(job) not in others]}
+            # Listed again, because another workflow may have adopted jobs in the meantime
+            jobs = self._jobs_of(kind) if due.get(kind) else []
+            due = {
+                JOB: [],
+                kind: [
+                    job
+                    for job in jobs
+                    if self._other_owner(job) not in others and (finished or not kind.has_ended(job))
+                ],
+            }
 
-        # Jobs first, in one request if possible, because a cancelled step may have only a second
+        # Jobs first, because a cancelled step may have only a second
         deletions = [self._begin_deletion(one, due[one], every=due is found) for one in kinds]
         if not others and (training or not self._running(kind)):
             for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
@@ -158,7 +175,16 @@ class Cluster:
         """
         settings = self.client.list(CONFIG_MAP, self.plan.component("config"))[0]
         owned = {name: one for one in (*settings, *jobs) if (name := self._other_owner(one))}
-        return {name for name, one in owned.items() if is_under_way(self.client, one, unknown=True)}
+        return {name for name, one in owned.items() if self._is_under_way(one)}
+
+    def _is_under_way(self, one: Object) -> bool:
+        """Whether the workflow of an object is under way, or cannot be read."""
+        if mark := _mark(one):
+            try:
+                return not self._has_ended(mark)
+            except TrainingError:
+                return True
+        return is_under_way(self.client, one, unknown=True)
 
     def _jobs_of(self, kind: JobKind) -> list[Object]:
         """The run's jobs of a kind."""
@@ -172,10 +198,15 @@ class Cluster:
         """The name of an object's workflow if it is not this step's; else ""."""
         own, owners = self.plan.owner, one["metadata"].get("ownerReferences") or []
         others = (it["name"] for it in owners if own and it["kind"] == own["kind"] and it["uid"] != own["uid"])
-        mark = (one["metadata"].get("annotations") or {}).get(names.WORKFLOW, "")
+        mark = _mark(one)
         if self.plan.workflow and mark and mark != self.plan.workflow:
-            return str(mark.split("/")[1])
+            return mark.split("/")[1]
         return next(others, "")
+
+
+def _mark(one: Object) -> str:
+    """The `Workflow.mark` of an object's workflow, if no owner reference names it."""
+    return str((one["metadata"].get("annotations") or {}).get(names.WORKFLOW, ""))
 
 
 def refuse_foreign(wanted: Object, existing: Object) -> None:

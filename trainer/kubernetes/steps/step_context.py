@@ -70,18 +70,23 @@ class StepContext:
     ) -> Self:
         """Like `open`, but for a given cluster of the steps and a given workflow that owns the objects there."""
         tracking = mlflow.handed_on()
-        made = plan(config, namespace=client.namespace, image=image, owner=owner, tracking=tracking)
         mark = workflow.mark if workflow else ""
+        own = "" if owner else mark
+        made = plan(config, namespace=client.namespace, image=image, owner=owner, workflow=own, tracking=tracking)
 
         def plan_there(there: Client) -> Plan:
             own = config.with_values(launcher=launcher_of(there, config))
             place, cluster = there.namespace, there.cluster
             return plan(own, namespace=place, image=image, cluster=cluster, workflow=mark, tracking=tracking)
 
+        def has_ended(mark: str) -> bool:
+            return workflow is None or workflow.marked(mark).has_ended(client)
+
         others = [
-            Cluster(name, partial(OtherClient, client, name), plan_there, show) for name in cluster_names(config)[1:]
+            Cluster(name, partial(OtherClient, client, name), plan_there, show, has_ended)
+            for name in cluster_names(config)[1:]
         ]
-        return cls(Cluster("", lambda: client, lambda _: made, show), show, workflow, others)
+        return cls(Cluster("", lambda: client, lambda _: made, show, has_ended), show, workflow, others)
 
     @property
     def clusters(self) -> Iterator[Cluster]:

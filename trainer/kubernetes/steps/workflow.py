@@ -28,8 +28,13 @@ class Workflow:
 
     @property
     def mark(self) -> str:
-        """The value of the annotation that names it in other clusters, or ""."""
+        """The value of the annotation that names it in other namespaces and clusters, or ""."""
         return f"{self.kind.name}/{self.name}/{self.uid}" if self.name else ""
+
+    def marked(self, mark: str) -> "Workflow":
+        """The workflow with this mark, of the same namespace."""
+        kind, name, uid = mark.split("/")
+        return Workflow(self.namespace, name, uid, KINDS[kind])
 
     def has_ended(self, client: Client) -> bool:
         """Whether it was terminated or is over. Raises TrainingError if it cannot be read.

@@ -98,10 +98,14 @@ class RunHistory(Curves):
 
     @cached_property
     def status(self) -> str:
-        """complete if any worker ended with it (the final checkpoint is committed), else the workers' worst status."""
+        """complete if any worker ended with it (the final checkpoint is committed), else the workers' worst status.
+
+        What the training step knows replaces the status of workers whose last events were lost.
+        """
         found = {worker.status for worker in self.workers if worker.events or len(worker.steps)}
         ranked = ("complete", "failed", "unfinished", "stopped")
-        return next((status for status in ranked if status in found), str(self.known.get("status", "not started")))
+        recorded = next((status for status in ranked if status in found), "not started")
+        return str(self.known.get("status", recorded)) if recorded in ("unfinished", "not started") else recorded
 
     @property
     def reason(self) -> str:
