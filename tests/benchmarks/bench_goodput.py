@@ -1,6 +1,6 @@
 """Goodput under failures: how much useful work a run does when a worker or node is killed every minute or more often.
 
-    python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--kills 15] [--calm 120] [--workers 4] [--seed 0]
+    python tests/benchmarks/bench_goodput.py [--every 60 30 20] [--kills 15] [--workers 4] [--seed 0]
         [--systems ours torchrun torchft] [--torchft DIRECTORY] [--directory DIRECTORY]
 
 The systems, their timeouts and their work are those of bench_faults.py, which also describes how to install torchft:
@@ -8,15 +8,17 @@ ours, torchrun's restart of the world with our backend `etcd3` and a checkpoint 
 inner step is a short real one and a pause in place of a GPU's work. So four workers on a few cores leave most of the
 CPU to the processes that start, as separate machines would.
 
-Each system first runs without kills, which gives its undisturbed step time. Then, in a run for each interval, a worker
-drawn at random is killed (SIGKILL) every `--every` seconds, `--kills` times: either alone, so that its agent restarts
-it, or together with its agent, which the benchmark restarts immediately, as a cluster would. The draws are the same for
-all systems. The last run is ours without kills again, with another seed: its row shows what the measure itself loses,
-and how far the held-out losses of two undisturbed runs are apart.
+For each interval, a run: every `--every` seconds, `--kills` times, a worker drawn at random is killed (SIGKILL), either
+alone, so that its agent restarts it, or together with its agent, which the benchmark restarts immediately, as a cluster
+would. The draws are the same for all systems. Two runs of ours have no kills; the second one has another seed: its loss
+shows how far the held-out losses of two undisturbed runs are apart.
 
     goodput     useful inner steps x undisturbed step time / (wall time x workers). A step is useful if an outer step
-                that it contributed to was committed, and not rolled back
+                that it contributed to was committed, and not rolled back. The undisturbed step time is that of the
+                run's own rounds that all workers took part in, as in the rounds before and after: the speed of a shared
+                machine drifts by several percent from one run to the next
     useful      the number of those steps
+    ms/step     the undisturbed step time, including its part of synchronisations and evaluations
     kills       of workers alone + with their agents; if the drawn worker is not running, another one is killed
     loss        ours: the held-out loss divided by that of the first run without kills after as many samples; the mean
                 over all evaluations in the second half of the run. The others train on random tokens
@@ -96,11 +98,16 @@ def committed(system: System, began: float, ended: float) -> float:
     return sum(steps for when, steps in useful_steps(system) if began < when <= ended)
 
 
-def undisturbed_rate(system: System, began: float, ended: float) -> float:
-    """Useful inner steps a second, from commit to commit."""
-    commits = sorted(when for when, _ in useful_steps(system))
-    begin, end = (max(when for when in commits if when <= limit) for limit in (began, ended))
-    return committed(system, begin, end) / (end - begin)
+def undisturbed_step(system: System) -> float:
+    """Mean seconds of an inner step, with its part of a synchronisation, in rounds away from any change of members."""
+    seconds: list[float] = []
+    for slot in range(system.workers):
+        rounds = system.of("round", slot)
+        for before, now, after in zip(rounds, rounds[1:], rounds[2:], strict=False):
+            numbers = [event["round"] - now["round"] for event in (before, now, after)]
+            if numbers == [-1, 0, 1] and all(one["world_size"] == system.workers for one in (before, now, after)):
+                seconds.append(now["time"] - before["time"])
+    return statistics.mean(seconds) / system.work.local_steps
 
 
 def disturb(system: System, every: float, seconds: float, seed: int) -> tuple[int, int]:
@@ -165,16 +172,16 @@ def measure(system: System, every: float, seconds: float, seed: int) -> dict[str
     began = time.time()
     alone, nodes = disturb(system, every or float("inf"), seconds, seed)
     ended = time.time()
-    useful = committed(system, began, ended)
-    rate = useful / (ended - began) if every else undisturbed_rate(system, began, ended)
-    return {"useful": useful, "rate": rate, "kills": alone, "with_agent": nodes}
+    useful, step = committed(system, began, ended), undisturbed_step(system)
+    goodput = useful * step / (ended - began) / system.workers
+    return {"goodput": goodput, "useful": useful, "step_seconds": step, "kills": alone, "with_agent": nodes}
 
 
 def line(row: dict[str, Any]) -> str:
     every = f"{row['every']:g} s" if row["every"] else "never"
     loss = f"{row['loss']:>9.4f}" if row.get("loss") else f"{'-':>9}"
     kills = f"{row['kills']} + {row['with_agent']}"
-    numbers = f"{row['goodput']:>9.1%}{row['useful']:>9.0f}{row['workers'] / row['rate'] * 1000:>9.0f}{kills:>10}{loss}"
+    numbers = f"{row['goodput']:>9.1%}{row['useful']:>9.0f}{row['step_seconds'] * 1000:>9.0f}{kills:>10}{loss}"
     return f"{every:>7} {row['system']:<9}{numbers}{row['load']:>7.1f}"
 
 
@@ -184,25 +191,22 @@ def rows(options: argparse.Namespace, systems: list[str], directory: Path) -> It
     work = replace(work, model=str(precache(directory, work)))
     harness.BASE |= EVALUATION
     reference: Losses | None = None
-    undisturbed: dict[str, float] = {}  # useful steps a second
-    plans = [(every, name) for every in (0.0, *options.every) for name in systems]
-    for number, (every, name) in enumerate([*plans, *[(0.0, "ours")] * ("ours" in systems)]):
+    plans = [(every, name) for every in options.every for name in systems]
+    calm = [(0.0, "ours")] * ("ours" in systems)
+    for number, (every, name) in enumerate([*calm, *plans, *calm]):
         own = directory / f"{number}-{name}-{every:g}"
         own.mkdir(parents=True)
-        seconds = options.kills * (every or max(options.every)) if every or name == "ours" else options.calm
-        harness.BASE["seed"] = SEEDS[number == len(plans)]
+        harness.BASE["seed"] = SEEDS[number > len(plans)]
         with ExitStack() as resources:
             loads = resources.enter_context(watching_load())
             system = SYSTEMS[name](own, options.workers, replace(work, system=name), EQUAL, options.torchft)
             resources.callback(system.close)
             try:
-                found = measure(system, every, seconds, options.seed)
+                found = measure(system, every, options.kills * (every or max(options.every)), options.seed)
             except TimeoutError as error:  # the other runs go on: the table takes hours
                 print(f"{every:>5g} s {name:<9} {str(error).splitlines()[0]}", flush=True)
                 continue
-            rate = undisturbed.setdefault(name, found["rate"])
-            row = {"every": every, "system": name, "workers": options.workers, **found, "goodput": found["rate"] / rate}
-            row["load"] = statistics.mean(loads)
+            row = {"every": every, "system": name, **found, "load": statistics.mean(loads)}
             if name == "ours":
                 losses = held_out(system)
                 reference = reference or losses
@@ -214,7 +218,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=float, nargs="+", default=[60.0, 30.0, 20.0], help="seconds between two kills")
     parser.add_argument("--kills", type=int, default=15, help="in each run")
-    parser.add_argument("--calm", type=float, default=120.0, help="seconds of the others' runs without kills")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--local-steps", type=int, default=10, help="inner steps in a round")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
@@ -237,7 +240,7 @@ def main() -> None:
             found.append(row)
             print(line(row), flush=True)
             OUTPUT.parent.mkdir(exist_ok=True)
-            settings = {"kills": options.kills, "seed": options.seed}
+            settings = {"kills": options.kills, "workers": options.workers, "seed": options.seed}
             write_json(OUTPUT, {**settings, "local_steps": options.local_steps, "rows": found})
 
 
