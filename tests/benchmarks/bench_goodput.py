@@ -101,12 +101,15 @@ def committed(system: System, began: float, ended: float) -> float:
 def undisturbed_step(system: System) -> float:
     """Mean seconds of an inner step, with its part of a synchronisation, in rounds away from any change of members."""
     seconds: list[float] = []
+    starts = [event["time"] for slot in range(system.workers) for event in system.of("start", slot)]
     for slot in range(system.workers):
         rounds = system.of("round", slot)
-        for before, now, after in zip(rounds, rounds[1:], rounds[2:], strict=False):
-            numbers = [event["round"] - now["round"] for event in (before, now, after)]
-            if numbers == [-1, 0, 1] and all(one["world_size"] == system.workers for one in (before, now, after)):
-                seconds.append(now["time"] - before["time"])
+        for three in zip(rounds, rounds[1:], rounds[2:], strict=False):
+            before, now, after = (event["time"] for event in three)
+            follow = [event["round"] - three[0]["round"] for event in three] == [0, 1, 2]
+            whole = all(event["world_size"] == system.workers for event in three)
+            if follow and whole and not any(before < start <= after for start in starts):
+                seconds.append(now - before)
     return statistics.mean(seconds) / system.work.local_steps
 
 
@@ -156,7 +159,9 @@ def held_out(system: System) -> Losses:
 
 def relative_loss(own: Losses, reference: Losses) -> float | None:
     """Mean ratio of the held-out losses after as many samples, over the second half of the run's evaluations."""
-    half = [pair for pair in zip(*own, strict=True) if own[0][-1] / 2 <= pair[0] <= reference[0][-1]] if own[0] else []
+    if not (own[0] and reference[0]):
+        return None
+    half = [pair for pair in zip(*own, strict=True) if own[0][-1] / 2 <= pair[0] <= reference[0][-1]]
     ratios = [loss / float(np.interp(samples, *reference)) for samples, loss in half]
     return statistics.mean(ratios) if ratios else None
 
@@ -209,8 +214,8 @@ def rows(options: argparse.Namespace, systems: list[str], directory: Path) -> It
             row = {"every": every, "system": name, **found, "load": statistics.mean(loads)}
             if name == "ours":
                 losses = held_out(system)
-                reference = reference or losses
-                row |= {"losses": losses, "loss": relative_loss(losses, reference)}
+                reference = losses if reference is None and not every else reference
+                row |= {"losses": losses, "loss": relative_loss(losses, reference) if reference else None}
         yield row
 
 

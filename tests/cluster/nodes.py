@@ -22,6 +22,7 @@ from typing import Any
 
 from tests.cluster.apiserver import ApiServer, Object
 from tests.cluster.trainer import Trainer, condition, is_of_set
+from trainer.kubernetes.objects.pod_template import RESULT_PORT
 
 Kubelet = Callable[["Cluster", Object], None]
 
@@ -280,7 +281,7 @@ class Processes:
         places = {
             "/etc/diloco": str(mounted),
             "python": sys.executable,
-            "7001": "0",
+            str(RESULT_PORT): "0",
         }  # a process has no ports of its own
         command = [places.get(word, word.replace("/etc/diloco", str(mounted))) for word in command]
         environment = {**_environment(cluster, pod, container), **self.environment}

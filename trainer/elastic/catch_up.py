@@ -82,8 +82,8 @@ class Replica:
     def keep_mean(self, round: int, reduced: Reduced, steps: int, fragment: Fragment) -> None:
         """Keep the coded mean of a committed round for members that missed it.
 
-        If the step of a single member replaced θ, its parameters were copied (`Outcome.exact`): a replay of the mean
-        would differ from them by rounding, so the others fetch the state.
+        If the step of a single member replaced θ, its parameters may have been copied (`Outcome.exact`): a replay of
+        the mean would differ from them by rounding, so the others fetch the state.
         """
         if reduced.lone and self.state.outer.replaces:
             return

@@ -60,7 +60,7 @@ def _fetch_from(context: StepContext, worker: WorkerPlan, what: Result, director
     except JobFailed:  # if its pod did not start, it must not start later
         job = cluster.client.get(JOB, body["metadata"]["name"])
         if job and not JOB.has_ended(job):
-            cluster.client.delete(JOB, body["metadata"]["name"])
+            cluster.client.delete(JOB, body["metadata"]["name"], uid=job["metadata"]["uid"])
         raise
     if not directory.is_dir():
         raise TrainingError(f"the pod of {what} ended without providing its result")

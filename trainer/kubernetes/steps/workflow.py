@@ -32,7 +32,7 @@ class Workflow:
         return f"{self.kind.name}/{self.name}/{self.uid}" if self.name else ""
 
     def marked(self, mark: str) -> "Workflow":
-        """The workflow with this mark, of the same namespace."""
+        """The workflow with this mark, which does not contain a namespace: assumed to be this workflow's."""
         kind, name, uid = mark.split("/")
         return Workflow(self.namespace, name, uid, KINDS[kind])
 

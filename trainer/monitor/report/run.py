@@ -105,7 +105,7 @@ class RunHistory(Curves):
         found = {worker.status for worker in self.workers if worker.events or len(worker.steps)}
         ranked = ("complete", "failed", "unfinished", "stopped")
         recorded = next((status for status in ranked if status in found), "not started")
-        return str(self.known.get("status", recorded)) if recorded in ("unfinished", "not started") else recorded
+        return recorded if recorded in ("complete", "failed") else str(self.known.get("status", recorded))
 
     @property
     def reason(self) -> str:
