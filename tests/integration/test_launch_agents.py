@@ -134,6 +134,7 @@ def test_an_agent_for_which_there_is_no_room_yet(tmp_path: Path, monkeypatch: py
     assert not agent.start()
     assert agent.running and agent.status is None and not agent.has_just_ended()
     assert agent.start_if_due() and agent.running
+    assert len(agent.ids) == 1  # however often it was tried
     agent.terminate()
     assert agent._process and agent._process.wait() == -signal.SIGTERM
     assert not agent.running and agent.has_just_ended() and agent.settled
@@ -189,6 +190,26 @@ def test_a_request_to_scale_is_answered_by_the_launch_that_it_is_for(
     run._scale(Shown())  # type: ignore[arg-type]
     assert shown == ["scaling to 3 nodes"] and client.list("desired/") == {}
     assert [getattr(agent, "asked", []) for agent in played(run)][2] == ["start"]
+
+
+def test_a_launch_that_cannot_scale_completes_with_the_nodes_that_it_has(
+    run: _Run, client: EtcdClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    client.put(request_key(tmp_path), {"nodes": 3})
+    shown: list[str] = []
+    run._log = shown.append
+    first, second = played(run)
+    for agent in (first, second):
+        agent.on_start = lambda agent=agent: setattr(agent, "ending", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.launch.local.write_json", full)
+        run._scale(type("Shown", (), {"show": lambda self, line: shown.append(line)})())  # type: ignore[arg-type]
+    assert shown == ["cannot scale to 3 nodes: [Errno 28] no space left"]
+    assert run.follow() == 0
+    assert played(run) == [first, second]
 
 
 def test_a_machine_that_could_not_serve_its_files_tries_again(
