@@ -193,21 +193,24 @@ def test_a_request_to_scale_is_answered_by_the_launch_that_it_is_for(
 
 
 def test_a_launch_that_cannot_scale_completes_with_the_nodes_that_it_has(
-    run: _Run, client: EtcdClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainingConfig, client: EtcdClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, value: object) -> None:
-        raise OSError(errno.ENOSPC, "no space left")
+        if "worker-3" in str(path):  # there was room for the configuration of worker 2
+            raise OSError(errno.ENOSPC, "no space left")
 
-    client.put(request_key(tmp_path), {"nodes": 3})
+    monkeypatch.setattr("trainer.launch.local.AgentProcess", Played)
     shown: list[str] = []
-    run._log = shown.append
+    wide, timeouts = config.with_values(elastic_max_nodes=4), LaunchTimeouts(poll=0.01)
+    run = _Run(wide, client, None, ["true"], timeouts, joins=False, log=shown.append)
+    client.put(request_key(tmp_path), {"nodes": 4})
     first, second = played(run)
     for agent in (first, second):
         agent.on_start = lambda agent=agent: setattr(agent, "ending", 0)
     with monkeypatch.context() as patched:
         patched.setattr("trainer.launch.local.write_json", full)
         run._scale(type("Shown", (), {"show": lambda self, line: shown.append(line)})())  # type: ignore[arg-type]
-    assert shown == ["cannot scale to 3 nodes: [Errno 28] no space left"]
+    assert shown == ["cannot scale to 4 nodes: [Errno 28] no space left"]
     assert run.follow() == 0
     assert played(run) == [first, second]
 
