@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -53,8 +54,8 @@ class DiLoCo(OwnLoop):
     to its next message.
 
     *Late workers*: a worker that misses the commit of a round adopts the new θ at its next inner step and carries its
-    pseudo-gradient over, weighted by all samples in it. If it had not finished the round, its inner steps count towards
-    the next one. If it had, another whole round follows, and it sends the mean of both.
+    pseudo-gradient over, weighted by all samples in it. Its next round has as many inner steps as fit
+    (`Schedule.keep_pace`). What it sends is scaled to one round's steps: of two whole rounds, the mean.
 
     Example:
         with DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum):
@@ -247,7 +248,7 @@ class DiLoCo(OwnLoop):
             self.contribution.reopen(pending.closed)
             if not isinstance(error, Superseded):
                 raise
-            self.catch_up(arrived=True)
+            self.catch_up()
             return None
 
         # Take the outer step
@@ -271,18 +272,14 @@ class DiLoCo(OwnLoop):
         self.exposed_seconds = pending.exposed + time.perf_counter() - started
         return outcome.commit
 
-    def catch_up(self, arrived: bool = False) -> None:
-        """Adopt the last committed global state, and carry this worker's pseudo-gradient over.
-
-        Args:
-            arrived: Whether this worker had finished its round.
-        """
+    def catch_up(self) -> None:
+        """Adopt the last committed global state, and carry this worker's pseudo-gradient over."""
         # Keep the unsent work in separate memory
         own, full = self.contribution, self.state.full_model
         local = self._layout.gather(self._scratch)
         displacement = own.displacement(full, local, own.carried_over, out=local).clone()
         kept = list(own.samples), list(own.steps), list(own.steps_per_round)
-        residual, steps, due, round = own.residual, self.schedule.inner_steps, self.schedule.due, self.round
+        residual, before, round = own.residual, replace(self.schedule), self.round
 
         caught_up = self.quorum.catch_up(self.state)
         self.begin_round()
@@ -290,11 +287,7 @@ class DiLoCo(OwnLoop):
         if not caught_up.counts:
             return
         own.residual = residual
-        # The steps count towards the open round even if they are dropped, so that the worker keeps pace with the
-        # others. But a round that was finished too late is followed by a whole one, unless it is still open (only its
-        # state was replaced).
-        again = arrived and due and self.round != round
-        self.schedule.inner_steps = 0 if again else min(steps, self.schedule.own_steps)
+        self.schedule.keep_pace(before, self.round - round)
         if self.late_policy == "carry" and any(kept[1]):
             own.carried_over = displacement
             own.samples, own.steps, own.steps_per_round = kept
@@ -305,6 +298,7 @@ class DiLoCo(OwnLoop):
         self.contribution.clear(self.state.full_model)
         self.contribution.keep(self.state.full_model, None, None)
         self.schedule.start_round(self.state.step)
+        self.schedule.joined = True
 
     def accept(self, assignment: Assignment | None) -> None:
         """Adopt an assignment and its step multiplier; None: no change."""

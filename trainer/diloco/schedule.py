@@ -18,7 +18,9 @@ class Schedule:
     total_steps: int | None = None  # the last round is shortened to end there; None: no end
     step_multiplier: float = 1.0  # this worker's inner steps for each step of the schedule
     begin: int = 0  # the position at which the open round began
-    inner_steps: int = 0  # this worker's in the open round so far
+    inner_steps: int = 0  # this worker's in the open round so far, including `credit`
+    credit: int = 0  # steps that count although this worker does not make them: see `keep_pace`
+    joined: bool = False  # whether this worker was absent when the open round began
 
     @property
     def length(self) -> int:
@@ -58,7 +60,24 @@ class Schedule:
 
     def start_round(self, begin: int, inner_steps: int = 0) -> None:
         """Open the round that begins at step `begin`."""
-        self.begin, self.inner_steps = begin, inner_steps
+        self.begin, self.inner_steps, self.credit, self.joined = begin, inner_steps, 0, False
+
+    def keep_pace(self, before: "Schedule", rounds: int) -> None:
+        """Count steps of the open round in advance, so that a worker that was late arrives together with the others.
+
+        After a round of which it made only a part, it makes as many steps in the next one. It makes a whole round if it
+        joined in the middle of the other, had finished it, or has missed several.
+
+        Args:
+            before: The schedule in the round that the others have committed without this worker.
+            rounds: How many they have committed; 0 if that round is still open, and only the state was replaced.
+        """
+        made = before.inner_steps - before.credit
+        if rounds == 0:
+            self.inner_steps, self.credit = min(before.inner_steps, self.own_steps), before.credit
+        elif rounds == 1 and made and not before.due and not before.joined:
+            self.inner_steps = self.credit = max(0, self.own_steps - made)
+        self.joined = before.joined if rounds == 0 else rounds > 1
 
 
 def check_counts(**arguments: int) -> None:

@@ -22,6 +22,7 @@ from trainer.diloco import (
     Superseded,
 )
 from trainer.diloco.quorum import OnChunk
+from trainer.diloco.schedule import Schedule
 from trainer.protocol.samples import Assignment
 
 
@@ -295,6 +296,43 @@ def test_the_steps_of_an_unfinished_round_are_part_of_the_next(
     ((pseudo_gradient, weight),) = quorum.sent
     torch.testing.assert_close(pseudo_gradient, torch.full_like(pseudo_gradient, sent[0]))
     assert weight == sent[1]
+
+
+@pytest.mark.parametrize(
+    ("made", "joined", "rounds", "then"),
+    [
+        (7, False, 1, 7),  # a slow worker: as many fit into the next round
+        (7, True, 1, 10),  # it was absent at the beginning, so that it could have made more
+        (0, False, 1, 10),
+        (10, False, 1, 10),  # it came too late with a whole round
+        (7, False, 3, 10),  # how long it was absent is unknown
+        (7, False, 0, 3),  # the round is still open
+    ],
+)
+def test_a_worker_that_was_late_makes_as_many_steps_as_fit(made: int, joined: bool, rounds: int, then: int) -> None:
+    late, now = Schedule(10, inner_steps=made, joined=joined), Schedule(10, begin=10 * rounds)
+    now.keep_pace(late, rounds)
+    assert now.own_steps - now.inner_steps == then
+    assert now.joined == (rounds > 1)
+    if (made, joined, rounds) == (7, False, 1):  # late again, by 2 of 7 steps; the credit is not its own work
+        now.inner_steps += 5
+        again = Schedule(10, begin=20)
+        again.keep_pace(now, 1)
+        assert again.own_steps - again.inner_steps == 5
+
+
+def test_a_worker_that_joined_in_the_middle_of_a_round_makes_a_whole_one_next() -> None:
+    model, quorum = make_model(), Late()
+    diloco = DiLoCo(model, adamw(model), sync_every=4, quorum=quorum, outer=Nesterov(0.5, 0.0))
+    diloco.begin_round()
+    for number in range(6):
+        displaced_by(model, 1.0)
+        quorum.behind = number == 1
+        commit = diloco.after_inner_step(10)
+        assert (commit is not None) == (number == 5)
+    ((pseudo_gradient, weight),) = quorum.sent
+    torch.testing.assert_close(pseudo_gradient, torch.full_like(pseudo_gradient, 4.0))  # of six steps, scaled to four
+    assert weight == 60
 
 
 def test_a_whole_round_that_came_too_late_is_averaged_with_the_next() -> None:
