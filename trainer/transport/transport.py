@@ -147,7 +147,7 @@ class Transport:
             links = {}
             for id, endpoints in members.items():
                 link = self._links.get((id, lane))
-                if link is None and not self._closing:
+                if (link is None or link.reason) and not self._closing:  # a failed one is forgotten a moment later
                     link = self._begin(id, lane, endpoints)
                 if link is not None:
                     links[id] = link
@@ -330,8 +330,10 @@ class Transport:
             return None
         key, stale = (hello.by, hello.lane), None
         with self._lock:
-            link = self._links.get(key)
-            if self._past.get(key) == hello.link or (hello.pair and (link is None or hello.pair != link.id)):
+            link, past = self._links.get(key), self._past.get(key)
+            if link is not None and link.reason:
+                link, past = None, link.peer_link  # it is forgotten a moment later
+            if past == hello.link or (hello.pair and (link is None or hello.pair != link.id)):
                 return None  # the link has failed here, which the dialler has not noticed yet
             if link is None or link.peer_link not in ("", hello.link):
                 link, stale = None, link

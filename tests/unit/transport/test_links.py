@@ -95,6 +95,16 @@ def test_one_that_cannot_be_dialled_any_more_can_still_dial() -> None:
         swap(one, other)
 
 
+def test_a_link_that_is_just_failing_is_not_waited_for() -> None:
+    with member(0, **SOON) as one, member(1, **SOON) as other:
+        connect([one, other])
+        failed = link(one, other)
+        failed.reason = "failed just now"  # as in `fail`, before the transport has forgotten the link
+        assert one.prepare({other.id: other.endpoints})[other.id] is not failed
+        wait_for(lambda: not one.connect({other.id: other.endpoints}, PATIENCE))
+        swap(one, other)
+
+
 @pytest.mark.parametrize("loopback", [False, True], ids=["plain", "tls"])
 def test_a_pair_of_which_neither_can_dial_the_other_meets_at_a_third(loopback: bool) -> None:
     of = replace(credentials(SECRET), loopback=loopback)
