@@ -332,7 +332,7 @@ class Transport:
         with self._lock:
             link, past = self._links.get(key), self._past.get(key)
             if link is not None and link.reason:
-                link, past = None, link.peer_link  # it is forgotten a moment later
+                past, link = link.peer_link, None  # it is forgotten a moment later
             if past == hello.link or (hello.pair and (link is None or hello.pair != link.id)):
                 return None  # the link has failed here, which the dialler has not noticed yet
             if link is None or link.peer_link not in ("", hello.link):
