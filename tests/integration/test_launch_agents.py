@@ -142,6 +142,7 @@ def test_an_agent_for_which_there_is_no_room_yet(tmp_path: Path, monkeypatch: py
     failures.append(PermissionError(errno.EACCES, "not allowed"))
     with pytest.raises(TrainingError, match=r"the agent of worker 0 cannot be started: .*not allowed"):
         agent.start()
+    assert not agent.running and agent.settled and agent.start_if_due(), "it is not tried again"
     agent.kill()
 
 
@@ -161,15 +162,20 @@ def test_an_agent_is_told_to_leave_once(tmp_path: Path, monkeypatch: pytest.Monk
     agent.kill()
 
 
+class Shown:
+    """Collects the lines that a launch shows."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def show(self, line: str) -> None:
+        self.lines.append(line)
+
+
 def test_a_request_to_scale_is_answered_by_the_launch_that_it_is_for(
     run: _Run, config: TrainingConfig, client: EtcdClient, tmp_path: Path
 ) -> None:
-    shown: list[str] = []
-
-    class Shown:
-        def show(self, line: str) -> None:
-            shown.append(line)
-
+    shown: Any = Shown()
     other = tmp_path / "other"
     other.mkdir()
     write_json(other / LAUNCHED, config.with_values(run_dir=str(other)).model_dump(mode="json"))
@@ -181,15 +187,51 @@ def test_a_request_to_scale_is_answered_by_the_launch_that_it_is_for(
     with ThreadPoolExecutor() as pool:
         done = pool.submit(scale, given, 2)
         assert client.wait_for(lambda: client.get(request_key(other)), 30, "desired/")
-        run._scale(Shown())  # type: ignore[arg-type]
+        run._scale(shown)
         assert client.delete(request_key(other)), "it was left for the other launch"
         done.result(60)
-    assert run._desired == 2 and shown == []
+    assert run._desired == 2 and shown.lines == []
 
     client.put(request_key(tmp_path), {"nodes": 3})
-    run._scale(Shown())  # type: ignore[arg-type]
-    assert shown == ["scaling to 3 nodes"] and client.list("desired/") == {}
+    run._scale(shown)
+    assert shown.lines == ["scaling to 3 nodes"] and client.list("desired/") == {}
     assert [getattr(agent, "asked", []) for agent in played(run)][2] == ["start"]
+
+
+def scaled(run: _Run, config: TrainingConfig, nodes: int, shown: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have `scale` ask the launch for `nodes` nodes. Returns the error that it prints, or ""."""
+    monkeypatch.setattr("trainer.data.precache", lambda *arguments, **options: None)
+    run_dir = Path(config.run_dir)
+    write_json(run_dir / LAUNCHED, config.model_dump(mode="json"))
+    with ThreadPoolExecutor() as pool, EtcdClient.of(config) as client:
+        done = pool.submit(scale, TrainingConfig.from_flat({"run_dir": str(run_dir)}), nodes)
+        assert client.wait_for(lambda: client.get(request_key(run_dir)), 30, "desired/")
+        run._scale(shown)
+        error = done.exception(60)
+    assert error is None or isinstance(error, TrainingError)
+    return str(error or "")
+
+
+def test_scale_reports_nodes_that_do_not_start_and_the_others_continue(
+    run: _Run, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[bool | TrainingError] = [TrainingError("the agent of worker 2 cannot be started: full"), False, True]
+
+    def start(self: Played) -> bool:
+        if self.node == 2 and not isinstance(outcome := outcomes.pop(0), bool):
+            raise outcome
+        return started(self) and (self.node != 2 or outcome)
+
+    started = Played.start
+    monkeypatch.setattr(Played, "start", start)
+    shown: Any = Shown()
+    assert scaled(run, config, 3, shown, monkeypatch).endswith("the agent of worker 2 cannot be started: full")
+    third = played(run)[2]
+    assert third.leaving and third.settled, "the run is complete without it"
+    assert scaled(run, config, 3, shown, monkeypatch).endswith("no room for the agent of worker 2: trying again")
+    assert not third.leaving and third.running
+    third.leaving, third.ending = True, 143
+    assert scaled(run, config, 3, shown, monkeypatch) == ""
 
 
 def test_a_launch_that_cannot_scale_completes_with_the_nodes_that_it_has(
@@ -200,17 +242,16 @@ def test_a_launch_that_cannot_scale_completes_with_the_nodes_that_it_has(
             raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr("trainer.launch.local.AgentProcess", Played)
-    shown: list[str] = []
+    shown: Any = Shown()
     wide, timeouts = config.with_values(elastic_max_nodes=4), LaunchTimeouts(poll=0.01)
-    run = _Run(wide, client, None, ["true"], timeouts, joins=False, log=shown.append)
-    client.put(request_key(tmp_path), {"nodes": 4})
+    run = _Run(wide, client, None, ["true"], timeouts, joins=False, log=shown.show)
     first, second = played(run)
     for agent in (first, second):
         agent.on_start = lambda agent=agent: setattr(agent, "ending", 0)
     with monkeypatch.context() as patched:
         patched.setattr("trainer.launch.local.write_json", full)
-        run._scale(type("Shown", (), {"show": lambda self, line: shown.append(line)})())  # type: ignore[arg-type]
-    assert shown == ["cannot scale to 4 nodes: [Errno 28] no space left"]
+        assert scaled(run, wide, 4, shown, monkeypatch) == f"run {wide.run_id}: {(reason := shown.lines[0])}"
+    assert reason == "cannot scale to 4 nodes: [Errno 28] no space left" and client.list("desired/") == {}
     assert run.follow() == 0
     assert played(run) == [first, second]
 

@@ -1,13 +1,16 @@
 """One node's torchrun agent as a child process of `launch`, and the last error in its log."""
 
 import errno
+import os
 import re
 import subprocess
 import sys
 import uuid
 from pathlib import Path
 
+from trainer.config import ENV_PREFIX
 from trainer.errors import TrainingError
+from trainer.launch.admission import ROOT_PASSWORD
 from trainer.launch.standby import Program, Standby
 from trainer.process import dying_with_parent
 
@@ -82,6 +85,7 @@ class AgentProcess:
         except OSError as error:
             if error.errno in _NO_ROOM:
                 return False
+            self._due, self._end_reported = False, True  # as if it had not been started
             raise TrainingError(f"the agent of worker {self.node} cannot be started: {error}") from None
         self._due = False
         return True
@@ -126,3 +130,14 @@ def last_error(log: Path, start: int = 0) -> str:
         lines = file.read().decode(errors="replace").splitlines()
     found = next((match for line in reversed(lines) if (match := _ERROR.match(line))), None)
     return (found[1] or found[2]).strip() if found else ""
+
+
+def environment_of_agents(processes: int) -> dict[str, str]:
+    """The environment of agents whose workers have this number of processes on this machine.
+
+    It contains neither root's password nor parameters, which are in the agents' configuration files.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    others = (ENV_PREFIX, ROOT_PASSWORD)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    return {"OMP_NUM_THREADS": str(threads)} | environment

@@ -1,6 +1,5 @@
 """`python -m trainer launch`: a whole run on this machine: an etcd, one torchrun agent per node, and a dashboard."""
 
-import os
 import signal
 import threading
 import time
@@ -11,19 +10,19 @@ from pathlib import Path
 
 import psutil
 
-from trainer.config import ENV_PREFIX, UNSET, TrainingConfig
+from trainer.config import UNSET, TrainingConfig
 from trainer.elastic import keys
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
 from trainer.etcd.errors import EtcdError
 from trainer.files import require_writable, write_json
-from trainer.launch.admission import ROOT_PASSWORD, admitting
-from trainer.launch.agent_process import AgentProcess, last_error
+from trainer.launch.admission import admitting
+from trainer.launch.agent_process import AgentProcess, environment_of_agents, last_error
 from trainer.launch.listening import Listening, outlast_others
 from trainer.launch.own_nodes import OwnNodes
 from trainer.launch.run_directory import locked, say, summarise
-from trainer.launch.scale import request_key, with_nodes
+from trainer.launch.scale import ScaleRequests, request_key, with_nodes
 from trainer.launch.sharing import Sharing
 from trainer.launch.standby import Standby
 from trainer.launch.token import DEFAULT_TTL
@@ -172,15 +171,14 @@ class _Run:
         self._standby: Standby | None = None  # for the agents
         self._lost: list[str] = []  # workers that failed for good while the others continued
         self._add(config.nodes)
-        self._request = request_key(self._run_dir)
-        self._scale_requested = threading.Event()  # `scale` may have requested another number of nodes
+        self._requests = ScaleRequests(client, self._run_dir)
         self._signals: list[int] = []  # received so far
         self._wake = threading.Event()
 
     def _add(self, nodes: int) -> None:
         """Prepare agents for `nodes` nodes. Raises OSError, for example if the disk is full, and then adds none."""
         own = self._config.workers_per_node
-        environment = _environment(nodes * self._config.elastic.nproc_per_node)
+        environment = environment_of_agents(nodes * self._config.elastic.nproc_per_node)
         workers = worker_configs(with_nodes(self._config, nodes))
         agents, progress = list[AgentProcess](), list[WorkerProgress]()
         for node in range(len(self._agents), nodes):
@@ -202,7 +200,7 @@ class _Run:
         with (
             self._handling_signals(),
             view(self._dashboard, self._log) as shown,
-            self._client.watch(self._request, self._scale_requested.set),
+            self._requests.watch(),
             self._client.watch("slots/", self._nodes.look),
         ):
             shown.show(f"run {self._config.run_id}: {self._config.attendance}")
@@ -247,7 +245,7 @@ class _Run:
                 for agent in self._agents:
                     agent.terminate() if handled == 1 else agent.kill()
             # Handle `scale` requests, and agents that have ended or could not start
-            if self._scale_requested.is_set() and not (self._signals or failure):
+            if self._requests.has_arrived and not (self._signals or failure):
                 self._scale(shown)
             for agent in self._agents:
                 if agent.has_just_ended() and agent.status != 0 and not (self._signals or failure):
@@ -270,9 +268,12 @@ class _Run:
         if self._standby:
             self._standby.close()
 
-    def _start(self, agent: AgentProcess, shown: View) -> None:
-        if not agent.start():
-            shown.show(f"the system has no room for the agent of worker {agent.node}: trying again")
+    def _start(self, agent: AgentProcess, shown: View) -> str:
+        """Start an agent. Returns why it will only be started later; "" if it has. Raises TrainingError."""
+        if agent.start():
+            return ""
+        shown.show(reason := f"the system has no room for the agent of worker {agent.node}: trying again")
+        return reason
 
     def _replace(self, agent: AgentProcess, shown: View) -> str:
         """Restart a failed agent, or continue without it. Returns why the run fails if neither is possible."""
@@ -311,40 +312,44 @@ class _Run:
 
     def _scale(self, shown: View) -> None:
         """Start more agents, or ask the last ones to leave, as requested by `scale`."""
-        self._scale_requested.clear()
-        try:
-            request = self._client.get(self._request)
-            if request is None:
-                return
-            if not self._client.delete(self._request, request.revision):  # deleting it acknowledges it
-                self._scale_requested.set()  # there is a newer request
-                return
-        except EtcdError:
-            self._scale_requested.set()  # try again next time
+        if (request := self._requests.take()) is None:
             return
-        nodes = min(int(request.value["nodes"]), self._config.max_nodes)
+        wanted, revision = request
+        self._requests.respond(wanted, revision, self._scale_to(min(wanted, self._config.max_nodes), shown))
+
+    def _scale_to(self, nodes: int, shown: View) -> str:
+        """Have this number of nodes. Returns why nodes have not started; "" if all have."""
         try:
             self._add(nodes)
         except OSError as error:  # a full disk
-            shown.show(f"cannot scale to {nodes} nodes: {error}")
-            return
+            shown.show(failure := f"cannot scale to {nodes} nodes: {error}")
+            return failure
         shown.show(f"scaling to {self._desired} nodes")
+        failures = []
         for agent in self._agents:
             if agent.node >= self._desired and agent.running:
                 agent.leaving = True
                 agent.terminate()
             elif agent.node < self._desired:
-                self._bring_back(agent, shown)
+                failures.append(self._bring_back(agent, shown))
+        return "; ".join(filter(None, failures))
 
-    def _bring_back(self, agent: AgentProcess, shown: View) -> None:
-        """Start an agent that is new or has left, if its node is wanted."""
-        if agent.node < self._desired and not agent.running and (agent.leaving or agent.status is None):
-            agent.leaving = False
-            self._lost = [node for node in self._lost if node != str(agent.node)]
-            self._start(agent, shown)
-            for worker in self._progress:
-                if worker.number // self._config.workers_per_node == agent.node:
-                    worker.state = "joining"
+    def _bring_back(self, agent: AgentProcess, shown: View) -> str:
+        """Start an agent that is new or has left, if its node is wanted. Returns why it has not started, or ""."""
+        if agent.node >= self._desired or agent.running or not (agent.leaving or agent.status is None):
+            return ""
+        agent.leaving = True  # if it cannot be started, the run is complete without it
+        try:
+            failure = self._start(agent, shown)
+        except TrainingError as error:  # the others continue
+            shown.show(str(error))
+            return str(error)
+        agent.leaving = False
+        self._lost = [node for node in self._lost if node != str(agent.node)]
+        for worker in self._progress:
+            if worker.number // self._config.workers_per_node == agent.node:
+                worker.state = "joining"
+        return failure
 
     def _reason(self, agent: AgentProcess) -> str:
         """Why the run failed, from the worker that failed first. The others only report that they lost it."""
@@ -393,11 +398,3 @@ class _Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _environment(processes: int) -> dict[str, str]:
-    """The agents' environment, without root's password and parameters (which are in their configuration file)."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    others = (ENV_PREFIX, ROOT_PASSWORD)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-    return {"OMP_NUM_THREADS": str(threads)} | environment

@@ -12,7 +12,8 @@ from trainer.elastic.member import ElasticQuorum
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.embedded import EmbeddedEtcd
-from trainer.launch.local import _environment, launch
+from trainer.launch.agent_process import environment_of_agents
+from trainer.launch.local import launch
 from trainer.launch.run_directory import locked
 from trainer.process import listen, number_from
 
@@ -104,9 +105,9 @@ def test_workers_share_the_cores_and_get_their_configuration_from_their_file(mon
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("DILOCO_RUN_DIR", "elsewhere")
     monkeypatch.setenv("ETCD_PASSWORD", "kept")
-    environment = _environment(processes=1000)
+    environment = environment_of_agents(processes=1000)
     assert environment["OMP_NUM_THREADS"] == "1"
     assert "DILOCO_RUN_DIR" not in environment
     assert environment["ETCD_PASSWORD"] == "kept"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert _environment(processes=1000)["OMP_NUM_THREADS"] == "7"
+    assert environment_of_agents(processes=1000)["OMP_NUM_THREADS"] == "7"
