@@ -24,6 +24,8 @@ PIPELINES_NAMESPACE = "kubeflow"  # of the steps' pods on a single-user installa
 # The fields of a cron expression, with the smallest and the largest number of each
 _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 6)}
 
+_ANY = "any"  # a response type of ours: JSON, or text
+
 _NO_API = (
     "Kubeflow Pipelines answered with a page instead of JSON: the host must be that of its API, and a login in front "
     "of it requires a cookie or a token (docs/guide/cluster.md)"
@@ -82,6 +84,7 @@ class PipelineBackend:
         with warnings.catch_warnings(), _readable_errors():
             warnings.simplefilter("ignore")
             self._client = _client(host)
+            _reject_pages(self._client._run_api.api_client)
             self._get_object("/apis/v2beta1/healthz", {})
 
     def submit(self, package: "Package", config: TrainingConfig, experiment: str, name: str = "") -> str:
@@ -107,8 +110,6 @@ class PipelineBackend:
             else:
                 run.pipeline_spec = yaml.safe_load(package.text)
             run_id = self._client._run_api.run_service_create_run(run=run).run_id
-        if not run_id:
-            raise TrainingError(_NO_API)
         print(f"Run details: {self._client._get_url_prefix()}/#/runs/details/{run_id}")
         return str(run_id)
 
@@ -207,7 +208,7 @@ class PipelineBackend:
             query_params=list(query.items()),
             header_params={"Accept": "application/json, text/plain"},
             auth_settings=["Bearer"],
-            response_type="object",
+            response_type=_ANY,
             _return_http_data_only=True,
             _request_timeout=(10, 60),
         )
@@ -290,6 +291,26 @@ def _client(host: str) -> Any:
             return self._healthz_api.healthz_service_get_healthz()
 
     return AskingOnce(host=host or None)
+
+
+def _reject_pages(api_client: Any) -> None:
+    """Have an API client raise TrainingError for an answer that is not JSON, unless its type is `_ANY`.
+
+    A login may let the health check pass and answer other requests with its page. The generated methods accept any
+    text as an empty object.
+    """
+    deserialize = api_client.deserialize
+
+    def checked(response: Any, response_type: Any) -> Any:
+        try:
+            found = json.loads(response.data)
+        except ValueError:
+            if response_type != _ANY:
+                raise TrainingError(_NO_API) from None
+            return response.data
+        return found if response_type == _ANY else deserialize(response, response_type)
+
+    api_client.deserialize = checked
 
 
 @contextmanager

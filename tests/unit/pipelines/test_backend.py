@@ -431,10 +431,33 @@ def test_a_login_page_in_front_of_all_but_the_health_is_no_answer(backend: Playe
     assert main(["submit", "--host", backend.url, *BOUND]) == 0
     opened = PipelineBackend(backend.url, timeouts=QUICK)
     backend.refuses = 200
-    with pytest.raises(TrainingError, match="answered with a page"):
-        opened.show("run-0")
-    with pytest.raises(TrainingError, match="answered with a page"):
-        opened.submit(Package(compiled(), ""), TrainingConfig(), "diloco")
+    package, config = Package(compiled(), ""), TrainingConfig()
+    for request in (
+        lambda: opened.show("run-0"),
+        lambda: opened.submit(package, config, "diloco"),
+        lambda: opened.cancel("run-0"),
+        lambda: opened.schedule(package, config, "diloco", "nightly", "0 0 3 * * *"),
+        lambda: list(opened.schedules()),
+        lambda: opened.change("nightly", "pause"),
+    ):
+        with pytest.raises(TrainingError, match="answered with a page"):
+            request()
+
+
+def test_a_login_page_in_front_of_a_change_of_a_schedule_is_no_answer(
+    backend: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = ["--host", backend.url]
+    assert main(["schedule", "create", "nightly", "--cron", "30 3 * * 1-5", *host, *BOUND]) == 0
+    answer = backend.answer
+
+    def only_reads(method: str, path: str, query: dict[str, str], body: Any) -> tuple[int, Any]:
+        return answer(method, path, query, body) if method == "GET" else (200, "<html>")
+
+    monkeypatch.setattr(backend, "answer", only_reads)
+    for change in ("pause", "resume", "delete"):
+        with pytest.raises(TrainingError, match="answered with a page"):
+            main(["schedule", change, "nightly", *host])
 
 
 def test_a_bad_parameter_is_refused_before_anything_is_sent(backend: Played) -> None:
