@@ -158,6 +158,9 @@ class RunHistory(Curves):
     def all_samples(self) -> float:
         """Samples of all workers up to the newest commit, including those that a killed worker has lost.
 
+        They also include those that a late worker still holds, used or not, because one worker's file cannot tell
+        them apart: at most a round's samples of each late worker, however many rounds the run has.
+
         If the run has not recorded them (older versions, loops that choose their own samples), or has not committed a
         round, this is the number of samples in the recorded steps.
         """
@@ -172,7 +175,10 @@ class RunHistory(Curves):
 
     @property
     def first_round(self) -> int:
-        """The first recorded round. Earlier ones are missing if a step has received only a resumed run's new events."""
+        """The first round that any worker recorded: one that joined later has no earlier ones.
+
+        Earlier rounds are missing if a step has received only a resumed run's new events.
+        """
         return int(min((worker.rounds["round"][0] for worker in self.workers if len(worker.rounds)), default=1))
 
     # Totals of the recorded part
