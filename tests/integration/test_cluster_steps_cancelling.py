@@ -3,6 +3,7 @@
 The API server (tests/cluster) enforces the Role of manifests/ and the published schemas; a `Story` says what pods do.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from tests.cluster.place import (
     interrupt_at,
 )
 from trainer.errors import Interrupted, TrainingError
+from trainer.kubernetes.api.kinds import Kind
 from trainer.kubernetes.objects.training_jobs import training_jobs
 from trainer.kubernetes.steps.fetch_results import fetch_result
 from trainer.kubernetes.steps.precache import precache
@@ -203,6 +205,23 @@ def test_a_precache_that_is_cancelled_leaves_its_jobs_to_the_workflow_that_follo
     place.on_line = cancel
     assert len(precache(place.context(), tmp_path / "held-out")) == 2
     assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_clean_up_deletes_is_listed_at_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    """A cancelled step may be killed after a second."""
+    client, lists = (context := place.context()).client, 3 if training else 2
+    all_asked, calls, answer = threading.Barrier(lists, timeout=60), itertools.count(), client.list
+
+    def together(kind: Kind, labels: str) -> tuple[list[Object], str]:
+        if next(calls) < lists:
+            all_asked.wait()
+        return answer(kind, labels)
+
+    monkeypatch.setattr(client, "list", together)
+    context.clean_up(training=training)
 
 
 @pytest.mark.parametrize("trouble", ["forbidden", "unreachable"])

@@ -1,7 +1,8 @@
 """A cluster that runs a part of the training: its API server, its namespace, its kind of jobs, and that part."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from trainer.errors import ConfigError, TrainingError
@@ -118,9 +119,12 @@ class Cluster:
         # Keep what other workflows that continue the run use: all settings and Jobs, and their own training jobs
         kind = self.plan.kind
         kinds = (kind, JOB) if training else (JOB,)
-        found = {one: self._jobs_of(one) for one in kinds}
+        with ThreadPoolExecutor(1 + len(kinds)) as pool:  # all at once: a cancelled step may have only a second
+            listing = pool.submit(self._settings)
+            found = dict(zip(kinds, pool.map(self._jobs_of, kinds), strict=True))
+            settings = listing.result()
         running = {one: [job for job in jobs if not one.has_ended(job)] for one, jobs in found.items()}
-        others = self._others(*(job for jobs in running.values() for job in jobs))
+        others = self._others([*settings, *(job for jobs in running.values() for job in jobs)])
         if others:
             self._show(f"workflow {min(others)} continues run {self.plan.config.run_id}: what it uses is not deleted")
             claims = False
@@ -143,7 +147,7 @@ class Cluster:
                 ],
             }
 
-        # Jobs first, because a cancelled step may have only a second
+        # Jobs first, for the same reason
         deletions = [self._begin_deletion(one, due[one], every=due is found) for one in kinds]
         if not others and (training or not self._running(kind)):
             for body in (run_secret(self.plan, ""), config_map(self.plan), network_policy(self.plan)):
@@ -156,7 +160,7 @@ class Cluster:
             self._show("waiting for the workers to save and leave")
             deletion.finish(self.plan.selector)
         # A step may have died before it created a job
-        if training and kind.before and not (self._jobs_of(kind) or self._others()):
+        if training and kind.before and not (self._jobs_of(kind) or self._others(self._settings())):
             self.client.delete_all(kind.before, self.plan.selector)
 
     def _begin_deletion(self, kind: JobKind, jobs: list[Object], *, every: bool) -> JobDeletion:
@@ -168,13 +172,13 @@ class Cluster:
             deletion.begin(jobs)
         return deletion
 
-    def _others(self, *jobs: Object) -> set[str]:
-        """The names of other workflows that continue the run.
+    def _settings(self) -> list[Object]:
+        """The run's settings. A workflow that continues the run owns them, because its steps first apply them."""
+        return self.client.list(CONFIG_MAP, self.plan.component("config"))[0]
 
-        Such a workflow has applied the run's settings, as its steps do before anything else, or owns one of these jobs.
-        """
-        settings = self.client.list(CONFIG_MAP, self.plan.component("config"))[0]
-        owned = {name: one for one in (*settings, *jobs) if (name := self._other_owner(one))}
+    def _others(self, objects: Sequence[Object]) -> set[str]:
+        """The names of other workflows that continue the run: they own some of these settings and jobs."""
+        owned = {name: one for one in objects if (name := self._other_owner(one))}
         return {name for name, one in owned.items() if self._is_under_way(one)}
 
     def _is_under_way(self, one: Object) -> bool:
