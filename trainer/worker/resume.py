@@ -10,7 +10,7 @@ from trainer.checkpoint import Checkpoint, OtherFormat
 from trainer.diloco import RoundReport
 from trainer.elastic.moments import Moments, ShardedMoments, with_moments
 from trainer.elastic.progress import Progress
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, one_line
 from trainer.protocol.records import Cursor, decode
 from trainer.worker.setup import MOMENTS, Parts
 
@@ -18,7 +18,8 @@ from trainer.worker.setup import MOMENTS, Parts
 def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[str]:
     """Become a member of the run and bring the worker to the run's state.
 
-    `progress` receives the checkpoint's counters; `warn` is called for each corrupt checkpoint.
+    `progress` receives the checkpoint's counters; `warn` is called for each corrupt checkpoint, and for moments that do
+    not fit.
 
     Returns:
         Notable changes for the event "membership": "took moments" (another member's), "took kept state" (from this
@@ -71,11 +72,23 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
         progress.skipped, progress.skipped_in_a_row = found.state["skipped"]
         _restore(parts, found, is_own)
     elif diloco.round > 0:
-        if config.joiner_moments == "donor" and (moments := quorum.fetch_moments()):
-            diloco.inner_optimizer.load_state_dict(with_moments(process.optimizer, moments))
+        if config.joiner_moments == "donor" and _adopt_moments(parts, warn):
             return [*changes, "took moments"]
         progress.ramp = config.local_steps
     return changes
+
+
+def _adopt_moments(parts: Parts, warn: Callable[[str], None]) -> bool:
+    """Adopt another member's moments. Returns whether a member offers them and they fit this worker's optimizer."""
+    if not (found := parts.quorum.fetch_moments()):
+        return False
+    try:
+        state = with_moments(parts.process.optimizer, found)
+    except (LookupError, RuntimeError, ValueError) as error:  # for example, it has another `inner_optimizer`
+        warn(f"another member's moments do not fit: {one_line(error)}; this worker builds up its own")
+        return False
+    parts.diloco.inner_optimizer.load_state_dict(state)
+    return True
 
 
 def _restore(parts: Parts, found: Checkpoint, is_own: bool) -> None:
