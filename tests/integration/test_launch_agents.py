@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trainer.config import TrainingConfig
+from trainer.data.manifest import MANIFEST, READY
 from trainer.errors import ConfigError, TrainingError
 from trainer.etcd.client import EtcdClient
 from trainer.etcd.errors import EtcdError
@@ -274,3 +276,26 @@ def test_a_machine_that_could_not_serve_its_files_tries_again(
     assert served.wait(60)
     sharing.__exit__()
     assert len(warned) == 1 and warned[0].endswith("cannot serve it: away; trying again")
+
+
+def test_a_machine_that_tries_again_to_serve_its_files_hashes_them_once(
+    config: TrainingConfig, client: EtcdClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharing = Sharing(client, config.with_values(dataset="stdlib", tokenizer="bytes"), print)
+    model = tmp_path / "model" / "weights"
+    for path in (sharing._dataset / MANIFEST, sharing._dataset / READY, model):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    hashed: list[Path] = []
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EADDRINUSE, "no free port")
+
+    monkeypatch.setattr("trainer.data.require_dataset", lambda path: SimpleNamespace(files={}, for_model={}))
+    monkeypatch.setattr("trainer.models.directory", lambda *arguments: model.parent)
+    monkeypatch.setattr("trainer.launch.sharing.sha256", lambda path: hashed.append(path) or "hash")
+    monkeypatch.setattr("trainer.transport.transport.Transport", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no free port"):
+            sharing._serve()
+    assert len(hashed) == 3

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -26,6 +27,7 @@ from trainer.volume import Volume, worker_configs
 
 if TYPE_CHECKING:
     from trainer.transport.credentials import Credentials
+    from trainer.transport.files import SharedDirectories
 
 DATASET = "dataset"  # {hash, revision}: the run's dataset
 _WANTED = "wanted/"  # <id>: a joining machine requests files
@@ -95,20 +97,9 @@ class Sharing:
         # Importing torch takes seconds, so do it only when there is a request
         from trainer.elastic.joining import addresses_of
         from trainer.transport.donor import Donor
-        from trainer.transport.files import SharedDirectories, SharedFile
         from trainer.transport.transport import Transport
 
-        manifest = data.require_dataset(self._dataset)
-        model = models.directory(self._config, manifest.for_model, self._volume.models)
-        files = {name: SharedFile(record.bytes, record.sha256) for name, record in manifest.files.items()}
-        for path in (self._dataset / MANIFEST, self._dataset / READY):
-            files[path.name] = SharedFile(path.stat().st_size, sha256(path))
-        parts = {
-            path.relative_to(model).as_posix(): SharedFile(path.stat().st_size, sha256(path))
-            for path in sorted(model.rglob("*"))
-            if path.is_file()
-        }
-        shared = SharedDirectories({"dataset": (self._dataset, files), "model": (model, parts)})
+        shared = self._shared
         id = f"files-{uuid.uuid4().hex[:8]}"
         with ExitStack() as resources:
             transport = Transport(
@@ -123,6 +114,23 @@ class Sharing:
             resources.callback(lease.revoke)
             lease.put(f"{_SOURCES}{id}", {"host": socket.gethostname(), "endpoints": transport.endpoints})
             self._resources.enter_context(resources.pop_all())
+
+    @cached_property  # hashed only once, however often serving is tried
+    def _shared(self) -> "SharedDirectories":
+        """The files, with their hashes. Raises ConfigError or OSError if they cannot be read."""
+        from trainer.transport.files import SharedDirectories, SharedFile
+
+        manifest = data.require_dataset(self._dataset)
+        model = models.directory(self._config, manifest.for_model, self._volume.models)
+        files = {name: SharedFile(record.bytes, record.sha256) for name, record in manifest.files.items()}
+        for path in (self._dataset / MANIFEST, self._dataset / READY):
+            files[path.name] = SharedFile(path.stat().st_size, sha256(path))
+        parts = {
+            path.relative_to(model).as_posix(): SharedFile(path.stat().st_size, sha256(path))
+            for path in sorted(model.rglob("*"))
+            if path.is_file()
+        }
+        return SharedDirectories({"dataset": (self._dataset, files), "model": (model, parts)})
 
 
 @dataclass(frozen=True)
