@@ -236,6 +236,34 @@ def test_scale_reports_nodes_that_do_not_start_and_the_others_continue(
     assert scaled(run, config, 3, shown, monkeypatch) == ""
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_a_lost_worker_that_scale_brings_back_is_not_missing_in_the_end(
+    run: _Run, client: EtcdClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    first, second = played(run)
+
+    def start_again() -> None:
+        second.ending = first.ending = 0
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if not line.endswith("the others continue"):
+            return
+        second.on_start = start_again
+        if back:
+            client.put(request_key(tmp_path), {"nodes": 2})
+        else:
+            first.ending = 0
+
+    lines: list[str] = []
+    run._log = log
+    second.on_start = lambda: setattr(second, "ending", 1)
+    assert run.follow() == 0
+    assert second.asked[: 2 if back else 1] == ["start"] * (2 if back else 1)
+    without = "" if back else ", without worker 1"
+    assert lines[-1] == f"run {run._config.run_id} is complete{without}: {tmp_path}"
+
+
 def test_a_launch_that_cannot_scale_completes_with_the_nodes_that_it_has(
     config: TrainingConfig, client: EtcdClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
