@@ -214,6 +214,28 @@ def test_a_workflow_that_is_cancelled_leaves_the_settings_to_the_one_that_has_be
     assert place.said(f"workflow {ANOTHER_OWNER['name']} continues run") != over
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_jobs_that_another_workflow_adopts_during_a_clean_up_stay(place: Place, tmp_path: Path, finished: bool) -> None:
+    """The clean-up has listed them as its own, and then finds that the other workflow has begun."""
+    place.story.released.clear()
+    place.on_line = die_at("worker 1 runs")
+    with pytest.raises(Died):
+        train(place.context(), tmp_path / "run")
+    first, before = place.context(), {job["metadata"]["uid"] for job in place.jobs().values()}
+    place.owner = ANOTHER_OWNER
+    second = place.context().home
+    second.prepare()
+
+    def adopt(line: str) -> None:
+        if "continues run" in line:
+            for job in place.jobs().values():
+                second.adopt(second.plan.kind, job)
+
+    place.on_line = adopt
+    first.clean_up(finished=finished)
+    assert {job["metadata"]["uid"] for job in place.jobs().values()} == before and len(before) == 2
+
+
 def test_a_run_of_another_deployment_with_the_same_id_is_left_alone(place: Place, tmp_path: Path) -> None:
     place.story.released.clear()
     place.on_line = die_at("worker 1 runs")
