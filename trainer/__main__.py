@@ -12,6 +12,8 @@ from trainer.errors import outlive_output, run_main
 from trainer.library_logs import set_up_logging
 from trainer.tasks import Generation
 
+Command = Callable[[argparse.Namespace], int]
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the command and return its exit status."""
@@ -19,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=program, description="Train models with DiLoCo, step by step.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    def add(run: Command) -> argparse.ArgumentParser:
         text = (run.__doc__ or "").rstrip(".")
         command = subparsers.add_parser(
             run.__name__, help=text[0].lower() + text[1:], description=f"{text}.", allow_abbrev=False
@@ -51,7 +53,18 @@ def main(arguments: list[str] | None = None) -> int:
     names = {command.__name__: lookup for command in lookups} | {"join": own}
     for name, command in added.items():
         add_config_flags(command, names.get(name))
-    # Commands without parameters
+    _add_commands_without_parameters(add)
+
+    parsed = parser.parse_args(arguments)
+    # These commands only print, so they end when their output is closed
+    if parsed.run not in (commands.status, commands.verify, commands.schema, commands.generate):
+        outlive_output()
+    set_up_logging()
+    status: int = parsed.run(parsed)
+    return status
+
+
+def _add_commands_without_parameters(add: Callable[[Command], argparse.ArgumentParser]) -> None:
     _add_generation_flags(add(commands.generate))
     report = add(commands.report)
     report.add_argument(
@@ -69,14 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
     pod.add_argument("--slot", type=int, help="train: the preferred slot of this node")
     pod.add_argument("--port", type=int, default=0, help="the port to serve results on")
     add(commands.schema)
-
-    parsed = parser.parse_args(arguments)
-    # These commands only print, so they end when their output is closed
-    if parsed.run not in (commands.status, commands.verify, commands.schema, commands.generate):
-        outlive_output()
-    set_up_logging()
-    status: int = parsed.run(parsed)
-    return status
 
 
 def _add_generation_flags(command: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from trainer.etcd.client import EtcdClient
 LAUNCH = """
 import json, sys
 from trainer.config import TrainingConfig
-from trainer.launch import local
+from trainer.launch import agents, local
 from trainer.launch.standby import Standby
 from trainer.errors import run_main
 
@@ -32,8 +32,8 @@ config = TrainingConfig.from_flat({"run_id": "r", "run_dir": sys.argv[1], "devic
                                    "total_steps": 2, "warmup_steps": 0, "standby": False,
                                    **json.loads(sys.argv[2])})
 if max(config.nodes, config.elastic.max_nodes) > 1:
-    standby, AgentProcess = Standby.fork(prepare), local.AgentProcess
-    local.AgentProcess = lambda *arguments: AgentProcess(*arguments[:-1], standby)
+    standby, AgentProcess = Standby.fork(prepare), agents.AgentProcess
+    agents.AgentProcess = lambda *arguments: AgentProcess(*arguments[:-1], standby)
 run_main(lambda: local.launch(config, [sys.executable, *sys.argv[3:]]))
 """
 

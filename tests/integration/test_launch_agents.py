@@ -20,7 +20,7 @@ from trainer.etcd.errors import EtcdError
 from trainer.files import write_json
 from trainer.launch import agent_process
 from trainer.launch.agent_process import AgentProcess
-from trainer.launch.local import _Run
+from trainer.launch.agents import Agents
 from trainer.launch.run_directory import holder_of
 from trainer.launch.scale import request_key, scale
 from trainer.launch.sharing import Sharing
@@ -71,17 +71,17 @@ class Played(AgentProcess):
 
 
 @pytest.fixture
-def run(config: TrainingConfig, client: EtcdClient, monkeypatch: pytest.MonkeyPatch) -> _Run:
-    monkeypatch.setattr("trainer.launch.local.AgentProcess", Played)
+def run(config: TrainingConfig, client: EtcdClient, monkeypatch: pytest.MonkeyPatch) -> Agents:
+    monkeypatch.setattr("trainer.launch.agents.AgentProcess", Played)
     timeouts = LaunchTimeouts(poll=0.01)
-    return _Run(config, client, None, ["true"], timeouts, joins=False, log=lambda line: None)
+    return Agents(config, client, None, ["true"], timeouts, joins=False, log=lambda line: None)
 
 
-def played(run: _Run) -> list[Any]:
+def played(run: Agents) -> list[Any]:
     return [*run._agents]
 
 
-def test_a_run_whose_last_node_fails_while_another_leaves_is_not_complete(run: _Run) -> None:
+def test_a_run_whose_last_node_fails_while_another_leaves_is_not_complete(run: Agents) -> None:
     first, second = played(run)
 
     def leave(line: str) -> None:  # as `scale` has asked it to; it saves until then
@@ -95,7 +95,7 @@ def test_a_run_whose_last_node_fails_while_another_leaves_is_not_complete(run: _
         run.follow()
 
 
-def test_an_agent_that_ends_while_another_one_is_replaced_is_not_overlooked(run: _Run) -> None:
+def test_an_agent_that_ends_while_another_one_is_replaced_is_not_overlooked(run: Agents) -> None:
     first, second = played(run)
 
     def again() -> None:
@@ -111,7 +111,7 @@ def test_an_agent_that_ends_while_another_one_is_replaced_is_not_overlooked(run:
     assert second.asked[:2] == ["start", "start"]
 
 
-def test_when_launch_itself_fails_the_workers_save(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_launch_itself_fails_the_workers_save(run: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(shown: object) -> None:
         raise OSError(errno.EIO, "a broken disk")
 
@@ -175,7 +175,7 @@ class Shown:
 
 
 def test_a_request_to_scale_is_answered_by_the_launch_that_it_is_for(
-    run: _Run, config: TrainingConfig, client: EtcdClient, tmp_path: Path
+    run: Agents, config: TrainingConfig, client: EtcdClient, tmp_path: Path
 ) -> None:
     shown: Any = Shown()
     other = tmp_path / "other"
@@ -200,7 +200,7 @@ def test_a_request_to_scale_is_answered_by_the_launch_that_it_is_for(
     assert [getattr(agent, "asked", []) for agent in played(run)][2] == ["start"]
 
 
-def scaled(run: _Run, config: TrainingConfig, nodes: int, shown: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+def scaled(run: Agents, config: TrainingConfig, nodes: int, shown: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Have `scale` ask the launch for `nodes` nodes. Returns the error that it prints, or ""."""
     monkeypatch.setattr("trainer.data.precache", lambda *arguments, **options: None)
     run_dir = Path(config.run_dir)
@@ -215,7 +215,7 @@ def scaled(run: _Run, config: TrainingConfig, nodes: int, shown: Any, monkeypatc
 
 
 def test_scale_reports_nodes_that_do_not_start_and_the_others_continue(
-    run: _Run, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+    run: Agents, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes: list[bool | TrainingError] = [TrainingError("the agent of worker 2 cannot be started: full"), False, True]
 
@@ -238,7 +238,7 @@ def test_scale_reports_nodes_that_do_not_start_and_the_others_continue(
 
 @pytest.mark.parametrize("back", [True, False])
 def test_a_lost_worker_that_scale_brings_back_is_not_missing_in_the_end(
-    run: _Run, client: EtcdClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool
+    run: Agents, client: EtcdClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool
 ) -> None:
     first, second = played(run)
 
@@ -271,15 +271,15 @@ def test_a_launch_that_cannot_scale_completes_with_the_nodes_that_it_has(
         if "worker-3" in str(path):  # there was room for the configuration of worker 2
             raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr("trainer.launch.local.AgentProcess", Played)
+    monkeypatch.setattr("trainer.launch.agents.AgentProcess", Played)
     shown: Any = Shown()
     wide, timeouts = config.with_values(elastic_max_nodes=4), LaunchTimeouts(poll=0.01)
-    run = _Run(wide, client, None, ["true"], timeouts, joins=False, log=shown.show)
+    run = Agents(wide, client, None, ["true"], timeouts, joins=False, log=shown.show)
     first, second = played(run)
     for agent in (first, second):
         agent.on_start = lambda agent=agent: setattr(agent, "ending", 0)
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.launch.local.write_json", full)
+        patched.setattr("trainer.launch.agents.write_json", full)
         assert scaled(run, wide, 4, shown, monkeypatch) == f"run {wide.run_id}: {(reason := shown.lines[0])}"
     assert reason == "cannot scale to 4 nodes: [Errno 28] no space left" and client.list("desired/") == {}
     assert run.follow() == 0

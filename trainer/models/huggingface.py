@@ -58,10 +58,7 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
     try:
         # The configuration, with the fields that depend on the data
         config = transformers.AutoConfig.from_pretrained(name, **options)
-        if quantised := getattr(config, "quantization_config", None):
-            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised.quant_method
-            problem = f"is quantised ({getattr(method, 'value', method)}): training needs the full-precision weights"
-            raise ConfigError("model", source, problem)
+        _check_precision(config, source)
         published = copy.deepcopy(config)
         for field, value in overrides.items():
             setattr(config, field, value)
@@ -94,6 +91,13 @@ def fetch(directory: Path, source: str, auto: str, overrides: Mapping[str, Any])
         raise TrainingError(f"model {source} cannot be fetched from the hub: {one_line(error)}") from error
     _check_weights(source, model, found, lambda: kind.from_config(published))
     model.save_pretrained(directory, save_original_format=False)  # else it restores the wrappers' prefixes
+
+
+def _check_precision(config: Any, source: str) -> None:
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised.quant_method
+        problem = f"is quantised ({getattr(method, 'value', method)}): training needs the full-precision weights"
+        raise ConfigError("model", source, problem)
 
 
 def _weights_in(directory: Path) -> list[Path]:

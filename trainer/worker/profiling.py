@@ -74,11 +74,8 @@ def profile(
     device = next(model.parameters()).device
     sharing = max(1, config.island) if device.type == "cpu" else 1
     of = _conditions(config, device, data)
-    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
-        kept = read_json(cache)
-        known = Profile(**kept.pop("profile"))
-        if kept == of:
-            return known
+    if known := _cached(cache, of):
+        return known
 
     # Try one size after the other
     logger.info("profiling %s: per-device batch sizes %s", of["device"], ", ".join(map(str, sizes(config))))
@@ -113,6 +110,16 @@ def profile(
     assert best is not None
     write_json(cache, {**of, "profile": asdict(best)})
     return best
+
+
+def _cached(cache: Path, conditions: dict[str, Any]) -> Profile | None:
+    """The cached result; None if there is none for these conditions."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        kept = read_json(cache)
+        known = Profile(**kept.pop("profile"))
+        if kept == conditions:
+            return known
+    return None
 
 
 def sizes(config: TrainingConfig) -> list[int]:

@@ -33,13 +33,7 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
     process, quorum, diloco = parts.process, parts.quorum, parts.diloco
     config, directory = process.config, process.volume.checkpoints
 
-    # Find this run's newest intact checkpoint on the worker's volume, or else the one named by `resume`
-    try:
-        found = checkpoint.newest(directory, warn)
-    except OtherFormat as error:
-        raise ConfigError("run_id", config.run_id, str(error)) from None
-    if found is None and config.resume not in ("auto", "never"):
-        found = checkpoint.read(Path(config.resume))
+    found = _newest_checkpoint(parts, warn)
     if parts.world is not None:
         found = parts.world.connect(directory, found)
     is_own = found is not None and found.state["worker"] == quorum.worker
@@ -76,6 +70,18 @@ def join(parts: Parts, progress: Progress, warn: Callable[[str], None]) -> list[
             return [*changes, "took moments"]
         progress.ramp = config.local_steps
     return changes
+
+
+def _newest_checkpoint(parts: Parts, warn: Callable[[str], None]) -> Checkpoint | None:
+    """This run's newest intact checkpoint on the worker's volume, or else the one named by `resume`, if any."""
+    config = parts.process.config
+    try:
+        found = checkpoint.newest(parts.process.volume.checkpoints, warn)
+    except OtherFormat as error:
+        raise ConfigError("run_id", config.run_id, str(error)) from None
+    if found is None and config.resume not in ("auto", "never"):
+        return checkpoint.read(Path(config.resume))
+    return found
 
 
 def _adopt_moments(parts: Parts, warn: Callable[[str], None]) -> bool:
