@@ -289,7 +289,7 @@ class _Pods:
         return why_pending(pods[-1], sorted(events, key=lambda one: str(one.get("lastTimestamp"))), {})
 
     def _ask(self, request: Callable[[Client], Any]) -> Any:
-        """Kubernetes' answer; None if it is unreachable, which is allowed."""
+        """Kubernetes' answer; None if it is unreachable, which is not an error."""
         if time.monotonic() < self._next_try:
             return None
         try:
