@@ -21,7 +21,7 @@ JSON = ".json"
 class Moments(Mapping[str, Tensor]):
     """The inner optimizer's state by flat name, for a joiner. A tensor is copied to the host when it is read.
 
-    The state may change while it is being sent. This does no harm: the moments of a few steps later are as good. The
+    The state may change while it is being sent. This does no harm: moments from a few steps later are just as good. The
     mapping is empty if some value cannot be sent: without it, a joiner's first step would fail.
     """
 

@@ -1,4 +1,4 @@
-"""`python -m trainer launch`: a whole run on this machine: an etcd, one torchrun agent per node, and a dashboard."""
+"""`python -m trainer launch`: a whole run on this machine, with an etcd, a torchrun agent per node, and a dashboard."""
 
 import os
 import signal

@@ -143,6 +143,6 @@ class Reap(Effect):
 
 @dataclass(frozen=True)
 class Pause(Effect):
-    """Wait for a change of any key, or for a moment; longer if `idle`."""
+    """Wait until any key changes, but not for long; longer if `idle`."""
 
     idle: bool

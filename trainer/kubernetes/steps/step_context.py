@@ -153,7 +153,7 @@ class StepContext:
 
         Args:
             finished: Also delete ended jobs with their pods and logs. Otherwise they stay for `finished_ttl`.
-            training: Also delete training jobs. Otherwise the settings also stay while a training is under way.
+            training: Also delete training jobs. Otherwise the settings also stay while training is under way.
             claims: Also delete the run's claims with all their data, unless another run uses them; and ended jobs,
                 because a claim stays as long as a pod that has mounted it exists.
 
