@@ -1,4 +1,4 @@
-"""Building blocks of the parameter groups: limited types, `UNSET`, `Scope`, `Choices`, names that files declare."""
+"""Building blocks of the parameter groups: limited types, `UNSET`, `Scope`, `Choices`, and names declared by files."""
 
 import ast
 from collections.abc import Iterator, Mapping

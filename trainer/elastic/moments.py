@@ -112,7 +112,7 @@ def _sent(state: Mapping[int, Mapping[str, Any]], name: str) -> Tensor:
 
 
 def _flat(value: Any) -> Tensor:
-    """A value as it is sent: a tensor flat, anything else as JSON (TypeError if that is impossible)."""
+    """A value in its transmitted form: a tensor flat, anything else as JSON (TypeError if that is impossible)."""
     if isinstance(value, Tensor):
         return value.detach().reshape(-1)
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)

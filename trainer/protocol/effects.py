@@ -111,7 +111,7 @@ class ReplayMeans(Effect):
 
 @dataclass(frozen=True)
 class FetchState(Effect):
-    """Replace the global state by the record's base, from donors. Returns whether that was possible."""
+    """Replace the global state with the record's base, from donors. Returns whether that was possible."""
 
     record: RoundState
 

@@ -147,7 +147,7 @@ class StepContext:
             return False
 
     def clean_up(self, *, finished: bool = True, training: bool = True, claims: bool = False) -> None:
-        """Delete the run's objects on all clusters at once. Workers that still train save and leave.
+        """Delete the run's objects on all clusters at once. Workers that are still training save and leave.
 
         If another workflow continues the run, the objects that it uses are kept.
 
