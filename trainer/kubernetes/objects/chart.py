@@ -54,7 +54,7 @@ _USERS = """\
 
 Tree = dict[str, Any]
 _TEXT: Tree = {"type": "string"}
-_SECRET = "It becomes a Secret, but Helm also stores it with the release: preferably name your own Secret in"
+_SECRET = "It becomes a Secret, but Helm also stores it with the release: it is better to name your own in"
 _RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "4Gi"}}
 # Values that are not parameters: default, description and schema
 _OWN: dict[tuple[str, ...], tuple[Any, str, Tree]] = {
