@@ -57,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument(
         "run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run's directory; several runs are compared"
     )
-    report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html, or comparison.html]")
+    report.add_argument(
+        "--output", type=Path, help="the HTML file [<run_dir>/report.html; for several runs, comparison.html]"
+    )
     verify = add(commands.verify)
     verify.add_argument(
         "run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run's directory, or those of its workers' volumes"

@@ -55,7 +55,7 @@ class Schedule:
         return self.begin + (done if own == length else done * length / own)
 
     def steps_per_cycle(self, fragments: int) -> int:
-        """This worker's inner steps between two synchronisations of one of `fragments` fragments."""
+        """This worker's inner steps between two synchronisations of the same fragment, of `fragments` in total."""
         return self.own_steps if fragments == 1 else steps_in(self.round_steps, self.step_multiplier) * fragments
 
     def start_round(self, begin: int, inner_steps: int = 0) -> None:

@@ -196,7 +196,7 @@ class ElasticQuorum:
 
     @property
     def departing(self) -> frozenset[str]:
-        """Members of the last quorum that are about to leave. The others should save the state that they have saved."""
+        """Members of the last quorum that are leaving: the others should save the state that these have saved."""
         return departing(self._watch.record)
 
     @property

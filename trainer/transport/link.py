@@ -83,7 +83,7 @@ class Pending:
                 short ones.
 
         Raises:
-            LinkError: It can no longer be. The message names the member.
+            LinkError: That can no longer happen. The message names the member.
             Interrupted: This process has to end.
         """
         while not ended():

@@ -15,7 +15,7 @@ def set_up_torch() -> None:
 def preload(config: TrainingConfig) -> None:
     """Import and compile what a worker with this configuration needs. Touches no device, and starts no thread.
 
-    What fails here is left out: the worker encounters the same error and reports it.
+    Whatever fails is left out; if it fails in the worker as well, the worker reports it.
     """
     set_up_torch()
     fork_safe, before = "PYTORCH_NVML_BASED_CUDA_CHECK", {**os.environ}  # for libraries that look for a GPU

@@ -49,7 +49,7 @@ def name(*parts: str, limit: int = LIMIT) -> str:
 
 
 def training(config: TrainingConfig) -> str:
-    """A run's name: deployment and run id. The names of its objects begin with it, unless they are shortened."""
+    """A training run's name: deployment and run id. Its objects' names begin with it, unless they are shortened."""
     return job(config)
 
 

@@ -21,7 +21,7 @@ _BLOCK = 4096  # maximum number of rows kept as Python numbers
 
 
 def samples_used(event: Event) -> float:
-    """The number of samples used by a run when an event's `cursor` was recorded; NaN without a cursor."""
+    """The number of samples that a run had used at the state of an event's `cursor`; NaN without a cursor."""
     try:
         cursor = decode(Cursor, event.get("cursor"))
     except ValueError:
