@@ -38,10 +38,10 @@ def _in_a_steps_pod() -> bool:
 
 
 def resolve_launcher(config: TrainingConfig) -> TrainingConfig:
-    """In a step's pod, replace `launcher=auto` and an empty namespace by those of the pod's own cluster.
+    """In a step's pod, replace `launcher=auto` and an empty namespace with those of the pod's own cluster.
 
-    Elsewhere they stay, and `TrainingConfig.resolved` chooses this machine. A given launcher also applies to sites in
-    other clusters, unless they have their own; with `auto`, these clusters are queried (`resolve_sites`).
+    Elsewhere they stay unchanged, and `TrainingConfig.resolved` chooses this machine. A given launcher also applies to
+    sites in other clusters, unless they have their own; with `auto`, these clusters are queried (`resolve_sites`).
 
     Raises:
         TrainingError: The cluster supports no kind of training jobs, or cannot be queried.

@@ -70,7 +70,7 @@ def evaluate(
 
 
 def clean_up(job_id: str, values: Mapping[str, Any]) -> None:
-    """Stop everything of the run that is still running.
+    """Stop every part of the run that is still running.
 
     Only the values in `advanced` that identify the run and its place are used. The others may be valid only together
     with parameters that this step does not get.

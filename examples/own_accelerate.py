@@ -1,4 +1,4 @@
-"""A loop over Accelerate as a worker: `accelerate launch examples/own_accelerate.py etcd://localhost:2379/acc`."""
+"""A loop that uses Accelerate as a worker: `accelerate launch examples/own_accelerate.py etcd://localhost:2379/acc`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A Lightning module as a worker, by a callback: `python examples/own_lightning.py etcd://localhost:2379/pl`."""
+"""A Lightning module as a worker, through a callback: `python examples/own_lightning.py etcd://localhost:2379/pl`."""
 
 import sys
 from typing import Any

@@ -23,6 +23,6 @@ with DiLoCo(model, optimizer, outer=Nesterov(0.8, 0.5), sync_every=50, total_ste
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        time.sleep(0.02)  # as a larger model would: time to kill this worker, and to start it again
+        time.sleep(0.02)  # as slow as a larger model: time to kill this worker, and to start it again
 
 print(f"worker {quorum.worker}: loss {loss.item():.4f}, state {diloco.state.hash()}")

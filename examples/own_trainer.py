@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer as a worker, by a callback: `python examples/own_trainer.py etcd://localhost:2379/hf`."""
+"""Hugging Face's Trainer as a worker, through a callback: `python examples/own_trainer.py etcd://localhost:2379/hf`."""
 
 import sys
 from typing import Any

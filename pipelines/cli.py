@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run the pipeline from this machine, without a Kubeflow Pipelines backend",
         description="Run the pipeline on this machine. With `--launcher trainjob` or `pytorchjob`, its workers run on "
-        "the cluster of this pod, or on KUBECONFIG's if this machine can connect to pods. `--run-id` with the id of an "
-        "unfinished run resumes it.",
+        "the cluster of this pod, or on that of KUBECONFIG if this machine can connect to its pods. `--run-id` with "
+        "the id of an unfinished run resumes it.",
     )
     add_config_flags(running)
     running.set_defaults(command=_run)
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_schedule_commands(commands.add_parser("schedule", help="run the pipeline repeatedly on a backend"))
 
     for command, help, function in (
-        ("status", "show a submitted run: its steps, what they wait for, and why one failed", _status),
+        ("status", "show a submitted run: its steps, what they are waiting for, and why one failed", _status),
         ("logs", "show the output of a submitted run's steps", _logs),
         ("cancel", "terminate a submitted run; its volumes stay, and its run id resumes it", _cancel),
     ):
@@ -117,8 +117,8 @@ def _add_backend_flags(parser: argparse.ArgumentParser, *, starts_runs: bool = F
     parser.add_argument("--host", default="", metavar="URL", help=text)
     parser.add_argument("--namespace", default="", help="your namespace on a multi-user installation")
     if starts_runs:
-        parser.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment of the runs [diloco]")
-        text = "service account of the steps' pods, see manifests/ [the backend's default]"
+        parser.add_argument("--experiment", default="diloco", metavar="NAME", help="experiment for the runs [diloco]")
+        text = "service account of the steps' pods (see manifests/) [the backend's default]"
         parser.add_argument("--steps-service-account", default="", metavar="NAME", help=text)
         text = "also upload the pipeline under this name, for the UI; a changed pipeline becomes a new version"
         parser.add_argument("--pipeline-name", default="", metavar="NAME", help=text)

@@ -180,7 +180,7 @@ class Follower:
         self._waits[step.name] = why
 
     def _wait_in_its_output(self, step: Step) -> str:
-        """The last line of a running step if it says what the step waits for. Cached between two reads."""
+        """The last line of a running step if it says what the step is waiting for. Cached between two reads."""
         now = time.monotonic()
         due, interval = self._next_read.get(step.name, (now, self._timeouts.read_log))
         if now < due:
@@ -289,7 +289,7 @@ class _Pods:
         return why_pending(pods[-1], sorted(events, key=lambda one: str(one.get("lastTimestamp"))), {})
 
     def _ask(self, request: Callable[[Client], Any]) -> Any:
-        """Kubernetes' answer; None if it is unreachable, which is allowed."""
+        """Kubernetes' answer; None if it is unreachable, which is not an error."""
         if time.monotonic() < self._next_try:
             return None
         try:

@@ -1,4 +1,4 @@
-"""The command line: `python -m trainer COMMAND`, one command for each step of a training."""
+"""The command line: `python -m trainer COMMAND`, with a command for each step of a run."""
 
 import argparse
 import sys
@@ -68,9 +68,11 @@ def _add_commands_without_parameters(add: Callable[[Command], argparse.ArgumentP
     _add_generation_flags(add(commands.generate))
     report = add(commands.report)
     report.add_argument(
-        "run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run's directory; several are compared"
+        "run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run's directory; several runs are compared"
     )
-    report.add_argument("--output", type=Path, help="the HTML file [<run_dir>/report.html; several: comparison.html]")
+    report.add_argument(
+        "--output", type=Path, help="the HTML file [<run_dir>/report.html; for several runs, comparison.html]"
+    )
     verify = add(commands.verify)
     verify.add_argument(
         "run_dirs", type=Path, nargs="+", metavar="run_dir", help="a run's directory, or those of its workers' volumes"
@@ -79,7 +81,7 @@ def _add_commands_without_parameters(add: Callable[[Command], argparse.ArgumentP
     pod = add(commands.pod)
     pod.add_argument("what", choices=("precache", "train", "held-out", "export", "evaluate"))
     pod.add_argument("--config", type=Path, required=True, metavar="FILE", help="the pod's configuration (YAML)")
-    pod.add_argument("--slot", type=int, help="train: the preferred slot of this node")
+    pod.add_argument("--slot", type=int, help="for train: this node's preferred slot")
     pod.add_argument("--port", type=int, default=0, help="the port to serve results on")
     add(commands.schema)
 
@@ -90,8 +92,8 @@ def _add_generation_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("inputs", nargs="*", metavar="input", help=words)
     for name, text in {
         "temperature": "sampling temperature; 0: always the most likely token",
-        "top_k": "sample from this many most likely tokens; 0: all",
-        "top_p": "sample from the most likely tokens with this total probability",
+        "top_k": "sample only from this many of the most likely tokens; 0: from all",
+        "top_p": "sample only from the most likely tokens with this total probability",
         "max_tokens": "maximum number of tokens to generate",
         "seed": "random seed",
         "output": "file for a generated picture",
@@ -109,18 +111,18 @@ def _add_flags_of_joining(parsers: dict[str, argparse.ArgumentParser]) -> None:
         "--listen",
         default="",
         metavar="ADDRESS",
-        help="precache, then let other machines join; prints the command to run on them. ADDRESS is where they reach "
-        "this machine: host, host:port or [IPv6 address]:port; no port with --etcd",
+        help="precache, then let other machines join, and print the command to run on them. ADDRESS is where they can "
+        "reach this machine: host, host:port or [IPv6 address]:port; with --etcd, without a port",
     )
     parsers["token"].add_argument("action", choices=("create", "list", "revoke"))
-    parsers["token"].add_argument("id", nargs="?", metavar="ID", help="revoke: the token, as list shows it")
+    parsers["token"].add_argument("id", nargs="?", metavar="ID", help="for revoke: the token's id, as shown by list")
     for name in ("launch", "token"):
         parsers[name].add_argument("--ttl", default="24h", help="how long a token stays valid [24h]")
     parsers["join"].add_argument(
         "token", nargs="?", metavar="TOKEN", help='the token; "-" reads it from standard input'
     )
     parsers["join"].add_argument(
-        "--token-file", type=Path, metavar="FILE", help="a file with the token; or set JOIN_TOKEN"
+        "--token-file", type=Path, metavar="FILE", help="a file that contains the token (or set JOIN_TOKEN)"
     )
 
 

@@ -75,7 +75,7 @@ def launch(arguments: Namespace) -> int:
 
 
 def join(arguments: Namespace) -> int:
-    """Join the training of another machine with the token that its `launch --listen` printed."""
+    """Join a run that was started on another machine, with the token that its `launch --listen` printed."""
     from trainer.launch import token as tokens
 
     if arguments.token != "-" and arguments.token in sys.orig_argv:
@@ -90,7 +90,7 @@ def join(arguments: Namespace) -> int:
 
 
 def token(arguments: Namespace) -> int:
-    """Create, list or revoke the tokens with which machines join a run."""
+    """Create, list or revoke the tokens that let machines join a run."""
     config = _unresolved(arguments)
     from trainer.launch.admission import manage
     from trainer.launch.token import seconds_of
@@ -199,7 +199,7 @@ def report(arguments: Namespace) -> int:
 
 
 def verify(arguments: Namespace) -> int:
-    """Check from its workers' records that a run kept its guarantees."""
+    """Check that a run kept its guarantees, from its workers' records."""
     from trainer.monitor.verify import show
     from trainer.monitor.verify import verify as judging
 
@@ -212,7 +212,7 @@ def verify(arguments: Namespace) -> int:
 
 
 def pod(arguments: Namespace) -> int:
-    """Run one pod of a training on a cluster."""
+    """Run one pod of a training run on a cluster."""
     from trainer.kubernetes import pod_main
 
     return pod_main.run(arguments.what, arguments.config, slot=arguments.slot, port=arguments.port)

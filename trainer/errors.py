@@ -41,7 +41,7 @@ class Interrupted(BaseException):
 
 
 def raise_on_sigterm() -> None:
-    """Make SIGTERM raise `Interrupted` in the main thread. A container's first process ignores it without a handler."""
+    """Make SIGTERM raise `Interrupted` in the main thread. Without a handler, a container's init process ignores it."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise Interrupted

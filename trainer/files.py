@@ -23,7 +23,7 @@ _ABANDONED = 86400.0  # seconds without a change after which another host's temp
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Replace the content of `path` by `text`, atomically and durably. `private`: only the user may read it."""
+    """Replace the content of `path` with `text`, atomically and durably. `private`: only the user may read it."""
     write_bytes(path, text.encode("utf-8"), private=private)
 
 

@@ -24,7 +24,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Places:
-    """The directories of a pod and their descriptions. If there are none, as on a local machine, paths stay."""
+    """The directories of a pod and their descriptions. If there are none (a local machine), paths stay unchanged."""
 
     known: Mapping[str, Place] = field(default_factory=dict)  # by absolute path
 

@@ -1,4 +1,4 @@
-"""Exit handler: stop everything of a run when its pipeline ends."""
+"""Exit handler: stop every part of a run when its pipeline ends."""
 
 from components.clean_up.component import clean_up
 

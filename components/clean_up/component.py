@@ -9,7 +9,7 @@ from components.runtime import IMAGE
 def clean_up(
     job_id: str, launcher: str, run_id: str, deployment_name: str, nodes: int, etcd_endpoints: list, advanced: dict
 ) -> None:
-    """Stop everything of the run that is still running, however its steps ended. Its inputs identify the run.
+    """Stop every part of the run that is still running, however its steps ended. Its inputs identify the run.
 
     This is the exit handler of a pipeline on a backend, where a terminated step may get no time to clean up. It also
     deletes the objects that only the run needed; claims stay. On one machine it does nothing, because workers end with

@@ -63,7 +63,7 @@ def test_a_namespace_that_is_not_there_is_named(place: Place, tmp_path: Path) ->
 
 def test_an_etcd_that_cannot_be_reached_is_named(place: Place, tmp_path: Path) -> None:
     with pytest.raises(
-        TrainingError, match=r"127.0.0.1:1.*Does etcd run .manifests/ has one., is etcd.endpoints right"
+        TrainingError, match=r"127.0.0.1:1.*Is etcd running .manifests/ has one., is etcd.endpoints right"
     ):
         train(place.context(etcd_endpoints=["127.0.0.1:1"]), tmp_path / "run")
     assert not place.jobs()

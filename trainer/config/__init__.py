@@ -1,4 +1,4 @@
-"""`TrainingConfig`: the single list of a training's parameters.
+"""`TrainingConfig`: the single list of a run's parameters.
 
 The command line, the environment, YAML files, the pipeline's signature, the JSON schema and the help texts are derived
 from its fields. Precedence: flag > `DILOCO_*` variable > YAML file (`--config`) > default. A parameter has a *path*

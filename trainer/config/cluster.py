@@ -75,7 +75,7 @@ class ElasticConfig(Group):
     max_restarts: NonNegative = parameter(3, "Maximum number of times that a node restarts its workers.")
     rdzv_timeout: Seconds = parameter(1800.0, "Maximum time to wait for `min_nodes` nodes, in seconds.")
     gpu_distribution: Literal["auto", "prefer-nvidia", "prefer-amd"] = parameter(
-        "auto", "How nodes are divided among the enabled GPU vendors when `sites` is empty. auto: evenly."
+        "auto", "How nodes are divided among the enabled GPU vendors if `sites` is empty. auto: evenly."
     )
     nccl: NcclConfig = Field(default_factory=NcclConfig)
     etcd: ElasticEtcdConfig = Field(default_factory=ElasticEtcdConfig)
@@ -111,7 +111,7 @@ class EtcdConfig(Group):
 
 class VendorConfig(Group):
     enabled: bool = parameter(True, "Use this vendor's GPUs.")
-    image: str = parameter("", "Image for this vendor. Empty: the project's, which fits `gpu_vendor` only.")
+    image: str = parameter("", "Image for this vendor. Empty: the project's, which supports only `gpu_vendor`.")
     min_nodes: OrUnset[NonNegative] = parameter(UNSET, "Minimum nodes with this vendor's GPUs. -1: 0.")
     max_nodes: OrUnset[NonNegative] = parameter(UNSET, "Maximum nodes with this vendor's GPUs. -1: all.")
     runtime_class_name: str = parameter("", "Runtime class of this vendor's pods.")
@@ -157,7 +157,7 @@ class SiteConfig(Group):
     )
     launcher: Literal["auto", "pytorchjob", "trainjob"] = parameter(
         "auto",
-        "Kind of its jobs, in another cluster. auto: as `launcher`, or, if that is auto, whatever the cluster has.",
+        "Kind of its jobs, in another cluster. auto: as `launcher`, or, if that is auto, what the cluster supports.",
     )
     etcd_endpoints: list[str] = parameter(
         [], "host:port of each etcd member, as seen by its pods. Empty: `etcd.endpoints`."

@@ -1,4 +1,4 @@
-"""Building blocks of the parameter groups: limited types, `UNSET`, `Scope`, `Choices`, names that files declare."""
+"""Building blocks of the parameter groups: limited types, `UNSET`, `Scope`, `Choices`, and names declared by files."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -116,7 +116,7 @@ class Group(BaseModel):
 
 @cache
 def declared(folder: str) -> Mapping[str, Mapping[str, Any]]:
-    """The literals of everything with a `name` in the modules of a folder of `trainer`, by name.
+    """The literal attributes of everything that has a `name` in a folder of `trainer`, by name.
 
     A single file adds a codec, an outer optimizer, a model or a dataset. It has a class with literal attributes
     (`name = "int8"`), or a call in `FAMILY = …` or `FAMILIES = …` with literal keywords. The configuration needs these

@@ -75,9 +75,7 @@ class Schema(Group):
     )
 
     # Optimisation
-    total_steps: Annotated[Positive, FINGERPRINT, CARD, COMMON] = parameter(
-        30_000, "Inner steps in the whole training."
-    )
+    total_steps: Annotated[Positive, FINGERPRINT, CARD, COMMON] = parameter(30_000, "Inner steps in the whole run.")
     local_steps: Annotated[Positive, FINGERPRINT, FIXED, CARD, COMMON] = parameter(
         128, "Inner steps between two synchronisations (one round)."
     )
@@ -85,7 +83,7 @@ class Schema(Group):
         512, "Samples that one worker consumes in an inner step."
     )
     per_device_train_batch_size: Annotated[Positive, COMMON, LOCAL] = parameter(
-        32, "Samples in one forward pass. An inner step accumulates batch_size / this many passes."
+        32, "Samples in one forward pass. An inner step accumulates gradients over passes that add up to batch_size."
     )
     lr: Annotated[float, CARD, COMMON] = parameter(4e-4, "Peak learning rate of the inner optimizer.", gt=0)
     warmup_steps: Annotated[NonNegative, CARD, COMMON] = parameter(
@@ -148,7 +146,7 @@ class Schema(Group):
         1, "Number of parameter fragments that synchronise at different times (Streaming DiLoCo)."
     )
     overlap_tau: NonNegative = parameter(
-        0, "Inner steps by which an outer step is delayed. 0: none, or as few as possible with async_communication."
+        0, "Inner steps by which an outer step is delayed. 0: none; with async_communication, as few as possible."
     )
     overlap_alpha: Fraction = parameter(0.5, "Weight of the local parameters when mixing in a delayed outer step.")
     compression_decay: Fraction = parameter(0.9, "Decay of the decoupled momentum (optim_method=demo).")
@@ -157,8 +155,8 @@ class Schema(Group):
     )
     sparse_topk: Annotated[NonNegative, Field(le=4096, multiple_of=4), FINGERPRINT] = parameter(
         0,
-        "Values sent for each block of 4096 (codec=sparse). 0: depends on the number of workers, from 512 for two down "
-        "to 192 for six or more.",
+        "Values sent for each block of 4096 (codec=sparse). 0: depends on the number of workers, from 512 for two "
+        "workers down to 192 for six or more.",
     )
     error_feedback: OrUnset[Fraction] = parameter(
         float(UNSET), "Error-feedback decay for lossy codecs; 0 disables it. -1: the codec's default."
@@ -169,7 +167,7 @@ class Schema(Group):
 
     # The run
     run_id: Annotated[str, LOOKUP, IDENTITY, COMMON] = parameter(
-        "", "Name of the run. An unfinished run of that name is resumed. Empty: generated.", pattern=RUN_ID
+        "", "Name of the run. An unfinished run with that name is resumed. Empty: generated.", pattern=RUN_ID
     )
     run_dir: Annotated[str, COMMAND, LOOKUP, IDENTITY] = parameter(
         "", "Directory that the run writes to. Empty: runs/<run_id>."
@@ -243,7 +241,7 @@ class Schema(Group):
     standby: Annotated[bool, LOCAL] = parameter(
         True,
         "Keep a standby process next to each agent, with everything imported and compiled, so that a worker restarts "
-        "within a second or two. It shares its memory with the agent and the workers.",
+        "within a second or two. It shares memory with the agent and the workers.",
     )
     catch_up_rounds: Positive = parameter(
         8, "Number of recent rounds whose means are kept for members that have to catch up."
@@ -295,11 +293,11 @@ class Schema(Group):
         UNSET, "Port for Prometheus metrics; other workers on the machine use the next ones. -1: none."
     )
     wandb_secret: str = parameter(
-        "diloco-wandb", "On a cluster, the Secret with WANDB_API_KEY. It need not exist.", pattern=SECRET_NAME
+        "diloco-wandb", "On a cluster, the Secret with WANDB_API_KEY; optional.", pattern=SECRET_NAME
     )
     huggingface_secret: str = parameter(
         "diloco-huggingface",
-        "On a cluster, the Secret with HF_TOKEN. It must exist only for `hf_upload`.",
+        "On a cluster, the Secret with HF_TOKEN; required only for `hf_upload`.",
         pattern=SECRET_NAME,
     )
     hf_upload: Annotated[bool, COMMAND, COMMON] = parameter(
@@ -345,7 +343,7 @@ class Schema(Group):
     ephemeral_storage_gb: Positive = parameter(100, "Ephemeral storage limit of a pod, in GB; it requests 2.")
     gpu_count: Annotated[NonNegative, COMMON] = parameter(1, "GPUs per worker pod; none if 0, or if device=cpu.")
     gpu_vendor: Literal["NVIDIA", "AMD"] = parameter("NVIDIA", "GPU vendor that the project's image supports.")
-    gpu_type: str = parameter("A100", "Preferred GPU, tried first: a model, or nodes' product label in full.")
+    gpu_type: str = parameter("A100", "Preferred GPU, tried first: a model, or the full product label of a node.")
     gpu_memory: Positive = parameter(80, "Preferred GPU memory, in GB; nodes labelled with it are tried first.")
     sites: list[SiteConfig] = parameter(
         [],

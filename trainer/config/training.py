@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 
 
 class TrainingConfig(Schema):
-    """Every parameter of a training, validated; see the package's docstring."""
+    """Every parameter of a run, validated; see the package's docstring."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,7 +90,7 @@ class TrainingConfig(Schema):
     def in_scope(self, scope: ScopeName) -> dict[str, Any]:
         """The scope's parameters by flat name, as JSON values.
 
-        Derived values replace the given ones, for example that of `outer_momentum` -1.
+        Derived values replace the given ones, for example where `outer_momentum` is -1.
         """
         effective = {
             "outer_lr": self.outer_rate,

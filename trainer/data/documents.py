@@ -73,7 +73,7 @@ def documents(path: Path) -> Iterator[str]:
         name = "UTF-8" if error.encoding.startswith("utf-8") else f"{error.encoding}, as its byte-order mark says"
         advice = "convert it, for example with iconv -f latin1 -t utf-8"
         raise ValueError(
-            f"is not {name}: it has a byte 0x{error.object[error.start]:02x} where none may be: {advice}"
+            f"is not {name}: it has a byte 0x{error.object[error.start]:02x} where that is invalid: {advice}"
         ) from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"is not a complete {_name(path)[1]} file: {error}") from None

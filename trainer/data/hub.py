@@ -24,7 +24,7 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 
 @contextmanager
 def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
-    """Turn an exception of the hub's libraries in this block into an error that the user can act on.
+    """Turn an exception that the hub's libraries raise in this block into an error that the user can act on.
 
     `field` is the parameter that names something on the hub, `name` its value, and `instead` an alternative for the
     user, as the rest of a sentence.
@@ -64,7 +64,7 @@ def hub_errors(field: str, name: str, instead: str = "") -> Iterator[None]:
 
 
 def _of_the_cache(error: BaseException | None) -> OSError | None:
-    """The error of a file that could not be written in a chain of exceptions; None if there is none."""
+    """The exception in a chain that says which file could not be written; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
             return error

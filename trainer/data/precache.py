@@ -119,7 +119,7 @@ def precache_all(config: TrainingConfig, log: Log = print, run: Run | None = Non
 
 
 def damage(path: Path, thorough: bool = True) -> str | None:
-    """The defect of the dataset in `path`, in a few words; None if it is intact.
+    """The defect in the dataset at `path`, in a few words; None if it is intact.
 
     `thorough` compares every file's sha256, not only its size.
     """

@@ -139,7 +139,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
 
 def _forget_last_use(tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Reset the settings of a saved tokenizer's last use, and disable those that would change the data."""
+    """Reset the settings left over from a saved tokenizer's last use, and disable those that would change the data."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

@@ -2,11 +2,11 @@
 
 A piece of the vector is cut into n equal parts, and each of the n members owns one: (1) every member encodes the parts
 and sends each to its owner (a reduce-scatter); (2) the owner computes the mean in float32, re-encodes it, and (3) sends
-it to all members (an all-gather). So a member sends (n − 1) / n times the encoded vector and the encoded mean, as with
+it to all members (an all-gather). So a member sends (n − 1) / n of the encoded vector and of the encoded mean, as with
 a ring, and all members, including the owner, decode the same bytes.
 
-If it takes no more bytes (`all_to_all`: two members, or a few with a sparse codec whose mean is finer), each member
-instead sends everything to all others, and nothing is encoded twice.
+Where it takes no more bytes (`all_to_all`: two members, or a few with a sparse codec whose mean is finer), each member
+sends everything to all others instead, and nothing is encoded twice.
 
 While a piece is in flight, later pieces are encoded, and earlier ones are decoded and added to the outer step, so on a
 slow link the arithmetic takes almost no extra time. Rows are sent from, and received into, the buffers where they stay.
@@ -14,7 +14,7 @@ The members' weights are sent along with the first pieces, which saves a round t
 mean, members may merge by RDA, or clip norms: see trainer/diloco/merge.py.
 
 *Error feedback* (`Codec.feedback`): each member keeps the error of its own message; the owner also keeps the error of
-the encoded mean. It multiplies that by W / w, because its contribution will be scaled by w / W.
+the encoded mean, times W / w, because its contribution will be scaled by its fraction w / W of the total weight.
 """
 
 from abc import ABC, abstractmethod
@@ -80,7 +80,7 @@ def reduce(group: Group, own: Prepared, on_chunk: OnChunk, workspace: Workspace)
 
 
 def all_to_all(codec: Codec, members: int) -> bool:
-    """Whether each member sends everything to all others, because that takes no more bytes than owners would."""
+    """Whether each member sends everything to all others, because that takes no more bytes than using owners."""
     return members > 1 and members * codec.row <= codec.row + codec.mean.row
 
 

@@ -54,8 +54,8 @@ class DiLoCo(OwnLoop):
     to its next message.
 
     *Late workers*: a worker that misses the commit of a round adopts the new θ at its next inner step and carries its
-    pseudo-gradient over, weighted by all samples in it. Its next round has as many inner steps as fit
-    (`Schedule.keep_pace`). What it sends is scaled to one round's steps: of two whole rounds, the mean.
+    pseudo-gradient over, weighted by all samples in it. Its next round may be shorter, so that it arrives on time
+    (`Schedule.keep_pace`). What it sends is scaled to one round's steps: for two whole rounds, their mean.
 
     Example:
         with DiLoCo(model, inner_optimizer, outer=Nesterov(lr=0.7), sync_every=128, quorum=quorum):
@@ -233,7 +233,7 @@ class DiLoCo(OwnLoop):
             The commit; None if the round was committed without this worker, which has caught up.
 
         Raises:
-            TrainingError, Interrupted: From the quorum. The round then counts as not ended.
+            TrainingError, Interrupted: From the quorum. The round is then still open.
         """
         started = self._blocked_since or time.perf_counter()
         self._blocked_since = None

@@ -11,7 +11,7 @@ from trainer.diloco.threads import Workspace
 class Prepared:
     """The values that a member sends, independent of the other members.
 
-    While a member processes all its values it sends nothing, and members that are ready much sooner time out. So
+    While a member processes all its values, it sends nothing, and members that are ready much sooner would time out. So
     everything before the first message is computed here, once for all attempts at a round.
 
     Args:

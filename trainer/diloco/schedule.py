@@ -55,7 +55,7 @@ class Schedule:
         return self.begin + (done if own == length else done * length / own)
 
     def steps_per_cycle(self, fragments: int) -> int:
-        """This worker's inner steps between two synchronisations of the same one of `fragments` fragments."""
+        """This worker's inner steps between two synchronisations of the same fragment, of `fragments` in total."""
         return self.own_steps if fragments == 1 else steps_in(self.round_steps, self.step_multiplier) * fragments
 
     def start_round(self, begin: int, inner_steps: int = 0) -> None:
@@ -63,10 +63,10 @@ class Schedule:
         self.begin, self.inner_steps, self.credit, self.joined = begin, inner_steps, 0, False
 
     def keep_pace(self, before: "Schedule", rounds: int) -> None:
-        """Count steps of the open round in advance, so that a worker that was late arrives together with the others.
+        """Count steps of the open round in advance, so that a late worker now arrives together with the others.
 
-        After a round of which it made only a part, it makes as many steps in the next one. It makes a whole round if it
-        joined in the middle of the other, had finished it, or has missed several.
+        If it made only some of the missed round's steps, it makes the same number in the next round. It makes a whole
+        round if it joined in the middle of the missed one, had finished it, or has missed several.
 
         Args:
             before: The schedule in the round that the others have committed without this worker.

@@ -86,7 +86,7 @@ class GlobalState:
         return dict(self._tensors)
 
     def has_room(self, vectors: int = 0, *, lent: bool = False) -> bool:
-        """Whether a number of vectors fits beside those of later rounds. `lent`: assume that the state is lent."""
+        """Whether this number of vectors fits beside those of later rounds. `lent`: assume that the state is lent."""
         states = (not self._spare) + (lent or bool(self._readers))  # for the next outer step, and to replace a lent one
         return self.room(vectors + states * len(self._tensors))
 

@@ -101,7 +101,7 @@ class Attempts:
     def connect_new(self) -> None:
         """Establish missing or worn links to the members of the open round, in the background. Thread-safe.
 
-        During a collective, worn links are in use, and stay.
+        During a collective, worn links are in use and are kept.
         """
         if (record := self._watch.record) is not None:
             members = {*record.expected, *record.assignments}

@@ -29,7 +29,7 @@ def claim_number(watch: RoundWatch, lease: Lease, slot: int, worker: int) -> Non
     An agent holds its node's slot, so its workers need no claim. The key of a killed process expires.
 
     Raises:
-        ConfigError: A live process already is this worker.
+        ConfigError: Another live process is already this worker.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return

@@ -53,7 +53,7 @@ class ElasticQuorum:
     Args:
         fingerprint: Values that must be equal in all members, by name.
         stopping: Set when this process has to end: every wait then raises `Interrupted`.
-        slot: This process's slot, if it is its own node. None: slot and local rank come from the agent's environment.
+        slot: The slot of a process that is its own node. None: slot and local rank come from the agent's environment.
         rules: By default, those of the configuration.
     """
 
@@ -104,7 +104,7 @@ class ElasticQuorum:
         Raises:
             TrainingError: The run does not start within `elastic.rdzv_timeout`, or has ended; etcd cannot be used.
             ConfigError: The fingerprint differs from the run's; no port of `port_range` is free; another process
-                already is this worker.
+                is already this worker.
         """
         config, resources, watch, client = self._config, self._resources, self._watch, self._watch.client
 
@@ -196,7 +196,7 @@ class ElasticQuorum:
 
     @property
     def departing(self) -> frozenset[str]:
-        """Members of the last quorum that are about to leave, so that others should save what they have saved."""
+        """Members of the last quorum that are leaving: the others should save the state that these have saved."""
         return departing(self._watch.record)
 
     @property
@@ -225,7 +225,7 @@ class ElasticQuorum:
             raise Superseded
 
     def wait_for_others(self, saving: bool = True) -> None:
-        """At the end of the run, give members up to `grace_period` to save (or, without `saving`, reach) its state."""
+        """At the end of the run, give members up to `grace_period` to save (without `saving`: reach) its state."""
         final, deadline = self.base.round, time.monotonic() + self._rules.grace_period
         while time.monotonic() < deadline and not self._watch.ended():
             self._write_durable()
@@ -287,7 +287,7 @@ class ElasticQuorum:
         return Commit(*commit, sent, received, seconds, self._machine.current, *state)
 
     def _bytes(self) -> tuple[int | None, int | None]:
-        """Bytes sent and received since the last commit's collective, because other members may start early."""
+        """Bytes sent and received since the last commit's collective, after which others may start early."""
         before, self._counted = self._counted, self._read
         now = self._counted
         return (now[0] - before[0], now[1] - before[1]) if before and now else (None, None)

@@ -21,7 +21,7 @@ JSON = ".json"
 class Moments(Mapping[str, Tensor]):
     """The inner optimizer's state by flat name, for a joiner. A tensor is copied to the host when it is read.
 
-    The state may change while it is being sent. This does no harm: the moments of a few steps later are as good. The
+    The state may change while it is being sent. This does no harm: moments from a few steps later are just as good. The
     mapping is empty if some value cannot be sent: without it, a joiner's first step would fail.
     """
 
@@ -112,7 +112,7 @@ def _sent(state: Mapping[int, Mapping[str, Any]], name: str) -> Tensor:
 
 
 def _flat(value: Any) -> Tensor:
-    """A value as it is sent: a tensor flat, anything else as JSON (TypeError if that is impossible)."""
+    """A value in its transmitted form: a tensor flat, anything else as JSON (TypeError if that is impossible)."""
     if isinstance(value, Tensor):
         return value.detach().reshape(-1)
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)

@@ -275,8 +275,8 @@ class LoopMember:
             return
         if after == (member.term, diloco.open_round):
             raise TrainingError(
-                f"the loop has taken {self._samples.ahead} batches more than it has made inner steps: a batch is one "
-                "step's, and a data loader may read ahead (num_workers x prefetch_factor) by less than sync_every"
+                f"the loop has taken {self._samples.ahead} batches more than it has made inner steps: each step takes "
+                "one batch, and a data loader may read ahead (num_workers x prefetch_factor) by fewer than sync_every"
             )
         try:
             diloco.accept(member.assign(after))
@@ -303,7 +303,7 @@ class LoopMember:
             )
 
     def _synchronised(self, diloco: "DiLoCo", commit: Commit | None) -> None:
-        """Record changes after a synchronisation, or after none."""
+        """Record what has changed, whether or not a round was committed."""
         if self._before is not None:
             before, self._before = self._before, None
             missed, held = max(0, diloco.round - before), evidence.held(self._member, diloco)

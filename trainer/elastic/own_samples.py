@@ -1,4 +1,4 @@
-"""The samples of a user's own loop: which of its assignment were taken, and which its inner steps have consumed."""
+"""The samples of a user's own loop: which assigned ones were taken, and which its inner steps have consumed."""
 
 import threading
 from collections import deque
@@ -20,7 +20,7 @@ class TakenSamples:
         batch_size: Samples in an inner step.
 
     Attributes:
-        ahead: Number of batches that were taken and not consumed.
+        ahead: Number of batches that were taken but have not been consumed.
     """
 
     def __init__(self, batch_size: int) -> None:

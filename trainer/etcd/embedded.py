@@ -184,8 +184,8 @@ def etcd_binary() -> Path:
 def check_for_corruption(binary: Path) -> str:
     """The option that makes a member compare its data with the others' when it starts.
 
-    3.5.0 to 3.5.2 can become inconsistent when killed. The check is also a feature gate since 3.6, and only that since
-    3.7.
+    3.5.0 to 3.5.2 can become inconsistent when killed. Since 3.6 the check is also a feature gate; since 3.7,
+    it is only that.
     """
     if etcd_version(binary) >= (3, 6):
         return "--feature-gates=InitialCorruptCheck=true"

@@ -71,7 +71,7 @@ def translate(
         return unreachable()
     if any(word in lower for word in ("ssl", "tls", "certificate", "handshake")):
         hint = "" if ca else " (no etcd.ca is set)"
-        return EtcdError(f"{etcd}: the TLS certificates do not fit{hint}: {details}", "certificate")
+        return EtcdError(f"{etcd}: the TLS certificates do not match{hint}: {details}", "certificate")
 
     # Users and rights
     if "authentication failed" in lower:

@@ -34,11 +34,11 @@ def evaluate(
     Args:
         config: Identifies the run by `run_dir` or `run_id`.
         directory: The export; by default, `<run_dir>/export`.
-        dataset: The precached dataset, of which the held-out files suffice; by default, the run's own.
+        dataset: The precached dataset; its held-out files suffice. By default, the run's own.
 
     Returns:
         The content of `evaluation.json`: the scores of the task and of its baseline, `headline`, `tokens_per_second`,
-        `sequences` (samples), the circumstances, `sample` (example output), `confusion` (for a classification), and
+        `sequences` (samples), the circumstances, `sample` (example output), `confusion` (for classification), and
         every numeric sum of `Task.score`, except those with the name of a score.
 
     Raises:

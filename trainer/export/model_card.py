@@ -90,5 +90,5 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, float] | None = No
 
 
 def _text(value: object) -> str:
-    """A user's words inside Markdown, on one line and without markup."""
+    """A user's text inside Markdown, on one line and without markup."""
     return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").replace("`", "'").split())

@@ -69,7 +69,7 @@ def shard(model: nn.Module, device: torch.device, name: str, value: Callable[[Te
 
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """At the end, free the unsharded parameters that forward-only passes have left, because they may become stale."""
+    """At the end, free the unsharded parameters that forward-only passes leave: they may become stale."""
     try:
         yield
     finally:

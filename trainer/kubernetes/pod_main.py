@@ -1,4 +1,4 @@
-"""The command of a training's pods: `python -m trainer pod <command> --config FILE`.
+"""The command of a run's pods: `python -m trainer pod <command> --config FILE`.
 
 A pod sends messages to its step through its log, each as a line with a keyword and JSON:
 

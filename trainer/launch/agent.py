@@ -1,7 +1,8 @@
 """A torchrun agent that shuts down gracefully: `python -m trainer.launch.agent --config FILE [-- command …]`.
 
 It is torch's `LocalElasticAgent` with the rendezvous `etcd3-diloco`; docs/guide/elastic.md lists the differences from
-torchrun. The exit status is 0 only if the run has succeeded; otherwise it is the failed worker's 2 or 143, or 1.
+torchrun. The exit status is 0 only if the run has succeeded; otherwise it is 2 or 143 if a worker failed with it,
+else 1.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`python -m trainer launch`: a whole run on this machine: an etcd, one torchrun agent per node, and a dashboard."""
+"""`python -m trainer launch`: a whole run on this machine, with an etcd, a torchrun agent per node, and a dashboard."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -34,7 +34,7 @@ class OwnNodes:
         return next((agent for agent in self._agents if self._holders.get(slot) in agent.ids), None)
 
     def elsewhere(self) -> int:
-        """The number of nodes of other launches, for which this one may not decide. Raises EtcdError."""
+        """The number of nodes of other launches, about which this launch may not decide. Raises EtcdError."""
         own = {id for agent in self._agents for id in agent.ids}
         return sum(entry.value["node"] not in own for entry in self._client.list("slots/").values())
 

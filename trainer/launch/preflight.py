@@ -155,7 +155,7 @@ def _check_same(worker: TrainingConfig, volume: Volume, state: dict[str, Any]) -
             raise ConfigError(name, value, f"{where} have {recorded[name]}: {advice}")
     manifest = read_manifest(data.directory(worker, volume.datasets))
     if manifest is not None and state.get("dataset", manifest.hash) != manifest.hash:
-        other = f"{where} are of other data ({then.get('dataset', 'unknown')}, tokenizer {then.get('tokenizer')!r})"
+        other = f"{where} belong to other data ({then.get('dataset', 'unknown')}, tokenizer {then.get('tokenizer')!r})"
         raise ConfigError("dataset", worker.dataset, f"{other}: {advice}")
 
 

@@ -33,9 +33,9 @@ class Deferred(TorchDispatchMode):
     """A context in which large floating-point tensors are created on the meta device and their operations are recorded.
 
     `value` then replays the operations for one tensor, on the CPU and with the same random numbers; torch's generator
-    advances as if they had run at once. So a model is bitwise the same as without this. The idea is torchdistx's
-    `deferred_init`. Unlike with `torch.device("meta")`, small tensors have values, and large ones pretend to, because
-    torch and transformers would not initialise them otherwise.
+    advances as if they had run at once. So a model is bitwise identical to one built without this. The idea is
+    torchdistx's `deferred_init`. Unlike with `torch.device("meta")`, small tensors have values, and large ones pretend
+    to, because torch and transformers would not initialise them otherwise.
 
     Args:
         large: Minimum number of elements of a deferred tensor.

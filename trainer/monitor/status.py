@@ -1,4 +1,4 @@
-"""`python -m trainer status`: a run's state in etcd: its verdict, the open round, and what each member is doing."""
+"""`python -m trainer status`: a run's state in etcd (its verdict, the open round, and what each member is doing)."""
 
 import json
 import sys

@@ -111,7 +111,7 @@ class ReplayMeans(Effect):
 
 @dataclass(frozen=True)
 class FetchState(Effect):
-    """Replace the global state by the record's base, from donors. Returns whether that was possible."""
+    """Replace the global state with the record's base, from donors. Returns whether that was possible."""
 
     record: RoundState
 
@@ -143,6 +143,6 @@ class Reap(Effect):
 
 @dataclass(frozen=True)
 class Pause(Effect):
-    """Wait for a change of any key, or for a moment; longer if `idle`."""
+    """Wait until any key changes, but not for long; longer if `idle`."""
 
     idle: bool

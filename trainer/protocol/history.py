@@ -57,7 +57,7 @@ class Plan:
         return range((round - 1) % self.fragments, (round - 1) % self.fragments + 1)
 
     def learning_rate(self, position: float) -> float | None:
-        """Linear warm-up, then a cosine down to zero: implemented separately, as a check of the trainer's formula."""
+        """Linear warm-up, then a cosine decay to zero: implemented separately, as a check of the trainer's formula."""
         if self.lr is None or self.total_steps is None:
             return None
         if position < self.warmup_steps:

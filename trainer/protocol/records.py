@@ -23,7 +23,7 @@ class Rules:
         grace_period: Maximum time that arrived members wait for the others, once at least half have arrived. They wait
             less if waiting costs more than it is worth.
         least_grace: Minimum time that they wait for a member that is not known to be slow, whatever it costs.
-        retry_period: The same in further attempts at a round.
+        retry_period: Replaces `grace_period` in further attempts at a round.
         forget_period: Time without any holder of the open round's state before the run goes back to an older one.
         stall_limit: Maximum time that arrived members wait while more than half are missing.
         local_steps, total_steps: Inner steps of a round and of the run; None: the run does not end.
@@ -104,7 +104,7 @@ class Member:
 
     @property
     def held(self) -> tuple[int, int]:
-        """Term and round of the state that it holds. A state of a later term supersedes what that rolled back."""
+        """Term and round of the state that it holds. A later term's state supersedes those it rolled back."""
         return self.term, self.holds.round
 
     @property

@@ -56,7 +56,7 @@ def forgotten(record: RoundState, view: View) -> bool:
 
 
 def overdue(record: RoundState, view: View) -> frozenset[str]:
-    """The members for which the others, which are done, wait."""
+    """The members that the others, which are done, are waiting for."""
     if record.phase == "gather":
         return _awaited(record, view) if _here(record, view) else frozenset()
     voted = _votes(record, view)
@@ -155,9 +155,9 @@ def _gathered(record: RoundState, view: View, waited: float, rules: Rules) -> bo
 def _grace(record: RoundState, view: View, awaited: frozenset[str], rules: Rules) -> float:
     """How long the arrived members wait for the others, in seconds; at most `grace_period`.
 
-    They wait while they lose less time in total than the late ones have worked. If inner steps continue meanwhile, they
-    lose nothing for the length of a round. They do not wait for a member that, judging by its speed, would still be
-    late.
+    They wait while they lose less time in total than the late ones have worked. If inner steps continue meanwhile,
+    waiting for up to a round's length costs them nothing. They do not wait for a member that, judging by its speed,
+    would still be late.
     """
     here = _here(record, view)
     known = [seconds for id in here if (seconds := _round_seconds(record, view, id, rules))]

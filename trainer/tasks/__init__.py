@@ -38,10 +38,10 @@ class Generation:
     """A user's request to a trained model (`Task.generate`).
 
     Attributes:
-        inputs: A prompt, the names of files, or others, depending on the task.
+        inputs: A prompt, the names of files, or other values, depending on the task.
         temperature: Sampling temperature; 0: always the most likely token.
-        top_k: Sample from this many most likely tokens; 0: all.
-        top_p: Sample from the most likely tokens with this total probability; 1: all.
+        top_k: Sample only from this many of the most likely tokens; 0: from all.
+        top_p: Sample only from the most likely tokens with this total probability; 1: from all.
         max_tokens: Maximum number of tokens to generate.
         output: The file for a result that is not text.
         data: The dataset's directory, if it is on this machine.
@@ -95,7 +95,7 @@ class Task(ABC):
 
     @abstractmethod
     def export(self, model: "nn.Module", data: Path, directory: Path) -> None:
-        """Write the model in the format for its users. `data` is the directory of its dataset."""
+        """Write the model in the format that its users load. `data` is the directory of its dataset."""
 
     @abstractmethod
     def load(self, directory: Path) -> "nn.Module":
@@ -103,7 +103,7 @@ class Task(ABC):
 
     @abstractmethod
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """The simplest model of the training data, for comparison. Returns a function for its sums over a batch.
+        """The simplest model of the training data, for comparison. Returns a function that gives its sums over a batch.
 
         `data` is the directory of the dataset, with its manifest and held-out split.
         """

@@ -57,7 +57,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         return len(batch["label"])
 
     def score(self, model: "nn.Module", batch: Batch) -> dict[str, Any]:
-        """Sums of the loss, and of the features of the batch and of equally many generated pictures of its classes."""
+        """Sums of the loss, and of the features of the batch and of as many generated pictures of its classes."""
         networks: Any = model
         pictures = networks.generate(batch["label"])
         return {
@@ -83,7 +83,7 @@ pictures = load(".").draw(labels=torch.tensor([0, 1, 2]), seed=0)  # uint8 (3, h
         return model
 
     def baseline(self, data: Path) -> Callable[[Batch], dict[str, Any]]:
-        """Held-out pictures with each pixel position shuffled among them, so that marginal distributions are exact."""
+        """Held-out pictures with the values at each pixel position shuffled among them: the marginals are exact."""
         import torch
 
         def shuffled(batch: Batch) -> dict[str, Any]:

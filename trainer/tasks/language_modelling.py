@@ -54,9 +54,9 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
     def flops(self, model: "nn.Module", batch: Batch) -> float:
         """6N + 12LHQT per token (PaLM, arXiv 2204.02311, appendix B).
 
-        N counts the parameters of matrices with which tokens are multiplied: without embeddings, but with the output
-        layer. There are L layers, H heads of Q numbers, and T tokens per sequence. As in PaLM, attention counts in full
-        although it is causal.
+        N counts the parameters of the matrices by which tokens are multiplied, excluding the embeddings but including
+        the output layer. There are L layers, H heads of size Q, and T tokens per sequence. As in PaLM, attention counts
+        in full although it is causal.
         """
         networks: Any = model
         config, samples, length = networks.config.get_text_config(), *batch["input_ids"].shape
@@ -171,7 +171,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 
 
 def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
-    """Passes on text once it is certain: no partial characters or words."""
+    """Passes text on once it is final: no partial characters or words."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):

@@ -172,7 +172,7 @@ model, processor = AutoModelForCTC.from_pretrained("."), AutoProcessor.from_pret
 
 
 def _takes_mask(model: Any) -> bool:
-    """Whether the model takes an attention mask: models with group norm were trained without."""
+    """Whether the model takes an attention mask: models with group norm were trained without one."""
     return bool(model.config.feat_extract_norm == "layer")
 
 

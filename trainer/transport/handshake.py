@@ -163,7 +163,7 @@ class Dialler:
         try:
             connection = connect(endpoint, self.timeouts.connect)
         except ValueError as error:
-            raise OSError(f"is no endpoint ({error})") from None
+            raise OSError(f"is not an endpoint ({error})") from None
         try:
             prepare(connection, self.silence)
             connection.settimeout(self.timeouts.handshake)

@@ -2,7 +2,7 @@
 
 A message is cut into frames. Each is sent on whichever stream is ready, because on a long, lossy path some streams are
 slower than others. Messages are received into memory that was posted for them. A frame that arrives before that waits
-in the kernel, which slows its sender down; a frame whose key is over is read and discarded. Posted memory must be new
+in the kernel, which slows its sender down; a frame of a finished key is read and discarded. Posted memory must be new
 rather than reused, because a late frame of a failed attempt may still be written to it.
 """
 
@@ -83,7 +83,7 @@ class Pending:
                 short ones.
 
         Raises:
-            LinkError: It never will be. The message names the member.
+            LinkError: That can no longer happen. The message names the member.
             Interrupted: This process has to end.
         """
         while not ended():
@@ -176,7 +176,7 @@ class Link:
             return added([self._gone, *(stream.bytes() for stream in (*self._out, *self._into))])
 
     def heard(self) -> float:
-        """When the other end last acknowledged or sent anything (monotonic clock), as of the calls of this method."""
+        """When the other end last acknowledged or sent anything (monotonic clock), as seen by calls of this method."""
         with self._changed:
             moved = sum(stream.heard() for stream in (*self._out, *self._into))
             if moved != self._moved[0]:

@@ -41,8 +41,8 @@ class Transport:
 
     Args:
         id: This member's unique id.
-        addresses: Addresses at which others can dial this process: IPv4, IPv6 or names. It listens only on a single
-            address that belongs to this machine, otherwise on all interfaces.
+        addresses: Addresses at which others can dial this process: IPv4, IPv6 or names. If there is only one and it
+            belongs to this machine, the process listens there; otherwise on all interfaces.
         credentials: The run's.
         port_range: "low-high" to listen on; empty: any port.
         port: The port to listen on; 0: see `port_range`.

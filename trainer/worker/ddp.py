@@ -1,9 +1,9 @@
 """The baseline, `optim_method=ddp`: torch's own DistributedDataParallel, in the world formed by torchrun.
 
 All ranks take every inner step together, with averaged gradients, so that their parameters stay equal. A round is only
-the unit of reports and checkpoints: its outer step replaces the global parameters by the local ones. When a rank dies,
-torchrun (with the rendezvous `trainer.launch.etcd3_rendezvous`) restarts all ranks from the newest checkpoint of any
-rank.
+the unit of reports and checkpoints: its outer step replaces the global parameters with the local ones. When a rank
+dies, torchrun (with the rendezvous `trainer.launch.etcd3_rendezvous`) restarts all ranks from the newest checkpoint of
+any rank.
 """
 
 import logging

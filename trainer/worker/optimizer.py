@@ -22,7 +22,7 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
         groups: AdamW's parameter groups, if the task has its own (`Task.parameter_groups`).
 
     Raises:
-        ConfigError: Muon, although the task has its own groups, which are only for AdamW.
+        ConfigError: Muon is configured, but the task has its own groups, which are for AdamW only.
     """
     if groups is not None:
         if config.inner_optimizer != "adamw":
@@ -35,7 +35,7 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
 
 
 def learning_rate(step: float, config: TrainingConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine down to zero at `total_steps`.
+    """Linear warm-up over `warmup_steps`, then a cosine decay to zero at `total_steps`.
 
     `step` is the position in the schedule, from 0, which is the same for all workers (not a worker's own count).
     """

@@ -31,7 +31,7 @@ class OwnState:
         """Restore the state. If the island has more processes than when it was saved, the additional ones keep theirs.
 
         Args:
-            random: Whether to restore the RNG state as well; not if it is another worker's.
+            random: Whether to restore the RNG state as well; false if it is another worker's.
         """
         scoring.restore(self._model, saved["buffers"])
         if random:

@@ -48,7 +48,7 @@ class Passes:
             process.island.on(step=self._step, score=self._score)
 
     def step(self, lr: float) -> Step:
-        """Make one inner step, over as many batches as make up `batch_size`."""
+        """Make one inner step, over batches that add up to `batch_size`."""
         island = self._process.island
         if island is None:
             return self._step(lr)

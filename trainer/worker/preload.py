@@ -1,4 +1,4 @@
-"""What each start of a worker needs and no incarnation changes: imports, and compiled code. For a standby."""
+"""What every start of a worker needs, whatever its incarnation: imports and compiled code. For a standby."""
 
 import gc
 import os
@@ -8,14 +8,14 @@ from trainer.config import TrainingConfig
 
 
 def set_up_torch() -> None:
-    """What torch reads from the environment when it is used for the first time."""
+    """Set what torch reads from the environment when it is first used."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages make fresh memory cheaper
 
 
 def preload(config: TrainingConfig) -> None:
     """Import and compile what a worker with this configuration needs. Touches no device, and starts no thread.
 
-    What cannot be done yet is left out: the worker comes upon it, too, and reports it.
+    Whatever fails is left out; if it fails in the worker as well, the worker reports it.
     """
     set_up_torch()
     fork_safe, before = "PYTORCH_NVML_BASED_CUDA_CHECK", {**os.environ}  # for libraries that look for a GPU

@@ -66,7 +66,7 @@ def profile(
         batch: Returns training samples on the model's device.
         cache: File on the worker's volume that caches the result for each model, dataset, device and set of versions.
         data: The dataset's hash.
-        together: `measure` for all processes of an island at once, by size, because they share a CPU's memory.
+        together: Like `measure`, in all processes of an island at once, because they share a CPU's memory.
 
     Raises:
         TrainingError: Not even `min_batch_size` samples fit, or `together` raises it.

@@ -1,4 +1,4 @@
-"""Measures the traffic of `ddp` by the kernel's counters of its process group's TCP connections."""
+"""Measures the traffic of `ddp` with the kernel's counters for its process group's TCP connections."""
 
 import os
 import socket

@@ -207,7 +207,7 @@ class Worker:
             self.saving.save()
 
     def _inner_step(self) -> None:
-        """Make one inner step, over as many batches as make up `batch_size`."""
+        """Make one inner step, over batches that add up to `batch_size`."""
         started, diloco = time.perf_counter(), self.diloco
         round, step = diloco.open_round, diloco.schedule.position(1)
 

@@ -83,7 +83,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, monkeypatch: pytes
     save(own(config(tmp_path)), config(tmp_path), dataset="this")
     preflight.check(config(tmp_path))  # not precached: nothing to compare with
     monkeypatch.setattr(preflight, "read_manifest", lambda directory: Other)
-    assert "are of other data (stdlib, tokenizer 'bytes')" in refusal(config(tmp_path))
+    assert "belong to other data (stdlib, tokenizer 'bytes')" in refusal(config(tmp_path))
 
 
 def test_a_torn_checkpoint_of_its_own_is_passed_over(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ def make(name: str, *, feedback: float = 0.0, topk: int = 0, values: str = "fp32
     Args:
         name: A choice of `codec`, or "demo".
         feedback: Error-feedback decay.
-        topk: For "sparse", the number of values sent of each 4096, where 0 means by the number of members; for "demo",
-            the number of coefficients sent of each 64 x 64.
+        topk: For "sparse", the number of values sent for each block of 4096 (0: depends on the number of members); for
+            "demo", the number of coefficients sent for each 64 x 64 tile.
         values: For "demo": the codec of the coefficients.
     """
     if name == "demo":

@@ -12,7 +12,7 @@ class Codec(ABC):
 
     A vector is arranged into blocks of `block` numbers. Each block becomes a row of `row` bytes that can be decoded
     independently. So an encoded vector can be cut between any two rows, and several owners produce the same rows as a
-    single one.
+    single one would.
 
     Attributes:
         block: Number of values that are coded together.
@@ -37,7 +37,7 @@ class Codec(ABC):
 
     @classmethod
     def configured(cls, feedback: float, topk: int) -> Self:
-        """The codec for a run; `topk` is the parameter `sparse_topk` (0: by the number of members)."""
+        """The codec for a run; `topk` is the parameter `sparse_topk` (0: depends on the number of members)."""
         return cls(feedback=feedback)  # type: ignore[call-arg]  # a subclass chooses its block and row
 
     @property
@@ -52,7 +52,7 @@ class Codec(ABC):
     def among(self, members: int) -> "Codec":
         """This codec, adapted to the number of members that exchange messages, with the same blocks.
 
-        Where members send everything to one another, it may differ for each number; all variants have the same mean.
+        If all members send everything to one another, it may depend on their number; all variants have the same `mean`.
         """
         return self
 

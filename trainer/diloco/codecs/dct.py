@@ -35,8 +35,8 @@ class Dct(Codec):
 
     Matrices are cut into tiles of 64 x 64 numbers, each tile is transformed by the orthonormal DCT-II along both axes,
     and `inner` codes the 4096 coefficients. The tiles at a matrix's lower and right edges are padded with zeros, which
-    decoding drops. Parameters that as a matrix (the first dimension by the product of the others) have a side below
-    32, such as biases and norms, fill shared tiles row by row, one after the other.
+    decoding drops. Parameters that, viewed as a matrix (the first dimension by the product of the others), have a side
+    below 32, such as biases and norms, fill shared tiles row by row, one after the other.
 
     The momentum that DeMo keeps in each worker is error feedback with a decay: m ← β m + Δ; q, the largest of m's
     coefficients, is sent; m ← m − the inverse transform of q. So `feedback` is its β (`compression_decay` in its code,

@@ -142,7 +142,7 @@ def decode_levels(rows: Bytes, out: Floats, bits: int, zero: np.float32) -> None
 def encode_ternary(blocks: Floats, rows: Bytes, least: np.float32) -> None:
     """Encode whether numbers are below, within or above ± `least` times the mean magnitude.
 
-    The scale is the mean magnitude of the numbers outside.
+    The scale is the mean magnitude of the numbers outside this range.
     """
     width = rows.shape[1] - SCALE_BYTES
     packed = np.empty(width, i4)

@@ -1,4 +1,4 @@
-"""The kinds of objects that make up a training, and how to read the state of jobs.
+"""The kinds of objects that make up a run, and how to read the state of jobs.
 
 Differences between the kinds of training jobs are fields of `JobKind`, or are in their builders
 (`objects/pytorchjob.py`, `objects/trainjob.py`).

@@ -1,1 +1,1 @@
-"""Pure builders of the Kubernetes objects of a training."""
+"""Pure builders of the Kubernetes objects of a run."""

@@ -35,7 +35,7 @@ _NO_VALUES = ("run_dir",)  # it is on the release's own claim
 _DIFFERENT = {  # parameters with another default in the chart's templates
     "launcher": "Kind of the workers' jobs. auto: TrainJobs, or PyTorchJobs if the cluster has no TrainJobs.",
     "max_samples": "Maximum number of documents, pictures or clips to read from the dataset. -1: all; a million of C4.",
-    "run_id": "Name of the run. An unfinished run of that name is resumed. Empty: the release's name.",
+    "run_id": "Name of the run. An unfinished run with that name is resumed. Empty: the release's name.",
     "deployment_namespace": "Namespace of all objects. Empty: the release's.",
     "deployment_image": "Image of all pods. Empty: diloco-pipelines-python at the chart's version.",
     "etcd_enabled": "Install an etcd, unless `etcd.endpoints` or `elastic.etcd.externalEndpoint` names one.",
@@ -54,7 +54,7 @@ _USERS = """\
 
 Tree = dict[str, Any]
 _TEXT: Tree = {"type": "string"}
-_SECRET = "It becomes a Secret, but Helm also stores it with the release: better name your own Secret in"
+_SECRET = "It becomes a Secret, but Helm also stores it with the release: it is better to name your own in"
 _RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "4Gi"}}
 # Values that are not parameters: default, description and schema
 _OWN: dict[tuple[str, ...], tuple[Any, str, Tree]] = {

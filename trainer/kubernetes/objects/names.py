@@ -1,4 +1,4 @@
-"""Names and labels of a training's objects. They are deterministic, so that a retried step finds its objects.
+"""Names and labels of a run's objects. They are deterministic, so that a retried step finds its objects.
 
 - A name is a DNS-1035 label (RFC 1035: lower case, begins with a letter, at most 63 characters), because the training
   operator creates a Service named after each pod, and a Service's name must be such a label.
@@ -49,7 +49,7 @@ def name(*parts: str, limit: int = LIMIT) -> str:
 
 
 def training(config: TrainingConfig) -> str:
-    """A training's name: deployment and run id. It begins the names of the run's objects, unless they are shortened."""
+    """A training run's name: deployment and run id. Its objects' names begin with it, unless they are shortened."""
     return job(config)
 
 

@@ -1,4 +1,4 @@
-"""A training on a cluster before anything is created: its names, its sites and its workers.
+"""A run on a cluster before anything is created: its names, its sites and its workers.
 
 The same builders serve all layouts. A training job has no volumeClaimTemplates, and a pod template's `claimName` cannot
 vary by replica. So with ReadWriteOnce, each worker is a separate job with its own claim. With ReadWriteMany, a site's
@@ -54,7 +54,7 @@ class JobObjects:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training on a cluster, or a cluster's part of a training on several."""
+    """A run on a cluster, or a cluster's part of a run on several."""
 
     config: TrainingConfig  # for the pods
     namespace: str  # of all objects
@@ -166,7 +166,7 @@ def plan(
     workflow: str = "",
     tracking: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Plan a training on a cluster, or a cluster's part of it.
+    """Plan a run on a cluster, or a cluster's part of it.
 
     Args:
         config: Resolved: it has a run id.

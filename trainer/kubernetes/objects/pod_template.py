@@ -1,4 +1,4 @@
-"""The pod template of all jobs of a training: resources, environment, volumes, security.
+"""The pod template of all jobs of a run: resources, environment, volumes, security.
 
 The training's ConfigMap holds the configuration as the file that `--config` reads. `DILOCO_*` variables, which override
 the file, hold the values that differ between pods (address, device of the site). Secrets are passed by reference.

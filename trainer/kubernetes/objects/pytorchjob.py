@@ -1,4 +1,4 @@
-"""The PyTorchJobs of a training (kubeflow.org/v1, training operator 1.9; only this module knows that API).
+"""The PyTorchJobs of a run (kubeflow.org/v1, training operator 1.9; only this module knows that API).
 
 https://www.kubeflow.org/docs/components/trainer/legacy-v1/reference/
 """

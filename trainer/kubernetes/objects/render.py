@@ -1,4 +1,4 @@
-"""The objects of a training as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
+"""The objects of a run as YAML, without a cluster: `python -m trainer.kubernetes.objects.render`.
 
 It prints the objects for `--config FILE` and the flags of all parameters. The jobs are TrainJobs unless `launcher` says
 otherwise. `make manifests` updates `manifests/`: `examples/<name>/objects.yaml` from `examples/<name>/config.yaml`,
@@ -53,7 +53,7 @@ def objects(plan: Plan) -> Iterator[Object]:
 
 
 def render(config: TrainingConfig) -> str:
-    """The objects of a training as YAML. Raises ConfigError."""
+    """The objects of a run as YAML. Raises ConfigError."""
     resolved, texts = config.resolved(), []
     for cluster in cluster_names(resolved):
         part = plan(resolved, namespace=config.deployment_namespace, image=DEFAULT_IMAGE, cluster=cluster)
@@ -80,7 +80,7 @@ def render_manifests(root: Path, config: TrainingConfig) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and render. Returns the exit status."""
-    description = "Print the Kubernetes objects of a training."
+    description = "Print the Kubernetes objects of a run."
     parser = argparse.ArgumentParser(prog="python -m trainer.kubernetes.objects.render", description=description)
     parser.add_argument(
         "--manifests", type=Path, metavar="FOLDER", help="update the rendered files in this folder (manifests/)"

@@ -1,4 +1,4 @@
-"""Sites: pools of equal nodes, near or far, that take part in one training. They may mix NVIDIA, AMD and CPU nodes.
+"""Sites: pools of equal nodes, near or far, that take part in one run. They may mix NVIDIA, AMD and CPU nodes.
 
 The parameter `sites` lists them. If it is empty, `nodes` is split over the GPU vendors that take part, according to
 `elastic.gpu_distribution` and the vendors' `min_nodes` and `max_nodes`. Without GPUs, there is one CPU site.
@@ -40,12 +40,12 @@ class Site:
 
 
 def cluster_names(config: TrainingConfig) -> tuple[str, ...]:
-    """The clusters of a training: first "" for the steps' own, then the other clusters' Secrets."""
+    """The clusters of a run: first "" for the steps' own, then the other clusters' Secrets."""
     return tuple(dict.fromkeys(["", *(pool.cluster for pool in config.sites)]))
 
 
 def sites_of(config: TrainingConfig, image: str) -> tuple[Site, ...]:
-    """The sites of a training. Raises ConfigError if `nodes` cannot be split over the GPU vendors.
+    """The sites of a run. Raises ConfigError if `nodes` cannot be split over the GPU vendors.
 
     Args:
         image: The project's image, used where neither site nor vendor nor deployment names one.

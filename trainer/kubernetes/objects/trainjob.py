@@ -1,4 +1,4 @@
-"""The TrainJobs of a training (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.2 with JobSet; only this module knows
+"""The TrainJobs of a run (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.2 with JobSet; only this module knows
 that API).
 
 https://www.kubeflow.org/docs/components/trainer/

@@ -75,7 +75,7 @@ class ClusterJobs:
         self.begun = True
 
     def delete_living(self) -> None:
-        """Delete the jobs that, or whose pods, have not ended: pods of a failed job may still run."""
+        """Delete the jobs that have not ended, or whose pods have not: pods of a failed job may still run."""
         self.follower.delete(*(name for name in self.wanted if self._is_alive(name)))
 
     def _is_alive(self, name: str) -> bool:

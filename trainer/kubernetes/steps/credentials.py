@@ -56,7 +56,7 @@ def reachable_etcd(context: StepContext) -> Iterator[EtcdClient]:
                 if error.kind != "unreachable":
                     raise
                 raise TrainingError(
-                    f"{error}. Does etcd run (manifests/ has one), is etcd.endpoints right, and may this pod connect?"
+                    f"{error}. Is etcd running (manifests/ has one), is etcd.endpoints right, and may this pod connect?"
                 ) from None
             yield etcd
 

@@ -36,7 +36,7 @@ def served_launcher(client: Client) -> str:
 
 
 def launcher_of(client: Client, config: TrainingConfig) -> str:
-    """The value of `launcher` for another cluster of a training: from its sites, or the kind that it supports."""
+    """The value of `launcher` for another cluster of a run: from its sites, or the kind that it supports."""
     chosen = next(site.launcher for site in config.sites if site.cluster == client.cluster)
     return served_launcher(client) if chosen == "auto" else chosen
 

@@ -147,13 +147,13 @@ class StepContext:
             return False
 
     def clean_up(self, *, finished: bool = True, training: bool = True, claims: bool = False) -> None:
-        """Delete the run's objects on all clusters at once. Workers that still train save and leave.
+        """Delete the run's objects on all clusters at once. Workers that are still training save and leave.
 
         If another workflow continues the run, the objects that it uses are kept.
 
         Args:
             finished: Also delete ended jobs with their pods and logs. Otherwise they stay for `finished_ttl`.
-            training: Also delete training jobs. Otherwise the settings also stay while a training is under way.
+            training: Also delete training jobs. Otherwise the settings also stay while training is under way.
             claims: Also delete the run's claims with all their data, unless another run uses them; and ended jobs,
                 because a claim stays as long as a pod that has mounted it exists.
 

@@ -31,7 +31,7 @@ from trainer.monitor.dashboard import Dashboard, view
 def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
     """Train on the cluster until the run is complete. Returns the workers, those with the newest checkpoints first.
 
-    If a training of this run is under way, it is followed rather than started again. If the step is interrupted because
+    If this run is already training, it is followed rather than started again. If the step is interrupted because
     its workflow was terminated (`StepContext.workflow_has_ended`), it deletes everything, and the workers save and
     leave. Otherwise it leaves the training to the step's next pod.
 
@@ -55,14 +55,14 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
         except (Interrupted, KeyboardInterrupt):
             if context.workflow_has_ended:
                 context.clean_up()  # first, because there may be less than a second
-                context.show("cancelled: the training's jobs are deleted, their workers save and leave")
+                context.show("cancelled: the training's jobs are deleted; their workers save and leave")
             else:
                 context.show("this step's pod is stopped, and the training continues: the step's next pod follows it")
             raise
 
 
 class _Training:
-    """A training on one or several clusters, and its verdict."""
+    """A run's training on one or several clusters, and its verdict."""
 
     def __init__(self, context: StepContext, etcd: EtcdClient, view: TrainingView, logs: Path, show: Show) -> None:
         self._context, self._etcd, self._view, self._logs, self._show = context, etcd, view, logs, show
@@ -180,7 +180,7 @@ class _Training:
         self._view.refresh(silent, running)
 
     def _fail_if_too_few(self) -> None:
-        """End a training that has too few workers left, or never had enough."""
+        """End the run if it has too few workers left, or never had enough."""
         least = self._config.min_nodes
         if self._ends.left < least:
             # If the run ends because an agent gives up, the agent writes the reason to etcd
@@ -214,7 +214,7 @@ class _Training:
         except EtcdError as error:
             self._etcd_is_away = True
             if not was_away:
-                self._show(f"etcd does not answer, the workers continue without it: {error}")
+                self._show(f"etcd does not answer; the workers continue without it: {error}")
 
     def _wind_up(self) -> None:
         """Wait until the workers have saved and left: on their own if they are done, otherwise with their jobs."""

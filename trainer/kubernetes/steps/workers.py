@@ -1,4 +1,4 @@
-"""The workers of a training on a cluster: their progress, how they ended, and which are lost and why."""
+"""The workers of a run on a cluster: their progress, how they ended, and which are lost and why."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence

@@ -149,7 +149,7 @@ def _inline(svg: str, name: str, title: str) -> str:
 
 
 def thin(x: FloatArray, lines: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Reduce lines, (lines, points), to about MOST_POINTS points in total, each the mean of equally many neighbours.
+    """Reduce lines, (lines, points), to about MOST_POINTS points, each the mean of the same number of neighbours.
 
     Values that are not finite are ignored.
     """

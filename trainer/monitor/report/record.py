@@ -21,7 +21,7 @@ _BLOCK = 4096  # maximum number of rows kept as Python numbers
 
 
 def samples_used(event: Event) -> float:
-    """The samples that a run has used up to the state that an event's `cursor` describes; NaN without a cursor."""
+    """The number of samples that a run had used at the state of an event's `cursor`; NaN without a cursor."""
     try:
         cursor = decode(Cursor, event.get("cursor"))
     except ValueError:

@@ -170,7 +170,7 @@ class RunHistory(Curves):
 
     @property
     def all_tokens(self) -> float:
-        """Tokens of `all_samples`, assuming that all have as many per sample as the recorded ones."""
+        """Tokens of `all_samples`, assuming that every sample has as many as the recorded ones."""
         return round(self.tokens * self.all_samples / self.samples) if self.samples else 0.0
 
     @property
@@ -230,7 +230,7 @@ class RunHistory(Curves):
 
 
 def _newest_state(worker: Worker) -> tuple[float, float, float] | None:
-    """The newest committed state in a worker's events: its term, its round, and the samples used up to it."""
+    """The newest committed state in a worker's events: its term, its round, and the samples used until then."""
     states: list[tuple[float, float, float]] = []
     if len(rounds := worker.rounds):
         states.append((float(rounds["term"][-1]), float(rounds["round"][-1]), float(rounds["used"][-1])))

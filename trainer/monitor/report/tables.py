@@ -115,7 +115,7 @@ def rounds(run: RunHistory) -> list[Row]:
 def history(run: RunHistory, newest: int | None = None) -> list[Row]:
     """Starts, membership, warnings, deaths and ends, oldest first. Equal events of several workers are one row.
 
-    With `newest`, only that many of the newest ones, newest first.
+    With `newest`, only that many of the latest rows, newest first.
     """
     # Collect the events. The same text of the same kind is one row, at the time of the first.
     found: dict[tuple[str, str], Row] = {}

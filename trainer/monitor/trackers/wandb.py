@@ -17,7 +17,7 @@ class WandbTracker:
     """One Weights & Biases run per worker, in a group with the other workers' runs. A resumed worker continues its run.
 
     Without WANDB_API_KEY, or with WANDB_MODE=offline, the run is offline: nothing is sent, and `wandb sync` uploads it
-    later. With WANDB_MODE=disabled, nothing is stored. If the server does not start the run in time, it is kept
+    later. With WANDB_MODE=disabled, nothing is stored. If the server does not start the run in time, the run is kept
     offline.
     """
 

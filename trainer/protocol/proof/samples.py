@@ -59,7 +59,7 @@ def samples_in_base(history: History, notes: Notes) -> None:
 
 
 class _Sent:
-    """The positions of a term whose work was sent, each with its round, in the order of positions."""
+    """The positions of a term whose work was sent, each with its round, in ascending order."""
 
     def __init__(self, history: History, term: int) -> None:
         found = [
@@ -68,7 +68,7 @@ class _Sent:
         self._found = sorted(found)
 
     def counted(self, ranges: Iterable[Range], round: int) -> tuple[Range, str] | None:
-        """One of the positions that was sent in this round or an earlier one, and where it was trained on."""
+        """One of the positions that were sent in this round or an earlier one, and where it was trained on."""
         for start, stop in ranges:
             index = max(0, bisect.bisect_left(self._found, start, key=lambda one: one[0][0]) - 1)
             while index < len(self._found) and self._found[index][0][0] < stop:
@@ -235,7 +235,7 @@ def _last_deal(life: Life, term: int) -> tuple[Range, ...]:
 def _may_have_lost(life: Life, term: int, base: int) -> bool:
     """Whether a process may have been assigned positions in a term without recording it.
 
-    For example, it was killed while it joined; or it joined or came back after the others had moved on.
+    For example, it was killed while joining, or it joined or came back after the others had moved on.
     """
     if not any(life.of(Began)):
         return True

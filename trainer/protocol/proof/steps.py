@@ -51,7 +51,7 @@ class _Counter:
     Attributes:
         expected: The expected position of the last step; None if unknown, after a gap or in an old version's file.
         before: The position before it.
-        made, due: By round, the inner steps so far, and those that the round takes.
+        made, due: By round, the number of inner steps so far, and the number that the round takes.
         term: The current term.
     """
 
@@ -211,7 +211,7 @@ def _is_sum(weight: float, own: list[float]) -> bool:
 
 
 def _judge_own_weights(life: Life, notes: Notes) -> None:
-    """Track a process's samples that were not sent yet, by fragment and by the round of their steps."""
+    """Track a process's samples that have not been sent yet, by fragment and by the round of their steps."""
     plan = _plan(life)
     unsent: list[dict[int, float]] | None = None  # None: unknown
     for index, one in enumerate(life.happenings):
