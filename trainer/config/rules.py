@@ -23,7 +23,7 @@ Rules = Iterator[tuple[object, str, str]]
 
 
 def with_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the tree of parameters with the reference's three aliases applied.
+    """A copy of the tree of parameters with the three aliases applied.
 
     A parameter that is also given under its own name keeps its value; `check` rejects the two if they disagree.
     """

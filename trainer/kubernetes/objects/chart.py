@@ -1,6 +1,6 @@
 """The rendered files of the Helm chart, manifests/chart/: values with their schema, and the objects of manifests/base.
 
-The values are the parameters under the reference's names, in camel case: the cluster's at the top level, the groups
+The values are the parameters, with their names in camel case: the cluster's at the top level, the groups
 unchanged, and all others below `diloco`. The chart's own templates turn them back into a configuration.
 """
 
@@ -25,7 +25,7 @@ ETCD_SETTINGS = {
     "etcd_auto_compaction_retention": "ETCD_AUTO_COMPACTION_RETENTION",
 }
 
-# Parameters of pods and nodes, which the reference's values have at the top level
+# Parameters of pods and nodes, which are at the top level
 _TOP = (
     "deployment_name", "deployment_namespace", "deployment_image", "image_pull_secrets", "service_account", "nodes",
     "sites", "cpu_cores", "memory_gb", "ephemeral_storage_gb", "gpu_count", "gpu_vendor", "gpu_type", "gpu_memory",
@@ -60,7 +60,7 @@ _RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory":
 _OWN: dict[tuple[str, ...], tuple[Any, str, Tree]] = {
     ("diloco", "huggingfaceToken"): ("", f"Hugging Face token. {_SECRET} `diloco.huggingfaceSecret`.", _TEXT),
     ("diloco", "wandbApiKey"): ("", f"Weights & Biases key. {_SECRET} `diloco.wandbSecret`.", _TEXT),
-    ("diloco", "wandbUserKey"): ("", "The reference's name for `diloco.wandbApiKey`.", _TEXT),
+    ("diloco", "wandbUserKey"): ("", "Another name for `diloco.wandbApiKey`.", _TEXT),
     ("pipeline", "nodeSelector"): (
         {}, "Node labels for the pod that runs the pipeline; `sites` sets those of the workers.",
         {"type": "object", "additionalProperties": _TEXT},
