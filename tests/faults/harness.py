@@ -293,10 +293,17 @@ class Run:
             f"round {round}",
         )
 
-    def finish(self, pods: Collection[Pod], patience: float = 2 * PATIENCE) -> None:
-        """Let the run come to its end: every one of these agents says that it is complete."""
+    def finish(
+        self, pods: Collection[Pod], patience: float = 2 * PATIENCE, meanwhile: Callable[[], Any] = lambda: None
+    ) -> None:
+        """Let the run come to its end: every one of these agents says that it is complete. Until then, `meanwhile` runs."""
         (self.directory / HURRY).touch()
-        self.until(lambda: all(pod.agent.poll() is not None for pod in pods), "the end of the run", patience)
+
+        def ended() -> bool:
+            meanwhile()
+            return all(pod.agent.poll() is not None for pod in pods)
+
+        self.until(ended, "the end of the run", patience)
         statuses = {pod.slot: pod.agent.returncode for pod in pods}
         assert not any(statuses.values()), f"exit statuses {statuses}\n{self.story()}"
 

@@ -131,10 +131,18 @@ def play(episode: Episode, directory: Path, source: Path) -> dict[str, Any]:
                 scene.disks.add(slot)
         scene.pods |= {slot: start(slot) for slot in range(episode.workers)}
         run.until_quorum([*scene.pods.values()], after=0)
-        done = _hurt(scene, episode.harms)
-        # On a busy machine, the run may be complete before all workers are members again.
-        whole = run.until_quorum([*scene.pods.values()], unless=lambda: _is_complete(scene))
-        run.finish([*scene.pods.values()])
+        cluster = Cluster(scene)
+        done = _hurt(scene, episode.harms, cluster)
+        # On a busy machine, the run may be complete before all workers are members again. And a pod may still end from
+        # a harm that was mended meanwhile, such as a full disk.
+
+        def completed() -> bool:
+            cluster.restart()
+            return _is_complete(scene)
+
+        whole = run.until_quorum(scene.pods.values(), unless=completed)
+        run.finish(scene.pods.values(), meanwhile=cluster.restart)
+        done["restarted by the cluster"] = cluster.restarts
         run.check(reset=True)  # what a whole quorum's death rolls back is for `verify` to judge
         rounds = run.committed()
         warnings = sum(len(of("warning", run.events(slot))) for slot in {pod.slot for pod in run.pods})
@@ -154,15 +162,29 @@ def play(episode: Episode, directory: Path, source: Path) -> dict[str, Any]:
     }
 
 
-def _hurt(scene: Scene, harms: Sequence[Harm]) -> Counter[str]:
-    """Do the harms, each at its time, and mend them; start pods that ended by themselves. Returns what was done."""
-    began, restarts = time.monotonic(), 0
+class Cluster:
+    """Starts pods again that ended by themselves, unless a harm holds them down."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene, self.restarts = scene, 0
+
+    def restart(self) -> None:
+        scene = self.scene
+        for slot, pod in [*scene.pods.items()]:
+            if slot not in scene.hurt and pod.agent.poll() not in (None, 0):
+                self.restarts += 1
+                assert self.restarts <= RESTARTS, f"pods end again and again\n{scene.run.story()}"
+                scene.pods[slot] = scene.start(slot)
+
+
+def _hurt(scene: Scene, harms: Sequence[Harm], cluster: Cluster) -> Counter[str]:
+    """Do the harms, each at its time, and mend them. Returns what was done."""
+    began = time.monotonic()
     open_repairs: list[tuple[float, Repair]] = []
     done: Counter[str] = Counter()
     waiting = [*harms]
 
     def turn() -> bool:
-        nonlocal restarts
         now = time.monotonic() - began
         for due in [one for one in open_repairs if one[0] <= now]:
             open_repairs.remove(due)
@@ -174,17 +196,12 @@ def _hurt(scene: Scene, harms: Sequence[Harm]) -> Counter[str]:
                 open_repairs.append((now + harm.seconds, repair))
             if repair or now > harm.at + LATE:
                 del waiting[0]
-        for slot, pod in [*scene.pods.items()]:
-            if slot not in scene.hurt and pod.agent.poll() not in (None, 0):
-                restarts += 1
-                assert restarts <= RESTARTS, f"pods end again and again\n{scene.run.story()}"
-                scene.pods[slot] = scene.start(slot)
+        cluster.restart()
         if _is_complete(scene):
             waiting.clear()
         return not waiting and not open_repairs
 
     scene.run.until(turn, "the harm to be done", patience=10 * (harms[-1].at if harms else 0) + 600)
-    done["restarted by the cluster"] = restarts
     return done
 
 
