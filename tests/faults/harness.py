@@ -296,7 +296,7 @@ class Run:
     def finish(
         self, pods: Collection[Pod], patience: float = 2 * PATIENCE, meanwhile: Callable[[], Any] = lambda: None
     ) -> None:
-        """Let the run come to its end: every one of these agents says that it is complete. Until then, `meanwhile` runs."""
+        """Wait, calling `meanwhile`, until all of these agents report that the run is complete."""
         (self.directory / HURRY).touch()
 
         def ended() -> bool:
