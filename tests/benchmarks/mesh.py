@@ -96,12 +96,16 @@ class Mesh:
         (link,) = self.transport.prepare(self.donors(), lane).values()
         return link.streams(sends=lane == ROUNDS)
 
-    def sent(self) -> int:
-        """Bytes sent so far, as the product counts them."""
+    def bytes(self) -> tuple[int, int]:
+        """Bytes sent and received so far, as the product counts them."""
         both = [self.transport.bytes(lane) for lane in (ROUNDS, BULK)]
         assert both[0]
         assert both[1]
-        return both[0][0] + both[1][0]
+        return both[0][0] + both[1][0], both[0][1] + both[1][1]
+
+    def sent(self) -> int:
+        """Bytes sent so far."""
+        return self.bytes()[0]
 
 
 class Members(LocalQuorum):
@@ -133,8 +137,12 @@ class Plain:
         """All-reduce, in place."""
         self.group.allreduce([values]).wait()
 
-    def sent(self) -> int:
-        """Bytes sent so far."""
+    def bytes(self) -> tuple[int, int]:
+        """Bytes sent and received so far."""
         wire = self._meter.read()
         assert wire, "this system does not count the bytes of a connection"
-        return wire[0]
+        return wire
+
+    def sent(self) -> int:
+        """Bytes sent so far."""
+        return self.bytes()[0]

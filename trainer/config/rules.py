@@ -76,9 +76,9 @@ def _method(config: Schema) -> Rules:
         excluded = "cannot be combined with optim_method = 'demo'"
         yield not codec.get("sparse"), "codec", f"{excluded}, which is sparse already"
         yield config.error_feedback == UNSET, "error_feedback", f"{excluded}: set compression_decay instead"
-        per_byte = codec.get("per_byte", 1)
-        allowed = f"must be a multiple of {per_byte}: codec = {config.codec!r} packs {per_byte} values into a byte"
-        yield config.compression_topk % per_byte == 0, "compression_topk", allowed
+        together = codec.get("together", 1)
+        allowed = f"must be a multiple of {together}: codec = {config.codec!r} packs {together} values together"
+        yield config.compression_topk % together == 0, "compression_topk", allowed
     if method == "ddp":
         excluded = "cannot be combined with optim_method = 'ddp', which averages the gradients of every step"
         for name in _WITHOUT_DDP:

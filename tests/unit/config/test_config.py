@@ -42,7 +42,10 @@ REFUSED = {
         {"pgroup_backend": "nccl", "optim_method": "ddp", "device": "cpu"},
         "pgroup_backend = 'nccl': needs optim_method = 'ddp' and GPUs (device = 'cuda')",
     ),
-    "codec": ({"codec": "zip"}, "codec = 'zip': must be one of fp32, bf16, int8, int4, int2, ternary, sign, sparse"),
+    "codec": (
+        {"codec": "zip"},
+        "codec = 'zip': must be one of fp32, bf16, int8, int4, int3, int2, ternary, sign, sparse",
+    ),
     "outer optimizer": ({"outer_optimizer": "adam"}, "outer_optimizer = 'adam': must be one of nesterov"),
     "unequal, baseline": (
         {"heterogeneous": True, "optim_method": "ddp", "nodes": 2, "elastic_min_nodes": 2, "elastic_max_nodes": 2},
@@ -70,7 +73,7 @@ REFUSED = {
     "two decays": ({"optim_method": "demo", "error_feedback": 0.5}, "error_feedback = 0.5: cannot be combined with"),
     "topk that does not fill bytes": (
         {"optim_method": "demo", "codec": "ternary"},
-        "compression_topk = 32: must be a multiple of 5: codec = 'ternary' packs 5 values into a byte",
+        "compression_topk = 32: must be a multiple of 5: codec = 'ternary' packs 5 values together",
     ),
     "ddp with a codec": (
         {"optim_method": "ddp", "codec": "int8"},

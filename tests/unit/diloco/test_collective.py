@@ -22,7 +22,7 @@ from trainer.transport.transport import Transport
 
 SHAPES = [Size((130, 70)), Size((33,)), Size((64, 64)), Size((5, 3))]
 SIZE = sum(shape.numel() for shape in SHAPES)
-NAMES = ["fp32", "bf16", "int8", "int4", "int2", "ternary", "sign", "sparse", "sparse by members", "demo"]
+NAMES = ["fp32", "bf16", "int8", "int4", "int3", "int2", "ternary", "sign", "sparse", "sparse by members", "demo"]
 
 
 def codec_of(name: str, feedback: float = 0.0) -> Codec:

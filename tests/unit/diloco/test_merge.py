@@ -83,7 +83,7 @@ def test_uncoded_it_is_rda_by_its_definition(size: int) -> None:
         torch.testing.assert_close(result.merged, expected, rtol=2e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4", "int2", "ternary", "sign", "sparse", "demo"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4", "int3", "int2", "ternary", "sign", "sparse", "demo"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_members_get_the_same_bits_and_those_who_catch_up_too(name: str, size: int) -> None:
     codec = codec_of(name, feedback=0.5 if name in ("ternary", "sign", "sparse", "demo") else 0.0)

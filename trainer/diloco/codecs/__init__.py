@@ -5,11 +5,26 @@ A codec is a `Codec` class in a module of this package. Its literal `name` is a 
 
 from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.dct import Dct
-from trainer.diloco.codecs.dense import Bf16, Bins, Fp32, Int2, Int4, Int8, Integer, Sign, Ternary
+from trainer.diloco.codecs.dense import Bf16, Bins, Fp32, Int2, Int3, Int4, Int8, Integer, Sign, Ternary
 from trainer.diloco.codecs.sparse import TopK
 from trainer.plugins import named_classes
 
-__all__ = ["Bf16", "Bins", "Codec", "Dct", "Fp32", "Int2", "Int4", "Int8", "Integer", "Sign", "Ternary", "TopK", "make"]
+__all__ = [
+    "Bf16",
+    "Bins",
+    "Codec",
+    "Dct",
+    "Fp32",
+    "Int2",
+    "Int3",
+    "Int4",
+    "Int8",
+    "Integer",
+    "Sign",
+    "Ternary",
+    "TopK",
+    "make",
+]
 
 
 def make(name: str, *, feedback: float = 0.0, topk: int = 0, values: str = "fp32") -> Codec:

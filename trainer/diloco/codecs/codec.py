@@ -25,7 +25,7 @@ class Codec(ABC):
     name: ClassVar[str] = ""  # the choice of `codec` in the configuration
     default_feedback: ClassVar[float] = 0.0  # `feedback` if the configuration does not set it (`error_feedback` -1)
     default_merge: ClassVar[str] = "mean"  # `merge` if the configuration does not set it ("auto")
-    per_byte: ClassVar[int] = 1  # numbers that share a byte; a block's size is a multiple of it
+    together: ClassVar[int] = 1  # numbers that share bytes; a block's size is a multiple of it
     sparse: ClassVar[bool] = False  # whether only some numbers of a block are sent
     in_order: ClassVar[bool] = True  # whether `arrange` keeps the order, so that any rows are a range of the vector
     block: int

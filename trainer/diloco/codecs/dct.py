@@ -8,14 +8,11 @@ from typing import Self
 import numpy as np
 import torch
 from numba import njit
-from numpy.typing import NDArray
 from torch import Size, Tensor
 
 from trainer.diloco.codecs.codec import Codec
 from trainer.diloco.codecs.sparse import TopK
-from trainer.diloco.jit import MAGNITUDE, Floats, compiled, f4, i8, u4
-
-Doubles = NDArray[np.float64]
+from trainer.diloco.jit import MAGNITUDE, Doubles, Floats, compiled, f4, i8, u4
 
 _SIDE = 64
 _TILE = _SIDE * _SIDE

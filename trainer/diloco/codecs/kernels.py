@@ -11,7 +11,7 @@ because all members decode the same bytes.
 import numpy as np
 from numba import njit
 
-from trainer.diloco.jit import MAGNITUDE, Bytes, Floats, Kernel, compiled, f4, i4, u1, u4
+from trainer.diloco.jit import MAGNITUDE, Bytes, Doubles, Floats, Ints, Kernel, compiled, f4, i4, i8, u1, u4
 
 SCALE_BYTES = 2
 TINY = np.finfo(np.float32).tiny  # smaller scales count as 0
@@ -71,56 +71,94 @@ def encode_levels(blocks: Floats, rows: Bytes, bits: int, up: np.float32, zero: 
             row[SCALE_BYTES + i] = u1(packed[i])
 
 
-@_encoder
-def encode_bins(blocks: Floats, rows: Bytes, start: np.float64) -> None:
-    """Encode each number's sign, and whether its magnitude exceeds a threshold. The scales are the means of both bins.
+@njit(inline="always")
+def _pack(codes: Ints, first: int, bits: int, packed: Ints, row: Bytes) -> None:
+    """Write `bits` bits of each code, from the bit `first`: 8 / `bits` equal parts of the codes share the bytes."""
+    width = codes.size * bits // 8
+    mask = i4((1 << bits) - 1)
+    packed[:width] = 0
+    for digit in range(8 // bits):
+        part, shift = codes[digit * width : (digit + 1) * width], i4(bits * digit)
+        for i in range(width):
+            packed[i] |= i4(i4(i4(part[i] >> i4(first)) & mask) << shift)
+    for i in range(width):
+        row[i] = u1(packed[i])
 
-    The threshold starts at `start` times the mean magnitude and is twice moved to the midpoint of the bins' means, as
-    in Lloyd's algorithm.
+
+@njit(inline="always")
+def _unpack(row: Bytes, first: int, bits: int, codes: Ints) -> None:
+    """The inverse of `_pack`: set these bits of each code, which are 0."""
+    width = codes.size * bits // 8
+    mask = i4((1 << bits) - 1)
+    for digit in range(8 // bits):
+        part, shift = codes[digit * width : (digit + 1) * width], i4(bits * digit)
+        for i in range(width):
+            part[i] |= i4(i4(i4(i4(row[i]) >> shift) & mask) << i4(first))
+
+
+@_encoder
+def encode_bins(blocks: Floats, rows: Bytes, bits: int, starts: Doubles) -> None:
+    """Encode each number's sign, and how many thresholds its magnitude exceeds. The scales are the means of the bins.
+
+    The thresholds start at `starts` times the mean magnitude and are twice moved to the midpoint of the means on either
+    side, as in Lloyd's algorithm. With 3 bits, two of each number come first, as with 2, and then the third.
     """
-    width = rows.shape[1] - 2 * SCALE_BYTES
-    packed = np.empty(width, i4)
+    bins, size = starts.size + 1, blocks.shape[1]
+    codes, packed, thresholds = np.empty(size, i4), np.empty(size, i4), np.empty(starts.size, f4)
+    above, counts, means = np.zeros(bins + 1), np.zeros(bins + 1, i8), np.zeros(bins)  # above[j]: of bins j and more
     for number in range(len(blocks)):
         block, row = blocks[number], rows[number]
         total = 0.0
-        for i in range(block.size):
+        for i in range(size):
             total += abs(np.float64(block[i]))
-        threshold, low, high = f4(start * total / block.size), 0.0, 0.0
+        above[0], counts[0] = total, size
+        for j in range(starts.size):
+            thresholds[j] = f4(starts[j] * total / size)
         for turn in range(3):
-            above, count = 0.0, 0
-            for i in range(block.size):
-                magnitude = abs(block[i])
-                above += np.float64(magnitude) if magnitude > threshold else 0.0
-                count += 1 if magnitude > threshold else 0
-            high = above / count if count else 0.0
-            low = (total - above) / (block.size - count) if count < block.size else 0.0
-            if turn < 2 and 0 < count < block.size:
-                threshold = f4((low + high) / 2)
-        _put_scale(f4(max(low, 0.0)), row)
-        _put_scale(f4(high), row[SCALE_BYTES:])
-        packed[:] = 0
-        for digit in range(4):
-            part, shift = block[digit * width : (digit + 1) * width], i4(2 * digit)
-            for i in range(width):
-                code = i4(part[i] > f4(0)) | i4(i4(abs(part[i]) > threshold) << 1)
-                packed[i] |= i4(code << shift)
-        for i in range(width):
-            row[2 * SCALE_BYTES + i] = u1(packed[i])
+            for j in range(starts.size):
+                if turn and counts[j] > counts[j + 1] > counts[j + 2]:
+                    thresholds[j] = f4((means[j] + means[j + 1]) / 2)
+                if j:  # despite rounding
+                    thresholds[j] = max(thresholds[j], thresholds[j - 1])
+            for j in range(starts.size):
+                threshold, over, count = thresholds[j], 0.0, 0
+                for i in range(size):
+                    magnitude = abs(block[i])
+                    over += np.float64(magnitude) if magnitude > threshold else 0.0
+                    count += 1 if magnitude > threshold else 0
+                above[j + 1], counts[j + 1] = over, count
+            for j in range(bins):
+                means[j] = max(above[j] - above[j + 1], 0.0) / max(counts[j] - counts[j + 1], 1)
+        for j in range(bins):
+            _put_scale(f4(means[j]), row[SCALE_BYTES * j :])
+        for i in range(size):
+            codes[i] = i4(block[i] > f4(0))
+        for j in range(starts.size):
+            threshold = thresholds[j]
+            for i in range(size):
+                codes[i] += i4(i4(abs(block[i]) > threshold) << 1)
+        _pack(codes, 0, 2, packed, row[SCALE_BYTES * bins :])
+        if bits > 2:
+            _pack(codes, 2, 1, packed, row[SCALE_BYTES * bins + size // 4 :])
 
 
 @compiled
-def decode_bins(rows: Bytes, out: Floats) -> None:
-    """Decode to plus or minus one of the two scales."""
-    width = rows.shape[1] - 2 * SCALE_BYTES
+def decode_bins(rows: Bytes, out: Floats, bits: int) -> None:
+    """Decode to plus or minus one of the scales."""
+    bins, size = 1 << (bits - 1), out.shape[1]
+    codes = np.empty(size, i4)
     for number in range(len(rows)):
         row, block = rows[number], out[number]
-        low, high = _scale_of(row), _scale_of(row[SCALE_BYTES:])
-        for digit in range(4):
-            shift = i4(2 * digit)
-            for i in range(width):
-                code = i4(i4(row[2 * SCALE_BYTES + i]) >> shift)
-                magnitude = high if code & 2 else low
-                block[digit * width + i] = magnitude if code & 1 else -magnitude
+        codes[:] = 0
+        _unpack(row[SCALE_BYTES * bins :], 0, 2, codes)
+        if bits > 2:
+            _unpack(row[SCALE_BYTES * bins + size // 4 :], 2, 1, codes)
+        for j in range(bins):
+            scale = _scale_of(row[SCALE_BYTES * j :])
+            for i in range(size):
+                block[i] = scale if codes[i] >> 1 == j else block[i]
+        for i in range(size):
+            block[i] = block[i] if codes[i] & 1 else -block[i]
 
 
 @compiled
