@@ -20,6 +20,8 @@ shows how far the held-out losses of two undisturbed runs are apart.
     useful      the number of those steps
     ms/step     the undisturbed step time, including its part of synchronisations and evaluations
     kills       of workers alone + with their agents; if the drawn worker is not running, another one is killed
+    away        median seconds from a killed worker's last inner step to its next one: of workers alone + with their
+                agents
     loss        ours: the held-out loss divided by that of the first run without kills after as many samples; the mean
                 over all evaluations in the second half of the run. The others train on random tokens
 
@@ -36,9 +38,9 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +115,44 @@ def undisturbed_step(system: System) -> float:
     return statistics.mean(seconds) / system.work.local_steps
 
 
-def disturb(system: System, every: float, seconds: float, seed: int) -> tuple[int, int]:
-    """Kill at random for this long; returns the kills of workers alone, and with their agents."""
-    chance, began, kills = random.Random(seed), time.monotonic(), [0, 0]
+@dataclass(frozen=True)
+class Kill:
+    """A worker that was killed, at a time in unix seconds."""
+
+    time: float
+    slot: int
+    with_agent: bool
+
+
+def disturb(system: System, every: float, seconds: float, seed: int) -> list[Kill]:
+    """Kill at random for this long."""
+    chance, began, kills = random.Random(seed), time.monotonic(), list[Kill]()
     for number in range(1, int(seconds / every) + 1):
         slots, with_agent = chance.sample(range(system.workers), system.workers), chance.random() < 0.5
         _pause.wait(max(0.0, began + number * every - time.monotonic()))
         victim = next((slot for slot in slots if _runs(system, slot)), None)
         if victim is None:
             continue
+        kills.append(Kill(time.time(), victim, with_agent))
         if with_agent:
             system.kill_node(victim)
             system.start(victim)
         else:
             with suppress(ProcessLookupError):
                 system.kill_worker(victim)
-        kills[with_agent] += 1
     _pause.wait(max(0.0, began + seconds - time.monotonic()))
-    return kills[0], kills[1]
+    return kills
+
+
+def away(system: System, kills: Iterable[Kill]) -> float | None:
+    """Median seconds from a killed worker's last inner step to its next one; None without kills."""
+    seconds: list[float] = []
+    for kill in kills:
+        steps = [event["time"] for event in system.of("step", kill.slot)]
+        before = [when for when in steps if when <= kill.time]
+        if before and len(before) < len(steps):
+            seconds.append(steps[len(before)] - before[-1])
+    return statistics.median(seconds) if seconds else None
 
 
 def _runs(system: System, slot: int) -> bool:
@@ -175,19 +197,23 @@ def measure(system: System, every: float, seconds: float, seed: int) -> dict[str
         for slot in range(system.workers):
             system.until_whole(slot, now)
     began = time.time()
-    alone, nodes = disturb(system, every or float("inf"), seconds, seed)
+    kills = disturb(system, every or float("inf"), seconds, seed)
     ended = time.time()
+    alone, nodes = ([kill for kill in kills if kill.with_agent == node] for node in (False, True))
     useful, step = committed(system, began, ended), undisturbed_step(system)
     goodput = useful * step / (ended - began) / system.workers
-    return {"goodput": goodput, "useful": useful, "step_seconds": step, "kills": alone, "with_agent": nodes}
+    counts = {"kills": len(alone), "with_agent": len(nodes)}
+    absences = {"away": away(system, alone), "away_with_agent": away(system, nodes)}
+    return {"goodput": goodput, "useful": useful, "step_seconds": step, **counts, **absences}
 
 
 def line(row: dict[str, Any]) -> str:
     every = f"{row['every']:g} s" if row["every"] else "never"
     loss = f"{row['loss']:>9.4f}" if row.get("loss") else f"{'-':>9}"
     kills = f"{row['kills']} + {row['with_agent']}"
-    numbers = f"{row['goodput']:>9.1%}{row['useful']:>9.0f}{row['step_seconds'] * 1000:>9.0f}{kills:>10}{loss}"
-    return f"{every:>7} {row['system']:<9}{numbers}{row['load']:>7.1f}"
+    absences = " + ".join(f"{row[key]:.1f}" if row[key] else "-" for key in ("away", "away_with_agent"))
+    numbers = f"{row['goodput']:>9.1%}{row['useful']:>9.0f}{row['step_seconds'] * 1000:>9.0f}"
+    return f"{every:>7} {row['system']:<9}{numbers}{kills:>10}{absences:>13}{loss}{row['load']:>7.1f}"
 
 
 def rows(options: argparse.Namespace, systems: list[str], directory: Path) -> Iterator[dict[str, Any]]:
@@ -235,7 +261,8 @@ def main() -> None:
     if "torchft" in systems and (reason := why_not_torchft(options.torchft)):
         systems.remove("torchft")
         print(f"torchft is left out: {reason}", flush=True)
-    head = f"{'kill':>7} {'system':<9}{'goodput':>9}{'useful':>9}{'ms/step':>9}{'kills':>10}{'loss':>9}{'load':>7}"
+    head = f"{'kill':>7} {'system':<9}{'goodput':>9}{'useful':>9}{'ms/step':>9}"
+    head += f"{'kills':>10}{'away':>13}{'loss':>9}{'load':>7}"
     print(
         f"{options.workers} workers, {os.cpu_count()} cores, rounds of {options.local_steps} steps\n{head}", flush=True
     )
