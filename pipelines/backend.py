@@ -109,9 +109,9 @@ class PipelineBackend:
                 )
             else:
                 run.pipeline_spec = yaml.safe_load(package.text)
-            run_id = self._client._run_api.run_service_create_run(run=run).run_id
+            run_id = _id(self._client._run_api.run_service_create_run(run=run).run_id)
         print(f"Run details: {self._client._get_url_prefix()}/#/runs/details/{run_id}")
-        return str(run_id)
+        return run_id
 
     def cancel(self, run_id: str) -> None:
         """Terminate a run. What it created, except the claims, is deleted."""
@@ -230,7 +230,7 @@ class PipelineBackend:
                 service_account=package.service_account or None,
                 **source,
             )
-        return str(created.recurring_run_id)
+            return _id(created.recurring_run_id)
 
     def schedules(self) -> Iterator[Any]:
         """All schedules."""
@@ -254,6 +254,13 @@ class PipelineBackend:
         verb = {"pause": "disable", "resume": "enable", "delete": "delete"}[change]
         with _readable_errors():
             getattr(self._client, f"{verb}_recurring_run")(found[0].recurring_run_id)
+
+
+def _id(created: str | None) -> str:
+    """The id of what was created. Raises TrainingError without one: JSON of a proxy, for example, has none."""
+    if not created:
+        raise TrainingError("the backend's answer has no id: is there a proxy in front of it that asks for a login?")
+    return created
 
 
 def six_fields(cron: str) -> str:

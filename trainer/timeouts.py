@@ -77,7 +77,7 @@ class LaunchTimeouts:
 
     shutdown: int = 120  # for workers to save after SIGTERM; in a cluster, the pod's grace period is the limit
     poll: float = 0.2  # between two checks by `launch` of its agents and their metrics
-    scale_answer: float = 15.0  # until a running `launch` acknowledges a `scale` request
+    scale_answer: float = 15.0  # until a running `launch` has started the nodes that `scale` requests, or has failed to
     last_call: float = 30.0  # for which the first start waits beyond `min_nodes` for further nodes, as in torchrun
     etcd_retry: float = 0.5  # between two attempts of the `etcd3` rendezvous to reach etcd
     expiry: float = 30.0  # between two checks for expired tokens

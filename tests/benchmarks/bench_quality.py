@@ -95,8 +95,9 @@ class Method:
         return 1 if self.ddp else self.sync_every(local_steps) // self.fragments
 
     def hidden(self, local_steps: int) -> int:
-        """Inner steps during which an exchange goes on, so that it takes no time."""
-        return (self.overlap.delay or self.interval(local_steps)) if self.overlap else 0
+        """Inner steps during which an exchange goes on, so that it takes no time: at most those until the next one."""
+        most = self.interval(local_steps)
+        return min(self.overlap.delay or most, most) if self.overlap else 0
 
 
 @dataclass(frozen=True)

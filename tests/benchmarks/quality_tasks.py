@@ -43,7 +43,8 @@ TASKS = {
         held_out=512,
         inner_lr=0.03,
     ),
-    # The recipes' models and data; a narrow ResNet-18 on handwritten digits, a small GCN on the library's functions
+    # The recipes' models, data and learning rates, but smaller batches and pictures: a narrow ResNet-18 on handwritten
+    # digits, a small GCN on the library's functions
     "images": Setting(
         {"model": "resnet18:tiny", "dataset": "digits", "image_size": 16, "validation_fraction": 0.2},
         batch=16,

@@ -300,8 +300,9 @@ class Run:
         (self.directory / HURRY).touch()
 
         def ended() -> bool:
-            meanwhile()
-            return all(pod.agent.poll() is not None for pod in pods)
+            over = all(pod.agent.poll() is not None for pod in pods)
+            meanwhile()  # it may start one of them again
+            return over and all(pod.agent.poll() is not None for pod in pods)
 
         self.until(ended, "the end of the run", patience)
         statuses = {pod.slot: pod.agent.returncode for pod in pods}

@@ -111,6 +111,29 @@ def test_an_agent_that_ends_while_another_one_is_replaced_is_not_overlooked(run:
     assert second.asked[:2] == ["start", "start"]
 
 
+def test_the_others_continue_without_a_killed_agent_that_cannot_be_started_again(run: Agents) -> None:
+    first, second = played(run)
+    lines: list[str] = []
+
+    def refused() -> None:
+        second._end_reported = True
+        raise TrainingError("the agent of worker 1 cannot be started: too many open files")
+
+    def killed() -> None:
+        second.on_start = refused
+        second.ending = -9
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if line.endswith("the others continue"):
+            first.ending = 0
+
+    run._log, second.on_start = log, killed
+    assert run.follow() == 0
+    assert second.asked == ["start", "start"]
+    assert lines[-1].startswith(f"run {run._config.run_id} is complete, without worker 1: ")
+
+
 def test_when_launch_itself_fails_the_workers_save(run: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(shown: object) -> None:
         raise OSError(errno.EIO, "a broken disk")

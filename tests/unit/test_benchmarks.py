@@ -50,6 +50,7 @@ def test_a_run_is_evaluated_at_the_end_of_rounds(settings: dict, evaluations: in
         ({}, 5 + 8),
         ({"overlap": Overlap(4)}, 5 + 6),  # four of ten steps of 0.5 s continue meanwhile
         ({"overlap": Overlap()}, 8),  # the longer of the two
+        ({"overlap": Overlap(29)}, 5 + 3),  # it ends with the next round at the latest
         ({"rounds": 2}, (10 + 8) / 2),
         ({"ddp": True}, 10 * (0.5 + 8)),
     ],

@@ -74,7 +74,7 @@ class ShardedMoments(Mapping[str, Tensor]):
             self._copy = {name: _sent(state, name) for name in _names(state)}
 
 
-def with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str, object]:
+def with_moments(optimizer: Optimizer, found: Mapping[str, Tensor]) -> dict[str, Any]:
     """The state dict of `optimizer` with another member's moments (`Moments`).
 
     Raises:
@@ -152,7 +152,12 @@ def take_over(found: Mapping[str, Tensor], optimizer: Optimizer, model: nn.Modul
     for name, tensor in found.items():
         kind, _, own = name.partition("/")
         by_kind[kind][own] = tensor
-    optimizer.load_state_dict(with_moments(optimizer, by_kind["optimizer"]))
+    before = optimizer.state_dict()
+    try:
+        optimizer.load_state_dict(with_moments(optimizer, by_kind["optimizer"]))
+    except (LookupError, RuntimeError, ValueError):
+        optimizer.load_state_dict(before)
+        raise
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(by_kind["buffer"][name].view(buffer.shape))

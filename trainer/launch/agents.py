@@ -131,7 +131,11 @@ class Agents:
             for agent in self._agents:
                 if agent.has_just_ended() and agent.status != 0 and not (self._signals or failure):
                     failure = self._replace(agent, shown)
-                agent.start_if_due()
+                try:
+                    agent.start_if_due()
+                except TrainingError as error:
+                    shown.show(str(error))
+                    failure = failure or self._continue_without(agent, shown)
         return failure
 
     def _end(self, shown: View) -> None:
@@ -168,9 +172,16 @@ class Agents:
             with suppress(EtcdError):  # if etcd is unreachable, the slot becomes free when its lease expires
                 self._nodes.free(agent)
             agent.restarts += 1
-            self._start(agent, shown)
-            return ""
-        # Continue without it if enough nodes are left, here and elsewhere
+            try:
+                self._start(agent, shown)
+            except TrainingError as error:
+                shown.show(str(error))
+            else:
+                return ""
+        return self._continue_without(agent, shown)
+
+    def _continue_without(self, agent: AgentProcess, shown: View) -> str:
+        """Continue if enough nodes are left, here and elsewhere. Otherwise returns why the run fails."""
         staying, elsewhere = sum(other.running and not other.leaving for other in self._agents), 0
         with suppress(EtcdError):
             elsewhere = self._nodes.elsewhere()
@@ -239,7 +250,7 @@ class Agents:
         except EtcdError as error:
             return str(error)
         first = None if result.slot is None else self._nodes.at(result.slot)
-        if result.terminal and first is None:  # not about a node of this launch
+        if result.terminal and result.reason and first is None:  # not about a node of this launch
             return result.reason
         first = first or agent
         error_line = last_error(first.log, first.log_start)

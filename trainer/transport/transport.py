@@ -214,6 +214,8 @@ class Transport:
     def _begin(self, id: str, lane: str, endpoints: Endpoints, peer_link: str = "") -> Link:
         """Create a link, which is established in the background. Called with the lock held."""
         handle = self._handle if lane == BULK else None
+        if (replaced := self._links.get((id, lane))) is not None:
+            self._ended.append(replaced)  # its bytes count until its streams have ended
         link = self._links[id, lane] = Link(id, lane, secrets.token_hex(8), handle, self._forget)
         link.peer_link = peer_link
         if lane == ROUNDS and self._over > NEVER:
@@ -223,10 +225,10 @@ class Transport:
 
     def _forget(self, link: Link) -> None:
         with self._lock:
-            self._ended.append(link)
             self._past[link.peer, link.lane] = link.peer_link
-            if self._links.get((link.peer, link.lane)) is link:
+            if self._links.get((link.peer, link.lane)) is link:  # otherwise another one has replaced it
                 del self._links[link.peer, link.lane]
+                self._ended.append(link)
         if not self._closing:
             log.debug("link with %s (%s): %s", link.peer, link.lane, link.reason)
 
@@ -330,10 +332,11 @@ class Transport:
             return None
         key, stale = (hello.by, hello.lane), None
         with self._lock:
-            link, past = self._links.get(key), self._past.get(key)
-            if link is not None and link.reason:
-                past, link = link.peer_link, None  # it is forgotten a moment later
-            if past == hello.link or (hello.pair and (link is None or hello.pair != link.id)):
+            link, past = self._links.get(key), {self._past.get(key)}
+            if link is not None and link.reason:  # it is forgotten a moment later
+                past.add(link.peer_link)
+                link = None
+            if hello.link in past or (hello.pair and (link is None or hello.pair != link.id)):
                 return None  # the link has failed here, which the dialler has not noticed yet
             if link is None or link.peer_link not in ("", hello.link):
                 link, stale = None, link

@@ -1,7 +1,7 @@
 """The inner optimizer and its learning rate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from trainer.config import TrainingConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, listed
 
 BETAS = (0.9, 0.95)
+_STATE = {True: {"step", "exp_avg", "exp_avg_sq"}, False: {"momentum_buffer"}}  # of a parameter: AdamW's, Muon's
 WEIGHT_DECAY = 0.1  # for matrices, but not for biases and norms
 
 
@@ -32,6 +33,14 @@ def inner_optimizer(config: TrainingConfig, model: nn.Module, groups: list[dict[
     if config.inner_optimizer == "muon":
         return MuonWithAdamW(hidden_matrices(model), parameters, config.lr)
     return AdamW(_groups(parameters), lr=config.lr, betas=BETAS, fused=True)
+
+
+def check_kind(optimizer: Optimizer, state: Mapping[int, Collection[str]]) -> None:
+    """Check that a state, by parameter, is that of this inner optimizer. Raises ValueError."""
+    kinds = [_STATE["betas" in group] for group in optimizer.param_groups for _ in group["params"]]
+    for index, names in state.items():
+        if {*names} != kinds[index]:
+            raise ValueError(f"parameter {index} has {listed(sorted(names))} instead of {listed(sorted(kinds[index]))}")
 
 
 def learning_rate(step: float, config: TrainingConfig) -> float:

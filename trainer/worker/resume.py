@@ -12,6 +12,7 @@ from trainer.elastic.moments import Moments, ShardedMoments, with_moments
 from trainer.elastic.progress import Progress
 from trainer.errors import ConfigError, one_line
 from trainer.protocol.records import Cursor, decode
+from trainer.worker.optimizer import check_kind
 from trainer.worker.setup import MOMENTS, Parts
 
 
@@ -90,6 +91,7 @@ def _adopt_moments(parts: Parts, warn: Callable[[str], None]) -> bool:
         return False
     try:
         state = with_moments(parts.process.optimizer, found)
+        check_kind(parts.process.optimizer, state["state"])
     except (LookupError, RuntimeError, ValueError) as error:  # for example, it has another `inner_optimizer`
         warn(f"another member's moments do not fit: {one_line(error)}; this worker builds up its own")
         return False

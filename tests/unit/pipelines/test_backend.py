@@ -444,6 +444,21 @@ def test_a_login_page_in_front_of_all_but_the_health_is_no_answer(backend: Playe
             request()
 
 
+def test_an_answer_without_an_id_is_no_success(backend: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = PipelineBackend(backend.url, timeouts=QUICK)
+    package, config = Package(compiled(), ""), TrainingConfig()
+    answer = backend.answer
+
+    def only_reads(method: str, path: str, query: dict[str, str], body: Any) -> tuple[int, Any]:
+        return (200, {"error": "login"}) if path.endswith("runs") else answer(method, path, query, body)
+
+    monkeypatch.setattr(backend, "answer", only_reads)
+    with pytest.raises(TrainingError, match="has no id"):
+        opened.submit(package, config, "diloco")
+    with pytest.raises(TrainingError, match="has no id"):
+        opened.schedule(package, config, "diloco", "nightly", "0 0 3 * * *")
+
+
 def test_a_login_page_in_front_of_a_change_of_a_schedule_is_no_answer(
     backend: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:

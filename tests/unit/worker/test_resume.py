@@ -1,5 +1,6 @@
 """What a worker restores from its own checkpoint."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from trainer.diloco import DiLoCo
 from trainer.diloco.codecs import Sign
 from trainer.elastic.moments import Moments
 from trainer.protocol.samples import Assignment
+from trainer.worker.optimizer import MuonWithAdamW, hidden_matrices
 from trainer.worker.resume import _adopt_moments, _restore
 from trainer.worker.setup import Parts
 
@@ -35,12 +37,36 @@ def test_what_its_messages_lack_is_kept_if_other_samples_are_assigned(round: int
     assert diloco.schedule.inner_steps == 0 and diloco.contribution.samples == [0.0]
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_moments_that_do_not_fit_are_a_warning_and_not_adopted(fits: bool) -> None:
-    """Members may have different inner optimizers, which order the parameters differently."""
-    donor, joiner = nn.Linear(3, 2), nn.Linear(3, 2)
-    own = [*joiner.parameters()] if fits else [*reversed([*joiner.parameters()])]
-    one, other = torch.optim.AdamW(donor.parameters()), torch.optim.AdamW(own)
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters())
+
+
+def reversed_adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([*reversed([*model.parameters()])])
+
+
+def muon(model: nn.Module) -> torch.optim.Optimizer:
+    return MuonWithAdamW(hidden_matrices(model), [*model.parameters()], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("donors", "joiners", "problem"),
+    [
+        (adamw, adamw, ""),
+        (muon, muon, ""),
+        (adamw, reversed_adamw, "shape"),
+        (muon, adamw, "parameter 0 has momentum_buffer instead of exp_avg"),
+        (adamw, muon, "parameter 0 has exp_avg, exp_avg_sq, step instead of momentum_buffer"),
+    ],
+)
+def test_moments_that_do_not_fit_are_a_warning_and_not_adopted(
+    donors: Callable[[nn.Module], torch.optim.Optimizer],
+    joiners: Callable[[nn.Module], torch.optim.Optimizer],
+    problem: str,
+) -> None:
+    """Members may have different inner optimizers."""
+    donor, joiner = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    one, other, fits = donors(donor), joiners(joiner), not problem
     donor(torch.ones(1, 3)).sum().backward()
     one.step()
     warned: list[str] = []
@@ -50,5 +76,10 @@ def test_moments_that_do_not_fit_are_a_warning_and_not_adopted(fits: bool) -> No
         diloco=SimpleNamespace(inner_optimizer=other),
     )
     assert _adopt_moments(parts, warned.append) is fits
-    assert [line.startswith("another member's moments do not fit: shape") for line in warned] == [True] * (not fits)
-    assert bool(other.state_dict()["state"]) is fits
+    assert [line.startswith(f"another member's moments do not fit: {problem}") for line in warned] == [True] * (
+        not fits
+    )
+    if fits:
+        assert other.state_dict()["state"].keys() == one.state_dict()["state"].keys()
+    joiner(torch.ones(1, 3)).sum().backward()
+    other.step()

@@ -1,8 +1,8 @@
 """Loops over the numbers of a block for which torch would need many passes, compiled by numba.
 
-Rows are uint8 (b, 2 + w): the bits of a bfloat16 scale, lowest byte first, and w bytes of levels. The levels in a byte
-come from equal parts of the block, with the first part's level in the lowest digit, so that every loop can be
-vectorised.
+Rows are uint8: the bits of a bfloat16 scale (of each bin, with bins), lowest byte first, and then bytes of levels. The
+levels in a byte come from equal parts of the block, with the first part's level in the lowest digit, so that every loop
+can be vectorised.
 
 Decoding gives the same bits on every machine, because its arithmetic is not reordered. Encoding may sum in any order,
 because all members decode the same bytes.
