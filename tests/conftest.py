@@ -1,11 +1,14 @@
 """Fixtures for all tests, and the setup of a session."""
 
+import functools
 import gc
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -40,12 +43,25 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port of a real etcd, for all tests of the session: use a run id of your own."""
+def etcd_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], str]]:
+    """host:port of a real etcd, by its program; one of each for all tests of the session: use a run id of your own."""
     from trainer.etcd.embedded import EmbeddedEtcd
 
-    with EmbeddedEtcd(tmp_path_factory.mktemp("etcd")) as server:
-        yield server.endpoint
+    with ExitStack() as servers:
+
+        @functools.cache
+        def endpoint(program: Path) -> str:
+            return servers.enter_context(EmbeddedEtcd(tmp_path_factory.mktemp("etcd"), binary=program)).endpoint
+
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def etcd(etcd_of: Callable[[Path], str]) -> str:
+    """host:port of a real etcd, for all tests of the session: use a run id of your own."""
+    from trainer.etcd.embedded import etcd_binary
+
+    return etcd_of(etcd_binary())
 
 
 @pytest.fixture(autouse=True)

@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=30, help="begin no episode after so long (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
     parser.add_argument("--episode", type=int, help="play this one alone")
-    parser.add_argument("--workers", default="3:6", metavar="FEWEST:MOST", help="of an episode (default: 3:6)")
+    parser.add_argument("--workers", default="3:10", metavar="FEWEST:MOST", help="of an episode (default: 3:10)")
     parser.add_argument("--seconds", type=float, default=60, help="for which harm is done in an episode (default: 60)")
     parser.add_argument("--directory", type=Path, help="keep the episodes' files there (default: only a failed one's)")
     chosen = parser.parse_args(arguments)

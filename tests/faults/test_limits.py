@@ -55,3 +55,4 @@ def test_an_island_of_two_trains_a_model_that_is_too_large_for_one_process(
     saved = checkpoint.newest(island.root / "checkpoints" / run.config.run_id, pytest.fail)
     assert saved is not None
     assert saved.complete
+    run.check([island])

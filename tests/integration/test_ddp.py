@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from trainer.__main__ import main
+from trainer.monitor.verify import verify
 
 STEPS = 100  # a second or more remains after step 20, for a test that is not scheduled at once
 FLAGS = {
@@ -140,3 +141,5 @@ def test_a_run_whose_worker_is_killed_and_that_is_terminated_is_as_if_nothing_ha
     complete(run_dir, shared)
     assert losses(run_dir) == losses(whole)  # bit for bit
     assert events(run_dir, "end")[-1]["global_hash"] == events(whole, "end")[-1]["global_hash"]
+    (judgement,) = verify([run_dir])
+    assert not judgement.refuted, str(judgement)

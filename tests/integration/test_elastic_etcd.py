@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,11 @@ from trainer.etcd.errors import EtcdError
 from trainer.timeouts import EtcdTimeouts
 
 TTL = 6  # seconds; refreshed each third of it: a stall of 4 s does not end it
+
+
+@pytest.fixture
+def etcd(program: Path, etcd_of: Callable[[Path], str]) -> str:
+    return etcd_of(program)
 
 
 @pytest.fixture
@@ -189,9 +194,9 @@ def test_a_fork_is_noticed(client: EtcdClient) -> None:
         client.get("a")
 
 
-def test_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("program")
+def test_password(etcdctl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with EmbeddedEtcd(tmp_path) as server:
-        etcdctl = etcd_binary().with_name("etcdctl")
         for command in ("user add root:secret", "role add r", "user grant-role root root", "user add u:pass"):
             _run(etcdctl, server.endpoint, *command.split())
         for command in ("role grant-permission r --prefix=true readwrite /ours/", "user grant-role u r", "auth enable"):
@@ -224,6 +229,7 @@ def test_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert entry and entry.value == 1
 
 
+@pytest.mark.usefixtures("program")
 def test_an_etcd_that_cannot_be_started_again_yet_is_tried_again(tmp_path: Path) -> None:
     with EmbeddedEtcd(tmp_path, timeouts=EtcdTimeouts(restart=0.05)) as server:
         _kill(server)
@@ -236,6 +242,7 @@ def test_an_etcd_that_cannot_be_started_again_yet_is_tried_again(tmp_path: Path)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.usefixtures("program")
 def test_tls(tmp_path: Path) -> None:
     for name in ("good", "other"):
         subprocess.run(
@@ -276,6 +283,7 @@ def test_tls(tmp_path: Path) -> None:
         server.wait()
 
 
+@pytest.mark.usefixtures("program")
 def test_embedded_etcd_keeps_its_data_and_leaves_nothing_running(tmp_path: Path) -> None:
     with EmbeddedEtcd(tmp_path) as server, EtcdClient([server.endpoint]) as client:
         client.put("a", 1)
@@ -289,6 +297,7 @@ def test_embedded_etcd_keeps_its_data_and_leaves_nothing_running(tmp_path: Path)
     assert not process.is_running()
 
 
+@pytest.mark.usefixtures("program")
 def test_embedded_etcd_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from trainer.etcd.embedded import EmbeddedEtcd\n"

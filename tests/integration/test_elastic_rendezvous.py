@@ -26,6 +26,11 @@ MakeNode = Callable[..., NodeRendezvous]
 
 
 @pytest.fixture
+def etcd(program: Path, etcd_of: Callable[[Path], str]) -> str:
+    return etcd_of(program)
+
+
+@pytest.fixture
 def client(etcd: str, request: pytest.FixtureRequest) -> Iterator[EtcdClient]:
     with EtcdClient([etcd], f"/rendezvous/{request.node.name}") as client:
         yield client

@@ -21,6 +21,7 @@ from trainer.files import write_json
 from trainer.launch.scale import scale
 from trainer.monitor.find_run import LAUNCHED, find
 from trainer.monitor.status import RunStatus, look, status
+from trainer.monitor.verify import verify
 
 VALUES: dict[str, Any] = {
     "model": "gpt-neo-x:test",
@@ -125,6 +126,8 @@ def test_three_and_two_again(
     assert launch.wait() == 143
     output = (run_dir / "output").read_text()
     assert "scaling to 3 nodes" in output and "Traceback" not in output
+    (judgement,) = verify([run_dir])
+    assert not judgement.refuted, str(judgement)
     with pytest.raises(TrainingError, match="run scaled is not running"):
         status(here)
     with pytest.raises(TrainingError, match="run scaled is not running"):

@@ -24,6 +24,7 @@ from trainer.elastic import keys
 from trainer.etcd.client import EtcdClient
 from trainer.files import read_json, write_json
 from trainer.island.memory import directory_of
+from trainer.monitor.verify import verify
 from trainer.process import dying_with_parent
 from trainer.volume import Volume
 
@@ -254,6 +255,8 @@ def test_an_island_one_of_whose_processes_dies_starts_again_alone_from_its_memor
         node.agent.terminate()
         node.ends(143)
     assert not directory_of(island.config).exists()
+    (judgement,) = verify([other.volume.root.parent])
+    assert not judgement.refuted, str(judgement)
 
 
 def changes(node: Node) -> list[str]:

@@ -115,7 +115,7 @@ def members(
 
 
 def test_prod_asks_for_a_certificate_and_a_password(
-    overlay: list[dict[str, Any]], members: list[str], credentials: Path
+    overlay: list[dict[str, Any]], members: list[str], credentials: Path, etcdctl: Path
 ) -> None:
     files = {"ca": credentials / "ca.crt", "cert": credentials / "client.crt", "key": credentials / "client.key"}
     tls = {name: str(path) for name, path in files.items()}
@@ -161,13 +161,13 @@ def test_prod_asks_for_a_certificate_and_a_password(
     with EtcdClient(members, "/torchelastic", ca=tls["ca"]) as client, pytest.raises(EtcdError):
         client.get("before")
 
-    etcdctl = etcdctl_of_the_readme(members, credentials)
-    listed = subprocess.run(etcdctl, capture_output=True, text=True, env={**os.environ, "ETCDCTL_API": "3"})
+    command = etcdctl_of_the_readme(etcdctl, members, credentials)
+    listed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ETCDCTL_API": "3"})
     assert listed.returncode == 0, listed.stderr
     assert all(f"diloco-etcd-{member}" in listed.stdout for member in range(3))
 
 
-def etcdctl_of_the_readme(members: list[str], credentials: Path) -> list[str]:
+def etcdctl_of_the_readme(etcdctl: Path, members: list[str], credentials: Path) -> list[str]:
     """The command that prod's README has for a member's pod, with this machine's port and paths."""
     (command,) = re.findall(r"-- (etcdctl .*? member list)\n", (PROD / "README.md").read_text(), re.DOTALL)
     tls = {"tls.crt": "server.crt", "tls.key": "server.key", "ca.crt": "ca.crt"}
@@ -178,7 +178,7 @@ def etcdctl_of_the_readme(members: list[str], credentials: Path) -> list[str]:
         assert theirs in command
         command = command.replace(theirs, ours)
     _, *arguments = shlex.split(command)
-    return [str(etcd_binary().with_name("etcdctl")), *arguments]
+    return [str(etcdctl), *arguments]
 
 
 def test_users_without_tls_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.integration.test_dashboard import ask, stream
 from trainer import checkpoint
 from trainer.__main__ import main
+from trainer.monitor.verify import verify
 from trainer.process import refused
 
 FLAGS = {
@@ -169,3 +170,5 @@ def test_one_worker_interrupted_and_killed_has_the_losses_of_one_that_was_not(wh
     finished = subprocess.run(command("launch", broken, shared), check=True, env=environment, capture_output=True)
     assert b"already complete" in finished.stdout
     assert len(events(broken, "start")) == 3
+    (judgement,) = verify([broken])
+    assert not judgement.refuted, str(judgement)

@@ -58,7 +58,7 @@ def test_the_readme_is_short() -> None:
 def test_the_glossary_is_short_and_no_word_has_two_meanings() -> None:
     page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     words = [word for entry in re.findall(r"^\| \*\*(.+?)\*\*", page, re.MULTILINE) for word in entry.split(", ")]
-    assert len(re.findall(r"^\| \*\*", page, re.MULTILINE)) <= LARGEST_GLOSSARY
+    assert len(words) <= LARGEST_GLOSSARY
     assert len(words) == len(set(words))
 
 

@@ -86,7 +86,7 @@ def _method(config: Schema) -> Rules:
         yield not config.heterogeneous, "heterogeneous", excluded
         allowed = "must equal elastic.max_nodes with optim_method = 'ddp'"
         yield config.min_nodes == config.max_nodes, "elastic.min_nodes", allowed
-    allowed = "needs optim_method = 'ddp' and GPUs (device = 'cuda'): DiLoCo workers use gloo, and so do CPUs"
+    allowed = "needs optim_method = 'ddp' and GPUs (device = 'cuda'): DiLoCo has its own transport, and CPUs use gloo"
     has_nccl = method == "ddp" and config.device != "cpu"
     yield config.pgroup_backend != "nccl" or has_nccl, "pgroup_backend", allowed
 

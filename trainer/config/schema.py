@@ -269,8 +269,8 @@ class Schema(Group):
     )
     pgroup_backend: Literal["", "gloo", "nccl"] = parameter(
         "",
-        "Backend of torch's process group with optim_method=ddp. Empty: nccl on GPUs, gloo on CPUs. DiLoCo "
-        "workers always use gloo.",
+        "Backend of torch's process group with optim_method=ddp. Empty: nccl on GPUs, gloo on CPUs. DiLoCo has "
+        "its own transport.",
     )
 
     # Monitoring

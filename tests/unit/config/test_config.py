@@ -36,7 +36,7 @@ REFUSED = {
     "timeouts out of order": ({"grace_period": 20}, "lease_ttl = 15.0: must be greater than grace_period (20.0)"),
     "nccl between DiLoCo workers": (
         {"pgroup_backend": "nccl"},
-        "pgroup_backend = 'nccl': needs optim_method = 'ddp' and GPUs (device = 'cuda'): DiLoCo workers use gloo",
+        "pgroup_backend = 'nccl': needs optim_method = 'ddp' and GPUs (device = 'cuda'): DiLoCo has its own transport",
     ),
     "nccl on CPUs": (
         {"pgroup_backend": "nccl", "optim_method": "ddp", "device": "cpu"},

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.monitor.histories import RULES, Event, run_of, simulated, write, write_checkpoint
+from tests.unit.monitor.histories import RULES, Event, run_of, simulated, undisturbed, write, write_checkpoint
 from tests.unit.protocol.model_etcd import Fault
 from tests.unit.protocol.model_schedules import outcome_of, schedule_of
 from trainer.__main__ import main
@@ -22,9 +22,7 @@ Run = dict[str, list[Event]]
 
 @pytest.fixture(scope="module")
 def told() -> Run:
-    """A run of two workers in which nothing happened: neither was late."""
-    runs = (run_of(simulated(seed=seed)) for seed in range(50))
-    return next(run for run in runs if not any("caught up" in event.values() for own in run.values() for event in own))
+    return undisturbed()
 
 
 @pytest.fixture(scope="module")
