@@ -1,11 +1,11 @@
 """A worker's `metrics.jsonl` as the events of its processes, each with its line."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.events import Event, parse_event
 from trainer.protocol.history import (
     Assigned,
     Began,
@@ -19,8 +19,6 @@ from trainer.protocol.history import (
     Unreadable,
 )
 from trainer.protocol.records import Cursor, Range, decode
-
-Event = Mapping[str, Any]
 
 
 @dataclass
@@ -70,7 +68,7 @@ def read_lines(path: Path) -> WorkerFile:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
-            event = _event(line)
+            event = parse_event(line) if line.endswith(b"\n") else None  # otherwise it is still being written
             if event is None:
                 waiting.append(where)
                 continue
@@ -92,17 +90,6 @@ def read_lines(path: Path) -> WorkerFile:
                 processes[-1].events.append(found)
     judge_waiting(torn=True)
     return WorkerFile(path, tuple(processes), tuple(unreadable))
-
-
-def _event(line: bytes) -> Event | None:
-    """The event in a line; None if it is not an event or is still being written."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def _begin(processes: list[Process], event: Event, joining: bool) -> None:
