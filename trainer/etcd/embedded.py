@@ -156,7 +156,12 @@ class EmbeddedEtcd:
             return isinstance(error, OSError) and process.poll() is None
 
         try:
-            retrying(is_starting, patience=self._timeouts.start, first_pause=0.02, longest_pause=0.05)(check)
+            retrying(
+                is_starting,
+                patience=self._timeouts.start,
+                first_pause=self._timeouts.first_health_pause,
+                longest_pause=self._timeouts.longest_health_pause,
+            )(check)
         except OSError:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             if any("address already in use" in line for line in lines[-5:]):

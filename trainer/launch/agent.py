@@ -238,7 +238,7 @@ def _agent(
         local_world_size=config.elastic.nproc_per_node,
         rdzv_handler=rendezvous,
         max_restarts=config.elastic.max_restarts,
-        monitor_interval=0.1,
+        monitor_interval=timeouts.monitor,
         entrypoint=executable,
         args=tuple(rest),
     )

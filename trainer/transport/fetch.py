@@ -166,7 +166,7 @@ class _Transfer:
                     why = f"no data for {timeout:.0f} s" if late else "no donor is left"
                     reasons = "; ".join(f"{peer.id} {peer.reason}" for peer in self._peers) or "none was known"
                     raise TransferError(f"fetching {self._name}: {why}: {reasons}")
-                self._changed.wait(0.1)  # `stopping` has to be polled
+                self._changed.wait(self._timeouts.poll)  # `stopping` has to be polled
 
     def _plan(self, buffers: dict[str, Any], layout: Layout) -> None:
         """Cut the buffers into chunks."""

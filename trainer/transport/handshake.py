@@ -273,11 +273,11 @@ class Listener:
                     self._look()
                 except Exception:  # possibly temporary, for example a lack of threads
                     log.exception("the listener failed, and continues")
-                    self._closing.wait(1.0)
+                    self._closing.wait(self._timeouts.listener_retry)
 
     def _look(self) -> None:
-        """Process what arrives within a second."""
-        for key, _ in self._selector.select(1.0):
+        """Process what arrives until the next check for silent connections."""
+        for key, _ in self._selector.select(self._timeouts.listener):
             if key.fileobj is self._socket:
                 self._greet()
             elif key.data in self._strangers:  # otherwise `_greet` has just dropped it
@@ -291,7 +291,7 @@ class Listener:
         try:
             connection, (host, *_) = self._socket.accept()
         except OSError:  # it is already gone, or descriptors are (temporarily) exhausted
-            self._closing.wait(0.01)
+            self._closing.wait(self._timeouts.accept_retry)
             return
         if len(self._strangers) >= PENDING:
             self._drop(next(iter(self._strangers)), "was one of too many")
