@@ -142,6 +142,7 @@ class _Transfer:
         try:
             for thread in work:
                 thread.start()
+            # The first donor that answers says what there is to fetch
             self._wait(lambda: self._content is not None, stopping, timeout)
             assert self._content is not None
             meta, layout = self._content

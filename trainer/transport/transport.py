@@ -252,6 +252,7 @@ class Transport:
             patience = 0.0 if peer in self._cannot_dial or not self.endpoints else timeouts.dial_back
             if link.wait_for(lambda: link.streams(False) > 0, patience) or link.reason:
                 return
+            # It does not dial back, for example because of NAT: dial for its direction, too
             self._cannot_dial.add(peer)
             with suppress(OSError):
                 self._dial(link, endpoints, sends=False)

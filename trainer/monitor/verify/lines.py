@@ -76,11 +76,13 @@ def read_lines(path: Path) -> WorkerFile:
             if kind == "warning":  # warnings may precede a process's first event
                 continue
             joining = kind == "membership" and event.get("change") == "joining"
+            # A kill tears the last lines of a process: they precede the first event of the next one
             judge_waiting(torn=joining or kind == "start")
             if joining or kind == "start":
                 _begin(processes, event, joining)
             if not processes:
                 continue
+            # An event that no worker writes is as bad as a line that cannot be read
             try:
                 found = _process_event(event, where, processes[-1])
             except (ValueError, LookupError, TypeError, AttributeError):
@@ -88,6 +90,7 @@ def read_lines(path: Path) -> WorkerFile:
                 continue
             if found is not None:
                 processes[-1].events.append(found)
+    # The last process may have been killed, or may still be writing
     judge_waiting(torn=True)
     return WorkerFile(path, tuple(processes), tuple(unreadable))
 

@@ -33,6 +33,7 @@ def samples_in_base(history: History, notes: Notes) -> None:
     if not history.elastic:
         notes.cannot("data parallelism, which has no terms")
         return
+    # No assignment contains a position that the term's base contains
     for term, base in history.bases.items():
         cursors = history.cursors.get((term, base), [])
         if not cursors and base == 0:
@@ -51,6 +52,7 @@ def samples_in_base(history: History, notes: Notes) -> None:
                         assigned.where,
                         line,
                     )
+    # No cursor returns a position whose work was sent
     sent = {term: _Sent(history, term) for term in history.terms}
     for (term, round), cursors in history.cursors.items():
         cursor, line = cursors[0]
@@ -101,10 +103,12 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
     since = 0
     at_close: dict[int, tuple[Range, ...]] = {}  # by round: the positions that were unused after its last step
     for index, one in enumerate(life.events):
+        # After a gap, the ledger is unknown until the next assignment
         if index in life.gaps:
             ledger = None
             at_close.clear()
         if isinstance(one, Assigned):
+            # What counts as used must have been consumed by an earlier step
             begun = minus(_first(one.ranges, one.used), recent) if one.used else []
             recent = recent[since:]
             since = len(recent)
@@ -129,6 +133,7 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
             at_close.clear()
         elif isinstance(one, Committed) and one.unused is not None and one.round in at_close:
             notes.judged += 1
+            # Compare with the end of this round's steps: with overlap, later ones may have been made since
             if union(one.unused) != union(at_close[one.round]):
                 differing = [*minus(one.unused, at_close[one.round]), *minus(at_close[one.round], one.unused)]
                 notes.refute(

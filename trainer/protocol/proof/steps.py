@@ -228,6 +228,7 @@ def _judge_own_weights(life: Life, notes: Notes) -> None:
             for part in unsent:
                 part[one.round] += one.samples
         elif isinstance(one, Committed):
+            # A round sends the work up to its own last step; with overlap, later steps wait for the next round
             chosen = [unsent[number] for number in plan.fragments_of(one.round)]
             sent = [sum(part.pop(round) for round in list(part) if round <= one.round) for part in chosen]
             if one.own_weight is None:
